@@ -1,0 +1,353 @@
+"""What a user can choose, as frozen dataclasses, one per owner, and the fingerprint of what changes cached bytes.
+
+In: values from a YAML recipe and dotted overrides (`pipelines/` parses them). Out: checked, immutable configurations.
+Invariant: a configuration that exists is valid on its own; checks across configurations are `preflight.py`'s.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from scalekd_cache.errors import UserError
+
+
+def require(ok: bool, option: str, got: object, expected: str) -> None:
+    """Raise the one kind of error a bad option gives."""
+    if not ok:
+        raise UserError(f"option {option} is out of range", got=got, expected=expected, fix=f"change {option}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from (`images.py`)."""
+
+    source: str = "demo"
+    """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars or parquet files."""
+    devkit: str | None = None
+    """ImageNet devkit folder, needed when val/ is flat (ILSVRC2012_devkit_t12)."""
+    download_dir: str = "data"
+    """Folder for data sets that torchvision downloads."""
+    max_samples: int | None = None
+    """Use only the first this many samples of the canonical order (None: all)."""
+
+    def __post_init__(self) -> None:
+        require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """The view recipe (`views.py`): how an augmented view is drawn and in which form its pixels are kept."""
+
+    size: int = 224
+    """Side of a square view, pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height, drawn log-uniformly."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Resampling filter of the resize."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip."""
+    randaugment_ops: int = 0
+    """RandAugment operations per view, drawn with replacement (0: off)."""
+    randaugment_magnitude: float = 9.0
+    """RandAugment magnitude on timm's scale of 0 to 10."""
+    randaugment_magnitude_std: float = 0.5
+    """Standard deviation of the magnitude, same scale."""
+    erase_probability: float = 0.0
+    """Probability of random erasing with per-pixel noise."""
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    """Range of the erased share of the view's area."""
+    erase_ratio: tuple[float, float] = (0.3, 10 / 3)
+    """Range of the erased box's height over width, drawn log-uniformly."""
+    pixels: Literal["baked", "replayed"] = "baked"
+    """baked: encoded pixels are stored; replayed: only the record and a digest, the student recomputes the view."""
+    pixel_format: Literal["jpeg", "png"] = "jpeg"
+    """How baked pixels are encoded (png is lossless)."""
+    jpeg_quality: int = 90
+    """JPEG quality, 1 to 100."""
+    jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
+    """JPEG chroma subsampling."""
+    seed: int = 0
+    """Seed of the counter-based generator that draws every view."""
+
+    def __post_init__(self) -> None:
+        require(8 <= self.size <= 4096, "views.size", self.size, "8 to 4096 pixels")
+        for name in ("crop_scale", "crop_ratio", "erase_area", "erase_ratio"):
+            low, high = getattr(self, name)
+            require(0 < low <= high, f"views.{name}", (low, high), "0 < low <= high")
+        require(self.crop_scale[1] <= 1, "views.crop_scale", self.crop_scale, "at most 1")
+        require(self.erase_area[1] <= 1, "views.erase_area", self.erase_area, "at most 1")
+        for name in ("flip_probability", "erase_probability"):
+            require(0 <= getattr(self, name) <= 1, f"views.{name}", getattr(self, name), "0 to 1")
+        require(0 <= self.randaugment_ops <= 15, "views.randaugment_ops", self.randaugment_ops, "0 to 15")
+        require(
+            0 <= self.randaugment_magnitude <= 10, "views.randaugment_magnitude", self.randaugment_magnitude, "0 to 10"
+        )
+        require(
+            self.randaugment_magnitude_std >= 0,
+            "views.randaugment_magnitude_std",
+            self.randaugment_magnitude_std,
+            ">= 0",
+        )
+        require(1 <= self.jpeg_quality <= 100, "views.jpeg_quality", self.jpeg_quality, "1 to 100")
+        require(0 <= self.seed < 2**63, "views.seed", self.seed, "0 to 2^63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen teacher (`teacher.py`)."""
+
+    name: str = "demo_swin"
+    """A timm model name, or demo_swin, the small Swin that is trained on the demo set when its weights are missing."""
+    weights: str | None = None
+    """A .safetensors file with the state dict of that timm model (None: pretrained weights, or random ones)."""
+    pretrained: bool = True
+    """Fetch timm's pretrained weights when no file is given; false gives random weights (for trying things out)."""
+    num_classes: int | None = None
+    """Classes of the teacher's head (None: the number in the weights file, the data set's, or the pretrained head's)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+    batch_size: int = 64
+    """Views per teacher forward pass."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """The cache on disk (`store/`, `codec/`)."""
+
+    path: str = "caches/demo"
+    """Folder of the cache."""
+    backend: Literal["webdataset", "zarr"] = "webdataset"
+    """File format of the shards."""
+    codec: str = "int8"
+    """Feature codec: int8, float16, float32."""
+    num_views: int = 4
+    """Augmented views of every image."""
+    views_per_group: int = 4
+    """Views that one work unit makes from one decoded image."""
+    samples_per_shard: int = 512
+    """Images in a shard (a shard holds one view of each)."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
+        require(1 <= self.views_per_group <= 64, "cache.views_per_group", self.views_per_group, "1 to 64")
+        require(1 <= self.samples_per_shard <= 65_536, "cache.samples_per_shard", self.samples_per_shard, "1 to 65,536")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacherConfig:
+    """Stage 1: everything `cache_teacher` reads."""
+
+    recipe: str = "demo"
+    """Name of the recipe, kept in the manifest; `distill` uses the same one unless told otherwise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cache: StoreConfig = field(default_factory=StoreConfig)
+    workers: int = 0
+    """Worker processes that decode images and draw views, per rank (0: in the main process)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudentConfig:
+    """The model that learns (`student.py`)."""
+
+    name: str = "resnet18"
+    """A timm model name."""
+    drop_path: float = 0.0
+    """Stochastic depth rate, for models that have it."""
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    """Channel means that the student subtracts, on a scale of 0 to 1."""
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    """Channel standard deviations, on a scale of 0 to 1."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.drop_path < 1, "student.drop_path", self.drop_path, "0 to 1, 1 excluded")
+        require(min(self.std) > 0, "student.std", self.std, "all > 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScaleKDConfig:
+    """The method's constants (`scalekd.py`); the defaults are upstream's for Swin-L with ResNet and MobileNet."""
+
+    spatial_weight: float = 0.08
+    """Weight of the spatial feature loss at both taps."""
+    frequency_weight_s3: float = 0.06
+    """Weight of the frequency feature loss at S3."""
+    frequency_weight_s4: float = 0.06
+    """Weight of the frequency feature loss at S4."""
+    heads_s3: int | None = None
+    """Attention heads of the S3 projector (None: the teacher's widths over 48, 16 for Swin-L)."""
+    heads_s4: int | None = None
+    """Attention heads of the S4 projector (None: the teacher's widths over 64, 24 for Swin-L)."""
+    attention_scale: float = 5.0
+    """Factor on the attention scale head_dim^-0.5."""
+    s4_query: Literal["s3", "learned"] = "s3"
+    """Where the S4 projector's query comes from: the S3 branch after the tail, or its own embedding."""
+    logit_weight: float = 0.5
+    """Weight of the logit loss; the label loss gets one minus it (0: no logit loss)."""
+    temperature: float = 1.0
+    """Temperature of the logit loss."""
+    grid_scaling: bool = True
+    """Scale feature losses by 49 / (H W), so that grids other than 7x7 weigh the same (our deviation)."""
+    tail_drop_path: bool = False
+    """Leave the frozen tail's drop path on, as upstream does by accident (ablation)."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.logit_weight <= 1, "scalekd.logit_weight", self.logit_weight, "0 to 1")
+        require(self.temperature > 0, "scalekd.temperature", self.temperature, "> 0")
+        for name in ("spatial_weight", "frequency_weight_s3", "frequency_weight_s4"):
+            require(getattr(self, name) >= 0, f"scalekd.{name}", getattr(self, name), ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """Optimizer and schedule (`engine.py`, made by timm)."""
+
+    name: Literal["sgd", "adamw", "lamb"] = "sgd"
+    """Optimizer."""
+    lr: float = 0.1
+    """Learning rate at `base_batch_size`; scaled linearly to the actual global batch and printed."""
+    base_batch_size: int = 256
+    """Global batch that `lr` was chosen for."""
+    weight_decay: float = 1e-4
+    """Weight decay."""
+    decay_norm_and_bias: bool = True
+    """Apply weight decay to norms, biases and position embeddings too."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    schedule: Literal["cosine", "step"] = "cosine"
+    """Learning-rate schedule, advanced every step."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up."""
+    warmup_start: float = 0.0
+    """Learning rate at the first step of the warm-up, as a share of `lr`."""
+    min_lr: float = 0.0
+    """Learning rate at the end, as a share of `lr`."""
+    step_epochs: int = 30
+    """Epochs between two divisions by ten (step schedule)."""
+    clip_norm: float = 0.0
+    """Largest gradient norm (0: no clipping)."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, "optim.lr", self.lr, "> 0")
+        require(self.base_batch_size > 0, "optim.base_batch_size", self.base_batch_size, "> 0")
+        require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
+        require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to 1, 1 excluded")
+        require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, ">= 0")
+        require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop (`engine.py`)."""
+
+    epochs: int = 100
+    """Passes over the data; epoch e reads view e mod V."""
+    global_batch_size: int = 256
+    """Samples per optimizer step, over all ranks."""
+    micro_batch_size: int = 32
+    """Samples per forward pass: the group BatchNorm sees, the same on any number of ranks."""
+    label_loss: Literal["ce", "bce"] = "ce"
+    """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples."""
+    label_smoothing: float = 0.0
+    """Label smoothing of ce."""
+    targets: Literal["cached", "live", "none"] = "cached"
+    """cached: from the cache; live: from the teacher run beside the student; none: labels only."""
+    zero: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed ZeRO stage."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON file that is merged under what this configuration sets."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Autocast dtype of the student; auto is bfloat16 on a GPU and float32 on a CPU."""
+    ema_decay: float = 0.0
+    """Decay of the exponential moving average of the weights; evaluated and exported when on (0: off)."""
+    seed: int = 0
+    """Seed of initialisation, order and regularisation."""
+    shuffle_block: int = 64
+    """Neighbouring samples that are read together."""
+    shuffle_window: int = 64
+    """Blocks whose samples are mixed with each other."""
+    workers: int = 0
+    """Loader worker processes, per rank (0: in the main process)."""
+    log_every: int = 10
+    """Steps between two lines of metrics.jsonl."""
+    checkpoint_epochs: int = 1
+    """Epochs between two checkpoints."""
+    keep_checkpoints: int = 2
+    """Checkpoints that are kept."""
+    eval_epochs: int = 1
+    """Epochs between two evaluations (the last epoch is always evaluated)."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "global_batch_size", "micro_batch_size", "shuffle_block", "shuffle_window", "log_every",
+                     "checkpoint_epochs", "keep_checkpoints", "eval_epochs"):  # fmt: skip
+            require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            "train.micro_batch_size", self.micro_batch_size, f"a divisor of train.global_batch_size={self.global_batch_size}",
+        )  # fmt: skip
+        require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
+        require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
+        require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig:
+    """Stage 2: everything `distill` reads."""
+
+    recipe: str | None = None
+    """Name of the recipe (None: the one the cache was made with)."""
+    cache: str = "caches/demo"
+    """Folder of the cache."""
+    run: str | None = None
+    """Folder of the run (None: runs/<student>-<targets>)."""
+    student: StudentConfig = field(default_factory=StudentConfig)
+    scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    teacher_weights: str | None = None
+    """Weights of the teacher, for train.targets=live only (None: where stage 1 found them)."""
+    data: str | None = None
+    """Where the validation images are (None: where stage 1 found them)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if self.optim.name == "lamb" and self.train.zero > 0:
+            raise UserError(
+                "LAMB under ZeRO 1-3 is not LAMB: trust ratios would be taken on a flat partition, not on each layer",
+                got=f"optim.name=lamb with train.zero={self.train.zero}",
+                expected="train.zero=0 with lamb, or sgd / adamw with any stage",
+                fix='set ZERO=0, or SET="optim.name=adamw"',
+            )
+        if self.train.ema_decay > 0 and self.train.zero == 3:
+            raise UserError(
+                "a moving average of the weights needs whole weights at every step, ZeRO 3 keeps them in parts",
+                got=f"train.ema_decay={self.train.ema_decay} with train.zero=3",
+                expected="ema_decay=0, or ZeRO 0 to 2",
+                fix='set ZERO=2, or SET="train.ema_decay=0"',
+            )
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses to dicts, tuples to lists: what JSON would give back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of canonical JSON of `fields`, everything that changes cached bytes."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,45 @@
+"""The one exception that a user is meant to read.
+
+In: the facts of a failure. Out: `UserError`, whose text always answers the same five questions.
+Invariant: anything a user can cause (a mistype, a bad file, a full disk) ends here; `assert` is for our own mistakes.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can put right: what failed, what was there, what was expected, where, and what to do.
+
+    Entry points print it without a traceback and exit with status 2.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        got: object = None,
+        expected: object = None,
+        where: object = None,
+        fix: str | None = None,
+    ) -> None:
+        parts = (("got", got), ("expected", expected), ("where", where), ("what to do", fix))
+        super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)]))
+
+    def __reduce__(self) -> tuple[type["RestoredError"], tuple[str]]:
+        """Survive the trip from a worker process: the text is the whole state."""
+        return RestoredError, (str(self),)
+
+
+class RestoredError(UserError):
+    """A `UserError` that crossed a process border; its text is already laid out."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+
+
+def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+    """The known names closest to a mistyped one, as "a, b, c"; all of them when none is close."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    return ", ".join(close or names[:20])
