@@ -108,7 +108,7 @@ class TeacherConfig:
     pretrained: bool = True
     """Fetch timm's pretrained weights when no file is given; false gives random weights (for trying things out)."""
     num_classes: int | None = None
-    """Classes of the teacher's head (None: the number in the weights file, the data set's, or the pretrained head's)."""
+    """Classes of the head (None: the number in the weights file, the data set's, or the pretrained head's)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     batch_size: int = 64
@@ -297,8 +297,10 @@ class TrainConfig:
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
-            "train.micro_batch_size", self.micro_batch_size, f"a divisor of train.global_batch_size={self.global_batch_size}",
-        )  # fmt: skip
+            "train.micro_batch_size",
+            self.micro_batch_size,
+            f"a divisor of train.global_batch_size={self.global_batch_size}",
+        )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
