@@ -107,6 +107,8 @@ class TeacherConfig:
     """A .safetensors file with the state dict of that timm model (None: pretrained weights, or random ones)."""
     pretrained: bool = True
     """Fetch timm's pretrained weights when no file is given; false gives random weights (for trying things out)."""
+    weights_dir: str = "teachers"
+    """Folder of the demo teacher and of weights brought by `fetch`; looked at before pretrained weights are fetched."""
     num_classes: int | None = None
     """Classes of the head (None: the number in the weights file, the data set's, or the pretrained head's)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

@@ -1,0 +1,117 @@
+"""Which sample is seen when: the only place that decides order.
+
+In: (num_samples, block, window, seed) and an epoch, a step, a rank. Out: positions in a view's canonical order.
+Invariant: pure functions. The global batch of a step does not depend on ranks, workers or on where training resumed.
+
+An epoch is a block shuffle: the blocks of `block` neighbouring samples are permuted, then the samples of every
+`window` successive blocks are permuted together. Reads stay close together (a block is one contiguous read), a sample
+travels anywhere, and no array of the data set's size is made: memory is O(num_samples / block + block * window).
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.errors import UserError
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Order:
+    """The order of one training run over views of `num_samples` samples."""
+
+    num_samples: int
+    """Samples of one view."""
+    block: int
+    """Neighbouring samples that travel together between windows."""
+    window: int
+    """Blocks whose samples are mixed with each other."""
+    seed: int
+
+
+def _generator(*key: int) -> np.random.Generator:
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+@lru_cache(maxsize=2)
+def _block_order(order: Order, epoch: int) -> tuple[Ids, Ids]:
+    """Block numbers in the epoch's order, and the position at which each begins (one more entry: the end)."""
+    num_blocks = -(-order.num_samples // order.block)
+    blocks = _generator(order.seed, epoch).permutation(num_blocks).astype(np.int64)
+    sizes = np.minimum(order.block, order.num_samples - blocks * order.block)
+    return blocks, np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
+
+
+@lru_cache(maxsize=4)
+def _window_ids(order: Order, epoch: int, window: int) -> Ids:
+    """The shuffled positions of one window of blocks."""
+    blocks, _ = _block_order(order, epoch)
+    members = blocks[window * order.window : (window + 1) * order.window]
+    parts = [np.arange(b * order.block, min((b + 1) * order.block, order.num_samples), dtype=np.int64) for b in members]
+    ids: Ids = _generator(order.seed, epoch, window).permutation(np.concatenate(parts))
+    return ids
+
+
+def epoch_ids(order: Order, epoch: int, start: int, stop: int) -> Ids:
+    """Entries [start, stop) of the epoch's permutation of range(num_samples), int64."""
+    assert 0 <= start <= stop <= order.num_samples
+    _, begins = _block_order(order, epoch)
+    window_begins = begins[:: order.window]
+    parts = []
+    at = start
+    while at < stop:
+        window = int(np.searchsorted(window_begins, at, side="right")) - 1
+        ids = _window_ids(order, epoch, window)
+        offset = at - int(window_begins[window])
+        part = ids[offset : offset + stop - at]
+        parts.append(part)
+        at += len(part)
+    return np.concatenate(parts) if parts else np.zeros(0, np.int64)
+
+
+def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
+    """Whole global batches in an epoch. The rest (other samples every epoch) is left out.
+
+    Raises:
+        UserError: when not even one global batch fits.
+    """
+    steps = num_samples // global_batch_size
+    if steps == 0:
+        raise UserError(
+            "the global batch is larger than the data set",
+            got=f"{num_samples} samples, global batch {global_batch_size}",
+            expected=f"a global batch of at most {num_samples}",
+            fix='lower it, for example SET="train.global_batch_size=64 train.micro_batch_size=32"',
+        )
+    return steps
+
+
+def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
+    """Positions (micro_batch,) of micro-batch number `micro` in global batch `step` of the epoch."""
+    start = step * global_batch + micro * micro_batch
+    return epoch_ids(order, epoch, start, start + micro_batch)
+
+
+def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
+    """The micro-batch numbers of a global batch that a rank computes, in order.
+
+    The micro-batch is the group that BatchNorm sees, so it stays as it is and ranks share whole micro-batches.
+
+    Raises:
+        UserError: when they cannot be shared evenly, with the nearest possible numbers.
+    """
+    count = global_batch // micro_batch
+    assert count * micro_batch == global_batch
+    if count % world_size:
+        possible = [n for n in range(1, count + 1) if count % n == 0]
+        near = sorted(possible, key=lambda n: abs(n - world_size))[:3]
+        raise UserError(
+            "the micro-batches of a global batch cannot be shared evenly",
+            got=f"{count} micro-batches (global {global_batch} / micro {micro_batch}) on {world_size} processes",
+            expected=f"a number of processes that divides {count}: {', '.join(map(str, sorted(near)))}",
+            fix="change NPROC, train.global_batch_size or train.micro_batch_size",
+        )
+    return range(rank, count, world_size)
