@@ -1,0 +1,212 @@
+"""What every image source is made of: sample keys, the canonical order, and one source class with a reader inside.
+
+In: keys, labels and a reader that returns the encoded bytes of sample i. Out: a `ListedSource`.
+Invariant: keys are unique, hold neither dots nor whitespace, and their order depends on the keys (or on the order
+inside the user's tar and parquet files) alone: never on the file system, the rank or the number of workers.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, Protocol, overload
+from urllib.parse import quote
+
+import numpy as np
+import numpy.typing as npt
+
+from scalekd_cache.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+Split = Literal["train", "val"]
+
+IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+CANONICAL_ORDER = b"scalekd-cache canonical order"
+
+
+class SampleRef(NamedTuple):
+    """One labelled image: its key (no dots, no whitespace, `/` allowed) and the index of its class."""
+
+    key: str
+    label: int
+
+
+class Source(Protocol):
+    """A labelled set of encoded images in a fixed, canonical order."""
+
+    @property
+    def name(self) -> str:
+        """What the user asked for: demo, cifar10, imagenette or a path."""
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; a label is an index into it. The same for train and val."""
+
+    @property
+    def samples(self) -> Sequence[SampleRef]:
+        """All samples in canonical order."""
+
+    def ranges(self, samples_per_shard: int) -> list[range]:
+        """Cut the canonical order into contiguous work units of at most `samples_per_shard` samples."""
+
+    def order(self, group: int) -> IntArray:
+        """The permutation of sample indices, (N,) int64, in which view group `group` is stored."""
+
+    def read(self, index: int) -> bytes:
+        """The encoded image file of sample `index`; opens what it needs lazily, in any process."""
+
+
+class Reader(Protocol):
+    """Returns the encoded bytes of sample `index`. Pickles without open handles."""
+
+    def __call__(self, index: int) -> bytes:
+        """Read one image file."""
+
+
+class PackedStrings:
+    """Many strings in one block of bytes: cheap to pickle, and forked workers share it without touching refcounts."""
+
+    def __init__(self, strings: Iterable[str]) -> None:
+        encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
+        self._data = b"".join(encoded)
+        self._ends = np.cumsum([0, *map(len, encoded)], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, index: int) -> str:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        return self._data[self._ends[index] : self._ends[index + 1]].decode("utf-8", "surrogateescape")
+
+
+class SampleList(Sequence[SampleRef]):
+    """Samples as one packed block of keys and one array of labels, (N,) int64."""
+
+    def __init__(self, keys: Iterable[str], labels: Sequence[int] | IntArray) -> None:
+        self._keys = PackedStrings(keys)
+        self._labels = np.asarray(labels, dtype=np.int64)
+        assert self._labels.shape == (len(self._keys),), (self._labels.shape, len(self._keys))
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    @overload
+    def __getitem__(self, index: int) -> SampleRef: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[SampleRef]: ...
+    def __getitem__(self, index: int | slice) -> SampleRef | list[SampleRef]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        position = index + len(self) if index < 0 else index
+        return SampleRef(self._keys[position], int(self._labels[position]))
+
+    def __iter__(self) -> Iterator[SampleRef]:
+        return (self[index] for index in range(len(self)))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ListedSource:
+    """The one implementation of `Source`: a listing, and a reader that knows where the bytes are.
+
+    `file_starts`, (files,) int64, is the index of the first sample of every tar or parquet file, for sources that are
+    read in file order; None for sources whose canonical order is a hash of the keys.
+    """
+
+    name: str
+    class_names: tuple[str, ...]
+    samples: SampleList
+    reader: Reader
+    file_starts: IntArray | None = None
+
+    def ranges(self, samples_per_shard: int) -> list[range]:
+        """Contiguous ranges of at most `samples_per_shard` samples that never span two tar or parquet files."""
+        assert samples_per_shard > 0, samples_per_shard
+        starts = [0] if self.file_starts is None else self.file_starts.tolist()
+        return [
+            range(first, min(first + samples_per_shard, stop))
+            for start, stop in zip(starts, [*starts[1:], len(self.samples)])
+            for first in range(start, stop, samples_per_shard)
+        ]
+
+    def order(self, group: int) -> IntArray:
+        """(N,) int64: identity for group 0 and for file-order sources, else the order of a hash of (group, key)."""
+        assert group >= 0, group
+        if group == 0 or self.file_starts is not None:
+            return np.arange(len(self.samples), dtype=np.int64)
+        return hash_order((sample.key for sample in self.samples), b"scalekd-cache view group %d" % group)
+
+    def read(self, index: int) -> bytes:
+        """Encoded bytes of sample `index`; IndexError outside 0..N-1, UserError when the data has changed or gone."""
+        if not 0 <= index < len(self.samples):
+            raise IndexError(f"sample {index} of {len(self.samples)}")
+        return self.reader(index)
+
+    def first(self, count: int | None) -> "ListedSource":
+        """The same source cut to the first `count` samples of the canonical order (None: all)."""
+        if count is None or count >= len(self.samples):
+            return self
+        starts = None if self.file_starts is None else self.file_starts[self.file_starts < count]
+        samples = self.samples[:count]
+        cut = SampleList((sample.key for sample in samples), [sample.label for sample in samples])
+        return replace(self, samples=cut, file_starts=starts)
+
+
+def encode_key(path: str) -> str:
+    """A relative path (without its extension) as a sample key: `/` stays, dots and odd characters become %XX.
+
+    A leading double underscore is encoded too: WebDataset readers skip members whose names look like `__meta__`.
+    """
+    parts = [quote(os.fsencode(part), safe="").replace(".", "%2E") for part in path.split("/") if part not in ("", ".")]
+    return "/".join("%5F" + part[1:] if part.startswith("__") else part for part in parts)
+
+
+def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
+    """(N,) int64, the permutation that sorts `keys` by their blake2b keyed with `purpose` (at most 64 bytes)."""
+    hashes = [
+        int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, key=purpose).digest(), "little") for key in keys
+    ]
+    return np.argsort(np.array(hashes, dtype=np.uint64), kind="stable").astype(np.int64)
+
+
+def canonical_order(keys: Sequence[str]) -> IntArray:
+    """(N,) int64, indices of `keys` in canonical order: that of a hash, whatever order the keys were listed in."""
+    by_name = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
+    return by_name[hash_order((keys[index] for index in by_name), CANONICAL_ORDER)]
+
+
+def read_listed_file(path: str, key: str) -> bytes:
+    """Bytes of a file that was there when the source was listed."""
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise UserError(
+            f"an image that was listed cannot be read (sample {key})",
+            got=error.strerror or repr(error),
+            expected="the data set to stay as it was when it was opened",
+            where=path,
+            fix="put the file back or mend its permissions, then start again",
+        ) from error
+
+
+def missing_folder(what: str, folder: str | Path, expected: str, fix: str) -> UserError:
+    """The error for a folder that is not there, with what its parent holds instead."""
+    parent = Path(folder).parent
+    names = sorted(entry.name for entry in parent.iterdir())[:8] if parent.is_dir() else []
+    got = f"{parent} holds {', '.join(names) or 'nothing'}" if parent.is_dir() else f"{parent} is not a folder either"
+    return UserError(what, got=got, expected=expected, where=folder, fix=fix)
+
+
+def check_labels(labels: IntArray, num_classes: int, describe: str, where: object) -> None:
+    """Refuse labels outside 0..num_classes-1, naming the first one."""
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(wrong):
+        raise UserError(
+            f"{describe} has a label outside the class list",
+            got=f"label {labels[wrong[0]]} at position {wrong[0]} ({len(wrong)} such labels)",
+            expected=f"0 to {num_classes - 1}, the classes of the training set",
+            where=where,
+            fix="mend the labels, or the list of class names",
+        )

@@ -1,0 +1,67 @@
+"""Brace patterns of file names: `train-{000..146}.tar`, `{a,b}.tar`.
+
+In: a pattern. Out: the names it stands for, or the validation files beside it.
+Invariant: a training pattern means exactly the files it names; one that is missing is found out when it is opened.
+"""
+
+import glob
+import itertools
+import re
+
+from scalekd_cache.errors import UserError
+
+BRACES = re.compile(r"\{([^{}]*)\}")
+MAX_FILES = 1_000_000
+
+
+def is_pattern(text: str) -> bool:
+    """Whether `text` is a brace pattern of tars."""
+    return text.endswith(".tar") and BRACES.search(text) is not None
+
+
+def expand_braces(pattern: str) -> list[str]:
+    """All names a pattern stands for, in its order; zeros in front of the first number of a range are kept."""
+    pieces = BRACES.split(pattern)  # text, inside, text, inside, ..., text
+    choices = [_choices(piece, pattern) if number % 2 else [piece] for number, piece in enumerate(pieces)]
+    total = 1
+    for names in choices:
+        total *= len(names)
+    if total > MAX_FILES:
+        raise _bad_pattern(pattern, f"{total} files")
+    return ["".join(parts) for parts in itertools.product(*choices)]
+
+
+def sibling_glob(pattern: str, names: tuple[str, ...]) -> list[str]:
+    """Files that are there when the last word `train` of the pattern becomes one of `names`, numbers left open."""
+    words = list(re.finditer(r"(?<![A-Za-z])train(?![A-Za-z])", pattern))
+    if not words:
+        return []
+    start, stop = words[-1].span()
+    for name in names:
+        pieces = BRACES.split(pattern[:start] + name + pattern[stop:])
+        found = sorted(glob.glob("*".join(glob.escape(piece) for piece in pieces[::2])))
+        if found:
+            return found
+    return []
+
+
+def _choices(inside: str, pattern: str) -> list[str]:
+    numbers = re.fullmatch(r"(\d{1,9})\.\.(\d{1,9})", inside)
+    if numbers is None:
+        if "," not in inside:
+            raise _bad_pattern(pattern, "{" + inside + "}")
+        return inside.split(",")
+    first, last = int(numbers[1]), int(numbers[2])
+    if not first <= last < first + MAX_FILES:
+        raise _bad_pattern(pattern, "{" + inside + "}")
+    return [f"{number:0{len(numbers[1])}d}" for number in range(first, last + 1)]
+
+
+def _bad_pattern(pattern: str, got: str) -> UserError:
+    return UserError(
+        "a pattern of shards cannot be understood",
+        got=got,
+        expected="{000..146} with the lower number first, or {a,b,c}",
+        where=pattern,
+        fix="correct data.source",
+    )

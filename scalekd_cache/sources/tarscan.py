@@ -1,0 +1,88 @@
+"""One pass over the headers of a tar that comes from elsewhere.
+
+In: a path. Out: name, offset and size of every regular member.
+Invariant: every member lies wholly inside the file, the tar has its end mark and nothing behind it; links, devices
+and sparse files are left out; nothing is allocated from a size that the tar claims.
+"""
+
+import io
+import os
+import tarfile
+from typing import NamedTuple
+
+from scalekd_cache.errors import UserError
+
+BLOCK = 512
+MAX_HEADER_BYTES = 1 << 20
+SCAN_ERRORS = (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError, EOFError, RecursionError)
+
+
+class TarMember(NamedTuple):
+    """A regular file inside a tar: its data starts at `offset` and has `size` bytes."""
+
+    name: str
+    offset: int
+    size: int
+
+
+class _HeaderFile(io.FileIO):
+    """A file that refuses reads no honest tar header needs, before memory is taken for them."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is None or not 0 <= size <= MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"a header claims {size} bytes")
+        return super().read(size)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """A member's name as WebDataset reads it: (key, extension in lower case); None for names that are no samples."""
+    folder, _, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
+        return None
+    return (f"{folder}/{stem}" if folder else stem), extension.lower()
+
+
+def scan_tar(path: str) -> list[TarMember]:
+    """All regular members in order.
+
+    Raises:
+        UserError: no such file, not an uncompressed tar, cut short, damaged, data behind the end mark.
+    """
+    members: list[TarMember] = []
+    last = "none"
+    try:
+        file_bytes = os.path.getsize(path)
+        with _HeaderFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            position = -1
+            for info in tar:
+                if info.size < 0 or info.offset <= position or info.offset_data + info.size > file_bytes:
+                    raise tarfile.ReadError(f"member {info.name} has {info.size} bytes at {info.offset_data}")
+                position, last = info.offset, info.name
+                if info.isreg() and not info.issparse():
+                    members.append(TarMember(info.name, info.offset_data, info.size))
+            _check_end(file, tar.offset)
+    except OSError as error:
+        raise UserError("a shard cannot be opened", got=error.strerror, where=path, fix="check the path") from error
+    except SCAN_ERRORS as error:
+        key = (split_name(last) or (last, ""))[0]
+        raise UserError(
+            f"a shard is cut short or damaged; the last sample found is {key}",
+            got=f"{error} (last whole header: {last})",
+            expected="an uncompressed tar with its end-of-archive mark",
+            where=path,
+            fix="copy or write the shard again",
+        ) from error
+    return members
+
+
+def _check_end(file: io.FileIO, position: int) -> None:
+    """After the last member: at least one block of zeros, and nothing but zeros up to the end of the file."""
+    file.seek(position)
+    block = file.read(BLOCK)
+    if len(block) < BLOCK:
+        raise tarfile.ReadError("the tar ends without its end-of-archive mark")
+    while block:
+        if any(block):
+            raise tarfile.ReadError(f"a damaged header, or data behind the end mark, near byte {file.tell()}")
+        block = file.read(MAX_HEADER_BYTES)
