@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from scalekd_cache.config import DataConfig
 from scalekd_cache.errors import UserError, nearest
@@ -38,7 +38,7 @@ TRANSPOSES = {
 }
 
 
-class UnreadableImage(Exception):
+class UnreadableImage(Exception):  # noqa: N818 (it names the image, as the skip list does)
     """One image that cannot be decoded: a fact about the data that the caller records before it goes on."""
 
     def __init__(self, key: str, reason: str) -> None:
@@ -74,7 +74,7 @@ def open_source(config: DataConfig, split: Split) -> Source:
     root = Path(name).expanduser()
     if not root.is_dir():
         raise _not_a_folder(name, root)
-    has_classes = (root / "train").is_dir() and any(entry.is_dir() for entry in (root / "train").iterdir())
+    has_classes = any(path.is_dir() and not path.name.startswith(".") for path in (root / "train").glob("*"))
     if not has_classes and has_shards(root):
         return open_shards(name, str(root), split).first(config.max_samples)
     if not has_classes and has_parquet(root):
@@ -120,7 +120,7 @@ def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     except (UnreadableImage, MemoryError):  # out of memory says something about the machine, not about the image
         raise
     except Exception as error:  # Pillow raises many kinds on damaged bytes
-        reason = "not a known image format" if isinstance(error, Image.UnidentifiedImageError) else str(error)
+        reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImage(key, reason or type(error).__name__) from error
     assert pixels.ndim == 3, pixels.shape
     assert pixels.shape[2] == 3, pixels.shape

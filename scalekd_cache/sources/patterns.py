@@ -31,9 +31,14 @@ def expand_braces(pattern: str) -> list[str]:
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 
+def word(name: str) -> re.Pattern[str]:
+    """Finds `name` where no letter stands before or after it: val in x-val-0.tar, not in validation.tar."""
+    return re.compile(rf"(?<![A-Za-z]){name}(?![A-Za-z])")
+
+
 def sibling_glob(pattern: str, names: tuple[str, ...]) -> list[str]:
     """Files that are there when the last word `train` of the pattern becomes one of `names`, numbers left open."""
-    words = list(re.finditer(r"(?<![A-Za-z])train(?![A-Za-z])", pattern))
+    words = list(word("train").finditer(pattern))
     if not words:
         return []
     start, stop = words[-1].span()

@@ -14,7 +14,7 @@ import numpy as np
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.sources.base import ListedSource, SampleList, Split, check_labels, encode_key
-from scalekd_cache.sources.patterns import expand_braces, is_pattern, sibling_glob
+from scalekd_cache.sources.patterns import expand_braces, is_pattern, sibling_glob, word
 from scalekd_cache.sources.tarscan import TarMember, scan_tar, split_name
 
 __all__ = ["has_shards", "is_pattern", "open_shards"]
@@ -22,7 +22,7 @@ __all__ = ["has_shards", "is_pattern", "open_shards"]
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
 MAX_CLS_BYTES = 20
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
-LAYOUT = "train/*.tar and val/*.tar, or train-*.tar and val-*.tar"
+LAYOUT = "train/*.tar and val/*.tar, or *train*.tar and *val*.tar"
 
 
 class ShardSample(NamedTuple):
@@ -89,7 +89,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
     Raises:
         UserError: no tars, a damaged tar, a sample without image or label, a key seen twice, a label outside the list.
     """
-    tars = _find(root, split)
+    train_tars, tars = _find(root, "train"), _find(root, split)
     if not tars:
         raise UserError(
             f"no tars for {split}", expected=f"{LAYOUT}, or a brace pattern with `train` in it", where=root,
@@ -97,9 +97,9 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
         )  # fmt: skip
     samples = [_read_samples(tar) for tar in tars]
     _check_unique(tars, samples)
-    class_names = _read_class_names(tars[0])
+    class_names = _read_class_names(train_tars[0])
     if class_names is None:
-        train = samples if split == "train" else [_read_samples(tar) for tar in _find(root, "train")]
+        train = samples if split == "train" else [_read_samples(tar) for tar in train_tars]
         highest = max((sample.label for many in train for sample in many), default=-1)
         class_names = tuple(str(label) for label in range(highest + 1))
     for tar, many in zip(tars, samples):
@@ -125,7 +125,7 @@ def _find(root: str, split: str) -> list[str]:
         return expand_braces(root) if split == "train" else sibling_glob(root, SPLIT_NAMES["val"])
     for part in SPLIT_NAMES[split]:
         found = sorted(Path(root, part).glob("*.tar")) or sorted(
-            path for path in Path(root).glob(f"{part}*.tar") if not path.name[len(part)].isalpha()
+            path for path in Path(root).glob("*.tar") if word(part).search(path.name)
         )
         if found:
             return [str(path) for path in found]
@@ -133,10 +133,17 @@ def _find(root: str, split: str) -> list[str]:
 
 
 def _read_class_names(tar: str) -> tuple[str, ...] | None:
-    for folder in (Path(tar).parent, Path(tar).parent.parent):
-        path = folder / "classes.txt"
-        if path.is_file():
-            return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+    """Lines of classes.txt in the folder of a training tar, or above it where that folder is the split's own."""
+    folder = Path(tar).parent
+    for path in (folder / "classes.txt", folder.parent / "classes.txt"):
+        if path.is_file() and (path.parent == folder or folder.name == "train"):
+            try:
+                return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    "the list of class names cannot be read", got=error, expected="UTF-8, one name a line", where=path,
+                    fix="write the file again",
+                ) from error  # fmt: skip
     return None
 
 
