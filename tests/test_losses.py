@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalekd_cache import losses
 from scalekd_cache.config import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import (
@@ -136,6 +137,24 @@ def test_zero_norms_and_zero_predictions_stay_finite() -> None:
         assert value == 0
         (grad,) = torch.autograd.grad(value, prediction)
         assert grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", [spatial_loss, frequency_loss])
+def test_losses_widen_and_switch_autocast_off(loss, monkeypatch: pytest.MonkeyPatch) -> None:
+    prediction, features, norms = (x.detach().bfloat16() for x in pair())
+    states: list[bool] = []
+    inner = losses.feature_loss
+
+    def noted(*arguments):
+        states.append(torch.is_autocast_enabled("cpu"))
+        return inner(*arguments)
+
+    monkeypatch.setattr(losses, "feature_loss", noted)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = loss(prediction, features, norms)
+    assert states == [False]
+    assert got.dtype == torch.float32
+    assert torch.equal(got, loss(prediction.float(), features.float(), norms.float()))
 
 
 def test_one_position_is_refused() -> None:
