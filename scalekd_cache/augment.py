@@ -1,0 +1,144 @@
+"""RandAugment's fifteen operations (timm's "increasing" set): from magnitude to argument, from argument to pixels.
+
+In: an operation's name with a magnitude (0 to 10) and a sign, or with the argument they gave, and a PIL image.
+Out: the argument, a plain number that a view record keeps, and the changed image.
+Invariant: the argument alone decides the pixels; nothing here draws random numbers. Names, ranges and results are those
+of `timm.data.auto_augment`; the order of `OPERATIONS` is part of how views are drawn and never changes.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from PIL import Image, ImageEnhance, ImageOps
+
+from scalekd_cache.errors import UserError, nearest
+
+FILL = (128, 128, 128)
+"""Colour of the pixels that a geometric operation brings in from outside the image."""
+
+MAGNITUDE_MAX = 10.0
+"""The strongest magnitude; `level` below is magnitude over this, 0 to 1."""
+
+
+class Operation(NamedTuple):
+    """One operation: how its argument comes about, what the argument may be, and what it does."""
+
+    resolve: Callable[[float, int], float]
+    """(level, sign) -> argument, in the unit named beside the operation."""
+    apply: Callable[[Image.Image, float, Image.Resampling], Image.Image]
+    """(image, argument, filter of geometric operations) -> image of the same size."""
+    low: float
+    high: float
+    whole: bool = False
+    """Whether the argument is a whole number."""
+
+
+def _nothing(level: float, sign: int) -> float:
+    return 0.0
+
+
+def _signed(limit: float) -> Callable[[float, int], float]:
+    return lambda level, sign: sign * level * limit
+
+
+def _factor(level: float, sign: int) -> float:
+    """Blend factor: 1 changes nothing, the distance from 1 grows with the level."""
+    return max(0.1, 1.0 + sign * level * 0.9)
+
+
+def _affine(
+    image: Image.Image, matrix: tuple[float, float, float, float, float, float], resample: Image.Resampling
+) -> Image.Image:
+    return image.transform(image.size, Image.Transform.AFFINE, matrix, resample=resample, fillcolor=FILL)
+
+
+def _solarize_add(image: Image.Image, argument: float, resample: Image.Resampling) -> Image.Image:
+    add = int(argument)
+    return image.point([min(255, i + add) if i < 128 else i for i in range(256)] * 3)
+
+
+def _blend(enhancer: Callable[[Image.Image], ImageEnhance._Enhance]) -> Operation:
+    return Operation(_factor, lambda image, factor, _: enhancer(image).enhance(factor), 0.1, 1.9)
+
+
+def _geometric(
+    limit: float, matrix: Callable[[float, Image.Image], tuple[float, float, float, float, float, float]]
+) -> Operation:
+    return Operation(
+        _signed(limit), lambda image, share, resample: _affine(image, matrix(share, image), resample), -limit, limit
+    )
+
+
+OPERATIONS: dict[str, Operation] = {
+    "AutoContrast": Operation(_nothing, lambda image, *_: ImageOps.autocontrast(image), 0, 0),
+    "Equalize": Operation(_nothing, lambda image, *_: ImageOps.equalize(image), 0, 0),
+    "Invert": Operation(_nothing, lambda image, *_: ImageOps.invert(image), 0, 0),
+    # degrees, counter-clockwise
+    "Rotate": Operation(
+        _signed(30.0), lambda image, degrees, filt: image.rotate(degrees, resample=filt, fillcolor=FILL), -30, 30
+    ),
+    # bits that are kept
+    "PosterizeIncreasing": Operation(
+        lambda level, _: 4 - int(level * 4), lambda image, bits, _: ImageOps.posterize(image, int(bits)), 0, 4, True
+    ),
+    # values from this threshold on are inverted
+    "SolarizeIncreasing": Operation(
+        lambda level, _: 256 - int(level * 256),
+        lambda image, limit, _: ImageOps.solarize(image, int(limit)),
+        0,
+        256,
+        True,
+    ),
+    # added to values below 128
+    "SolarizeAdd": Operation(lambda level, _: int(level * 110), _solarize_add, 0, 110, True),
+    "ColorIncreasing": _blend(ImageEnhance.Color),
+    "ContrastIncreasing": _blend(ImageEnhance.Contrast),
+    "BrightnessIncreasing": _blend(ImageEnhance.Brightness),
+    "SharpnessIncreasing": _blend(ImageEnhance.Sharpness),
+    # pixels of shift per pixel of the other axis
+    "ShearX": _geometric(0.3, lambda shear, _: (1, shear, 0, 0, 1, 0)),
+    "ShearY": _geometric(0.3, lambda shear, _: (1, 0, 0, shear, 1, 0)),
+    # share of the width, of the height
+    "TranslateXRel": _geometric(0.45, lambda share, image: (1, 0, share * image.width, 0, 1, 0)),
+    "TranslateYRel": _geometric(0.45, lambda share, image: (1, 0, 0, 0, 1, share * image.height)),
+}
+
+OPERATION_NAMES = tuple(OPERATIONS)
+
+
+def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
+    """The argument of operation `name` at `magnitude` (clipped to 0 to 10), negated where the operation has a sign.
+
+    Rounded to six decimals, so that records are short and do not depend on the last bit of a platform's logarithm.
+    """
+    level = max(0.0, min(magnitude, MAGNITUDE_MAX)) / MAGNITUDE_MAX
+    argument = OPERATIONS[name].resolve(level, -1 if negative else 1)
+    return round(float(argument), 6) + 0.0  # + 0.0 turns -0.0 into 0.0
+
+
+def check_operation(name: object, argument: object) -> tuple[str, float]:
+    """The operation if it is one of the fifteen with an argument in its range; UserError otherwise."""
+    if not isinstance(name, str) or name not in OPERATIONS:
+        raise UserError(
+            "a view record names an unknown operation",
+            got=repr(name),
+            expected=f"one of {nearest(str(name), OPERATIONS)}",
+            fix="the record is damaged or from another version: verify the cache, or make it again",
+        )
+    operation = OPERATIONS[name]
+    number = argument if isinstance(argument, int | float) and not isinstance(argument, bool) else float("nan")
+    inside = operation.low <= number <= operation.high  # False for NaN
+    if not inside or (operation.whole and number != int(number)):
+        kind = "a whole number" if operation.whole else "a number"
+        raise UserError(
+            f"a view record gives operation {name} an argument out of range",
+            got=repr(argument),
+            expected=f"{kind} from {operation.low} to {operation.high}",
+            fix="the record is damaged or from another version: verify the cache, or make it again",
+        )
+    return name, float(number)
+
+
+def apply_operation(name: str, argument: float, image: Image.Image, resample: Image.Resampling) -> Image.Image:
+    """Operation `name` on an RGB image; `resample` is the filter of rotation, shear and translation."""
+    return OPERATIONS[name].apply(image, argument, resample)
