@@ -43,7 +43,6 @@ _BOX = slice(_ERASE + 1, _ERASE + 1 + 4 * _TRIES)
 _NOISE = _BOX.stop
 _COUNT = _NOISE + 1
 _SEED_BITS = 53  # what every JSON reader keeps exactly
-_SIDE_MAX = 2**31 - 1
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _RECORD_FIX = "the record is damaged or from another version: verify the cache, or make it again"
 _FIELDS = ("number", "crop", "flip", "operations", "erase", "noise_seed")
@@ -51,14 +50,13 @@ _FIELDS = ("number", "crop", "flip", "operations", "erase", "noise_seed")
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One augmented view, explicit enough to be applied without any random numbers of our own choosing."""
+    """One augmented view, explicit enough to be applied without drawing anything."""
 
     number: int
-    """View number, 0 and up."""
     crop: Box
     """Box of the source image that is resized to the view."""
     flip: bool
-    """Whether the resized crop is mirrored left to right."""
+    """Mirrored left to right."""
     operations: tuple[tuple[str, float], ...]
     """RandAugment operations that are applied, in order, each with its argument (`augment.py` gives the units)."""
     erase: Box | None
@@ -115,7 +113,7 @@ def _whole(record: dict[str, Any], name: str, limit: int) -> int:
 
 def _box(record: dict[str, Any], name: str) -> Box:
     box = record[name]
-    ok = isinstance(box, list) and len(box) == 4 and all(type(side) is int and 0 <= side <= _SIDE_MAX for side in box)
+    ok = isinstance(box, list) and len(box) == 4 and all(type(side) is int and 0 <= side < 2**31 for side in box)
     _check_field(ok and min(box[2:]) > 0, record, name, "[left, top, width, height], not negative and not empty")
     return box[0], box[1], box[2], box[3]
 
