@@ -16,6 +16,9 @@ from scalekd_cache.errors import UserError, nearest
 FILL = (128, 128, 128)
 """Colour of the pixels that a geometric operation brings in from outside the image."""
 
+RECORD_FIX = "the record is damaged or from another version: verify the cache, or make it again"
+"""What to do about a bad view record."""
+
 MAGNITUDE_MAX = 10.0
 """The strongest magnitude; `level` below is magnitude over this, 0 to 1."""
 
@@ -53,7 +56,7 @@ def _affine(
 
 
 def _posterize(image: Image.Image, argument: float, resample: Image.Resampling) -> Image.Image:
-    """Keep the highest `argument` bits. Pillow's own refuses 0 bits (black) from version 13 on; magnitude 10 gives 0."""
+    """Keep the highest `argument` bits; 0 (magnitude 10) gives black, which Pillow's own refuses from version 13 on."""
     mask = 256 - 2 ** (8 - int(argument))
     return image.point([value & mask for value in range(256)] * 3)
 
@@ -127,7 +130,7 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
             "a view record names an unknown operation",
             got=repr(name),
             expected=f"one of {nearest(str(name), OPERATIONS)}",
-            fix="the record is damaged or from another version: verify the cache, or make it again",
+            fix=RECORD_FIX,
         )
     operation = OPERATIONS[name]
     number = argument if isinstance(argument, int | float) and not isinstance(argument, bool) else float("nan")
@@ -138,7 +141,7 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
             f"a view record gives operation {name} an argument out of range",
             got=repr(argument),
             expected=f"{kind} from {operation.low} to {operation.high}",
-            fix="the record is damaged or from another version: verify the cache, or make it again",
+            fix=RECORD_FIX,
         )
     return name, float(number)
 

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalekd_cache.augment import OPERATION_NAMES, apply_operation, check_operation, resolve_argument
+from scalekd_cache.augment import OPERATION_NAMES, RECORD_FIX, apply_operation, check_operation, resolve_argument
 from scalekd_cache.config import ViewConfig, require
 from scalekd_cache.errors import UserError
 
@@ -31,20 +31,16 @@ Box = tuple[int, int, int, int]
 NOISE_MEAN, NOISE_STD = 0.449 * 255, 0.226 * 255
 """Upstream erases with N(0, 1) after normalisation; these are ImageNet's mean and std, averaged over channels."""
 
-_TRIES = 10
-_OPS_MAX = 15
-_APPLY_PROBABILITY = 0.5
+_TRIES, _OPS_MAX, _APPLY_PROBABILITY = 10, 15, 0.5
 # Layout of the uniform values behind one view; it is part of the cache format.
 _CROP = slice(0, 4 * _TRIES)
 _FLIP = _CROP.stop
 _OPS = slice(_FLIP + 1, _FLIP + 1 + 4 * _OPS_MAX)
 _ERASE = _OPS.stop
 _BOX = slice(_ERASE + 1, _ERASE + 1 + 4 * _TRIES)
-_NOISE = _BOX.stop
-_COUNT = _NOISE + 1
+_NOISE = _BOX.stop  # the last one
 _SEED_BITS = 53  # what every JSON reader keeps exactly
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-_RECORD_FIX = "the record is damaged or from another version: verify the cache, or make it again"
 _FIELDS = ("number", "crop", "flip", "operations", "erase", "noise_seed")
 
 
@@ -84,7 +80,7 @@ class View:
         """
         if not isinstance(record, dict) or set(record) != set(_FIELDS):
             got = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise UserError("a view record has the wrong keys", got=got, expected=sorted(_FIELDS), fix=_RECORD_FIX)
+            raise UserError("a view record has the wrong keys", got=got, expected=sorted(_FIELDS), fix=RECORD_FIX)
         operations = record["operations"]
         pairs = isinstance(operations, list) and all(isinstance(op, list) and len(op) == 2 for op in operations)
         _check_field(pairs and len(operations) <= _OPS_MAX, record, "operations", "up to 15 pairs of name and argument")
@@ -102,7 +98,7 @@ class View:
 def _check_field(ok: bool, record: dict[str, Any], name: str, expected: str) -> None:
     if not ok:
         got = repr(record[name])[:200]
-        raise UserError(f"field {name!r} of a view record is wrong", got=got, expected=expected, fix=_RECORD_FIX)
+        raise UserError(f"field {name!r} of a view record is wrong", got=got, expected=expected, fix=RECORD_FIX)
 
 
 def _whole(record: dict[str, Any], name: str, limit: int) -> int:
@@ -133,7 +129,7 @@ def sample_view(config: ViewConfig, key: str, number: int, width: int, height: i
     assert min(width, height) > 0, (width, height)
     text = struct.pack("<QQ", config.seed, number) + key.encode()
     digest = hashlib.blake2b(text, digest_size=16, person=b"scalekd-view-1").digest()
-    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(_COUNT)
+    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(_NOISE + 1)
     uniform: list[float] = ((raw >> np.uint64(11)) * 2.0**-53).tolist()  # 0 <= value < 1
     return View(
         number=number,
