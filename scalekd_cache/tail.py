@@ -1,0 +1,324 @@
+"""The tail: the frozen end of a teacher, from its stage-3 map to the features after the final norm.
+
+In: a timm model of a known family, or a tail.safetensors with a `TeacherSpec`. Out: a `Tail`, (B, C3, H3, W3) ->
+(B, C, H, W). Invariant: fed with the teacher's own stage-3 map (and prefix tokens), a tail gives the teacher's
+features; its parameters never change and it never leaves eval mode.
+
+The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalise after pooling: `norm` is the identity
+and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT: `head.norm` at every
+position. The logits are the model's own in all cases.
+"""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from timm.layers import DropPath
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.tiny_vit import TinyVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.teacher_spec import Shape, TeacherSpec
+from scalekd_cache.zoo import check_name, create_timm_model
+
+DEMO_TEACHER = "demo_swin"
+DEMO_TIMM_NAME = "swin_tiny_patch4_window7_224"
+
+
+class TailParts(NamedTuple):
+    """The modules of a model that make its tail; `body` runs first to last."""
+
+    body: list[nn.Module]
+    norm: nn.Module
+    layout: str
+    """nhwc, nchw or tokens: what goes in and out of `body`, and into `norm`."""
+    prefix: int = 0
+    """Tokens before the patch tokens (class, distillation, registers)."""
+    position: nn.Module | None = None
+    """What gives positions to the attention of all blocks: shared relative bias (BEiT) or rotary embedding (EVA)."""
+
+
+class Family(NamedTuple):
+    """One row of `FAMILIES`."""
+
+    name: str
+    classes: tuple[type[nn.Module], ...]
+    parts: Callable[[Any], TailParts]
+    """Finds the tail's modules in a model of these classes."""
+
+
+def _final_norm(model: Any) -> nn.Module:
+    norm: nn.Module = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    return norm
+
+
+def _last_quarter(model: Any) -> list[nn.Module]:
+    blocks = list(model.blocks)
+    return blocks[-max(1, len(blocks) // 4) :]
+
+
+FAMILIES = (
+    Family(
+        "swin",
+        (SwinTransformer, SwinTransformerV2),
+        lambda model: TailParts([model.layers[-1]], model.norm, "nhwc"),
+    ),
+    Family("tiny_vit", (TinyVit,), lambda model: TailParts([model.stages[-1]], model.head.norm, "nchw")),
+    Family(
+        "vit",  # DeiT and DINOv2 too
+        (VisionTransformer,),
+        lambda model: TailParts(_last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens),
+    ),
+    Family(
+        "beit",
+        (Beit,),
+        lambda model: TailParts(
+            _last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens, model.rel_pos_bias
+        ),
+    ),
+    Family(
+        "eva",
+        (Eva,),
+        lambda model: TailParts(
+            _last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens, model.rope
+        ),
+    ),
+)
+"""The supported teachers: the one place to add a family to (with a case in tests/test_teacher.py)."""
+
+
+def family_of(model: nn.Module, name: str) -> Family:
+    """The family of a timm model; `UserError` naming the supported ones when it has none."""
+    for family in FAMILIES:
+        if isinstance(model, family.classes) and not getattr(model, "rope_mixed", False):
+            return family
+    raise UserError(
+        "this model cannot be a teacher: it is of no supported transformer family",
+        got=f"{name}, a {type(model).__name__}",
+        expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
+        fix="choose such a model, or add a row to FAMILIES in scalekd_cache/tail.py",
+    )
+
+
+def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int]) -> Tensor:
+    """A model's own layout, prefix tokens dropped, to (B, C, H, W)."""
+    if layout == "tokens":
+        return x[:, prefix:].transpose(1, 2).unflatten(2, grid)
+    return x.permute(0, 3, 1, 2) if layout == "nhwc" else x
+
+
+def features_of(parts: TailParts, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The final norm on what `parts.body` gave, as (B, C, H, W)."""
+    return to_map(parts.norm(x), parts.layout, parts.prefix, grid)
+
+
+class Tail(nn.Module):
+    """The frozen end of a teacher (ScaleKD's teacher parameter perception, TPP, runs student features through it).
+
+    Gradients reach the input; parameters are frozen; `train()` changes nothing. For token models the tail runs on
+    patch tokens alone: where positions are counted with prefix tokens (BEiT, EVA) it puts zeros in their place and
+    hides them from the attention.
+
+    Args:
+        parts: Modules; they are used as they are (copy them first when the model lives on).
+        family: Name of the family.
+        in_shape: (C3, H3, W3).
+        out_shape: (C, H, W).
+    """
+
+    def __init__(self, parts: TailParts, family: str, in_shape: Shape, out_shape: Shape) -> None:
+        super().__init__()
+        self.family, self.in_shape, self.out_shape = family, in_shape, out_shape
+        self.layout, self.prefix = parts.layout, parts.prefix
+        self.body = nn.ModuleList(parts.body)
+        self.norm = parts.norm
+        self.position = parts.position
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Tail":
+        """Stays in eval mode: drop path in the teacher's tail would be noise in its targets."""
+        return self
+
+    def enable_drop_path(self) -> None:
+        """Switch the tail's drop path on for good (`scalekd.tail_drop_path`, an ablation)."""
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.training = True
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Run the tail.
+
+        Args:
+            x: (B, C3, H3, W3), floating point.
+            prefix: (B, P, C3), the teacher's own prefix tokens, for checking a tail against its teacher.
+
+        Returns:
+            (B, C, H, W) after the final norm.
+        """
+        if x.shape[1:] != self.in_shape:
+            raise UserError("the tail got a map of another shape", got=tuple(x.shape[1:]), expected=self.in_shape)
+        grid = (self.out_shape[1], self.out_shape[2])
+        parts = TailParts([], self.norm, self.layout, self.prefix)
+        if self.layout == "tokens":
+            hidden = 0
+            tokens = x.flatten(2).transpose(1, 2)
+            if prefix is None and self.family in ("beit", "eva"):
+                hidden = self.prefix
+                prefix = tokens.new_zeros(x.shape[0], hidden, x.shape[1])
+            if prefix is None:
+                parts = parts._replace(prefix=0)
+            else:
+                tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+            return features_of(parts, self._blocks(tokens, hidden), grid)
+        x = x.permute(0, 2, 3, 1) if self.layout == "nhwc" else x
+        for stage in self.body:
+            x = stage(x)
+        return features_of(parts, x, grid)
+
+    def _blocks(self, tokens: Tensor, hidden: int) -> Tensor:
+        """(B, N, C) through the blocks; no token attends to the first `hidden` ones."""
+        mask = None
+        if hidden:
+            mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
+            mask[..., :hidden] = float("-inf")
+        options: dict[str, Any] = {}
+        if self.family == "beit":
+            bias = None if self.position is None else self.position()
+            options["shared_rel_pos_bias"] = bias if mask is None else mask if bias is None else bias + mask
+        elif self.family == "eva":
+            position: Any = self.position
+            if position is not None:
+                fixed = getattr(position, "feat_shape", None) is not None
+                options["rope"] = position.get_embed() if fixed else position.get_embed(shape=list(self.in_shape[1:]))
+            options["attn_mask"] = mask
+        for block in self.body:
+            tokens = block(tokens, **options)
+        return tokens
+
+
+def build_tail(model: nn.Module, name: str, in_shape: Shape, out_shape: Shape) -> Tail:
+    """A tail that is a copy of the end of `model`."""
+    family = family_of(model, name)
+    tail = Tail(copy.deepcopy(family.parts(model)), family.name, in_shape, out_shape)
+    for module in tail.modules():
+        if hasattr(module, "attention_bias_cache"):
+            module.attention_bias_cache = {}  # TinyViT fills it in eval mode, with what was current then
+    return tail
+
+
+def tail_tensors(tail: Tail) -> dict[str, Tensor]:
+    """Parameters and all buffers by name, those included that a state dict leaves out (position indices, masks)."""
+    return dict(tail.named_parameters()) | dict(tail.named_buffers())
+
+
+def timm_name(name: str) -> str:
+    """The timm model behind a teacher's name."""
+    return DEMO_TIMM_NAME if name == DEMO_TEACHER else name
+
+
+def write_tail(tail: Tail, spec: TeacherSpec, path: Path) -> str:
+    """Write a tail (safetensors, via a temporary file in the same folder); returns the file's sha256 (hex)."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
+    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # one metadata key only: safetensors does not fix the order of several, and equal tails give equal files
+    save_file(tensors, temporary, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
+    with open(temporary, "rb+") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return digest
+
+
+def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
+    """Read a tail without the rest of its teacher in memory.
+
+    The architecture is built by timm on the meta device, which allocates nothing; the tail's tensors, all buffers
+    included, come from the file.
+
+    Args:
+        path: File of `teacher.save_tail`.
+        spec: The teacher it must belong to.
+
+    Returns:
+        The tail, on the CPU.
+
+    Raises:
+        UserError: no such file, damaged, of another teacher, or with missing, surplus or misshapen tensors.
+    """
+    check_name(timm_name(spec.name), "teacher.name")
+    with torch.device("meta"):
+        model, _ = create_timm_model(timm_name(spec.name), spec.model_args)
+    tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)
+    wanted = tail_tensors(tail)
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            _check_spec((file.metadata() or {}).get("spec"), spec, path)
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+            check_tensors(shapes, {name: tuple(value.shape) for name, value in wanted.items()}, path)
+            found = {name: file.get_tensor(name) for name in wanted}
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the tail: {error}", where=path, fix="restore the file from the cache") from error
+    for name, value in found.items():
+        owner = tail.get_submodule(name.rpartition(".")[0])
+        key = name.rpartition(".")[2]
+        if value.dtype != wanted[name].dtype:
+            raise UserError(f"tensor {name} has another type", got=value.dtype, expected=wanted[name].dtype, where=path)
+        if key in owner._parameters:
+            owner._parameters[key] = nn.Parameter(value, requires_grad=False)
+        else:
+            owner._buffers[key] = value
+    return tail
+
+
+def _check_spec(text: str | None, spec: TeacherSpec, path: str | Path) -> None:
+    try:
+        found = json.loads(text or "null")
+    except ValueError:
+        found = None
+    expected = spec.to_json()
+    if found != expected:
+        names = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
+        raise UserError(
+            "this tail is not the tail of the cache's teacher",
+            got=f"other values for {', '.join(names) or 'unknown fields'}",
+            expected=f"teacher {spec.name}, weights {spec.weights_sha256[:16]}",
+            where=path,
+            fix="use the tail.safetensors that was written with this cache",
+        )
+
+
+def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str | Path) -> None:
+    """`UserError` naming missing and surplus tensors and differing shapes, unless a file fits a model exactly."""
+    missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
+    if not (missing or surplus or wrong):
+        return
+    lines = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in
+             (("missing", missing), ("surplus", surplus)) if names]  # fmt: skip
+    lines += [f"{name} is {found[name]}, the model has {wanted[name]}" for name in wrong[:8]]
+    raise UserError(
+        "the weights in this file do not fit the model",
+        got="; ".join(lines),
+        expected=f"exactly the model's {len(wanted)} tensors",
+        where=where,
+        fix="give the name, image size and number of classes that the file was trained with",
+    )

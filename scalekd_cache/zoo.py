@@ -1,0 +1,94 @@
+"""timm models by name: checks the name, builds the model with the options it takes.
+
+In: a model name as a user types it and keyword arguments. Out: a timm module and the arguments that built it.
+Invariant: only names of timm's own registry are built. `local-dir:` and `hf-hub:` names are refused: without
+`pretrained=True` timm gives them random weights without a word, and with it they may load a pickle.
+"""
+
+import inspect
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import timm
+from torch import nn
+
+from scalekd_cache.errors import UserError, nearest
+
+RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"} | {"features_only", "device"}
+"""Arguments of `timm.create_model` that choose weights or files; never taken from a file or a caller's mapping."""
+
+
+def check_name(name: str, option: str) -> None:
+    """Raise `UserError` with the nearest names unless `name` is an architecture (and tag) of timm's registry."""
+    if not timm.is_model(name):
+        raise UserError(
+            f"timm {timm.__version__} has no model of this name",
+            got=f"{option}={name}",
+            expected=f"a timm model name, such as {nearest(name, timm.list_models())}",
+            fix="correct the name; python -c 'import timm; print(timm.list_models())' lists all of them",
+        )
+    stem, _, tag = name.partition(".")
+    tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
+    if tag and tag not in tags:
+        raise UserError(
+            f"timm {timm.__version__} has no weights with this tag for {stem}",
+            got=f"{option}={name}",
+            expected=f"one of the tags {nearest(tag, tags)}",
+            fix="correct the part after the dot, or leave it out",
+        )
+
+
+def default_image_size(name: str) -> int:
+    """Side (pixels) of the images that timm builds this model for."""
+    config = timm.get_pretrained_cfg(name)
+    return int(config.input_size[-1]) if config is not None else 224
+
+
+def create_timm_model(
+    name: str, args: Mapping[str, Any], optional: Mapping[str, Any] | None = None, *, pretrained: bool = False
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build a timm model.
+
+    Args:
+        name: A name that `check_name` accepts.
+        args: Arguments the model must take.
+        optional: Arguments that are left out when the model's constructor does not know them.
+        pretrained: Load timm's weights.
+
+    Returns:
+        The model and the arguments it was built with (without `pretrained`).
+
+    Raises:
+        UserError: an argument that chooses weights or files, one the model does not know, or an image size it refuses.
+    """
+    reserved = sorted(RESERVED_ARGS & {*args, *(optional or {})})
+    if reserved:
+        raise UserError(
+            "these model arguments are not allowed: they choose weights or files",
+            got=", ".join(reserved),
+            expected="arguments of the model's constructor",
+            where=f"model {name}",
+        )
+    extra = dict(optional or {})
+    while True:
+        used = {**args, **extra}
+        try:
+            return timm.create_model(name, pretrained=pretrained, **used), used
+        except TypeError as error:
+            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            if found is None or found[1] not in used:
+                raise
+            if found[1] not in extra:
+                raise UserError(
+                    f"model {name} does not take the argument {found[1]}",
+                    got=f"{found[1]}={used[found[1]]!r}",
+                    fix=f"leave {found[1]} out",
+                ) from error
+            del extra[found[1]]
+        except AssertionError as error:
+            raise UserError(
+                f"timm cannot build {name} with these arguments: {error}",
+                got=used,
+                fix="choose another image size or other model arguments",
+            ) from error
