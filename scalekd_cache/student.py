@@ -1,0 +1,174 @@
+"""The student: any timm model, with its two last feature maps taken out of one plain pass.
+
+In: a `StudentConfig`; images (B, 3, H, W), float, already normalised. Out: `StudentOutput` (S3, S4, logits).
+Invariant: logits are exactly `model(images)`, and `Student.model` is an untouched timm module: its state dict is what
+is exported.
+
+S3 and S4. Models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin): the ends of their last two stages, as timm's
+`feature_info` names them, without a norm. Models of one resolution (ViT, Mixer): the block that ends the third quarter,
+without a norm, and the last block, after the final norm (`norm`, or `fc_norm` on every token where timm normalises
+after pooling); patch tokens only.
+
+The maps are picked up by hooks while the model is called as a whole. Calling its parts by hand would miss what ZeRO 3
+does on a module's call: its parameters are gathered only then.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.teacher_spec import Shape
+from scalekd_cache.zoo import check_name, create_timm_model, default_image_size
+
+_POOLED_VIT = {"class_token": False, "global_pool": "avg"}
+SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mobilenetv1": ("mobilenetv1_100", {}),
+    "mixer_s16": ("mixer_s16_224", {}),
+    "mixer_b16": ("mixer_b16_224", {}),
+    "vit_small": ("vit_small_patch16_224", _POOLED_VIT),
+    "vit_base": ("vit_base_patch16_224", _POOLED_VIT),
+    "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
+}
+"""The paper's students by short name: timm's name and arguments. Names typed in full keep timm's defaults."""
+
+
+class StudentOutput(NamedTuple):
+    """One pass of the student."""
+
+    s3: Tensor
+    """(B, C3, H3, W3)"""
+    s4: Tensor
+    """(B, C4, H4, W4)"""
+    logits: Tensor
+    """(B, K)"""
+
+
+class TapPlan(NamedTuple):
+    """Which modules of a timm model give S3 and S4."""
+
+    modules: tuple[str, str]
+    channels: tuple[int, int]
+    norm: str | None
+    """Module put on S4's tokens, None for maps that shrink."""
+
+
+class _Tap:
+    """A forward hook that keeps a module's output while `armed`; `model(x)` on its own keeps nothing alive."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.armed:
+            self.value = output
+
+
+def plan_taps(model: Any, name: str) -> TapPlan:
+    """Choose S3 and S4 from timm's `feature_info`; `UserError` when the model has none or fewer than two maps."""
+    info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
+    if len(info) < 2 or not all("module" in entry for entry in info):
+        raise _unfit(name, "timm does not say where its feature maps are")
+    last = info[-1]
+    shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
+    norm = None
+    s3 = shallower[-1] if shallower else info[math.ceil(len(info) * 3 / 4) - 1]
+    if not shallower:
+        s3 = s3 if s3 is not last else info[-2]
+        found = [key for key in ("norm", "fc_norm") if not isinstance(getattr(model, key, None), nn.Identity | None)]
+        norm = found[0] if found else None
+    return TapPlan((s3["module"], last["module"]), (s3["num_chs"], last["num_chs"]), norm)
+
+
+class Student(nn.Module):
+    """A timm model and the hooks on it.
+
+    Args:
+        model: The timm model.
+        name: Its timm name, kept as `model_name`.
+        args: The arguments that built it, kept as `model_args`.
+        image_size: Side of the images, pixels.
+    """
+
+    def __init__(self, model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> None:
+        super().__init__()
+        self.model, self.model_name, self.model_args = model, name, args
+        self.plan = plan_taps(model, name)
+        self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        self._taps = (_Tap(), _Tap())
+        for module, tap in zip(self.plan.modules, self._taps, strict=True):
+            model.get_submodule(module).register_forward_hook(tap)
+        self.tap_shapes = self._probe(image_size)
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        """(B, 3, H, W) normalised images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
+        for tap in self._taps:
+            tap.armed = True
+        logits = self.model(images)
+        values = [tap.value for tap in self._taps]
+        for tap in self._taps:
+            tap.armed, tap.value = False, None
+        s3, s4 = values
+        assert s3 is not None and s4 is not None, "a tap's module was not called"
+        if self.plan.norm is not None and s4.ndim == 3:
+            s4 = self.model.get_submodule(self.plan.norm)(s4)
+        return StudentOutput(self._to_map(s3), self._to_map(s4), logits)
+
+    def _to_map(self, x: Tensor) -> Tensor:
+        """NHWC, or tokens with a prefix, to NCHW."""
+        if x.ndim == 4:
+            return x.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else x
+        x = x[:, getattr(self.model, "num_prefix_tokens", 0) :].transpose(1, 2)
+        side = math.isqrt(x.shape[2])
+        return x.unflatten(2, (side, side))
+
+    def _probe(self, image_size: int) -> tuple[Shape, Shape]:
+        """Run one black image for the shapes, and check that the hooks give what timm announces."""
+        mode = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                output = self(torch.zeros(1, 3, image_size, image_size))
+        except (AssertionError, AttributeError, RuntimeError) as error:
+            raise _unfit(self.model_name, f"it does not run on images of {image_size} pixels: {error}") from error
+        finally:
+            self.model.train(mode)
+        shapes = tuple(tuple(x.shape[1:]) for x in (output.s3, output.s4))
+        if tuple(shape[0] for shape in shapes) != self.plan.channels:
+            raise _unfit(self.model_name, f"its maps are {shapes}, timm announces {self.plan.channels} channels")
+        (s3, s4) = shapes
+        return (s3[0], s3[1], s3[2]), (s4[0], s4[1], s4[2])
+
+
+def _unfit(name: str, reason: str) -> UserError:
+    return UserError(
+        f"this model cannot be a student: {reason}",
+        got=name,
+        expected="a timm model with two feature maps, such as resnet50, mobilenetv1_100, convnext_tiny, swin_tiny, "
+        "vit_small, mixer_s16",
+        fix="choose another student or another image size",
+    )
+
+
+def build_student(config: StudentConfig, *, num_classes: int, image_size: int) -> Student:
+    """Build a student with random weights.
+
+    Args:
+        config: Name and drop path rate.
+        num_classes: Width of its classifier.
+        image_size: Side of its images, pixels; given to models that are built for one size.
+
+    Raises:
+        UserError: an unknown name, or a model without two usable maps at this size.
+    """
+    name, args = SHORT_NAMES.get(config.name, (config.name, {}))
+    check_name(name, "student.name")
+    optional: dict[str, Any] = {"drop_path_rate": config.drop_path}
+    if image_size != default_image_size(name):
+        optional["img_size"] = image_size
+    model, used = create_timm_model(name, {**args, "num_classes": num_classes}, optional)
+    return Student(model, name, used, image_size)
