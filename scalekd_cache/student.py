@@ -52,6 +52,10 @@ class TapPlan(NamedTuple):
 
     modules: tuple[str, str]
     channels: tuple[int, int]
+    indices: tuple[int, int]
+    """Their positions in `feature_info`."""
+    reduction: int | None
+    """Pixels per token of models of one resolution, None for maps that shrink."""
     norm: str | None
     """Module put on S4's tokens, None for maps that shrink."""
 
@@ -75,13 +79,15 @@ def plan_taps(model: Any, name: str) -> TapPlan:
         raise _unfit(name, "timm does not say where its feature maps are")
     last = info[-1]
     shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
-    norm = None
-    s3 = shallower[-1] if shallower else info[math.ceil(len(info) * 3 / 4) - 1]
+    reduction = norm = None
+    position = len(shallower) - 1
     if not shallower:
-        s3 = s3 if s3 is not last else info[-2]
+        position = min(math.ceil(len(info) * 3 / 4), len(info) - 1) - 1
         found = [key for key in ("norm", "fc_norm") if not isinstance(getattr(model, key, None), nn.Identity | None)]
         norm = found[0] if found else None
-    return TapPlan((s3["module"], last["module"]), (s3["num_chs"], last["num_chs"]), norm)
+        reduction = int(last["reduction"]) if isinstance(last["reduction"], int) else int(last["reduction"][0])
+    s3, indices = info[position], (position, len(info) - 1)
+    return TapPlan((s3["module"], last["module"]), (s3["num_chs"], last["num_chs"]), indices, reduction, norm)
 
 
 class Student(nn.Module):
@@ -99,6 +105,7 @@ class Student(nn.Module):
         self.model, self.model_name, self.model_args = model, name, args
         self.plan = plan_taps(model, name)
         self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        self.prefix = 0  # tokens before the patch tokens; the probe finds it
         self._taps = (_Tap(), _Tap())
         for module, tap in zip(self.plan.modules, self._taps, strict=True):
             model.get_submodule(module).register_forward_hook(tap)
@@ -106,42 +113,58 @@ class Student(nn.Module):
 
     def forward(self, images: Tensor) -> StudentOutput:
         """(B, 3, H, W) normalised images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
+        s3, s4, logits = self._tapped(images)
+        return StudentOutput(self._to_map(s3), self._to_map(self._normed(s4)), logits)
+
+    def _tapped(self, images: Tensor) -> StudentOutput:
+        """One call of the model; maps in its own layout."""
         for tap in self._taps:
             tap.armed = True
         logits = self.model(images)
-        values = [tap.value for tap in self._taps]
+        s3, s4 = (tap.value for tap in self._taps)
         for tap in self._taps:
             tap.armed, tap.value = False, None
-        s3, s4 = values
-        assert s3 is not None and s4 is not None, "a tap's module was not called"
-        if self.plan.norm is not None and s4.ndim == 3:
-            s4 = self.model.get_submodule(self.plan.norm)(s4)
-        return StudentOutput(self._to_map(s3), self._to_map(s4), logits)
+        assert s3 is not None, "S3's module was not called"
+        assert s4 is not None, "S4's module was not called"
+        return StudentOutput(s3, s4, logits)
+
+    def _normed(self, s4: Tensor) -> Tensor:
+        if self.plan.norm is None or s4.ndim != 3:
+            return s4
+        normed: Tensor = self.model.get_submodule(self.plan.norm)(s4)
+        return normed
 
     def _to_map(self, x: Tensor) -> Tensor:
         """NHWC, or tokens with a prefix, to NCHW."""
         if x.ndim == 4:
             return x.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else x
-        x = x[:, getattr(self.model, "num_prefix_tokens", 0) :].transpose(1, 2)
+        x = x[:, self.prefix :].transpose(1, 2)
         side = math.isqrt(x.shape[2])
-        return x.unflatten(2, (side, side))
+        return x.reshape(x.shape[0], x.shape[1], side, side)
 
+    @torch.no_grad()
     def _probe(self, image_size: int) -> tuple[Shape, Shape]:
-        """Run one black image for the shapes, and check that the hooks give what timm announces."""
+        """Run one image of noise for the shapes, and check that the hooks give what timm's own method gives."""
         mode = self.model.training
         self.model.eval()
+        x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
         try:
-            with torch.no_grad():
-                output = self(torch.zeros(1, 3, image_size, image_size))
-        except (AssertionError, AttributeError, RuntimeError) as error:
+            raw = self._tapped(x)
+            if self.plan.reduction is not None and raw.s3.ndim == 3:  # CaiT and XCiT get their class token later
+                self.prefix = raw.s3.shape[1] - (image_size // self.plan.reduction) ** 2
+            maps = [self._to_map(raw.s3), self._to_map(raw.s4)]
+            method: Any = getattr(self.model, "forward_intermediates", None)
+            known = method(x, indices=list(self.plan.indices), intermediates_only=True) if method else maps
+        except (AssertionError, RuntimeError) as error:
             raise _unfit(self.model_name, f"it does not run on images of {image_size} pixels: {error}") from error
         finally:
             self.model.train(mode)
-        shapes = tuple(tuple(x.shape[1:]) for x in (output.s3, output.s4))
-        if tuple(shape[0] for shape in shapes) != self.plan.channels:
-            raise _unfit(self.model_name, f"its maps are {shapes}, timm announces {self.plan.channels} channels")
-        (s3, s4) = shapes
-        return (s3[0], s3[1], s3[2]), (s4[0], s4[1], s4[2])
+        for got, expected, channels in zip(maps, known, self.plan.channels, strict=True):
+            same = got.shape == expected.shape and torch.allclose(got, expected, rtol=1e-3, atol=1e-4)
+            if not same or got.shape[1] != channels:
+                raise _unfit(self.model_name, "its stages do not give plain feature maps")
+        shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
+        return shapes[0], shapes[1]
 
 
 def _unfit(name: str, reason: str) -> UserError:

@@ -115,7 +115,7 @@ def family_of(model: nn.Module, name: str) -> Family:
 def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int]) -> Tensor:
     """A model's own layout, prefix tokens dropped, to (B, C, H, W)."""
     if layout == "tokens":
-        return x[:, prefix:].transpose(1, 2).unflatten(2, grid)
+        return x[:, prefix:].transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
     return x.permute(0, 3, 1, 2) if layout == "nhwc" else x
 
 
@@ -214,8 +214,8 @@ def build_tail(model: nn.Module, name: str, in_shape: Shape, out_shape: Shape) -
     family = family_of(model, name)
     tail = Tail(copy.deepcopy(family.parts(model)), family.name, in_shape, out_shape)
     for module in tail.modules():
-        if hasattr(module, "attention_bias_cache"):
-            module.attention_bias_cache = {}  # TinyViT fills it in eval mode, with what was current then
+        if "attention_bias_cache" in vars(module):
+            vars(module)["attention_bias_cache"] = {}  # TinyViT fills it in eval mode, with what was current then
     return tail
 
 

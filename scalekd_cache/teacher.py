@@ -1,4 +1,4 @@
-"""The frozen teacher: a timm transformer that turns uint8 views into features and logits, and whose end can be split off.
+"""The frozen teacher: a timm transformer that turns uint8 views into features and logits; its end can be split off.
 
 In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail` and its
 file. Invariant: always in eval mode, never with gradients; features are those after the final norm (`tail.py` says what
@@ -121,7 +121,7 @@ class Teacher(nn.Module):
 
 
 def demo_teacher_args() -> dict[str, Any]:
-    """Arguments that make `swin_tiny_patch4_window7_224` into demo_swin: 64 px, stage 3 (96, 8, 8), last (192, 4, 4)."""
+    """Arguments that make `swin_tiny_patch4_window7_224` into demo_swin: 64 px, maps (96, 8, 8) and (192, 4, 4)."""
     return {
         "img_size": 64,
         "patch_size": 2,
@@ -267,8 +267,8 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
             expected="at least 2x2",
             fix="choose a larger views.size",
         )
-    data: Any = model.pretrained_cfg
-    has_classifier = model.num_classes > 0 and not isinstance(model.get_classifier(), nn.Identity)  # type: ignore
+    timm_model: Any = model
+    has_classifier = bool(timm_model.num_classes > 0) and not isinstance(timm_model.get_classifier(), nn.Identity)
     return TeacherSpec(
         name=name,
         timm_version=timm.__version__,
@@ -276,8 +276,8 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
         family=family.name,
         num_classes=taps.logits.shape[1] if has_classifier else 0,
         image_size=image_size,
-        mean=tuple(data["mean"]),
-        std=tuple(data["std"]),
+        mean=tuple(timm_model.pretrained_cfg["mean"]),
+        std=tuple(timm_model.pretrained_cfg["std"]),
         feature_shape=feature_shape,
         tail_shape=_map_shape(taps.before, parts),
         weights_sha256=weights_digest(model.state_dict()),

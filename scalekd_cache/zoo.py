@@ -76,7 +76,7 @@ def create_timm_model(
         try:
             return timm.create_model(name, pretrained=pretrained, **used), used
         except TypeError as error:
-            found = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+            found = re.search(r"unexpected keyword argument[^']*'(\w+)'", str(error))
             if found is None or found[1] not in used:
                 raise
             if found[1] not in extra:

@@ -20,6 +20,7 @@ CASES = [
     ("vit_tiny_patch16_224", (192, 4, 4), (192, 4, 4), True),
     ("vit_small", (384, 4, 4), (384, 4, 4), True),
     ("mixer_s16", (512, 4, 4), (512, 4, 4), True),
+    ("cait_xxs24_224", (192, 4, 4), (192, 4, 4), True),  # its class token comes after these blocks
 ]
 
 
@@ -107,6 +108,11 @@ def test_unknown_name(name):
         make(name)
 
 
-def test_model_without_two_maps():
-    with pytest.raises(UserError, match="cannot be a student"):
-        build_student(StudentConfig(name="cait_xxs24_224"), num_classes=5, image_size=63)
+def test_maps_in_another_order_are_refused():
+    with pytest.raises(UserError, match="do not give plain feature maps"):
+        make("hiera_tiny_224")
+
+
+def test_size_that_does_not_fit():
+    with pytest.raises(UserError, match="does not run on images of 64 pixels"):
+        make("efficientformer_l1")

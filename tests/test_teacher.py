@@ -188,13 +188,9 @@ def test_pretrained_without_a_network(monkeypatch):
         make("vit_tiny_patch16_224", 224, pretrained=True)
     assert "TEACHER_WEIGHTS" in str(caught.value)
     assert "PRETRAINED=0" in str(caught.value)
-    with pytest.raises(UserError, match="another number of classes"):
-        make("vit_tiny_patch16_224", 224, pretrained=True, num_classes=7, args={})._ = None if False else make_classes()
-
-
-def make_classes():
     config = TeacherConfig(name="vit_tiny_patch16_224", num_classes=7)
-    return load_teacher(config, image_size=224, num_classes=7, device=torch.device("cpu"))
+    with pytest.raises(UserError, match="another number of classes"):
+        load_teacher(config, image_size=224, num_classes=7, device=torch.device("cpu"))
 
 
 def test_weights_file(tmp_path):
@@ -252,7 +248,7 @@ def test_tail_of_another_teacher_or_damaged(tmp_path):
     tensors.pop("norm.weight")
     metadata = {"spec": json.dumps(teacher.spec.to_json())}
     save_file(tensors, path, metadata=metadata)
-    with pytest.raises(UserError, match="1 missing: norm.weight"):
+    with pytest.raises(UserError, match=r"1 missing: norm\.weight"):
         load_tail(path, teacher.spec)
     save_file({**tensors, "norm.weight": torch.zeros(192, dtype=torch.float16)}, path, metadata=metadata)
     with pytest.raises(UserError, match="another type"):
