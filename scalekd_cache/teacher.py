@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scalekd_cache.config import TeacherConfig
@@ -23,15 +22,14 @@ from scalekd_cache.tail import (
     Tail,
     TailParts,
     build_tail,
-    check_tensors,
     family_of,
     features_of,
-    load_tail,
     timm_name,
     to_map,
-    write_tail,
 )
+from scalekd_cache.tail_file import load_tail, write_tail
 from scalekd_cache.teacher_spec import Shape, TeacherSpec, weights_digest
+from scalekd_cache.weights import load_weights, stored_shapes
 from scalekd_cache.zoo import check_name, create_timm_model, default_image_size
 
 __all__ = [
@@ -121,14 +119,17 @@ class Teacher(nn.Module):
 
 
 def demo_teacher_args() -> dict[str, Any]:
-    """Arguments that make `swin_tiny_patch4_window7_224` into demo_swin: 64 px, maps (96, 8, 8) and (192, 4, 4)."""
+    """Arguments that make `swin_tiny_patch4_window7_224` into demo_swin: 64 px, maps (64, 8, 8) and (128, 4, 4).
+
+    Three stages on a 16x16 grid: cheap enough to be trained on a CPU when its weights are missing.
+    """
     return {
         "img_size": 64,
-        "patch_size": 2,
+        "patch_size": 4,
         "window_size": 4,
-        "embed_dim": 24,
-        "depths": [1, 1, 2, 1],
-        "num_heads": [1, 2, 4, 8],
+        "embed_dim": 32,
+        "depths": [1, 2, 1],
+        "num_heads": [1, 2, 4],
     }
 
 
@@ -157,7 +158,7 @@ def load_teacher(
     check_name(name, "teacher.name")
     if config.weights is None and config.pretrained and demo:
         raise _no_weights(config.name, "demo_swin is no published model; the pipeline trains it")
-    shapes = _stored_shapes(config.weights) if config.weights is not None else None
+    shapes = stored_shapes(config.weights) if config.weights is not None else None
     args: dict[str, Any] = {**(demo_teacher_args() if demo else {}), **(model_args or {})}
     optional = {}
     if demo:
@@ -175,7 +176,7 @@ def load_teacher(
             raise
         raise _no_weights(config.name, f"{type(error).__name__}: {error}") from error
     if config.weights is not None and shapes is not None:
-        _load_weights(model, config.weights, shapes)
+        load_weights(model, config.weights, shapes)
     model.requires_grad_(False).eval()
     spec = _describe(model, config.name, used, image_size)
     return Teacher(model, spec, config.precision).to(device)
@@ -188,27 +189,6 @@ def _no_weights(name: str, reason: str) -> UserError:
         fix=f"run `make fetch TEACHER={name}` where there is a network, or give TEACHER_WEIGHTS=file.safetensors, "
         "or PRETRAINED=0 for random weights (to try things out)",
     )
-
-
-def _stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes in a .safetensors file, from its header."""
-    if Path(path).suffix != ".safetensors":
-        raise UserError(
-            "teacher weights are read from .safetensors files only: other checkpoints are pickles, which run code",
-            got=path,
-            expected="a .safetensors file with the state dict of the timm model",
-            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'teacher.safetensors')",
-        )
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read the teacher's weights: {error}",
-            where=path,
-            expected="a .safetensors file (renaming a pickle does not make it one)",
-            fix="give TEACHER_WEIGHTS a readable .safetensors file",
-        ) from error
 
 
 def _classes(config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int) -> int:
@@ -233,17 +213,6 @@ def _classes(config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, .
             fix="leave teacher.num_classes out, or give weights that were tuned for these classes",
         )
     return int(stored)
-
-
-def _load_weights(model: nn.Module, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Strictly load a .safetensors state dict whose header was read."""
-    check_tensors(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, path)
-    with safe_open(path, framework="pt", device="cpu") as file:
-        state = {name: file.get_tensor(name) for name in shapes}
-    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
-    if broken:
-        raise UserError("the teacher's weights hold NaN or Inf", got=", ".join(broken[:8]), where=path)
-    model.load_state_dict(state)
 
 
 def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> TeacherSpec:

@@ -1,0 +1,62 @@
+"""A teacher's weights file: read its header, compare it with a model, load it strictly.
+
+In: a .safetensors path and a timm model. Out: the loaded model. Invariant: no pickle is opened; nothing is loaded in
+part, and nothing that is not finite.
+"""
+
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from scalekd_cache.errors import UserError
+
+
+def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes in a .safetensors file, from its header."""
+    if Path(path).suffix != ".safetensors":
+        raise UserError(
+            "teacher weights are read from .safetensors files only: other checkpoints are pickles, which run code",
+            got=path,
+            expected="a .safetensors file with the state dict of the timm model",
+            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'teacher.safetensors')",
+        )
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot read the teacher's weights: {error}",
+            where=path,
+            expected="a .safetensors file (renaming a pickle does not make it one)",
+            fix="give TEACHER_WEIGHTS a readable .safetensors file",
+        ) from error
+
+
+def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str | Path) -> None:
+    """`UserError` naming missing and surplus tensors and differing shapes, unless a file fits a model exactly."""
+    missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
+    wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
+    if not (missing or surplus or wrong):
+        return
+    lines = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in
+             (("missing", missing), ("surplus", surplus)) if names]  # fmt: skip
+    lines += [f"{name} is {found[name]}, the model has {wanted[name]}" for name in wrong[:8]]
+    raise UserError(
+        "the weights in this file do not fit the model",
+        got="; ".join(lines),
+        expected=f"exactly the model's {len(wanted)} tensors",
+        where=where,
+        fix="give the name, image size and number of classes that the file was trained with",
+    )
+
+
+def load_weights(model: nn.Module, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Strictly load a .safetensors state dict whose header was read."""
+    check_tensors(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, path)
+    with safe_open(path, framework="pt", device="cpu") as file:
+        state = {name: file.get_tensor(name) for name in shapes}
+    broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
+    if broken:
+        raise UserError("the teacher's weights hold NaN or Inf", got=", ".join(broken[:8]), where=path)
+    model.load_state_dict(state)
