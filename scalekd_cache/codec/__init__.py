@@ -1,0 +1,65 @@
+"""The registry of feature codecs.
+
+In: a codec's name or the JSON config that a manifest carries. Out: the codec.
+Invariant: importing this package does not import torch; a codec's module is imported when it is asked for.
+"""
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from scalekd_cache.errors import UserError, nearest
+
+if TYPE_CHECKING:
+    from scalekd_cache.codec.base import FeatureCodec
+
+CODECS: dict[str, tuple[str, str]] = {
+    "int8": ("scalekd_cache.codec.int8", "Int8Codec"),
+    "float16": ("scalekd_cache.codec.plain", "Float16Codec"),
+    "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
+    "float32": ("scalekd_cache.codec.plain", "Float32Codec"),
+}
+
+
+def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
+    """The codec called `name` for maps of `shape` (C, H, W).
+
+    Raises:
+        UserError: no such codec (with the nearest names), or a shape that is not three positive integers.
+    """
+    if name not in CODECS:
+        raise UserError(
+            "unknown feature codec",
+            got=name,
+            expected=f"one of {nearest(name, CODECS)}",
+            where="cache.codec, or codec.id in a manifest",
+            fix="correct the name",
+        )
+    if len(shape) != 3 or not all(type(side) is int and 0 < side <= 65_536 for side in shape):
+        raise UserError("bad feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}")
+    module, attribute = CODECS[name]
+    codec: FeatureCodec = getattr(importlib.import_module(module), attribute)(shape)
+    return codec
+
+
+def codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec":
+    """The codec that wrote a cache, from the config in its manifest.
+
+    Raises:
+        UserError: an unknown id, or parameters that this version of the codec does not read.
+    """
+    name, shape = config.get("id"), config.get("shape")
+    if not isinstance(name, str) or not isinstance(shape, (list, tuple)):
+        raise UserError(
+            "bad codec config", got=dict(config), expected="id (text) and shape [C, H, W]", where="codec in the manifest"
+        )
+    codec = make_codec(name, (*shape,))  # type: ignore[arg-type]
+    if codec.get_config() != {**config, "shape": list(shape)}:
+        raise UserError(
+            "the cache was written with codec parameters that this version does not read",
+            got=dict(config),
+            expected=codec.get_config(),
+            where="codec in the manifest",
+            fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
+        )
+    return codec

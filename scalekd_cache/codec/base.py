@@ -1,0 +1,128 @@
+"""The contract of a feature codec, and the token norms that records carry beside lossy features.
+
+In: teacher maps (B, C, H, W) float32 after the final norm. Out: fixed-size rows, uint8 (B, bytes_per_view), and back.
+Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value, and its norms are those of x
+to float16 precision whatever the codec, so that a loss that divides by them is linear in the decoded map.
+"""
+
+import sys
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.errors import UserError
+
+assert sys.byteorder == "little", "rows are little-endian and are viewed in place"
+
+FLOAT16_MAX = 65504.0
+
+
+class FeatureMap(NamedTuple):
+    """What a row decodes to."""
+
+    features: Tensor
+    """(B, C, H, W) float32, channels-last in memory."""
+    norms: Tensor
+    """(B, 2, H, W) float32: [:, 0] token L2 norm, [:, 1] the same after each channel's spatial mean is removed."""
+
+
+def feature_norms(features: Tensor) -> Tensor:
+    """L2 norms over channels at every position: (B, C, H, W) -> (B, 2, H, W) float32, raw and mean-removed."""
+    features = features.float()
+    centred = features - features.mean(dim=(2, 3), keepdim=True)
+    return torch.stack((features.square().sum(1).sqrt(), centred.square().sum(1).sqrt()), dim=1)
+
+
+class FeatureCodec(ABC):
+    """Fixed-size rows for maps of one shape. A subclass sets `id` and writes its values between the two hooks.
+
+    A row is `value_bytes` of values, token-major (position after position, row by row of the grid, all channels of a
+    position together), then, where `stores_norms`, 2 x H x W float16 norms (raw, then mean-removed).
+    """
+
+    id: ClassVar[str]
+    stores_norms: ClassVar[bool] = True
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        self.shape = shape
+        self.channels, self.height, self.width = shape
+        self.tokens = self.height * self.width
+        self.bytes_per_view = self.value_bytes + (4 * self.tokens if self.stores_norms else 0)
+
+    @property
+    @abstractmethod
+    def value_bytes(self) -> int:
+        """Bytes of a row before the norms."""
+
+    @abstractmethod
+    def encode_values(self, values: Tensor) -> Tensor:
+        """(B, H*W, C) float32, contiguous -> uint8 (B, value_bytes)."""
+
+    @abstractmethod
+    def decode_values(self, codes: Tensor) -> Tensor:
+        """A fresh contiguous uint8 (B, value_bytes) -> (B, H*W, C) float32."""
+
+    @abstractmethod
+    def error_bound(self, features: Tensor) -> Tensor:
+        """The largest |decoded - original| that may occur: (B, C, H, W) float32, one bound a value."""
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON that rebuilds this codec; it travels in the manifest and enters the fingerprint."""
+        return {"id": self.id, "version": 1, "shape": list(self.shape)}
+
+    def encode(self, features: Tensor) -> Tensor:
+        """(B, C, H, W) float32 on any device -> uint8 (B, bytes_per_view) on the same device.
+
+        Raises:
+            UserError: rows with NaN, infinity, or magnitudes that the codec cannot hold.
+        """
+        assert features.dtype == torch.float32, features.dtype
+        assert features.shape[1:] == self.shape, (features.shape, self.shape)
+        norms = feature_norms(features)
+        self._check(features, norms)
+        values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels).contiguous()
+        codes = self.encode_values(values)
+        if not self.stores_norms:
+            return codes
+        return torch.cat((codes, as_bytes(norms.to(torch.float16).flatten(1))), dim=1)
+
+    def decode(self, codes: Tensor) -> FeatureMap:
+        """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
+        assert codes.dtype == torch.uint8, codes.dtype
+        assert codes.ndim == 2 and codes.shape[1] == self.bytes_per_view, (codes.shape, self.bytes_per_view)
+        batch = len(codes)
+        values = self.decode_values(fresh(codes[:, : self.value_bytes]))
+        features = values.view(batch, self.height, self.width, self.channels).permute(0, 3, 1, 2)
+        if not self.stores_norms:
+            return FeatureMap(features, feature_norms(features))
+        norms = fresh(codes[:, self.value_bytes :]).view(torch.float16).float()
+        return FeatureMap(features, norms.view(batch, 2, self.height, self.width))
+
+    def largest(self) -> float:
+        """The largest magnitude of a value or norm that a row can hold."""
+        return FLOAT16_MAX
+
+    def _check(self, features: Tensor, norms: Tensor) -> None:
+        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # NaN stays NaN
+        bad = ~(worst <= self.largest())
+        if bool(bad.any()):
+            rows = bad.nonzero().flatten().tolist()
+            raise UserError(
+                "teacher features cannot be stored",
+                got=f"NaN, infinity or magnitudes beyond {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
+                expected="finite values, with token norms that the codec can hold",
+                where=f"codec {self.id}",
+                fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
+            )
+
+
+def as_bytes(values: Tensor) -> Tensor:
+    """(B, n) of any dtype -> uint8 (B, n * itemsize), little-endian."""
+    return values.contiguous().view(torch.uint8)
+
+
+def fresh(codes: Tensor) -> Tensor:
+    """A contiguous copy at offset 0, which can be viewed as a wider dtype wherever `codes` began."""
+    return codes.clone(memory_format=torch.contiguous_format)

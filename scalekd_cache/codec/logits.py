@@ -1,0 +1,141 @@
+"""Teacher logits as bytes, one record at a time.
+
+In: logits (B, K) float32. Out: a record each, its first byte saying how it is held, and float32 (K,) back.
+Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is kept exactly.
+A record: mode uint8, largest logit float32, then
+  mode 0: step float32, K codes uint8; logit = largest - step x code
+  mode 1: K float16 distances;         logit = largest - distance
+  mode 2: K float32 logits (the largest is there twice), for what neither of the others can hold.
+"""
+
+import struct
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KL_LIMIT = 1e-4
+INT8, FLOAT16, FLOAT32 = 0, 1, 2
+FLOAT16_MAX = 65504.0
+
+
+def kl_divergence(original: NDArray[Any], decoded: NDArray[Any]) -> NDArray[np.float64]:
+    """KL(softmax(original) || softmax(decoded)) over the last axis, in float64."""
+    log_p, log_q = _log_softmax(original), _log_softmax(decoded)
+    p = np.exp(log_p)
+    # Where p is 0 the term is 0, however far apart the logs are.
+    terms = np.where(p > 0, p * (log_p - log_q), 0.0)
+    result: NDArray[np.float64] = terms.sum(-1)
+    return result
+
+
+def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
+    shifted = logits.astype(np.float64) - logits.max(-1, keepdims=True).astype(np.float64)
+    result: NDArray[np.float64] = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+class LogitCodec:
+    """Logits of `num_classes` classes: 9 + K bytes a record as a rule, 5 + 2 K where int8 would be too coarse."""
+
+    id = "logits-int8"
+
+    def __init__(self, num_classes: int) -> None:
+        if type(num_classes) is not int or not 0 < num_classes <= 10_000_000:
+            raise UserError("bad number of classes", got=num_classes, expected="1 to 10,000,000", where="logit codec")
+        self.num_classes = num_classes
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON that rebuilds this codec."""
+        return {"id": self.id, "version": 1, "num_classes": self.num_classes, "kl_limit": KL_LIMIT}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "LogitCodec":
+        """The codec that wrote a cache; UserError when this version does not read it."""
+        codec = cls(config.get("num_classes", 0))
+        if codec.get_config() != config:
+            raise UserError(
+                "the cache was written with a logit codec that this version does not read",
+                got=dict(config),
+                expected=codec.get_config(),
+                where="logit_codec in the manifest",
+                fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
+            )
+        return codec
+
+    def encode(self, logits: "Tensor") -> list[bytes]:
+        """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
+        values: NDArray[np.float32] = logits.detach().float().cpu().numpy()
+        assert values.ndim == 2 and values.shape[1] == self.num_classes, (values.shape, self.num_classes)
+        bad = ~np.isfinite(values).all(1)
+        if bad.any():
+            raise UserError(
+                "teacher logits cannot be stored",
+                got=f"NaN or infinity in rows {np.flatnonzero(bad)[:16].tolist()} of a batch of {len(values)}",
+                expected="finite values",
+                where="logit codec",
+                fix="check the teacher's weights and precision",
+            )
+        return [] if len(values) == 0 else self._encode(values)
+
+    def _encode(self, values: NDArray[np.float32]) -> list[bytes]:
+        largest = values.max(1)
+        distance = largest[:, None].astype(np.float64) - values  # (B, K) float64, >= 0
+        step = (distance.max(1) / 255).astype(np.float32)
+        divisor = np.where(step > 0, step, 1).astype(np.float64)
+        codes = np.clip(np.rint(distance / divisor[:, None]), 0, 255).astype(np.uint8)
+        halves = np.minimum(distance, FLOAT16_MAX).astype("<f2")
+        fits_int8 = kl_divergence(values, _from_codes(largest, step, codes)) <= KL_LIMIT
+        fits_float16 = kl_divergence(values, _from_halves(largest, halves)) <= KL_LIMIT
+        records = []
+        for row in range(len(values)):
+            if fits_int8[row]:
+                head, body = struct.pack("<Bff", INT8, largest[row], step[row]), codes[row]
+            elif fits_float16[row]:
+                head, body = struct.pack("<Bf", FLOAT16, largest[row]), halves[row]
+            else:
+                head, body = struct.pack("<Bf", FLOAT32, largest[row]), values[row].astype("<f4")
+            records.append(head + body.tobytes())
+        return records
+
+    def decode(self, record: bytes) -> NDArray[np.float32]:
+        """A record -> (K,) float32. UserError when its mode or length is not one this codec writes."""
+        sizes = {INT8: 9 + self.num_classes, FLOAT16: 5 + 2 * self.num_classes, FLOAT32: 5 + 4 * self.num_classes}
+        mode = record[0] if record else -1
+        if len(record) != sizes.get(mode):
+            raise UserError(
+                "damaged logits",
+                got=f"mode {mode}, {len(record)} bytes",
+                expected=f"mode: bytes is one of {sizes}",
+                where="a record's logits",
+                fix="run `make verify` on the cache",
+            )
+        if mode == FLOAT32:
+            return np.frombuffer(record, "<f4", offset=5).astype(np.float32)
+        if mode == FLOAT16:
+            largest = np.frombuffer(record, "<f4", 1, 1)
+            return _from_halves(largest, np.frombuffer(record, "<f2", offset=5)[None])[0]
+        largest, step = np.frombuffer(record, "<f4", 1, 1), np.frombuffer(record, "<f4", 1, 5)
+        return _from_codes(largest, step, np.frombuffer(record, np.uint8, offset=9)[None])[0]
+
+
+def _from_codes(largest: NDArray[Any], step: NDArray[Any], codes: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """(B,), (B,), (B, K) -> (B, K)."""
+    distance = codes.astype(np.float64) * step.astype(np.float64)[:, None]
+    return _subtract(largest, distance)
+
+
+def _from_halves(largest: NDArray[Any], halves: NDArray[Any]) -> NDArray[np.float32]:
+    """(B,), (B, K) -> (B, K)."""
+    return _subtract(largest, halves.astype(np.float64))
+
+
+def _subtract(largest: NDArray[Any], distance: NDArray[np.float64]) -> NDArray[np.float32]:
+    limit = float(np.finfo(np.float32).max)
+    return np.clip(largest.astype(np.float64)[:, None] - distance, -limit, limit).astype(np.float32)
