@@ -51,7 +51,10 @@ def codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec":
     name, shape = config.get("id"), config.get("shape")
     if not isinstance(name, str) or not isinstance(shape, (list, tuple)):
         raise UserError(
-            "bad codec config", got=dict(config), expected="id (text) and shape [C, H, W]", where="codec in the manifest"
+            "bad codec config",
+            got=dict(config),
+            expected="id (text) and shape [C, H, W]",
+            where="codec in the manifest",
         )
     codec = make_codec(name, (*shape,))  # type: ignore[arg-type]
     if codec.get_config() != {**config, "shape": list(shape)}:

@@ -1,0 +1,188 @@
+"""The contract between a cache and its file formats: records, their checksum, shard writers and shard readers.
+
+In: records of one view of a contiguous range of images. Out: one shard, in the format of a backend.
+Invariant: both backends store the same records with the same crc32c, and a reader gives back exactly those or raises:
+never zeros, never fewer.
+"""
+
+import importlib
+import struct
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.store.files import FileFact
+
+FORMAT_VERSION = 1
+MAX_UNIT_SAMPLES = 65_536
+"""Most records in a shard; a file that claims more is refused before anything is allocated."""
+MAX_KEY_BYTES = 1024
+
+BACKENDS = {"webdataset": "scalekd_cache.store.webdataset", "zarr": "scalekd_cache.store.zarr"}
+
+
+class Record(NamedTuple):
+    """One view of one image, as it is stored."""
+
+    key: str
+    """Sample key: '/' allowed; no dots, no whitespace."""
+    label: int
+    """Class index."""
+    view: str
+    """The view record, JSON text in canonical form (sorted keys, no spaces)."""
+    digest: str
+    """16 hex characters: digest of the view's uint8 pixels."""
+    pixels: bytes
+    """The encoded view (JPEG or PNG); empty when views are replayed."""
+    features: bytes
+    """A row of the feature codec."""
+    logits: bytes
+    """A record of the logit codec."""
+
+
+class ShardId(NamedTuple):
+    """Which shard this is; written into it, so that a shard under another's name is recognised."""
+
+    group: int
+    range_id: int
+    view: int
+
+
+class ShardSummary(NamedTuple):
+    """What a shard writer has made."""
+
+    files: dict[str, FileFact]
+    """Files by name relative to the unit's folder, all fsynced."""
+    payload: dict[str, int]
+    """Bytes on disk of pixels, features and target (label, view, digest, logits); the rest is index."""
+
+
+class ShardWriter(ABC):
+    """Writes one shard, record by record, into a folder that nobody reads yet."""
+
+    def __init__(self, folder: Path, shard: ShardId, max_records: int, feature_bytes: int) -> None:
+        self.folder, self.shard = folder, shard
+        self.max_records, self.feature_bytes = max_records, feature_bytes
+        self.crcs: list[int] = []
+
+    @abstractmethod
+    def append(self, record: Record) -> None:
+        """Add a record."""
+
+    @abstractmethod
+    def finish(self) -> ShardSummary:
+        """Write what is left, fsync every file (folders are the caller's)."""
+
+    @abstractmethod
+    def abandon(self) -> None:
+        """Close files; called after `finish` too."""
+
+
+class ShardReader(ABC):
+    """Reads records of one shard by row. Opening costs the index, not the payloads."""
+
+    def __init__(self, folder: Path, shard: ShardId, keys: list[str]) -> None:
+        self.folder, self.shard, self.keys = folder, shard, keys
+
+    @property
+    @abstractmethod
+    def crcs(self) -> NDArray[np.uint32]:
+        """(n,) crc32c of every record, as the index has them."""
+
+    @property
+    @abstractmethod
+    def where(self) -> Path:
+        """The shard, for error messages."""
+
+    @abstractmethod
+    def read(self, rows: NDArray[np.int64]) -> list[Record]:
+        """Records of these rows, in this order, every checksum compared. UserError names shard and key."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to close is a valid implementation
+        """Give files back."""
+
+    def __del__(self) -> None:
+        self.close()
+
+    def checked(self, row: int, record: Record) -> Record:
+        """The record, once its crc32c is the one in the index."""
+        found, stored = record_crc(record), int(self.crcs[row])
+        if found != stored:
+            raise damaged(
+                "a record does not match its checksum", f"crc32c {found:08x}", f"{stored:08x}", self.where, record.key
+            )
+        return record
+
+
+def shard_writer(backend: str, folder: Path, shard: ShardId, max_records: int, feature_bytes: int) -> ShardWriter:
+    """The writer of a backend; its module is imported now (zarr takes half a second)."""
+    module = importlib.import_module(BACKENDS[check_backend(backend)])
+    writer: ShardWriter = module.Writer(folder, shard, max_records, feature_bytes)
+    return writer
+
+
+def shard_reader(backend: str, folder: Path, shard: ShardId, keys: list[str]) -> ShardReader:
+    """The reader of a backend for a shard with these keys."""
+    reader: ShardReader = importlib.import_module(BACKENDS[check_backend(backend)]).Reader(folder, shard, keys)
+    return reader
+
+
+def check_backend(backend: str) -> str:
+    """The name itself; UserError with the nearest ones when there is no such backend."""
+    if backend not in BACKENDS:
+        raise UserError(
+            "unknown store backend", got=backend, expected=nearest(backend, BACKENDS), where="cache.backend"
+        )
+    return backend
+
+
+def damaged(what: str, got: object, expected: object, where: object, key: str | None = None) -> UserError:
+    """The error of stored bytes that are not what was written."""
+    return UserError(
+        f"damaged cache: {what}",
+        got=got,
+        expected=expected,
+        where=where if key is None else f"{where}, sample {key!r}",
+        fix="run `make verify`, delete the unit's folder (units/g...-r...), run `make cache-teacher`: it makes it again",
+    )
+
+
+def record_crc(record: Record) -> int:
+    """The crc32c (Castagnoli) of a record: every field as length uint32 little-endian, then bytes; label as int64."""
+    label = struct.pack("<q", record.label)
+    parts = [record.key.encode(), label, record.view.encode(), record.digest.encode()]
+    head = b"".join(struct.pack("<I", len(part)) + part for part in parts)
+    crc: int = google_crc32c.value(head + struct.pack("<I", len(record.pixels)))
+    for part, following in ((record.pixels, record.features), (record.features, record.logits)):
+        crc = google_crc32c.extend(crc, part)
+        crc = google_crc32c.extend(crc, struct.pack("<I", len(following)))
+    crc = google_crc32c.extend(crc, record.logits)
+    return crc
+
+
+def check_key(key: str, where: object) -> str:
+    """The key itself; UserError for one that could leave its folder or be cut in two by a tar reader."""
+    parts = key.split("/")
+    plain = key.isprintable() and not any(character.isspace() for character in key)
+    if not plain or "" in parts or "." in key or "\\" in key or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
+        raise UserError(
+            "bad sample key",
+            got=repr(key[:200]),
+            expected="names joined by '/', without dots, spaces, control characters or backslashes, at most 1 KiB",
+            where=where,
+            fix="rename the file that the key comes from",
+        )
+    return key
+
+
+def take_recent(cache: "OrderedDict[ShardId, ShardReader]", shard: ShardId) -> ShardReader | None:
+    """A reader that is open already, marked as the most recently used."""
+    if shard in cache:
+        cache.move_to_end(shard)
+    return cache.get(shard)

@@ -1,0 +1,64 @@
+"""The byte-offset index of a tar shard: `v0000.idx`.
+
+In: where each record's members lie in the tar. Out: a header of 48 bytes and 40 bytes a record, little-endian.
+Invariant: an index that loads agrees with its tar's length, its number of keys and its own name, and every member it
+points at lies inside the tar.
+"""
+
+import struct
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.store.base import MAX_UNIT_SAMPLES, ShardId, damaged
+
+MAGIC = b"SKDCIDX1"
+HEADER = struct.Struct("<8sIIIIIIQQ")
+"""Magic, header bytes, row bytes, group, range, view, zero, rows, bytes of the tar."""
+ROW = np.dtype(
+    [
+        ("json_offset", "<u8"),
+        ("pixels_offset", "<u8"),
+        ("features_offset", "<u8"),
+        ("json_bytes", "<u4"),
+        ("pixels_bytes", "<u4"),
+        ("features_bytes", "<u4"),
+        ("crc32c", "<u4"),
+    ]
+)
+MEMBERS = ("json", "pixels", "features")
+
+
+def pack_index(rows: NDArray[np.void], shard: ShardId, tar_bytes: int) -> bytes:
+    """The index file's bytes; `rows` has dtype ROW."""
+    assert rows.dtype == ROW, rows.dtype
+    return HEADER.pack(MAGIC, HEADER.size, ROW.itemsize, *shard, 0, len(rows), tar_bytes) + rows.tobytes()
+
+
+def load_index(path: Path, shard: ShardId, count: int, tar_bytes: int) -> NDArray[np.void]:
+    """The rows of an index that belongs to this shard, with `count` records in a tar of `tar_bytes`.
+
+    Raises:
+        UserError: missing, another shard's, another length, or pointing outside the tar.
+    """
+    assert 0 <= count <= MAX_UNIT_SAMPLES, count
+    expected_bytes = HEADER.size + count * ROW.itemsize
+    try:
+        found_bytes = path.stat().st_size
+    except FileNotFoundError:
+        raise damaged("the index of a shard is missing", "no file", f"{expected_bytes} bytes", path) from None
+    if found_bytes != expected_bytes:
+        raise damaged("the index of a shard has the wrong length", found_bytes, f"{expected_bytes} bytes", path)
+    data = path.read_bytes()
+    header = HEADER.unpack_from(data)
+    expected = (MAGIC, HEADER.size, ROW.itemsize, *shard, 0, count, tar_bytes)
+    if header != expected:
+        raise damaged("the index belongs to another shard", header, expected, path)
+    rows = np.frombuffer(data, ROW, count, HEADER.size)
+    for member in MEMBERS:
+        offset, size = rows[f"{member}_offset"], rows[f"{member}_bytes"].astype(np.uint64)
+        outside = (offset > tar_bytes) | (size > tar_bytes - np.minimum(offset, tar_bytes))
+        if outside.any():
+            raise damaged(f"the index points outside the tar ({member})", int(outside.argmax()), "no such row", path)
+    return rows

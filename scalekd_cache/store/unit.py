@@ -1,0 +1,311 @@
+"""A work unit on disk: the shards of one range of images for a group of views, committed together.
+
+In: records, view by view, in one order of keys. Out: `units/g000-r00000/` with unit.json, keys.txt and the shards.
+Invariant: a unit's folder exists under its final name only when everything in it was fsynced and read back; two writers
+of one unit leave exactly one; an exception leaves nothing.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from scalekd_cache import __version__
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import (
+    FORMAT_VERSION,
+    MAX_UNIT_SAMPLES,
+    Record,
+    ShardId,
+    ShardWriter,
+    check_backend,
+    check_key,
+    shard_reader,
+    shard_writer,
+)
+from scalekd_cache.store.files import (
+    FileFact,
+    canonical_json,
+    disk_full,
+    folders_of,
+    fsync_path,
+    is_disk_full,
+    read_back,
+    write_new,
+)
+from scalekd_cache.store.sidecar import UnitInfo, info_text, read_unit, sizes_differ, unit_folder
+
+READ_BACK_RECORDS = 64
+
+
+def unit_committed(root: Path, group: int, range_id: int, fingerprint: str) -> bool:
+    """Whether a unit is there: its sidecar, its fingerprint, and every file with the length it should have.
+
+    Costs one small read and a stat a file. A unit whose files are short or gone counts as absent: writing it again
+    replaces it.
+
+    Raises:
+        UserError: the unit was made with another fingerprint (teacher, recipe, codec or data), or its sidecar is damaged.
+    """
+    folder = unit_folder(root, group, range_id)
+    if not (folder / "unit.json").exists():
+        return False
+    info, _ = read_unit(folder)
+    if info.fingerprint != fingerprint:
+        raise UserError(
+            "this cache was made from another teacher, view recipe, codec or data set",
+            got=f"fingerprint {info.fingerprint}",
+            expected=f"fingerprint {fingerprint}, that of the present options",
+            where=folder,
+            fix="use the options the cache was made with, or another folder (CACHE=...)",
+        )
+    return not sizes_differ(folder, info.files)
+
+
+class UnitWriter:
+    """Writes one unit into a temp folder and publishes it with one rename. A context manager.
+
+    Args:
+        root: the cache's folder.
+        backend: `webdataset` or `zarr`.
+        group: number of the group of views.
+        range_id: number of the range of images.
+        start: first image of the range, in the canonical order of the group.
+        stop: one past the last.
+        views: the group's view numbers.
+        fingerprint: sha256 hex of everything that changes cached bytes.
+        versions: library versions, kept in the sidecar to explain a digest that differs later.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        *,
+        backend: str,
+        group: int,
+        range_id: int,
+        start: int,
+        stop: int,
+        views: Sequence[int],
+        fingerprint: str,
+        versions: Mapping[str, str] | None = None,
+    ) -> None:
+        assert 0 <= start < stop and 0 < len(set(views)) == len(views), (start, stop, views)
+        assert stop - start <= MAX_UNIT_SAMPLES, (start, stop)
+        self.info = UnitInfo(
+            format=FORMAT_VERSION,
+            fingerprint=fingerprint,
+            backend=check_backend(backend),
+            group=group,
+            range_id=range_id,
+            start=start,
+            stop=stop,
+            views=list(views),
+            count=0,
+            skipped=[],
+            files={},
+            payload_bytes={},
+            fidelity={},
+            versions={"scalekd_cache": __version__, **(versions or {})},
+        )
+        self.root, self.folder = root, unit_folder(root, group, range_id)
+        self._keys: list[str] = []
+        self._seen: set[str] = set()
+        self._skipped: dict[str, str] = {}
+        self._writers: dict[int, ShardWriter] = {}
+        self._counts = dict.fromkeys(views, 0)
+        self._feature_bytes: int | None = None
+        self._record_bytes = 0
+        units = self.folder.parent
+        units.mkdir(parents=True, exist_ok=True)
+        remove_stale(units)
+        self._temp = units / f".tmp-{self.folder.name}-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._temp.mkdir()
+
+    def append(self, view_number: int, record: Record) -> None:
+        """Add a view of an image. Every view must get the same keys in the same order.
+
+        Raises:
+            UserError: a key that no tar can hold, a key that came before, or a full disk.
+        """
+        row = self._counts[view_number]
+        if row == len(self._keys):
+            self._take_key(record.key)
+        assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
+        if self._feature_bytes is None:
+            self._feature_bytes = len(record.features)
+            self._record_bytes = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
+        assert len(record.features) == self._feature_bytes, (len(record.features), self._feature_bytes)
+        record = record._replace(view=canonical_json(json.loads(record.view)))
+        with _DiskGuard(self):
+            self._writer(view_number).append(record)
+        self._counts[view_number] += 1
+
+    def skip(self, key: str, reason: str) -> None:
+        """Leave an image out, in every view; kept in the sidecar."""
+        assert key not in self._seen, f"{key} has records already"
+        self._skipped[key] = reason
+
+    def commit(self, fidelity: Mapping[str, Any]) -> bool:
+        """Finish, fsync, read back and publish. False when another writer's unit is there already (it stays).
+
+        Raises:
+            UserError: the disk is full, or a file differs when read back. Nothing is published then.
+        """
+        count = len(self._keys)
+        assert set(self._counts.values()) == {count}, self._counts
+        assert count + len(self._skipped) == self.info.stop - self.info.start, (count, len(self._skipped), self.info)
+        with _DiskGuard(self):
+            self._finish_files(dict(fidelity))
+            published = self._publish()
+        self.abort()
+        return published
+
+    def abort(self) -> None:
+        """Remove the temp folder; harmless after a commit."""
+        for writer in self._writers.values():
+            writer.abandon()
+        self._writers.clear()
+        shutil.rmtree(self._temp, ignore_errors=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.abort()
+
+    def needed_bytes(self) -> int:
+        """About how much this unit takes, from its first record."""
+        return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
+
+    def _take_key(self, key: str) -> None:
+        check_key(key, f"images {self.info.start} to {self.info.stop} of the data set")
+        if key in self._seen or key in self._skipped:
+            raise UserError(
+                "two images have the same key", got=key, expected="keys without repeats", where=self.folder.name
+            )
+        self._seen.add(key)
+        self._keys.append(key)
+
+    def _writer(self, view: int) -> ShardWriter:
+        if view not in self._writers:
+            info = self.info
+            shard = ShardId(info.group, info.range_id, view)
+            size = info.stop - info.start
+            self._writers[view] = shard_writer(info.backend, self._temp, shard, size, self._feature_bytes or 0)
+        return self._writers[view]
+
+    def _finish_files(self, fidelity: dict[str, Any]) -> None:
+        """Everything under the temp folder: shards, keys.txt, the read-back, unit.json last, folders fsynced."""
+        info, files = self.info, dict[str, FileFact]()
+        payload = {"pixels": 0, "features": 0, "target": 0}
+        for view in info.views:  # also opens the writers of a range in which every image was skipped
+            summary = self._writer(view).finish()
+            files |= summary.files
+            payload = {name: payload[name] + summary.payload[name] for name in payload}
+        files["keys.txt"] = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
+        read_back(self._temp, files)
+        self._read_records()
+        self.info = dataclasses.replace(
+            info,
+            count=len(self._keys),
+            skipped=[{"key": key, "reason": reason} for key, reason in self._skipped.items()],
+            files=files,
+            payload_bytes=payload,
+            fidelity=fidelity,
+        )
+        write_new(self._temp / "unit.json", info_text(self.info).encode())
+        for folder in folders_of(self._temp, files):
+            fsync_path(folder)
+
+    def _read_records(self) -> None:
+        """Read every record once through the reader that students will use."""
+        for view, writer in self._writers.items():
+            shard = ShardId(self.info.group, self.info.range_id, view)
+            reader = shard_reader(self.info.backend, self._temp, shard, self._keys)
+            assert reader.crcs.tolist() == writer.crcs, f"checksums of {reader.where} are not those of its records"
+            rows = np.arange(len(self._keys))
+            for start in range(0, len(rows), READ_BACK_RECORDS):
+                reader.read(rows[start : start + READ_BACK_RECORDS])
+            reader.close()
+
+    def _publish(self) -> bool:
+        """One rename. A unit under the final name that is whole wins; one with files short or gone is put aside."""
+        for _ in range(3):
+            try:
+                os.rename(self._temp, self.folder)
+            except OSError:
+                if not self.folder.exists():
+                    raise
+                if unit_committed(self.root, self.info.group, self.info.range_id, self.info.fingerprint):
+                    return False
+                self._put_aside()
+                continue
+            fsync_path(self.folder.parent)
+            return True
+        raise UserError("a damaged unit cannot be replaced", where=self.folder, fix="delete this folder, run again")
+
+    def _put_aside(self) -> None:
+        aside = self._temp.with_name(f"{self._temp.name}-damaged")
+        try:
+            os.rename(self.folder, aside)
+        except FileNotFoundError:  # another writer was faster
+            return
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+class _DiskGuard:
+    """Turns "no space left" into the user's error, once the temp folder is gone."""
+
+    def __init__(self, writer: UnitWriter) -> None:
+        self._writer = writer
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            return
+        self._writer.abort()
+        if is_disk_full(error):
+            raise disk_full(self._writer.folder.parent, self._writer.needed_bytes()) from error
+
+
+def host_tag() -> str:
+    """8 hex characters that two processes share when one can see whether the other lives: host, boot, PID namespace."""
+    facts = [socket.gethostname()]
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.exists() and namespace.exists():
+        facts += [boot.read_text(), str(namespace.stat().st_ino)]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
+
+
+def remove_stale(units: Path) -> None:
+    """Remove temp folders whose process ran on this host and is gone; those of other hosts are left alone."""
+    for path in units.glob(f".tmp-*-{host_tag()}-*"):
+        pid = path.name.split(f"-{host_tag()}-", 1)[1].split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
