@@ -91,7 +91,7 @@ class FeatureCodec(ABC):
     def decode(self, codes: Tensor) -> FeatureMap:
         """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
         assert codes.dtype == torch.uint8, codes.dtype
-        assert codes.ndim == 2 and codes.shape[1] == self.bytes_per_view, (codes.shape, self.bytes_per_view)
+        assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
         batch = len(codes)
         values = self.decode_values(fresh(codes[:, : self.value_bytes]))
         features = values.view(batch, self.height, self.width, self.channels).permute(0, 3, 1, 2)
@@ -111,7 +111,7 @@ class FeatureCodec(ABC):
             rows = bad.nonzero().flatten().tolist()
             raise UserError(
                 "teacher features cannot be stored",
-                got=f"NaN, infinity or magnitudes beyond {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
+                got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
                 expected="finite values, with token norms that the codec can hold",
                 where=f"codec {self.id}",
                 fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",

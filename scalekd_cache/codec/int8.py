@@ -41,7 +41,7 @@ class Int8Codec(FeatureCodec):
     def _scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T, C) -> values in groups (B, T, G, 64), zero-padded, and float16 scales (B, T, G)."""
         padding = self.groups * GROUP - self.channels
-        grouped = torch.nn.functional.pad(values, (0, padding)).unflatten(2, (self.groups, GROUP))
+        grouped = torch.nn.functional.pad(values, (0, padding)).view(*values.shape[:2], self.groups, GROUP)
         return grouped, round_up_to_float16(grouped.abs().amax(dim=3) / LEVELS)
 
     def encode_values(self, values: Tensor) -> Tensor:

@@ -72,7 +72,7 @@ class LogitCodec:
     def encode(self, logits: "Tensor") -> list[bytes]:
         """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
         values: NDArray[np.float32] = logits.detach().float().cpu().numpy()
-        assert values.ndim == 2 and values.shape[1] == self.num_classes, (values.shape, self.num_classes)
+        assert values.shape[1:] == (self.num_classes,), (values.shape, self.num_classes)
         bad = ~np.isfinite(values).all(1)
         if bad.any():
             raise UserError(
@@ -120,9 +120,10 @@ class LogitCodec:
             return np.frombuffer(record, "<f4", offset=5).astype(np.float32)
         if mode == FLOAT16:
             largest = np.frombuffer(record, "<f4", 1, 1)
-            return _from_halves(largest, np.frombuffer(record, "<f2", offset=5)[None])[0]
+            return _from_halves(largest, np.frombuffer(record, "<f2", offset=5)[None]).reshape(-1)
         largest, step = np.frombuffer(record, "<f4", 1, 1), np.frombuffer(record, "<f4", 1, 5)
-        return _from_codes(largest, step, np.frombuffer(record, np.uint8, offset=9)[None])[0]
+        codes = np.frombuffer(record, np.uint8, offset=9)[None]
+        return _from_codes(largest, step, codes).reshape(-1)
 
 
 def _from_codes(largest: NDArray[Any], step: NDArray[Any], codes: NDArray[np.uint8]) -> NDArray[np.float32]:

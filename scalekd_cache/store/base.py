@@ -8,7 +8,6 @@ never zeros, never fewer.
 import importlib
 import struct
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -149,7 +148,7 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
         got=got,
         expected=expected,
         where=where if key is None else f"{where}, sample {key!r}",
-        fix="run `make verify`, delete the unit's folder (units/g...-r...), run `make cache-teacher`: it makes it again",
+        fix="run `make verify`, delete the folder of the unit, run `make cache-teacher`: it makes the unit again",
     )
 
 
@@ -179,10 +178,3 @@ def check_key(key: str, where: object) -> str:
             fix="rename the file that the key comes from",
         )
     return key
-
-
-def take_recent(cache: "OrderedDict[ShardId, ShardReader]", shard: ShardId) -> ShardReader | None:
-    """A reader that is open already, marked as the most recently used."""
-    if shard in cache:
-        cache.move_to_end(shard)
-    return cache.get(shard)

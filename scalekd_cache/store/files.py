@@ -167,5 +167,5 @@ def disk_full(folder: Path, needed_bytes: int) -> UserError:
         got=f"{free:,} bytes free, now that the unfinished files are removed",
         expected=f"at least {needed_bytes:,} bytes free for this one",
         where=folder,
-        fix="free space or set cache.path to another disk (CACHE=...); what is committed stays, the run continues there",
+        fix="free space or use another disk (CACHE=...), then run again: what is committed stays",
     )

@@ -47,7 +47,7 @@ class UnitInfo:
 
 def unit_folder(root: Path, group: int, range_id: int) -> Path:
     """Where a unit lies."""
-    assert group >= 0 and range_id >= 0, (group, range_id)
+    assert min(group, range_id) >= 0, (group, range_id)
     return root / "units" / f"g{group:03d}-r{range_id:05d}"
 
 
@@ -114,13 +114,13 @@ def _is_inside(name: str) -> bool:
 
 
 def check_fields(fields: Mapping[str, Any], kind: Any, path: Path) -> None:
-    """Refuse JSON whose names or types are not those of the dataclass `kind` (containers are checked by their owner)."""
+    """Refuse JSON whose names or types are not those of the dataclass `kind`; containers are up to the caller."""
     expected = {field.name: field.type for field in dataclasses.fields(kind)}
     missing, unknown = sorted(expected.keys() - fields.keys()), sorted(fields.keys() - expected.keys())
     if missing or unknown:
         raise damaged("wrong fields", f"missing {missing}, unknown {unknown}", sorted(expected), path)
     for name, annotation in expected.items():
-        container = getattr(annotation, "__origin__", annotation)
+        container: Any = getattr(annotation, "__origin__", annotation)
         if type(fields[name]) is not container:
             raise damaged(f"field {name} has the wrong type", type(fields[name]).__name__, container.__name__, path)
 
@@ -150,7 +150,7 @@ def read_keys(folder: Path, info: UnitInfo) -> list[str]:
     if found != expected:
         raise damaged("the keys of a unit have the wrong length", found, f"{expected} bytes", path)
     try:
-        keys = path.read_text("utf-8", newline="\n").split("\n")[:-1]
+        keys = path.read_bytes().decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise damaged("the keys of a unit cannot be read", error, "UTF-8", path) from error
     if len(keys) != info.count:

@@ -54,7 +54,7 @@ def unit_committed(root: Path, group: int, range_id: int, fingerprint: str) -> b
     replaces it.
 
     Raises:
-        UserError: the unit was made with another fingerprint (teacher, recipe, codec or data), or its sidecar is damaged.
+        UserError: the unit has another fingerprint (teacher, recipe, codec or data), or its sidecar is damaged.
     """
     folder = unit_folder(root, group, range_id)
     if not (folder / "unit.json").exists():
@@ -99,8 +99,8 @@ class UnitWriter:
         fingerprint: str,
         versions: Mapping[str, str] | None = None,
     ) -> None:
-        assert 0 <= start < stop and 0 < len(set(views)) == len(views), (start, stop, views)
-        assert stop - start <= MAX_UNIT_SAMPLES, (start, stop)
+        assert 0 <= start < stop <= start + MAX_UNIT_SAMPLES, (start, stop)
+        assert 0 < len(set(views)) == len(views), views
         self.info = UnitInfo(
             format=FORMAT_VERSION,
             fingerprint=fingerprint,

@@ -1,0 +1,117 @@
+"""Looks for everything that can be wrong with a cache on disk, and goes on after the first finding.
+
+In: a cache's folder. Out: a list of problems, empty for a cache that is whole.
+Invariant: the fast check reads sidecars and lengths; the deep one reads every byte (sha256 of every file) and every
+record (crc32c), and names the samples of a shard that differs.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.files import fact_of
+from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
+from scalekd_cache.store.reader import open_shard
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
+
+BATCH_RECORDS = 64
+MAX_NAMED = 20
+"""Damaged samples of one shard that are named; the rest is counted."""
+
+
+class Problem(NamedTuple):
+    """One finding."""
+
+    where: str
+    """File or folder, relative to the cache."""
+    key: str | None
+    """The sample, where it is known."""
+    what: str
+
+
+def verify_cache(
+    root: Path | str, deep: bool = False, progress: Callable[[int, int], None] | None = None
+) -> list[Problem]:
+    """Check a cache.
+
+    Args:
+        root: the cache's folder.
+        deep: read every file and record too.
+        progress: called with (units done, units in all).
+    """
+    root = Path(root)
+    try:
+        manifest = read_manifest(root)
+    except UserError as error:
+        return [Problem("manifest.json", None, str(error))]
+    problems = list(_tail_problems(root, manifest, deep))
+    for number, row in enumerate(manifest.units):
+        problems += _unit_problems(root, manifest, row, deep)
+        if progress is not None:
+            progress(number + 1, len(manifest.units))
+    return problems
+
+
+def _tail_problems(root: Path, manifest: Manifest, deep: bool) -> Iterator[Problem]:
+    path = root / "tail.safetensors"
+    if not manifest.tail_sha256:
+        return
+    if not path.is_file():
+        yield Problem(path.name, None, "missing")
+    elif deep and fact_of(path).sha256 != manifest.tail_sha256:
+        yield Problem(path.name, None, "sha256 differs from the manifest's")
+
+
+def _unit_problems(root: Path, manifest: Manifest, row: UnitRow, deep: bool) -> Iterator[Problem]:
+    folder = unit_folder(root, row.group, row.range_id)
+    name = folder.relative_to(root).as_posix()
+    try:
+        info, data = read_unit(folder)
+        read_keys(folder, info)
+    except UserError as error:
+        yield Problem(f"{name}/unit.json", None, str(error))
+        return
+    if hashlib.sha256(data).hexdigest() != row.sha256:
+        yield Problem(f"{name}/unit.json", None, "sha256 differs from the manifest's")
+    if info.fingerprint != manifest.fingerprint:
+        yield Problem(f"{name}/unit.json", None, f"fingerprint {info.fingerprint} is not {manifest.fingerprint}")
+    wrong = sizes_differ(folder, info.files)
+    yield from (Problem(f"{name}/{file}", None, what) for file, what in wrong)
+    if deep:
+        short = {file for file, _ in wrong}
+        for file, fact in info.files.items():
+            if file not in short and fact_of(folder / file).sha256 != fact.sha256:
+                yield Problem(f"{name}/{file}", None, "sha256 differs from the sidecar's")
+        for view in info.views:
+            yield from _record_problems(root, manifest, row, view, info)
+
+
+def _record_problems(root: Path, manifest: Manifest, row: UnitRow, view: int, info: UnitInfo) -> Iterator[Problem]:
+    where = f"{unit_folder(root, row.group, row.range_id).relative_to(root).as_posix()}/v{view:04d}"
+    try:
+        reader = open_shard(root, manifest, row, view)
+    except UserError as error:
+        yield Problem(where, None, str(error))
+        return
+    bad = 0
+    for start in range(0, info.count, BATCH_RECORDS):
+        rows = np.arange(start, min(start + BATCH_RECORDS, info.count))
+        try:
+            reader.read(rows)
+            continue
+        except UserError:
+            pass  # one of them is damaged: find out which, one at a time
+        for one in rows.tolist():
+            try:
+                reader.read(np.array([one]))
+            except UserError as error:
+                bad += 1
+                if bad <= MAX_NAMED:
+                    yield Problem(where, reader.keys[one], str(error))
+    if bad > MAX_NAMED:
+        yield Problem(where, None, f"{bad - MAX_NAMED} more damaged samples")
+    reader.close()
