@@ -8,6 +8,7 @@ Invariant: the number of samples is the sum over the units of every group, all g
 import dataclasses
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -230,26 +231,31 @@ def _unit_row(row: Any, path: Path) -> UnitRow:
 
 def _checks(manifest: Manifest) -> dict[str, bool]:
     """Every agreement that needs the manifest alone; num_samples is bounded by the listed units."""
-    groups = manifest.groups
+    groups, units = manifest.groups, manifest.units
     views = [view for group in groups if isinstance(group, list) for view in group]
-    order = [(row.group, row.range_id) for row in manifest.units]
-    sums = [sum(row.count for row in manifest.units if row.group == group) for group in range(len(groups))]
-    ranges = [[row.range_id for row in manifest.units if row.group == group] for group in range(len(groups))]
+    order = [(row.group, row.range_id) for row in units]
+    sums, ranges = dict.fromkeys(range(len(groups)), 0), Counter[int]()
+    in_turn = True
+    for row in units:
+        in_turn = in_turn and row.range_id == ranges[row.group]
+        ranges[row.group] += 1
+        sums[row.group] = sums.get(row.group, 0) + row.count
     return {
         "backend is unknown": manifest.backend in BACKENDS,
-        "groups do not hold views 0 to num_views - 1": 0 < len(groups) <= len(views) <= 10_000
+        "groups do not hold views 0 to num_views - 1": 0 < len(groups) <= len(views) == manifest.num_views <= 10_000
         and all(type(view) is int for view in views)
-        and sorted(views) == list(range(manifest.num_views)),
+        and sorted(views) == list(range(len(views))),
         "units are not sorted by group and range": order == sorted(set(order)),
-        "ranges of a group are not 0, 1, ...": all(ids == list(range(len(ids))) for ids in ranges),
-        "units of unknown groups": sum(len(ids) for ids in ranges) == len(manifest.units),
-        f"num_samples {manifest.num_samples} is not the sum over the units of each group, {sums[:8]}": bool(sums)
-        and set(sums) == {manifest.num_samples}
+        "ranges of a group are not 0, 1, ...": in_turn,
+        "units of unknown groups": len(sums) == len(groups),
+        f"num_samples {manifest.num_samples} is not the sum over the units of each group": bool(sums)
+        and set(sums.values()) == {manifest.num_samples}
         and manifest.num_samples > 0,
-        "units_digest does not match the units": manifest.units_digest == units_digest(manifest.units),
+        "units_digest does not match the units": manifest.units_digest == units_digest(units),
         "fingerprint is not a sha256": HEX64.fullmatch(manifest.fingerprint) is not None,
         "tail_sha256 is not a sha256": manifest.tail_sha256 == "" or HEX64.fullmatch(manifest.tail_sha256) is not None,
         "class_names are not texts": all(isinstance(name, str) for name in manifest.class_names),
         "bytes_per_view has other parts": manifest.bytes_per_view.keys()
-        == {"pixels", "features", "target", "index", "total"},
+        == {"pixels", "features", "target", "index", "total"}
+        and all(type(number) in (int, float) for number in manifest.bytes_per_view.values()),
     }
