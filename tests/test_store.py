@@ -34,8 +34,7 @@ from scalekd_cache.store import (
 )
 from scalekd_cache.store import files as store_files
 from scalekd_cache.store.base import record_crc
-from scalekd_cache.store.files import canonical_json
-from scalekd_cache.store.unit import host_tag
+from scalekd_cache.store.files import canonical_json, host_tag
 
 FINGERPRINT = hashlib.sha256(b"fingerprint").hexdigest()
 GROUPS = [[0, 1], [2]]

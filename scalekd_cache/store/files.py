@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import socket
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -161,7 +162,8 @@ def is_disk_full(error: BaseException) -> bool:
 
 def disk_full(folder: Path, needed_bytes: int) -> UserError:
     """The error a full disk gives, after the temporary files are gone."""
-    free = shutil.disk_usage(folder).free
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
     return UserError(
         "the disk is full",
         got=f"{free:,} bytes free, now that the unfinished files are removed",
@@ -169,3 +171,30 @@ def disk_full(folder: Path, needed_bytes: int) -> UserError:
         where=folder,
         fix="free space or use another disk (CACHE=...), then run again: what is committed stays",
     )
+
+
+def host_tag() -> str:
+    """8 hex characters that two processes share when one can see whether the other lives: host, boot, PID namespace."""
+    facts = [socket.gethostname()]
+    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    if boot.exists() and namespace.exists():
+        facts += [boot.read_text(), str(namespace.stat().st_ino)]
+    return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
+
+
+def remove_stale(units: Path) -> None:
+    """Remove temp folders whose process ran on this host and is gone; those of other hosts are left alone."""
+    for path in units.glob(f".tmp-*-{host_tag()}-*"):
+        pid = path.name.split(f"-{host_tag()}-", 1)[1].split("-")[0]
+        if pid.isdigit() and not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

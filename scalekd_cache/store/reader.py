@@ -25,7 +25,7 @@ OPEN_SHARDS = 128
 
 
 class Cache:
-    """Random access to records. Small to pickle; a copy in a worker process opens its own files."""
+    """Random access to records, for one thread. Small to pickle; a copy in a worker process opens its own files."""
 
     def __init__(self, root: Path, manifest: Manifest) -> None:
         self.root, self.manifest = root, manifest

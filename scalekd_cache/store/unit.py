@@ -6,12 +6,10 @@ of one unit leave exactly one; an exception leaves nothing.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import secrets
 import shutil
-import socket
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -38,8 +36,10 @@ from scalekd_cache.store.files import (
     disk_full,
     folders_of,
     fsync_path,
+    host_tag,
     is_disk_full,
     read_back,
+    remove_stale,
     write_new,
 )
 from scalekd_cache.store.sidecar import UnitInfo, info_text, read_unit, sizes_differ, unit_folder
@@ -126,10 +126,11 @@ class UnitWriter:
         self._feature_bytes: int | None = None
         self._record_bytes = 0
         units = self.folder.parent
-        units.mkdir(parents=True, exist_ok=True)
-        remove_stale(units)
         self._temp = units / f".tmp-{self.folder.name}-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}"
-        self._temp.mkdir()
+        with _DiskGuard(self):
+            units.mkdir(parents=True, exist_ok=True)
+            remove_stale(units)
+            self._temp.mkdir()
 
     def append(self, view_number: int, record: Record) -> None:
         """Add a view of an image. Every view must get the same keys in the same order.
@@ -202,8 +203,7 @@ class UnitWriter:
         if view not in self._writers:
             info = self.info
             shard = ShardId(info.group, info.range_id, view)
-            size = info.stop - info.start
-            self._writers[view] = shard_writer(info.backend, self._temp, shard, size, self._feature_bytes or 0)
+            self._writers[view] = shard_writer(info.backend, self._temp, shard, self._feature_bytes or 0)
         return self._writers[view]
 
     def _finish_files(self, fidelity: dict[str, Any]) -> None:
@@ -253,6 +253,7 @@ class UnitWriter:
                 self._put_aside()
                 continue
             fsync_path(self.folder.parent)
+            fsync_path(self.root)
             return True
         raise UserError("a damaged unit cannot be replaced", where=self.folder, fix="delete this folder, run again")
 
@@ -282,30 +283,3 @@ class _DiskGuard:
         self._writer.abort()
         if is_disk_full(error):
             raise disk_full(self._writer.folder.parent, self._writer.needed_bytes()) from error
-
-
-def host_tag() -> str:
-    """8 hex characters that two processes share when one can see whether the other lives: host, boot, PID namespace."""
-    facts = [socket.gethostname()]
-    boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
-    if boot.exists() and namespace.exists():
-        facts += [boot.read_text(), str(namespace.stat().st_ino)]
-    return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
-
-
-def remove_stale(units: Path) -> None:
-    """Remove temp folders whose process ran on this host and is gone; those of other hosts are left alone."""
-    for path in units.glob(f".tmp-*-{host_tag()}-*"):
-        pid = path.name.split(f"-{host_tag()}-", 1)[1].split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import ShardReader
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.reader import open_shard
@@ -100,18 +102,21 @@ def _record_problems(root: Path, manifest: Manifest, row: UnitRow, view: int, in
     bad = 0
     for start in range(0, info.count, BATCH_RECORDS):
         rows = np.arange(start, min(start + BATCH_RECORDS, info.count))
-        try:
-            reader.read(rows)
+        if _reading_error(reader, rows) is None:
             continue
-        except UserError:
-            pass  # one of them is damaged: find out which, one at a time
-        for one in rows.tolist():
-            try:
-                reader.read(np.array([one]))
-            except UserError as error:
-                bad += 1
-                if bad <= MAX_NAMED:
-                    yield Problem(where, reader.keys[one], str(error))
+        for one in rows.tolist():  # find out which of them
+            found = _reading_error(reader, np.array([one]))
+            bad += found is not None
+            if found is not None and bad <= MAX_NAMED:
+                yield Problem(where, reader.keys[one], found)
     if bad > MAX_NAMED:
         yield Problem(where, None, f"{bad - MAX_NAMED} more damaged samples")
     reader.close()
+
+
+def _reading_error(reader: ShardReader, rows: NDArray[np.int64]) -> str | None:
+    try:
+        reader.read(rows)
+    except UserError as error:
+        return str(error)
+    return None
