@@ -95,6 +95,14 @@ def write_cache(root: Path, backend: str, *, replayed: bool = False) -> Path:
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _no_waiting_for_the_disk():
+    """Thousands of small fsyncs take longer than all the rest; one test below counts them instead."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(store_files, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="module", params=list(BACKENDS))
 def whole(request, tmp_path_factory) -> Path:
     """A cache that tests must not change."""
@@ -340,6 +348,23 @@ def test_an_unfinished_unit_leaves_nothing(tmp_path, backend, when, monkeypatch)
     assert list((tmp_path / "units").iterdir()) == []
 
 
+@backends
+def test_every_file_and_folder_is_fsynced_once_before_the_rename(tmp_path, backend, monkeypatch):
+    synced, renames = [], []
+    link = "/proc/self/fd/{}"
+    monkeypatch.setattr(store_files, "fsync", lambda number: synced.append(os.readlink(link.format(number))))
+    rename = os.rename
+    monkeypatch.setattr(os, "rename", lambda a, b: (renames.append((str(a), str(b), len(synced))), rename(a, b)))
+    write_unit(tmp_path, backend)
+    unit = unit_folder(tmp_path, 0, 0)
+    (temp, final, before), others = renames[-1], renames[:-1]
+    assert final == str(unit)
+    assert all(".zarr" in other[1] for other in others)
+    inside = [path.relative_to(unit).as_posix() for path in unit.rglob("*")]
+    assert sorted(os.path.relpath(path, temp) for path in synced[:before]) == sorted([*inside, "."])
+    assert synced[before:] == [str(tmp_path / "units"), str(tmp_path)]
+
+
 def test_views_must_agree(tmp_path):
     with open_unit(tmp_path, "webdataset") as writer:
         writer.append(0, make_record(0, 0))
@@ -370,7 +395,7 @@ def test_a_full_disk_leaves_nothing_and_says_how_much_is_needed(tmp_path, backen
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(store_files.os, "fsync", full)
+    monkeypatch.setattr(store_files, "fsync", full)
     with pytest.raises(UserError, match=r"the disk is full\n.* bytes free.*\n.*at least [0-9,]+ bytes"):
         write_unit(tmp_path, backend)
     assert list((tmp_path / "units").iterdir()) == []
