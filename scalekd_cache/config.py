@@ -153,6 +153,8 @@ class CacheTeacherConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cache: StoreConfig = field(default_factory=StoreConfig)
+    student: str | None = None
+    """A student to try before the work starts: it and the recipe's training options shall fit the cache."""
     workers: int = 0
     """Worker processes that decode images and draw views, per rank (0: in the main process)."""
     device: str = "auto"

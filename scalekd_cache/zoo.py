@@ -6,11 +6,14 @@ Invariant: only names of timm's own registry are built. `local-dir:` and `hf-hub
 """
 
 import inspect
+import os
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
+from safetensors.torch import save_file
 from torch import nn
 
 from scalekd_cache.errors import UserError, nearest
@@ -92,3 +95,26 @@ def create_timm_model(
                 got=used,
                 fix="choose another image size or other model arguments",
             ) from error
+
+
+def fetch_weights(name: str, folder: Path) -> Path:
+    """Bring timm's pretrained weights of a model to `folder`/<name>.safetensors, which appears whole or not at all.
+
+    Raises:
+        UserError: an unknown name, or weights that cannot be had here.
+    """
+    check_name(name, "teacher")
+    try:
+        model = timm.create_model(name, pretrained=True)
+    except Exception as error:  # hub clients raise errors of many kinds; all of them mean that there are no weights
+        raise UserError(
+            "the pretrained weights cannot be fetched",
+            got=f"{type(error).__name__}: {error}",
+            where=name,
+            fix="run this where there is a network, and share the folder with the other machines",
+        ) from error
+    folder.mkdir(parents=True, exist_ok=True)
+    file, temporary = folder / f"{name}.safetensors", folder / f".{name}.{os.getpid()}.tmp"
+    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, str(temporary))
+    os.replace(temporary, file)
+    return file

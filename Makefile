@@ -1,0 +1,130 @@
+# scalekd-cache. `make help` lists targets and variables.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+.SUFFIXES:
+
+# ---- variables of the user ----------------------------------------------------------------------------------------
+PYTHON ?= python3
+VENV ?= .venv
+NPROC ?= 1
+LAUNCHER ?= torchrun
+DATA ?= demo
+RECIPE_OF_DATA = $(if $(filter demo,$(DATA)),demo,traditional)
+CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
+THREADS ?= $(shell echo $$(( $(CORES) / $(NPROC) > 0 ? $(CORES) / $(NPROC) : 1 )))
+# On a machine of few cores the loader's work is done between the steps; a worker would only take a core from them.
+WORKERS ?= $(shell [ $(CORES) -gt 4 ] && echo $(THREADS) || echo 0)
+CACHE_GIVEN := $(CACHE)
+CACHE ?= caches/$(notdir $(DATA:/=))
+
+# ---- environment --------------------------------------------------------------------------------------------------
+ifeq ($(VENV),none)
+PY := $(PYTHON)
+BASE :=
+TESTS :=
+else
+PY := $(VENV)/bin/python
+BASE := $(VENV)/.installed
+TESTS := $(VENV)/.installed-test
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+endif
+export OMP_NUM_THREADS ?= $(THREADS)
+export PYTHONUNBUFFERED = 1
+
+# One process runs as it is; several are started by torchrun, or by the deepspeed launcher.
+TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m
+DEEPSPEED = deepspeed --num_gpus $(NPROC) --module
+LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m,$(if $(filter deepspeed,$(LAUNCHER)),$(DEEPSPEED),$(TORCHRUN)))
+# Two makes on one machine and one folder wait for each other.
+waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(hostname).lock)
+
+option = $(if $(strip $($(1))),--$(2) "$($(1))")
+SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
+
+.PHONY: help install cache-teacher distill evaluate export verify fetch test test-all lint format clean
+
+help: ## Show this help
+	@echo "Targets:"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@echo
+	@echo "Variables of cache-teacher:"
+	@echo "  DATA=demo|cifar10|imagenette|/path   images with train/ and val/ (folders, tars or parquet); default demo"
+	@echo "  TEACHER=name                         timm model; default the recipe's (demo_swin, or Swin-L)"
+	@echo "  TEACHER_WEIGHTS=file.safetensors     its weights; default timm's pretrained ones (PRETRAINED=0: random)"
+	@echo "  RECIPE=demo|traditional|advanced     views and training; default demo for the demo, else traditional"
+	@echo "  VIEWS=n  CODEC=int8|float16|float32  views an image, feature codec"
+	@echo "  STORE=webdataset|zarr  PIXELS=baked|replayed"
+	@echo "  CACHE=dir                            default caches/<data>"
+	@echo "  STUDENT=name                         also try one real step of this student before the work starts"
+	@echo "Variables of distill:"
+	@echo "  STUDENT=name                         timm model (needed); TARGETS=cached|live|none; EPOCHS=n"
+	@echo "  CACHE=dir  RUN=dir                   default caches/<data> (made when absent), runs/<student>"
+	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
+	@echo "Variables of both:"
+	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
+	@echo '  SET="dotted.key=value ..."           any other option; python -m pipelines.distill --help lists them'
+	@echo "Environment: PYTHON=python3 chooses the interpreter, VENV=dir the environment (VENV=none: the one at hand)"
+
+# ---- environment --------------------------------------------------------------------------------------------------
+install: $(BASE) ## Make .venv and install, once
+
+$(VENV)/bin/python:
+	@$(call waiting,$(VENV)) $(SHELL) -c 'test -x $@ || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }'
+
+$(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
+	@$(call waiting,$(VENV)) $(SHELL) -c 'test $@ -nt setup.cfg || { echo "installing into $(VENV) (several GB with PyTorch, some minutes)"; \
+	  $(PY) -m pip install --quiet --disable-pip-version-check -e . && touch $@; }'
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	@$(call waiting,$(VENV)) $(SHELL) -c 'test $@ -nt setup.cfg || { echo "installing what the tests need"; \
+	  $(PY) -m pip install --quiet --disable-pip-version-check -e .[test] && touch $@; }'
+
+# ---- commands -----------------------------------------------------------------------------------------------------
+cache-teacher: $(BASE) ## Stage 1: run the teacher once, keep views, features and logits
+	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher --recipe "$(or $(RECIPE),$(RECIPE_OF_DATA))" \
+	  --data.source "$(DATA)" --cache.path "$(CACHE)" --workers $(WORKERS) \
+	  $(call option,TEACHER,teacher.name) $(call option,TEACHER_WEIGHTS,teacher.weights) \
+	  $(if $(PRETRAINED),--teacher.pretrained $(if $(filter 0 false no,$(PRETRAINED)),false,true)) \
+	  $(call option,VIEWS,cache.num_views) $(call option,CODEC,cache.codec) $(call option,STORE,cache.backend) \
+	  $(call option,PIXELS,views.pixels) $(call option,STUDENT,student) $(CACHE_SET)
+
+cache-teacher: CACHE_SET = $(SET_OPTIONS)
+
+distill: $(BASE) ## Stage 2: train STUDENT from a cache (made first when absent)
+	@test -n "$(STUDENT)" || { echo 'error: give STUDENT=, for example make distill STUDENT=resnet50' >&2; exit 2; }
+ifeq ($(CACHE_GIVEN),)
+	@test -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET=
+endif
+	@$(LAUNCH) pipelines.distill --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
+	  $(call option,RECIPE,recipe) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
+	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) \
+	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
+
+evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA=]
+	@$(PY) -m pipelines.evaluate --run "$(RUN)" $(if $(filter-out demo,$(DATA)),--data "$(DATA)")
+
+export: $(BASE) ## Write a run's student for timm: RUN=dir [OUT=dir]
+	@$(PY) -m pipelines.export --run "$(RUN)" $(call option,OUT,out)
+
+verify: $(BASE) ## Check a cache: CACHE=dir, DEEP=1 reads every byte
+	@$(PY) -m pipelines.verify --cache "$(CACHE)" $(if $(DEEP),--deep true)
+
+fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
+	@$(PY) -m pipelines.fetch --teacher "$(TEACHER)"
+
+# ---- development --------------------------------------------------------------------------------------------------
+test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores)
+	@OMP_NUM_THREADS=$(CORES) $(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+
+test-all: $(TESTS) ## Run the slow tests too
+	@OMP_NUM_THREADS=$(CORES) $(PY) -m pytest $(ARGS)
+
+lint: $(TESTS) ## Check format, lint and types
+	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
+
+format: $(TESTS) ## Format the code
+	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+clean: ## Remove the environment and tool caches (never caches/, runs/ or teachers/)
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

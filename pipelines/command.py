@@ -1,0 +1,108 @@
+"""From what a user types to a checked configuration; shared by the commands of this folder.
+
+In: argv and a recipe. Out: a configuration dataclass; for whatever the user can put right, one message and status 2.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+from jsonargparse import ArgumentParser, set_parsing_settings
+
+from scalekd_cache.errors import UserError, nearest
+
+RECIPES = Path(__file__).parent / "recipes"
+Config = TypeVar("Config")
+
+
+class Parser(ArgumentParser):
+    """A parser whose errors are `UserError`s with the nearest option names."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+        """Turn a mistype into one clear message."""
+        if isinstance(ex, UserError):
+            raise ex
+        options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
+        hint = f"nearest options: {nearest(unknown[0], options)}" if unknown else None
+        raise UserError("the command line is not understood", got=message.strip(), expected=hint, fix="see --help")
+
+
+def recipe_file(name: str) -> Path:
+    """The YAML file of a recipe, by name or path.
+
+    Raises:
+        UserError: with the nearest names.
+    """
+    file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
+    if not file.is_file():
+        known = [path.stem for path in RECIPES.glob("*.yaml")]
+        raise UserError("unknown recipe", got=name, expected=nearest(name, known), fix="change RECIPE= or give a file")
+    return file
+
+
+def recipe_section(name: str, section: str) -> dict[str, Any]:
+    """One section, `cache` or `distill`, of a recipe."""
+    file = recipe_file(name)
+    try:
+        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError("the recipe is not YAML", got=error, where=file, fix="mend the file") from error
+    if not isinstance(recipe, dict) or not set(recipe) <= {"cache", "distill"}:
+        got = list(recipe) if isinstance(recipe, dict) else type(recipe).__name__
+        raise UserError("a recipe has two sections", got=got, expected="cache: and distill:", where=file)
+    return dict(recipe.get(section) or {})
+
+
+def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe: dict[str, Any], about: str) -> Config:
+    """A configuration from its defaults, then the recipe, then the command line.
+
+    Every field of the dataclass is a typed option with its docstring as help. Unknown keys, in either, are errors.
+    """
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = Parser(prog=f"python -m pipelines.{command}", description=about)
+    parser.add_class_arguments(config_class)
+    try:
+        options = parser.instantiate(parser.parse_args(list(argv), namespace=parser.parse_object(recipe)))
+        return config_class(**{name: getattr(options, name) for name in config_class.__dataclass_fields__})  # type: ignore[attr-defined]
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError("the configuration is not understood", got=error, fix="see --help") from error
+
+
+def value_of(argv: Sequence[str], option: str) -> str | None:
+    """The value of one option on the command line, before everything is parsed."""
+    for index, word in enumerate(argv):
+        if word == option and index + 1 < len(argv):
+            return argv[index + 1]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2]
+    return None
+
+
+def run(main: Callable[[list[str]], object]) -> NoReturn:
+    """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 130 stopped by the user."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    argv = sys.argv[1:]
+    debug = "--debug" in argv
+    try:
+        status = main([word for word in argv if word != "--debug"])
+    except UserError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        _exit(2)
+    except KeyboardInterrupt:
+        print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        _exit(130)
+    sys.exit(status if isinstance(status, int) else 0)
+
+
+def _exit(status: int) -> NoReturn:
+    """Leave at once: peers and loader workers must not keep a failed process waiting."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

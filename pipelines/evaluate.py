@@ -1,0 +1,39 @@
+"""Measure the accuracy of a run's exported student again (`make evaluate RUN=dir`)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.command import parse, run
+from scalekd_cache.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Options of `evaluate`."""
+
+    run: str
+    """Folder of a finished run."""
+    data: str | None = None
+    """Where the validation images are (None: where stage 1 found them)."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    workers: int = 0
+    """Processes that decode images."""
+
+
+def main(argv: list[str]) -> None:
+    """Evaluate the exported student and print one JSON line."""
+    config = parse(EvaluateConfig, "evaluate", argv, {}, __doc__ or "")
+    from scalekd_cache.distill import evaluate_export
+    from scalekd_cache.processes import this_process
+
+    tally = evaluate_export(Path(config.run), config.data, this_process(config.device), config.workers)
+    if tally.images == 0:
+        raise UserError("no validation image could be read", where=config.data or config.run, fix="check DATA=")
+    facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
+    print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,55 @@
+"""Whether what is asked agrees with what a cache holds.
+
+In: options as plain dicts, a cache's facts. Out: nothing, or an error that names each field with both values.
+Invariant: light (no torch): commands call this before anything else.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from scalekd_cache.errors import UserError
+
+
+def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
+    """A cache is continued only by the job that began it: same teacher, views, codec, data and layout.
+
+    Raises:
+        UserError: naming each field that differs, with both values.
+    """
+    different = sorted(name for name in _flat(kept) | _flat(asked) if _flat(kept).get(name) != _flat(asked).get(name))
+    if different:
+        lines = [f"{name}: {_flat(asked).get(name)} (asked) / {_flat(kept).get(name)} (cache)" for name in different]
+        raise UserError(
+            "the cache was made with other options",
+            got="; ".join(lines),
+            where=where,
+            fix="choose another CACHE=, or give the options the cache was made with",
+        )
+
+
+def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: Path) -> None:
+    """The view recipe of a training recipe is the one in the cache: augmentation lives in the cache.
+
+    The seed and the form in which pixels are kept are the cache's own business.
+    """
+    own = {"seed", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling"}
+    different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
+    if different:
+        raise UserError(
+            f"the cache holds other views than recipe {recipe} trains on",
+            got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
+            expected=", ".join(f"views.{name}={asked[name]}" for name in different),
+            where=where,
+            fix=f"make a cache with RECIPE={recipe}, or leave RECIPE out: the cache knows its own recipe",
+        )
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,312 @@
+"""Stage 1 as a job: check, share out the work units, finish with tail and manifest.
+
+In: a `CacheTeacherConfig`, this process among its peers. Out: a complete cache and its manifest.
+Invariant: any number of processes may take part, and one of them finishes; a job started again does only what is
+missing.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.agreement import check_plan
+from scalekd_cache.caching import Stage, Unit, make_units, plan_units
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.config import CacheTeacherConfig, DistillConfig, fingerprint, to_plain
+from scalekd_cache.demo_teacher import train_demo_teacher
+from scalekd_cache.errors import UserError
+from scalekd_cache.evaluate import evaluate
+from scalekd_cache.images import Source, listing_digest, open_source
+from scalekd_cache.preflight import bytes_per_view, check_space, check_student, check_teacher, probe_views
+from scalekd_cache.processes import Peers, Process, autocast_dtype
+from scalekd_cache.progress import progress
+from scalekd_cache.store import Manifest, ManifestFacts, build_manifest, read_manifest, unit_committed, write_manifest
+from scalekd_cache.store.files import write_atomically
+from scalekd_cache.tail import DEMO_TEACHER
+from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher, save_tail
+
+PLAN = "plan.json"
+"""What a cache is going to be, written before the first unit: a job that continues it is held against this."""
+
+
+class Job(NamedTuple):
+    """What a stage-1 job works with."""
+
+    stage: Stage
+    plan: dict[str, Any]
+    """Facts of the cache that are known before the first unit is made; they go into the manifest."""
+    units: list[Unit]
+
+
+def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
+    """Make a cache, or what is missing of it.
+
+    Args:
+        config: all options of stage 1.
+        process: this process.
+        student: training options that shall fit the cache; tried by one real step before the work starts.
+
+    Raises:
+        UserError: whatever does not fit, before the first unit is made.
+    """
+    root, peers = Path(config.cache.path), Peers(process)
+    if root.exists() and not root.is_dir():
+        raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
+    source = open_source(config.data, "train")
+    config = dataclasses.replace(config, teacher=_with_weights(config, peers))
+    teacher = load_teacher(
+        config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
+    )
+    job = _plan(config, process, source, teacher)
+    finished = _finished(job)
+    if finished is not None:
+        images = f"{finished.num_samples:,} images x {finished.num_views} views"
+        _say(process, f"{root} is complete: {images}; nothing to do")
+        return finished
+    _check(config, process, job, student)
+    if process.rank == 0:
+        _write_plan(root, job.plan)
+        peers.announce("planned")
+    peers.wait("planned")
+    _make(config, peers, job)
+    return _finish(config, process, peers, job)
+
+
+def _say(process: Process, text: str) -> None:
+    if process.rank == 0:
+        print(text, flush=True)
+
+
+def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
+    """The teacher's options with the file of its weights, where there is one; the demo's teacher is trained first."""
+    teacher = config.teacher
+    if teacher.weights or not teacher.pretrained:
+        return teacher
+    file = Path(teacher.weights_dir) / f"{teacher.name}.safetensors"
+    if teacher.name == DEMO_TEACHER:
+        if peers.process.rank == 0:
+            if not file.exists():
+                train_demo_teacher(file, config.data)
+            peers.announce("demo teacher")
+        peers.wait("demo teacher")
+    return dataclasses.replace(teacher, weights=str(file)) if file.exists() else teacher
+
+
+def _plan(config: CacheTeacherConfig, process: Process, source: Source, teacher: Teacher) -> Job:
+    """Everything that decides the cached bytes, and the units they come in."""
+    root = Path(config.cache.path)
+    codec, logit_codec = (
+        make_codec(config.cache.codec, teacher.spec.feature_shape),
+        LogitCodec(teacher.spec.num_classes),
+    )
+    fields = {
+        "teacher": teacher.spec.to_json(),
+        "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
+        "views": to_plain(config.views),
+        "codec": codec.get_config(),
+        "logit_codec": logit_codec.get_config(),
+        "data": {"listing": listing_digest(source), "samples": len(source.samples)},
+    }
+    fixed: dict[str, Any] = {
+        "fingerprint": fingerprint(fields),
+        "fingerprint_fields": fields,
+        "backend": config.cache.backend,
+        "samples_per_shard": config.cache.samples_per_shard,
+    }
+    groups: list[list[int]] = []
+    if (root / PLAN).exists():
+        kept = _read_plan(root)
+        check_plan({name: kept[name] for name in fixed}, fixed, root)
+        groups = kept["groups"]
+    groups = extended_groups(groups, config.cache.num_views, config.cache.views_per_group)
+    plan = {
+        **fixed,
+        "groups": groups,
+        "recipe": config.recipe,
+        "teacher_config": to_plain(config.teacher),
+        "data_config": to_plain(config.data),
+    }
+    stage = Stage(
+        root, config.cache.backend, fixed["fingerprint"], source, config.views, teacher, codec, logit_codec,
+        config.teacher.batch_size, process.device, library_versions(),
+    )  # fmt: skip
+    return Job(stage, plan, plan_units(source, groups, config.cache.samples_per_shard))
+
+
+def extended_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
+    """View groups of a cache of at least `num_views` views that begins with `groups`: what is there stays."""
+    groups = [list(group) for group in groups]
+    first = sum(len(group) for group in groups)
+    for start in range(first, num_views, views_per_group):
+        groups.append(list(range(start, min(start + views_per_group, num_views))))
+    return groups
+
+
+def _read_plan(root: Path) -> dict[str, Any]:
+    try:
+        plan = json.loads((root / PLAN).read_text(encoding="utf-8"))
+        assert {"fingerprint", "fingerprint_fields", "backend", "samples_per_shard", "groups"} <= set(plan)
+    except (ValueError, AssertionError) as error:
+        raise UserError(
+            "the cache's plan is damaged", where=root / PLAN, fix="restore it, or choose another CACHE="
+        ) from error
+    return dict(plan)
+
+
+def _write_plan(root: Path, plan: dict[str, Any]) -> None:
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        write_atomically(root / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
+    except OSError as error:
+        raise UserError(
+            "the cache's folder cannot be written", got=error, where=root, fix="choose another CACHE="
+        ) from error
+
+
+def _finished(job: Job) -> Manifest | None:
+    """The manifest of a cache that has all that is asked for."""
+    root = job.stage.root
+    if not (root / "manifest.json").exists():
+        return None
+    manifest = read_manifest(root)
+    return manifest if manifest.groups == job.plan["groups"] else None
+
+
+def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
+    """What would otherwise go wrong hours later (`preflight.py`)."""
+    stage = job.stage
+    pixels, pixel_bytes = probe_views(stage.source, stage.views)
+    check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
+    if process.rank == 0:
+        missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(stage, u))
+        size = bytes_per_view(stage.codec, len(stage.source.class_names), pixel_bytes)
+        check_space(stage.root, missing, size)
+        print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
+        if student is not None:
+            output = stage.teacher(pixels[:2].to(stage.device))
+            check_student(student, stage.teacher, len(stage.source.class_names), output)
+            print(f"student {student.student.name} and the training recipe fit this cache", flush=True)
+
+
+def committed(stage: Stage, unit: Unit) -> bool:
+    """Whether a unit is in the cache already."""
+    return unit_committed(stage.root, unit.group, unit.range_id, stage.fingerprint)
+
+
+def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
+    """Make units until none is left, with one progress bar for all processes."""
+    stage, rank = job.stage, peers.process.rank
+    total = sum(len(unit.positions) * len(unit.views) for unit in job.units)
+    bar = progress("cache", total, "view", rank=rank)
+
+    def count(unit: Unit) -> None:
+        bar.update(peers.add("views", len(unit.positions) * len(unit.views)) - bar.n)
+
+    with torch.no_grad():
+        make_units(stage, job.units, _claims(peers, job, count), config.workers, count)
+        peers.announce(f"rank {rank} has no more units")
+        if rank == 0:
+            for peer in range(peers.process.world_size):
+                peers.wait(f"rank {peer} has no more units")
+            left = iter([n for n, unit in enumerate(job.units) if not committed(stage, unit)])
+            make_units(stage, job.units, left, config.workers, count)
+            bar.update(total - bar.n)
+    bar.close()
+
+
+def _claims(peers: Peers, job: Job, skipped: Callable[[Unit], None]) -> Iterator[int]:
+    """Numbers of units that this process claims, one at a time; units that are there already are passed over."""
+    while (number := peers.add("claims", 1) - 1) < len(job.units):
+        if committed(job.stage, job.units[number]):
+            skipped(job.units[number])
+        else:
+            yield number
+
+
+def _finish(config: CacheTeacherConfig, process: Process, peers: Peers, job: Job) -> Manifest:
+    """Rank 0: the tail, the teacher's accuracy, the manifest."""
+    stage = job.stage
+    if process.rank == 0:
+        tail_sha256 = save_tail(stage.teacher, stage.root / "tail.safetensors")
+        manifest = build_manifest(stage.root, _facts(job, tail_sha256, _teacher_top1(config, stage)))
+        write_manifest(stage.root, manifest)
+        peers.announce("manifest")
+        _say_what_it_is(stage.root, manifest)
+    peers.wait("manifest")
+    return read_manifest(stage.root)
+
+
+def _facts(job: Job, tail_sha256: str, top1: float | None) -> ManifestFacts:
+    """What the manifest says beside what the units say."""
+    plan, fields = job.plan, job.plan["fingerprint_fields"]
+    ranges = job.stage.source.ranges(plan["samples_per_shard"])
+    bounds = [[positions.start, positions.stop] for positions in ranges]
+    return ManifestFacts(
+        fingerprint=plan["fingerprint"],
+        fingerprint_fields=fields,
+        recipe=plan["recipe"],
+        backend=plan["backend"],
+        groups=plan["groups"],
+        ranges=[bounds for _ in plan["groups"]],
+        class_names=list(job.stage.source.class_names),
+        teacher={"spec": fields["teacher"], "config": plan["teacher_config"], "top1": top1},
+        tail_sha256=tail_sha256,
+        view_recipe=fields["views"],
+        codec=fields["codec"],
+        logit_codec=fields["logit_codec"],
+        data={**plan["data_config"], **fields["data"]},
+        versions=library_versions(),
+    )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that explain a digest that differs; they decide nothing."""
+    names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
+    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
+
+
+def _teacher_top1(config: CacheTeacherConfig, stage: Stage) -> float | None:
+    """The teacher's accuracy on the validation images, None when there are none."""
+    if not stage.teacher.spec.has_classifier:
+        return None
+    try:
+        validation = open_source(config.data, "val")
+    except UserError as error:
+        print(f"no validation images, so the teacher's accuracy is not measured:\n{error}", flush=True)
+        return None
+
+    def predict(images: Tensor) -> Tensor:
+        output: TeacherOutput = stage.teacher(images)
+        return output.logits
+
+    tally = evaluate(
+        predict, validation, config.views.size, stage.device, workers=config.workers, title="evaluate the teacher"
+    )
+    return round(tally.top1_percent, 4)
+
+
+def _say_what_it_is(root: Path, manifest: Manifest) -> None:
+    top1, sizes = manifest.teacher["top1"], manifest.bytes_per_view
+    close = "; ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
+                      for name, row in manifest.fidelity.items())  # fmt: skip
+    skipped = manifest.fingerprint_fields["data"]["samples"] - manifest.num_samples
+    print(
+        f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, "
+        f"{sizes['total']:,.0f} bytes a view ({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels)"
+        + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
+        + f"\nteacher {manifest.teacher['spec']['name']}: "
+        f"top-1 {'not measured' if top1 is None else f'{top1:.2f} %'}; decoded features: {close}\n"
+        f"next: make distill STUDENT=resnet50 CACHE={root}",
+        flush=True,
+    )

@@ -1,0 +1,249 @@
+"""Stage 2: a cache and a student -> a run folder.
+
+In: a `DistillConfig`. Out: a trained, evaluated and exported student, and a summary.
+Invariant: everything that can be refused is refused before the first step; a finished run is not done again.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+from torch import nn
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.config import DistillConfig, StudentConfig, TeacherConfig, to_plain
+from scalekd_cache.engine import STUDENT_FILE, DistillModel, Trainer, consolidated_student, start_processes
+from scalekd_cache.errors import UserError
+from scalekd_cache.evaluate import Tally, evaluate
+from scalekd_cache.export import export_student
+from scalekd_cache.images import Source, open_source
+from scalekd_cache.loader import CacheLoader, data_config
+from scalekd_cache.order import Order
+from scalekd_cache.processes import Process
+from scalekd_cache.report import RunFolder, Summary, closing_table, read_config, read_summary
+from scalekd_cache.scalekd import ScaleKDHeads
+from scalekd_cache.store import Cache, Manifest, read_manifest
+from scalekd_cache.student import Student, build_student
+from scalekd_cache.tail import Tail
+from scalekd_cache.tail_file import load_tail
+from scalekd_cache.teacher import Teacher, load_teacher
+from scalekd_cache.teacher_spec import TeacherSpec
+
+
+def distill(config: DistillConfig, process: Process) -> Summary:
+    """Train a student from a cache, or return the summary of the run when it is finished already."""
+    run = Path(config.run or "runs/student")
+    finished = read_summary(run)
+    folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
+    if finished is not None:
+        _say(process, f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
+        return finished
+    cache = Cache.open(Path(config.cache))
+    validation = _validation(cache.manifest, config.data, process)
+    trainer = _make_trainer(config, process, cache)
+    if trainer.resume(run / "checkpoints"):
+        _say(process, f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
+    if folder is not None:
+        folder.start_metrics(trainer.loader.step)
+    first, started, tally = trainer.loader.step, time.perf_counter(), None
+    for epoch in trainer.train(folder):
+        last = epoch + 1 == config.train.epochs
+        if last or (epoch + 1) % config.train.checkpoint_epochs == 0:
+            trainer.save(run / "checkpoints")
+        if not last and (epoch + 1) % config.train.eval_epochs == 0:
+            tally = judge(config, cache.manifest, trainer.student_state(), validation, process)
+            if folder is not None and tally is not None:
+                folder.log(trainer.loader.step, {"top1": tally.top1_percent, "top5": tally.top5_percent})
+    seconds = time.perf_counter() - started
+    state = trainer.student_state()
+    tally = judge(config, cache.manifest, state, validation, process)
+    summary = _summary(config, cache.manifest, trainer, tally)
+    summary["minutes"] = round(seconds / 60, 2)
+    images = (trainer.loader.total_steps - first) * config.train.global_batch_size
+    summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
+    if folder is not None:
+        manifest = cache.manifest
+        student = consolidated_student(config, state, len(manifest.class_names), manifest.view_recipe["size"])
+        _, summary["export_max_logit_difference"] = _export(student, config, manifest, run / "export")
+        folder.finish(summary)
+        _say(process, closing_table(run, summary))
+    dist.barrier()
+    return summary
+
+
+def _say(process: Process, text: str) -> None:
+    if process.rank == 0:
+        print(text, flush=True)
+
+
+def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
+    """The validation images; their absence is said at the start, not after hours."""
+    try:
+        return open_source(data_config(manifest.data, data), "val")
+    except UserError as error:
+        _say(process, f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
+        return None
+
+
+def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trainer:
+    """Everything a run needs, built and checked on each rank."""
+    manifest, train = cache.manifest, config.train
+    torch.manual_seed(train.seed)
+    student = build_student(
+        config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+    )
+    spec = TeacherSpec.from_json(manifest.teacher["spec"])
+    tail, teacher, heads = None, None, None
+    if train.targets != "none":
+        tail = load_tail(cache.root / "tail.safetensors", spec).to(process.device)
+        if config.scalekd.tail_drop_path:
+            tail.enable_drop_path()
+        heads = make_heads(config, student, tail)
+    if train.targets == "live":
+        teacher = _live_teacher(config, manifest, spec, process)
+    loader = CacheLoader(
+        cache,
+        Order(num_samples=len(cache), block=train.shuffle_block, window=train.shuffle_window, seed=train.seed),
+        epochs=train.epochs,
+        global_batch=train.global_batch_size,
+        micro_batch=train.micro_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=train.workers,
+        data=config.data,
+        pin_memory=process.device.type == "cuda",
+    )
+    start_processes(process)
+    return Trainer(config, process, loader, DistillModel(config, student, heads), tail, teacher, manifest.codec)
+
+
+def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHeads:
+    """The ScaleKD heads between a student and a teacher's tail."""
+    return ScaleKDHeads(
+        config.scalekd,
+        tap_shapes=student.tap_shapes,
+        tail_in_shape=tail.in_shape,
+        tail_out_shape=tail.out_shape,
+        layer_norm=student.layer_norm,
+    )
+
+
+def _live_teacher(config: DistillConfig, manifest: Manifest, spec: TeacherSpec, process: Process) -> Teacher:
+    """The whole teacher beside the student, checked to be the one of the cache."""
+    facts = manifest.teacher
+    teacher = load_teacher(
+        TeacherConfig(**{**facts["config"], "weights": config.teacher_weights or facts["config"]["weights"]}),
+        image_size=spec.image_size,
+        num_classes=spec.num_classes,
+        device=process.device,
+    )
+    if teacher.spec.weights_sha256 != spec.weights_sha256:
+        raise UserError(
+            "the live teacher is not the teacher of the cache",
+            got=f"weights {teacher.spec.weights_sha256[:16]}",
+            expected=f"weights {spec.weights_sha256[:16]}",
+            fix="give its weights with TEACHER_WEIGHTS=",
+        )
+    return teacher
+
+
+def judge(
+    config: DistillConfig,
+    manifest: Manifest,
+    state: dict[str, torch.Tensor],
+    validation: Source | None,
+    process: Process,
+) -> Tally | None:
+    """Accuracy of the student with these weights on the validation images, shared by all ranks."""
+    if validation is None:
+        return None
+    size = manifest.view_recipe["size"]
+    student = consolidated_student(config, state, len(manifest.class_names), size)
+    share = evaluate(
+        classifier(student.model.to(process.device), config.student.mean, config.student.std),
+        validation,
+        size,
+        process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=config.train.workers,
+    )
+    counts = torch.tensor(share, device=process.device)
+    dist.all_reduce(counts)
+    return Tally(*counts.tolist())
+
+
+def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
+    device = next(model.parameters()).device
+    shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return lambda images: model((images.float() / 255 - shift) / scale)
+
+
+def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:
+    """The accuracy of a finished run's exported model, loaded as any timm user would load it."""
+    options = read_config(run)
+    folder = run / "export"
+    if not (folder / "config.json").exists():
+        raise UserError("the run has no exported student", where=folder, fix="finish the run, or make export RUN=")
+    manifest = read_manifest(Path(options["cache"]))
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
+    return evaluate(
+        classifier(model, options["student"]["mean"], options["student"]["std"]),
+        open_source(data_config(manifest.data, data or options["data"]), "val"),
+        manifest.view_recipe["size"],
+        process.device,
+        workers=workers,
+    )
+
+
+def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
+    """Export the student of a run's last checkpoint, finished or not.
+
+    Returns:
+        The folder, and the largest difference of a reloaded logit.
+    """
+    options = read_config(run)
+    latest = run / "checkpoints" / "latest"
+    if not latest.exists():
+        raise UserError("the run has no checkpoint yet", where=latest, fix="wait for the first one")
+    state = load_file(run / "checkpoints" / latest.read_text(encoding="utf-8").strip() / STUDENT_FILE)
+    manifest = read_manifest(Path(options["cache"]))
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options["student"].items()}
+    student_options = StudentConfig(**fields)
+    config = DistillConfig(student=student_options)
+    student = consolidated_student(config, state, len(manifest.class_names), manifest.view_recipe["size"])
+    return _export(student, config, manifest, out or run / "export")
+
+
+def _export(student: Student, config: DistillConfig, manifest: Manifest, folder: Path) -> tuple[Path, float]:
+    size = manifest.view_recipe["size"]
+    names = manifest.class_names
+    return folder, export_student(student, config.student, folder, image_size=size, class_names=names)
+
+
+def _summary(config: DistillConfig, manifest: Manifest, trainer: Trainer, tally: Tally | None) -> Summary:
+    codec = codec_from_config(manifest.codec)
+    return {
+        "student": config.student.name,
+        "teacher": manifest.teacher["spec"]["name"],
+        "targets": config.train.targets,
+        "top1": round(tally.top1_percent, 4) if tally else None,
+        "top5": round(tally.top5_percent, 4) if tally else None,
+        "val_images": tally.images if tally else 0,
+        "teacher_top1": manifest.teacher["top1"],
+        "epochs": config.train.epochs,
+        "steps": trainer.loader.total_steps,
+        "seed": config.train.seed,
+        "zero": config.train.zero,
+        "world_size": trainer.process.world_size,
+        "views": manifest.num_views,
+        "codec": codec.id,
+        "bytes_per_view": manifest.bytes_per_view["total"],
+        "cache_fingerprint": manifest.fingerprint,
+    }

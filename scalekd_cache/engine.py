@@ -1,0 +1,322 @@
+"""The training loop under DeepSpeed; the only file that imports deepspeed.
+
+In: a cache, a `DistillConfig`. Out: a run folder with metrics, checkpoints, a summary and the exported student.
+Invariant: the teacher and its tail are outside the engine's module tree: not trained, not partitioned, not saved.
+The samples, the BatchNorm groups and the random numbers of a step depend on the seed and the step alone.
+"""
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec.base import feature_norms
+from scalekd_cache.config import DistillConfig, OptimConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader import Batch, CacheLoader
+from scalekd_cache.losses import LossTerms, distillation_losses
+from scalekd_cache.processes import Process, autocast_dtype
+from scalekd_cache.progress import progress
+from scalekd_cache.report import RunFolder
+from scalekd_cache.scalekd import ScaleKDHeads, Targets
+from scalekd_cache.student import Student, build_student
+from scalekd_cache.tail import Tail
+from scalekd_cache.teacher import Teacher
+
+STUDENT_FILE = "student.safetensors"
+"""The student of a checkpoint, in its folder."""
+
+
+class DistillModel(nn.Module):
+    """What DeepSpeed trains: the student and, when there are targets, the ScaleKD heads."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: DistillConfig, student: Student, heads: ScaleKDHeads | None) -> None:
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.heads = heads
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (config.student.mean, config.student.std))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
+        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
+        pixels = (images.float() - self.mean) / self.std
+        s3, s4, logits = self.student(pixels.contiguous(memory_format=torch.channels_last))
+        maps = None
+        if self.heads is not None:
+            assert targets is not None
+            assert tail is not None
+            maps = self.heads(s3, s4, tail)
+        return distillation_losses(self.config.scalekd, self.config.train, logits, labels, maps, targets)
+
+
+def start_processes(process: Process) -> None:
+    """Join the job's processes; a job of one process joins itself.
+
+    Raises:
+        UserError: when DeepSpeed's communication operator cannot be compiled here.
+    """
+    if process.device.type == "cpu":
+        _say_compile(process)
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if process.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+    )
+
+
+def _say_compile(process: Process) -> None:
+    if shutil.which("g++") is None:
+        raise UserError(
+            "DeepSpeed needs a C++ compiler on a machine without a GPU",
+            got="no g++",
+            fix="install g++ (build-essential)",
+        )
+    if process.rank == 0:
+        print("starting DeepSpeed (the first start on a machine compiles a small operator, about a minute)", flush=True)
+
+
+def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's JSON below, what the recipe fixes on top."""
+    train = config.train
+    given: dict[str, Any] = {}
+    if train.deepspeed:
+        try:
+            given = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                "the DeepSpeed JSON cannot be read", got=error, where=train.deepspeed, fix="check train.deepspeed"
+            ) from error
+    low = autocast_dtype(train.precision, process.device) == torch.bfloat16
+    own: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // train.micro_batch_size // process.world_size,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": low, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    decided = own.keys() - {"zero_optimization"}
+    clash: list[str] = [name for name in given if name in decided and given[name] != own[name]]
+    forbidden: list[str] = [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in given]
+    if clash or forbidden:
+        raise UserError(
+            "the DeepSpeed JSON sets what the recipe decides",
+            got=", ".join(clash + forbidden),
+            expected="only what a recipe has no option for",
+            where=train.deepspeed,
+            fix="remove these keys; precision, optimizer and batch sizes are options of train and optim",
+        )
+    return {**given, **own}
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer, from timm."""
+    momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model,
+        opt=optim.name,
+        lr=lr,
+        weight_decay=optim.weight_decay,
+        filter_bias_and_bn=not optim.decay_norm_and_bias,
+        **momentum,
+    )
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
+    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch)."""
+    warmup = {
+        "warmup_t": min(round(optim.warmup_epochs * epoch), steps - 1),
+        "warmup_lr_init": optim.warmup_start * lr,
+        "t_in_epochs": False,
+    }
+    if optim.schedule == "step":
+        return StepLRScheduler(optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, **warmup)
+    return CosineLRScheduler(optimizer, t_initial=steps, lr_min=optim.min_lr * lr, **warmup)
+
+
+def scaled_lr(config: DistillConfig) -> float:
+    """The learning rate at the actual global batch (linear scaling)."""
+    return config.optim.lr * config.train.global_batch_size / config.optim.base_batch_size
+
+
+class Trainer:
+    """One training run: the engine and what is beside it."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        process: Process,
+        loader: CacheLoader,
+        model: DistillModel,
+        tail: Tail | None,
+        teacher: Teacher | None,
+        codec: dict[str, Any],
+    ) -> None:
+        self.config = config
+        self.process = process
+        self.loader = loader
+        self.model = model.to(process.device)
+        self.tail = tail
+        self.teacher = teacher
+        self.codec = codec_from_config(codec)
+        lr = scaled_lr(config)
+        # The average starts before the engine, which may partition the weights.
+        ema = config.train.ema_decay
+        self.ema = ModelEmaV3(model.student.model, decay=ema) if ema else None
+        optimizer = make_optimizer(model, config.optim, lr)
+        self.schedule = make_schedule(optimizer, config.optim, lr, loader.total_steps, loader.steps_per_epoch)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
+        )
+
+    def train(self, folder: RunFolder | None) -> Iterator[int]:
+        """Train from the loader's position to the end; yields after every whole epoch, with its number."""
+        log_every, first = self.config.train.log_every, self.loader.step
+        per_epoch, total = self.loader.steps_per_epoch, self.loader.total_steps
+        batches = iter(self.loader)
+        sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
+        bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
+        for step in range(first, total):
+            terms, wait = self._step(step, batches)
+            bar.update()
+            waited, steps = waited + wait, steps + 1
+            sums = [a + b for a, b in zip(sums, terms, strict=True)]
+            if (step + 1) % log_every == 0 or step + 1 == total:
+                seconds = time.perf_counter() - started
+                values = self._average(sums, steps)
+                values |= {"epoch": step // per_epoch, "lr": self._lr()}
+                values["images_per_s"] = steps * self.config.train.global_batch_size / seconds
+                values["data_wait"] = waited / seconds
+                self._check_finite(step, values)
+                bar.set_postfix(loss=f"{values['loss']:.3f}", wait=f"{values['data_wait']:.0%}")
+                if folder is not None:
+                    folder.log(step + 1, values)
+                sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0
+            if (step + 1) % per_epoch == 0:
+                pause = time.perf_counter()
+                yield step // per_epoch
+                started += time.perf_counter() - pause
+        bar.close()
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+        """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of waiting."""
+        self.schedule.step_update(step)
+        wait, rows = 0.0, []
+        for micro in self.loader.micros:
+            asked = time.perf_counter()
+            batch = next(batches)
+            wait += time.perf_counter() - asked
+            batch = batch.to(self.process.device)
+            torch.manual_seed((self.config.train.seed * 1_000_003 + step) * 65_536 + micro)
+            terms = self.engine(batch.images, batch.labels, self._targets(batch), self.tail)
+            self.engine.backward(terms.total)
+            self.engine.step()
+            rows.append(torch.stack([term.detach() for term in terms]))
+        if self.ema is not None:
+            self.ema.update(self.model.student.model, step)
+        return torch.stack(rows).mean(0), wait
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Targets | None:
+        if self.config.train.targets == "none":
+            return None
+        if self.teacher is not None:
+            features, logits = self.teacher(batch.images)
+            return Targets(features, feature_norms(features), logits)
+        decoded = self.codec.decode(batch.codes)
+        return Targets(decoded.features, decoded.norms, batch.logits)
+
+    def _lr(self) -> float:
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    def _average(self, sums: list[Any], steps: int) -> dict[str, float]:
+        """The terms per step, averaged over ranks."""
+        means = torch.stack([torch.as_tensor(value, device=self.process.device) for value in sums]) / steps
+        dist.all_reduce(means)
+        means /= self.process.world_size
+        values = dict(zip(LossTerms._fields, means.tolist(), strict=True))
+        return {"loss": sum(values.values()), **values}
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
+        if bad:
+            raise UserError(
+                "the loss is not finite",
+                got=", ".join(f"{name}={values[name]}" for name in bad),
+                where=f"step {step + 1}",
+                fix="lower optim.lr, set optim.clip_norm, or resume from the last checkpoint",
+            )
+
+    @torch.no_grad()
+    def student_state(self) -> dict[str, Tensor]:
+        """The student's whole state dict on the CPU, the same on every rank.
+
+        The moving average when there is one. BatchNorm statistics, which each rank gathered from its own
+        micro-batches, are merged by their mean.
+        """
+        model = self.ema.module if self.ema is not None else self.model.student.model
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self.config.train.zero == 3):
+            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        for name, _ in model.named_buffers():
+            if name in state and state[name].is_floating_point():
+                dist.all_reduce(state[name])
+                state[name] /= self.process.world_size
+        return {name: value.cpu() for name, value in state.items()}
+
+    def save(self, folder: Path) -> None:
+        """Write a checkpoint of this step and drop the oldest beyond `keep_checkpoints`.
+
+        DeepSpeed's files are pickles: local and trusted. The student lies beside them as safetensors, for export.
+        """
+        tag = f"step-{self.loader.step:08d}"
+        state = {"loader": self.loader.state_dict()}
+        if self.ema is not None:
+            state["ema"] = self.ema.module.state_dict()
+        student = self.student_state()
+        self.engine.save_checkpoint(str(folder), tag=tag, client_state=state)
+        if self.process.rank == 0:
+            save_file(student, str(folder / tag / STUDENT_FILE))
+            for old in sorted(folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
+                shutil.rmtree(old)
+
+    def resume(self, folder: Path) -> bool:
+        """Go on from the last checkpoint; False when there is none."""
+        if not (folder / "latest").exists():
+            return False
+        path, state = self.engine.load_checkpoint(str(folder))
+        if path is None:
+            raise UserError("the last checkpoint cannot be loaded", where=folder, fix="remove it to start again")
+        self.loader.load_state_dict(state["loader"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        return True
+
+
+def consolidated_student(config: DistillConfig, state: dict[str, Tensor], num_classes: int, image_size: int) -> Student:
+    """A plain student with the run's weights, outside any engine."""
+    student = build_student(config.student, num_classes=num_classes, image_size=image_size)
+    student.model.load_state_dict(state)
+    return student.eval()

@@ -1,0 +1,259 @@
+"""Order + store -> batches on the training side.
+
+In: an open cache, an order, this rank's share. Out: `Batch`es of one micro-batch each, in the order of the run.
+Invariant: a batch is either complete and verified or an error that names the record; the position is the step number,
+so a resumed loader goes on with the next sample whatever the number of workers.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.config import DataConfig, ViewConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.images import Source, decode_image, open_source
+from scalekd_cache.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.store import Cache, Record
+from scalekd_cache.views import View, apply_view, decode_pixels, pixel_digest
+
+DIGEST_STEPS = 2
+"""Steps at the start of a session in which every view's digest is compared."""
+DIGEST_EVERY = 16
+"""After that, one view in this many."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one view number."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8: the pixels the teacher saw."""
+    labels: Tensor
+    """(B,) int64."""
+    codes: Tensor
+    """(B, bytes_per_view) uint8: feature codes, decoded on the training device."""
+    logits: Tensor
+    """(B, K) float32: the teacher's logits."""
+    ids: Tensor
+    """(B,) int64: positions in the view's canonical order."""
+    view: int
+    """The view number."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; asynchronous where the memory is pinned."""
+        tensors = (self.images, self.labels, self.codes, self.logits, self.ids)
+        images, labels, codes, logits, ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(images, labels, codes, logits, ids, self.view)
+
+
+class Slot(NamedTuple):
+    """Which micro-batch of the run: the index that loader workers are given."""
+
+    epoch: int
+    step: int
+    micro: int
+    check_all: bool
+
+
+class MicroBatches(Dataset[Batch]):
+    """Micro-batches by `Slot`; what a loader worker holds."""
+
+    def __init__(self, cache: Cache, order: Order, global_batch: int, micro_batch: int, data: str | None) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.order = order
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.codec: FeatureCodec = codec_from_config(manifest.codec)
+        self.logit_codec = LogitCodec.from_config(manifest.logit_codec)
+        self.view_config = ViewConfig(**_tuples(manifest.view_recipe))
+        self.source: Source | None = None
+        self.source_index: dict[str, int] = {}
+        if self.view_config.pixels == "replayed":
+            self.source = open_source(data_config(manifest.data, data), "train")
+            self.source_index = {sample.key: index for index, sample in enumerate(self.source.samples)}
+
+    def __getitem__(self, slot: Slot) -> Batch:
+        view = slot.epoch % self.cache.manifest.num_views
+        ids = micro_batch_ids(
+            self.order,
+            epoch=slot.epoch,
+            step=slot.step,
+            micro=slot.micro,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+        )
+        records = self.cache.read(ids, view)
+        images = [
+            self._pixels(record, view, check=slot.check_all or position % DIGEST_EVERY == 0)
+            for record, position in zip(records, ids.tolist(), strict=True)
+        ]
+        codes = np.frombuffer(b"".join(record.features for record in records), np.uint8)
+        return Batch(
+            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+            labels=torch.tensor([record.label for record in records], dtype=torch.int64),
+            codes=torch.from_numpy(codes.reshape(len(records), self.codec.bytes_per_view).copy()),
+            logits=torch.from_numpy(np.stack([self.logit_codec.decode(record.logits) for record in records])),
+            ids=torch.from_numpy(ids),
+            view=view,
+        )
+
+    def _pixels(self, record: Record, view: int, *, check: bool) -> NDArray[np.uint8]:
+        """The view's uint8 pixels (size, size, 3): stored ones decoded, or the view drawn again from its record."""
+        if self.source is None:
+            pixels = decode_pixels(record.pixels, self.view_config.size)
+        else:
+            pixels = self._replay(record)
+        if check and pixel_digest(pixels) != record.digest:
+            raise UserError(
+                "a view's pixels are not those the teacher saw",
+                got=f"digest {pixel_digest(pixels)}",
+                expected=f"digest {record.digest}",
+                where=f"view {view} of {record.key} in {self.cache.root}",
+                fix="train with the library versions that wrote the cache: "
+                + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.versions.items()),
+            )
+        return pixels
+
+    def _replay(self, record: Record) -> NDArray[np.uint8]:
+        assert self.source is not None
+        if record.key not in self.source_index:
+            raise UserError(
+                "the cache holds replayed views, but an image is not in the data set",
+                got=f"no sample {record.key}",
+                where=self.source.name,
+                fix="give the folder the cache was made from with DATA=",
+            )
+        image = decode_image(self.source.read(self.source_index[record.key]), record.key)
+        return apply_view(record_view(record), image, self.view_config)
+
+
+def record_view(record: Record) -> View:
+    """The view record that a stored record carries."""
+    return View.from_json(json.loads(record.view))
+
+
+def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
+    """The data set of a cache, as its manifest names it or at another place."""
+    return DataConfig(
+        source=source or facts["source"],
+        devkit=facts.get("devkit"),
+        download_dir=facts.get("download_dir", "data"),
+        max_samples=facts.get("max_samples"),
+    )
+
+
+def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
+class CacheLoader:
+    """The micro-batches of one rank from a step to the end of the run.
+
+    Iterating yields `Batch`es: for every step the rank's micro-batches in order. `state_dict` is the position.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        order: Order,
+        *,
+        epochs: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        data: str | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.order = order
+        self.epochs = epochs
+        self.global_batch = global_batch
+        self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
+        self.steps_per_epoch = steps_per_epoch(order.num_samples, global_batch)
+        self.step = 0
+        self._fingerprint = cache.manifest.fingerprint
+        self._dataset = MicroBatches(cache, order, global_batch, micro_batch, data)
+        self._workers = workers
+        self._pin_memory = pin_memory
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def _slots(self) -> Iterator[Slot]:
+        first = self.step
+        for step in range(first, self.total_steps):
+            for micro in self.micros:
+                epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+                yield Slot(epoch, step_in_epoch, micro, step - first < DIGEST_STEPS)
+
+    def __iter__(self) -> Iterator[Batch]:
+        loader = DataLoader(
+            self._dataset,
+            batch_size=None,
+            sampler=_SlotSampler(self._slots()),
+            num_workers=self._workers,
+            pin_memory=self._pin_memory,
+            prefetch_factor=4 if self._workers else None,
+            worker_init_fn=_one_thread,
+        )
+        for count, batch in enumerate(loader, start=1):
+            if count % len(self.micros) == 0:  # before handing out a step's last batch: a checkpoint after it is right
+                self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what must be equal for it to mean the same samples."""
+        return {"step": self.step, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at a saved position.
+
+        Raises:
+            UserError: when the run would meet other samples than the one that saved it.
+        """
+        identity = self._identity()
+        different = [name for name in identity if state.get(name) != identity[name]]
+        if different:
+            raise UserError(
+                "the checkpoint belongs to another order of samples",
+                got=", ".join(f"{name}={identity[name]}" for name in different),
+                expected=", ".join(f"{name}={state.get(name)}" for name in different),
+                fix="resume with the options the run was started with, or choose another RUN=",
+            )
+        self.step = int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self._fingerprint,
+            "seed": self.order.seed,
+            "num_samples": self.order.num_samples,
+            "block": self.order.block,
+            "window": self.order.window,
+            "global_batch": self.global_batch,
+        }
+
+
+class _SlotSampler:
+    """A sampler over slots that are made as they are needed."""
+
+    def __init__(self, slots: Iterator[Slot]) -> None:
+        self._slots = slots
+
+    def __iter__(self) -> Iterator[Slot]:
+        return self._slots
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,124 @@
+"""Checks before hours are spent.
+
+In: what a job is about to use. Out: nothing, or the error that the job would have met much later.
+Invariant: nothing is written here.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scalekd_cache.codec.base import FeatureCodec, feature_norms
+from scalekd_cache.config import DistillConfig, ViewConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.images import Source, UnreadableImage, decode_image
+from scalekd_cache.losses import distillation_losses
+from scalekd_cache.scalekd import ScaleKDHeads, Targets
+from scalekd_cache.student import build_student
+from scalekd_cache.teacher import Teacher, TeacherOutput, check_tail, split_tail
+from scalekd_cache.views import apply_view, encode_pixels, sample_view
+
+TAIL_TOLERANCE = 1e-5
+"""Largest relative difference between the teacher's features and its tail run on what comes before."""
+PROBE_IMAGES = 16
+"""Images that are drawn to estimate sizes and to try the teacher."""
+RECORD_OVERHEAD_BYTES = 2600
+"""Headers, padding, index and view record of one stored view (upper end of what was measured)."""
+
+
+def probe_views(source: Source, views: ViewConfig) -> tuple[torch.Tensor, float]:
+    """First views of a few images: pixels (B, 3, S, S) uint8, and mean encoded bytes (0 when pixels are replayed).
+
+    Raises:
+        UserError: when none of the images tried can be decoded.
+    """
+    pixels, sizes, reason = [], [], ""
+    for index in np.linspace(0, len(source.samples) - 1, min(PROBE_IMAGES, len(source.samples))).astype(int).tolist():
+        key = source.samples[index].key
+        try:
+            image = decode_image(source.read(index), key)
+        except UnreadableImage as error:
+            reason = str(error)
+            continue
+        view = apply_view(sample_view(views, key, 0, image.shape[1], image.shape[0]), image, views)
+        pixels.append(torch.from_numpy(view).permute(2, 0, 1))
+        sizes.append(len(encode_pixels(view, views)) if views.pixels == "baked" else 0)
+    if not pixels:
+        raise UserError("no image of the data set could be decoded", got=reason, where=source.name, fix="check DATA=")
+    return torch.stack(pixels), float(np.mean(sizes))
+
+
+def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
+    """The teacher fits the data, gives finite outputs, and its tail is the end of it."""
+    spec = teacher.spec
+    if spec.has_classifier and spec.num_classes != len(class_names):
+        raise UserError(
+            "the teacher's classes are not the data set's",
+            got=f"{spec.name} has {spec.num_classes} classes",
+            expected=f"{len(class_names)} classes ({', '.join(class_names[:3])}, ...)",
+            fix="fine-tune the teacher on this data set and give TEACHER_WEIGHTS=file.safetensors",
+        )
+    if spec.feature_shape[1:] == (1, 1):
+        raise UserError(
+            "the teacher's last map has one position, so nothing is left after its mean is removed",
+            got=f"features {spec.feature_shape} at {spec.image_size} px",
+            fix="use larger views (views.size) or a teacher with a finer last stage",
+        )
+    error = check_tail(teacher, pixels[:4])
+    if not error <= TAIL_TOLERANCE:
+        raise UserError(
+            "the teacher's last stage does not reproduce its features",
+            got=f"relative difference {error:.2g}",
+            expected=f"at most {TAIL_TOLERANCE:g}",
+            where=f"{spec.name}, family {spec.family}",
+            fix="report this teacher; its family needs a tail of its own",
+        )
+
+
+def bytes_per_view(codec: FeatureCodec, num_classes: int, pixel_bytes: float) -> float:
+    """Estimated stored bytes of one view, everything included."""
+    return pixel_bytes + codec.bytes_per_view + 4 / 3 * (num_classes + 16) + RECORD_OVERHEAD_BYTES
+
+
+def check_space(path: Path, views: int, view_bytes: float) -> None:
+    """The cache fits on the disk."""
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    free, needed = shutil.disk_usage(folder).free, views * view_bytes
+    if needed > free:
+        raise UserError(
+            "the cache does not fit on the disk",
+            got=f"{free / 1e9:.2f} GB free",
+            expected=f"{needed / 1e9:.2f} GB: {views:,} views of about {view_bytes:,.0f} bytes",
+            where=folder,
+            fix="fewer VIEWS, another CODEC, or CACHE= on a larger disk",
+        )
+
+
+def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:
+    """One real training step of the student on two images: shapes, heads and losses fit together.
+
+    Args:
+        config: the training options of the recipe.
+        teacher: the teacher.
+        num_classes: classes of the data set.
+        output: what the teacher says of some images.
+    """
+    student = build_student(config.student, num_classes=num_classes, image_size=teacher.spec.image_size)
+    tail = split_tail(teacher).cpu()
+    heads = ScaleKDHeads(
+        config.scalekd,
+        tap_shapes=student.tap_shapes,
+        tail_in_shape=tail.in_shape,
+        tail_out_shape=tail.out_shape,
+        layer_norm=student.layer_norm,
+    )
+    size = teacher.spec.image_size
+    s3, s4, logits = student(torch.randn(2, 3, size, size))
+    features = output.features[:2].cpu()
+    targets = Targets(features, feature_norms(features), output.logits[:2].cpu())
+    labels = torch.zeros(2, dtype=torch.int64)
+    terms = distillation_losses(config.scalekd, config.train, logits, labels, heads(s3, s4, tail), targets)
+    terms.total.backward()  # type: ignore[no-untyped-call]

@@ -1,0 +1,170 @@
+"""What a run leaves behind for people: its folder, metrics, summary and the closing table.
+
+In: configuration, loss terms, accuracies. Out: config.yaml, metrics.jsonl, TensorBoard events, summary.json, a table.
+Invariant: a run folder belongs to one configuration and one process group at a time; metrics.jsonl has one line a
+logged step, in order, also after a resume.
+"""
+
+import fcntl
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.files import write_atomically
+
+Summary = dict[str, Any]
+
+
+class RunFolder:
+    """The folder of one training run, held by one process (rank 0)."""
+
+    def __init__(self, path: Path, config: Mapping[str, Any]) -> None:
+        """Open or create the folder.
+
+        Raises:
+            UserError: when it belongs to a run with other options, or to one that is still going.
+        """
+        self.path = path
+        self._writer: Any = None
+        if path.exists() and not path.is_dir():
+            raise UserError("the run's folder is a file", where=path, fix="choose another RUN=")
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        self._check_config(config)
+
+    def _take_lock(self) -> IO[str]:
+        lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            lock.close()
+            raise UserError(
+                "another process is training in this folder", where=self.path, fix="wait for it, or choose another RUN="
+            ) from error
+        return lock
+
+    def _check_config(self, config: Mapping[str, Any]) -> None:
+        file = self.path / "config.yaml"
+        if not file.exists():
+            write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
+            return
+        kept = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        asked = _flat(config)
+        different = [name for name in sorted(kept | asked) if kept.get(name) != asked.get(name)]
+        if different:
+            raise UserError(
+                "the run's folder holds a run with other options",
+                got=", ".join(f"{name}={asked.get(name)}" for name in different),
+                expected=", ".join(f"{name}={kept.get(name)}" for name in different),
+                where=file,
+                fix="choose another RUN=, or remove the folder to start again",
+            )
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of DeepSpeed checkpoints."""
+        return self.path / "checkpoints"
+
+    def summary(self) -> Summary | None:
+        """The summary of a finished run, None before it is finished."""
+        return read_summary(self.path)
+
+    def start_metrics(self, step: int) -> None:
+        """Open the metrics at a step: lines of later steps, lost with the last interruption, are dropped."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        file = self.path / "metrics.jsonl"
+        if file.exists():
+            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+            write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
+        self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Append one line of metrics; scalars go to TensorBoard too."""
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self, summary: Summary) -> None:
+        """Write the summary: from now on the run is finished."""
+        if self._writer is not None:
+            self._writer.close()
+        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def read_summary(run: Path) -> Summary | None:
+    """The summary.json of a run, None when it has none."""
+    file = run / "summary.json"
+    if not file.exists():
+        return None
+    try:
+        summary = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError("a run's summary is damaged", got=error, where=file, fix="remove it and run again") from error
+    assert isinstance(summary, dict)
+    return summary
+
+
+def read_config(run: Path) -> dict[str, Any]:
+    """The options a run was started with.
+
+    Raises:
+        UserError: when the folder holds no run.
+    """
+    file = run / "config.yaml"
+    if not file.exists():
+        raise UserError("no run in this folder", where=run, expected="a folder with config.yaml", fix="give RUN=dir")
+    config = yaml.safe_load(file.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise UserError("a run's configuration is damaged", where=file, fix="start the run again in another folder")
+    return config
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def alone_summary(run: Path, summary: Summary) -> Summary | None:
+    """The finished run of the same student without a teacher (TARGETS=none) next to this run, at equal steps."""
+    for folder in sorted(run.parent.glob("*/summary.json")):
+        other = read_summary(folder.parent)
+        same = ("student", "steps", "seed", "cache_fingerprint")
+        if other and other.get("targets") == "none" and all(other.get(name) == summary.get(name) for name in same):
+            return other
+    return None
+
+
+def closing_table(run: Path, summary: Summary) -> str:
+    """What a person wants to know at the end of a run, a line each."""
+    alone = alone_summary(run, summary) if summary["targets"] != "none" else None
+    rows = [
+        ("teacher", f"{summary['teacher']}, top-1 {_percent(summary['teacher_top1'])}"),
+        ("student", f"{summary['student']}, top-1 {_percent(summary['top1'])}, top-5 {_percent(summary['top5'])}"),
+        ("targets", str(summary["targets"])),
+        ("alone", f"top-1 {_percent(alone['top1'])} at equal steps" if alone else "not run (TARGETS=none)"),
+        ("epochs", f"{summary['epochs']} ({summary['steps']} steps, {summary['images_per_s']:.0f} images/s)"),
+        ("minutes", f"{summary['minutes']:.1f}"),
+        ("cache", f"{summary['views']} views, {summary['bytes_per_view']:,.0f} bytes a view, pixels included"),
+        ("run", str(run)),
+        ("export", str(run / "export")),
+    ]
+    if summary["targets"] == "none":
+        rows = [row for row in rows if row[0] != "alone"]
+    width = max(len(name) for name, _ in rows)
+    line = "-" * 72
+    return "\n".join([line, *(f"{name:<{width}}  {text}" for name, text in rows), line])
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f} %"
