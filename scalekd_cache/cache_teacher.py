@@ -61,6 +61,7 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
     source = open_source(config.data, "train")
     config = dataclasses.replace(config, teacher=_with_weights(config, peers))
+    torch.manual_seed(config.views.seed)  # random weights (PRETRAINED=0) are the same on every process
     teacher = load_teacher(
         config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
     )

@@ -136,6 +136,7 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
 def _live_teacher(config: DistillConfig, manifest: Manifest, spec: TeacherSpec, process: Process) -> Teacher:
     """The whole teacher beside the student, checked to be the one of the cache."""
     facts = manifest.teacher
+    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does, for a teacher of random weights
     teacher = load_teacher(
         TeacherConfig(**{**facts["config"], "weights": config.teacher_weights or facts["config"]["weights"]}),
         image_size=spec.image_size,

@@ -26,5 +26,5 @@ def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int =
         maxinterval=10.0 if terminal else LINE_SECONDS,
         miniters=None if terminal else 1,
         bar_format=None if terminal else line,
-        leave=terminal,
+        leave=True,
     )

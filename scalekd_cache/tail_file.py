@@ -34,6 +34,7 @@ def write_tail(tail: Tail, spec: TeacherSpec, path: Path) -> str:
     path.parent.mkdir(parents=True, exist_ok=True)
     # one metadata key only: safetensors does not fix the order of several, and equal tails give equal files
     save_file(tensors, temporary, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
+    temporary.chmod(0o644)  # safetensors makes files that only their owner reads; a cache is shared
     with open(temporary, "rb+") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         os.fsync(file.fileno())
