@@ -28,6 +28,7 @@ from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, closing_table, read_config, read_summary
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.store import Cache, Manifest, read_manifest
+from scalekd_cache.store.files import fact_of
 from scalekd_cache.student import Student, build_student
 from scalekd_cache.tail import Tail
 from scalekd_cache.tail_file import load_tail
@@ -100,7 +101,7 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail, teacher, heads = None, None, None
     if train.targets != "none":
-        tail = load_tail(cache.root / "tail.safetensors", spec).to(process.device)
+        tail = _tail(cache, spec).to(process.device)
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
@@ -120,6 +121,19 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
     )
     start_processes(process)
     return Trainer(config, process, loader, DistillModel(config, student, heads), tail, teacher, manifest.codec)
+
+
+def _tail(cache: Cache, spec: TeacherSpec) -> Tail:
+    """The teacher's tail, byte for byte the one the cache was made with."""
+    file = cache.root / "tail.safetensors"
+    if not file.exists() or fact_of(file).sha256 != cache.manifest.tail_sha256:
+        raise UserError(
+            "the teacher's tail is missing or damaged",
+            expected=f"sha256 {cache.manifest.tail_sha256[:16]}",
+            where=file,
+            fix="restore the file, or delete the manifest and run make cache-teacher again: it keeps the units",
+        )
+    return load_tail(file, spec)
 
 
 def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHeads:

@@ -17,28 +17,29 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, StepLRScheduler
-from timm.scheduler.scheduler import Scheduler
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.config import DistillConfig, OptimConfig
+from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.losses import LossTerms, distillation_losses
-from scalekd_cache.processes import Process, autocast_dtype
+from scalekd_cache.optimization import deepspeed_config, make_optimizer, make_schedule, scaled_lr
+from scalekd_cache.processes import Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import RunFolder
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
+from scalekd_cache.store.files import write_atomically
 from scalekd_cache.student import Student, build_student
 from scalekd_cache.tail import Tail
 from scalekd_cache.teacher import Teacher
 
 STUDENT_FILE = "student.safetensors"
 """The student of a checkpoint, in its folder."""
+FACTS_FILE = "scalekd.json"
+"""With how many processes and at which ZeRO stage a checkpoint was saved."""
 
 
 class DistillModel(nn.Module):
@@ -93,73 +94,6 @@ def _say_compile(process: Process) -> None:
         )
     if process.rank == 0:
         print("starting DeepSpeed (the first start on a machine compiles a small operator, about a minute)", flush=True)
-
-
-def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's JSON below, what the recipe fixes on top."""
-    train = config.train
-    given: dict[str, Any] = {}
-    if train.deepspeed:
-        try:
-            given = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UserError(
-                "the DeepSpeed JSON cannot be read", got=error, where=train.deepspeed, fix="check train.deepspeed"
-            ) from error
-    low = autocast_dtype(train.precision, process.device) == torch.bfloat16
-    own: dict[str, Any] = {
-        "train_batch_size": train.global_batch_size,
-        "train_micro_batch_size_per_gpu": train.micro_batch_size,
-        "gradient_accumulation_steps": train.global_batch_size // train.micro_batch_size // process.world_size,
-        "gradient_clipping": config.optim.clip_norm,
-        "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
-        "zero_allow_untested_optimizer": True,
-        "torch_autocast": {"enabled": low, "dtype": "bfloat16"},
-        "steps_per_print": 10**9,
-    }
-    decided = own.keys() - {"zero_optimization"}
-    clash: list[str] = [name for name in given if name in decided and given[name] != own[name]]
-    forbidden: list[str] = [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in given]
-    if clash or forbidden:
-        raise UserError(
-            "the DeepSpeed JSON sets what the recipe decides",
-            got=", ".join(clash + forbidden),
-            expected="only what a recipe has no option for",
-            where=train.deepspeed,
-            fix="remove these keys; precision, optimizer and batch sizes are options of train and optim",
-        )
-    return {**given, **own}
-
-
-def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
-    """The recipe's optimizer, from timm."""
-    momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model,
-        opt=optim.name,
-        lr=lr,
-        weight_decay=optim.weight_decay,
-        filter_bias_and_bn=not optim.decay_norm_and_bias,
-        **momentum,
-    )
-    return optimizer
-
-
-def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
-    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch)."""
-    warmup = {
-        "warmup_t": min(round(optim.warmup_epochs * epoch), steps - 1),
-        "warmup_lr_init": optim.warmup_start * lr,
-        "t_in_epochs": False,
-    }
-    if optim.schedule == "step":
-        return StepLRScheduler(optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, **warmup)
-    return CosineLRScheduler(optimizer, t_initial=steps, lr_min=optim.min_lr * lr, **warmup)
-
-
-def scaled_lr(config: DistillConfig) -> float:
-    """The learning rate at the actual global batch (linear scaling)."""
-    return config.optim.lr * config.train.global_batch_size / config.optim.base_batch_size
 
 
 class Trainer:
@@ -296,9 +230,13 @@ class Trainer:
         if self.ema is not None:
             state["ema"] = self.ema.module.state_dict()
         student = self.student_state()
+        if self.process.rank == 0:  # before DeepSpeed's files: `latest`, which commits the checkpoint, is its last
+            (folder / tag).mkdir(parents=True, exist_ok=True)
+            save_file(student, str(folder / tag / STUDENT_FILE))
+            facts = {"world_size": self.process.world_size, "zero": self.config.train.zero}
+            write_atomically(folder / tag / FACTS_FILE, json.dumps(facts).encode())
         self.engine.save_checkpoint(str(folder), tag=tag, client_state=state)
         if self.process.rank == 0:
-            save_file(student, str(folder / tag / STUDENT_FILE))
             for old in sorted(folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
                 shutil.rmtree(old)
 
@@ -306,7 +244,17 @@ class Trainer:
         """Go on from the last checkpoint; False when there is none."""
         if not (folder / "latest").exists():
             return False
-        path, state = self.engine.load_checkpoint(str(folder))
+        tag = (folder / "latest").read_text(encoding="utf-8").strip()
+        facts = json.loads((folder / tag / FACTS_FILE).read_text(encoding="utf-8"))
+        if facts["zero"] and facts["world_size"] != self.process.world_size:
+            raise UserError(
+                "the optimizer's state lies in one part a process",
+                got=f"{self.process.world_size} processes",
+                expected=f"{facts['world_size']} processes, as when the checkpoint was saved",
+                where=folder / tag,
+                fix=f"resume with NPROC={facts['world_size']}; only ZERO=0 resumes on another number of processes",
+            )
+        path, state = self.engine.load_checkpoint(str(folder), tag=tag)
         if path is None:
             raise UserError("the last checkpoint cannot be loaded", where=folder, fix="remove it to start again")
         self.loader.load_state_dict(state["loader"])

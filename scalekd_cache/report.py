@@ -18,6 +18,9 @@ from scalekd_cache.store.files import write_atomically
 
 Summary = dict[str, Any]
 
+FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.keep_checkpoints"}
+"""Options that may change between two sessions of one run: places and means, not what is computed."""
+
 
 class RunFolder:
     """The folder of one training run, held by one process (rank 0)."""
@@ -54,7 +57,8 @@ class RunFolder:
             return
         kept = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
         asked = _flat(config)
-        different = [name for name in sorted(kept | asked) if kept.get(name) != asked.get(name)]
+        names = sorted((kept | asked).keys() - FREE_OPTIONS)
+        different = [name for name in names if kept.get(name) != asked.get(name)]
         if different:
             raise UserError(
                 "the run's folder holds a run with other options",

@@ -1,0 +1,86 @@
+"""What a recipe says about optimisation, as timm and DeepSpeed take it.
+
+In: a `DistillConfig`. Out: optimizer, schedule, DeepSpeed's configuration. Invariant: a DeepSpeed JSON of the user adds
+to a recipe and never contradicts it. deepspeed itself is not imported here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from scalekd_cache.config import DistillConfig, OptimConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.processes import Process, autocast_dtype
+
+
+def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's JSON below, what the recipe fixes on top."""
+    train = config.train
+    given: dict[str, Any] = {}
+    if train.deepspeed:
+        try:
+            given = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UserError(
+                "the DeepSpeed JSON cannot be read", got=error, where=train.deepspeed, fix="check train.deepspeed"
+            ) from error
+    low = autocast_dtype(train.precision, process.device) == torch.bfloat16
+    own: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // train.micro_batch_size // process.world_size,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
+        "zero_allow_untested_optimizer": True,
+        "torch_autocast": {"enabled": low, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    decided = own.keys() - {"zero_optimization"}
+    clash: list[str] = [name for name in given if name in decided and given[name] != own[name]]
+    forbidden: list[str] = [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in given]
+    if clash or forbidden:
+        raise UserError(
+            "the DeepSpeed JSON sets what the recipe decides",
+            got=", ".join(clash + forbidden),
+            expected="only what a recipe has no option for",
+            where=train.deepspeed,
+            fix="remove these keys; precision, optimizer and batch sizes are options of train and optim",
+        )
+    return {**given, **own}
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer, from timm."""
+    momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(
+        model,
+        opt=optim.name,
+        lr=lr,
+        weight_decay=optim.weight_decay,
+        filter_bias_and_bn=not optim.decay_norm_and_bias,
+        **momentum,
+    )
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
+    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch)."""
+    warmup = {
+        "warmup_t": min(round(optim.warmup_epochs * epoch), steps - 1),
+        "warmup_lr_init": optim.warmup_start * lr,
+        "t_in_epochs": False,
+    }
+    if optim.schedule == "step":
+        return StepLRScheduler(optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, **warmup)
+    return CosineLRScheduler(optimizer, t_initial=steps, lr_min=optim.min_lr * lr, **warmup)
+
+
+def scaled_lr(config: DistillConfig) -> float:
+    """The learning rate at the actual global batch (linear scaling)."""
+    return config.optim.lr * config.train.global_batch_size / config.optim.base_batch_size
