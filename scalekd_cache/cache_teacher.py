@@ -24,7 +24,14 @@ from scalekd_cache.demo_teacher import train_demo_teacher
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import evaluate
 from scalekd_cache.images import Source, listing_digest, open_source
-from scalekd_cache.preflight import bytes_per_view, check_space, check_student, check_teacher, probe_views
+from scalekd_cache.preflight import (
+    bytes_per_view,
+    check_batches,
+    check_space,
+    check_student,
+    check_teacher,
+    probe_views,
+)
 from scalekd_cache.processes import Peers, Process, autocast_dtype
 from scalekd_cache.progress import progress
 from scalekd_cache.store import Manifest, ManifestFacts, build_manifest, read_manifest, unit_committed, write_manifest
@@ -192,6 +199,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
         print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))
+            check_batches(student.train, len(stage.source.samples), process.world_size)
             check_student(student, stage.teacher, len(stage.source.class_names), output)
             print(f"student {student.student.name} and the training recipe fit this cache", flush=True)
 

@@ -35,13 +35,14 @@ def _images(source: Source) -> tuple[Tensor, Tensor]:
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random zoom (0.8 to 1.05), stretch and shift of float images (B, 3, H, W)."""
+    """Random zoom (0.8 to 1.05), stretch, shift and rotation (up to 9 degrees) of float images (B, 3, H, W)."""
     count = len(images)
-    draw = torch.rand(count, 4, generator=generator)
-    zoom, stretch = 0.8 + 0.25 * draw[:, 0], 0.9 + 0.2 * draw[:, 1]
-    shift = (draw[:, 2:] - 0.5) * (1.1 - zoom)[:, None]
+    draw = torch.rand(count, 5, generator=generator)
+    zoom, stretch, angle = 0.8 + 0.25 * draw[:, 0], 0.9 + 0.2 * draw[:, 1], 0.3 * (draw[:, 2] - 0.5)
     theta = torch.zeros(count, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = zoom * stretch, zoom / stretch, shift
+    theta[:, 0, 0], theta[:, 0, 1] = zoom * stretch * angle.cos(), -zoom * angle.sin()
+    theta[:, 1, 0], theta[:, 1, 1] = zoom * angle.sin(), zoom / stretch * angle.cos()
+    theta[:, :, 2] = 0.15 * (draw[:, 3:] - 0.5)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 

@@ -25,9 +25,9 @@ from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
 from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
-from scalekd_cache.report import RunFolder, Summary, closing_table, read_config, read_summary
+from scalekd_cache.report import RunFolder, Summary, closing_table, read_config, read_facts, read_summary
 from scalekd_cache.scalekd import ScaleKDHeads
-from scalekd_cache.store import Cache, Manifest, read_manifest
+from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.student import Student, build_student
 from scalekd_cache.tail import Tail
@@ -50,6 +50,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     if trainer.resume(run / "checkpoints"):
         _say(process, f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
+        folder.keep_facts(_facts(cache.manifest))
         folder.start_metrics(trainer.loader.step)
     first, started, tally = trainer.loader.step, time.perf_counter(), None
     for epoch in trainer.train(folder):
@@ -68,9 +69,8 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     images = (trainer.loader.total_steps - first) * config.train.global_batch_size
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
-        manifest = cache.manifest
-        student = consolidated_student(config, state, len(manifest.class_names), manifest.view_recipe["size"])
-        _, summary["export_max_logit_difference"] = _export(student, config, manifest, run / "export")
+        facts = _facts(cache.manifest)
+        _, summary["export_max_logit_difference"] = _export(config, state, facts, run / "export")
         folder.finish(summary)
         _say(process, closing_table(run, summary))
     dist.barrier()
@@ -202,16 +202,15 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
 
 def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:
     """The accuracy of a finished run's exported model, loaded as any timm user would load it."""
-    options = read_config(run)
+    options, facts = read_config(run), read_facts(run)
     folder = run / "export"
     if not (folder / "config.json").exists():
         raise UserError("the run has no exported student", where=folder, fix="finish the run, or make export RUN=")
-    manifest = read_manifest(Path(options["cache"]))
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
     return evaluate(
         classifier(model, options["student"]["mean"], options["student"]["std"]),
-        open_source(data_config(manifest.data, data or options["data"]), "val"),
-        manifest.view_recipe["size"],
+        open_source(data_config(facts["data"], data or options["data"]), "val"),
+        facts["image_size"],
         process.device,
         workers=workers,
     )
@@ -223,22 +222,31 @@ def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
     Returns:
         The folder, and the largest difference of a reloaded logit.
     """
-    options = read_config(run)
+    options, facts = read_config(run), read_facts(run)
     latest = run / "checkpoints" / "latest"
     if not latest.exists():
         raise UserError("the run has no checkpoint yet", where=latest, fix="wait for the first one")
     state = load_file(run / "checkpoints" / latest.read_text(encoding="utf-8").strip() / STUDENT_FILE)
-    manifest = read_manifest(Path(options["cache"]))
     fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options["student"].items()}
     student_options = StudentConfig(**fields)
     config = DistillConfig(student=student_options)
-    student = consolidated_student(config, state, len(manifest.class_names), manifest.view_recipe["size"])
-    return _export(student, config, manifest, out or run / "export")
+    return _export(config, state, facts, out or run / "export")
 
 
-def _export(student: Student, config: DistillConfig, manifest: Manifest, folder: Path) -> tuple[Path, float]:
-    size = manifest.view_recipe["size"]
-    names = manifest.class_names
+def _facts(manifest: Manifest) -> dict[str, Any]:
+    return {
+        "fingerprint": manifest.fingerprint,
+        "image_size": manifest.view_recipe["size"],
+        "class_names": manifest.class_names,
+        "data": manifest.data,
+    }
+
+
+def _export(
+    config: DistillConfig, state: dict[str, torch.Tensor], facts: dict[str, Any], folder: Path
+) -> tuple[Path, float]:
+    size, names = facts["image_size"], facts["class_names"]
+    student = consolidated_student(config, state, len(names), size)
     return folder, export_student(student, config.student, folder, image_size=size, class_names=names)
 
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 
 from scalekd_cache.codec.base import FeatureCodec, feature_norms
-from scalekd_cache.config import DistillConfig, ViewConfig
+from scalekd_cache.config import DistillConfig, TrainConfig, ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.losses import distillation_losses
+from scalekd_cache.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher import Teacher, TeacherOutput, check_tail, split_tail
@@ -95,6 +96,12 @@ def check_space(path: Path, views: int, view_bytes: float) -> None:
             where=folder,
             fix="fewer VIEWS, another CODEC, or CACHE= on a larger disk",
         )
+
+
+def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> None:
+    """The batches of a training recipe can be made of this data, on as many processes as make the cache."""
+    steps_per_epoch(num_samples, train.global_batch_size)
+    micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
 
 
 def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:

@@ -17,6 +17,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.files import write_atomically
 
 Summary = dict[str, Any]
+FACTS = "cache.json"
+"""What a run keeps of its cache: fingerprint, image size, class names, where the data is."""
 
 FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.keep_checkpoints"}
 """Options that may change between two sessions of one run: places and means, not what is computed."""
@@ -77,6 +79,10 @@ class RunFolder:
         """The summary of a finished run, None before it is finished."""
         return read_summary(self.path)
 
+    def keep_facts(self, facts: Mapping[str, Any]) -> None:
+        """Keep what later commands need to know of the cache, which may be gone by then."""
+        write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
+
     def start_metrics(self, step: int) -> None:
         """Open the metrics at a step: lines of later steps, lost with the last interruption, are dropped."""
         from torch.utils.tensorboard import SummaryWriter
@@ -127,6 +133,20 @@ def read_config(run: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise UserError("a run's configuration is damaged", where=file, fix="start the run again in another folder")
     return config
+
+
+def read_facts(run: Path) -> dict[str, Any]:
+    """What `keep_facts` kept.
+
+    Raises:
+        UserError: when the folder holds no run that has begun.
+    """
+    file = run / FACTS
+    if not file.exists():
+        raise UserError("no run in this folder", where=run, expected=f"a folder with {FACTS}", fix="give RUN=dir")
+    facts = json.loads(file.read_text(encoding="utf-8"))
+    assert isinstance(facts, dict)
+    return facts
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
