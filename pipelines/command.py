@@ -65,7 +65,7 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe:
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=f"python -m pipelines.{command}", description=about)
-    parser.add_class_arguments(config_class)
+    parser.add_class_arguments(config_class, as_positional=False)
     try:
         options = parser.instantiate(parser.parse_args(list(argv), namespace=parser.parse_object(recipe)))
         return config_class(**{name: getattr(options, name) for name in config_class.__dataclass_fields__})  # type: ignore[attr-defined]
