@@ -67,7 +67,8 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe:
     parser = Parser(prog=f"python -m pipelines.{command}", description=about)
     parser.add_class_arguments(config_class, as_positional=False)
     try:
-        options = parser.instantiate(parser.parse_args(list(argv), namespace=parser.parse_object(recipe)))
+        base = parser.parse_object(recipe) if recipe else None
+        options = parser.instantiate(parser.parse_args(list(argv), namespace=base))
         return config_class(**{name: getattr(options, name) for name in config_class.__dataclass_fields__})  # type: ignore[attr-defined]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError("the configuration is not understood", got=error, fix="see --help") from error
