@@ -1,0 +1,66 @@
+"""What several tests of whole commands share: a teacher's weights, caches and runs, each made once a session."""
+
+import commands
+import pytest
+from commands import TRAIN_OPTIONS, cache_flags, distill_flags, make, run
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory):
+    return tmp_path_factory.mktemp("pipeline")
+
+
+@pytest.fixture(scope="session")
+def weights(workshop):
+    """A demo teacher with random weights: what it knows does not matter here, that it is the same one does."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from scalekd_cache.tail import DEMO_TIMM_NAME
+    from scalekd_cache.teacher import demo_teacher_args
+
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = timm.create_model(DEMO_TIMM_NAME, num_classes=10, **demo_teacher_args())
+    file = workshop / "teacher.safetensors"
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(file))
+    return file
+
+
+def _set(options):
+    return " ".join(f"{name}={value}" for name, value in options.items())
+
+
+@pytest.fixture(scope="session")
+def cache(workshop, weights):
+    """A webdataset cache made by `make cache-teacher`."""
+    folder = workshop / "caches" / "tar"
+    options = {name: value for name, value in commands.CACHE_OPTIONS.items() if name != "cache.num_views"}
+    output = make("cache-teacher", CACHE=folder, TEACHER_WEIGHTS=weights, VIEWS=2, SET=_set(options))
+    assert "96 images x 2 views" in output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def zarr_cache(workshop, weights):
+    folder = workshop / "caches" / "zarr"
+    run("cache_teacher", *cache_flags(folder, weights, **{"cache.backend": "zarr"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def finished(workshop, cache):
+    """A run from the cache to its end by `make distill`: what other runs are compared with."""
+    folder = workshop / "runs" / "finished"
+    output = make("distill", STUDENT=commands.STUDENT, CACHE=cache, RUN=folder, SET=_set(TRAIN_OPTIONS))
+    assert "resuming" not in output
+    return folder
+
+
+@pytest.fixture(scope="session")
+def alone(workshop, cache):
+    """The same student at the same steps without a teacher."""
+    folder = workshop / "runs" / "alone"
+    run("distill", *distill_flags(cache, folder, **{"train.targets": "none"}))
+    return folder

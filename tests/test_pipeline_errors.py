@@ -1,0 +1,97 @@
+"""Whatever a user can put right ends with status 2, one message and no traceback."""
+
+import fcntl
+
+import pytest
+from commands import cache_flags, distill_flags, run
+
+
+def refused(name, *words):
+    output = run(name, *words, status=2)
+    assert "Traceback" not in output
+    assert output.count("error: ") == 1, output
+    assert "what to do: " in output
+    return output
+
+
+def test_unknown_option_names_the_nearest(tmp_path):
+    output = refused("cache_teacher", "--cache.num_veiws", 3)
+    assert "--cache.num_views" in output
+
+
+def test_unknown_option_of_distill_names_the_nearest(cache, tmp_path):
+    output = refused("distill", *distill_flags(cache, tmp_path / "run"), "--train.zerro", 1)
+    assert "--train.zero" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_value_of_another_type_names_the_option(tmp_path):
+    assert "num_views" in refused("cache_teacher", "--cache.num_views", "many")
+
+
+def test_unknown_recipe_names_the_nearest(tmp_path):
+    output = refused("cache_teacher", "--recipe", "traditonal")
+    assert "traditional" in output.split("expected:")[1]
+
+
+def test_unknown_student_names_the_nearest(cache, tmp_path):
+    output = refused("distill", *distill_flags(cache, tmp_path / "run", **{"student.name": "resnet5O"}))
+    assert "resnet50" in output
+
+
+def test_no_cache_says_how_to_make_one(tmp_path):
+    output = refused("distill", *distill_flags(tmp_path / "nothing", tmp_path / "run"))
+    assert "make cache-teacher" in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_lamb_with_zero_says_why(cache, tmp_path):
+    options = {"optim.name": "lamb", "train.zero": 1}
+    assert "LAMB" in refused("distill", *distill_flags(cache, tmp_path / "run", **options))
+
+
+def test_recipe_with_other_views_names_the_field(cache, tmp_path):
+    output = refused("distill", *distill_flags(cache, tmp_path / "run", recipe="traditional"))
+    assert "views.size=224" in output
+    assert "views.size=64" in output
+
+
+def test_cache_of_other_options_names_the_field(cache, weights):
+    output = refused("cache_teacher", *cache_flags(cache, weights, **{"views.size": 32}))
+    assert "views.size: 32 (asked) / 64 (cache)" in output
+
+
+def test_cache_of_another_teacher_names_the_field(cache, weights):
+    words = cache_flags(cache, weights)
+    at = words.index("--teacher.weights")
+    output = refused("cache_teacher", *words[:at], *words[at + 2 :], "--teacher.pretrained", "false")
+    assert "teacher.weights_sha256" in output
+
+
+@pytest.fixture
+def copy_of_run(finished, tmp_path):
+    """A finished run's options and nothing else."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    text = (finished / "config.yaml").read_text().replace(str(finished), str(folder))
+    (folder / "config.yaml").write_text(text)
+    return folder
+
+
+def test_run_of_other_options_names_the_field(copy_of_run, cache):
+    output = refused("distill", *distill_flags(cache, copy_of_run, **{"optim.lr": 0.5, "train.seed": 3}))
+    assert "optim.lr=0.5" in output
+    assert "train.seed=3" in output
+    assert "train.epochs" not in output
+
+
+def test_run_in_a_folder_in_use_is_refused(copy_of_run, cache):
+    with open(copy_of_run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = refused("distill", *distill_flags(cache, copy_of_run))
+    assert "another process is training in this folder" in output
+
+
+def test_no_whole_global_batch_is_refused(cache, tmp_path):
+    options = {"train.global_batch_size": 128}
+    assert "global batch" in refused("distill", *distill_flags(cache, tmp_path / "run", **options))

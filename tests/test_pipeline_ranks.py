@@ -1,0 +1,39 @@
+"""Several processes do what one does: the same bytes in stage 1, the same losses in stage 2."""
+
+import socket
+
+import pytest
+from commands import BIN, assert_same_losses, cache_flags, distill_flags, execute, file_bytes, read_json, run
+
+
+@pytest.mark.parametrize("backend", ["webdataset", "zarr"])
+def test_who_wrote_a_cache_is_not_in_its_bytes(backend, cache, zarr_cache, weights, tmp_path):
+    first = {"webdataset": cache, "zarr": zarr_cache}[backend]
+    ways = {"again": {"workers": 1}, "two": {}}
+    for name, extra in ways.items():
+        words = cache_flags(tmp_path / name, weights, **{"cache.backend": backend, **extra})
+        run("cache_teacher", *words, nproc=2 if name == "two" else 1)
+    expected = file_bytes(first / "units")
+    assert len(expected) >= 3 * 4
+    for name in ways:
+        files = file_bytes(tmp_path / name / "units")
+        assert files.keys() == expected.keys()
+        assert [path for path in files if files[path] != expected[path]] == []
+        assert (tmp_path / name / "tail.safetensors").read_bytes() == (first / "tail.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_two_processes_give_the_losses_of_one(zero, finished, cache, workshop):
+    folder = workshop / "runs" / f"two-zero{zero}"
+    words = distill_flags(cache, folder, **{"train.zero": zero})
+    if zero == 0:  # one of the four by DeepSpeed's own launcher, at a port that nobody else has
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        execute(BIN / "deepspeed", "--num_gpus", 2, "--master_port", port, "--module", "pipelines.distill", *words)
+    else:
+        run("distill", *words, nproc=2)
+    summary, other = read_json(folder / "summary.json"), read_json(finished / "summary.json")
+    assert (summary["world_size"], summary["zero"], summary["steps"]) == (2, zero, other["steps"])
+    assert summary["val_images"] == other["val_images"]
+    assert_same_losses(folder, finished, 1e-4)
