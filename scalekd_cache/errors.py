@@ -23,6 +23,8 @@ class UserError(Exception):
         where: object = None,
         fix: str | None = None,
     ) -> None:
+        # A DataLoader makes the error of a worker process anew from its printed traceback; the message is at its end.
+        what = what.rpartition(f"{__name__}.UserError: ")[2].rstrip("\n")
         parts = (("got", got), ("expected", expected), ("where", where), ("what to do", fix))
         super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)]))
 
