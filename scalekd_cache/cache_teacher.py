@@ -75,6 +75,7 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     job = _plan(config, process, source, teacher)
     finished = _finished(job)
     if finished is not None:
+        peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
         images = f"{finished.num_samples:,} images x {finished.num_views} views"
         _say(process, f"{root} is complete: {images}; nothing to do")
         return finished
@@ -181,10 +182,11 @@ def _write_plan(root: Path, plan: dict[str, Any]) -> None:
 def _finished(job: Job) -> Manifest | None:
     """The manifest of a cache that has all that is asked for."""
     root = job.stage.root
-    if not (root / "manifest.json").exists():
+    if not (root / "manifest.json").exists() or not (root / "tail.safetensors").exists():
         return None
     manifest = read_manifest(root)
-    return manifest if manifest.groups == job.plan["groups"] else None
+    whole = manifest.groups == job.plan["groups"] and all(committed(job.stage, unit) for unit in job.units)
+    return manifest if whole else None
 
 
 def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
