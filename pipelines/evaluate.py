@@ -25,7 +25,7 @@ class EvaluateConfig:
 def main(argv: list[str]) -> None:
     """Evaluate the exported student and print one JSON line."""
     config = parse(EvaluateConfig, "evaluate", argv, {}, __doc__ or "")
-    from scalekd_cache.distill import evaluate_export
+    from scalekd_cache.finished import evaluate_export
     from scalekd_cache.processes import this_process
 
     tally = evaluate_export(Path(config.run), config.data, this_process(config.device), config.workers)

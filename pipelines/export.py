@@ -19,7 +19,7 @@ class ExportConfig:
 def main(argv: list[str]) -> None:
     """Export the last checkpoint's student and say what was checked."""
     config = parse(ExportConfig, "export", argv, {}, __doc__ or "")
-    from scalekd_cache.distill import export_run
+    from scalekd_cache.finished import export_run
 
     folder, difference = export_run(Path(config.run), Path(config.out) if config.out else None)
     print(

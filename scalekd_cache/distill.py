@@ -5,27 +5,22 @@ Invariant: everything that can be refused is refused before the first step; a fi
 """
 
 import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
-from torch import nn
 
 from scalekd_cache.codec import codec_from_config
-from scalekd_cache.config import DistillConfig, StudentConfig, TeacherConfig, to_plain
-from scalekd_cache.engine import STUDENT_FILE, DistillModel, Trainer, consolidated_student, start_processes
+from scalekd_cache.config import DistillConfig, TeacherConfig, to_plain
+from scalekd_cache.engine import DistillModel, Trainer, start_processes
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
-from scalekd_cache.export import export_student
+from scalekd_cache.finished import classifier, consolidated_student, export_state, facts_of
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
 from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
-from scalekd_cache.report import RunFolder, Summary, closing_table, read_config, read_facts, read_summary
+from scalekd_cache.report import RunFolder, Summary, closing_table, read_summary
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
@@ -50,7 +45,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     if trainer.resume(run / "checkpoints"):
         _say(process, f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
-        folder.keep_facts(_facts(cache.manifest))
+        folder.keep_facts(facts_of(cache.manifest))
         folder.start_metrics(trainer.loader.step)
     first, started, tally = trainer.loader.step, time.perf_counter(), None
     for epoch in trainer.train(folder):
@@ -69,8 +64,8 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     images = (trainer.loader.total_steps - first) * config.train.global_batch_size
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
-        facts = _facts(cache.manifest)
-        _, summary["export_max_logit_difference"] = _export(config, state, facts, run / "export")
+        facts = facts_of(cache.manifest)
+        summary["export_max_logit_difference"] = export_state(config.student, state, facts, run / "export")
         folder.finish(summary)
         _say(process, closing_table(run, summary))
     dist.barrier()
@@ -178,7 +173,7 @@ def judge(
     if validation is None:
         return None
     size = manifest.view_recipe["size"]
-    student = consolidated_student(config, state, len(manifest.class_names), size)
+    student = consolidated_student(config.student, state, len(manifest.class_names), size)
     share = evaluate(
         classifier(student.model.to(process.device), config.student.mean, config.student.std),
         validation,
@@ -191,63 +186,6 @@ def judge(
     counts = torch.tensor(share, device=process.device)
     dist.all_reduce(counts)
     return Tally(*counts.tolist())
-
-
-def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[torch.Tensor], torch.Tensor]:
-    """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
-    device = next(model.parameters()).device
-    shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    return lambda images: model((images.float() / 255 - shift) / scale)
-
-
-def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:
-    """The accuracy of a finished run's exported model, loaded as any timm user would load it."""
-    options, facts = read_config(run), read_facts(run)
-    folder = run / "export"
-    if not (folder / "config.json").exists():
-        raise UserError("the run has no exported student", where=folder, fix="finish the run, or make export RUN=")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
-    return evaluate(
-        classifier(model, options["student"]["mean"], options["student"]["std"]),
-        open_source(data_config(facts["data"], data or options["data"]), "val"),
-        facts["image_size"],
-        process.device,
-        workers=workers,
-    )
-
-
-def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
-    """Export the student of a run's last checkpoint, finished or not.
-
-    Returns:
-        The folder, and the largest difference of a reloaded logit.
-    """
-    options, facts = read_config(run), read_facts(run)
-    latest = run / "checkpoints" / "latest"
-    if not latest.exists():
-        raise UserError("the run has no checkpoint yet", where=latest, fix="wait for the first one")
-    state = load_file(run / "checkpoints" / latest.read_text(encoding="utf-8").strip() / STUDENT_FILE)
-    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options["student"].items()}
-    student_options = StudentConfig(**fields)
-    config = DistillConfig(student=student_options)
-    return _export(config, state, facts, out or run / "export")
-
-
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    return {
-        "fingerprint": manifest.fingerprint,
-        "image_size": manifest.view_recipe["size"],
-        "class_names": manifest.class_names,
-        "data": manifest.data,
-    }
-
-
-def _export(
-    config: DistillConfig, state: dict[str, torch.Tensor], facts: dict[str, Any], folder: Path
-) -> tuple[Path, float]:
-    size, names = facts["image_size"], facts["class_names"]
-    student = consolidated_student(config, state, len(names), size)
-    return folder, export_student(student, config.student, folder, image_size=size, class_names=names)
 
 
 def _summary(config: DistillConfig, manifest: Manifest, trainer: Trainer, tally: Tally | None) -> Summary:

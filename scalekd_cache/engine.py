@@ -13,7 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
@@ -24,6 +23,7 @@ from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.finished import STUDENT_FILE
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.losses import LossTerms, distillation_losses
 from scalekd_cache.optimization import deepspeed_config, make_optimizer, make_schedule, scaled_lr
@@ -32,12 +32,15 @@ from scalekd_cache.progress import progress
 from scalekd_cache.report import RunFolder
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
 from scalekd_cache.store.files import write_atomically
-from scalekd_cache.student import Student, build_student
+from scalekd_cache.student import Student
 from scalekd_cache.tail import Tail
 from scalekd_cache.teacher import Teacher
 
-STUDENT_FILE = "student.safetensors"
-"""The student of a checkpoint, in its folder."""
+if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it is imported, and warns without a GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+
 FACTS_FILE = "scalekd.json"
 """With how many processes and at which ZeRO stage a checkpoint was saved."""
 
@@ -261,10 +264,3 @@ class Trainer:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
         return True
-
-
-def consolidated_student(config: DistillConfig, state: dict[str, Tensor], num_classes: int, image_size: int) -> Student:
-    """A plain student with the run's weights, outside any engine."""
-    student = build_student(config.student, num_classes=num_classes, image_size=image_size)
-    student.model.load_state_dict(state)
-    return student.eval()

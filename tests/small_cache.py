@@ -84,7 +84,9 @@ def unit_files(root):
 
 def unit_stats(root):
     """Inode and time of change of everything in the units."""
-    return {path.relative_to(root): (s.st_ino, s.st_mtime_ns) for path in (root / "units").rglob("*") if (s := path.stat())}
+    return {
+        path.relative_to(root): (s.st_ino, s.st_mtime_ns) for path in (root / "units").rglob("*") if (s := path.stat())
+    }
 
 
 def flip_byte(path, at):

@@ -1,0 +1,99 @@
+"""What can be done with a student whose weights are at hand: judge it, export it. No training engine is needed.
+
+In: a run folder, or a consolidated state dict. Out: a `Tally`; a folder that plain timm loads.
+Invariant: nothing here needs the cache the student was trained from, or imports deepspeed.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.evaluate import Tally, evaluate
+from scalekd_cache.export import export_student
+from scalekd_cache.images import open_source
+from scalekd_cache.loader import data_config
+from scalekd_cache.processes import Process
+from scalekd_cache.report import read_config, read_facts
+from scalekd_cache.store import Manifest
+from scalekd_cache.student import Student, build_student
+
+STUDENT_FILE = "student.safetensors"
+"""The student of a checkpoint, in the checkpoint's folder."""
+State = dict[str, Tensor]
+
+
+def facts_of(manifest: Manifest) -> dict[str, Any]:
+    """What a run keeps of its cache for the time after training."""
+    return {
+        "fingerprint": manifest.fingerprint,
+        "image_size": manifest.view_recipe["size"],
+        "class_names": manifest.class_names,
+        "data": manifest.data,
+    }
+
+
+def consolidated_student(config: StudentConfig, state: State, num_classes: int, image_size: int) -> Student:
+    """A plain student with these weights, in eval mode."""
+    student = build_student(config, num_classes=num_classes, image_size=image_size)
+    student.model.load_state_dict(state)
+    return student.eval()
+
+
+def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
+    device = next(model.parameters()).device
+    shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
+    return lambda images: model((images.float() / 255 - shift) / scale)
+
+
+def export_state(config: StudentConfig, state: State, facts: dict[str, Any], folder: Path) -> float:
+    """Export a student; returns the largest difference of a reloaded logit."""
+    size, names = facts["image_size"], facts["class_names"]
+    student = consolidated_student(config, state, len(names), size)
+    return export_student(student, config, folder, image_size=size, class_names=names)
+
+
+def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
+    """Export the student of a run's last checkpoint, whether the run is finished or not.
+
+    Returns:
+        The folder, and the largest difference of a reloaded logit.
+
+    Raises:
+        UserError: no run, or no checkpoint yet.
+    """
+    options, facts = read_config(run), read_facts(run)
+    latest = run / "checkpoints" / "latest"
+    if not latest.exists():
+        raise UserError("the run has no checkpoint yet", where=latest, fix="wait for the first one")
+    state = load_file(run / "checkpoints" / latest.read_text(encoding="utf-8").strip() / STUDENT_FILE)
+    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options["student"].items()}
+    folder = out or run / "export"
+    return folder, export_state(StudentConfig(**fields), state, facts, folder)
+
+
+def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:
+    """The accuracy of a finished run's exported model, loaded as any timm user would load it.
+
+    Raises:
+        UserError: no exported student, or no validation images.
+    """
+    options, facts = read_config(run), read_facts(run)
+    folder = run / "export"
+    if not (folder / "config.json").exists():
+        raise UserError("the run has no exported student", where=folder, fix="finish the run, or make export RUN=")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
+    return evaluate(
+        classifier(model, options["student"]["mean"], options["student"]["std"]),
+        open_source(data_config(facts["data"], data or options["data"]), "val"),
+        facts["image_size"],
+        process.device,
+        workers=workers,
+    )
