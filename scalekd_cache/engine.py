@@ -141,7 +141,8 @@ class Trainer:
             bar.update()
             waited, steps = waited + wait, steps + 1
             sums = [a + b for a, b in zip(sums, terms, strict=True)]
-            if (step + 1) % log_every == 0 or step + 1 == total:
+            # An epoch's end too: what is not finite must not reach a checkpoint.
+            if (step + 1) % log_every == 0 or (step + 1) % per_epoch == 0:
                 seconds = time.perf_counter() - started
                 values = self._average(sums, steps)
                 values |= {"epoch": step // per_epoch, "lr": self._lr()}

@@ -26,6 +26,8 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
     if train.deepspeed:
         try:
             given = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
+            if not isinstance(given, dict):
+                raise ValueError(f"it holds a {type(given).__name__}, not an object")
         except (OSError, ValueError) as error:
             raise UserError(
                 "the DeepSpeed JSON cannot be read", got=error, where=train.deepspeed, fix="check train.deepspeed"
@@ -58,9 +60,10 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
 def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimizer, from timm."""
     momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
+    name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" is Nesterov's, upstream's is not
     optimizer: torch.optim.Optimizer = create_optimizer_v2(
         model,
-        opt=optim.name,
+        opt=name,
         lr=lr,
         weight_decay=optim.weight_decay,
         filter_bias_and_bn=not optim.decay_norm_and_bias,
@@ -74,6 +77,7 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: floa
     warmup = {
         "warmup_t": min(round(optim.warmup_epochs * epoch), steps - 1),
         "warmup_lr_init": optim.warmup_start * lr,
+        "warmup_prefix": False,  # of the run's epochs, so that steps fall at multiples of step_epochs
         "t_in_epochs": False,
     }
     if optim.schedule == "step":
