@@ -33,7 +33,8 @@ export OMP_NUM_THREADS ?= $(THREADS)
 export PYTHONUNBUFFERED = 1
 
 # One process runs as it is; several are started by torchrun, or by the deepspeed launcher.
-TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m
+# The -- keeps torchrun from taking our --run for a short form of its own --run-path.
+TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m --
 DEEPSPEED = deepspeed --num_gpus $(NPROC) --module
 LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m,$(if $(filter deepspeed,$(LAUNCHER)),$(DEEPSPEED),$(TORCHRUN)))
 # Two makes on one machine and one folder wait for each other.
