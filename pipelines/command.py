@@ -87,7 +87,8 @@ def value_of(argv: Sequence[str], option: str) -> str | None:
 def run(main: Callable[[list[str]], object]) -> NoReturn:
     """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 130 stopped by the user."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    argv = sys.argv[1:]
+    # DeepSpeed's launcher adds --local_rank; it says the same in the environment, where `processes.py` reads it.
+    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     debug = "--debug" in argv
     try:
         status = main([word for word in argv if word != "--debug"])
