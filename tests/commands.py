@@ -53,8 +53,8 @@ def execute(*command, status=0, timeout=240):
 
 
 def launcher(nproc=1):
-    """The words before `pipelines.<name>`: one process as it is, several by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "-m"]
+    """The words before `pipelines.<name>`, as the Makefile has them: one process as it is, several by torchrun."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "-m", "--"]
     return [sys.executable, "-m"] if nproc == 1 else torchrun
 
 
