@@ -64,7 +64,11 @@ def reference_maps(model, x):
     if len({entry["reduction"] for entry in model.feature_info}) > 1:
         return model.forward_intermediates(x, indices=2, intermediates_only=True)
     third = len(model.blocks) * 3 // 4 - 1
+    mixer = isinstance(model, timm.models.mlp_mixer.MlpMixer)
+    third = len(model.blocks) - 3 if mixer else third
     s3, s4 = model.forward_intermediates(x, indices=[third, len(model.blocks) - 1], intermediates_only=True)
+    if mixer:
+        return s3, s4
     norm = model.norm if not isinstance(model.norm, torch.nn.Identity) else model.fc_norm
     return s3, norm(s4.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
