@@ -5,8 +5,8 @@ In: a timm model of a known family. Out: a `Tail`, (B, C3, H3, W3) ->
 features; its parameters never change and it never leaves eval mode.
 
 The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalise after pooling: `norm` is the identity
-and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT: `head.norm` at every
-position. The logits are the model's own in all cases.
+and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT and Hiera: `head.norm` at
+every position. The logits are the model's own in all cases.
 """
 
 import copy
@@ -17,6 +17,7 @@ import torch
 from timm.layers import DropPath
 from timm.models.beit import Beit
 from timm.models.eva import Eva
+from timm.models.hiera import Hiera
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
@@ -36,11 +37,13 @@ class TailParts(NamedTuple):
     body: list[nn.Module]
     norm: nn.Module
     layout: str
-    """nhwc, nchw or tokens: what goes in and out of `body`, and into `norm`."""
+    """nhwc, nchw, tokens or unrolled (Hiera's order of tokens): what goes in and out of `body`, and into `norm`."""
     prefix: int = 0
     """Tokens before the patch tokens (class, distillation, registers)."""
     position: nn.Module | None = None
     """What gives positions to the attention of all blocks: shared relative bias (BEiT) or rotary embedding (EVA)."""
+    unrolled: tuple[int, int] = (0, 0)
+    """How often the tokens that enter and leave `body` are unrolled (Hiera)."""
 
 
 class Family(NamedTuple):
@@ -62,12 +65,21 @@ def _last_quarter(model: Any) -> list[nn.Module]:
     return blocks[-max(1, len(blocks) // 4) :]
 
 
+def _hiera(model: Any) -> TailParts:
+    """The last stage. Its tokens are in the order of as many unrolls as poolings are still to come."""
+    last, ends = len(model.blocks) - 1, model.stage_ends
+    first = ends[-2] + 1
+    before, after = (len(model.reroll.schedule[number][0]) for number in (first - 1, last))
+    return TailParts(list(model.blocks[first:]), model.head.norm, "unrolled", unrolled=(before, after))
+
+
 FAMILIES = (
     Family(
         "swin",
         (SwinTransformer, SwinTransformerV2),
         lambda model: TailParts([model.layers[-1]], model.norm, "nhwc"),
     ),
+    Family("hiera", (Hiera,), _hiera),
     Family("tiny_vit", (TinyVit,), lambda model: TailParts([model.stages[-1]], model.head.norm, "nchw")),
     Family(
         "vit",  # DeiT and DINOv2 too
@@ -105,8 +117,31 @@ def family_of(model: nn.Module, name: str) -> Family:
     )
 
 
-def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int]) -> Tensor:
+def unroll(x: Tensor, times: int) -> Tensor:
+    """(B, C, H, W) to Hiera's tokens (B, H W, C): each unroll moves the place within a 2x2 patch to the front."""
+    batch, channels, height, width = x.shape
+    for _ in range(times):
+        height, width = height // 2, width // 2
+        x = x.reshape(-1, channels, height, 2, width, 2).permute(0, 3, 5, 1, 2, 4).flatten(0, 2)
+    return x.reshape(batch, -1, channels, height * width).transpose(2, 3).reshape(batch, -1, channels)
+
+
+def reroll(x: Tensor, times: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `unroll`: (B, H W, C) to (B, C, H, W)."""
+    batch, _, channels = x.shape
+    height, width = grid[0] >> times, grid[1] >> times
+    x = x.reshape(-1, height * width, channels).transpose(1, 2).reshape(-1, channels, height, width)
+    for _ in range(times):
+        x = x.reshape(-1, 2, 2, channels, height, width).permute(0, 3, 4, 1, 5, 2)
+        height, width = height * 2, width * 2
+        x = x.reshape(-1, channels, height, width)
+    return x.reshape(batch, channels, *grid)
+
+
+def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled: int = 0) -> Tensor:
     """A model's own layout, prefix tokens dropped, to (B, C, H, W)."""
+    if layout == "unrolled":
+        return reroll(x, unrolled, grid)
     if layout == "tokens":
         return x[:, prefix:].transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
     return x.permute(0, 3, 1, 2) if layout == "nhwc" else x
@@ -114,7 +149,7 @@ def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int]) -> Tensor
 
 def features_of(parts: TailParts, x: Tensor, grid: tuple[int, int]) -> Tensor:
     """The final norm on what `parts.body` gave, as (B, C, H, W)."""
-    return to_map(parts.norm(x), parts.layout, parts.prefix, grid)
+    return to_map(parts.norm(x), parts.layout, parts.prefix, grid, parts.unrolled[1])
 
 
 class Tail(nn.Module):
@@ -134,7 +169,7 @@ class Tail(nn.Module):
     def __init__(self, parts: TailParts, family: str, in_shape: Shape, out_shape: Shape) -> None:
         super().__init__()
         self.family, self.in_shape, self.out_shape = family, in_shape, out_shape
-        self.layout, self.prefix = parts.layout, parts.prefix
+        self.layout, self.prefix, self.unrolled = parts.layout, parts.prefix, parts.unrolled
         self.body = nn.ModuleList(parts.body)
         self.norm = parts.norm
         self.position = parts.position
@@ -164,7 +199,7 @@ class Tail(nn.Module):
         if x.shape[1:] != self.in_shape:
             raise UserError("the tail got a map of another shape", got=tuple(x.shape[1:]), expected=self.in_shape)
         grid = (self.out_shape[1], self.out_shape[2])
-        parts = TailParts([], self.norm, self.layout, self.prefix)
+        parts = TailParts([], self.norm, self.layout, self.prefix, unrolled=self.unrolled)
         if self.layout == "tokens":
             hidden = 0
             tokens = x.flatten(2).transpose(1, 2)
@@ -176,6 +211,8 @@ class Tail(nn.Module):
             else:
                 tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
             return features_of(parts, self._blocks(tokens, hidden), grid)
+        if self.layout == "unrolled":
+            x = unroll(x, self.unrolled[0])
         x = x.permute(0, 2, 3, 1) if self.layout == "nhwc" else x
         for stage in self.body:
             x = stage(x)

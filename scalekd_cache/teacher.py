@@ -228,7 +228,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
             got=name,
             fix="choose another views.size or another teacher",
         ) from error
-    feature_shape = _map_shape(taps.after, parts)
+    feature_shape = map_shape(taps.after, parts, parts.unrolled[1])
     if feature_shape[1:] == (1, 1):
         raise UserError(
             "the teacher's last map is 1x1: without a grid there is nothing spatial to mimic",
@@ -248,16 +248,16 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
         mean=tuple(timm_model.pretrained_cfg["mean"]),
         std=tuple(timm_model.pretrained_cfg["std"]),
         feature_shape=feature_shape,
-        tail_shape=_map_shape(taps.before, parts),
+        tail_shape=map_shape(taps.before, parts, parts.unrolled[0]),
         weights_sha256=weights_digest(model.state_dict()),
         has_classifier=has_classifier,
     )
 
 
-def _map_shape(x: Tensor, parts: TailParts) -> Shape:
+def map_shape(x: Tensor, parts: TailParts, unrolled: int = 0) -> Shape:
     """(C, H, W) of a tap; token grids are square because images are."""
-    side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout == "tokens" else 0
-    _, channels, height, width = to_map(x, parts.layout, parts.prefix, (side, side)).shape
+    side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
+    _, channels, height, width = to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape
     return channels, height, width
 
 
@@ -280,7 +280,8 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
         taps = run_with_taps(teacher.model, parts, x)
         expected = features_of(parts, taps.after, spec.feature_shape[1:])
         prefix = taps.before[:, : parts.prefix] if parts.prefix else None
-        got = split_tail(teacher)(to_map(taps.before, parts.layout, parts.prefix, spec.tail_shape[1:]), prefix)
+        before = to_map(taps.before, parts.layout, parts.prefix, spec.tail_shape[1:], parts.unrolled[0])
+        got = split_tail(teacher)(before, prefix)
     return float((got - expected).abs().max() / expected.abs().max())
 
 

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import load_file, save_file
+from timm.layers import LayerNorm2d
 
 from scalekd_cache import zoo
 from scalekd_cache.config import TeacherConfig
@@ -37,6 +38,15 @@ CASES = [
         (96, 8, 8),
     ),
     ("swinv2_tiny_window8_256", 128, {"embed_dim": 24, "depths": [1, 1, 1, 2]}, "swin", (192, 4, 4), (96, 8, 8)),
+    ("hiera_tiny_224", 128, {"embed_dim": 24, "stages": (1, 2, 2, 2)}, "hiera", (192, 4, 4), (96, 8, 8)),
+    (
+        "hiera_tiny_224",  # fewer poolings than stages: the last map stays unrolled, the tail keeps its grid
+        64,
+        {"embed_dim": 24, "stages": (1, 1, 1, 2), "q_pool": 2, "mask_unit_attn": (True, True, False, False)},
+        "hiera",
+        (192, 4, 4),
+        (96, 4, 4),
+    ),
     ("tiny_vit_5m_224", 64, {}, "tiny_vit", (320, 2, 2), (160, 4, 4)),
     ("vit_tiny_patch16_224", 64, {}, "vit", (192, 4, 4), (192, 4, 4)),
     ("vit_tiny_patch16_224", 64, {"global_pool": "avg", **TOKENS}, "vit", (48, 4, 4), (48, 4, 4)),
@@ -118,6 +128,8 @@ def reference_features(model, x):
         return maps[-1]
     if hasattr(model, "fc_norm"):
         return model.fc_norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    if isinstance(model.head.norm, torch.nn.LayerNorm) and not isinstance(model.head.norm, LayerNorm2d):
+        return model.head.norm(maps[-1].permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     return model.head.norm(maps[-1])
 
 
@@ -165,7 +177,7 @@ def test_wrong_images(value, message):
         ({"name": "swin_tiny_patch4_windw7_224"}, "swin_tiny_patch4_window7_224"),
         ({"name": "hf-hub:timm/vit_tiny_patch16_224"}, "no model of this name"),
         ({"name": "vit_tiny_patch16_224.nosuchtag"}, "augreg_in21k"),
-        ({"name": "resnet18"}, "families swin, tiny_vit, vit"),
+        ({"name": "resnet18"}, "families swin, hiera, tiny_vit, vit"),
         ({"name": "vit_tiny_patch16_224", "size": 16}, "1x1"),
         ({"name": "vit_tiny_patch16_224", "args": {"nonsense": 1}}, "does not take the argument nonsense"),
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),
