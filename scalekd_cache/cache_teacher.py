@@ -34,6 +34,7 @@ from scalekd_cache.preflight import (
 )
 from scalekd_cache.processes import Peers, Process, autocast_dtype
 from scalekd_cache.progress import progress
+from scalekd_cache.report import teacher_accuracy
 from scalekd_cache.store import Manifest, ManifestFacts, build_manifest, read_manifest, unit_committed, write_manifest
 from scalekd_cache.store.files import write_atomically
 from scalekd_cache.tail import DEMO_TEACHER
@@ -194,9 +195,11 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
     stage = job.stage
     pixels, pixel_bytes = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
+    if not stage.teacher.spec.has_classifier:
+        _say(process, f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
         missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(stage, u))
-        size = bytes_per_view(stage.codec, len(stage.source.class_names), pixel_bytes)
+        size = bytes_per_view(stage.codec, stage.logit_codec.num_classes, pixel_bytes)
         check_space(stage.root, missing, size)
         print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
         if student is not None:
@@ -308,7 +311,7 @@ def _teacher_top1(config: CacheTeacherConfig, stage: Stage) -> float | None:
 
 
 def _say_what_it_is(root: Path, manifest: Manifest) -> None:
-    top1, sizes = manifest.teacher["top1"], manifest.bytes_per_view
+    top1, sizes = teacher_accuracy(manifest.teacher), manifest.bytes_per_view
     close = "; ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
                       for name, row in manifest.fidelity.items())  # fmt: skip
     skipped = manifest.fingerprint_fields["data"]["samples"] - manifest.num_samples
@@ -317,7 +320,7 @@ def _say_what_it_is(root: Path, manifest: Manifest) -> None:
         f"{sizes['total']:,.0f} bytes a view ({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels)"
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {manifest.teacher['spec']['name']}: "
-        f"top-1 {'not measured' if top1 is None else f'{top1:.2f} %'}; decoded features: {close}\n"
+        f"{top1}; decoded features: {close}\n"
         f"next: make distill STUDENT=resnet50 CACHE={root}",
         flush=True,
     )

@@ -198,6 +198,7 @@ def _summary(config: DistillConfig, manifest: Manifest, trainer: Trainer, tally:
         "top5": round(tally.top5_percent, 4) if tally else None,
         "val_images": tally.images if tally else 0,
         "teacher_top1": manifest.teacher["top1"],
+        "has_classifier": manifest.teacher["spec"]["has_classifier"],
         "epochs": config.train.epochs,
         "steps": trainer.loader.total_steps,
         "seed": config.train.seed,

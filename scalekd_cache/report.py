@@ -172,8 +172,10 @@ def alone_summary(run: Path, summary: Summary) -> Summary | None:
 def closing_table(run: Path, summary: Summary) -> str:
     """What a person wants to know at the end of a run, a line each."""
     alone = alone_summary(run, summary) if summary["targets"] != "none" else None
+    facts = {"spec": {"has_classifier": summary.get("has_classifier", True)}, "top1": summary["teacher_top1"]}
+    teacher = teacher_accuracy(facts)
     rows = [
-        ("teacher", f"{summary['teacher']}, top-1 {_percent(summary['teacher_top1'])}"),
+        ("teacher", f"{summary['teacher']}, {teacher}"),
         ("student", f"{summary['student']}, top-1 {_percent(summary['top1'])}, top-5 {_percent(summary['top5'])}"),
         ("targets", str(summary["targets"])),
         ("alone", f"top-1 {_percent(alone['top1'])} at equal steps" if alone else "not run (TARGETS=none)"),
@@ -188,6 +190,13 @@ def closing_table(run: Path, summary: Summary) -> str:
     width = max(len(name) for name, _ in rows)
     line = "-" * 72
     return "\n".join([line, *(f"{name:<{width}}  {text}" for name, text in rows), line])
+
+
+def teacher_accuracy(teacher: Mapping[str, Any]) -> str:
+    """A teacher's accuracy in words, from its entry in the manifest."""
+    if not teacher["spec"]["has_classifier"]:
+        return "features only (no classifier)"
+    return f"top-1 {_percent(teacher['top1'])}"
 
 
 def _percent(value: float | None) -> str:

@@ -6,6 +6,7 @@ A record: mode uint8, largest logit float32, then
   mode 0: step float32, K codes uint8; logit = largest - step x code
   mode 1: K float16 distances;         logit = largest - distance
   mode 2: K float32 logits (the largest is there twice), for what neither of the others can hold.
+For a teacher without a classifier K is 0 and a record is empty.
 """
 
 import struct
@@ -47,8 +48,8 @@ class LogitCodec:
     id = "logits-int8"
 
     def __init__(self, num_classes: int) -> None:
-        if type(num_classes) is not int or not 0 < num_classes <= 10_000_000:
-            raise UserError("bad number of classes", got=num_classes, expected="1 to 10,000,000", where="logit codec")
+        if type(num_classes) is not int or not 0 <= num_classes <= 10_000_000:
+            raise UserError("bad number of classes", got=num_classes, expected="0 to 10,000,000", where="logit codec")
         self.num_classes = num_classes
 
     def get_config(self) -> dict[str, Any]:
@@ -58,7 +59,7 @@ class LogitCodec:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "LogitCodec":
         """The codec that wrote a cache; UserError when this version does not read it."""
-        codec = cls(config.get("num_classes", 0))
+        codec = cls(config.get("num_classes", -1))
         if codec.get_config() != config:
             raise UserError(
                 "the cache was written with a logit codec that this version does not read",
@@ -73,6 +74,8 @@ class LogitCodec:
         """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
         values: NDArray[np.float32] = logits.detach().float().cpu().numpy()
         assert values.shape[1:] == (self.num_classes,), (values.shape, self.num_classes)
+        if self.num_classes == 0:
+            return [b""] * len(values)
         bad = ~np.isfinite(values).all(1)
         if bad.any():
             raise UserError(
@@ -106,7 +109,10 @@ class LogitCodec:
 
     def decode(self, record: bytes) -> NDArray[np.float32]:
         """A record -> (K,) float32. UserError when its mode or length is not one this codec writes."""
+        if self.num_classes == 0 and not record:
+            return np.zeros(0, np.float32)
         sizes = {INT8: 9 + self.num_classes, FLOAT16: 5 + 2 * self.num_classes, FLOAT32: 5 + 4 * self.num_classes}
+        sizes = sizes if self.num_classes else {}
         mode = record[0] if record else -1
         if len(record) != sizes.get(mode):
             raise UserError(
