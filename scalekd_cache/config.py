@@ -110,7 +110,8 @@ class TeacherConfig:
     weights_dir: str = "teachers"
     """Folder of the demo teacher and of weights brought by `fetch`; looked at before pretrained weights are fetched."""
     num_classes: int | None = None
-    """Classes of the head (None: the number in the weights file, the data set's, or the pretrained head's)."""
+    """Classes of the head (None: the number in the weights file, the data set's, or the pretrained head's; 0: none,
+    only features are distilled)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Arithmetic of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     batch_size: int = 64
@@ -118,6 +119,7 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
+        require(self.num_classes is None or self.num_classes >= 0, "teacher.num_classes", self.num_classes, ">= 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +201,18 @@ class ScaleKDConfig:
     attention_scale: float = 5.0
     """Factor on the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """Where the S4 projector's query comes from: the S3 branch after the tail, or its own embedding."""
+    """Where the S4 projector's query comes from: the S3 branch after the tail, or its own embedding (always its own
+    without the S3 branch)."""
+    s3: bool = True
+    """Use the S3 tap (ablation when false)."""
+    s4: bool = True
+    """Use the S4 tap (ablation when false; with both taps off only the logit loss is left)."""
+    frequency: bool = True
+    """Use the frequency view, the second of dual-view feature mimicking (ablation when false)."""
+    tpp: bool = True
+    """Run S3's projection through the teacher's frozen tail (false, an ablation: straight onto the last grid)."""
+    projector: Literal["cap", "linear"] = "cap"
+    """cap: cross attention projectors; linear: a 1x1 convolution, plain feature distillation (ablation)."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss gets one minus it (0: no logit loss)."""
     temperature: float = 1.0
@@ -214,6 +227,7 @@ class ScaleKDConfig:
         require(self.temperature > 0, "scalekd.temperature", self.temperature, "> 0")
         for name in ("spatial_weight", "frequency_weight_s3", "frequency_weight_s4"):
             require(getattr(self, name) >= 0, f"scalekd.{name}", getattr(self, name), ">= 0")
+        require(self.attention_scale > 0, "scalekd.attention_scale", self.attention_scale, "> 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,12 +242,14 @@ class OptimConfig:
     """Global batch that `lr` was chosen for."""
     weight_decay: float = 1e-4
     """Weight decay."""
-    decay_norm_and_bias: bool = True
-    """Apply weight decay to norms, biases and position embeddings too."""
+    no_decay: Literal["nothing", "position", "norm_bias_position"] = "nothing"
+    """What weight decay spares: nothing, position embeddings, or also every bias and one-dimensional parameter."""
     momentum: float = 0.9
     """Momentum of SGD."""
     schedule: Literal["cosine", "step"] = "cosine"
-    """Learning-rate schedule, advanced every step."""
+    """Learning-rate schedule; the cosine begins where the warm-up ends."""
+    schedule_per_epoch: bool = False
+    """Hold the rate within an epoch, as upstream does after the warm-up (false: change it every step)."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up."""
     warmup_start: float = 0.0
@@ -268,6 +284,8 @@ class TrainConfig:
     """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples."""
     label_smoothing: float = 0.0
     """Label smoothing of ce."""
+    sync_bn: bool = False
+    """Synchronise the student's BatchNorm over all processes (upstream's traditional ResNet; GPUs only)."""
     targets: Literal["cached", "live", "none"] = "cached"
     """cached: from the cache; live: from the teacher run beside the student; none: labels only."""
     zero: Literal[0, 1, 2, 3] = 0

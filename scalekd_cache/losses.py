@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalekd_cache.ablation import term_weights
 from scalekd_cache.config import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 
@@ -198,11 +199,12 @@ def distillation_losses(
         assert projected is not None, "a weighted term without its map"
         return view(projected, features, norms, weight=weight, grid_scaling=config.grid_scaling)
 
+    weights = term_weights(config)
     return LossTerms(
         label,
         logit,
-        mimic(spatial_loss, maps.s3_spatial, config.spatial_weight),
-        mimic(frequency_loss, maps.s3_frequency, config.frequency_weight_s3),
-        mimic(spatial_loss, maps.s4_spatial, config.spatial_weight),
-        mimic(frequency_loss, maps.s4_frequency, config.frequency_weight_s4),
+        mimic(spatial_loss, maps.s3_spatial, weights.s3_spatial),
+        mimic(frequency_loss, maps.s3_frequency, weights.s3_frequency),
+        mimic(spatial_loss, maps.s4_spatial, weights.s4_spatial),
+        mimic(frequency_loss, maps.s4_frequency, weights.s4_frequency),
     )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalekd_cache.ablation import LinearProjector, term_weights
 from scalekd_cache.config import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import (
@@ -195,24 +196,26 @@ class ScaleKDHeads(nn.Module):
         super().__init__()
         check_grid(*tail_out_shape[1:])
         self.tail_in_shape, self.tail_out_shape = tail_in_shape, tail_out_shape
-        self.hand_over = config.s4_query == "s3"
-        heads_s3 = choose_heads("heads_s3", config.heads_s3, tail_in_shape[0], WIDTH_PER_HEAD_S3)
+        self.tpp = config.tpp
+        self.hand_over = config.s4_query == "s3" and config.s3 and config.projector == "cap"
+        shape_s3 = tail_in_shape if config.tpp else tail_out_shape
+        heads_s3 = choose_heads("heads_s3", config.heads_s3, shape_s3[0], WIDTH_PER_HEAD_S3)
         heads_s4 = choose_heads("heads_s4", config.heads_s4, tail_out_shape[0], WIDTH_PER_HEAD_S4)
 
-        def projector(tap: Shape, out: Shape, num_heads: int, learned_query: bool) -> CAP:
+        def projector(tap: Shape, out: Shape, num_heads: int, learned_query: bool) -> nn.Module:
+            if config.projector == "linear":
+                return LinearProjector(tap[0], out)
             return CAP(
                 tap[0], tap[1:], out[1:], out[0], num_heads=num_heads, attention_scale=config.attention_scale,
                 learned_query=learned_query, layer_norm=layer_norm,
             )  # fmt: skip
 
         self.s3, self.s4 = nn.ModuleDict(), nn.ModuleDict()
-        weights = {
-            "spatial": (config.spatial_weight, config.spatial_weight),
-            "frequency": (config.frequency_weight_s3, config.frequency_weight_s4),
-        }
+        on = term_weights(config)
+        weights = {"spatial": (on.s3_spatial, on.s4_spatial), "frequency": (on.s3_frequency, on.s4_frequency)}
         for view, (weight_s3, weight_s4) in weights.items():
             if weight_s3 > 0 or (weight_s4 > 0 and self.hand_over):
-                self.s3[view] = projector(tap_shapes[0], tail_in_shape, heads_s3, True)
+                self.s3[view] = projector(tap_shapes[0], shape_s3, heads_s3, True)
             if weight_s4 > 0:
                 self.s4[view] = projector(tap_shapes[1], tail_out_shape, heads_s4, not self.hand_over)
 
@@ -232,7 +235,8 @@ class ScaleKDHeads(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         map_s3: Tensor | None = None
         if view in self.s3:
-            map_s3 = tail(self.s3[view](s3))
+            map_s3 = self.s3[view](s3)
+            map_s3 = tail(map_s3) if self.tpp else map_s3
             assert map_s3.shape[1:] == self.tail_out_shape, (tuple(map_s3.shape), self.tail_out_shape)
         if view not in self.s4:
             return map_s3, None
