@@ -18,6 +18,7 @@ from scalekd_cache.evaluate import Tally, evaluate
 from scalekd_cache.finished import classifier, consolidated_student, export_state, facts_of
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
+from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
 from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, closing_table, read_summary
@@ -93,6 +94,9 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
     student = build_student(
         config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
     )
+    if train.sync_bn:
+        student.model = synchronise_batchnorm(student.model, process)
+    _say(process, describe_lr(config))
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail, teacher, heads = None, None, None
     if train.targets != "none":

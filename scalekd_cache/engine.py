@@ -26,7 +26,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.finished import STUDENT_FILE
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.losses import LossTerms, distillation_losses
-from scalekd_cache.optimization import deepspeed_config, make_optimizer, make_schedule, scaled_lr
+from scalekd_cache.optimization import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
 from scalekd_cache.processes import Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import RunFolder
@@ -161,7 +161,7 @@ class Trainer:
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
         """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of waiting."""
-        self.schedule.step_update(step)
+        self.schedule.step_update(schedule_step(self.config.optim, step, self.loader.steps_per_epoch))
         wait, rows = 0.0, []
         for micro in self.loader.micros:
             asked = time.perf_counter()

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.layers import convert_sync_batchnorm
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
@@ -17,6 +18,9 @@ from torch import nn
 from scalekd_cache.config import DistillConfig, OptimConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.processes import Process, autocast_dtype
+
+POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
+"""Parts of the names of parameters that hold positions, in students and in the heads."""
 
 
 def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
@@ -57,34 +61,75 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
     return {**given, **own}
 
 
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, with and without weight decay, as `optim.no_decay` says."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        position = any(part in name for part in POSITION_NAMES)
+        flat = parameter.ndim <= 1 or name.endswith(".bias")
+        spared = (position and optim.no_decay != "nothing") or (flat and optim.no_decay == "norm_bias_position")
+        if parameter.requires_grad:
+            groups[not spared].append(parameter)
+    decay = {True: optim.weight_decay, False: 0.0}
+    return [{"params": groups[on], "weight_decay": decay[on]} for on in (False, True) if groups[on]]
+
+
 def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimizer, from timm."""
     momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
     name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" is Nesterov's, upstream's is not
-    optimizer: torch.optim.Optimizer = create_optimizer_v2(
-        model,
-        opt=name,
-        lr=lr,
-        weight_decay=optim.weight_decay,
-        filter_bias_and_bn=not optim.decay_norm_and_bias,
-        **momentum,
-    )
+    groups = parameter_groups(model, optim)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, **momentum)
     return optimizer
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
-    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch)."""
-    warmup = {
-        "warmup_t": min(round(optim.warmup_epochs * epoch), steps - 1),
-        "warmup_lr_init": optim.warmup_start * lr,
-        "warmup_prefix": False,  # of the run's epochs, so that steps fall at multiples of step_epochs
-        "t_in_epochs": False,
-    }
+    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch).
+
+    The cosine begins at the whole rate where the warm-up ends, as upstream's does; steps fall at multiples of
+    `step_epochs` whatever the warm-up.
+    """
+    warm = min(round(optim.warmup_epochs * epoch), steps - 1)
+    warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}
     if optim.schedule == "step":
-        return StepLRScheduler(optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, **warmup)
-    return CosineLRScheduler(optimizer, t_initial=steps, lr_min=optim.min_lr * lr, **warmup)
+        return StepLRScheduler(
+            optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, warmup_prefix=False, **warmup
+        )
+    return CosineLRScheduler(optimizer, t_initial=steps - warm, lr_min=optim.min_lr * lr, warmup_prefix=True, **warmup)
+
+
+def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
+    """The step whose rate `step` uses: itself in the warm-up, the first of its epoch when held within epochs."""
+    if not optim.schedule_per_epoch or step < round(optim.warmup_epochs * epoch):
+        return step
+    return step // epoch * epoch
+
+
+def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:
+    """The model with BatchNorm layers that share their statistics over all processes.
+
+    Raises:
+        UserError: on a CPU.
+    """
+    if process.device.type != "cuda":
+        raise UserError(
+            "BatchNorm cannot be synchronised here: PyTorch's SyncBatchNorm runs on GPUs alone",
+            got=f"train.sync_bn=true on {process.device}",
+            fix='set SET="train.sync_bn=false": BatchNorm then sees micro-batches, the same on any number of processes',
+        )
+    synchronised: nn.Module = convert_sync_batchnorm(model)
+    return synchronised
 
 
 def scaled_lr(config: DistillConfig) -> float:
     """The learning rate at the actual global batch (linear scaling)."""
     return config.optim.lr * config.train.global_batch_size / config.optim.base_batch_size
+
+
+def describe_lr(config: DistillConfig) -> str:
+    """The scaling of the learning rate in one line, for the start of a run."""
+    optim, batch = config.optim, config.train.global_batch_size
+    return (
+        f"{optim.name}: learning rate {optim.lr:g} x {batch} / {optim.base_batch_size} = {scaled_lr(config):g} "
+        f"(global batch {batch} of micro-batches of {config.train.micro_batch_size})"
+    )
