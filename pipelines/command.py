@@ -55,7 +55,10 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
     if not isinstance(recipe, dict) or not set(recipe) <= {"cache", "distill"}:
         got = list(recipe) if isinstance(recipe, dict) else type(recipe).__name__
         raise UserError("a recipe has two sections", got=got, expected="cache: and distill:", where=file)
-    return dict(recipe.get(section) or {})
+    options = recipe.get(section) or {}
+    if not isinstance(options, dict):
+        raise UserError(f"the section {section} of a recipe is no mapping", got=options, where=file)
+    return options
 
 
 def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe: dict[str, Any], about: str) -> Config:
