@@ -89,7 +89,8 @@ class RunFolder:
 
         file = self.path / "metrics.jsonl"
         if file.exists():
-            lines = [line for line in file.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
+            whole = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut by a kill
+            lines = [line for line in whole if json.loads(line)["step"] <= step]
             write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
         self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
