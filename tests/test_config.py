@@ -125,7 +125,9 @@ def test_the_fingerprint_changes_with_every_field():
     fields = to_plain(ViewConfig())
     seen = {fingerprint(fields)}
     for name, value in fields.items():
-        other = value * 2 + 1 if isinstance(value, int | float) else [*value, 1] if isinstance(value, list) else value + "x"
+        other = (
+            value * 2 + 1 if isinstance(value, int | float) else [*value, 1] if isinstance(value, list) else value + "x"
+        )
         seen.add(fingerprint({**fields, name: other}))
     assert len(seen) == len(fields) + 1
 

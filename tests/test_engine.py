@@ -213,7 +213,9 @@ def test_training(processes, tmp_path):
     assert lines.column("loss")[-1] < lines.column("loss")[0]
 
     after = trainer.student_state()
-    assert all(not torch.equal(before[name], after[name]) for name in after if name.endswith(("conv1.weight", "fc.bias")))
+    assert all(
+        not torch.equal(before[name], after[name]) for name in after if name.endswith(("conv1.weight", "fc.bias"))
+    )
     assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.tail.parameters())
     assert all(torch.equal(value, trainer.tail.state_dict()[name]) for name, value in tail_before.items())
 
@@ -235,7 +237,9 @@ def test_training(processes, tmp_path):
 
 def test_an_accumulated_gradient_is_the_mean_over_micro_batches(processes):
     """One SGD step on two micro-batches equals the same step computed by hand."""
-    config = config_of(optim={"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.0}, train={"targets": "none"})
+    config = config_of(
+        optim={"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.0}, train={"targets": "none"}
+    )
     trainer = trainer_of(config)
     start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     batches = list(trainer.loader)[:2]
@@ -382,7 +386,9 @@ print("all stages agree")
 
 def test_all_zero_stages_train_alike(tmp_path):
     script = ZERO.format(tests=str(Path(__file__).parent), folder=str(tmp_path / "checkpoints"))
-    environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")}
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
