@@ -3,7 +3,19 @@
 import socket
 
 import pytest
-from commands import BIN, assert_same_losses, cache_flags, distill_flags, execute, file_bytes, read_json, run
+from commands import (
+    BIN,
+    STUDENT,
+    TRAIN_OPTIONS,
+    assert_same_losses,
+    cache_flags,
+    distill_flags,
+    execute,
+    file_bytes,
+    make,
+    read_json,
+    run,
+)
 
 
 @pytest.mark.parametrize("backend", ["webdataset", "zarr"])
@@ -31,6 +43,9 @@ def test_two_processes_give_the_losses_of_one(zero, finished, cache, workshop):
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         execute(BIN / "deepspeed", "--num_gpus", 2, "--master_port", port, "--module", "pipelines.distill", *words)
+    elif zero == 2:
+        options = " ".join(f"{name}={value}" for name, value in TRAIN_OPTIONS.items())
+        make("distill", NPROC=2, ZERO=2, STUDENT=STUDENT, CACHE=cache, RUN=folder, SET=options)
     else:
         run("distill", *words, nproc=2)
     summary, other = read_json(folder / "summary.json"), read_json(finished / "summary.json")
