@@ -25,7 +25,8 @@ def test_without_anything_the_defaults_hold():
 
 def test_dotted_options_reach_their_fields():
     config = cache_options(
-        ["--views.size=64", "--data.source", "/data", "--cache.num_views", "7", "--workers=3", "--views.crop_scale=[0.2,0.5]",
+        ["--views.size=64", "--data.source", "/data", "--cache.num_views", "7", "--workers=3",
+         "--views.crop_scale=[0.2,0.5]",
          "--teacher.pretrained", "false", "--data.max_samples=10", "--views.pixels", "replayed"]
     )  # fmt: skip
     assert (config.views.size, config.data.source, config.cache.num_views, config.workers) == (64, "/data", 7, 3)
@@ -164,7 +165,7 @@ def test_debug_shows_where_it_broke(monkeypatch):
     def main(argv):
         raise UserError(" ".join(argv))
 
-    with pytest.raises(UserError, match="^--x$"):
+    with pytest.raises(UserError, match=r"^--x$"):
         command.run(main)
 
 

@@ -12,7 +12,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.report import RunFolder, alone_summary, closing_table, read_config, read_summary
 
 SUMMARY = {
-    "student": "resnet18", "teacher": "demo_swin", "targets": "cached", "top1": 91.25, "top5": 99.5, "teacher_top1": 97.0,
+    "student": "resnet18", "teacher": "demo_swin", "targets": "cached", "top1": 91.25, "top5": 99.5,
+    "teacher_top1": 97.0,
     "epochs": 3, "steps": 66, "seed": 0, "views": 4, "bytes_per_view": 6245.3, "cache_fingerprint": "f" * 64,
     "images_per_s": 120.4, "minutes": 2.34,
 }  # fmt: skip
