@@ -68,10 +68,7 @@ def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) 
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of a map, (B, C, H, W) -> same; epsilon 1e-6 as in ConvNeXt."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=1e-6)
+    """Layer normalisation over the channels of a map, (B, C, H, W) -> same; epsilon 1e-5, as upstream's projectors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise every position on its own."""

@@ -64,9 +64,8 @@ def dense_cap(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale:
     else:
         over = 1 if norm == "layer" else (0, 2, 3)
         mean, var = z.mean(over, keepdim=True), z.var(over, unbiased=False, keepdim=True)
-    eps = 1e-6 if norm == "layer" else 1e-5
     gain, shift = w["proj_student.1.weight"].view(1, -1, 1, 1), w["proj_student.1.bias"].view(1, -1, 1, 1)
-    kv = torch.relu((z - mean) / torch.sqrt(var + eps) * gain + shift) + w["pos_embed"]
+    kv = torch.relu((z - mean) / torch.sqrt(var + 1e-5) * gain + shift) + w["pos_embed"]
     q = torch.relu(F.conv2d(query, w["proj_pos.0.weight"][:, :, None, None], w["proj_pos.0.bias"]))
     outputs = []
     for sample in range(len(x)):
