@@ -15,6 +15,7 @@ does on a module's call: its parameters are gathered only then.
 """
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -26,20 +27,25 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.teacher_spec import Shape
 from scalekd_cache.zoo import check_name, create_timm_model, default_image_size
 
-_POOLED_VIT = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-"""Upstream's plain ViT: no class token, the final norm on every token, then their mean."""
+POOLED_VIT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+"""No class token; the final norm on every token, then their mean (timm's default pools first, then normalises)."""
+MOBILENET_FORM: dict[str, Any] = {"act_layer": "relu"}
+"""ReLU, where timm's default is ReLU6."""
+CONVNEXT_FORM: dict[str, Any] = {"head_norm_first": True}
+"""The final norm on every position, then their mean (timm's default pools first, then normalises)."""
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mobilenetv1": ("mobilenetv1_100", {}),
+    "mobilenetv1": ("mobilenetv1_100", MOBILENET_FORM),
     "resnet50": ("resnet50", {}),
     "resnet50d": ("resnet50d", {}),  # what upstream's advanced "ResNet-50" recipe really builds
-    "convnext_tiny": ("convnext_tiny", {}),
+    "convnext_tiny": ("convnext_tiny", CONVNEXT_FORM),
     "mixer_s16": ("mixer_s16_224", {}),
     "mixer_b16": ("mixer_b16_224", {}),
-    "vit_small": ("vit_small_patch16_224", _POOLED_VIT),
-    "vit_base": ("vit_base_patch16_224", _POOLED_VIT),
+    "vit_small": ("vit_small_patch16_224", POOLED_VIT),
+    "vit_base": ("vit_base_patch16_224", POOLED_VIT),
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
 }
-"""The paper's students by short name: timm's name and arguments. Names typed in full keep timm's defaults."""
+"""The paper's students by short name: timm's name, and arguments under which it computes what upstream's model does.
+Other names keep timm's defaults."""
 
 
 class StudentOutput(NamedTuple):
@@ -186,21 +192,24 @@ def _unfit(name: str, reason: str) -> UserError:
     )
 
 
-def build_student(config: StudentConfig, *, num_classes: int, image_size: int) -> Student:
+def build_student(
+    config: StudentConfig, *, num_classes: int, image_size: int, args: Mapping[str, Any] | None = None
+) -> Student:
     """Build a student with random weights.
 
     Args:
         config: Name and drop path rate.
         num_classes: Width of its classifier.
         image_size: Side of its images, pixels; given to models that are built for one size.
+        args: More arguments of the timm model, over those of the short name.
 
     Raises:
         UserError: an unknown name, or a model without two usable maps at this size.
     """
-    name, args = SHORT_NAMES.get(config.name, (config.name, {}))
+    name, known = SHORT_NAMES.get(config.name, (config.name, {}))
     check_name(name, "student.name")
     optional: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if image_size != default_image_size(name):
         optional["img_size"] = image_size
-    model, used = create_timm_model(name, {**args, "num_classes": num_classes}, optional)
+    model, used = create_timm_model(name, {**known, **(args or {}), "num_classes": num_classes}, optional)
     return Student(model, name, used, image_size)
