@@ -43,7 +43,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: help install cache-teacher distill evaluate export verify fetch test test-all lint format clean
+.PHONY: help install cache-teacher distill evaluate export import-upstream verify fetch test test-all lint format clean
 
 help: ## Show this help
 	@echo "Targets:"
@@ -107,6 +107,11 @@ evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA=]
 
 export: $(BASE) ## Write a run's student for timm: RUN=dir [OUT=dir]
 	@$(PY) -m pipelines.export --run "$(RUN)" $(call option,OUT,out)
+
+import-upstream: $(BASE) ## Bring a published ScaleKD checkpoint to timm: CKPT=file.pth OUT=dir [STUDENT=name CLASSES=n]
+	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo 'error: give CKPT=file.pth and OUT=dir' >&2; exit 2; }
+	@$(PY) -m pipelines.import_upstream --ckpt "$(CKPT)" --out "$(OUT)" $(call option,STUDENT,student) \
+	  $(call option,CLASSES,classes) $(call option,S4_QUERY,s4_query)
 
 verify: $(BASE) ## Check a cache: CACHE=dir, DEEP=1 reads every byte
 	@$(PY) -m pipelines.verify --cache "$(CACHE)" $(if $(DEEP),--deep true)
