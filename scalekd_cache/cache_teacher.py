@@ -112,10 +112,8 @@ def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
 def _plan(config: CacheTeacherConfig, process: Process, source: Source, teacher: Teacher) -> Job:
     """Everything that decides the cached bytes, and the units they come in."""
     root = Path(config.cache.path)
-    codec, logit_codec = (
-        make_codec(config.cache.codec, teacher.spec.feature_shape),
-        LogitCodec(teacher.spec.num_classes),
-    )
+    codec = make_codec(config.cache.codec, teacher.spec.feature_shape)
+    logit_codec = LogitCodec(teacher.spec.num_classes, exact=codec.id == "float32")
     fields = {
         "teacher": teacher.spec.to_json(),
         "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),

@@ -1,7 +1,8 @@
 """Teacher logits as bytes, one record at a time.
 
 In: logits (B, K) float32. Out: a record each, its first byte saying how it is held, and float32 (K,) back.
-Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is kept exactly.
+Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is kept exactly. With a
+limit of 0 every record is exact (mode 2): what a cache of float32 features holds.
 A record: mode uint8, largest logit float32, then
   mode 0: step float32, K codes uint8; logit = largest - step x code
   mode 1: K float16 distances;         logit = largest - distance
@@ -47,19 +48,20 @@ class LogitCodec:
 
     id = "logits-int8"
 
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, num_classes: int, *, exact: bool = False) -> None:
         if type(num_classes) is not int or not 0 <= num_classes <= 10_000_000:
             raise UserError("bad number of classes", got=num_classes, expected="0 to 10,000,000", where="logit codec")
         self.num_classes = num_classes
+        self.kl_limit = 0.0 if exact else KL_LIMIT
 
     def get_config(self) -> dict[str, Any]:
         """JSON that rebuilds this codec."""
-        return {"id": self.id, "version": 1, "num_classes": self.num_classes, "kl_limit": KL_LIMIT}
+        return {"id": self.id, "version": 1, "num_classes": self.num_classes, "kl_limit": self.kl_limit}
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> "LogitCodec":
         """The codec that wrote a cache; UserError when this version does not read it."""
-        codec = cls(config.get("num_classes", -1))
+        codec = cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
         if codec.get_config() != config:
             raise UserError(
                 "the cache was written with a logit codec that this version does not read",
@@ -85,6 +87,8 @@ class LogitCodec:
                 where="logit codec",
                 fix="check the teacher's weights and precision",
             )
+        if self.kl_limit == 0:
+            return [struct.pack("<Bf", FLOAT32, row.max()) + row.astype("<f4").tobytes() for row in values]
         return [] if len(values) == 0 else self._encode(values)
 
     def _encode(self, values: NDArray[np.float32]) -> list[bytes]:
