@@ -43,7 +43,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: help install cache-teacher distill evaluate export import-upstream verify fetch test test-all lint format clean
+.PHONY: help install cache-teacher distill evaluate export import-upstream verify fetch costs test test-all lint format clean
 
 help: ## Show this help
 	@echo "Targets:"
@@ -53,7 +53,7 @@ help: ## Show this help
 	@echo "  DATA=demo|cifar10|imagenette|/path   images with train/ and val/ (folders, tars or parquet); default demo"
 	@echo "  TEACHER=name                         timm model; default the recipe's (demo_swin, or Swin-L)"
 	@echo "  TEACHER_WEIGHTS=file.safetensors     its weights; default timm's pretrained ones (PRETRAINED=0: random)"
-	@echo "  RECIPE=demo|traditional|advanced     views and training; default demo for the demo, else traditional"
+	@echo "  RECIPE=name                          views and training (pipelines/recipes); default demo, or traditional"
 	@echo "  VIEWS=n  CODEC=int8|float16|float32  views an image, feature codec"
 	@echo "  STORE=webdataset|zarr  PIXELS=baked|replayed"
 	@echo "  CACHE=dir                            default caches/<data>"
@@ -118,6 +118,9 @@ verify: $(BASE) ## Check a cache: CACHE=dir, DEEP=1 reads every byte
 
 fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
 	@$(PY) -m pipelines.fetch --teacher "$(TEACHER)"
+
+costs: $(BASE) ## FLOPs and parameters of a pair: TEACHER=name STUDENT=name, ALL=1 for the paper's pairs
+	@$(PY) -m pipelines.costs $(call option,TEACHER,teacher) $(call option,STUDENT,student) $(if $(ALL),--all true)
 
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores)

@@ -66,7 +66,7 @@ def wide(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> torch.autocast:
     """A context in which autocast is off on the device of `x`."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+    return torch.autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def remove_spatial_mean(x: Tensor) -> Tensor:
