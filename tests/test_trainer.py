@@ -15,8 +15,9 @@ from small_trainer import STEPS, Lines, config_of, finish, trainer_of
 from torch import nn
 
 from scalekd_cache.config import to_plain
-from scalekd_cache.engine import STUDENT_FILE, consolidated_student, start_processes
+from scalekd_cache.engine import start_processes
 from scalekd_cache.errors import UserError
+from scalekd_cache.finished import STUDENT_FILE, consolidated_student
 from scalekd_cache.report import RunFolder
 
 
@@ -66,7 +67,7 @@ def test_training(processes, tmp_path):
     student = load_file(folder / STUDENT_FILE)
     assert student.keys() == after.keys()
     assert all(torch.equal(student[name], after[name]) for name in after)
-    plain = consolidated_student(trainer.config, after, 10, 64)
+    plain = consolidated_student(trainer.config.student, after, 10, 64)
     assert not plain.training
 
 
