@@ -6,24 +6,20 @@ missing.
 """
 
 import dataclasses
-import importlib.metadata
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from scalekd_cache.agreement import check_plan
-from scalekd_cache.caching import Stage, Unit, make_units, plan_units
-from scalekd_cache.codec import make_codec
-from scalekd_cache.codec.logits import LogitCodec
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig, fingerprint, to_plain
+from scalekd_cache.cache_plan import Job, committed, library_versions, make_plan, write_plan
+from scalekd_cache.caching import Stage, Unit, make_units
+from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import evaluate
-from scalekd_cache.images import Source, listing_digest, open_source
+from scalekd_cache.images import open_source
 from scalekd_cache.preflight import (
     bytes_per_view,
     check_batches,
@@ -32,25 +28,12 @@ from scalekd_cache.preflight import (
     check_teacher,
     probe_views,
 )
-from scalekd_cache.processes import Peers, Process, autocast_dtype
+from scalekd_cache.processes import Peers, Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import teacher_accuracy
-from scalekd_cache.store import Manifest, ManifestFacts, build_manifest, read_manifest, unit_committed, write_manifest
-from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store import Manifest, ManifestFacts, build_manifest, read_manifest, write_manifest
 from scalekd_cache.tail import DEMO_TEACHER
-from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher, save_tail
-
-PLAN = "plan.json"
-"""What a cache is going to be, written before the first unit: a job that continues it is held against this."""
-
-
-class Job(NamedTuple):
-    """What a stage-1 job works with."""
-
-    stage: Stage
-    plan: dict[str, Any]
-    """Facts of the cache that are known before the first unit is made; they go into the manifest."""
-    units: list[Unit]
+from scalekd_cache.teacher import TeacherOutput, load_teacher, save_tail
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
@@ -73,7 +56,7 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     teacher = load_teacher(
         config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
     )
-    job = _plan(config, process, source, teacher)
+    job = make_plan(config, process, source, teacher)
     finished = _finished(job)
     if finished is not None:
         peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
@@ -82,7 +65,7 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         return finished
     _check(config, process, job, student)
     if process.rank == 0:
-        _write_plan(root, job.plan)
+        write_plan(root, job.plan)
         peers.announce("planned")
     peers.wait("planned")
     _make(config, peers, job)
@@ -107,75 +90,6 @@ def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
             peers.announce("demo teacher")
         peers.wait("demo teacher")
     return dataclasses.replace(teacher, weights=str(file)) if file.exists() else teacher
-
-
-def _plan(config: CacheTeacherConfig, process: Process, source: Source, teacher: Teacher) -> Job:
-    """Everything that decides the cached bytes, and the units they come in."""
-    root = Path(config.cache.path)
-    codec = make_codec(config.cache.codec, teacher.spec.feature_shape)
-    logit_codec = LogitCodec(teacher.spec.num_classes, exact=codec.id == "float32")
-    fields = {
-        "teacher": teacher.spec.to_json(),
-        "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
-        "views": to_plain(config.views),
-        "codec": codec.get_config(),
-        "logit_codec": logit_codec.get_config(),
-        "data": {"listing": listing_digest(source), "samples": len(source.samples)},
-    }
-    fixed: dict[str, Any] = {
-        "fingerprint": fingerprint(fields),
-        "fingerprint_fields": fields,
-        "backend": config.cache.backend,
-        "samples_per_shard": config.cache.samples_per_shard,
-    }
-    groups: list[list[int]] = []
-    if (root / PLAN).exists():
-        kept = _read_plan(root)
-        check_plan({name: kept[name] for name in fixed}, fixed, root)
-        groups = kept["groups"]
-    groups = extended_groups(groups, config.cache.num_views, config.cache.views_per_group)
-    plan = {
-        **fixed,
-        "groups": groups,
-        "recipe": config.recipe,
-        "teacher_config": to_plain(config.teacher),
-        "data_config": to_plain(config.data),
-    }
-    stage = Stage(
-        root, config.cache.backend, fixed["fingerprint"], source, config.views, teacher, codec, logit_codec,
-        config.teacher.batch_size, process.device, library_versions(),
-    )  # fmt: skip
-    return Job(stage, plan, plan_units(source, groups, config.cache.samples_per_shard))
-
-
-def extended_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
-    """View groups of a cache of at least `num_views` views that begins with `groups`: what is there stays."""
-    groups = [list(group) for group in groups]
-    first = sum(len(group) for group in groups)
-    for start in range(first, num_views, views_per_group):
-        groups.append(list(range(start, min(start + views_per_group, num_views))))
-    return groups
-
-
-def _read_plan(root: Path) -> dict[str, Any]:
-    try:
-        plan = json.loads((root / PLAN).read_text(encoding="utf-8"))
-        assert {"fingerprint", "fingerprint_fields", "backend", "samples_per_shard", "groups"} <= set(plan)
-    except (ValueError, AssertionError) as error:
-        raise UserError(
-            "the cache's plan is damaged", where=root / PLAN, fix="restore it, or choose another CACHE="
-        ) from error
-    return dict(plan)
-
-
-def _write_plan(root: Path, plan: dict[str, Any]) -> None:
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
-    except OSError as error:
-        raise UserError(
-            "the cache's folder cannot be written", got=error, where=root, fix="choose another CACHE="
-        ) from error
 
 
 def _finished(job: Job) -> Manifest | None:
@@ -205,11 +119,6 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
             check_batches(student.train, len(stage.source.samples), process.world_size)
             check_student(student, stage.teacher, len(stage.source.class_names), output)
             print(f"student {student.student.name} and the training recipe fit this cache", flush=True)
-
-
-def committed(stage: Stage, unit: Unit) -> bool:
-    """Whether a unit is in the cache already."""
-    return unit_committed(stage.root, unit.group, unit.range_id, stage.fingerprint)
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
@@ -276,16 +185,6 @@ def _facts(job: Job, tail_sha256: str, top1: float | None) -> ManifestFacts:
         data={**plan["data_config"], **fields["data"]},
         versions=library_versions(),
     )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that explain a digest that differs; they decide nothing."""
-    names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
-    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
-
-
-def _installed(name: str) -> bool:
-    return any(importlib.metadata.distributions(name=name))
 
 
 def _teacher_top1(config: CacheTeacherConfig, stage: Stage) -> float | None:

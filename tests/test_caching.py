@@ -9,7 +9,7 @@ from image_files import PNG, folder_tree, write
 from small_cache import CPU, copy_of_cache, make, options, shared_weights, unit_files, unit_stats
 
 from scalekd_cache import caching
-from scalekd_cache.cache_teacher import _plan, extended_groups
+from scalekd_cache.cache_plan import extended_groups, make_plan
 from scalekd_cache.caching import make_units, plan_units
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import open_source
@@ -20,7 +20,7 @@ from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher
 def job_of(config):
     source = open_source(config.data, "train")
     teacher = load_teacher(config.teacher, image_size=64, num_classes=10, device=CPU.device)
-    return _plan(config, CPU, source, teacher)
+    return make_plan(config, CPU, source, teacher)
 
 
 def make_some(root, numbers, workers=0, **changes):

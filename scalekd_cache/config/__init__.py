@@ -1,0 +1,25 @@
+"""What a user can choose, as frozen dataclasses, one per owner, and the fingerprint of what changes cached bytes.
+
+In: values from a YAML recipe and dotted overrides (`pipelines/` parses them). Out: checked, immutable configurations.
+Invariant: a configuration that exists is valid on its own; checks across configurations are `preflight.py`'s.
+"""
+
+from scalekd_cache.config.base import fingerprint, require, to_plain
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+
+__all__ = [
+    "CacheTeacherConfig",
+    "DataConfig",
+    "DistillConfig",
+    "OptimConfig",
+    "ScaleKDConfig",
+    "StoreConfig",
+    "StudentConfig",
+    "TeacherConfig",
+    "TrainConfig",
+    "ViewConfig",
+    "fingerprint",
+    "require",
+    "to_plain",
+]

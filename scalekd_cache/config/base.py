@@ -1,0 +1,30 @@
+"""What every configuration has in common: one check, one plain form, one fingerprint.
+
+In: options and dataclasses. Out: an error, JSON values, a hash.
+Invariant: equal configurations give equal fingerprints.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from scalekd_cache.errors import UserError
+
+
+def require(ok: bool, option: str, got: object, expected: str) -> None:
+    """Raise the one kind of error a bad option gives."""
+    if not ok:
+        raise UserError(f"option {option} is out of range", got=got, expected=expected, fix=f"change {option}")
+
+
+def to_plain(config: Any) -> Any:
+    """Dataclasses to dicts, tuples to lists: what JSON would give back."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def fingerprint(fields: Mapping[str, Any]) -> str:
+    """The sha256 (hex) of canonical JSON of `fields`, everything that changes cached bytes."""
+    text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()

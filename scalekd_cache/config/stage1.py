@@ -1,0 +1,156 @@
+"""Options of stage 1: data, views, teacher, cache.
+
+In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per owner.
+Invariant: a configuration that exists is valid on its own.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from scalekd_cache.config.base import require
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where images come from (`images.py`)."""
+
+    source: str = "demo"
+    """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars or parquet files."""
+    devkit: str | None = None
+    """ImageNet devkit folder, needed when val/ is flat (ILSVRC2012_devkit_t12)."""
+    download_dir: str = "data"
+    """Folder for data sets that torchvision downloads."""
+    max_samples: int | None = None
+    """Use only the first this many samples of the canonical order (None: all)."""
+
+    def __post_init__(self) -> None:
+        require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewConfig:
+    """The view recipe (`views.py`): how an augmented view is drawn and in which form its pixels are kept."""
+
+    size: int = 224
+    """Side of a square view, pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Range of the crop's share of the image area."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Range of the crop's width over height, drawn log-uniformly."""
+    interpolation: Literal["bilinear", "bicubic"] = "bicubic"
+    """Resampling filter of the resize."""
+    flip_probability: float = 0.5
+    """Probability of a horizontal flip."""
+    randaugment_ops: int = 0
+    """RandAugment operations per view, drawn with replacement (0: off)."""
+    randaugment_magnitude: float = 9.0
+    """RandAugment magnitude on timm's scale of 0 to 10."""
+    randaugment_magnitude_std: float = 0.5
+    """Standard deviation of the magnitude, same scale."""
+    erase_probability: float = 0.0
+    """Probability of random erasing with per-pixel noise."""
+    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    """Range of the erased share of the view's area."""
+    erase_ratio: tuple[float, float] = (0.3, 10 / 3)
+    """Range of the erased box's height over width, drawn log-uniformly."""
+    pixels: Literal["baked", "replayed"] = "baked"
+    """baked: encoded pixels are stored; replayed: only the record and a digest, the student recomputes the view."""
+    pixel_format: Literal["jpeg", "png"] = "jpeg"
+    """How baked pixels are encoded (png is lossless)."""
+    jpeg_quality: int = 90
+    """JPEG quality, 1 to 100."""
+    jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
+    """JPEG chroma subsampling."""
+    seed: int = 0
+    """Seed of the counter-based generator that draws every view."""
+
+    def __post_init__(self) -> None:
+        require(8 <= self.size <= 4096, "views.size", self.size, "8 to 4096 pixels")
+        for name in ("crop_scale", "crop_ratio", "erase_area", "erase_ratio"):
+            low, high = getattr(self, name)
+            require(0 < low <= high, f"views.{name}", (low, high), "0 < low <= high")
+        require(self.crop_scale[1] <= 1, "views.crop_scale", self.crop_scale, "at most 1")
+        require(self.erase_area[1] <= 1, "views.erase_area", self.erase_area, "at most 1")
+        for name in ("flip_probability", "erase_probability"):
+            require(0 <= getattr(self, name) <= 1, f"views.{name}", getattr(self, name), "0 to 1")
+        require(0 <= self.randaugment_ops <= 15, "views.randaugment_ops", self.randaugment_ops, "0 to 15")
+        require(
+            0 <= self.randaugment_magnitude <= 10, "views.randaugment_magnitude", self.randaugment_magnitude, "0 to 10"
+        )
+        require(
+            self.randaugment_magnitude_std >= 0,
+            "views.randaugment_magnitude_std",
+            self.randaugment_magnitude_std,
+            ">= 0",
+        )
+        require(1 <= self.jpeg_quality <= 100, "views.jpeg_quality", self.jpeg_quality, "1 to 100")
+        require(0 <= self.seed < 2**63, "views.seed", self.seed, "0 to 2^63 - 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherConfig:
+    """The frozen teacher (`teacher.py`)."""
+
+    name: str = "demo_swin"
+    """A timm model name, or demo_swin, the small Swin that is trained on the demo set when its weights are missing."""
+    weights: str | None = None
+    """A .safetensors file with the state dict of that timm model (None: pretrained weights, or random ones)."""
+    pretrained: bool = True
+    """Fetch timm's pretrained weights when no file is given; false gives random weights (for trying things out)."""
+    weights_dir: str = "teachers"
+    """Folder of the demo teacher and of weights brought by `fetch`; looked at before pretrained weights are fetched."""
+    num_classes: int | None = None
+    """Classes of the head (None: the number in the weights file, the data set's, or the pretrained head's; 0: none,
+    only features are distilled)."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Arithmetic of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+    batch_size: int = 64
+    """Views per teacher forward pass."""
+
+    def __post_init__(self) -> None:
+        require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
+        require(self.num_classes is None or self.num_classes >= 0, "teacher.num_classes", self.num_classes, ">= 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoreConfig:
+    """The cache on disk (`store/`, `codec/`)."""
+
+    path: str = "caches/demo"
+    """Folder of the cache."""
+    backend: Literal["webdataset", "zarr"] = "webdataset"
+    """File format of the shards."""
+    codec: str = "int8"
+    """Feature codec: int8, float16, float32."""
+    num_views: int = 4
+    """Augmented views of every image."""
+    views_per_group: int = 4
+    """Views that one work unit makes from one decoded image."""
+    samples_per_shard: int = 512
+    """Images in a shard (a shard holds one view of each)."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
+        require(1 <= self.views_per_group <= 64, "cache.views_per_group", self.views_per_group, "1 to 64")
+        require(1 <= self.samples_per_shard <= 65_536, "cache.samples_per_shard", self.samples_per_shard, "1 to 65,536")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheTeacherConfig:
+    """Stage 1: everything `cache_teacher` reads."""
+
+    recipe: str = "demo"
+    """Name of the recipe, kept in the manifest; `distill` uses the same one unless told otherwise."""
+    data: DataConfig = field(default_factory=DataConfig)
+    views: ViewConfig = field(default_factory=ViewConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    cache: StoreConfig = field(default_factory=StoreConfig)
+    student: str | None = None
+    """A student to try before the work starts: it and the recipe's training options shall fit the cache."""
+    workers: int = 0
+    """Worker processes that decode images and draw views, per rank (0: in the main process)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
