@@ -19,8 +19,7 @@ from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.base import feature_norms
+from scalekd_cache.codec import codec_from_config, make_codec
 from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.finished import STUDENT_FILE
@@ -183,7 +182,8 @@ class Trainer:
             return None
         if self.teacher is not None:
             features, logits = self.teacher(batch.images)
-            return Targets(features, feature_norms(features), logits)
+            exact = make_codec("float32", self.codec.shape)  # the path of a lossless cache, down to the memory layout
+            return Targets(*exact.decode(exact.encode(features)), logits)
         decoded = self.codec.decode(batch.codes)
         return Targets(decoded.features, decoded.norms, batch.logits)
 

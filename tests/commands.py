@@ -26,6 +26,7 @@ for name in (
 CACHE_OPTIONS = {"data.max_samples": 96, "cache.num_views": 2, "cache.samples_per_shard": 32}
 """A small cache of the demo set: three units of two views."""
 TRAIN_OPTIONS = {
+    "optim.lr": 1e-4,  # the recipe says 1e-3: AdamW then makes more of rounding between numbers of processes
     "train.epochs": 2,
     "train.global_batch_size": 32,
     "train.micro_batch_size": 16,

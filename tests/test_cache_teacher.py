@@ -11,7 +11,7 @@ from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, share
 from scalekd_cache import cache_teacher as job
 from scalekd_cache import caching, preflight
 from scalekd_cache.cache_teacher import cache_teacher
-from scalekd_cache.config import DistillConfig, StudentConfig
+from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import Cache, read_manifest, verify_cache
 
@@ -182,7 +182,9 @@ def test_a_read_only_folder_is_refused(tmp_path):
 
 def test_a_student_that_does_not_fit_is_refused(tmp_path):
     root = tmp_path / "cache"
-    student = DistillConfig(student=StudentConfig(name="resnet81"))
+    student = DistillConfig(
+        student=StudentConfig(name="resnet81"), train=TrainConfig(global_batch_size=32, micro_batch_size=16)
+    )
     assert "resnet18" in refused(root, options(root, shared_weights()), "resnet81", student)
 
 
