@@ -62,7 +62,9 @@ class DistillModel(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
         """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
         pixels = (images.float() - self.mean) / self.std
-        s3, s4, logits = self.student(pixels.contiguous(memory_format=torch.channels_last))
+        if pixels.is_cuda:  # a CPU's kernels are slower so (docs/LOG.md)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        s3, s4, logits = self.student(pixels)
         maps = None
         if self.heads is not None:
             assert targets is not None

@@ -40,6 +40,8 @@ __all__ = [
     "spatial_loss",
 ]
 
+TINY_MAP = 16
+"""Positions up to which a convolution on a CPU is a matrix product."""
 WIDTH_PER_HEAD_S3 = 48
 """Channels a head of the S3 projector by default: 16 heads for Swin-L's 768."""
 WIDTH_PER_HEAD_S4 = 64
@@ -73,6 +75,27 @@ class ChannelLayerNorm(nn.LayerNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Normalise every position on its own."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the map's size, with `nn.Conv2d`'s parameters.
+
+    On a CPU and tiny maps it is computed as one matrix product: the library's kernels are made for large maps, and
+    take twice as long on 2048 channels at 2x2 (docs/LOG.md). Equal to within rounding.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        batch, channels, height, width = x.shape
+        if x.device.type != "cpu" or height * width > TINY_MAP:
+            return super().forward(x)
+        patches = F.unfold(x, 3, padding=1).transpose(1, 2)  # (B, H W, 9 C)
+        return (
+            F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).reshape(batch, channels, height, width)
+        )
 
 
 class CrossAttention(nn.Module):
@@ -136,7 +159,7 @@ class CAP(nn.Module):
         self.in_shape: Shape = (in_channels, *in_grid)
         self.query_shape: Shape = (query_dim, *query_grid)
         self.proj_student = nn.Sequential(
-            nn.Conv2d(in_channels, in_channels, 3, padding=1),
+            Conv3x3(in_channels),
             ChannelLayerNorm(in_channels) if layer_norm else nn.BatchNorm2d(in_channels),
             nn.ReLU(),
         )

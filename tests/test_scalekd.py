@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scalekd_cache.config import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import Targets, distillation_losses
-from scalekd_cache.scalekd import CAP, ScaleKDHeads, choose_heads
+from scalekd_cache.scalekd import CAP, Conv3x3, ScaleKDHeads, choose_heads
 
 
 @pytest.fixture(autouse=True)
@@ -283,3 +283,20 @@ def test_autocast_leaves_losses_in_float32() -> None:
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
     inside.total.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in heads.parameters())
+
+
+@pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
+def test_convolution_on_tiny_maps_is_the_convolution(side):
+    """Both ways of `Conv3x3` (side 5 is past the limit), values and gradients."""
+    torch.manual_seed(side)
+    ours = Conv3x3(6).double()
+    theirs = torch.nn.Conv2d(6, 6, 3, padding=1).double()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 6, side, side, dtype=torch.float64)
+    inputs = [x.clone().requires_grad_(), x.clone().requires_grad_()]
+    outputs = [ours(inputs[0]), theirs(inputs[1])]
+    for output in outputs:
+        output.square().sum().backward()
+    torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(inputs[0].grad, inputs[1].grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(ours.weight.grad, theirs.weight.grad, rtol=1e-12, atol=1e-12)
