@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from scalekd_cache.config import flat
 from scalekd_cache.errors import UserError
 
 
@@ -17,9 +18,10 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
     Raises:
         UserError: naming each field that differs, with both values.
     """
-    different = sorted(name for name in _flat(kept) | _flat(asked) if _flat(kept).get(name) != _flat(asked).get(name))
+    there, here = flat(kept), flat(asked)
+    different = sorted(name for name in there | here if there.get(name) != here.get(name))
     if different:
-        lines = [f"{name}: {_flat(asked).get(name)} (asked) / {_flat(kept).get(name)} (cache)" for name in different]
+        lines = [f"{name}: {here.get(name)} (asked) / {there.get(name)} (cache)" for name in different]
         raise UserError(
             "the cache was made with other options",
             got="; ".join(lines),
@@ -43,13 +45,3 @@ def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any],
             where=where,
             fix=f"make a cache with RECIPE={recipe}, or leave RECIPE out: the cache knows its own recipe",
         )
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import yaml
 
+from scalekd_cache.config import flat
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.files import write_atomically
 
@@ -57,8 +58,8 @@ class RunFolder:
         if not file.exists():
             write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
             return
-        kept = _flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-        asked = _flat(config)
+        kept = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
+        asked = flat(config)
         names = sorted((kept | asked).keys() - FREE_OPTIONS)
         different = [name for name in names if kept.get(name) != asked.get(name)]
         if different:
@@ -148,16 +149,6 @@ def read_facts(run: Path) -> dict[str, Any]:
     facts = json.loads(file.read_text(encoding="utf-8"))
     assert isinstance(facts, dict)
     return facts
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def alone_summary(run: Path, summary: Summary) -> Summary | None:

@@ -28,3 +28,14 @@ def fingerprint(fields: Mapping[str, Any]) -> str:
     """The sha256 (hex) of canonical JSON of `fields`, everything that changes cached bytes."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested options as one level of dotted names, as they are typed."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found.update(flat(value, f"{prefix}{name}."))
+        else:
+            found[prefix + name] = value
+    return found
