@@ -21,7 +21,7 @@ from scalekd_cache.loader import CacheLoader, data_config
 from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
 from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
-from scalekd_cache.report import RunFolder, Summary, closing_table, read_summary
+from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
@@ -37,10 +37,11 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     run = Path(config.run or "runs/student")
     finished = read_summary(run)
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
+    cache = Cache.open(Path(config.cache))
+    check_same_cache(run, cache.manifest.fingerprint, cache.root)
     if finished is not None:
         _say(process, f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
-    cache = Cache.open(Path(config.cache))
     validation = _validation(cache.manifest, config.data, process)
     trainer = _make_trainer(config, process, cache)
     if trainer.resume(run / "checkpoints"):

@@ -137,6 +137,22 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
+def check_same_cache(run: Path, fingerprint: str, cache: Path) -> None:
+    """A run that has begun goes on, or is finished, with one cache.
+
+    Raises:
+        UserError: when the cache given is another one.
+    """
+    if (run / FACTS).exists() and read_facts(run)["fingerprint"] != fingerprint:
+        raise UserError(
+            "the run's folder holds a run on another cache",
+            got=f"{cache} with fingerprint {fingerprint[:16]}",
+            expected=f"the cache with fingerprint {read_facts(run)['fingerprint'][:16]}",
+            where=run,
+            fix="choose another RUN=, or remove the folder to start again",
+        )
+
+
 def read_facts(run: Path) -> dict[str, Any]:
     """What `keep_facts` kept.
 

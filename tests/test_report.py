@@ -9,7 +9,7 @@ import yaml
 
 from scalekd_cache.config import DistillConfig, TrainConfig, to_plain
 from scalekd_cache.errors import UserError
-from scalekd_cache.report import RunFolder, alone_summary, closing_table, read_config, read_summary
+from scalekd_cache.report import RunFolder, alone_summary, check_same_cache, closing_table, read_config, read_summary
 
 SUMMARY = {
     "student": "resnet18", "teacher": "demo_swin", "targets": "cached", "top1": 91.25, "top5": 99.5,
@@ -134,3 +134,14 @@ def test_only_a_run_that_can_be_compared_is(tmp_path, change):
     run = finished(tmp_path / "run")
     finished(tmp_path / "other", **{"targets": "none", **change})
     assert alone_summary(run, SUMMARY) is None
+
+
+def test_a_run_belongs_to_one_cache(tmp_path):
+    run = tmp_path / "run"
+    check_same_cache(run, "a" * 64, tmp_path / "cache")  # nothing there yet
+    RunFolder(run, {"seed": 0}).keep_facts({"fingerprint": "a" * 64})
+    check_same_cache(run, "a" * 64, tmp_path / "cache")
+    with pytest.raises(UserError, match="another cache") as error:
+        check_same_cache(run, "b" * 64, tmp_path / "other")
+    assert "bbbb" in str(error.value)
+    assert "aaaa" in str(error.value)
