@@ -148,8 +148,8 @@ def test_zarr_and_webdataset_give_the_same_losses(finished, zarr_cache, cache, w
 
 def test_lossless_cache_gives_the_losses_of_the_live_teacher(workshop, weights):
     cache = workshop / "caches" / "float32"
-    # The teacher sees batches of one size in both, so that not even the order of its sums differs: AdamW would make
-    # much of the last bit of a gradient near 0.
+    # The teacher sees batches of one size in both: on some machines the order of its sums depends on it, and AdamW
+    # makes much of the last bit of a gradient near 0.
     run("cache_teacher", *cache_flags(cache, weights, **{"cache.codec": "float32", "teacher.batch_size": 8}))
     options = {"train.global_batch_size": 8, "train.micro_batch_size": 8}
     folders = {}
