@@ -61,7 +61,7 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     if finished is not None:
         peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
         images = f"{finished.num_samples:,} images x {finished.num_views} views"
-        _say(process, f"{root} is complete: {images}; nothing to do")
+        process.say(f"{root} is complete: {images}; nothing to do")
         return finished
     _check(config, process, job, student)
     if process.rank == 0:
@@ -70,11 +70,6 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     peers.wait("planned")
     _make(config, peers, job)
     return _finish(config, process, peers, job)
-
-
-def _say(process: Process, text: str) -> None:
-    if process.rank == 0:
-        print(text, flush=True)
 
 
 def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
@@ -108,7 +103,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
     pixels, pixel_bytes = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
     if not stage.teacher.spec.has_classifier:
-        _say(process, f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
+        process.say(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
         missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(stage, u))
         size = bytes_per_view(stage.codec, stage.logit_codec.num_classes, pixel_bytes)

@@ -40,12 +40,12 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     cache = Cache.open(Path(config.cache))
     check_same_cache(run, cache.manifest.fingerprint, cache.root)
     if finished is not None:
-        _say(process, f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
+        process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
     validation = _validation(cache.manifest, config.data, process)
     trainer = _make_trainer(config, process, cache)
     if trainer.resume(run / "checkpoints"):
-        _say(process, f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
+        process.say(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
         folder.keep_facts(facts_of(cache.manifest))
         folder.start_metrics(trainer.loader.step)
@@ -69,14 +69,9 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         facts = facts_of(cache.manifest)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, run / "export")
         folder.finish(summary)
-        _say(process, closing_table(run, summary))
+        process.say(closing_table(run, summary))
     dist.barrier()
     return summary
-
-
-def _say(process: Process, text: str) -> None:
-    if process.rank == 0:
-        print(text, flush=True)
 
 
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
@@ -84,7 +79,7 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
     try:
         return open_source(data_config(manifest.data, data), "val")
     except UserError as error:
-        _say(process, f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
+        process.say(f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
         return None
 
 
@@ -97,7 +92,7 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
     )
     if train.sync_bn:
         student.model = synchronise_batchnorm(student.model, process)
-    _say(process, describe_lr(config))
+    process.say(describe_lr(config))
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail, teacher, heads = None, None, None
     if train.targets != "none":

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config import StudentConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
 from scalekd_cache.export import export_student
@@ -74,9 +74,8 @@ def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
     if not latest.exists():
         raise UserError("the run has no checkpoint yet", where=latest, fix="wait for the first one")
     state = load_file(run / "checkpoints" / latest.read_text(encoding="utf-8").strip() / STUDENT_FILE)
-    fields: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in options["student"].items()}
     folder = out or run / "export"
-    return folder, export_state(StudentConfig(**fields), state, facts, folder)
+    return folder, export_state(StudentConfig(**from_plain(options["student"])), state, facts, folder)
 
 
 def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:

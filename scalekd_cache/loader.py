@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec
-from scalekd_cache.config import DataConfig, ViewConfig
+from scalekd_cache.config import DataConfig, ViewConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, decode_image, open_source
 from scalekd_cache.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
@@ -74,7 +74,7 @@ class MicroBatches(Dataset[Batch]):
         self.micro_batch = micro_batch
         self.codec: FeatureCodec = codec_from_config(manifest.codec)
         self.logit_codec = LogitCodec.from_config(manifest.logit_codec)
-        self.view_config = ViewConfig(**_tuples(manifest.view_recipe))
+        self.view_config = ViewConfig(**from_plain(manifest.view_recipe))
         self.source: Source | None = None
         self.source_index: dict[str, int] = {}
         if self.view_config.pixels == "replayed":
@@ -149,10 +149,6 @@ def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
         download_dir=facts.get("download_dir", "data"),
         max_samples=facts.get("max_samples"),
     )
-
-
-def _tuples(fields: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
 
 
 class CacheLoader:

@@ -24,6 +24,11 @@ class Process(NamedTuple):
     device: torch.device
     """Where this process computes."""
 
+    def say(self, text: str) -> None:
+        """Print for the whole job, once."""
+        if self.rank == 0:
+            print(text, flush=True)
+
 
 def this_process(device: str = "auto") -> Process:
     """Read the launcher's variables; without a launcher the job is this process alone.

@@ -4,7 +4,7 @@ In: values from a YAML recipe and dotted overrides (`pipelines/` parses them). O
 Invariant: a configuration that exists is valid on its own; checks across configurations are `preflight.py`'s.
 """
 
-from scalekd_cache.config.base import fingerprint, flat, require, to_plain
+from scalekd_cache.config.base import fingerprint, flat, from_plain, require, to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 
@@ -21,6 +21,7 @@ __all__ = [
     "ViewConfig",
     "fingerprint",
     "flat",
+    "from_plain",
     "require",
     "to_plain",
 ]

@@ -24,6 +24,11 @@ def to_plain(config: Any) -> Any:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def from_plain(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a configuration from its plain form: JSON's lists become tuples."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+
+
 def fingerprint(fields: Mapping[str, Any]) -> str:
     """The sha256 (hex) of canonical JSON of `fields`, everything that changes cached bytes."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
