@@ -12,7 +12,8 @@ the meta device, per 224 px image in a batch of 32; a multiply and an add are tw
 and attention are counted, element-wise work is not. The gradients of a convolution count as its forward pass each
 (PyTorch's own count ignores groups there). Heads are both taps, both views and the passes through the frozen tail.
 "Offline over online, at most" is (student + heads + teacher forward) / (student + heads): what a step gains when the
-teacher is not run in it, if FLOPs were all that counts. The paper's BEiT-L rows have 14 px patches, timm's BEiT-L 16.
+teacher is not run in it, if FLOPs were all that counts. The paper's BEiT-L/14 is timm's eva_large_patch14_196 at
+224 px; its Mixer-B/14 has no timm name, Mixer-B/16 stands for it.
 """
 
 

@@ -199,7 +199,7 @@ class ScaleKDHeads(nn.Module):
         tap_shapes: (C, h, w) of S3 and of S4.
         tail_in_shape: (C3, H3, W3), what the teacher's tail takes.
         tail_out_shape: (C, H, W) of the teacher's last map.
-        layer_norm: the student is of a layer-norm family.
+        layer_norm: the student is of a layer-norm family; what `config.cap_norm` = auto follows.
 
     Raises:
         UserError: head counts that do not divide the teacher's widths, or a teacher map of one position.
@@ -218,6 +218,7 @@ class ScaleKDHeads(nn.Module):
         self.tail_in_shape, self.tail_out_shape = tail_in_shape, tail_out_shape
         self.tpp = config.tpp
         self.hand_over = config.s4_query == "s3" and config.s3 and config.projector == "cap"
+        layer_norm = layer_norm if config.cap_norm == "auto" else config.cap_norm == "layer"
         shape_s3 = tail_in_shape if config.tpp else tail_out_shape
         heads_s3 = choose_heads("heads_s3", config.heads_s3, shape_s3[0], WIDTH_PER_HEAD_S3)
         heads_s4 = choose_heads("heads_s4", config.heads_s4, tail_out_shape[0], WIDTH_PER_HEAD_S4)

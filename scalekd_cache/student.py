@@ -5,10 +5,10 @@ Invariant: logits are exactly `model(images)`, and `Student.model` is an untouch
 is exported.
 
 S3 and S4. Models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin): the ends of their last two stages, as timm's
-`feature_info` names them, without a norm. Models of one resolution (ViT): the block that ends the third quarter,
-without a norm, and the last block, after the final norm (`norm`, or `fc_norm` on every token where timm normalises
-after pooling); patch tokens only. Mixer: the third block from the end and the last, both without a norm. These are
-upstream's choices where its code shows them (docs/METHOD.md).
+`feature_info` names them. Models of one resolution (ViT): the block that ends the third quarter and the last block,
+patch tokens only. Mixer: the third block from the end and the last. S4 of ViT, Swin and ConvNeXt is taken after the
+model's final norm (on every position, where timm normalises after pooling); all else is taken without a norm. These
+are upstream's choices where its code shows them (docs/METHOD.md).
 
 The maps are picked up by hooks while the model is called as a whole. Calling its parts by hand would miss what ZeRO 3
 does on a module's call: its parameters are gathered only then.
@@ -19,7 +19,10 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
+from timm.models.convnext import ConvNeXt
 from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
 from scalekd_cache.config import StudentConfig
@@ -42,10 +45,21 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixer_b16": ("mixer_b16_224", {}),
     "vit_small": ("vit_small_patch16_224", POOLED_VIT),
     "vit_base": ("vit_base_patch16_224", POOLED_VIT),
+    "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # beside a teacher with such patches
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
 }
 """The paper's students by short name: timm's name, and arguments under which it computes what upstream's model does.
 Other names keep timm's defaults."""
+
+
+FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (SwinTransformer, ("norm",)),
+    (SwinTransformerV2, ("norm",)),
+    (ConvNeXt, ("norm_pre", "head.norm")),
+)
+"""Models whose maps shrink and end in a norm: where it is. The first that is not an identity goes on S4."""
+TOKEN_NORMS = ("norm", "fc_norm")
+"""The same for models of one resolution."""
 
 
 class StudentOutput(NamedTuple):
@@ -69,7 +83,7 @@ class TapPlan(NamedTuple):
     reduction: int | None
     """Pixels per token of models of one resolution, None for maps that shrink."""
     norm: str | None
-    """Module put on S4's tokens, None for maps that shrink."""
+    """Module put on S4, None for none."""
 
 
 class _Tap:
@@ -91,17 +105,23 @@ def plan_taps(model: Any, name: str) -> TapPlan:
         raise _unfit(name, "timm does not say where its feature maps are")
     last = info[-1]
     shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
-    reduction = norm = None
+    reduction = None
+    norms: tuple[str, ...] = next((names for kind, names in FINAL_NORMS if isinstance(model, kind)), ())
     position = len(shallower) - 1
     if not shallower and isinstance(model, MlpMixer):
         position, reduction = max(len(info) - 3, 0), int(last["reduction"])
     elif not shallower:
         position = min(math.ceil(len(info) * 3 / 4), len(info) - 1) - 1
-        found = [key for key in ("norm", "fc_norm") if not isinstance(getattr(model, key, None), nn.Identity | None)]
-        norm = found[0] if found else None
+        norms = TOKEN_NORMS
         reduction = int(last["reduction"]) if isinstance(last["reduction"], int) else int(last["reduction"][0])
+    norm = next((name for name in norms if _is_norm(model, name)), None)
     s3, indices = info[position], (position, len(info) - 1)
     return TapPlan((s3["module"], last["module"]), (s3["num_chs"], last["num_chs"]), indices, reduction, norm)
+
+
+def _is_norm(model: nn.Module, name: str) -> bool:
+    modules = dict(model.named_modules())
+    return not isinstance(modules.get(name), nn.Identity | None)
 
 
 class Student(nn.Module):
@@ -143,7 +163,7 @@ class Student(nn.Module):
         return StudentOutput(s3, s4, logits)
 
     def _normed(self, s4: Tensor) -> Tensor:
-        if self.plan.norm is None or s4.ndim != 3:
+        if self.plan.norm is None or (self.plan.reduction is not None and s4.ndim != 3):
             return s4
         normed: Tensor = self.model.get_submodule(self.plan.norm)(s4)
         return normed

@@ -30,12 +30,13 @@ TEACHERS = [
     ("hiera_base_plus_224", 224, "hiera", (448, 14, 14), (896, 7, 7)),
     ("tiny_vit_21m_224", 224, "tiny_vit", (384, 14, 14), (576, 7, 7)),
     ("vit_large_patch16_224", 224, "vit", (1024, 14, 14), (1024, 14, 14)),
+    ("eva_large_patch14_196", 224, "vit", (1024, 16, 16), (1024, 16, 16)),  # the paper's BEiT-L/14
     ("deit3_base_patch16_224", 224, "vit", (768, 14, 14), (768, 14, 14)),
     ("vit_base_patch14_dinov2", 224, "vit", (768, 16, 16), (768, 16, 16)),
     ("beit_large_patch16_224", 224, "beit", (1024, 14, 14), (1024, 14, 14)),
     ("eva02_base_patch14_224", 224, "eva", (768, 16, 16), (768, 16, 16)),
 ]
-STUDENTS = (*PAPER_STUDENTS, "resnet50d")
+STUDENTS = (*PAPER_STUDENTS, "resnet50d", "vit_base_14")
 TAPS = {
     "mobilenetv1": ((512, 14, 14), (1024, 7, 7)),
     "resnet50": ((1024, 14, 14), (2048, 7, 7)),
@@ -46,10 +47,11 @@ TAPS = {
     "vit_small": ((384, 14, 14), (384, 14, 14)),
     "swin_tiny": ((384, 14, 14), (768, 7, 7)),
     "vit_base": ((768, 14, 14), (768, 14, 14)),
+    "vit_base_14": ((768, 16, 16), (768, 16, 16)),
 }
 KINDS = ("mobilenetv1", "convnext_tiny", "vit_small")
 """Batch norm, layer norm with shrinking maps, one resolution."""
-LAYER_NORM = {"convnext_tiny", "mixer_s16", "mixer_b16", "vit_small", "swin_tiny", "vit_base"}
+LAYER_NORM = {"convnext_tiny", "mixer_s16", "mixer_b16", "vit_small", "swin_tiny", "vit_base", "vit_base_14"}
 
 
 def test_every_family_is_here():

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -256,6 +257,14 @@ def test_bad_heads_and_grids_are_refused() -> None:
     heads = ScaleKDHeads(ScaleKDConfig(heads_s3=3, heads_s4=6), *shapes, (24, 2, 2))
     assert heads.s3["spatial"].pos_attention.num_heads == 3
     assert heads.s4["frequency"].pos_attention.num_heads == 6
+
+
+@pytest.mark.parametrize(("cap_norm", "layer_norm"), [("auto", False), ("batch", True), ("layer", False)])
+def test_norm_of_the_projectors(cap_norm: Any, layer_norm: bool) -> None:
+    config = ScaleKDConfig(cap_norm=cap_norm)
+    heads = ScaleKDHeads(config, ((6, 4, 4), (8, 2, 2)), (12, 4, 4), (24, 2, 2), layer_norm=layer_norm)
+    found = any(isinstance(module, nn.BatchNorm2d) for module in heads.modules())
+    assert found is (cap_norm != "layer")
 
 
 def test_layer_norm_heads_hold_no_batch_norm() -> None:

@@ -15,7 +15,8 @@ CASES = [
     ("resnet50", (1024, 4, 4), (2048, 2, 2), False),
     ("mobilenetv1", (512, 4, 4), (1024, 2, 2), False),
     ("mobilenetv3_small_100", (48, 4, 4), (576, 2, 2), False),
-    ("convnext_atto", (160, 4, 4), (320, 2, 2), True),
+    ("convnext_atto", (160, 4, 4), (320, 2, 2), True),  # its norm comes after the pooling
+    ("convnext_tiny", (384, 4, 4), (768, 2, 2), True),  # the short name's before it
     ("swin_tiny", (384, 4, 4), (768, 2, 2), True),
     ("vit_tiny_patch16_224", (192, 4, 4), (192, 4, 4), True),
     ("vit_small", (384, 4, 4), (384, 4, 4), True),
@@ -62,7 +63,13 @@ def test_taps_and_logits(case):
 def reference_maps(model, x):
     """The documented definition, by timm's own intermediates."""
     if len({entry["reduction"] for entry in model.feature_info}) > 1:
-        return model.forward_intermediates(x, indices=2, intermediates_only=True)
+        s3, s4 = model.forward_intermediates(x, indices=2, intermediates_only=True)
+        if isinstance(model, timm.models.swin_transformer.SwinTransformer):
+            s4 = model.norm(s4.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        elif isinstance(model, timm.models.convnext.ConvNeXt):
+            norm = model.head.norm if isinstance(model.norm_pre, torch.nn.Identity) else model.norm_pre
+            s4 = norm(s4)
+        return s3, s4
     third = len(model.blocks) * 3 // 4 - 1
     mixer = isinstance(model, timm.models.mlp_mixer.MlpMixer)
     third = len(model.blocks) - 3 if mixer else third

@@ -26,7 +26,7 @@ from pipelines.import_upstream import main
 from scalekd_cache.config import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.scalekd import ScaleKDHeads
-from scalekd_cache.student import SHORT_NAMES
+from scalekd_cache.student import SHORT_NAMES, Student
 from scalekd_cache.upstream import Problems, fit_tensors, guess_student, import_checkpoint, import_student
 from scalekd_cache.upstream_file import read_checkpoint
 from scalekd_cache.upstream_names import family_of, student_tensors, unfold_to_timm
@@ -118,12 +118,17 @@ def test_imported_students_compute_what_upstreams_do(case: str) -> None:
     model.load_state_dict(tensors, strict=True)
     model.eval()
     x = torch.randn(2, 3, size, size)
-    with torch.no_grad():
-        want, got = upstream(x), model(x)
-    assert float(want.std()) > 1e-2
     # Upstream's Mixer has epsilon 1e-5 in its norms, timm's 1e-6.
     tolerance = 1e-3 if case == "MLP-Mixer" else 2e-5
-    assert float((got - want).abs().max()) <= tolerance * float(want.abs().max())
+    student = Student(model, name, {}, size)
+    with torch.no_grad():
+        output, s4 = student(x), upstream.backbone(x)
+        pairs = [(upstream(x), output.logits)]
+    if case != "MLP-Mixer":  # its S4 is taken before the final norm
+        pairs.append((s4[-1] if isinstance(s4, tuple) else s4, output.s4))
+    for want, got in pairs:
+        assert float(want.std()) > 1e-2
+        assert float((got - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
 def test_patch_merging_is_reordered() -> None:

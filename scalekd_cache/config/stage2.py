@@ -43,6 +43,9 @@ class ScaleKDConfig:
     """Attention heads of the S3 projector (None: the teacher's widths over 48, 16 for Swin-L)."""
     heads_s4: int | None = None
     """Attention heads of the S4 projector (None: the teacher's widths over 64, 24 for Swin-L)."""
+    cap_norm: Literal["auto", "batch", "layer"] = "auto"
+    """Norm after the projectors' convolution; auto: layer norm for students without batch norm, else batch norm
+    (upstream has batch norm for ViT students too)."""
     attention_scale: float = 5.0
     """Factor on the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
