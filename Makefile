@@ -61,6 +61,7 @@ help: ## Show this help
 	@echo "Variables of distill:"
 	@echo "  STUDENT=name                         timm model (needed); TARGETS=cached|live|none; EPOCHS=n"
 	@echo "  CACHE=dir  RUN=dir                   default caches/<data> (made when absent), runs/<student>"
+	@echo "  INIT=dir                             start from an exported or imported student (and its heads)"
 	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
 	@echo "Variables of both:"
 	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
@@ -98,7 +99,7 @@ ifeq ($(CACHE_GIVEN),)
 	@test -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET=
 endif
 	@$(LAUNCH) pipelines.distill --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
-	  $(call option,RECIPE,recipe) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
+	  $(call option,RECIPE,recipe) $(call option,INIT,init) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
 	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 

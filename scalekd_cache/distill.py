@@ -23,6 +23,7 @@ from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
 from scalekd_cache.scalekd import ScaleKDHeads
+from scalekd_cache.start import load_start
 from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.student import Student, build_student
@@ -100,6 +101,8 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
+    if config.init is not None:
+        process.say("starting from " + ", ".join(load_start(config.init, student.model, heads)))
     if train.targets == "live":
         teacher = _live_teacher(config, manifest, spec, process)
     loader = CacheLoader(

@@ -1,4 +1,4 @@
-"""A teacher's weights file: read its header, compare it with a model, load it strictly.
+"""A weights file: read its header, compare it with a model, load it strictly.
 
 In: a .safetensors path and a timm model. Out: the loaded model. Invariant: no pickle is opened; nothing is loaded in
 part, and nothing that is not finite.
@@ -16,20 +16,20 @@ def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a .safetensors file, from its header."""
     if Path(path).suffix != ".safetensors":
         raise UserError(
-            "teacher weights are read from .safetensors files only: other checkpoints are pickles, which run code",
+            "weights are read from .safetensors files only: other checkpoints are pickles, which run code",
             got=path,
             expected="a .safetensors file with the state dict of the timm model",
-            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'teacher.safetensors')",
+            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'weights.safetensors')",
         )
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"cannot read the teacher's weights: {error}",
+            f"cannot read the weights: {error}",
             where=path,
             expected="a .safetensors file (renaming a pickle does not make it one)",
-            fix="give TEACHER_WEIGHTS a readable .safetensors file",
+            fix="give a readable .safetensors file",
         ) from error
 
 
@@ -58,5 +58,5 @@ def load_weights(model: nn.Module, path: str, shapes: dict[str, tuple[int, ...]]
         state = {name: file.get_tensor(name) for name in shapes}
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
-        raise UserError("the teacher's weights hold NaN or Inf", got=", ".join(broken[:8]), where=path)
+        raise UserError("the weights hold NaN or Inf", got=", ".join(broken[:8]), where=path)
     model.load_state_dict(state)

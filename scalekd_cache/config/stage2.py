@@ -186,6 +186,9 @@ class DistillConfig:
     """Folder of the cache."""
     run: str | None = None
     """Folder of the run (None: runs/<student>-<targets>)."""
+    init: str | None = None
+    """Folder with a student to start from, written by `export` or `import-upstream` (None: random weights); its
+    heads.safetensors, if it has one, starts the ScaleKD heads."""
     student: StudentConfig = field(default_factory=StudentConfig)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
