@@ -15,6 +15,8 @@ CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 THREADS ?= $(shell echo $$(( $(CORES) / $(NPROC) > 0 ? $(CORES) / $(NPROC) : 1 )))
 # On a machine of few cores the loader's work is done between the steps; a worker would only take a core from them.
 WORKERS ?= $(shell [ $(CORES) -gt 4 ] && echo $(THREADS) || echo 0)
+# Test processes side by side, of one thread each.
+JOBS ?= 2
 CACHE_GIVEN := $(CACHE)
 CACHE ?= caches/$(notdir $(DATA:/=))
 
@@ -124,11 +126,11 @@ costs: $(BASE) ## FLOPs and parameters of a pair: TEACHER=name STUDENT=name, ALL
 	@$(PY) -m pipelines.costs $(call option,TEACHER,teacher) $(call option,STUDENT,student) $(if $(ALL),--all true)
 
 # ---- development --------------------------------------------------------------------------------------------------
-test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores)
-	@OMP_NUM_THREADS=$(CORES) $(PY) -m pytest -m "not slow and not gpu" $(ARGS)
+test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
 
 test-all: $(TESTS) ## Run the slow tests too
-	@OMP_NUM_THREADS=$(CORES) $(PY) -m pytest $(ARGS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 lint: $(TESTS) ## Check format, lint and types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
