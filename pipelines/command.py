@@ -14,6 +14,7 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.stopping import RunStopped
 
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
@@ -88,7 +89,8 @@ def value_of(argv: Sequence[str], option: str) -> str | None:
 
 
 def run(main: Callable[[list[str]], object]) -> NoReturn:
-    """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 130 stopped by the user."""
+    """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 75 saved and to be started again,
+    130 stopped by the user."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed's launcher adds --local_rank; it says the same in the environment, where `processes.py` reads it.
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
@@ -100,6 +102,9 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(2)
+    except RunStopped as stop:
+        print(stop, file=sys.stderr, flush=True)
+        _exit(stop.status)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
         _exit(130)

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from scalekd_cache.checkpoint import Checkpoint, latest_checkpoint
 from scalekd_cache.codec import codec_from_config
-from scalekd_cache.config import DistillConfig, TeacherConfig, to_plain
+from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
 from scalekd_cache.engine import DistillModel, Trainer, start_processes
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
@@ -24,6 +25,7 @@ from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.start import load_start
+from scalekd_cache.stopping import Stop, stopped
 from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.student import Student, build_student
@@ -44,21 +46,24 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
     validation = _validation(cache.manifest, config.data, process)
-    trainer = _make_trainer(config, process, cache)
-    if trainer.resume(run / "checkpoints"):
+    trainer = _make_trainer(config, process, cache, _checkpoint(run, process))
+    if trainer.loader.step:
         process.say(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
         folder.keep_facts(facts_of(cache.manifest))
         folder.start_metrics(trainer.loader.step)
     first, started, tally = trainer.loader.step, time.perf_counter(), None
-    for epoch in trainer.train(folder):
-        last = epoch + 1 == config.train.epochs
-        if last or (epoch + 1) % config.train.checkpoint_epochs == 0:
-            trainer.save(run / "checkpoints")
-        if not last and (epoch + 1) % config.train.eval_epochs == 0:
-            tally = judge(config, cache.manifest, trainer.student_state(), validation, process)
-            if folder is not None and tally is not None:
-                folder.log(trainer.loader.step, {"top1": tally.top1_percent, "top5": tally.top5_percent})
+    with Stop() as stop:
+        for step in trainer.train(folder):
+            signal = trainer.strongest(stop.wanted)
+            if signal or _saves(config.train, step, trainer.loader):
+                trainer.save(run / "checkpoints")
+            if signal:
+                raise stopped(signal, step, trainer.loader.total_steps)
+            if _evaluates(config.train, step, trainer.loader):
+                tally = judge(config, cache.manifest, trainer.student_state(), validation, process)
+                if folder is not None and tally is not None:
+                    folder.log(step, {"top1": tally.top1_percent, "top5": tally.top5_percent})
     seconds = time.perf_counter() - started
     state = trainer.student_state()
     tally = judge(config, cache.manifest, state, validation, process)
@@ -75,6 +80,34 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     return summary
 
 
+def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
+    """Where the run goes on; a damaged checkpoint is said, and the one before is taken."""
+    checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    for problem in problems:
+        process.say(f"not used: {problem}")
+    if problems and checkpoint is None:
+        raise UserError(
+            "no checkpoint of this run is whole",
+            where=run / "checkpoints",
+            fix="restore the folder, or remove it to train from the first step",
+        )
+    return checkpoint
+
+
+def _saves(train: TrainConfig, step: int, loader: CacheLoader) -> bool:
+    """Whether a checkpoint is due after this step."""
+    epoch, inside = divmod(step, loader.steps_per_epoch)
+    whole = inside == 0 and epoch % train.checkpoint_epochs == 0
+    within = train.checkpoint_steps > 0 and step % train.checkpoint_steps == 0
+    return whole or within or step == loader.total_steps
+
+
+def _evaluates(train: TrainConfig, step: int, loader: CacheLoader) -> bool:
+    """Whether an evaluation is due after this step; the last one comes after training."""
+    epoch, inside = divmod(step, loader.steps_per_epoch)
+    return inside == 0 and epoch % train.eval_epochs == 0 and step != loader.total_steps
+
+
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
     """The validation images; their absence is said at the start, not after hours."""
     try:
@@ -84,7 +117,7 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
         return None
 
 
-def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trainer:
+def _make_trainer(config: DistillConfig, process: Process, cache: Cache, checkpoint: Checkpoint | None) -> Trainer:
     """Everything a run needs, built and checked on each rank."""
     manifest, train = cache.manifest, config.train
     torch.manual_seed(train.seed)
@@ -101,7 +134,7 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
-    if config.init is not None:
+    if config.init is not None and checkpoint is None:
         process.say("starting from " + ", ".join(load_start(config.init, student.model, heads)))
     if train.targets == "live":
         teacher = _live_teacher(config, manifest, spec, process)
@@ -118,7 +151,8 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache) -> Trai
         pin_memory=process.device.type == "cuda",
     )
     start_processes(process)
-    return Trainer(config, process, loader, DistillModel(config, student, heads), tail, teacher, manifest.codec)
+    model = DistillModel(config, student, heads)
+    return Trainer(config, process, loader, model, tail, teacher, manifest.codec, checkpoint)
 
 
 def _tail(cache: Cache, spec: TeacherSpec) -> Tail:

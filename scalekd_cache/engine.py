@@ -5,7 +5,6 @@ Invariant: the teacher and its tail are outside the engine's module tree: not tr
 The samples, the BatchNorm groups and the random numbers of a step depend on the seed and the step alone.
 """
 
-import json
 import os
 import shutil
 import time
@@ -15,22 +14,21 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from scalekd_cache.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.codec import codec_from_config, make_codec
 from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.finished import STUDENT_FILE
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.losses import LossTerms, distillation_losses
 from scalekd_cache.optimization import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
+from scalekd_cache.optimizer_state import gather_state, scatter_state, whole_weights
 from scalekd_cache.processes import Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import RunFolder
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
-from scalekd_cache.store.files import write_atomically
 from scalekd_cache.student import Student
 from scalekd_cache.tail import Tail
 from scalekd_cache.teacher import Teacher
@@ -39,9 +37,6 @@ if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-
-FACTS_FILE = "scalekd.json"
-"""With how many processes and at which ZeRO stage a checkpoint was saved."""
 
 
 class DistillModel(nn.Module):
@@ -112,7 +107,9 @@ class Trainer:
         tail: Tail | None,
         teacher: Teacher | None,
         codec: dict[str, Any],
+        checkpoint: Checkpoint | None = None,
     ) -> None:
+        """Build the engine; with a checkpoint, at its step: any number of processes and any ZeRO stage may go on."""
         self.config = config
         self.process = process
         self.loader = loader
@@ -121,7 +118,9 @@ class Trainer:
         self.teacher = teacher
         self.codec = codec_from_config(codec)
         lr = scaled_lr(config)
-        # The average starts before the engine, which may partition the weights.
+        # Weights are loaded and the average starts before the engine, which may partition the weights.
+        if checkpoint is not None:
+            self._resume_weights(checkpoint)
         ema = config.train.ema_decay
         self.ema = ModelEmaV3(model.student.model, decay=ema) if ema else None
         optimizer = make_optimizer(model, config.optim, lr)
@@ -129,9 +128,11 @@ class Trainer:
         self.engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
         )
+        if checkpoint is not None:
+            self._resume_optimizer(checkpoint)
 
     def train(self, folder: RunFolder | None) -> Iterator[int]:
-        """Train from the loader's position to the end; yields after every whole epoch, with its number."""
+        """Train from the loader's position to the end; yields after every step the number of steps done."""
         log_every, first = self.config.train.log_every, self.loader.step
         per_epoch, total = self.loader.steps_per_epoch, self.loader.total_steps
         batches = iter(self.loader)
@@ -154,10 +155,9 @@ class Trainer:
                 if folder is not None:
                     folder.log(step + 1, values)
                 sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0
-            if (step + 1) % per_epoch == 0:
-                pause = time.perf_counter()
-                yield step // per_epoch
-                started += time.perf_counter() - pause
+            pause = time.perf_counter()
+            yield step + 1
+            started += time.perf_counter() - pause
         bar.close()
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
@@ -203,12 +203,15 @@ class Trainer:
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
         if bad:
-            raise UserError(
-                "the loss is not finite",
-                got=", ".join(f"{name}={values[name]}" for name in bad),
-                where=f"step {step + 1}",
-                fix="lower optim.lr, set optim.clip_norm, or resume from the last checkpoint",
-            )
+            raise not_finite(", ".join(f"{name}={values[name]}" for name in bad), step + 1, "the loss")
+
+    def strongest(self, signal: int) -> int:
+        """The largest of a number over all ranks: what one rank was asked to do, all do at the same step."""
+        if self.process.world_size == 1:
+            return signal
+        number = torch.tensor(signal, device=self.process.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
     @torch.no_grad()
     def student_state(self) -> dict[str, Tensor]:
@@ -227,43 +230,51 @@ class Trainer:
         return {name: value.cpu() for name, value in state.items()}
 
     def save(self, folder: Path) -> None:
-        """Write a checkpoint of this step and drop the oldest beyond `keep_checkpoints`.
+        """Commit a checkpoint of this step and drop the oldest beyond `keep_checkpoints` (`checkpoint.py`).
 
-        DeepSpeed's files are pickles: local and trusted. The student lies beside them as safetensors, for export.
+        Raises:
+            UserError: weights that are not finite; the disk is full. The checkpoints before stay.
         """
-        tag = f"step-{self.loader.step:08d}"
-        state = {"loader": self.loader.state_dict()}
+        zero, device, module = self.config.train.zero, self.process.device, self.model
+        weights = whole_weights(self.engine, module, zero, device)
+        bad = [name for name, value in weights.items() if not value.isfinite().all()]
+        if bad:
+            raise not_finite(f"{len(bad)} weights, the first is {bad[0]}", self.loader.step, folder)
+        tensors, numbers, counts = gather_state(self.engine, module, zero, device)
+        files = {STUDENT: self.student_state(), MODEL: {**weights, **self._statistics(module)}, OPTIMIZER: tensors}
         if self.ema is not None:
-            state["ema"] = self.ema.module.state_dict()
-        student = self.student_state()
-        if self.process.rank == 0:  # before DeepSpeed's files: `latest`, which commits the checkpoint, is its last
-            (folder / tag).mkdir(parents=True, exist_ok=True)
-            save_file(student, str(folder / tag / STUDENT_FILE))
-            facts = {"world_size": self.process.world_size, "zero": self.config.train.zero}
-            write_atomically(folder / tag / FACTS_FILE, json.dumps(facts).encode())
-        self.engine.save_checkpoint(str(folder), tag=tag, client_state=state)
+            files[AVERAGE] = {**self.ema.module.state_dict(), **self._statistics(self.ema.module)}
         if self.process.rank == 0:
-            for old in sorted(folder.glob("step-*"))[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(old)
+            facts = {"loader": self.loader.state_dict(), "numbers": numbers, "counts": counts}
+            commit_checkpoint(folder, self.loader.step, files, facts, self.config.train.keep_checkpoints)
 
-    def resume(self, folder: Path) -> bool:
-        """Go on from the last checkpoint; False when there is none."""
-        if not (folder / "latest").exists():
-            return False
-        tag = (folder / "latest").read_text(encoding="utf-8").strip()
-        facts = json.loads((folder / tag / FACTS_FILE).read_text(encoding="utf-8"))
-        if facts["zero"] and facts["world_size"] != self.process.world_size:
-            raise UserError(
-                "the optimizer's state lies in one part a process",
-                got=f"{self.process.world_size} processes",
-                expected=f"{facts['world_size']} processes, as when the checkpoint was saved",
-                where=folder / tag,
-                fix=f"resume with NPROC={facts['world_size']}; only ZERO=0 resumes on another number of processes",
-            )
-        path, state = self.engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise UserError("the last checkpoint cannot be loaded", where=folder, fix="remove it to start again")
-        self.loader.load_state_dict(state["loader"])
+    def _statistics(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers of a module, BatchNorm statistics merged over processes by their mean."""
+        saved = module.state_dict().keys()
+        buffers = {name: value.detach().clone() for name, value in module.named_buffers() if name in saved}
+        for value in buffers.values():
+            if value.is_floating_point():
+                dist.all_reduce(value)
+                value /= self.process.world_size
+        return {name: value.cpu() for name, value in buffers.items()}
+
+    def _resume_weights(self, checkpoint: Checkpoint) -> None:
+        """Before the engine partitions them: position, weights, statistics."""
+        self.loader.load_state_dict(checkpoint.facts["loader"])
+        self.model.load_state_dict(checkpoint.tensors(MODEL))
+
+    def _resume_optimizer(self, checkpoint: Checkpoint) -> None:
+        tensors, facts = checkpoint.tensors(OPTIMIZER), checkpoint.facts
+        scatter_state(self.engine, self.model, self.config.train.zero, tensors, facts["numbers"], facts["counts"])
         if self.ema is not None:
-            self.ema.module.load_state_dict(state["ema"])
-        return True
+            self.ema.module.load_state_dict(checkpoint.tensors(AVERAGE))
+
+
+def not_finite(got: str, step: int, where: object) -> UserError:
+    """The error of a run that has diverged."""
+    return UserError(
+        "the run is not finite any more",
+        got=got,
+        where=f"step {step}, {where}",
+        fix="lower optim.lr or set optim.clip_norm in another RUN=; the last checkpoint of this one is whole",
+    )

@@ -10,9 +10,9 @@ from typing import Any
 
 import timm
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from scalekd_cache.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.config import StudentConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
@@ -24,8 +24,6 @@ from scalekd_cache.report import read_config, read_facts
 from scalekd_cache.store import Manifest
 from scalekd_cache.student import Student, build_student
 
-STUDENT_FILE = "student.safetensors"
-"""The student of a checkpoint, in the checkpoint's folder."""
 State = dict[str, Tensor]
 
 
@@ -70,11 +68,11 @@ def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
         UserError: no run, or no checkpoint yet.
     """
     options, facts = read_config(run), read_facts(run)
-    latest = run / "checkpoints" / "latest"
-    if not latest.exists():
-        raise UserError("the run has no checkpoint yet", where=latest, fix="wait for the first one")
-    state = load_file(run / "checkpoints" / latest.read_text(encoding="utf-8").strip() / STUDENT_FILE)
-    folder = out or run / "export"
+    checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        where, fix = run / "checkpoints", "wait for the first one"
+        raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
+    state, folder = checkpoint.tensors(STUDENT), out or run / "export"
     return folder, export_state(StudentConfig(**from_plain(options["student"])), state, facts, folder)
 
 

@@ -21,7 +21,8 @@ Summary = dict[str, Any]
 FACTS = "cache.json"
 """What a run keeps of its cache: fingerprint, image size, class names, where the data is."""
 
-FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.keep_checkpoints"}
+FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.zero"}
+FREE_OPTIONS |= {f"train.{name}" for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps")}
 """Options that may change between two sessions of one run: places and means, not what is computed."""
 
 
@@ -73,7 +74,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of DeepSpeed checkpoints."""
+        """Folder of checkpoints."""
         return self.path / "checkpoints"
 
     def summary(self) -> Summary | None:

@@ -6,7 +6,7 @@ from commands import TRAIN_OPTIONS, cache_flags, distill_flags, make, run
 
 
 def pytest_collection_modifyitems(items):
-    """With several test processes: a file stays in one of them, and so do all tests of the session's caches and runs."""
+    """With several test processes: a file stays in one, and so do all tests of the session's caches and runs."""
     for item in items:
         group = "workshop" if "workshop" in item.fixturenames else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))

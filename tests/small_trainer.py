@@ -3,6 +3,7 @@
 import torch
 from small_cache import CPU, shared_cache
 
+from scalekd_cache.checkpoint import latest_checkpoint
 from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.distill import make_heads
 from scalekd_cache.engine import DistillModel, Trainer
@@ -26,7 +27,8 @@ def config_of(*, train=None, optim=None, student="resnet10t") -> DistillConfig:
     )
 
 
-def trainer_of(config: DistillConfig) -> Trainer:
+def trainer_of(config: DistillConfig, folder=None) -> Trainer:
+    """A trainer at the last checkpoint of a folder, or at the first step."""
     cache, train = shared_cache(), config.train
     torch.manual_seed(train.seed)
     student = build_student(config.student, num_classes=10, image_size=64)
@@ -38,7 +40,9 @@ def trainer_of(config: DistillConfig) -> Trainer:
     loader = CacheLoader(
         cache, order, epochs=train.epochs, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size
     )
-    return Trainer(config, CPU, loader, DistillModel(config, student, heads), tail, None, cache.manifest.codec)
+    checkpoint = latest_checkpoint(folder)[0] if folder else None
+    model = DistillModel(config, student, heads)
+    return Trainer(config, CPU, loader, model, tail, None, cache.manifest.codec, checkpoint)
 
 
 class Lines:

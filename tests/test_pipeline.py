@@ -59,7 +59,6 @@ def test_run_folder_holds_what_was_asked_and_measured(finished, cache):
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))
     tags = sorted(folder.name for folder in (finished / "checkpoints").glob("step-*"))
     assert tags == ["step-00000003", "step-00000006"]
-    assert (finished / "checkpoints" / "latest").read_text() == "step-00000006"
 
 
 def test_summary_agrees_with_the_cache(finished, cache):
@@ -160,14 +159,16 @@ def test_lossless_cache_gives_the_losses_of_the_live_teacher(workshop, weights):
     assert_same_losses(folders["cached"], folders["live"], 1e-4, steps=20)
 
 
-def test_a_killed_run_goes_on_where_its_checkpoint_is(finished, cache, workshop):
-    folder = workshop / "runs" / "killed"
+@pytest.mark.parametrize(("sent", "status", "saved"), [(signal.SIGKILL, -9, 3), (signal.SIGTERM, 75, None)])
+def test_an_interrupted_run_goes_on_where_its_checkpoint_is(finished, cache, workshop, sent, status, saved):
+    """Killed, it goes on at the end of an epoch; asked to stop, at the step at which it was asked."""
+    folder = workshop / "runs" / sent.name
     words = distill_flags(cache, folder)
     command = [*map(str, launcher()), "pipelines.distill", *words]
     process = subprocess.Popen(
         command, cwd=ROOT, env=ENV, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    latest, metrics = folder / "checkpoints" / "latest", folder / "metrics.jsonl"
+    metrics = folder / "metrics.jsonl"
     try:
         deadline = time.monotonic() + 200
         # The step after the checkpoint is logged and then lost.
@@ -176,12 +177,14 @@ def test_a_killed_run_goes_on_where_its_checkpoint_is(finished, cache, workshop)
             assert time.monotonic() < deadline
             time.sleep(0.02)
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert latest.read_text() == "step-00000003"
+        os.killpg(process.pid, sent)
+        assert process.wait(60) == status
+    step = int(sorted(folder.glob("checkpoints/step-*"))[-1].name.removeprefix("step-"))
+    assert step == saved or (saved is None and 4 <= step < STEPS)
+    assert not list(folder.glob("checkpoints/.tmp-*"))
     assert not (folder / "summary.json").exists()
     output = run("distill", *words)
-    assert f"resuming {folder} at step 4 of {STEPS}" in output
+    assert f"resuming {folder} at step {step + 1} of {STEPS}" in output
     assert [line["step"] for line in steps_of(folder)] == list(range(1, STEPS + 1))
     assert_same_losses(folder, finished, 1e-5)
     assert read_json(folder / "summary.json")["top1"] == read_json(finished / "summary.json")["top1"]

@@ -14,10 +14,11 @@ from small_cache import CPU
 from small_trainer import STEPS, Lines, config_of, finish, trainer_of
 from torch import nn
 
+from scalekd_cache.checkpoint import MODEL, OPTIMIZER, STUDENT
 from scalekd_cache.config import to_plain
 from scalekd_cache.engine import start_processes
 from scalekd_cache.errors import UserError
-from scalekd_cache.finished import STUDENT_FILE, consolidated_student
+from scalekd_cache.finished import consolidated_student
 from scalekd_cache.report import RunFolder
 
 
@@ -31,12 +32,12 @@ def test_training(processes, tmp_path):
     trainer = trainer_of(config_of(optim={"warmup_epochs": 1}))
     before = trainer.student_state()
     tail_before = {name: value.clone() for name, value in trainer.tail.state_dict().items()}
-    lines, epochs = Lines(), []
-    for epoch in trainer.train(lines):
-        epochs.append(epoch)
-        assert trainer.loader.step == (epoch + 1) * STEPS
-        trainer.save(tmp_path / "checkpoints")
-    assert epochs == [0, 1]
+    lines, steps = Lines(), []
+    for step in trainer.train(lines):
+        steps.append(step)
+        assert trainer.loader.step == step
+    trainer.save(tmp_path / "checkpoints")
+    assert steps == list(range(1, 2 * STEPS + 1))
     assert lines.steps == list(range(1, 2 * STEPS + 1))
     assert lines.column("epoch") == [0] * STEPS + [1] * STEPS
     expected = [0.0, 1e-3 / 3, 2e-3 / 3] + [5e-4 * (1 + math.cos(math.pi * step / 3)) for step in range(3)]
@@ -60,11 +61,13 @@ def test_training(processes, tmp_path):
     assert not [name for name in trained if "tail" in name or "teacher" in name]
     frozen = {tuple(value.shape): value for value in tail_before.values() if value.ndim > 1}
     folder = tmp_path / "checkpoints" / f"step-{2 * STEPS:08d}"
-    saved = torch.load(folder / "mp_rank_00_model_states.pt", weights_only=False)
-    assert set(saved["module"]) == trained
-    for value in saved["module"].values():
+    saved = load_file(folder / MODEL)
+    assert set(saved) == trained
+    optimizer = load_file(folder / OPTIMIZER)
+    assert {name.partition("/")[2] for name in optimizer} == {name for name, _ in trainer.model.named_parameters()}
+    for value in (*saved.values(), *optimizer.values()):
         assert tuple(value.shape) not in frozen or not torch.equal(value, frozen[tuple(value.shape)])
-    student = load_file(folder / STUDENT_FILE)
+    student = load_file(folder / STUDENT)
     assert student.keys() == after.keys()
     assert all(torch.equal(student[name], after[name]) for name in after)
     plain = consolidated_student(trainer.config.student, after, 10, 64)
@@ -133,28 +136,25 @@ def test_the_moving_average_is_what_leaves_the_run(processes, tmp_path):
         torch.testing.assert_close(state[name], average[name], rtol=1e-4, atol=1e-6)
         assert not torch.equal(state[name], raw[name])
     trainer.save(tmp_path)
-    other = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2)))
-    assert other.resume(tmp_path)
+    other = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2)), tmp_path)
+    assert other.loader.step == STEPS
     assert all(torch.equal(value, state[name]) for name, value in other.student_state().items())
 
 
 def test_a_resumed_run_goes_on_as_if_nothing_had_happened(processes, tmp_path):
     config = config_of(train={"epochs": 3, "keep_checkpoints": 2}, optim={"name": "sgd", "lr": 0.01})
     whole = trainer_of(config)
-    assert not whole.resume(tmp_path)
-    lines = Lines()
-    for _ in whole.train(lines):
-        whole.save(tmp_path)
-    folders = sorted(path.name for path in tmp_path.glob("step-*"))
-    assert folders == [f"step-{2 * STEPS:08d}", f"step-{3 * STEPS:08d}"]
-    (tmp_path / "latest").write_text(folders[0])
-    resumed = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2)))
-    assert resumed.resume(tmp_path)
-    assert resumed.loader.step == 2 * STEPS
+    lines, at = Lines(), 2 * STEPS - 1  # not the end of an epoch
+    for step in whole.train(lines):
+        if step in (1, STEPS, at):
+            whole.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*")) == [f"step-{STEPS:08d}", f"step-{at:08d}"]
+    resumed = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2)), tmp_path)
+    assert resumed.loader.step == at
     rest = finish(resumed)
-    assert rest.steps == lines.steps[2 * STEPS :]
-    assert rest.column("lr") == lines.column("lr")[2 * STEPS :]
-    assert rest.column("loss") == pytest.approx(lines.column("loss")[2 * STEPS :], rel=1e-5)
+    assert rest.steps == lines.steps[at:]
+    assert rest.column("lr") == lines.column("lr")[at:]
+    assert rest.column("loss") == pytest.approx(lines.column("loss")[at:], rel=1e-5)
     expected = whole.student_state()
     for name, value in resumed.student_state().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
@@ -165,10 +165,12 @@ def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
     finish(trainer)
     trainer.save(tmp_path)
     with pytest.raises(UserError, match="another order"):
-        trainer_of(config_of(train={"epochs": 1, "targets": "none", "shuffle_block": 16})).resume(tmp_path)
+        trainer_of(config_of(train={"epochs": 1, "targets": "none", "shuffle_block": 16}), tmp_path)
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_is_never_saved(processes, tmp_path):
+@pytest.mark.parametrize(("save_every", "step", "named"), [(STEPS, STEPS, "logit"), (1, 2, "weights")])
+def test_what_is_not_finite_names_the_step_and_is_never_saved(processes, tmp_path, save_every, step, named):
+    """Found when the loss is logged, or when a checkpoint within the epoch would keep it."""
     trainer = trainer_of(config_of(train={"log_every": 10}))
     original, calls = trainer._targets, []
 
@@ -182,22 +184,26 @@ def test_a_loss_that_is_not_finite_names_the_step_and_is_never_saved(processes, 
     folder.start_metrics(0)
 
     def run():
-        for _ in trainer.train(folder):
-            trainer.save(tmp_path)
+        for done in trainer.train(folder):
+            if done % save_every == 0:
+                trainer.save(tmp_path)
 
-    with pytest.raises(UserError, match="loss is not finite") as error:
+    with pytest.raises(UserError, match="not finite") as error:
         run()
-    assert f"step {STEPS}" in str(error.value)
-    assert "logit" in str(error.value)
+    assert f"step {step}" in str(error.value)
+    assert named in str(error.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    assert not list(tmp_path.glob("step-*"))
+    whole = [f"step-{number:08d}" for number in range(1, step) if number % save_every == 0]
+    assert sorted(path.name for path in tmp_path.glob("*step-*")) == whole
 
 
 ZERO = """
 import sys, torch
+from pathlib import Path
 sys.path[:0] = [{tests!r}]
 from small_cache import CPU
 from small_trainer import config_of, finish, trainer_of
+from scalekd_cache.checkpoint import MODEL, OPTIMIZER, STUDENT, latest_checkpoint
 from scalekd_cache.engine import start_processes
 from scalekd_cache.student import build_student
 start_processes(CPU)
@@ -212,17 +218,26 @@ for stage in (0, 1, 2, 3):
     assert {{name: value.shape for name, value in state.items()}} == shapes, stage
     assert not [n for n in trainer.engine.module.state_dict() if "tail" in n], stage
     results[stage] = lines.column("lr"), lines.column("loss"), state
-    if stage == 3:
-        trainer.save(__import__("pathlib").Path({folder!r}))
-        again = trainer_of(config)
-        assert again.resume(__import__("pathlib").Path({folder!r}))
-        assert all(torch.equal(v, state[n]) for n, v in again.student_state().items())
+    trainer.save(Path({folder!r}) / str(stage))
 for stage in (1, 2, 3):
     assert results[stage][0] == results[0][0] and len(set(results[0][0])) == 3, (stage, results[stage][0])
     for mine, plain in zip(results[stage][1], results[0][1], strict=True):
         assert abs(mine - plain) < 1e-3 * abs(plain), (stage, results[stage][1], results[0][1])
     for name, value in results[stage][2].items():
         torch.testing.assert_close(value, results[0][2][name], rtol=1e-2, atol=1e-3)
+# What one stage saved, another goes on from: weights and optimizer state come out as they went in.
+for stage in (0, 1, 2, 3):
+    for other in (0, 1, 2, 3):
+        config = config_of(train={{"zero": other, "epochs": 1}}, optim={{"warmup_epochs": 1, "lr": 2e-4}})
+        folder = Path({folder!r}) / str(stage)
+        again = trainer_of(config, folder)
+        again.save(Path({folder!r}) / "again")
+        before, after = (latest_checkpoint(path)[0] for path in (folder, Path({folder!r}) / "again"))
+        assert before.facts["numbers"] == after.facts["numbers"], (stage, other)
+        for name in (STUDENT, MODEL, OPTIMIZER):
+            old, new = before.tensors(name), after.tensors(name)
+            assert old.keys() == new.keys() and len(old) > 9, (stage, other, name)
+            assert all(torch.equal(old[key], new[key]) for key in old), (stage, other, name)
 print("all stages agree")
 """
 

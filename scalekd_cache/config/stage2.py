@@ -155,7 +155,9 @@ class TrainConfig:
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
     checkpoint_epochs: int = 1
-    """Epochs between two checkpoints."""
+    """Epochs between two checkpoints (the last step always has one)."""
+    checkpoint_steps: int = 0
+    """Steps between two checkpoints within epochs (0: at the ends of epochs alone)."""
     keep_checkpoints: int = 2
     """Checkpoints that are kept."""
     eval_epochs: int = 1
@@ -173,6 +175,7 @@ class TrainConfig:
         )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
+        require(self.checkpoint_steps >= 0, "train.checkpoint_steps", self.checkpoint_steps, ">= 0")
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
 
 

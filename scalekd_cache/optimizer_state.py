@@ -1,0 +1,113 @@
+"""A sharded optimizer's state as whole tensors, one a parameter, and back.
+
+In: a DeepSpeed engine at any ZeRO stage. Out: `{"exp_avg/<parameter>": tensor of the parameter's shape}`, and numbers.
+Invariant: what is gathered from any number of processes at any stage can be scattered to any other. DeepSpeed's own
+checkpoints cannot: theirs hold one part a process, and are pickles.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Numbers = dict[str, float]
+"""What an optimizer counts, the same for every parameter: the number of its steps."""
+
+
+class Fragment(NamedTuple):
+    """A stretch of one parameter that this process's optimizer holds."""
+
+    flat: Tensor
+    """The tensor under which the optimizer keeps its state: the parameter, or a partition of many."""
+    start: int
+    """Where the stretch begins in `flat`."""
+    offset: int
+    """Where it begins in the flattened parameter."""
+    length: int
+
+
+def fragments(engine: Any, parameter: nn.Parameter, zero: int) -> Iterator[Fragment]:
+    """The stretches of a parameter in this process's part of the optimizer; at most one."""
+    optimizer = engine.optimizer
+    if zero == 0:
+        yield Fragment(parameter, 0, 0, parameter.numel())
+    elif zero < 3:
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is not None:
+            flat = optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+            ours, theirs = mapping.hp_fragment_address, mapping.lp_fragment_address
+            yield Fragment(flat, ours.start, theirs.start, ours.numel)
+    else:
+        group, start, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
+        offset = dist.get_rank() * length
+        numel: int = parameter.ds_numel  # type: ignore[attr-defined]
+        left = min(length, numel - offset)  # the last part may be padded
+        if left > 0:
+            yield Fragment(optimizer.fp32_partitioned_groups_flat[group], start, offset, left)
+
+
+def base_optimizer(engine: Any) -> torch.optim.Optimizer:
+    """The torch optimizer inside DeepSpeed's."""
+    optimizer: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return optimizer
+
+
+def whole_weights(engine: Any, model: nn.Module, zero: int, device: torch.device) -> dict[str, Tensor]:
+    """Every trainable parameter in float32 on the CPU, the same on every process."""
+    named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+    if zero < 3:
+        return {name: value.detach().cpu().clone() for name, value in named}
+    return {name: _gathered(engine, value, zero, device, None) for name, value in named}
+
+
+def gather_state(
+    engine: Any, model: nn.Module, zero: int, device: torch.device
+) -> tuple[dict[str, Tensor], Numbers, Numbers]:
+    """The optimizer's state: tensors by `key/parameter` on the CPU, its numbers, and those of its parameter groups."""
+    base = base_optimizer(engine)
+    known: dict[str, Any] = next(iter(base.state.values()), {})
+    keys = [name for name, value in known.items() if torch.is_tensor(value) and value.ndim > 0]
+    numbers = {name: float(value) for name, value in known.items() if value is not None and name not in keys}
+    counts = {name: float(base.param_groups[0][name]) for name in ("step",) if name in base.param_groups[0]}
+    tensors = {
+        f"{key}/{name}": _gathered(engine, value, zero, device, key)
+        for name, value in model.named_parameters()
+        if value.requires_grad
+        for key in keys
+    }
+    return tensors, numbers, counts
+
+
+def _gathered(engine: Any, parameter: nn.Parameter, zero: int, device: torch.device, key: str | None) -> Tensor:
+    """One tensor of the optimizer's state (None: the weights it steps), put together from all processes."""
+    shape = parameter.ds_shape if zero == 3 else parameter.shape  # type: ignore[attr-defined]
+    whole = torch.zeros(int(torch.Size(shape).numel()), device=device)
+    state = base_optimizer(engine).state
+    for flat, start, offset, length in fragments(engine, parameter, zero):
+        held = flat if key is None else state[flat][key]
+        whole[offset : offset + length] = held.detach().flatten()[start : start + length]
+    if zero > 0:
+        dist.all_reduce(whole)
+    return whole.view(shape).cpu()
+
+
+@torch.no_grad()
+def scatter_state(
+    engine: Any, model: nn.Module, zero: int, tensors: Mapping[str, Tensor], numbers: Numbers, counts: Numbers
+) -> None:
+    """Give a new engine's optimizer the state that `gather_state` returned."""
+    base = base_optimizer(engine)
+    keys = sorted({name.partition("/")[0] for name in tensors})
+    for name, parameter in model.named_parameters():
+        for flat, start, offset, length in fragments(engine, parameter, zero) if parameter.requires_grad else ():
+            held = base.state[flat]
+            for key in keys:
+                if key not in held:
+                    held[key] = torch.zeros_like(flat)
+                part = tensors[f"{key}/{name}"].flatten()[offset : offset + length]
+                held[key].view(-1)[start : start + length] = part.to(held[key].device)
+            held.update({key: torch.tensor(value) for key, value in numbers.items()})
+    for group in base.param_groups:
+        group.update({key: int(value) for key, value in counts.items()})
