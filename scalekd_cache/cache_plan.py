@@ -18,7 +18,7 @@ from scalekd_cache.config import CacheTeacherConfig, fingerprint, to_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, listing_digest
 from scalekd_cache.processes import Process, autocast_dtype
-from scalekd_cache.store import unit_committed
+from scalekd_cache.store import Ledger, remove_stale
 from scalekd_cache.store.files import write_atomically
 from scalekd_cache.teacher import Teacher
 
@@ -33,6 +33,8 @@ class Job(NamedTuple):
     plan: dict[str, Any]
     """Facts of the cache that are known before the first unit is made; they go into the manifest."""
     units: list[Unit]
+    ledger: Ledger
+    """Which of them are in the cache already."""
 
 
 def make_plan(config: CacheTeacherConfig, process: Process, source: Source, teacher: Teacher) -> Job:
@@ -71,7 +73,8 @@ def make_plan(config: CacheTeacherConfig, process: Process, source: Source, teac
         root, config.cache.backend, fixed["fingerprint"], source, config.views, teacher, codec, logit_codec,
         config.teacher.batch_size, process.device, library_versions(),
     )  # fmt: skip
-    return Job(stage, plan, plan_units(source, groups, config.cache.samples_per_shard))
+    units = plan_units(source, groups, config.cache.samples_per_shard)
+    return Job(stage, plan, units, Ledger(root, stage.fingerprint))
 
 
 def extended_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
@@ -107,9 +110,27 @@ def write_plan(root: Path, plan: dict[str, Any]) -> None:
         ) from error
 
 
-def committed(stage: Stage, unit: Unit) -> bool:
+def committed(job: Job, unit: Unit) -> bool:
     """Whether a unit is in the cache already."""
-    return unit_committed(stage.root, unit.group, unit.range_id, stage.fingerprint)
+    return job.ledger.committed(unit.group, unit.range_id)
+
+
+def take_over(job: Job, process: Process) -> None:
+    """Rank 0: remove units that a power cut may have emptied, and say so (`store/resume.py`)."""
+    for folder in job.ledger.drop_damaged([(unit.group, unit.range_id) for unit in job.units]):
+        process.say(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
+
+
+def tidy(root: Path, process: Process) -> None:
+    """Rank 0: remove what killed writers left, and name what may belong to living ones elsewhere."""
+    others = remove_stale(root)
+    if others:
+        oldest = max(others, key=lambda leftover: leftover.age_s)
+        process.say(
+            f"{root}: {len(others)} temporary files or folders of other machines, or of this one before it was started "
+            f"again, are left alone; the oldest is {oldest.path.relative_to(root)}, last changed "
+            f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
+        )
 
 
 def library_versions() -> dict[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalekd_cache.cache_plan import Job, committed, library_versions, make_plan, write_plan
+from scalekd_cache.cache_plan import Job, committed, library_versions, make_plan, take_over, tidy, write_plan
 from scalekd_cache.caching import Stage, Unit, make_units
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
@@ -50,6 +50,8 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     root, peers = Path(config.cache.path), Peers(process)
     if root.exists() and not root.is_dir():
         raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
+    if process.rank == 0:
+        tidy(root, process)
     source = open_source(config.data, "train")
     config = dataclasses.replace(config, teacher=_with_weights(config, peers))
     torch.manual_seed(config.views.seed)  # random weights (PRETRAINED=0) are the same on every process
@@ -66,6 +68,7 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     _check(config, process, job, student)
     if process.rank == 0:
         write_plan(root, job.plan)
+        take_over(job, process)
         peers.announce("planned")
     peers.wait("planned")
     _make(config, peers, job)
@@ -93,7 +96,7 @@ def _finished(job: Job) -> Manifest | None:
     if not (root / "manifest.json").exists() or not (root / "tail.safetensors").exists():
         return None
     manifest = read_manifest(root)
-    whole = manifest.groups == job.plan["groups"] and all(committed(job.stage, unit) for unit in job.units)
+    whole = manifest.groups == job.plan["groups"] and all(committed(job, unit) for unit in job.units)
     return manifest if whole else None
 
 
@@ -105,7 +108,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
     if not stage.teacher.spec.has_classifier:
         process.say(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
-        missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(stage, u))
+        missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(job, u))
         size = bytes_per_view(stage.codec, stage.logit_codec.num_classes, pixel_bytes)
         check_space(stage.root, missing, size)
         print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
@@ -131,7 +134,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
         if rank == 0:
             for peer in range(peers.process.world_size):
                 peers.wait(f"rank {peer} has no more units")
-            left = iter([n for n, unit in enumerate(job.units) if not committed(stage, unit)])
+            left = iter([n for n, unit in enumerate(job.units) if not committed(job, unit)])
             make_units(stage, job.units, left, config.workers, count)
             bar.update(total - bar.n)
     bar.close()
@@ -140,7 +143,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
 def _claims(peers: Peers, job: Job, skipped: Callable[[Unit], None]) -> Iterator[int]:
     """Numbers of units that this process claims, one at a time; units that are there already are passed over."""
     while (number := peers.add("claims", 1) - 1) < len(job.units):
-        if committed(job.stage, job.units[number]):
+        if committed(job, job.units[number]):
             skipped(job.units[number])
         else:
             yield number

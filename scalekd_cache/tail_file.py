@@ -5,17 +5,16 @@ Invariant: what `load_tail` gives equals what `write_tail` got, bit for bit; equ
 another teacher is never used.
 """
 
-import hashlib
 import json
-import os
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.files import write_atomically
 from scalekd_cache.tail import Tail, build_tail, timm_name
 from scalekd_cache.teacher_spec import TeacherSpec
 from scalekd_cache.weights import check_tensors
@@ -30,21 +29,10 @@ def tail_tensors(tail: Tail) -> dict[str, Tensor]:
 def write_tail(tail: Tail, spec: TeacherSpec, path: Path) -> str:
     """Write a tail (safetensors, via a temporary file in the same folder); returns the file's sha256 (hex)."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
-    temporary = path.with_name(f".tmp-{path.name}-{os.getpid()}")
     path.parent.mkdir(parents=True, exist_ok=True)
     # one metadata key only: safetensors does not fix the order of several, and equal tails give equal files
-    save_file(tensors, temporary, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
-    temporary.chmod(0o644)  # safetensors makes files that only their owner reads; a cache is shared
-    with open(temporary, "rb+") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
-    return digest
+    data = save(tensors, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
+    return write_atomically(path, data).sha256
 
 
 def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:

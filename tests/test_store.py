@@ -34,7 +34,7 @@ from scalekd_cache.store import (
 )
 from scalekd_cache.store import files as store_files
 from scalekd_cache.store.base import record_crc
-from scalekd_cache.store.files import canonical_json, host_tag
+from scalekd_cache.store.files import canonical_json
 
 FINGERPRINT = hashlib.sha256(b"fingerprint").hexdigest()
 GROUPS = [[0, 1], [2]]
@@ -412,24 +412,6 @@ def test_a_really_full_disk(tmp_path, backend):
         assert list((tmp_path / "units").iterdir()) == []
     finally:
         subprocess.run(["umount", tmp_path], check=True)
-
-
-def test_temp_folders_of_dead_processes_are_removed(tmp_path):
-    dead = subprocess.Popen([sys.executable, "-c", ""])
-    dead.wait()
-    units = tmp_path / "units"
-    stale = units / f".tmp-g000-r00000-{host_tag()}-{dead.pid}-00"
-    alive = units / f".tmp-g000-r00000-{host_tag()}-{os.getpid()}-00"
-    elsewhere = units / f".tmp-g000-r00000-00000000-{dead.pid}-00"
-    for path in (stale, alive, elsewhere):
-        path.mkdir(parents=True)
-        (path / "unit.json").write_text("{}")
-    write_unit(tmp_path, "webdataset")
-    left = {path.name for path in units.iterdir()}
-    assert left == {"g000-r00000", alive.name, elsewhere.name}
-    write_unit(tmp_path, "webdataset", 0, 1)
-    one_group = facts("webdataset", groups=GROUPS[:1], ranges=[[list(bounds) for bounds in RANGES]])
-    assert build_manifest(tmp_path, one_group).num_samples == NUM_SAMPLES
 
 
 @backends

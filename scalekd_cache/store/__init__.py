@@ -13,13 +13,16 @@ from scalekd_cache.store.manifest import (
     write_manifest,
 )
 from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.resume import Ledger, Leftover, remove_stale, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
-from scalekd_cache.store.unit import UnitWriter, unit_committed
+from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import Problem, verify_cache
 
 __all__ = [
     "BACKENDS",
     "Cache",
+    "Ledger",
+    "Leftover",
     "Manifest",
     "ManifestFacts",
     "Problem",
@@ -30,6 +33,7 @@ __all__ = [
     "build_manifest",
     "read_manifest",
     "read_unit",
+    "remove_stale",
     "unit_committed",
     "unit_folder",
     "verify_cache",

@@ -1,10 +1,12 @@
 """Files that are on disk when we say so: hashed while written, fsynced once, read back, published by rename.
 
-In: bytes. Out: files with their length and sha256. Invariant: nothing under its final name is ever half-written, and
-`read_back` compares with the medium, not with what the page cache still holds.
+In: bytes. Out: files with their length and sha256. Invariant: nothing under its final name is ever half-written,
+`read_back` compares with the medium, not with what the page cache still holds, and no decision looks at a clock.
 """
 
+import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -82,18 +84,23 @@ def write_new(path: Path, data: bytes) -> FileFact:
         file.abandon()
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace `path` in one step: temp file beside it, fsync, rename, fsync of the folder."""
-    temp = path.with_name(f".tmp-{path.name}-{os.getpid()}-{secrets.token_hex(4)}")
+def write_atomically(path: Path, data: bytes) -> FileFact:
+    """Replace `path` in one step: temp file beside it, fsync, rename, fsync of the folder.
+
+    Raises:
+        UserError: no space, or no permission; the file that was there is as it was.
+    """
+    temp = temp_beside(path)
     try:
-        write_new(temp, data)
+        fact = write_new(temp, data)
         temp.replace(path)
+        fsync_path(path.parent)
     except BaseException as error:
-        temp.unlink(missing_ok=True)
-        if is_disk_full(error):
-            raise disk_full(path.parent, len(data)) from error
+        with contextlib.suppress(OSError):  # the temp file may never have been there
+            temp.unlink()
+        raise_explained(error, path.parent, len(data))
         raise
-    fsync_path(path.parent)
+    return fact
 
 
 def fact_of(path: Path, *, from_medium: bool = False) -> FileFact:
@@ -160,19 +167,45 @@ def is_disk_full(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
 
 
-def disk_full(folder: Path, needed_bytes: int) -> UserError:
-    """The error a full disk gives, after the temporary files are gone."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    return UserError(
-        "the disk is full",
-        got=f"{free:,} bytes free, now that the unfinished files are removed",
-        expected=f"at least {needed_bytes:,} bytes free for this one",
-        where=folder,
-        fix="free space or use another disk (CACHE=...), then run again: what is committed stays",
-    )
+def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> None:
+    """Raise the user's error for what a disk can do to a writer; return for anything else.
+
+    Args:
+        error: what happened; the temporary files are gone by now.
+        folder: where was written.
+        needed_bytes: what the file or unit in hand takes.
+    """
+    if not isinstance(error, OSError):
+        return
+    if is_disk_full(error):
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        raise UserError(
+            "the disk is full",
+            got=f"{shutil.disk_usage(existing).free:,} bytes free, now that the unfinished files are removed",
+            expected=f"at least {needed_bytes:,} bytes free for this one",
+            where=folder,
+            fix="free space or use another disk (CACHE=...), then run again: what is committed stays",
+        ) from error
+    what = {
+        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the cache's folder cannot be written"),
+        **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk of the cache fails"),
+    }.get(error.errno or 0)
+    if what is not None:
+        raise UserError(
+            what,
+            got=error.strerror,
+            where=error.filename or folder,
+            fix="mend permissions, mount or disk, or use another folder (CACHE=...), then run again: what is "
+            "committed stays",
+        ) from error
 
 
+def temp_beside(path: Path) -> Path:
+    """A new name beside `path` that says who writes it: `.tmp-<name>-<host>-<process>-<random>`."""
+    return path.with_name(f".tmp-{path.name}-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+@functools.cache
 def host_tag() -> str:
     """8 hex characters that two processes share when one can see whether the other lives: host, boot, PID namespace."""
     facts = [socket.gethostname()]
@@ -180,21 +213,3 @@ def host_tag() -> str:
     if boot.exists() and namespace.exists():
         facts += [boot.read_text(), str(namespace.stat().st_ino)]
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
-
-
-def remove_stale(units: Path) -> None:
-    """Remove temp folders whose process ran on this host and is gone; those of other hosts are left alone."""
-    for path in units.glob(f".tmp-*-{host_tag()}-*"):
-        pid = path.name.split(f"-{host_tag()}-", 1)[1].split("-")[0]
-        if pid.isdigit() and not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

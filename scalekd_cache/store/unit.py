@@ -8,7 +8,6 @@ of one unit leave exactly one; an exception leaves nothing.
 import dataclasses
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,42 +32,17 @@ from scalekd_cache.store.base import (
 from scalekd_cache.store.files import (
     FileFact,
     canonical_json,
-    disk_full,
     folders_of,
     fsync_path,
-    host_tag,
-    is_disk_full,
+    raise_explained,
     read_back,
-    remove_stale,
+    temp_beside,
     write_new,
 )
-from scalekd_cache.store.sidecar import UnitInfo, info_text, read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
+from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 
 READ_BACK_RECORDS = 64
-
-
-def unit_committed(root: Path, group: int, range_id: int, fingerprint: str) -> bool:
-    """Whether a unit is there: its sidecar, its fingerprint, and every file with the length it should have.
-
-    Costs one small read and a stat a file. A unit whose files are short or gone counts as absent: writing it again
-    replaces it.
-
-    Raises:
-        UserError: the unit has another fingerprint (teacher, recipe, codec or data), or its sidecar is damaged.
-    """
-    folder = unit_folder(root, group, range_id)
-    if not (folder / "unit.json").exists():
-        return False
-    info, _ = read_unit(folder)
-    if info.fingerprint != fingerprint:
-        raise UserError(
-            "this cache was made from another teacher, view recipe, codec or data set",
-            got=f"fingerprint {info.fingerprint}",
-            expected=f"fingerprint {fingerprint}, that of the present options",
-            where=folder,
-            fix="use the options the cache was made with, or another folder (CACHE=...)",
-        )
-    return not sizes_differ(folder, info.files)
 
 
 class UnitWriter:
@@ -125,11 +99,9 @@ class UnitWriter:
         self._counts = dict.fromkeys(views, 0)
         self._feature_bytes: int | None = None
         self._record_bytes = 0
-        units = self.folder.parent
-        self._temp = units / f".tmp-{self.folder.name}-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}"
+        self._temp = temp_beside(self.folder)
         with _DiskGuard(self):
-            units.mkdir(parents=True, exist_ok=True)
-            remove_stale(units)
+            self._temp.parent.mkdir(parents=True, exist_ok=True)
             self._temp.mkdir()
 
     def append(self, view_number: int, record: Record) -> None:
@@ -250,24 +222,16 @@ class UnitWriter:
                     raise
                 if unit_committed(self.root, self.info.group, self.info.range_id, self.info.fingerprint):
                     return False
-                self._put_aside()
+                put_aside(self.folder, files_are_short)
                 continue
             fsync_path(self.folder.parent)
             fsync_path(self.root)
             return True
         raise UserError("a damaged unit cannot be replaced", where=self.folder, fix="delete this folder, run again")
 
-    def _put_aside(self) -> None:
-        aside = self._temp.with_name(f"{self._temp.name}-damaged")
-        try:
-            os.rename(self.folder, aside)
-        except FileNotFoundError:  # another writer was faster
-            return
-        shutil.rmtree(aside, ignore_errors=True)
-
 
 class _DiskGuard:
-    """Turns "no space left" into the user's error, once the temp folder is gone."""
+    """Turns what a disk can do into the user's error, once the temp folder is gone."""
 
     def __init__(self, writer: UnitWriter) -> None:
         self._writer = writer
@@ -281,5 +245,4 @@ class _DiskGuard:
         if error is None:
             return
         self._writer.abort()
-        if is_disk_full(error):
-            raise disk_full(self._writer.folder.parent, self._writer.needed_bytes()) from error
+        raise_explained(error, self._writer.folder.parent, self._writer.needed_bytes())

@@ -1,0 +1,167 @@
+"""Stage 1 killed at random moments and started again: the finished cache is byte for byte that of an untouched job."""
+
+import contextlib
+import os
+import random
+import shutil
+import subprocess
+import time
+from collections import Counter
+
+import psutil
+import pytest
+from commands import ENV, ROOT, cache_flags, file_bytes, launcher, run
+from stage1_process import KILLED, Job, phase, warm_up
+
+from scalekd_cache.store import verify_cache
+
+UNITS = 6
+OPTIONS = {"data.max_samples": 48, "cache.samples_per_shard": 8, "teacher.batch_size": 8}
+"""Six units of two views of eight images."""
+BACKENDS = ("webdataset", "zarr")
+
+
+def words(path, weights, backend, **changes):
+    return cache_flags(path, weights, **{**OPTIONS, "cache.backend": backend, **changes})
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    return tmp_path_factory.mktemp("kill")
+
+
+@pytest.fixture(scope="module")
+def untouched(place, weights):
+    """By backend: the files of an uninterrupted job, and how long it took."""
+    made = {}
+    warm_up()
+    for backend in BACKENDS:
+        root = place / f"untouched-{backend}"
+        outcome = Job(words(root, weights, backend), root, place / "log").wait()
+        assert outcome.statuses == [0], outcome.output
+        assert verify_cache(root, deep=True) == []
+        made[backend] = (file_bytes(root), outcome.seconds)
+    return made
+
+
+def operations_of(backend):
+    """About how many file operations an uninterrupted job makes in its cache."""
+    return {"webdataset": 90, "zarr": 900}[backend]
+
+
+class Killer:
+    """Starts a job again and again, kills it, and keeps count of what it was doing."""
+
+    def __init__(self, place, weights, untouched, seed):
+        self.place, self.weights, self.untouched = place, weights, untouched
+        self.random = random.Random(seed)
+        self.phases = Counter()
+        self.kills = self.first = 0
+
+    def one_kill(self, root, backend, ranks):
+        """Start, kill; True when the job was faster. Half of the kills come after a random time, from outside, half
+        just before a random file operation, from inside."""
+        options = words(root, self.weights, backend, workers=self.random.choice((0, 0, 1)))
+        if self.random.random() < 0.5:
+            after = self.random.uniform(0.0, 1.1 * self.untouched[backend][1])
+            outcome = Job(options, root, self.place / "log", ranks=ranks).wait(after, then_kill=True)
+        else:
+            operation = self.random.randint(1, operations_of(backend))
+            outcome = Job(options, root, self.place / "log", ranks=ranks, operation=operation).wait()
+        assert set(outcome.statuses) <= {0, KILLED}, outcome.output
+        print(
+            "DEBUG",
+            backend,
+            ranks,
+            options[-1],
+            outcome.statuses,
+            outcome.seconds,
+            self.untouched[backend][1],
+            phase(root, UNITS),
+        )
+        if KILLED in outcome.statuses:
+            self.kills += 1
+            self.phases[phase(root, UNITS)] += 1
+        return outcome.statuses == [0] * ranks
+
+    def until_finished(self, root, backend, kills):
+        """At most `kills` kills, 1 and 2 ranks in turn, then a job that may end: the cache is the untouched one."""
+        for number in range(kills):
+            if self.one_kill(root, backend, 1 + (number + self.first) % 2):
+                break
+        self.first += 1
+        outcome = Job(words(root, self.weights, backend), root, self.place / "log").wait()
+        assert outcome.statuses == [0], outcome.output
+        self.same(root, backend)
+
+    def same(self, root, backend):
+        expected, found = self.untouched[backend][0], file_bytes(root)
+        assert found.keys() == expected.keys()  # temporary files would be here too
+        assert [name for name in found if found[name] != expected[name]] == []
+
+
+def kill_until(killer, place, kills):
+    """New caches until there were `kills` kills; both backends in turn."""
+    tries = 0
+    while killer.kills < kills:
+        backend = BACKENDS[tries % len(BACKENDS)]
+        root = place / f"killed-{tries}"
+        killer.until_finished(root, backend, min(4, kills - killer.kills))
+        shutil.rmtree(root)
+        tries += 1
+        assert tries < 4 * kills, "jobs end before they are killed"
+    print(f"{killer.kills} kills in {tries} caches: {dict(killer.phases)}")
+
+
+def seed_of_the_day():
+    """A new one each time, printed; SEED= repeats a run."""
+    seed = int(os.environ.get("SEED", random.SystemRandom().randrange(10**6)))
+    print(f"SEED={seed}")
+    return seed
+
+
+def test_killed_five_times(place, weights, untouched):
+    kill_until(Killer(place, weights, untouched, seed_of_the_day()), place, 5)
+
+
+@pytest.mark.slow
+def test_killed_forty_times(place, weights, untouched):
+    killer = Killer(place, weights, untouched, seed_of_the_day())
+    kill_until(killer, place, 40)
+    assert {"before the first unit", "writing a unit", "committing a unit"} <= killer.phases.keys()
+    assert len(killer.phases) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_command_itself_killed(place, weights, untouched, backend):
+    """Without the fork server: python, torchrun and every process they started, each from nothing."""
+    draw, root, killed = random.Random(seed_of_the_day()), place / f"commands-{backend}", 0
+    for nproc in (2, 1, 2, 1):
+        command = [*launcher(nproc), "pipelines.cache_teacher", *words(root, weights, backend)]
+        started = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
+        seen = phase(root, UNITS)
+        while phase(root, UNITS) == seen and started.poll() is None:  # something changes in the folder, then a moment
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0, 0.3))
+        for process in [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        killed += started.wait() == KILLED
+        print(f"nproc {nproc}: {phase(root, UNITS)}")
+    assert killed >= 2
+    run("cache_teacher", *words(root, weights, backend), nproc=2)
+    Killer(place, weights, untouched, 0).same(root, backend)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_two_jobs_at_once(place, weights, untouched, backend):
+    """Each makes every unit that it does not find; one of two writers of a unit wins, and both jobs end well."""
+    root = place / f"both-{backend}"
+    jobs = [
+        Job(words(root, weights, backend), root, place / f"log-{ranks}", ranks=ranks) for ranks in (1, 2)
+    ]  # three processes
+    for job in jobs:
+        outcome = job.wait()
+        assert set(outcome.statuses) == {0}, outcome.output
+    Killer(place, weights, untouched, 0).same(root, backend)
