@@ -44,9 +44,13 @@ def untouched(place, weights):
     return made
 
 
-def operations_of(backend):
-    """About how many file operations an uninterrupted job makes in its cache."""
-    return {"webdataset": 90, "zarr": 900}[backend]
+OPERATIONS = {"webdataset": 15, "zarr": 280}
+"""About how many file operations a unit takes."""
+
+
+def units_left(root):
+    """Units that are not in a cache yet."""
+    return UNITS - len(list((root / "units").glob("g*")))
 
 
 class Killer:
@@ -66,19 +70,9 @@ class Killer:
             after = self.random.uniform(0.0, 1.1 * self.untouched[backend][1])
             outcome = Job(options, root, self.place / "log", ranks=ranks).wait(after, then_kill=True)
         else:
-            operation = self.random.randint(1, operations_of(backend))
+            operation = self.random.randint(1, 15 + OPERATIONS[backend] * units_left(root))
             outcome = Job(options, root, self.place / "log", ranks=ranks, operation=operation).wait()
         assert set(outcome.statuses) <= {0, KILLED}, outcome.output
-        print(
-            "DEBUG",
-            backend,
-            ranks,
-            options[-1],
-            outcome.statuses,
-            outcome.seconds,
-            self.untouched[backend][1],
-            phase(root, UNITS),
-        )
         if KILLED in outcome.statuses:
             self.kills += 1
             self.phases[phase(root, UNITS)] += 1
