@@ -381,7 +381,8 @@ def test_bytes_that_change_on_the_way_are_noticed(tmp_path, backend, monkeypatch
     name = "v0000.tar" if backend == "webdataset" else "v0000.zarr/features/c/0/0"
 
     def flip(folder, files):
-        flip_byte(folder / name, 3000)
+        if name in files:
+            flip_byte(folder / name, 3000)
         store_files.read_back(folder, files)
 
     monkeypatch.setattr("scalekd_cache.store.unit.read_back", flip)

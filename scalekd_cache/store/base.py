@@ -154,14 +154,13 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
 
 def record_crc(record: Record) -> int:
     """The crc32c (Castagnoli) of a record: every field as length uint32 little-endian, then bytes; label as int64."""
-    label = struct.pack("<q", record.label)
-    parts = [record.key.encode(), label, record.view.encode(), record.digest.encode()]
-    head = b"".join(struct.pack("<I", len(part)) + part for part in parts)
-    crc: int = google_crc32c.value(head + struct.pack("<I", len(record.pixels)))
-    for part, following in ((record.pixels, record.features), (record.features, record.logits)):
-        crc = google_crc32c.extend(crc, part)
-        crc = google_crc32c.extend(crc, struct.pack("<I", len(following)))
-    crc = google_crc32c.extend(crc, record.logits)
+    key, view, digest = record.key.encode(), record.view.encode(), record.digest.encode()
+    length, features, logits = struct.Struct("<I").pack, record.features, record.logits
+    head = (length(len(key)), key, struct.pack("<Iq", 8, record.label), length(len(view)), view,
+            length(len(digest)), digest, length(len(record.pixels)))  # fmt: skip
+    crc: int = google_crc32c.extend(google_crc32c.value(b"".join(head)), record.pixels)
+    crc = google_crc32c.extend(google_crc32c.extend(crc, length(len(features))), features)
+    crc = google_crc32c.extend(crc, length(len(logits)) + logits)
     return crc
 
 

@@ -14,12 +14,13 @@ import secrets
 import shutil
 import socket
 from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
 
-PIECE_BYTES = 1 << 20
+PIECE_BYTES = 1 << 21
 
 
 class FileFact(NamedTuple):
@@ -30,34 +31,53 @@ class FileFact(NamedTuple):
 
 
 class HashingFile:
-    """A new file that keeps the length and sha256 of all that was written."""
+    """A new file that keeps the length and sha256 of all that was written.
+
+    A thread writes and hashes one piece while the next one is gathered.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.bytes = 0
         self._hash = hashlib.sha256()
-        self._file = path.open("xb", buffering=PIECE_BYTES)
+        self._pending = bytearray()
+        self._file = path.open("xb", buffering=0)
+        self._thread = ThreadPoolExecutor(1)  # starts with the first whole piece
+        self._writing: Future[None] | None = None
 
     def write(self, data: bytes) -> None:
         """Append."""
-        self._file.write(data)
-        self._hash.update(data)
+        self._pending += data
         self.bytes += len(data)
+        if len(self._pending) >= PIECE_BYTES:
+            self._wait()
+            self._writing = self._thread.submit(self._take, self._pending)
+            self._pending = bytearray()
 
     def finish(self) -> FileFact:
-        """Flush, fsync, close."""
-        self._file.flush()
+        """Write the rest, fsync, close."""
+        self._wait()
+        self._take(self._pending)
         fsync(self._file.fileno())
         self._file.close()
+        self._thread.shutdown()
         return FileFact(self.bytes, self._hash.hexdigest())
 
     def abandon(self) -> None:
         """Close without caring whether the rest reaches the disk (it may be full)."""
-        try:
-            self._file.close()
-        except OSError as error:
-            if not is_disk_full(error):
-                raise
+        self._thread.shutdown(cancel_futures=True)
+        self._file.close()
+
+    def _wait(self) -> None:
+        if self._writing is not None:
+            self._writing.result()
+            self._writing = None
+
+    def _take(self, piece: bytearray) -> None:
+        left = memoryview(piece)
+        while left:
+            left = left[self._file.write(left) :]
+        self._hash.update(piece)
 
 
 def fsync(descriptor: int) -> None:
@@ -105,14 +125,11 @@ def write_atomically(path: Path, data: bytes) -> FileFact:
 
 def fact_of(path: Path, *, from_medium: bool = False) -> FileFact:
     """Length and sha256 of a file; `from_medium` asks the kernel to forget cached pages first (a clean file only)."""
-    digest, total = hashlib.sha256(), 0
     with path.open("rb", buffering=0) as file:
         if from_medium and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        while piece := file.read(PIECE_BYTES):
-            digest.update(piece)
-            total += len(piece)
-    return FileFact(total, digest.hexdigest())
+        digest = hashlib.file_digest(file, "sha256")
+        return FileFact(file.tell(), digest.hexdigest())
 
 
 def read_back(folder: Path, files: dict[str, FileFact]) -> None:

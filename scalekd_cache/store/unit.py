@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +24,7 @@ from scalekd_cache.store.base import (
     MAX_UNIT_SAMPLES,
     Record,
     ShardId,
+    ShardSummary,
     ShardWriter,
     check_backend,
     check_key,
@@ -30,7 +32,6 @@ from scalekd_cache.store.base import (
     shard_writer,
 )
 from scalekd_cache.store.files import (
-    FileFact,
     canonical_json,
     folders_of,
     fsync_path,
@@ -43,6 +44,8 @@ from scalekd_cache.store.resume import files_are_short, put_aside, unit_committe
 from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 
 READ_BACK_RECORDS = 64
+COMMIT_THREADS = 4
+"""Shards of a unit that are fsynced and read back at a time."""
 
 
 class UnitWriter:
@@ -180,37 +183,41 @@ class UnitWriter:
 
     def _finish_files(self, fidelity: dict[str, Any]) -> None:
         """Everything under the temp folder: shards, keys.txt, the read-back, unit.json last, folders fsynced."""
-        info, files = self.info, dict[str, FileFact]()
-        payload = {"pixels": 0, "features": 0, "target": 0}
+        info = self.info
         for view in info.views:  # also opens the writers of a range in which every image was skipped
-            summary = self._writer(view).finish()
-            files |= summary.files
-            payload = {name: payload[name] + summary.payload[name] for name in payload}
-        files["keys.txt"] = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
-        read_back(self._temp, files)
-        self._read_records()
+            self._writer(view)
+        keys = {"keys.txt": write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())}
+        read_back(self._temp, keys)
+        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another is hashed
+            summaries = list(pool.map(self._finish_shard, info.views))
+        files = {**keys, **{name: fact for summary in summaries for name, fact in summary.files.items()}}
         self.info = dataclasses.replace(
             info,
             count=len(self._keys),
             skipped=[{"key": key, "reason": reason} for key, reason in self._skipped.items()],
             files=files,
-            payload_bytes=payload,
+            payload_bytes={
+                name: sum(summary.payload[name] for summary in summaries) for name in ("pixels", "features", "target")
+            },
             fidelity=fidelity,
         )
         write_new(self._temp / "unit.json", info_text(self.info).encode())
         for folder in folders_of(self._temp, files):
             fsync_path(folder)
 
-    def _read_records(self) -> None:
-        """Read every record once through the reader that students will use."""
-        for view, writer in self._writers.items():
-            shard = ShardId(self.info.group, self.info.range_id, view)
-            reader = shard_reader(self.info.backend, self._temp, shard, self._keys)
-            assert reader.crcs.tolist() == writer.crcs, f"checksums of {reader.where} are not those of its records"
-            rows = np.arange(len(self._keys))
-            for start in range(0, len(rows), READ_BACK_RECORDS):
-                reader.read(rows[start : start + READ_BACK_RECORDS])
-            reader.close()
+    def _finish_shard(self, view: int) -> ShardSummary:
+        """One shard to the medium and back: every byte, then every record through the reader that students will use."""
+        writer = self._writers[view]
+        summary = writer.finish()
+        read_back(self._temp, summary.files)
+        shard = ShardId(self.info.group, self.info.range_id, view)
+        reader = shard_reader(self.info.backend, self._temp, shard, self._keys)
+        assert reader.crcs.tolist() == writer.crcs, f"checksums of {reader.where} are not those of its records"
+        rows = np.arange(len(self._keys))
+        for start in range(0, len(rows), READ_BACK_RECORDS):
+            reader.read(rows[start : start + READ_BACK_RECORDS])
+        reader.close()
+        return summary
 
     def _publish(self) -> bool:
         """One rename. A unit under the final name that is whole wins; one with files short or gone is put aside."""

@@ -1,0 +1,280 @@
+"""How fast is the store beside the bare disk and the bare libraries, in one run?
+
+    python benchmarks/store_throughput.py [--folder DIR] [--records 512] [--views 4] [--repeats 5]
+
+Records as a default cache has them: 224 px JPEG of about 16 KB, 77,812 bytes of int8 Swin-L features, 1,004 bytes of
+logits, a view record. Every ratio compares two things done in turn in each repeat. Writes
+benchmarks/results/store-throughput.json and prints a Markdown table. Takes about a minute, 2 GB of disk.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from scalekd_cache.store import BACKENDS, Record, UnitWriter, unit_folder
+from scalekd_cache.store.base import ShardId, shard_reader
+from scalekd_cache.store.files import canonical_json, fact_of
+from scalekd_cache.store.sidecar import read_keys, read_unit
+from scalekd_cache.store.zarr_read import ShardedArray
+
+RESULTS = Path(__file__).parent / "results"
+PIECE = 1 << 20
+SIDECARS = (".json", ".txt", ".idx")
+
+
+def make_records(count: int) -> list[Record]:
+    """Records of a default cache: random JPEG bytes, features with the spread that int8 codes have."""
+    rng = np.random.default_rng(0)
+    view = canonical_json({
+        "area": [12, 34, 200, 210], "flip": True, "image_size": [500, 375], "number": 0, "size": 224,
+        "operations": [["ShearX", 0.123456789], ["Color", 1.23456]], "erase": [1, 2, 30, 40], "noise": 1234567890123,
+    })  # fmt: skip
+    records = []
+    for number in range(count):
+        codes = (rng.standard_normal(75_264, dtype=np.float32) * 30).clip(-127, 127).astype(np.int8).tobytes()
+        pixels = b"\xff\xd8" + rng.bytes(int(rng.normal(16_000, 3_000)))
+        key = f"n{number % 1000:08d}/ILSVRC2012_{number:08d}"
+        features, logits = rng.bytes(2_352) + codes + rng.bytes(196), rng.bytes(1_004)
+        records.append(Record(key, number % 1000, view, rng.bytes(8).hex(), pixels, features, logits))
+    return records
+
+
+def write_unit(root: Path, backend: str, records: list[Record], views: int, range_id: int = 0) -> Path:
+    """One committed unit through the public writer."""
+    with UnitWriter(root, backend=backend, group=0, range_id=range_id, start=0, stop=len(records),
+                    views=range(views), fingerprint="0" * 64) as writer:  # fmt: skip
+        for start in range(0, len(records), 64):
+            for view in range(views):
+                for record in records[start : start + 64]:
+                    writer.append(view, record)
+        assert writer.commit({})
+    return unit_folder(root, 0, range_id)
+
+
+def files_of(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def copy_with_fsync(source: Path, target: Path, *, read_back: bool) -> None:
+    """What `cp` and fsync take for the same files; with `read_back` each is read from the disk again."""
+    for path in files_of(source):
+        other = target / path.relative_to(source)
+        other.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("rb") as reader, other.open("wb") as writer:
+            shutil.copyfileobj(reader, writer, PIECE)
+            writer.flush()
+            os.fsync(writer.fileno())
+        if read_back:
+            with other.open("rb", buffering=0) as reader:
+                os.posix_fadvise(reader.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+                while reader.read(PIECE):
+                    pass
+
+
+def timed(action: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    action()
+    return time.perf_counter() - start
+
+
+def in_turn(repeats: int, **actions: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each action, one after another in every repeat, so that a busy moment hits all."""
+    seconds: dict[str, list[float]] = {name: [] for name in actions}
+    for _ in range(repeats):
+        for name, action in actions.items():
+            seconds[name].append(timed(action))
+    return seconds
+
+
+def ratio(seconds: dict[str, list[float]], ours: str, baseline: str, amount: float, unit: str) -> dict[str, Any]:
+    """Rates of both, and ours over the baseline: median of the repeats, with the extremes."""
+    ratios = [b / a for a, b in zip(seconds[ours], seconds[baseline], strict=True)]
+    rates = {name: amount / statistics.median(seconds[name]) for name in (ours, baseline)}
+    return {"ratio": statistics.median(ratios), "ratio_min": min(ratios), "ratio_max": max(ratios), "unit": unit,
+            "rate": rates[ours], "baseline_rate": rates[baseline], "seconds": seconds}  # fmt: skip
+
+
+def writing(root: Path, backend: str, records: list[Record], views: int, repeats: int) -> dict[str, Any]:
+    """The whole writer (tar or zarr, hashes, fsync, read-back, commit) against a copy of its files with fsync."""
+    first = write_unit(root / "first", backend, records, views)
+    size = sum(path.stat().st_size for path in files_of(first))
+
+    def fresh(action: Callable[[Path], object]) -> Callable[[], object]:
+        def run() -> object:
+            return action(Path(tempfile.mkdtemp(dir=root)))
+
+        return run
+
+    seconds = in_turn(
+        repeats,
+        writer=fresh(lambda folder: write_unit(folder, backend, records, views)),
+        copy=fresh(lambda folder: copy_with_fsync(first, folder, read_back=False)),
+        copy_and_read_back=fresh(lambda folder: copy_with_fsync(first, folder, read_back=True)),
+    )
+    for folder in root.glob("tmp*"):
+        shutil.rmtree(folder)
+    return {
+        f"write {backend} / copy + fsync": ratio(seconds, "writer", "copy", size / 1e6, "MB/s"),
+        f"write {backend} / copy + fsync + read back": ratio(
+            seconds, "writer", "copy_and_read_back", size / 1e6, "MB/s"
+        ),
+    }
+
+
+def random_reads(folder: Path, count: int, repeats: int) -> dict[str, Any]:
+    """Whole checked records in random order against one bare pread of the same bytes each; warm page cache."""
+    info, _ = read_unit(folder)
+    reader: Any = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
+    rows = np.random.default_rng(1).integers(0, info.count, count)
+    index = reader._rows
+    starts = index["json_offset"][rows].tolist()
+    sizes = (index["features_offset"] + index["features_bytes"] - index["json_offset"])[rows].tolist()
+    descriptor = os.open(reader.where, os.O_RDONLY)
+
+    def bare() -> None:
+        for start, size in zip(starts, sizes, strict=True):
+            os.pread(descriptor, size, start)
+
+    def ours() -> None:
+        for row in rows:
+            reader.read(np.array([row]))
+
+    seconds = in_turn(repeats, batches=lambda: _batches(reader, rows), single=ours, pread=bare)
+    os.close(descriptor)
+    return {
+        "random records webdataset, 64 a call / pread": ratio(seconds, "batches", "pread", count, "records/s"),
+        "random records webdataset, 1 a call / pread": ratio(seconds, "single", "pread", count, "records/s"),
+    }
+
+
+def _batches(reader: Any, rows: Any) -> None:
+    for start in range(0, len(rows), 64):
+        reader.read(rows[start : start + 64])
+
+
+def sequential_zarr(folder: Path, repeats: int) -> dict[str, Any]:
+    """The features array from its first row to its last, 64 rows a call: our reader against zarr-python."""
+    info, _ = read_unit(folder)
+    count, path = info.count, folder / "v0000.zarr"
+    plain: Any = zarr.open_group(path, mode="r")["features"]
+    ours = ShardedArray(path / "features", "uint8", count, columns=True)
+    bounds = [(start, min(start + 64, count)) for start in range(0, count, 64)]
+    reader = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
+    seconds = in_turn(
+        repeats,
+        ours=lambda: [ours.spans([(row, row + 1) for row in range(*bound)]) for bound in bounds],
+        zarr=lambda: [plain[start:stop] for start, stop in bounds],
+        records=lambda: [reader.read(np.arange(*bound)) for bound in bounds],
+    )
+    return {
+        "sequential features zarr / zarr-python": ratio(seconds, "ours", "zarr", count, "rows/s"),
+        "sequential whole checked records zarr / zarr-python features": ratio(
+            seconds, "records", "zarr", count, "records/s"
+        ),
+    }
+
+
+def verification(folders: dict[str, Path], repeats: int) -> dict[str, Any]:
+    """The two passes of `make verify DEEP=1` on one core, warm; the bare sha256 of this machine beside the first."""
+    results = {}
+    for backend, folder in folders.items():
+        info, _ = read_unit(folder)
+        size = sum(fact.bytes for fact in info.files.values())
+        keys, blob = read_keys(folder, info), os.urandom(1 << 24)
+        readers = [shard_reader(backend, folder, ShardId(0, 0, view), keys) for view in info.views]
+        seconds = in_turn(
+            repeats,
+            hash=lambda folder=folder, info=info: [fact_of(folder / name) for name in info.files],  # type: ignore[misc]
+            decode=lambda readers=readers, count=info.count: [  # type: ignore[misc]
+                _batches(reader, np.arange(count)) for reader in readers
+            ],
+            sha256=lambda blob=blob: hashlib.sha256(blob).digest(),  # type: ignore[misc]
+        )
+        rates = {name: size / 1e9 / statistics.median(seconds[name]) for name in ("hash", "decode")}
+        bare = len(blob) / 1e9 / statistics.median(seconds["sha256"])
+        results[f"verify {backend}"] = {
+            "hash_GB_s": rates["hash"],
+            "decode_GB_s": rates["decode"],
+            "sha256_GB_s": bare,
+            "seconds": seconds,
+        }
+    return results
+
+
+def overhead(folder: Path) -> dict[str, float]:
+    """Headers, padding, index and sidecars of a unit, in percent of all its bytes."""
+    info, _ = read_unit(folder)
+    total = sum(path.stat().st_size for path in files_of(folder))
+    sidecars = sum(path.stat().st_size for path in files_of(folder) if path.suffix in SIDECARS)
+    payload = sum(info.payload_bytes.values())
+    return {"bytes_a_view": total / info.count / len(info.views), "percent": 100 * (total - payload) / total,
+            "sidecars_percent": 100 * sidecars / total}  # fmt: skip
+
+
+def machine() -> dict[str, object]:
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "command": " ".join(["python", *sys.argv]), "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
+        "cpu": platform.processor() or platform.machine(), "cores": os.cpu_count(), "load": os.getloadavg(),
+        "python": platform.python_version(), "zarr": zarr.__version__, "numpy": np.__version__, "page_cache": "warm",
+    }  # fmt: skip
+
+
+def table(results: dict[str, Any]) -> str:
+    lines = ["| what | ratio, median (min to max) | rate | baseline |", "|---|---|---|---|"]
+    for name, row in results.items():
+        if "ratio" in row:
+            lines.append(f"| {name} | {row['ratio']:.2f} ({row['ratio_min']:.2f} to {row['ratio_max']:.2f}) | "
+                         f"{row['rate']:,.0f} {row['unit']} | {row['baseline_rate']:,.0f} |")  # fmt: skip
+        elif "hash_GB_s" in row:
+            lines.append(f"| {name}: hash pass, decode pass | | {row['hash_GB_s']:.2f}, {row['decode_GB_s']:.2f} GB/s "
+                         f"| sha256 alone {row['sha256_GB_s']:.2f} GB/s |")  # fmt: skip
+        else:
+            lines.append(f"| {name} | {row['percent']:.1f} % of {row['bytes_a_view']:,.0f} bytes a view | "
+                         f"sidecars {row['sidecars_percent']:.2f} % | |")  # fmt: skip
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one)")
+    parser.add_argument("--records", type=int, default=512)
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args()
+    records, results = make_records(options.records), {}
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folders = {}
+        for backend in BACKENDS:
+            root = Path(name) / backend
+            root.mkdir()
+            results |= writing(root, backend, records, options.views, options.repeats)
+            folders[backend] = unit_folder(root / "first", 0, 0)
+        results |= random_reads(folders["webdataset"], 4 * options.records, options.repeats)
+        results |= sequential_zarr(folders["zarr"], options.repeats)
+        results |= verification(folders, max(1, options.repeats // 2))
+        results |= {f"not payload, {backend}": overhead(folder) for backend, folder in folders.items()}
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / "store-throughput.json"
+    file.write_text(json.dumps({"machine": machine(), "options": {"records": options.records, "views": options.views,
+                    "repeats": options.repeats}, "results": results}, indent=1) + "\n")  # fmt: skip
+    print(f"{table(results)}\n\n{file}")
+
+
+if __name__ == "__main__":
+    main()
