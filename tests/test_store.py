@@ -691,3 +691,13 @@ def test_a_zstd_frame_that_declares_too_much_is_refused_before_decoding(copy):
     data[start : start + (1 << (data[4] >> 6))] = b"\xfe" * (1 << (data[4] >> 6))
     path.write_bytes(data)
     assert_damage_is_seen(copy, "declares another size", key=True)
+
+
+@pytest.mark.parametrize("name", ["k.json", "a/b/c.features", "x" * 100, "x" * 101, "größe.json", "d/" * 60 + "f.jpg"])
+@pytest.mark.parametrize("size", [0, 1, 77_812, 8**11 - 1, 8**11])
+def test_tar_headers_are_those_of_tarfile(name, size):
+    from scalekd_cache.store.webdataset import member_header
+
+    info = tarfile.TarInfo(name)
+    info.size, info.mode, info.mtime = size, 0o644, 0
+    assert member_header(name, size) == info.tobuf(tarfile.PAX_FORMAT)

@@ -6,11 +6,11 @@ We read by index and pread; the tar is never extracted and its headers are never
 """
 
 import base64
+import binascii
 import json
 import os
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -116,14 +116,22 @@ class Reader(ShardReader):
         return self.checked(row, self._parse(row, target, pixels, features))
 
     def _parse(self, row: int, target: bytes, pixels: bytes, features: bytes) -> Record:
-        """The view's text is taken as it stands (docs/FORMAT.md): no float is printed anew."""
+        """The JSON member, cut at its names, which canonical JSON has in this order (a JSON parser takes four times as
+        long); whatever is cut wrongly does not match the checksum."""
         key, (head, _, view) = self.keys[row], target.partition(b',"view":')
+        digest, _, rest = head.partition(b'","label":')
+        label, _, logits = rest.partition(b',"logits":"')
         try:
-            fields: dict[str, Any] = json.loads(head + b"}")
-            logits = base64.b64decode(fields["logits"], validate=True)
-            label, digest = int(fields["label"]), str(fields["digest"])
-            return Record(key, label, view[:-1].decode(), digest, pixels, features, logits)
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return Record(
+                key,
+                int(label),
+                view[:-1].decode(),
+                digest[len(b'{"digest":"') :].decode(),
+                pixels,
+                features,
+                binascii.a2b_base64(logits[:-1], strict_mode=True),
+            )
+        except ValueError as error:
             raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
 
     def close(self) -> None:
