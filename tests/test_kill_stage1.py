@@ -137,7 +137,7 @@ def test_the_command_itself_killed(place, weights, untouched, backend):
         seen = phase(root, UNITS)
         while phase(root, UNITS) == seen and started.poll() is None:  # something changes in the folder, then a moment
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.3))
+        time.sleep(draw.uniform(0, 1.5))
         for process in [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
