@@ -123,7 +123,7 @@ def take_over(job: Job, process: Process) -> None:
 
 def tidy(root: Path, process: Process) -> None:
     """Rank 0: remove what killed writers left, and name what may belong to living ones elsewhere."""
-    others = remove_stale(root)
+    others = [*remove_stale(root), *remove_stale(root / "units")]
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
         process.say(

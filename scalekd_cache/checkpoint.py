@@ -7,7 +7,6 @@ only when its files are, by sha256, what was written. A kill while saving leaves
 
 import hashlib
 import os
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,15 +16,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store import remove_stale
 from scalekd_cache.store.files import (
     canonical_json,
-    disk_full,
     fact_of,
     fsync_path,
-    host_tag,
-    is_disk_full,
+    raise_explained,
     read_json,
-    remove_stale,
+    temp_beside,
     write_new,
 )
 
@@ -63,7 +61,7 @@ def commit_checkpoint(
         UserError: the disk is full; the older checkpoints are still there then.
     """
     final = folder / f"step-{step:08d}"
-    temporary = folder / f".tmp-{final.name}-{host_tag()}-{os.getpid()}-{secrets.token_hex(4)}"
+    temporary = temp_beside(final)
     folder.mkdir(parents=True, exist_ok=True)
     remove_stale(folder)
     try:
@@ -80,10 +78,9 @@ def commit_checkpoint(
         os.rename(temporary, final)
         fsync_path(folder)
     except OSError as error:
-        if is_disk_full(error):
-            shutil.rmtree(temporary, ignore_errors=True)
-            needed = sum(value.nbytes for tensors in files.values() for value in tensors.values())
-            raise disk_full(folder, needed) from error
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(value.nbytes for tensors in files.values() for value in tensors.values())
+        raise_explained(error, folder, needed)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

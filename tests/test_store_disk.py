@@ -97,7 +97,7 @@ def test_what_killed_writers_left_is_removed_and_the_rest_is_named(tmp_path):
         path.write_text("x")
     os.utime(others[0], (0, 0))
     os.utime(others[1], (2**33, 2**33))  # written by a machine whose clock is ahead
-    found = {leftover.path: leftover.age_s for leftover in remove_stale(tmp_path)}
+    found = {leftover.path: leftover.age_s for leftover in remove_stale(tmp_path) + remove_stale(units)}
     assert found.keys() == set(others)
     assert found[others[0]] > 10**9
     assert found[others[1]] == 0.0

@@ -15,7 +15,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -115,15 +115,15 @@ def put_aside(folder: Path, damaged: Callable[[Path], bool]) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_stale(root: Path) -> list[Leftover]:
-    """Remove temporary files and folders whose process ran on this host and is gone. One scan of two folders.
+def remove_stale(folder: Path) -> list[Leftover]:
+    """Remove temporary files and folders in `folder` whose process ran on this host and is gone. One scan.
 
     Returns:
         Those of other hosts, or of this one before it was started again: whether they are dead cannot be seen from
         here. They are left alone.
     """
     others = []
-    for entry in _temporary(root):
+    for entry in _temporary(folder):
         name = TEMP_NAME.fullmatch(entry.name)
         if name is None or name["host"] != host_tag():
             others.append(Leftover(Path(entry.path), max(0.0, time.time() - entry.stat().st_mtime)))
@@ -132,10 +132,10 @@ def remove_stale(root: Path) -> list[Leftover]:
     return others
 
 
-def _temporary(root: Path) -> Iterator["os.DirEntry[str]"]:
-    for folder in (root, root / "units"):
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-            yield from [entry for entry in entries if entry.name.startswith(".tmp-")]
+def _temporary(folder: Path) -> list["os.DirEntry[str]"]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name.startswith(".tmp-")]
+    return []
 
 
 def _remove(path: Path) -> None:
