@@ -1,17 +1,17 @@
 """Stage 2: train a student from a cache (`make distill STUDENT=resnet50`)."""
 
 import dataclasses
-from pathlib import Path
 
 from pipelines.command import parse, recipe_section, run, value_of
 from scalekd_cache.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, to_plain
 from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.remote import open_place
 
 
 def main(argv: list[str]) -> None:
     """Parse the options of stage 2, hold the recipe against the cache, and train."""
-    cache = Path(value_of(argv, "--cache") or DistillConfig().cache)
+    cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
     manifest = None if "--help" in argv or "-h" in argv else read_manifest(cache)
     recipe = value_of(argv, "--recipe") or (manifest.recipe if manifest else "demo")
     config = parse(

@@ -1,7 +1,6 @@
 """Check a cache: sizes and fingerprints, and with --deep every byte (`make verify CACHE=dir [DEEP=1]`)."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from pipelines.command import parse, run
 
@@ -11,7 +10,7 @@ class VerifyConfig:
     """Options of `verify`."""
 
     cache: str = "caches/demo"
-    """Folder of the cache."""
+    """Folder or URL of the cache."""
     deep: bool = False
     """Also hash every file and check every record's checksum."""
 
@@ -21,7 +20,7 @@ def main(argv: list[str]) -> int:
     config = parse(VerifyConfig, "verify", argv, {}, __doc__ or "")
     from scalekd_cache.store.verify import verify_cache
 
-    problems = verify_cache(Path(config.cache), deep=config.deep)
+    problems = verify_cache(config.cache, deep=config.deep)
     for problem in problems:
         print(f"{problem.where}: {problem.what}" + (f" (sample {problem.key})" if problem.key else ""))
     depth = "every byte" if config.deep else "sizes and fingerprints"

@@ -30,7 +30,7 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
         )
 
 
-def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: Path) -> None:
+def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
     """The view recipe of a training recipe is the one in the cache: augmentation lives in the cache.
 
     The seed and the form in which pixels are kept are the cache's own business.

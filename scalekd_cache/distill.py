@@ -28,6 +28,7 @@ from scalekd_cache.start import load_start
 from scalekd_cache.stopping import Stop, stopped
 from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
+from scalekd_cache.store.remote import local_path
 from scalekd_cache.student import Student, build_student
 from scalekd_cache.tail import Tail
 from scalekd_cache.tail_file import load_tail
@@ -40,7 +41,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     run = Path(config.run or "runs/student")
     finished = read_summary(run)
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
-    cache = Cache.open(Path(config.cache))
+    cache = Cache.open(config.cache, config.remote)
     check_same_cache(run, cache.manifest.fingerprint, cache.root)
     if finished is not None:
         process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
@@ -165,7 +166,7 @@ def _tail(cache: Cache, spec: TeacherSpec) -> Tail:
             where=file,
             fix="restore the file, or delete the manifest and run make cache-teacher again: it keeps the units",
         )
-    return load_tail(file, spec)
+    return load_tail(local_path(file), spec)
 
 
 def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHeads:

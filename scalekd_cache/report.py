@@ -13,7 +13,7 @@ from typing import IO, Any
 
 import yaml
 
-from scalekd_cache.config import flat
+from scalekd_cache.config import RemoteConfig, flat
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.files import write_atomically
 
@@ -23,6 +23,7 @@ FACTS = "cache.json"
 
 FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.zero"}
 FREE_OPTIONS |= {f"train.{name}" for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps")}
+FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
 """Options that may change between two sessions of one run: places and means, not what is computed."""
 
 
@@ -138,7 +139,7 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def check_same_cache(run: Path, fingerprint: str, cache: Path) -> None:
+def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     """A run that has begun goes on, or is finished, with one cache.
 
     Raises:

@@ -5,6 +5,7 @@ Invariant: a configuration that exists is valid on its own; checks across config
 """
 
 from scalekd_cache.config.base import fingerprint, flat, from_plain, require, to_plain
+from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 
@@ -13,6 +14,7 @@ __all__ = [
     "DataConfig",
     "DistillConfig",
     "OptimConfig",
+    "RemoteConfig",
     "ScaleKDConfig",
     "StoreConfig",
     "StudentConfig",

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from scalekd_cache.config.base import require
+from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
 
 
@@ -186,7 +187,8 @@ class DistillConfig:
     recipe: str | None = None
     """Name of the recipe (None: the one the cache was made with)."""
     cache: str = "caches/demo"
-    """Folder of the cache."""
+    """Folder or URL (file, http, https, s3, gs) of the cache."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
     run: str | None = None
     """Folder of the run (None: runs/<student>-<targets>)."""
     init: str | None = None

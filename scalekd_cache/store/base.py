@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError, nearest
 from scalekd_cache.store.files import FileFact
+from scalekd_cache.store.path import StoredPath
 
 FORMAT_VERSION = 1
 MAX_UNIT_SAMPLES = 65_536
@@ -86,7 +87,7 @@ class ShardWriter(ABC):
 class ShardReader(ABC):
     """Reads records of one shard by row. Opening costs the index, not the payloads."""
 
-    def __init__(self, folder: Path, shard: ShardId, keys: list[str]) -> None:
+    def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         self.folder, self.shard, self.keys = folder, shard, keys
 
     @property
@@ -96,7 +97,7 @@ class ShardReader(ABC):
 
     @property
     @abstractmethod
-    def where(self) -> Path:
+    def where(self) -> StoredPath:
         """The shard, for error messages."""
 
     @abstractmethod
@@ -126,7 +127,7 @@ def shard_writer(backend: str, folder: Path, shard: ShardId, feature_bytes: int)
     return writer
 
 
-def shard_reader(backend: str, folder: Path, shard: ShardId, keys: list[str]) -> ShardReader:
+def shard_reader(backend: str, folder: StoredPath, shard: ShardId, keys: list[str]) -> ShardReader:
     """The reader of a backend for a shard with these keys."""
     reader: ShardReader = importlib.import_module(BACKENDS[check_backend(backend)]).Reader(folder, shard, keys)
     return reader

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.path import StoredPath
 
 PIECE_BYTES = 1 << 21
 
@@ -123,7 +124,7 @@ def write_atomically(path: Path, data: bytes) -> FileFact:
     return fact
 
 
-def fact_of(path: Path, *, from_medium: bool = False) -> FileFact:
+def fact_of(path: StoredPath, *, from_medium: bool = False) -> FileFact:
     """Length and sha256 of a file; `from_medium` asks the kernel to forget cached pages first (a clean file only)."""
     with path.open("rb", buffering=0) as file:
         if from_medium and hasattr(os, "posix_fadvise"):
@@ -146,7 +147,7 @@ def read_back(folder: Path, files: dict[str, FileFact]) -> None:
             )
 
 
-def read_json(path: Path, what: str, limit_bytes: int = 1 << 28) -> tuple[dict[str, Any], bytes]:
+def read_json(path: StoredPath, what: str, limit_bytes: int = 1 << 28) -> tuple[dict[str, Any], bytes]:
     """A JSON object and its bytes. UserError when missing, larger than `limit_bytes`, or not a JSON object."""
     try:
         size = path.stat().st_size

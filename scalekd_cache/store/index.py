@@ -6,12 +6,12 @@ points at lies inside the tar.
 """
 
 import struct
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import MAX_UNIT_SAMPLES, ShardId, damaged
+from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX1"
 HEADER = struct.Struct("<8sIIIIIIQQ")
@@ -36,7 +36,7 @@ def pack_index(rows: NDArray[np.void], shard: ShardId, tar_bytes: int) -> bytes:
     return HEADER.pack(MAGIC, HEADER.size, ROW.itemsize, *shard, 0, len(rows), tar_bytes) + rows.tobytes()
 
 
-def load_index(path: Path, shard: ShardId, count: int, tar_bytes: int) -> NDArray[np.void]:
+def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> NDArray[np.void]:
     """The rows of an index that belongs to this shard, with `count` records in a tar of `tar_bytes`.
 
     Raises:

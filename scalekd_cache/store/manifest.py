@@ -18,6 +18,8 @@ from scalekd_cache.codec.fidelity import merge_summaries
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_backend, damaged
 from scalekd_cache.store.files import canonical_json, read_json, write_atomically
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote import pin_files
 from scalekd_cache.store.sidecar import (
     HEX64,
     UnitInfo,
@@ -28,7 +30,7 @@ from scalekd_cache.store.sidecar import (
     unit_folder,
 )
 
-NAME = "manifest.json"
+NAME, TAIL = "manifest.json", "tail.safetensors"
 
 
 class UnitRow(NamedTuple):
@@ -186,7 +188,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     write_atomically(root / NAME, (text + "\n").encode())
 
 
-def read_manifest(root: Path) -> Manifest:
+def read_manifest(root: StoredPath) -> Manifest:
     """The manifest of a cache, strictly checked.
 
     Raises:
@@ -201,10 +203,14 @@ def read_manifest(root: Path) -> Manifest:
             fix="check the path (CACHE=...), or run `make cache-teacher` until it ends: it continues",
         )
     fields, _ = read_json(path, "the manifest")
-    return _parse(fields, path)
+    manifest = _parse(fields, path)
+    sidecars = {unit_folder(Path("."), row.group, row.range_id).as_posix(): row.sha256 for row in manifest.units}
+    pin_files(root, {f"{folder}/unit.json": (None, sha256) for folder, sha256 in sidecars.items()})
+    pin_files(root, {TAIL: (None, manifest.tail_sha256)})
+    return manifest
 
 
-def _parse(fields: dict[str, Any], path: Path) -> Manifest:
+def _parse(fields: dict[str, Any], path: StoredPath) -> Manifest:
     if fields.get("format_version") != FORMAT_VERSION:
         raise UserError(
             "this version does not read the cache's format",
@@ -222,7 +228,7 @@ def _parse(fields: dict[str, Any], path: Path) -> Manifest:
     return manifest
 
 
-def _unit_row(row: Any, path: Path) -> UnitRow:
+def _unit_row(row: Any, path: StoredPath) -> UnitRow:
     good = isinstance(row, list) and [type(value) for value in row] == [int, int, int, str]
     if not good or not (0 <= row[2] <= MAX_UNIT_SAMPLES and HEX64.fullmatch(row[3])):
         raise damaged("a bad unit in the manifest", row, f"[group, range, count <= {MAX_UNIT_SAMPLES}, sha256]", path)

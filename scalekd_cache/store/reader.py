@@ -15,9 +15,12 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record, ShardId, ShardReader, damaged, shard_reader
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote import RemotePath, discard_damaged, open_place
 from scalekd_cache.store.sidecar import read_keys, read_unit, sizes_differ, unit_folder
 
 OPEN_SHARDS = 128
@@ -27,7 +30,7 @@ OPEN_SHARDS = 128
 class Cache:
     """Random access to records, for one thread. Small to pickle; a copy in a worker process opens its own files."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path | RemotePath, manifest: Manifest) -> None:
         self.root, self.manifest = root, manifest
         self._group_of = {view: group for group, views in enumerate(manifest.groups) for view in views}
         self._units: list[list[UnitRow]] = [[] for _ in manifest.groups]
@@ -37,13 +40,18 @@ class Cache:
         self._readers: OrderedDict[ShardId, ShardReader] = OrderedDict()
 
     @classmethod
-    def open(cls, root: Path | str) -> Self:
-        """A cache from its folder: the cost is one read of the manifest.
+    def open(cls, place: Path | str, remote: RemoteConfig | None = None) -> Self:
+        """A cache from its folder or URL (file, http, https, s3, gs): the cost is one read of the manifest.
+
+        Args:
+            place: the folder or URL.
+            remote: how a URL is read.
 
         Raises:
-            UserError: there is no manifest, or it is damaged.
+            UserError: there is no manifest, it is damaged, cannot be fetched, or the URL is of another kind.
         """
-        return cls(Path(root), read_manifest(Path(root)))
+        root = open_place(place, remote)
+        return cls(root, read_manifest(root))
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -72,9 +80,20 @@ class Cache:
             by_unit.setdefault(bisect.bisect_right(starts, position) - 1, []).append(place)
         records: dict[int, Record] = {}
         for unit, places in by_unit.items():
-            found = self._reader(view, unit).read(positions[places] - starts[unit])
+            found = self._read_unit(view, unit, positions[places] - starts[unit])
             records.update(zip(places, found, strict=True))
         return [records[place] for place in range(len(positions))]
+
+    def _read_unit(self, view: int, unit: int, rows: NDArray[np.int64]) -> list[Record]:
+        """Rows of a shard; from a fresh local copy where the one at hand turns out to be damaged."""
+        try:
+            return self._reader(view, unit).read(rows)
+        except UserError:
+            row = self._units[self._group_of[view]][unit]
+            if not discard_damaged(unit_folder(self.root, row.group, row.range_id), f"v{view:04d}."):
+                raise
+            self._readers.clear()
+            return self._reader(view, unit).read(rows)
 
     def _reader(self, view: int, unit: int) -> ShardReader:
         """The reader of a shard, opened and checked on first use; the least recently used one makes room."""
@@ -90,7 +109,7 @@ class Cache:
         return reader
 
 
-def open_shard(root: Path, manifest: Manifest, row: UnitRow, view: int) -> ShardReader:
+def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardReader:
     """A shard's reader, once its unit is the one in the manifest and its files have their lengths."""
     folder = unit_folder(root, row.group, row.range_id)
     info, data = read_unit(folder)
@@ -105,7 +124,7 @@ def open_shard(root: Path, manifest: Manifest, row: UnitRow, view: int) -> Shard
             folder / "unit.json",
         )
     files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
-    wrong = sizes_differ(folder, files)
+    wrong = sizes_differ(folder, files) if isinstance(folder, Path) else []  # remote files are checked on arrival
     if wrong or not files:
         name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
         raise damaged("a shard is short or gone", what, "the file that was committed", folder / name)

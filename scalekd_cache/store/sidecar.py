@@ -9,14 +9,17 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import Any
+from pathlib import PurePosixPath
+from typing import Any, TypeVar
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_key, damaged
 from scalekd_cache.store.files import FileFact, read_json
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote import pin_files, size_of
 
 HEX64 = re.compile(r"[0-9a-f]{64}")
+P = TypeVar("P", bound=StoredPath)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +48,7 @@ class UnitInfo:
     versions: dict[str, str]
 
 
-def unit_folder(root: Path, group: int, range_id: int) -> Path:
+def unit_folder(root: P, group: int, range_id: int) -> P:
     """Where a unit lies."""
     assert min(group, range_id) >= 0, (group, range_id)
     return root / "units" / f"g{group:03d}-r{range_id:05d}"
@@ -58,7 +61,7 @@ def info_text(info: UnitInfo) -> str:
     return json.dumps(fields, indent=1, allow_nan=False) + "\n"
 
 
-def read_unit(folder: Path) -> tuple[UnitInfo, bytes]:
+def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
     """unit.json, checked, and its bytes. UserError when missing, damaged, or of another format version."""
     path = folder / "unit.json"
     fields, data = read_json(path, "the sidecar of a unit")
@@ -75,6 +78,7 @@ def read_unit(folder: Path) -> tuple[UnitInfo, bytes]:
         raise damaged("bad files in a sidecar", "not {bytes, sha256}", "{name: {bytes, sha256}}", path)
     info = UnitInfo(**{**fields, "files": {name: FileFact(**fact) for name, fact in fields["files"].items()}})
     _check_unit(info, path)
+    pin_files(folder, info.files)
     return info, data
 
 
@@ -89,7 +93,7 @@ def _is_fact(fact: Any) -> bool:
     )
 
 
-def _check_unit(info: UnitInfo, path: Path) -> None:
+def _check_unit(info: UnitInfo, path: StoredPath) -> None:
     numbers = [info.group, info.range_id, info.start, *info.views]
     skips = all(isinstance(row, dict) and {"key", "reason"} == set(row) for row in info.skipped)
     checks = {
@@ -113,7 +117,7 @@ def _is_inside(name: str) -> bool:
     return not path.is_absolute() and ".." not in path.parts and str(path) == name and "\\" not in name
 
 
-def check_fields(fields: Mapping[str, Any], kind: Any, path: Path) -> None:
+def check_fields(fields: Mapping[str, Any], kind: Any, path: StoredPath) -> None:
     """Refuse JSON whose names or types are not those of the dataclass `kind`; containers are up to the caller."""
     expected = {field.name: field.type for field in dataclasses.fields(kind)}
     missing, unknown = sorted(expected.keys() - fields.keys()), sorted(fields.keys() - expected.keys())
@@ -125,21 +129,21 @@ def check_fields(fields: Mapping[str, Any], kind: Any, path: Path) -> None:
             raise damaged(f"field {name} has the wrong type", type(fields[name]).__name__, container.__name__, path)
 
 
-def sizes_differ(folder: Path, files: Mapping[str, FileFact]) -> list[tuple[str, str]]:
+def sizes_differ(folder: StoredPath, files: Mapping[str, FileFact]) -> list[tuple[str, str]]:
     """Files that are missing or have another length: (name, what is wrong)."""
     wrong = []
     for name, fact in files.items():
         try:
-            size = (folder / name).stat().st_size
+            size = size_of(folder / name)
         except (FileNotFoundError, NotADirectoryError):
             wrong.append((name, f"missing, should have {fact.bytes} bytes"))
             continue
-        if size != fact.bytes:
+        if size not in (fact.bytes, None):
             wrong.append((name, f"{size} bytes, should have {fact.bytes}"))
     return wrong
 
 
-def read_keys(folder: Path, info: UnitInfo) -> list[str]:
+def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
     """Keys of a unit's records, in order. UserError when there are not `count` good ones."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes

@@ -17,7 +17,9 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import ShardReader
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
+from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import open_shard
+from scalekd_cache.store.remote import open_anew
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
 
 BATCH_RECORDS = 64
@@ -36,16 +38,16 @@ class Problem(NamedTuple):
 
 
 def verify_cache(
-    root: Path | str, deep: bool = False, progress: Callable[[int, int], None] | None = None
+    place: Path | str, deep: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
     """Check a cache.
 
     Args:
-        root: the cache's folder.
+        place: the cache's folder or URL.
         deep: read every file and record too.
         progress: called with (units done, units in all).
     """
-    root = Path(root)
+    root = open_anew(place)
     try:
         manifest = read_manifest(root)
     except UserError as error:
@@ -58,17 +60,25 @@ def verify_cache(
     return problems
 
 
-def _tail_problems(root: Path, manifest: Manifest, deep: bool) -> Iterator[Problem]:
+def _tail_problems(root: StoredPath, manifest: Manifest, deep: bool) -> Iterator[Problem]:
     path = root / "tail.safetensors"
     if not manifest.tail_sha256:
         return
     if not path.is_file():
         yield Problem(path.name, None, "missing")
-    elif deep and fact_of(path).sha256 != manifest.tail_sha256:
-        yield Problem(path.name, None, "sha256 differs from the manifest's")
+    elif deep and (what := _hash_problem(path, manifest.tail_sha256, "manifest")):
+        yield Problem(path.name, None, what)
 
 
-def _unit_problems(root: Path, manifest: Manifest, row: UnitRow, deep: bool) -> Iterator[Problem]:
+def _hash_problem(path: StoredPath, sha256: str, pinned_by: str) -> str | None:
+    """What is wrong with a file's bytes; those of a remote one are checked as they arrive."""
+    try:
+        return None if fact_of(path).sha256 == sha256 else f"sha256 differs from the {pinned_by}'s"
+    except UserError as error:
+        return str(error)
+
+
+def _unit_problems(root: StoredPath, manifest: Manifest, row: UnitRow, deep: bool) -> Iterator[Problem]:
     folder = unit_folder(root, row.group, row.range_id)
     name = folder.relative_to(root).as_posix()
     try:
@@ -86,13 +96,15 @@ def _unit_problems(root: Path, manifest: Manifest, row: UnitRow, deep: bool) -> 
     if deep:
         short = {file for file, _ in wrong}
         for file, fact in info.files.items():
-            if file not in short and fact_of(folder / file).sha256 != fact.sha256:
-                yield Problem(f"{name}/{file}", None, "sha256 differs from the sidecar's")
+            if file not in short and (what := _hash_problem(folder / file, fact.sha256, "sidecar")):
+                yield Problem(f"{name}/{file}", None, what)
         for view in info.views:
             yield from _record_problems(root, manifest, row, view, info)
 
 
-def _record_problems(root: Path, manifest: Manifest, row: UnitRow, view: int, info: UnitInfo) -> Iterator[Problem]:
+def _record_problems(
+    root: StoredPath, manifest: Manifest, row: UnitRow, view: int, info: UnitInfo
+) -> Iterator[Problem]:
     where = f"{unit_folder(root, row.group, row.range_id).relative_to(root).as_posix()}/v{view:04d}"
     try:
         reader = open_shard(root, manifest, row, view)

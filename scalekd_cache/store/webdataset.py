@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from scalekd_cache.store.base import Record, ShardId, ShardReader, ShardSummary, ShardWriter, damaged, record_crc
 from scalekd_cache.store.files import HashingFile, write_new
 from scalekd_cache.store.index import ROW, load_index, pack_index
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote import descriptor_of
 
 BLOCK = 512
 PNG_MAGIC = b"\x89PNG"
@@ -73,14 +75,18 @@ class Writer(ShardWriter):
 class Reader(ShardReader):
     """One pread a record: its members lie together."""
 
-    def __init__(self, folder: Path, shard: ShardId, keys: list[str]) -> None:
+    def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
-        self._descriptor = -1
+        self._kept = -1
         try:
-            self._descriptor = os.open(self.where, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = descriptor_of(self.where)
         except FileNotFoundError:
             raise damaged("a shard is missing", "no file", "a tar", self.where) from None
-        tar_bytes = os.fstat(self._descriptor).st_size
+        tar_bytes = os.fstat(descriptor).st_size
+        if isinstance(folder, Path):
+            self._kept = descriptor
+        else:  # an open copy could not make room for others: it is opened for each call
+            os.close(descriptor)
         self._rows = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
         self._crcs = np.ascontiguousarray(self._rows["crc32c"])
         self._spans = [row[:-1] for row in self._rows.tolist()]
@@ -92,21 +98,26 @@ class Reader(ShardReader):
         return self._crcs
 
     @property
-    def where(self) -> Path:
+    def where(self) -> StoredPath:
         """The tar."""
         return self.folder / f"v{self.shard.view:04d}.tar"
 
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
         """Records of these rows, in this order."""
-        return [self._read_one(row) for row in rows.tolist()]
+        descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
+        try:
+            return [self._read_one(descriptor, row) for row in rows.tolist()]
+        finally:
+            if descriptor != self._kept:
+                os.close(descriptor)
 
-    def _read_one(self, row: int) -> Record:
+    def _read_one(self, descriptor: int, row: int) -> Record:
         json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes = self._spans[row]
         start = json_at
         stop = max(json_at + json_bytes, pixels_at + pixels_bytes, features_at + features_bytes)
         if len(self._buffer) < stop - start:
             self._buffer = memoryview(bytearray(stop - start))
-        found = os.preadv(self._descriptor, [self._buffer[: stop - start]], start)
+        found = os.preadv(descriptor, [self._buffer[: stop - start]], start)
         if found != stop - start:
             raise damaged("a shard ends early", f"{found} bytes", stop - start, self.where, self.keys[row])
         pixels_at, features_at = max(pixels_at - start, 0), features_at - start
@@ -136,7 +147,7 @@ class Reader(ShardReader):
 
     def close(self) -> None:
         """Close the tar."""
-        descriptor, self._descriptor = getattr(self, "_descriptor", -1), -1
+        descriptor, self._kept = getattr(self, "_kept", -1), -1
         if descriptor >= 0:
             os.close(descriptor)
 

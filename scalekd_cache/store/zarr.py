@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.store.base import Record, ShardId, ShardReader, ShardSummary, ShardWriter, damaged, record_crc
 from scalekd_cache.store.files import FileFact, canonical_json, fact_of, fsync_path
+from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
 
 CHUNK_RECORDS = 16
@@ -140,7 +141,7 @@ class Writer(ShardWriter):
 class Reader(ShardReader):
     """Each chunk is decoded once a call, however many of its records are asked for."""
 
-    def __init__(self, folder: Path, shard: ShardId, keys: list[str]) -> None:
+    def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
         attributes = read_attributes(self.where)
         expected = {"scalekd_cache": 1, **shard._asdict()}
@@ -165,7 +166,7 @@ class Reader(ShardReader):
         return self._crcs
 
     @property
-    def where(self) -> Path:
+    def where(self) -> StoredPath:
         """The group's folder."""
         return self.folder / f"v{self.shard.view:04d}.zarr"
 

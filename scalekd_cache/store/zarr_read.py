@@ -8,7 +8,6 @@ the size of a chunk before it is decoded; a missing chunk or file is an error (z
 import json
 import os
 import struct
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
@@ -18,6 +17,8 @@ from numpy.typing import NDArray
 
 from scalekd_cache.store.base import damaged
 from scalekd_cache.store.files import read_json
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote import descriptor_of
 
 MAX_CHUNK_BYTES = 1 << 26
 MAX_SHARD_CHUNKS = 1 << 20
@@ -30,7 +31,7 @@ INDEX_CODECS = ["bytes", "crc32c"]
 class ShardedArray:
     """An array split along its first axis only: shard files of chunks, each a zstd frame."""
 
-    def __init__(self, folder: Path, dtype: str, length: int, *, columns: bool = False) -> None:
+    def __init__(self, folder: StoredPath, dtype: str, length: int, *, columns: bool = False) -> None:
         self.folder, self.dtype, self.length = folder, np.dtype(dtype).newbyteorder("<"), length
         self.columns = columns
         meta, _ = read_json(folder / "zarr.json", "the metadata of a zarr array", METADATA_BYTES)
@@ -113,14 +114,14 @@ class ShardedArray:
         offset = first * self.chunk_rows
         return data[(start - offset) * self.row_bytes : (stop - offset) * self.row_bytes]
 
-    def _path(self, shard: int) -> Path:
+    def _path(self, shard: int) -> StoredPath:
         """The file of a shard; the second axis is never split."""
         return self.folder / "c" / str(shard) / "0" if self.columns else self.folder / "c" / str(shard)
 
     def _read_chunks(self, shard: int, chunks: list[int]) -> dict[int, bytes]:
         path = self._path(shard)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = descriptor_of(path)
         except FileNotFoundError:
             raise damaged("a shard file is missing", "no file", "a zarr shard", path) from None
         try:
@@ -131,7 +132,7 @@ class ShardedArray:
         finally:
             os.close(descriptor)
 
-    def _read_index(self, path: Path, descriptor: int) -> NDArray[np.uint64]:
+    def _read_index(self, path: StoredPath, descriptor: int) -> NDArray[np.uint64]:
         """(chunks, 2) uint64: offset and length of every chunk, checked against the file's length."""
         size, index_bytes = os.fstat(descriptor).st_size, self.shard_chunks * 16 + 4
         if size < index_bytes:
@@ -147,7 +148,7 @@ class ShardedArray:
             raise damaged("the index of a zarr shard points outside the file", int(outside.argmax()), "inside", path)
         return index
 
-    def _decode(self, path: Path, descriptor: int, entry: NDArray[np.uint64]) -> bytes:
+    def _decode(self, path: StoredPath, descriptor: int, entry: NDArray[np.uint64]) -> bytes:
         offset, length = int(entry[0]), int(entry[1])
         if offset == ABSENT:
             raise damaged("a chunk was never written", "an empty index entry", "a chunk", path)
@@ -178,7 +179,7 @@ def zstd_content_size(frame: bytes) -> int | None:
     return int.from_bytes(frame[start : start + size], "little") + (256 if flag == 1 else 0)
 
 
-def read_attributes(folder: Path) -> dict[str, Any]:
+def read_attributes(folder: StoredPath) -> dict[str, Any]:
     """The attributes of a zarr group."""
     meta, _ = read_json(folder / "zarr.json", "the metadata of a zarr group", METADATA_BYTES)
     attributes = meta.get("attributes")

@@ -1,0 +1,52 @@
+"""Options of reading a cache over the network.
+
+In: values from the command line and the environment. Out: a checked, immutable dataclass.
+Invariant: none of these changes what is read, only how it gets here.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalekd_cache.config.base import require
+from scalekd_cache.errors import UserError
+
+FOLDER_VARIABLE, LIMIT_VARIABLE = "SCALEKD_CACHE_DIR", "SCALEKD_CACHE_BYTES"
+DEFAULT_LIMIT_BYTES = 50_000_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class RemoteConfig:
+    """How a cache behind a URL is read; without effect on a cache in a folder."""
+
+    folder: str | None = None
+    """Folder of local copies (None: $SCALEKD_CACHE_DIR, or ~/.cache/scalekd-cache)."""
+    limit_bytes: int | None = None
+    """Bytes that local copies may take; the least recently used make room (None: $SCALEKD_CACHE_BYTES, or 50 GB)."""
+    attempts: int = 5
+    """How often a transfer is tried in all before it is an error."""
+    backoff_s: float = 0.5
+    """Seconds before the second attempt; doubled each time, up to 30."""
+    timeout_s: float = 60.0
+    """Seconds without a byte after which a transfer counts as failed."""
+
+    def __post_init__(self) -> None:
+        require(self.limit_bytes is None or self.limit_bytes > 0, "remote.limit_bytes", self.limit_bytes, "> 0")
+        require(1 <= self.attempts <= 100, "remote.attempts", self.attempts, "1 to 100")
+        require(self.backoff_s >= 0, "remote.backoff_s", self.backoff_s, ">= 0")
+        require(self.timeout_s > 0, "remote.timeout_s", self.timeout_s, "> 0")
+
+
+def copies_folder(config: RemoteConfig) -> Path:
+    """Where local copies are kept."""
+    return Path(config.folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/scalekd-cache").expanduser()
+
+
+def copies_limit(config: RemoteConfig) -> int:
+    """Bytes that local copies may take. UserError when the variable holds no number of bytes."""
+    text = os.environ.get(LIMIT_VARIABLE, "")
+    if config.limit_bytes is not None or not text:
+        return config.limit_bytes or DEFAULT_LIMIT_BYTES
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise UserError("not a number of bytes", got=text, expected="a whole number > 0", where=f"${LIMIT_VARIABLE}")
+    return int(text)
