@@ -62,7 +62,7 @@ help: ## Show this help
 	@echo "  STUDENT=name                         also try one real step of this student before the work starts"
 	@echo "Variables of distill:"
 	@echo "  STUDENT=name                         timm model (needed); TARGETS=cached|live|none; EPOCHS=n"
-	@echo "  CACHE=dir  RUN=dir                   default caches/<data> (made when absent), runs/<student>"
+	@echo "  CACHE=dir|URL  RUN=dir               default caches/<data> (made when absent), runs/<student>"
 	@echo "  INIT=dir                             start from an exported or imported student (and its heads)"
 	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
 	@echo "Variables of both:"
@@ -116,7 +116,7 @@ import-upstream: $(BASE) ## Bring a published ScaleKD checkpoint to timm: CKPT=f
 	@$(PY) -m pipelines.import_upstream --ckpt "$(CKPT)" --out "$(OUT)" $(call option,STUDENT,student) \
 	  $(call option,CLASSES,classes) $(call option,S4_QUERY,s4_query)
 
-verify: $(BASE) ## Check a cache: CACHE=dir, DEEP=1 reads every byte
+verify: $(BASE) ## Check a cache: CACHE=dir or URL, DEEP=1 reads every byte
 	@$(PY) -m pipelines.verify --cache "$(CACHE)" $(if $(DEEP),--deep true)
 
 fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name

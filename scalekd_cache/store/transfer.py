@@ -176,7 +176,9 @@ def _status(error: Exception) -> int | None:
     for one in _chain(error):
         response = getattr(one, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        for status in (getattr(one, "status", None), getattr(one, "code", None), metadata.get("HTTPStatusCode")):
+        # aiohttp's protocol errors have a `code` too: 400 for a body that was cut short, which no server has sent
+        code = getattr(one, "code", None) if type(one).__module__.startswith("gcsfs") else None
+        for status in (getattr(one, "status", None), code, metadata.get("HTTPStatusCode")):
             if isinstance(status, int) and status >= 400:
                 return status
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:

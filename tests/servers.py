@@ -1,0 +1,171 @@
+"""Servers on free ports of this machine: one that fails on demand, nginx, and an S3-compatible one."""
+
+import contextlib
+import http.server
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+PIECE = 4096
+
+
+class FaultyServer(http.server.ThreadingHTTPServer):
+    """Serves a folder without range support, as Python's own server does; `faults` says what goes wrong.
+
+    A fault is (end of the path, kind, times). Kinds: a status; drop: the connection breaks half-way; short: half
+    of the body, without a length; flipped: one byte changed; zeros; endless; slow: nothing for a while; held: half of
+    the body, then nothing until `release` is set.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.faults, self.log = Path(folder), [], []
+        self.release, self.reached = threading.Event(), threading.Event()
+        self.lock = threading.Lock()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def fail(self, end, kind, times=10**6):
+        self.faults.append([end, kind, times])
+
+    def gets(self, end=""):
+        """How often files whose path ends so were asked for."""
+        return sum(method == "GET" and path.endswith(end) for method, path in self.log)
+
+    def fault_of(self, path):
+        with self.lock:
+            for fault in self.faults:
+                if path.endswith(fault[0]) and fault[2] > 0:
+                    fault[2] -= 1
+                    return fault[1]
+        return None
+
+    def handle_error(self, request, client_address):
+        """Clients that give up are part of the game."""
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def log_message(self, *words):
+        pass
+
+    def do_HEAD(self):
+        self.answer("HEAD")
+
+    def do_GET(self):
+        self.answer("GET")
+
+    def answer(self, method):
+        server, path = self.server, self.path
+        with server.lock:
+            server.log.append((method, path))
+        file = server.folder / path.lstrip("/")
+        fault = server.fault_of(path) if method == "GET" else None
+        if isinstance(fault, int):
+            self.send_error(fault)
+            return
+        if not file.is_file():
+            self.send_error(404)
+            return
+        data = file.read_bytes()
+        if fault == "slow":
+            time.sleep(1.5)
+        self.send_response(200)
+        if fault not in ("short", "endless"):
+            self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        if method == "GET":
+            self.body(data, fault)
+
+    def body(self, data, fault):
+        half = len(data) // 2
+        if fault == "flipped":
+            data = data[:half] + bytes([data[half] ^ 1]) + data[half + 1 :]
+        elif fault == "zeros":
+            data = bytes(len(data))
+        elif fault == "short":
+            data = data[:half]
+        elif fault in ("drop", "held"):
+            self.wfile.write(data[:half])
+            self.wfile.flush()
+            self.server.reached.set()
+            if fault == "held":
+                self.server.release.wait(30)
+            self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        self.wfile.write(data)
+        while fault == "endless":
+            self.wfile.write(bytes(1 << 16))
+
+
+@contextlib.contextmanager
+def faulty_server(folder):
+    server = FaultyServer(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.release.set()
+        server.shutdown()
+        server.server_close()
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@contextlib.contextmanager
+def nginx(folder, work):
+    """nginx over a folder, configuration and all its files in `work`; yields its URL. /closed/ answers 403."""
+    binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
+    if binary is None:
+        pytest.skip("nginx is not installed (apt-get install nginx-light)")
+    port = free_port()
+    places = "".join(
+        f"{name}_temp_path {work}/{name};\n" for name in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    config = work / "nginx.conf"
+    config.write_text(
+        f"daemon off; pid {work}/pid; error_log {work}/error.log; {user_line()}\nevents {{}}\nhttp {{ access_log off;\n"
+        f"{places}server {{ listen 127.0.0.1:{port}; root {folder};\nlocation /closed/ {{ deny all; }} }} }}\n"
+    )
+    process = subprocess.Popen([binary, "-p", str(work), "-c", str(config)], stderr=subprocess.PIPE, text=True)
+    try:
+        wait_for(f"http://127.0.0.1:{port}/", process)
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.wait(10)
+
+
+def user_line():
+    """Workers keep the rights of whoever runs the tests: temporary folders are closed to others."""
+    return "user root;" if os.getuid() == 0 else ""
+
+
+def wait_for(url, process):
+    for _ in range(200):
+        if process.poll() is not None:
+            raise AssertionError(f"the server ended: {process.stderr.read()}")
+        try:
+            urllib.request.urlopen(url, timeout=1).close()
+            return
+        except urllib.error.HTTPError:
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError(f"no answer from {url}")
