@@ -129,7 +129,7 @@ def fact_of(path: StoredPath, *, from_medium: bool = False) -> FileFact:
     with path.open("rb", buffering=0) as file:
         if from_medium and hasattr(os, "posix_fadvise"):
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-        digest = hashlib.file_digest(file, "sha256")
+        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
         return FileFact(file.tell(), digest.hexdigest())
 
 
