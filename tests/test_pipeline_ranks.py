@@ -1,10 +1,12 @@
 """Several processes do what one does: the same bytes in stage 1, the same losses in stage 2."""
 
+import shutil
 import socket
 
 import pytest
 from commands import (
     BIN,
+    STEPS,
     STUDENT,
     TRAIN_OPTIONS,
     assert_same_losses,
@@ -51,4 +53,25 @@ def test_two_processes_give_the_losses_of_one(zero, finished, cache, workshop):
     summary, other = read_json(folder / "summary.json"), read_json(finished / "summary.json")
     assert (summary["world_size"], summary["zero"], summary["steps"]) == (2, zero, other["steps"])
     assert summary["val_images"] == other["val_images"]
+    assert_same_losses(folder, finished, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        pytest.param((1, 0), (2, 1), id="1 to 2 processes"),
+        pytest.param((2, 2), (1, 0), id="2 to 1 process"),
+        pytest.param((2, 3), (2, 0), id="ZeRO 3 to 0", marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_with_other_processes(before, after, finished, cache, workshop):
+    """Stopped in the middle of an epoch, it ends with the losses of the run that was never stopped."""
+    folder = workshop / "runs" / f"from-{before}-to-{after}"
+    steps = {"train.checkpoint_steps": 2, "train.keep_checkpoints": 9}
+    run("distill", *distill_flags(cache, folder, **steps, **{"train.zero": before[1]}), nproc=before[0])
+    for later in sorted(folder.glob("checkpoints/step-*"))[1:]:  # as if it had ended after step 2
+        shutil.rmtree(later)
+    (folder / "summary.json").unlink()
+    output = run("distill", *distill_flags(cache, folder, **{"train.zero": after[1]}), nproc=after[0])
+    assert f"resuming {folder} at step 3 of {STEPS}" in output
     assert_same_losses(folder, finished, 1e-4)
