@@ -9,6 +9,7 @@ PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 1
 LAUNCHER ?= torchrun
+DATA_GIVEN := $(DATA)
 DATA ?= demo
 RECIPE_OF_DATA = $(if $(filter demo,$(DATA)),demo,traditional)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
@@ -58,12 +59,15 @@ help: ## Show this help
 	@echo "  RECIPE=name                          views and training (pipelines/recipes); default demo, or traditional"
 	@echo "  VIEWS=n  CODEC=int8|float16|float32  views an image, feature codec"
 	@echo "  STORE=webdataset|zarr  PIXELS=baked|replayed"
+	@echo "  PIXELS_FROM=dir                      share the pixels of that cache: store another codec's or teacher's targets only"
 	@echo "  CACHE=dir                            default caches/<data>"
 	@echo "  STUDENT=name                         also try one real step of this student before the work starts"
 	@echo "Variables of distill:"
 	@echo "  STUDENT=name                         timm model (needed); TARGETS=cached|live|none; EPOCHS=n"
 	@echo "  CACHE=dir|URL  RUN=dir               default caches/<data> (made when absent), runs/<student>"
 	@echo "  INIT=dir                             start from an exported or imported student (and its heads)"
+	@echo "  FOLLOW=1                             train while the cache grows, wait where it is not there yet"
+	@echo "  PIXELS_FROM=dir                      where shared pixels are now (default: where they were, beside CACHE)"
 	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
 	@echo "Variables of both:"
 	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
@@ -86,23 +90,30 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 cache-teacher: $(BASE) ## Stage 1: run the teacher once, keep views, features and logits
-	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher --recipe "$(or $(RECIPE),$(RECIPE_OF_DATA))" \
-	  --data.source "$(DATA)" --cache.path "$(CACHE)" --workers $(WORKERS) \
+	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1_OF) \
+	  --cache.path "$(CACHE)" --workers $(WORKERS) $(call option,PIXELS_FROM,cache.pixels_from) \
 	  $(call option,TEACHER,teacher.name) $(call option,TEACHER_WEIGHTS,teacher.weights) \
 	  $(if $(PRETRAINED),--teacher.pretrained $(if $(filter 0 false no,$(PRETRAINED)),false,true)) \
 	  $(call option,VIEWS,cache.num_views) $(call option,CODEC,cache.codec) $(call option,STORE,cache.backend) \
 	  $(call option,PIXELS,views.pixels) $(call option,STUDENT,student) $(CACHE_SET)
 
 cache-teacher: CACHE_SET = $(SET_OPTIONS)
+# A cache that shares pixels takes data set and recipe from the one that holds them, where they are not given.
+STAGE1_OF = $(if $(PIXELS_FROM),$(call option,RECIPE,recipe) $(call option,DATA_GIVEN,data.source),\
+  --recipe "$(or $(RECIPE),$(RECIPE_OF_DATA))" --data.source "$(DATA)")
+
+# A cache that is followed is made by somebody else, now.
+FOLLOWS = $(filter-out 0 false no,$(FOLLOW))
 
 distill: $(BASE) ## Stage 2: train STUDENT from a cache (made first when absent)
 	@test -n "$(STUDENT)" || { echo 'error: give STUDENT=, for example make distill STUDENT=resnet50' >&2; exit 2; }
 ifeq ($(CACHE_GIVEN),)
-	@test -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET=
+	@test -n "$(FOLLOWS)" -o -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET= PIXELS_FROM=
 endif
 	@$(LAUNCH) pipelines.distill --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
 	  $(call option,RECIPE,recipe) $(call option,INIT,init) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
 	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) \
+	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
 evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA=]

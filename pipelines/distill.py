@@ -1,18 +1,21 @@
 """Stage 2: train a student from a cache (`make distill STUDENT=resnet50`)."""
 
 import dataclasses
+import os
 
 from pipelines.command import parse, recipe_section, run, value_of
 from scalekd_cache.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, to_plain
-from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.follow import read_cache_facts
+from scalekd_cache.store.manifest import Manifest, ManifestFacts
+from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import open_place
 
 
 def main(argv: list[str]) -> None:
     """Parse the options of stage 2, hold the recipe against the cache, and train."""
     cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
-    manifest = None if "--help" in argv or "-h" in argv else read_manifest(cache)
+    manifest = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
     recipe = value_of(argv, "--recipe") or (manifest.recipe if manifest else "demo")
     config = parse(
         DistillConfig, "distill", argv, {**recipe_section(recipe, "distill"), "recipe": recipe}, __doc__ or ""
@@ -27,6 +30,15 @@ def main(argv: list[str]) -> None:
     from scalekd_cache.processes import this_process
 
     distill(config, this_process(config.device))
+
+
+def _facts(cache: StoredPath, argv: list[str]) -> Manifest | ManifestFacts:
+    """What the cache is; one that is followed is waited for, even if nobody has begun it yet."""
+    follow = value_of(argv, "--follow") in ("true", "True", "yes", "1")
+    minutes = value_of(argv, "--follow_timeout_minutes") or str(DistillConfig().follow_timeout_minutes)
+    quiet = os.environ.get("RANK", "0") != "0"
+    timeout_s = 60 * float(minutes) if minutes.replace(".", "", 1).isdigit() else 0.0  # the parser says what is wrong
+    return read_cache_facts(cache, follow, timeout_s, lambda text: None if quiet else print(text, flush=True))
 
 
 if __name__ == "__main__":

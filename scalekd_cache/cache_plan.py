@@ -5,76 +5,142 @@ Invariant: a plan that is there is extended by view groups and otherwise kept: a
 set or layout is an error that names the fields.
 """
 
+import dataclasses
 import importlib.metadata
-import json
+import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.agreement import check_plan
-from scalekd_cache.caching import Stage, Unit, plan_units
+from scalekd_cache.caching import Stage, plan_units, unit_ranges
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.logits import LogitCodec
-from scalekd_cache.config import CacheTeacherConfig, fingerprint, to_plain
+from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, to_plain
+from scalekd_cache.drawing import Unit
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, listing_digest
+from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Process, autocast_dtype
-from scalekd_cache.store import Ledger, remove_stale
-from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store import Ledger, ManifestFacts, remove_stale
+from scalekd_cache.store import plan as plans
+from scalekd_cache.store.plan import Plan, read_plan, write_plan
+from scalekd_cache.store.shared import shared_with
 from scalekd_cache.teacher import Teacher
-
-PLAN = "plan.json"
-"""What a cache is going to be, written before the first unit: a job that continues it is held against this."""
 
 
 class Job(NamedTuple):
     """What a stage-1 job works with."""
 
     stage: Stage
-    plan: dict[str, Any]
+    plan: Plan
     """Facts of the cache that are known before the first unit is made; they go into the manifest."""
     units: list[Unit]
     ledger: Ledger
     """Which of them are in the cache already."""
 
 
-def make_plan(config: CacheTeacherConfig, process: Process, source: Source, teacher: Teacher) -> Job:
+def make_plan(config: CacheTeacherConfig, process: Process, source: Source | PixelCache, teacher: Teacher) -> Job:
     """Everything that decides the cached bytes, and the units they come in."""
     root = Path(config.cache.path)
     codec = make_codec(config.cache.codec, teacher.spec.feature_shape)
     logit_codec = LogitCodec(teacher.spec.num_classes, exact=codec.id == "float32")
     fields = {
+        **_known_fields(config, process, source),
         "teacher": teacher.spec.to_json(),
-        "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
-        "views": to_plain(config.views),
         "codec": codec.get_config(),
         "logit_codec": logit_codec.get_config(),
-        "data": {"listing": listing_digest(source), "samples": len(source.samples)},
     }
-    fixed: dict[str, Any] = {
-        "fingerprint": fingerprint(fields),
-        "fingerprint_fields": fields,
-        "backend": config.cache.backend,
-        "samples_per_shard": config.cache.samples_per_shard,
-    }
-    groups: list[list[int]] = []
-    if (root / PLAN).exists():
-        kept = _read_plan(root)
-        check_plan({name: kept[name] for name in fixed}, fixed, root)
-        groups = kept["groups"]
-    groups = extended_groups(groups, config.cache.num_views, config.cache.views_per_group)
-    plan = {
-        **fixed,
-        "groups": groups,
-        "recipe": config.recipe,
-        "teacher_config": to_plain(config.teacher),
-        "data_config": to_plain(config.data),
-    }
+    layout = {**_layout(config, source), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
+    kept = read_plan(root) if (root / plans.NAME).exists() else None
+    if kept is not None:
+        check_plan(_kept_fields(kept, layout), layout, root)
+    groups = _groups(kept, config.cache, source)
+    ranges = [[positions.start, positions.stop] for positions in unit_ranges(source, layout["samples_per_shard"])]
+    facts = ManifestFacts(
+        fingerprint=layout["fingerprint"],
+        fingerprint_fields=fields,
+        recipe=config.recipe,
+        backend=config.cache.backend,
+        groups=groups,
+        ranges=[ranges for _ in groups],
+        class_names=list(source.class_names),
+        # What is measured is kept; it is measured before the first unit when there is nothing yet.
+        teacher={
+            "spec": fields["teacher"],
+            "config": to_plain(config.teacher),
+            "top1": kept.facts.teacher.get("top1") if kept else None,
+        },
+        tail_sha256=kept.facts.tail_sha256 if kept else "",
+        view_recipe=fields["views"],
+        codec=fields["codec"],
+        logit_codec=fields["logit_codec"],
+        data={**to_plain(config.data), **fields["data"]},
+        pixels_from=shared_with(root, source.cache) if isinstance(source, PixelCache) else {},
+        versions=library_versions(),
+    )
     stage = Stage(
-        root, config.cache.backend, fixed["fingerprint"], source, config.views, teacher, codec, logit_codec,
+        root, config.cache.backend, facts.fingerprint, source, config.views, teacher, codec, logit_codec,
         config.teacher.batch_size, process.device, library_versions(),
     )  # fmt: skip
-    units = plan_units(source, groups, config.cache.samples_per_shard)
+    plan = Plan(samples_per_shard=layout["samples_per_shard"], facts=facts)
+    units = plan_units(source, groups, plan.samples_per_shard)
     return Job(stage, plan, units, Ledger(root, stage.fingerprint))
+
+
+def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
+    """Hold what is known without the teacher against the plan that is there: its errors tell more than a teacher's."""
+    root = Path(config.cache.path)
+    if (root / plans.NAME).exists():
+        asked = {**_layout(config, source), "fingerprint_fields": _known_fields(config, process, source)}
+        check_plan(_kept_fields(read_plan(root), asked), asked, root)
+
+
+def _known_fields(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> dict[str, Any]:
+    """The fields of the fingerprint that do not depend on the teacher's weights."""
+    shares = isinstance(source, PixelCache)
+    return {
+        "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
+        "views": to_plain(config.views),
+        "data": _data_fields(source),
+        **({"pixels": "shared"} if shares else {}),
+    }
+
+
+def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
+    if isinstance(source, PixelCache):
+        fields: dict[str, Any] = source.cache.manifest.fingerprint_fields["data"]
+        return fields
+    return {"listing": listing_digest(source), "samples": len(source.samples)}
+
+
+def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str, Any]:
+    """How the cache lies on disk; one that shares pixels has the ranges of the one that holds them."""
+    shard = config.cache.samples_per_shard
+    if isinstance(source, PixelCache):
+        shard = max(len(positions) for positions in source.ranges())
+    return {"backend": config.cache.backend, "samples_per_shard": shard}
+
+
+def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of the same things as `asked`."""
+    there = {
+        "backend": kept.facts.backend,
+        "samples_per_shard": kept.samples_per_shard,
+        "fingerprint": kept.facts.fingerprint,
+        "fingerprint_fields": kept.facts.fingerprint_fields,
+    }
+    if "fingerprint" not in asked:
+        fields = kept.facts.fingerprint_fields
+        own = asked["fingerprint_fields"].keys() | ({"pixels"} & fields.keys())
+        there["fingerprint_fields"] = {name: fields.get(name) for name in own}
+    return {name: there[name] for name in asked}
+
+
+def _groups(kept: Plan | None, config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
+    groups = kept.facts.groups if kept is not None else []
+    if isinstance(source, PixelCache):
+        return source.extended_groups(groups, config.num_views)
+    return extended_groups(groups, config.num_views, config.views_per_group)
 
 
 def extended_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
@@ -86,24 +152,26 @@ def extended_groups(groups: list[list[int]], num_views: int, views_per_group: in
     return groups
 
 
-def _read_plan(root: Path) -> dict[str, Any]:
-    try:
-        plan = json.loads((root / PLAN).read_text(encoding="utf-8"))
-        needed = {"fingerprint", "fingerprint_fields", "backend", "samples_per_shard", "groups"}
-        if not isinstance(plan, dict) or not needed <= plan.keys():
-            raise ValueError(f"expected an object with {', '.join(sorted(needed))}")
-    except ValueError as error:
-        raise UserError(
-            "the cache's plan is damaged", got=error, where=root / PLAN, fix="restore it, or choose another CACHE="
-        ) from error
-    return plan
+def begin(job: Job, top1: float | None, tail_sha256: str) -> Job:
+    """Write plan.json: from now on others may follow.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    facts = dataclasses.replace(
+        job.plan.facts, tail_sha256=tail_sha256, teacher={**job.plan.facts.teacher, "top1": top1}
+    )
+    plan = dataclasses.replace(job.plan, facts=facts)
+    write_plan(job.stage.root, plan)
+    return job._replace(plan=plan)
 
 
-def write_plan(root: Path, plan: dict[str, Any]) -> None:
-    """Write plan.json in one step; `UserError` when the folder cannot be written."""
+def open_folder(root: Path) -> None:
+    """Make the cache's folder; `UserError` when it cannot be written."""
     try:
         root.mkdir(parents=True, exist_ok=True)
-        write_atomically(root / PLAN, (json.dumps(plan, indent=2) + "\n").encode())
+        with tempfile.TemporaryFile(dir=root):
+            pass
     except OSError as error:
         raise UserError(
             "the cache's folder cannot be written", got=error, where=root, fix="choose another CACHE="

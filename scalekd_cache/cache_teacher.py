@@ -13,13 +13,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalekd_cache.cache_plan import Job, committed, library_versions, make_plan, take_over, tidy, write_plan
-from scalekd_cache.caching import Stage, Unit, make_units
+from scalekd_cache.cache_plan import (
+    Job,
+    begin,
+    check_before_teacher,
+    committed,
+    make_plan,
+    open_folder,
+    take_over,
+    tidy,
+)
+from scalekd_cache.caching import Stage, make_units
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
+from scalekd_cache.drawing import Unit
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import evaluate
-from scalekd_cache.images import open_source
+from scalekd_cache.images import Source, open_source
+from scalekd_cache.pixel_cache import PixelCache, open_pixels
 from scalekd_cache.preflight import (
     bytes_per_view,
     check_batches,
@@ -31,9 +42,10 @@ from scalekd_cache.preflight import (
 from scalekd_cache.processes import Peers, Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import teacher_accuracy
-from scalekd_cache.store import Manifest, ManifestFacts, build_manifest, read_manifest, write_manifest
+from scalekd_cache.store import Manifest, build_manifest, read_manifest, write_manifest
+from scalekd_cache.store.files import fact_of
 from scalekd_cache.tail import DEMO_TEACHER
-from scalekd_cache.teacher import TeacherOutput, load_teacher, save_tail
+from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher, save_tail
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
@@ -52,13 +64,10 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
     if process.rank == 0:
         tidy(root, process)
-    source = open_source(config.data, "train")
+    source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
     config = dataclasses.replace(config, teacher=_with_weights(config, peers))
-    torch.manual_seed(config.views.seed)  # random weights (PRETRAINED=0) are the same on every process
-    teacher = load_teacher(
-        config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
-    )
-    job = make_plan(config, process, source, teacher)
+    job = make_plan(config, process, source, _teacher(config, process, source))
+    _say_more_views(config, process, job)
     finished = _finished(job)
     if finished is not None:
         peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
@@ -66,13 +75,30 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         process.say(f"{root} is complete: {images}; nothing to do")
         return finished
     _check(config, process, job, student)
-    if process.rank == 0:
-        write_plan(root, job.plan)
-        take_over(job, process)
-        peers.announce("planned")
-    peers.wait("planned")
+    job = _begin(config, peers, job)
     _make(config, peers, job)
-    return _finish(config, process, peers, job)
+    return _finish(process, peers, job)
+
+
+def _teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> Teacher:
+    """The frozen teacher; when it cannot be had, other options than those of the cache are the better explanation."""
+    torch.manual_seed(config.views.seed)  # random weights (PRETRAINED=0) are the same on every process
+    try:
+        return load_teacher(
+            config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
+        )
+    except UserError:
+        check_before_teacher(config, process, source)
+        raise
+
+
+def _say_more_views(config: CacheTeacherConfig, process: Process, job: Job) -> None:
+    if config.cache.num_views < job.plan.num_views:
+        asked, there = config.cache.num_views, job.plan.num_views
+        process.say(
+            f"asked for {asked} views; {job.stage.root} has, or will have, {there}, and nothing is removed. "
+            f'To train on the first {asked}: make distill ... SET="train.views={asked}"'
+        )
 
 
 def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
@@ -96,7 +122,7 @@ def _finished(job: Job) -> Manifest | None:
     if not (root / "manifest.json").exists() or not (root / "tail.safetensors").exists():
         return None
     manifest = read_manifest(root)
-    whole = manifest.groups == job.plan["groups"] and all(committed(job, unit) for unit in job.units)
+    whole = manifest.groups == job.plan.facts.groups and all(committed(job, unit) for unit in job.units)
     return manifest if whole else None
 
 
@@ -114,9 +140,28 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
         print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))
-            check_batches(student.train, len(stage.source.samples), process.world_size)
+            check_batches(student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size)
             check_student(student, stage.teacher, len(stage.source.class_names), output)
             print(f"student {student.student.name} and the training recipe fit this cache", flush=True)
+
+
+def _begin(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
+    """Rank 0: the tail, the teacher's accuracy and the plan, before the first unit: a student may follow from now on.
+
+    What an earlier session left is kept as it is.
+    """
+    if peers.process.rank == 0:
+        stage, facts = job.stage, job.plan.facts
+        open_folder(stage.root)
+        tail = stage.root / "tail.safetensors"
+        whole = tail.is_file() and fact_of(tail).sha256 == facts.tail_sha256
+        tail_sha256 = facts.tail_sha256 if whole else save_tail(stage.teacher, tail)
+        top1 = facts.teacher["top1"]
+        job = begin(job, _teacher_top1(config, stage) if top1 is None else top1, tail_sha256)
+        take_over(job, peers.process)
+        peers.announce("planned")
+    peers.wait("planned")
+    return job
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
@@ -149,40 +194,16 @@ def _claims(peers: Peers, job: Job, skipped: Callable[[Unit], None]) -> Iterator
             yield number
 
 
-def _finish(config: CacheTeacherConfig, process: Process, peers: Peers, job: Job) -> Manifest:
-    """Rank 0: the tail, the teacher's accuracy, the manifest."""
-    stage = job.stage
+def _finish(process: Process, peers: Peers, job: Job) -> Manifest:
+    """Rank 0: the manifest."""
+    root = job.stage.root
     if process.rank == 0:
-        tail_sha256 = save_tail(stage.teacher, stage.root / "tail.safetensors")
-        manifest = build_manifest(stage.root, _facts(job, tail_sha256, _teacher_top1(config, stage)))
-        write_manifest(stage.root, manifest)
+        manifest = build_manifest(root, job.plan.facts)
+        write_manifest(root, manifest)
         peers.announce("manifest")
-        _say_what_it_is(stage.root, manifest)
+        _say_what_it_is(root, manifest)
     peers.wait("manifest")
-    return read_manifest(stage.root)
-
-
-def _facts(job: Job, tail_sha256: str, top1: float | None) -> ManifestFacts:
-    """What the manifest says beside what the units say."""
-    plan, fields = job.plan, job.plan["fingerprint_fields"]
-    ranges = job.stage.source.ranges(plan["samples_per_shard"])
-    bounds = [[positions.start, positions.stop] for positions in ranges]
-    return ManifestFacts(
-        fingerprint=plan["fingerprint"],
-        fingerprint_fields=fields,
-        recipe=plan["recipe"],
-        backend=plan["backend"],
-        groups=plan["groups"],
-        ranges=[bounds for _ in plan["groups"]],
-        class_names=list(job.stage.source.class_names),
-        teacher={"spec": fields["teacher"], "config": plan["teacher_config"], "top1": top1},
-        tail_sha256=tail_sha256,
-        view_recipe=fields["views"],
-        codec=fields["codec"],
-        logit_codec=fields["logit_codec"],
-        data={**plan["data_config"], **fields["data"]},
-        versions=library_versions(),
-    )
+    return read_manifest(root)
 
 
 def _teacher_top1(config: CacheTeacherConfig, stage: Stage) -> float | None:
@@ -212,7 +233,8 @@ def _say_what_it_is(root: Path, manifest: Manifest) -> None:
     skipped = manifest.fingerprint_fields["data"]["samples"] - manifest.num_samples
     print(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, "
-        f"{sizes['total']:,.0f} bytes a view ({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels)"
+        f"{sizes['total']:,.0f} bytes a view ({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels"
+        + (f", shared with {manifest.pixels_from['path']})" if manifest.pixels_from else ")")
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {manifest.teacher['spec']['name']}: "
         f"{top1}; decoded features: {close}\n"

@@ -4,101 +4,34 @@ In: a `CacheTeacherConfig`. Out: a complete cache. Invariant: a unit's bytes dep
 teacher and the codec, never on which rank made it; what is committed is never touched again.
 """
 
-import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.fidelity import fidelity, summarise
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config import ViewConfig
+from scalekd_cache.drawing import Drawn, Unit, draw_units
 from scalekd_cache.errors import UserError
-from scalekd_cache.images import SampleRef, Source, UnreadableImage, decode_image
+from scalekd_cache.images import Source
+from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import Record, UnitWriter
 from scalekd_cache.teacher import Teacher
-from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, pixel_digest, sample_view
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unit:
-    """A piece of work: some images, some view numbers."""
-
-    group: int
-    """Number of the view group."""
-    range_id: int
-    """Number of the range of images."""
-    positions: range
-    """Positions of the images in the group's canonical order."""
-    views: tuple[int, ...]
-    """View numbers of the group."""
+def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
+    """The ranges of images that units are made of, the same in every group of views."""
+    return source.ranges() if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
 
 
-class DrawnView(NamedTuple):
-    """One view of one image, ready for the teacher and for the store."""
-
-    pixels: Tensor
-    """(3, size, size) uint8: what the teacher sees; decoded from `encoded` when pixels are baked."""
-    encoded: bytes
-    """JPEG or PNG bytes; empty when pixels are replayed."""
-    view: str
-    """The view record, JSON."""
-    digest: str
-    """Digest of the pixels."""
-
-
-class Drawn(NamedTuple):
-    """All views of a unit's group of one image; `reason` says why there are none."""
-
-    unit: int
-    sample: SampleRef
-    views: list[DrawnView]
-    reason: str
-
-
-class Drawing(Dataset[Drawn]):
-    """Draws the views of one image: what a stage-1 worker process does."""
-
-    def __init__(self, source: Source, config: ViewConfig, units: Sequence[Unit]) -> None:
-        self.source = source
-        self.config = config
-        self.units = units
-
-    def __getitem__(self, place: tuple[int, int]) -> Drawn:
-        number, index = place
-        sample = self.source.samples[index]
-        try:
-            image = decode_image(self.source.read(index), sample.key)
-        except UnreadableImage as error:
-            return Drawn(number, sample, [], error.reason)
-        views = [self._draw(image, sample.key, view) for view in self.units[number].views]
-        return Drawn(number, sample, views, "")
-
-    def _draw(self, image: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", key: str, number: int) -> DrawnView:
-        view = sample_view(self.config, key, number, image.shape[1], image.shape[0])
-        pixels = apply_view(view, image, self.config)
-        encoded = b""
-        if self.config.pixels == "baked":
-            encoded = encode_pixels(pixels, self.config)
-            pixels = decode_pixels(encoded, self.config.size)
-        return DrawnView(
-            torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-            encoded,
-            json.dumps(view.to_json(), separators=(",", ":")),
-            pixel_digest(pixels),
-        )
-
-
-def plan_units(source: Source, groups: Sequence[Sequence[int]], samples_per_shard: int) -> list[Unit]:
+def plan_units(source: Source | PixelCache, groups: Sequence[Sequence[int]], samples_per_shard: int) -> list[Unit]:
     """All work units of a cache, in the order they are handed out."""
-    ranges = source.ranges(samples_per_shard)
+    ranges = unit_ranges(source, samples_per_shard)
     return [
         Unit(group=group, range_id=range_id, positions=positions, views=tuple(views))
         for group, views in enumerate(groups)
@@ -112,7 +45,7 @@ class Stage(NamedTuple):
     root: Path
     backend: str
     fingerprint: str
-    source: Source
+    source: Source | PixelCache
     views: ViewConfig
     teacher: Teacher
     codec: FeatureCodec
@@ -135,17 +68,8 @@ def make_units(
         workers: processes that draw views.
         done: called after a unit is committed.
     """
-    dataset = Drawing(stage.source, stage.views, units)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Places(stage.source, units, claims),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=32 if workers else None,
-        worker_init_fn=_one_thread,
-    )
-    for number, drawn in groupby(loader, key=lambda item: item.unit):
+    drawn_in_turn = draw_units(stage.source, stage.views, units, claims, workers)
+    for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
         make_unit(stage, units[number], drawn)
         done(units[number])
 
@@ -218,29 +142,3 @@ def _check_finite(features: Tensor, logits: Tensor, batch: Sequence[Drawn], view
             where=f"view {view}",
             fix="try --teacher.precision float32, or check the teacher's weights",
         )
-
-
-class _Places:
-    """A sampler of (unit number, image index) that claims a unit when it is needed, not before."""
-
-    def __init__(self, source: Source, units: Sequence[Unit], claims: Iterator[int]) -> None:
-        self._source = source
-        self._units = units
-        self._claims = claims
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        orders: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
-        for number in self._claims:
-            unit = self._units[number]
-            if unit.group not in orders:
-                orders = {unit.group: self._source.order(unit.group)}
-            for position in unit.positions:
-                yield number, int(orders[unit.group][position])
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

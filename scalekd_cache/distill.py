@@ -23,12 +23,14 @@ from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
 from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
+from scalekd_cache.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.start import load_start
 from scalekd_cache.stopping import Stop, stopped
 from scalekd_cache.store import Cache, Manifest
 from scalekd_cache.store.files import fact_of
-from scalekd_cache.store.remote import local_path
+from scalekd_cache.store.follow import read_cache_facts
+from scalekd_cache.store.remote import local_path, open_place
 from scalekd_cache.student import Student, build_student
 from scalekd_cache.tail import Tail
 from scalekd_cache.tail_file import load_tail
@@ -41,17 +43,20 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     run = Path(config.run or "runs/student")
     finished = read_summary(run)
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
-    cache = Cache.open(config.cache, config.remote)
-    check_same_cache(run, cache.manifest.fingerprint, cache.root)
     if finished is not None:
+        root = open_place(config.cache, config.remote)
+        facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.say)
+        check_same_cache(run, facts.fingerprint, root)
         process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
+    reads = open_run_cache(config, run, process)
+    cache = reads.cache
     validation = _validation(cache.manifest, config.data, process)
-    trainer = _make_trainer(config, process, cache, _checkpoint(run, process))
+    trainer = _make_trainer(config, process, reads, _checkpoint(run, process))
     if trainer.loader.step:
         process.say(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
-        folder.keep_facts(facts_of(cache.manifest))
+        folder.keep_facts(facts_of(cache.manifest, reads.views))
         folder.start_metrics(trainer.loader.step)
     first, started, tally = trainer.loader.step, time.perf_counter(), None
     with Stop() as stop:
@@ -68,13 +73,13 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     seconds = time.perf_counter() - started
     state = trainer.student_state()
     tally = judge(config, cache.manifest, state, validation, process)
-    summary = _summary(config, cache.manifest, trainer, tally)
+    summary = _summary(config, reads, trainer, tally)
     summary["minutes"] = round(seconds / 60, 2)
     images = (trainer.loader.total_steps - first) * config.train.global_batch_size
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
-        facts = facts_of(cache.manifest)
-        summary["export_max_logit_difference"] = export_state(config.student, state, facts, run / "export")
+        kept = facts_of(cache.manifest, reads.views)
+        summary["export_max_logit_difference"] = export_state(config.student, state, kept, run / "export")
         folder.finish(summary)
         process.say(closing_table(run, summary))
     dist.barrier()
@@ -118,9 +123,9 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
         return None
 
 
-def _make_trainer(config: DistillConfig, process: Process, cache: Cache, checkpoint: Checkpoint | None) -> Trainer:
+def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, checkpoint: Checkpoint | None) -> Trainer:
     """Everything a run needs, built and checked on each rank."""
-    manifest, train = cache.manifest, config.train
+    cache, manifest, train = reads.cache, reads.cache.manifest, config.train
     torch.manual_seed(train.seed)
     student = build_student(
         config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
@@ -148,10 +153,13 @@ def _make_trainer(config: DistillConfig, process: Process, cache: Cache, checkpo
         rank=process.rank,
         world_size=process.world_size,
         workers=train.workers,
+        views=reads.views,
+        pixels=reads.pixels,
         data=config.data,
         pin_memory=process.device.type == "cuda",
     )
     start_processes(process)
+    check_ranks_agree(reads, process)
     model = DistillModel(config, student, heads)
     return Trainer(config, process, loader, model, tail, teacher, manifest.codec, checkpoint)
 
@@ -226,7 +234,8 @@ def judge(
     return Tally(*counts.tolist())
 
 
-def _summary(config: DistillConfig, manifest: Manifest, trainer: Trainer, tally: Tally | None) -> Summary:
+def _summary(config: DistillConfig, reads: RunCache, trainer: Trainer, tally: Tally | None) -> Summary:
+    manifest = reads.cache.manifest
     codec = codec_from_config(manifest.codec)
     return {
         "student": config.student.name,
@@ -242,7 +251,7 @@ def _summary(config: DistillConfig, manifest: Manifest, trainer: Trainer, tally:
         "seed": config.train.seed,
         "zero": config.train.zero,
         "world_size": trainer.process.world_size,
-        "views": manifest.num_views,
+        "views": reads.views,
         "codec": codec.id,
         "bytes_per_view": manifest.bytes_per_view["total"],
         "cache_fingerprint": manifest.fingerprint,

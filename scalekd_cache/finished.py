@@ -27,10 +27,11 @@ from scalekd_cache.student import Student, build_student
 State = dict[str, Tensor]
 
 
-def facts_of(manifest: Manifest) -> dict[str, Any]:
-    """What a run keeps of its cache for the time after training."""
+def facts_of(manifest: Manifest, views: int) -> dict[str, Any]:
+    """What a run keeps of its cache for later sessions and for the time after training; `views` are those it reads."""
     return {
         "fingerprint": manifest.fingerprint,
+        "views": views,
         "image_size": manifest.view_recipe["size"],
         "class_names": manifest.class_names,
         "data": manifest.data,

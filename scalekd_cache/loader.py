@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
@@ -23,6 +23,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, decode_image, open_source
 from scalekd_cache.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.follow import GrowingCache
 from scalekd_cache.views import View, apply_view, decode_pixels, pixel_digest
 
 DIGEST_STEPS = 2
@@ -66,9 +67,23 @@ class Slot(NamedTuple):
 class MicroBatches(Dataset[Batch]):
     """Micro-batches by `Slot`; what a loader worker holds."""
 
-    def __init__(self, cache: Cache, order: Order, global_batch: int, micro_batch: int, data: str | None) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        order: Order,
+        global_batch: int,
+        micro_batch: int,
+        *,
+        views: int | None = None,
+        pixels: Cache | None = None,
+        data: str | None = None,
+        talks: bool = True,
+    ) -> None:
         manifest = cache.manifest
         self.cache = cache
+        self.pixels = pixels
+        self.views = views or manifest.num_views
+        self.talks = talks
         self.order = order
         self.global_batch = global_batch
         self.micro_batch = micro_batch
@@ -82,7 +97,9 @@ class MicroBatches(Dataset[Batch]):
             self.source_index = {sample.key: index for index, sample in enumerate(self.source.samples)}
 
     def __getitem__(self, slot: Slot) -> Batch:
-        view = slot.epoch % self.cache.manifest.num_views
+        view = slot.epoch % self.views
+        if isinstance(self.cache, GrowingCache):
+            self.cache.wait_for(view, self._say)
         ids = micro_batch_ids(
             self.order,
             epoch=slot.epoch,
@@ -91,7 +108,7 @@ class MicroBatches(Dataset[Batch]):
             global_batch=self.global_batch,
             micro_batch=self.micro_batch,
         )
-        records = self.cache.read(ids, view)
+        records = self._with_pixels(self.cache.read(ids, view), ids, view)
         images = [
             self._pixels(record, view, check=slot.check_all or position % DIGEST_EVERY == 0)
             for record, position in zip(records, ids.tolist(), strict=True)
@@ -105,6 +122,30 @@ class MicroBatches(Dataset[Batch]):
             ids=torch.from_numpy(ids),
             view=view,
         )
+
+    def _say(self, text: str) -> None:
+        """Say what is being waited for, once a job: several worker processes may wait."""
+        worker = get_worker_info()
+        if self.talks and (worker is None or worker.id == 0):
+            print(text, flush=True)
+
+    def _with_pixels(self, records: list[Record], ids: NDArray[np.int64], view: int) -> list[Record]:
+        """The records with the pixels of the cache that holds them, when it is another one."""
+        if self.pixels is None:
+            return records
+        whole = []
+        for record, other in zip(records, self.pixels.read(ids, view), strict=True):
+            got, expected = ((one.key, one.label, one.digest, one.view) for one in (other, record))
+            if got != expected:
+                raise UserError(
+                    "the shared pixels belong to another view than the features",
+                    got=f"{other.key}, digest {other.digest}",
+                    expected=f"{record.key}, digest {record.digest}",
+                    where=f"view {view} of {self.pixels.root}, for {self.cache.root}",
+                    fix="give the cache that PIXELS_FROM named when this one was made",
+                )
+            whole.append(record._replace(pixels=other.pixels))
+        return whole
 
     def _pixels(self, record: Record, view: int, *, check: bool) -> NDArray[np.uint8]:
         """The view's uint8 pixels (size, size, 3): stored ones decoded, or the view drawn again from its record."""
@@ -168,6 +209,8 @@ class CacheLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        views: int | None = None,
+        pixels: Cache | None = None,
         data: str | None = None,
         pin_memory: bool = False,
     ) -> None:
@@ -178,7 +221,9 @@ class CacheLoader:
         self.steps_per_epoch = steps_per_epoch(order.num_samples, global_batch)
         self.step = 0
         self._fingerprint = cache.manifest.fingerprint
-        self._dataset = MicroBatches(cache, order, global_batch, micro_batch, data)
+        self._dataset = MicroBatches(
+            cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, talks=rank == 0
+        )
         self._workers = workers
         self._pin_memory = pin_memory
 
@@ -234,6 +279,7 @@ class CacheLoader:
         return {
             "fingerprint": self._fingerprint,
             "seed": self.order.seed,
+            "views": self._dataset.views,
             "num_samples": self.order.num_samples,
             "block": self.order.block,
             "window": self.order.window,

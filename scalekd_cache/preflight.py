@@ -17,10 +17,11 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.losses import distillation_losses
 from scalekd_cache.order import micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher import Teacher, TeacherOutput, check_tail, split_tail
-from scalekd_cache.views import apply_view, encode_pixels, sample_view
+from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, sample_view
 
 TAIL_TOLERANCE = 1e-5
 """Largest relative difference between the teacher's features and its tail run on what comes before."""
@@ -30,12 +31,16 @@ RECORD_OVERHEAD_BYTES = 2600
 """Headers, padding, index and view record of one stored view (upper end of what was measured)."""
 
 
-def probe_views(source: Source, views: ViewConfig) -> tuple[torch.Tensor, float]:
-    """First views of a few images: pixels (B, 3, S, S) uint8, and mean encoded bytes (0 when pixels are replayed).
+def probe_views(source: Source | PixelCache, views: ViewConfig) -> tuple[torch.Tensor, float]:
+    """First views of a few images: pixels (B, 3, S, S) uint8, and mean bytes to store (0: replayed or shared pixels).
 
     Raises:
         UserError: when none of the images tried can be decoded.
     """
+    if isinstance(source, PixelCache):
+        records = source.cache.read(range(min(PROBE_IMAGES, len(source.cache))), 0)
+        decoded = np.stack([decode_pixels(record.pixels, views.size) for record in records])
+        return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous(), 0.0
     pixels, sizes, reason = [], [], ""
     for index in np.linspace(0, len(source.samples) - 1, min(PROBE_IMAGES, len(source.samples))).astype(int).tolist():
         key = source.samples[index].key

@@ -128,6 +128,9 @@ class StoreConfig:
     """Views that one work unit makes from one decoded image."""
     samples_per_shard: int = 512
     """Images in a shard (a shard holds one view of each)."""
+    pixels_from: str | None = None
+    """Folder of a finished cache of the same data set and view recipe, whose baked pixels are shared: this one stores
+    features and logits only, in shards of the same images (None: pixels of its own)."""
 
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")

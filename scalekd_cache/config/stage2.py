@@ -125,6 +125,8 @@ class TrainConfig:
 
     epochs: int = 100
     """Passes over the data; epoch e reads view e mod V."""
+    views: int | None = None
+    """V: use the first this many views of the cache (None: all there are, or are planned, when the run starts)."""
     global_batch_size: int = 256
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: int = 32
@@ -168,6 +170,7 @@ class TrainConfig:
         for name in ("epochs", "global_batch_size", "micro_batch_size", "shuffle_block", "shuffle_window", "log_every",
                      "checkpoint_epochs", "keep_checkpoints", "eval_epochs"):  # fmt: skip
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
+        require(self.views is None or self.views > 0, "train.views", self.views, "> 0")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             "train.micro_batch_size",
@@ -189,6 +192,12 @@ class DistillConfig:
     cache: str = "caches/demo"
     """Folder or URL (file, http, https, s3, gs) of the cache."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
+    follow: bool = False
+    """Train while the cache grows: begin when its first view group is there, wait for the others where they are due."""
+    follow_timeout_minutes: float = 60.0
+    """Longest wait without a new unit before a followed cache is given up, minutes."""
+    pixels_from: str | None = None
+    """Folder of the cache whose pixels this one shares (None: where it was, relative to this one, at stage 1)."""
     run: str | None = None
     """Folder of the run (None: runs/<student>-<targets>)."""
     init: str | None = None
@@ -206,6 +215,7 @@ class DistillConfig:
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
+        require(self.follow_timeout_minutes > 0, "follow_timeout_minutes", self.follow_timeout_minutes, "> 0")
         if self.optim.name == "lamb" and self.train.zero > 0:
             raise UserError(
                 "LAMB under ZeRO 1-3 is not LAMB: trust ratios would be taken on a flat partition, not on each layer",

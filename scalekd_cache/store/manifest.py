@@ -10,7 +10,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,6 +64,8 @@ class ManifestFacts:
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
     data: dict[str, Any]
+    pixels_from: dict[str, str] = field(default_factory=dict)
+    """Of a cache that shares the baked pixels of another: `identity` and `path` of that one; else empty."""
     versions: dict[str, str]
 
 
@@ -91,6 +93,7 @@ class Manifest:
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
     data: dict[str, Any]
+    pixels_from: dict[str, str]
     bytes_per_view: dict[str, float]
     """Mean bytes on disk: pixels, features, target, index (all that is left: headers, padding, sidecars), total."""
     fidelity: dict[str, Any]
@@ -132,7 +135,7 @@ def build_manifest(root: Path, facts: ManifestFacts) -> Manifest:
         units_digest=units_digest(rows),
         bytes_per_view=_bytes_per_view(root, infos),
         fidelity=merge_summaries(info.fidelity for info in infos),
-        **{field.name: getattr(facts, field.name) for field in dataclasses.fields(facts) if field.name != "ranges"},
+        **{one.name: getattr(facts, one.name) for one in dataclasses.fields(facts) if one.name != "ranges"},
     )
 
 
@@ -182,7 +185,7 @@ def _bytes_per_view(root: Path, infos: list[UnitInfo]) -> dict[str, float]:
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write it in one step: a reader sees the old one or the new one."""
-    fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    fields = {one.name: getattr(manifest, one.name) for one in dataclasses.fields(manifest)}
     text = json.dumps(fields, indent=1, allow_nan=False)
     _parse(json.loads(text), root / NAME)  # what cannot be read back must not be written
     write_atomically(root / NAME, (text + "\n").encode())
@@ -200,7 +203,8 @@ def read_manifest(root: StoredPath) -> Manifest:
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,
-            fix="check the path (CACHE=...), or run `make cache-teacher` until it ends: it continues",
+            fix="check the path (CACHE=...), run `make cache-teacher` until it ends (it continues), or train while it "
+            "grows with `make distill ... FOLLOW=1`",
         )
     fields, _ = read_json(path, "the manifest")
     manifest = _parse(fields, path)
@@ -261,6 +265,8 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
         "fingerprint is not a sha256": HEX64.fullmatch(manifest.fingerprint) is not None,
         "tail_sha256 is not a sha256": manifest.tail_sha256 == "" or HEX64.fullmatch(manifest.tail_sha256) is not None,
         "class_names are not texts": all(isinstance(name, str) for name in manifest.class_names),
+        "pixels_from has other parts": set(manifest.pixels_from) in (set(), {"identity", "path"})
+        and all(isinstance(value, str) for value in manifest.pixels_from.values()),
         "bytes_per_view has other parts": manifest.bytes_per_view.keys()
         == {"pixels", "features", "target", "index", "total"}
         and all(type(number) in (int, float) for number in manifest.bytes_per_view.values()),

@@ -1,0 +1,101 @@
+"""plan.json: what a cache is going to be, written before its first unit.
+
+In: the facts that a manifest will hold, and the layout. Out: the file, or the same facts read back and checked.
+Invariant: with the plan and the committed units of a group alone, that group can be read: nothing waits for the
+manifest. A plan that is replaced by a longer one begins with the same groups.
+"""
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES
+from scalekd_cache.store.files import read_json, write_atomically
+from scalekd_cache.store.manifest import ManifestFacts
+from scalekd_cache.store.sidecar import HEX64
+
+NAME = "plan.json"
+OWN_FIELDS = ("format_version", "samples_per_shard")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a writer set out to make."""
+
+    samples_per_shard: int
+    """Most images in a shard."""
+    facts: ManifestFacts
+    """What the manifest will say beside what the units say; the ranges are the same in every group."""
+
+    @property
+    def num_views(self) -> int:
+        """Views of every image, once the cache is finished."""
+        return sum(len(views) for views in self.facts.groups)
+
+
+def write_plan(root: Path, plan: Plan) -> None:
+    """Write plan.json in one step."""
+    facts = {field.name: getattr(plan.facts, field.name) for field in dataclasses.fields(plan.facts)}
+    facts["ranges"] = plan.facts.ranges[0]
+    fields = {"format_version": FORMAT_VERSION, "samples_per_shard": plan.samples_per_shard, **facts}
+    write_atomically(root / NAME, (json.dumps(fields, indent=1, allow_nan=False) + "\n").encode())
+
+
+def read_plan(root: Path) -> Plan:
+    """The plan of a cache, checked.
+
+    Raises:
+        UserError: there is none, it is of another format version, or its values do not agree.
+    """
+    fields, _ = read_json(root / NAME, "the cache's plan")
+    if fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+        raise UserError(
+            "this version does not read the cache's format",
+            got=fields["format_version"],
+            expected=FORMAT_VERSION,
+            where=root / NAME,
+            fix="use the version of scalekd-cache that wrote the cache",
+        )
+    expected = {field.name: field.type for field in dataclasses.fields(ManifestFacts)}
+    names = {*expected, *OWN_FIELDS}
+    wrong = sorted(fields.keys() ^ names)
+    if not wrong:
+        types: dict[str, Any] = {name: getattr(kind, "__origin__", kind) for name, kind in expected.items()}
+        wrong = [name for name, kind in types.items() if type(fields[name]) is not kind]
+    wrong = wrong or [name for name, right in _checks(fields).items() if not right]
+    if wrong:
+        raise UserError(
+            "the cache's plan is damaged",
+            got=f"wrong, missing or unknown: {', '.join(wrong)}",
+            expected="the fields of docs/FORMAT.md",
+            where=root / NAME,
+            fix="restore it, or choose another CACHE=",
+        )
+    facts = {name: fields[name] for name in expected}
+    facts["ranges"] = [fields["ranges"] for _ in fields["groups"]]
+    return Plan(samples_per_shard=fields["samples_per_shard"], facts=ManifestFacts(**facts))
+
+
+def _checks(fields: dict[str, Any]) -> dict[str, bool]:
+    """Every agreement within a plan."""
+    groups, ranges = fields["groups"], fields["ranges"]
+    pairs = all(isinstance(pair, list) and [type(end) for end in pair] == [int, int] for pair in ranges)
+    joined = pairs and all(
+        start == before and 0 < stop - start <= MAX_UNIT_SAMPLES
+        for (start, stop), before in zip(ranges, [0, *(stop for _, stop in ranges)], strict=False)
+    )
+    views = [view for group in groups if isinstance(group, list) for view in group]
+    return {
+        "samples_per_shard": type(fields["samples_per_shard"]) is int
+        and 0 < fields["samples_per_shard"] <= MAX_UNIT_SAMPLES,
+        "fingerprint": HEX64.fullmatch(fields["fingerprint"]) is not None,
+        "backend": fields["backend"] in BACKENDS,
+        "groups": 0 < len(groups) <= len(views) <= 10_000
+        and all(type(view) is int for view in views)
+        and views == list(range(len(views)))
+        and all(groups),
+        "ranges": joined and len(ranges) > 0,
+    }
