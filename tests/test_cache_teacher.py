@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 
 import pytest
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, shared_weights, unit_files, write_weights
@@ -80,6 +81,57 @@ def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
     for text in texts:
         assert text in str(error.value)
     assert everything(root) == before
+
+
+def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_path):
+    """A weights file made for 64 px cannot be loaded at 32: that the cache has 64 is the answer, not the weights."""
+    root = copy_of_cache(tmp_path / "cache")
+    with pytest.raises(UserError, match="do not fit the model") as alone:
+        cache_teacher(options(tmp_path / "new", shared_weights(), views={"size": 32}), CPU)
+    with pytest.raises(UserError, match="made with other options") as error:
+        cache_teacher(options(root, shared_weights(), views={"size": 32}), CPU)
+    assert "fingerprint_fields.views.size: 32 (asked) / 64 (cache)" in str(error.value)
+    assert "made with other options" not in str(alone.value)
+    assert str(error.value).count("(asked)") == 1
+
+
+def test_growth_touches_nothing_that_is_there(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    before = everything(root)
+    cache_teacher(options(root, shared_weights(), cache={"num_views": 4}), CPU)
+    replaced = {root / "plan.json", root / "manifest.json"}
+    after = everything(root)
+    for path, data in files.items():
+        if path not in replaced:
+            assert path.read_bytes() == data
+            assert after[path] == before[path]
+    assert (root / "tail.safetensors") in files
+    assert len(after) > len(before)
+
+
+def test_the_teacher_is_measured_once(tmp_path, monkeypatch):
+    root = copy_of_cache(tmp_path / "cache")
+    top1 = read_manifest(root).teacher["top1"]
+    monkeypatch.setattr(job, "evaluate", None)
+    assert cache_teacher(options(root, shared_weights(), cache={"num_views": 3}), CPU).teacher["top1"] == top1
+
+
+def test_a_copy_elsewhere_is_valid_and_may_be_read_only(tmp_path, no_work):
+    """Copies keep neither inodes nor times; nothing is written by reading, nor by asking again for what is there."""
+    root = copy_of_cache(tmp_path / "cache")
+    copy = tmp_path / "other" / "name"
+    copy.parent.mkdir()
+    subprocess.run(["cp", "-r", str(root), str(copy)], check=True)
+    shutil.rmtree(root)
+    for path in [copy, *copy.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = everything(copy)
+    assert list(verify_cache(copy, deep=True)) == []
+    cache = Cache.open(copy)
+    assert len(cache.read(range(SAMPLES), 1)) == SAMPLES
+    cache_teacher(options(copy, shared_weights()), CPU)
+    assert everything(copy) == before
 
 
 def test_options_that_change_no_byte_are_accepted(tmp_path, no_work):
@@ -192,7 +244,7 @@ def test_a_student_that_does_not_fit_is_refused(tmp_path):
 def test_a_damaged_plan_is_reported(tmp_path, text):
     root = copy_of_cache(tmp_path / "cache")
     (root / "plan.json").write_text(text)
-    with pytest.raises(UserError, match="plan is damaged"):
+    with pytest.raises(UserError, match="the cache's plan is"):
         cache_teacher(options(root, shared_weights()), CPU)
 
 

@@ -8,7 +8,7 @@ import torch
 from image_files import PNG, folder_tree, write
 from small_cache import CPU, copy_of_cache, make, options, shared_weights, unit_files, unit_stats
 
-from scalekd_cache import caching
+from scalekd_cache import drawing
 from scalekd_cache.cache_plan import extended_groups, make_plan
 from scalekd_cache.caching import make_units, plan_units
 from scalekd_cache.errors import UserError
@@ -147,11 +147,11 @@ def test_drawn_views_are_what_is_stored(tmp_path):
     """The teacher sees the decoded bytes, not the view before encoding."""
     config = options(tmp_path, shared_weights(), views={"jpeg_quality": 20})
     source = open_source(config.data, "train")
-    drawing = caching.Drawing(source, config.views, plan_units(source, [[0, 1]], 32))
-    drawn = drawing[0, 7]
+    draw = drawing.Drawing(source, config.views, plan_units(source, [[0, 1]], 32))
+    drawn = draw[0, 7]
     assert drawn.sample == source.samples[7]
     assert len(drawn.views) == 2
     for view in drawn.views:
-        decoded = caching.decode_pixels(view.encoded, 64)
+        decoded = drawing.decode_pixels(view.encoded, 64)
         assert torch.equal(view.pixels, torch.from_numpy(decoded).permute(2, 0, 1))
-        assert view.digest == caching.pixel_digest(decoded)
+        assert view.digest == drawing.pixel_digest(decoded)

@@ -11,7 +11,7 @@ from image_files import folder_tree
 from PIL import Image
 from small_cache import SAMPLES, VIEWS, copy_of_cache, flip_byte, make, shared_cache, shared_weights
 
-from scalekd_cache import caching, loader
+from scalekd_cache import caching, drawing, loader
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config import DataConfig
 from scalekd_cache.errors import UserError
@@ -141,7 +141,7 @@ def test_pixels_that_are_not_the_teachers_are_reported(monkeypatch):
 def test_digests_are_compared_at_the_start_of_every_session_then_sampled(monkeypatch):
     checked = []
     monkeypatch.setattr(loader, "pixel_digest", lambda pixels: checked.append(1) or real(pixels))
-    real = caching.pixel_digest
+    real = drawing.pixel_digest
     resumed = make_loader(epochs=4)
     resumed.load_state_dict({**resumed.state_dict(), "step": STEPS})
     counts = []

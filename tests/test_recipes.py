@@ -81,7 +81,7 @@ def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
         view_recipe = views("advanced")
         recipe = "advanced"
 
-    monkeypatch.setattr(distill_command, "read_manifest", lambda _: Kept)
+    monkeypatch.setattr(distill_command, "read_cache_facts", lambda *_: Kept)
     with pytest.raises(UserError, match=r"randaugment_magnitude=9\.0"):
         distill_command.main(["--cache", str(tmp_path), "--recipe", "advanced-vit"])
 
