@@ -59,7 +59,9 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         folder.keep_facts(facts_of(cache.manifest, reads.views))
         folder.start_metrics(trainer.loader.step)
     first, started, tally = trainer.loader.step, time.perf_counter(), None
-    with Stop() as stop:
+    if config.train.log_samples:
+        trainer.watch.log_samples(run)
+    with Stop() as stop, trainer.watch.guard(60 * config.train.timeout_minutes):
         for step in trainer.train(folder):
             signal = trainer.strongest(stop.wanted)
             if signal or _saves(config.train, step, trainer.loader):
@@ -158,7 +160,7 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
         data=config.data,
         pin_memory=process.device.type == "cuda",
     )
-    start_processes(process)
+    start_processes(process, train.timeout_minutes)
     check_ranks_agree(reads, process)
     model = DistillModel(config, student, heads)
     return Trainer(config, process, loader, model, tail, teacher, manifest.codec, checkpoint)

@@ -9,6 +9,8 @@ import os
 import shutil
 import time
 from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,7 @@ from scalekd_cache.scalekd import ScaleKDHeads, Targets
 from scalekd_cache.student import Student
 from scalekd_cache.tail import Tail
 from scalekd_cache.teacher import Teacher
+from scalekd_cache.watch import Watch
 
 if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it is imported, and warns without a GPU
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -68,8 +71,8 @@ class DistillModel(nn.Module):
         return distillation_losses(self.config.scalekd, self.config.train, logits, labels, maps, targets)
 
 
-def start_processes(process: Process) -> None:
-    """Join the job's processes; a job of one process joins itself.
+def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
+    """Join the job's processes; a job of one process joins itself. An exchange that takes longer ends the run.
 
     Raises:
         UserError: when DeepSpeed's communication operator cannot be compiled here.
@@ -80,7 +83,10 @@ def start_processes(process: Process) -> None:
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0")
     deepspeed.init_distributed(
-        dist_backend="nccl" if process.device.type == "cuda" else "gloo", auto_mpi_discovery=False, verbose=False
+        dist_backend="nccl" if process.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
     )
 
 
@@ -117,6 +123,7 @@ class Trainer:
         self.tail = tail
         self.teacher = teacher
         self.codec = codec_from_config(codec)
+        self.watch = Watch(process, loader)
         lr = scaled_lr(config)
         # Weights are loaded and the average starts before the engine, which may partition the weights.
         if checkpoint is not None:
@@ -137,8 +144,10 @@ class Trainer:
         per_epoch, total = self.loader.steps_per_epoch, self.loader.total_steps
         batches = iter(self.loader)
         sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
+        watch = self.watch
         bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
         for step in range(first, total):
+            watch.step_begins(step)
             terms, wait = self._step(step, batches)
             bar.update()
             waited, steps = waited + wait, steps + 1
@@ -166,7 +175,8 @@ class Trainer:
         wait, rows = 0.0, []
         for micro in self.loader.micros:
             asked = time.perf_counter()
-            batch = next(batches)
+            with self.watch.data_may_wait() if self.config.follow else nullcontext():
+                batch = next(batches)
             wait += time.perf_counter() - asked
             batch = batch.to(self.process.device)
             torch.manual_seed((self.config.train.seed * 1_000_003 + step) * 65_536 + micro)
@@ -174,6 +184,7 @@ class Trainer:
             self.engine.backward(terms.total)
             self.engine.step()
             rows.append(torch.stack([term.detach() for term in terms]))
+            self.watch.micro_batch_done(step, micro, batch, rows[-1])
         if self.ema is not None:
             self.ema.update(self.model.student.model, step)
         return torch.stack(rows).mean(0), wait
@@ -202,8 +213,10 @@ class Trainer:
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
-        if bad:
-            raise not_finite(", ".join(f"{name}={values[name]}" for name in bad), step + 1, "the loss")
+        first = self.watch.first_bad()
+        if bad or first is not None:
+            got = ", ".join(f"{name}={values[name]}" for name in bad) or "a micro-batch's loss"
+            raise not_finite(got, first or f"step {step + 1}")
 
     def strongest(self, signal: int) -> int:
         """The largest of a number over all ranks: what one rank was asked to do, all do at the same step."""
@@ -239,7 +252,8 @@ class Trainer:
         weights = whole_weights(self.engine, module, zero, device)
         bad = [name for name, value in weights.items() if not value.isfinite().all()]
         if bad:
-            raise not_finite(f"{len(bad)} weights, the first is {bad[0]}", self.loader.step, folder)
+            got = f"{len(bad)} weights, the first is {bad[0]}"
+            raise not_finite(got, self.watch.first_bad() or f"step {self.loader.step}")
         tensors, numbers, counts = gather_state(self.engine, module, zero, device)
         files = {STUDENT: self.student_state(), MODEL: {**weights, **self._statistics(module)}, OPTIMIZER: tensors}
         if self.ema is not None:
@@ -270,11 +284,11 @@ class Trainer:
             self.ema.module.load_state_dict(checkpoint.tensors(AVERAGE))
 
 
-def not_finite(got: str, step: int, where: object) -> UserError:
+def not_finite(got: str, where: str) -> UserError:
     """The error of a run that has diverged."""
     return UserError(
         "the run is not finite any more",
         got=got,
-        where=f"step {step}, {where}",
+        where=where,
         fix="lower optim.lr or set optim.clip_norm in another RUN=; the last checkpoint of this one is whole",
     )

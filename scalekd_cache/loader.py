@@ -232,6 +232,23 @@ class CacheLoader:
         """Optimizer steps of the whole run."""
         return self.epochs * self.steps_per_epoch
 
+    def describe(self, step: int, micro: int) -> str:
+        """Where a micro-batch of a step comes from, in words: its shards and first sample."""
+        data = self._dataset
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        ids = micro_batch_ids(
+            self.order,
+            epoch=epoch,
+            step=inside,
+            micro=micro,
+            global_batch=self.global_batch,
+            micro_batch=data.micro_batch,
+        )
+        view = epoch % data.views
+        shards = sorted({data.cache.shard_at(position, view) for position in ids.tolist()})
+        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
+        return f"micro-batch {micro} (view {view}, shards {', '.join(shards[:3])}{more})"
+
     def _slots(self) -> Iterator[Slot]:
         first = self.step
         for step in range(first, self.total_steps):

@@ -1,6 +1,6 @@
 """Who this process is among its peers, as its launcher says (torchrun, deepspeed, or nobody).
 
-In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE. Out: `Process`, and for stage 1 `Peers`.
+In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE. Out: `Process` and `Peers`.
 Invariant: no process group is started here; stage 2's is DeepSpeed's (`engine.py`).
 """
 
@@ -69,7 +69,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 class Peers:
-    """What the processes of a stage-1 job tell each other: claims, counts and milestones.
+    """What the processes of a job tell each other: claims, counts and milestones.
 
     torchrun's own key-value store carries it; a process alone needs none. There is no barrier: a rank may be slow.
     """
@@ -91,6 +91,19 @@ class Peers:
             return int(self._store.add(name, amount))
         self._counts[name] = self._counts.get(name, 0) + amount
         return self._counts[name]
+
+    def tell(self, name: str, value: str) -> None:
+        """Leave a word for the others."""
+        if self._store is not None:
+            self._store.set(name, value)
+
+    def told(self, name: str) -> str | None:
+        """What a peer has left; None when it left nothing, or the one who keeps the words is gone."""
+        try:
+            there = self._store is not None and self._store.check([name])
+            return self._store.get(name).decode() if there else None
+        except RuntimeError:  # torch's DistStoreError and DistNetworkError
+            return None
 
     def announce(self, name: str) -> None:
         """Say that a milestone is reached."""

@@ -22,7 +22,10 @@ FACTS = "cache.json"
 """What a run keeps of its cache: fingerprint, image size, class names, where the data is."""
 
 FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.zero"}
-FREE_OPTIONS |= {f"train.{name}" for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps")}
+FREE_OPTIONS |= {
+    f"train.{name}"
+    for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps", "log_samples", "timeout_minutes")
+}
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
 FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from"}
 """Options that may change between two sessions of one run: places and means, not what is computed."""

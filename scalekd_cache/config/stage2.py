@@ -157,6 +157,10 @@ class TrainConfig:
     """Loader worker processes, per rank (0: in the main process)."""
     log_every: int = 10
     """Steps between two lines of metrics.jsonl."""
+    log_samples: bool = False
+    """Write the positions of every micro-batch's samples to samples-r00000.jsonl, a file a process."""
+    timeout_minutes: float = 30.0
+    """Longest time that processes wait for each other; then the run ends and names the one that is behind."""
     checkpoint_epochs: int = 1
     """Epochs between two checkpoints (the last step always has one)."""
     checkpoint_steps: int = 0
@@ -179,6 +183,7 @@ class TrainConfig:
         )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
+        require(self.timeout_minutes > 0, "train.timeout_minutes", self.timeout_minutes, "> 0")
         require(self.checkpoint_steps >= 0, "train.checkpoint_steps", self.checkpoint_steps, ">= 0")
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
 

@@ -84,6 +84,12 @@ class Cache:
             records.update(zip(places, found, strict=True))
         return [records[place] for place in range(len(positions))]
 
+    def shard_at(self, position: int, view: int) -> str:
+        """The shard that holds a position of a view, relative to the cache, without its ending."""
+        group = self._group_of[view]
+        row = self._units[group][bisect.bisect_right(self._starts[group], position) - 1]
+        return f"units/{unit_folder(Path(), row.group, row.range_id).name}/v{view:04d}"
+
     def _read_unit(self, view: int, unit: int, rows: NDArray[np.int64]) -> list[Record]:
         """Rows of a shard; from a fresh local copy where the one at hand turns out to be damaged."""
         try:
