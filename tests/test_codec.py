@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scalekd_cache.codec import CODECS, codec_from_config, make_codec
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.fidelity import fidelity, merge_summaries, summarise
-from scalekd_cache.codec.int8 import round_up_to_float16
+from scalekd_cache.codec.groups import round_up_to_float16
 from scalekd_cache.codec.logits import KL_LIMIT, LogitCodec, kl_divergence
 from scalekd_cache.errors import UserError
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 CODECS: dict[str, tuple[str, str]] = {
     "int8": ("scalekd_cache.codec.int8", "Int8Codec"),
+    "int4": ("scalekd_cache.codec.int8", "Int4Codec"),
+    "fp8": ("scalekd_cache.codec.fp8", "Fp8Codec"),
     "float16": ("scalekd_cache.codec.plain", "Float16Codec"),
     "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
     "float32": ("scalekd_cache.codec.plain", "Float32Codec"),

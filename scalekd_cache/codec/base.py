@@ -1,15 +1,19 @@
 """The contract of a feature codec, and the token norms that records carry beside lossy features.
 
-In: teacher maps (B, C, H, W) float32 after the final norm. Out: fixed-size rows, uint8 (B, bytes_per_view), and back.
+In: teacher maps (B, C, H, W) float32 after the final norm. Out: rows of fixed size, uint8 (B, bytes_per_view), on the
+device of the maps, and back; `pack` makes of rows what is stored, `unpack` undoes it, both on the CPU.
 Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value, and its norms are those of x
 to float16 precision whatever the codec, so that a loss that divides by them is linear in the decoded map.
 """
 
 import sys
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
@@ -36,19 +40,86 @@ def feature_norms(features: Tensor) -> Tensor:
 
 
 class FeatureCodec(ABC):
-    """Fixed-size rows for maps of one shape. A subclass sets `id` and writes its values between the two hooks.
-
-    A row is `value_bytes` of values, token-major (position after position, row by row of the grid, all channels of a
-    position together), then, where `stores_norms`, 2 x H x W float16 norms (raw, then mean-removed).
-    """
+    """Rows for maps of one shape. As in numcodecs a codec has an `id` and a JSON config that rebuilds it."""
 
     id: ClassVar[str]
-    stores_norms: ClassVar[bool] = True
+    dithered: ClassVar[bool] = False
+    """Whether `encode` needs seeds (`dither.dither_seed`)."""
+    bytes_per_view: int
+    """Bytes of a row; a record, which is what is stored, may have another length."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape
         self.channels, self.height, self.width = shape
         self.tokens = self.height * self.width
+
+    @abstractmethod
+    def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) float32 on any device -> uint8 (B, bytes_per_view) on the same device.
+
+        `seeds` (B,) int64 choose the dither of a codec that is `dithered`; others ignore them.
+
+        Raises:
+            UserError: rows with NaN, infinity, or magnitudes that the codec cannot hold.
+        """
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> FeatureMap:
+        """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
+
+    @abstractmethod
+    def error_bound(self, features: Tensor) -> Tensor:
+        """The largest |decoded - original| that may occur: (B, C, H, W) float32, one bound a value."""
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON that rebuilds this codec; it travels in the manifest and enters the fingerprint."""
+        return {"id": self.id, "version": 1, "shape": list(self.shape)}
+
+    def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
+        """(B, bytes_per_view) uint8 -> the records that are stored, one a row; here the rows themselves."""
+        return [row.tobytes() for row in rows]
+
+    def unpack(self, records: Sequence[bytes]) -> NDArray[np.uint8]:
+        """Records -> (B, bytes_per_view) uint8, a fresh array. UserError for records of another codec."""
+        wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
+        if wrong:
+            raise damaged_record(f"a record of {wrong[0]} bytes", f"{self.bytes_per_view} bytes, codec {self.id}")
+        return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes_per_view).copy()
+
+    def largest(self) -> float:
+        """The largest magnitude of a value or norm that a row can hold."""
+        return FLOAT16_MAX
+
+    def checked_norms(self, features: Tensor) -> Tensor:
+        """Norms of maps that can be stored, (B, 2, H, W) float32. UserError names the rows that cannot."""
+        assert features.dtype == torch.float32, features.dtype
+        assert features.shape[1:] == self.shape, (features.shape, self.shape)
+        norms = feature_norms(features)
+        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # NaN stays NaN
+        bad = ~(worst <= self.largest())
+        if bool(bad.any()):
+            rows = bad.nonzero().flatten().tolist()
+            raise UserError(
+                "teacher features cannot be stored",
+                got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
+                expected="finite values, with token norms that the codec can hold",
+                where=f"codec {self.id}",
+                fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
+            )
+        return norms
+
+
+class RowCodec(FeatureCodec):
+    """A codec without a lossless stage. A subclass sets `id` and writes its values between the two hooks.
+
+    A row is `value_bytes` of values, token-major (position after position, row by row of the grid, all channels of a
+    position together), then, where `stores_norms`, 2 x H x W float16 norms (raw, then mean-removed).
+    """
+
+    stores_norms: ClassVar[bool] = True
+
+    def __init__(self, shape: tuple[int, int, int]) -> None:
+        super().__init__(shape)
         self.bytes_per_view = self.value_bytes + (4 * self.tokens if self.stores_norms else 0)
 
     @property
@@ -64,24 +135,8 @@ class FeatureCodec(ABC):
     def decode_values(self, codes: Tensor) -> Tensor:
         """A fresh contiguous uint8 (B, value_bytes) -> (B, H*W, C) float32."""
 
-    @abstractmethod
-    def error_bound(self, features: Tensor) -> Tensor:
-        """The largest |decoded - original| that may occur: (B, C, H, W) float32, one bound a value."""
-
-    def get_config(self) -> dict[str, Any]:
-        """JSON that rebuilds this codec; it travels in the manifest and enters the fingerprint."""
-        return {"id": self.id, "version": 1, "shape": list(self.shape)}
-
-    def encode(self, features: Tensor) -> Tensor:
-        """(B, C, H, W) float32 on any device -> uint8 (B, bytes_per_view) on the same device.
-
-        Raises:
-            UserError: rows with NaN, infinity, or magnitudes that the codec cannot hold.
-        """
-        assert features.dtype == torch.float32, features.dtype
-        assert features.shape[1:] == self.shape, (features.shape, self.shape)
-        norms = feature_norms(features)
-        self._check(features, norms)
+    def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
+        norms = self.checked_norms(features)
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels).contiguous()
         codes = self.encode_values(values)
         if not self.stores_norms:
@@ -89,7 +144,6 @@ class FeatureCodec(ABC):
         return torch.cat((codes, as_bytes(norms.to(torch.float16).flatten(1))), dim=1)
 
     def decode(self, codes: Tensor) -> FeatureMap:
-        """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
         assert codes.dtype == torch.uint8, codes.dtype
         assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
         batch = len(codes)
@@ -100,22 +154,16 @@ class FeatureCodec(ABC):
         norms = fresh(codes[:, self.value_bytes :]).view(torch.float16).float()
         return FeatureMap(features, norms.view(batch, 2, self.height, self.width))
 
-    def largest(self) -> float:
-        """The largest magnitude of a value or norm that a row can hold."""
-        return FLOAT16_MAX
 
-    def _check(self, features: Tensor, norms: Tensor) -> None:
-        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # NaN stays NaN
-        bad = ~(worst <= self.largest())
-        if bool(bad.any()):
-            rows = bad.nonzero().flatten().tolist()
-            raise UserError(
-                "teacher features cannot be stored",
-                got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
-                expected="finite values, with token norms that the codec can hold",
-                where=f"codec {self.id}",
-                fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
-            )
+def damaged_record(got: object, expected: object) -> UserError:
+    """The error of a record that is not one of its codec."""
+    return UserError(
+        "damaged features",
+        got=got,
+        expected=expected,
+        where="a record's features",
+        fix="run `make verify` on the cache",
+    )
 
 
 def as_bytes(values: Tensor) -> Tensor:

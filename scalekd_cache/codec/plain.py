@@ -6,12 +6,12 @@ In and out: see `base.py`. Invariant: float32 is exact; float16 and bfloat16 rou
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec.base import FLOAT16_MAX, FeatureCodec, as_bytes
+from scalekd_cache.codec.base import FLOAT16_MAX, RowCodec, as_bytes
 
 FLOAT32_NORM_MAX = 1.8e19  # the square of a larger value is infinite in float32
 
 
-class _PlainCodec(FeatureCodec):
+class _PlainCodec(RowCodec):
     dtype: torch.dtype
     half_step: float
     """Half of the distance between neighbours, relative to the value."""

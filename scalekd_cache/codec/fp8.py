@@ -1,0 +1,30 @@
+"""Features as 8-bit floats (E4M3) with group scales, for comparison with int8 at the same size.
+
+In and out: see `groups.py`. Invariant: a value is within 1/16 of itself, or within 2^-10 scales near zero.
+"""
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.codec.groups import GroupScaledCodec
+
+
+class Fp8Codec(GroupScaledCodec):
+    """`torch.float8_e4m3fn`: 4 significant bits, up to 448, subnormals of 2^-9; a group's largest value becomes 448."""
+
+    id = "fp8"
+    largest_code = 448.0
+
+    @property
+    def code_bytes(self) -> int:
+        return self.tokens * self.channels
+
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        return codes.to(torch.float8_e4m3fn).view(torch.uint8)
+
+    def unpack_codes(self, packed: Tensor) -> Tensor:
+        return packed.view(torch.float8_e4m3fn).float()
+
+    def error_bound(self, features: Tensor) -> Tensor:
+        """Half a step of a 4-bit significand, half a subnormal step, float32 rounding of quotient and product."""
+        return features.abs() * (2.0**-4 + 2.0**-22) + self.scale_of_values(features) * 2.0**-10

@@ -1,0 +1,81 @@
+"""Features as small codes with one float16 scale for every 64 channels at each grid position.
+
+In and out: see `base.py`. A row: scales float16 (H*W, ceil(C/64)), codes (H*W, C), norms float16 (2, H*W).
+Invariant: a scale is the group's largest magnitude over the largest code, rounded *up* in float16, so codes never clip.
+"""
+
+from abc import abstractmethod
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.codec.base import RowCodec, as_bytes, fresh
+
+GROUP = 64
+"""Channels that share a scale."""
+
+
+def round_up_to_float16(values: Tensor) -> Tensor:
+    """The smallest float16 that is not below a non-negative float32 (up to the largest finite float16)."""
+    nearest = values.to(torch.float16)
+    # The bit patterns of non-negative floats are ordered as integers: the next one up is the next float16.
+    bits = nearest.view(torch.int16) + (nearest.float() < values).to(torch.int16)
+    return bits.view(torch.float16)
+
+
+class GroupScaledCodec(RowCodec):
+    """A subclass says how large a code may be, and turns values in units of the scale into bytes and back."""
+
+    largest_code: ClassVar[float]
+
+    @abstractmethod
+    def pack_codes(self, codes: Tensor) -> Tensor:
+        """(B, T * C) float32 in units of the scale -> uint8 (B, code_bytes)."""
+
+    @abstractmethod
+    def unpack_codes(self, packed: Tensor) -> Tensor:
+        """uint8 (B, code_bytes) -> (B, T * C) float32 in units of the scale."""
+
+    @property
+    @abstractmethod
+    def code_bytes(self) -> int:
+        """Bytes of a row's codes."""
+
+    @property
+    def groups(self) -> int:
+        """Scales at a position; the last one covers fewer than 64 channels when C is not a multiple of 64."""
+        return -(-self.channels // GROUP)
+
+    @property
+    def value_bytes(self) -> int:
+        return 2 * self.tokens * self.groups + self.code_bytes
+
+    def _scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, T, C) -> values in groups (B, T, G, 64), zero-padded, and float16 scales (B, T, G)."""
+        padding = self.groups * GROUP - self.channels
+        grouped = torch.nn.functional.pad(values, (0, padding)).view(*values.shape[:2], self.groups, GROUP)
+        return grouped, round_up_to_float16(grouped.abs().amax(dim=3) / self.largest_code)
+
+    def encode_values(self, values: Tensor) -> Tensor:
+        grouped, scales = self._scales(values)
+        divisor = torch.where(scales > 0, scales.float(), 1.0)
+        codes = (grouped / divisor[..., None]).flatten(2)[..., : self.channels]
+        return torch.cat((as_bytes(scales.flatten(1)), self.pack_codes(codes.flatten(1))), dim=1)
+
+    def decode_values(self, codes: Tensor) -> Tensor:
+        batch, split = len(codes), 2 * self.tokens * self.groups
+        scales = fresh(codes[:, :split]).view(torch.float16).float().view(batch, self.tokens, self.groups)
+        values = self.unpack_codes(codes[:, split:]).view(batch, self.tokens, self.channels)
+        if self.channels % GROUP == 0:
+            values.view(batch, self.tokens, self.groups, GROUP).mul_(scales[..., None])
+        else:
+            values.mul_(scales.repeat_interleave(GROUP, dim=2)[..., : self.channels])
+        return values
+
+    def scale_of_values(self, features: Tensor) -> Tensor:
+        """The scale of every value, (B, C, H, W) float32."""
+        values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels)
+        _, scales = self._scales(values)
+        spread = scales.float().repeat_interleave(GROUP, dim=2)[..., : self.channels]
+        return spread.reshape(len(features), self.height, self.width, self.channels).permute(0, 3, 1, 2)
