@@ -57,7 +57,7 @@ help: ## Show this help
 	@echo "  TEACHER=name                         timm model; default the recipe's (demo_swin, or Swin-L)"
 	@echo "  TEACHER_WEIGHTS=file.safetensors     its weights; default timm's pretrained ones (PRETRAINED=0: random)"
 	@echo "  RECIPE=name                          views and training (pipelines/recipes); default demo, or traditional"
-	@echo "  VIEWS=n  CODEC=int8|float16|float32  views an image, feature codec"
+	@echo "  VIEWS=n  CODEC=int8|transform|...   views an image, feature codec (docs/CODECS.md)"
 	@echo "  STORE=webdataset|zarr  PIXELS=baked|replayed"
 	@echo "  PIXELS_FROM=dir                      share the pixels of that cache: store another codec's or teacher's targets only"
 	@echo "  CACHE=dir                            default caches/<data>"

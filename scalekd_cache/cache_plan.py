@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from scalekd_cache.agreement import check_plan
 from scalekd_cache.caching import Stage, plan_units, unit_ranges
-from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, to_plain
 from scalekd_cache.drawing import Unit
@@ -39,10 +39,11 @@ class Job(NamedTuple):
     """Which of them are in the cache already."""
 
 
-def make_plan(config: CacheTeacherConfig, process: Process, source: Source | PixelCache, teacher: Teacher) -> Job:
+def make_plan(
+    config: CacheTeacherConfig, process: Process, source: Source | PixelCache, teacher: Teacher, codec: FeatureCodec
+) -> Job:
     """Everything that decides the cached bytes, and the units they come in."""
     root = Path(config.cache.path)
-    codec = make_codec(config.cache.codec, teacher.spec.feature_shape)
     logit_codec = LogitCodec(teacher.spec.num_classes, exact=codec.id == "float32")
     fields = {
         **_known_fields(config, process, source),

@@ -24,6 +24,7 @@ from scalekd_cache.cache_plan import (
     tidy,
 )
 from scalekd_cache.caching import Stage, make_units
+from scalekd_cache.calibration import calibrated_codec
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
 from scalekd_cache.drawing import Unit
@@ -66,7 +67,8 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         tidy(root, process)
     source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
     config = dataclasses.replace(config, teacher=_with_weights(config, peers))
-    job = make_plan(config, process, source, _teacher(config, process, source))
+    teacher = _teacher(config, process, source)
+    job = make_plan(config, process, source, teacher, calibrated_codec(config, peers, source, teacher))
     _say_more_views(config, process, job)
     finished = _finished(job)
     if finished is not None:

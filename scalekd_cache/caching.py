@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.fidelity import fidelity, summarise
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config import ViewConfig
@@ -114,19 +115,20 @@ def _append_batch(
         drawn = [item.views[column] for item in batch]
         output = stage.teacher(torch.stack([view.pixels for view in drawn]).to(stage.device))
         _check_finite(output.features, output.logits, batch, number)
-        codes = stage.codec.encode(output.features)
+        seeds = torch.tensor([dither_seed(item.sample.key, number) for item in batch])
+        codes = stage.codec.encode(output.features, seeds)
         close = fidelity(output.features, stage.codec.decode(codes).features)
         for name, values in zip(close._fields, close, strict=True):
             figures.setdefault(name, []).extend(values.tolist())
         logits = stage.logit_codec.encode(output.logits)
-        for item, view, code, logit in zip(batch, drawn, codes.cpu().numpy(), logits, strict=True):
+        for item, view, code, logit in zip(batch, drawn, stage.codec.pack(codes.cpu().numpy()), logits, strict=True):
             record = Record(
                 key=item.sample.key,
                 label=item.sample.label,
                 view=view.view,
                 digest=view.digest,
                 pixels=view.encoded,
-                features=code.tobytes(),
+                features=code,
                 logits=logit,
             )
             writer.append(number, record)

@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 
 from scalekd_cache.checkpoint import Checkpoint, latest_checkpoint
-from scalekd_cache.codec import codec_from_config
 from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
 from scalekd_cache.engine import DistillModel, Trainer, start_processes
 from scalekd_cache.errors import UserError
@@ -163,7 +162,7 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(reads, process)
     model = DistillModel(config, student, heads)
-    return Trainer(config, process, loader, model, tail, teacher, manifest.codec, checkpoint)
+    return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint)
 
 
 def _tail(cache: Cache, spec: TeacherSpec) -> Tail:
@@ -238,7 +237,6 @@ def judge(
 
 def _summary(config: DistillConfig, reads: RunCache, trainer: Trainer, tally: Tally | None) -> Summary:
     manifest = reads.cache.manifest
-    codec = codec_from_config(manifest.codec)
     return {
         "student": config.student.name,
         "teacher": manifest.teacher["spec"]["name"],
@@ -254,7 +252,7 @@ def _summary(config: DistillConfig, reads: RunCache, trainer: Trainer, tally: Ta
         "zero": config.train.zero,
         "world_size": trainer.process.world_size,
         "views": reads.views,
-        "codec": codec.id,
+        "codec": trainer.codec.id,
         "bytes_per_view": manifest.bytes_per_view["total"],
         "cache_fingerprint": manifest.fingerprint,
     }

@@ -20,7 +20,8 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from scalekd_cache.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
-from scalekd_cache.codec import codec_from_config, make_codec
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, CacheLoader
@@ -112,7 +113,7 @@ class Trainer:
         model: DistillModel,
         tail: Tail | None,
         teacher: Teacher | None,
-        codec: dict[str, Any],
+        codec: FeatureCodec,
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Build the engine; with a checkpoint, at its step: any number of processes and any ZeRO stage may go on."""
@@ -122,7 +123,7 @@ class Trainer:
         self.model = model.to(process.device)
         self.tail = tail
         self.teacher = teacher
-        self.codec = codec_from_config(codec)
+        self.codec = codec
         self.watch = Watch(process, loader)
         lr = scaled_lr(config)
         # Weights are loaded and the average starts before the engine, which may partition the weights.

@@ -40,7 +40,7 @@ class Batch(NamedTuple):
     labels: Tensor
     """(B,) int64."""
     codes: Tensor
-    """(B, bytes_per_view) uint8: feature codes, decoded on the training device."""
+    """(B, bytes_per_view) uint8: rows of the feature codec, decoded on the training device."""
     logits: Tensor
     """(B, K) float32: the teacher's logits."""
     ids: Tensor
@@ -87,7 +87,7 @@ class MicroBatches(Dataset[Batch]):
         self.order = order
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        self.codec: FeatureCodec = codec_from_config(manifest.codec)
+        self.codec: FeatureCodec = codec_from_config(manifest.codec, cache.root)
         self.logit_codec = LogitCodec.from_config(manifest.logit_codec)
         self.view_config = ViewConfig(**from_plain(manifest.view_recipe))
         self.source: Source | None = None
@@ -113,11 +113,11 @@ class MicroBatches(Dataset[Batch]):
             self._pixels(record, view, check=slot.check_all or position % DIGEST_EVERY == 0)
             for record, position in zip(records, ids.tolist(), strict=True)
         ]
-        codes = np.frombuffer(b"".join(record.features for record in records), np.uint8)
+        codes = self.codec.unpack([record.features for record in records])
         return Batch(
             images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
             labels=torch.tensor([record.label for record in records], dtype=torch.int64),
-            codes=torch.from_numpy(codes.reshape(len(records), self.codec.bytes_per_view).copy()),
+            codes=torch.from_numpy(codes),
             logits=torch.from_numpy(np.stack([self.logit_codec.decode(record.logits) for record in records])),
             ids=torch.from_numpy(ids),
             view=view,
@@ -224,6 +224,7 @@ class CacheLoader:
         self._dataset = MicroBatches(
             cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, talks=rank == 0
         )
+        self.codec = self._dataset.codec
         self._workers = workers
         self._pin_memory = pin_memory
 

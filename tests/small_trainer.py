@@ -42,7 +42,7 @@ def trainer_of(config: DistillConfig, folder=None) -> Trainer:
     )
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
-    return Trainer(config, CPU, loader, model, tail, None, cache.manifest.codec, checkpoint)
+    return Trainer(config, CPU, loader, model, tail, None, loader.codec, checkpoint)
 
 
 class Lines:

@@ -11,6 +11,7 @@ from small_cache import CPU, copy_of_cache, make, options, shared_weights, unit_
 from scalekd_cache import drawing
 from scalekd_cache.cache_plan import extended_groups, make_plan
 from scalekd_cache.caching import make_units, plan_units
+from scalekd_cache.codec import make_codec
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import open_source
 from scalekd_cache.store import Cache, read_unit, unit_folder
@@ -20,7 +21,7 @@ from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher
 def job_of(config):
     source = open_source(config.data, "train")
     teacher = load_teacher(config.teacher, image_size=64, num_classes=10, device=CPU.device)
-    return make_plan(config, CPU, source, teacher)
+    return make_plan(config, CPU, source, teacher, make_codec(config.cache.codec, teacher.spec.feature_shape))
 
 
 def make_some(root, numbers, workers=0, **changes):

@@ -229,7 +229,7 @@ def test_fidelity_and_its_summaries():
 def write_golden() -> None:
     """Write the golden files; run by hand, and only together with a new format version."""
     for name in CODECS:
-        codec = make_codec(name, (70, 1, 2) if name == "int8" else (3, 1, 2))
+        codec = make_codec(name, (70, 1, 2) if name in ("int8", "int4", "fp8") else (3, 1, 2))
         codes = codec.encode(golden_input(codec.get_config()["shape"]))
         rows = [row.numpy().tobytes().hex() for row in codes]
         decoded = codec.decode(codes).features.contiguous().numpy().astype("<f4").tobytes().hex()

@@ -6,6 +6,7 @@ Invariant: importing this package does not import torch; a codec's module is imp
 
 import importlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalekd_cache.errors import UserError, nearest
@@ -21,6 +22,8 @@ CODECS: dict[str, tuple[str, str]] = {
     "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
     "float32": ("scalekd_cache.codec.plain", "Float32Codec"),
 }
+FITTED = ("transform", "transform-economy")
+"""Presets of the transform coder, which is fitted to a teacher first (`transform_fit.fit`)."""
 
 
 def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
@@ -33,19 +36,18 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
         raise UserError(
             "unknown feature codec",
             got=name,
-            expected=f"one of {nearest(name, CODECS)}",
+            expected=f"one of {nearest(name, [*CODECS, *FITTED])}",
             where="cache.codec, or codec.id in a manifest",
             fix="correct the name",
         )
-    if len(shape) != 3 or not all(type(side) is int and 0 < side <= 65_536 for side in shape):
-        raise UserError("bad feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}")
+    _check_shape(name, shape)
     module, attribute = CODECS[name]
     codec: FeatureCodec = getattr(importlib.import_module(module), attribute)(shape)
     return codec
 
 
-def codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec":
-    """The codec that wrote a cache, from the config in its manifest.
+def codec_from_config(config: Mapping[str, Any], folder: Path | None = None) -> "FeatureCodec":
+    """The codec that wrote a cache, from the config in its manifest; `folder` is the cache, with a fitted one's state.
 
     Raises:
         UserError: an unknown id, or parameters that this version of the codec does not read.
@@ -58,7 +60,7 @@ def codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec":
             expected="id (text) and shape [C, H, W]",
             where="codec in the manifest",
         )
-    codec = make_codec(name, (*shape,))  # type: ignore[arg-type]
+    codec = _made(name, (*shape,), config, folder)  # type: ignore[arg-type]
     if codec.get_config() != {**config, "shape": list(shape)}:
         raise UserError(
             "the cache was written with codec parameters that this version does not read",
@@ -68,3 +70,17 @@ def codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec":
             fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
         )
     return codec
+
+
+def _made(name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: Path | None) -> "FeatureCodec":
+    if name != "transform":
+        return make_codec(name, shape)
+    _check_shape(name, shape)
+    from scalekd_cache.codec.transform_fit import load_transform
+
+    return load_transform(config, shape, folder)
+
+
+def _check_shape(name: str, shape: tuple[int, int, int]) -> None:
+    if len(shape) != 3 or not all(type(side) is int and 0 < side <= 65_536 for side in shape):
+        raise UserError("bad feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}")

@@ -112,4 +112,3 @@ class BlockPacker:
             row[: self.head] = np.frombuffer(record, np.uint8, self.head)
             row[self.head :] = np.frombuffer(data, np.uint8)
         return rows
-

@@ -8,6 +8,7 @@ LAPACK), readers and writers of one cache share one file, named by its sha256 in
 import hashlib
 import heapq
 import io
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from scalekd_cache.errors import UserError
 
 FILE = "codec.safetensors"
 MAX_STATE_BYTES = 1 << 30
-PRESETS = {"transform": 0.0018, "transform-economy": 0.035}
+PRESETS = {"transform": 0.0018, "transform-economy": 0.06}
 """Noise by preset: a mean-removed cosine of 1 / sqrt(1 + noise)."""
 BINS = 64
 """Finest classes that are looked at."""
@@ -63,7 +64,7 @@ def fit(features: Tensor, noise: float) -> TransformCodec:
     mean = _mean(features)
     plain = _codec(shape, plain.state._replace(mean=mean), noise)
     second_dc, second_ac = (torch.zeros(shape[0], shape[0], dtype=torch.float64) for _ in range(2))
-    for batch in features.split(BATCH):
+    for batch in torch.split(features, BATCH):
         grid = plain.spectrum(batch, _scales(batch))
         second_dc += grid[:, 0].T @ grid[:, 0]
         second_ac += grid[:, 1:].flatten(0, 1).T @ grid[:, 1:].flatten(0, 1)
@@ -88,7 +89,7 @@ def _scales(features: Tensor) -> Tensor:
 def _mean(features: Tensor) -> Tensor:
     """(C,) float64: mean normalised token."""
     total, count = torch.zeros(features.shape[1], dtype=torch.float64), 0
-    for batch in features.split(BATCH):
+    for batch in torch.split(features, BATCH):
         scales = _scales(batch)
         unit = torch.where(scales > 0, scales, torch.inf).double()
         total += (batch.flatten(2).double() / unit[:, None]).sum((0, 2))
@@ -106,7 +107,7 @@ def _basis(second: Tensor) -> Tensor:
 def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
     """The state with coefficients by falling variance, cut into classes."""
     few = features[:: -(-len(features) // ORDER_VIEWS)]
-    coefficients = torch.cat([codec.analyse(batch, _scales(batch)) for batch in few.split(BATCH)])
+    coefficients = torch.cat([codec.analyse(batch, _scales(batch)) for batch in torch.split(few, BATCH)])
     order = coefficients.square().sum(0).sort(descending=True, stable=True).indices
     offset, factor = dither_table(coefficients.shape[1])
     noise = dither(torch.arange(len(few)) * 0x9E3779B1 % 2**32, offset, factor)
@@ -115,12 +116,12 @@ def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
 
 
 def classes(symbols: Tensor) -> list[Segment]:
-    """(N, n) int64 symbols of ordered coefficients -> classes: neighbours merge while a table costs more than it saves."""
+    """(N, n) int64 symbols in order -> classes; neighbours merge while a table costs more than it saves."""
     edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
-    bins = [(start, stop) for start, stop in zip(edges[:-1], edges[1:], strict=True) if stop > start]
+    bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
     costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}
     while len(bins) > 1:
-        joined = [(first[0], second[1]) for first, second in zip(bins, bins[1:], strict=False)]
+        joined = [(first[0], second[1]) for first, second in itertools.pairwise(bins)]
         for span in joined:
             if span not in costs:
                 costs[span] = _cheapest(symbols[:, slice(*span)])
@@ -180,14 +181,24 @@ def load_transform(config: Mapping[str, Any], shape: tuple[int, int, int], folde
     """
     path = None if folder is None else folder / FILE
     if path is None or not path.is_file():
-        raise UserError("the codec's state is missing", got="no file", expected=FILE, where=folder or "codec config",
-                        fix="restore the file from the cache")  # fmt: skip
+        raise UserError(
+            "the codec's state is missing",
+            got="no file",
+            expected=FILE,
+            where=folder or "codec config",
+            fix="restore the file from the cache",
+        )
     with path.open("rb") as file:
         data = file.read(MAX_STATE_BYTES)
     digest = hashlib.file_digest(io.BytesIO(data), "sha256").hexdigest()
     if digest != config.get("state_sha256"):
-        raise UserError("the codec's state is not that of the cache", got=f"sha256 {digest}",
-                        expected=config.get("state_sha256"), where=path, fix="restore the file from the cache")  # fmt: skip
+        raise UserError(
+            "the codec's state is not that of the cache",
+            got=f"sha256 {digest}",
+            expected=config.get("state_sha256"),
+            where=path,
+            fix="restore the file from the cache",
+        )
     try:
         tensors = load(data)
         state = TransformState(

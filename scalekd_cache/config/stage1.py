@@ -121,7 +121,7 @@ class StoreConfig:
     backend: Literal["webdataset", "zarr"] = "webdataset"
     """File format of the shards."""
     codec: str = "int8"
-    """Feature codec: int8, float16, float32."""
+    """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8."""
     num_views: int = 4
     """Augmented views of every image."""
     views_per_group: int = 4

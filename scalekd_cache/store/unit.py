@@ -120,7 +120,6 @@ class UnitWriter:
         if self._feature_bytes is None:
             self._feature_bytes = len(record.features)
             self._record_bytes = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
-        assert len(record.features) == self._feature_bytes, (len(record.features), self._feature_bytes)
         record = record._replace(view=canonical_json(json.loads(record.view)))
         with _DiskGuard(self):
             self._writer(view_number).append(record)

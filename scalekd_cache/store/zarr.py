@@ -1,7 +1,7 @@
 """The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, readable by zarr-python alone.
 
-In: records. Out: arrays labels, crc32c (n,), features uint8 (n, bytes_per_view), and pixels, target, logits as flat
-uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a chunk that was not written
+In: records. Out: arrays labels, crc32c (n,), and features, pixels, target, logits as flat uint8, each with
+<name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a chunk that was not written
 or a file that is gone is an error. zarr-python writes; `zarr_read.py` reads, because zarr-python gives zeros for both.
 """
 
@@ -19,14 +19,11 @@ from scalekd_cache.store.files import FileFact, canonical_json, fact_of, fsync_p
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
 
-CHUNK_RECORDS = 16
-"""Records in a chunk of features, the smallest thing that is decoded."""
 CHUNK_BYTES = 1 << 18
-"""Bytes in a chunk of a flat array (about 16 views of 224 px)."""
-CHUNK_BYTES_MAX = 1 << 21
+"""Bytes in a chunk of a flat array, the smallest thing that is decoded: about 16 views of 224 px, or 3 of features."""
 SHARD_BYTES = 1 << 25
 """Bytes of a whole shard file before compression; the writer holds at most one for each array."""
-FLAT = ("pixels", "target", "logits")
+FLAT = ("features", "pixels", "target", "logits")
 KINDS = {"features": "features", "pixels": "pixels"}
 """Arrays that are counted under their own name; the others are `target`, offsets and checksums are index."""
 
@@ -34,12 +31,11 @@ KINDS = {"features": "features", "pixels": "pixels"}
 class Appender:
     """A one-writer array that grows along its first axis, a whole shard file at a time."""
 
-    def __init__(self, group: zarr.Group, name: str, dtype: str, width: int | None, chunk: int, shard: int) -> None:
+    def __init__(self, group: zarr.Group, name: str, dtype: str, chunk: int, shard: int) -> None:
         assert shard % chunk == 0, (shard, chunk)
         self._group, self._name, self._dtype = group, name, np.dtype(dtype)
-        self._tail = () if width is None else (width,)
         self._chunk, self._shard = chunk, shard
-        self._row_bytes = self._dtype.itemsize * (width or 1)
+        self._row_bytes = self._dtype.itemsize
         self._pending = bytearray()
         self._array: Any = None
         self._written = 0
@@ -63,10 +59,10 @@ class Appender:
         if self._array is None:
             self._array = self._create(stop)
         elif rows:
-            self._array.resize((stop, *self._tail))
+            self._array.resize((stop,))
         taken = rows * self._row_bytes
         if rows:
-            values = np.frombuffer(bytes(self._pending[:taken]), self._dtype).reshape(rows, *self._tail)
+            values = np.frombuffer(bytes(self._pending[:taken]), self._dtype)
             self._array[self._written : stop] = values
         del self._pending[:taken]
         self._written = stop
@@ -74,10 +70,10 @@ class Appender:
     def _create(self, rows: int) -> Any:
         return self._group.create_array(
             self._name,
-            shape=(rows, *self._tail),
+            shape=(rows,),
             dtype=self._dtype,
-            chunks=(self._chunk, *self._tail),
-            shards=(self._shard, *self._tail),
+            chunks=(self._chunk,),
+            shards=(self._shard,),
             compressors=zarr.codecs.ZstdCodec(level=1, checksum=True),
             fill_value=0,
             config={"write_empty_chunks": True},  # not persisted; without it a chunk of zeros is not written at all
@@ -92,18 +88,13 @@ class Writer(ShardWriter):
         self._root = folder / f"v{shard.view:04d}.zarr"
         store = zarr.storage.LocalStore(self._root)
         self._group = zarr.create_group(store, attributes={"scalekd_cache": 1, **shard._asdict()})
-        width = max(1, feature_bytes)
-        chunk = min(CHUNK_RECORDS, max(1, CHUNK_BYTES_MAX // width))
-        per_shard = chunk * max(1, SHARD_BYTES // (chunk * width))
-        self._features = Appender(self._group, "features", "|u1", width, chunk, per_shard)
-        self._flat = {name: Appender(self._group, name, "|u1", None, CHUNK_BYTES, SHARD_BYTES) for name in FLAT}
+        self._flat = {name: Appender(self._group, name, "|u1", CHUNK_BYTES, SHARD_BYTES) for name in FLAT}
         self._offsets: dict[str, list[int]] = {name: [0] for name in FLAT}
         self._labels: list[int] = []
 
     def append(self, record: Record) -> None:
         """To every array."""
-        self._features.append(record.features)
-        for name, data in (("pixels", record.pixels), ("target", _target(record)), ("logits", record.logits)):
+        for name, data in zip(FLAT, (record.features, record.pixels, _target(record), record.logits), strict=True):
             self._flat[name].append(data)
             self._offsets[name].append(self._offsets[name][-1] + len(data))
         self._labels.append(record.label)
@@ -111,7 +102,6 @@ class Writer(ShardWriter):
 
     def finish(self) -> ShardSummary:
         """Write the rest, then fsync and hash what zarr-python has left on disk."""
-        self._features.finish()
         for name, appender in self._flat.items():
             appender.finish()
             self._small(f"{name}_offsets", np.array(self._offsets[name], "<u8"))
@@ -123,14 +113,14 @@ class Writer(ShardWriter):
             fsync_path(path)
             fact = files[path.relative_to(self.folder).as_posix()] = fact_of(path)
             array = path.relative_to(self._root).parts[0]
-            if array in ("features", "labels", *FLAT):
+            if array in ("labels", *FLAT):
                 payload[KINDS.get(array, "target")] += fact.bytes
         return ShardSummary(files, payload)
 
     def _small(self, name: str, values: NDArray[Any]) -> None:
         """An array in a single chunk."""
         rows = max(1, len(values))
-        appender = Appender(self._group, name, values.dtype.str, None, rows, rows)
+        appender = Appender(self._group, name, values.dtype.str, rows, rows)
         appender.append(values.tobytes())
         appender.finish()
 
@@ -150,7 +140,6 @@ class Reader(ShardReader):
         count = len(keys)
         self._crcs = ShardedArray(self.where / "crc32c", "uint32", count).all()
         self._labels = ShardedArray(self.where / "labels", "int64", count).all()
-        self._features = ShardedArray(self.where / "features", "uint8", count, columns=True)
         self._offsets: dict[str, NDArray[Any]] = {}
         self._flat: dict[str, ShardedArray] = {}
         for name in FLAT:
@@ -172,17 +161,13 @@ class Reader(ShardReader):
 
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
         """Records of these rows, in this order."""
-        features = self._features.spans([(row, row + 1) for row in rows.tolist()])
         flat = []
         for name in FLAT:
             bounds = np.stack((self._offsets[name][rows], self._offsets[name][rows + 1]), axis=1)
             flat.append(self._flat[name].spans([(start, stop) for start, stop in bounds.tolist()]))
-        return [
-            self.checked(row, self._record(row, *parts))
-            for row, *parts in zip(rows.tolist(), *flat, features, strict=True)
-        ]
+        return [self.checked(row, self._record(row, *parts)) for row, *parts in zip(rows.tolist(), *flat, strict=True)]
 
-    def _record(self, row: int, pixels: bytes, target: bytes, logits: bytes, features: bytes) -> Record:
+    def _record(self, row: int, features: bytes, pixels: bytes, target: bytes, logits: bytes) -> Record:
         key, label = self.keys[row], int(self._labels[row])
         try:
             fields = json.loads(target)

@@ -31,9 +31,8 @@ INDEX_CODECS = ["bytes", "crc32c"]
 class ShardedArray:
     """An array split along its first axis only: shard files of chunks, each a zstd frame."""
 
-    def __init__(self, folder: StoredPath, dtype: str, length: int, *, columns: bool = False) -> None:
+    def __init__(self, folder: StoredPath, dtype: str, length: int) -> None:
         self.folder, self.dtype, self.length = folder, np.dtype(dtype).newbyteorder("<"), length
-        self.columns = columns
         meta, _ = read_json(folder / "zarr.json", "the metadata of a zarr array", METADATA_BYTES)
         try:
             self._accept(meta, dtype)
@@ -59,12 +58,11 @@ class ShardedArray:
             "index location": sharding.get("index_location", "end"),
             "whole numbers": all(type(number) is int and 0 <= number < 2**62 for number in numbers),
         }
-        axes = 2 if self.columns else 1
         expected = {
             "zarr_format": 3,
             "data_type": dtype,
             "first axis": self.length,
-            "axes": [axes] * 3,
+            "axes": [1] * 3,
             "chunk keys": "default",
             "separator": "/",
             "codecs": ["sharding_indexed"],
@@ -78,9 +76,9 @@ class ShardedArray:
             got, wanted = {name: found[name] for name in wrong}, {name: expected[name] for name in wrong}
             raise damaged("a zarr array is not laid out as expected", got, wanted, self.folder)
         self.chunk_rows, self.shard_rows = chunk[0], shard[0]
-        self.row_bytes = self.dtype.itemsize * (shape[1] if self.columns else 1)
+        self.row_bytes = self.dtype.itemsize
         self.chunk_bytes = self.chunk_rows * self.row_bytes
-        whole = self.chunk_rows > 0 and self.shard_rows % self.chunk_rows == 0 and shape[1:] == shard[1:] == chunk[1:]
+        whole = self.chunk_rows > 0 and self.shard_rows % self.chunk_rows == 0
         self.shard_chunks = self.shard_rows // self.chunk_rows if whole else 0
         if not (0 < self.shard_chunks <= MAX_SHARD_CHUNKS and 0 < self.chunk_bytes <= MAX_CHUNK_BYTES):
             raise damaged("chunks of a zarr array are out of range", {"chunk": chunk, "shard": shard, "shape": shape},
@@ -115,8 +113,8 @@ class ShardedArray:
         return data[(start - offset) * self.row_bytes : (stop - offset) * self.row_bytes]
 
     def _path(self, shard: int) -> StoredPath:
-        """The file of a shard; the second axis is never split."""
-        return self.folder / "c" / str(shard) / "0" if self.columns else self.folder / "c" / str(shard)
+        """The file of a shard."""
+        return self.folder / "c" / str(shard)
 
     def _read_chunks(self, shard: int, chunks: list[int]) -> dict[int, bytes]:
         path = self._path(shard)

@@ -1,0 +1,97 @@
+"""Which codec a cache gets, and the fit of those that are fitted to their teacher.
+
+In: options, source, teacher. Out: the codec; for fitted ones codec.safetensors in the cache's folder.
+Invariant: one process fits, once a cache: a job that continues takes the state that is there, so that all units of a
+cache have one codec.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.codec import FITTED, codec_from_config, make_codec
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.config import CacheTeacherConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.images import Source, UnreadableImage, decode_image
+from scalekd_cache.processes import Peers
+from scalekd_cache.store.files import canonical_json, write_atomically
+from scalekd_cache.teacher import Teacher
+from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, sample_view
+
+CALIBRATION_VIEWS = 512
+"""First views that a codec is fitted to."""
+MARK = "codec.json"
+
+
+def calibrated_codec(config: CacheTeacherConfig, peers: Peers, source: Source, teacher: Teacher) -> FeatureCodec:
+    """The codec that the options name; rank 0 fits it when it needs a fit and the cache has none yet.
+
+    Raises:
+        UserError: no such codec, or a state in the cache that is damaged or of another preset.
+    """
+    name, shape = config.cache.codec, teacher.spec.feature_shape
+    if name not in FITTED:
+        return make_codec(name, shape)
+    root = Path(config.cache.path)
+    if peers.process.rank == 0:
+        if not (root / MARK).exists():
+            _fit(config, root, source, teacher, peers.process.device)
+        peers.announce("codec")
+    peers.wait("codec")
+    try:
+        kept = json.loads((root / MARK).read_text(encoding="utf-8"))
+        if not isinstance(kept, dict) or set(kept) != {"preset", "codec"}:
+            raise ValueError("expected preset and codec")
+    except ValueError as error:
+        raise UserError("the codec's file is damaged", got=error, where=root / MARK, fix="restore it") from error
+    if kept["preset"] != name:
+        raise UserError(
+            "this cache's codec was fitted for another preset",
+            got=name,
+            expected=kept["preset"],
+            where=root,
+            fix=f"use CODEC={kept['preset']}, or another folder (CACHE=...)",
+        )
+    return codec_from_config(kept["codec"], root)
+
+
+def _fit(config: CacheTeacherConfig, root: Path, source: Source, teacher: Teacher, device: torch.device) -> None:
+    """Write the state, then the file that names it: a job killed between the two fits again."""
+    from scalekd_cache.codec.transform_fit import FILE, PRESETS, fit, state_bytes
+
+    print(f"fitting codec {config.cache.codec} to the teacher's features", flush=True)
+    with torch.no_grad():
+        batches = _views(config, source)
+        features = torch.cat([teacher(batch.to(device)).features.cpu() for batch in batches])
+    codec = fit(features, PRESETS[config.cache.codec])
+    root.mkdir(parents=True, exist_ok=True)
+    write_atomically(root / FILE, state_bytes(codec.state))
+    content = {"preset": config.cache.codec, "codec": codec.get_config()}
+    write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
+
+
+def _views(config: CacheTeacherConfig, source: Source) -> Iterator[Tensor]:
+    """View 0 of images spread over the first group's order, (B, 3, S, S) uint8, as the teacher will see them."""
+    order, pixels, taken = source.order(0), [], 0
+    for index in order[:: max(1, len(order) // CALIBRATION_VIEWS)].tolist():
+        key = source.samples[index].key
+        try:
+            image = decode_image(source.read(index), key)
+        except UnreadableImage:
+            continue  # stage 1 itself records what it leaves out
+        view = apply_view(sample_view(config.views, key, 0, image.shape[1], image.shape[0]), image, config.views)
+        if config.views.pixels == "baked":
+            view = decode_pixels(encode_pixels(view, config.views), config.views.size)
+        pixels.append(torch.from_numpy(view).permute(2, 0, 1))
+        taken += 1
+        if len(pixels) == config.teacher.batch_size or taken == CALIBRATION_VIEWS:
+            yield torch.stack(pixels)
+            pixels = []
+        if taken == CALIBRATION_VIEWS:
+            return
+    if pixels:
+        yield torch.stack(pixels)
