@@ -46,7 +46,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: help install cache-teacher distill evaluate export import-upstream verify fetch costs test test-all lint format clean
+.PHONY: bench-codec help install cache-teacher distill evaluate export import-upstream verify fetch costs test test-all lint format clean
 
 help: ## Show this help
 	@echo "Targets:"
@@ -135,6 +135,10 @@ fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
 
 costs: $(BASE) ## FLOPs and parameters of a pair: TEACHER=name STUDENT=name, ALL=1 for the paper's pairs
 	@$(PY) -m pipelines.costs $(call option,TEACHER,teacher) $(call option,STUDENT,student) $(if $(ALL),--all true)
+
+bench-codec: $(BASE) ## Codecs on real features: CACHE=dir of a float32 cache, or FEATURES=maps.npy IDS=images.npy; NAME=name
+	@$(PY) -m benchmarks.codecs $(if $(FEATURES),--features "$(FEATURES)" $(call option,IDS,ids),--cache "$(CACHE)") \
+	  $(call option,HEAD,head) --name "$(or $(NAME),demo)"
 
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time
