@@ -33,7 +33,14 @@ def calibrated_codec(config: CacheTeacherConfig, peers: Peers, source: Source, t
     Raises:
         UserError: no such codec, or a state in the cache that is damaged or of another preset.
     """
-    name, shape = config.cache.codec, teacher.spec.feature_shape
+    name, noise, shape = config.cache.codec, config.cache.codec_noise, teacher.spec.feature_shape
+    if not 0 <= noise <= 1 or (noise and name not in FITTED):
+        raise UserError(
+            "bad noise of a codec",
+            got=f"{noise} for codec {name}",
+            expected=f"0 to 1, and 0 for codecs other than {', '.join(FITTED)}",
+            where="cache.codec_noise",
+        )
     if name not in FITTED:
         return make_codec(name, shape)
     root = Path(config.cache.path)
@@ -48,15 +55,21 @@ def calibrated_codec(config: CacheTeacherConfig, peers: Peers, source: Source, t
             raise ValueError("expected preset and codec")
     except ValueError as error:
         raise UserError("the codec's file is damaged", got=error, where=root / MARK, fix="restore it") from error
-    if kept["preset"] != name:
+    asked = _preset(config)
+    if kept["preset"] != asked:
         raise UserError(
             "this cache's codec was fitted for another preset",
-            got=name,
+            got=asked,
             expected=kept["preset"],
             where=root,
-            fix=f"use CODEC={kept['preset']}, or another folder (CACHE=...)",
+            fix="use the codec and noise the cache was made with, or another folder (CACHE=...)",
         )
     return codec_from_config(kept["codec"], root)
+
+
+def _preset(config: CacheTeacherConfig) -> str:
+    noise = config.cache.codec_noise
+    return f"{config.cache.codec}, noise {noise:g}" if noise else config.cache.codec
 
 
 def _fit(config: CacheTeacherConfig, root: Path, source: Source, teacher: Teacher, device: torch.device) -> None:
@@ -67,10 +80,10 @@ def _fit(config: CacheTeacherConfig, root: Path, source: Source, teacher: Teache
     with torch.no_grad():
         batches = _views(config, source)
         features = torch.cat([teacher(batch.to(device)).features.cpu() for batch in batches])
-    codec = fit(features, PRESETS[config.cache.codec])
+    codec = fit(features, config.cache.codec_noise or PRESETS[config.cache.codec])
     root.mkdir(parents=True, exist_ok=True)
     write_atomically(root / FILE, state_bytes(codec.state))
-    content = {"preset": config.cache.codec, "codec": codec.get_config()}
+    content = {"preset": _preset(config), "codec": codec.get_config()}
     write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
 
 

@@ -122,6 +122,8 @@ class StoreConfig:
     """File format of the shards."""
     codec: str = "int8"
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8."""
+    codec_noise: float = 0.0
+    """Noise of a transform codec: its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's, 0.0018 or 0.06."""
     num_views: int = 4
     """Augmented views of every image."""
     views_per_group: int = 4
