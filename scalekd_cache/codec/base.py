@@ -53,6 +53,11 @@ class FeatureCodec(ABC):
         self.channels, self.height, self.width = shape
         self.tokens = self.height * self.width
 
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a stored record, or what they were on average when the codec was fitted."""
+        return self.bytes_per_view
+
     @abstractmethod
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """(B, C, H, W) float32 on any device -> uint8 (B, bytes_per_view) on the same device.

@@ -58,8 +58,16 @@ class TransformCodec(FeatureCodec):
     id = "transform"
     dithered = True
 
-    def __init__(self, shape: tuple[int, int, int], state: TransformState, *, noise: float, state_sha256: str) -> None:
-        self.state, self.noise, self.state_sha256 = state, noise, state_sha256
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        state: TransformState,
+        *,
+        noise: float,
+        state_sha256: str,
+        mean_bytes: int = 0,
+    ) -> None:
+        self.state, self.noise, self.state_sha256, self.mean_bytes = state, noise, state_sha256, mean_bytes
         channels, height, width = shape
         check_state(state, shape, noise)
         self.segments = [Segment(*row) for row in state.segments.tolist()]
@@ -80,7 +88,13 @@ class TransformCodec(FeatureCodec):
 
     def get_config(self) -> dict[str, Any]:
         """The state itself is a file, of which the config holds the sha256."""
-        return {**super().get_config(), "noise": self.noise, "state_sha256": self.state_sha256}
+        own = {"noise": self.noise, "state_sha256": self.state_sha256, "mean_bytes": self.mean_bytes}
+        return {**super().get_config(), **own}
+
+    @property
+    def record_bytes(self) -> int:
+        """Mean bytes of a record of the views it was fitted to."""
+        return self.mean_bytes
 
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """As `FeatureCodec.encode`; `seeds` (B,) int64 below 2^32 choose the dither of each row (needed here)."""

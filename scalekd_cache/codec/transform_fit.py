@@ -69,7 +69,11 @@ def fit(features: Tensor, noise: float) -> TransformCodec:
         second_dc += grid[:, 0].T @ grid[:, 0]
         second_ac += grid[:, 1:].flatten(0, 1).T @ grid[:, 1:].flatten(0, 1)
     state = plain.state._replace(basis_dc=_basis(second_dc), basis_ac=_basis(second_ac))
-    return _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
+    codec = _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
+    few = features[:: -(-len(features) // BATCH)].contiguous()
+    records = codec.pack(codec.encode(few, torch.arange(len(few))).numpy())
+    codec.mean_bytes = -(-sum(map(len, records)) // len(records))
+    return codec
 
 
 def _start(shape: tuple[int, int, int]) -> TransformState:
@@ -210,4 +214,7 @@ def load_transform(config: Mapping[str, Any], shape: tuple[int, int, int], folde
     noise = config.get("noise")
     if not isinstance(noise, float):
         raise UserError("bad codec config", got=noise, expected="noise, a number", where="codec in the manifest")
-    return TransformCodec(shape, state, noise=noise, state_sha256=digest)
+    mean_bytes = config.get("mean_bytes")
+    if type(mean_bytes) is not int or not 0 <= mean_bytes < 1 << 31:
+        raise UserError("bad codec config", got=mean_bytes, expected="mean_bytes", where="codec in the manifest")
+    return TransformCodec(shape, state, noise=noise, state_sha256=digest, mean_bytes=mean_bytes)
