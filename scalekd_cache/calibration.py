@@ -7,9 +7,12 @@ cache have one codec.
 
 import json
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
@@ -17,6 +20,7 @@ from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.config import CacheTeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
+from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Peers
 from scalekd_cache.store.files import canonical_json, write_atomically
 from scalekd_cache.teacher import Teacher
@@ -27,7 +31,9 @@ CALIBRATION_VIEWS = 512
 MARK = "codec.json"
 
 
-def calibrated_codec(config: CacheTeacherConfig, peers: Peers, source: Source, teacher: Teacher) -> FeatureCodec:
+def calibrated_codec(
+    config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher
+) -> FeatureCodec:
     """The codec that the options name; rank 0 fits it when it needs a fit and the cache has none yet.
 
     Raises:
@@ -72,7 +78,9 @@ def _preset(config: CacheTeacherConfig) -> str:
     return f"{config.cache.codec}, noise {noise:g}" if noise else config.cache.codec
 
 
-def _fit(config: CacheTeacherConfig, root: Path, source: Source, teacher: Teacher, device: torch.device) -> None:
+def _fit(
+    config: CacheTeacherConfig, root: Path, source: Source | PixelCache, teacher: Teacher, device: torch.device
+) -> None:
     """Write the state, then the file that names it: a job killed between the two fits again."""
     from scalekd_cache.codec.transform_fit import FILE, PRESETS, fit, state_bytes
 
@@ -87,9 +95,28 @@ def _fit(config: CacheTeacherConfig, root: Path, source: Source, teacher: Teache
     write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
 
 
-def _views(config: CacheTeacherConfig, source: Source) -> Iterator[Tensor]:
-    """View 0 of images spread over the first group's order, (B, 3, S, S) uint8, as the teacher will see them."""
-    order, pixels, taken = source.order(0), [], 0
+def _views(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
+    """View 0 of images spread over the data set, (B, 3, S, S) uint8, as the teacher will see them."""
+    drawn = _stored(config, source) if isinstance(source, PixelCache) else _drawn(config, source)
+    pixels: list[Tensor] = []
+    for view in islice(drawn, CALIBRATION_VIEWS):
+        pixels.append(torch.from_numpy(view).permute(2, 0, 1))
+        if len(pixels) == config.teacher.batch_size:
+            yield torch.stack(pixels)
+            pixels = []
+    if pixels:
+        yield torch.stack(pixels)
+
+
+def _stored(config: CacheTeacherConfig, source: PixelCache) -> Iterator[NDArray[np.uint8]]:
+    """Views (S, S, 3) from another cache."""
+    for position in range(0, len(source.cache), max(1, len(source.cache) // CALIBRATION_VIEWS)):
+        yield decode_pixels(source.cache.read([position], 0)[0].pixels, config.views.size)
+
+
+def _drawn(config: CacheTeacherConfig, source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Views (S, S, 3) drawn from the images."""
+    order = source.order(0)
     for index in order[:: max(1, len(order) // CALIBRATION_VIEWS)].tolist():
         key = source.samples[index].key
         try:
@@ -99,12 +126,4 @@ def _views(config: CacheTeacherConfig, source: Source) -> Iterator[Tensor]:
         view = apply_view(sample_view(config.views, key, 0, image.shape[1], image.shape[0]), image, config.views)
         if config.views.pixels == "baked":
             view = decode_pixels(encode_pixels(view, config.views), config.views.size)
-        pixels.append(torch.from_numpy(view).permute(2, 0, 1))
-        taken += 1
-        if len(pixels) == config.teacher.batch_size or taken == CALIBRATION_VIEWS:
-            yield torch.stack(pixels)
-            pixels = []
-        if taken == CALIBRATION_VIEWS:
-            return
-    if pixels:
-        yield torch.stack(pixels)
+        yield view

@@ -6,13 +6,13 @@ Invariant: importing this package does not import torch; a codec's module is imp
 
 import importlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scalekd_cache.errors import UserError, nearest
 
 if TYPE_CHECKING:
     from scalekd_cache.codec.base import FeatureCodec
+    from scalekd_cache.store.path import StoredPath
 
 CODECS: dict[str, tuple[str, str]] = {
     "int8": ("scalekd_cache.codec.int8", "Int8Codec"),
@@ -46,7 +46,7 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
     return codec
 
 
-def codec_from_config(config: Mapping[str, Any], folder: Path | None = None) -> "FeatureCodec":
+def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = None) -> "FeatureCodec":
     """The codec that wrote a cache, from the config in its manifest; `folder` is the cache, with a fitted one's state.
 
     Raises:
@@ -72,7 +72,9 @@ def codec_from_config(config: Mapping[str, Any], folder: Path | None = None) -> 
     return codec
 
 
-def _made(name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: Path | None) -> "FeatureCodec":
+def _made(
+    name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: "StoredPath | None"
+) -> "FeatureCodec":
     if name != "transform":
         return make_codec(name, shape)
     _check_shape(name, shape)

@@ -7,11 +7,9 @@ LAPACK), readers and writers of one cache share one file, named by its sha256 in
 
 import hashlib
 import heapq
-import io
 import itertools
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -30,6 +28,9 @@ from scalekd_cache.codec.transform import (
     token_scales,
 )
 from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from scalekd_cache.store.path import StoredPath
 
 FILE = "codec.safetensors"
 MAX_STATE_BYTES = 1 << 30
@@ -177,7 +178,9 @@ def state_bytes(state: TransformState) -> bytes:
     return data
 
 
-def load_transform(config: Mapping[str, Any], shape: tuple[int, int, int], folder: Path | None) -> TransformCodec:
+def load_transform(
+    config: Mapping[str, Any], shape: tuple[int, int, int], folder: "StoredPath | None"
+) -> TransformCodec:
     """The coder of a config, with its state from `folder`/codec.safetensors.
 
     Raises:
@@ -192,9 +195,11 @@ def load_transform(config: Mapping[str, Any], shape: tuple[int, int, int], folde
             where=folder or "codec config",
             fix="restore the file from the cache",
         )
-    with path.open("rb") as file:
-        data = file.read(MAX_STATE_BYTES)
-    digest = hashlib.file_digest(io.BytesIO(data), "sha256").hexdigest()
+    size = path.stat().st_size
+    if size > MAX_STATE_BYTES:
+        raise UserError("the codec's state is too large", got=f"{size} bytes", expected=MAX_STATE_BYTES, where=path)
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
     if digest != config.get("state_sha256"):
         raise UserError(
             "the codec's state is not that of the cache",
