@@ -171,13 +171,14 @@ def sequential_zarr(folder: Path, repeats: int) -> dict[str, Any]:
     info, _ = read_unit(folder)
     count, path = info.count, folder / "v0000.zarr"
     plain: Any = zarr.open_group(path, mode="r")["features"]
-    ours = ShardedArray(path / "features", "uint8", count, columns=True)
+    row = plain.shape[0] // count
+    ours = ShardedArray(path / "features", "uint8", count * row)
     bounds = [(start, min(start + 64, count)) for start in range(0, count, 64)]
     reader = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
     seconds = in_turn(
         repeats,
-        ours=lambda: [ours.spans([(row, row + 1) for row in range(*bound)]) for bound in bounds],
-        zarr=lambda: [plain[start:stop] for start, stop in bounds],
+        ours=lambda: [ours.spans([(at * row, (at + 1) * row) for at in range(*bound)]) for bound in bounds],
+        zarr=lambda: [plain[start * row : stop * row] for start, stop in bounds],
         records=lambda: [reader.read(np.arange(*bound)) for bound in bounds],
     )
     return {

@@ -19,7 +19,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store import Cache, Record, verify_cache
 
 ALL = range(NUM_SAMPLES)
-PAYLOAD = {"webdataset": "g000-r00001/v0001.tar", "zarr": "g000-r00001/v0001.zarr/features/c/0/0"}
+PAYLOAD = {"webdataset": "g000-r00001/v0001.tar", "zarr": "g000-r00001/v0001.zarr/features/c/0"}
 PASSING = [("503 twice", 503, 2), ("429", 429, 1), ("drop", "drop", 1), ("short", "short", 1),
            ("flipped", "flipped", 1), ("zeros", "zeros", 1), ("slow", "slow", 1)]  # fmt: skip
 

@@ -66,9 +66,8 @@ class ShardSummary(NamedTuple):
 class ShardWriter(ABC):
     """Writes one shard, record by record, into a folder that nobody reads yet."""
 
-    def __init__(self, folder: Path, shard: ShardId, feature_bytes: int) -> None:
+    def __init__(self, folder: Path, shard: ShardId) -> None:
         self.folder, self.shard = folder, shard
-        self.feature_bytes = feature_bytes
         self.crcs: list[int] = []
 
     @abstractmethod
@@ -120,10 +119,10 @@ class ShardReader(ABC):
         return record
 
 
-def shard_writer(backend: str, folder: Path, shard: ShardId, feature_bytes: int) -> ShardWriter:
+def shard_writer(backend: str, folder: Path, shard: ShardId) -> ShardWriter:
     """The writer of a backend; its module is imported now (zarr takes half a second)."""
     module = importlib.import_module(BACKENDS[check_backend(backend)])
-    writer: ShardWriter = module.Writer(folder, shard, feature_bytes)
+    writer: ShardWriter = module.Writer(folder, shard)
     return writer
 
 

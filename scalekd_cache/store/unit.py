@@ -100,7 +100,6 @@ class UnitWriter:
         self._skipped: dict[str, str] = {}
         self._writers: dict[int, ShardWriter] = {}
         self._counts = dict.fromkeys(views, 0)
-        self._feature_bytes: int | None = None
         self._record_bytes = 0
         self._temp = temp_beside(self.folder)
         with _DiskGuard(self):
@@ -117,8 +116,7 @@ class UnitWriter:
         if row == len(self._keys):
             self._take_key(record.key)
         assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
-        if self._feature_bytes is None:
-            self._feature_bytes = len(record.features)
+        if not self._record_bytes:
             self._record_bytes = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
         record = record._replace(view=canonical_json(json.loads(record.view)))
         with _DiskGuard(self):
@@ -177,7 +175,7 @@ class UnitWriter:
         if view not in self._writers:
             info = self.info
             shard = ShardId(info.group, info.range_id, view)
-            self._writers[view] = shard_writer(info.backend, self._temp, shard, self._feature_bytes or 0)
+            self._writers[view] = shard_writer(info.backend, self._temp, shard)
         return self._writers[view]
 
     def _finish_files(self, fidelity: dict[str, Any]) -> None:

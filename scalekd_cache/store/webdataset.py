@@ -28,8 +28,8 @@ PNG_MAGIC = b"\x89PNG"
 class Writer(ShardWriter):
     """Streams members to the tar; keeps 40 bytes a record for the index."""
 
-    def __init__(self, folder: Path, shard: ShardId, feature_bytes: int) -> None:
-        super().__init__(folder, shard, feature_bytes)
+    def __init__(self, folder: Path, shard: ShardId) -> None:
+        super().__init__(folder, shard)
         self._tar = HashingFile(folder / f"v{shard.view:04d}.tar")
         self._rows: list[tuple[int, ...]] = []
         self._payload = {"pixels": 0, "features": 0, "target": 0}

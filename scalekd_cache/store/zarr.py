@@ -83,8 +83,8 @@ class Appender:
 class Writer(ShardWriter):
     """Holds at most one shard file of each array in memory."""
 
-    def __init__(self, folder: Path, shard: ShardId, feature_bytes: int) -> None:
-        super().__init__(folder, shard, feature_bytes)
+    def __init__(self, folder: Path, shard: ShardId) -> None:
+        super().__init__(folder, shard)
         self._root = folder / f"v{shard.view:04d}.zarr"
         store = zarr.storage.LocalStore(self._root)
         self._group = zarr.create_group(store, attributes={"scalekd_cache": 1, **shard._asdict()})
