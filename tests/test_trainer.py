@@ -168,8 +168,8 @@ def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
         trainer_of(config_of(train={"epochs": 1, "targets": "none", "shuffle_block": 16}), tmp_path)
 
 
-@pytest.mark.parametrize(("save_every", "step", "named"), [(STEPS, STEPS, "logit"), (1, 2, "weights")])
-def test_what_is_not_finite_names_the_step_and_is_never_saved(processes, tmp_path, save_every, step, named):
+@pytest.mark.parametrize(("save_every", "named"), [(STEPS, "logit"), (1, "weights")])
+def test_what_is_not_finite_names_where_it_began_and_is_never_saved(processes, tmp_path, save_every, named):
     """Found when the loss is logged, or when a checkpoint within the epoch would keep it."""
     trainer = trainer_of(config_of(train={"log_every": 10}))
     original, calls = trainer._targets, []
@@ -190,10 +190,10 @@ def test_what_is_not_finite_names_the_step_and_is_never_saved(processes, tmp_pat
 
     with pytest.raises(UserError, match="not finite") as error:
         run()
-    assert f"step {step}" in str(error.value)
+    assert "step 2, process 0, micro-batch 1 (view 0, shards units/g000-r0000" in str(error.value)
     assert named in str(error.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
-    whole = [f"step-{number:08d}" for number in range(1, step) if number % save_every == 0]
+    whole = [f"step-{number:08d}" for number in range(1, 2) if number % save_every == 0]
     assert sorted(path.name for path in tmp_path.glob("*step-*")) == whole
 
 
