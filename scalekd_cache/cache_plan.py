@@ -6,15 +6,21 @@ set or layout is an error that names the fields.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from scalekd_cache.agreement import check_plan
 from scalekd_cache.caching import Stage, plan_units, unit_ranges
+from scalekd_cache.codec import recomputed
 from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import DenseLogits, LogitCodec
+from scalekd_cache.codec.recomputed import RecomputedLogits
+from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, to_plain
 from scalekd_cache.drawing import Unit
 from scalekd_cache.errors import UserError
@@ -23,6 +29,7 @@ from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Process, autocast_dtype
 from scalekd_cache.store import Ledger, ManifestFacts, remove_stale
 from scalekd_cache.store import plan as plans
+from scalekd_cache.store.files import write_atomically
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.shared import shared_with
 from scalekd_cache.teacher import Teacher
@@ -44,7 +51,7 @@ def make_plan(
 ) -> Job:
     """Everything that decides the cached bytes, and the units they come in."""
     root = Path(config.cache.path)
-    logit_codec = LogitCodec(teacher.spec.num_classes, exact=codec.id == "float32")
+    logit_codec = _logit_codec(config.cache, teacher, exact=codec.id == "float32")
     fields = {
         **_known_fields(config, process, source),
         "teacher": teacher.spec.to_json(),
@@ -114,6 +121,23 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
     return {"listing": listing_digest(source), "samples": len(source.samples)}
 
 
+def _logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
+    """How logits are kept; a teacher without a classifier has none to keep."""
+    classes = teacher.spec.num_classes
+    if classes == 0 or config.logits == "dense":
+        return DenseLogits(classes, exact=exact)
+    if config.logits == "top_k":
+        return TopKLogits(classes, config.top_k)
+    return RecomputedLogits(classes, hashlib.sha256(_classifier(teacher)).hexdigest())
+
+
+def _classifier(teacher: Teacher) -> bytes:
+    """The teacher's classifier as a file, tried on noise."""
+    size = teacher.spec.image_size
+    noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return recomputed.classifier_bytes(teacher.model, *teacher(noise))
+
+
 def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str, Any]:
     """How the cache lies on disk; one that shares pixels has the ranges of the one that holds them."""
     shard = config.cache.samples_per_shard
@@ -163,6 +187,8 @@ def begin(job: Job, top1: float | None, tail_sha256: str) -> Job:
         job.plan.facts, tail_sha256=tail_sha256, teacher={**job.plan.facts.teacher, "top1": top1}
     )
     plan = dataclasses.replace(job.plan, facts=facts)
+    if isinstance(job.stage.logit_codec, RecomputedLogits):
+        write_atomically(job.stage.root / recomputed.FILE, _classifier(job.stage.teacher))
     write_plan(job.stage.root, plan)
     return job._replace(plan=plan)
 

@@ -137,7 +137,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
         process.say(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
         missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(job, u))
-        size = bytes_per_view(stage.codec, stage.logit_codec.num_classes, pixel_bytes)
+        size = bytes_per_view(stage.codec, stage.logit_codec.record_bytes, pixel_bytes)
         check_space(stage.root, missing, size)
         print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
         if student is not None:

@@ -9,8 +9,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from scalekd_cache.checkpoint import Checkpoint, latest_checkpoint
+from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
 from scalekd_cache.engine import DistillModel, Trainer, start_processes
 from scalekd_cache.errors import UserError
@@ -162,7 +165,23 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(reads, process)
     model = DistillModel(config, student, heads)
-    return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint)
+    classifier = kept_classifier(config, cache, loader.logit_codec, process)
+    return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint, classifier)
+
+
+def kept_classifier(config: DistillConfig, cache: Cache, kept: LogitCodec, process: Process) -> nn.Linear | None:
+    """The teacher's classifier where the cache has it in place of logits; what the kept logits cannot do is refused."""
+    if kept.partial and config.scalekd.temperature != 1 and config.scalekd.logit_weight > 0:
+        raise UserError(
+            "the cache keeps the mass of its less probable classes at temperature 1 only",
+            got=f"scalekd.temperature={config.scalekd.temperature}",
+            expected="1, or a cache with all logits",
+            where=cache.root,
+            fix='set SET="scalekd.temperature=1", or make a cache with cache.logits=dense',
+        )
+    if not isinstance(kept, RecomputedLogits) or config.train.targets != "cached":
+        return None
+    return load_classifier(kept.get_config(), cache.root).to(process.device)
 
 
 def _tail(cache: Cache, spec: TeacherSpec) -> Tail:

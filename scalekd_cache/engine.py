@@ -115,8 +115,12 @@ class Trainer:
         teacher: Teacher | None,
         codec: FeatureCodec,
         checkpoint: Checkpoint | None = None,
+        classifier: nn.Linear | None = None,
     ) -> None:
-        """Build the engine; with a checkpoint, at its step: any number of processes and any ZeRO stage may go on."""
+        """Build the engine; with a checkpoint, at its step: any number of processes and any ZeRO stage may go on.
+
+        `classifier` is the teacher's, where a cache keeps it in place of logits.
+        """
         self.config = config
         self.process = process
         self.loader = loader
@@ -124,6 +128,7 @@ class Trainer:
         self.tail = tail
         self.teacher = teacher
         self.codec = codec
+        self.classifier = classifier
         self.watch = Watch(process, loader)
         lr = scaled_lr(config)
         # Weights are loaded and the average starts before the engine, which may partition the weights.
@@ -199,7 +204,9 @@ class Trainer:
             exact = make_codec("float32", self.codec.shape)  # the path of a lossless cache, down to the memory layout
             return Targets(*exact.decode(exact.encode(features)), logits)
         decoded = self.codec.decode(batch.codes)
-        return Targets(decoded.features, decoded.norms, batch.logits)
+        if self.classifier is not None:
+            return Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
+        return Targets(*decoded, batch.logits, self.loader.logit_codec.partial)
 
     def _lr(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config import DataConfig, ViewConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, decode_image, open_source
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
     codes: Tensor
     """(B, bytes_per_view) uint8: rows of the feature codec, decoded on the training device."""
     logits: Tensor
-    """(B, K) float32: the teacher's logits."""
+    """(B, K) float32: what the logit codec gives (K = 0 where it keeps nothing)."""
     ids: Tensor
     """(B,) int64: positions in the view's canonical order."""
     view: int
@@ -88,7 +88,7 @@ class MicroBatches(Dataset[Batch]):
         self.global_batch = global_batch
         self.micro_batch = micro_batch
         self.codec: FeatureCodec = codec_from_config(manifest.codec, cache.root)
-        self.logit_codec = LogitCodec.from_config(manifest.logit_codec)
+        self.logit_codec = logit_codec_from_config(manifest.logit_codec)
         self.view_config = ViewConfig(**from_plain(manifest.view_recipe))
         self.source: Source | None = None
         self.source_index: dict[str, int] = {}
@@ -225,6 +225,7 @@ class CacheLoader:
             cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, talks=rank == 0
         )
         self.codec = self._dataset.codec
+        self.logit_codec = self._dataset.logit_codec
         self._workers = workers
         self._pin_memory = pin_memory
 

@@ -31,7 +31,10 @@ class Targets(NamedTuple):
     norms: Tensor
     """(B, 2, H, W) float32: exact L2 norm of every token, [:, 0] raw, [:, 1] with each channel's mean removed."""
     logits: Tensor
-    """(B, K) float32; K = 0 for a teacher without a classifier."""
+    """(B, K) float32; K = 0 for a teacher without a classifier. Logits, or log-probabilities of some classes and -inf
+    for the others, of which only the mass in all is known (`partial_logit_loss`)."""
+    partial: bool = False
+    """Which of the two `logits` are."""
 
 
 class HeadOutputs(NamedTuple):
@@ -149,6 +152,22 @@ def logit_loss(
         return F.cross_entropy(wide(student_logits) / temperature, soft) * (weight * temperature**2)
 
 
+def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight * cross entropy where the teacher's probabilities are known for some classes, and in sum for the others.
+
+    student_logits (B, K); log_probabilities (B, K), -inf where not known -> scalar float32. The classes that are not
+    known are one event: the teacher's mass on them is compared with the student's mass on them. Nothing is
+    renormalised. Temperature 1 only: at another one the mass of the others is not known.
+    """
+    with full_precision(student_logits):
+        known = log_probabilities > float("-inf")
+        p = torch.where(known, wide(log_probabilities).exp(), 0.0)
+        log_q = F.log_softmax(wide(student_logits), dim=1)
+        rest = torch.where(known, torch.finfo(log_q.dtype).min, log_q).logsumexp(1)
+        rest_mass = torch.where(known.all(1), 0.0, (1 - p.sum(1)).clamp_min(0))
+        return -((p * log_q).sum(1) + rest_mass * rest).mean() * weight
+
+
 def label_loss(
     student_logits: Tensor, labels: Tensor, *, kind: str = "ce", smoothing: float = 0.0, weight: float = 1.0
 ) -> Tensor:
@@ -186,12 +205,14 @@ def distillation_losses(
         student_logits, labels, kind=train.label_loss, smoothing=train.label_smoothing, weight=1 - logit_weight
     )
     logit = zero
-    if targets is not None and logit_weight > 0:
+    if targets is not None and logit_weight > 0 and targets.partial:
+        logit = partial_logit_loss(student_logits, targets.logits, weight=logit_weight)
+    elif targets is not None and logit_weight > 0:
         logit = logit_loss(student_logits, targets.logits, temperature=config.temperature, weight=logit_weight)
     if maps is None or targets is None:
         return LossTerms(label, logit, zero, zero, zero, zero)
 
-    features, norms, _ = targets
+    features, norms = targets.features, targets.norms
 
     def mimic(view: Callable[..., Tensor], projected: Tensor | None, weight: float) -> Tensor:
         if weight == 0:

@@ -84,9 +84,9 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
         )
 
 
-def bytes_per_view(codec: FeatureCodec, num_classes: int, pixel_bytes: float) -> float:
+def bytes_per_view(codec: FeatureCodec, logit_bytes: int, pixel_bytes: float) -> float:
     """Estimated stored bytes of one view, everything included."""
-    return pixel_bytes + codec.record_bytes + 4 / 3 * (num_classes + 16) + RECORD_OVERHEAD_BYTES
+    return pixel_bytes + codec.record_bytes + 4 / 3 * (logit_bytes + 7) + RECORD_OVERHEAD_BYTES
 
 
 def check_space(path: Path, views: int, view_bytes: float) -> None:

@@ -5,7 +5,7 @@ from small_cache import CPU, shared_cache
 
 from scalekd_cache.checkpoint import latest_checkpoint
 from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
-from scalekd_cache.distill import make_heads
+from scalekd_cache.distill import kept_classifier, make_heads
 from scalekd_cache.engine import DistillModel, Trainer
 from scalekd_cache.loader import CacheLoader
 from scalekd_cache.order import Order
@@ -27,9 +27,9 @@ def config_of(*, train=None, optim=None, student="resnet10t") -> DistillConfig:
     )
 
 
-def trainer_of(config: DistillConfig, folder=None) -> Trainer:
+def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
     """A trainer at the last checkpoint of a folder, or at the first step."""
-    cache, train = shared_cache(), config.train
+    cache, train = cache or shared_cache(), config.train
     torch.manual_seed(train.seed)
     student = build_student(config.student, num_classes=10, image_size=64)
     tail = heads = None
@@ -42,7 +42,8 @@ def trainer_of(config: DistillConfig, folder=None) -> Trainer:
     )
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
-    return Trainer(config, CPU, loader, model, tail, None, loader.codec, checkpoint)
+    classifier = kept_classifier(config, cache, loader.logit_codec, CPU)
+    return Trainer(config, CPU, loader, model, tail, None, loader.codec, checkpoint, classifier)
 
 
 class Lines:

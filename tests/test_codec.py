@@ -13,7 +13,7 @@ from scalekd_cache.codec import CODECS, codec_from_config, make_codec
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.fidelity import fidelity, merge_summaries, summarise
 from scalekd_cache.codec.groups import round_up_to_float16
-from scalekd_cache.codec.logits import KL_LIMIT, LogitCodec, kl_divergence
+from scalekd_cache.codec.logits import KL_LIMIT, DenseLogits, kl_divergence, logit_codec_from_config
 from scalekd_cache.errors import UserError
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -167,7 +167,7 @@ LOGITS = {
 @pytest.mark.parametrize("kind", LOGITS)
 def test_logits_keep_their_distribution(kind):
     logits = LOGITS[kind](torch.Generator().manual_seed(0))
-    codec = LogitCodec(logits.shape[1])
+    codec = DenseLogits(logits.shape[1])
     records = codec.encode(logits)
     decoded = np.stack([codec.decode(record) for record in records])
     assert decoded.dtype == np.float32
@@ -179,28 +179,28 @@ def test_logits_keep_their_distribution(kind):
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=2, max_size=40))
 def test_logits_keep_their_distribution_whatever_they_are(values):
-    codec = LogitCodec(len(values))
+    codec = DenseLogits(len(values))
     decoded = codec.decode(codec.encode(torch.tensor([values]))[0])
     assert kl_divergence(np.array(values, np.float32), decoded) <= KL_LIMIT
 
 
 def test_logit_records():
-    codec = LogitCodec(1000)
+    codec = DenseLogits(1000)
     record = codec.encode(torch.randn(1, 1000, generator=torch.Generator().manual_seed(0)))[0]
     assert len(record) == 1009
-    assert LogitCodec.from_config(codec.get_config()).num_classes == 1000
+    assert logit_codec_from_config(codec.get_config()).num_classes == 1000
     for bad in (b"", b"\x07" + record[1:], record[:-1], record + b"x"):
         with pytest.raises(UserError, match="damaged logits"):
             codec.decode(bad)
     with pytest.raises(UserError, match=r"rows \[1\]"):
         codec.encode(torch.tensor([[0.0] * 1000, [float("nan")] * 1000]))
     with pytest.raises(UserError):
-        LogitCodec.from_config({"id": "logits-int8", "version": 1, "num_classes": 2**60, "kl_limit": 1e-4})
+        logit_codec_from_config({"id": "logits-int8", "version": 1, "num_classes": 2**60, "kl_limit": 1e-4})
 
 
 def test_golden_logits():
     golden = json.loads((GOLDEN / "codec_logits.json").read_text())
-    codec = LogitCodec.from_config(golden["config"])
+    codec = logit_codec_from_config(golden["config"])
     modes = []
     for row in golden["rows"]:
         record = bytes.fromhex(row["record"])
@@ -235,7 +235,7 @@ def write_golden() -> None:
         decoded = codec.decode(codes).features.contiguous().numpy().astype("<f4").tobytes().hex()
         content = {"config": codec.get_config(), "rows": rows, "decoded_float32": decoded}
         (GOLDEN / f"codec_{name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    codec = LogitCodec(4)
+    codec = DenseLogits(4)
     rows = []
     for logits in ([1.5, -2.0, 0.25, 7.0], [30.0, 29.75, -6000.0, 28.0]):
         record = codec.encode(torch.tensor([logits]))[0]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from scalekd_cache.cache_teacher import cache_teacher
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import DenseLogits, logit_codec_from_config
 from scalekd_cache.config import (
     CacheTeacherConfig,
     DataConfig,
@@ -65,17 +65,17 @@ def test_stage_one_without_a_classifier(tmp_path, capsys, backend):
 
 
 def test_records_of_no_classes_are_empty():
-    codec = LogitCodec(0)
+    codec = DenseLogits(0)
     assert codec.encode(torch.zeros(3, 0)) == [b""] * 3
     assert codec.decode(b"").shape == (0,)
     assert codec.decode(b"").dtype == np.float32
-    assert LogitCodec.from_config(codec.get_config()).num_classes == 0
+    assert logit_codec_from_config(codec.get_config()).num_classes == 0
     with pytest.raises(UserError, match="damaged logits"):
         codec.decode(b"\x00" * 9)
     with pytest.raises(UserError, match="damaged logits"):
-        LogitCodec(3).decode(b"")
+        DenseLogits(3).decode(b"")
     with pytest.raises(UserError, match="bad number of classes"):
-        LogitCodec(-1)
+        DenseLogits(-1)
 
 
 def test_the_closing_table_says_so(tmp_path):

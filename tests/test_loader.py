@@ -12,7 +12,7 @@ from PIL import Image
 from small_cache import SAMPLES, VIEWS, copy_of_cache, flip_byte, make, shared_cache, shared_weights
 
 from scalekd_cache import caching, drawing, loader
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config import DataConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import open_source
@@ -46,7 +46,7 @@ def assert_same_batches(batches, others):
 def test_a_batch_is_the_records_of_its_ids():
     cache = shared_cache()
     labels = {sample.key: sample.label for sample in open_source(DataConfig(max_samples=SAMPLES), "train").samples}
-    logit_codec = LogitCodec.from_config(cache.manifest.logit_codec)
+    logit_codec = logit_codec_from_config(cache.manifest.logit_codec)
     batches = list(make_loader(cache))
     assert len(batches) == 2 * STEPS * MICROS
     for number, batch in enumerate(batches):

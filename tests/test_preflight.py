@@ -96,7 +96,7 @@ def test_probing_passes_over_unreadable_images(tmp_path):
 
 def test_the_estimate_is_close_to_what_a_cache_takes():
     manifest = shared_cache().manifest
-    estimate = bytes_per_view(make_codec("int8", (128, 4, 4)), 10, manifest.bytes_per_view["pixels"])
+    estimate = bytes_per_view(make_codec("int8", (128, 4, 4)), 19, manifest.bytes_per_view["pixels"])
     assert estimate == pytest.approx(manifest.bytes_per_view["total"], rel=0.15)
 
 

@@ -1,6 +1,7 @@
 """Teacher logits as bytes, one record at a time.
 
 In: logits (B, K) float32. Out: a record each, its first byte saying how it is held, and float32 (K,) back.
+(`DenseLogits`; `top_k.py` and `recomputed.py` keep less. `logit_codec_from_config` makes the one of a manifest.)
 Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is kept exactly. With a
 limit of 0 every record is exact (mode 2): what a cache of float32 features holds.
 A record: mode uint8, largest logit float32, then
@@ -17,6 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scalekd_cache.codec.recomputed import RecomputedLogits
+from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,34 +46,29 @@ def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
     return result
 
 
-class LogitCodec:
+class DenseLogits:
     """Logits of `num_classes` classes: 9 + K bytes a record as a rule, 5 + 2 K where int8 would be too coarse."""
 
     id = "logits-int8"
+    partial = False
+    """Whether decoded rows are log-probabilities of some classes only."""
 
     def __init__(self, num_classes: int, *, exact: bool = False) -> None:
         if type(num_classes) is not int or not 0 <= num_classes <= 10_000_000:
             raise UserError("bad number of classes", got=num_classes, expected="0 to 10,000,000", where="logit codec")
         self.num_classes = num_classes
         self.kl_limit = 0.0 if exact else KL_LIMIT
+        self.record_bytes = 0 if num_classes == 0 else 5 + 4 * num_classes if exact else 9 + num_classes
+        """Bytes of a record as a rule."""
 
     def get_config(self) -> dict[str, Any]:
         """JSON that rebuilds this codec."""
         return {"id": self.id, "version": 1, "num_classes": self.num_classes, "kl_limit": self.kl_limit}
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> "LogitCodec":
-        """The codec that wrote a cache; UserError when this version does not read it."""
-        codec = cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
-        if codec.get_config() != config:
-            raise UserError(
-                "the cache was written with a logit codec that this version does not read",
-                got=dict(config),
-                expected=codec.get_config(),
-                where="logit_codec in the manifest",
-                fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
-            )
-        return codec
+    def from_config(cls, config: Mapping[str, Any]) -> "DenseLogits":
+        """The codec that wrote a cache."""
+        return cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
 
     def encode(self, logits: "Tensor") -> list[bytes]:
         """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
@@ -150,3 +148,22 @@ def _from_halves(largest: NDArray[Any], halves: NDArray[Any]) -> NDArray[np.floa
 def _subtract(largest: NDArray[Any], distance: NDArray[np.float64]) -> NDArray[np.float32]:
     limit = float(np.finfo(np.float32).max)
     return np.clip(largest.astype(np.float64)[:, None] - distance, -limit, limit).astype(np.float32)
+
+
+LogitCodec = DenseLogits | TopKLogits | RecomputedLogits
+LOGIT_CODECS: dict[str, type[LogitCodec]] = {kind.id: kind for kind in (DenseLogits, TopKLogits, RecomputedLogits)}
+
+
+def logit_codec_from_config(config: Mapping[str, Any]) -> LogitCodec:
+    """The codec that wrote a cache, from its manifest; UserError when this version does not read it."""
+    kind = LOGIT_CODECS.get(config.get("id", ""))
+    codec = kind.from_config(config) if kind is not None else None
+    if codec is None or codec.get_config() != config:
+        raise UserError(
+            "the cache was written with a logit codec that this version does not read",
+            got=dict(config),
+            expected=codec.get_config() if codec is not None else ", ".join(LOGIT_CODECS),
+            where="logit_codec in the manifest",
+            fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
+        )
+    return codec

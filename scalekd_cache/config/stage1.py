@@ -124,6 +124,11 @@ class StoreConfig:
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8."""
     codec_noise: float = 0.0
     """Noise of a transform codec: its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's, 0.0018 or 0.06."""
+    logits: Literal["dense", "top_k", "recomputed"] = "dense"
+    """What is kept of the logits: all in 8 bits; the most probable with the mass of the rest (top_k); or nothing, for
+    teachers whose classifier reads the mean of the last map (recomputed)."""
+    top_k: int = 10
+    """Classes that logits=top_k keeps."""
     num_views: int = 4
     """Augmented views of every image."""
     views_per_group: int = 4

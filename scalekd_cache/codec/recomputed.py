@@ -1,0 +1,109 @@
+"""No logits in the records: the teacher's classifier is kept once, and reads the decoded features.
+
+In: a teacher's classifier on the mean of its last map. Out: empty records; `classifier.safetensors` in the cache.
+Invariant: a cache of this kind exists only where classifier(mean of F) is the teacher's own output (to 1e-4 of the
+largest): Swin and SwinV2. Where the norm follows the pooling, or a class token is read, F does not hold the logits.
+"""
+
+import hashlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from scalekd_cache.store.path import StoredPath
+
+FILE = "classifier.safetensors"
+TOLERANCE = 1e-4
+
+
+class RecomputedLogits:
+    """Nothing a record; `sha256` is that of the classifier's file."""
+
+    id = "logits-recomputed"
+    partial = False
+    record_bytes = 0
+
+    def __init__(self, num_classes: int, sha256: str) -> None:
+        self.num_classes, self.sha256 = num_classes, sha256
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON that rebuilds this codec."""
+        return {"id": self.id, "version": 1, "num_classes": self.num_classes, "sha256": self.sha256}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "RecomputedLogits":
+        """The codec that wrote a cache."""
+        return cls(config.get("num_classes", -1), config.get("sha256", ""))
+
+    def encode(self, logits: "Tensor") -> list[bytes]:
+        """(B, K) -> an empty record each."""
+        return [b""] * len(logits)
+
+    def decode(self, record: bytes) -> NDArray[np.float32]:
+        """(0,) float32: the logits come from `load_classifier`."""
+        if record:
+            raise UserError("damaged logits", got=f"{len(record)} bytes", expected="none", where="a record's logits")
+        return np.zeros(0, np.float32)
+
+
+def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor") -> bytes:
+    """What the file of a teacher's classifier holds, once it was seen to give the teacher's logits.
+
+    Args:
+        model: the timm model.
+        features: (B, C, H, W) float32, the teacher's.
+        logits: (B, K) float32, the teacher's own.
+
+    Raises:
+        UserError: this teacher's logits are not a linear function of the mean of its last map.
+    """
+    from safetensors.torch import save
+    from torch import nn
+
+    linear = model.get_classifier()
+    if isinstance(linear, nn.Linear) and linear.in_features == features.shape[1]:
+        difference = float((linear.float()(features.mean((2, 3))) - logits).abs().max())
+        if difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
+            tensors = {name: value.detach().cpu().contiguous() for name, value in linear.state_dict().items()}
+            return bytes(save(tensors))
+    raise UserError(
+        "this teacher's logits cannot be recomputed from its features",
+        got=type(model).__name__,
+        expected="a linear classifier on the mean of the last map after its norm, as in Swin",
+        where="cache.logits=recomputed",
+        fix="set cache.logits to dense or top_k",
+    )
+
+
+def load_classifier(config: Mapping[str, Any], folder: "StoredPath") -> "nn.Linear":
+    """The classifier of a cache, frozen, float32 on the CPU.
+
+    Raises:
+        UserError: the file is missing, or not the one the cache was made with.
+    """
+    from safetensors.torch import load
+    from torch import nn
+
+    path = folder / FILE
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        data = b""
+    if hashlib.sha256(data).hexdigest() != config["sha256"]:
+        raise UserError(
+            "the teacher's classifier is missing or damaged",
+            expected=f"sha256 {config['sha256'][:16]}",
+            where=path,
+            fix="restore the file from where the cache was made",
+        )
+    tensors = load(data)
+    linear = nn.Linear(tensors["weight"].shape[1], config["num_classes"], bias="bias" in tensors)
+    linear.load_state_dict(tensors)
+    return linear.requires_grad_(False)

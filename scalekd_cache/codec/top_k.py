@@ -1,0 +1,83 @@
+"""The teacher's most probable classes, and the mass of all others.
+
+In: logits (B, K) float32. Out: a record each: k class numbers (uint32), k log-probabilities (float32), little-endian,
+most probable first. Invariant: what is kept is exact to float32, so the mass of the classes that are not kept is
+1 - sum(exp): a loss compares it with the student's mass on the same classes and never renormalises over fewer.
+"""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+DEFAULT_K = 10
+
+
+class TopKLogits:
+    """Log-probabilities of the `k` most probable of `num_classes` classes, 8 k bytes a record."""
+
+    id = "logits-top-k"
+    partial = True
+
+    def __init__(self, num_classes: int, k: int = DEFAULT_K) -> None:
+        whole = type(num_classes) is int and type(k) is int
+        if not whole or not 1 <= k < num_classes <= 10_000_000:
+            raise UserError(
+                "bad number of classes to keep",
+                got=f"{k} of {num_classes}",
+                expected="at least 1, and fewer than there are",
+                where="cache.top_k",
+                fix="lower cache.top_k, or keep all with cache.logits=dense",
+            )
+        self.num_classes, self.k = num_classes, k
+        self.record_bytes = 8 * k
+
+    def get_config(self) -> dict[str, Any]:
+        """JSON that rebuilds this codec."""
+        return {"id": self.id, "version": 1, "num_classes": self.num_classes, "k": self.k}
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> "TopKLogits":
+        """The codec that wrote a cache."""
+        return cls(config.get("num_classes", -1), config.get("k", -1))
+
+    def encode(self, logits: "Tensor") -> list[bytes]:
+        """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
+        if not bool(logits.isfinite().all()):
+            bad = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
+            raise UserError("teacher logits cannot be stored", got=f"NaN or infinity in rows {bad[:16]}")
+        top = logits.detach().double().log_softmax(1).topk(self.k, dim=1)
+        classes = top.indices.cpu().numpy().astype("<u4")
+        values = top.values.cpu().numpy().astype("<f4")
+        return [which.tobytes() + value.tobytes() for which, value in zip(classes, values, strict=True)]
+
+    def decode(self, record: bytes) -> NDArray[np.float32]:
+        """A record -> (K,) float32 log-probabilities, -inf for classes that are not kept.
+
+        Raises:
+            UserError: a record of another length, of classes that do not exist, or of no distribution.
+        """
+        if len(record) != self.record_bytes:
+            raise _damaged(f"{len(record)} bytes", f"{self.record_bytes} bytes")
+        classes = np.frombuffer(record, "<u4", self.k)
+        values = np.frombuffer(record, "<f4", self.k, 4 * self.k)
+        mass = float(np.exp(values.astype(np.float64)).sum())
+        if len(set(classes.tolist())) != self.k or int(classes.max()) >= self.num_classes:
+            raise _damaged(f"classes {classes.tolist()[:16]}", f"{self.k} different ones below {self.num_classes}")
+        if not mass <= 1 + 1e-5:  # NaN too
+            raise _damaged(f"probabilities that sum to {mass}", "at most 1")
+        row = np.full(self.num_classes, -np.inf, np.float32)
+        row[classes] = values
+        return row
+
+
+def _damaged(got: str, expected: str) -> UserError:
+    return UserError(
+        "damaged logits", got=got, expected=expected, where="a record's logits", fix="run `make verify` on the cache"
+    )
