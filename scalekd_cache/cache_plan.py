@@ -69,6 +69,7 @@ def make_plan(
         fingerprint_fields=fields,
         recipe=config.recipe,
         backend=config.cache.backend,
+        samples_per_shard=layout["samples_per_shard"],
         groups=groups,
         ranges=[ranges for _ in groups],
         class_names=list(source.class_names),
@@ -90,9 +91,8 @@ def make_plan(
         root, config.cache.backend, facts.fingerprint, source, config.views, teacher, codec, logit_codec,
         config.teacher.batch_size, process.device, library_versions(),
     )  # fmt: skip
-    plan = Plan(samples_per_shard=layout["samples_per_shard"], facts=facts)
-    units = plan_units(source, groups, plan.samples_per_shard)
-    return Job(stage, plan, units, Ledger(root, stage.fingerprint))
+    units = plan_units(source, groups, facts.samples_per_shard)
+    return Job(stage, Plan(facts=facts), units, Ledger(root, stage.fingerprint))
 
 
 def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
@@ -150,7 +150,7 @@ def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
     """What a plan says of the same things as `asked`."""
     there = {
         "backend": kept.facts.backend,
-        "samples_per_shard": kept.samples_per_shard,
+        "samples_per_shard": kept.facts.samples_per_shard,
         "fingerprint": kept.facts.fingerprint,
         "fingerprint_fields": kept.facts.fingerprint_fields,
     }

@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import json
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,6 +16,7 @@ from scalekd_cache.cache_teacher import cache_teacher
 from scalekd_cache.config import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.processes import Process
 from scalekd_cache.store import Cache
+from scalekd_cache.store.sealed import SEAL, sealed
 from scalekd_cache.tail import DEMO_TIMM_NAME
 from scalekd_cache.teacher import demo_teacher_args
 
@@ -93,3 +95,17 @@ def flip_byte(path, at):
     data = bytearray(path.read_bytes())
     data[at] ^= 0x40
     write(path, bytes(data))
+
+
+def tree(root):
+    """All files: {path: sha256}."""
+    files = sorted(path for path in root.rglob("*") if path.is_file())
+    return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def reseal(path, change):
+    """Change the object in manifest.json or plan.json: a lie with the right checksum over it."""
+    fields = json.loads(path.read_text())
+    del fields[SEAL]
+    change(fields)
+    path.write_bytes(sealed(fields))

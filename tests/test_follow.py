@@ -5,7 +5,7 @@ import json
 
 import pytest
 from growing import IMAGES, Writer, two_groups
-from small_cache import SAMPLES, copy_of_cache
+from small_cache import SAMPLES, copy_of_cache, reseal
 from test_loader import assert_same_batches, make_loader
 
 from scalekd_cache.errors import UserError
@@ -154,7 +154,7 @@ def test_plan_and_manifest_say_the_same(tmp_path):
 def test_a_plan_that_contradicts_itself_is_refused(tmp_path, change):
     writer = Writer(tmp_path, two_groups())
     file = writer.root / "plan.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **change}))
+    reseal(file, lambda fields: fields.update(change))
     with pytest.raises(UserError, match="plan is damaged") as error:
         follow_cache(tmp_path, 0.1, silent)
     assert next(iter(change)) in str(error.value)

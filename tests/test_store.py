@@ -35,6 +35,7 @@ from scalekd_cache.store import (
 from scalekd_cache.store import files as store_files
 from scalekd_cache.store.base import record_crc
 from scalekd_cache.store.files import canonical_json
+from scalekd_cache.store.sealed import SEAL, sealed
 
 FINGERPRINT = hashlib.sha256(b"fingerprint").hexdigest()
 GROUPS = [[0, 1], [2]]
@@ -80,6 +81,7 @@ def write_unit(root: Path, backend: str, group: int = 0, range_id: int = 0, *, r
 def facts(backend: str, **changes) -> ManifestFacts:
     values = {
         "fingerprint": FINGERPRINT, "fingerprint_fields": {"seed": 0}, "recipe": "demo", "backend": backend,
+        "samples_per_shard": 21,
         "groups": GROUPS, "ranges": [[list(bounds) for bounds in RANGES] for _ in GROUPS], "class_names": ["a", "b"],
         "teacher": {"name": "demo"}, "tail_sha256": "", "view_recipe": {"size": 32}, "codec": {"id": "int8"},
         "logit_codec": {}, "data": {"source": "demo"}, "versions": {"torch": "2"},
@@ -486,10 +488,12 @@ def test_groups_must_hold_the_same_images(tmp_path):
 
 
 def change_manifest(root: Path, change) -> None:
+    """A lie with the right checksum over it."""
     path = root / "manifest.json"
     fields = json.loads(path.read_text())
+    del fields[SEAL]
     change(fields)
-    path.write_text(json.dumps(fields))
+    path.write_bytes(sealed(fields))
 
 
 MANIFEST_CHANGES = {

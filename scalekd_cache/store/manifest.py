@@ -2,7 +2,8 @@
 
 In: facts of the run, and every unit.json. Out: a checked `Manifest`.
 Invariant: the number of samples is the sum over the units of every group, all groups hold the same images, and
-`units_digest` covers every sidecar, which in turn holds the sha256 of every file: the manifest pins the whole cache.
+`units_digest` covers every sidecar, which in turn holds the sha256 of every file: the manifest pins the whole cache,
+and its own seal pins the manifest.
 """
 
 import dataclasses
@@ -20,6 +21,7 @@ from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES,
 from scalekd_cache.store.files import canonical_json, read_json, write_atomically
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files
+from scalekd_cache.store.sealed import sealed, unsealed
 from scalekd_cache.store.sidecar import (
     HEX64,
     UnitInfo,
@@ -52,6 +54,8 @@ class ManifestFacts:
     fingerprint_fields: dict[str, Any]
     recipe: str
     backend: str
+    samples_per_shard: int
+    """Most images in a range: what the writer was asked for."""
     groups: list[list[int]]
     """View numbers of each group; together 0, 1, ... num_views - 1."""
     ranges: list[list[list[int]]]
@@ -78,6 +82,7 @@ class Manifest:
     fingerprint_fields: dict[str, Any]
     recipe: str
     backend: str
+    samples_per_shard: int
     num_samples: int
     """Images, the same in every view."""
     num_views: int
@@ -186,9 +191,9 @@ def _bytes_per_view(root: Path, infos: list[UnitInfo]) -> dict[str, float]:
 def write_manifest(root: Path, manifest: Manifest) -> None:
     """Write it in one step: a reader sees the old one or the new one."""
     fields = {one.name: getattr(manifest, one.name) for one in dataclasses.fields(manifest)}
-    text = json.dumps(fields, indent=1, allow_nan=False)
-    _parse(json.loads(text), root / NAME)  # what cannot be read back must not be written
-    write_atomically(root / NAME, (text + "\n").encode())
+    data = sealed(fields)
+    _parse(json.loads(data), data, root / NAME)  # what cannot be read back must not be written
+    write_atomically(root / NAME, data)
 
 
 def read_manifest(root: StoredPath) -> Manifest:
@@ -206,15 +211,15 @@ def read_manifest(root: StoredPath) -> Manifest:
             fix="check the path (CACHE=...), run `make cache-teacher` until it ends (it continues), or train while it "
             "grows with `make distill ... FOLLOW=1`",
         )
-    fields, _ = read_json(path, "the manifest")
-    manifest = _parse(fields, path)
+    fields, data = read_json(path, "the manifest")
+    manifest = _parse(fields, data, path)
     sidecars = {unit_folder(Path("."), row.group, row.range_id).as_posix(): row.sha256 for row in manifest.units}
     pin_files(root, {f"{folder}/unit.json": (None, sha256) for folder, sha256 in sidecars.items()})
     pin_files(root, {TAIL: (None, manifest.tail_sha256)})
     return manifest
 
 
-def _parse(fields: dict[str, Any], path: StoredPath) -> Manifest:
+def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
     if fields.get("format_version") != FORMAT_VERSION:
         raise UserError(
             "this version does not read the cache's format",
@@ -223,6 +228,7 @@ def _parse(fields: dict[str, Any], path: StoredPath) -> Manifest:
             where=path,
             fix="use the version of scalekd-cache that wrote the cache",
         )
+    fields = unsealed(fields, data, path)
     check_fields(fields, Manifest, path)
     units = [_unit_row(row, path) for row in fields["units"]]
     manifest = Manifest(**{**fields, "units": units})
@@ -265,9 +271,13 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
         "fingerprint is not a sha256": HEX64.fullmatch(manifest.fingerprint) is not None,
         "tail_sha256 is not a sha256": manifest.tail_sha256 == "" or HEX64.fullmatch(manifest.tail_sha256) is not None,
         "class_names are not texts": all(isinstance(name, str) for name in manifest.class_names),
-        "pixels_from has other parts": set(manifest.pixels_from) in (set(), {"identity", "path"})
-        and all(isinstance(value, str) for value in manifest.pixels_from.values()),
+        "pixels_from has other parts": names_pixels(manifest.pixels_from),
         "bytes_per_view has other parts": manifest.bytes_per_view.keys()
         == {"pixels", "features", "target", "index", "total"}
         and all(type(number) in (int, float) for number in manifest.bytes_per_view.values()),
     }
+
+
+def names_pixels(value: dict[str, Any]) -> bool:
+    """Whether this can be the `pixels_from` of a manifest or plan."""
+    return set(value) in (set(), {"identity", "path"}) and all(isinstance(part, str) for part in value.values())

@@ -2,31 +2,29 @@
 
 In: the facts that a manifest will hold, and the layout. Out: the file, or the same facts read back and checked.
 Invariant: with the plan and the committed units of a group alone, that group can be read: nothing waits for the
-manifest. A plan that is replaced by a longer one begins with the same groups.
+manifest. A plan that is replaced by a longer one begins with the same groups. Every byte is the one that was written.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES
+from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, damaged
 from scalekd_cache.store.files import read_json, write_atomically
-from scalekd_cache.store.manifest import ManifestFacts
+from scalekd_cache.store.manifest import ManifestFacts, names_pixels
+from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.sealed import sealed, unsealed
 from scalekd_cache.store.sidecar import HEX64
 
 NAME = "plan.json"
-OWN_FIELDS = ("format_version", "samples_per_shard")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What a writer set out to make."""
 
-    samples_per_shard: int
-    """Most images in a shard."""
     facts: ManifestFacts
     """What the manifest will say beside what the units say; the ranges are the same in every group."""
 
@@ -40,43 +38,38 @@ def write_plan(root: Path, plan: Plan) -> None:
     """Write plan.json in one step."""
     facts = {field.name: getattr(plan.facts, field.name) for field in dataclasses.fields(plan.facts)}
     facts["ranges"] = plan.facts.ranges[0]
-    fields = {"format_version": FORMAT_VERSION, "samples_per_shard": plan.samples_per_shard, **facts}
-    write_atomically(root / NAME, (json.dumps(fields, indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(root / NAME, sealed({"format_version": FORMAT_VERSION, **facts}))
 
 
-def read_plan(root: Path) -> Plan:
+def read_plan(root: StoredPath) -> Plan:
     """The plan of a cache, checked.
 
     Raises:
-        UserError: there is none, it is of another format version, or its values do not agree.
+        UserError: there is none, it is damaged or of another format version, or its values do not agree.
     """
-    fields, _ = read_json(root / NAME, "the cache's plan")
-    if fields.get("format_version", FORMAT_VERSION) != FORMAT_VERSION:
+    path = root / NAME
+    fields, data = read_json(path, "the cache's plan")
+    if fields.get("format_version") != FORMAT_VERSION:
         raise UserError(
             "this version does not read the cache's format",
-            got=fields["format_version"],
+            got=fields.get("format_version"),
             expected=FORMAT_VERSION,
-            where=root / NAME,
+            where=path,
             fix="use the version of scalekd-cache that wrote the cache",
         )
+    fields = unsealed(fields, data, path)
     expected = {field.name: field.type for field in dataclasses.fields(ManifestFacts)}
-    names = {*expected, *OWN_FIELDS}
-    wrong = sorted(fields.keys() ^ names)
+    wrong = sorted(fields.keys() ^ {*expected, "format_version"})
     if not wrong:
         types: dict[str, Any] = {name: getattr(kind, "__origin__", kind) for name, kind in expected.items()}
         wrong = [name for name, kind in types.items() if type(fields[name]) is not kind]
     wrong = wrong or [name for name, right in _checks(fields).items() if not right]
     if wrong:
-        raise UserError(
-            "the cache's plan is damaged",
-            got=f"wrong, missing or unknown: {', '.join(wrong)}",
-            expected="the fields of docs/FORMAT.md",
-            where=root / NAME,
-            fix="restore it, or choose another CACHE=",
-        )
+        got = f"wrong, missing or unknown: {', '.join(wrong)}"
+        raise damaged("the cache's plan is damaged", got, "the fields of docs/FORMAT.md", path)
     facts = {name: fields[name] for name in expected}
     facts["ranges"] = [fields["ranges"] for _ in fields["groups"]]
-    return Plan(samples_per_shard=fields["samples_per_shard"], facts=ManifestFacts(**facts))
+    return Plan(facts=ManifestFacts(**facts))
 
 
 def _checks(fields: dict[str, Any]) -> dict[str, bool]:
@@ -89,10 +82,10 @@ def _checks(fields: dict[str, Any]) -> dict[str, bool]:
     )
     views = [view for group in groups if isinstance(group, list) for view in group]
     return {
-        "samples_per_shard": type(fields["samples_per_shard"]) is int
-        and 0 < fields["samples_per_shard"] <= MAX_UNIT_SAMPLES,
+        "samples_per_shard": 0 < fields["samples_per_shard"] <= MAX_UNIT_SAMPLES,
         "fingerprint": HEX64.fullmatch(fields["fingerprint"]) is not None,
         "backend": fields["backend"] in BACKENDS,
+        "pixels_from": names_pixels(fields["pixels_from"]),
         "groups": 0 < len(groups) <= len(views) <= 10_000
         and all(type(view) is int for view in views)
         and views == list(range(len(views)))
