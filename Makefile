@@ -46,7 +46,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: bench-codec help install cache-teacher distill evaluate export import-upstream verify fetch costs test test-all lint format clean
+.PHONY: bench-codec help install cache-teacher distill evaluate export import-upstream verify fetch costs test test-all lint format clean repair inspect
 
 help: ## Show this help
 	@echo "Targets:"
@@ -127,8 +127,19 @@ import-upstream: $(BASE) ## Bring a published ScaleKD checkpoint to timm: CKPT=f
 	@$(PY) -m pipelines.import_upstream --ckpt "$(CKPT)" --out "$(OUT)" $(call option,STUDENT,student) \
 	  $(call option,CLASSES,classes) $(call option,S4_QUERY,s4_query)
 
-verify: $(BASE) ## Check a cache: CACHE=dir or URL, DEEP=1 reads every byte
-	@$(PY) -m pipelines.verify --cache "$(CACHE)" $(if $(DEEP),--deep true)
+verify: $(BASE) ## Check a cache: CACHE=dir or URL, DEEP=1 reads every byte and asks the teacher, JSON=1 for scripts
+	@$(PY) -m pipelines.verify --cache "$(CACHE)" $(if $(DEEP),--deep true) $(if $(JSON),--json true) \
+	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
+	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
+
+repair: $(BASE) ## Make the damaged units of a cache again: CACHE=dir [DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
+	@$(PY) -m pipelines.repair --cache "$(CACHE)" --workers $(WORKERS) \
+	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
+	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
+
+inspect: $(BASE) ## Show a cache or a record: CACHE=dir [KEY=key|INDEX=n] [VIEW=v] [OUT=file.jpg] [JSON=1]
+	@$(PY) -m pipelines.inspect_cache --cache "$(CACHE)" $(call option,KEY,key) $(call option,INDEX,index) \
+	  $(call option,VIEW,view) $(call option,PIXELS_FROM,pixels_from) $(call option,OUT,out) $(if $(JSON),--json true)
 
 fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
 	@$(PY) -m pipelines.fetch --teacher "$(TEACHER)"

@@ -88,6 +88,16 @@ def value_of(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
+def with_flags(argv: Sequence[str], *options: str) -> list[str]:
+    """A command line in which these options may stand without a value, which then is true."""
+    words: list[str] = []
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        words.append(word)
+        if word in options and following.lower() not in ("true", "false"):
+            words.append("true")
+    return words
+
+
 def run(main: Callable[[list[str]], object]) -> NoReturn:
     """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 75 saved and to be started again,
     130 stopped by the user."""

@@ -1,8 +1,19 @@
-"""Check a cache: sizes and fingerprints, and with --deep every byte (`make verify CACHE=dir [DEEP=1]`)."""
+"""Check a cache: sizes and fingerprints, or every byte and record (`make verify CACHE=dir|URL [DEEP=1] [JSON=1]`)."""
 
+import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from pipelines.command import parse, run
+from pipelines.command import parse, run, with_flags
+from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from scalekd_cache.reinfer import Agreement
+    from scalekd_cache.store.path import StoredPath
+    from scalekd_cache.store.verify import Findings
+    from scalekd_cache.store.verify_unit import Problem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,24 +23,124 @@ class VerifyConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     deep: bool = False
-    """Also hash every file and check every record's checksum."""
+    """Also hash every file, check and decode every record, and ask the teacher about some of them."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+    records: int = 16
+    """With deep: views, drawn at random, that the teacher is shown again when it is at hand (0: none)."""
+    seed: int = 0
+    """Of that choice."""
+    data: str | None = None
+    """Where the data set lies now (None: where it was); needed for replayed views only."""
+    teacher_weights: str | None = None
+    """File of the teacher's weights (None: where it was)."""
+    pixels_from: str | None = None
+    """Folder or URL of the cache whose pixels are shared (None: where it was)."""
+    device: str = "auto"
+    """Where the teacher runs: auto, cpu, cuda or cuda:N."""
 
 
 def main(argv: list[str]) -> int:
-    """Print every problem with its place; exit status 1 when there is one."""
-    config = parse(VerifyConfig, "verify", argv, {}, __doc__ or "")
-    from scalekd_cache.store.verify import verify_cache
+    """Print every problem with its place; exit status 0 for a whole cache, 1 when there are problems."""
+    config = parse(VerifyConfig, "verify", with_flags(argv, "--deep", "--json"), {}, __doc__ or "")
+    from scalekd_cache.store.remote import open_place
 
-    problems = verify_cache(config.cache, deep=config.deep)
-    for problem in problems:
-        print(f"{problem.where}: {problem.what}" + (f" (sample {problem.key})" if problem.key else ""))
-    depth = "every byte" if config.deep else "sizes and fingerprints"
-    print(
-        f"{config.cache}: {len(problems)} problems ({depth} checked)"
-        if problems
-        else f"{config.cache}: whole ({depth} checked)"
+    root = open_place(config.cache)
+    if isinstance(root, Path):
+        check_folder(root)
+    findings, agreement = _check(config)
+    facts = _as_json(config, _fidelity(root), findings, agreement)
+    if config.json:
+        print(json.dumps(facts, indent=1))
+    else:
+        _print(facts, findings, agreement)
+    return 1 if findings.problems else 0
+
+
+def check_folder(root: Path) -> None:
+    """A mistyped path is not a damaged cache."""
+    if not root.is_dir():
+        raise UserError("no such cache", got="no folder", where=root, fix="check the path (CACHE=...)")
+
+
+def _check(config: VerifyConfig) -> "tuple[Findings, Agreement | None]":
+    """The fast check needs no torch, so it is not imported for it."""
+    if not config.deep:
+        from scalekd_cache.store.verify import check_cache
+
+        return check_cache(config.cache), None
+    from scalekd_cache.checking import check_deeply
+    from scalekd_cache.processes import this_process
+    from scalekd_cache.progress import progress
+
+    bar = progress("verify", 0, "unit", rank=int(os.environ.get("RANK", "0")))
+
+    def show(done: int, units: int) -> None:
+        bar.total = units
+        bar.update(done - bar.n)
+
+    report = check_deeply(
+        config.cache,
+        data=config.data,
+        weights=config.teacher_weights,
+        pixels_from=config.pixels_from,
+        records=config.records,
+        seed=config.seed,
+        device=this_process(config.device).device,
+        progress=show,
     )
-    return 1 if problems else 0
+    bar.close()
+    return report.findings, report.agreement
+
+
+def line_of(problem: "Problem") -> str:
+    """A problem in a line: where, what, which sample."""
+    named = f" (sample {problem.key})" if problem.key and problem.key not in problem.what else ""
+    return f"{problem.where}: {problem.what}{named}"
+
+
+def _fidelity(root: "StoredPath") -> dict[str, Any]:
+    from scalekd_cache.store import read_manifest
+
+    try:
+        return read_manifest(root).fidelity
+    except UserError:
+        return {}
+
+
+def _print(facts: dict[str, Any], findings: "Findings", agreement: "Agreement | None") -> None:
+    for problem in findings.problems:
+        print(line_of(problem))
+    for note in findings.notes:
+        print(f"note: {note}")
+    figures = "; ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
+                        for name, row in facts["fidelity"].items())  # fmt: skip
+    if figures:
+        print(f"fidelity of the stored features when they were written: {figures}")
+    if agreement is not None and agreement.records:
+        again = ", ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}" for name, row in agreement.figures.items())
+        top1 = "" if agreement.top1_percent is None else f", the same top-1 for {agreement.top1_percent:.1f} %"
+        print(f"asked again, the teacher agrees on {agreement.records} views: {again}{top1}")
+    depth = "every byte" if facts["deep"] else "sizes and fingerprints"
+    state = f"{len(findings.problems)} problems" if findings.problems else "whole"
+    print(f"{facts['cache']}: {state} ({depth} checked, {findings.units} units)")
+
+
+def _as_json(
+    config: VerifyConfig, fidelity: dict[str, Any], findings: "Findings", agreement: "Agreement | None"
+) -> dict[str, Any]:
+    return {
+        "cache": config.cache,
+        "deep": config.deep,
+        "whole": not findings.problems,
+        "units": findings.units,
+        "problems": [{**problem._asdict(), "part": problem.part.value} for problem in findings.problems],
+        "notes": findings.notes,
+        "fidelity": fidelity,
+        "teacher": None
+        if agreement is None
+        else {"records": agreement.records, "top1_percent": agreement.top1_percent, **agreement.figures},
+    }
 
 
 if __name__ == "__main__":

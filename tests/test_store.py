@@ -521,7 +521,7 @@ def test_a_manifest_that_lies_is_refused(copy, change):
     change_manifest(copy, MANIFEST_CHANGES[change])
     with pytest.raises(UserError):
         Cache.open(copy)
-    assert [problem.where for problem in verify_cache(copy)] == ["manifest.json"]
+    assert [problem.where for problem in verify_cache(copy)] == ["manifest.json", "plan.json"]
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "NaN", '{"format_version": NaN}', "[" * 100_000])

@@ -16,7 +16,8 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.resume import Ledger, Leftover, remove_stale, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
-from scalekd_cache.store.verify import Problem, verify_cache
+from scalekd_cache.store.verify import verify_cache
+from scalekd_cache.store.verify_unit import Problem
 
 __all__ = [
     "BACKENDS",

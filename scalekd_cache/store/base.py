@@ -148,7 +148,7 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
         got=got,
         expected=expected,
         where=where if key is None else f"{where}, sample {key!r}",
-        fix="run `make verify`, delete the folder of the unit, run `make cache-teacher`: it makes the unit again",
+        fix="run `make repair CACHE=...`: it makes what is damaged again (`make verify CACHE=... DEEP=1` lists it)",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from scalekd_cache.config import fingerprint
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.manifest import Manifest, read_manifest
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote import RemotePath, open_place
 
@@ -56,7 +56,7 @@ def shared_with(root: Path, pixels: Cache) -> dict[str, str]:
     return {"identity": pixel_identity(pixels.manifest.fingerprint_fields), "path": Path(path).as_posix()}
 
 
-def shared_place(root: Path | RemotePath, manifest: Manifest) -> Path | None:
+def shared_place(root: Path | RemotePath, manifest: Manifest | ManifestFacts) -> Path | None:
     """Where a cache in a folder expects the pixels that it shares; None for one behind a URL."""
     if not isinstance(root, Path):
         return None

@@ -96,10 +96,14 @@ def _is_fact(fact: Any) -> bool:
 def _check_unit(info: UnitInfo, path: StoredPath) -> None:
     numbers = [info.group, info.range_id, info.start, *info.views]
     skips = all(isinstance(row, dict) and {"key", "reason"} == set(row) for row in info.skipped)
+    whole = all(type(number) is int and 0 <= number < 2**40 for number in numbers)
+    payload = info.payload_bytes
     checks = {
         "backend": info.backend in BACKENDS,
-        "group, range_id, start, views": all(type(number) is int and 0 <= number < 2**40 for number in numbers),
-        "views": 0 < len(info.views) == len(set(info.views)) <= 10_000,
+        "group, range_id, start, views": whole,
+        "views": whole and 0 < len(info.views) == len(set(info.views)) <= 10_000,
+        "payload_bytes": payload.keys() == {"pixels", "features", "target"}
+        and all(type(number) is int and number >= 0 for number in payload.values()),
         "range": 0 < info.stop - info.start <= MAX_UNIT_SAMPLES,
         "skipped": skips,
         "count": 0 <= info.count == info.stop - info.start - len(info.skipped),

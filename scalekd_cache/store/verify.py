@@ -1,134 +1,209 @@
-"""Looks for everything that can be wrong with a cache on disk, and goes on after the first finding.
+"""Looks for everything that can be wrong with a cache, and goes on after the first finding.
 
-In: a cache's folder. Out: a list of problems, empty for a cache that is whole.
-Invariant: the fast check reads sidecars and lengths; the deep one reads every byte (sha256 of every file) and every
-record (crc32c), and names the samples of a shard that differs.
+In: a cache's folder, finished or not, or its URL. Out: `Findings`, without problems for a cache that is whole.
+Invariant: the fast check reads sidecars and lengths and lists folders; the deep one reads every byte (sha256 of every
+file) and every record (crc32c), and names the samples of a shard that differs. Nothing on disk is changed.
 """
 
-import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import ShardReader
-from scalekd_cache.store.files import fact_of
-from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
+from scalekd_cache.store.manifest import NAME as MANIFEST
+from scalekd_cache.store.manifest import TAIL, Manifest, read_manifest
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.reader import open_shard
-from scalekd_cache.store.remote import open_anew
-from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.plan import NAME as PLAN
+from scalekd_cache.store.plan import Plan, read_plan
+from scalekd_cache.store.remote import RemotePath, open_anew
+from scalekd_cache.store.sidecar import unit_folder
+from scalekd_cache.store.verify_unit import Examine, ExpectedUnit, Part, Problem, hash_problem, unit_problems
 
-BATCH_RECORDS = 64
-MAX_NAMED = 20
-"""Damaged samples of one shard that are named; the rest is counted."""
+UNITS = "units"
 
 
-class Problem(NamedTuple):
-    """One finding."""
+class Expected(NamedTuple):
+    """What must be on disk, from the manifest and the plan."""
 
-    where: str
-    """File or folder, relative to the cache."""
-    key: str | None
-    """The sample, where it is known."""
-    what: str
+    fields: dict[str, Any]
+    """Everything that the fingerprint is made of."""
+    units: list[ExpectedUnit]
+    tail_sha256: str
+    """Of the tail's file; empty without a tail."""
+    finished: bool
+    """Whether there is a manifest: without one, units that are missing are only not made yet."""
+
+
+class Findings(NamedTuple):
+    """What a check has found."""
+
+    problems: list[Problem]
+    notes: list[str]
+    """What is worth knowing and no damage."""
+    units: int
+    """Units that were looked at."""
+    expected: Expected | None
+    """What was expected; None when neither manifest nor plan can be read."""
 
 
 def verify_cache(
     place: Path | str, deep: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
-    """Check a cache.
+    """The problems of a cache; see `check_cache`."""
+    return check_cache(place, deep=deep, progress=progress).problems
+
+
+def check_cache(
+    place: Path | str | RemotePath,
+    *,
+    deep: bool = False,
+    examiner: Callable[[Expected], Examine] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Findings:
+    """Check a cache, or as much of one as there is.
 
     Args:
-        place: the cache's folder or URL.
+        place: the cache's folder or URL; of a URL every file is fetched anew.
         deep: read every file and record too.
+        examiner: makes the function that looks into records (`examine.py`), once it is known what to expect.
         progress: called with (units done, units in all).
     """
     root = open_anew(place)
+    problems, notes = list[Problem](), list[str]()
+    expected = _expected(root, problems, notes)
+    if isinstance(root, Path):
+        problems += _strangers(root, expected, notes)
+    else:
+        notes.append("a server has no list of its files: only those of the cache were looked at")
+    if expected is None:
+        return Findings(problems, notes, 0, None)
+    problems += _tail_problems(root, expected.tail_sha256, deep)
+    examine = examiner(expected) if examiner is not None and deep else None
+    there = [unit for unit in expected.units if _is_there(root, unit)]
+    problems += _missing(expected, there, notes)
+    for number, unit in enumerate(there):
+        problems += unit_problems(root, unit, deep=deep, examine=examine)
+        if progress is not None:
+            progress(number + 1, len(there))
+    return Findings(problems, notes, len(there), expected)
+
+
+def _is_there(root: StoredPath, unit: ExpectedUnit) -> bool:
+    """Whether a unit has its folder; on a server, whether the manifest has it."""
+    folder = unit_folder(root, unit.group, unit.range_id)
+    return folder.is_dir() if isinstance(folder, Path) else unit.sha256 is not None
+
+
+def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]) -> Iterator[Problem]:
+    """Units that should be there; those that only the plan has are no damage."""
+    places = {unit.place for unit in there}
+    missing = [unit for unit in expected.units if unit.place not in places]
+    for unit in missing:
+        if unit.sha256 is not None:
+            yield Problem(unit_name(unit.place), None, "the unit is missing", Part.UNIT, unit.place)
+        elif not expected.finished:
+            yield Problem(unit_name(unit.place), None, "not made yet", Part.UNFINISHED, unit.place)
+    grown = [unit for unit in missing if unit.sha256 is None]
+    if grown and expected.finished:
+        notes.append(f"the plan has {len(grown)} more units that are not made yet (`make cache-teacher` makes them)")
+
+
+def unit_name(place: tuple[int, int]) -> str:
+    """The folder of unit (group, range), relative to the cache."""
+    return unit_folder(Path(), *place).as_posix()
+
+
+def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Expected | None:
+    """Read manifest and plan; what is wrong with them is a problem, and the other one helps out."""
+    manifest: Manifest | None = None
+    plan: Plan | None = None
     try:
         manifest = read_manifest(root)
     except UserError as error:
-        return [Problem("manifest.json", None, str(error))]
-    problems = list(_tail_problems(root, manifest, deep))
-    for number, row in enumerate(manifest.units):
-        problems += _unit_problems(root, manifest, row, deep)
-        if progress is not None:
-            progress(number + 1, len(manifest.units))
-    return problems
+        part = Part.MANIFEST if _exists(root / MANIFEST) else Part.UNFINISHED
+        problems.append(Problem(MANIFEST, None, str(error), part))
+    try:
+        plan = read_plan(root)
+    except UserError as error:
+        # a reader needs no plan: a cache without one is whole, a damaged one is still a finding
+        if _exists(root / PLAN) or manifest is None:
+            problems.append(Problem(PLAN, None, str(error), Part.PLAN))
+        elif isinstance(root, Path):
+            notes.append("no plan.json: the cache can be read, and `make repair` writes it again")
+    if manifest is not None and plan is not None and (what := _disagree(manifest, plan)):
+        problems.append(Problem(PLAN, None, what, Part.PLAN))
+        plan = None
+    return expected_of(manifest, plan)
 
 
-def _tail_problems(root: StoredPath, manifest: Manifest, deep: bool) -> Iterator[Problem]:
-    path = root / "tail.safetensors"
-    if not manifest.tail_sha256:
+def _exists(path: StoredPath) -> bool:
+    """Whether a file is there; what cannot be asked for counts as there."""
+    try:
+        return path.exists()
+    except UserError:
+        return True
+
+
+def _disagree(manifest: Manifest, plan: Plan) -> str | None:
+    """What of the plan is not the manifest's; a plan may have more groups."""
+    facts = plan.facts
+    if facts.fingerprint != manifest.fingerprint:
+        return f"fingerprint {facts.fingerprint} is not the manifest's, {manifest.fingerprint}"
+    if facts.groups[: len(manifest.groups)] != manifest.groups:
+        return f"groups {facts.groups} do not begin with the manifest's, {manifest.groups}"
+    if len(manifest.units) != len(manifest.groups) * len(facts.ranges[0]):
+        return f"{len(facts.ranges[0])} ranges are not the manifest's"
+    return None
+
+
+def expected_of(manifest: Manifest | None, plan: Plan | None) -> Expected | None:
+    """The units of the manifest, then those that only the plan has."""
+    units: dict[tuple[int, int], ExpectedUnit] = {}
+    if plan is not None:
+        facts = plan.facts
+        for group, (views, ranges) in enumerate(zip(facts.groups, facts.ranges, strict=True)):
+            for range_id, (start, stop) in enumerate(ranges):
+                unit = ExpectedUnit(group, range_id, facts.fingerprint, facts.backend, views, (start, stop))
+                units[unit.place] = unit
+    if manifest is not None:
+        for row in manifest.units:
+            planned = units.get(row[:2])
+            units[row[:2]] = ExpectedUnit(
+                row.group, row.range_id, manifest.fingerprint, manifest.backend, manifest.groups[row.group],
+                planned.bounds if planned else None, row.count, row.sha256,
+            )  # fmt: skip
+        in_turn = [units[place] for place in sorted(units)]
+        return Expected(manifest.fingerprint_fields, in_turn, manifest.tail_sha256, True)
+    if plan is None:
+        return None
+    return Expected(plan.facts.fingerprint_fields, list(units.values()), plan.facts.tail_sha256, False)
+
+
+def _tail_problems(root: StoredPath, expected: str, deep: bool) -> Iterator[Problem]:
+    path = root / TAIL
+    if not expected:
         return
     if not path.is_file():
-        yield Problem(path.name, None, "missing")
-    elif deep and (what := _hash_problem(path, manifest.tail_sha256, "manifest")):
-        yield Problem(path.name, None, what)
+        yield Problem(path.name, None, "missing", Part.TAIL)
+    elif deep and (what := hash_problem(path, expected, "manifest")):
+        yield Problem(path.name, None, what, Part.TAIL)
 
 
-def _hash_problem(path: StoredPath, sha256: str, pinned_by: str) -> str | None:
-    """What is wrong with a file's bytes; those of a remote one are checked as they arrive."""
-    try:
-        return None if fact_of(path).sha256 == sha256 else f"sha256 differs from the {pinned_by}'s"
-    except UserError as error:
-        return str(error)
+def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
+    """Files and folders that no writer of this cache has made; unfinished work is only noted."""
+    known = {MANIFEST, PLAN, UNITS}
+    if expected is None or expected.tail_sha256 != "":
+        known.add(TAIL)
+    units = None if expected is None else {unit_folder(root, *unit.place).name for unit in expected.units}
+    for folder, names in ((root, known), (root / UNITS, units)):
+        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+            where = path.relative_to(root).as_posix()
+            if path.name.startswith((".tmp-", ".aside-")):
+                notes.append(f"{where}: unfinished or damaged work; readers ignore it")
+            elif names is not None and path.name not in names:
+                yield Problem(where, None, "not of this cache: nobody reads it; remove it", Part.STRANGER)
 
 
-def _unit_problems(root: StoredPath, manifest: Manifest, row: UnitRow, deep: bool) -> Iterator[Problem]:
-    folder = unit_folder(root, row.group, row.range_id)
-    name = folder.relative_to(root).as_posix()
-    try:
-        info, data = read_unit(folder)
-        read_keys(folder, info)
-    except UserError as error:
-        yield Problem(f"{name}/unit.json", None, str(error))
-        return
-    if hashlib.sha256(data).hexdigest() != row.sha256:
-        yield Problem(f"{name}/unit.json", None, "sha256 differs from the manifest's")
-    if info.fingerprint != manifest.fingerprint:
-        yield Problem(f"{name}/unit.json", None, f"fingerprint {info.fingerprint} is not {manifest.fingerprint}")
-    wrong = sizes_differ(folder, info.files)
-    yield from (Problem(f"{name}/{file}", None, what) for file, what in wrong)
-    if deep:
-        short = {file for file, _ in wrong}
-        for file, fact in info.files.items():
-            if file not in short and (what := _hash_problem(folder / file, fact.sha256, "sidecar")):
-                yield Problem(f"{name}/{file}", None, what)
-        for view in info.views:
-            yield from _record_problems(root, manifest, row, view, info)
-
-
-def _record_problems(
-    root: StoredPath, manifest: Manifest, row: UnitRow, view: int, info: UnitInfo
-) -> Iterator[Problem]:
-    where = f"{unit_folder(root, row.group, row.range_id).relative_to(root).as_posix()}/v{view:04d}"
-    try:
-        reader = open_shard(root, manifest, row, view)
-    except UserError as error:
-        yield Problem(where, None, str(error))
-        return
-    bad = 0
-    for start in range(0, info.count, BATCH_RECORDS):
-        rows = np.arange(start, min(start + BATCH_RECORDS, info.count))
-        if _reading_error(reader, rows) is None:
-            continue
-        for one in rows.tolist():  # find out which of them
-            found = _reading_error(reader, np.array([one]))
-            bad += found is not None
-            if found is not None and bad <= MAX_NAMED:
-                yield Problem(where, reader.keys[one], found)
-    if bad > MAX_NAMED:
-        yield Problem(where, None, f"{bad - MAX_NAMED} more damaged samples")
-    reader.close()
-
-
-def _reading_error(reader: ShardReader, rows: NDArray[np.int64]) -> str | None:
-    try:
-        reader.read(rows)
-    except UserError as error:
-        return str(error)
-    return None
+def bad_units(problems: Sequence[Problem]) -> list[tuple[int, int]]:
+    """(group, range) of the units that have to be made again."""
+    return sorted({problem.unit for problem in problems if problem.part is Part.UNIT and problem.unit is not None})

@@ -1,0 +1,102 @@
+"""Show a cache, or one record of it (`make inspect CACHE=dir [KEY=key|INDEX=n] [VIEW=v] [OUT=file] [JSON=1]`)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.command import parse, run, with_flags
+from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from scalekd_cache.store import Cache
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """Options of `inspect`."""
+
+    cache: str = "caches/demo"
+    """Folder or URL of the cache."""
+    key: str | None = None
+    """Key of the sample (a line of keys.txt); without key and index, the cache itself is shown."""
+    index: int | None = None
+    """Position of the record in the view's canonical order, instead of a key."""
+    view: int = 0
+    """View number."""
+    pixels_from: str | None = None
+    """Folder or URL of the cache whose pixels are shared (None: where it was)."""
+    out: str | None = None
+    """Also write the view's pixels to this file, as they are stored (.jpg or .png)."""
+    json: bool = False
+    """Print one JSON object instead of text."""
+
+
+def main(argv: list[str]) -> None:
+    """Print what the cache or the record is."""
+    config = parse(InspectConfig, "inspect_cache", with_flags(argv, "--json"), {}, __doc__ or "")
+    if config.key is not None and config.index is not None:
+        raise UserError("key and index are given", got=f"{config.key} and {config.index}", fix="give one of them")
+    from scalekd_cache.inspection import describe_cache, describe_record, position_of
+    from scalekd_cache.store import Cache
+
+    cache = Cache.open(config.cache)
+    if config.key is None and config.index is None:
+        facts = describe_cache(cache)
+    else:
+        index = config.index if config.key is None else position_of(cache, config.key, config.view)
+        assert index is not None
+        pixels = _pixels(cache, config)
+        facts = describe_record(cache, config.view, index, pixels)
+        if config.out is not None:
+            _write_pixels((pixels or cache).read([index], config.view)[0].pixels, Path(config.out))
+    print(json.dumps(facts, indent=1) if config.json else "\n".join(_lines(facts)))
+
+
+def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
+    """The cache that holds the pixels, if it is another one and at hand."""
+    from scalekd_cache.store.shared import pixels_of
+
+    try:
+        return pixels_of(cache, config.pixels_from, 1)
+    except UserError:
+        if config.pixels_from is not None:
+            raise
+        return None
+
+
+def _write_pixels(pixels: bytes, path: Path) -> None:
+    if not pixels:
+        raise UserError("there are no pixels at hand: they are replayed, or shared with a cache elsewhere", where=path,
+                        fix="for shared ones give PIXELS_FROM=")  # fmt: skip
+    ends = (".png",) if pixels.startswith(b"\x89PNG") else (".jpg", ".jpeg")
+    if path.suffix not in ends:
+        raise UserError(
+            "the pixels are stored in another format", got=path.name, expected=f"a name ending in {ends[0]}"
+        )
+    path.write_bytes(pixels)
+
+
+def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
+    """One line a fact."""
+    lines = []
+    for name, value in facts.items():
+        title = indent + name.replace("_", " ")
+        if isinstance(value, dict):
+            lines += [f"{title}:", *_lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            lines += [
+                f"{title}:",
+                *(f"{indent}  " + ", ".join(f"{k} {_text(v)}" for k, v in row.items()) for row in value),
+            ]
+        else:
+            lines.append(f"{title}: {_text(value)}")
+    return lines
+
+
+def _text(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,157 @@
+"""One record of a cache, as facts for a reader: what it is, what it holds, where it lies, and whether it is right.
+
+In: an open cache, a view and a key or position. Out: plain JSON values.
+Invariant: nothing is written, and a record that cannot be used is an error that names shard and key.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.checking import unit_of
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.errors import UserError
+from scalekd_cache.examine import decode_features
+from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
+from scalekd_cache.views import View, decode_pixels, pixel_digest
+
+TOP = 5
+
+
+def position_of(cache: Cache, key: str, view: int) -> int:
+    """Where a sample stands in a view's canonical order; one read of keys.txt a unit.
+
+    Raises:
+        UserError: no such sample.
+    """
+    start = 0
+    for row in cache.manifest.units:
+        if view in cache.manifest.groups[row.group]:
+            folder = unit_folder(cache.root, row.group, row.range_id)
+            keys = read_keys(folder, read_unit(folder)[0])
+            if key in keys:
+                return start + keys.index(key)
+            start += row.count
+    raise UserError("no such sample", got=key, expected="a line of units/*/keys.txt", where=cache.root)
+
+
+def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:
+    """Everything there is to say about a record; `pixels` is the cache that holds its pixels, if it is another one."""
+    if view not in range(cache.manifest.num_views) or position not in range(len(cache)):
+        raise UserError(
+            "no such record",
+            got=f"view {view}, position {position}",
+            expected=f"views 0 to {cache.manifest.num_views - 1}, positions 0 to {len(cache) - 1}",
+            where=cache.root,
+        )
+    record = cache.read([position], view)[0]  # an error when its checksum differs
+    names = cache.manifest.class_names
+    return {
+        "key": record.key,
+        "position": position,
+        "view": view,
+        "label": record.label,
+        "class": names[record.label] if 0 <= record.label < len(names) else None,
+        "where": _place(cache, view, position),
+        "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits")},
+        "view_record": json.loads(record.view),
+        "view_in_words": _in_words(View.from_json(json.loads(record.view))),
+        "digest": record.digest,
+        "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
+        "features": _features(cache, record),
+        "top_logits": _top(cache, record),
+    }
+
+
+def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
+    """The shard and the row in it."""
+    row = unit_of(cache.manifest, view, position)
+    before = sum(r.count for r in cache.manifest.units if r.group == row.group and r.range_id < row.range_id)
+    end = "tar" if cache.manifest.backend == "webdataset" else "zarr"
+    shard = unit_folder(cache.root, row.group, row.range_id) / f"v{view:04d}.{end}"
+    return {"shard": str(shard), "row": position - before}
+
+
+def _in_words(view: View) -> str:
+    left, top, width, height = view.crop
+    words = [f"crop {width} x {height} at ({left}, {top})", "flipped" if view.flip else "not flipped"]
+    words += [f"{name} {argument:g}" for name, argument in view.operations]
+    if view.erase is not None:
+        left, top, width, height = view.erase
+        words.append(f"erased {width} x {height} at ({left}, {top}) with noise {view.noise_seed}")
+    return ", ".join(words)
+
+
+def encoded_pixels(record: Record, view: int, position: int, pixels: Cache | None) -> bytes:
+    """The stored pixels of a record, here or in the cache that holds them; empty when there are none."""
+    return record.pixels if pixels is None else pixels.read([position], view)[0].pixels
+
+
+def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
+    """None when there are no pixels at hand."""
+    if not encoded:
+        return None
+    return pixel_digest(decode_pixels(encoded, cache.manifest.view_recipe["size"])) == record.digest
+
+
+def _features(cache: Cache, record: Record) -> dict[str, Any]:
+    codec = codec_from_config(cache.manifest.codec)
+    if len(record.features) != codec.bytes_per_view:
+        raise UserError("features have the wrong length", got=len(record.features), expected=codec.bytes_per_view,
+                        where=f"{cache.root}, sample {record.key!r}")  # fmt: skip
+    decoded = decode_features(codec, [record])
+    values, norms = decoded.features[0].numpy(), decoded.norms[0].numpy()
+    return {
+        "codec": codec.id,
+        "shape": list(values.shape),
+        **{name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")},
+        "token_norms": _range(norms[0]),
+        "token_norms_mean_removed": _range(norms[1]),
+    }
+
+
+def _range(values: NDArray[np.float32]) -> dict[str, float]:
+    return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}
+
+
+def _top(cache: Cache, record: Record) -> list[dict[str, Any]]:
+    """The largest logits with their probabilities; empty without a classifier."""
+    logits = LogitCodec.from_config(cache.manifest.logit_codec).decode(record.logits).astype(np.float64)
+    if logits.size == 0:
+        return []
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    names = cache.manifest.class_names
+    return [
+        {"class": names[k] if len(names) == len(logits) else None, "index": k, "logit": float(logits[k]),
+         "probability": float(shares[k])}
+        for k in np.argsort(-logits, kind="stable")[:TOP].tolist()
+    ]  # fmt: skip
+
+
+def describe_cache(cache: Cache) -> dict[str, Any]:
+    """What a cache is, from its manifest alone."""
+    manifest = cache.manifest
+    spec: Mapping[str, Any] = manifest.teacher["spec"]
+    return {
+        "cache": str(cache.root),
+        "images": manifest.num_samples,
+        "views": manifest.num_views,
+        "units": len(manifest.units),
+        "backend": manifest.backend,
+        "recipe": manifest.recipe,
+        "fingerprint": manifest.fingerprint,
+        "teacher": {"name": spec["name"], "feature_shape": spec["feature_shape"], "top1": manifest.teacher["top1"]},
+        "classes": len(manifest.class_names),
+        "codec": manifest.codec,
+        "view_recipe": manifest.view_recipe,
+        "data": manifest.data,
+        "bytes_per_view": manifest.bytes_per_view,
+        "fidelity": manifest.fidelity,
+        "versions": manifest.versions,
+    }

@@ -1,0 +1,117 @@
+"""inspect, repair and verify as commands: what they print, what they import, and their exit status."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from commands import ENV, ROOT
+from small_cache import copy_of_cache, flip_byte, shared_cache
+
+from pipelines import inspect_cache, repair, verify
+from pipelines.command import with_flags
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Cache, read_manifest
+
+
+def output_of(capsys, command, *words):
+    capsys.readouterr()
+    status = command.main([str(word) for word in words])
+    return capsys.readouterr().out, status
+
+
+def test_a_record_by_key_and_by_position(capsys, tmp_path):
+    cache = shared_cache()
+    record = cache.read([40], 1)[0]
+    out = tmp_path / "view.jpg"
+    text, _ = output_of(
+        capsys, inspect_cache, "--cache", cache.root, "--index", 40, "--view", 1, "--json", "--out", out
+    )
+    facts = json.loads(text)
+    assert (facts["key"], facts["label"], facts["view"]) == (record.key, record.label, 1)
+    assert facts["class"] == cache.manifest.class_names[record.label]
+    assert facts["digest_ok"] is True
+    assert facts["bytes"]["features"] == len(record.features)
+    assert facts["where"] == {"shard": str(cache.root / "units/g000-r00001/v0001.tar"), "row": 8}
+    assert facts["view_record"] == json.loads(record.view)
+    assert facts["view_in_words"].startswith("crop ")
+    assert facts["features"]["shape"] == [128, 4, 4]
+    assert facts["features"]["min"] < facts["features"]["mean"] < facts["features"]["max"]
+    assert len(facts["top_logits"]) == 5
+    assert sum(row["probability"] for row in facts["top_logits"]) <= 1
+    assert out.read_bytes() == record.pixels
+    by_key, _ = output_of(capsys, inspect_cache, "--cache", cache.root, "--key", record.key, "--view", 1, "--json")
+    assert json.loads(by_key) == facts
+    plain, _ = output_of(capsys, inspect_cache, "--cache", cache.root, "--key", record.key, "--view", 1)
+    assert f"key: {record.key}" in plain
+
+
+def test_a_cache_in_short(capsys):
+    text, _ = output_of(capsys, inspect_cache, "--cache", shared_cache().root)
+    for part in ("images: 96", "views: 2", "demo_swin", "cosine mean removed:"):
+        assert part in text
+
+
+@pytest.mark.parametrize("words", [["--index", 96], ["--view", 2, "--index", 0], ["--key", "nobody"],
+                                   ["--key", "a", "--index", 1], ["--index", 0, "--out", "view.png"]])  # fmt: skip
+def test_what_is_not_there_is_said(words):
+    with pytest.raises(UserError):
+        inspect_cache.main(["--cache", str(shared_cache().root), *map(str, words)])
+
+
+def test_verify_for_scripts(tmp_path, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    text, status = output_of(capsys, verify, "--cache", root, "--json")
+    report = json.loads(text)
+    assert (status, report["whole"], report["problems"], report["units"]) == (0, True, [], 3)
+    assert report["fidelity"] == read_manifest(root).fidelity
+    tar = root / "units/g000-r00001/v0000.tar"
+    flip_byte(tar, tar.read_bytes().index(Cache.open(root).read([33], 0)[0].features))
+    text, status = output_of(capsys, verify, "--cache", root, "--deep", "--json", "--records", 4)
+    report = json.loads(text)
+    assert (status, report["whole"], report["teacher"]["records"]) == (1, False, 4)
+    assert {problem["key"] for problem in report["problems"]} == {None, Cache.open(root).read([33], 1)[0].key}
+    assert {tuple(problem["unit"]) for problem in report["problems"]} == {(0, 1)}
+
+
+def test_repair_as_a_command(tmp_path, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / "units/g000-r00002/v0001.idx").unlink()
+    text, status = output_of(capsys, repair, "--cache", root)
+    assert status == 0
+    assert "units made again: g000-r00002" in text
+    assert "whole (every byte checked)" in text
+    text, status = output_of(capsys, verify, "--cache", root, "--deep")
+    assert status == 0
+    assert "fidelity of the stored features" in text
+    assert "cosine mean removed 0.999" in text
+    assert "asked again, the teacher agrees on 16 views" in text
+    assert output_of(capsys, repair, "--cache", root)[0].endswith("nothing to do\n")
+
+
+def test_a_mistyped_path_is_no_damaged_cache(tmp_path):
+    for command in (verify, repair, inspect_cache):
+        with pytest.raises(UserError, match=r"no such cache|no manifest"):
+            command.main(["--cache", str(tmp_path / "nothing")])
+
+
+def test_flags_may_stand_alone():
+    assert with_flags(["--json", "--deep", "false", "--cache", "x"], "--json", "--deep") == [
+        "--json", "true", "--deep", "false", "--cache", "x"]  # fmt: skip
+    assert with_flags(["--deep"], "--deep") == ["--deep", "true"]
+
+
+@pytest.mark.parametrize("words", [
+    "verify --help", "inspect_cache --help", "repair --help", "verify --cache {root}", "inspect_cache --cache {root}"
+])  # fmt: skip
+def test_commands_import_no_more_than_they_need(words):
+    name, *rest = words.format(root=shared_cache().root).split()
+    code = (
+        f"import sys, atexit; sys.argv = ['x', *{rest!r}]\n"
+        "def say():\n    print('IMPORTED', [m for m in ('torch', 'deepspeed') if m in sys.modules])\n"
+        f"atexit.register(say)\nimport runpy; runpy.run_module('pipelines.{name}', run_name='__main__')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    allowed = ["['torch']"] if words.startswith("inspect_cache --cache") else []
+    assert any(f"IMPORTED {modules}" in done.stdout for modules in ["[]", *allowed]), done.stdout
