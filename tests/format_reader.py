@@ -1,0 +1,228 @@
+"""A reader of caches written from docs/FORMAT.md alone: nothing of scalekd_cache is imported here, zarr neither."""
+
+import base64
+import hashlib
+import json
+import struct
+import tarfile
+from pathlib import Path
+from typing import NamedTuple
+
+import google_crc32c
+import numpy as np
+from numcodecs import zstd
+
+
+class Decoded(NamedTuple):
+    """A record, decoded."""
+
+    key: str
+    label: int
+    view: dict
+    digest: str
+    pixels: bytes
+    features: np.ndarray
+    """(C, H, W) float32."""
+    norms: np.ndarray | None
+    """(2, H, W) float32."""
+    logits: np.ndarray
+    """(K,) float32."""
+
+
+def canonical(value, *, escaped=False):
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=escaped)
+
+
+def sha256(data):
+    return hashlib.sha256(data).hexdigest()
+
+
+def check_seal(data):
+    """manifest.json and plan.json: the last `self_sha256` value, taken as 64 zeros, gives the file's sha256."""
+    seal = json.loads(data)["self_sha256"].encode()
+    head, _, tail = data.rpartition(seal)
+    assert sha256(head + b"0" * 64 + tail) == seal.decode()
+
+
+def read_manifest(root):
+    data = (root / "manifest.json").read_bytes()
+    manifest = json.loads(data)
+    assert manifest["format_version"] == 1
+    check_seal(data)
+    assert sha256(canonical(manifest["fingerprint_fields"], escaped=True).encode()) == manifest["fingerprint"]
+    assert sha256(canonical(manifest["units"]).encode()) == manifest["units_digest"]
+    for group in range(len(manifest["groups"])):
+        assert sum(row[2] for row in manifest["units"] if row[0] == group) == manifest["num_samples"]
+    return manifest
+
+
+def read_view(root, view):
+    """All records of a view in its canonical order."""
+    manifest = read_manifest(root)
+    group = next(number for number, views in enumerate(manifest["groups"]) if view in views)
+    for row_group, range_id, count, digest in manifest["units"]:
+        if row_group != group:
+            continue
+        folder = root / "units" / f"g{group:03d}-r{range_id:05d}"
+        data = (folder / "unit.json").read_bytes()
+        assert sha256(data) == digest
+        unit = json.loads(data)
+        assert (unit["format"], unit["fingerprint"]) == (1, manifest["fingerprint"])
+        assert (unit["count"], unit["views"]) == (count, manifest["groups"][group])
+        for name, fact in unit["files"].items():
+            if name.startswith((f"v{view:04d}.", "keys.txt")):
+                file = (folder / name).read_bytes()
+                assert (len(file), sha256(file)) == (fact["bytes"], fact["sha256"])
+        keys = (folder / "keys.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        assert len(keys) == count
+        place = (group, range_id, view)
+        read = read_tar if manifest["backend"] == "webdataset" else read_zarr
+        for record in read(folder / f"v{view:04d}", place, keys):
+            yield decode(manifest, *record)
+
+
+def record_crc(key, label, view, digest, pixels, features, logits):
+    data = b""
+    for field in (key.encode(), struct.pack("<q", label), view.encode(), digest.encode(), pixels, features, logits):
+        data += struct.pack("<I", len(field)) + field
+    return google_crc32c.value(data)
+
+
+def view_text(target):
+    """The view record stands verbatim at the end of the JSON."""
+    return target[target.index('"view":') + len('"view":') : -1]
+
+
+# Backend webdataset
+
+
+def read_tar(stem, place, keys):
+    tar = stem.with_suffix(".tar").read_bytes()
+    index = stem.with_suffix(".idx").read_bytes()
+    magic, header, row_bytes, group, range_id, view, zero, count, tar_bytes = struct.unpack_from("<8sIIIIIIQQ", index)
+    assert (magic, header, row_bytes, zero) == (b"SKDCIDX1", 48, 40, 0)
+    assert ((group, range_id, view), count, tar_bytes) == (place, len(keys), len(tar))
+    members = read_members(stem.with_suffix(".tar"))
+    for number, key in enumerate(keys):
+        *places, crc = struct.unpack_from("<QQQIIII", index, header + number * row_bytes)
+        target, pixels, features = (tar[at : at + size] for at, size in zip(places[:3], places[3:], strict=True))
+        assert members[key]["json"] == target
+        assert members[key]["features"] == features
+        assert members[key].get("jpg", members[key].get("png", b"")) == pixels
+        text = target.decode()
+        fields = json.loads(text)
+        record = (key, fields["label"], view_text(text), fields["digest"], pixels, features,
+                  base64.b64decode(fields["logits"]))  # fmt: skip
+        assert record_crc(*record) == crc
+        yield record
+
+
+def read_members(path):
+    """{key: {extension: data}} by a tar library, without the index."""
+    members = {}
+    with tarfile.open(path) as tar:
+        for member in tar:
+            key, _, extension = member.name.rpartition(".")
+            members.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    return members
+
+
+# Backend zarr
+
+
+def read_array(folder):
+    """A whole array: every chunk of every shard file, one after the other along the first axis."""
+    meta = json.loads((folder / "zarr.json").read_text())
+    (sharding,) = meta["codecs"]
+    assert (meta["zarr_format"], meta["node_type"], sharding["name"]) == (3, "array", "sharding_indexed")
+    inner = sharding["configuration"]
+    assert [codec["name"] for codec in inner["codecs"]] == ["bytes", "zstd"]
+    assert [codec["name"] for codec in inner["index_codecs"]] == ["bytes", "crc32c"]
+    dtype = np.dtype(meta["data_type"]).newbyteorder("<")
+    shape, shard = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"]
+    chunks = shard[0] // inner["chunk_shape"][0]
+    chunk_bytes = int(np.prod(inner["chunk_shape"])) * dtype.itemsize
+    data = b""
+    for number in range(-(-shape[0] // shard[0])):
+        file = (folder / "c" / "/".join([str(number), *["0"] * (len(shape) - 1)])).read_bytes()
+        index = file[-16 * chunks - 4 :]
+        assert google_crc32c.value(index[:-4]) == struct.unpack("<I", index[-4:])[0]
+        for offset, size in struct.iter_unpack("<QQ", index[:-4]):
+            if offset == 2**64 - 1:  # nothing of this chunk lies within the array's shape
+                continue
+            chunk = zstd.decompress(file[offset : offset + size])
+            assert len(chunk) == chunk_bytes
+            data += chunk
+    values = np.frombuffer(data, dtype).reshape(-1, *shape[1:])
+    assert len(values) >= shape[0]
+    return values[: shape[0]]
+
+
+def read_zarr(stem, place, keys):
+    root = stem.with_suffix(".zarr")
+    attributes = json.loads((root / "zarr.json").read_text())["attributes"]
+    assert attributes == {"scalekd_cache": 1, "group": place[0], "range_id": place[1], "view": place[2]}
+    arrays = {path.name: read_array(path) for path in root.iterdir() if path.is_dir()}
+
+    def cut(name, number):
+        start, stop = arrays[f"{name}_offsets"][number : number + 2].tolist()
+        return arrays[name][start:stop].tobytes()
+
+    for number, key in enumerate(keys):
+        target = cut("target", number).decode()
+        record = (key, int(arrays["labels"][number]), view_text(target), json.loads(target)["digest"],
+                  cut("pixels", number), arrays["features"][number].tobytes(), cut("logits", number))  # fmt: skip
+        assert record_crc(*record) == arrays["crc32c"][number]
+        yield record
+
+
+# Codecs
+
+
+def decode(manifest, key, label, view, digest, pixels, features, logits):
+    maps, norms = decode_features(manifest["codec"], features)
+    scores = decode_logits(manifest["logit_codec"], logits)
+    return Decoded(key, label, json.loads(view), digest, pixels, maps, norms, scores)
+
+
+def decode_features(codec, row):
+    channels, height, width = codec["shape"]
+    tokens = height * width
+    assert codec["version"] == 1
+    norms = None
+    if codec["id"] != "float32":
+        row, tail = row[: -4 * tokens], row[-4 * tokens :]
+        norms = np.frombuffer(tail, "<f2").astype(np.float32).reshape(2, height, width)
+    if codec["id"] == "int8":
+        groups = -(-channels // 64)
+        scales = np.frombuffer(row, "<f2", tokens * groups).astype(np.float32).reshape(tokens, groups)
+        codes = np.frombuffer(row, np.int8, tokens * channels, 2 * tokens * groups).reshape(tokens, channels)
+        values = codes * scales[:, np.arange(channels) // 64]
+    elif codec["id"] == "bfloat16":
+        values = (np.frombuffer(row, "<u2").astype("<u4") << 16).view("<f4").reshape(tokens, channels)
+    else:
+        values = np.frombuffer(row, {"float32": "<f4", "float16": "<f2"}[codec["id"]]).reshape(tokens, channels)
+    return values.astype(np.float32).reshape(height, width, channels).transpose(2, 0, 1), norms
+
+
+def decode_logits(codec, record):
+    classes = codec["num_classes"]
+    assert (codec["id"], codec["version"]) == ("logits-int8", 1)
+    if classes == 0:
+        return np.zeros(0, np.float32)
+    mode, largest = struct.unpack_from("<Bf", record)
+    if mode == 0:
+        (step,) = struct.unpack_from("<f", record, 5)
+        values = largest - np.float64(step) * np.frombuffer(record, np.uint8, classes, 9)
+    elif mode == 1:
+        values = largest - np.frombuffer(record, "<f2", classes, 5).astype(np.float64)
+    else:
+        assert mode == 2
+        values = np.frombuffer(record, "<f4", classes, 5)
+    return values.astype(np.float32)
+
+
+def read_cache(root):
+    """{view: [Decoded, ...]}."""
+    root = Path(root)
+    return {view: list(read_view(root, view)) for view in range(read_manifest(root)["num_views"])}
