@@ -5,12 +5,12 @@ Invariant: a bad unit is put aside, never deleted, until the new one is committe
 the cache's own teacher, views, codec and data nothing is made.
 """
 
+import contextlib
 import dataclasses
 import functools
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,6 +88,8 @@ def repair_cache(
         wholes += [TAIL] if Part.TAIL in parts else []
         with _put_aside(root, [*wholes, *(unit_name(unit) for unit in units)]):
             cache_teacher(config, process)
+    for aside, successor in _asides(root):
+        _return_strangers(aside, successor)
     left = check(records=0).findings.problems if problems else []
     _remove_asides(root, left)
     return Repaired(problems, units, left)
@@ -187,7 +189,7 @@ def _write_plan_again(root: Path, found: Findings) -> None:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _put_aside(root: Path, names: list[str]) -> Iterator[None]:
     """Rename what is bad; on an error everything that was not made again gets its name back."""
     moved: list[tuple[Path, Path]] = []
@@ -206,11 +208,31 @@ def _put_aside(root: Path, names: list[str]) -> Iterator[None]:
         raise
 
 
+def _asides(root: Path) -> list[tuple[Path, Path]]:
+    """What was put aside, by this repair or one that was killed, with what has taken its place."""
+    found = [*root.glob(f"{ASIDE}*"), *(root / UNITS).glob(f"{ASIDE}*")]
+    pairs = [(aside, aside.with_name(aside.name.removeprefix(ASIDE).rpartition("-")[0])) for aside in found]
+    return [(aside, successor) for aside, successor in pairs if successor.exists()]
+
+
+def _strangers(aside: Path, successor: Path) -> list[Path]:
+    """Files in a unit that was put aside which have no namesake in the new one: they are not the cache's."""
+    files = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_symlink() or path.is_file()]
+    return [name for name in files if not (successor / name).exists()]
+
+
+def _return_strangers(aside: Path, successor: Path) -> None:
+    """Bring them to where they were, to be reported; what cannot be brought stays aside."""
+    for name in _strangers(aside, successor):
+        with contextlib.suppress(FileExistsError, NotADirectoryError):
+            (successor / name).parent.mkdir(parents=True, exist_ok=True)
+            (aside / name).rename(successor / name)
+
+
 def _remove_asides(root: Path, left: list[Problem]) -> None:
-    """Delete what was put aside, by this repair or one that was killed, where its successor is whole."""
+    """Delete what was put aside where its successor is whole."""
     bad = {unit_name(problem.unit) for problem in left if problem.part is Part.UNIT and problem.unit is not None}
     bad |= {problem.where for problem in left if problem.part in (Part.MANIFEST, Part.TAIL)}
-    for aside in [*root.glob(f"{ASIDE}*"), *(root / UNITS).glob(f"{ASIDE}*")]:
-        successor = aside.with_name(aside.name.removeprefix(ASIDE).rpartition("-")[0])
-        if successor.exists() and successor.relative_to(root).as_posix() not in bad:
+    for aside, successor in _asides(root):
+        if successor.relative_to(root).as_posix() not in bad and not _strangers(aside, successor):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

@@ -133,6 +133,20 @@ def test_what_is_not_the_caches_is_left_and_named(tmp_path, quick):
     assert stranger.read_text() == "mine"
 
 
+def test_the_file_of_somebody_else_outlives_the_damaged_unit_around_it(tmp_path, quick):
+    root = copy_of_cache(tmp_path / "cache")
+    original = tree(root)
+    damage_sidecar(root)
+    for name in ("notes.txt", "more/notes.txt"):
+        (root / BAD / name).parent.mkdir(exist_ok=True)
+        (root / BAD / name).write_text("mine")
+    done = repair_cache(root, CPU)
+    assert done.units == [(0, 1)]
+    names = {problem.where for problem in done.left}
+    assert names == {f"{BAD}/more", f"{BAD}/more/notes.txt", f"{BAD}/notes.txt"}
+    assert tree(root).keys() - original.keys() == {f"{BAD}/more/notes.txt", f"{BAD}/notes.txt"}
+
+
 def test_another_teacher_changes_nothing(tmp_path):
     import torch
     from safetensors.torch import load_file, save_file
