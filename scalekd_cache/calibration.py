@@ -9,6 +9,7 @@ import json
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -55,12 +56,7 @@ def calibrated_codec(
             _fit(config, root, source, teacher, peers.process.device)
         peers.announce("codec")
     peers.wait("codec")
-    try:
-        kept = json.loads((root / MARK).read_text(encoding="utf-8"))
-        if not isinstance(kept, dict) or set(kept) != {"preset", "codec"}:
-            raise ValueError("expected preset and codec")
-    except ValueError as error:
-        raise UserError("the codec's file is damaged", got=error, where=root / MARK, fix="restore it") from error
+    kept = _kept(root)
     asked = _preset(config)
     if kept["preset"] != asked:
         raise UserError(
@@ -71,6 +67,25 @@ def calibrated_codec(
             fix="use the codec and noise the cache was made with, or another folder (CACHE=...)",
         )
     return codec_from_config(kept["codec"], root)
+
+
+def _kept(root: Path) -> dict[str, Any]:
+    """What codec.json says."""
+    try:
+        kept = json.loads((root / MARK).read_text(encoding="utf-8"))
+        if not isinstance(kept, dict) or set(kept) != {"preset", "codec"}:
+            raise ValueError("expected preset and codec")
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "the codec's file is missing or damaged", got=error, where=root / MARK, fix="restore it from a copy"
+        ) from error
+    return kept
+
+
+def fitted_preset(root: Path) -> tuple[str, float]:
+    """The preset and noise that a cache's codec was fitted for; noise 0 is the preset's own."""
+    name, _, noise = str(_kept(root)["preset"]).partition(", noise ")
+    return name, float(noise or 0)
 
 
 def _preset(config: CacheTeacherConfig) -> str:

@@ -70,12 +70,13 @@ def check_deeply(
     classes = None if facts is None else len(facts.class_names)
 
     def examiner(expected: Expected) -> Examiner:
-        return Examiner(expected.fields, classes, source, pixels)
+        return Examiner(expected.fields, root, classes, source, pixels)
 
     findings = check_cache(root, deep=True, examiner=examiner, progress=progress)
     findings.problems.extend(problems)
     findings.notes.extend(notes)
-    if manifest is None or records == 0 or findings.expected is None:
+    lost = any(problem.part is Part.KEPT for problem in findings.problems)
+    if manifest is None or records == 0 or findings.expected is None or lost:
         return Report(findings, None)
     agreement = _ask_teacher(
         root, manifest, examiner(findings.expected), weights, records, seed, device, findings.notes

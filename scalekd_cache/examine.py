@@ -14,13 +14,14 @@ from numpy.typing import NDArray
 
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config import ViewConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.base import ShardId
+from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.verify_unit import Finding, Part
 from scalekd_cache.views import View, apply_view, decode_pixels, pixel_digest
 
@@ -30,6 +31,7 @@ class Examiner:
 
     Args:
         fields: `fingerprint_fields` of a manifest or plan.
+        root: the cache, for the state of a fitted codec.
         num_classes: classes of the data set, where they are known.
         source: the images, to draw replayed views again; without them their pixels are not looked at.
         pixels: of a cache that shares pixels, the one that holds them; without it they are not looked at.
@@ -41,12 +43,13 @@ class Examiner:
     def __init__(
         self,
         fields: Mapping[str, Any],
+        root: StoredPath,
         num_classes: int | None,
         source: Source | None = None,
         pixels: PixelCache | None = None,
     ) -> None:
-        self.codec: FeatureCodec = codec_from_config(fields["codec"])
-        self.logit_codec = LogitCodec.from_config(fields["logit_codec"])
+        self.codec: FeatureCodec = codec_from_config(fields["codec"], root)
+        self.logit_codec = logit_codec_from_config(fields["logit_codec"])
         self.views = ViewConfig(**from_plain(fields["views"]))
         self.num_classes, self.source, self.pixels = num_classes, source, pixels
         self.shares = "pixels" in fields
@@ -85,7 +88,9 @@ class Examiner:
         return None
 
     def _logits(self, record: Record, _: int) -> str | None:
-        return None if np.isfinite(self.logit_codec.decode(record.logits)).all() else "logits are not finite"
+        logits = self.logit_codec.decode(record.logits)
+        known = logits[logits > -np.inf] if self.logit_codec.partial else logits
+        return None if np.isfinite(known).all() else "logits are not finite"
 
     def _view(self, record: Record, view: int) -> str | None:
         number = View.from_json(json.loads(record.view)).number
@@ -126,22 +131,34 @@ class Examiner:
         return None if digest == record.digest else f"pixels have digest {digest}, their record says {record.digest}"
 
     def _features(self, records: list[Record]) -> list[Finding]:
-        wanted = self.codec.bytes_per_view
-        found = [
-            Finding(record.key, f"{len(record.features)} bytes of features, should be {wanted}")
-            for record in records
-            if len(record.features) != wanted
-        ]
-        records = [record for record in records if len(record.features) == wanted]
-        if records:
-            decoded = decode_features(self.codec, records)
+        found, whole = list[Finding](), list[Record]()
+        for record in records:
+            what = self._unpacking(record)
+            if what is None:
+                whole.append(record)
+            else:
+                found.append(Finding(record.key, what))
+        if whole:
+            decoded = decode_features(self.codec, whole)
             finite = decoded.features.flatten(1).isfinite().all(1) & decoded.norms.flatten(1).isfinite().all(1)
             found += [
                 Finding(record.key, "features are not finite")
-                for record, ok in zip(records, finite.tolist(), strict=True)
+                for record, ok in zip(whole, finite.tolist(), strict=True)
                 if not ok
             ]
         return found
+
+    def _unpacking(self, record: Record) -> str | None:
+        """Why the codec does not take a record's features."""
+        try:
+            self.codec.unpack([record.features])
+        except UserError as error:
+            return str(error)
+        return None
+
+    def usable(self, record: Record) -> bool:
+        """Whether a record's features can be decoded."""
+        return self._unpacking(record) is None
 
 
 def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | UserError]:
@@ -159,9 +176,8 @@ def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | U
 
 
 def decode_features(codec: FeatureCodec, records: Sequence[Record]) -> FeatureMap:
-    """Maps (B, C, H, W) and norms (B, 2, H, W) of records whose rows have the codec's length."""
-    rows = np.frombuffer(b"".join(record.features for record in records), np.uint8)
-    return codec.decode(torch.from_numpy(rows.reshape(len(records), codec.bytes_per_view).copy()))
+    """Maps (B, C, H, W) and norms (B, 2, H, W) of records; `UserError` for features of another codec."""
+    return codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
 
 
 def view_pixels(

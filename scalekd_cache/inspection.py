@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.checking import unit_of
 from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.errors import UserError
 from scalekd_cache.examine import decode_features
 from scalekd_cache.store import Cache, Record
@@ -100,10 +100,7 @@ def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
 
 
 def _features(cache: Cache, record: Record) -> dict[str, Any]:
-    codec = codec_from_config(cache.manifest.codec)
-    if len(record.features) != codec.bytes_per_view:
-        raise UserError("features have the wrong length", got=len(record.features), expected=codec.bytes_per_view,
-                        where=f"{cache.root}, sample {record.key!r}")  # fmt: skip
+    codec = codec_from_config(cache.manifest.codec, cache.root)
     decoded = decode_features(codec, [record])
     values, norms = decoded.features[0].numpy(), decoded.norms[0].numpy()
     return {
@@ -121,7 +118,7 @@ def _range(values: NDArray[np.float32]) -> dict[str, float]:
 
 def _top(cache: Cache, record: Record) -> list[dict[str, Any]]:
     """The largest logits with their probabilities; empty without a classifier."""
-    logits = LogitCodec.from_config(cache.manifest.logit_codec).decode(record.logits).astype(np.float64)
+    logits = logit_codec_from_config(cache.manifest.logit_codec).decode(record.logits).astype(np.float64)
     if logits.size == 0:
         return []
     shares = np.exp(logits - logits.max())

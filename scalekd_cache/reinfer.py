@@ -37,7 +37,7 @@ class Agreement(NamedTuple):
     figures: dict[str, dict[str, float]]
     """{cosine, cosine_mean_removed: {mean, p1, count}} between fresh and decoded features."""
     top1_percent: float | None
-    """Records whose largest logit is the same class; None without a classifier."""
+    """Records whose largest logit is the same class; None where no logits are stored."""
     wrong: list[tuple[int, int, str, str]]
     """(view, position, key, what) of records that are not the teacher's answer."""
 
@@ -101,7 +101,7 @@ def reinfer(cache: Cache, teacher: Teacher, examiner: Examiner, records: int, se
         close = fidelity(output.features.cpu(), decode_features(examiner.codec, batch).features)
         for name, values in close._asdict().items():
             figures.setdefault(name, []).extend(values.tolist())
-        if teacher.spec.has_classifier:
+        if teacher.spec.has_classifier and batch[0].logits:
             stored = np.stack([examiner.logit_codec.decode(record.logits) for record in batch]).argmax(1)
             same += (output.logits.argmax(1).cpu().numpy() == stored).tolist()
         for place, record, cosine in zip(places, batch, close.cosine_mean_removed.tolist(), strict=True):
@@ -134,7 +134,7 @@ def _load(chosen: list[tuple[Place, Record]], examiner: Examiner) -> tuple[list[
             picture = examiner.picture(record, *place)
         except (UserError, UnreadableImage):
             continue
-        if picture is not None and len(record.features) == examiner.codec.bytes_per_view:
+        if picture is not None and examiner.usable(record):
             places.append(place)
             records.append(record)
             pixels.append(picture)

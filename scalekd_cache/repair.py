@@ -10,11 +10,12 @@ import dataclasses
 import functools
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from scalekd_cache.cache_teacher import cache_teacher
+from scalekd_cache.calibration import fitted_preset
 from scalekd_cache.checking import check_deeply, manifest_or_none
 from scalekd_cache.config import CacheTeacherConfig, StoreConfig, ViewConfig, from_plain
 from scalekd_cache.errors import UserError
@@ -120,7 +121,7 @@ def config_of(
         cache=StoreConfig(
             path=str(root),
             backend=facts.backend,  # type: ignore[arg-type]  # one of the two, or the plan is not read
-            codec=fields["codec"]["id"],
+            **_codec_options(fields, root),
             num_views=sum(len(group) for group in facts.groups),
             views_per_group=max(len(group) for group in facts.groups),
             samples_per_shard=facts.samples_per_shard,
@@ -128,6 +129,20 @@ def config_of(
         ),
         workers=workers,
     )
+
+
+def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
+    """The options that name a cache's codecs; a fitted one's preset stands beside its state."""
+    logits = fields["logit_codec"]
+    kept = {
+        "logits-top-k": {"logits": "top_k", "top_k": logits.get("k")},
+        "logits-recomputed": {"logits": "recomputed"},
+    }
+    options: dict[str, Any] = {"codec": fields["codec"]["id"], **kept.get(logits["id"], {})}
+    if "state_sha256" in fields["codec"]:
+        name, noise = fitted_preset(root)
+        options |= {"codec": name, "codec_noise": noise}
+    return options
 
 
 def _check_at_hand(config: CacheTeacherConfig, root: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from small_cache import copy_of_cache, flip_byte, make, shared_weights
 
 from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.codec.logits import logit_codec_from_config
 
 CASES = [
     ("webdataset", "int8", "baked"),
@@ -28,7 +28,7 @@ def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels):
     cache = make(tmp_path / "c", shared_weights(), data={"max_samples": 37}, cache=layout, views={"pixels": pixels})
     views = format_reader.read_cache(tmp_path / "c")
     assert sorted(views) == [0, 1, 2]
-    ours, logits = codec_from_config(cache.manifest.codec), LogitCodec.from_config(cache.manifest.logit_codec)
+    ours, logits = codec_from_config(cache.manifest.codec), logit_codec_from_config(cache.manifest.logit_codec)
     for view, decoded in views.items():
         records = cache.read(range(37), view)
         assert len(decoded) == 37

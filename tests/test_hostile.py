@@ -91,7 +91,7 @@ class Bomb:
 
 def read_everything(root):
     """What any command does with a cache: check it, read it, decode it."""
-    findings = check_cache(root, deep=True, examiner=lambda expected: Examiner(expected.fields, None))
+    findings = check_cache(root, deep=True, examiner=lambda expected: Examiner(expected.fields, root, None))
     try:
         cache = Cache.open(root)
         for view in range(cache.manifest.num_views):
@@ -317,8 +317,8 @@ records = st.builds(
 @bounded
 @given(record=records, other=records)
 def test_any_record_is_examined_and_has_its_own_checksum(record, other):
-    manifest = shared_cache().manifest
-    findings = Examiner(manifest.fingerprint_fields, 10)([record], ShardId(0, 0, 0), [0])
+    cache = shared_cache()
+    findings = Examiner(cache.manifest.fingerprint_fields, cache.root, 10)([record], ShardId(0, 0, 0), [0])
     assert findings
     assert {finding.key for finding in findings} == {record.key}
     try:

@@ -5,7 +5,7 @@ Invariant: the fast check reads sidecars and lengths and lists folders; the deep
 file) and every record (crc32c), and names the samples of a shard that differs. Nothing on disk is changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,7 +78,11 @@ def check_cache(
     if expected is None:
         return Findings(problems, notes, 0, None)
     problems += _tail_problems(root, expected.tail_sha256, deep)
-    examine = examiner(expected) if examiner is not None and deep else None
+    lost = list(_kept_problems(root, expected, deep))
+    if lost:
+        notes.append("records are not decoded: " + ", ".join(problem.where for problem in lost) + " cannot be used")
+    problems += lost
+    examine = examiner(expected) if examiner is not None and deep and not lost else None
     there = [unit for unit in expected.units if _is_there(root, unit)]
     problems += _missing(expected, there, notes)
     for number, unit in enumerate(there):
@@ -189,11 +193,28 @@ def _tail_problems(root: StoredPath, expected: str, deep: bool) -> Iterator[Prob
         yield Problem(path.name, None, what, Part.TAIL)
 
 
+def kept_files(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Files beside manifest and tail that records cannot be decoded without, with their sha256."""
+    codec, logit_codec = fields.get("codec") or {}, fields.get("logit_codec") or {}
+    named = {"codec.safetensors": codec.get("state_sha256"), "classifier.safetensors": logit_codec.get("sha256")}
+    return {name: digest for name, digest in named.items() if isinstance(digest, str)}
+
+
+def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator[Problem]:
+    for name, digest in kept_files(expected.fields).items():
+        if not _exists(root / name):
+            yield Problem(name, None, "missing", Part.KEPT)
+        elif deep and (what := hash_problem(root / name, digest, "manifest")):
+            yield Problem(name, None, what, Part.KEPT)
+
+
 def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
     """Files and folders that no writer of this cache has made; unfinished work is only noted."""
     known = {MANIFEST, PLAN, UNITS}
     if expected is None or expected.tail_sha256 != "":
         known.add(TAIL)
+    kept = {} if expected is None else kept_files(expected.fields)
+    known |= {*kept, *(["codec.json"] if "codec.safetensors" in kept else [])}
     units = None if expected is None else {unit_folder(root, *unit.place).name for unit in expected.units}
     for folder, names in ((root, known), (root / UNITS, units)):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:

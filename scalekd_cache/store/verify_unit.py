@@ -32,6 +32,8 @@ class Part(Enum):
     MANIFEST = "manifest"
     PLAN = "plan"
     TAIL = "tail"
+    KEPT = "kept"
+    """What was fitted or taken over once, for all units: restore the file from a copy of the cache."""
     UNFINISHED = "unfinished"
     """Go on with stage 1."""
     PIXELS = "pixels"
