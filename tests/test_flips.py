@@ -155,7 +155,7 @@ def test_every_file_that_is_gone_cut_swapped_copied_or_renamed_is_reported(backe
 def test_tar_members_and_zarr_chunks_that_are_cut_off(backend, cache):
     """Every truncation class: between members, inside a header, inside a payload, inside the padding."""
     root, batches = cache
-    path = root / "units/g000-r00001" / ("v0001.tar" if backend == "webdataset" else "v0001.zarr/features/c/0/0")
+    path = root / "units/g000-r00001" / ("v0001.tar" if backend == "webdataset" else "v0001.zarr/features/c/0")
     data = path.read_bytes()
     cuts = range(0, len(data), 512) if backend == "webdataset" else range(0, len(data), 700)
     for cut in [at + more for at in list(cuts)[1::5] for more in (0, 100, 511) if at + more < len(data)]:
