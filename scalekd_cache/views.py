@@ -28,8 +28,8 @@ Pixels = NDArray[np.uint8]
 Box = tuple[int, int, int, int]
 """(left, top, width, height) in pixels."""
 
-NOISE_MEAN, NOISE_STD = 0.449 * 255, 0.226 * 255
-"""Upstream erases with N(0, 1) after normalisation; these are ImageNet's mean and std, averaged over channels."""
+NOISE_MEAN, NOISE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""Mean and standard deviation of erased pixels, red, green and blue: ImageNet's, as upstream."""
 
 _TRIES, _OPS_MAX, _APPLY_PROBABILITY = 10, 15, 0.5
 # Layout of the uniform values behind one view; it is part of the cache format.
@@ -192,8 +192,8 @@ def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     """The view of an (H, W, 3) uint8 image: crop, resize, flip, RandAugment, erase; (size, size, 3) uint8.
 
     The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside it plays a part.
-    Erased pixels are N(0.449 x 255, 0.226 x 255) per pixel and channel, rounded and clipped. Raises UserError when the
-    view does not fit the image or the recipe's size.
+    Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped. Raises
+    UserError when the view does not fit the image or the recipe's size.
     """
     _assert_pixels(image)
     left, top, width, height = view.crop
@@ -231,18 +231,20 @@ def _check_inside(box: Box, sides: tuple[int, int], what: str) -> None:
 
 @cache
 def _noise_table() -> Pixels:
-    """(65536,) uint8: the rounded, clipped normal value at each 16-bit quantile, rising."""
-    normal = NormalDist(NOISE_MEAN, NOISE_STD)
-    ends = [math.ceil(65536 * normal.cdf(value + 0.5) - 0.5) for value in range(255)]
-    return np.searchsorted(np.array(ends), np.arange(65536), side="right").astype(np.uint8)
+    """(3, 65536) uint8: each channel's rounded, clipped normal value at each 16-bit quantile, rising."""
+    rows = []
+    for normal in map(NormalDist, NOISE_MEAN, NOISE_STD):
+        ends = [math.ceil(65536 * normal.cdf(value + 0.5) - 0.5) for value in range(255)]
+        rows.append(np.searchsorted(np.array(ends), np.arange(65536), side="right"))
+    return np.stack(rows).astype(np.uint8)
 
 
 def _noise(seed: int, width: int, height: int) -> Pixels:
     """(height, width, 3) uint8 noise: 16 bits of raw Philox output a value, through a table (exact on any platform)."""
     count = width * height * 3
     raw = np.random.Philox(key=seed).random_raw(-(-count // 4)).astype("<u8", copy=False)
-    noise: Pixels = _noise_table()[raw.view("<u2")[:count]].reshape(height, width, 3)
-    return noise
+    quantiles = raw.view("<u2")[:count].reshape(height, width, 3)
+    return np.stack([row[quantiles[..., channel]] for channel, row in enumerate(_noise_table())], axis=2)
 
 
 def eval_view(image: Pixels, size: int, crop_share: float = 0.875) -> Pixels:

@@ -5,6 +5,7 @@ import random
 import numpy as np
 import pytest
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN
 from timm.data import auto_augment as timm_augment
 
 from scalekd_cache import augment
@@ -37,10 +38,14 @@ def test_operation_equals_timm(name, filter_name, monkeypatch):
             if name == "PosterizeIncreasing" and argument == 0:  # timm crashes here from Pillow 13 on; black before it
                 assert not np.asarray(augment.apply_operation(name, argument, image, resample)).any()
                 continue
-            expected = timm_augment.NAME_TO_OP[name](image, *arguments, fillcolor=(128,) * 3, resample=resample)
+            expected = timm_augment.NAME_TO_OP[name](image, *arguments, fillcolor=augment.FILL, resample=resample)
             ours = augment.apply_operation(name, argument, image, resample)
             assert ours.mode == "RGB"
             np.testing.assert_array_equal(np.asarray(ours), np.asarray(expected))
+
+
+def test_fill_is_the_mean_of_imagenet():
+    assert tuple(round(255 * mean) for mean in IMAGENET_DEFAULT_MEAN) == augment.FILL
 
 
 def test_operations_are_timms_increasing_set():

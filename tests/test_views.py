@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
@@ -253,11 +254,12 @@ def test_drawn_views_replay():
 
 def test_noise_has_the_promised_distribution():
     noise = views._noise(3, 200, 200)
-    exact = np.clip(np.rint(np.random.default_rng(0).normal(0.449 * 255, 0.226 * 255, 10**6)), 0, 255)
+    mean, std = 255 * np.array(IMAGENET_DEFAULT_MEAN), 255 * np.array(IMAGENET_DEFAULT_STD)
+    exact = np.clip(np.rint(np.random.default_rng(0).normal(mean, std, (10**6, 3))), 0, 255)
     assert noise.shape == (200, 200, 3)
-    assert abs(noise.mean() - exact.mean()) < 1
-    assert abs(noise.std() - exact.std()) < 1
-    assert abs((noise == 0).mean() - (exact == 0).mean()) < 0.005
+    assert np.abs(noise.mean((0, 1)) - exact.mean(0)).max() < 1
+    assert np.abs(noise.std((0, 1)) - exact.std(0)).max() < 1
+    assert np.abs((noise == 0).mean((0, 1)) - (exact == 0).mean(0)).max() < 0.005
     assert (noise.min(), noise.max()) == (0, 255)
     channels = noise.reshape(-1, 3).astype(float)
     assert np.abs(np.corrcoef(channels.T) - np.eye(3)).max() < 0.03  # per pixel and per channel
@@ -268,7 +270,7 @@ def test_golden_pixels_that_no_library_filter_touches():
     image = gradient()
     operations = (("PosterizeIncreasing", 3.0), ("SolarizeAdd", 60.0), ("SolarizeIncreasing", 200.0), ("Invert", 0.0))
     view = plain_view(image, flip=True, operations=operations, erase=(4, 5, 16, 12), noise_seed=12345)
-    assert pixel_digest(apply_view(view, image, PLAIN)) == "7c527f88261dee2f"
+    assert pixel_digest(apply_view(view, image, PLAIN)) == "5c78394df07e6588"
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 1000), (1000, 1), (2, 3), (3, 500)])
