@@ -113,6 +113,11 @@ def test_plain_options_are_what_json_gives_back():
     assert to_plain(DistillConfig())["student"]["mean"] == [0.485, 0.456, 0.406]
 
 
+def test_smoothing_that_no_loss_would_use_is_refused():
+    with pytest.raises(UserError, match=r"train\.label_smoothing(?s:.*)label_loss=bce"):
+        TrainConfig(label_loss="bce", label_smoothing=0.1)
+
+
 def test_the_fingerprint_does_not_depend_on_key_order():
     fields = to_plain(ViewConfig())
     assert fingerprint(fields) == fingerprint(dict(reversed(fields.items())))

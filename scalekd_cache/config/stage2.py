@@ -134,7 +134,7 @@ class TrainConfig:
     label_loss: Literal["ce", "bce"] = "ce"
     """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples."""
     label_smoothing: float = 0.0
-    """Label smoothing of ce."""
+    """Label smoothing of ce (bce has none)."""
     sync_bn: bool = False
     """Synchronise the student's BatchNorm over all processes (upstream's traditional ResNet; GPUs only)."""
     targets: Literal["cached", "live", "none"] = "cached"
@@ -182,6 +182,8 @@ class TrainConfig:
             f"a divisor of train.global_batch_size={self.global_batch_size}",
         )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
+        smoothing_is_used = self.label_loss == "ce" or self.label_smoothing == 0
+        require(smoothing_is_used, "train.label_smoothing", self.label_smoothing, "0 with train.label_loss=bce")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
         require(self.timeout_minutes > 0, "train.timeout_minutes", self.timeout_minutes, "> 0")
         require(self.checkpoint_steps >= 0, "train.checkpoint_steps", self.checkpoint_steps, ">= 0")
