@@ -1,0 +1,65 @@
+"""Commands written in docs/METHOD.md and in the recipes' headers: make knows them, and the real parsers take them."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+from commands import ROOT, execute
+from torch.distributed.run import get_args_parser
+
+from pipelines.command import RECIPES, parse, recipe_section, value_of
+from scalekd_cache.config import CacheTeacherConfig, DistillConfig, ScaleKDConfig
+
+PAGES = [ROOT / "docs" / "METHOD.md", *sorted(RECIPES.glob("*.yaml"))]
+SECTIONS = {"pipelines.distill": (DistillConfig, "distill"), "pipelines.cache_teacher": (CacheTeacherConfig, "cache")}
+
+
+def commands_of(page: Path) -> list[str]:
+    """Whole commands of a page; what stands for something else (`...`, `[OPTION=]`) is none."""
+    text = page.read_text(encoding="utf-8")
+    if page.suffix == ".yaml":
+        text = re.sub(r"^#", "", text, flags=re.MULTILINE).replace("\\\n", " ")
+    found = re.findall(r"make (?:cache-teacher|distill) [^`\n]*|torchrun [^`\n]*", text)
+    return [command for command in found if "..." not in command and "[" not in command]
+
+
+def check(words: list[str]) -> None:
+    """One `pipelines.<name> --option value ...`."""
+    config_class, section = SECTIONS[words[0]]
+    recipe = value_of(words, "--recipe")
+    assert recipe is not None, words
+    parse(config_class, section, words[1:], recipe_section(recipe, section), "")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.stem for page in PAGES])
+def test_commands_parse(page: Path) -> None:
+    commands = commands_of(page)
+    assert len(commands) >= {"METHOD": 13, "demo": 1}.get(page.stem, 3)
+    for command in commands:
+        words = shlex.split(command)
+        if words[0] == "torchrun":
+            options = get_args_parser().parse_args(words[1:])
+            assert options.module
+            check([options.training_script, *options.training_script_args])
+            continue
+        given = [] if any(word.startswith("RECIPE=") for word in words) else ["RECIPE=demo"]
+        printed = execute("make", "-n", *words[1:], *given, "VENV=none", "CACHE=x").replace("\\\n", " ")
+        calls = [line for line in printed.splitlines() if "pipelines." in line]
+        assert calls, command
+        for call in calls:
+            call_words = shlex.split(call)
+            check(call_words[next(i for i, word in enumerate(call_words) if word.startswith("pipelines.")) :])
+
+
+def test_switches_of_the_ablations_are_options() -> None:
+    page = (ROOT / "docs" / "METHOD.md").read_text(encoding="utf-8")
+    table = page.partition("## Ablations")[2].partition("## Cost")[0]
+    switches = re.findall(r"scalekd\.\w+=\w+", table)
+    assert len(switches) > 10
+    for switch in switches:
+        parse(DistillConfig, "distill", [f"--{switch}"], {}, "")
+    names = next(line for line in table.splitlines() if line.startswith("| weights, temperature"))
+    options = [name.removeprefix("scalekd.") for name in re.findall(r"`([\w.]+)`", names)]
+    assert set(options) <= set(ScaleKDConfig.__dataclass_fields__)
+    assert len(options) == 8
