@@ -59,6 +59,18 @@ def test_every_optimizer_steps(name):
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1]
 
 
+def test_what_a_recipe_leaves_to_the_optimizer_is_upstreams():
+    def defaults(name: str) -> dict[str, object]:
+        return make_optimizer(nn.Linear(3, 2), OptimConfig(name=name), lr=0.1).param_groups[0]
+
+    assert (defaults("sgd")["nesterov"], defaults("sgd")["dampening"]) == (False, 0)
+    assert (tuple(defaults("adamw")["betas"]), defaults("adamw")["eps"]) == ((0.9, 0.999), 1e-8)
+    lamb = defaults("lamb")
+    assert (tuple(lamb["betas"]), lamb["eps"], lamb["max_grad_norm"]) == ((0.9, 0.999), 1e-6, 1.0)
+    assert not lamb["trust_clip"]
+    assert not lamb["always_adapt"]
+
+
 def rates(optim: OptimConfig, epochs: int, lr: float = 1.0) -> list[float]:
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=lr)
     schedule = make_schedule(optimizer, optim, lr, epochs * EPOCH, EPOCH)
