@@ -28,6 +28,7 @@ import zarr
 from scalekd_cache.store import BACKENDS, Record, UnitWriter, unit_folder
 from scalekd_cache.store.base import ShardId, shard_reader
 from scalekd_cache.store.files import canonical_json, fact_of
+from scalekd_cache.store.index import load_index
 from scalekd_cache.store.sidecar import read_keys, read_unit
 from scalekd_cache.store.zarr_read import ShardedArray
 
@@ -140,9 +141,11 @@ def random_reads(folder: Path, count: int, repeats: int) -> dict[str, Any]:
     info, _ = read_unit(folder)
     reader: Any = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
     rows = np.random.default_rng(1).integers(0, info.count, count)
-    index = reader._rows
-    starts = index["json_offset"][rows].tolist()
-    sizes = (index["features_offset"] + index["features_bytes"] - index["json_offset"])[rows].tolist()
+    index = load_index(folder / "v0000.idx", ShardId(0, 0, 0), info.count, reader.where.stat().st_size)
+    firsts = index["json_offset"]
+    lengths = index["features_offset"] + index["features_bytes"] - firsts
+    starts, sizes = firsts[rows].tolist(), lengths[rows].tolist()
+    blocks = [slice(start, start + 64) for start in range(0, info.count, 64)]
     descriptor = os.open(reader.where, os.O_RDONLY)
 
     def bare() -> None:
@@ -153,11 +156,24 @@ def random_reads(folder: Path, count: int, repeats: int) -> dict[str, Any]:
         for row in rows:
             reader.read(np.array([row]))
 
-    seconds = in_turn(repeats, batches=lambda: _batches(reader, rows), single=ours, pread=bare)
+    def bare_blocks() -> None:
+        for block in blocks:
+            for start, size in zip(firsts[block].tolist(), lengths[block].tolist(), strict=True):
+                os.pread(descriptor, size, start)
+
+    seconds = in_turn(
+        repeats,
+        batches=lambda: _batches(reader, rows),
+        single=ours,
+        pread=bare,
+        blocks=lambda: _batches(reader, np.arange(info.count)),
+        pread_blocks=bare_blocks,
+    )
     os.close(descriptor)
     return {
         "random records webdataset, 64 a call / pread": ratio(seconds, "batches", "pread", count, "records/s"),
         "random records webdataset, 1 a call / pread": ratio(seconds, "single", "pread", count, "records/s"),
+        "blocks of 64 neighbours webdataset / pread": ratio(seconds, "blocks", "pread_blocks", info.count, "records/s"),
     }
 
 

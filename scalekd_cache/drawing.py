@@ -5,7 +5,6 @@ Invariant: what the teacher is shown is what the student will be shown: decoded 
 baked, whichever cache stores them.
 """
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import SampleRef, Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import Record
+from scalekd_cache.store.files import canonical_json
 from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, pixel_digest, sample_view
 
 SPAN = 32
@@ -48,7 +48,7 @@ class DrawnView(NamedTuple):
     encoded: bytes
     """JPEG or PNG bytes to store; empty when pixels are replayed, or shared with another cache."""
     view: str
-    """The view record, JSON."""
+    """The view record, canonical JSON."""
     digest: str
     """Digest of the pixels."""
 
@@ -116,7 +116,7 @@ class Drawing(Dataset[Drawn]):
         return DrawnView(
             torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
             encoded,
-            json.dumps(view.to_json(), separators=(",", ":")),
+            canonical_json(view.to_json()),
             pixel_digest(pixels),
         )
 

@@ -277,7 +277,7 @@ def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
     return buffer.getvalue()
 
 
-def decode_pixels(data: bytes, size: int) -> Pixels:
+def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
     before anything is decoded; UserError when they differ or the bytes are damaged."""
     try:

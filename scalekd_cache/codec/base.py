@@ -84,7 +84,7 @@ class FeatureCodec(ABC):
         """(B, bytes_per_view) uint8 -> the records that are stored, one a row; here the rows themselves."""
         return [row.tobytes() for row in rows]
 
-    def unpack(self, records: Sequence[bytes]) -> NDArray[np.uint8]:
+    def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
         """Records -> (B, bytes_per_view) uint8, a fresh array. UserError for records of another codec."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:

@@ -96,7 +96,7 @@ class BlockPacker:
             parts += [compressor.compress(planes[start:stop]), compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
         return b"".join((*parts, compressor.flush()))
 
-    def unpack(self, records: Sequence[bytes]) -> NDArray[np.uint8]:
+    def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
         """Records -> (B, row_bytes) uint8. UserError for a record that is not one of this codec."""
         rows = np.empty((len(records), self.row_bytes), np.uint8)
         decompressor = zstandard.ZstdDecompressor()

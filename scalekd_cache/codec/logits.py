@@ -109,7 +109,7 @@ class DenseLogits:
             records.append(head + body.tobytes())
         return records
 
-    def decode(self, record: bytes) -> NDArray[np.float32]:
+    def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
         """A record -> (K,) float32. UserError when its mode or length is not one this codec writes."""
         if self.num_classes == 0 and not record:
             return np.zeros(0, np.float32)

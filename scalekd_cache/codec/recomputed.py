@@ -46,7 +46,7 @@ class RecomputedLogits:
         """(B, K) -> an empty record each."""
         return [b""] * len(logits)
 
-    def decode(self, record: bytes) -> NDArray[np.float32]:
+    def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
         """(0,) float32: the logits come from `load_classifier`."""
         if record:
             raise UserError("damaged logits", got=f"{len(record)} bytes", expected="none", where="a record's logits")

@@ -57,7 +57,7 @@ class TopKLogits:
         values = top.values.cpu().numpy().astype("<f4")
         return [which.tobytes() + value.tobytes() for which, value in zip(classes, values, strict=True)]
 
-    def decode(self, record: bytes) -> NDArray[np.float32]:
+    def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
         """A record -> (K,) float32 log-probabilities, -inf for classes that are not kept.
 
         Raises:

@@ -186,7 +186,7 @@ class TransformCodec(FeatureCodec):
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
         return self._packer.pack(rows)
 
-    def unpack(self, records: Sequence[bytes]) -> NDArray[np.uint8]:
+    def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
         return self._packer.unpack(records)
 
 

@@ -8,23 +8,33 @@ never zeros, never fewer.
 import importlib
 import struct
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError, nearest
-from scalekd_cache.store.files import FileFact
+from scalekd_cache.store.files import Written
 from scalekd_cache.store.path import StoredPath
 
 FORMAT_VERSION = 1
 MAX_UNIT_SAMPLES = 65_536
 """Most records in a shard; a file that claims more is refused before anything is allocated."""
 MAX_KEY_BYTES = 1024
+CRC: Callable[[int, Any], int] = google_crc32c.extend
+UINT32 = struct.Struct("<I").pack
+LABEL = struct.Struct("<IqI").pack
+"""Length and label, then the length of what follows."""
 
 BACKENDS = {"webdataset": "scalekd_cache.store.webdataset", "zarr": "scalekd_cache.store.zarr"}
+
+
+Payload = bytes | memoryview
+"""Bytes of a record. A reader gives read-only memoryviews into the buffer of its call, which lives as long as one of
+them does (`bytes` makes a copy); `np.frombuffer`, `b"".join` and `io.BytesIO` take both."""
 
 
 class Record(NamedTuple):
@@ -35,14 +45,14 @@ class Record(NamedTuple):
     label: int
     """Class index."""
     view: str
-    """The view record, JSON text in canonical form (sorted keys, no spaces)."""
+    """The view record, JSON text in canonical form (sorted keys, no spaces): `canonical_json`; stored as it is."""
     digest: str
     """16 hex characters: digest of the view's uint8 pixels."""
-    pixels: bytes
+    pixels: Payload
     """The encoded view (JPEG or PNG); empty when views are replayed."""
-    features: bytes
+    features: Payload
     """A row of the feature codec."""
-    logits: bytes
+    logits: Payload
     """A record of the logit codec."""
 
 
@@ -57,7 +67,7 @@ class ShardId(NamedTuple):
 class ShardSummary(NamedTuple):
     """What a shard writer has made."""
 
-    files: dict[str, FileFact]
+    files: dict[str, Written]
     """Files by name relative to the unit's folder, all fsynced."""
     payload: dict[str, int]
     """Bytes on disk of pixels, features and target (label, view, digest, logits); the rest is index."""
@@ -109,14 +119,12 @@ class ShardReader(ABC):
     def __del__(self) -> None:
         self.close()
 
-    def checked(self, row: int, record: Record) -> Record:
-        """The record, once its crc32c is the one in the index."""
-        found, stored = record_crc(record), int(self.crcs[row])
+    def check_crc(self, row: int, found: int) -> None:
+        """UserError unless the crc32c of a record that was read is the one in the index."""
+        stored = int(self.crcs[row])
         if found != stored:
-            raise damaged(
-                "a record does not match its checksum", f"crc32c {found:08x}", f"{stored:08x}", self.where, record.key
-            )
-        return record
+            raise damaged("a record does not match its checksum", f"crc32c {found:08x}", f"{stored:08x}", self.where,
+                          self.keys[row])  # fmt: skip
 
 
 def shard_writer(backend: str, folder: Path, shard: ShardId) -> ShardWriter:
@@ -154,14 +162,22 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
 
 def record_crc(record: Record) -> int:
     """The crc32c (Castagnoli) of a record: every field as length uint32 little-endian, then bytes; label as int64."""
-    key, view, digest = record.key.encode(), record.view.encode(), record.digest.encode()
-    length, features, logits = struct.Struct("<I").pack, record.features, record.logits
-    head = (length(len(key)), key, struct.pack("<Iq", 8, record.label), length(len(view)), view,
-            length(len(digest)), digest, length(len(record.pixels)))  # fmt: skip
-    crc: int = google_crc32c.extend(google_crc32c.value(b"".join(head)), record.pixels)
-    crc = google_crc32c.extend(google_crc32c.extend(crc, length(len(features))), features)
-    crc = google_crc32c.extend(crc, length(len(logits)) + logits)
-    return crc
+    texts = record.key.encode(), record.view.encode(), record.digest.encode()
+    return fields_crc(*texts, record.label, *map(crc_input, (record.pixels, record.features, record.logits)))
+
+
+def fields_crc(key: bytes, view: bytes, digest: bytes, label: int, pixels: Any, features: Any, logits: Any) -> int:
+    """`record_crc` of fields as a reader has them: texts as UTF-8, the rest as bytes or uint8 arrays."""
+    head = b"%b%b%b%b%b%b%b" % (UINT32(len(key)), key, LABEL(8, label, len(view)), view, UINT32(len(digest)), digest,
+                                UINT32(len(pixels)))  # fmt: skip
+    crc = CRC(CRC(0, head), pixels)
+    crc = CRC(CRC(crc, UINT32(len(features))), features)
+    return CRC(CRC(crc, UINT32(len(logits))), logits)
+
+
+def crc_input(data: Payload) -> Any:
+    """What google_crc32c takes without a copy: it refuses memoryviews."""
+    return data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
 
 
 def check_key(key: str, where: object) -> str:

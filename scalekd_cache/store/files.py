@@ -1,6 +1,7 @@
-"""Files that are on disk when we say so: hashed while written, fsynced once, read back, published by rename.
+"""Files that are on disk when we say so: fsynced once, read back, hashed, published by rename.
 
-In: bytes. Out: files with their length and sha256. Invariant: nothing under its final name is ever half-written,
+In: bytes. Out: files with their length and sha256, which is taken from what the medium gives back after its crc32c was
+compared with that of what was written. Invariant: nothing under its final name is ever half-written,
 `read_back` compares with the medium, not with what the page cache still holds, and no decision looks at a clock.
 """
 
@@ -13,15 +14,18 @@ import os
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import google_crc32c
+import numpy as np
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.path import StoredPath
 
-PIECE_BYTES = 1 << 21
+PIECE_BYTES = 1 << 20
+HAND_OVER_BYTES = 1 << 23
 
 
 class FileFact(NamedTuple):
@@ -31,54 +35,54 @@ class FileFact(NamedTuple):
     sha256: str
 
 
-class HashingFile:
-    """A new file that keeps the length and sha256 of all that was written.
+class Written(NamedTuple):
+    """What was written to a file, to compare with what the medium gives back."""
 
-    A thread writes and hashes one piece while the next one is gathered.
-    """
+    bytes: int
+    crc32c: int
+
+
+class NewFile:
+    """A new file that keeps the length and crc32c of all that was written; nothing is copied on the way."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
         self.bytes = 0
-        self._hash = hashlib.sha256()
-        self._pending = bytearray()
-        self._file = path.open("xb", buffering=0)
-        self._thread = ThreadPoolExecutor(1)  # starts with the first whole piece
-        self._writing: Future[None] | None = None
+        self._crc = 0
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        self._handed_over = 0
 
-    def write(self, data: bytes) -> None:
-        """Append."""
-        self._pending += data
-        self.bytes += len(data)
-        if len(self._pending) >= PIECE_BYTES:
-            self._wait()
-            self._writing = self._thread.submit(self._take, self._pending)
-            self._pending = bytearray()
+    def write(self, *pieces: Any) -> None:
+        """Append bytes or uint8 arrays, a few at a time."""
+        size = 0
+        for piece in pieces:
+            self._crc = google_crc32c.extend(self._crc, piece)
+            size += len(piece)
+        done = os.writev(self._descriptor, pieces)
+        if done < size:
+            left = memoryview(b"".join(pieces))[done:]
+            while left:
+                left = left[os.write(self._descriptor, left) :]
+        self.bytes += size
+        if self.bytes - self._handed_over >= HAND_OVER_BYTES:
+            self._hand_over()
 
-    def finish(self) -> FileFact:
-        """Write the rest, fsync, close."""
-        self._wait()
-        self._take(self._pending)
-        fsync(self._file.fileno())
-        self._file.close()
-        self._thread.shutdown()
-        return FileFact(self.bytes, self._hash.hexdigest())
+    def finish(self) -> Written:
+        """Fsync, close."""
+        fsync(self._descriptor)
+        self.abandon()
+        return Written(self.bytes, self._crc)
 
     def abandon(self) -> None:
         """Close without caring whether the rest reaches the disk (it may be full)."""
-        self._thread.shutdown(cancel_futures=True)
-        self._file.close()
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
 
-    def _wait(self) -> None:
-        if self._writing is not None:
-            self._writing.result()
-            self._writing = None
-
-    def _take(self, piece: bytearray) -> None:
-        left = memoryview(piece)
-        while left:
-            left = left[self._file.write(left) :]
-        self._hash.update(piece)
+    def _hand_over(self) -> None:
+        """Let the disk begin with what is there, so that the fsync at the end has little left to wait for."""
+        if hasattr(os, "posix_fadvise"):  # "not needed" makes Linux start to write dirty pages, without waiting
+            os.posix_fadvise(self._descriptor, self._handed_over, 0, os.POSIX_FADV_DONTNEED)
+        self._handed_over = self.bytes
 
 
 def fsync(descriptor: int) -> None:
@@ -95,9 +99,9 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_new(path: Path, data: bytes) -> FileFact:
+def write_new(path: Path, data: bytes) -> Written:
     """A small file in one go."""
-    file = HashingFile(path)
+    file = NewFile(path)
     try:
         file.write(data)
         return file.finish()
@@ -113,7 +117,7 @@ def write_atomically(path: Path, data: bytes) -> FileFact:
     """
     temp = temp_beside(path)
     try:
-        fact = write_new(temp, data)
+        write_new(temp, data)
         temp.replace(path)
         fsync_path(path.parent)
     except BaseException as error:
@@ -121,30 +125,43 @@ def write_atomically(path: Path, data: bytes) -> FileFact:
             temp.unlink()
         raise_explained(error, path.parent, len(data))
         raise
-    return fact
+    return FileFact(len(data), hashlib.sha256(data).hexdigest())
 
 
-def fact_of(path: StoredPath, *, from_medium: bool = False) -> FileFact:
-    """Length and sha256 of a file; `from_medium` asks the kernel to forget cached pages first (a clean file only)."""
+def fact_of(path: StoredPath) -> FileFact:
+    """Length and sha256 of a file."""
     with path.open("rb", buffering=0) as file:
-        if from_medium and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
         digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
         return FileFact(file.tell(), digest.hexdigest())
 
 
-def read_back(folder: Path, files: dict[str, FileFact]) -> None:
-    """Read every file again after its fsync and compare with what was written; UserError names the one that differs."""
+def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileFact]:
+    """Read every file from the medium after its fsync: sha256, once length and crc32c are those of what was written.
+
+    Raises:
+        UserError: names the file that differs.
+    """
+    facts: dict[str, FileFact] = {}
+    buffer: Any = np.empty(PIECE_BYTES, np.uint8)
     for name, written in files.items():
-        found = fact_of(folder / name, from_medium=True)
-        if found != written:
+        with (folder / name).open("rb", buffering=0) as file:
+            if hasattr(os, "posix_fadvise"):  # clean pages are forgotten, so the disk is asked
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            size, crc, digest = 0, 0, hashlib.sha256()
+            while (read := file.readinto(buffer)) > 0:
+                piece = buffer[:read]
+                size, crc = size + read, google_crc32c.extend(crc, piece)
+                digest.update(piece)
+        if (size, crc) != written:
             raise UserError(
                 "a file read back from disk differs from what was written",
-                got=f"{found.bytes} bytes, sha256 {found.sha256}",
-                expected=f"{written.bytes} bytes, sha256 {written.sha256}",
+                got=f"{size} bytes, crc32c {crc:08x}",
+                expected=f"{written.bytes} bytes, crc32c {written.crc32c:08x}",
                 where=folder / name,
                 fix="check the disk and memory of this machine; nothing was committed",
             )
+        facts[name] = FileFact(size, digest.hexdigest())
+    return facts
 
 
 def read_json(path: StoredPath, what: str, limit_bytes: int = 1 << 28) -> tuple[dict[str, Any], bytes]:

@@ -1,8 +1,8 @@
 """The byte-offset index of a tar shard: `v0000.idx`.
 
 In: where each record's members lie in the tar. Out: a header of 48 bytes and 40 bytes a record, little-endian.
-Invariant: an index that loads agrees with its tar's length, its number of keys and its own name, and every member it
-points at lies inside the tar.
+Invariant: an index that loads agrees with its tar's length, its number of keys and its own name; members lie inside the
+tar in the order of the records, without overlap.
 """
 
 import struct
@@ -15,7 +15,7 @@ from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX1"
 HEADER = struct.Struct("<8sIIIIIIQQ")
-"""Magic, header bytes, row bytes, group, range, view, zero, rows, bytes of the tar."""
+"""Magic, header bytes, index row bytes, group, range, view, zero, rows, bytes of the tar."""
 ROW = np.dtype(
     [
         ("json_offset", "<u8"),
@@ -33,7 +33,8 @@ MEMBERS = ("json", "pixels", "features")
 def pack_index(rows: NDArray[np.void], shard: ShardId, tar_bytes: int) -> bytes:
     """The index file's bytes; `rows` has dtype ROW."""
     assert rows.dtype == ROW, rows.dtype
-    return HEADER.pack(MAGIC, HEADER.size, ROW.itemsize, *shard, 0, len(rows), tar_bytes) + rows.tobytes()
+    head = HEADER.pack(MAGIC, HEADER.size, ROW.itemsize, *shard, 0, len(rows), tar_bytes)
+    return head + rows.tobytes()
 
 
 def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> NDArray[np.void]:
@@ -61,4 +62,17 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
         outside = (offset > tar_bytes) | (size > tar_bytes - np.minimum(offset, tar_bytes))
         if outside.any():
             raise damaged(f"the index points outside the tar ({member})", int(outside.argmax()), "no such row", path)
+    _check_order(rows, path)
     return rows
+
+
+def _check_order(rows: NDArray[np.void], path: StoredPath) -> None:
+    """So that a record, or a run of neighbours, is one stretch of the tar."""
+    json_end, pixels_end = (rows[f"{member}_offset"] + rows[f"{member}_bytes"] for member in ("json", "pixels"))
+    pixels_end = np.where(rows["pixels_bytes"] > 0, pixels_end, json_end)
+    features_end = rows["features_offset"] + rows["features_bytes"]
+    wrong = (rows["pixels_bytes"] > 0) & (rows["pixels_offset"] < json_end)
+    wrong |= rows["features_offset"] < pixels_end
+    wrong[1:] |= rows["json_offset"][1:] < features_end[:-1]
+    if wrong.any():
+        raise damaged("members of the index are not in order", f"row {int(wrong.argmax())}", "ascending offsets", path)

@@ -6,7 +6,6 @@ of one unit leave exactly one; an exception leaves nothing.
 """
 
 import dataclasses
-import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,6 @@ from scalekd_cache.store.base import (
     MAX_UNIT_SAMPLES,
     Record,
     ShardId,
-    ShardSummary,
     ShardWriter,
     check_backend,
     check_key,
@@ -32,7 +30,7 @@ from scalekd_cache.store.base import (
     shard_writer,
 )
 from scalekd_cache.store.files import (
-    canonical_json,
+    FileFact,
     folders_of,
     fsync_path,
     raise_explained,
@@ -43,7 +41,8 @@ from scalekd_cache.store.files import (
 from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 
-READ_BACK_RECORDS = 64
+READ_BACK_RECORDS = 8
+"""Records of one call of the reader: a buffer that is freed before the next one stays in the processor's cache."""
 COMMIT_THREADS = 4
 """Shards of a unit that are fsynced and read back at a time."""
 
@@ -118,7 +117,6 @@ class UnitWriter:
         assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
         if not self._record_bytes:
             self._record_bytes = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
-        record = record._replace(view=canonical_json(json.loads(record.view)))
         with _DiskGuard(self):
             self._writer(view_number).append(record)
         self._counts[view_number] += 1
@@ -183,18 +181,19 @@ class UnitWriter:
         info = self.info
         for view in info.views:  # also opens the writers of a range in which every image was skipped
             self._writer(view)
-        keys = {"keys.txt": write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())}
-        read_back(self._temp, keys)
+        keys = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
+        files = read_back(self._temp, {"keys.txt": keys})
         with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another is hashed
-            summaries = list(pool.map(self._finish_shard, info.views))
-        files = {**keys, **{name: fact for summary in summaries for name, fact in summary.files.items()}}
+            finished = list(pool.map(self._finish_shard, info.views))
+        for _, facts in finished:
+            files |= facts
         self.info = dataclasses.replace(
             info,
             count=len(self._keys),
             skipped=[{"key": key, "reason": reason} for key, reason in self._skipped.items()],
             files=files,
             payload_bytes={
-                name: sum(summary.payload[name] for summary in summaries) for name in ("pixels", "features", "target")
+                name: sum(payload[name] for payload, _ in finished) for name in ("pixels", "features", "target")
             },
             fidelity=fidelity,
         )
@@ -202,11 +201,11 @@ class UnitWriter:
         for folder in folders_of(self._temp, files):
             fsync_path(folder)
 
-    def _finish_shard(self, view: int) -> ShardSummary:
+    def _finish_shard(self, view: int) -> tuple[dict[str, int], dict[str, FileFact]]:
         """One shard to the medium and back: every byte, then every record through the reader that students will use."""
         writer = self._writers[view]
         summary = writer.finish()
-        read_back(self._temp, summary.files)
+        facts = read_back(self._temp, summary.files)
         shard = ShardId(self.info.group, self.info.range_id, view)
         reader = shard_reader(self.info.backend, self._temp, shard, self._keys)
         assert reader.crcs.tolist() == writer.crcs, f"checksums of {reader.where} are not those of its records"
@@ -214,7 +213,7 @@ class UnitWriter:
         for start in range(0, len(rows), READ_BACK_RECORDS):
             reader.read(rows[start : start + READ_BACK_RECORDS])
         reader.close()
-        return summary
+        return summary.payload, facts
 
     def _publish(self) -> bool:
         """One rename. A unit under the final name that is whole wins; one with files short or gone is put aside."""

@@ -1,28 +1,42 @@
 """The `webdataset` backend: a shard is a plain tar, `v0000.tar`, with a byte-offset index beside it.
 
-In: records. Out: members <key>.json, <key>.jpg or .png (baked pixels only), <key>.features, in this order; a tar that
-any WebDataset reader streams. Invariant: headers hold no time, owner or host, so equal records give equal bytes.
+In: records. Out: members <key>.json (label, view record, digest), <key>.jpg or .png (baked pixels only), <key>.features
+(features, then logits), in this order; a tar that any WebDataset reader streams. Invariant: headers hold no time, owner
+or host, so equal records give equal bytes.
 We read by index and pread; the tar is never extracted and its headers are never trusted.
 """
 
-import base64
-import binascii
-import json
 import os
+import struct
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.store.base import Record, ShardId, ShardReader, ShardSummary, ShardWriter, damaged, record_crc
-from scalekd_cache.store.files import HashingFile, write_new
+from scalekd_cache.store.base import (
+    Record,
+    ShardId,
+    ShardReader,
+    ShardSummary,
+    ShardWriter,
+    crc_input,
+    damaged,
+    fields_crc,
+    record_crc,
+)
+from scalekd_cache.store.files import NewFile, write_new
 from scalekd_cache.store.index import ROW, load_index, pack_index
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import descriptor_of
 
 BLOCK = 512
 PNG_MAGIC = b"\x89PNG"
+PADDING = [bytes(count) for count in range(BLOCK)]
+RUN_BYTES = 1 << 20
+"""Neighbouring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
 
 
 class Writer(ShardWriter):
@@ -30,33 +44,36 @@ class Writer(ShardWriter):
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
-        self._tar = HashingFile(folder / f"v{shard.view:04d}.tar")
+        self._tar = NewFile(folder / f"v{shard.view:04d}.tar")
         self._rows: list[tuple[int, ...]] = []
         self._payload = {"pixels": 0, "features": 0, "target": 0}
 
     def append(self, record: Record) -> None:
-        """Up to three members."""
-        crc = record_crc(record)
-        target = target_json(record).encode()
-        json_offset = self._member(record.key + ".json", target)
-        pixels_offset = 0
-        if record.pixels:
-            extension = ".png" if record.pixels.startswith(PNG_MAGIC) else ".jpg"
-            pixels_offset = self._member(record.key + extension, record.pixels)
-        features_offset = self._member(record.key + ".features", record.features)
-        sizes = (len(target), len(record.pixels), len(record.features))
+        """Two or three members, in one write."""
+        crc, target = record_crc(record), member_json(record)
+        pixels, features, logits = map(crc_input, (record.pixels, record.features, record.logits))
+        pieces: list[Any] = []
+        json_offset = self._member(pieces, self._tar.bytes, record.key + ".json", target)
+        pixels_offset, end = 0, json_offset + len(target)
+        if len(pixels):
+            extension = ".png" if bytes(pixels[:4]) == PNG_MAGIC else ".jpg"
+            pixels_offset = self._member(pieces, end, record.key + extension, pixels)
+            end = pixels_offset + len(pixels)
+        features_offset = self._member(pieces, end, record.key + ".features", features, logits)
+        sizes = (len(target), len(pixels), len(features) + len(logits))
+        pieces.append(PADDING[-sizes[2] % BLOCK])
+        self._tar.write(*pieces)
         self._rows.append((json_offset, pixels_offset, features_offset, *sizes, crc))
         self.crcs.append(crc)
-        for kind, size in zip(("target", "pixels", "features"), sizes, strict=True):
+        for kind, size in zip(self._payload, (len(pixels), len(features), len(target) + len(logits)), strict=True):
             self._payload[kind] += size
 
-    def _member(self, name: str, data: bytes) -> int:
-        """Write header, data and padding; the offset of the data."""
-        self._tar.write(member_header(name, len(data)))
-        offset = self._tar.bytes
-        self._tar.write(data)
-        self._tar.write(bytes(-len(data) % BLOCK))
-        return offset
+    def _member(self, pieces: list[Any], end: int, name: str, *data: Any) -> int:
+        """Add the padding of what ends at `end`, header and data; the offset of the data."""
+        header = member_header(name, sum(map(len, data)))
+        padding = PADDING[-end % BLOCK]
+        pieces += (padding, header, *data)
+        return end + len(padding) + len(header)
 
     def finish(self) -> ShardSummary:
         """End the tar (two empty blocks), then the index."""
@@ -73,7 +90,7 @@ class Writer(ShardWriter):
 
 
 class Reader(ShardReader):
-    """One pread a record: its members lie together."""
+    """One pread a record, or a run of neighbours: their members lie together."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
@@ -87,10 +104,9 @@ class Reader(ShardReader):
             self._kept = descriptor
         else:  # an open copy could not make room for others: it is opened for each call
             os.close(descriptor)
-        self._rows = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
-        self._crcs = np.ascontiguousarray(self._rows["crc32c"])
-        self._spans = [row[:-1] for row in self._rows.tolist()]
-        self._buffer = memoryview(b"")
+        index = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
+        self._crcs = np.ascontiguousarray(index["crc32c"])
+        self._rows: list[tuple[int, ...]] = index.tolist()
 
     @property
     def crcs(self) -> NDArray[np.uint32]:
@@ -105,44 +121,57 @@ class Reader(ShardReader):
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
         """Records of these rows, in this order."""
         descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
+        runs = list(self._runs(rows.tolist()))
+        sizes = [self._end(run[-1]) - self._rows[run[0]][0] for run in runs]
+        buffer: Any = np.empty(sum(sizes), np.uint8)  # one a call: malloc gives the same pages to the next one
+        records: list[Record] = []
         try:
-            return [self._read_one(descriptor, row) for row in rows.tolist()]
+            for run, size in zip(runs, sizes, strict=True):
+                records += self._read_run(descriptor, run, buffer[:size])
+                buffer = buffer[size:]
         finally:
             if descriptor != self._kept:
                 os.close(descriptor)
+        return records
 
-    def _read_one(self, descriptor: int, row: int) -> Record:
-        json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes = self._spans[row]
-        start = json_at
-        stop = max(json_at + json_bytes, pixels_at + pixels_bytes, features_at + features_bytes)
-        if len(self._buffer) < stop - start:
-            self._buffer = memoryview(bytearray(stop - start))
-        found = os.preadv(descriptor, [self._buffer[: stop - start]], start)
-        if found != stop - start:
-            raise damaged("a shard ends early", f"{found} bytes", stop - start, self.where, self.keys[row])
-        pixels_at, features_at = max(pixels_at - start, 0), features_at - start
-        target = bytes(self._buffer[:json_bytes])
-        pixels = bytes(self._buffer[pixels_at : pixels_at + pixels_bytes])
-        features = bytes(self._buffer[features_at : features_at + features_bytes])
-        return self.checked(row, self._parse(row, target, pixels, features))
+    def _runs(self, rows: list[int]) -> Iterator[list[int]]:
+        """Rows in the order given, cut where the next one is not the neighbour, or the run grows too long."""
+        run: list[int] = []
+        for row in rows:
+            if run and (row != run[-1] + 1 or self._end(row) - self._rows[run[0]][0] > RUN_BYTES):
+                yield run
+                run = []
+            run.append(row)
+        if run:
+            yield run
 
-    def _parse(self, row: int, target: bytes, pixels: bytes, features: bytes) -> Record:
-        """The JSON member, cut at its names, which canonical JSON has in this order (a JSON parser takes four times as
-        long); whatever is cut wrongly does not match the checksum."""
-        key, (head, _, view) = self.keys[row], target.partition(b',"view":')
-        digest, _, rest = head.partition(b'","label":')
-        label, _, logits = rest.partition(b',"logits":"')
+    def _end(self, row: int) -> int:
+        """Where a record ends: its features are last (the index was checked for that)."""
+        return self._rows[row][2] + self._rows[row][5]
+
+    def _read_run(self, descriptor: int, run: list[int], buffer: Any) -> list[Record]:
+        start = self._rows[run[0]][0]
+        found = os.preadv(descriptor, [buffer], start)
+        if found != len(buffer):
+            raise damaged("a shard ends early", f"{found} bytes", len(buffer), self.where, self.keys[run[0]])
+        shown = memoryview(buffer).toreadonly()
+        return [self._record(row, buffer, shown, start) for row in run]
+
+    def _record(self, row: int, buffer: NDArray[np.uint8], shown: memoryview, start: int) -> Record:
+        """A record out of the buffer that holds the tar from `start`; `shown` is the same memory, read-only."""
+        json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes, stored = self._rows[row]
+        target, pixels_at, features_at = shown[json_at - start :][:json_bytes], pixels_at - start, features_at - start
+        pixels = slice(pixels_at, pixels_at + pixels_bytes) if pixels_bytes else slice(0)
+        key = self.keys[row]
         try:
-            return Record(
-                key,
-                int(label),
-                view[:-1].decode(),
-                digest[len(b'{"digest":"') :].decode(),
-                pixels,
-                features,
-                binascii.a2b_base64(logits[:-1], strict_mode=True),
-            )
-        except ValueError as error:
+            digest, size, label, view = cut_json(bytes(target))
+            logits_at, end = features_at + size, features_at + features_bytes
+            features, logits = slice(features_at, logits_at), slice(logits_at, end)
+            found = fields_crc(key.encode(), view, digest, label, buffer[pixels], buffer[features], buffer[logits])
+            if found != stored:
+                self.check_crc(row, found)
+            return Record(key, label, view.decode(), digest.decode(), shown[pixels], shown[features], shown[logits])
+        except (ValueError, struct.error) as error:
             raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
 
     def close(self) -> None:
@@ -152,13 +181,25 @@ class Reader(ShardReader):
             os.close(descriptor)
 
 
-def target_json(record: Record) -> str:
-    """The JSON member: label, view record, digest and logits share one, because a member costs at least 1 KiB.
+def member_json(record: Record) -> bytes:
+    """The JSON member; `features_bytes` says where the logits begin in the features member.
 
-    It is canonical because the view is, and because the names are in order.
+    They share it because each member of a tar costs at least 1 KiB. The text is canonical because the view is, and
+    because the names are in order.
     """
-    logits = base64.b64encode(record.logits).decode()
-    return f'{{"digest":{json.dumps(record.digest)},"label":{record.label},"logits":"{logits}","view":{record.view}}}'
+    facts = f'"features_bytes":{len(record.features)},"label":{record.label}'
+    return f'{{"digest":"{record.digest}",{facts},"view":{record.view}}}'.encode()
+
+
+def cut_json(text: bytes) -> tuple[bytes, int, int, bytes]:
+    """Digest, bytes of the features, label and view record out of the text of `member_json`.
+
+    Cut at its names (a JSON parser takes four times as long): what is cut wrongly does not match the checksum.
+    """
+    head, _, view = text.partition(b',"view":')
+    digest, _, facts = head.partition(b'","features_bytes":')
+    size, _, label = facts.partition(b',"label":')
+    return digest.removeprefix(b'{"digest":"'), int(size), int(label), view[:-1]
 
 
 def member_header(name: str, size: int) -> bytes:

@@ -88,35 +88,36 @@ class ShardedArray:
         """The whole of a one-dimensional array (only for those whose length is a number of records)."""
         return np.frombuffer(self.spans([(0, self.length)])[0], self.dtype)
 
-    def spans(self, spans: list[tuple[int, int]]) -> list[bytes]:
-        """Rows start..stop of each span as bytes; a chunk is decoded once a call."""
-        chunks: dict[int, bytes] = {}
-        needed = {
-            chunk
-            for start, stop in spans
-            if stop > start
-            for chunk in range(start // self.chunk_rows, (stop - 1) // self.chunk_rows + 1)
-        }
-        by_shard: dict[int, list[int]] = {}
-        for chunk in sorted(needed):
-            by_shard.setdefault(chunk // self.shard_chunks, []).append(chunk)
-        for shard, wanted in by_shard.items():
-            chunks.update(self._read_chunks(shard, wanted))
-        return [self._cut(chunks, start, stop) for start, stop in spans]
+    def spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
+        """Rows start..stop of each span; a chunk is decoded once a call.
 
-    def _cut(self, chunks: dict[int, bytes], start: int, stop: int) -> bytes:
-        if start == stop:
-            return b""
-        first, last = start // self.chunk_rows, (stop - 1) // self.chunk_rows
-        data = chunks[first] if first == last else b"".join(chunks[chunk] for chunk in range(first, last + 1))
-        offset = first * self.chunk_rows
-        return data[(start - offset) * self.row_bytes : (stop - offset) * self.row_bytes]
+        Returns:
+            Read-only views of one buffer, in which the chunks of a span are neighbours.
+        """
+        needed: set[int] = set()
+        for start, stop in spans:
+            if stop > start:
+                needed.update(range(start // self.chunk_rows, (stop - 1) // self.chunk_rows + 1))
+        buffer: Any = np.empty(len(needed) * self.chunk_bytes, np.uint8)
+        places = {chunk: place for place, chunk in enumerate(sorted(needed))}
+        by_shard: dict[int, list[int]] = {}
+        for chunk in places:
+            by_shard.setdefault(chunk // self.shard_chunks, []).append(chunk)
+        for shard, chunks in by_shard.items():
+            self._read_chunks(shard, chunks, buffer[places[chunks[0]] * self.chunk_bytes :])
+        shown, cut = memoryview(buffer).toreadonly(), []
+        for start, stop in spans:
+            first = start // self.chunk_rows
+            at = places.get(first, 0) * self.chunk_bytes + (start - first * self.chunk_rows) * self.row_bytes
+            cut.append(shown[at : at + (stop - start) * self.row_bytes])
+        return cut
 
     def _path(self, shard: int) -> StoredPath:
         """The file of a shard."""
         return self.folder / "c" / str(shard)
 
-    def _read_chunks(self, shard: int, chunks: list[int]) -> dict[int, bytes]:
+    def _read_chunks(self, shard: int, chunks: list[int], target: NDArray[np.uint8]) -> None:
+        """Decode these chunks of one shard file to the front of `target`, one after another."""
         path = self._path(shard)
         try:
             descriptor = descriptor_of(path)
@@ -126,7 +127,9 @@ class ShardedArray:
             if shard not in self._indexes:
                 self._indexes[shard] = self._read_index(path, descriptor)
             index = self._indexes[shard]
-            return {chunk: self._decode(path, descriptor, index[chunk % self.shard_chunks]) for chunk in chunks}
+            for place, chunk in enumerate(chunks):
+                piece = target[place * self.chunk_bytes : (place + 1) * self.chunk_bytes]
+                self._decode(path, descriptor, index[chunk % self.shard_chunks], piece)
         finally:
             os.close(descriptor)
 
@@ -146,7 +149,7 @@ class ShardedArray:
             raise damaged("the index of a zarr shard points outside the file", int(outside.argmax()), "inside", path)
         return index
 
-    def _decode(self, path: StoredPath, descriptor: int, entry: NDArray[np.uint64]) -> bytes:
+    def _decode(self, path: StoredPath, descriptor: int, entry: NDArray[np.uint64], target: NDArray[np.uint8]) -> None:
         offset, length = int(entry[0]), int(entry[1])
         if offset == ABSENT:
             raise damaged("a chunk was never written", "an empty index entry", "a chunk", path)
@@ -155,12 +158,9 @@ class ShardedArray:
         if declared != self.chunk_bytes:
             raise damaged("a zstd frame declares another size", declared, f"{self.chunk_bytes} bytes", path)
         try:
-            data: bytes = zstd.decompress(frame)
+            zstd.decompress(frame, target)
         except RuntimeError as error:
             raise damaged("a chunk cannot be decompressed", error, "a zstd frame", path) from error
-        if len(data) != self.chunk_bytes:
-            raise damaged("a chunk has another size than it declares", len(data), self.chunk_bytes, path)
-        return data
 
 
 def zstd_content_size(frame: bytes) -> int | None:
