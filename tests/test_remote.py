@@ -245,7 +245,8 @@ class Records(Dataset):
         return NUM_SAMPLES
 
     def __getitem__(self, position):
-        return tuple(self.cache.read([position], 1)[0])
+        record = self.cache.read([position], 1)[0]
+        return tuple(bytes(field) if isinstance(field, memoryview) else field for field in record)
 
 
 def test_forked_loader_workers_read_after_their_parent_has(server, tmp_path):
