@@ -34,7 +34,7 @@ BACKENDS = {"webdataset": "scalekd_cache.store.webdataset", "zarr": "scalekd_cac
 
 Payload = bytes | memoryview
 """Bytes of a record. A reader gives read-only memoryviews into the buffer of its call, which lives as long as one of
-them does; `np.frombuffer`, `b"".join` and `io.BytesIO` take both. pickle and DataLoader's collation need `bytes(...)`."""
+them does; `np.frombuffer`, `b"".join` and `io.BytesIO` take both. pickle and DataLoader's collation need `bytes`."""
 
 
 class Record(NamedTuple):
