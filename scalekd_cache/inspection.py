@@ -89,7 +89,7 @@ def _in_words(view: View) -> str:
 
 def encoded_pixels(record: Record, view: int, position: int, pixels: Cache | None) -> bytes:
     """The stored pixels of a record, here or in the cache that holds them; empty when there are none."""
-    return record.pixels if pixels is None else pixels.read([position], view)[0].pixels
+    return bytes((record if pixels is None else pixels.read([position], view)[0]).pixels)
 
 
 def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:

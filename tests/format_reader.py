@@ -1,6 +1,5 @@
 """A reader of caches written from docs/FORMAT.md alone: nothing of scalekd_cache is imported here, zarr neither."""
 
-import base64
 import hashlib
 import json
 import struct
@@ -111,8 +110,8 @@ def read_tar(stem, place, keys):
         assert members[key].get("jpg", members[key].get("png", b"")) == pixels
         text = target.decode()
         fields = json.loads(text)
-        record = (key, fields["label"], view_text(text), fields["digest"], pixels, features,
-                  base64.b64decode(fields["logits"]))  # fmt: skip
+        cut = fields["features_bytes"]
+        record = (key, fields["label"], view_text(text), fields["digest"], pixels, features[:cut], features[cut:])
         assert record_crc(*record) == crc
         yield record
 
@@ -207,9 +206,16 @@ def decode_features(codec, row):
 
 def decode_logits(codec, record):
     classes = codec["num_classes"]
-    assert (codec["id"], codec["version"]) == ("logits-int8", 1)
-    if classes == 0:
+    assert codec["version"] == 1
+    if codec["id"] == "logits-top-k":
+        k = codec["k"]
+        values = np.full(classes, -np.inf, np.float32)
+        values[np.frombuffer(record, "<u4", k)] = np.frombuffer(record, "<f4", k, 4 * k)
+        return values
+    if codec["id"] == "logits-recomputed" or classes == 0:
+        assert record == b""
         return np.zeros(0, np.float32)
+    assert codec["id"] == "logits-int8"
     mode, largest = struct.unpack_from("<Bf", record)
     if mode == 0:
         (step,) = struct.unpack_from("<f", record, 5)

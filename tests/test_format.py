@@ -14,17 +14,18 @@ from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.logits import logit_codec_from_config
 
 CASES = [
-    ("webdataset", "int8", "baked"),
-    ("webdataset", "float16", "replayed"),
-    ("webdataset", "float32", "baked"),
-    ("zarr", "int8", "baked"),
-    ("zarr", "bfloat16", "replayed"),
+    ("webdataset", "int8", "baked", "dense"),
+    ("webdataset", "float16", "replayed", "recomputed"),
+    ("webdataset", "float32", "baked", "dense"),
+    ("zarr", "int8", "baked", "top_k"),
+    ("zarr", "bfloat16", "replayed", "dense"),
 ]
 
 
-@pytest.mark.parametrize(("backend", "codec", "pixels"), CASES)
-def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels):
-    layout = {"backend": backend, "codec": codec, "samples_per_shard": 20, "num_views": 3, "views_per_group": 2}
+@pytest.mark.parametrize(("backend", "codec", "pixels", "kept"), CASES)
+def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels, kept):
+    layout = {"backend": backend, "codec": codec, "samples_per_shard": 20, "num_views": 3, "views_per_group": 2,
+              "logits": kept, "top_k": 4}  # fmt: skip
     cache = make(tmp_path / "c", shared_weights(), data={"max_samples": 37}, cache=layout, views={"pixels": pixels})
     views = format_reader.read_cache(tmp_path / "c")
     assert sorted(views) == [0, 1, 2]
