@@ -6,7 +6,7 @@ cache have one codec.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,16 @@ def _kept(root: Path) -> dict[str, Any]:
             "the codec's file is missing or damaged", got=error, where=root / MARK, fix="restore it from a copy"
         ) from error
     return kept
+
+
+def write_mark(root: Path, codec: Mapping[str, Any]) -> None:
+    """codec.json again, from a codec's config: the preset is the one of its noise."""
+    from scalekd_cache.codec.transform_fit import PRESETS
+
+    names = {noise: name for name, noise in PRESETS.items()}
+    preset = names.get(codec["noise"], f"transform, noise {codec['noise']:g}")
+    content = {"preset": preset, "codec": dict(codec)}
+    write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
 
 
 def fitted_preset(root: Path) -> tuple[str, float]:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config import ViewConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
@@ -31,13 +32,13 @@ class Examiner:
 
     Args:
         fields: `fingerprint_fields` of a manifest or plan.
-        root: the cache, for the state of a fitted codec.
+        root: the cache, for the state of a fitted codec and the teacher's classifier.
         num_classes: classes of the data set, where they are known.
         source: the images, to draw replayed views again; without them their pixels are not looked at.
         pixels: of a cache that shares pixels, the one that holds them; without it they are not looked at.
 
     Raises:
-        UserError: a codec or view recipe that this version does not know.
+        UserError: a codec or view recipe that this version does not know, or a codec's file that is damaged.
     """
 
     def __init__(
@@ -50,6 +51,8 @@ class Examiner:
     ) -> None:
         self.codec: FeatureCodec = codec_from_config(fields["codec"], root)
         self.logit_codec = logit_codec_from_config(fields["logit_codec"])
+        recomputed = isinstance(self.logit_codec, RecomputedLogits)
+        self.classifier = load_classifier(fields["logit_codec"], root) if recomputed else None
         self.views = ViewConfig(**from_plain(fields["views"]))
         self.num_classes, self.source, self.pixels = num_classes, source, pixels
         self.shares = "pixels" in fields
@@ -156,8 +159,19 @@ class Examiner:
             return str(error)
         return None
 
+    def logits(self, records: Sequence[Record], features: torch.Tensor) -> NDArray[np.float32]:
+        """(B, K) logits of records with these decoded maps (B, C, H, W); -inf for classes that are not kept."""
+        if self.classifier is not None:
+            recomputed: NDArray[np.float32] = self.classifier(features.mean((2, 3))).numpy()
+            return recomputed
+        return np.stack([self.logit_codec.decode(record.logits) for record in records])
+
     def usable(self, record: Record) -> bool:
-        """Whether a record's features can be decoded."""
+        """Whether a record's features and logits can be decoded."""
+        try:
+            self.logit_codec.decode(record.logits)
+        except UserError:
+            return False
         return self._unpacking(record) is None
 
 

@@ -5,17 +5,16 @@ Invariant: nothing is written, and a record that cannot be used is an error that
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.checking import unit_of
-from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
-from scalekd_cache.examine import decode_features
+from scalekd_cache.examine import Examiner, decode_features
 from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
 from scalekd_cache.views import View, decode_pixels, pixel_digest
@@ -50,7 +49,10 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
             where=cache.root,
         )
     record = cache.read([position], view)[0]  # an error when its checksum differs
-    names = cache.manifest.class_names
+    manifest = cache.manifest
+    names = manifest.class_names
+    examiner = Examiner(manifest.fingerprint_fields, cache.root, len(names))
+    decoded = decode_features(examiner.codec, [record])
     return {
         "key": record.key,
         "position": position,
@@ -63,8 +65,8 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         "view_in_words": _in_words(View.from_json(json.loads(record.view))),
         "digest": record.digest,
         "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
-        "features": _features(cache, record),
-        "top_logits": _top(cache, record),
+        "features": _features(examiner.codec, decoded),
+        "top_logits": _top(examiner.logits([record], decoded.features)[0], names),
     }
 
 
@@ -99,9 +101,7 @@ def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
     return pixel_digest(decode_pixels(encoded, cache.manifest.view_recipe["size"])) == record.digest
 
 
-def _features(cache: Cache, record: Record) -> dict[str, Any]:
-    codec = codec_from_config(cache.manifest.codec, cache.root)
-    decoded = decode_features(codec, [record])
+def _features(codec: FeatureCodec, decoded: FeatureMap) -> dict[str, Any]:
     values, norms = decoded.features[0].numpy(), decoded.norms[0].numpy()
     return {
         "codec": codec.id,
@@ -116,18 +116,18 @@ def _range(values: NDArray[np.float32]) -> dict[str, float]:
     return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}
 
 
-def _top(cache: Cache, record: Record) -> list[dict[str, Any]]:
+def _top(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
     """The largest logits with their probabilities; empty without a classifier."""
-    logits = logit_codec_from_config(cache.manifest.logit_codec).decode(record.logits).astype(np.float64)
-    if logits.size == 0:
+    if row.size == 0:
         return []
+    logits = row.astype(np.float64)
     shares = np.exp(logits - logits.max())
-    shares /= shares.sum()
-    names = cache.manifest.class_names
+    shares /= shares.sum() if np.isfinite(logits).all() else np.exp(-logits.max())  # log-probabilities of some
     return [
         {"class": names[k] if len(names) == len(logits) else None, "index": k, "logit": float(logits[k]),
          "probability": float(shares[k])}
         for k in np.argsort(-logits, kind="stable")[:TOP].tolist()
+        if np.isfinite(logits[k])
     ]  # fmt: skip
 
 

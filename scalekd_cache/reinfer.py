@@ -37,7 +37,7 @@ class Agreement(NamedTuple):
     figures: dict[str, dict[str, float]]
     """{cosine, cosine_mean_removed: {mean, p1, count}} between fresh and decoded features."""
     top1_percent: float | None
-    """Records whose largest logit is the same class; None where no logits are stored."""
+    """Records whose largest logit is the same class; None without a classifier."""
     wrong: list[tuple[int, int, str, str]]
     """(view, position, key, what) of records that are not the teacher's answer."""
 
@@ -98,11 +98,12 @@ def reinfer(cache: Cache, teacher: Teacher, examiner: Examiner, records: int, se
             continue
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
         output = teacher(images.to(teacher.mean.device))
-        close = fidelity(output.features.cpu(), decode_features(examiner.codec, batch).features)
+        features = decode_features(examiner.codec, batch).features
+        close = fidelity(output.features.cpu(), features)
         for name, values in close._asdict().items():
             figures.setdefault(name, []).extend(values.tolist())
-        if teacher.spec.has_classifier and batch[0].logits:
-            stored = np.stack([examiner.logit_codec.decode(record.logits) for record in batch]).argmax(1)
+        if teacher.spec.has_classifier:
+            stored = examiner.logits(batch, features).argmax(1)
             same += (output.logits.argmax(1).cpu().numpy() == stored).tolist()
         for place, record, cosine in zip(places, batch, close.cosine_mean_removed.tolist(), strict=True):
             if not cosine >= lowest:

@@ -15,24 +15,26 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.cache_teacher import cache_teacher
-from scalekd_cache.calibration import fitted_preset
+from scalekd_cache.calibration import fitted_preset, write_mark
 from scalekd_cache.checking import check_deeply, manifest_or_none
 from scalekd_cache.config import CacheTeacherConfig, StoreConfig, ViewConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import data_config
 from scalekd_cache.processes import Process, autocast_dtype
 from scalekd_cache.reinfer import is_at_hand, teacher_config
+from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
 from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import TAIL, ManifestFacts
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.shared import shared_place
 from scalekd_cache.store.sidecar import read_unit, unit_folder
-from scalekd_cache.store.verify import UNITS, Findings, bad_units, unit_name
+from scalekd_cache.store.verify import MARK, UNITS, Findings, bad_units, unit_name
 from scalekd_cache.store.verify_unit import Part, Problem
 
 ASIDE = ".aside-"
 """Beginning of the names of what was put aside; readers and writers ignore such names."""
+FILES = (Part.MANIFEST, Part.TAIL, Part.KEPT)
+"""What lies beside the units and is made by stage 1."""
 
 
 class Repaired(NamedTuple):
@@ -79,15 +81,16 @@ def repair_cache(
         raise _no_options(root, problems)
     if Part.PLAN in parts or not (root / PLAN).exists():
         _write_plan_again(root, found)
-    units = bad_units(problems)
-    if parts & {Part.UNIT, Part.TAIL, Part.MANIFEST, Part.UNFINISHED}:
-        config = config_of(
-            read_plan(root).facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers
-        )
+    units, facts = bad_units(problems), read_plan(root).facts
+    if Part.MARK in parts:
+        write_mark(root, facts.fingerprint_fields["codec"])
+    if parts & {Part.UNIT, Part.TAIL, Part.KEPT, Part.MANIFEST, Part.UNFINISHED}:
+        config = config_of(facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers)
         _check_at_hand(config, root)
-        wholes = [MANIFEST] if Part.MANIFEST in parts else []
-        wholes += [TAIL] if Part.TAIL in parts else []
-        with _put_aside(root, [*wholes, *(unit_name(unit) for unit in units)]):
+        files = [problem.where for problem in problems if problem.part in FILES]
+        files += [MARK] if STATE in files else []  # without it stage 1 fits the codec again
+        files += [MANIFEST] if CLASSIFIER in files else []  # without it stage 1 begins once more
+        with _put_aside(root, [*dict.fromkeys(files), *(unit_name(unit) for unit in units)]):
             cache_teacher(config, process)
     for aside, successor in _asides(root):
         _return_strangers(aside, successor)
@@ -206,7 +209,10 @@ def _write_plan_again(root: Path, found: Findings) -> None:
 
 @contextlib.contextmanager
 def _put_aside(root: Path, names: list[str]) -> Iterator[None]:
-    """Rename what is bad; on an error everything that was not made again gets its name back."""
+    """Rename what is bad; on an error everything that was not made again gets its name back.
+
+    A codec that was fitted again before the error is another one (it is in the fingerprint): that one goes.
+    """
     moved: list[tuple[Path, Path]] = []
     try:
         for name in names:
@@ -217,6 +223,8 @@ def _put_aside(root: Path, names: list[str]) -> Iterator[None]:
                 moved.append((aside, path))
         yield
     except BaseException:
+        for name in {STATE, MARK} & set(names):
+            (root / name).unlink(missing_ok=True)
         for aside, path in moved:
             if not path.exists():
                 aside.rename(path)
@@ -247,7 +255,7 @@ def _return_strangers(aside: Path, successor: Path) -> None:
 def _remove_asides(root: Path, left: list[Problem]) -> None:
     """Delete what was put aside where its successor is whole."""
     bad = {unit_name(problem.unit) for problem in left if problem.part is Part.UNIT and problem.unit is not None}
-    bad |= {problem.where for problem in left if problem.part in (Part.MANIFEST, Part.TAIL)}
+    bad |= {problem.where for problem in left if problem.part in FILES}
     for aside, successor in _asides(root):
         if successor.relative_to(root).as_posix() not in bad and not _strangers(aside, successor):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

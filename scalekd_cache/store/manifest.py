@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,6 +33,7 @@ from scalekd_cache.store.sidecar import (
 )
 
 NAME, TAIL = "manifest.json", "tail.safetensors"
+STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
 
 
 class UnitRow(NamedTuple):
@@ -216,6 +217,7 @@ def read_manifest(root: StoredPath) -> Manifest:
     sidecars = {unit_folder(Path("."), row.group, row.range_id).as_posix(): row.sha256 for row in manifest.units}
     pin_files(root, {f"{folder}/unit.json": (None, sha256) for folder, sha256 in sidecars.items()})
     pin_files(root, {TAIL: (None, manifest.tail_sha256)})
+    pin_files(root, {name: (None, sha256) for name, sha256 in kept_files(manifest.fingerprint_fields).items()})
     return manifest
 
 
@@ -276,6 +278,17 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
         == {"pixels", "features", "target", "index", "total"}
         and all(type(number) in (int, float) for number in manifest.bytes_per_view.values()),
     }
+
+
+def kept_files(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Files beside manifest and tail that records cannot be decoded without, with their sha256."""
+    found = {}
+    for name, codec, entry in ((STATE, "codec", "state_sha256"), (CLASSIFIER, "logit_codec", "sha256")):
+        config = fields.get(codec)
+        digest = config.get(entry) if isinstance(config, dict) else None
+        if isinstance(digest, str) and HEX64.fullmatch(digest):
+            found[name] = digest
+    return found
 
 
 def names_pixels(value: dict[str, Any]) -> bool:

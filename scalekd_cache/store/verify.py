@@ -5,13 +5,14 @@ Invariant: the fast check reads sidecars and lengths and lists folders; the deep
 file) and every record (crc32c), and names the samples of a shard that differs. Nothing on disk is changed.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.files import read_json
 from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import TAIL, Manifest, read_manifest
+from scalekd_cache.store.manifest import STATE, TAIL, Manifest, kept_files, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan
@@ -20,6 +21,8 @@ from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.store.verify_unit import Examine, ExpectedUnit, Part, Problem, hash_problem, unit_problems
 
 UNITS = "units"
+MARK = "codec.json"
+"""Which preset a codec was fitted for; only writers read it."""
 
 
 class Expected(NamedTuple):
@@ -78,10 +81,11 @@ def check_cache(
     if expected is None:
         return Findings(problems, notes, 0, None)
     problems += _tail_problems(root, expected.tail_sha256, deep)
-    lost = list(_kept_problems(root, expected, deep))
+    kept = list(_kept_problems(root, expected, deep))
+    lost = [problem.where for problem in kept if problem.part is Part.KEPT]
     if lost:
-        notes.append("records are not decoded: " + ", ".join(problem.where for problem in lost) + " cannot be used")
-    problems += lost
+        notes.append(f"records are not decoded: {', '.join(lost)} cannot be used")
+    problems += kept
     examine = examiner(expected) if examiner is not None and deep and not lost else None
     there = [unit for unit in expected.units if _is_there(root, unit)]
     problems += _missing(expected, there, notes)
@@ -193,19 +197,19 @@ def _tail_problems(root: StoredPath, expected: str, deep: bool) -> Iterator[Prob
         yield Problem(path.name, None, what, Part.TAIL)
 
 
-def kept_files(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Files beside manifest and tail that records cannot be decoded without, with their sha256."""
-    codec, logit_codec = fields.get("codec") or {}, fields.get("logit_codec") or {}
-    named = {"codec.safetensors": codec.get("state_sha256"), "classifier.safetensors": logit_codec.get("sha256")}
-    return {name: digest for name, digest in named.items() if isinstance(digest, str)}
-
-
 def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator[Problem]:
     for name, digest in kept_files(expected.fields).items():
         if not _exists(root / name):
             yield Problem(name, None, "missing", Part.KEPT)
         elif deep and (what := hash_problem(root / name, digest, "manifest")):
             yield Problem(name, None, what, Part.KEPT)
+    if STATE in kept_files(expected.fields) and isinstance(root, Path):
+        try:
+            mark, _ = read_json(root / MARK, "the preset of the codec")
+            if set(mark) != {"preset", "codec"} or mark["codec"] != expected.fields["codec"]:
+                yield Problem(MARK, None, "not the manifest's codec", Part.MARK)
+        except UserError as error:
+            yield Problem(MARK, None, str(error), Part.MARK)
 
 
 def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
@@ -214,7 +218,7 @@ def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Itera
     if expected is None or expected.tail_sha256 != "":
         known.add(TAIL)
     kept = {} if expected is None else kept_files(expected.fields)
-    known |= {*kept, *(["codec.json"] if "codec.safetensors" in kept else [])}
+    known |= {*kept, *([MARK] if STATE in kept else [])}
     units = None if expected is None else {unit_folder(root, *unit.place).name for unit in expected.units}
     for folder, names in ((root, known), (root / UNITS, units)):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:

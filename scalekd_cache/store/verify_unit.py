@@ -33,7 +33,10 @@ class Part(Enum):
     PLAN = "plan"
     TAIL = "tail"
     KEPT = "kept"
-    """What was fitted or taken over once, for all units: restore the file from a copy of the cache."""
+    """What was fitted or taken over once, for all units: restore the file from a copy of the cache, or try whether it
+    comes out the same again."""
+    MARK = "mark"
+    """Which preset a codec was fitted for: it follows from the codec."""
     UNFINISHED = "unfinished"
     """Go on with stage 1."""
     PIXELS = "pixels"
