@@ -82,7 +82,7 @@ def positions(files, count, seed):
     return [(files[at], offset) for at, offset in chosen]
 
 
-@pytest.mark.parametrize("flips", [60, pytest.param(FLIPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [40, pytest.param(FLIPS, marks=pytest.mark.slow)])
 @backends
 def test_flipped_bytes_are_reported_and_never_used(backend, cache, flips):
     root, batches = cache
@@ -115,8 +115,9 @@ def test_flipped_bytes_are_reported_and_never_used(backend, cache, flips):
 def test_every_file_that_is_gone_cut_swapped_copied_or_renamed_is_reported(backend, cache, every_file):
     root, batches = cache
     files = all_files(root)
-    if not every_file:  # one of each kind
-        files = [path for path in files if not re.search(r"r00000/|v0000|/(pixels|logits)", path.as_posix())]
+    if not every_file:  # one of each kind: an array of one chunk and one of many, with its offsets
+        skipped = r"r00000/|v0000|/(pixels|logits|target|crc32c)"
+        files = [path for path in files if not re.search(skipped, path.as_posix())]
     contents = {path: path.read_bytes() for path in files}
     for number, path in enumerate(files):
         other = files[number - 1]

@@ -124,7 +124,9 @@ def test_planted_pickles_do_not_run(tmp_path, backend, zarr_root):
     pristine = shared_cache().root if backend == "webdataset" else zarr_root
     root, kept = Path(shutil.copytree(pristine, tmp_path / "cache")), all_records(pristine)
     for path in sorted(
-        path for path in root.rglob("*") if path.is_file() and not re.search("r00000|v0000", path.as_posix())
+        path
+        for path in root.rglob("*")
+        if path.is_file() and not re.search("r00000|v0000|/(pixels|logits|target|crc32c)", path.as_posix())
     ):
         data = path.read_bytes()
         for hostile in (payload, npy.getvalue(), payload + data[len(payload) :], npy.getvalue() + data[npy.tell() :]):
