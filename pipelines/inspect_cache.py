@@ -49,7 +49,7 @@ def main(argv: list[str]) -> None:
         pixels = _pixels(cache, config)
         facts = describe_record(cache, config.view, index, pixels)
         if config.out is not None:
-            _write_pixels((pixels or cache).read([index], config.view)[0].pixels, Path(config.out))
+            _write_pixels(bytes((pixels or cache).read([index], config.view)[0].pixels), Path(config.out))
     print(json.dumps(facts, indent=1) if config.json else "\n".join(_lines(facts)))
 
 
