@@ -30,7 +30,8 @@ def rewrite_unit(root, change, range_id=0):
     ) as writer:  # fmt: skip
         for view, rows in records.items():
             for record in rows:
-                writer.append(view, change(record))
+                owned = {name: bytes(getattr(record, name)) for name in ("pixels", "features", "logits")}
+                writer.append(view, change(record._replace(**owned)))
         assert writer.commit(info.fidelity)
     write_manifest(root, build_manifest(root, read_plan(root).facts))
 
