@@ -8,7 +8,9 @@ MAKEFLAGS += --no-builtin-rules --no-print-directory
 PYTHON ?= python3
 VENV ?= .venv
 NPROC ?= 1
-LAUNCHER ?= torchrun
+LAUNCHER ?= $(if $(HOSTFILE),deepspeed,torchrun)
+NNODES ?= 1
+MASTER_PORT ?= 29500
 DATA_GIVEN := $(DATA)
 DATA ?= demo
 RECIPE_OF_DATA = $(if $(filter demo,$(DATA)),demo,traditional)
@@ -35,11 +37,28 @@ endif
 export OMP_NUM_THREADS ?= $(THREADS)
 export PYTHONUNBUFFERED = 1
 
-# One process runs as it is; several are started by torchrun, or by the deepspeed launcher.
+# One process runs as it is; several are started by torchrun, or by the deepspeed launcher (docs/SCALE.md).
+several = $(HOSTFILE)$(filter-out 1,$(NPROC) $(NNODES))
+LAUNCH = $(if $(several),$(if $(filter deepspeed,$(LAUNCHER)),$(DEEPSPEED),$(TORCHRUN)),$(PY) -m)
 # The -- keeps torchrun from taking our --run for a short form of its own --run-path.
-TORCHRUN = $(PY) -m torch.distributed.run --standalone --nproc-per-node $(NPROC) -m --
-DEEPSPEED = deepspeed --num_gpus $(NPROC) --module
-LAUNCH = $(if $(filter 1,$(NPROC)),$(PY) -m,$(if $(filter deepspeed,$(LAUNCHER)),$(DEEPSPEED),$(TORCHRUN)))
+TORCHRUN = $(PY) -m torch.distributed.run $(TORCHRUN_NODES) --nproc-per-node $(NPROC) -m --
+elastic = $(findstring :,$(NNODES))
+TORCHRUN_NODES = $(if $(filter 1,$(NNODES)),--standalone,$(if $(elastic),$(ELASTIC_NODES),$(FIXED_NODES)))
+FIXED_NODES = --nnodes $(NNODES) --node-rank $(call needed,NODE_RANK) --master-addr $(call needed,MASTER_ADDR) \
+  --master-port $(MASTER_PORT)
+# Machines may join and leave; the one that MASTER_ADDR names (NODE_RANK=0) keeps the list of them.
+ELASTIC_NODES = --nnodes $(NNODES) --max-restarts $(or $(RESTARTS),10) --rdzv-backend c10d --rdzv-id $(or $(JOB),scalekd) \
+  --rdzv-endpoint $(call needed,MASTER_ADDR):$(MASTER_PORT) --rdzv-conf is_host=$(if $(filter 0,$(NODE_RANK)),1,0) \
+  $(call option,LOCAL_ADDR,local-addr)
+DEEPSPEED = deepspeed $(if $(HOSTFILE),$(DEEPSPEED_NODES),--num_gpus $(NPROC)) --module
+DEEPSPEED_NODES = --hostfile "$(HOSTFILE)" --master_port $(MASTER_PORT) $(call option,MASTER_ADDR,master_addr) \
+  $(if $(NODE_RANK),--no_ssh --node_rank $(NODE_RANK))
+needed = $(or $($(1)),$(error give $(1)=: with NNODES=$(NNODES) every machine says NODE_RANK= and MASTER_ADDR=))
+# torchrun: a fresh store for every start of the processes (a shared one keeps the words of the start before); the
+# signals of schedulers reach the processes, and they have five minutes to save.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE ?= 1
+export PET_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
 # Two makes on one machine and one folder wait for each other.
 waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(hostname).lock)
 
@@ -71,6 +90,8 @@ help: ## Show this help
 	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
 	@echo "Variables of both:"
 	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
+	@echo "  NNODES=n NODE_RANK=i MASTER_ADDR=host  several machines by torchrun, said on each; NNODES=1:16: they may come and go"
+	@echo "  HOSTFILE=file                        several machines by deepspeed and ssh (with NODE_RANK=i: without ssh, on each)"
 	@echo '  SET="dotted.key=value ..."           any other option; python -m pipelines.distill --help lists them'
 	@echo "Environment: PYTHON=python3 chooses the interpreter, VENV=dir the environment (VENV=none: the one at hand)"
 

@@ -6,7 +6,7 @@ missing.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,14 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
     Raises:
         UserError: whatever does not fit, before the first unit is made.
     """
-    root, peers = Path(config.cache.path), Peers(process)
+    with Peers(process, 60 * config.peer_timeout_minutes) as peers:
+        return _cache_teacher(config, process, peers, student)
+
+
+def _cache_teacher(
+    config: CacheTeacherConfig, process: Process, peers: Peers, student: DistillConfig | None
+) -> Manifest:
+    root = Path(config.cache.path)
     if root.exists() and not root.is_dir():
         raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
     if process.rank == 0:
@@ -167,32 +174,44 @@ def _begin(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
-    """Make units until none is left, with one progress bar for all processes."""
+    """Make units until none is left, with one progress bar for all processes.
+
+    Process 0 ends last and makes what is left: what processes had claimed that are gone.
+    """
     stage, rank = job.stage, peers.process.rank
-    total = sum(len(unit.positions) * len(unit.views) for unit in job.units)
-    bar = progress("cache", total, "view", rank=rank)
+    total = sum(_views(unit) for unit in job.units)
+    there = sum(_views(unit) for unit in job.units if committed(job, unit)) if rank == 0 else 0
+    bar = progress("cache", total, "view", rank=rank, initial=there)
+
+    def show() -> None:
+        bar.update(there + peers.add("views", 0) - bar.n)
 
     def count(unit: Unit) -> None:
-        bar.update(peers.add("views", len(unit.positions) * len(unit.views)) - bar.n)
+        peers.add("views", _views(unit))
+        show()
 
     with torch.no_grad():
-        make_units(stage, job.units, _claims(peers, job, count), config.workers, count)
+        make_units(stage, job.units, _claims(peers, job), config.workers, count)
         peers.announce(f"rank {rank} has no more units")
         if rank == 0:
-            for peer in range(peers.process.world_size):
-                peers.wait(f"rank {peer} has no more units")
+            for peer in range(1, peers.process.world_size):
+                if not peers.wait(f"rank {peer} has no more units", peer, show):
+                    lost = f"process {peer} has given no sign of life for {peers.silent_s:.0f} s"
+                    peers.process.say(f"{lost}; its unit is made here")
             left = iter([n for n, unit in enumerate(job.units) if not committed(job, unit)])
             make_units(stage, job.units, left, config.workers, count)
             bar.update(total - bar.n)
     bar.close()
 
 
-def _claims(peers: Peers, job: Job, skipped: Callable[[Unit], None]) -> Iterator[int]:
+def _views(unit: Unit) -> int:
+    return len(unit.positions) * len(unit.views)
+
+
+def _claims(peers: Peers, job: Job) -> Iterator[int]:
     """Numbers of units that this process claims, one at a time; units that are there already are passed over."""
     while (number := peers.add("claims", 1) - 1) < len(job.units):
-        if committed(job, job.units[number]):
-            skipped(job.units[number])
-        else:
+        if not committed(job, job.units[number]):
             yield number
 
 

@@ -4,14 +4,27 @@ In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE. Out: `Process` and `
 Invariant: no process group is started here; stage 2's is DeepSpeed's (`engine.py`).
 """
 
+import contextlib
 import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.stopping import EXIT_AGAIN, RunStopped
+
+BEAT_S = 2.0
+"""Seconds between two signs of life of a process."""
+POLL_S = 0.8
+"""Seconds between two looks at what a process waits for, once it has waited a little."""
 
 
 class Process(NamedTuple):
@@ -69,28 +82,70 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 
 class Peers:
-    """What the processes of a job tell each other: claims, counts and milestones.
+    """What the processes of a job tell each other: claims, counts, milestones, and that they are alive.
 
-    torchrun's own key-value store carries it; a process alone needs none. There is no barrier: a rank may be slow.
+    A key-value store carries it: torchrun's, or one that process 0 keeps; a process alone needs none. There is no
+    barrier: a process may start late, be slow or be gone. A context manager: within it a thread gives a sign of life.
+
+    Args:
+        process: this process.
+        silent_s: a process without a sign of life for this long counts as gone, seconds.
     """
 
-    def __init__(self, process: Process) -> None:
+    def __init__(self, process: Process, silent_s: float = 60.0) -> None:
         self.process = process
+        self.silent_s = silent_s
         self._counts: dict[str, int] = {}
+        self._heard: dict[int, tuple[int, float]] = {}  # by process: its sign of life, and when it changed
+        self._lived_at = 0.0
+        self._over = threading.Event()
+        self._keeps_store = False
         self._store: Any = None
         if process.world_size > 1:
             distributed: Any = torch.distributed
-            store, _, _ = next(distributed.rendezvous("env://"))
+            self._keeps_store = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            store = distributed.TCPStore(
+                os.environ["MASTER_ADDR"],
+                int(os.environ["MASTER_PORT"]),
+                is_master=self._keeps_store,
+                timeout=timedelta(minutes=5),
+                wait_for_workers=False,
+                multi_tenant=True,
+            )
             # Counters of a job that torchrun restarted begin anew.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = distributed.PrefixStore(f"scalekd_cache/{attempt}", store)
 
-    def add(self, name: str, amount: int) -> int:
-        """Add to a shared counter; returns the new value."""
+    def __enter__(self) -> Self:
         if self._store is not None:
+            self._lived_at = time.monotonic()
+            for task in (self._live, self._end_when_cut_off):
+                threading.Thread(target=task, daemon=True).start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Leave; the process that keeps the store stays until the others have left it or are gone."""
+        self._over.set()
+        if self._store is None or error is not None:
+            return
+        with contextlib.suppress(RuntimeError):  # the store's keeper is gone; this process is done anyway
+            self._store.set(f"process {self.process.rank} left", "1")
+        for rank in range(1, self.process.world_size) if self._keeps_store else ():
+            self.wait(f"process {rank} left", rank)
+
+    def add(self, name: str, amount: int) -> int:
+        """Add to a shared counter; returns the new value.
+
+        Raises:
+            RunStopped: the process that keeps the counters is gone.
+        """
+        if self._store is None:
+            self._counts[name] = self._counts.get(name, 0) + amount
+            return self._counts[name]
+        with self._exchange():
             return int(self._store.add(name, amount))
-        self._counts[name] = self._counts.get(name, 0) + amount
-        return self._counts[name]
 
     def tell(self, name: str, value: str) -> None:
         """Leave a word for the others."""
@@ -106,11 +161,71 @@ class Peers:
             return None
 
     def announce(self, name: str) -> None:
-        """Say that a milestone is reached."""
+        """Say that a milestone is reached; `RunStopped` when the process that keeps the words is gone."""
         if self._store is not None:
-            self._store.set(name, "1")
+            with self._exchange():
+                self._store.set(name, "1")
 
-    def wait(self, name: str, hours: float = 240.0) -> None:
-        """Wait until a peer has announced a milestone."""
-        if self._store is not None:
-            self._store.wait([name], timedelta(hours=hours))
+    def wait(self, name: str, by: int = 0, meanwhile: Callable[[], None] = lambda: None) -> bool:
+        """Wait until process `by` has announced a milestone.
+
+        Args:
+            name: the milestone.
+            by: who announces it.
+            meanwhile: called now and then.
+
+        Returns:
+            False when that process gives no sign of life any more.
+
+        Raises:
+            RunStopped: process 0, without which the job does not go on, is gone.
+        """
+        if self._store is None or by == self.process.rank:
+            return True
+        pause, begun = POLL_S / 16, time.monotonic()
+        while True:
+            with self._exchange():
+                if self._store.check([name]):
+                    return True
+                beat = int(self._store.add(f"sign of life of {by}", 0))
+            now = time.monotonic()
+            if self._heard.get(by, (-1, begun))[0] != beat:
+                self._heard[by] = (beat, now)
+            if now - max(self._heard[by][1], begun) > self.silent_s:
+                if by == 0:
+                    raise gone(f"process 0 has given no sign of life for {self.silent_s:.0f} s")
+                return False
+            meanwhile()
+            time.sleep(pause)
+            pause = min(POLL_S, 2 * pause)
+
+    def _live(self) -> None:
+        """Give signs of life until the end, or until there is nobody to give them to."""
+        pause_s = min(BEAT_S, self.silent_s / 8)
+        with contextlib.suppress(RuntimeError):  # the main thread finds out, and says it
+            while not self._over.wait(pause_s):
+                self._store.add(f"sign of life of {self.process.rank}", 1)
+                self._lived_at = time.monotonic()
+
+    def _end_when_cut_off(self) -> None:
+        """End this process when the store has not taken a sign of life for too long: calls to a machine that has
+        lost its power or its network block for a quarter of an hour."""
+        while not self._over.wait(min(1.0, self.silent_s / 8)):
+            if time.monotonic() - self._lived_at > self.silent_s:
+                print(gone(f"no answer from its store for {self.silent_s:.0f} s"), file=sys.stderr, flush=True)
+                os._exit(EXIT_AGAIN)
+
+    @contextmanager
+    def _exchange(self) -> Iterator[None]:
+        try:
+            yield
+        except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
+            raise gone(f"the job's store does not answer ({str(error).splitlines()[0][:200]})") from error
+
+
+def gone(got: str) -> RunStopped:
+    """What ends a process of stage 1 when the job has lost the one that it cannot do without."""
+    text = (
+        f"the job has lost a process or a machine: {got}; what is finished is kept, run the same command again to go on"
+    )
+    return RunStopped(text, EXIT_AGAIN)

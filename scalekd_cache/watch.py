@@ -20,7 +20,7 @@ from torch import Tensor
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.processes import Peers, Process
-from scalekd_cache.stopping import EXIT_AGAIN
+from scalekd_cache.stopping import EXIT_AGAIN, RunStopped
 from scalekd_cache.store.files import write_atomically
 
 MICROS = 1 << 20
@@ -76,8 +76,9 @@ class Watch:
     def guard(self, timeout_s: float) -> Iterator[None]:
         """Around training: what other processes do to this one ends in words, and never in a wait without end.
 
-        A failed exchange becomes a `UserError`. When no step has been finished for `timeout_s`, the process ends at
-        once, whatever call it is blocked in: the time-outs of backends do not reach DeepSpeed's own groups.
+        A failed exchange becomes a `RunStopped` that asks for a restart. When no step has been finished for
+        `timeout_s`, the process ends at once, whatever call it is blocked in: the time-outs of backends do not reach
+        DeepSpeed's own groups.
         """
         over = threading.Event()
         self._alive_at = time.monotonic()
@@ -87,7 +88,7 @@ class Watch:
         except RuntimeError as error:
             if not self._is_lost_peer(error):
                 raise
-            raise self._behind(str(error).splitlines()[0][:300]) from error
+            raise RunStopped(f"error: {self._behind(str(error).splitlines()[0][:300])}", EXIT_AGAIN) from error
         finally:
             over.set()
 

@@ -161,6 +161,9 @@ class CacheTeacherConfig:
     """Worker processes that decode images and draw views, per rank (0: in the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
+    peer_timeout_minutes: float = 1.0
+    """A process without a sign of life for this long counts as gone: the others make its units."""
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
+        require(self.peer_timeout_minutes > 0, "peer_timeout_minutes", self.peer_timeout_minutes, "> 0")

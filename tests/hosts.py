@@ -1,0 +1,108 @@
+"""Two "machines" with an address each: network namespaces with a cable between them, on one file system."""
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from commands import BIN, ENV, ROOT
+
+NAMES = ("a", "b")
+INTERFACE = "eth0"
+
+
+def _ip(*words):
+    return subprocess.run(["ip", *map(str, words)], check=True, text=True, capture_output=True).stdout
+
+
+class Command:
+    """A command that runs on a host, its output in a file."""
+
+    def __init__(self, words, environment, log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self.process = subprocess.Popen(
+                [str(word) for word in words],
+                cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def until(self, happened, seconds=180):
+        """Wait until something is so while the command runs."""
+        end = time.monotonic() + seconds
+        while not happened():
+            assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output()[-4000:]}"
+            assert time.monotonic() < end, f"not after {seconds} s:\n{self.output()[-4000:]}"
+            time.sleep(0.02)
+
+    def wait(self, seconds=240):
+        """Its exit status."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {seconds} s:\n{self.output()[-4000:]}") from None
+
+
+class Hosts:
+    """A context manager; what runs on the hosts is killed and the namespaces are removed at its end."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.spaces = [f"skd{os.getpid()}{name}" for name in NAMES]
+        self.addresses = ["10.201.7.1", "10.201.7.2"]
+        self.names = ["host-a", "host-b"]
+        self.commands = 0
+
+    def __enter__(self):
+        try:
+            for space in self.spaces:
+                _ip("netns", "add", space)
+                hosts = Path("/etc/netns", space, "hosts")  # ip netns exec puts it in the place of /etc/hosts
+                hosts.parent.mkdir(parents=True)
+                lines = [f"{address} {name}" for address, name in zip(self.addresses, self.names, strict=True)]
+                hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
+            _ip("link", "add", INTERFACE, "netns", self.spaces[0], "type", "veth", "peer", "name", INTERFACE,
+                "netns", self.spaces[1])  # fmt: skip
+            for space, address in zip(self.spaces, self.addresses, strict=True):
+                _ip("-n", space, "addr", "add", f"{address}/24", "dev", INTERFACE)
+                for link in ("lo", INTERFACE):
+                    _ip("-n", space, "link", "set", link, "up")
+        except (OSError, subprocess.CalledProcessError) as error:
+            self.__exit__()
+            pytest.skip(f"no network namespaces here: {getattr(error, 'stderr', None) or error}")
+        return self
+
+    def __exit__(self, *_) -> None:
+        for host, space in enumerate(self.spaces):
+            with contextlib.suppress(OSError, subprocess.CalledProcessError):
+                self.kill(host)
+                _ip("netns", "del", space)
+            shutil.rmtree(Path("/etc/netns", space), ignore_errors=True)
+
+    def start(self, host: int, *words, **environment) -> Command:
+        self.commands += 1
+        own = {"GLOO_SOCKET_IFNAME": INTERFACE, "PATH": f"{BIN}:{ENV['PATH']}", "PYTHONPATH": str(ROOT)}
+        named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.names[host]]
+        inside = ["ip", "netns", "exec", self.spaces[host], *named, *words]
+        log = self.folder / f"host-{NAMES[host]}-{self.commands}.log"
+        return Command(inside, {**ENV, **own, **environment}, log)
+
+    def kill(self, host: int) -> None:
+        """SIGKILL to everything that runs on a host."""
+        for _ in range(3):  # a process may have started another meanwhile
+            for pid in _ip("netns", "pids", self.spaces[host]).split():
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+
+    def cut(self, host: int) -> None:
+        """Pull the cable: no connection is closed, nothing answers."""
+        _ip("-n", self.spaces[host], "link", "set", INTERFACE, "down")
+
+    def mend(self, host: int) -> None:
+        _ip("-n", self.spaces[host], "link", "set", INTERFACE, "up")
