@@ -1,15 +1,19 @@
 """Who this process is, and what stage 1's processes tell each other."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 
 import pytest
 import torch
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.processes import Peers, Process, autocast_dtype, this_process
+from scalekd_cache.stopping import EXIT_AGAIN, RunStopped
 
 CPU = torch.device("cpu")
 
@@ -64,33 +68,30 @@ def test_a_process_alone_waits_for_nobody():
     peers = Peers(Process(0, 1, CPU))
     assert [peers.add("claims", 1) for _ in range(3)] == [1, 2, 3]
     assert peers.add("other", 5) == 5
-    peers.wait("never announced")
+    assert peers.wait("never announced")
     peers.announce("x")
 
 
 TWO = """
-import sys, time, torch
+import time
 from scalekd_cache.processes import Peers, this_process
-peers = Peers(this_process("cpu"))
-rank = peers.process.rank
-if rank == 0:
-    time.sleep(0.5)
-    peers.announce("go")
-peers.wait("go")
-mine = []
-while (number := peers.add("claims", 1) - 1) < 100:
-    mine.append(number)
-peers.announce(f"{rank} done")
-for other in range(2):
-    peers.wait(f"{other} done")
-print(mine, peers.add("claims", 0))
-peers.announce(f"{rank} out")
-if rank == 0:
-    peers.wait("1 out")
+with Peers(this_process("cpu")) as peers:
+    rank = peers.process.rank
+    if rank == 0:
+        time.sleep(0.5)
+        peers.announce("go")
+    peers.wait("go")
+    mine = []
+    while (number := peers.add("claims", 1) - 1) < 100:
+        mine.append(number)
+    print(mine)
+    if rank == 1:
+        time.sleep(1)  # process 0, which keeps the store, must not leave first
+        print(peers.add("claims", 0))
 """
 
 
-def test_two_processes_share_every_claim():
+def test_two_processes_share_every_claim_and_the_first_leaves_last():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -106,6 +107,55 @@ def test_two_processes_share_every_claim():
     ]
     outputs = [process.communicate(timeout=120)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
-    shares = [eval(output.rpartition(" ")[0]) for output in outputs]
-    assert sorted(shares[0] + shares[1]) == list(range(100))
-    assert {output.rpartition(" ")[2].strip() for output in outputs} == {"102"}
+    second, claims = outputs[1].splitlines()
+    assert sorted(json.loads(outputs[0]) + json.loads(second)) == list(range(100))
+    assert claims == "102"
+
+
+@pytest.fixture
+def store(monkeypatch):
+    """A launcher's store, as torchrun keeps one; in a list, from which a test can take it away."""
+    kept = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(kept[0].port))
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    return kept
+
+
+def peers_of(rank, silent_s=1.0):
+    return Peers(Process(rank, 2, CPU), silent_s)
+
+
+def test_a_slow_process_is_waited_for(store):
+    with peers_of(0) as slow, peers_of(1) as other:
+        later = threading.Timer(2.5, slow.announce, ("planned",))
+        later.start()
+        seen = []
+        assert other.wait("planned", 0, lambda: seen.append(1))
+        assert len(seen) > 2
+        assert slow.wait("never announced", 0)  # nobody waits for himself
+
+
+def test_a_process_without_a_sign_of_life_is_given_up(store):
+    with peers_of(0) as first:
+        with peers_of(1) as second:
+            second.announce("here")
+            assert first.wait("here", 1)
+        begun = time.monotonic()
+        assert not first.wait("never", 1)
+        assert 0.9 < time.monotonic() - begun < 10
+        assert first.wait("here", 1)  # what it said still counts
+    with peers_of(1) as second, pytest.raises(RunStopped, match="process 0 has given no sign of life") as stop:
+        second.wait("never")
+    assert stop.value.status == EXIT_AGAIN
+
+
+def test_without_a_store_a_process_ends_and_asks_for_a_restart(store):
+    peers = peers_of(1)
+    assert peers.add("claims", 1) == 1
+    store.clear()
+    for call in (lambda: peers.add("claims", 1), lambda: peers.announce("x"), lambda: peers.wait("x")):
+        with pytest.raises(RunStopped, match="run the same command again") as stop:
+            call()
+        assert stop.value.status == EXIT_AGAIN
+    assert peers.told("x") is None
