@@ -69,6 +69,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
             if signal or _saves(config.train, step, trainer.loader):
                 trainer.save(run / "checkpoints")
             if signal:
+                dist.barrier()  # a launcher ends all processes once one has ended, and process 0 is still writing
                 raise stopped(signal, step, trainer.loader.total_steps)
             if _evaluates(config.train, step, trainer.loader):
                 tally = judge(config, cache.manifest, trainer.student_state(), validation, process)

@@ -96,9 +96,21 @@ class Hosts:
     def kill(self, host: int) -> None:
         """SIGKILL to everything that runs on a host."""
         for _ in range(3):  # a process may have started another meanwhile
-            for pid in _ip("netns", "pids", self.spaces[host]).split():
+            for pid in self.pids(host):
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(int(pid), signal.SIGKILL)
+                    os.kill(pid, signal.SIGKILL)
+
+    def pids(self, host: int) -> list[int]:
+        """Everything that runs on a host."""
+        return [int(pid) for pid in _ip("netns", "pids", self.spaces[host]).split()]
+
+    @staticmethod
+    def words_of(pid: int) -> str:
+        """A process's command line."""
+        try:
+            return Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ")
+        except OSError:  # it has ended meanwhile
+            return ""
 
     def cut(self, host: int) -> None:
         """Pull the cable: no connection is closed, nothing answers."""

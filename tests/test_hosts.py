@@ -1,18 +1,29 @@
 """Both stages on two machines (network namespaces): by torchrun and by deepspeed, with one of them lost on the way."""
 
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
 import sys
+from pathlib import Path
 
+import psutil
 import pytest
 from commands import (
+    BIN,
+    ENV,
     STUDENT,
     TRAIN_OPTIONS,
     assert_same_losses,
     cache_flags,
+    distill_flags,
     file_bytes,
     read_json,
+    run,
     steps_of,
 )
-from hosts import Hosts
+from hosts import INTERFACE, Command, Hosts
 from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
@@ -53,8 +64,6 @@ def units(folder):
 @pytest.fixture(scope="module")
 def untouched(workshop, weights):
     """The cache that one process makes."""
-    from commands import run
-
     folder = workshop / "caches" / "hosts-alone"
     run("cache_teacher", *cache_flags(folder, weights, **IMAGES))
     return file_bytes(folder)
@@ -94,8 +103,6 @@ RUN = {**TRAIN_OPTIONS, "train.epochs": 6, "train.checkpoint_steps": 2, "train.t
 @pytest.fixture(scope="module")
 def uninterrupted(workshop, cache):
     """What one process gives that nobody disturbs."""
-    from commands import distill_flags, run
-
     folder = workshop / "runs" / "hosts-alone"
     run("distill", *distill_flags(cache, folder, **RUN))
     return folder
@@ -138,3 +145,122 @@ def test_stage_2_when_a_host_is_lost(way, hosts, cache, uninterrupted, workshop)
     for command in list(torchrun(hosts, "distill", RUN, **distill_words(cache, folder))):
         assert command.wait() == 0, command.output()[-4000:]
     assert_same_student(folder, uninterrupted)
+
+
+HOSTFILE = "host-a slots=1\nhost-b slots=1\n"
+
+
+def deepspeed_words(folder, cache, run_folder, **variables):
+    hostfile = folder / "hosts"
+    hostfile.write_text(HOSTFILE)
+    more = {"HOSTFILE": hostfile, "MASTER_ADDR": "host-a", "MASTER_PORT": PORT, **variables}
+    return make_words("distill", RUN, **distill_words(cache, run_folder), **more)
+
+
+def test_deepspeed_on_each_host_without_ssh(hosts, cache, uninterrupted, workshop, tmp_path):
+    folder = workshop / "runs" / "hosts-no-ssh"
+    words = [deepspeed_words(tmp_path, cache, folder, NODE_RANK=host) for host in range(2)]
+    both = [hosts.start(host, *words[host]) for host in range(2)]
+    both[0].until(lambda: trained(folder) >= 5)
+    hosts.kill(1)
+    assert both[0].wait(60) != 0
+    assert "the processes wait for each other" in both[0].output(), both[0].output()[-4000:]
+    for command in [hosts.start(host, *words[host]) for host in range(2)]:
+        assert command.wait() == 0, command.output()[-4000:]
+    assert read_json(folder / "summary.json")["world_size"] == 2
+    assert_same_student(folder, uninterrupted)
+
+
+def test_deepspeed_with_ssh(hosts, cache, uninterrupted, workshop, tmp_path):
+    """One command on the first host; a real sshd on both."""
+    if not (shutil.which("sshd", path="/usr/sbin") and shutil.which("pdsh")):
+        pytest.skip("needs openssh-server and pdsh")
+    programs, folder = ssh_between(hosts, tmp_path), workshop / "runs" / "hosts-ssh"
+    environment = tmp_path / "deepspeed_env"
+    environment.write_text(f"GLOO_SOCKET_IFNAME={INTERFACE}\nOMP_NUM_THREADS=1\nPATH={programs}\n")
+    words = deepspeed_words(tmp_path, cache, folder)
+    command = hosts.start(0, *words, PATH=programs, DS_ENV_FILE=str(environment), PDSH_RCMD_TYPE="ssh")
+    assert command.wait() == 0, command.output()[-4000:]
+    assert read_json(folder / "summary.json")["world_size"] == 2
+    assert_same_student(folder, uninterrupted)
+
+
+def ssh_between(hosts, folder):
+    """Start sshd on both hosts with keys of their own; returns a PATH whose ssh uses them."""
+    for name in ("host", "user"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
+    shutil.copy(folder / "user.pub", folder / "authorized_keys")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    (folder / "sshd_config").write_text(
+        f"HostKey {folder}/host\nAuthorizedKeysFile {folder}/authorized_keys\nStrictModes no\nUsePAM no\n"
+        "PasswordAuthentication no\nPermitRootLogin prohibit-password\nPidFile none\n"
+    )
+    (folder / "ssh_config").write_text(
+        f"Host *\n IdentityFile {folder}/user\n StrictHostKeyChecking no\n UserKnownHostsFile {folder}/known\n"
+        " LogLevel ERROR\n"
+    )
+    (folder / "bin").mkdir()
+    ssh = folder / "bin" / "ssh"
+    ssh.write_text(f'#!/bin/sh\nexec {shutil.which("ssh")} -F {folder}/ssh_config "$@"\n')
+    ssh.chmod(0o755)
+    for host in range(2):
+        hosts.start(host, "/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config")
+    return f"{folder / 'bin'}:{BIN}:{ENV['PATH']}"
+
+
+def workers(hosts, host, module):
+    """Process ids of a host's ranks."""
+    return [pid for pid in hosts.pids(host) if f"-u -m {module}" in hosts.words_of(pid)]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_torchrun_starts_a_killed_process_again(stage, hosts, weights, cache, untouched, uninterrupted, workshop):
+    """NNODES=1:2: a process is killed, torchrun starts all of them again; then a host is lost, the other finishes."""
+    folder = workshop / ("caches" if stage == 1 else "runs") / f"elastic-{stage}"
+    if stage == 1:
+        target, module = "cache-teacher", "pipelines.cache_teacher"
+        options, variables = stage1(folder, weights, peer_timeout_minutes=0.1)
+    else:
+        target, module = "distill", "pipelines.distill"
+        options, variables = RUN, distill_words(cache, folder)
+    both = list(torchrun(hosts, target, options, nnodes="1:2", **variables))
+    both[0].until(lambda: (units(folder) if stage == 1 else trained(folder)) >= 4)
+    (victim,) = workers(hosts, 1, module)
+    os.kill(victim, signal.SIGKILL)
+    if stage == 1:
+        both[0].until(lambda: "next: make distill" in both[0].output())
+        assert both[0].wait() == 0
+        assert both[1].wait() == 0, both[1].output()[-4000:]
+        assert_same_cache(folder, untouched)
+        return
+    both[0].until(lambda: trained(folder) >= 9)
+    assert "resuming" in both[0].output()
+    hosts.kill(1)
+    assert both[0].wait() == 0, both[0].output()[-4000:]
+    assert read_json(folder / "summary.json")["world_size"] == 1
+    assert_same_student(folder, uninterrupted)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_a_signal_to_torchrun_saves_once(number, cache, uninterrupted, workshop):
+    """Every process saves the same step, torchrun ends with 1 (it keeps no exit status), and the run goes on."""
+    folder = workshop / "runs" / f"signal-{number.name}"
+    options = {**RUN, "train.epochs": 200}
+    words = make_words("distill", options, NPROC=2, **distill_words(cache, folder))
+    command = Command(words, ENV, workshop / f"{number.name}.log")
+    try:
+        command.until(lambda: trained(folder) >= 3)
+        agent = next(
+            child
+            for child in psutil.Process(command.process.pid).children(recursive=True)
+            if "torch.distributed.run" in child.cmdline() and child.name().startswith("python")
+        )
+        agent.send_signal(number)
+        command.wait(60)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(command.process.pid, signal.SIGKILL)
+    print(number.name, command.process.returncode, command.output()[-3000:])
+    assert command.output().count(f"{number.name}: saved at step") == 2  # said by each process
+    last = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoints/step-*"))
+    assert last == trained(folder)
