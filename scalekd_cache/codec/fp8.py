@@ -1,6 +1,6 @@
 """Features as 8-bit floats (E4M3) with group scales, for comparison with int8 at the same size.
 
-In and out: see `groups.py`. Invariant: a value is within 1/16 of itself, or within 2^-10 scales near zero.
+In and out: see `groups.py`. Invariant: a difference is within 1/16 of itself, or within 2^-10 scales near zero.
 """
 
 import torch
@@ -27,4 +27,6 @@ class Fp8Codec(GroupScaledCodec):
 
     def error_bound(self, features: Tensor) -> Tensor:
         """Half a step of a 4-bit significand, half a subnormal step, float32 rounding of quotient and product."""
-        return features.abs() * (2.0**-4 + 2.0**-22) + self.scale_of_values(features) * 2.0**-10
+        scales, means = self.scale_of_values(features)
+        rounding = (features.abs() + means.abs()) * 2.0**-22
+        return (features - means).abs() * 2.0**-4 + rounding + scales * 2.0**-10

@@ -1,7 +1,10 @@
-"""Features as small codes with one float16 scale for every 64 channels at each grid position.
+"""Features as small codes: differences from the channel's mean, one float16 scale for every 128 channels of a position.
 
-In and out: see `base.py`. A row: scales float16 (H*W, ceil(C/64)), codes (H*W, C), norms float16 (2, H*W).
+In and out: see `base.py`. A row: means float16 (C), scales float16 (H*W, ceil(C/128)), codes (H*W, C),
+norms float16 (2, H*W).
 Invariant: a scale is the group's largest magnitude over the largest code, rounded *up* in float16, so codes never clip.
+
+The mean of a channel over positions is most of a map of a plain ViT, and no loss looks at it: scales need not cover it.
 """
 
 from abc import abstractmethod
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from scalekd_cache.codec.base import RowCodec, as_bytes, fresh
 
-GROUP = 64
+GROUP = 128
 """Channels that share a scale."""
 
 
@@ -44,38 +47,45 @@ class GroupScaledCodec(RowCodec):
 
     @property
     def groups(self) -> int:
-        """Scales at a position; the last one covers fewer than 64 channels when C is not a multiple of 64."""
+        """Scales at a position; the last one covers fewer than 128 channels when C is not a multiple of 128."""
         return -(-self.channels // GROUP)
 
     @property
     def value_bytes(self) -> int:
-        return 2 * self.tokens * self.groups + self.code_bytes
+        return 2 * self.channels + 2 * self.tokens * self.groups + self.code_bytes
 
     def _scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> values in groups (B, T, G, 64), zero-padded, and float16 scales (B, T, G)."""
+        """(B, T, C) -> values in groups (B, T, G, 128), zero-padded, and float16 scales (B, T, G)."""
         padding = self.groups * GROUP - self.channels
         grouped = torch.nn.functional.pad(values, (0, padding)).view(*values.shape[:2], self.groups, GROUP)
         return grouped, round_up_to_float16(grouped.abs().amax(dim=3) / self.largest_code)
 
     def encode_values(self, values: Tensor) -> Tensor:
-        grouped, scales = self._scales(values)
+        means = values.mean(1, keepdim=True).to(torch.float16)
+        grouped, scales = self._scales(values - means.float())
         divisor = torch.where(scales > 0, scales.float(), 1.0)
         codes = (grouped / divisor[..., None]).flatten(2)[..., : self.channels]
-        return torch.cat((as_bytes(scales.flatten(1)), self.pack_codes(codes.flatten(1))), dim=1)
+        return torch.cat(
+            (as_bytes(means.flatten(1)), as_bytes(scales.flatten(1)), self.pack_codes(codes.flatten(1))), dim=1
+        )
 
     def decode_values(self, codes: Tensor) -> Tensor:
-        batch, split = len(codes), 2 * self.tokens * self.groups
-        scales = fresh(codes[:, :split]).view(torch.float16).float().view(batch, self.tokens, self.groups)
+        batch, start = len(codes), 2 * self.channels
+        split = start + 2 * self.tokens * self.groups
+        means = fresh(codes[:, :start]).view(torch.float16).float()
+        scales = fresh(codes[:, start:split]).view(torch.float16).float().view(batch, self.tokens, self.groups)
         values = self.unpack_codes(codes[:, split:]).view(batch, self.tokens, self.channels)
         if self.channels % GROUP == 0:
             values.view(batch, self.tokens, self.groups, GROUP).mul_(scales[..., None])
         else:
             values.mul_(scales.repeat_interleave(GROUP, dim=2)[..., : self.channels])
-        return values
+        return values.add_(means[:, None])
 
-    def scale_of_values(self, features: Tensor) -> Tensor:
-        """The scale of every value, (B, C, H, W) float32."""
+    def scale_of_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """The scale of every value, and the float16 mean of its channel: (B, C, H, W) and (B, C, 1, 1) float32."""
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels)
-        _, scales = self._scales(values)
+        means = values.mean(1, keepdim=True).to(torch.float16).float()
+        _, scales = self._scales(values - means)
         spread = scales.float().repeat_interleave(GROUP, dim=2)[..., : self.channels]
-        return spread.reshape(len(features), self.height, self.width, self.channels).permute(0, 3, 1, 2)
+        grid = spread.reshape(len(features), self.height, self.width, self.channels).permute(0, 3, 1, 2)
+        return grid, means.view(len(features), self.channels, 1, 1)
