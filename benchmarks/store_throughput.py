@@ -2,7 +2,7 @@
 
     python benchmarks/store_throughput.py [--folder DIR] [--records 512] [--views 4] [--repeats 5]
 
-Records as a default cache has them: 224 px JPEG of about 16 KB, 77,812 bytes of int8 Swin-L features, 1,004 bytes of
+Records as a default cache has them: 224 px JPEG of about 16 KB, 79,708 bytes of int8 Swin-L features, 1,004 bytes of
 logits, a view record. Every ratio compares two things done in turn in each repeat. Writes
 benchmarks/results/store-throughput.json and prints a Markdown table. Takes about a minute, 2 GB of disk.
 """

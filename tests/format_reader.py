@@ -193,10 +193,11 @@ def decode_features(codec, row):
         row, tail = row[: -4 * tokens], row[-4 * tokens :]
         norms = np.frombuffer(tail, "<f2").astype(np.float32).reshape(2, height, width)
     if codec["id"] == "int8":
-        groups = -(-channels // 64)
-        scales = np.frombuffer(row, "<f2", tokens * groups).astype(np.float32).reshape(tokens, groups)
-        codes = np.frombuffer(row, np.int8, tokens * channels, 2 * tokens * groups).reshape(tokens, channels)
-        values = codes * scales[:, np.arange(channels) // 64]
+        groups = -(-channels // 128)
+        means = np.frombuffer(row, "<f2", channels).astype(np.float32)
+        scales = np.frombuffer(row, "<f2", tokens * groups, 2 * channels).astype(np.float32).reshape(tokens, groups)
+        codes = np.frombuffer(row, np.int8, tokens * channels, 2 * channels + 2 * tokens * groups)
+        values = means + codes.reshape(tokens, channels) * scales[:, np.arange(channels) // 128]
     elif codec["id"] == "bfloat16":
         values = (np.frombuffer(row, "<u2").astype("<u4") << 16).view("<f4").reshape(tokens, channels)
     else:
