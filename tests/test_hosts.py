@@ -10,6 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from commands import (
     BIN,
     ENV,
@@ -102,9 +103,9 @@ RUN = {**TRAIN_OPTIONS, "train.epochs": 6, "train.checkpoint_steps": 2, "train.t
 
 @pytest.fixture(scope="module")
 def uninterrupted(workshop, cache):
-    """What one process gives that nobody disturbs."""
+    """What two processes on one machine give that nobody disturbs."""
     folder = workshop / "runs" / "hosts-alone"
-    run("distill", *distill_flags(cache, folder, **RUN))
+    run("distill", *distill_flags(cache, folder, **RUN), nproc=2)
     return folder
 
 
@@ -112,15 +113,16 @@ def distill_words(cache, folder):
     return {"STUDENT": STUDENT, "CACHE": cache, "RUN": folder}
 
 
-def assert_same_student(folder, expected):
+def assert_same_student(folder, expected, statistics=True):
+    """Losses of every step and exported weights; BatchNorm statistics depend on the number of processes."""
     assert_same_losses(folder, expected, 1e-4)
-    ours, theirs = (load_file(run / "export" / "model.safetensors") for run in (folder, expected))
+    ours, theirs = (load_file(one / "export" / "model.safetensors") for one in (folder, expected))
     assert ours.keys() == theirs.keys()
-    for name, value in theirs.items():
-        assert (ours[name].float() - value.float()).abs().max() < 1e-4 + 1e-3 * value.float().abs().max(), name
-    assert read_json(folder / "summary.json")["top1"] == pytest.approx(
-        read_json(expected / "summary.json")["top1"], abs=0.6
-    )
+    parts = ("running_mean", "running_var", "num_batches_tracked")
+    names = [name for name in theirs if statistics or not name.endswith(parts)]
+    assert len(names) > 30
+    for name in names:
+        torch.testing.assert_close(ours[name], theirs[name], rtol=1e-3, atol=1e-4, msg=name)
 
 
 def trained(folder):
@@ -238,7 +240,7 @@ def test_torchrun_starts_a_killed_process_again(stage, hosts, weights, cache, un
     hosts.kill(1)
     assert both[0].wait() == 0, both[0].output()[-4000:]
     assert read_json(folder / "summary.json")["world_size"] == 1
-    assert_same_student(folder, uninterrupted)
+    assert_same_student(folder, uninterrupted, statistics=False)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
