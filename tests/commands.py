@@ -8,7 +8,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+# One PATH for all, as the Makefile has it: two versions of ninja compile DeepSpeed's operator anew in turn.
+PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH}
 # What a launcher around the tests may have set is not for the processes started here.
 for name in (
     "RANK",

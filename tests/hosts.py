@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
-from commands import BIN, ENV, ROOT
+from commands import ENV, ROOT
 
 NAMES = ("a", "b")
 INTERFACE = "eth0"
@@ -87,7 +87,7 @@ class Hosts:
 
     def start(self, host: int, *words, **environment) -> Command:
         self.commands += 1
-        own = {"GLOO_SOCKET_IFNAME": INTERFACE, "PATH": f"{BIN}:{ENV['PATH']}", "PYTHONPATH": str(ROOT)}
+        own = {"GLOO_SOCKET_IFNAME": INTERFACE, "PYTHONPATH": str(ROOT)}
         named = ["unshare", "--uts", "sh", "-c", 'hostname "$0" && exec "$@"', self.names[host]]
         inside = ["ip", "netns", "exec", self.spaces[host], *named, *words]
         log = self.folder / f"host-{NAMES[host]}-{self.commands}.log"

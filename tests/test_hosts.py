@@ -12,7 +12,6 @@ import psutil
 import pytest
 import torch
 from commands import (
-    BIN,
     ENV,
     STUDENT,
     TRAIN_OPTIONS,
@@ -207,7 +206,7 @@ def ssh_between(hosts, folder):
     ssh.chmod(0o755)
     for host in range(2):
         hosts.start(host, "/usr/sbin/sshd", "-D", "-e", "-f", folder / "sshd_config")
-    return f"{folder / 'bin'}:{BIN}:{ENV['PATH']}"
+    return f"{folder / 'bin'}:{ENV['PATH']}"
 
 
 def workers(hosts, host, module):
