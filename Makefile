@@ -65,7 +65,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: bench-codec help install cache-teacher distill evaluate export import-upstream verify fetch costs test test-all lint format clean repair inspect
+.PHONY: bench-codec help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
 
 help: ## Show this help
 	@echo "Targets:"
@@ -161,6 +161,11 @@ repair: $(BASE) ## Make the damaged units of a cache again: CACHE=dir [DATA= TEA
 inspect: $(BASE) ## Show a cache or a record: CACHE=dir [KEY=key|INDEX=n] [VIEW=v] [OUT=file.jpg] [JSON=1]
 	@$(PY) -m pipelines.inspect_cache --cache "$(CACHE)" $(call option,KEY,key) $(call option,INDEX,index) \
 	  $(call option,VIEW,view) $(call option,PIXELS_FROM,pixels_from) $(call option,OUT,out) $(if $(JSON),--json true)
+
+prove: $(BASE) ## Ask the cache's teacher again, and compare gradients: CACHE=dir [STUDENT=name INIT=dir VIEWS=256]
+	@$(PY) -m pipelines.prove --cache "$(CACHE)" $(call option,STUDENT,student) $(call option,INIT,init) \
+	  $(call option,VIEWS,views) $(call option,RECIPE,recipe) $(call option,TEACHER_WEIGHTS,teacher_weights) \
+	  $(call option,PIXELS_FROM,pixels_from) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
 fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
 	@$(PY) -m pipelines.fetch --teacher "$(TEACHER)"

@@ -141,14 +141,14 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail, teacher, heads = None, None, None
     if train.targets != "none":
-        tail = _tail(cache, spec).to(process.device)
+        tail = tail_of(cache, spec).to(process.device)
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
     if config.init is not None and checkpoint is None:
         process.say("starting from " + ", ".join(load_start(config.init, student.model, heads)))
     if train.targets == "live":
-        teacher = _live_teacher(config, manifest, spec, process)
+        teacher = live_teacher(manifest, config.teacher_weights, process.device)
     loader = CacheLoader(
         cache,
         Order(num_samples=len(cache), block=train.shuffle_block, window=train.shuffle_window, seed=train.seed),
@@ -185,7 +185,7 @@ def kept_classifier(config: DistillConfig, cache: Cache, kept: LogitCodec, proce
     return load_classifier(kept.get_config(), cache.root).to(process.device)
 
 
-def _tail(cache: Cache, spec: TeacherSpec) -> Tail:
+def tail_of(cache: Cache, spec: TeacherSpec) -> Tail:
     """The teacher's tail, byte for byte the one the cache was made with."""
     file = cache.root / "tail.safetensors"
     if not file.exists() or fact_of(file).sha256 != cache.manifest.tail_sha256:
@@ -209,15 +209,25 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
     )
 
 
-def _live_teacher(config: DistillConfig, manifest: Manifest, spec: TeacherSpec, process: Process) -> Teacher:
-    """The whole teacher beside the student, checked to be the one of the cache."""
-    facts = manifest.teacher
+def live_teacher(
+    manifest: Manifest, weights: str | None, device: torch.device, precision: str | None = None
+) -> Teacher:
+    """The whole teacher of a cache.
+
+    Args:
+        manifest: the cache's.
+        weights: file of its weights (None: where stage 1 found them).
+        device: where it runs.
+        precision: its arithmetic (None: as stage 1's options say, so `auto` is the device's own).
+
+    Raises:
+        UserError: the weights are not there, or are those of another teacher.
+    """
+    spec, options = TeacherSpec.from_json(manifest.teacher["spec"]), manifest.teacher["config"]
+    options = {**options, "weights": weights or options["weights"], "precision": precision or options["precision"]}
     torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does, for a teacher of random weights
     teacher = load_teacher(
-        TeacherConfig(**{**facts["config"], "weights": config.teacher_weights or facts["config"]["weights"]}),
-        image_size=spec.image_size,
-        num_classes=spec.num_classes,
-        device=process.device,
+        TeacherConfig(**options), image_size=spec.image_size, num_classes=spec.num_classes, device=device
     )
     if teacher.spec.weights_sha256 != spec.weights_sha256:
         raise UserError(
