@@ -77,6 +77,7 @@ help: ## Show this help
 	@echo "  TEACHER_WEIGHTS=file.safetensors     its weights; default timm's pretrained ones (PRETRAINED=0: random)"
 	@echo "  RECIPE=name                          views and training (pipelines/recipes); default demo, or traditional"
 	@echo "  VIEWS=n  CODEC=int8|transform|...   views an image, feature codec (docs/CODECS.md)"
+	@echo "  CODEC=auto TARGET=ac-cosine:0.999    the smallest codec that meets it; or TARGET=bytes:20000, kl:0.01"
 	@echo "  STORE=webdataset|zarr  PIXELS=baked|replayed"
 	@echo "  PIXELS_FROM=dir                      share the pixels of that cache: store another codec's or teacher's targets only"
 	@echo "  CACHE=dir                            default caches/<data>"
@@ -115,8 +116,8 @@ cache-teacher: $(BASE) ## Stage 1: run the teacher once, keep views, features an
 	  --cache.path "$(CACHE)" --workers $(WORKERS) $(call option,PIXELS_FROM,cache.pixels_from) \
 	  $(call option,TEACHER,teacher.name) $(call option,TEACHER_WEIGHTS,teacher.weights) \
 	  $(if $(PRETRAINED),--teacher.pretrained $(if $(filter 0 false no,$(PRETRAINED)),false,true)) \
-	  $(call option,VIEWS,cache.num_views) $(call option,CODEC,cache.codec) $(call option,STORE,cache.backend) \
-	  $(call option,PIXELS,views.pixels) $(call option,STUDENT,student) $(CACHE_SET)
+	  $(call option,VIEWS,cache.num_views) $(call option,CODEC,cache.codec) $(call option,TARGET,cache.codec_target) \
+	  $(call option,STORE,cache.backend) $(call option,PIXELS,views.pixels) $(call option,STUDENT,student) $(CACHE_SET)
 
 cache-teacher: CACHE_SET = $(SET_OPTIONS)
 # A cache that shares pixels takes data set and recipe from the one that holds them, where they are not given.

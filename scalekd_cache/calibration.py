@@ -1,15 +1,16 @@
-"""Which codec a cache gets, and the fit of those that are fitted to their teacher.
+"""Which codec a cache gets: named, fitted to its teacher, or chosen by a target.
 
-In: options, source, teacher. Out: the codec; for fitted ones codec.safetensors in the cache's folder.
-Invariant: one process fits, once a cache: a job that continues takes the state that is there, so that all units of a
+In: options, source, teacher. Out: the codec; codec.json in the cache's folder, and codec.safetensors for one
+that is fitted.
+Invariant: one process fits or chooses, once a cache: a job that continues takes what is there, so that all units of a
 cache have one codec.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,29 +19,62 @@ from torch import Tensor
 
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.config import CacheTeacherConfig
+from scalekd_cache.config import CacheTeacherConfig, parse_target
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Peers
 from scalekd_cache.store.files import canonical_json, write_atomically
+from scalekd_cache.store.plan import NAME as PLAN
+from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.verify import MARK, MARK_FIELDS
 from scalekd_cache.teacher import Teacher
 from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, sample_view
 
 CALIBRATION_VIEWS = 512
 """First views that a codec is fitted to."""
-MARK = "codec.json"
+AUTO = "auto"
+
+
+class Settled(NamedTuple):
+    """A codec, and the table it was chosen from when the options left the choice open."""
+
+    codec: FeatureCodec
+    rows: list[dict[str, Any]]
 
 
 def calibrated_codec(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher
 ) -> FeatureCodec:
-    """The codec that the options name; rank 0 fits it when it needs a fit and the cache has none yet.
+    """The codec that the options name; rank 0 fits or chooses it when that is needed and the cache has none yet.
 
     Raises:
-        UserError: no such codec, or a state in the cache that is damaged or of another preset.
+        UserError: no such codec, a target that none meets, or a state in the cache that is damaged or of other options.
     """
-    name, noise, shape = config.cache.codec, config.cache.codec_noise, teacher.spec.feature_shape
+    check_codec_options(config)
+    name, root = config.cache.codec, Path(config.cache.path)
+    if name not in (*FITTED, AUTO):
+        return make_codec(name, teacher.spec.feature_shape)
+    if peers.process.rank == 0:
+        if not _is_settled(config, root, teacher):
+            _keep(config, root, settle(config, source, teacher, peers.process.device), teacher)
+        peers.announce("codec")
+    peers.wait("codec")
+    kept, asked = _kept(root), _preset(config)
+    if kept["preset"] != asked:
+        raise UserError(
+            "this cache's codec was fitted for another preset",
+            got=asked,
+            expected=kept["preset"],
+            where=root,
+            fix="use the codec, noise and target the cache was made with, or another folder (CACHE=...)",
+        )
+    return codec_from_config(kept["codec"], root)
+
+
+def check_codec_options(config: CacheTeacherConfig) -> None:
+    """UserError for a noise that is out of range or that the codec has no use for."""
+    name, noise = config.cache.codec, config.cache.codec_noise
     if not 0 <= noise <= 1 or (noise and name not in FITTED):
         raise UserError(
             "bad noise of a codec",
@@ -48,33 +82,60 @@ def calibrated_codec(
             expected=f"0 to 1, and 0 for codecs other than {', '.join(FITTED)}",
             where="cache.codec_noise",
         )
-    if name not in FITTED:
-        return make_codec(name, shape)
-    root = Path(config.cache.path)
-    if peers.process.rank == 0:
-        if not (root / MARK).exists():
-            _fit(config, root, source, teacher, peers.process.device)
-        peers.announce("codec")
-    peers.wait("codec")
+
+
+def codec_options(root: Path) -> dict[str, Any]:
+    """The options of stage 1 that a cache's codec was fitted or chosen by, as codec.json has them."""
+    preset = str(_kept(root)["preset"])
+    if preset.startswith(f"{AUTO}, "):
+        return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
+    name, _, noise = preset.partition(", noise ")
+    return {"codec": name, "codec_noise": float(noise or 0)}
+
+
+def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
+    """codec.json again, from the fields of a cache's fingerprint: the preset is the one of the codec's noise."""
+    from scalekd_cache.codec.transform_fit import PRESETS
+
+    codec = fields["codec"]
+    names = {noise: name for name, noise in PRESETS.items()}
+    preset = names.get(codec["noise"], f"transform, noise {codec['noise']:g}")
+    _write_mark(root, preset, fields["teacher"]["weights_sha256"], codec, [])
+
+
+def _write_mark(
+    root: Path, preset: str, teacher: str, codec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    content = {"preset": preset, "teacher": teacher, "codec": dict(codec), "chosen_from": list(rows)}
+    write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
+
+
+def _preset(config: CacheTeacherConfig) -> str:
+    noise, target = config.cache.codec_noise, config.cache.codec_target
+    if target is not None:
+        return f"{AUTO}, {parse_target(target).text}"
+    return f"{config.cache.codec}, noise {noise:g}" if noise else config.cache.codec
+
+
+def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
+    """Whether the cache has its codec; until there is a plan, that of another preset or teacher is replaced."""
+    planned = (root / PLAN).exists()
+    if not (root / MARK).exists():
+        # A repair takes the file of a damaged state away, and the same fit is made again.
+        if planned and read_plan(root).facts.codec.get("id") not in FITTED:
+            raise UserError("the cache was begun with a codec that is not fitted", got=_preset(config), where=root,
+                            fix="give the CODEC= it was made with, or choose another CACHE=")  # fmt: skip
+        return False
     kept = _kept(root)
-    asked = _preset(config)
-    if kept["preset"] != asked:
-        raise UserError(
-            "this cache's codec was fitted for another preset",
-            got=asked,
-            expected=kept["preset"],
-            where=root,
-            fix="use the codec and noise the cache was made with, or another folder (CACHE=...)",
-        )
-    return codec_from_config(kept["codec"], root)
+    return planned or (kept["preset"], kept["teacher"]) == (_preset(config), teacher.spec.weights_sha256)
 
 
 def _kept(root: Path) -> dict[str, Any]:
     """What codec.json says."""
     try:
         kept = json.loads((root / MARK).read_text(encoding="utf-8"))
-        if not isinstance(kept, dict) or set(kept) != {"preset", "codec"}:
-            raise ValueError("expected preset and codec")
+        if not isinstance(kept, dict) or set(kept) != MARK_FIELDS:
+            raise ValueError(f"expected {sorted(MARK_FIELDS)}")
     except (OSError, ValueError) as error:
         raise UserError(
             "the codec's file is missing or damaged", got=error, where=root / MARK, fix="restore it from a copy"
@@ -82,42 +143,35 @@ def _kept(root: Path) -> dict[str, Any]:
     return kept
 
 
-def write_mark(root: Path, codec: Mapping[str, Any]) -> None:
-    """codec.json again, from a codec's config: the preset is the one of its noise."""
-    from scalekd_cache.codec.transform_fit import PRESETS
+def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device) -> Settled:
+    """Fit, or choose, the codec on first views of images spread over the data set; nothing is written."""
+    from scalekd_cache.codec.transform_fit import PRESETS, fit
 
-    names = {noise: name for name, noise in PRESETS.items()}
-    preset = names.get(codec["noise"], f"transform, noise {codec['noise']:g}")
-    content = {"preset": preset, "codec": dict(codec)}
-    write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
-
-
-def fitted_preset(root: Path) -> tuple[str, float]:
-    """The preset and noise that a cache's codec was fitted for; noise 0 is the preset's own."""
-    name, _, noise = str(_kept(root)["preset"]).partition(", noise ")
-    return name, float(noise or 0)
-
-
-def _preset(config: CacheTeacherConfig) -> str:
-    noise = config.cache.codec_noise
-    return f"{config.cache.codec}, noise {noise:g}" if noise else config.cache.codec
-
-
-def _fit(
-    config: CacheTeacherConfig, root: Path, source: Source | PixelCache, teacher: Teacher, device: torch.device
-) -> None:
-    """Write the state, then the file that names it: a job killed between the two fits again."""
-    from scalekd_cache.codec.transform_fit import FILE, PRESETS, fit, state_bytes
-
-    print(f"fitting codec {config.cache.codec} to the teacher's features", flush=True)
+    name = config.cache.codec
+    print(f"{'choosing a codec by' if name == AUTO else f'fitting codec {name} to'} the teacher's features", flush=True)
     with torch.no_grad():
-        batches = _views(config, source)
-        features = torch.cat([teacher(batch.to(device)).features.cpu() for batch in batches])
-    codec = fit(features, config.cache.codec_noise or PRESETS[config.cache.codec])
+        outputs = [teacher(batch.to(device)) for batch in _views(config, source)]
+    features = torch.cat([output.features.cpu() for output in outputs])
+    if config.cache.codec_target is None:
+        return Settled(fit(features, config.cache.codec_noise or PRESETS[name]), [])
+    from scalekd_cache.codec_choice import choose, table
+
+    target = parse_target(config.cache.codec_target)
+    choice = choose(features, torch.cat([output.logits.cpu() for output in outputs]), teacher, target)
+    print(f"target {target.text}, measured on images that no codec was fitted to:", flush=True)
+    print(table(choice.rows, choice.chosen), flush=True)
+    return Settled(choice.codec, [row.to_json() for row in choice.rows])
+
+
+def _keep(config: CacheTeacherConfig, root: Path, settled: Settled, teacher: Teacher) -> None:
+    """Write the state, then the file that names it: a job killed between the two fits again."""
+    from scalekd_cache.codec.transform import TransformCodec
+    from scalekd_cache.codec.transform_fit import FILE, state_bytes
+
     root.mkdir(parents=True, exist_ok=True)
-    write_atomically(root / FILE, state_bytes(codec.state))
-    content = {"preset": _preset(config), "codec": codec.get_config()}
-    write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
+    if isinstance(settled.codec, TransformCodec):
+        write_atomically(root / FILE, state_bytes(settled.codec.state))
+    _write_mark(root, _preset(config), teacher.spec.weights_sha256, settled.codec.get_config(), settled.rows)
 
 
 def _views(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:

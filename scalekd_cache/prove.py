@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalekd_cache import __version__
 from scalekd_cache.cache_plan import library_versions
@@ -26,7 +26,7 @@ from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.fidelity import Summary, fidelity, summarise
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config import DistillConfig
-from scalekd_cache.distill import live_teacher, make_heads, tail_of
+from scalekd_cache.distill import kept_classifier, live_teacher, make_heads, tail_of
 from scalekd_cache.engine import DistillModel
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, MicroBatches, Slot
@@ -140,7 +140,8 @@ def prove_cache(config: DistillConfig, process: Process, views: int) -> Proof:
             fix="give more VIEWS=, or a smaller train.micro_batch_size",
         )
     model, tail = _student(config, cache, device)
-    compare = _Comparison(model, tail, teacher, data, config.train.seed)
+    classifier = kept_classifier(config, cache, data.logit_codec, process)
+    compare = _Comparison(model, tail, teacher, data, classifier, config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
     return _proof(config, cache, compare, micro)
@@ -163,8 +164,17 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
 class _Comparison:
     """Running sums over micro-batches: vectors of the size of the student, never one a micro-batch."""
 
-    def __init__(self, model: DistillModel, tail: Tail, teacher: Teacher, data: MicroBatches, seed: int) -> None:
-        self.model, self.tail, self.teacher, self.data, self.seed = model, tail, teacher, data, seed
+    def __init__(
+        self,
+        model: DistillModel,
+        tail: Tail,
+        teacher: Teacher,
+        data: MicroBatches,
+        classifier: nn.Linear | None,
+        seed: int,
+    ) -> None:
+        self.model, self.tail, self.teacher, self.data = model, tail, teacher, data
+        self.classifier, self.seed = classifier, seed
         self.parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() for parameter in self.parameters)
         device = self.parameters[0].device
@@ -180,7 +190,9 @@ class _Comparison:
             exact = make_codec("float32", self.data.codec.shape)  # as live targets are in training
             live = Targets(*exact.decode(exact.encode(features)), logits)
             decoded = self.data.codec.decode(batch.codes)
-            cached = Targets(decoded.features, decoded.norms, batch.logits)
+            cached = Targets(*decoded, batch.logits, self.data.logit_codec.partial)
+            if self.classifier is not None:
+                cached = Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
         self._targets(live, cached)
         one, other = self._gradient(batch, live), self._gradient(batch, cached)
         error = other - one
@@ -200,7 +212,8 @@ class _Comparison:
         close = fidelity(live.features, cached.features)._asdict()
         if live.logits.shape[1]:
             said, kept = live.logits.cpu().numpy(), cached.logits.cpu().numpy()
-            close["logit_kl"] = kl_divergence(said, kept)
+            if not cached.partial:  # of the classes that are not kept only the mass is known
+                close["logit_kl"] = kl_divergence(said, kept)
             close["logit_top1_agreement"] = (said.argmax(1) == kept.argmax(1)).astype(np.float64)
         for name, values in close.items():
             self.figures.setdefault(name, []).extend(values.tolist())

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.cache_teacher import cache_teacher
-from scalekd_cache.calibration import fitted_preset, write_mark
+from scalekd_cache.calibration import codec_options, write_mark
 from scalekd_cache.checking import check_deeply, manifest_or_none
 from scalekd_cache.config import CacheTeacherConfig, StoreConfig, ViewConfig, from_plain
 from scalekd_cache.errors import UserError
@@ -83,7 +83,7 @@ def repair_cache(
         _write_plan_again(root, found)
     units, facts = bad_units(problems), read_plan(root).facts
     if Part.MARK in parts:
-        write_mark(root, facts.fingerprint_fields["codec"])
+        write_mark(root, facts.fingerprint_fields)
     if parts & {Part.UNIT, Part.TAIL, Part.KEPT, Part.MANIFEST, Part.UNFINISHED}:
         config = config_of(facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers)
         _check_at_hand(config, root)
@@ -143,8 +143,7 @@ def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
     }
     options: dict[str, Any] = {"codec": fields["codec"]["id"], **kept.get(logits["id"], {})}
     if "state_sha256" in fields["codec"]:
-        name, noise = fitted_preset(root)
-        options |= {"codec": name, "codec_noise": noise}
+        options |= codec_options(root)
     return options
 
 

@@ -58,18 +58,27 @@ def fit(features: Tensor, noise: float) -> TransformCodec:
     Raises:
         UserError: too few views, or values that cannot be stored.
     """
+    return with_noise(fit_bases(features), features, noise)
+
+
+def fit_bases(features: Tensor) -> TransformState:
+    """What does not depend on the noise: mean and bases, by far the longest part of `fit`; its errors are those."""
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError("features cannot calibrate a codec", got=f"{len(features)} views", expected=">= 2, all finite")
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
-    plain = _codec(shape, _start(shape), noise)
-    mean = _mean(features)
-    plain = _codec(shape, plain.state._replace(mean=mean), noise)
+    plain = _codec(shape, _start(shape), 1.0)
+    plain = _codec(shape, plain.state._replace(mean=_mean(features)), 1.0)
     second_dc, second_ac = (torch.zeros(shape[0], shape[0], dtype=torch.float64) for _ in range(2))
     for batch in torch.split(features, BATCH):
         grid = plain.spectrum(batch, _scales(batch))
         second_dc += grid[:, 0].T @ grid[:, 0]
         second_ac += grid[:, 1:].flatten(0, 1).T @ grid[:, 1:].flatten(0, 1)
-    state = plain.state._replace(basis_dc=_basis(second_dc), basis_ac=_basis(second_ac))
+    return plain.state._replace(basis_dc=_basis(second_dc), basis_ac=_basis(second_ac))
+
+
+def with_noise(state: TransformState, features: Tensor, noise: float) -> TransformCodec:
+    """The coder of a noise, from bases that were fitted to the same maps."""
+    shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     codec = _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
     few = features[:: -(-len(features) // BATCH)].contiguous()
     records = codec.pack(codec.encode(few, torch.arange(len(few))).numpy())
@@ -155,7 +164,7 @@ def _bits(symbols: Tensor, per_byte: int) -> float:
 
 def huffman_bits(symbols: Tensor) -> float:
     """Mean length in bits of a Huffman code for these bytes: the sum of all inner nodes' weights."""
-    heap = [int(count) for count in torch.bincount(symbols.flatten().long()) if count]
+    heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
     heapq.heapify(heap)
     total = 0
     while len(heap) > 1:

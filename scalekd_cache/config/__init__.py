@@ -8,9 +8,11 @@ from scalekd_cache.config.base import fingerprint, flat, from_plain, require, to
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.target import CodecTarget, parse_target
 
 __all__ = [
     "CacheTeacherConfig",
+    "CodecTarget",
     "DataConfig",
     "DistillConfig",
     "OptimConfig",
@@ -24,6 +26,7 @@ __all__ = [
     "fingerprint",
     "flat",
     "from_plain",
+    "parse_target",
     "require",
     "to_plain",
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from scalekd_cache.config.base import require
+from scalekd_cache.config.target import parse_target
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +122,11 @@ class StoreConfig:
     backend: Literal["webdataset", "zarr"] = "webdataset"
     """File format of the shards."""
     codec: str = "int8"
-    """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8."""
+    """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
+    auto: the smallest that meets codec_target, chosen once, on views of this data set."""
+    codec_target: str | None = None
+    """What codec auto has to meet, in 99 % of views that no codec was fitted to: ac-cosine:0.999 (mean-removed cosine),
+    kl:0.01 (nats, through the teacher's own head); or bytes:20000, the closest codec of at most so many a view."""
     codec_noise: float = 0.0
     """Noise of a transform codec: its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's, 0.0018 or 0.06."""
     logits: Literal["dense", "top_k", "recomputed"] = "dense"
@@ -142,6 +147,14 @@ class StoreConfig:
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
         require(1 <= self.views_per_group <= 64, "cache.views_per_group", self.views_per_group, "1 to 64")
+        require(
+            (self.codec == "auto") == (self.codec_target is not None),
+            "cache.codec_target",
+            self.codec_target,
+            "TARGET=ac-cosine:0.999 (or bytes:20000, kl:0.01) with CODEC=auto, none with another codec",
+        )
+        if self.codec_target is not None:
+            parse_target(self.codec_target)
         require(1 <= self.samples_per_shard <= 65_536, "cache.samples_per_shard", self.samples_per_shard, "1 to 65,536")
 
 

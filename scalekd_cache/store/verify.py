@@ -22,6 +22,8 @@ from scalekd_cache.store.verify_unit import Examine, ExpectedUnit, Part, Problem
 
 UNITS = "units"
 MARK = "codec.json"
+MARK_FIELDS = {"preset", "teacher", "codec", "chosen_from"}
+"""What it holds: `calibration.py`."""
 """Which preset a codec was fitted for; only writers read it."""
 
 
@@ -206,7 +208,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
     if STATE in kept_files(expected.fields) and isinstance(root, Path):
         try:
             mark, _ = read_json(root / MARK, "the preset of the codec")
-            if set(mark) != {"preset", "codec"} or mark["codec"] != expected.fields["codec"]:
+            if set(mark) != MARK_FIELDS or mark["codec"] != expected.fields["codec"]:
                 yield Problem(MARK, None, "not the manifest's codec", Part.MARK)
         except UserError as error:
             yield Problem(MARK, None, str(error), Part.MARK)
