@@ -112,14 +112,19 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 cache-teacher: $(BASE) ## Stage 1: run the teacher once, keep views, features and logits
-	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1_OF) \
-	  --cache.path "$(CACHE)" --workers $(WORKERS) $(call option,PIXELS_FROM,cache.pixels_from) \
+	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1)
+
+plan: $(BASE) ## What a cache and its students will cost: DATA= TEACHER= VIEWS= CODEC= STUDENTS=8 EPOCHS=300 GPU=h100 JSON=1
+	@$(PY) -m pipelines.plan $(STAGE1) $(call option,STUDENTS,students) $(call option,EPOCHS,epochs) \
+	  $(call option,GPU,gpu) $(if $(JSON),--json true)
+
+STAGE1 = $(STAGE1_OF) --cache.path "$(CACHE)" --workers $(WORKERS) $(call option,PIXELS_FROM,cache.pixels_from) \
 	  $(call option,TEACHER,teacher.name) $(call option,TEACHER_WEIGHTS,teacher.weights) \
 	  $(if $(PRETRAINED),--teacher.pretrained $(if $(filter 0 false no,$(PRETRAINED)),false,true)) \
 	  $(call option,VIEWS,cache.num_views) $(call option,CODEC,cache.codec) $(call option,TARGET,cache.codec_target) \
 	  $(call option,STORE,cache.backend) $(call option,PIXELS,views.pixels) $(call option,STUDENT,student) $(CACHE_SET)
 
-cache-teacher: CACHE_SET = $(SET_OPTIONS)
+cache-teacher plan: CACHE_SET = $(SET_OPTIONS)
 # A cache that shares pixels takes data set and recipe from the one that holds them, where they are not given.
 STAGE1_OF = $(if $(PIXELS_FROM),$(call option,RECIPE,recipe) $(call option,DATA_GIVEN,data.source),\
   --recipe "$(or $(RECIPE),$(RECIPE_OF_DATA))" --data.source "$(DATA)")

@@ -11,6 +11,20 @@ from scalekd_cache.store.manifest import Manifest, read_manifest
 
 def main(argv: list[str]) -> None:
     """Parse the options of stage 1 and run it."""
+    section = stage1_section(argv)
+    config = parse(CacheTeacherConfig, "cache_teacher", argv, section, __doc__ or "")
+    student = None
+    if config.student:
+        training = recipe_section(config.recipe, "distill")
+        student = parse(DistillConfig, "distill", ["--student.name", config.student], training, "")
+    from scalekd_cache.cache_teacher import cache_teacher
+    from scalekd_cache.processes import this_process
+
+    cache_teacher(config, this_process(config.device), student)
+
+
+def stage1_section(argv: list[str]) -> dict[str, Any]:
+    """The recipe's options of stage 1, with those of the cache whose pixels are shared."""
     pixels_from = value_of(argv, "--cache.pixels_from")
     shared = read_manifest(Path(pixels_from)) if pixels_from else None
     recipe = value_of(argv, "--recipe") or (shared.recipe if shared else "demo")
@@ -20,15 +34,7 @@ def main(argv: list[str]) -> None:
             asked = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(recipe, "cache"), "").views
             check_recipe(shared.view_recipe, recipe, to_plain(asked), Path(pixels_from))
         section = _of_pixels(section, shared)
-    config = parse(CacheTeacherConfig, "cache_teacher", argv, section, __doc__ or "")
-    student = None
-    if config.student:
-        training = recipe_section(recipe, "distill")
-        student = parse(DistillConfig, "distill", ["--student.name", config.student], training, "")
-    from scalekd_cache.cache_teacher import cache_teacher
-    from scalekd_cache.processes import this_process
-
-    cache_teacher(config, this_process(config.device), student)
+    return section
 
 
 def _of_pixels(section: dict[str, Any], shared: Manifest) -> dict[str, Any]:

@@ -51,7 +51,7 @@ def make_plan(
 ) -> Job:
     """Everything that decides the cached bytes, and the units they come in."""
     root = Path(config.cache.path)
-    logit_codec = _logit_codec(config.cache, teacher, exact=codec.id == "float32")
+    logit_codec = logit_codec_of(config.cache, teacher, exact=codec.id == "float32")
     fields = {
         **_known_fields(config, process, source),
         "teacher": teacher.spec.to_json(),
@@ -121,7 +121,7 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
     return {"listing": listing_digest(source), "samples": len(source.samples)}
 
 
-def _logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
+def logit_codec_of(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
     """How logits are kept; a teacher without a classifier has none to keep."""
     classes = teacher.spec.num_classes
     if classes == 0 or config.logits == "dense":

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalekd_cache.config import ScaleKDConfig, StudentConfig
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.student import Student, build_student
-from scalekd_cache.tail import DEMO_TEACHER, build_tail, family_of, timm_name
+from scalekd_cache.tail import DEMO_TEACHER, Tail, build_tail, family_of, timm_name
 from scalekd_cache.teacher import demo_teacher_args, map_shape, run_with_taps
 from scalekd_cache.teacher_spec import Shape
 from scalekd_cache.zoo import check_name, create_timm_model, default_image_size
@@ -90,11 +90,11 @@ class PairCosts(NamedTuple):
         return (offline + self.teacher.forward) / offline
 
 
-class _Meta(NamedTuple):
+class MetaTeacher(NamedTuple):
     """A teacher on the meta device."""
 
     model: nn.Module
-    tail: Callable[[Tensor], Tensor]
+    tail: Tail
     tail_in: Shape
     tail_out: Shape
     params: int
@@ -115,7 +115,7 @@ def pair_costs(
     """
     config = config or ScaleKDConfig()
     with torch.device("meta"):
-        parts = _teacher(teacher, image_size, num_classes)
+        parts = meta_teacher(teacher, image_size, num_classes)
         learner = build_student(StudentConfig(name=student), num_classes=num_classes, image_size=image_size)
         heads = ScaleKDHeads(config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm)
         images = torch.empty(BATCH, 3, image_size, image_size)
@@ -128,7 +128,8 @@ def pair_costs(
         )
 
 
-def _teacher(name: str, image_size: int, num_classes: int) -> _Meta:
+def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
+    """A teacher of these classes; call it under `torch.device("meta")`."""
     timm = timm_name(name)
     check_name(timm, "teacher")
     args: dict[str, Any] = demo_teacher_args() if name == DEMO_TEACHER else {}
@@ -139,7 +140,7 @@ def _teacher(name: str, image_size: int, num_classes: int) -> _Meta:
     taps = run_with_taps(model, ends, torch.empty(1, 3, image_size, image_size))
     before, after = map_shape(taps.before, ends, ends.unrolled[0]), map_shape(taps.after, ends, ends.unrolled[1])
     tail = build_tail(model, name, before, after)
-    return _Meta(model, tail, before, after, _params(model), _params(tail))
+    return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
 
 
 def _params(module: nn.Module) -> int:
@@ -186,7 +187,7 @@ def _map_cost(name: str, params: int, run: Callable[..., Tensor], *inputs: Tenso
     return Part(name, params, forward, _flops(lambda: outputs[0].sum().backward()))  # type: ignore[no-untyped-call]
 
 
-def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: _Meta) -> list[Part]:
+def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher) -> list[Part]:
     def leaf(shape: Shape) -> Tensor:
         return torch.empty(BATCH, *shape, requires_grad=True)
 

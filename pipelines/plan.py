@@ -1,0 +1,55 @@
+"""What a cache and its students will cost, before anything runs (`make plan DATA= TEACHER= VIEWS= CODEC=`)."""
+
+import json
+from dataclasses import dataclass
+
+from pipelines.cache_teacher import stage1_section
+from pipelines.command import parse, recipe_section, run
+from scalekd_cache.config import CacheTeacherConfig, DistillConfig, require
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig(CacheTeacherConfig):
+    """Options of `plan`: all of stage 1's, and these."""
+
+    students: int = 8
+    """Students that are going to be trained from the cache."""
+    epochs: int | None = None
+    """Passes over the data for each (None: the recipe's)."""
+    gpu: str = "h100"
+    """Kind of GPU that hours are given for: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
+    json: bool = False
+    """Print JSON."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.students > 0, "students", self.students, "> 0")
+        require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
+
+
+def main(argv: list[str]) -> int:
+    """Print the forecast; exit status 1 when the cache does not fit on the disk."""
+    section = stage1_section(argv)
+    config = parse(PlanConfig, "plan", argv, section, __doc__ or "")
+    training = parse(
+        DistillConfig, "distill", ["--student.name", config.student or "resnet50"],
+        recipe_section(config.recipe, "distill"), "",
+    )  # fmt: skip
+    from scalekd_cache.forecast import describe
+    from scalekd_cache.planning import forecast
+    from scalekd_cache.processes import this_process
+
+    found = forecast(
+        config,
+        training,
+        this_process(config.device),
+        students=config.students,
+        epochs=config.epochs or training.train.epochs,
+        gpu=config.gpu,
+    )
+    print(json.dumps(found.to_json()) if config.json else describe(found))
+    return 0 if found.total_bytes <= found.free_bytes else 1
+
+
+if __name__ == "__main__":
+    run(main)
