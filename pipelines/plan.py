@@ -1,6 +1,8 @@
 """What a cache and its students will cost, before anything runs (`make plan DATA= TEACHER= VIEWS= CODEC=`)."""
 
+import contextlib
 import json
+import sys
 from dataclasses import dataclass
 
 from pipelines.cache_teacher import stage1_section
@@ -39,14 +41,15 @@ def main(argv: list[str]) -> int:
     from scalekd_cache.planning import forecast
     from scalekd_cache.processes import this_process
 
-    found = forecast(
-        config,
-        training,
-        this_process(config.device),
-        students=config.students,
-        epochs=config.epochs or training.train.epochs,
-        gpu=config.gpu,
-    )
+    with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # what a fit says is not JSON
+        found = forecast(
+            config,
+            training,
+            this_process(config.device),
+            students=config.students,
+            epochs=config.epochs or training.train.epochs,
+            gpu=config.gpu,
+        )
     print(json.dumps(found.to_json()) if config.json else describe(found))
     return 0 if found.total_bytes <= found.free_bytes else 1
 

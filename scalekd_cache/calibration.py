@@ -6,7 +6,6 @@ Invariant: one process fits or chooses, once a cache: a job that continues takes
 cache have one codec.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -24,9 +23,11 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Peers
-from scalekd_cache.store.files import canonical_json, write_atomically
+from scalekd_cache.store.base import damaged
+from scalekd_cache.store.files import read_json, write_atomically
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.sealed import sealed, unsealed
 from scalekd_cache.store.verify import MARK, MARK_FIELDS
 from scalekd_cache.teacher import Teacher
 from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, sample_view
@@ -98,6 +99,9 @@ def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
     from scalekd_cache.codec.transform_fit import PRESETS
 
     codec = fields["codec"]
+    if "noise" not in codec:  # one that was chosen and is not fitted: its name is enough
+        (root / MARK).unlink(missing_ok=True)
+        return
     names = {noise: name for name, noise in PRESETS.items()}
     preset = names.get(codec["noise"], f"transform, noise {codec['noise']:g}")
     _write_mark(root, preset, fields["teacher"]["weights_sha256"], codec, [])
@@ -107,7 +111,7 @@ def _write_mark(
     root: Path, preset: str, teacher: str, codec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     content = {"preset": preset, "teacher": teacher, "codec": dict(codec), "chosen_from": list(rows)}
-    write_atomically(root / MARK, (canonical_json(content) + "\n").encode())
+    write_atomically(root / MARK, sealed(content))
 
 
 def _preset(config: CacheTeacherConfig) -> str:
@@ -132,14 +136,9 @@ def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> boo
 
 def _kept(root: Path) -> dict[str, Any]:
     """What codec.json says."""
-    try:
-        kept = json.loads((root / MARK).read_text(encoding="utf-8"))
-        if not isinstance(kept, dict) or set(kept) != MARK_FIELDS:
-            raise ValueError(f"expected {sorted(MARK_FIELDS)}")
-    except (OSError, ValueError) as error:
-        raise UserError(
-            "the codec's file is missing or damaged", got=error, where=root / MARK, fix="restore it from a copy"
-        ) from error
+    kept = unsealed(*read_json(root / MARK, "the codec's file"), root / MARK)
+    if set(kept) != MARK_FIELDS:
+        raise damaged("the codec's file has other fields", sorted(kept), sorted(MARK_FIELDS), root / MARK)
     return kept
 
 
@@ -171,6 +170,8 @@ def _keep(config: CacheTeacherConfig, root: Path, settled: Settled, teacher: Tea
     root.mkdir(parents=True, exist_ok=True)
     if isinstance(settled.codec, TransformCodec):
         write_atomically(root / FILE, state_bytes(settled.codec.state))
+    else:
+        (root / FILE).unlink(missing_ok=True)  # of a fit for other options that never got a plan
     _write_mark(root, _preset(config), teacher.spec.weights_sha256, settled.codec.get_config(), settled.rows)
 
 

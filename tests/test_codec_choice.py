@@ -7,11 +7,12 @@ import torch
 from small_cache import CPU, make, options, shared_weights, unit_files
 
 from scalekd_cache.cache_teacher import cache_teacher
+from scalekd_cache.calibration import codec_options, write_mark
 from scalekd_cache.codec import codec_from_config, transform_fit
 from scalekd_cache.codec_choice import choose, table
 from scalekd_cache.config import StoreConfig, TeacherConfig, parse_target
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.verify import MARK
+from scalekd_cache.store.verify import MARK, verify_cache
 from scalekd_cache.teacher import load_teacher
 
 
@@ -129,9 +130,26 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     assert before.items() <= unit_files(root).items()
     assert grown.manifest.codec == cache.manifest.codec
     codec_from_config(grown.manifest.codec, root)
+    assert verify_cache(root) == []
+    assert codec_options(root) == {"codec": "auto", "codec_target": "ac-cosine:0.99"}  # what a repair goes by
     for other in ("ac-cosine:0.98", "bytes:900"):
         with pytest.raises(UserError, match="another preset"):
             cache_teacher(options(root, shared_weights(), cache={**auto, "codec_target": other}), CPU)
+
+
+def test_a_chosen_codec_that_is_not_fitted(tmp_path):
+    root = tmp_path / "cache"
+    auto = {"codec": "auto", "codec_target": "ac-cosine:0.99999999", "num_views": 1}
+    cache = make(root, shared_weights(), cache=auto)
+    assert cache.manifest.codec["id"] == "float32"
+    assert not (root / "codec.safetensors").exists()
+    assert verify_cache(root) == []
+    make(root, shared_weights(), cache=auto)
+    make(root, shared_weights(), cache={"codec": "float32", "num_views": 1})  # by its name, too
+    (root / MARK).write_bytes((root / MARK).read_bytes().replace(b"auto", b"aut0"))
+    assert [problem.where for problem in verify_cache(root)] == [MARK]
+    write_mark(root, cache.manifest.fingerprint_fields)
+    assert verify_cache(root) == []
 
 
 def test_a_cache_of_a_named_codec_gets_no_other(tmp_path):

@@ -149,7 +149,7 @@ def test_the_command(tmp_path, capsys):
         "resnet10t", "--cache.path", str(tmp_path / "cache"), "--gpu", "a100",
     ]  # fmt: skip
     assert command.main([*words, "--json", "true"]) == 0
-    fields = json.loads(capsys.readouterr().out.splitlines()[-1])
+    fields = json.loads(capsys.readouterr().out)
     assert (fields["images"], fields["epochs"], fields["gpu"], fields["students"]) == (40, 2, "a100", 8)
     with pytest.raises(UserError, match="students is out of range"):
         command.main([*words, "--students", "0"])

@@ -1,4 +1,4 @@
-"""JSON files that carry their own checksum: manifest.json and plan.json, which no other file's hash covers.
+"""JSON files that carry their own checksum: manifest.json, plan.json and codec.json, which no other file's hash covers.
 
 In: an object, or a file's bytes. Out: a file whose last field, `self_sha256`, is the sha256 of the whole file with 64
 zeros in that place; or the object again. Invariant: any changed byte of such a file, white space included, is noticed.

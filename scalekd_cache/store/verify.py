@@ -17,14 +17,14 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan
 from scalekd_cache.store.remote import RemotePath, open_anew
+from scalekd_cache.store.sealed import unsealed
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.store.verify_unit import Examine, ExpectedUnit, Part, Problem, hash_problem, unit_problems
 
 UNITS = "units"
 MARK = "codec.json"
+"""What a codec was fitted for or chosen by; only writers read it (`calibration.py`)."""
 MARK_FIELDS = {"preset", "teacher", "codec", "chosen_from"}
-"""What it holds: `calibration.py`."""
-"""Which preset a codec was fitted for; only writers read it."""
 
 
 class Expected(NamedTuple):
@@ -205,9 +205,9 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
             yield Problem(name, None, "missing", Part.KEPT)
         elif deep and (what := hash_problem(root / name, digest, "manifest")):
             yield Problem(name, None, what, Part.KEPT)
-    if STATE in kept_files(expected.fields) and isinstance(root, Path):
+    if isinstance(root, Path) and (STATE in kept_files(expected.fields) or (root / MARK).exists()):
         try:
-            mark, _ = read_json(root / MARK, "the preset of the codec")
+            mark = unsealed(*read_json(root / MARK, "the preset of the codec"), root / MARK)
             if set(mark) != MARK_FIELDS or mark["codec"] != expected.fields["codec"]:
                 yield Problem(MARK, None, "not the manifest's codec", Part.MARK)
         except UserError as error:
@@ -220,7 +220,7 @@ def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Itera
     if expected is None or expected.tail_sha256 != "":
         known.add(TAIL)
     kept = {} if expected is None else kept_files(expected.fields)
-    known |= {*kept, *([MARK] if STATE in kept else [])}
+    known |= {*kept, MARK}
     units = None if expected is None else {unit_folder(root, *unit.place).name for unit in expected.units}
     for folder, names in ((root, known), (root / UNITS, units)):
         for path in sorted(folder.iterdir()) if folder.is_dir() else []:
