@@ -69,16 +69,16 @@ def test_bytes_on_the_demo(tmp_path, cache):
 
 def test_bytes_of_photographs_at_224(tmp_path):
     pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
-    for number in range(24):
-        left, top = 8 * number, 4 * number
-        side = 150 + 5 * number
+    for number in range(16):
+        left, top = 12 * number, 6 * number
+        side = 150 + 8 * number
         crop = pictures[number % 2].crop((left % 300, top % 170, left % 300 + side, top % 170 + side))
         write(tmp_path / "data" / "train" / "ab"[number % 2] / f"{number}.jpg", encoded(crop, "JPEG", quality=90))
     changes = {
         "data": {"source": str(tmp_path / "data")},
         "views": {"size": 224, "crop_scale": (0.08, 1.0)},
         "teacher": {"name": "vit_tiny_patch16_224", "pretrained": False, "weights": None},
-        "cache": {"samples_per_shard": 16},
+        "cache": {"samples_per_shard": 8},
     }
     found = plan_of(options(tmp_path / "cache", None, **changes))
     cache = make(tmp_path / "cache", None, **changes)

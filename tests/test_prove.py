@@ -11,6 +11,7 @@ from pipelines import prove as command
 from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.prove import prove_cache
+from scalekd_cache.store import write_manifest
 
 TRAIN = TrainConfig(global_batch_size=32, micro_batch_size=8)
 
@@ -74,8 +75,7 @@ def test_targets_that_were_changed_are_found(tmp_path, monkeypatch):
     cache = make(tmp_path / "cache", shared_weights())
     monkeypatch.undo()
     fidelity = {name: {**row, "p1": 0.999} for name, row in cache.manifest.fidelity.items()}
-    manifest = json.loads((cache.root / "manifest.json").read_text())
-    (cache.root / "manifest.json").write_text(json.dumps({**manifest, "fidelity": fidelity}))
+    write_manifest(cache.root, dataclasses.replace(cache.manifest, fidelity=fidelity))
     proof = prove(cache.root, views=32)
     assert not proof.holds
     assert proof.gradient_cosine < 0.99
