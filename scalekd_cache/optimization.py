@@ -44,6 +44,7 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer runs offloaded too
         "torch_autocast": {"enabled": low, "dtype": "bfloat16"},
         "steps_per_print": 10**9,
     }

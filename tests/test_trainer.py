@@ -1,6 +1,7 @@
 """The trainer at ZeRO 0 in this process, and at all stages in another one."""
 
 import dataclasses
+import json
 import math
 import os
 import subprocess
@@ -158,6 +159,25 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(processes, tmp_path):
     expected = whole.student_state()
     for name, value in resumed.student_state().items():
         torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_optimizer_on_the_cpu_trains_saves_and_resumes_alike(processes, tmp_path):
+    """ZeRO 2 with a DeepSpeed JSON that offloads the optimizer; what it saved goes on without any ZeRO."""
+    file = tmp_path / "offload.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    optim = {"lr": 2e-4}
+    offload = config_of(train={"zero": 2, "deepspeed": str(file)}, optim=optim)
+    expected = finish(trainer_of(config_of(optim=optim))).column("loss")
+    trainer, lines = trainer_of(offload), Lines()
+    for step in trainer.train(lines):
+        if step == STEPS:
+            trainer.save(tmp_path)
+    assert trainer.engine.optimizer.cpu_offload
+    assert lines.column("loss") == pytest.approx(expected, rel=1e-3)
+    for config in (offload, config_of(optim=optim)):
+        assert finish(trainer_of(config, tmp_path)).column("loss") == pytest.approx(
+            lines.column("loss")[STEPS:], rel=1e-5
+        )
 
 
 def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
