@@ -5,6 +5,7 @@ import pytest
 from commands import TRAIN_OPTIONS, cache_flags, distill_flags, make, run
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
     """With several test processes: a file stays in one, and so do all tests of the session's caches and runs."""
     for item in items:
