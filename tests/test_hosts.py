@@ -1,6 +1,5 @@
 """Both stages on two machines (network namespaces): by torchrun and by deepspeed, with one of them lost on the way."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -70,7 +69,8 @@ def untouched(workshop, weights):
 
 
 def assert_same_cache(folder, untouched):
-    found = file_bytes(folder)
+    """Temporary files that a killed process of another host left stay: there is no proof that they are nobody's."""
+    found = {name: value for name, value in file_bytes(folder).items() if ".tmp-" not in name}
     assert found.keys() == untouched.keys()
     assert [name for name in found if found[name] != untouched[name] and name != "plan.json"] == []
 
@@ -243,24 +243,20 @@ def test_torchrun_starts_a_killed_process_again(stage, hosts, weights, cache, un
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_to_torchrun_saves_once(number, cache, uninterrupted, workshop):
-    """Every process saves the same step, torchrun ends with 1 (it keeps no exit status), and the run goes on."""
+def test_a_signal_to_torchrun_saves_once(number, cache, workshop):
+    """One checkpoint of the same step for all processes; torchrun does not hand on their exit status."""
     folder = workshop / "runs" / f"signal-{number.name}"
     options = {**RUN, "train.epochs": 200}
     words = make_words("distill", options, NPROC=2, **distill_words(cache, folder))
     command = Command(words, ENV, workshop / f"{number.name}.log")
     try:
         command.until(lambda: trained(folder) >= 3)
-        agent = next(
-            child
-            for child in psutil.Process(command.process.pid).children(recursive=True)
-            if "torch.distributed.run" in child.cmdline() and child.name().startswith("python")
-        )
+        family = psutil.Process(command.process.pid).children(recursive=True)
+        (agent,) = [one for one in family if one.cmdline()[1:3] == ["-m", "torch.distributed.run"]]
         agent.send_signal(number)
         command.wait(60)
     finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(command.process.pid, signal.SIGKILL)
+        command.end()
     print(number.name, command.process.returncode, command.output()[-3000:])
     assert command.output().count(f"{number.name}: saved at step") == 2  # said by each process
     last = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoints/step-*"))
