@@ -205,7 +205,7 @@ def test_terms_are_weighted_and_summed() -> None:
     logits, labels, maps, targets = batch_of(5)
     config = ScaleKDConfig(logit_weight=0.3, temperature=2.0, frequency_weight_s3=0.01, frequency_weight_s4=0.02)
     terms = distillation_losses(config, TrainConfig(label_smoothing=0.1), logits, labels, maps, targets)
-    features, norms, teacher = targets
+    features, norms, teacher, _ = targets
     want = [
         0.7 * F.cross_entropy(logits, labels, label_smoothing=0.1),
         logit_loss(logits, teacher, temperature=2.0, weight=0.3),
