@@ -262,7 +262,7 @@ class CacheLoader:
         loader = DataLoader(
             self._dataset,
             batch_size=None,
-            sampler=_SlotSampler(self._slots()),
+            sampler=self._slots(),
             num_workers=self._workers,
             pin_memory=self._pin_memory,
             prefetch_factor=4 if self._workers else None,
@@ -304,16 +304,6 @@ class CacheLoader:
             "window": self.order.window,
             "global_batch": self.global_batch,
         }
-
-
-class _SlotSampler:
-    """A sampler over slots that are made as they are needed."""
-
-    def __init__(self, slots: Iterator[Slot]) -> None:
-        self._slots = slots
-
-    def __iter__(self) -> Iterator[Slot]:
-        return self._slots
 
 
 def _one_thread(_: int) -> None:

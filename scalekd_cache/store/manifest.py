@@ -21,7 +21,7 @@ from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES,
 from scalekd_cache.store.files import canonical_json, read_json, write_atomically
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files
-from scalekd_cache.store.sealed import sealed, unsealed
+from scalekd_cache.store.sealed import check_version, sealed, unsealed
 from scalekd_cache.store.sidecar import (
     HEX64,
     UnitInfo,
@@ -222,14 +222,7 @@ def read_manifest(root: StoredPath) -> Manifest:
 
 
 def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            "this version does not read the cache's format",
-            got=fields.get("format_version"),
-            expected=FORMAT_VERSION,
-            where=path,
-            fix="use the version of scalekd-cache that wrote the cache",
-        )
+    check_version(fields, path)
     fields = unsealed(fields, data, path)
     check_fields(fields, Manifest, path)
     units = [_unit_row(row, path) for row in fields["units"]]

@@ -10,12 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, damaged
 from scalekd_cache.store.files import read_json, write_atomically
 from scalekd_cache.store.manifest import ManifestFacts, names_pixels
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.sealed import sealed, unsealed
+from scalekd_cache.store.sealed import check_version, sealed, unsealed
 from scalekd_cache.store.sidecar import HEX64
 
 NAME = "plan.json"
@@ -49,14 +48,7 @@ def read_plan(root: StoredPath) -> Plan:
     """
     path = root / NAME
     fields, data = read_json(path, "the cache's plan")
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            "this version does not read the cache's format",
-            got=fields.get("format_version"),
-            expected=FORMAT_VERSION,
-            where=path,
-            fix="use the version of scalekd-cache that wrote the cache",
-        )
+    check_version(fields, path)
     fields = unsealed(fields, data, path)
     expected = {field.name: field.type for field in dataclasses.fields(ManifestFacts)}
     wrong = sorted(fields.keys() ^ {*expected, "format_version"})
