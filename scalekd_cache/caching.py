@@ -5,9 +5,10 @@ teacher and the codec, never on which rank made it; what is committed is never t
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from scalekd_cache.drawing import Drawn, Unit, draw_units
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source
 from scalekd_cache.pixel_cache import PixelCache
-from scalekd_cache.store import Record, UnitWriter
+from scalekd_cache.store import CommitQueue, Record, UnitWriter
 from scalekd_cache.teacher import Teacher
 
 
@@ -60,29 +61,30 @@ class Stage(NamedTuple):
 def make_units(
     stage: Stage, units: Sequence[Unit], claims: Iterator[int], workers: int, done: Callable[[Unit], None]
 ) -> None:
-    """Make the claimed units and commit each.
+    """Make the claimed units and commit each, while the next one is being made.
 
     Args:
         stage: what units are made with.
         units: all units of the cache.
         claims: numbers of the units that this process shall make; asked for one at a time, as late as possible.
         workers: processes that draw views.
-        done: called after a unit is committed.
+        done: called after a unit is committed, with the one after it filled.
     """
     drawn_in_turn = draw_units(stage.source, stage.views, units, claims, workers)
-    for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
-        make_unit(stage, units[number], drawn)
-        done(units[number])
+    with CommitQueue() as commits:
+        for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
+            writer, figures = fill_unit(stage, units[number], drawn)
+            commits.put(writer, figures, partial(done, units[number]))
 
 
-def make_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> bool:
-    """Run one unit through the teacher and the codecs into the store.
+def fill_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> tuple[UnitWriter, dict[str, Any]]:
+    """Run one unit through the teacher and the codecs into a writer.
 
     Returns:
-        False when another process committed the same unit first.
+        The writer and the unit's fidelity: `writer.commit(fidelity)` is left to do. After an error nothing is there.
     """
     figures: dict[str, list[float]] = {}
-    with UnitWriter(
+    writer = UnitWriter(
         stage.root,
         backend=stage.backend,
         group=unit.group,
@@ -92,7 +94,8 @@ def make_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> bool:
         views=unit.views,
         fingerprint=stage.fingerprint,
         versions=stage.versions,
-    ) as writer:
+    )
+    try:
         batch: list[Drawn] = []
         for item in drawn:
             if item.reason:
@@ -104,7 +107,10 @@ def make_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> bool:
                 batch = []
         if batch:
             _append_batch(stage, unit, writer, batch, figures)
-        return writer.commit(summarise(figures))
+    except BaseException:
+        writer.abort()
+        raise
+    return writer, summarise(figures)
 
 
 def _append_batch(

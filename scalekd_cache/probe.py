@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalekd_cache.caching import Stage, make_unit, unit_ranges
+from scalekd_cache.caching import Stage, fill_unit, unit_ranges
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config import CacheTeacherConfig
@@ -94,7 +94,9 @@ def probe(
         )  # fmt: skip
         started = time.perf_counter()
         with torch.no_grad():
-            make_unit(stage, Unit(group=0, range_id=0, positions=range(len(drawn)), views=views), iter(drawn))
+            unit = Unit(group=0, range_id=0, positions=range(len(drawn)), views=views)
+            writer, figures = fill_unit(stage, unit, iter(drawn))
+            writer.commit(figures)
         teacher_s = (time.perf_counter() - started) / (len(drawn) * len(views))
         with UnitWriter(Path(folder), backend=config.cache.backend, group=0, range_id=1, start=0, stop=1, views=views,
                         fingerprint="0" * 64) as writer:  # fmt: skip

@@ -4,6 +4,7 @@ In: records. Out: the same records, or an error. Invariant: importing this packa
 """
 
 from scalekd_cache.store.base import BACKENDS, Record
+from scalekd_cache.store.commit_queue import CommitQueue
 from scalekd_cache.store.manifest import (
     Manifest,
     ManifestFacts,
@@ -22,6 +23,7 @@ from scalekd_cache.store.verify_unit import Problem
 __all__ = [
     "BACKENDS",
     "Cache",
+    "CommitQueue",
     "Ledger",
     "Leftover",
     "Manifest",

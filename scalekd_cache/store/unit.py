@@ -41,7 +41,7 @@ from scalekd_cache.store.files import (
 from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 
-READ_BACK_RECORDS = 8
+READ_BACK_RECORDS = 32
 """Records of one call of the reader: a buffer that is freed before the next one stays in the processor's cache."""
 COMMIT_THREADS = 4
 """Shards of a unit that are fsynced and read back at a time."""

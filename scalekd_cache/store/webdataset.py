@@ -121,41 +121,40 @@ class Reader(ShardReader):
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
         """Records of these rows, in this order."""
         descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
-        runs = list(self._runs(rows.tolist()))
-        sizes = [self._end(run[-1]) - self._rows[run[0]][0] for run in runs]
-        buffer: Any = np.empty(sum(sizes), np.uint8)  # one a call: malloc gives the same pages to the next one
         records: list[Record] = []
         try:
-            for run, size in zip(runs, sizes, strict=True):
-                records += self._read_run(descriptor, run, buffer[:size])
-                buffer = buffer[size:]
+            for run in self._runs(rows.tolist()):
+                self._read_run(descriptor, run, records)
         finally:
             if descriptor != self._kept:
                 os.close(descriptor)
         return records
 
-    def _runs(self, rows: list[int]) -> Iterator[list[int]]:
+    def _runs(self, rows: list[int]) -> Iterator[range]:
         """Rows in the order given, cut where the next one is not the neighbour, or the run grows too long."""
-        run: list[int] = []
-        for row in rows:
-            if run and (row != run[-1] + 1 or self._end(row) - self._rows[run[0]][0] > RUN_BYTES):
-                yield run
-                run = []
-            run.append(row)
-        if run:
-            yield run
+        if not rows:
+            return
+        first = previous = rows[0]
+        for row in rows[1:]:
+            if row != previous + 1 or self._end(row) - self._rows[first][0] > RUN_BYTES:
+                yield range(first, previous + 1)
+                first = row
+            previous = row
+        yield range(first, previous + 1)
 
     def _end(self, row: int) -> int:
         """Where a record ends: its features are last (the index was checked for that)."""
         return self._rows[row][2] + self._rows[row][5]
 
-    def _read_run(self, descriptor: int, run: list[int], buffer: Any) -> list[Record]:
+    def _read_run(self, descriptor: int, run: range, records: list[Record]) -> None:
         start = self._rows[run[0]][0]
-        found = os.preadv(descriptor, [buffer], start)
-        if found != len(buffer):
-            raise damaged("a shard ends early", f"{found} bytes", len(buffer), self.where, self.keys[run[0]])
-        shown = memoryview(buffer).toreadonly()
-        return [self._record(row, buffer, shown, start) for row in run]
+        size = self._end(run[-1]) - start
+        data = os.pread(descriptor, size, start)  # bytes of their own: a buffer for the whole call was a half slower
+        if len(data) != size:
+            raise damaged("a shard ends early", f"{len(data)} bytes", size, self.where, self.keys[run[0]])
+        buffer, shown = np.frombuffer(data, np.uint8), memoryview(data)
+        for row in run:
+            records.append(self._record(row, buffer, shown, start))
 
     def _record(self, row: int, buffer: NDArray[np.uint8], shown: memoryview, start: int) -> Record:
         """A record out of the buffer that holds the tar from `start`; `shown` is the same memory, read-only."""
