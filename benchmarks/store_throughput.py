@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from scalekd_cache.store import BACKENDS, Record, UnitWriter, unit_folder
+from scalekd_cache.store import BACKENDS, CommitQueue, Record, UnitWriter, unit_folder
 from scalekd_cache.store.base import ShardId, shard_reader
 from scalekd_cache.store.files import canonical_json, fact_of
 from scalekd_cache.store.index import load_index
@@ -35,6 +35,8 @@ from scalekd_cache.store.zarr_read import ShardedArray
 RESULTS = Path(__file__).parent / "results"
 PIECE = 1 << 20
 SIDECARS = (".json", ".txt", ".idx")
+UNITS = 3
+"""Units in a row of the writing."""
 
 
 def make_records(count: int) -> list[Record]:
@@ -54,16 +56,28 @@ def make_records(count: int) -> list[Record]:
     return records
 
 
-def write_unit(root: Path, backend: str, records: list[Record], views: int, range_id: int = 0) -> Path:
+def filled_unit(root: Path, backend: str, records: list[Record], views: int, range_id: int = 0) -> UnitWriter:
+    """A unit with all its records, not committed."""
+    writer = UnitWriter(root, backend=backend, group=0, range_id=range_id, start=0, stop=len(records),
+                        views=range(views), fingerprint="0" * 64)  # fmt: skip
+    for start in range(0, len(records), 64):
+        for view in range(views):
+            for record in records[start : start + 64]:
+                writer.append(view, record)
+    return writer
+
+
+def write_unit(root: Path, backend: str, records: list[Record], views: int) -> Path:
     """One committed unit through the public writer."""
-    with UnitWriter(root, backend=backend, group=0, range_id=range_id, start=0, stop=len(records),
-                    views=range(views), fingerprint="0" * 64) as writer:  # fmt: skip
-        for start in range(0, len(records), 64):
-            for view in range(views):
-                for record in records[start : start + 64]:
-                    writer.append(view, record)
-        assert writer.commit({})
-    return unit_folder(root, 0, range_id)
+    assert filled_unit(root, backend, records, views).commit({})
+    return unit_folder(root, 0, 0)
+
+
+def write_units(root: Path, backend: str, records: list[Record], views: int) -> None:
+    """Several, as stage 1 does: one is committed while the next is filled."""
+    with CommitQueue() as commits:
+        for range_id in range(UNITS):
+            commits.put(filled_unit(root, backend, records, views, range_id), {}, lambda: None)
 
 
 def files_of(folder: Path) -> list[Path]:
@@ -120,19 +134,34 @@ def writing(root: Path, backend: str, records: list[Record], views: int, repeats
 
         return run
 
-    seconds = in_turn(
-        repeats,
-        writer=fresh(lambda folder: write_unit(folder, backend, records, views)),
-        copy=fresh(lambda folder: copy_with_fsync(first, folder, read_back=False)),
-        copy_and_read_back=fresh(lambda folder: copy_with_fsync(first, folder, read_back=True)),
-    )
-    for folder in root.glob("tmp*"):
-        shutil.rmtree(folder)
+    def copies(*, read_back: bool) -> Callable[[], object]:
+        def run() -> None:
+            for _ in range(UNITS):
+                copy_with_fsync(first, Path(tempfile.mkdtemp(dir=root)), read_back=read_back)
+
+        return run
+
+    seconds: dict[str, list[float]] = {}
+    for _ in range(repeats):
+        turn = in_turn(
+            1,
+            units=fresh(lambda folder: write_units(folder, backend, records, views)),
+            copies=copies(read_back=False),
+            copies_read_back=copies(read_back=True),
+            unit=fresh(lambda folder: write_unit(folder, backend, records, views)),
+            copy=fresh(lambda folder: copy_with_fsync(first, folder, read_back=False)),
+        )
+        for name, values in turn.items():
+            seconds.setdefault(name, []).extend(values)
+        for folder in root.glob("tmp*"):
+            shutil.rmtree(folder)
+    mega = size / 1e6
     return {
-        f"write {backend} / copy + fsync": ratio(seconds, "writer", "copy", size / 1e6, "MB/s"),
-        f"write {backend} / copy + fsync + read back": ratio(
-            seconds, "writer", "copy_and_read_back", size / 1e6, "MB/s"
+        f"write {backend}, units in a row / copy + fsync": ratio(seconds, "units", "copies", UNITS * mega, "MB/s"),
+        f"write {backend}, units in a row / copy + fsync + read back": ratio(
+            seconds, "units", "copies_read_back", UNITS * mega, "MB/s"
         ),
+        f"write {backend}, a single unit / copy + fsync": ratio(seconds, "unit", "copy", mega, "MB/s"),
     }
 
 

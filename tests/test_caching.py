@@ -55,6 +55,7 @@ def test_the_bytes_of_a_unit_do_not_depend_on_the_other_units(tmp_path):
 
 def test_a_batch_never_spans_two_units(tmp_path, monkeypatch):
     sizes = []
+    shared_weights()  # made by a teacher too, where this is the first test
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, images: sizes.append(len(images)) or forward(self, images))
     make_some(tmp_path / "cache", range(3), teacher={"batch_size": 20})
