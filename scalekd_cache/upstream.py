@@ -171,14 +171,7 @@ def import_checkpoint(
     if student_name is not None:
         check_name(SHORT_NAMES.get(student_name, (student_name, {}))[0], "student")
     student_state, prefix, head_state, left_out, unknown = split_parts(read_checkpoint(path), path)
-    family = family_of(student_state)
-    if family is None:
-        raise UserError(
-            "the student of this checkpoint is of no documented family",
-            got=shown_names([prefix + name for name in student_state]),
-            expected=", ".join(f"{known.title} ({prefix}{known.mark})" for known in FAMILIES),
-            where=path,
-        )
+    family = _family(student_state, prefix, path)
     classes = num_classes or _classes(student_state, prefix, path)
     student_name = student_name or guess_student(family, student_state, classes, path)
     config = StudentConfig(name=student_name)
@@ -192,11 +185,7 @@ def import_checkpoint(
 
     out.mkdir(parents=True, exist_ok=True)
     difference = export_student(student, config, out / "student", image_size=size, class_names=[])
-    heads_file = out / "heads.safetensors"
-    heads_file.unlink(missing_ok=True)
-    if heads:
-        whole = {name: value.contiguous().clone() for name, value in heads.items()}
-        save_file(whole, str(heads_file), metadata={"s4_query": s4_query})
+    heads_file = _write_heads(out, heads, s4_query)
     return ImportReport(
         family=family.title,
         student_name=student_name,
@@ -204,11 +193,36 @@ def import_checkpoint(
         student_tensors=len(tensors),
         num_classes=classes,
         logit_difference=difference,
-        heads=heads_file if heads else None,
+        heads=heads_file,
         head_tensors=len(heads),
         s4_query=s4_query if heads else None,
         left_out=left_out,
     )
+
+
+def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
+    """The family of the student; UserError with the marks of those that are known."""
+    family = family_of(state)
+    if family is None:
+        raise UserError(
+            "the student of this checkpoint is of no documented family",
+            got=shown_names([prefix + name for name in state]),
+            expected=", ".join(f"{known.title} ({prefix}{known.mark})" for known in FAMILIES),
+            where=path,
+        )
+    return family
+
+
+def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path | None:
+    """heads.safetensors, that of an earlier import removed; None where the checkpoint has no projectors."""
+    file = out / "heads.safetensors"
+    file.unlink(missing_ok=True)
+    if not heads:
+        return None
+    save_file(
+        {name: value.contiguous().clone() for name, value in heads.items()}, str(file), metadata={"s4_query": s4_query}
+    )
+    return file
 
 
 def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int, path: Path) -> str:
