@@ -13,17 +13,21 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scalekd_cache.behind import Behind
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.fidelity import fidelity, summarise
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config import ViewConfig
-from scalekd_cache.drawing import Drawn, Unit, draw_units
+from scalekd_cache.drawing import Drawn, DrawnView, Unit, draw_units
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import CommitQueue, Record, UnitWriter
-from scalekd_cache.teacher import Teacher
+from scalekd_cache.teacher import Teacher, TeacherOutput
+
+BATCHES_BEHIND = 2
+"""Batches that wait to be encoded and appended, or are: with two a GPU has the next one's work when it ends one."""
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
@@ -78,7 +82,7 @@ def make_units(
 
 
 def fill_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> tuple[UnitWriter, dict[str, Any]]:
-    """Run one unit through the teacher and the codecs into a writer.
+    """Run one unit through the teacher and the codecs into a writer; codecs and writer work behind the teacher.
 
     Returns:
         The writer and the unit's fidelity: `writer.commit(fidelity)` is left to do. After an error nothing is there.
@@ -96,48 +100,62 @@ def fill_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> tuple[UnitWri
         versions=stage.versions,
     )
     try:
-        batch: list[Drawn] = []
-        for item in drawn:
-            if item.reason:
-                writer.skip(item.sample.key, item.reason)
-                continue
-            batch.append(item)
-            if len(batch) == stage.batch_size:
-                _append_batch(stage, unit, writer, batch, figures)
-                batch = []
-        if batch:
-            _append_batch(stage, unit, writer, batch, figures)
+        with Behind("encode", BATCHES_BEHIND) as behind:
+            for batch in _batches(stage, writer, drawn):
+                for column, number in enumerate(unit.views):
+                    views = [item.views[column] for item in batch]
+                    output = stage.teacher(_on_device(torch.stack([view.pixels for view in views]), stage.device))
+                    behind.put(_append_batch, stage, writer, number, batch, views, output, figures)
     except BaseException:
         writer.abort()
         raise
     return writer, summarise(figures)
 
 
+def _batches(stage: Stage, writer: UnitWriter, drawn: Iterator[Drawn]) -> Iterator[list[Drawn]]:
+    """Teacher batches of the unit's images; those that could not be decoded are skipped in the writer."""
+    batch: list[Drawn] = []
+    for item in drawn:
+        if item.reason:
+            writer.skip(item.sample.key, item.reason)
+            continue
+        batch.append(item)
+        if len(batch) == stage.batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _on_device(images: Tensor, device: torch.device) -> Tensor:
+    """A copy that a GPU makes on its own, while this thread goes on."""
+    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
+
+
+@torch.no_grad()
 def _append_batch(
-    stage: Stage, unit: Unit, writer: UnitWriter, batch: Sequence[Drawn], figures: dict[str, list[float]]
-) -> None:
-    """One teacher batch a view number: features and logits of the same images; `figures` gathers fidelity a view."""
-    for column, number in enumerate(unit.views):
-        drawn = [item.views[column] for item in batch]
-        output = stage.teacher(torch.stack([view.pixels for view in drawn]).to(stage.device))
-        _check_finite(output.features, output.logits, batch, number)
-        seeds = torch.tensor([dither_seed(item.sample.key, number) for item in batch])
-        codes = stage.codec.encode(output.features, seeds)
-        close = fidelity(output.features, stage.codec.decode(codes).features)
-        for name, values in zip(close._fields, close, strict=True):
-            figures.setdefault(name, []).extend(values.tolist())
-        logits = stage.logit_codec.encode(output.logits)
-        for item, view, code, logit in zip(batch, drawn, stage.codec.pack(codes.cpu().numpy()), logits, strict=True):
-            record = Record(
-                key=item.sample.key,
-                label=item.sample.label,
-                view=view.view,
-                digest=view.digest,
-                pixels=view.encoded,
-                features=code,
-                logits=logit,
-            )
-            writer.append(number, record)
+    stage: Stage, writer: UnitWriter, number: int, batch: Sequence[Drawn], views: Sequence[DrawnView],
+    output: TeacherOutput, figures: dict[str, list[float]],
+) -> None:  # fmt: skip
+    """What the teacher said of a view of some images, encoded and appended; `figures` gathers fidelity a view."""
+    _check_finite(output.features, output.logits, batch, number)
+    seeds = torch.tensor([dither_seed(item.sample.key, number) for item in batch])
+    codes = stage.codec.encode(output.features, seeds)
+    close = fidelity(output.features, stage.codec.decode(codes).features)
+    for name, values in zip(close._fields, close, strict=True):
+        figures.setdefault(name, []).extend(values.tolist())
+    logits = stage.logit_codec.encode(output.logits)
+    for item, view, code, logit in zip(batch, views, stage.codec.pack(codes.cpu().numpy()), logits, strict=True):
+        record = Record(
+            key=item.sample.key,
+            label=item.sample.label,
+            view=view.view,
+            digest=view.digest,
+            pixels=view.encoded,
+            features=code,
+            logits=logit,
+        )
+        writer.append(number, record)
 
 
 def _check_finite(features: Tensor, logits: Tensor, batch: Sequence[Drawn], view: int) -> None:

@@ -5,10 +5,10 @@ under way; its error reaches the caller at the next call or at the end; leaving 
 """
 
 from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
+from scalekd_cache.behind import Behind
 from scalekd_cache.store.unit import UnitWriter
 
 
@@ -16,8 +16,8 @@ class CommitQueue:
     """A context manager around the making of many units."""
 
     def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="commit")
-        self._pending: tuple[Future[bool], Callable[[], None]] | None = None
+        self._behind = Behind("commit", depth=1)
+        self._done: Callable[[], None] = _nothing
 
     def put(self, writer: UnitWriter, fidelity: Mapping[str, Any], done: Callable[[], None]) -> None:
         """Commit a filled unit, once the one before it is published. The writer is the queue's from now on.
@@ -35,14 +35,13 @@ class CommitQueue:
         except BaseException:
             writer.abort()
             raise
-        self._pending = self._thread.submit(writer.commit, fidelity), done
+        self._behind.put(writer.commit, fidelity)
+        self._done = done
 
     def _settle(self) -> None:
-        pending, self._pending = self._pending, None
-        if pending is not None:
-            future, done = pending
-            future.result()
-            done()
+        done, self._done = self._done, _nothing
+        self._behind.settle()
+        done()
 
     def __enter__(self) -> Self:
         return self
@@ -50,8 +49,10 @@ class CommitQueue:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with self._behind:
             if error is None:
                 self._settle()
-        finally:
-            self._thread.shutdown()
+
+
+def _nothing() -> None:
+    """Before the first unit."""
