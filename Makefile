@@ -65,7 +65,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: bench-codec help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
+.PHONY: bench bench-gpu bench-codec help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
 
 help: ## Show this help
 	@echo "Targets:"
@@ -182,6 +182,15 @@ costs: $(BASE) ## FLOPs and parameters of a pair: TEACHER=name STUDENT=name, ALL
 bench-codec: $(BASE) ## Codecs on real features: CACHE=dir of a float32 cache, or FEATURES=maps.npy IDS=images.npy; NAME=name
 	@$(PY) -m benchmarks.codecs $(if $(FEATURES),--features "$(FEATURES)" $(call option,IDS,ids),--cache "$(CACHE)") \
 	  $(call option,HEAD,head) --name "$(or $(NAME),demo)"
+
+BENCHES = store_throughput startup growth heads stage1 loader step whole_job
+GPU_BENCHES = heads stage1 step
+
+bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 cores); BENCHES="store_throughput ..."
+	@for bench in $(BENCHES); do OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$bench || exit 1; done
+
+bench-gpu: $(BASE) ## The figures that need an accelerator
+	@for bench in $(GPU_BENCHES); do $(PY) -m benchmarks.$$bench --device cuda || exit 1; done
 
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time
