@@ -200,13 +200,16 @@ def tail_of(cache: Cache, spec: TeacherSpec) -> Tail:
 
 def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHeads:
     """The ScaleKD heads between a student and a teacher's tail."""
-    return ScaleKDHeads(
+    heads = ScaleKDHeads(
         config.scalekd,
         tap_shapes=student.tap_shapes,
         tail_in_shape=tail.in_shape,
         tail_out_shape=tail.out_shape,
         layer_norm=student.layer_norm,
     )
+    if config.student.grad_checkpointing:
+        heads.checkpoint_gradients()
+    return heads
 
 
 def live_teacher(

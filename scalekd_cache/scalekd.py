@@ -7,6 +7,7 @@ parameter is used only inside the forward pass of the module that owns it; a lea
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from scalekd_cache.losses import (
     logit_loss,
     spatial_loss,
 )
+from scalekd_cache.recompute import FirstPass, recomputed
 
 __all__ = [
     "CAP",
@@ -239,6 +241,11 @@ class ScaleKDHeads(nn.Module):
                 self.s3[view] = projector(tap_shapes[0], shape_s3, heads_s3, True)
             if weight_s4 > 0:
                 self.s4[view] = projector(tap_shapes[1], tail_out_shape, heads_s4, not self.hand_over)
+        self._first_pass: FirstPass | None = None
+
+    def checkpoint_gradients(self) -> None:
+        """From now on projectors and tail are computed again in the backward pass (`recompute.py`)."""
+        self._first_pass = FirstPass(self, "the ScaleKD heads")
 
     def forward(self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor]) -> HeadOutputs:
         """S3 (B, C3', h3, w3) and S4 (B, C4', h4, w4) of the student -> maps (B, C, H, W) on the teacher's last grid.
@@ -247,8 +254,9 @@ class ScaleKDHeads(nn.Module):
         (B, C, H, W), and the gradient comes back through it. With s4_query = s3 that map is also S4's query; it is not
         detached, so S4's losses train S3's projector too.
         """
-        s3_spatial, s4_spatial = self._project("spatial", s3, s4, tail)
-        s3_frequency, s4_frequency = self._project("frequency", s3, s4, tail)
+        with self._first_pass() if self._first_pass is not None else nullcontext():
+            s3_spatial, s4_spatial = self._project("spatial", s3, s4, tail)
+            s3_frequency, s4_frequency = self._project("frequency", s3, s4, tail)
         return HeadOutputs(s3_spatial, s3_frequency, s4_spatial, s4_frequency)
 
     def _project(
@@ -256,9 +264,12 @@ class ScaleKDHeads(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         map_s3: Tensor | None = None
         if view in self.s3:
-            map_s3 = self.s3[view](s3)
-            map_s3 = tail(map_s3) if self.tpp else map_s3
+            map_s3 = self._run(self.s3[view], s3)
+            map_s3 = self._run(tail, map_s3) if self.tpp else map_s3
             assert map_s3.shape[1:] == self.tail_out_shape, (tuple(map_s3.shape), self.tail_out_shape)
         if view not in self.s4:
             return map_s3, None
-        return map_s3, self.s4[view](s4, map_s3 if self.hand_over else None)
+        return map_s3, self._run(self.s4[view], s4, map_s3 if self.hand_over else None)
+
+    def _run(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+        return function(*args) if self._first_pass is None else recomputed(function, *args)

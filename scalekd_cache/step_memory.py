@@ -23,6 +23,8 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
     heads = ScaleKDHeads(training.scalekd, student.tap_shapes, teacher.tail_in, teacher.tail_out, student.layer_norm)
+    if training.student.grad_checkpointing:
+        heads.checkpoint_gradients()
     trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
     batch, device = training.train.micro_batch_size, torch.get_default_device()
     own = {value.untyped_storage()._cdata for module in (student, heads, teacher.tail)

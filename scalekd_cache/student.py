@@ -16,6 +16,7 @@ does on a module's call: its parameters are gathered only then.
 
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from scalekd_cache.config import StudentConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.recompute import check_tapped, last_called, recompute_blocks
 from scalekd_cache.teacher_spec import Shape
 from scalekd_cache.zoo import check_name, create_timm_model, default_image_size
 
@@ -132,22 +134,30 @@ class Student(nn.Module):
         name: Its timm name, kept as `model_name`.
         args: The arguments that built it, kept as `model_args`.
         image_size: Side of the images, pixels.
+        grad_checkpointing: Compute blocks again in the backward pass (`recompute.py`).
     """
 
-    def __init__(self, model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> None:
+    def __init__(
+        self, model: nn.Module, name: str, args: dict[str, Any], image_size: int, grad_checkpointing: bool = False
+    ) -> None:
         super().__init__()
         self.model, self.model_name, self.model_args = model, name, args
         self.plan = plan_taps(model, name)
         self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         self.prefix = 0  # tokens before the patch tokens; the probe finds it
+        self._first_pass = recompute_blocks(model, name) if grad_checkpointing else None
         self._taps = (_Tap(), _Tap())
         for module, tap in zip(self.plan.modules, self._taps, strict=True):
-            model.get_submodule(module).register_forward_hook(tap)
+            tapped = model.get_submodule(module)
+            (last_called(tapped) if grad_checkpointing else tapped).register_forward_hook(tap)
         self.tap_shapes = self._probe(image_size)
 
     def forward(self, images: Tensor) -> StudentOutput:
         """(B, 3, H, W) normalised images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
-        s3, s4, logits = self._tapped(images)
+        with self._first_pass() if self._first_pass is not None else nullcontext():
+            s3, s4, logits = self._tapped(images)
+        if self._first_pass is not None:
+            check_tapped(s3, self.model_name)
         return StudentOutput(self._to_map(s3), self._to_map(self._normed(s4)), logits)
 
     def _tapped(self, images: Tensor) -> StudentOutput:
@@ -218,13 +228,13 @@ def build_student(
     """Build a student with random weights.
 
     Args:
-        config: Name and drop path rate.
+        config: Name, drop path rate, activation checkpointing.
         num_classes: Width of its classifier.
         image_size: Side of its images, pixels; given to models that are built for one size.
         args: More arguments of the timm model, over those of the short name.
 
     Raises:
-        UserError: an unknown name, or a model without two usable maps at this size.
+        UserError: an unknown name, a model without two usable maps at this size, or one that cannot recompute.
     """
     name, known = SHORT_NAMES.get(config.name, (config.name, {}))
     check_name(name, "student.name")
@@ -232,4 +242,4 @@ def build_student(
     if image_size != default_image_size(name):
         optional["img_size"] = image_size
     model, used = create_timm_model(name, {**known, **(args or {}), "num_classes": num_classes}, optional)
-    return Student(model, name, used, image_size)
+    return Student(model, name, used, image_size, config.grad_checkpointing)

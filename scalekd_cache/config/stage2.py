@@ -20,6 +20,9 @@ class StudentConfig:
     """A timm model name."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
+    grad_checkpointing: bool = False
+    """Keep the inputs of the student's blocks, of projectors and tail alone and compute the rest again in the backward
+    pass: less memory, more time, the same numbers."""
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     """Channel means that the student subtracts, on a scale of 0 to 1."""
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
@@ -223,6 +226,14 @@ class DistillConfig:
 
     def __post_init__(self) -> None:
         require(self.follow_timeout_minutes > 0, "follow_timeout_minutes", self.follow_timeout_minutes, "> 0")
+        if self.student.grad_checkpointing and self.train.sync_bn:
+            raise UserError(
+                "synchronised BatchNorm and activation checkpointing do not go together: a recomputation would "
+                "exchange statistics between processes in the middle of a backward pass",
+                got="train.sync_bn=true with student.grad_checkpointing=true",
+                expected="one of them",
+                fix='set SET="train.sync_bn=false", or SET="student.grad_checkpointing=false"',
+            )
         if self.optim.name == "lamb" and self.train.zero > 0:
             raise UserError(
                 "LAMB under ZeRO 1-3 is not LAMB: trust ratios would be taken on a flat partition, not on each layer",
