@@ -65,7 +65,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: bench bench-gpu bench-codec help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
+.PHONY: bench bench-gpu bench-codec bench-scale bench-shuffle help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
 
 help: ## Show this help
 	@echo "Targets:"
@@ -191,6 +191,11 @@ bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 
 
 bench-gpu: $(BASE) ## The figures that need an accelerator
 	@for bench in $(GPU_BENCHES); do $(PY) -m benchmarks.$$bench --device cuda || exit 1; done
+bench-scale: $(BASE) ## Simulate 1 to 1,024 processes: CHECK=1 measures the demo on one and two first
+	@$(PY) -m benchmarks.scale_model $(if $(CHECK),--check)
+
+bench-shuffle: $(BASE) ## How well the order mixes, and what a process reads for it
+	@$(PY) -m benchmarks.shuffle_quality
 
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time

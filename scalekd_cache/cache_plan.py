@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from scalekd_cache.agreement import check_plan
@@ -25,6 +26,7 @@ from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, t
 from scalekd_cache.drawing import Unit
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, listing_digest
+from scalekd_cache.order import likeness
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Process, autocast_dtype
 from scalekd_cache.store import Ledger, ManifestFacts, remove_stale
@@ -83,7 +85,7 @@ def make_plan(
         view_recipe=fields["views"],
         codec=fields["codec"],
         logit_codec=fields["logit_codec"],
-        data={**to_plain(config.data), **fields["data"]},
+        data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source)},
         pixels_from=shared_with(root, source.cache) if isinstance(source, PixelCache) else {},
         versions=library_versions(),
     )
@@ -119,6 +121,14 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
         fields: dict[str, Any] = source.cache.manifest.fingerprint_fields["data"]
         return fields
     return {"listing": listing_digest(source), "samples": len(source.samples)}
+
+
+def _class_likeness(source: Source | PixelCache) -> list[float]:
+    """How often neighbouring images are of one class, and any two (`order.py`): what training mixes against."""
+    if isinstance(source, PixelCache):
+        return list(source.cache.manifest.data.get("class_likeness", (1.0, 1.0)))
+    found = likeness(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
+    return [round(share, 9) for share in found]
 
 
 def logit_codec_of(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:

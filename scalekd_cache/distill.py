@@ -22,7 +22,7 @@ from scalekd_cache.finished import classifier, consolidated_student, export_stat
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
 from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
-from scalekd_cache.order import Order
+from scalekd_cache.order import WINDOW, Likeness, Order, mixing_window
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
 from scalekd_cache.run_cache import RunCache, check_ranks_agree, open_run_cache
@@ -151,7 +151,7 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
         teacher = live_teacher(manifest, config.teacher_weights, process.device)
     loader = CacheLoader(
         cache,
-        Order(num_samples=len(cache), block=train.shuffle_block, window=train.shuffle_window, seed=train.seed),
+        order_of(train, cache, process),
         epochs=train.epochs,
         global_batch=train.global_batch_size,
         micro_batch=train.micro_batch_size,
@@ -168,6 +168,19 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     model = DistillModel(config, student, heads)
     classifier = kept_classifier(config, cache, loader.logit_codec, process)
     return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint, classifier)
+
+
+def order_of(train: TrainConfig, cache: Cache, process: Process) -> Order:
+    """The order of a run; where neighbouring images are of one class, it mixes wider."""
+    found = Likeness(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
+    window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
+    if window > WINDOW and train.shuffle_window is None:
+        process.say(
+            f"the cache holds images of one class side by side ({found.neighbours:.0%} of neighbours, "
+            f"{found.chance:.1%} by chance), so windows of {window:,} blocks = {window * train.shuffle_block:,} images "
+            f"are mixed instead of {WINDOW}; read with more seeks, and from a URL with more copies (docs/SCALE.md)"
+        )
+    return Order(num_samples=len(cache), block=train.shuffle_block, window=window, seed=train.seed)
 
 
 def kept_classifier(config: DistillConfig, cache: Cache, kept: LogitCodec, process: Process) -> nn.Linear | None:

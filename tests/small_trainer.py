@@ -8,7 +8,7 @@ from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, Trai
 from scalekd_cache.distill import kept_classifier, make_heads
 from scalekd_cache.engine import DistillModel, Trainer
 from scalekd_cache.loader import CacheLoader
-from scalekd_cache.order import Order
+from scalekd_cache.order import WINDOW, Order
 from scalekd_cache.student import build_student
 from scalekd_cache.tail_file import load_tail
 from scalekd_cache.teacher_spec import TeacherSpec
@@ -36,7 +36,7 @@ def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
     if train.targets != "none":
         tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.teacher["spec"]))
         heads = make_heads(config, student, tail)
-    order = Order(num_samples=USED, block=train.shuffle_block, window=train.shuffle_window, seed=train.seed)
+    order = Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
     loader = CacheLoader(
         cache, order, epochs=train.epochs, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size
     )

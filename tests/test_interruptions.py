@@ -30,13 +30,14 @@ def start(words, nproc=1):
     )  # fmt: skip
 
 
+@pytest.mark.timeout(2400)
 def test_twenty_kills(cache, workshop):
     """Killed at random moments, saving included, the run has the steps, losses and samples of an undisturbed one."""
     print(f"SEED={SEED}")
     draw = random.Random(SEED)
-    options = {"train.epochs": EPOCHS, "train.log_samples": True}
+    options = {"train.epochs": EPOCHS, "train.eval_epochs": EPOCHS, "train.log_samples": True}
     whole, killed = workshop / "runs" / "whole", workshop / "runs" / "twenty-kills"
-    run("distill", *distill_flags(cache, whole, **options))
+    run("distill", *distill_flags(cache, whole, **options), timeout=900)
     words = distill_flags(cache, killed, **options, **{"train.checkpoint_steps": 1})
     metrics, kills, saving = killed / "metrics.jsonl", 0, 0
     while kills < 20:
@@ -50,7 +51,7 @@ def test_twenty_kills(cache, workshop):
         process.communicate()
         saving += bool(list(killed.glob("checkpoints/.tmp-*")))
         kills += 1
-    run("distill", *words)
+    run("distill", *words, timeout=900)
     print(f"{kills} kills, {saving} of them while saving")
     assert [line["step"] for line in steps_of(killed)] == list(range(1, 3 * EPOCHS + 1))
     assert samples(killed) == samples(whole)

@@ -154,8 +154,8 @@ class TrainConfig:
     """Seed of initialisation, order and regularisation."""
     shuffle_block: int = 64
     """Neighbouring samples that are read together."""
-    shuffle_window: int = 64
-    """Blocks whose samples are mixed with each other."""
+    shuffle_window: int | None = None
+    """Blocks whose samples are mixed with each other (None: 64, more where neighbouring images are of one class)."""
     workers: int = 0
     """Loader worker processes, per rank (0: in the main process)."""
     log_every: int = 10
@@ -174,10 +174,11 @@ class TrainConfig:
     """Epochs between two evaluations (the last epoch is always evaluated)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "micro_batch_size", "shuffle_block", "shuffle_window", "log_every",
+        for name in ("epochs", "global_batch_size", "micro_batch_size", "shuffle_block", "log_every",
                      "checkpoint_epochs", "keep_checkpoints", "eval_epochs"):  # fmt: skip
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
-        require(self.views is None or self.views > 0, "train.views", self.views, "> 0")
+        for name in ("views", "shuffle_window"):
+            require(getattr(self, name) is None or getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         require(
             self.global_batch_size % self.micro_batch_size == 0,
             "train.micro_batch_size",
