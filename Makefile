@@ -191,6 +191,7 @@ bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 
 
 bench-gpu: $(BASE) ## The figures that need an accelerator
 	@for bench in $(GPU_BENCHES); do $(PY) -m benchmarks.$$bench --device cuda || exit 1; done
+
 bench-scale: $(BASE) ## Simulate 1 to 1,024 processes: CHECK=1 measures the demo on one and two first
 	@$(PY) -m benchmarks.scale_model $(if $(CHECK),--check)
 
