@@ -165,7 +165,7 @@ def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Tea
 def _keep(config: CacheTeacherConfig, root: Path, settled: Settled, teacher: Teacher) -> None:
     """Write the state, then the file that names it: a job killed between the two fits again."""
     from scalekd_cache.codec.transform import TransformCodec
-    from scalekd_cache.codec.transform_fit import FILE, state_bytes
+    from scalekd_cache.codec.transform_state import FILE, state_bytes
 
     root.mkdir(parents=True, exist_ok=True)
     if isinstance(settled.codec, TransformCodec):

@@ -24,7 +24,7 @@ from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.codec.transform import TransformCodec
-from scalekd_cache.codec.transform_fit import state_bytes
+from scalekd_cache.codec.transform_state import state_bytes
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.costs import meta_teacher, pair_costs
 from scalekd_cache.errors import UserError

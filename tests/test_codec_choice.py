@@ -8,7 +8,7 @@ from small_cache import CPU, make, options, shared_weights, unit_files
 
 from scalekd_cache.cache_teacher import cache_teacher
 from scalekd_cache.calibration import codec_options, write_mark
-from scalekd_cache.codec import codec_from_config, transform_fit
+from scalekd_cache.codec import classes, codec_from_config
 from scalekd_cache.codec_choice import choose, table
 from scalekd_cache.config import StoreConfig, TeacherConfig, parse_target
 from scalekd_cache.errors import UserError
@@ -19,7 +19,7 @@ from scalekd_cache.teacher import load_teacher
 @pytest.fixture(autouse=True)
 def fewer_classes(monkeypatch):
     """Fits that look at fewer classes: a fifth of the time."""
-    monkeypatch.setattr(transform_fit, "BINS", 12)
+    monkeypatch.setattr(classes, "BINS", 12)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,9 @@ from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.blocks import BlockPacker, Segment, join_symbols, split_symbols
 from scalekd_cache.codec.dither import dither, dither_seed, dither_table
 from scalekd_cache.codec.fidelity import fidelity
-from scalekd_cache.codec.transform import TransformCodec, TransformState, token_scales
-from scalekd_cache.codec.transform_fit import FILE, fit, state_bytes
+from scalekd_cache.codec.transform import TransformCodec, token_scales
+from scalekd_cache.codec.transform_fit import fit
+from scalekd_cache.codec.transform_state import FILE, TransformState, state_bytes
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import frequency_loss, spatial_loss
 
@@ -40,8 +41,11 @@ def seeds(count: int, start: int = 0) -> torch.Tensor:
 
 
 @cache
-def codec(noise: float = 0.01) -> TransformCodec:
-    return fit(maps(200), noise)
+def codec(noise: float = 0.01, rotated: bool = True) -> TransformCodec:
+    return fit(maps(200), noise, rotated=rotated)
+
+
+KINDS = pytest.mark.parametrize("rotated", [True, False])
 
 
 def cases() -> dict[str, torch.Tensor]:
@@ -68,11 +72,12 @@ def cases() -> dict[str, torch.Tensor]:
     }
 
 
+@KINDS
 @pytest.mark.parametrize("name", cases())
 @pytest.mark.parametrize("noise", [0.002, 0.3])
-def test_error_is_within_the_declared_bound(name, noise):
+def test_error_is_within_the_declared_bound(name, noise, rotated):
     features = cases()[name]
-    coder = codec(noise)
+    coder = codec(noise, rotated)
     rows = coder.encode(features, seeds(3))
     assert np.array_equal(coder.unpack(coder.pack(rows.numpy())), rows.numpy())
     decoded = coder.decode(rows)
@@ -84,26 +89,29 @@ def test_error_is_within_the_declared_bound(name, noise):
 @pytest.mark.parametrize(
     "name", ["usual", "random", "sparse", "outlier channel", "large", "sign noise", "constant channels"]
 )
-def test_error_energy_is_what_the_codec_declares(name):
+@KINDS
+def test_error_energy_is_what_the_codec_declares(name, rotated):
     """Energy of the error over that of the divisor, mean over many dithers and tokens: step^2 / 12 a coefficient."""
-    features, coder = cases()[name][:1].expand(400, *SHAPE).contiguous(), codec()
+    features, coder = cases()[name][:1].expand(400, *SHAPE).contiguous(), codec(rotated=rotated)
     rows = coder.encode(features, seeds(400))
     scales = token_scales(feature_norms(features).half().float())
     energy = ((coder.decode(rows).features - features).square().sum(1).flatten(1) / scales.square()).mean()
     assert float(energy) == pytest.approx(float(coder.expected_error(rows).mean()), rel=0.03)
 
 
-def test_cosine_is_the_knob():
+@KINDS
+def test_cosine_is_the_knob(rotated):
     features = maps(200, seed=8)
     for noise in (0.002, 0.05):
-        coder = codec(noise)
+        coder = codec(noise, rotated)
         figures = fidelity(features, coder.decode(coder.encode(features, seeds(200))).features).cosine_mean_removed
         assert float(figures.mean()) == pytest.approx((1 + noise) ** -0.5, abs=noise / 8)
         assert float(figures.min()) > 1 - noise
 
 
-def test_decoded_maps_are_unbiased():
-    features, coder, count = maps(1, seed=4), codec(0.5), 4000
+@KINDS
+def test_decoded_maps_are_unbiased(rotated):
+    features, coder, count = maps(1, seed=4), codec(0.5, rotated), 4000
     errors = []
     for start in range(0, count, 500):
         rows = coder.encode(features.expand(500, *SHAPE).contiguous(), seeds(500, start))
@@ -149,13 +157,16 @@ def test_gradients_are_unbiased_with_stored_norms_only(loss):
 
 
 def test_dither_is_uniform_and_uncorrelated():
-    offset, factor = dither_table(40)
-    values = dither(torch.tensor([dither_seed(str(n), 3) for n in range(6000)]), offset, factor).double()
+    table = dither_table(40)
+    values = dither(torch.tensor([dither_seed(str(n), 3) for n in range(6000)]), table, 40).double()
     assert float(values.abs().max()) < 0.5
     assert float(values.mean(0).abs().max()) < 5 * 12**-0.5 / 6000**0.5
     assert torch.allclose(values.var(0) * 12, torch.ones(40, dtype=torch.float64), atol=0.06)
     correlation = torch.corrcoef(values.T) - torch.eye(40)
     assert float(correlation.abs().max()) < 5 / 6000**0.5
+    every = dither(torch.arange(2**16), table, 40)  # 65,536 levels, each once at each position
+    assert float(every.double().mean(0).abs().max()) < 1e-9
+    assert torch.equal(dither(torch.tensor([2**16 + 7]), table, 40), every[7:8])
     assert dither_seed("a", 1) != dither_seed("a", 2) != dither_seed("b", 2)
 
 
@@ -170,8 +181,9 @@ print(hashlib.sha256(b"".join(coder.pack(rows))).hexdigest())
 """
 
 
-def test_bytes_do_not_depend_on_process_threads_or_batch(tmp_path):
-    coder = codec()
+@KINDS
+def test_bytes_do_not_depend_on_process_threads_or_batch(tmp_path, rotated):
+    coder = codec(rotated=rotated)
     (tmp_path / FILE).write_bytes(state_bytes(coder.state))
     features, numbers = maps(32, seed=21), seeds(32)
     rows = coder.encode(features, numbers)
@@ -186,11 +198,12 @@ def test_bytes_do_not_depend_on_process_threads_or_batch(tmp_path):
         assert found.stdout.strip() == expected
 
 
-def test_correlation_is_worth_bytes():
+@KINDS
+def test_correlation_is_worth_bytes(rotated):
     features = maps(64, seed=30)
-    coder = codec(0.002)
+    coder = codec(0.002, rotated)
     size = np.mean([len(record) for record in coder.pack(coder.encode(features, seeds(64)).numpy())])
-    assert size < 0.75 * (24 * 12 + 24 + 48)  # an int8 row: codes, scales, norms
+    assert size < 0.75 * make_codec("int8", SHAPE).bytes_per_view
 
 
 def test_records_refuse_what_is_not_theirs():
@@ -216,8 +229,9 @@ def test_records_refuse_what_is_not_theirs():
         coder.encode(bad, seeds(3))
 
 
-def test_state_travels_with_the_cache(tmp_path):
-    coder = codec()
+@KINDS
+def test_state_travels_with_the_cache(tmp_path, rotated):
+    coder = codec(rotated=rotated)
     config = json.loads(json.dumps(coder.get_config()))
     with pytest.raises(UserError, match="state is missing"):
         codec_from_config(config, tmp_path)
@@ -245,14 +259,13 @@ def test_state_travels_with_the_cache(tmp_path):
 
 
 def test_classes_hold_any_symbol():
-    segments = [Segment(10, 1), Segment(11, 2), Segment(8, 3), Segment(13, 5)]
+    segments = [Segment(10, 16), Segment(11, 8), Segment(8, 4), Segment(13, 2), Segment(1, 4)]
     generator = np.random.default_rng(0)
-    limits = np.repeat([127 * 256, 127 * 15, 127 * 5, 127 * 3], [10, 11, 8, 13])
-    symbols = torch.from_numpy(generator.integers(-limits, limits + 1, (50, 42)))
+    symbols = torch.from_numpy(generator.integers(-32767, 32768, (50, 43)) >> generator.integers(0, 16, (50, 43)))
     planes = split_symbols(symbols, segments)
-    assert torch.equal(join_symbols(planes, segments), symbols.float())
+    assert torch.equal(join_symbols(planes, segments).long(), symbols)
     packer = BlockPacker(segments, head=0)
-    assert packer.row_bytes == planes.shape[1] == 10 + 6 + 3 + 3 + 42
+    assert packer.row_bytes == planes.shape[1] == 20 + 11 + 4 + 4 + 1 + 43 * 6
     assert np.array_equal(packer.unpack(packer.pack(planes.numpy())), planes.numpy())
     import numcodecs
 
@@ -265,22 +278,40 @@ def test_too_few_views_cannot_calibrate():
         fit(maps(1), 0.01)
 
 
-def golden_codec() -> TransformCodec:
-    """A coder of whole numbers: a permutation and a sign for bases, classes of every kind."""
+def golden_codec(kind: str) -> TransformCodec:
+    """A coder of whole numbers, two bands, all kinds of classes: permutations and signs for bases, or a factor each."""
     basis = torch.eye(3, dtype=torch.float64)[[2, 0, 1]] * torch.tensor([1.0, -1.0, 1.0])
-    segments = torch.tensor([[4, 1], [3, 2], [3, 3], [8, 5]])
+    nothing = basis.new_zeros(2, 0, 3)
     state = TransformState(
-        torch.tensor([0.5, 0.0, -0.25]).double(), basis, basis.T.contiguous(), torch.arange(17, -1, -1), segments
+        mean=torch.tensor([0.5, 0.0, -0.25]).double(),
+        frequencies=torch.tensor([0, 4, 5, 1, 2, 3]),
+        bands=torch.tensor([1, 5]),
+        basis=torch.stack([basis, basis.T]),
+        analysis=nothing,
+        loadings=nothing.long(),
+        units=torch.ones(2, 3, dtype=torch.float64),
+        order=torch.arange(17, -1, -1),
+        segments=torch.tensor([[4, 16], [3, 8], [3, 4], [8, 2]]),
     )
+    if kind == "predicted":
+        state = state._replace(
+            basis=nothing,
+            analysis=torch.tensor([[[2.0, 1.0, 0.0]], [[0.0, -3.0, 1.5]]]).double(),
+            loadings=torch.tensor([[[3, 2, -1]], [[1, -4, 2]]]),
+            units=torch.tensor([[0.5, 0.25, 1.0], [0.125, 0.5, 0.5]]).double(),
+            order=torch.tensor([0, 5, 4, 3, 2, 1]),
+            segments=torch.tensor([[6, 8], [4, 8], [3, 4], [3, 16], [8, 2]]),
+        )
     digest = hashlib.sha256(state_bytes(state)).hexdigest()
     return TransformCodec((3, 2, 3), state, noise=0.25, state_sha256=digest)
 
 
-def test_golden_bytes(tmp_path):
-    golden = json.loads((GOLDEN / "codec_transform.json").read_text())
+@pytest.mark.parametrize("kind", ["rotated", "predicted"])
+def test_golden_bytes(tmp_path, kind):
+    golden = json.loads((GOLDEN / "codec_transform.json").read_text())[kind]
     (tmp_path / FILE).write_bytes(bytes.fromhex(golden["state"]))
     coder = codec_from_config(golden["config"], tmp_path)
-    assert coder.get_config() == golden_codec().get_config()
+    assert coder.get_config() == golden_codec(kind).get_config()
     rows = coder.encode(golden_input([3, 2, 3]), torch.tensor([1, 2**32 - 1]))
     assert [row.numpy().tobytes().hex() for row in rows] == golden["rows"]
     records = [bytes.fromhex(record) for record in golden["records"]]
@@ -290,17 +321,29 @@ def test_golden_bytes(tmp_path):
     assert torch.allclose(decoded, expected, rtol=1e-6, atol=1e-6)
 
 
-def write_golden() -> None:
-    """Write the golden file; run by hand, and only together with a new format version."""
-    coder = golden_codec()
+def test_channels_are_rotated_up_to_512():
+    assert fit(torch.randn(4, 512, 1, 2), 0.01).factors == 0
+    wide = fit(torch.randn(4, 528, 1, 2), 0.01)
+    assert wide.factors == 2 * 128
+    assert wide.get_config()["version"] == 1
+
+
+def golden_content(kind: str) -> dict[str, object]:
+    """What a golden file says of a coder."""
+    coder = golden_codec(kind)
     rows = coder.encode(golden_input([3, 2, 3]), torch.tensor([1, 2**32 - 1]))
-    content = {
+    return {
         "config": coder.get_config(),
         "state": state_bytes(coder.state).hex(),
         "rows": [row.numpy().tobytes().hex() for row in rows],
         "records": [record.hex() for record in coder.pack(rows.numpy())],
         "decoded_float32": coder.decode(rows).features.contiguous().numpy().astype("<f4").tobytes().hex(),
     }
+
+
+def write_golden() -> None:
+    """Write the golden file; run by hand, and only together with a new format version."""
+    content = {kind: golden_content(kind) for kind in ("rotated", "predicted")}
     (GOLDEN / "codec_transform.json").write_text(json.dumps(content, indent=1) + "\n")
 
 

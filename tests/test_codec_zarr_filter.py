@@ -7,7 +7,8 @@ import torch
 import zarr
 
 from scalekd_cache.codec import make_codec
-from scalekd_cache.codec.transform_fit import FILE, fit, state_bytes
+from scalekd_cache.codec.transform_fit import fit
+from scalekd_cache.codec.transform_state import FILE, state_bytes
 from scalekd_cache.codec.zarr_filter import FeatureMaps
 from scalekd_cache.errors import UserError
 

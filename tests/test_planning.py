@@ -12,7 +12,7 @@ from small_cache import CPU, make, options, shared_weights, write_weights
 
 from pipelines import plan as command
 from scalekd_cache import planning, scalekd
-from scalekd_cache.codec import transform_fit
+from scalekd_cache.codec import classes
 from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.costs import MetaTeacher, meta_teacher
 from scalekd_cache.errors import UserError
@@ -24,7 +24,7 @@ from scalekd_cache.student import build_student
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Fits that look at fewer classes, and only of the codec that is asked for."""
-    monkeypatch.setattr(transform_fit, "BINS", 12)
+    monkeypatch.setattr(classes, "BINS", 12)
     monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
 
 

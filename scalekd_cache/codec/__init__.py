@@ -78,7 +78,7 @@ def _made(
     if name != "transform":
         return make_codec(name, shape)
     _check_shape(name, shape)
-    from scalekd_cache.codec.transform_fit import load_transform
+    from scalekd_cache.codec.transform import load_transform
 
     return load_transform(config, shape, folder)
 

@@ -1,11 +1,12 @@
 """The lossless stage of the transform coder: symbols in classes of like variance, one zstd block a class.
 
-In: rows of fixed size (a head, then two planes of bytes). Out: records of variable length, and back.
+In: rows of fixed size (a head, a plane of packed symbols, a list of escapes). Out: records of any length, and back.
 Invariant: `unpack(pack(rows))` is `rows`; a record that declares another size is refused before anything is allocated.
 
 A zstd block carries one Huffman table, so a block holds symbols of one class; ending the block there is all it takes. A
-Huffman code spends at least one bit a byte, so classes of little entropy put several symbols into one byte first. Any
-zstd decoder reads the frame: one call a record.
+Huffman code spends at least one bit a byte, so classes of little entropy put two or four symbols into one byte first;
+one of large values takes two bytes a symbol. The few symbols beyond the range of their class are escapes: zero in the
+plane, position and value in the list. Any zstd decoder reads the frame: one call a record.
 """
 
 from collections.abc import Sequence
@@ -17,71 +18,103 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.codec.base import damaged_record
+from scalekd_cache.codec.base import as_bytes, damaged_record, fresh
 
 LEVEL = 1
-RADIX_OF = {1: 256, 2: 15, 3: 5, 5: 3}
-"""Values that one symbol of a byte takes, by symbols a byte."""
+LARGEST = {16: 32767, 8: 127, 4: 7, 2: 1}
+"""Largest magnitude of a symbol, by bits a symbol."""
+ESCAPE_BYTES = 6
+"""Position int32, value int16."""
 
 
 class Segment(NamedTuple):
-    """Neighbouring coefficients of one class."""
+    """Neighbouring symbols of one class."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
-    """Coefficients."""
-    per_byte: int
-    """Symbols that share a byte."""
+    """Symbols."""
+    bits: int
+    """Bits of the plane that a symbol takes: 16, 8, 4 or 2."""
 
     @property
     def bytes(self) -> int:
-        """Bytes of the low plane."""
-        return -(-self.count // self.per_byte)
+        """Bytes in the plane."""
+        return -(-self.count * self.bits // 8)
+
+
+def escape_count(count: int) -> int:
+    """Escapes that a row of `count` symbols has room for."""
+    return min(count, max(64, count // 32))
 
 
 def split_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(B, n) int64 symbols -> (B, low + n) uint8: packed low digits, then the rest, a signed byte a symbol."""
-    low_parts, high_parts, start = [], [], 0
+    """(B, n) int64 symbols that fit -> (B, plane + list) uint8: the packed plane, then positions, then values."""
+    beyond = symbols.abs() > _limits(segments, symbols.device)
+    # A stable sort brings the escapes to the front, in the order of positions.
+    places = beyond.byte().sort(dim=1, descending=True, stable=True).indices[:, : escape_count(symbols.shape[1])]
+    values = (symbols * beyond).gather(1, places)
+    places = places.masked_fill(values == 0, 0)
+    plane = pack_plane(symbols.masked_fill(beyond, 0), segments)
+    return torch.cat((plane, as_bytes(places.int()), as_bytes(values.short())), dim=1)
+
+
+def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
+    """(B, n) int64 symbols in the range of their classes -> (B, plane) uint8."""
+    parts, start = [], 0
     for segment in segments:
-        radix, part = RADIX_OF[segment.per_byte], symbols[:, start : start + segment.count]
-        digit = (part + radix // 2) % radix
-        high_parts.append((part + radix // 2 - digit) // radix)
-        padded = torch.nn.functional.pad(digit, (0, segment.bytes * segment.per_byte - segment.count), value=radix // 2)
-        weights = radix ** torch.arange(segment.per_byte, device=symbols.device)
-        low_parts.append((padded.view(len(symbols), -1, segment.per_byte) * weights).sum(2).to(torch.uint8))
+        part, bits = symbols[:, start : start + segment.count], segment.bits
         start += segment.count
-    return torch.cat((*low_parts, torch.cat(high_parts, 1).to(torch.int8).view(torch.uint8)), dim=1)
+        if bits >= 8:  # low bytes, then high ones
+            parts += [(part >> place & 255).to(torch.uint8) for place in range(0, bits, 8)]
+            continue
+        shared = 8 // bits
+        padded = torch.nn.functional.pad(part, (0, segment.bytes * shared - segment.count)) + (1 << bits - 1)
+        shifts = torch.arange(0, 8, bits, device=symbols.device)[:, None]
+        parts.append((padded.view(len(symbols), shared, segment.bytes) << shifts).sum(1).to(torch.uint8))
+    return torch.cat(parts, dim=1)
 
 
 def join_symbols(planes: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """What `split_symbols` made -> (B, n) float32 symbols."""
-    count, start, low_start = sum(segment.count for segment in segments), 0, 0
-    high = planes[:, planes.shape[1] - count :].view(torch.int8).float()
+    """What `split_symbols` made -> (B, n) int16 symbols."""
+    count, start, low = sum(segment.count for segment in segments), 0, 0
+    symbols = torch.empty(len(planes), count, dtype=torch.int16, device=planes.device)
     for segment in segments:
-        radix, part = RADIX_OF[segment.per_byte], planes[:, low_start : low_start + segment.bytes]
-        if segment.per_byte > 1:
-            digits = [part // radix**place % radix for place in range(segment.per_byte)]
-            part = torch.stack(digits, dim=2).flatten(1)[:, : segment.count]
-        high[:, start : start + segment.count].mul_(radix).add_(part).sub_(radix // 2)
-        start, low_start = start + segment.count, low_start + segment.bytes
-    return high
+        part, into = planes[:, low : low + segment.bytes], symbols[:, start : start + segment.count]
+        start, low = start + segment.count, low + segment.bytes
+        if segment.bits == 16:
+            into.copy_(part[:, segment.count :].view(torch.int8)).mul_(256).add_(part[:, : segment.count])
+        elif segment.bits == 8:
+            into.copy_(part.view(torch.int8))
+        else:
+            offset, mask = 1 << segment.bits - 1, (1 << segment.bits) - 1
+            for place, piece in enumerate(torch.split(into, segment.bytes, dim=1)):
+                digit = part[:, : piece.shape[1]] >> segment.bits * place & mask
+                torch.sub(digit.view(torch.int8), offset, out=piece)
+    split = low + 4 * escape_count(count)
+    places = fresh(planes[:, low:split]).view(torch.int32).long()
+    return symbols.scatter_add_(1, places.clamp_(0, count - 1), fresh(planes[:, split:]).view(torch.int16))
 
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(B, n) float64 symbols -> (B,) bool: whether every one is in the range of its class."""
-    limits = [limit for segment in segments for limit in [127 * RADIX_OF[segment.per_byte]] * segment.count]
-    return (symbols.abs() <= torch.tensor(limits, device=symbols.device)).all(1)
+    """(B, n) float64 symbols -> (B,) bool: whether a row can hold them."""
+    beyond = (symbols.abs() > _limits(segments, symbols.device)).sum(1)
+    return (beyond <= escape_count(symbols.shape[1])) & (symbols.abs().amax(1) <= LARGEST[16])
+
+
+def _limits(segments: Sequence[Segment], device: torch.device) -> Tensor:
+    """(n,) int64: the largest magnitude in the plane."""
+    counts = torch.tensor([segment.count for segment in segments])
+    largest = torch.tensor([LARGEST[segment.bits] for segment in segments])
+    return largest.repeat_interleave(counts).to(device)
 
 
 class BlockPacker:
-    """Rows <-> records: `head` bytes as they are, then one zstd frame of both planes, a block a class."""
+    """Rows <-> records: `head` bytes as they are, then one zstd frame of plane and list, a block a class."""
 
     def __init__(self, segments: Sequence[Segment], head: int) -> None:
         self.head = head
-        low = [segment.bytes for segment in segments]
-        wide = [segment.count for segment in segments if segment.per_byte == 1]
-        rest = sum(segment.count for segment in segments) - sum(wide)
-        sizes = [*low, *wide, *([rest] if rest else [])]
-        self._cuts = np.cumsum([0, *sizes]).tolist()
+        escapes = ESCAPE_BYTES * escape_count(sum(segment.count for segment in segments))
+        parts = [part for segment in segments for part in _parts(segment)]
+        self._cuts = np.cumsum([0, *parts, escapes]).tolist()
         self.row_bytes = head + self._cuts[-1]
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
@@ -112,3 +145,8 @@ class BlockPacker:
             row[: self.head] = np.frombuffer(record, np.uint8, self.head)
             row[self.head :] = np.frombuffer(data, np.uint8)
         return rows
+
+
+def _parts(segment: Segment) -> list[int]:
+    """Bytes of a class's blocks: low and high bytes of wide symbols are as unlike as two classes."""
+    return [segment.count] * 2 if segment.bits == 16 else [segment.bytes]

@@ -1,10 +1,12 @@
 """Dither: numbers between -1/2 and 1/2, the same for writer and reader, that make quantisation unbiased.
 
-In: a seed a record. Out: one number a coefficient. Invariant: a function of (seed, position) in whole numbers, the same
-on every device; over seeds each position is uniform and any two positions are uncorrelated.
+In: a seed a record. Out: one number a coefficient. Invariant: a function of (seed, position), the same on every
+device; over all seeds each position takes every level of the table equally often, so its mean is zero exactly, and any
+two positions are uncorrelated.
 
 Rounding x + u and subtracting u again leaves an error that is uniform and independent of x (Schuchman 1964), so the
-mean over seeds of what a reader decodes is x itself.
+mean over seeds of what a reader decodes is x itself. A record's dither is a window of one table that goes round: a
+reader copies it instead of computing it.
 """
 
 import hashlib
@@ -21,16 +23,32 @@ def dither_seed(key: str, view: int) -> int:
     return int.from_bytes(digest, "little")
 
 
-def dither_table(count: int) -> tuple[Tensor, Tensor]:
-    """Two int64 numbers a position: an offset below 2^32 and an odd factor below 2^31."""
-    positions = torch.arange(1, count + 1, dtype=torch.int64)
-    return _mix(positions), _mix(positions + count) >> 1 | 1
+def dither_table(count: int) -> Tensor:
+    """The table of records of `count` coefficients, float32: P + count numbers, the first `count` again at the end.
+
+    P is the least power of two that is at least `count` and 2^16; the P numbers are its levels (k + 1/2) / P - 1/2 in
+    the order of a 32-bit hash of k. No two positions of a record share a number.
+    """
+    period = max(1 << 16, 1 << (count - 1).bit_length())
+    levels = _mix(torch.arange(1, period + 1, dtype=torch.int64)).sort(stable=True).indices
+    table = (levels.double() + 0.5) / period - 0.5
+    return torch.cat((table, table[:count])).float()
 
 
-def dither(seeds: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
-    """(B,) int64 seeds below 2^32 and the table (n,) -> (B, n) float32: multiples of 2^-24 between -1/2 and 1/2."""
-    mixed = torch.addcmul(offset, factor, seeds[:, None]).bitwise_and_(_MASK)
-    return mixed.bitwise_right_shift_(8).float().mul_(2.0**-24).sub_(0.5 - 2.0**-25)
+def dither(seeds: Tensor, table: Tensor, count: int) -> Tensor:
+    """(B,) int64 seeds -> (B, count) float32: the window that begins at seed mod P."""
+    period = len(table) - count
+    return table.as_strided((period, count), (1, 1))[seeds % period]
+
+
+def subtract_dither(symbols: Tensor, seeds: Tensor, table: Tensor, into: Tensor) -> None:
+    """Symbols (B, count) int16 less `dither(seeds, table, count)`, into (B, count) float32."""
+    count = symbols.shape[1]
+    if symbols.device.type != "cpu":
+        torch.sub(symbols, dither(seeds, table, count), out=into)
+        return
+    for row, values, start in zip(symbols, into, (seeds % (len(table) - count)).tolist(), strict=True):
+        torch.sub(row, table[start : start + count], out=values)  # no copy of the windows
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -1,20 +1,25 @@
 """The transform coder: decorrelate, quantise everything with one step, keep what is left of the entropy.
 
 In and out: see `base.py`; fitted to a teacher by `transform_fit.fit`. A row: seed uint32, step doublings uint8, three
-zero bytes, norms float16 (2, H*W), then the two planes of symbols of `blocks.py`.
+zero bytes, norms float16 (2, H*W), then the symbols of `blocks.py`.
 Invariant: a token's error is white noise whose energy is `noise` times that of the token after mean removal, and with
 dither its mean over seeds is zero, so that gradients are unbiased.
 
-A token is divided by its stored mean-removed norm (the norm the loss divides by), the fitted mean is subtracted, the
-grid goes through a 2-D DCT, the channels through a Karhunen-Loeve basis (one for the DC coefficient, one for all
-others), and each coefficient through one uniform quantiser. Reverse water-filling falls out: a component below the
-step costs next to nothing. Encoding runs on whole numbers carried in float64, where every sum is exact: symbols do not
-depend on device, batch or thread count.
+A token is divided by its stored mean-removed norm (the norm the loss divides by), the fitted mean is subtracted, and
+the grid goes through a 2-D DCT, whose frequencies fall into bands of like energy. Then the channels of a band:
+- *rotated*: a Karhunen-Loeve basis, and each coefficient through one uniform quantiser, dithered. Reverse
+  water-filling falls out: a component below the step costs next to nothing. A reader multiplies by a C x C matrix.
+- *predicted*: what the channels have in common goes into a few factors (whole numbers below 128), from which a matrix
+  of bytes predicts all channels; the difference goes through the quantiser, dithered. Whatever the prediction is, the
+  mean of what is decoded is the original. More bytes for the same error, but a CPU decodes wide maps much faster.
+Encoding runs on whole numbers carried in float64, where every sum is exact: symbols do not depend on device, batch or
+thread count.
 """
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,33 +28,25 @@ from torch import Tensor
 
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap, as_bytes, feature_norms, fresh
 from scalekd_cache.codec.blocks import BlockPacker, Segment, fits, join_symbols, split_symbols
-from scalekd_cache.codec.dither import dither, dither_table
+from scalekd_cache.codec.dither import dither, dither_table, subtract_dither
+from scalekd_cache.codec.transform_state import TransformState, check_state, read_state
 from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from scalekd_cache.store.path import StoredPath
 
 HEAD = 8
 """Bytes before the norms."""
-FINE, BASIS = 2.0**18, 2.0**20
-"""Fixed-point steps a unit: of normalised values, and of basis vectors."""
+FINE, BASIS, COARSE = 2.0**18, 2.0**20, 2.0**10
+"""Fixed-point steps a unit: of normalised values, of the DCT, and of values and matrix where factors are found."""
 GUARD = 2.0**-6
 """A token is divided by its mean-removed norm, but by no less than this part of its whole norm."""
-MAX_TOKENS = 1024
-"""Larger grids would overflow the exact sums."""
 MAX_DOUBLINGS = 40
-
-
-class TransformState(NamedTuple):
-    """What a fit finds out about a teacher; travels in the cache as a safetensors file."""
-
-    mean: Tensor
-    """(C,) float64: mean normalised token, a multiple of 1 / FINE."""
-    basis_dc: Tensor
-    """(C, C) float64: columns are components of the spatial means, multiples of 1 / BASIS."""
-    basis_ac: Tensor
-    """(C, C) float64: the same of all other spatial frequencies."""
-    order: Tensor
-    """(T * C,) int64: coefficients (frequency * C + component) by falling variance."""
-    segments: Tensor
-    """(S, 2) int64: coefficients and symbols a byte of each class, in `order`."""
+LARGEST_FACTOR = 127
+CPU_VIEWS = 8
+"""Views decoded together on a CPU: few enough for its caches, enough to share the cost of a call."""
+DEAD_ZONE = 0.45
+"""Factors round up from 1 - DEAD_ZONE: the few bits that a 0 saves are worth more than the nearest value."""
 
 
 class TransformCodec(FeatureCodec):
@@ -75,16 +72,22 @@ class TransformCodec(FeatureCodec):
         super().__init__(shape)
         self.bytes_per_view = self._packer.row_bytes
         self.step = math.sqrt(12 * noise / channels)
-        inverse = torch.empty_like(state.order)
-        inverse[state.order] = torch.arange(len(state.order))
-        offset, factor = dither_table(len(state.order))
+        self.factors = 0 if len(state.basis[0]) else len(state.order)
+        self._spans = list(itertools.pairwise([0, *state.bands.cumsum(0).tolist()]))
+        table = dither_table(self.tokens * channels)
         self._encoding = {
-            "mean": state.mean, "dc": state.basis_dc, "ac": state.basis_ac, "order": state.order,
+            "mean": state.mean, "frequencies": state.frequencies, "basis": state.basis, "analysis": state.analysis,
+            "loadings": state.loadings.double(), "units": state.units, "order": state.order, "dither": table,
             "rows": fixed_point(dct_matrix(height), BASIS), "columns": fixed_point(dct_matrix(width), BASIS),
-            "offset": offset, "factor": factor,
         }  # fmt: skip
-        self._decoding = {name: self._encoding[name].float() for name in ("mean", "dc", "ac", "rows", "columns")}
-        self._decoding |= {"inverse": inverse, "offset": offset, "factor": factor}
+        same = ("basis", "units", "rows", "columns", "dither")
+        self._decoding = {name: self._encoding[name].float() for name in same}
+        self._decoding |= {
+            "loadings": state.loadings.to(torch.int8),
+            "dc": (state.mean * math.sqrt(self.tokens) / self.step).float(),
+            "inverse": state.order.argsort(),
+            "natural": state.frequencies.argsort(),
+        }
 
     def get_config(self) -> dict[str, Any]:
         """The state itself is a file, of which the config holds the sha256."""
@@ -100,19 +103,32 @@ class TransformCodec(FeatureCodec):
         """As `FeatureCodec.encode`; `seeds` (B,) int64 below 2^32 choose the dither of each row (needed here)."""
         assert seeds is not None, "a dithered codec needs the seeds of its rows"
         halves, seeds = self.checked_norms(features).to(torch.float16), seeds.to(features.device)
-        coefficients = self.analyse(features, token_scales(halves.float()))
-        table = _on(self._encoding, features.device)
-        noise = dither(seeds, table["offset"], table["factor"]).double()
-        symbols, doublings = self._quantise(coefficients[:, table["order"]], noise)
+        factors, values = self.analyse(features, token_scales(halves.float()))
+        noise = dither(seeds, _on(self._encoding, features.device)["dither"], self.tokens * self.channels).double()
+        symbols, doublings = self._quantise(factors, values, noise)
         head = torch.zeros(len(features), HEAD, dtype=torch.uint8, device=features.device)
         head[:, :4] = as_bytes(seeds[:, None])[:, :4]
         head[:, 4] = doublings.to(torch.uint8)
         return torch.cat((head, as_bytes(halves.flatten(1)), split_symbols(symbols.long(), self.segments)), dim=1)
 
-    def analyse(self, features: Tensor, scales: Tensor) -> Tensor:
-        """(B, C, H, W) float32 and token scales (B, T) -> coefficients (B, T * C) float64, exact on a fixed grid."""
-        table, grid = _on(self._encoding, features.device), self.spectrum(features, scales)
-        return torch.cat((grid[:, :1] @ table["dc"], grid[:, 1:] @ table["ac"]), dim=1).flatten(1)
+    def analyse(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) float32, token scales (B, T) -> factors (B, T * R), and what is dithered (B, T * C), in steps.
+
+        float64, exact on a fixed grid. Components, or factors, are in `order`; differences band by band.
+        """
+        table, batch = _on(self._encoding, features.device), len(features)
+        grid = self.spectrum(features, scales)[:, table["frequencies"]]
+        if not self.factors:
+            parts = [grid[:, slice(*span)] @ basis.T for span, basis in zip(self._spans, table["basis"], strict=True)]
+            return grid.new_empty(batch, 0), torch.cat(parts, dim=1).flatten(1)[:, table["order"]] / self.step
+        factors, predicted = [], []
+        for band, (start, stop) in enumerate(self._spans):
+            found = fixed_point(grid[:, start:stop], COARSE) @ table["analysis"][band].T
+            found = (found.sign() * (found.abs() + DEAD_ZONE).floor()).clamp(-LARGEST_FACTOR, LARGEST_FACTOR)
+            factors.append(found)
+            predicted.append(found @ table["loadings"][band] * table["units"][band])
+        residuals = grid / self.step - torch.cat(predicted, dim=1)
+        return torch.cat(factors, dim=1).reshape(batch, self.factors)[:, table["order"]], residuals.flatten(1)
 
     def spectrum(self, features: Tensor, scales: Tensor) -> Tensor:
         """The DCT of normalised tokens less their mean, (B, T, C) float64: [:, 0] is the DC coefficient."""
@@ -125,11 +141,12 @@ class TransformCodec(FeatureCodec):
         grid = fixed_point(torch.matmul(table["rows"], grid), FINE).view(batch * self.height, self.width, self.channels)
         return fixed_point(torch.matmul(table["columns"], grid), FINE).view(batch, self.tokens, self.channels)
 
-    def _quantise(self, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Coefficients in `order` and dither (B, n) float64 -> symbols and how often the step was doubled (B,)."""
+    def _quantise(self, factors: Tensor, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        """Float64 -> symbols (B, T * R + T * C) and how often the step was doubled (B,)."""
         doublings = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         while True:
-            symbols = torch.round(values / (self.step * 2.0**doublings)[:, None] + noise)
+            rounded = torch.round(values / (2.0**doublings)[:, None] + noise)
+            symbols = torch.cat((factors, rounded), dim=1)
             fit = fits(symbols, self.segments)
             if bool(fit.all()):
                 return symbols, doublings
@@ -140,26 +157,50 @@ class TransformCodec(FeatureCodec):
         """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
         assert codes.dtype == torch.uint8, codes.dtype
         assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
-        table, batch, norm_bytes = _on(self._decoding, codes.device), len(codes), 4 * self.tokens
-        seeds = fresh(codes[:, :4]).view(torch.int32).long().view(batch) & (2**32 - 1)
-        steps = self.step * 2.0 ** codes[:, 4].float()
-        norms = fresh(codes[:, HEAD : HEAD + norm_bytes]).view(torch.float16).float()
-        symbols = join_symbols(codes[:, HEAD + norm_bytes :], self.segments)
-        symbols.sub_(dither(seeds, table["offset"], table["factor"])).mul_(steps[:, None])
+        table, batch, split = _on(self._decoding, codes.device), len(codes), HEAD + 4 * self.tokens
+        norms = fresh(codes[:, HEAD:split]).view(torch.float16).float().view(batch, 2, self.height, self.width)
+        scales = token_scales(norms)[..., None] * self.step
+        values = torch.empty(batch, self.tokens, self.channels, device=codes.device)
+        part = CPU_VIEWS if codes.device.type == "cpu" else max(1, batch)
+        spare = torch.empty_like(values[:part])  # fresh memory costs a page fault every 4 KB: use it again
         with torch.autocast(codes.device.type, enabled=False):
-            values = self._synthesise(symbols[:, table["inverse"]], table)
-        values.mul_(token_scales(norms.view(batch, 2, -1))[..., None])
+            for rows, scale, into in zip(*(torch.split(all_, part) for all_ in (codes, scales, values)), strict=True):
+                symbols, other = join_symbols(rows[:, split:], self.segments), spare[: len(rows)]
+                subtract_dither(symbols[:, self.factors :], _seeds(rows), table["dither"], into.view(len(rows), -1))
+                into.mul_(2.0 ** rows[:, 4, None, None].float())
+                self._channels(symbols[:, : self.factors], table, into, other)
+                self._positions(table, into, other)
+                torch.mul(other, scale, out=into)
         features = values.view(batch, self.height, self.width, self.channels).permute(0, 3, 1, 2)
-        return FeatureMap(features, norms.view(batch, 2, self.height, self.width))
+        return FeatureMap(features, norms)
 
-    def _synthesise(self, coefficients: Tensor, table: Mapping[str, Tensor]) -> Tensor:
-        """(B, T * C) -> normalised tokens (B, T, C), float32."""
-        batch = len(coefficients)
-        grid = coefficients.view(batch, self.tokens, self.channels)
-        grid = torch.cat((grid[:, :1] @ table["dc"].T, grid[:, 1:] @ table["ac"].T), dim=1)
-        grid = torch.matmul(table["columns"].T, grid.view(batch * self.height, self.width, self.channels))
-        grid = torch.matmul(table["rows"].T, grid.view(batch, self.height, self.width * self.channels))
-        return grid.view(batch, self.tokens, self.channels) + table["mean"]
+    def _channels(self, factors: Tensor, table: Mapping[str, Tensor], into: Tensor, other: Tensor) -> None:
+        """What was dithered, in steps, in `into` (B, T, C) -> there the DCT of tokens, band by band."""
+        batch = len(into)
+        if not self.factors:
+            torch.index_select(into.view(batch, -1), 1, table["inverse"], out=other.view(batch, -1))
+            for span, basis in zip(self._spans, table["basis"], strict=True):
+                into[:, slice(*span)] = other[:, slice(*span)] @ basis
+            return
+        factors = factors.index_select(1, table["inverse"]).view(batch, self.tokens, -1)
+        for band, (start, stop) in enumerate(self._spans):
+            predicted = other.view(batch * self.tokens, -1)[: batch * (stop - start)]
+            whole_product(factors[:, start:stop].flatten(0, 1), table["loadings"][band], predicted)
+            into[:, start:stop].addcmul_(predicted.view(batch, stop - start, -1), table["units"][band])
+
+    def _positions(self, table: Mapping[str, Tensor], into: Tensor, other: Tensor) -> None:
+        """The DCT of tokens in `into` (B, T, C), band by band, overwritten -> in `other` normalised tokens in steps."""
+        batch = len(into)
+        into[:, 0] += table["dc"]
+        torch.index_select(into, 1, table["natural"], out=other)
+        for name, count in (("columns", self.height), ("rows", 1)):
+            matrix = table[name].T.expand(batch * count, -1, -1)
+            torch.bmm(
+                matrix,
+                other.view(batch * count, len(table[name]), -1),
+                out=into.view(len(matrix), len(table[name]), -1),
+            )
+            into, other = other, into
 
     def error_bound(self, features: Tensor) -> Tensor:
         """Half a step of every coefficient, through the synthesis; a token whose float16 norm is 0 becomes 0.
@@ -171,10 +212,10 @@ class TransformCodec(FeatureCodec):
         steps = self.step * 2.0 ** codes[:, 4].double()
         rows, columns = (self._encoding[name].abs().sum(0) for name in ("rows", "columns"))
         spatial = torch.outer(rows, columns).flatten()
-        channel = torch.maximum(self._encoding["dc"].abs().sum(1), self._encoding["ac"].abs().sum(1))
-        energy = features.double().square().sum((1, 2, 3)).sqrt()  # float32 sums and rounded bases: 2^-12 of the map
-        bound = torch.einsum("b,bt,t,c->bct", steps / 2, scales.double(), spatial, channel) * (1 + 2.0**-12)
-        bound += (energy[:, None] * 2.0**-12)[..., None]
+        channel = self._encoding["basis"].abs().sum(1).amax(0) if not self.factors else torch.ones(self.channels)
+        energy = features.double().square().sum((1, 2, 3)).sqrt()  # float32 sums, rounded matrices: 2^-12 of the map
+        bound = torch.einsum("b,bt,t,c->bct", steps / 2, scales.double(), spatial, channel.double())
+        bound = bound * (1 + 2.0**-12) + energy[:, None, None] * 2.0**-12
         lost = features.abs().double().flatten(2)
         bound = torch.where((scales > 0)[:, None], bound, lost)
         return bound.view(features.shape).float()
@@ -188,6 +229,11 @@ class TransformCodec(FeatureCodec):
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
         return self._packer.unpack(records)
+
+
+def _seeds(rows: Tensor) -> Tensor:
+    """The seeds in the heads of rows, (B,) int64."""
+    return fresh(rows[:, :4]).view(torch.int32).long().view(len(rows)) & (2**32 - 1)
 
 
 def token_scales(norms: Tensor) -> Tensor:
@@ -209,27 +255,31 @@ def fixed_point(values: Tensor, fine: float) -> Tensor:
     return torch.round(values * fine) / fine
 
 
-def check_state(state: TransformState, shape: tuple[int, int, int], noise: float) -> None:
-    """UserError unless the state belongs to maps of this shape."""
-    channels, count = shape[0], math.prod(shape)
-    orders = state.order.sort().values
-    segments = state.segments
-    found = (
-        state.mean.shape == (channels,) and state.basis_dc.shape == state.basis_ac.shape == (channels, channels),
-        orders.shape == (count,) and bool((orders == torch.arange(count)).all()),
-        segments.dim() == 2 and segments.shape[1] == 2 and int(segments[:, 0].sum()) == count,
-        bool((segments[:, 0] > 0).all()) and set(segments[:, 1].tolist()) <= {1, 2, 3, 5},
-        all(bool(part.isfinite().all()) for part in state[:3]),
-        math.isfinite(noise) and noise > 0 and shape[1] * shape[2] <= MAX_TOKENS,
-    )
-    if not all(found):
-        raise UserError(
-            "the codec's state does not belong to these features",
-            got=f"checks {[number for number, good in enumerate(found) if not good]} failed, noise {noise}",
-            expected=f"mean, bases, order and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
-            where="codec.safetensors",
-            fix="restore the file from the cache",
-        )
+def whole_product(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
+    """(n, R) int16 whole numbers and (R, C) int8, all at most 127 -> into (n, C) float32, exact on every device.
+
+    Processors multiply bytes four times as fast as floats; elsewhere sums below 2^24 are exact in float32 (and in
+    TF32, whose products of 8-bit numbers are).
+    """
+    if factors.device.type == "cpu":
+        into.copy_(torch._int_mm(factors.to(torch.int8), loadings))
+    else:
+        torch.matmul(factors.float(), loadings.float(), out=into)
+
+
+def load_transform(
+    config: Mapping[str, Any], shape: tuple[int, int, int], folder: "StoredPath | None"
+) -> TransformCodec:
+    """The coder of a config, with its state from `folder`/codec.safetensors; errors are those of `read_state`."""
+    sha256 = config.get("state_sha256")
+    state = read_state(folder, sha256)
+    noise = config.get("noise")
+    if not isinstance(noise, float):
+        raise UserError("bad codec config", got=noise, expected="noise, a number", where="codec in the manifest")
+    mean_bytes = config.get("mean_bytes")
+    if type(mean_bytes) is not int or not 0 <= mean_bytes < 1 << 31:
+        raise UserError("bad codec config", got=mean_bytes, expected="mean_bytes", where="codec in the manifest")
+    return TransformCodec(shape, state, noise=noise, state_sha256=str(sha256), mean_bytes=mean_bytes)
 
 
 def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

@@ -1,84 +1,98 @@
-"""Fits the transform coder to a teacher, and keeps the state in a file.
+"""Fits the transform coder to a teacher.
 
-In: some hundred of the cache's own first maps (N, C, H, W). Out: a `TransformCodec`, and codec.safetensors.
+In: some hundred of the cache's own first maps (N, C, H, W). Out: a `TransformCodec`.
 Invariant: what decides bytes is the state as stored, not how it was found: two fits may differ in the last bit (another
 LAPACK), readers and writers of one cache share one file, named by its sha256 in the codec's config.
 """
 
 import hashlib
-import heapq
-import itertools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 from torch import Tensor
 
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.codec.blocks import RADIX_OF, Segment, split_symbols
+from scalekd_cache.codec.classes import classes
 from scalekd_cache.codec.dither import dither, dither_table
 from scalekd_cache.codec.transform import (
     BASIS,
+    COARSE,
     FINE,
     TransformCodec,
-    TransformState,
     fixed_point,
     token_scales,
 )
+from scalekd_cache.codec.transform_state import TransformState, state_bytes
 from scalekd_cache.errors import UserError
 
-if TYPE_CHECKING:
-    from scalekd_cache.store.path import StoredPath
-
-FILE = "codec.safetensors"
-MAX_STATE_BYTES = 1 << 30
 PRESETS = {"transform": 0.0018, "transform-economy": 0.06}
 """Noise by preset: a mean-removed cosine of 1 / sqrt(1 + noise)."""
-BINS = 64
-"""Finest classes that are looked at."""
-TABLE_BITS = 8 * 80
-"""About what a zstd block with its Huffman table costs."""
-ESCAPE_BITS = 40
-"""About what a symbol outside the range of its class costs."""
+ROTATED = 512
+"""Most channels that are rotated: a matrix of 1536 x 1536 takes a core 3 ms a view, factors a twentieth of it."""
 BATCH = 64
+FACTORS = 128
+"""Factors at a frequency: more cost time, and few bytes either way."""
+FACTOR_STEP = 3.0
+ROUNDS = 6
+SWEEPS = 3
+LOW_PART = 6
+"""One frequency in six, those of most energy, is in the low band."""
 ORDER_VIEWS = 128
 """Views that decide order and classes; the bases take all."""
 
 
-def fit(features: Tensor, noise: float) -> TransformCodec:
+class Moments(NamedTuple):
+    """What a fit needs to know of maps, whatever the noise."""
+
+    start: TransformState
+    """Mean, frequencies, bands; and bases where channels are rotated."""
+    seconds: list[Tensor]
+    """Second moments of the channels (C, C) float64 of each band, where channels are predicted."""
+
+
+def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> TransformCodec:
     """A coder for maps like these.
 
     Args:
         features: (N, C, H, W) float32, on the CPU; 500 views are enough, at least 2.
         noise: energy of a token's error over that of the token after mean removal: the mean-removed cosine comes out
             as 1 / sqrt(1 + noise).
+        rotated: whether channels are rotated or predicted (see `transform`); None: rotated up to 512 channels.
 
     Raises:
         UserError: too few views, or values that cannot be stored.
     """
-    return with_noise(fit_bases(features), features, noise)
+    return with_noise(fit_bases(features, rotated=rotated), features, noise)
 
 
-def fit_bases(features: Tensor) -> TransformState:
-    """What does not depend on the noise: mean and bases, by far the longest part of `fit`; its errors are those."""
+def fit_bases(features: Tensor, *, rotated: bool | None = None) -> Moments:
+    """What does not depend on the noise; its errors are those of `fit`."""
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError("features cannot calibrate a codec", got=f"{len(features)} views", expected=">= 2, all finite")
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
-    plain = _codec(shape, _start(shape), 1.0)
-    plain = _codec(shape, plain.state._replace(mean=_mean(features)), 1.0)
-    second_dc, second_ac = (torch.zeros(shape[0], shape[0], dtype=torch.float64) for _ in range(2))
-    for batch in torch.split(features, BATCH):
-        grid = plain.spectrum(batch, _scales(batch))
-        second_dc += grid[:, 0].T @ grid[:, 0]
-        second_ac += grid[:, 1:].flatten(0, 1).T @ grid[:, 1:].flatten(0, 1)
-    return plain.state._replace(basis_dc=_basis(second_dc), basis_ac=_basis(second_ac))
+    rotated = shape[0] <= ROTATED if rotated is None else rotated
+    plain = _codec(shape, _start(shape)._replace(mean=_mean(features)), 1.0)
+    grids = torch.cat([plain.spectrum(batch, _scales(batch)).float() for batch in torch.split(features, BATCH)])
+    energy = grids.square().mean((0, 2))
+    energy[0] = torch.inf
+    frequencies, low = energy.sort(descending=True, stable=True).indices, (plain.tokens - 1) // LOW_PART
+    bands = torch.tensor([size for size in (1, low, plain.tokens - 1 - low) if size > 0])
+    whole, seconds = _moments(grids[:, frequencies[1:]]), []
+    for part in torch.split(frequencies, bands.tolist()):
+        own, weight = _moments(grids[:, part]), len(grids) * len(part)
+        prior = whole * own.trace() / whole.trace().clamp(min=1e-30)  # what few samples leave open
+        seconds.append((own * weight + prior * len(own)) / (weight + len(own)))
+    start = plain.state._replace(frequencies=frequencies, bands=bands)
+    if not rotated:
+        return Moments(start, seconds)
+    basis = torch.stack([_basis(second) for second in seconds])
+    return Moments(_empty_factors(start._replace(basis=basis)), [])
 
 
-def with_noise(state: TransformState, features: Tensor, noise: float) -> TransformCodec:
-    """The coder of a noise, from bases that were fitted to the same maps."""
+def with_noise(moments: Moments, features: Tensor, noise: float) -> TransformCodec:
+    """The coder of a noise, for the maps that the moments are from."""
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
+    state = _sized(_predicting(moments, noise) if moments.seconds else moments.start, shape)
     codec = _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
     few = features[:: -(-len(features) // BATCH)].contiguous()
     records = codec.pack(codec.encode(few, torch.arange(len(few))).numpy())
@@ -87,9 +101,84 @@ def with_noise(state: TransformState, features: Tensor, noise: float) -> Transfo
 
 
 def _start(shape: tuple[int, int, int]) -> TransformState:
-    """The state that changes nothing."""
-    identity, count = torch.eye(shape[0], dtype=torch.float64), shape[0] * shape[1] * shape[2]
-    return TransformState(identity[0] * 0, identity, identity, torch.arange(count), torch.tensor([[count, 1]]))
+    """The state that changes nothing, one band."""
+    channels, tokens = shape[0], shape[1] * shape[2]
+    eye = torch.eye(channels, dtype=torch.float64)[None]
+    state = TransformState(
+        mean=eye[0, 0] * 0, frequencies=torch.arange(tokens), bands=torch.tensor([tokens]), basis=eye,
+        analysis=eye, loadings=eye, units=eye, order=eye, segments=eye,
+    )  # fmt: skip
+    return _sized(_empty_factors(state), shape)
+
+
+def _empty_factors(state: TransformState) -> TransformState:
+    """The state without factors."""
+    nothing = state.mean.new_zeros(len(state.bands), 0, len(state.mean))
+    return state._replace(analysis=nothing, loadings=nothing.long(), units=torch.ones_like(nothing[:, :1].sum(1)))
+
+
+def _sized(state: TransformState, shape: tuple[int, int, int]) -> TransformState:
+    """The state with an order and a class that say nothing."""
+    tokens, components, factors = shape[1] * shape[2], state.basis.shape[1], state.loadings.shape[1]
+    count = tokens * (components + factors + (0 if components else shape[0]))
+    return state._replace(order=torch.arange(tokens * (components + factors)), segments=torch.tensor([[count, 16]]))
+
+
+def _predicting(moments: Moments, noise: float) -> TransformState:
+    """The state with the factors of each band."""
+    channels = len(moments.start.mean)
+    step, count = (12 * noise / channels) ** 0.5, min(FACTORS, channels // 24 * 8)
+    parts = [_factors(second, count, step) for second in moments.seconds]
+    analysis, loadings, units = (torch.stack(found) for found in zip(*parts, strict=True))
+    nothing = analysis.new_zeros(len(parts), 0, channels)
+    return moments.start._replace(basis=nothing, analysis=analysis, loadings=loadings.long(), units=units)
+
+
+def _moments(values: Tensor) -> Tensor:
+    """Second moments of the channels (N, t, C) -> (C, C) float64."""
+    flat = values.flatten(0, 1)
+    return (flat.T @ flat).double() / max(1, len(flat))
+
+
+def _basis(second: Tensor) -> Tensor:
+    """Second moments (C, C) -> components in rows by falling variance, each with its largest entry positive."""
+    vectors = torch.linalg.eigh(second).eigenvectors.flip(1)
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
+    return fixed_point(vectors * signs, BASIS).T
+
+
+def _factors(second: Tensor, count: int, step: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Second moments (C, C) -> analysis (R, C), loadings (R, C) and units (C) of the model "factors and own noise".
+
+    The model M = V V' + diag(own) is fitted by taking the largest components of M scaled to unit own variance in turn.
+    A factor's step is FACTOR_STEP standard deviations of what the channels leave open about it.
+    """
+    model = second + torch.eye(len(second), dtype=torch.float64) * step**2 / 12
+    own, loads, vectors = model.diagonal() * 0.3, model[:, :count], None
+    for _ in range(ROUNDS):
+        root = own.sqrt()
+        values, vectors = _leading(model / root[:, None] / root, count, vectors)
+        loads = root[:, None] * vectors * (values - 1).clamp(min=0).sqrt()
+        own = torch.maximum(model.diagonal() - loads.square().sum(1), model.diagonal().clamp(max=step**2 / 12) * 0.9)
+    weighted = loads / own[:, None]
+    precision = loads.T @ weighted + torch.eye(count, dtype=torch.float64)
+    open_part = torch.linalg.inv(precision)
+    steps = FACTOR_STEP * open_part.diagonal().sqrt()
+    analysis = fixed_point(open_part @ weighted.T / steps[:, None], COARSE)
+    matrix = (loads * steps / step).T
+    units = 2.0 ** torch.ceil(torch.log2(matrix.abs().amax(0).clamp(min=2.0**-20) / 127))
+    return analysis, torch.round(matrix / units), units
+
+
+def _leading(matrix: Tensor, count: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The largest eigenvalues (count,) and their vectors (C, count), improved from `start` where there is one."""
+    if start is None:
+        values, vectors = torch.linalg.eigh(matrix)
+        return values.flip(0)[:count], vectors.flip(1)[:, :count]
+    for _ in range(SWEEPS):
+        start = torch.linalg.qr(matrix @ start).Q
+    values, turn = torch.linalg.eigh(start.T @ matrix @ start)
+    return values.flip(0), (start @ turn).flip(1)
 
 
 def _codec(shape: tuple[int, int, int], state: TransformState, noise: float) -> TransformCodec:
@@ -111,124 +200,26 @@ def _mean(features: Tensor) -> Tensor:
     return fixed_point(total / max(1, count), FINE)
 
 
-def _basis(second: Tensor) -> Tensor:
-    """Second moments (C, C) -> components in columns by falling variance, each with its largest entry positive."""
-    vectors = torch.linalg.eigh(second).eigenvectors.flip(1)
-    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
-    return fixed_point(vectors * signs, BASIS)
-
-
 def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
-    """The state with coefficients by falling variance, cut into classes."""
+    """The state with components, or frequencies of a band and factors, by falling variance, cut into classes."""
     few = features[:: -(-len(features) // ORDER_VIEWS)]
-    coefficients = torch.cat([codec.analyse(batch, _scales(batch)) for batch in torch.split(few, BATCH)])
-    order = coefficients.square().sum(0).sort(descending=True, stable=True).indices
-    offset, factor = dither_table(coefficients.shape[1])
-    noise = dither(torch.arange(len(few)) * 0x9E3779B1 % 2**32, offset, factor)
-    segments = classes(torch.round(coefficients[:, order] / codec.step + noise).long())
-    return codec.state._replace(order=order, segments=torch.tensor(segments))
-
-
-def classes(symbols: Tensor) -> list[Segment]:
-    """(N, n) int64 symbols in order -> classes; neighbours merge while a table costs more than it saves."""
-    edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
-    bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
-    costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}
-    while len(bins) > 1:
-        joined = [(first[0], second[1]) for first, second in itertools.pairwise(bins)]
-        for span in joined:
-            if span not in costs:
-                costs[span] = _cheapest(symbols[:, slice(*span)])
-        gains = [costs[a][0] + costs[b][0] - costs[ab][0] for a, b, ab in zip(bins, bins[1:], joined, strict=False)]
-        best = max(range(len(gains)), key=gains.__getitem__)
-        if gains[best] + TABLE_BITS <= 0:
-            break
-        bins[best : best + 2] = [joined[best]]
-    return [Segment(stop - start, costs[start, stop][1]) for start, stop in bins]
-
-
-def _cheapest(symbols: Tensor) -> tuple[float, int]:
-    """Bits a view that a class takes, and the number of symbols a byte that it takes them with."""
-    return min((_bits(symbols, per_byte), per_byte) for per_byte in RADIX_OF)
-
-
-def _bits(symbols: Tensor, per_byte: int) -> float:
-    """Bits a view: a Huffman code over the bytes of the low plane, and the cheaper of two guesses for the high one."""
-    segment = Segment(symbols.shape[1], per_byte)
-    planes = split_symbols(symbols, [segment])
-    low, high = planes[:, : segment.bytes], planes[:, segment.bytes :]
-    escapes = ESCAPE_BITS * float((high != 0).double().sum()) / len(symbols)
-    rest = min(escapes, segment.count * huffman_bits(high)) if per_byte == 1 else escapes
-    return segment.bytes * huffman_bits(low) + rest
-
-
-def huffman_bits(symbols: Tensor) -> float:
-    """Mean length in bits of a Huffman code for these bytes: the sum of all inner nodes' weights."""
-    heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
-    heapq.heapify(heap)
-    total = 0
-    while len(heap) > 1:
-        node = heapq.heappop(heap) + heapq.heappop(heap)
-        total += node
-        heapq.heappush(heap, node)
-    return total / symbols.numel()
-
-
-def state_bytes(state: TransformState) -> bytes:
-    """The file codec.safetensors; equal states give equal bytes."""
-    tensors = {
-        "mean": state.mean.float(),
-        "basis_dc": state.basis_dc.float(),
-        "basis_ac": state.basis_ac.float(),
-        "order": state.order.int(),
-        "segments": state.segments.int(),
-    }
-    data: bytes = save({name: value.contiguous() for name, value in tensors.items()})
-    return data
-
-
-def load_transform(
-    config: Mapping[str, Any], shape: tuple[int, int, int], folder: "StoredPath | None"
-) -> TransformCodec:
-    """The coder of a config, with its state from `folder`/codec.safetensors.
-
-    Raises:
-        UserError: no folder or no file, a file that the config does not name, or a damaged one.
-    """
-    path = None if folder is None else folder / FILE
-    if path is None or not path.is_file():
-        raise UserError(
-            "the codec's state is missing",
-            got="no file",
-            expected=FILE,
-            where=folder or "codec config",
-            fix="restore the file from the cache",
-        )
-    size = path.stat().st_size
-    if size > MAX_STATE_BYTES:
-        raise UserError("the codec's state is too large", got=f"{size} bytes", expected=MAX_STATE_BYTES, where=path)
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != config.get("state_sha256"):
-        raise UserError(
-            "the codec's state is not that of the cache",
-            got=f"sha256 {digest}",
-            expected=config.get("state_sha256"),
-            where=path,
-            fix="restore the file from the cache",
-        )
-    try:
-        tensors = load(data)
-        state = TransformState(
-            *(tensors[name].double() for name in ("mean", "basis_dc", "basis_ac")),
-            *(tensors[name].long() for name in ("order", "segments")),
-        )
-    except (SafetensorError, KeyError) as error:
-        raise UserError("the codec's state cannot be read", got=error, expected="safetensors", where=path) from error
-    noise = config.get("noise")
-    if not isinstance(noise, float):
-        raise UserError("bad codec config", got=noise, expected="noise, a number", where="codec in the manifest")
-    mean_bytes = config.get("mean_bytes")
-    if type(mean_bytes) is not int or not 0 <= mean_bytes < 1 << 31:
-        raise UserError("bad codec config", got=mean_bytes, expected="mean_bytes", where="codec in the manifest")
-    return TransformCodec(shape, state, noise=noise, state_sha256=digest, mean_bytes=mean_bytes)
+    state, count = codec.state, codec.tokens * codec.channels
+    found = [codec.analyse(batch, _scales(batch)) for batch in torch.split(few, BATCH)]
+    factors, values = (torch.cat(part) for part in zip(*found, strict=True))
+    seeds = torch.arange(len(few)) * 0x9E3779B1 % 2**32
+    noise = dither(seeds, dither_table(count), count)
+    if not codec.factors:
+        order = values.square().sum(0).sort(descending=True, stable=True).indices
+        segments = classes(torch.round(values[:, order] + noise).long())
+        return state._replace(order=order, segments=torch.tensor(segments))
+    values = values.view(len(few), codec.tokens, codec.channels)
+    energy = torch.split(values.square().mean((0, 2)), state.bands.tolist())
+    starts = [0, *state.bands.cumsum(0).tolist()]
+    places = torch.cat(
+        [part.sort(descending=True, stable=True).indices + start for part, start in zip(energy, starts, strict=False)]
+    )
+    factors = factors.view(len(few), codec.tokens, -1)[:, places].flatten(1)
+    order = factors.square().sum(0).sort(descending=True, stable=True).indices
+    symbols = torch.round(values[:, places].flatten(1) + noise).long()
+    segments = [*classes(factors[:, order].long()), *classes(symbols)]
+    return state._replace(frequencies=state.frequencies[places], order=order, segments=torch.tensor(segments))

@@ -1,0 +1,65 @@
+"""Cuts symbols that are sorted by variance into the classes of `blocks.py`.
+
+In: symbols of some views. Out: classes. Invariant: neighbours share a class where a table of its own costs more than
+it saves; costs are those of Huffman codes, which is what the lossless stage uses.
+"""
+
+import heapq
+import itertools
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.codec.blocks import LARGEST, Segment, pack_plane
+
+BINS = 64
+"""Finest classes that are looked at."""
+TABLE_BITS = 8 * 80
+"""About what a zstd block with its Huffman table costs."""
+ESCAPE_BITS = 40
+"""About what a symbol outside the range of its class costs."""
+
+
+def classes(symbols: Tensor) -> list[Segment]:
+    """(N, n) int64 symbols in order -> classes; neighbours merge while a table costs more than it saves."""
+    edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
+    bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
+    costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}
+    while len(bins) > 1:
+        joined = [(first[0], second[1]) for first, second in itertools.pairwise(bins)]
+        for span in joined:
+            if span not in costs:
+                costs[span] = _cheapest(symbols[:, slice(*span)])
+        gains = [costs[a][0] + costs[b][0] - costs[ab][0] for a, b, ab in zip(bins, bins[1:], joined, strict=False)]
+        best = max(range(len(gains)), key=gains.__getitem__)
+        if gains[best] + TABLE_BITS <= 0:
+            break
+        bins[best : best + 2] = [joined[best]]
+    return [Segment(stop - start, costs[start, stop][1]) for start, stop in bins]
+
+
+def _cheapest(symbols: Tensor) -> tuple[float, int]:
+    """Bits a view that a class takes, and the bits a symbol in the plane that it takes them with."""
+    return min((_bits(symbols, bits), bits) for bits in LARGEST)
+
+
+def _bits(symbols: Tensor, bits: int) -> float:
+    """Bits a view: a Huffman code over the bytes of the plane, and escapes."""
+    segment, beyond = Segment(symbols.shape[1], bits), symbols.abs() > LARGEST[bits]
+    escapes = ESCAPE_BITS * float(beyond.double().sum()) / len(symbols)
+    plane = pack_plane(symbols.masked_fill(beyond, 0), [segment])
+    return escapes + sum(
+        part.shape[1] * huffman_bits(part) for part in torch.split(plane, max(1, segment.count), dim=1)
+    )
+
+
+def huffman_bits(symbols: Tensor) -> float:
+    """Mean length in bits of a Huffman code for these bytes: the sum of all inner nodes' weights."""
+    heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
+    heapq.heapify(heap)
+    total = 0
+    while len(heap) > 1:
+        node = heapq.heappop(heap) + heapq.heappop(heap)
+        total += node
+        heapq.heappush(heap, node)
+    return total / symbols.numel()

@@ -1,0 +1,140 @@
+"""What a fit of the transform coder finds out about a teacher, and the file that it travels in.
+
+In: tensors, or the file codec.safetensors. Out: a `TransformState`. Invariant: a state that is read is the one that the
+codec's config names by its sha256, and belongs to maps of the codec's shape.
+"""
+
+import hashlib
+import math
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from scalekd_cache.codec.blocks import LARGEST
+from scalekd_cache.errors import UserError
+
+if TYPE_CHECKING:
+    from scalekd_cache.store.path import StoredPath
+
+FILE = "codec.safetensors"
+MAX_STATE_BYTES = 1 << 30
+STORED = {
+    "mean": torch.float32, "frequencies": torch.int32, "bands": torch.int32, "basis": torch.float32,
+    "analysis": torch.float32, "loadings": torch.int8, "units": torch.float32, "order": torch.int32,
+    "segments": torch.int32,
+}  # fmt: skip
+"""Tensors of the file, in the order of `TransformState`."""
+MAX_TOKENS = 1024
+"""Larger grids would overflow the exact sums."""
+MAX_FACTORS = 512
+MAX_ANALYSIS = 2.0**22
+"""Rows of `analysis` sum to less, so that factors are exact: 2^22 x 2^11 (values) x 2^20 (both grids) = 2^53."""
+
+
+class TransformState(NamedTuple):
+    """What a fit finds out about a teacher; travels in the cache as a safetensors file.
+
+    G bands; P components and R factors: C and 0 where channels are rotated, 0 and R where they are predicted.
+    """
+
+    mean: Tensor
+    """(C,) float64: mean normalised token, a multiple of 1 / FINE."""
+    frequencies: Tensor
+    """(T,) int64: frequencies (row by row of the DCT's grid) in the order of records, 0 first, bands one by one."""
+    bands: Tensor
+    """(G,) int64: frequencies of each band."""
+    basis: Tensor
+    """(G, P, C) float64: rows are components, multiples of 1 / BASIS."""
+    analysis: Tensor
+    """(G, R, C) float64, multiples of 1 / COARSE: what finds the factors (writers only)."""
+    loadings: Tensor
+    """(G, R, C) int64, -127 to 127: what a factor adds to each channel, in `units`."""
+    units: Tensor
+    """(G, C) float64, powers of two, in quantiser steps."""
+    order: Tensor
+    """(T * (P + R),) int64: components or factors (place in `frequencies` * how many + which) by falling variance."""
+    segments: Tensor
+    """(S, 2) int64: symbols and bits a symbol of each class: components in `order`; or factors, then differences."""
+
+
+def state_bytes(state: TransformState) -> bytes:
+    """The file codec.safetensors; equal states give equal bytes."""
+    tensors = {name: value.to(STORED[name]).contiguous() for name, value in zip(state._fields, state, strict=True)}
+    data: bytes = save(tensors)
+    return data
+
+
+def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
+    """The state in `folder`/codec.safetensors.
+
+    Raises:
+        UserError: no folder or no file, a file of another sha256, or a damaged one.
+    """
+    path = None if folder is None else folder / FILE
+    if path is None or not path.is_file():
+        raise UserError(
+            "the codec's state is missing",
+            got="no file",
+            expected=FILE,
+            where=folder or "codec config",
+            fix="restore the file from the cache",
+        )
+    size = path.stat().st_size
+    if size > MAX_STATE_BYTES:
+        raise UserError("the codec's state is too large", got=f"{size} bytes", expected=MAX_STATE_BYTES, where=path)
+    data = path.read_bytes()
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise UserError(
+            "the codec's state is not that of the cache",
+            got=f"sha256 {digest}",
+            expected=sha256,
+            where=path,
+            fix="restore the file from the cache",
+        )
+    try:
+        tensors = load(data)
+        return TransformState(
+            *(
+                tensors[name].double() if STORED[name] is torch.float32 else tensors[name].long()
+                for name in TransformState._fields
+            )
+        )
+    except (SafetensorError, KeyError) as error:
+        raise UserError("the codec's state cannot be read", got=error, expected="safetensors", where=path) from error
+
+
+def check_state(state: TransformState, shape: tuple[int, int, int], noise: float) -> None:
+    """UserError unless the state belongs to maps of this shape."""
+    channels, tokens, segments = shape[0], shape[1] * shape[2], state.segments
+    bands, factors = len(state.bands), state.loadings.shape[1] if state.loadings.dim() == 3 else -1
+    turned = state.basis.shape[1] if state.basis.dim() == 3 else -1
+    sorted_, rest = (turned, 0) if turned else (factors, channels)
+    found = (
+        state.mean.shape == (channels,) and state.units.shape == (bands, channels),
+        state.basis.shape == (bands, turned, channels) and (turned, factors > 0) in ((channels, False), (0, True)),
+        state.loadings.shape == state.analysis.shape == (bands, factors, channels) and factors <= MAX_FACTORS,
+        _is_order(state.frequencies, tokens) and int(state.frequencies[0]) == 0,
+        _is_order(state.order, tokens * sorted_),
+        state.bands.dim() == 1 and bool((state.bands > 0).all()) and int(state.bands.sum()) == tokens,
+        segments.dim() == 2 and segments.shape[1] == 2 and int(segments[:, 0].sum()) == tokens * (sorted_ + rest),
+        bool((segments[:, 0] > 0).all()) and set(segments[:, 1].tolist()) <= set(LARGEST),
+        all(bool(part.isfinite().all()) for part in (state.mean, state.basis, state.analysis, state.units)),
+        bool((state.loadings.abs() <= 127).all()) and bool((state.analysis.abs().sum(2) < MAX_ANALYSIS).all()),
+        math.isfinite(noise) and noise > 0 and shape[1] * shape[2] <= MAX_TOKENS,
+    )
+    if not all(found):
+        raise UserError(
+            "the codec's state does not belong to these features",
+            got=f"checks {[number for number, good in enumerate(found) if not good]} failed, noise {noise}",
+            expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
+            where="codec.safetensors",
+            fix="restore the file from the cache",
+        )
+
+
+def _is_order(values: Tensor, count: int) -> bool:
+    return values.shape == (count,) and torch.equal(values.sort().values, torch.arange(count))
