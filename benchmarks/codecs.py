@@ -8,13 +8,16 @@ an image beside it. Codecs are fitted on half of the images and measured on the 
 reverse water-filling on the spectrum of the held-out maps (2-D DCT, then a KLT of the DC and one of all other
 coefficients, fitted to the held-out maps themselves), at each codec's own mean squared error; once over plain
 values, once over values divided by the token's mean-removed norm, the error that the losses see.
+Times depend on what else the machine does: the load is printed, and each is given beside that of int8 in the same run.
 Writes benchmarks/results/codecs-<name>.json and .png.
 """
 
 import argparse
 import json
+import os
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -35,8 +38,16 @@ from scalekd_cache.codec.transform_fit import PRESETS, fit
 from scalekd_cache.store import Cache
 
 RESULTS = Path(__file__).parent / "results"
+ROTATED = "transform, rotated"
+"""Measured where `transform` predicts."""
+LEFT = ("float16", "fp8")
+"""Names that stand on the left of their points."""
 NOISES = (0.0008, 0.005, 0.015)
-REPEATS = 7
+TIMED_S = 1.5
+"""CPU seconds that a timing is repeated for."""
+COLUMNS = ("codec", "bytes", "of int8", "bytes / R(D), normalised and plain", "cosine mean / p1",
+           "mean-removed cosine mean / p1", "KL", "same top-1", "encode MB/s", "decode MB/s", "lossless, decode ms",
+           "decode of int8")  # fmt: skip
 
 
 def from_cache(root: Path, views: int) -> tuple[Tensor, np.ndarray]:
@@ -84,9 +95,9 @@ def bound_bytes(variances: Tensor, error: float) -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least CPU time of several runs."""
-    times = []
-    for _ in range(REPEATS):
+    """The least CPU time of many runs, at least three."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < TIMED_S:
         start = time.process_time()
         work()
         times.append(time.process_time() - start)
@@ -154,15 +165,17 @@ def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, pa
     fitted = sorted(
         (row["bytes"] / 1e3, row["mse_normalised"] / variance)
         for name, row in lossy.items()
-        if name.startswith("transform")
+        if name.startswith("transform") and name != ROTATED
     )
     axes.plot(*zip(*fitted, strict=True), "o-", color="tab:red", label="transform, by noise")
     for name, row in lossy.items():
         point = (row["bytes"] / 1e3, row["mse_normalised"] / variance)
-        if not name.startswith("transform"):
-            axes.plot(*point, "s", color="tab:blue")
+        if not name.startswith("transform") or name == ROTATED:
+            axes.plot(*point, "s", color="tab:orange" if name == ROTATED else "tab:blue")
         if "noise" not in name:
-            axes.annotate(name, point, textcoords="offset points", xytext=(6, 5), fontsize=9)
+            left = name in LEFT
+            shift, side = ((-6, 6), "right") if left else ((6, 5), "left")
+            axes.annotate(name, point, textcoords="offset points", xytext=shift, ha=side, fontsize=9)
     axes.set(yscale="log", xlabel=f"kilobytes a view ({values:,} values), norms and headers included",
              ylabel="error / variance, tokens divided by their norm", title=title, xlim=(0, None))  # fmt: skip
     axes.grid(alpha=0.3)
@@ -195,35 +208,55 @@ def main() -> None:
     spectra = (spectrum(held_out, torch.ones_like(scales)), spectrum(held_out, scales))
     codecs: dict[str, FeatureCodec] = {name: make_codec(name, shape) for name in CODECS}
     codecs |= {name: fit(first, noise) for name, noise in PRESETS.items()}
+    if codecs["transform"].factors:  # type: ignore[attr-defined]
+        codecs[ROTATED] = fit(first, PRESETS["transform"], rotated=True)
     codecs |= {f"transform, noise {noise:g}": fit(first, noise) for noise in NOISES}
     head, table = live_head(options.head), {}
     for name, codec in codecs.items():
         table[name] = measure(codec, held_out, spectra, head)
         print(name, {key: value and round(value, 5) for key, value in table[name].items()}, flush=True)
+    write(options.name, shape, (len(first), len(held_out)), table)
+    title = f"{options.name}, {shape[0]} x {shape[1]} x {shape[2]}"
+    plot(table, spectra, maps[0].numel(), RESULTS / f"codecs-{options.name}.png", title)
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(markdown(table))
+
+
+def write(name: str, shape: tuple[int, int, int], views: tuple[int, int], table: dict[str, dict]) -> None:
+    """The results as JSON, with what they were measured on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     content = {
-        "command": f"python benchmarks/codecs.py --name {options.name} --views {options.views}",
+        "command": " ".join(["python", "-m", "benchmarks.codecs", *(Path(word).name for word in sys.argv[1:])]),
         "commit": commit.stdout.strip(),
-        "machine": {"cpu": platform.machine(), "python": platform.python_version(), "torch": torch.__version__},
-        "timing": f"CPU time of one thread, least of {REPEATS} runs over 32 views, warm",
-        "shape": shape, "views_fitted": len(first), "views_measured": len(held_out), "codecs": table,
+        "machine": {
+            "cpu": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "python": platform.python_version(), "torch": torch.__version__,
+        },
+        "timing": f"CPU time of one thread, least of runs over {TIMED_S:g} s, 32 views, warm",
+        "shape": shape, "views_fitted": views[0], "views_measured": views[1], "codecs": table,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"codecs-{options.name}.json").write_text(json.dumps(content, indent=1) + "\n")
-    plot(
-        table,
-        spectra,
-        maps[0].numel(),
-        RESULTS / f"codecs-{options.name}.png",
-        f"{options.name}, {shape[0]} x {shape[1]} x {shape[2]}",
-    )
-    print("| codec | bytes | ratio to int8 | mean-removed cosine, mean / p1 | bytes / R(D) | lossless, decode ms |")
-    print("|---|---|---|---|---|---|")
+    (RESULTS / f"codecs-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def markdown(table: dict[str, dict]) -> str:
+    """All figures by codec."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    base = table["int8"]
     for name, row in table.items():
         ratios = "" if row["bound_ratio"] is None else f"{row['bound_ratio_normalised']:.2f} / {row['bound_ratio']:.2f}"
-        print(f"| {name} | {row['bytes']:,.0f} | {row['bytes'] / table['int8']['bytes']:.2f} | "
-              f"{row['cosine_mean_removed']:.5f} / {row['cosine_mean_removed_p1']:.5f} | {ratios} | "
-              f"{row['lossless_ms']:.3f}, {row['decode_ms']:.3f} |")  # fmt: skip
+        live = (f"{row['kl']:.1e}", f"{100 * row['top1_agreement']:.1f} %") if "kl" in row else ("", "")
+        cells = (
+            name, f"{row['bytes']:,.0f}", f"{row['bytes'] / base['bytes']:.2f}", ratios,
+            f"{row['cosine']:.5f} / {row['cosine_p1']:.5f}",
+            f"{row['cosine_mean_removed']:.5f} / {row['cosine_mean_removed_p1']:.5f}", *live,
+            f"{row['encode_mb_per_s']:,.0f}", f"{row['decode_mb_per_s']:,.0f}",
+            f"{row['lossless_ms']:.3f}, {row['decode_ms']:.3f}",
+            f"{base['decode_mb_per_s'] / row['decode_mb_per_s']:.1f}x",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
