@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import google_crc32c
 import numpy as np
+from format_transform import decode_transform, read_state
 from numcodecs import zstd
 
 
@@ -58,6 +59,11 @@ def read_manifest(root):
 def read_view(root, view):
     """All records of a view in its canonical order."""
     manifest = read_manifest(root)
+    state = (
+        read_state(root / "codec.safetensors", manifest["codec"]["state_sha256"])
+        if manifest["codec"]["id"] == "transform"
+        else None
+    )
     group = next(number for number, views in enumerate(manifest["groups"]) if view in views)
     for row_group, range_id, count, digest in manifest["units"]:
         if row_group != group:
@@ -77,7 +83,7 @@ def read_view(root, view):
         place = (group, range_id, view)
         read = read_tar if manifest["backend"] == "webdataset" else read_zarr
         for record in read(folder / f"v{view:04d}", place, keys):
-            yield decode(manifest, *record)
+            yield decode(manifest, state, *record)
 
 
 def record_crc(key, label, view, digest, pixels, features, logits):
@@ -178,31 +184,46 @@ def read_zarr(stem, place, keys):
 # Codecs
 
 
-def decode(manifest, key, label, view, digest, pixels, features, logits):
-    maps, norms = decode_features(manifest["codec"], features)
+def decode(manifest, state, key, label, view, digest, pixels, features, logits):
+    maps, norms = decode_features(manifest["codec"], state, features)
     scores = decode_logits(manifest["logit_codec"], logits)
     return Decoded(key, label, json.loads(view), digest, pixels, maps, norms, scores)
 
 
-def decode_features(codec, row):
+def decode_features(codec, state, row):
     channels, height, width = codec["shape"]
     tokens = height * width
     assert codec["version"] == 1
     norms = None
+    if codec["id"] == "transform":
+        maps, norms = decode_transform(codec, state, row)
+        return maps.astype(np.float32), norms
     if codec["id"] != "float32":
         row, tail = row[: -4 * tokens], row[-4 * tokens :]
         norms = np.frombuffer(tail, "<f2").astype(np.float32).reshape(2, height, width)
-    if codec["id"] == "int8":
+    if codec["id"] in ("int8", "int4", "fp8"):
         groups = -(-channels // 128)
         means = np.frombuffer(row, "<f2", channels).astype(np.float32)
         scales = np.frombuffer(row, "<f2", tokens * groups, 2 * channels).astype(np.float32).reshape(tokens, groups)
-        codes = np.frombuffer(row, np.int8, tokens * channels, 2 * channels + 2 * tokens * groups)
+        codes = decode_codes(codec["id"], row[2 * channels + 2 * tokens * groups :])[: tokens * channels]
         values = means + codes.reshape(tokens, channels) * scales[:, np.arange(channels) // 128]
     elif codec["id"] == "bfloat16":
         values = (np.frombuffer(row, "<u2").astype("<u4") << 16).view("<f4").reshape(tokens, channels)
     else:
         values = np.frombuffer(row, {"float32": "<f4", "float16": "<f2"}[codec["id"]]).reshape(tokens, channels)
     return values.astype(np.float32).reshape(height, width, channels).transpose(2, 0, 1), norms
+
+
+def decode_codes(kind, data):
+    """What the codes of int8, int4 and fp8 stand for, in scales."""
+    if kind == "int8":
+        return np.frombuffer(data, np.int8).astype(np.float32)
+    codes = np.frombuffer(data, np.uint8)
+    if kind == "int4":
+        return np.stack([codes & 15, codes >> 4], axis=1).ravel().astype(np.float32) - 8
+    exponent, mantissa = (codes >> 3 & 15).astype(np.int32), (codes & 7) / np.float32(8)
+    size = np.where(exponent > 0, (1 + mantissa) * 2.0 ** (exponent - 7), mantissa * 2.0**-6)
+    return np.where(codes & 128, -size, size).astype(np.float32)
 
 
 def decode_logits(codec, record):

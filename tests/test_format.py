@@ -2,12 +2,15 @@
 
 import ast
 import json
+import tempfile
 from pathlib import Path
 
 import format_reader
+import format_transform
 import numpy as np
 import pytest
 import torch
+from format_transform import decode_transform, read_state
 from small_cache import copy_of_cache, flip_byte, make, shared_weights
 
 from scalekd_cache.codec import codec_from_config
@@ -19,6 +22,10 @@ CASES = [
     ("webdataset", "float32", "baked", "dense"),
     ("zarr", "int8", "baked", "top_k"),
     ("zarr", "bfloat16", "replayed", "dense"),
+    ("webdataset", "int4", "replayed", "dense"),
+    ("zarr", "fp8", "replayed", "dense"),
+    ("webdataset", "transform", "baked", "recomputed"),
+    ("zarr", "transform-economy", "replayed", "dense"),
 ]
 
 
@@ -29,24 +36,47 @@ def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels, 
     cache = make(tmp_path / "c", shared_weights(), data={"max_samples": 37}, cache=layout, views={"pixels": pixels})
     views = format_reader.read_cache(tmp_path / "c")
     assert sorted(views) == [0, 1, 2]
-    ours, logits = codec_from_config(cache.manifest.codec), logit_codec_from_config(cache.manifest.logit_codec)
+    ours, logits = (
+        codec_from_config(cache.manifest.codec, cache.root),
+        logit_codec_from_config(cache.manifest.logit_codec),
+    )
     for view, decoded in views.items():
         records = cache.read(range(37), view)
         assert len(decoded) == 37
-        rows = np.stack([np.frombuffer(record.features, np.uint8) for record in records])
-        maps = ours.decode(torch.from_numpy(rows.copy()))
+        maps = ours.decode(torch.from_numpy(ours.unpack([record.features for record in records])))
         for at, (record, other) in enumerate(zip(records, decoded, strict=True)):
             assert (record.key, record.label, record.digest) == (other.key, other.label, other.digest)
             assert json.loads(record.view) == other.view
             assert record.pixels == other.pixels
-            assert np.array_equal(maps.features[at].numpy(), other.features)
+            assert_same_maps(ours.id, maps.features[at].numpy(), other.features)
             assert (other.norms is None) == (codec == "float32")
             assert other.norms is None or np.array_equal(maps.norms[at].numpy(), other.norms)
             assert np.array_equal(logits.decode(record.logits), other.logits)
 
 
-def test_the_other_reader_stands_alone():
-    tree = ast.parse(Path(format_reader.__file__).read_text())
+def assert_same_maps(codec, ours, other):
+    """Bit for bit; `transform` up to the order of its float32 sums."""
+    assert ours.shape == other.shape
+    if codec == "transform":
+        assert np.abs(ours - other).max() <= 1e-5 * np.abs(ours).max()
+    else:
+        assert np.array_equal(ours, other)
+
+
+def test_both_kinds_of_the_transform_coder():
+    """Small caches hold rotated channels only; the golden records hold both kinds."""
+    for golden in json.loads((Path(__file__).parent / "golden" / "codec_transform.json").read_text()).values():
+        with tempfile.TemporaryDirectory() as folder:
+            (Path(folder) / "state").write_bytes(bytes.fromhex(golden["state"]))
+            state = read_state(Path(folder) / "state", golden["config"]["state_sha256"])
+        found = [decode_transform(golden["config"], state, bytes.fromhex(record))[0] for record in golden["records"]]
+        expected = np.frombuffer(bytes.fromhex(golden["decoded_float32"]), "<f4").reshape(np.shape(found))
+        assert_same_maps("transform", expected, np.stack(found))
+
+
+@pytest.mark.parametrize("module", [format_reader, format_transform])
+def test_the_other_reader_stands_alone(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     names = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
     assert "struct" in names
