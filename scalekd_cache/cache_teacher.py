@@ -33,13 +33,14 @@ from scalekd_cache.evaluate import evaluate
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.pixel_cache import PixelCache, open_pixels
 from scalekd_cache.preflight import (
-    bytes_per_view,
+    PROBE_IMAGES,
     check_batches,
     check_space,
     check_student,
     check_teacher,
     probe_views,
 )
+from scalekd_cache.probe import probe
 from scalekd_cache.processes import Peers, Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import teacher_accuracy
@@ -138,20 +139,30 @@ def _finished(job: Job) -> Manifest | None:
 def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
     """What would otherwise go wrong hours later (`preflight.py`)."""
     stage = job.stage
-    pixels, pixel_bytes = probe_views(stage.source, stage.views)
+    pixels = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
     if not stage.teacher.spec.has_classifier:
         process.say(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
-        missing = sum(len(u.positions) * len(u.views) for u in job.units if not committed(job, u))
-        size = bytes_per_view(stage.codec, stage.logit_codec.record_bytes, pixel_bytes)
-        check_space(stage.root, missing, size)
-        print(f"{missing:,} views to make, about {size:,.0f} bytes each, {missing * size / 1e9:.2f} GB", flush=True)
+        _check_space(config, job)
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))
             check_batches(student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size)
             check_student(student, stage.teacher, len(stage.source.class_names), output)
             print(f"student {student.student.name} and the training recipe fit this cache", flush=True)
+
+
+def _check_space(config: CacheTeacherConfig, job: Job) -> None:
+    """What is missing fits on the disk: measured as `make plan` measures it, on fewer images."""
+    stage, units = job.stage, [unit for unit in job.units if not committed(job, unit)]
+    missing = sum(map(_views, units))
+    if not missing:
+        return
+    found = probe(config, stage.source, stage.teacher, stage.codec, stage.logit_codec, stage.device,
+                  num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES)  # fmt: skip
+    needed = sum(sum(found.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
+    check_space(stage.root, missing, needed)
+    print(f"{missing:,} views to make, about {needed / missing:,.0f} bytes each, {needed / 1e9:.2f} GB", flush=True)
 
 
 def _begin(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:

@@ -1,6 +1,7 @@
 """GPUs by name: what their vendors say, and what share of it is assumed to be reached.
 
-In: a name. Out: a `Gpu`. Invariant: peaks are dense bfloat16 with float32 sums, from data sheets; nothing is measured.
+In: a name. Out: a `Gpu`. Invariant: peaks are dense bfloat16 with float32 sums, from the documents named; none is
+measured.
 """
 
 from typing import NamedTuple
@@ -19,19 +20,21 @@ class Gpu(NamedTuple):
     peak_tflops: float
     """Dense bfloat16, TFLOP/s."""
     memory_gb: float
+    source: str
+    """Where the vendor says so; sheets that give twice as much give it "with sparsity"."""
 
 
 GPUS = {
-    "b200": Gpu(2250, 180),
-    "h200": Gpu(989, 141),
-    "h100": Gpu(989, 80),
-    "h100-pcie": Gpu(756, 80),
-    "mi300x": Gpu(1307, 192),
-    "a100": Gpu(312, 80),
-    "l40s": Gpu(362, 48),
-    "a10": Gpu(125, 24),
-    "l4": Gpu(121, 24),
-    "rtx4090": Gpu(165, 24),
+    "b200": Gpu(2250, 180, "NVIDIA HGX B200 specifications; DGX B200 user guide (1,440 GB for 8)"),
+    "h200": Gpu(989, 141, "NVIDIA H200 data sheet (1,979 with sparsity)"),
+    "h100": Gpu(989, 80, "NVIDIA H100 data sheet, SXM5 (1,979 with sparsity)"),
+    "h100-pcie": Gpu(756, 80, "NVIDIA H100 data sheet, PCIe (1,513 with sparsity)"),
+    "mi300x": Gpu(1307, 192, "AMD Instinct MI300X data sheet (2,615 with sparsity)"),
+    "a100": Gpu(312, 80, "NVIDIA A100 80GB data sheet (624 with sparsity)"),
+    "l40s": Gpu(362, 48, "NVIDIA L40S data sheet (733 with sparsity)"),
+    "a10": Gpu(125, 24, "NVIDIA A10 data sheet (250 with sparsity)"),
+    "l4": Gpu(121, 24, "NVIDIA L4 data sheet (242 with sparsity)"),
+    "rtx4090": Gpu(165, 24, "NVIDIA Ada architecture white paper, sums in float32"),
 }
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -29,7 +29,7 @@ from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.costs import meta_teacher, pair_costs
 from scalekd_cache.errors import UserError
 from scalekd_cache.forecast import Forecast
-from scalekd_cache.gpus import FORWARD_UTILISATION, TRAINING_UTILISATION, gpu_of
+from scalekd_cache.gpus import FORWARD_UTILISATION, TRAINING_UTILISATION, Gpu, gpu_of
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.pixel_cache import PixelCache, open_pixels
 from scalekd_cache.probe import Probe, StandIn, probe
@@ -52,6 +52,26 @@ class _Teacher:
     classes: int
 
 
+class _Sizes(NamedTuple):
+    """Bytes; `per_view` by part."""
+
+    images: int
+    views: int
+    per_view: dict[str, float]
+    once: int
+    total: float
+
+
+class _Times(NamedTuple):
+    """Seconds an image and GPU, GPU-hours in all."""
+
+    forward_s: float
+    step_s: float
+    stage_1_h: float
+    student_h: float
+    online_h: float
+
+
 def forecast(
     config: CacheTeacherConfig, training: DistillConfig, process: Process, *, students: int, epochs: int, gpu: str
 ) -> Forecast:
@@ -71,63 +91,89 @@ def forecast(
     card = gpu_of(gpu)
     check_codec_options(config)
     source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
-    size, names = config.views.size, source.class_names
-    teacher = _teacher(config, len(names), process)
+    teacher = _teacher(config, len(source.class_names), process)
     codec = _codec(config, source, teacher, process)
     logits = _logits(config, teacher, codec)
     found = probe(config, source, teacher.live, codec, logits, process.device)
-    ranges = unit_ranges(source, config.cache.samples_per_shard)
-    images, views = sum(map(len, ranges)), config.cache.num_views
-    sizes = found.bytes_of(ranges, views)
-    per_view = {part: round(value / (images * views), 1) for part, value in sizes.items()}
-    per_view["total"] = round(sum(sizes.values()) / (images * views), 1)
-    costs = pair_costs(config.teacher.name, training.student.name, training.scalekd, size, len(names))
-    with torch.device("meta"):
-        meta = meta_teacher(config.teacher.name, size, teacher.classes)
-        memory = step_memory(training, meta, size, len(names))
-    once = sum(value.numel() * value.element_size() for value in tail_tensors(meta.tail).values())
-    once += len(state_bytes(codec.state)) if isinstance(codec, TransformCodec) else 0
-    forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILISATION)
-    step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILISATION)
-    stage_1, one = images * views * forward_s / 3600, images * epochs * step_s / 3600
-    online = one + images * epochs * forward_s / 3600
+    sizes = _sizes(config, source, teacher, codec, found)
+    times = _times(config, training, card, sizes, epochs, len(source.class_names))
     at_hand = isinstance(teacher.live, Teacher)
-    read_bytes = per_view["total"] + (_shared_pixels(source) if isinstance(source, PixelCache) else 0.0)
+    read_bytes = sizes.per_view["total"] + (_shared_pixels(source) if isinstance(source, PixelCache) else 0.0)
     return Forecast(
         cache=config.cache.path,
         data=config.data.source,
-        images=images,
-        views=views,
+        images=sizes.images,
+        views=sizes.views,
         teacher=config.teacher.name,
         teacher_at_hand=at_hand,
         student=training.student.name,
         codec=_name(codec),
-        bytes_per_view=per_view,
+        bytes_per_view=sizes.per_view,
         logit_bytes=logits.record_bytes,
-        once_bytes=once,
-        total_bytes=sum(sizes.values()) + once,
+        once_bytes=sizes.once,
+        total_bytes=sizes.total,
         free_bytes=_free(Path(config.cache.path)),
         gpu=gpu.lower(),
-        teacher_gpu_hours=stage_1,
+        teacher_gpu_hours=times.stage_1_h,
         teacher_s_per_view_here=found.teacher_s if at_hand else None,
         draw_s_per_view=found.draw_s,
-        cores_per_gpu=found.draw_s / forward_s,
-        student_gpu_hours=one,
-        online_gpu_hours=online,
+        cores_per_gpu=found.draw_s / times.forward_s,
+        student_gpu_hours=times.student_h,
+        online_gpu_hours=times.online_h,
         students=students,
         epochs=epochs,
-        saved_gpu_hours=students * (online - one) - stage_1,
-        pays_after_students=math.ceil(views / epochs),
-        images_per_s=1 / step_s,
-        read_mb_per_s=read_bytes / step_s / 1e6,
-        step_memory=memory,
-        alternatives=_alternatives(config, source, teacher, codec, found, process, once, stage_1),
+        saved_gpu_hours=students * (times.online_h - times.student_h) - times.stage_1_h,
+        pays_after_students=math.ceil(sizes.views / epochs),
+        images_per_s=1 / times.step_s,
+        read_mb_per_s=read_bytes / times.step_s / 1e6,
+        step_memory=_step_memory(config, training, teacher, len(source.class_names)),
+        alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
         assumptions={
             "peak_tflops": card.peak_tflops,
             "forward_utilisation": FORWARD_UTILISATION,
             "training_utilisation": TRAINING_UTILISATION,
         },
     )
+
+
+def _sizes(
+    config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: Probe
+) -> _Sizes:
+    """What the cache takes, from a small unit of it."""
+    ranges, views = unit_ranges(source, config.cache.samples_per_shard), config.cache.num_views
+    images, parts = sum(map(len, ranges)), found.bytes_of(ranges, views)
+    per_view = {part: round(value / (images * views), 1) for part, value in parts.items()}
+    per_view["total"] = round(sum(parts.values()) / (images * views), 1)
+    with torch.device("meta"):
+        meta = meta_teacher(config.teacher.name, config.views.size, teacher.classes)
+    once = sum(value.numel() * value.element_size() for value in tail_tensors(meta.tail).values())
+    once += len(state_bytes(codec.state)) if isinstance(codec, TransformCodec) else 0
+    return _Sizes(images, views, per_view, once, sum(parts.values()) + once)
+
+
+def _times(
+    config: CacheTeacherConfig, training: DistillConfig, card: Gpu, sizes: _Sizes, epochs: int, classes: int
+) -> _Times:
+    """What GPUs take, from FLOPs."""
+    costs = pair_costs(config.teacher.name, training.student.name, training.scalekd, config.views.size, classes)
+    forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILISATION)
+    step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILISATION)
+    student_h = sizes.images * epochs * step_s / 3600
+    return _Times(
+        forward_s=forward_s,
+        step_s=step_s,
+        stage_1_h=sizes.images * sizes.views * forward_s / 3600,
+        student_h=student_h,
+        online_h=student_h + sizes.images * epochs * forward_s / 3600,
+    )
+
+
+def _step_memory(
+    config: CacheTeacherConfig, training: DistillConfig, teacher: _Teacher, classes: int
+) -> dict[str, float]:
+    with torch.device("meta"):
+        meta = meta_teacher(config.teacher.name, config.views.size, teacher.classes)
+        return step_memory(training, meta, config.views.size, classes)
 
 
 def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:

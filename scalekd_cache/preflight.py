@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from scalekd_cache.codec.base import FeatureCodec, feature_norms
+from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.config import DistillConfig, TrainConfig, ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
@@ -21,18 +21,16 @@ from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher import Teacher, TeacherOutput, check_tail, split_tail
-from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, sample_view
+from scalekd_cache.views import apply_view, decode_pixels, sample_view
 
 TAIL_TOLERANCE = 1e-5
 """Largest relative difference between the teacher's features and its tail run on what comes before."""
 PROBE_IMAGES = 16
-"""Images that are drawn to estimate sizes and to try the teacher."""
-RECORD_OVERHEAD_BYTES = 2600
-"""Headers, padding, index and view record of one stored view (upper end of what was measured)."""
+"""Images that are drawn to try the teacher."""
 
 
-def probe_views(source: Source | PixelCache, views: ViewConfig) -> tuple[torch.Tensor, float]:
-    """First views of a few images: pixels (B, 3, S, S) uint8, and mean bytes to store (0: replayed or shared pixels).
+def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
+    """First views of a few images: pixels (B, 3, S, S) uint8.
 
     Raises:
         UserError: when none of the images tried can be decoded.
@@ -40,8 +38,8 @@ def probe_views(source: Source | PixelCache, views: ViewConfig) -> tuple[torch.T
     if isinstance(source, PixelCache):
         records = source.cache.read(range(min(PROBE_IMAGES, len(source.cache))), 0)
         decoded = np.stack([decode_pixels(record.pixels, views.size) for record in records])
-        return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous(), 0.0
-    pixels, sizes, reason = [], [], ""
+        return torch.from_numpy(decoded).permute(0, 3, 1, 2).contiguous()
+    pixels, reason = [], ""
     for index in np.linspace(0, len(source.samples) - 1, min(PROBE_IMAGES, len(source.samples))).astype(int).tolist():
         key = source.samples[index].key
         try:
@@ -51,10 +49,9 @@ def probe_views(source: Source | PixelCache, views: ViewConfig) -> tuple[torch.T
             continue
         view = apply_view(sample_view(views, key, 0, image.shape[1], image.shape[0]), image, views)
         pixels.append(torch.from_numpy(view).permute(2, 0, 1))
-        sizes.append(len(encode_pixels(view, views)) if views.pixels == "baked" else 0)
     if not pixels:
         raise UserError("no image of the data set could be decoded", got=reason, where=source.name, fix="check DATA=")
-    return torch.stack(pixels), float(np.mean(sizes))
+    return torch.stack(pixels)
 
 
 def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
@@ -84,20 +81,15 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
         )
 
 
-def bytes_per_view(codec: FeatureCodec, logit_bytes: int, pixel_bytes: float) -> float:
-    """Estimated stored bytes of one view, everything included."""
-    return pixel_bytes + codec.record_bytes + 4 / 3 * (logit_bytes + 7) + RECORD_OVERHEAD_BYTES
-
-
-def check_space(path: Path, views: int, view_bytes: float) -> None:
-    """The cache fits on the disk."""
+def check_space(path: Path, views: int, needed: float) -> None:
+    """The `needed` bytes of `views` views fit on the disk."""
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    free, needed = shutil.disk_usage(folder).free, views * view_bytes
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise UserError(
             "the cache does not fit on the disk",
             got=f"{free / 1e9:.2f} GB free",
-            expected=f"{needed / 1e9:.2f} GB: {views:,} views of about {view_bytes:,.0f} bytes",
+            expected=f"{needed / 1e9:.2f} GB: {views:,} views of about {needed / views:,.0f} bytes",
             where=folder,
             fix="fewer VIEWS, another CODEC, or CACHE= on a larger disk",
         )

@@ -76,17 +76,30 @@ def probe(
     codec: FeatureCodec,
     logit_codec: LogitCodec,
     device: torch.device,
+    *,
+    num_views: int = VIEWS,
+    pixel_images: int = PIXEL_IMAGES,
 ) -> Probe:
     """Make a small unit and an empty one where temporary files go, and measure them.
+
+    Args:
+        config: all options of stage 1.
+        source: images, or another cache's views of them.
+        teacher: the teacher, or made-up features.
+        codec: of features.
+        logit_codec: of logits.
+        device: the teacher's.
+        num_views: about so many views go through the teacher.
+        pixel_images: images of which one view is drawn for the size of its pixels.
 
     Raises:
         UserError: no image can be decoded, or the codec refuses what the teacher says.
     """
     views = tuple(range(min(config.cache.num_views, config.cache.views_per_group)))
     started = time.perf_counter()
-    drawn = _drawn(config, source, views)
+    drawn = _drawn(config, source, views, num_views)
     draw_s = (time.perf_counter() - started) / (len(drawn) * len(views))
-    pixels = _pixel_bytes(config, source, drawn)
+    pixels = _pixel_bytes(config, source, drawn, pixel_images)
     with tempfile.TemporaryDirectory(prefix="scalekd-plan-") as folder:
         stage = Stage(
             Path(folder), config.cache.backend, "0" * 64, source, config.views, cast(Teacher, teacher), codec,
@@ -121,9 +134,11 @@ def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
     return {**payload, "index": total - sum(payload.values())}, len(data)
 
 
-def _drawn(config: CacheTeacherConfig, source: Source | PixelCache, views: tuple[int, ...]) -> list[Drawn]:
+def _drawn(
+    config: CacheTeacherConfig, source: Source | PixelCache, views: tuple[int, ...], num_views: int
+) -> list[Drawn]:
     """Some images spread over the data set, with the views of a group, as stage 1 draws them."""
-    images = max(4, -(-VIEWS // len(views)))
+    images = max(4, -(-num_views // len(views)))
     if isinstance(source, PixelCache):
         ranges = unit_ranges(source, config.cache.samples_per_shard)
         unit = Unit(group=0, range_id=0, positions=ranges[0], views=views)
@@ -140,12 +155,14 @@ def _drawn(config: CacheTeacherConfig, source: Source | PixelCache, views: tuple
     return drawn
 
 
-def _pixel_bytes(config: CacheTeacherConfig, source: Source | PixelCache, drawn: Sequence[Drawn]) -> float:
+def _pixel_bytes(
+    config: CacheTeacherConfig, source: Source | PixelCache, drawn: Sequence[Drawn], pixel_images: int
+) -> float:
     """Mean bytes of a view's stored pixels, over many more images than go through the teacher."""
     if isinstance(source, PixelCache) or config.views.pixels != "baked":
         return 0.0
     drawing = Drawing(source, config.views, [Unit(group=0, range_id=0, positions=range(1), views=(0,))])
-    count = min(PIXEL_IMAGES, len(source.samples))
+    count = min(pixel_images, len(source.samples))
     items = (drawing[0, int(index)] for index in np.linspace(0, len(source.samples) - 1, count).astype(int))
     sizes = [len(item.views[0].encoded) for item in items if not item.reason]
     sizes += [len(view.encoded) for item in drawn for view in item.views[1:]]

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from small_cache import CPU, make, options, shared_weights, write_weights
 
 from pipelines import plan as command
-from scalekd_cache import planning, scalekd
+from scalekd_cache import cache_teacher, planning, scalekd
 from scalekd_cache.codec import classes
 from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.costs import MetaTeacher, meta_teacher
@@ -65,6 +65,15 @@ def test_bytes_on_the_demo(tmp_path, cache):
     found = plan_of(config)
     assert not (tmp_path / "cache").exists()
     assert_close(found, make(tmp_path / "cache", shared_weights(), cache=cache))
+
+
+@pytest.mark.parametrize("codec", ["int8", "transform"])
+def test_stage_1_measures_the_space_it_needs_in_the_same_way(tmp_path, monkeypatch, codec):
+    asked = []
+    monkeypatch.setattr(cache_teacher, "check_space", lambda path, views, needed: asked.append((views, needed)))
+    cache = make(tmp_path / "cache", shared_weights(), cache={"codec": codec, "num_views": 2})
+    files = cache.manifest.bytes_per_view["total"] * cache.manifest.num_samples * 2
+    assert asked == [(cache.manifest.num_samples * 2, pytest.approx(files, rel=0.05))]
 
 
 def test_bytes_of_photographs_at_224(tmp_path):
