@@ -34,12 +34,10 @@ from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.codec.transform import dct_matrix, token_scales
-from scalekd_cache.codec.transform_fit import PRESETS, fit
+from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, ROTATED, fit
 from scalekd_cache.store import Cache
 
 RESULTS = Path(__file__).parent / "results"
-ROTATED = "transform, rotated"
-"""Measured where `transform` predicts."""
 LEFT = ("float16", "fp8")
 """Names that stand on the left of their points."""
 NOISES = (0.0008, 0.005, 0.015)
@@ -165,13 +163,13 @@ def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, pa
     fitted = sorted(
         (row["bytes"] / 1e3, row["mse_normalised"] / variance)
         for name, row in lossy.items()
-        if name.startswith("transform") and name != ROTATED
+        if name.startswith("transform") and name != ALWAYS_ROTATED
     )
     axes.plot(*zip(*fitted, strict=True), "o-", color="tab:red", label="transform, by noise")
     for name, row in lossy.items():
         point = (row["bytes"] / 1e3, row["mse_normalised"] / variance)
-        if not name.startswith("transform") or name == ROTATED:
-            axes.plot(*point, "s", color="tab:orange" if name == ROTATED else "tab:blue")
+        if not name.startswith("transform") or name == ALWAYS_ROTATED:
+            axes.plot(*point, "s", color="tab:orange" if name == ALWAYS_ROTATED else "tab:blue")
         if "noise" not in name:
             left = name in LEFT
             shift, side = ((-6, 6), "right") if left else ((6, 5), "left")
@@ -207,9 +205,9 @@ def main() -> None:
     scales = token_scales(feature_norms(held_out))
     spectra = (spectrum(held_out, torch.ones_like(scales)), spectrum(held_out, scales))
     codecs: dict[str, FeatureCodec] = {name: make_codec(name, shape) for name in CODECS}
-    codecs |= {name: fit(first, noise) for name, noise in PRESETS.items()}
-    if codecs["transform"].factors:  # type: ignore[attr-defined]
-        codecs[ROTATED] = fit(first, PRESETS["transform"], rotated=True)
+    codecs |= {name: fit(first, noise) for name, noise in PRESETS.items() if name != ALWAYS_ROTATED}
+    if shape[0] > ROTATED:
+        codecs[ALWAYS_ROTATED] = fit(first, PRESETS[ALWAYS_ROTATED], rotated=True)
     codecs |= {f"transform, noise {noise:g}": fit(first, noise) for noise in NOISES}
     head, table = live_head(options.head), {}
     for name, codec in codecs.items():

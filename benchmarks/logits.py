@@ -69,7 +69,7 @@ def main() -> None:
         decoded = np.stack([spread(codec.decode(one)) if codec.partial else codec.decode(one) for one in stored])
         row(name, float(np.mean([len(one) for one in stored])), decoded, logits)
     shape = tuple(maps.shape[1:])
-    for name in ("int8", "int4", *PRESETS):
+    for name in ("int8", "int4", "transform", "transform-economy"):
         codec = fit(maps[:half], PRESETS[name]) if name in PRESETS else make_codec(name, shape)
         features = codec.decode(codec.encode(maps[half:], seeds)).features
         again = torch.nn.functional.linear(features.mean((2, 3)), weight, bias).numpy()

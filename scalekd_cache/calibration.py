@@ -96,14 +96,13 @@ def codec_options(root: Path) -> dict[str, Any]:
 
 def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
     """codec.json again, from the fields of a cache's fingerprint: the preset is the one of the codec's noise."""
-    from scalekd_cache.codec.transform_fit import PRESETS
+    from scalekd_cache.codec.transform_fit import preset_of
 
     codec = fields["codec"]
     if "noise" not in codec:  # one that was chosen and is not fitted: its name is enough
         (root / MARK).unlink(missing_ok=True)
         return
-    names = {noise: name for name, noise in PRESETS.items()}
-    preset = names.get(codec["noise"], f"transform, noise {codec['noise']:g}")
+    preset = preset_of(codec)
     _write_mark(root, preset, fields["teacher"]["weights_sha256"], codec, [])
 
 
@@ -144,7 +143,7 @@ def _kept(root: Path) -> dict[str, Any]:
 
 def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device) -> Settled:
     """Fit, or choose, the codec on first views of images spread over the data set; nothing is written."""
-    from scalekd_cache.codec.transform_fit import PRESETS, fit
+    from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
     name = config.cache.codec
     print(f"{'choosing a codec by' if name == AUTO else f'fitting codec {name} to'} the teacher's features", flush=True)
@@ -152,7 +151,8 @@ def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Tea
         outputs = [teacher(batch.to(device)) for batch in _views(config, source)]
     features = torch.cat([output.features.cpu() for output in outputs])
     if config.cache.codec_target is None:
-        return Settled(fit(features, config.cache.codec_noise or PRESETS[name]), [])
+        rotated = True if name == ALWAYS_ROTATED else None
+        return Settled(fit(features, config.cache.codec_noise or PRESETS[name], rotated=rotated), [])
     from scalekd_cache.codec_choice import choose, table
 
     target = parse_target(config.cache.codec_target)

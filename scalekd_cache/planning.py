@@ -262,7 +262,7 @@ def _alternatives(
     quick = found.teacher_s * min(CALIBRATION_VIEWS, images) < MAX_EXTRA_S
     if isinstance(teacher.live, Teacher) and quick and codec.id != "transform":
         started = time.perf_counter()
-        for name in FITTED:
+        for name in FITTED[:2]:
             store = dataclasses.replace(config.cache, codec=name, codec_target=None)
             fitted = settle(dataclasses.replace(config, cache=store), source, teacher.live, process.device)
             records[name] = fitted.codec.record_bytes

@@ -22,7 +22,7 @@ CODECS: dict[str, tuple[str, str]] = {
     "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
     "float32": ("scalekd_cache.codec.plain", "Float32Codec"),
 }
-FITTED = ("transform", "transform-economy")
+FITTED = ("transform", "transform-economy", "transform-rotated")
 """Presets of the transform coder, which is fitted to a teacher first (`transform_fit.fit`)."""
 
 

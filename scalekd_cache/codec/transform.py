@@ -91,7 +91,12 @@ class TransformCodec(FeatureCodec):
 
     def get_config(self) -> dict[str, Any]:
         """The state itself is a file, of which the config holds the sha256."""
-        own = {"noise": self.noise, "state_sha256": self.state_sha256, "mean_bytes": self.mean_bytes}
+        own = {
+            "channels": "predicted" if self.factors else "rotated",
+            "noise": self.noise,
+            "state_sha256": self.state_sha256,
+            "mean_bytes": self.mean_bytes,
+        }
         return {**super().get_config(), **own}
 
     @property

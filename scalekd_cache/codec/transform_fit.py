@@ -6,7 +6,8 @@ LAPACK), readers and writers of one cache share one file, named by its sha256 in
 """
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,10 +26,12 @@ from scalekd_cache.codec.transform import (
 from scalekd_cache.codec.transform_state import TransformState, state_bytes
 from scalekd_cache.errors import UserError
 
-PRESETS = {"transform": 0.0018, "transform-economy": 0.06}
+PRESETS = {"transform": 0.0018, "transform-economy": 0.06, "transform-rotated": 0.0018}
 """Noise by preset: a mean-removed cosine of 1 / sqrt(1 + noise)."""
+ALWAYS_ROTATED = "transform-rotated"
+"""The preset that rotates any number of channels: fewer bytes for readers with a GPU."""
 ROTATED = 512
-"""Most channels that are rotated: a matrix of 1536 x 1536 takes a core 3 ms a view, factors a twentieth of it."""
+"""Most channels that other presets rotate: a matrix of 1536 x 1536 costs a core 3 ms a view, factors a twentieth."""
 BATCH = 64
 FACTORS = 128
 """Factors at a frequency: more cost time, and few bytes either way."""
@@ -39,6 +42,14 @@ LOW_PART = 6
 """One frequency in six, those of most energy, is in the low band."""
 ORDER_VIEWS = 128
 """Views that decide order and classes; the bases take all."""
+
+
+def preset_of(config: Mapping[str, Any]) -> str:
+    """The preset and noise that give a coder of this config, as stage 1's options have them."""
+    always = config["shape"][0] > ROTATED and config["channels"] == "rotated"
+    names = {noise: name for name, noise in PRESETS.items() if (name == ALWAYS_ROTATED) == always}
+    own = ALWAYS_ROTATED if always else "transform"
+    return names.get(config["noise"], f"{own}, noise {config['noise']:g}")
 
 
 class Moments(NamedTuple):
