@@ -192,6 +192,7 @@ def main() -> None:
     parser.add_argument("--name", default="demo")
     parser.add_argument("--views", type=int, default=512, help="at most this many to fit, and to measure")
     parser.add_argument("--measured", type=int, help="at most this many to measure (default: as --views)")
+    parser.add_argument("--noises", type=float, nargs="*", default=NOISES, help="further points of the transform coder")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.features is not None:
@@ -210,7 +211,7 @@ def main() -> None:
     codecs |= {name: fit(first, noise) for name, noise in PRESETS.items() if name != ALWAYS_ROTATED}
     if shape[0] > ROTATED:
         codecs[ALWAYS_ROTATED] = fit(first, PRESETS[ALWAYS_ROTATED], rotated=True)
-    codecs |= {f"transform, noise {noise:g}": fit(first, noise) for noise in NOISES}
+    codecs |= {f"transform, noise {noise:g}": fit(first, noise) for noise in options.noises}
     head, table = live_head(options.head), {}
     for name, codec in codecs.items():
         table[name] = measure(codec, held_out, spectra, head)
