@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from codec_maps import SHAPE, cases, maps
 from test_codec import GOLDEN, golden_input
 
 from scalekd_cache.codec import codec_from_config, make_codec
@@ -23,18 +24,6 @@ from scalekd_cache.codec.transform_state import FILE, TransformState, state_byte
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import frequency_loss, spatial_loss
 
-SHAPE = (24, 4, 3)
-
-
-def maps(count: int, seed: int = 0) -> torch.Tensor:
-    """Correlated channels and positions, a mean, and views of different strength."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(24, 24, generator=torch.Generator().manual_seed(99)) * torch.logspace(0, -2, 24)
-    noise = torch.randn(count, 24, 4, 3, generator=generator)
-    smooth = noise + noise.mean(dim=(2, 3), keepdim=True) * 2
-    strength = torch.rand(count, 1, 1, 1, generator=generator) * 3 + 0.5
-    return (torch.einsum("cd,bdhw->bchw", mixing, smooth) * strength + mixing[:, :1, None]).contiguous()
-
 
 def seeds(count: int, start: int = 0) -> torch.Tensor:
     return torch.tensor([dither_seed(f"n{number}", 0) for number in range(start, start + count)])
@@ -46,30 +35,6 @@ def codec(noise: float = 0.01, rotated: bool = True) -> TransformCodec:
 
 
 KINDS = pytest.mark.parametrize("rotated", [True, False])
-
-
-def cases() -> dict[str, torch.Tensor]:
-    base = maps(3, seed=5)
-    outlier, sparse, one_token, mixed = base.clone(), base.relu(), torch.zeros(3, *SHAPE), base.clone()
-    outlier[:, 7] *= 300
-    one_token[:, :, 2, 1] = base[:, :, 0, 0]
-    mixed[:, :, 0] *= 1e-4
-    signs = torch.randint(0, 2, (3, *SHAPE), generator=torch.Generator().manual_seed(3)).float() * 2 - 1
-    return {
-        "usual": base,
-        "random": torch.randn(3, *SHAPE, generator=torch.Generator().manual_seed(1)),
-        "zeros": torch.zeros(3, *SHAPE),
-        "constant": torch.full((3, *SHAPE), 3.7),
-        "constant channels": base[:, :, :1, :1].expand(3, *SHAPE).contiguous(),
-        "sparse": sparse,
-        "outlier channel": outlier,
-        "tiny": base * 1e-6,
-        "below float16": base * 1e-12,
-        "large": base * (3000 / base.abs().max()),
-        "one token": one_token,
-        "tokens of two sizes": mixed,
-        "sign noise": signs * 100,
-    }
 
 
 @KINDS
@@ -223,10 +188,11 @@ def test_records_refuse_what_is_not_theirs():
             coder.unpack([bad])
     with pytest.raises(UserError, match="damaged features"):
         whole.unpack([record])
-    bad = maps(3)
-    bad[1, 3] = float("nan")
-    with pytest.raises(UserError, match=r"rows \[1\]"):
-        coder.encode(bad, seeds(3))
+    for value in (float("nan"), float("inf"), 1e30):
+        bad = maps(3)
+        bad[1, 3] = value
+        with pytest.raises(UserError, match=r"rows \[1\]"):
+            coder.encode(bad, seeds(3))
 
 
 @KINDS
