@@ -38,7 +38,7 @@ from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, ROTATED, 
 from scalekd_cache.store import Cache
 
 RESULTS = Path(__file__).parent / "results"
-LEFT = ("float16", "fp8")
+LEFT = ("float16", "bfloat16", "fp8")
 """Names that stand on the left of their points."""
 NOISES = (0.0008, 0.005, 0.015)
 TIMED_S = 0.6
