@@ -203,10 +203,11 @@ def main() -> None:
     else:
         parser.error("give --cache or --features")
     first, held_out = halves(maps, ids, options.views)
-    held_out = held_out[:: -(-len(held_out) // (options.measured or options.views))].contiguous()
     shape = (int(maps.shape[1]), int(maps.shape[2]), int(maps.shape[3]))
     scales = token_scales(feature_norms(held_out))
     spectra = (spectrum(held_out, torch.ones_like(scales)), spectrum(held_out, scales))
+    of_bound = len(held_out)
+    held_out = held_out[:: -(-len(held_out) // (options.measured or options.views))].contiguous()
     codecs: dict[str, FeatureCodec] = {name: make_codec(name, shape) for name in CODECS}
     codecs |= {name: fit(first, noise) for name, noise in PRESETS.items() if name != ALWAYS_ROTATED}
     if shape[0] > ROTATED:
@@ -216,14 +217,14 @@ def main() -> None:
     for name, codec in codecs.items():
         table[name] = measure(codec, held_out, spectra, head)
         print(name, {key: value and round(value, 5) for key, value in table[name].items()}, flush=True)
-    write(options.name, shape, (len(first), len(held_out)), table)
+    write(options.name, shape, (len(first), len(held_out), of_bound), table)
     title = f"{options.name}, {shape[0]} x {shape[1]} x {shape[2]}"
     plot(table, spectra, maps[0].numel(), RESULTS / f"codecs-{options.name}.png", title)
     print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
     print(markdown(table))
 
 
-def write(name: str, shape: tuple[int, int, int], views: tuple[int, int], table: dict[str, dict]) -> None:
+def write(name: str, shape: tuple[int, int, int], views: tuple[int, int, int], table: dict[str, dict]) -> None:
     """The results as JSON, with what they were measured on."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     content = {
@@ -235,7 +236,7 @@ def write(name: str, shape: tuple[int, int, int], views: tuple[int, int], table:
             "python": platform.python_version(), "torch": torch.__version__,
         },
         "timing": f"CPU time of one thread, least of runs over {TIMED_S:g} s, 32 views, warm",
-        "shape": shape, "views_fitted": views[0], "views_measured": views[1], "codecs": table,
+        "shape": shape, "views_fitted": views[0], "views_measured": views[1], "views_of_bound": views[2], "codecs": table,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"codecs-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
