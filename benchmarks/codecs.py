@@ -236,7 +236,8 @@ def write(name: str, shape: tuple[int, int, int], views: tuple[int, int, int], t
             "python": platform.python_version(), "torch": torch.__version__,
         },
         "timing": f"CPU time of one thread, least of runs over {TIMED_S:g} s, 32 views, warm",
-        "shape": shape, "views_fitted": views[0], "views_measured": views[1], "views_of_bound": views[2], "codecs": table,
+        "shape": shape, "views_fitted": views[0], "views_measured": views[1], "views_of_bound": views[2],
+        "codecs": table,
     }  # fmt: skip
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / f"codecs-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
