@@ -56,3 +56,24 @@ def test_an_error_reaches_the_caller_at_a_later_call_or_at_the_end(after):
 def test_the_callers_own_error_is_the_one_that_is_raised():
     with pytest.raises(KeyError, match="own"):
         put_calls(fail, error=KeyError("own"))
+
+
+def test_nothing_runs_after_a_call_that_failed():
+    ran, gate = [], threading.Event()
+
+    def fail_late():
+        assert gate.wait(60)
+        fail()
+
+    def put(behind):
+        behind.put(fail_late)
+        behind.put(ran.append, 1)
+        gate.set()
+
+    def run():
+        with Behind("test", depth=2) as behind:
+            put(behind)
+
+    with pytest.raises(RuntimeError, match="in the thread"):
+        run()
+    assert ran == []
