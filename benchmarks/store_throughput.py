@@ -195,7 +195,7 @@ def sequential_zarr(folder: Path, repeats: int) -> Measured:
     count, path = info.count, folder / "v0000.zarr"
     plain: Any = zarr.open_group(path, mode="r")["features"]
     row = plain.shape[0] // count
-    ours = ShardedArray(path / "features", "uint8", count * row)
+    ours = ShardedArray(path / "features", "uint8", count * row, plain=True)
     bounds = [(start, min(start + 64, count)) for start in range(0, count, 64)]
     reader = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
     seconds = in_turn(

@@ -7,17 +7,17 @@ from small_cache import make, shared_weights
 
 from scalekd_cache.loader import CacheLoader
 from scalekd_cache.order import Order
-from scalekd_cache.store import Cache
+from scalekd_cache.store import BACKENDS, Cache
 
 COUNTER = Path("/proc/self/io")
 pytestmark = pytest.mark.skipif(not COUNTER.exists(), reason="needs Linux: /proc/self/io")
 
 
-@pytest.fixture(scope="module")
-def root(tmp_path_factory):
-    """Records of some 10 KB: beside those of a real cache, ten times as large, an index weighs nothing."""
+@pytest.fixture(scope="module", params=BACKENDS)
+def root(request, tmp_path_factory):
+    """Records of some 10 KB: beside those of a real cache, ten times as large, an index weighs little."""
     folder = tmp_path_factory.mktemp("share") / "cache"
-    make(folder, shared_weights(), cache={"codec": "float32"})
+    make(folder, shared_weights(), cache={"codec": "float32", "backend": request.param})
     return folder
 
 

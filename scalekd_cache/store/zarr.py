@@ -26,13 +26,12 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
 from scalekd_cache.store.zarr_write import ArrayWriter, write_group
 
-CHUNK_BYTES = 1 << 18
-"""Bytes in a chunk of a flat array, the smallest thing that is decoded: about 16 views of 224 px, or 3 of features."""
+CHUNK_BYTES = 1 << 14
+"""Bytes in a chunk of a flat array. It lies in its file as it is, so that a record is read without the rest of its
+chunks: samples that train together are strangers in their shard (docs/LOG.md). Half a chunk an array is padding."""
 SHARD_BYTES = 1 << 25
-"""Bytes of a whole shard file before compression."""
+"""Bytes of a whole shard file without checksums."""
 FLAT = ("features", "pixels", "target", "logits")
-LEVELS = {"features": -1, "pixels": -1, "target": 1, "logits": 1}
-"""Levels of zstd: JPEG does not compress, int8 codes by a tenth at a fourth of the speed of reading (docs/LOG.md)."""
 KINDS = {"features": "features", "pixels": "pixels"}
 """Arrays that are counted under their own name; the others are `target`, offsets and checksums are index."""
 
@@ -44,9 +43,7 @@ class Writer(ShardWriter):
         super().__init__(folder, shard)
         self._root = folder / f"v{shard.view:04d}.zarr"
         self._group = write_group(self._root, {"scalekd_cache": 1, **shard._asdict()})
-        self._flat = {
-            name: ArrayWriter(self._root / name, "u1", LEVELS[name], CHUNK_BYTES, SHARD_BYTES) for name in FLAT
-        }
+        self._flat = {name: ArrayWriter(self._root / name, "u1", None, CHUNK_BYTES, SHARD_BYTES) for name in FLAT}
         self._arrays = dict(self._flat)
         self._offsets: dict[str, list[int]] = {name: [0] for name in FLAT}
         self._labels: list[int] = []
@@ -83,7 +80,7 @@ class Writer(ShardWriter):
 
 
 class Reader(ShardReader):
-    """Each chunk is decoded once a call, however many of its records are asked for."""
+    """Reads the bytes of the records that are asked for, and compares each record with its checksum."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
@@ -101,7 +98,7 @@ class Reader(ShardReader):
             if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] >= 2**62:
                 raise damaged(f"offsets of {name} do not ascend from 0", offsets[:4], "0 <= ...", self.where)
             self._offsets[name] = offsets.tolist()
-            self._flat[name] = ShardedArray(self.where / name, "uint8", int(offsets[-1]))
+            self._flat[name] = ShardedArray(self.where / name, "uint8", int(offsets[-1]), plain=True)
 
     @property
     def crcs(self) -> NDArray[np.uint32]:

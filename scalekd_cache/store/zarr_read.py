@@ -3,6 +3,8 @@
 In: an array's folder and what its owner knows about it (dtype, length). Out: bytes of rows.
 Invariant: metadata is checked against what is expected before anything is allocated; a zstd frame must declare exactly
 the size of a chunk before it is decoded; a missing chunk or file is an error (zarr-python 3.1 gives zeros for both).
+Of chunks that lie in their file as they are (flat arrays) only the bytes asked for are read; the checksum of the record
+that they belong to covers them.
 """
 
 import json
@@ -29,10 +31,18 @@ INDEX_CODECS = ["bytes", "crc32c"]
 
 
 class ShardedArray:
-    """An array split along its first axis only: shard files of chunks, each a zstd frame."""
+    """An array split along its first axis only: shard files of chunks.
 
-    def __init__(self, folder: StoredPath, dtype: str, length: int) -> None:
+    Args:
+        folder: the array's.
+        dtype: numpy's name.
+        length: its rows.
+        plain: chunks lie in their file as they are, with their crc32c; else each is a zstd frame.
+    """
+
+    def __init__(self, folder: StoredPath, dtype: str, length: int, *, plain: bool = False) -> None:
         self.folder, self.dtype, self.length = folder, np.dtype(dtype).newbyteorder("<"), length
+        self.plain = plain
         meta, _ = read_json(folder / "zarr.json", "the metadata of a zarr array", METADATA_BYTES)
         try:
             self._accept(meta, dtype)
@@ -66,7 +76,7 @@ class ShardedArray:
             "chunk keys": "default",
             "separator": "/",
             "codecs": ["sharding_indexed"],
-            "inner codecs": ["bytes", "zstd"],
+            "inner codecs": ["bytes", "crc32c" if self.plain else "zstd"],
             "index codecs": INDEX_CODECS,
             "index location": "end",
             "whole numbers": True,
@@ -89,11 +99,61 @@ class ShardedArray:
         return np.frombuffer(self.spans([(0, self.length)])[0], self.dtype)
 
     def spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Rows start..stop of each span; a chunk is decoded once a call.
+        """Rows start..stop of each span, read-only; of zstd frames each is decoded once a call."""
+        return self._plain_spans(spans) if self.plain else self._decoded_spans(spans)
 
-        Returns:
-            Read-only views of one buffer, in which the chunks of a span are neighbours.
-        """
+    def _plain_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
+        files: dict[int, int] = {}
+        try:
+            return [self._plain_span(start * self.row_bytes, stop * self.row_bytes, files) for start, stop in spans]
+        finally:
+            for descriptor in files.values():
+                os.close(descriptor)
+
+    def _plain_span(self, at: int, end: int, files: dict[int, int]) -> memoryview:
+        """Bytes `at` to `end` of the array; of each file in one read, out of which the chunks' checksums are cut."""
+        pieces: list[bytes | memoryview] = []
+        while at < end:
+            shard, first = divmod(at, self.shard_chunks * self.chunk_bytes)
+            last = min(end - at + first, self.shard_chunks * self.chunk_bytes)
+            if shard not in files:
+                files[shard] = self._open(shard)
+            start, stop = self._in_file(first), self._in_file(last - 1) + 1
+            data = os.pread(files[shard], stop - start, start)
+            if len(data) != stop - start:
+                raise damaged("a shard file ends early", f"{len(data)} bytes", stop - start, self._path(shard))
+            if stop - start == last - first:
+                pieces.append(data)
+            else:
+                shown, size = memoryview(data), self.chunk_bytes - first % self.chunk_bytes
+                pieces.append(shown[:size])
+                pieces += [
+                    shown[cut : cut + self.chunk_bytes] for cut in range(size + 4, stop - start, self.chunk_bytes + 4)
+                ]
+            at += last - first
+        return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
+
+    def _in_file(self, at: int) -> int:
+        """Where byte `at` of a shard lies in its file: every chunk before it has its crc32c."""
+        return at + 4 * int(at // self.chunk_bytes)
+
+    def _check_plain(self, index: NDArray[np.uint64], shard: int) -> None:
+        """Chunks of a flat array that hold something follow each other from the file's first byte."""
+        left = self.length * self.row_bytes - shard * self.shard_chunks * self.chunk_bytes
+        there = index[: -(-min(left, self.shard_chunks * self.chunk_bytes) // self.chunk_bytes)]
+        size = self.chunk_bytes + 4
+        expected = np.stack(
+            [np.arange(len(there), dtype=np.uint64) * np.uint64(size), np.full(len(there), size, np.uint64)], 1
+        )
+        if (there[:, 0] == ABSENT).any():
+            raise damaged("a chunk was never written", "an empty index entry", "a chunk", self._path(shard))
+        if (there != expected).any():
+            raise damaged(
+                "chunks of a flat array are not in order", "other places", f"{size} bytes each", self._path(shard)
+            )
+
+    def _decoded_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
+        """Views of one buffer, in which the chunks of a span are neighbours."""
         needed: set[int] = set()
         for start, stop in spans:
             if stop > start:
@@ -118,6 +178,17 @@ class ShardedArray:
 
     def _read_chunks(self, shard: int, chunks: list[int], target: NDArray[np.uint8]) -> None:
         """Decode these chunks of one shard file to the front of `target`, one after another."""
+        descriptor = self._open(shard)
+        try:
+            index = self._indexes[shard]
+            for place, chunk in enumerate(chunks):
+                piece = target[place * self.chunk_bytes : (place + 1) * self.chunk_bytes]
+                self._decode(shard, descriptor, index[chunk % self.shard_chunks], piece)
+        finally:
+            os.close(descriptor)
+
+    def _open(self, shard: int) -> int:
+        """A descriptor of a shard file, whose index is read with the first one."""
         path = self._path(shard)
         try:
             descriptor = descriptor_of(path)
@@ -125,13 +196,14 @@ class ShardedArray:
             raise damaged("a shard file is missing", "no file", "a zarr shard", path) from None
         try:
             if shard not in self._indexes:
-                self._indexes[shard] = self._read_index(path, descriptor)
-            index = self._indexes[shard]
-            for place, chunk in enumerate(chunks):
-                piece = target[place * self.chunk_bytes : (place + 1) * self.chunk_bytes]
-                self._decode(path, descriptor, index[chunk % self.shard_chunks], piece)
-        finally:
+                index = self._read_index(path, descriptor)
+                if self.plain:
+                    self._check_plain(index, shard)
+                self._indexes[shard] = index
+        except BaseException:
             os.close(descriptor)
+            raise
+        return descriptor
 
     def _read_index(self, path: StoredPath, descriptor: int) -> NDArray[np.uint64]:
         """(chunks, 2) uint64: offset and length of every chunk, checked against the file's length."""
@@ -149,8 +221,8 @@ class ShardedArray:
             raise damaged("the index of a zarr shard points outside the file", int(outside.argmax()), "inside", path)
         return index
 
-    def _decode(self, path: StoredPath, descriptor: int, entry: NDArray[np.uint64], target: NDArray[np.uint8]) -> None:
-        offset, length = int(entry[0]), int(entry[1])
+    def _decode(self, shard: int, descriptor: int, entry: NDArray[np.uint64], target: NDArray[np.uint8]) -> None:
+        path, offset, length = self._path(shard), int(entry[0]), int(entry[1])
         if offset == ABSENT:
             raise damaged("a chunk was never written", "an empty index entry", "a chunk", path)
         frame = os.pread(descriptor, length, offset)

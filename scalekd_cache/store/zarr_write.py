@@ -1,10 +1,11 @@
 """Writes the one-dimensional, sharded Zarr v3 arrays of the `zarr` backend, chunk by chunk, without zarr-python.
 
-In: an array's bytes, in any pieces. Out: `<name>/zarr.json` and shard files `<name>/c/0`, ...: chunks as zstd frames
-with checksum, then their index. Invariant: every chunk is written, those of zeros too; equal bytes in give equal bytes
-out; any reader of Zarr v3 opens the arrays (zarr-python does in the tests).
+In: an array's bytes, in any pieces. Out: `<name>/zarr.json` and shard files `<name>/c/0`, ...: chunks, each as it is
+with its crc32c or as a zstd frame with checksum, then their index. Invariant: every chunk is written, those of zeros
+too; equal bytes in give equal bytes out; any reader of Zarr v3 opens the arrays (zarr-python does in the tests).
 """
 
+import functools
 import json
 import struct
 from pathlib import Path
@@ -14,7 +15,7 @@ import google_crc32c
 import numpy as np
 from numcodecs import zstd
 
-from scalekd_cache.store.base import Payload
+from scalekd_cache.store.base import Payload, crc_input
 from scalekd_cache.store.files import NewFile, Written, write_new
 
 ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
@@ -27,13 +28,14 @@ class ArrayWriter:
     Args:
         folder: the array's folder.
         dtype: numpy's name, little-endian in the file.
-        level: zstd's; from -1 down it keeps bytes that hardly compress as they are, and adds its checksum.
+        level: zstd's, with its checksum; None: chunks stay as they are, so that a reader gets at any byte of them, and
+            end with their crc32c.
         chunk_bytes: bytes of a chunk before compression.
         shard_bytes: bytes of a shard file before compression, whole chunks; an array that fits one file has no more
             chunks in it than it needs.
     """
 
-    def __init__(self, folder: Path, dtype: str, level: int, chunk_bytes: int, shard_bytes: int) -> None:
+    def __init__(self, folder: Path, dtype: str, level: int | None, chunk_bytes: int, shard_bytes: int) -> None:
         self._folder, self._dtype, self._level = folder, np.dtype(dtype), level
         assert chunk_bytes % self._dtype.itemsize == 0, (chunk_bytes, dtype)
         assert shard_bytes % chunk_bytes == 0, (shard_bytes, chunk_bytes)
@@ -83,9 +85,13 @@ class ArrayWriter:
         if self._file is None:
             (self._folder / "c").mkdir(exist_ok=True)
             self._file = NewFile(self._folder / self._file_name())
-        frame = zstd.compress(b"".join(self._pending), self._level, True)
-        self._index.append(struct.pack("<QQ", self._file.bytes, len(frame)))
-        self._file.write(frame)
+        start = self._file.bytes
+        if self._level is None:
+            pieces = [crc_input(piece) for piece in self._pending]
+            self._file.write(*pieces, struct.pack("<I", functools.reduce(google_crc32c.extend, pieces, 0)))
+        else:
+            self._file.write(zstd.compress(b"".join(self._pending), self._level, True))
+        self._index.append(struct.pack("<QQ", start, self._file.bytes - start))
         self._pending, self._missing_bytes = [], self._chunk_bytes
 
     def _finish_file(self) -> None:
@@ -100,14 +106,16 @@ class ArrayWriter:
         return f"c/{len(self.files)}"
 
     def _metadata(self) -> dict[str, Any]:
-        """The array's zarr.json, as zarr-python 3.1 writes it for `compressors=ZstdCodec(level, checksum=True)`."""
+        """The array's zarr.json, as zarr-python 3.1 writes it for ZstdCodec(level, checksum=True) or Crc32cCodec()."""
         item = self._dtype.itemsize
         little = {"name": "bytes", "configuration": {"endian": "little"}}
         sharding = {
             "chunk_shape": [self._chunk_bytes // item],
             "codecs": [
                 {"name": "bytes"} if item == 1 else little,
-                {"name": "zstd", "configuration": {"level": self._level, "checksum": True}},
+                {"name": "crc32c"}
+                if self._level is None
+                else {"name": "zstd", "configuration": {"level": self._level, "checksum": True}},
             ],
             "index_codecs": [little, {"name": "crc32c"}],
             "index_location": "end",
