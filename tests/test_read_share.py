@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(not COUNTER.exists(), reason="needs Linux: /proc
 def root(request, tmp_path_factory):
     """Records of some 10 KB: beside those of a real cache, ten times as large, an index weighs little."""
     folder = tmp_path_factory.mktemp("share") / "cache"
-    make(folder, shared_weights(), cache={"codec": "float32", "backend": request.param})
+    make(folder, shared_weights(), cache={"codec": "float32", "backend": request.param, "samples_per_shard": 96})
     return folder
 
 

@@ -182,7 +182,7 @@ def test_large_arrays_span_shard_files(tmp_path, backend, monkeypatch):
     import scalekd_cache.store.zarr as zarr_store
 
     monkeypatch.setattr(zarr_store, "SHARD_BYTES", 8192)
-    monkeypatch.setattr(zarr_store, "CHUNK_BYTES", 1024)
+    monkeypatch.setattr(zarr_store, "CHUNK_BYTES", (1024, 1024))
     root = write_cache(tmp_path, backend)
     assert Cache.open(root).read(range(NUM_SAMPLES), 0) == expected(0)
     if backend == "zarr":
@@ -668,8 +668,11 @@ def test_a_missing_zarr_chunk_is_not_zeros(copy):
 
     path = payload_file(copy)
     data = bytearray(path.read_bytes())
-    data[-20:-4] = b"\xff" * 16  # the only entry of the index: "never written"
-    data[-4:] = google_crc32c.value(bytes(data[-20:-4])).to_bytes(4, "little")
+    meta = json.loads((path.parents[1] / "zarr.json").read_text())
+    (chunk,) = meta["codecs"][0]["configuration"]["chunk_shape"]
+    index = len(data) - 4 - 16 * (meta["chunk_grid"]["configuration"]["chunk_shape"][0] // chunk)
+    data[index : index + 16] = b"\xff" * 16  # the first entry of the index: "never written"
+    data[-4:] = google_crc32c.value(bytes(data[index:-4])).to_bytes(4, "little")
     path.write_bytes(data)
     assert_damage_is_seen(copy, "never written", key=True)
 

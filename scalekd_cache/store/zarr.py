@@ -5,6 +5,7 @@ In: records. Out: arrays labels, crc32c (n,), and features, pixels, target, logi
 or a file that is gone is an error. `zarr_read.py` reads, because zarr-python gives zeros for both.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +27,10 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
 from scalekd_cache.store.zarr_write import ArrayWriter, write_group
 
-CHUNK_BYTES = 1 << 14
-"""Bytes in a chunk of a flat array. It lies in its file as it is, so that a record is read without the rest of its
-chunks: samples that train together are strangers in their shard (docs/LOG.md). Half a chunk an array is padding."""
+CHUNK_BYTES = (1 << 10, 1 << 18)
+"""Smallest and largest chunk of a flat array; between them the power of two from four records up. It lies in its file
+as it is, so that a record is read without the rest of its chunks: samples that train together are strangers in their
+shard (docs/LOG.md). On average half a chunk an array is padding."""
 SHARD_BYTES = 1 << 25
 """Bytes of a whole shard file without checksums."""
 FLAT = ("features", "pixels", "target", "logits")
@@ -43,21 +45,31 @@ class Writer(ShardWriter):
         super().__init__(folder, shard)
         self._root = folder / f"v{shard.view:04d}.zarr"
         self._group = write_group(self._root, {"scalekd_cache": 1, **shard._asdict()})
-        self._flat = {name: ArrayWriter(self._root / name, "u1", None, CHUNK_BYTES, SHARD_BYTES) for name in FLAT}
-        self._arrays = dict(self._flat)
+        self._arrays: dict[str, ArrayWriter] = {}
         self._offsets: dict[str, list[int]] = {name: [0] for name in FLAT}
         self._labels: list[int] = []
 
     def append(self, record: Record) -> None:
         """To every array."""
-        for name, data in zip(FLAT, (record.features, record.pixels, _target(record), record.logits), strict=True):
-            self._flat[name].append(data)
+        fields = (record.features, record.pixels, _target(record), record.logits)
+        if not self._arrays:
+            self._begin(fields)
+        for name, data in zip(FLAT, fields, strict=True):
+            self._arrays[name].append(data)
             self._offsets[name].append(self._offsets[name][-1] + len(data))
         self._labels.append(record.label)
         self.crcs.append(record_crc(record))
 
+    def _begin(self, first: Sequence[Payload]) -> None:
+        """Open the flat arrays, with chunks for records like the first."""
+        for name, data in zip(FLAT, first, strict=True):
+            chunk = min(max(1 << (4 * len(data)).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
+            self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
+
     def finish(self) -> ShardSummary:
         """Write the rest."""
+        if not self._arrays:
+            self._begin([b""] * len(FLAT))
         small = {f"{name}_offsets": np.array(self._offsets[name], "<u8") for name in FLAT}
         small |= {"labels": np.array(self._labels, "<i8"), "crc32c": np.array(self.crcs, "<u4")}
         for name, values in small.items():  # each in a single chunk
