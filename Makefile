@@ -173,6 +173,12 @@ prove: $(BASE) ## Ask the cache's teacher again, and compare gradients: CACHE=di
 	  $(call option,VIEWS,views) $(call option,RECIPE,recipe) $(call option,TEACHER_WEIGHTS,teacher_weights) \
 	  $(call option,PIXELS_FROM,pixels_from) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
+.PHONY: report
+report: $(BASE) ## One HTML file: CACHE=dir, RUN=dir or RUNS="dir dir" [OUT=file DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
+	@$(PY) -m pipelines.report $(if $(RUN)$(RUNS),,--cache "$(CACHE)") $(call option,RUN,run) $(call option,RUNS,runs) \
+	  $(call option,OUT,out) $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
+	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
+
 fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
 	@$(PY) -m pipelines.fetch --teacher "$(TEACHER)"
 

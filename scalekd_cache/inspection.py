@@ -62,11 +62,11 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         "where": _place(cache, view, position),
         "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits")},
         "view_record": json.loads(record.view),
-        "view_in_words": _in_words(View.from_json(json.loads(record.view))),
+        "view_in_words": in_words(View.from_json(json.loads(record.view))),
         "digest": record.digest,
         "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
         "features": _features(examiner.codec, decoded),
-        "top_logits": _top(examiner.logits([record], decoded.features)[0], names),
+        "top_logits": top_logits(examiner.logits([record], decoded.features)[0], names),
     }
 
 
@@ -79,7 +79,8 @@ def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
     return {"shard": str(shard), "row": position - before}
 
 
-def _in_words(view: View) -> str:
+def in_words(view: View) -> str:
+    """A view record as a sentence."""
     left, top, width, height = view.crop
     words = [f"crop {width} x {height} at ({left}, {top})", "flipped" if view.flip else "not flipped"]
     words += [f"{name} {argument:g}" for name, argument in view.operations]
@@ -116,7 +117,7 @@ def _range(values: NDArray[np.float32]) -> dict[str, float]:
     return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}
 
 
-def _top(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
+def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
     """The largest logits with their probabilities; empty without a classifier."""
     if row.size == 0:
         return []

@@ -1,0 +1,74 @@
+"""The page around a report: templates, pictures, and the one file that is written.
+
+In: a template and values. Out: HTML of one file. Invariant: the page has no script and fetches nothing (its content
+security policy says so to the browser too), texts are escaped by the template engine, and its size is bounded.
+"""
+
+import base64
+import io
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jinja2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.files import write_atomically
+
+MAX_BYTES = 5_000_000
+"""Most bytes of a report."""
+SIDE = 160
+"""Pictures are shown at about this side, pixels; smaller ones are enlarged by the browser, larger ones made smaller."""
+
+
+class Picture(NamedTuple):
+    """A picture as a template shows it."""
+
+    source: str
+    """A data URI."""
+    alt: str
+    """What it shows, for those who do not see it."""
+    caption: str = ""
+    """What is written under it."""
+
+
+def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
+    """(H, W, 3) uint8 pixels: PNG where they are small, else JPEG at `SIDE`."""
+    image = Image.fromarray(pixels)
+    buffer = io.BytesIO()
+    if max(image.size) <= SIDE // 2:
+        image.save(buffer, "PNG", optimize=True)
+        return Picture(data_uri(buffer.getvalue(), "image/png"), alt)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    image.save(buffer, "JPEG", quality=88)
+    return Picture(data_uri(buffer.getvalue(), "image/jpeg"), alt)
+
+
+def data_uri(data: bytes, kind: str) -> str:
+    """Bytes as a URI that needs no fetching."""
+    return f"data:{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from a template of this package."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader(__package__),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template(template).render(**values)
+
+
+def write_page(path: Path, html: str) -> int:
+    """Write a report in one step; returns its size in bytes."""
+    data = html.encode()
+    assert len(data) <= MAX_BYTES, f"a report of {len(data)} bytes"
+    if path.is_dir():
+        raise UserError("the report's place is a folder", where=path, expected="a file name", fix="correct OUT=")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, data)
+    return len(data)

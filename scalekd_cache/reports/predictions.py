@@ -1,0 +1,146 @@
+"""What classifiers say of validation images: a run's student, and the teacher of its cache.
+
+In: a run folder, a validation source. Out: a `Verdict` an image and classifier.
+Invariant: the same images for everybody; an image that cannot be decoded is left out for all.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.evaluate import ValidationImages
+from scalekd_cache.finished import classifier
+from scalekd_cache.images import Source
+from scalekd_cache.processes import Process
+from scalekd_cache.reinfer import is_at_hand, load_cache_teacher, teacher_config
+from scalekd_cache.report import read_config
+from scalekd_cache.store import read_manifest
+from scalekd_cache.store.remote import open_place
+
+BATCH = 32
+REPEATS = 5
+"""Passes of a batch that the speed is the median of."""
+Predict = Callable[[Tensor], Tensor]
+
+
+class Images(NamedTuple):
+    """Validation images that can be decoded."""
+
+    dataset: ValidationImages
+    indices: list[int]
+    labels: NDArray[np.int64]
+
+    def pixels(self, row: int) -> NDArray[np.uint8]:
+        """(size, size, 3) uint8 of one of them."""
+        example = self.dataset[self.indices[row]]
+        assert example is not None
+        return example[0].permute(1, 2, 0).numpy()
+
+    def key(self, row: int) -> str:
+        """Its key."""
+        return self.dataset.source.samples[self.indices[row]].key
+
+
+class Verdict(NamedTuple):
+    """What a classifier says of every image."""
+
+    classes: NDArray[np.int64]
+    percent: NDArray[np.float64]
+    """Probability of that class."""
+
+    def accuracy(self, labels: NDArray[np.int64]) -> float:
+        """Share of right answers, percent."""
+        return 100 * float((self.classes == labels).mean())
+
+
+def validation_images(source: Source, size: int, count: int) -> Images:
+    """At most `count` images, spread evenly over the data set."""
+    dataset = ValidationImages(source, size)
+    step = max(1, len(dataset) // count)
+    indices, labels = list[int](), list[int]()
+    for index in range(0, len(dataset), step)[:count]:
+        example = dataset[index]
+        if example is not None:
+            indices.append(index)
+            labels.append(example[1])
+    return Images(dataset, indices, np.asarray(labels, dtype=np.int64))
+
+
+def judge_images(predict: Predict, images: Images, device: torch.device) -> Verdict:
+    """What `predict` says of them."""
+    rows = []
+    for start in range(0, len(images.indices), BATCH):
+        batch = [images.dataset[index] for index in images.indices[start : start + BATCH]]
+        pixels = torch.stack([example[0] for example in batch if example is not None])
+        with torch.no_grad():
+            rows.append(predict(pixels.to(device)).float().softmax(1).cpu())
+    chances = torch.cat(rows).double()
+    best = chances.max(1)
+    return Verdict(best.indices.numpy(), 100 * best.values.numpy())
+
+
+class StudentAtHand(NamedTuple):
+    """A run's exported student."""
+
+    predict: Predict
+    parameters: int
+    bytes: int
+    """Of its weights file."""
+    images_per_s: float
+    """Forward passes of `BATCH` images, this machine, this device, float32."""
+
+
+def student_of_run(run: Path, size: int, process: Process) -> StudentAtHand | None:
+    """The exported student; None where the run has none yet."""
+    folder = run / "export"
+    if not (folder / "config.json").exists():
+        return None
+    options = read_config(run)["student"]
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
+    predict = classifier(model, options["mean"], options["std"])
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    return StudentAtHand(
+        predict, parameters, (folder / "model.safetensors").stat().st_size, _speed(predict, size, process.device)
+    )
+
+
+def _speed(predict: Predict, size: int, device: torch.device) -> float:
+    images = torch.zeros(BATCH, 3, size, size, dtype=torch.uint8, device=device)
+    seconds = []
+    for _ in range(REPEATS + 1):
+        started = time.perf_counter()
+        with torch.no_grad():
+            predict(images)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started)
+    return BATCH / float(np.median(seconds[1:]))
+
+
+def teacher_of_run(run: Path, weights: str | None, process: Process) -> Predict:
+    """The teacher of a run's cache, when cache and weights are at hand.
+
+    Raises:
+        UserError: they are not, or are another teacher's.
+    """
+    manifest = read_manifest(open_place(read_config(run)["cache"]))
+    config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
+    if not is_at_hand(config) or not manifest.teacher["spec"]["has_classifier"]:
+        raise UserError("the teacher's weights are not at hand, or it has no classifier", where=config.weights,
+                        fix="give TEACHER_WEIGHTS=")  # fmt: skip
+    teacher = load_cache_teacher(manifest, config, process.device)
+    return lambda images: teacher(images).logits
+
+
+def confusion(labels: Sequence[int] | NDArray[np.int64], verdict: Verdict, classes: int) -> NDArray[np.int64]:
+    """(classes, classes) counts: rows are labels, columns answers."""
+    counts = np.zeros((classes, classes), dtype=np.int64)
+    inside = verdict.classes < classes
+    np.add.at(counts, (np.asarray(labels)[inside], verdict.classes[inside]), 1)
+    return counts

@@ -1,0 +1,129 @@
+"""What the report of runs reads: folders, validation images, answers.
+
+In: run folders, finished or still going. Out: `Run`s, and what the teacher says of the same images.
+Invariant: runs are only read; what is missing becomes a note for the page, unless somebody asked for it by name.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scalekd_cache.config import require
+from scalekd_cache.errors import UserError
+from scalekd_cache.images import open_source
+from scalekd_cache.loader import data_config
+from scalekd_cache.processes import Process
+from scalekd_cache.report import Summary, read_config, read_facts, read_summary
+from scalekd_cache.reports.figures import Series
+from scalekd_cache.reports.predictions import (
+    Images,
+    StudentAtHand,
+    Verdict,
+    judge_images,
+    student_of_run,
+    teacher_of_run,
+    validation_images,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunReport:
+    """What is looked at."""
+
+    images: int = 1000
+    """Validation images that students and teacher judge, spread evenly (0: none, so no data is needed)."""
+    data: str | None = None
+    """Where the validation images are (None: where stage 1 found them)."""
+    teacher_weights: str | None = None
+    """The teacher's weights (None: where stage 1 found them)."""
+
+    def __post_init__(self) -> None:
+        require(self.images >= 0, "images", self.images, ">= 0")
+
+
+class Run(NamedTuple):
+    """One run, as its folder tells it."""
+
+    path: Path
+    name: str
+    options: dict[str, Any]
+    facts: dict[str, Any]
+    lines: list[dict[str, Any]]
+    """metrics.jsonl"""
+    summary: Summary | None
+    """None while the run is going."""
+    student: StudentAtHand | None
+    verdict: Verdict | None
+
+    def series(self, name: str, label: str | None = None) -> Series:
+        """The values of a metric over steps."""
+        rows = [(line["step"], line[name]) for line in self.lines if name in line]
+        return Series(label or self.name, [step for step, _ in rows], [value for _, value in rows])
+
+
+def distinct(paths: Sequence[Path]) -> list[Path]:
+    """The folders, each once."""
+    return list(dict.fromkeys(path.resolve() for path in paths)) if len(paths) > 1 else list(paths)
+
+
+def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
+    """One run, with its student's answers where they mean the same as those of the `first` run's facts."""
+    options, facts, summary = read_config(path), read_facts(path), read_summary(path)
+    student = student_of_run(path, facts["image_size"], process)
+    verdict = None
+    same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
+    if student is None:
+        notes.append(f"{path.name} has no exported student yet: its answers are left out.")
+    elif not same:
+        notes.append(
+            f"{path.name} has other classes or another image size than the first run: its answers are left out."
+        )
+    elif images is not None:
+        verdict = judge_images(student.predict, images, process.device)
+    if summary is None:
+        notes.append(f"{path.name} is not finished: the report shows how far it has come.")
+    return Run(path, path.name, options, facts, read_metrics(path), summary, student, verdict)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; one that is being written now is left out."""
+    file = run / "metrics.jsonl"
+    if not file.exists():
+        return []
+    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+    try:
+        return [json.loads(line) for line in whole]
+    except ValueError as error:
+        raise UserError(
+            "a run's metrics are damaged", got=error, where=file, fix="start the run again: it mends them"
+        ) from error
+
+
+def find_images(facts: dict[str, Any], options: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
+    """The validation images of a run; None, with a note, where they are not at hand."""
+    try:
+        source = open_source(data_config(facts["data"], report.data or options.get("data")), "val")
+    except UserError as error:
+        if report.data:
+            raise
+        notes.append(f"No validation images here, so no answers are compared: {str(error).splitlines()[0]}")
+        return None
+    images = validation_images(source, facts["image_size"], report.images)
+    return images if images.indices else None
+
+
+def hear_teacher(
+    run: Run, images: Images | None, report: RunReport, process: Process, notes: list[str]
+) -> Verdict | None:
+    """What the teacher of a run's cache says of the images; None, with a note, where it is not at hand."""
+    if images is None:
+        return None
+    try:
+        return judge_images(teacher_of_run(run.path, report.teacher_weights, process), images, process.device)
+    except UserError as error:
+        if report.teacher_weights:
+            raise
+        notes.append(f"The teacher's answers are left out: {str(error).splitlines()[0]}")
+        return None

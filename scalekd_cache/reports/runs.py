@@ -1,0 +1,245 @@
+"""The report of runs: curves over time, what student and teacher get wrong, and how several students compare.
+
+In: run folders, finished or still going. Out: HTML.
+Invariant: what is not there yet, or not at hand, is said on the page; the runs are only read.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache import __version__
+from scalekd_cache.config import flat
+from scalekd_cache.errors import UserError
+from scalekd_cache.losses import LossTerms
+from scalekd_cache.processes import Process
+from scalekd_cache.report import alone_summary, read_config, read_facts
+from scalekd_cache.reports.figures import Series, curves, matrix, scatter
+from scalekd_cache.reports.page import Picture, picture, render
+from scalekd_cache.reports.predictions import (
+    Images,
+    Verdict,
+    confusion,
+)
+from scalekd_cache.reports.run_data import Run, RunReport, distinct, find_images, hear_teacher, read_run
+
+MAX_RUNS = 12
+DETAILED = 4
+"""Runs of a comparison that get their own section."""
+MATRIX_CLASSES = 30
+"""Classes of a confusion matrix; of more, those with most mistakes."""
+DIFFERING = 8
+"""Images on which student and teacher differ that are shown."""
+
+
+class Differing(NamedTuple):
+    """An image on which student and teacher differ."""
+
+    picture: Picture
+    key: str
+    label: str
+    student: str
+    teacher: str
+
+
+def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> str:
+    """The page of one run, or of several beside each other.
+
+    Raises:
+        UserError: a folder that holds no run that has begun, or too many of them.
+    """
+    if not 1 <= len(paths) <= MAX_RUNS:
+        raise UserError("a report shows some runs", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct RUNS=")
+    notes: list[str] = []
+    first = read_facts(paths[0])
+    images = find_images(first, read_config(paths[0]), options, notes) if options.images else None
+    runs = [read_run(path, images, first, process, notes) for path in distinct(paths)]
+    teacher = hear_teacher(runs[0], images, options, process, notes)
+    names = first["class_names"]
+    sections = [_section(run, teacher, images, names) for run in runs[: DETAILED if len(runs) > 1 else 1]]
+    title = f"Run {runs[0].name}" if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
+    return render(
+        "run.html",
+        title=title,
+        version=__version__,
+        notes=notes,
+        comparison=_comparison(runs, teacher, images) if len(runs) > 1 else None,
+        sections=sections,
+        left_out=[run.name for run in runs[len(sections) :]],
+    )
+
+
+def _section(run: Run, teacher: Verdict | None, images: Images | None, names: list[str]) -> dict[str, Any]:
+    """What the page shows of one run."""
+    matrices: list[Picture] = []
+    if images is not None and run.verdict is not None:
+        matrices.append(_matrix(run.verdict, images, names, f"What {run.name} answers"))
+        if teacher is not None:
+            matrices.append(_matrix(teacher, images, names, "What the teacher answers"))
+    return {
+        "name": run.name,
+        "facts": _facts(run),
+        "big": _big(run),
+        "curves": _curves(run),
+        "matrices": matrices,
+        **_beside_teacher(run.verdict, teacher, images, names),
+    }
+
+
+def _beside_teacher(
+    student: Verdict | None, teacher: Verdict | None, images: Images | None, names: list[str]
+) -> dict[str, Any]:
+    """How a student and the teacher get on, where both were heard."""
+    if student is None or teacher is None or images is None:
+        return {"agreement": None, "differing": []}
+    return {
+        "agreement": agreement(student, teacher, images.labels),
+        "differing": _differing(student, teacher, images, names),
+    }
+
+
+def _facts(run: Run) -> list[tuple[str, str]]:
+    student, options = run.student, flat(run.options)
+    rows = [
+        ("student", str(options.get("student.name"))),
+        ("targets", str(options.get("train.targets"))),
+        ("recipe", str(options.get("recipe"))),
+        ("cache", f"{options.get('cache')}, fingerprint {run.facts['fingerprint'][:16]}, {run.facts['views']} views"),
+        ("epochs", str(options.get("train.epochs"))),
+        ("global batch", str(options.get("train.global_batch_size"))),
+        ("optimizer", f"{options.get('optim.name')}, learning rate {options.get('optim.lr')}"),
+        ("seed", str(options.get("train.seed"))),
+        ("folder", str(run.path)),
+    ]
+    if student is not None:
+        rows.insert(1, ("size", f"{student.parameters / 1e6:.2f} M parameters, {student.bytes / 1e6:.1f} MB"))
+    return rows
+
+
+def _big(run: Run) -> list[tuple[str, str]]:
+    """The figures people look for first."""
+    summary = run.summary
+    if summary is None:
+        last = run.lines[-1] if run.lines else {"step": 0}
+        return [(f"{last['step']}", "steps so far")]
+    alone = alone_summary(run.path, summary) if summary["targets"] != "none" else None
+    rows = [(_percent(summary["top1"]), "top-1"), (_percent(summary["top5"]), "top-5")]
+    rows.append((_percent(summary["teacher_top1"]), "teacher's top-1"))
+    if alone:
+        rows.append((_percent(alone["top1"]), "top-1 of the same student alone"))
+    return [*rows, (f"{summary['images_per_s']:,.0f}", "images a second"), (f"{summary['minutes']:.1f}", "minutes")]
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f} %"
+
+
+def _curves(run: Run) -> list[Picture]:
+    if not any("loss" in line for line in run.lines):
+        return []
+    terms = [run.series(name, name.replace("_", " ")) for name in LossTerms._fields]
+    shown = [one for one in terms if any(one.y)]
+    found = [
+        curves(shown, "step", "weighted loss", "Loss terms"),
+        curves([run.series("lr", "learning rate")], "step", "learning rate", "Learning rate"),
+        curves([run.series("images_per_s", "images/s")], "step", "images a second", "Throughput"),
+        curves([run.series("data_wait", "waiting")], "step", "share of the time", "Waiting for data", percent=True),
+    ]
+    accuracy = run.series("top1", "top-1")
+    if run.summary is not None and run.summary["top1"] is not None:
+        accuracy = Series("top-1", [*accuracy.x, run.summary["steps"]], [*accuracy.y, run.summary["top1"]])
+    if len(accuracy.x):
+        found.append(curves([accuracy], "step", "top-1, percent", "Accuracy on the validation images"))
+    return found
+
+
+def _matrix(verdict: Verdict, images: Images, names: list[str], title: str) -> Picture:
+    counts = confusion(images.labels, verdict, len(names))
+    chosen = np.arange(len(names))
+    accuracy = f"{verdict.accuracy(images.labels):.2f} % of {len(images.labels):,} images are right"
+    if len(names) > MATRIX_CLASSES:
+        mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+        chosen = np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX_CLASSES])
+        accuracy += f"; the {MATRIX_CLASSES} classes with most mistakes"
+    shown = [names[number] for number in chosen]
+    return matrix(counts[np.ix_(chosen, chosen)], shown, shown, ("label", "answer"), f"{title}: {accuracy}")
+
+
+class Agreement(NamedTuple):
+    """How student and teacher get on, percent of the images."""
+
+    same: float
+    both_right: float
+    only_teacher: float
+    only_student: float
+    both_wrong: float
+
+
+def agreement(student: Verdict, teacher: Verdict, labels: NDArray[np.int64]) -> Agreement:
+    """Shares of the images."""
+    s, t = student.classes == labels, teacher.classes == labels
+    shares = (student.classes == teacher.classes, s & t, ~s & t, s & ~t, ~s & ~t)
+    return Agreement(*(100 * float(share.mean()) for share in shares))
+
+
+def _differing(student: Verdict, teacher: Verdict, images: Images, names: list[str]) -> list[Differing]:
+    """The images on which both are surest of different classes."""
+    rows = np.flatnonzero(student.classes != teacher.classes)
+    rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DIFFERING]
+    found = []
+    for row in rows.tolist():
+        label, key = _name(names, images.labels[row]), images.key(row)
+        words = [
+            f"{_name(names, verdict.classes[row])} ({verdict.percent[row]:.1f} %)" for verdict in (student, teacher)
+        ]
+        shown = picture(images.pixels(row), f"The validation image {key}, labelled {label}")
+        found.append(Differing(shown, key, label, *words))
+    return found
+
+
+def _name(names: Sequence[str], number: Any) -> str:
+    return names[int(number)] if 0 <= int(number) < len(names) else f"class {int(number)}"
+
+
+def _comparison(runs: list[Run], teacher: Verdict | None, images: Images | None) -> dict[str, Any]:
+    """Students beside each other."""
+    judged = [run for run in runs if run.verdict is not None]
+    figures = [
+        curves([run.series("loss") for run in runs if run.lines], "step", "weighted loss", "Loss"),
+        curves([run.series("images_per_s") for run in runs if run.lines], "step", "images a second", "Throughput"),
+    ]
+    measured = [
+        (run.name, run.student, float(run.summary["top1"]))
+        for run in runs
+        if run.student is not None and run.summary is not None and run.summary["top1"] is not None
+    ]
+    if measured:
+        sizes = [(name, student.parameters / 1e6, top1) for name, student, top1 in measured]
+        speeds = [(name, student.images_per_s, top1) for name, student, top1 in measured]
+        figures.append(scatter(sizes, "million parameters", "top-1, percent", "Accuracy and size"))
+        figures.append(scatter(speeds, "images a second, forward", "top-1, percent", "Accuracy and speed here"))
+    if images is not None and len(judged) > 1:
+        names = [run.name for run in judged] + (["teacher"] if teacher else [])
+        verdicts = [run.verdict for run in judged if run.verdict] + ([teacher] if teacher else [])
+        shares = np.array([[float((a.classes == b.classes).mean()) for b in verdicts] for a in verdicts])
+        figures.append(matrix(shares, names, names, ("", ""), "Share of images with the same answer"))
+    return {"rows": [_row(run) for run in runs], "figures": figures}
+
+
+def _row(run: Run) -> dict[str, str]:
+    student, summary = run.student, run.summary
+    return {
+        "run": run.name,
+        "student": str(run.options["student"]["name"]),
+        "targets": str(run.options["train"]["targets"]),
+        "top-1": "still going" if summary is None else _percent(summary["top1"]),
+        "top-5": "" if summary is None else _percent(summary["top5"]),
+        "parameters": "" if student is None else f"{student.parameters / 1e6:.2f} M",
+        "weights": "" if student is None else f"{student.bytes / 1e6:.1f} MB",
+        "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
+        "forward images/s here": "" if student is None else f"{student.images_per_s:,.0f}",
+        "minutes": "" if summary is None else f"{summary['minutes']:.1f}",
+    }
