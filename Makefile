@@ -93,6 +93,7 @@ help: ## Show this help
 	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
 	@echo "  NNODES=n NODE_RANK=i MASTER_ADDR=host  several machines by torchrun, said on each; NNODES=1:16: they may come and go"
 	@echo "  HOSTFILE=file                        several machines by deepspeed and ssh (with NODE_RANK=i: without ssh, on each)"
+	@echo "  PLUGIN=module                        Python module that makes models of yours known (docs/GUIDES.md)"
 	@echo '  SET="dotted.key=value ..."           any other option; python -m pipelines.distill --help lists them'
 	@echo "Environment: PYTHON=python3 chooses the interpreter, VENV=dir the environment (VENV=none: the one at hand)"
 
@@ -118,7 +119,7 @@ plan: $(BASE) ## What a cache and its students will cost: DATA= TEACHER= VIEWS= 
 	@$(PY) -m pipelines.plan $(STAGE1) $(call option,STUDENTS,students) $(call option,EPOCHS,epochs) \
 	  $(call option,GPU,gpu) $(if $(JSON),--json true)
 
-STAGE1 = $(STAGE1_OF) --cache.path "$(CACHE)" --workers $(WORKERS) $(call option,PIXELS_FROM,cache.pixels_from) \
+STAGE1 = $(call option,PLUGIN,plugin) $(STAGE1_OF) --cache.path "$(CACHE)" --workers $(WORKERS) $(call option,PIXELS_FROM,cache.pixels_from) \
 	  $(call option,TEACHER,teacher.name) $(call option,TEACHER_WEIGHTS,teacher.weights) \
 	  $(if $(PRETRAINED),--teacher.pretrained $(if $(filter 0 false no,$(PRETRAINED)),false,true)) \
 	  $(call option,VIEWS,cache.num_views) $(call option,CODEC,cache.codec) $(call option,TARGET,cache.codec_target) \
@@ -137,7 +138,7 @@ distill: $(BASE) ## Stage 2: train STUDENT from a cache (made first when absent)
 ifeq ($(CACHE_GIVEN),)
 	@test -n "$(FOLLOWS)" -o -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET= PIXELS_FROM=
 endif
-	@$(LAUNCH) pipelines.distill --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
+	@$(LAUNCH) pipelines.distill $(call option,PLUGIN,plugin) --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
 	  $(call option,RECIPE,recipe) $(call option,INIT,init) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
 	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) \
 	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \
@@ -155,12 +156,12 @@ import-upstream: $(BASE) ## Bring a published ScaleKD checkpoint to timm: CKPT=f
 	  $(call option,CLASSES,classes) $(call option,S4_QUERY,s4_query)
 
 verify: $(BASE) ## Check a cache: CACHE=dir or URL, DEEP=1 reads every byte and asks the teacher, JSON=1 for scripts
-	@$(PY) -m pipelines.verify --cache "$(CACHE)" $(if $(DEEP),--deep true) $(if $(JSON),--json true) \
+	@$(PY) -m pipelines.verify $(call option,PLUGIN,plugin) --cache "$(CACHE)" $(if $(DEEP),--deep true) $(if $(JSON),--json true) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
 	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
 repair: $(BASE) ## Make the damaged units of a cache again: CACHE=dir [DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
-	@$(PY) -m pipelines.repair --cache "$(CACHE)" --workers $(WORKERS) \
+	@$(PY) -m pipelines.repair $(call option,PLUGIN,plugin) --cache "$(CACHE)" --workers $(WORKERS) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
 	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
@@ -169,13 +170,13 @@ inspect: $(BASE) ## Show a cache or a record: CACHE=dir [KEY=key|INDEX=n] [VIEW=
 	  $(call option,VIEW,view) $(call option,PIXELS_FROM,pixels_from) $(call option,OUT,out) $(if $(JSON),--json true)
 
 prove: $(BASE) ## Ask the cache's teacher again, and compare gradients: CACHE=dir [STUDENT=name INIT=dir VIEWS=256]
-	@$(PY) -m pipelines.prove --cache "$(CACHE)" $(call option,STUDENT,student) $(call option,INIT,init) \
+	@$(PY) -m pipelines.prove $(call option,PLUGIN,plugin) --cache "$(CACHE)" $(call option,STUDENT,student) $(call option,INIT,init) \
 	  $(call option,VIEWS,views) $(call option,RECIPE,recipe) $(call option,TEACHER_WEIGHTS,teacher_weights) \
 	  $(call option,PIXELS_FROM,pixels_from) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
 .PHONY: report
 report: $(BASE) ## One HTML file: CACHE=dir, RUN=dir or RUNS="dir dir" [OUT=file DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
-	@$(PY) -m pipelines.report $(if $(RUN)$(RUNS),,--cache "$(CACHE)") $(call option,RUN,run) $(call option,RUNS,runs) \
+	@$(PY) -m pipelines.report $(call option,PLUGIN,plugin) $(if $(RUN)$(RUNS),,--cache "$(CACHE)") $(call option,RUN,run) $(call option,RUNS,runs) \
 	  $(call option,OUT,out) $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
 	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 

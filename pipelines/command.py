@@ -3,6 +3,7 @@
 In: argv and a recipe. Out: a configuration dataclass; for whatever the user can put right, one message and status 2.
 """
 
+import importlib
 import logging
 import os
 import sys
@@ -98,6 +99,21 @@ def with_flags(argv: Sequence[str], *options: str) -> list[str]:
     return words
 
 
+def with_plugin(argv: list[str]) -> list[str]:
+    """The command line without `--plugin module`, whose module is imported: teachers and students of one's own."""
+    name = value_of(argv, "--plugin")
+    if name is None:
+        return argv
+    sys.path.insert(0, os.getcwd())
+    try:
+        importlib.import_module(name)
+    except ImportError as error:
+        fix = "give the name of a Python module that can be imported here, such as examples.my_teacher"
+        raise UserError("the plugin cannot be imported", got=error, expected=fix, where=f"PLUGIN={name}") from error
+    index = argv.index("--plugin") if "--plugin" in argv else argv.index(f"--plugin={name}")
+    return argv[:index] + argv[index + (2 if "--plugin" in argv else 1) :]
+
+
 def run(main: Callable[[list[str]], object]) -> NoReturn:
     """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 75 saved and to be started again,
     130 stopped by the user."""
@@ -106,7 +122,7 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     debug = "--debug" in argv
     try:
-        status = main([word for word in argv if word != "--debug"])
+        status = main(with_plugin([word for word in argv if word != "--debug"]))
     except UserError as error:
         if debug:
             raise

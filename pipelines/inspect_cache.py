@@ -37,14 +37,14 @@ def main(argv: list[str]) -> None:
     config = parse(InspectConfig, "inspect_cache", with_flags(argv, "--json"), {}, __doc__ or "")
     if config.key is not None and config.index is not None:
         raise UserError("key and index are given", got=f"{config.key} and {config.index}", fix="give one of them")
-    from scalekd_cache.inspection import describe_cache, describe_record, position_of
+    from scalekd_cache.inspection import describe_cache, describe_record
     from scalekd_cache.store import Cache
 
     cache = Cache.open(config.cache)
     if config.key is None and config.index is None:
         facts = describe_cache(cache)
     else:
-        index = config.index if config.key is None else position_of(cache, config.key, config.view)
+        index = config.index if config.key is None else cache.position(config.key, config.view)
         assert index is not None
         pixels = _pixels(cache, config)
         facts = describe_record(cache, config.view, index, pixels)

@@ -1,3 +1,37 @@
-"""scalekd-cache: run a frozen ViT teacher once, keep what students need, train any number of students from it."""
+"""scalekd-cache: run a frozen ViT teacher once, keep what students need, train any number of students from it.
+
+In: nothing. Out: the names for a loop of one's own (docs/GUIDES.md), each imported when it is first asked for.
+Invariant: importing the package imports neither torch nor anything else that takes time.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scalekd_cache.errors import UserError
+    from scalekd_cache.store.reader import Cache
+    from scalekd_cache.tail import TailParts, register_family
+    from scalekd_cache.targets import CachedTargets, ScaleKDLoss, timm_student
 
 __version__ = "0.1.0"
+__all__ = ["Cache", "CachedTargets", "ScaleKDLoss", "TailParts", "UserError", "register_family", "timm_student"]
+
+_HOME = {
+    "Cache": "store.reader",
+    "CachedTargets": "targets",
+    "ScaleKDLoss": "targets",
+    "TailParts": "tail",
+    "UserError": "errors",
+    "register_family": "tail",
+    "timm_student": "targets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *_HOME]

@@ -9,11 +9,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
+from scalekd_cache.assembly import kept_classifier, make_heads, order_of, tail_of
 from scalekd_cache.checkpoint import Checkpoint, latest_checkpoint
-from scalekd_cache.codec.logits import LogitCodec
-from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
 from scalekd_cache.engine import DistillModel, Trainer, start_processes
 from scalekd_cache.errors import UserError
@@ -22,20 +20,15 @@ from scalekd_cache.finished import classifier, consolidated_student, export_stat
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
 from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
-from scalekd_cache.order import WINDOW, Likeness, Order, mixing_window
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
 from scalekd_cache.run_cache import RunCache, check_ranks_agree, open_run_cache
-from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.start import load_start
 from scalekd_cache.stopping import Stop, stopped
-from scalekd_cache.store import Cache, Manifest
-from scalekd_cache.store.files import fact_of
+from scalekd_cache.store import Manifest
 from scalekd_cache.store.follow import read_cache_facts
-from scalekd_cache.store.remote import local_path, open_place
-from scalekd_cache.student import Student, build_student
-from scalekd_cache.tail import Tail
-from scalekd_cache.tail_file import load_tail
+from scalekd_cache.store.remote import open_place
+from scalekd_cache.student import build_student
 from scalekd_cache.teacher import Teacher, load_teacher
 from scalekd_cache.teacher_spec import TeacherSpec
 
@@ -168,61 +161,6 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     model = DistillModel(config, student, heads)
     classifier = kept_classifier(config, cache, loader.logit_codec, process)
     return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint, classifier)
-
-
-def order_of(train: TrainConfig, cache: Cache, process: Process) -> Order:
-    """The order of a run; where neighbouring images are of one class, it mixes wider."""
-    found = Likeness(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
-    window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
-    if window > WINDOW and train.shuffle_window is None:
-        process.say(
-            f"the cache holds images of one class side by side ({found.neighbours:.0%} of neighbours, "
-            f"{found.chance:.1%} by chance), so windows of {window:,} blocks = {window * train.shuffle_block:,} images "
-            f"are mixed instead of {WINDOW}; read with more seeks, and from a URL with more copies (docs/SCALE.md)"
-        )
-    return Order(num_samples=len(cache), block=train.shuffle_block, window=window, seed=train.seed)
-
-
-def kept_classifier(config: DistillConfig, cache: Cache, kept: LogitCodec, process: Process) -> nn.Linear | None:
-    """The teacher's classifier where the cache has it in place of logits; what the kept logits cannot do is refused."""
-    if kept.partial and config.scalekd.temperature != 1 and config.scalekd.logit_weight > 0:
-        raise UserError(
-            "the cache keeps the mass of its less probable classes at temperature 1 only",
-            got=f"scalekd.temperature={config.scalekd.temperature}",
-            expected="1, or a cache with all logits",
-            where=cache.root,
-            fix='set SET="scalekd.temperature=1", or make a cache with cache.logits=dense',
-        )
-    if not isinstance(kept, RecomputedLogits) or config.train.targets != "cached":
-        return None
-    return load_classifier(kept.get_config(), cache.root).to(process.device)
-
-
-def tail_of(cache: Cache, spec: TeacherSpec) -> Tail:
-    """The teacher's tail, byte for byte the one the cache was made with."""
-    file = cache.root / "tail.safetensors"
-    if not file.exists() or fact_of(file).sha256 != cache.manifest.tail_sha256:
-        raise UserError(
-            "the teacher's tail is missing or damaged",
-            expected=f"sha256 {cache.manifest.tail_sha256[:16]}",
-            where=file,
-            fix="restore the file, or delete the manifest and run make cache-teacher again: it keeps the units",
-        )
-    return load_tail(local_path(file), spec)
-
-
-def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHeads:
-    """The ScaleKD heads between a student and a teacher's tail."""
-    heads = ScaleKDHeads(
-        config.scalekd,
-        tap_shapes=student.tap_shapes,
-        tail_in_shape=tail.in_shape,
-        tail_out_shape=tail.out_shape,
-        layer_norm=student.layer_norm,
-    )
-    if config.student.grad_checkpointing:
-        heads.checkpoint_gradients()
-    return heads
 
 
 def live_teacher(

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
+from scalekd_cache.assembly import cached_targets
 from scalekd_cache.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureCodec
@@ -203,10 +204,7 @@ class Trainer:
             features, logits = self.teacher(batch.images)
             exact = make_codec("float32", self.codec.shape)  # the path of a lossless cache, down to the memory layout
             return Targets(*exact.decode(exact.encode(features)), logits)
-        decoded = self.codec.decode(batch.codes)
-        if self.classifier is not None:
-            return Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
-        return Targets(*decoded, batch.logits, self.loader.logit_codec.partial)
+        return cached_targets(self.codec, self.loader.logit_codec, self.classifier, batch)
 
     def _lr(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])

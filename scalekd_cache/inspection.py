@@ -16,27 +16,10 @@ from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
 from scalekd_cache.examine import Examiner, decode_features
 from scalekd_cache.store import Cache, Record
-from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
+from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.views import View, decode_pixels, pixel_digest
 
 TOP = 5
-
-
-def position_of(cache: Cache, key: str, view: int) -> int:
-    """Where a sample stands in a view's canonical order; one read of keys.txt a unit.
-
-    Raises:
-        UserError: no such sample.
-    """
-    start = 0
-    for row in cache.manifest.units:
-        if view in cache.manifest.groups[row.group]:
-            folder = unit_folder(cache.root, row.group, row.range_id)
-            keys = read_keys(folder, read_unit(folder)[0])
-            if key in keys:
-                return start + keys.index(key)
-            start += row.count
-    raise UserError("no such sample", got=key, expected="a line of units/*/keys.txt", where=cache.root)
 
 
 def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:

@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from scalekd_cache import __version__
+from scalekd_cache.assembly import kept_classifier, make_heads, tail_of
 from scalekd_cache.cache_plan import library_versions
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.fidelity import Summary, fidelity, summarise
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config import DistillConfig
-from scalekd_cache.distill import kept_classifier, live_teacher, make_heads, tail_of
+from scalekd_cache.distill import live_teacher
 from scalekd_cache.engine import DistillModel
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, MicroBatches, Slot

@@ -103,17 +103,38 @@ FAMILIES = (
 )
 """The supported teachers: the one place to add a family to (with a case in tests/test_teacher.py)."""
 
+_ADDED: list[Family] = []
+
+
+def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], TailParts]) -> None:
+    """Make modules of a class teachers, as a row of `FAMILIES` does (docs/GUIDES.md, "My teacher").
+
+    Args:
+        name: of the family; it is written into caches, and reading one needs it registered again.
+        kind: the class.
+        parts: finds the modules of the tail in a model of this class.
+
+    Raises:
+        UserError: another class has this name already.
+    """
+    for family in (*FAMILIES, *_ADDED):
+        if family.name == name:
+            if family.classes == (kind,):
+                return
+            raise UserError("two families of teachers have one name", got=name, fix="choose another name")
+    _ADDED.append(Family(name, (kind,), parts))
+
 
 def family_of(model: nn.Module, name: str) -> Family:
     """The family of a timm model; `UserError` naming the supported ones when it has none."""
-    for family in FAMILIES:
+    for family in (*_ADDED, *FAMILIES):
         if isinstance(model, family.classes) and not getattr(model, "rope_mixed", False):
             return family
     raise UserError(
         "this model cannot be a teacher: it is of no supported transformer family",
         got=f"{name}, a {type(model).__name__}",
         expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
-        fix="choose such a model, or add a row to FAMILIES in scalekd_cache/tail.py",
+        fix="choose such a model, or make it known with register_family (docs/GUIDES.md)",
     )
 
 

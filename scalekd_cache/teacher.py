@@ -194,13 +194,15 @@ def _no_weights(name: str, reason: str) -> UserError:
 def _classes(config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int) -> int:
     """Width of the classifier: what the weights have, else the configuration's number, else the data set's."""
     known = timm.get_pretrained_cfg(name)
+    if known is None:  # a model that a plugin made known: which of its tensors is the classifier is not said
+        return data_classes if config.num_classes is None else config.num_classes
     if shapes is not None:
-        heads = known.classifier if known is not None else None
+        heads = known.classifier
         head = f"{heads[0] if isinstance(heads, list | tuple) else heads}.weight"
         stored = shapes[head][0] if shapes.get(head) else 0
     elif config.pretrained:
-        stored = known.num_classes if known is not None else 0
-    elif known is not None and known.num_classes == 0:
+        stored = known.num_classes
+    elif known.num_classes == 0:
         return config.num_classes or 0
     else:
         return data_classes if config.num_classes is None else config.num_classes

@@ -59,6 +59,32 @@ class Cache:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": OrderedDict()}
 
+    def __getitem__(self, place: tuple[str, int]) -> Record:
+        """The record of a sample key and a view number: `cache[key, view]`. Finding a key reads keys.txt of the units;
+        `read` takes positions and is the way to read many.
+
+        Raises:
+            UserError: no such sample or view; or as `read`.
+        """
+        key, view = place
+        return self.read([self.position(key, view)], view)[0]
+
+    def position(self, key: str, view: int) -> int:
+        """Where a sample stands in a view's canonical order.
+
+        Raises:
+            UserError: no such sample, or no such view.
+        """
+        if view not in self._group_of:
+            raise UserError("no such view", got=view, expected=f"0 to {self.manifest.num_views - 1}", where=self.root)
+        group = self._group_of[view]
+        for start, row in zip(self._starts[group], self._units[group], strict=False):
+            folder = unit_folder(self.root, row.group, row.range_id)
+            keys = read_keys(folder, read_unit(folder)[0])
+            if key in keys:
+                return start + keys.index(key)
+        raise UserError("no such sample", got=key, expected="a line of units/*/keys.txt", where=self.root)
+
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
         """Records at these positions (integers from 0 to len(cache) - 1) of a view, in this order.
 
