@@ -147,8 +147,8 @@ endif
 evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA=]
 	@$(PY) -m pipelines.evaluate --run "$(RUN)" $(if $(filter-out demo,$(DATA)),--data "$(DATA)")
 
-export: $(BASE) ## Write a run's student for timm: RUN=dir [OUT=dir]
-	@$(PY) -m pipelines.export --run "$(RUN)" $(call option,OUT,out)
+export: $(BASE) ## Write a run's student: RUN=dir [OUT=place FORMAT=timm|safetensors|onnx|torch-export|torchvision|mmpretrain]
+	@$(PY) -m pipelines.export $(call option,PLUGIN,plugin) --run "$(RUN)" $(call option,OUT,out) $(call option,FORMAT,format)
 
 import-upstream: $(BASE) ## Bring a published ScaleKD checkpoint to timm: CKPT=file.pth OUT=dir [STUDENT=name CLASSES=n]
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo 'error: give CKPT=file.pth and OUT=dir' >&2; exit 2; }

@@ -1,4 +1,4 @@
-"""Write the student of a run as plain timm loads it (`make export RUN=dir`)."""
+"""Write the student of a run as others load it (`make export RUN=dir [FORMAT=timm|safetensors|onnx|...]`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,10 @@ class ExportConfig:
     run: str
     """Folder of a run with a checkpoint."""
     out: str | None = None
-    """Folder to write (None: <run>/export)."""
+    """Folder (timm) or file to write (None: in the run's folder)."""
+    format: str = "timm"
+    """timm: a folder with a model card; safetensors: the state dict; onnx; torch-export: a .pt2 program; torchvision or
+    mmpretrain: the state dict under the names of that codebase (ResNet, Swin, plain ViT)."""
 
 
 def main(argv: list[str]) -> None:
@@ -21,10 +24,14 @@ def main(argv: list[str]) -> None:
     config = parse(ExportConfig, "export", argv, {}, __doc__ or "")
     from scalekd_cache.finished import export_run
 
-    folder, difference = export_run(Path(config.run), Path(config.out) if config.out else None)
-    print(
-        f"{folder}: timm.create_model('local-dir:{folder}', pretrained=True); largest logit difference {difference:.2g}"
+    path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
+    how = f"timm.create_model('local-dir:{path}', pretrained=True)" if config.format == "timm" else config.format
+    checked = (
+        f"not loaded here ({config.format} is not asked for it); names and shapes are tested against its modules"
+        if difference is None
+        else f"largest logit difference {difference:.2g}"
     )
+    print(f"{path}: {how}; {checked}")
 
 
 if __name__ == "__main__":

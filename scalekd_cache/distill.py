@@ -19,6 +19,7 @@ from scalekd_cache.evaluate import Tally, evaluate
 from scalekd_cache.finished import classifier, consolidated_student, export_state, facts_of
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
+from scalekd_cache.model_card import write_model_card
 from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
@@ -79,6 +80,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         kept = facts_of(cache.manifest, reads.views)
         summary["export_max_logit_difference"] = export_state(config.student, state, kept, run / "export")
         folder.finish(summary)
+        write_model_card(run, run / "export")
         process.say(closing_table(run, summary))
     dist.barrier()
     return summary

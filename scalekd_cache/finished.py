@@ -6,7 +6,7 @@ Invariant: nothing here needs the cache the student was trained from, or imports
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -17,10 +17,12 @@ from scalekd_cache.config import StudentConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
 from scalekd_cache.export import export_student
+from scalekd_cache.export_formats import SUFFIXES, check_format, export_file
 from scalekd_cache.images import open_source
 from scalekd_cache.loader import data_config
+from scalekd_cache.model_card import card_facts, write_model_card
 from scalekd_cache.processes import Process
-from scalekd_cache.report import read_config, read_facts
+from scalekd_cache.report import read_config, read_facts, read_summary
 from scalekd_cache.store import Manifest
 from scalekd_cache.student import Student, build_student
 
@@ -59,22 +61,44 @@ def export_state(config: StudentConfig, state: State, facts: dict[str, Any], fol
     return export_student(student, config, folder, image_size=size, class_names=names)
 
 
-def export_run(run: Path, out: Path | None) -> tuple[Path, float]:
+class Exported(NamedTuple):
+    """What an export left behind."""
+
+    path: Path
+    """The folder of timm's form, the file of any other."""
+    difference: float | None
+    """Largest difference of a logit after loading; None where what loads it is not installed."""
+
+
+def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     """Export the student of a run's last checkpoint, whether the run is finished or not.
 
-    Returns:
-        The folder, and the largest difference of a reloaded logit.
+    Args:
+        run: its folder.
+        out: folder (timm) or file to write (None: <run>/export, or <run>/<name of the student> with the form's ending).
+        form: one of `export_formats.FORMATS`.
 
     Raises:
-        UserError: no run, or no checkpoint yet.
+        UserError: no run, no checkpoint yet, or a form that does not fit.
     """
+    check_format(form)
     options, facts = read_config(run), read_facts(run)
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
         where, fix = run / "checkpoints", "wait for the first one"
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
-    state, folder = checkpoint.tensors(STUDENT), out or run / "export"
-    return folder, export_state(StudentConfig(**from_plain(options["student"])), state, facts, folder)
+    state, config = checkpoint.tensors(STUDENT), StudentConfig(**from_plain(options["student"]))
+    if form == "timm":
+        folder = out or run / "export"
+        difference = export_state(config, state, facts, folder)
+        write_model_card(run, folder)
+        return Exported(folder, difference)
+    student = consolidated_student(config, state, len(facts["class_names"]), facts["image_size"])
+    file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
+    if file.is_dir():
+        raise UserError("the place of the export is a folder", where=file, expected="a file name", fix="correct OUT=")
+    about = card_facts(options, facts, read_summary(run))
+    return Exported(file, export_file(student, form, file, image_size=facts["image_size"], facts=about))
 
 
 def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:

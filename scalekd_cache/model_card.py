@@ -1,0 +1,103 @@
+"""The model card of an exported student: what it is, where it comes from, how it is loaded.
+
+In: a run folder. Out: README.md in the form that model hubs read. Invariant: every figure is the run's own; what was
+not measured is said to be so.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scalekd_cache import __version__
+from scalekd_cache.config import flat
+from scalekd_cache.report import read_config, read_facts, read_summary
+from scalekd_cache.store.files import write_atomically
+
+TEMPLATE = """---
+{header}---
+# {student}, distilled with ScaleKD
+
+{sentence}
+
+| | |
+|---|---|
+{table}
+
+```python
+import timm
+model = timm.create_model("local-dir:{folder}", pretrained=True)  # features_only=True for a backbone
+```
+
+Images are {size} x {size} pixels, RGB on a scale of 0 to 1, normalised with mean {mean} and standard deviation {std}.
+Class names stand in config.json. Made by scalekd-cache {version}; the method is ScaleKD, https://arxiv.org/abs/2411.06786.
+"""
+
+
+def write_model_card(run: Path, folder: Path) -> None:
+    """Write README.md into an exported folder; works for runs that are not finished, too."""
+    options, facts, summary = read_config(run), read_facts(run), read_summary(run)
+    student = options["student"]
+    header = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "knowledge-distillation", "scalekd"],
+    }
+    text = TEMPLATE.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        student=student["name"],
+        sentence=_sentence(student["name"], summary),
+        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in card_facts(options, facts, summary).items()),
+        folder=folder.name,
+        size=facts["image_size"],
+        mean=_numbers(student["mean"]),
+        std=_numbers(student["std"]),
+        version=__version__,
+    )
+    write_atomically(folder / "README.md", text.encode())
+
+
+def card_facts(
+    options: Mapping[str, Any], facts: Mapping[str, Any], summary: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """Where a student comes from, as texts."""
+    values = flat(options)
+    rows = {
+        "student": values["student.name"],
+        "teacher": summary["teacher"] if summary else "see the cache",
+        "teacher's top-1": _percent(summary["teacher_top1"]) if summary else "not known yet",
+        "top-1": _percent(summary["top1"]) if summary else "the run is not finished",
+        "top-5": _percent(summary["top5"]) if summary else "the run is not finished",
+        "validation images": summary["val_images"] if summary else 0,
+        "targets": values["train.targets"],
+        "recipe": values["recipe"],
+        "epochs": values["train.epochs"],
+        "seed": values["train.seed"],
+        "cache fingerprint": facts["fingerprint"],
+        "views an image": facts["views"],
+        "data set": facts["data"].get("source"),
+        "classes": len(facts["class_names"]),
+    }
+    return {name: str(value) for name, value in rows.items()}
+
+
+def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return f"A checkpoint of a run that is not finished: {student}."
+    how = "trained on labels alone" if summary["targets"] == "none" else f"trained on targets of {summary['teacher']}"
+    return f"{student}, {how}; top-1 {_percent(summary['top1'])} on {summary['val_images']:,} validation images."
+
+
+def _percent(value: float | None) -> str:
+    return "not measured" if value is None else f"{value:.2f} %"
+
+
+def _cell(value: str) -> str:
+    """A text that stays in its cell, and is no markup."""
+    plain = " ".join(value.split()).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)
