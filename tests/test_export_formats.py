@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from scalekd_cache import export_formats
-from scalekd_cache.checkpoint import STUDENT, commit_checkpoint
+from scalekd_cache.checkpoint import MODEL, OPTIMIZER, STUDENT, commit_checkpoint
 from scalekd_cache.config import DistillConfig, StudentConfig, to_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.export_formats import FORMATS, check_format, export_file
@@ -34,7 +34,7 @@ def student_of(name, size=64, classes=5, **args):
     student = build_student(StudentConfig(name=name), num_classes=classes, image_size=size, args=args).eval()
     generator = torch.Generator().manual_seed(1)
     for value in student.model.state_dict().values():
-        if value.is_floating_point():  # statistics and zero-initialised scales too
+        if value.is_floating_point() and value.ndim == 1:  # statistics and zero-initialised scales
             value.copy_(value + 0.05 * torch.rand(value.shape, generator=generator))
     return student
 
@@ -198,7 +198,8 @@ def run(tmp_path_factory):
     run.keep_facts({"fingerprint": "f" * 64, "views": 2, "image_size": 64, "class_names": ["a|b\n# c", "b", "c"],
                     "data": {"source": "pets`|x"}})  # fmt: skip
     state = student_of("resnet10t", classes=3).model.state_dict()
-    commit_checkpoint(run.checkpoints, 5, {STUDENT: dict(state)}, {"loader": {}}, 1)
+    files = {STUDENT: dict(state), MODEL: {}, OPTIMIZER: {}}
+    commit_checkpoint(run.checkpoints, 5, files, {"loader": {}}, 1)
     return folder
 
 
