@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
     how = f"timm.create_model('local-dir:{path}', pretrained=True)" if config.format == "timm" else config.format
     checked = (
-        f"not loaded here ({config.format} is not asked for it); names and shapes are tested against its modules"
+        f"renamed for {config.format}, which is not installed here, so not loaded"
         if difference is None
         else f"largest logit difference {difference:.2g}"
     )

@@ -51,6 +51,7 @@ def export_student(
                 "crop_pct": 0.875,
             },
         )
+        (temporary / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner reads
         difference = _compare(student, temporary, image_size)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(temporary, folder)

@@ -73,6 +73,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
     try:
         load = _write(student, form, temporary, images, facts)
         difference = None if load is None else _difference(model, load, images, form, file)
+        temporary.chmod(0o644)  # safetensors writes files that only their owner reads
         os.replace(temporary, file)
     finally:
         temporary.unlink(missing_ok=True)

@@ -135,6 +135,9 @@ def transfer_state(model: nn.Module, codebase: str) -> dict[str, Tensor]:
             unknown.append(name)
         else:
             state[theirs] = naming.relayout(name, value).contiguous()
+    if codebase == "mmpretrain" and isinstance(model, VisionTransformer) and "backbone.cls_token" not in state:
+        # Without a class token its maps go through global average pooling and the plain head.
+        state = {name.replace("head.layers.head.", "head.fc."): value for name, value in state.items()}
     if unknown or (codebase == "torchvision" and isinstance(model, VisionTransformer) and "class_token" not in state):
         raise _unfit(f"{type(model).__name__} with {', '.join(unknown[:4]) or 'no class token'}", codebase)
     return state | {name: value.contiguous() for name, value in naming.computed(model).items()}

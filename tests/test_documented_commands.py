@@ -8,11 +8,32 @@ import pytest
 from commands import ROOT, execute
 from torch.distributed.run import get_args_parser
 
-from pipelines.command import RECIPES, parse, recipe_section, value_of
+from pipelines.command import RECIPES, parse, recipe_section, value_of, with_flags
+from pipelines.evaluate import EvaluateConfig
+from pipelines.export import ExportConfig
+from pipelines.fetch import FetchConfig
+from pipelines.import_upstream import ImportConfig
+from pipelines.inspect_cache import InspectConfig
+from pipelines.plan import PlanConfig
+from pipelines.prove import ProveConfig
+from pipelines.repair import RepairConfig
+from pipelines.report import ReportConfig
+from pipelines.verify import VerifyConfig
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, ScaleKDConfig
 
+README = ROOT / "README.md"
 PAGES = [ROOT / "docs" / "METHOD.md", *sorted(RECIPES.glob("*.yaml"))]
-SECTIONS = {"pipelines.distill": (DistillConfig, "distill"), "pipelines.cache_teacher": (CacheTeacherConfig, "cache")}
+SECTIONS = {
+    "pipelines.distill": (DistillConfig, "distill"),
+    "pipelines.cache_teacher": (CacheTeacherConfig, "cache"),
+    "pipelines.plan": (PlanConfig, "cache"),
+}
+OTHERS = {
+    "pipelines.evaluate": EvaluateConfig, "pipelines.export": ExportConfig, "pipelines.report": ReportConfig,
+    "pipelines.verify": VerifyConfig, "pipelines.inspect_cache": InspectConfig, "pipelines.prove": ProveConfig,
+    "pipelines.fetch": FetchConfig, "pipelines.repair": RepairConfig, "pipelines.import_upstream": ImportConfig,
+}  # fmt: skip
+"""Commands without a recipe."""
 
 
 def commands_of(page: Path) -> list[str]:
@@ -29,9 +50,12 @@ def check(words: list[str]) -> None:
     if "--plugin" in words:
         place = words.index("--plugin")
         words = words[:place] + words[place + 2 :]
+    if words[0] in OTHERS:
+        words = with_flags(words, "--json", "--deep")
+        parse(OTHERS[words[0]], words[0].partition(".")[2], words[1:], {}, "")
+        return
     config_class, section = SECTIONS[words[0]]
-    recipe = value_of(words, "--recipe")
-    assert recipe is not None, words
+    recipe = value_of(words, "--recipe") or "demo"  # a cache whose pixels are shared knows its own
     parse(config_class, section, words[1:], recipe_section(recipe, section), "")
 
 
@@ -72,3 +96,27 @@ def test_switches_of_the_ablations_are_options() -> None:
     options = [name.removeprefix("scalekd.") for name in re.findall(r"`([\w.]+)`", names)]
     assert set(options) <= set(ScaleKDConfig.__dataclass_fields__)
     assert len(options) == 8
+
+
+def readme_commands() -> list[str]:
+    """Every `make ...` of the README: in blocks, in tables, in sentences; "..." stands for what is said before."""
+    text = README.read_text(encoding="utf-8").replace("...", "")
+    found = re.findall(r"^(make [^#\n]*)", text, re.MULTILINE) + re.findall(r"`(make [^`\n]+)`", text)
+    return [command.strip() for command in found]
+
+
+NEEDED = {"distill": "STUDENT=resnet50", "export": "RUN=run", "evaluate": "RUN=run", "fetch": "TEACHER=resnet50"}
+"""What a command cannot do without, for those that a table shortens."""
+
+
+@pytest.mark.parametrize("command", readme_commands())
+def test_commands_of_the_readme(command: str) -> None:
+    target = shlex.split(command)[1]
+    targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
+    assert target in [*targets, "VENV=none"]
+    if target in ("help", "test", "test-all", "lint", "format", "bench", "bench-gpu", "VENV=none"):
+        return
+    name = NEEDED.get(target, "X=x")
+    check_make(
+        command if f" {name.partition('=')[0]}=" in command and not command.endswith("=") else f"{command} {name}"
+    )

@@ -135,15 +135,17 @@ def test_torchvision_as_a_file(tmp_path):
 
 
 def vit_b_of_mmpretrain(class_token):
-    """Names and shapes of mmpretrain 1.2's VisionTransformer, arch "b", with its classification head of 5 classes."""
+    """Names and shapes of mmpretrain 1.2's VisionTransformer, arch "b", with VisionTransformerClsHead; without a class
+    token, of out_type "featmap" with GlobalAveragePooling and LinearClsHead. Compared with the package itself once."""
+    head = "head.layers.head" if class_token else "head.fc"
     shapes = {
         "backbone.pos_embed": (1, 196 + class_token, 768),
         "backbone.patch_embed.projection.weight": (768, 3, 16, 16),
         "backbone.patch_embed.projection.bias": (768,),
         "backbone.ln1.weight": (768,),
         "backbone.ln1.bias": (768,),
-        "head.layers.head.weight": (5, 768),
-        "head.layers.head.bias": (5,),
+        f"{head}.weight": (5, 768),
+        f"{head}.bias": (5,),
     }
     if class_token:
         shapes["backbone.cls_token"] = (1, 1, 768)

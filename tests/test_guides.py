@@ -6,18 +6,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from commands import ENV, ROOT, execute
 from image_files import folder_tree, shard
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, options, shared_cache
 from test_documented_commands import check_make
 from timm import create_model
+from upstream_students import paper_student
 
 from scalekd_cache.cache_teacher import cache_teacher
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config import DataConfig, StudentConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.export import export_student
+from scalekd_cache.export_formats import export_file
 from scalekd_cache.images import open_source
 from scalekd_cache.store import Cache
+from scalekd_cache.student import build_student
 from scalekd_cache.tail import TailParts, register_family
 from scalekd_cache.targets import CachedTargets, ScaleKDLoss, timm_student
 
@@ -28,15 +33,15 @@ COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.splitline
 
 
 def test_every_command_is_understood():
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 14
     for command in COMMANDS:
         check_make(command)
 
 
 def test_the_guide_shows_the_examples():
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 6
     files = ("my_teacher", "plain_pytorch", "my_student")
-    for text, name in zip(PYTHON[1:], files, strict=True):
+    for text, name in zip(PYTHON[1:4], files, strict=True):
         assert text.strip() in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
 
 
@@ -116,3 +121,35 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     for split in ("train", "val"):
         source = open_source(DataConfig(source=str(tmp_path / "pets-hf")), split)
         assert (source.class_names, len(source.samples)) == (("ant", "bee"), 4)
+
+
+def test_what_is_taken_away(tmp_path, monkeypatch):
+    student = build_student(StudentConfig(name="resnet50"), num_classes=10, image_size=64).eval()
+    folder = tmp_path / "runs" / "resnet50"
+    folder.mkdir(parents=True)
+    export_student(
+        student, StudentConfig(name="resnet50"), folder / "export", image_size=64, class_names=list("0123456789")
+    )
+    export_file(student, "mmpretrain", folder / "resnet50-mmpretrain.safetensors", image_size=64, facts={})
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(PYTHON[4], found)
+    assert found["backbone"].feature_info.channels()[-2:] == [1024, 2048]
+    exec(PYTHON[5], {})
+    backbone = {
+        name.removeprefix("backbone."): value
+        for name, value in torch.load(tmp_path / "student.pth", weights_only=True).items()
+        if name.startswith("backbone.")
+    }
+    paper_student("resnet50", 10).backbone.load_state_dict(backbone, strict=True)
+
+
+def test_the_downstream_example(tmp_path):
+    student = build_student(StudentConfig(name="resnet10t"), num_classes=10, image_size=64).eval()
+    export_student(
+        student, StudentConfig(name="resnet10t"), tmp_path / "export", image_size=64, class_names=list("0123456789")
+    )
+    said = execute(sys.executable, ROOT / "examples" / "segmentation.py", tmp_path / "export", 3)
+    figures = re.findall(r"(random initialisation|exported student): mIoU ([\d.]+) % after 3 steps", said)
+    assert [name for name, _ in figures] == ["random initialisation", "exported student"]
+    assert all(0 < float(value) < 100 for _, value in figures)

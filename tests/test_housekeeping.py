@@ -1,0 +1,59 @@
+"""Files that a maintainer and a user expect: they are there, and they say what is true."""
+
+import re
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import yaml
+from commands import ROOT
+
+import scalekd_cache
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_licence_citation_and_version():
+    assert "Apache License" in text_of("LICENSE")
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert citation["version"] == scalekd_cache.__version__
+    assert citation["references"][0]["url"] in text_of("README.md")
+    assert f"## {scalekd_cache.__version__}" in text_of("CHANGELOG.md")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", scalekd_cache.__version__)
+
+
+def test_pre_commit_runs_the_checks_of_make_lint():
+    hooks = [hook for repo in yaml.safe_load(text_of(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
+    lint = re.search(r"^lint:.*\n\t(.*)", text_of("Makefile"), re.MULTILINE)[1]
+    assert [hook["entry"].split()[0:2][0] for hook in hooks] == re.findall(r"-m (\w+)", lint)
+
+
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "CHANGELOG.md", "README.md", *map(str, (ROOT / "docs").glob("*.md"))]
+)
+def test_files_and_links_of_the_pages_exist(page):
+    file = ROOT / page
+    text = file.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    for link in links:
+        assert (file.parent / link).exists(), f"{page}: {link}"
+    if file.name == "CONTRIBUTING.md":
+        names = re.findall(r"`((?:scalekd_cache|tests|docs)/[\w/.]+)`", text)
+        assert len(names) > 12
+        for name in names:
+            assert (ROOT / name).exists(), name
+    assert file.name == "LOG.md" or links or len(text) > 200
+
+
+@pytest.mark.slow
+def test_a_built_package_holds_its_data(tmp_path):
+    words = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=240)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    for name in ("scalekd_cache/py.typed", "scalekd_cache/reports/templates/cache.html", "pipelines/recipes/demo.yaml"):
+        assert name in names
+    assert any(name.endswith("licenses/LICENSE") or name.endswith("LICENSE") for name in names)
