@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scalekd_cache.assembly import cached_targets, check_logits, kept_classifier, tail_of
+from scalekd_cache.assembly import cached_targets, check_logits, kept_classifier, order_of, tail_of
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.losses import LossTerms, Targets, distillation_losses
-from scalekd_cache.order import Order
 from scalekd_cache.processes import Process
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.store import Cache
@@ -73,13 +72,13 @@ class CachedTargets:
     ) -> None:
         self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
         self.device = torch.device(device)
-        manifest, train = self.cache.manifest, TrainConfig()
+        manifest, process = self.cache.manifest, Process(0, 1, self.device)
         if len(self.cache) < batch_size:
             raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
         self.num_classes, self.image_size = len(manifest.class_names), int(manifest.view_recipe["size"])
         self.loader = CacheLoader(
             self.cache,
-            Order(num_samples=len(self.cache), block=train.shuffle_block, window=train.shuffle_window, seed=seed),
+            order_of(TrainConfig(seed=seed), self.cache, process),
             epochs=epochs,
             global_batch=batch_size,
             micro_batch=batch_size,
@@ -88,7 +87,6 @@ class CachedTargets:
             data=data,
             pin_memory=self.device.type == "cuda",
         )
-        process = Process(0, 1, self.device)
         self._classifier = kept_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
         self._mean, self._std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
 

@@ -7,17 +7,16 @@ import sys
 import pytest
 import torch
 from commands import ROOT
-from small_cache import shared_cache
+from small_cache import CPU, shared_cache
 from torch import nn
 
 import scalekd_cache
 from scalekd_cache import Cache, CachedTargets, ScaleKDLoss, timm_student
-from scalekd_cache.assembly import cached_targets, make_heads, tail_of
+from scalekd_cache.assembly import cached_targets, make_heads, order_of, tail_of
 from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.engine import DistillModel
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import CacheLoader
-from scalekd_cache.order import Order
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher_spec import TeacherSpec
 
@@ -77,8 +76,7 @@ def test_the_losses_are_those_of_make_distill():
     student = build_student(config.student, num_classes=10, image_size=64)
     tail = tail_of(cache, TeacherSpec.from_json(cache.manifest.teacher["spec"]))
     model = DistillModel(config, student, make_heads(config, student, tail))
-    train = config.train
-    order = Order(num_samples=len(cache), block=train.shuffle_block, window=train.shuffle_window, seed=0)
+    order = order_of(config.train, cache, CPU)
     loader = CacheLoader(cache, order, epochs=1, global_batch=GLOBAL, micro_batch=GLOBAL)
     batch = next(iter(loader))
     expected = model(batch.images, batch.labels, cached_targets(loader.codec, loader.logit_codec, None, batch), tail)
