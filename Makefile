@@ -144,8 +144,8 @@ endif
 	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
-evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA=]
-	@$(PY) -m pipelines.evaluate --run "$(RUN)" $(if $(filter-out demo,$(DATA)),--data "$(DATA)")
+evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA= JSON=1]
+	@$(PY) -m pipelines.evaluate --run "$(RUN)" $(if $(JSON),--json) $(if $(filter-out demo,$(DATA)),--data "$(DATA)")
 
 export: $(BASE) ## Write a run's student: RUN=dir [OUT=place FORMAT=timm|safetensors|onnx|torch-export|torchvision|mmpretrain]
 	@$(PY) -m pipelines.export $(call option,PLUGIN,plugin) --run "$(RUN)" $(call option,OUT,out) $(call option,FORMAT,format)
@@ -172,7 +172,7 @@ inspect: $(BASE) ## Show a cache or a record: CACHE=dir [KEY=key|INDEX=n] [VIEW=
 prove: $(BASE) ## Ask the cache's teacher again, and compare gradients: CACHE=dir [STUDENT=name INIT=dir VIEWS=256]
 	@$(PY) -m pipelines.prove $(call option,PLUGIN,plugin) --cache "$(CACHE)" $(call option,STUDENT,student) $(call option,INIT,init) \
 	  $(call option,VIEWS,views) $(call option,RECIPE,recipe) $(call option,TEACHER_WEIGHTS,teacher_weights) \
-	  $(call option,PIXELS_FROM,pixels_from) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
+	  $(call option,PIXELS_FROM,pixels_from) $(if $(JSON),--json) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
 .PHONY: report
 report: $(BASE) ## One HTML file: CACHE=dir, RUN=dir or RUNS="dir dir" [OUT=file DATA= TEACHER_WEIGHTS= PIXELS_FROM=]

@@ -89,6 +89,23 @@ def value_of(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
+def check_cache_place(place: str) -> None:
+    """A mistyped path is no unfinished cache: `UserError` for a file, or for nothing, with the nearest caches."""
+    path = Path(place)
+    if "://" in place or path.is_dir():
+        return
+    if path.is_file():
+        folder = path.parent
+        holds = (folder / "manifest.json").exists()
+        fix = f"give CACHE={folder}" if holds else "give the folder of a cache (CACHE=...)"
+        raise UserError("the cache's path is a file", got=place, expected="a folder with manifest.json", fix=fix)
+    there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
+    there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
+    expected = f"a folder with manifest.json; caches beside it: {nearest(place, there, 5)}" if there else None
+    raise UserError("no such cache", got="no folder", expected=expected, where=place,
+                    fix="check the path (CACHE=...), or run `make cache-teacher CACHE=...` to make it")  # fmt: skip
+
+
 def with_flags(argv: Sequence[str], *options: str) -> list[str]:
     """A command line in which these options may stand without a value, which then is true."""
     words: list[str] = []
@@ -116,13 +133,14 @@ def with_plugin(argv: list[str]) -> list[str]:
 
 def run(main: Callable[[list[str]], object]) -> NoReturn:
     """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 75 saved and to be started again,
-    130 stopped by the user."""
+    130 stopped by the user, 141 nobody reads the output any more."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     # DeepSpeed's launcher adds --local_rank; it says the same in the environment, where `processes.py` reads it.
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     debug = "--debug" in argv
     try:
         status = main(with_plugin([word for word in argv if word != "--debug"]))
+        sys.stdout.flush()
     except UserError as error:
         if debug:
             raise
@@ -131,6 +149,9 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
     except RunStopped as stop:
         print(stop, file=sys.stderr, flush=True)
         _exit(stop.status)
+    except BrokenPipeError:  # what reads our output (head, less) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _exit(141)
     except KeyboardInterrupt:
         print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
         _exit(130)

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from pipelines.command import parse, recipe_section, run, value_of
+from pipelines.command import check_cache_place, parse, recipe_section, run, value_of
 from scalekd_cache.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, to_plain
 from scalekd_cache.store.follow import read_cache_facts
@@ -35,6 +35,8 @@ def main(argv: list[str]) -> None:
 def _facts(cache: StoredPath, argv: list[str]) -> Manifest | ManifestFacts:
     """What the cache is; one that is followed is waited for, even if nobody has begun it yet."""
     follow = value_of(argv, "--follow") in ("true", "True", "yes", "1")
+    if not follow:
+        check_cache_place(value_of(argv, "--cache") or DistillConfig().cache)
     minutes = value_of(argv, "--follow_timeout_minutes") or str(DistillConfig().follow_timeout_minutes)
     quiet = os.environ.get("RANK", "0") != "0"
     timeout_s = 60 * float(minutes) if minutes.replace(".", "", 1).isdigit() else 0.0  # the parser says what is wrong

@@ -4,7 +4,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import parse, run
+from pipelines.command import parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 
@@ -20,17 +20,22 @@ class EvaluateConfig:
     """auto, cpu or cuda."""
     workers: int = 0
     """Processes that decode images."""
+    json: bool = False
+    """Print the line of JSON alone."""
 
 
 def main(argv: list[str]) -> None:
-    """Evaluate the exported student and print one JSON line."""
-    config = parse(EvaluateConfig, "evaluate", argv, {}, __doc__ or "")
+    """Evaluate the exported student; print a sentence and a line of JSON."""
+    config = parse(EvaluateConfig, "evaluate", with_flags(argv, "--json"), {}, __doc__ or "")
     from scalekd_cache.finished import evaluate_export
     from scalekd_cache.processes import this_process
 
     tally = evaluate_export(Path(config.run), config.data, this_process(config.device), config.workers)
     if tally.images == 0:
         raise UserError("no validation image could be read", where=config.data or config.run, fix="check DATA=")
+    if not config.json:
+        read = f"{tally.images:,} images" + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
+        print(f"{config.run}: top-1 {tally.top1_percent:.2f} %, top-5 {tally.top5_percent:.2f} % of {read}")
     facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
     print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
 

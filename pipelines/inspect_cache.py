@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import parse, run, with_flags
+from pipelines.command import check_cache_place, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +40,7 @@ def main(argv: list[str]) -> None:
     from scalekd_cache.inspection import describe_cache, describe_record
     from scalekd_cache.store import Cache
 
+    check_cache_place(config.cache)
     cache = Cache.open(config.cache)
     if config.key is None and config.index is None:
         facts = describe_cache(cache)

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 
 from pipelines.cache_teacher import stage1_section
-from pipelines.command import parse, recipe_section, run
+from pipelines.command import parse, recipe_section, run, with_flags
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, require
 
 
@@ -32,7 +32,7 @@ class PlanConfig(CacheTeacherConfig):
 def main(argv: list[str]) -> int:
     """Print the forecast; exit status 1 when the cache does not fit on the disk."""
     section = stage1_section(argv)
-    config = parse(PlanConfig, "plan", argv, section, __doc__ or "")
+    config = parse(PlanConfig, "plan", with_flags(argv, "--json"), section, __doc__ or "")
     training = parse(
         DistillConfig, "distill", ["--student.name", config.student or "resnet50"],
         recipe_section(config.recipe, "distill"), "",

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass
 
-from pipelines.command import parse, recipe_section, run
+from pipelines.command import check_cache_place, parse, recipe_section, run, with_flags
 from scalekd_cache.config import DistillConfig, require
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote import open_place
@@ -33,6 +33,8 @@ class ProveConfig:
     """Where the images are, for a cache without pixels (None: where stage 1 found them)."""
     device: str = "auto"
     """auto, cpu or cuda."""
+    json: bool = False
+    """Print the line of JSON alone."""
 
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")
@@ -41,7 +43,8 @@ class ProveConfig:
 
 def main(argv: list[str]) -> int:
     """Print a sentence and a line of JSON; exit status 1 when the teacher says something else than the cache."""
-    config = parse(ProveConfig, "prove", argv, {}, __doc__ or "")
+    config = parse(ProveConfig, "prove", with_flags(argv, "--json"), {}, __doc__ or "")
+    check_cache_place(config.cache)
     recipe = config.recipe or read_manifest(open_place(config.cache)).recipe
     options = {
         "cache": config.cache, "init": config.init, "teacher_weights": config.teacher_weights, "data": config.data,
@@ -53,7 +56,8 @@ def main(argv: list[str]) -> int:
     from scalekd_cache.prove import prove_cache
 
     proof = prove_cache(training, this_process(config.device), config.views)
-    print(proof.sentence())
+    if not config.json:
+        print(proof.sentence())
     print(json.dumps(proof.to_json()))
     return 0 if proof.holds else 1
 

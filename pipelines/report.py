@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import parse, run
+from pipelines.command import check_cache_place, parse, run
 from scalekd_cache.errors import UserError
 
 
@@ -69,6 +69,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
         views=config.views, asked=config.asked, images=8 if config.images is None else config.images, seed=config.seed,
         data=config.data, teacher_weights=config.teacher_weights, pixels_from=config.pixels_from,
     )  # fmt: skip
+    check_cache_place(config.cache)
     cache = Cache.open(config.cache)
     page = cache_report(cache, options, this_process(config.device))
     folder = cache.root.parent if isinstance(cache.root, Path) else Path()

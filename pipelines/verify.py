@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import parse, run, with_flags
+from pipelines.command import check_cache_place, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,8 +59,7 @@ def main(argv: list[str]) -> int:
 
 def check_folder(root: Path) -> None:
     """A mistyped path is not a damaged cache."""
-    if not root.is_dir():
-        raise UserError("no such cache", got="no folder", where=root, fix="check the path (CACHE=...)")
+    check_cache_place(str(root))
 
 
 def _check(config: VerifyConfig) -> "tuple[Findings, Agreement | None]":

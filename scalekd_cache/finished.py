@@ -22,7 +22,7 @@ from scalekd_cache.images import open_source
 from scalekd_cache.loader import data_config
 from scalekd_cache.model_card import card_facts, write_model_card
 from scalekd_cache.processes import Process
-from scalekd_cache.report import read_config, read_facts, read_summary
+from scalekd_cache.report import is_going, read_config, read_facts, read_summary
 from scalekd_cache.store import Manifest
 from scalekd_cache.student import Student, build_student
 
@@ -85,7 +85,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     options, facts = read_config(run), read_facts(run)
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
-        where, fix = run / "checkpoints", "wait for the first one"
+        where, fix = run / "checkpoints", "wait for the first one; make report RUN= shows how far the run is"
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
     state, config = checkpoint.tensors(STUDENT), StudentConfig(**from_plain(options["student"]))
     if form == "timm":
@@ -110,7 +110,12 @@ def evaluate_export(run: Path, data: str | None, process: Process, workers: int)
     options, facts = read_config(run), read_facts(run)
     folder = run / "export"
     if not (folder / "config.json").exists():
-        raise UserError("the run has no exported student", where=folder, fix="finish the run, or make export RUN=")
+        what = (
+            "the run is still going: it has no exported student yet"
+            if is_going(run)
+            else "the run has no exported student"
+        )
+        raise UserError(what, where=folder, fix="finish the run, or make export RUN= to take its last checkpoint")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
     return evaluate(
         classifier(model, options["student"]["mean"], options["student"]["std"]),

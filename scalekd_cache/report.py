@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from scalekd_cache.config import RemoteConfig, flat
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, nearest
 from scalekd_cache.store.files import write_atomically
 
 Summary = dict[str, Any]
@@ -136,11 +136,35 @@ def read_config(run: Path) -> dict[str, Any]:
     """
     file = run / "config.yaml"
     if not file.exists():
-        raise UserError("no run in this folder", where=run, expected="a folder with config.yaml", fix="give RUN=dir")
+        raise _no_run(run, "config.yaml")
     config = yaml.safe_load(file.read_text(encoding="utf-8"))
     if not isinstance(config, dict):
         raise UserError("a run's configuration is damaged", where=file, fix="start the run again in another folder")
     return config
+
+
+def _no_run(run: Path, name: str) -> UserError:
+    """The error of a folder that holds no run, with the runs beside it that have the nearest names."""
+    there = [file.parent.name for file in run.absolute().parent.glob("*/config.yaml")]
+    beside = f"; runs beside it: {nearest(run.name, there, 5)}" if there else ""
+    got = None if run.is_dir() else "a file" if run.exists() else "no such folder"
+    return UserError(
+        "no run in this folder", got=got, expected=f"a folder with {name}{beside}", where=run, fix="correct RUN="
+    )
+
+
+def is_going(run: Path) -> bool:
+    """Whether a process on this machine is training in a run's folder now."""
+    file = run / ".lock"
+    if not file.exists():
+        return False
+    with open(file, encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    return False
 
 
 def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
@@ -167,7 +191,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     """
     file = run / FACTS
     if not file.exists():
-        raise UserError("no run in this folder", where=run, expected=f"a folder with {FACTS}", fix="give RUN=dir")
+        raise _no_run(run, FACTS)
     facts = json.loads(file.read_text(encoding="utf-8"))
     assert isinstance(facts, dict)
     return facts
