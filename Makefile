@@ -93,6 +93,7 @@ help: ## Show this help
 	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
 	@echo "  NNODES=n NODE_RANK=i MASTER_ADDR=host  several machines by torchrun, said on each; NNODES=1:16: they may come and go"
 	@echo "  HOSTFILE=file                        several machines by deepspeed and ssh (with NODE_RANK=i: without ssh, on each)"
+	@echo "  DRY_RUN=1                            say what would be done, after all checks, and stop"
 	@echo "  PLUGIN=module                        Python module that makes models of yours known (docs/GUIDES.md)"
 	@echo '  SET="dotted.key=value ..."           any other option; python -m pipelines.distill --help lists them'
 	@echo "Environment: PYTHON=python3 chooses the interpreter, VENV=dir the environment (VENV=none: the one at hand)"
@@ -113,7 +114,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 cache-teacher: $(BASE) ## Stage 1: run the teacher once, keep views, features and logits
-	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1)
+	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1) $(if $(DRY_RUN),--dry-run)
 
 plan: $(BASE) ## What a cache and its students will cost: DATA= TEACHER= VIEWS= CODEC= STUDENTS=8 EPOCHS=300 GPU=h100 JSON=1
 	@$(PY) -m pipelines.plan $(STAGE1) $(call option,STUDENTS,students) $(call option,EPOCHS,epochs) \
@@ -138,7 +139,7 @@ distill: $(BASE) ## Stage 2: train STUDENT from a cache (made first when absent)
 ifeq ($(CACHE_GIVEN),)
 	@test -n "$(FOLLOWS)" -o -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET= PIXELS_FROM=
 endif
-	@$(LAUNCH) pipelines.distill $(call option,PLUGIN,plugin) --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
+	@$(if $(DRY_RUN),test -f "$(CACHE)/manifest.json" || exit 0; )$(LAUNCH) pipelines.distill $(call option,PLUGIN,plugin) $(if $(DRY_RUN),--dry-run) --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
 	  $(call option,RECIPE,recipe) $(call option,INIT,init) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
 	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) \
 	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \

@@ -3,23 +3,27 @@
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import parse, recipe_section, run, value_of
+from pipelines.command import parse, recipe_section, run, value_of, without_flag
 from scalekd_cache.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, DataConfig, DistillConfig, to_plain
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
 
 def main(argv: list[str]) -> None:
-    """Parse the options of stage 1 and run it."""
+    """Parse the options of stage 1 and run it; `--dry-run` says what would be done."""
+    argv, dry = without_flag(argv, "--dry-run")
     section = stage1_section(argv)
     config = parse(CacheTeacherConfig, "cache_teacher", argv, section, __doc__ or "")
     student = None
     if config.student:
         training = recipe_section(config.recipe, "distill")
         student = parse(DistillConfig, "distill", ["--student.name", config.student], training, "")
-    from scalekd_cache.cache_teacher import cache_teacher
+    from scalekd_cache.cache_teacher import cache_teacher, try_out
     from scalekd_cache.processes import this_process
 
+    if dry:
+        try_out(config, this_process(config.device), student)
+        return
     cache_teacher(config, this_process(config.device), student)
 
 

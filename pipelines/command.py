@@ -106,6 +106,11 @@ def check_cache_place(place: str) -> None:
                     fix="check the path (CACHE=...), or run `make cache-teacher CACHE=...` to make it")  # fmt: skip
 
 
+def without_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
+    """A command line without a flag of its own, and whether it was there."""
+    return [word for word in argv if word != flag], flag in argv
+
+
 def with_flags(argv: Sequence[str], *options: str) -> list[str]:
     """A command line in which these options may stand without a value, which then is true."""
     words: list[str] = []

@@ -3,7 +3,7 @@
 import dataclasses
 import os
 
-from pipelines.command import check_cache_place, parse, recipe_section, run, value_of
+from pipelines.command import check_cache_place, parse, recipe_section, run, value_of, without_flag
 from scalekd_cache.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, to_plain
 from scalekd_cache.store.follow import read_cache_facts
@@ -13,7 +13,8 @@ from scalekd_cache.store.remote import open_place
 
 
 def main(argv: list[str]) -> None:
-    """Parse the options of stage 2, hold the recipe against the cache, and train."""
+    """Parse the options of stage 2, hold the recipe against the cache, and train; or say what would be done."""
+    argv, dry = without_flag(argv, "--dry-run")
     cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
     manifest = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
     recipe = value_of(argv, "--recipe") or (manifest.recipe if manifest else "demo")
@@ -26,8 +27,15 @@ def main(argv: list[str]) -> None:
     if config.run is None:
         suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
         config = dataclasses.replace(config, run=f"runs/{config.student.name}{suffix}")
-    from scalekd_cache.distill import distill
     from scalekd_cache.processes import this_process
+
+    if dry:
+        from scalekd_cache.dry_run import describe_distill
+
+        process = this_process(config.device)
+        process.say("\n".join(describe_distill(config, process)))
+        return
+    from scalekd_cache.distill import distill
 
     distill(config, this_process(config.device))
 

@@ -24,7 +24,8 @@ from scalekd_cache.cache_plan import (
     tidy,
 )
 from scalekd_cache.caching import Stage, make_units
-from scalekd_cache.calibration import calibrated_codec
+from scalekd_cache.calibration import AUTO, calibrated_codec
+from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
 from scalekd_cache.drawing import Unit
@@ -46,6 +47,8 @@ from scalekd_cache.progress import progress
 from scalekd_cache.report import teacher_accuracy
 from scalekd_cache.store import Manifest, build_manifest, read_manifest, write_manifest
 from scalekd_cache.store.files import fact_of
+from scalekd_cache.store.plan import NAME as PLAN
+from scalekd_cache.store.plan import read_plan
 from scalekd_cache.tail import DEMO_TEACHER
 from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher, save_tail
 
@@ -88,6 +91,41 @@ def _cache_teacher(
     job = _begin(config, peers, job)
     _make(config, peers, job)
     return _finish(process, peers, job)
+
+
+def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> None:
+    """Say what `cache_teacher` would do, after all its checks; nothing is written.
+
+    Raises:
+        UserError: whatever `cache_teacher` would refuse before its first unit.
+    """
+    root, asked = Path(config.cache.path), config.teacher
+    if root.exists() and not root.is_dir():
+        raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
+    source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
+    file = Path(asked.weights_dir) / f"{asked.name}.safetensors"
+    if asked.pretrained and not asked.weights and file.exists():
+        config = dataclasses.replace(config, teacher=dataclasses.replace(asked, weights=str(file)))
+    elif asked.pretrained and not asked.weights and asked.name == DEMO_TEACHER:
+        process.say(f"would train the demo's teacher first (about a minute), into {file}; nothing was written")
+        return
+    teacher = _teacher(config, process, source)
+    name, shape = config.cache.codec, teacher.spec.feature_shape
+    if name not in (*FITTED, AUTO):
+        codec = make_codec(name, shape)
+    elif (root / PLAN).exists():
+        codec = codec_from_config(read_plan(root).facts.codec, root)
+    else:
+        process.say(f"codec {name} is fitted when the cache is made; sizes here are those of int8")
+        codec = make_codec("int8", shape)
+    job = make_plan(config, process, source, teacher, codec)
+    if _finished(job) is None:
+        _check(config, process, job, student)
+    units = [unit for unit in job.units if not committed(job, unit)]
+    process.say(
+        f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
+        "this was a dry run, nothing was written"
+    )
 
 
 def _teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> Teacher:

@@ -167,7 +167,8 @@ class Trainer:
                 values["images_per_s"] = steps * self.config.train.global_batch_size / seconds
                 values["data_wait"] = waited / seconds
                 self._check_finite(step, values)
-                bar.set_postfix(loss=f"{values['loss']:.3f}", wait=f"{values['data_wait']:.0%}")
+                gpu = f", gpu={torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+                bar.set_postfix_str(f"loss={values['loss']:.3f}, wait={values['data_wait']:.0%}{gpu}")
                 if folder is not None:
                     folder.log(step + 1, values)
                 sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0

@@ -46,7 +46,10 @@ class RunFolder:
             raise UserError("the run's folder is a file", where=path, fix="choose another RUN=")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
-        self._check_config(config)
+        check_config(path, config)
+        file = path / "config.yaml"
+        if not file.exists():
+            write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
     def _take_lock(self) -> IO[str]:
         lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the process ends
@@ -58,24 +61,6 @@ class RunFolder:
                 "another process is training in this folder", where=self.path, fix="wait for it, or choose another RUN="
             ) from error
         return lock
-
-    def _check_config(self, config: Mapping[str, Any]) -> None:
-        file = self.path / "config.yaml"
-        if not file.exists():
-            write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
-            return
-        kept = flat(yaml.safe_load(file.read_text(encoding="utf-8")))
-        asked = flat(config)
-        names = sorted((kept | asked).keys() - FREE_OPTIONS)
-        different = [name for name in names if kept.get(name) != asked.get(name)]
-        if different:
-            raise UserError(
-                "the run's folder holds a run with other options",
-                got=", ".join(f"{name}={asked.get(name)}" for name in different),
-                expected=", ".join(f"{name}={kept.get(name)}" for name in different),
-                where=file,
-                fix="choose another RUN=, or remove the folder to start again",
-            )
 
     @property
     def checkpoints(self) -> Path:
@@ -113,6 +98,32 @@ class RunFolder:
         if self._writer is not None:
             self._writer.close()
         write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+
+
+def check_config(run: Path, config: Mapping[str, Any]) -> None:
+    """A folder is new, or of a run with these options.
+
+    Raises:
+        UserError: a file, or a run with other options.
+    """
+    if run.exists() and not run.is_dir():
+        raise UserError("the run's folder is a file", where=run, fix="choose another RUN=")
+    if (run / "config.yaml").exists():
+        _check_same_options(run / "config.yaml", config)
+
+
+def _check_same_options(file: Path, config: Mapping[str, Any]) -> None:
+    kept, asked = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(config)
+    names = sorted((kept | asked).keys() - FREE_OPTIONS)
+    different = [name for name in names if kept.get(name) != asked.get(name)]
+    if different:
+        raise UserError(
+            "the run's folder holds a run with other options",
+            got=", ".join(f"{name}={asked.get(name)}" for name in different),
+            expected=", ".join(f"{name}={kept.get(name)}" for name in different),
+            where=file,
+            fix="choose another RUN=, or remove the folder to start again",
+        )
 
 
 def read_summary(run: Path) -> Summary | None:
