@@ -1,0 +1,193 @@
+"""What the study asks, as data: settings, caches, arms, questions, and the runs that follow from them.
+
+In: the name of a form. Out: `Run`s in order of worth. Invariant: a run has one key, and the same key always means the
+same commands; questions share runs, so that nothing is trained twice.
+
+An arm says what varies; everything else (views, order, initialisation, steps, rate) is that of its setting and seed, so
+two arms of one question are paired by (student, seed).
+"""
+
+from typing import Literal, NamedTuple
+
+
+class CacheSpec(NamedTuple):
+    """Options of stage 1 beyond the setting's."""
+
+    options: tuple[str, ...] = ()
+    """dotted.key=value"""
+    own_pixels: bool = False
+    """Draw and bake its own views (else the default cache's pixels are shared: the same views, bit for bit)."""
+    dither: bool = True
+    """Of a transform codec; false rounds to the nearest, when the cache is made and when it is read."""
+
+
+CACHES: dict[str, CacheSpec] = {
+    "default": CacheSpec(own_pixels=True),
+    "float16": CacheSpec(("cache.codec=float16",)),
+    "int4": CacheSpec(("cache.codec=int4",)),
+    "transform": CacheSpec(("cache.codec=transform",)),
+    "economy": CacheSpec(("cache.codec=transform-economy",)),
+    **{
+        f"{bits}-bit-{kind}": CacheSpec(
+            ("cache.codec=auto", f"cache.codec_target=bits:{bits}"), dither=kind == "dithered"
+        )
+        for bits in (4, 3, 2, 1)
+        for kind in ("dithered", "rounded")
+    },
+    "lossless-pixels": CacheSpec(("views.pixel_format=png",), own_pixels=True),
+    "jpeg-75": CacheSpec(("views.jpeg_quality=75",), own_pixels=True),
+    "top-k": CacheSpec(("cache.logits=top_k", "cache.top_k=3")),
+}
+"""`bits:` becomes `bytes:`, so many bits a value of the teacher's map; the search of CODEC=auto finds the noise."""
+
+
+class Arm(NamedTuple):
+    """One way to train."""
+
+    targets: Literal["cached", "live", "none"] = "cached"
+    cache: str = "default"
+    views: int | None = None
+    """V (None: as many as epochs)."""
+    options: tuple[str, ...] = ()
+    """Stage 2, dotted.key=value."""
+    norms: Literal["stored", "decoded"] = "stored"
+    """What the losses divide targets by; decoded is the ablation: the norms of what the codec gives back."""
+
+
+ARMS: dict[str, Arm] = {
+    "alone": Arm(targets="none"),
+    "live": Arm(targets="live"),
+    "cached": Arm(),
+    **{f"V={views}": Arm(views=views) for views in (1, 2, 4, 8, 16)},
+    **{name: Arm(cache=name) for name in CACHES if name != "default"},
+    "1-bit-dithered-own-norms": Arm(cache="1-bit-dithered", norms="decoded"),
+    "economy-own-norms": Arm(cache="economy", norms="decoded"),
+    "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
+    "linear-projector": Arm(
+        options=("scalekd.projector=linear", "scalekd.tpp=false", "scalekd.frequency=false", "scalekd.s3=false")
+    ),
+    "CAP": Arm(options=("scalekd.tpp=false", "scalekd.frequency=false")),
+    "CAP+DFM": Arm(options=("scalekd.tpp=false",)),
+    "no-logits": Arm(options=("scalekd.logit_weight=0",)),
+}
+
+
+class Question(NamedTuple):
+    """Arms to compare with one baseline."""
+
+    name: str
+    against: str
+    arms: tuple[str, ...]
+    seeds: int
+    students: int = 1
+    """The first so many of the setting's."""
+
+
+class Setting(NamedTuple):
+    """Data, teacher, recipe and what is asked of them."""
+
+    name: str
+    recipe: str
+    epochs: int
+    students: tuple[str, ...]
+    questions: tuple[Question, ...]
+    stage1: tuple[str, ...] = ()
+    """dotted.key=value for every cache."""
+    stage2: tuple[str, ...] = ()
+    """dotted.key=value for every run."""
+    given: bool = True
+    """Data and teacher are given by the user (false: the demo's)."""
+    judged: int = 512
+    """Held-out images on which losses against the live teacher are measured."""
+
+
+def _bits(*bits: int) -> tuple[Question, ...]:
+    return tuple(Question(f"dither at {n} bits", f"{n}-bit-rounded", (f"{n}-bit-dithered",), 3) for n in bits)
+
+
+DEMO = Setting(
+    name="demo",
+    recipe="demo",
+    epochs=8,
+    students=("test_resnet", "test_vit", "lcnet_050"),
+    stage1=("data.max_samples=360", "cache.views_per_group=8"),
+    stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
+    given=False,
+    questions=(
+        Question("offline against online", "live", ("cached", "alone"), 5),
+        Question("views", "cached", ("V=1", "V=2", "V=4"), 3),
+        Question("dither, economy", "economy", ("cached", "1-bit-rounded", "1-bit-dithered"), 3),
+        *_bits(2),
+        Question("reuse", "live", ("cached",), 1, students=3),
+        Question("codecs", "cached", ("transform", "int4"), 3),
+        Question("norms", "economy", ("economy-own-norms",), 3),
+        Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
+        *_bits(4),
+        Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 3),
+        Question("logits", "cached", ("top-k",), 3),
+    ),
+)
+CIFAR_SMALL = Setting(
+    name="cifar10-small",
+    recipe="cifar10-small",
+    epochs=4,
+    students=("test_resnet",),
+    stage1=("data.max_samples=1000",),
+    stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
+    judged=256,
+    questions=(
+        Question("offline against online", "live", ("cached", "alone"), 3),
+        Question("views", "cached", ("V=1",), 3),
+        Question("dither, economy", "economy", ("cached", "1-bit-rounded", "1-bit-dithered"), 3),
+        *_bits(2),
+    ),
+)
+CIFAR = Setting(
+    name="cifar10",
+    recipe="cifar10",
+    epochs=16,
+    students=("resnet18", "mobilenetv1", "vit_small", "resnet50"),
+    judged=2048,
+    questions=(
+        Question("offline against online", "live", ("cached", "alone"), 5, students=4),
+        Question("views", "cached", ("V=1", "V=2", "V=4", "V=8"), 5),
+        Question("codecs", "live", ("transform", "economy", "int4", "float16"), 5),
+        *(question._replace(seeds=5) for question in _bits(1, 2, 3, 4)),
+        Question("norms", "economy", ("economy-own-norms",), 5),
+        Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 5),
+        Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 5),
+        Question("logits", "cached", ("top-k",), 5),
+        Question("reuse", "live", ("cached",), 1, students=3),
+    ),
+)
+FORMS: dict[str, tuple[Setting, ...]] = {"cpu": (DEMO, CIFAR_SMALL), "full": (DEMO, CIFAR)}
+
+
+class Run(NamedTuple):
+    """One training."""
+
+    setting: str
+    student: str
+    arm: str
+    seed: int
+
+    @property
+    def key(self) -> str:
+        """Its name in result files, and of its folder."""
+        return f"{self.setting}/{self.student}/{self.arm}/seed{self.seed}"
+
+
+def canonical(arm: str, epochs: int) -> str:
+    """The name under which an arm is run: V = epochs is the arm `cached`."""
+    return "cached" if arm == f"V={epochs}" else arm
+
+
+def runs_of(setting: Setting) -> list[Run]:
+    """All runs in order of worth: question by question, and within one seed by seed, arms side by side."""
+    ordered: dict[Run, None] = {}
+    for question in setting.questions:
+        arms = [canonical(arm, setting.epochs) for arm in (question.against, *question.arms)]
+        for seed in range(question.seeds):
+            for student in setting.students[: question.students]:
+                ordered.update(dict.fromkeys(Run(setting.name, student, arm, seed) for arm in arms))
+    return list(ordered)

@@ -1,0 +1,80 @@
+"""Paired differences and their intervals, from the study's result lines.
+
+In: lines as `study.py` writes them. Out: numbers. Invariant: two runs are compared only when student and seed agree and
+both were made with the same views; one arm's missing seeds drop out of the other's too.
+"""
+
+import json
+import math
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from scipy.stats import t as student_t
+
+Line = dict[str, Any]
+
+
+class Difference(NamedTuple):
+    """Mean of paired differences."""
+
+    mean: float
+    low: float
+    high: float
+    """Ends of the 95 % interval by Student's t; infinite for one pair."""
+    pairs: int
+
+    def inside(self, margin: float) -> bool:
+        """Whether the whole interval lies within +-margin."""
+        return -margin < self.low and self.high < margin
+
+
+def paired(lines: Iterable[Line], arm: str, against: str, value: str = "top1") -> list[float]:
+    """arm - against for every (setting, student, seed, views' fingerprint) that both have, by rising seed."""
+    values: dict[str, dict[tuple[Any, ...], float]] = {arm: {}, against: {}}
+    for line in lines:
+        if line["arm"] in values and line.get(value) is not None:
+            pair = (line["seed"], line["setting"], line["student"], line["steps"])
+            values[line["arm"]][pair] = float(line[value])
+    return [values[arm][pair] - values[against][pair] for pair in sorted(values[arm].keys() & values[against].keys())]
+
+
+def interval(differences: Sequence[float], confidence: float = 0.95) -> Difference:
+    """Mean and interval of paired differences.
+
+    Raises:
+        ValueError: no pair.
+    """
+    if not differences:
+        raise ValueError("no pair to compare")
+    mean, count = statistics.fmean(differences), len(differences)
+    if count == 1:
+        return Difference(mean, -math.inf, math.inf, 1)
+    half = student_t.ppf((1 + confidence) / 2, count - 1) * statistics.stdev(differences) / math.sqrt(count)
+    return Difference(mean, mean - half, mean + half, count)
+
+
+def mean_and_std(lines: Iterable[Line], arm: str, value: str = "top1") -> tuple[float, float, int]:
+    """Mean and standard deviation over seeds (0 for one), and how many there are."""
+    values = [float(line[value]) for line in lines if line["arm"] == arm and line.get(value) is not None]
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return (statistics.fmean(values) if values else math.nan), spread, len(values)
+
+
+def read_lines(file: Path) -> list[Line]:
+    """The whole lines of a result file; what a kill left of the last one is not counted."""
+    if not file.exists():
+        return []
+    return [json.loads(text) for text in file.read_text(encoding="utf-8").split("\n")[:-1]]
+
+
+def append_line(file: Path, line: Line) -> None:
+    """Add a result; a line that a kill cut off is dropped first."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    kept = file.read_bytes() if file.exists() else b""
+    whole = kept[: kept.rfind(b"\n") + 1]
+    if whole != kept:
+        file.write_bytes(whole)
+    with file.open("a", encoding="utf-8") as stream:
+        stream.write(json.dumps(line) + "\n")
