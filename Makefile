@@ -65,7 +65,7 @@ waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(h
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: bench bench-gpu bench-codec bench-scale bench-shuffle help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
+.PHONY: bench bench-gpu bench-codec bench-scale bench-shuffle study study-figures help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
 
 help: ## Show this help
 	@echo "Targets:"
@@ -205,6 +205,13 @@ bench-scale: $(BASE) ## Simulate 1 to 1,024 processes: CHECK=1 measures the demo
 
 bench-shuffle: $(BASE) ## How well the order mixes, and what a process reads for it
 	@$(PY) -m benchmarks.shuffle_quality
+
+study: $(BASE) ## Offline against online: FORM=cpu|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 (docs/STUDY.md); resumable
+	@$(PY) -m benchmarks.study $(call option,FORM,form) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") \
+	  $(call option,TEACHER_WEIGHTS,teacher-weights) $(call option,HOURS,hours) $(if $(PLAN),--plan)
+
+study-figures: $(BASE) ## Figures and tables of the study from its JSON lines
+	@$(PY) -m benchmarks.study_figures
 
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time

@@ -109,7 +109,7 @@ def print_estimate(settings: Sequence[Setting], places: Any) -> None:
         own = {name: 4000 + 0.3 * size * size if CACHES[name].own_pixels else 2000 for name in caches}
         disk = sum(views * (values + rest) for rest in own.values())
         print(
-            f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs to do, {steps} steps each on {images} images, "
+            f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs to do, {steps} steps each, {images} images, "
             f"about {minutes:.0f} min of this machine as it is now;\n  {len(caches)} caches of {views} views, at most "
             f"{disk / 1e9:.2f} GB (and one run's checkpoint)"
         )

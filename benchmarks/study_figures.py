@@ -1,7 +1,229 @@
-"""Figures and tables of the study, from its result lines."""
+"""Tables and figures of the study, from its result lines alone.
 
+    python -m benchmarks.study_figures [--results benchmarks/results/study]
+
+In: <setting>.jsonl and <setting>-caches.jsonl. Out: <setting>.png (accuracy against views and against bytes a view,
+paired differences with 95 % intervals), and tables.md, which is printed too. Invariant: no number that is not in a line
+or follows from lines by mean, standard deviation, sum or a paired interval.
+"""
+
+import argparse
+import math
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+from benchmarks.study_plan import ARMS, FORMS, Question, Setting, canonical
+from benchmarks.study_statistics import Difference, Line, interval, mean_and_std, paired, read_lines
+
+MARGIN = 0.5
+"""Points of top-1 within which offline counts as equal to online."""
+SETTINGS = {setting.name: setting for form in FORMS.values() for setting in form}
+
+
+def load(results: Path, setting: str) -> list[Line]:
+    """A setting's lines, with the feature part of the held-out loss as a value of its own."""
+    lines = read_lines(results / f"{setting}.jsonl")
+    for line in lines:
+        terms = line["held_out"] or {}
+        values = [value for name, value in terms.items() if name.startswith("s")]
+        line["held_out_features"] = sum(values) if values else None
+    return lines
+
+
+def compare(lines: Sequence[Line], setting: Setting, question: Question) -> list[tuple[str, str, str, list[Line]]]:
+    """(student, arm, baseline, lines of that student) for every pair of arms that has at least one pair of runs."""
+    found = []
+    baseline = canonical(question.against, setting.epochs)
+    for student in setting.students[: question.students]:
+        mine = [line for line in lines if line["student"] == student]
+        for name in question.arms:
+            arm = canonical(name, setting.epochs)
+            if paired(mine, arm, baseline):
+                found.append((student, arm, baseline, mine))
+    return found
+
+
+def verdict(difference: Difference) -> str:
+    """What a difference of accuracies says about equality."""
+    if difference.inside(MARGIN):
+        return f"within ±{MARGIN}"
+    if difference.low > 0 or difference.high < 0:
+        return "better" if difference.low > 0 else "worse"
+    return "not established"
+
+
+def text_of(difference: Difference, digits: int) -> str:
+    """mean [low, high]"""
+    if math.isinf(difference.low):
+        return f"{difference.mean:+.{digits}f} (one pair)"
+    return f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = ["| " + " | ".join(row) + " |" for row in ([*head], ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
+    """All tables of a setting."""
+    parts = [f"## {setting.name}\n"]
+    rows = []
+    for cache in caches:
+        noise, sizes = cache["codec"].get("noise"), cache["bytes_per_view"]
+        name = cache["codec"]["id"] + (f", noise {noise:g}" if noise else "") + ("" if cache["dither"] else ", rounded")
+        cosine = cache["fidelity"]["cosine_mean_removed"]["p1"]
+        counts = [f"{sizes[part]:,.0f}" for part in ("features", "pixels", "total")]
+        times = [f"{cache[clock]:.0f}" for clock in ("wall_s", "cpu_s")]
+        rows.append([cache["cache"], name, *counts, f"{cosine:.5f}", *times])
+    head = ["cache", "codec", "features, bytes", "pixels", "in all", "AC cosine p1", "made in s", "CPU s"]
+    parts.append(table(head, rows))
+    rows = []
+    for student in dict.fromkeys(line["student"] for line in lines):
+        mine = [line for line in lines if line["student"] == student]
+        for arm in dict.fromkeys(line["arm"] for line in mine):
+            top1, spread, count = mean_and_std(mine, arm)
+            loss, loss_spread, judged = mean_and_std(mine, arm, "held_out_features")
+            some = next(line for line in mine if line["arm"] == arm)
+            wall, cpu = (mean_and_std(mine, arm, name)[0] for name in ("wall_s", "cpu_s"))
+            kept = f"{some['feature_bytes']:,.0f}" if ARMS[arm].targets == "cached" else "-"
+            rows.append([student, arm, str(count), f"{top1:.2f} ± {spread:.2f}",
+                         f"{loss:.4f} ± {loss_spread:.4f}" if judged else "-", str(some["views"]), kept,
+                         f"{wall:.0f}", f"{cpu:.0f}"])  # fmt: skip
+    head = ["student", "arm", "seeds", "top-1 %", "held-out feature loss", "V", "features, bytes", "s", "CPU s"]
+    parts.append(table(head, rows))
+    rows = []
+    for question in setting.questions:
+        for student, arm, baseline, mine in compare(lines, setting, question):
+            top1, loss = interval(paired(mine, arm, baseline)), "-"
+            losses = paired(mine, arm, baseline, "held_out_features")
+            if losses:
+                loss = text_of(interval(losses), 4)
+            names = [question.name, student, f"{arm} - {baseline}"]
+            rows.append([*names, str(top1.pairs), text_of(top1, 2), verdict(top1), loss])
+    head = ["question", "student", "difference", "pairs", "top-1, points [95 %]", "so", "held-out feature loss [95 %]"]
+    parts.append(table(head, rows))
+    return "\n".join(parts) + reuse(setting, lines, caches)
+
+
+def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> str:
+    """Time of one cache and its students against as many live trainings (seed 0)."""
+    question = next((one for one in setting.questions if one.name == "reuse"), None)
+    made = next((cache for cache in caches if cache["cache"] == "default"), None)
+    if question is None or made is None:
+        return ""
+    students = setting.students[: question.students]
+    found = {(line["student"], line["arm"]): line for line in lines if line["seed"] == 0}
+    if not all((student, arm) in found for student in students for arm in ("live", "cached")):
+        return ""
+    rows = []
+    for name in ("wall_s", "cpu_s"):
+        live = sum(found[student, "live"][name] for student in students)
+        cached = sum(found[student, "cached"][name] for student in students)
+        rows.append([name, f"{live:.0f}", f"{made[name]:.0f} + {cached:.0f}", f"{live / (made[name] + cached):.2f}"])
+    head = ["seconds", f"{len(students)} live", f"cache + {len(students)} cached", "ratio"]
+    return f"\nReuse, {', '.join(students)}:\n\n" + table(head, rows)
+
+
+def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
+    """Three panels: accuracy against V, accuracy against bytes, paired differences."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    student = setting.students[0]
+    mine = [line for line in lines if line["student"] == student]
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1, 1, 1.5), layout="constrained")
+    _views(axes[0], mine)
+    _bytes(axes[1], mine)
+    _differences(axes[2], lines, setting)
+    teacher = mine[0]["teacher_top1"]
+    figure.suptitle(f"{setting.name}: {student}, {setting.epochs} epochs, teacher {teacher:.1f} %")
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _bands(axis: Any, lines: list[Line]) -> None:
+    for arm, colour in (("live", "tab:green"), ("alone", "tab:grey")):
+        mean, spread, count = mean_and_std(lines, arm)
+        if count:
+            axis.axhline(mean, color=colour, label=f"{arm} ({count} seeds)")
+            axis.axhspan(mean - spread, mean + spread, color=colour, alpha=0.15)
+
+
+def _views(axis: Any, lines: list[Line]) -> None:
+    _bands(axis, lines)
+    arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm == "cached" or arm.startswith("V=")]
+    points = sorted(
+        (next(line["views"] for line in lines if line["arm"] == arm), *mean_and_std(lines, arm)) for arm in arms
+    )
+    if points:
+        views, means, spreads, _ = zip(*points, strict=True)
+        axis.errorbar(views, means, spreads, marker="o", capsize=3, color="tab:blue", label="cached, int8 (± std)")
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(views, [str(count) for count in views])
+    axis.set_xlabel("views V in the cache")
+    axis.set_ylabel("top-1 %")
+    axis.legend(fontsize=8)
+
+
+def _bytes(axis: Any, lines: list[Line]) -> None:
+    _bands(axis, lines)
+    whole = {"cached", "float16", "int4", "transform", "economy"}
+    for arm in dict.fromkeys(line["arm"] for line in lines):
+        if arm in whole or ("-bit-" in arm and not arm.endswith("norms")):
+            mean, spread, _ = mean_and_std(lines, arm)
+            size = next(line["feature_bytes"] for line in lines if line["arm"] == arm)
+            marker, colour = ("x", "tab:red") if arm.endswith("rounded") else ("o", "tab:blue")
+            axis.errorbar(size, mean, spread, marker=marker, capsize=3, color=colour)
+            name = "int8" if arm == "cached" else arm
+            below = -12 if arm.endswith("rounded") else 6
+            axis.annotate(name, (size, mean), textcoords="offset points", xytext=(5, below), fontsize=8)
+    axis.set_xscale("log")
+    axis.set_xlabel("bytes of features a view")
+    axis.set_ylabel("top-1 %")
+
+
+def _differences(axis: Any, lines: list[Line], setting: Setting) -> None:
+    rows = []
+    for question in setting.questions:
+        for student, arm, baseline, mine in compare(lines, setting, question):
+            difference = interval(paired(mine, arm, baseline))
+            suffix = "" if student == setting.students[0] else f" ({student})"
+            if difference.pairs > 1:
+                rows.append((f"{arm} - {baseline}{suffix}", difference))
+    for place, (_, difference) in enumerate(rows):
+        low, high = difference.mean - difference.low, difference.high - difference.mean
+        colour = "tab:green" if difference.inside(MARGIN) else "tab:blue"
+        axis.errorbar(difference.mean, -place, xerr=[[low], [high]], marker="o", capsize=3, color=colour)
+    axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.15)
+    axis.axvline(0, color="black", linewidth=0.5)
+    axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows], fontsize=8)
+    axis.set_xlabel(f"difference of top-1, points, 95 % interval (band: ±{MARGIN})")
 
 
 def draw(results: Path) -> None:
-    """Nothing yet."""
+    """All settings that have lines."""
+    texts = []
+    for name, setting in SETTINGS.items():
+        lines = load(results, name)
+        if lines:
+            texts.append(tables_of(setting, lines, read_lines(results / f"{name}-caches.jsonl")))
+            figure_of(setting, lines, results / f"{name}.png")
+    text = "\n".join(texts)
+    if text:
+        (results / "tables.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def main() -> None:
+    """Parse and draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results" / "study")
+    draw(parser.parse_args().results)
+
+
+if __name__ == "__main__":
+    main()

@@ -132,7 +132,7 @@ CIFAR_SMALL = Setting(
     recipe="cifar10-small",
     epochs=4,
     students=("test_resnet",),
-    stage1=("data.max_samples=1000",),
+    stage1=("data.max_samples=500",),
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     judged=256,
     questions=(

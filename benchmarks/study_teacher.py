@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="image folder with train/ and val/")
     parser.add_argument("--recipe", default="cifar10-small", help="its views are trained on")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak rate of AdamW at batches of 32")
+    parser.add_argument("--lr", type=float, default=5e-4, help="peak rate of AdamW at the recipe's base batch")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from pipelines import cache_teacher, distill
