@@ -208,7 +208,7 @@ bench-shuffle: $(BASE) ## How well the order mixes, and what a process reads for
 
 study: $(BASE) ## Offline against online: FORM=cpu|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 (docs/STUDY.md); resumable
 	@$(PY) -m benchmarks.study $(call option,FORM,form) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") \
-	  $(call option,TEACHER_WEIGHTS,teacher-weights) $(call option,HOURS,hours) $(if $(PLAN),--plan)
+	  $(call option,TEACHER_WEIGHTS,teacher-weights) $(call option,TEACHER,teacher) $(call option,HOURS,hours) $(if $(PLAN),--plan)
 
 study-figures: $(BASE) ## Figures and tables of the study from its JSON lines
 	@$(PY) -m benchmarks.study_figures

@@ -11,7 +11,6 @@ again, goes on with the run it was in, from its last checkpoint. The folder of a
 """
 
 import argparse
-import contextlib
 import json
 import os
 import platform
@@ -21,7 +20,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +29,18 @@ import torch
 from benchmarks.study_plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study_statistics import Line, append_line, read_lines
 from scalekd_cache.errors import UserError
+from scalekd_cache.stopping import RunStopped
 from scalekd_cache.store import Cache
 from scalekd_cache.store.manifest import read_manifest
 
 RESULTS = Path(__file__).parent / "results" / "study"
+
+
+FROM_SUMMARY = (
+    "top1", "top5", "val_images", "teacher", "teacher_top1", "steps", "epochs", "views", "codec", "bytes_per_view",
+    "cache_fingerprint", "minutes", "images_per_s",
+)  # fmt: skip
+"""What a run's line takes over from its summary.json."""
 
 
 class Places(NamedTuple):
@@ -44,6 +51,8 @@ class Places(NamedTuple):
     results: Path
     data: str | None
     teacher_weights: str | None
+    teacher: str | None = None
+    """Its timm name (None: the recipe's)."""
 
 
 def dotted(options: tuple[str, ...]) -> list[str]:
@@ -53,8 +62,10 @@ def dotted(options: tuple[str, ...]) -> list[str]:
 
 def teacher_options(setting: Setting, places: Places) -> list[str]:
     """The weights of a teacher that the user gives."""
-    weights = places.teacher_weights if setting.given else None
-    return ["--teacher.weights", weights] if weights else []
+    if not setting.given or places.teacher_weights is None:
+        return []
+    name = ["--teacher.name", places.teacher] if places.teacher else []
+    return ["--teacher.weights", places.teacher_weights, *name]
 
 
 def stage1_command(setting: Setting, name: str, places: Places, options: tuple[str, ...]) -> list[str]:
@@ -79,7 +90,7 @@ def stage2_command(setting: Setting, run: Run, places: Places) -> list[str]:
         "--train.epochs", str(setting.epochs), "--train.eval_epochs", str(setting.epochs),
         "--train.checkpoint_epochs", str(max(setting.epochs // 2, 1)), "--train.keep_checkpoints", "1",
         *(["--train.views", str(arm.views)] if arm.views else []),
-        *(teacher_options(setting, places)[1:] and ["--teacher_weights", *teacher_options(setting, places)[1:]]),
+        *(["--teacher_weights", places.teacher_weights] if setting.given and places.teacher_weights else []),
         *dotted(setting.stage2), *dotted(arm.options),
     ]  # fmt: skip
 
@@ -89,7 +100,7 @@ def run_folder(run: Run, places: Places) -> Path:
     return places.work / run.setting / "runs" / f"{run.student}-{run.arm}-{run.seed}"
 
 
-@contextlib.contextmanager
+@contextmanager
 def reading(arm: Arm) -> Iterator[None]:
     """The ways of making and reading that no option of the commands offers (`study_judge.py`)."""
     from benchmarks.study_judge import norms_of_what_is_decoded, without_dither
@@ -119,11 +130,7 @@ class Clock:
 def quietly(log: Path, command: Any, argv: list[str]) -> None:
     """Run one of the project's commands in this process, what it prints going to a file."""
     log.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        log.open("a", encoding="utf-8") as stream,
-        contextlib.redirect_stdout(stream),
-        contextlib.redirect_stderr(stream),
-    ):
+    with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
         command(argv)
 
 
@@ -191,10 +198,8 @@ def train(setting: Setting, run: Run, places: Places, judges: dict[str, Any]) ->
     held_out = None if arm.targets == "none" else judges[setting.name].losses(folder)
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line["loss"] for line in metrics if line.get("epoch") == setting.epochs - 1 and "loss" in line]
-    kept = ("top1", "top5", "val_images", "teacher_top1", "steps", "epochs", "views", "codec", "bytes_per_view",
-            "cache_fingerprint", "minutes", "images_per_s")  # fmt: skip
     return {
-        "key": run.key, **run._asdict(), **{name: summary[name] for name in kept},
+        "key": run.key, **run._asdict(), **{name: summary[name] for name in FROM_SUMMARY},
         "feature_bytes": read_manifest(cache).bytes_per_view["features"],
         "train_loss": round(sum(last) / len(last), 5) if last else None, "held_out": held_out,
         "held_out_loss": round(sum(held_out.values()), 5) if held_out else None,
@@ -259,6 +264,7 @@ def main() -> None:
         "--data", help="CIFAR-10 as an image folder (benchmarks/study_data.py), for settings but the demo"
     )
     parser.add_argument("--teacher-weights", help="its teacher (benchmarks/study_teacher.py)")
+    parser.add_argument("--teacher", help="its timm name, where it is not the recipe's (then give --work, --results)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="caches and runs")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run that would end later")
@@ -268,7 +274,7 @@ def main() -> None:
     from benchmarks.study_figures import draw
 
     form = options.form if options.form != "auto" else ("full" if torch.cuda.is_available() else "cpu")
-    places = Places(options.work, options.results, options.data, options.teacher_weights)
+    places = Places(options.work, options.results, options.data, options.teacher_weights, options.teacher)
     known = {setting.name: setting for setting in FORMS[form]}
     settings = [known[name] for name in options.settings or known]
     without = [setting.name for setting in settings if setting.given and not (places.data and places.teacher_weights)]
@@ -290,3 +296,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunStopped as stop:
+        print(f"{stop}\nthe same command goes on with the study", file=sys.stderr)
+        sys.exit(stop.status)

@@ -35,7 +35,7 @@ def compare(lines: Sequence[Line], setting: Setting, question: Question) -> list
     """(student, arm, baseline, lines of that student) for every pair of arms that has at least one pair of runs."""
     found = []
     baseline = canonical(question.against, setting.epochs)
-    for student in setting.students[: question.students]:
+    for student in question.students or (setting.student,):
         mine = [line for line in lines if line["student"] == student]
         for name in question.arms:
             arm = canonical(name, setting.epochs)
@@ -113,7 +113,7 @@ def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> st
     made = next((cache for cache in caches if cache["cache"] == "default"), None)
     if question is None or made is None:
         return ""
-    students = setting.students[: question.students]
+    students = question.students
     found = {(line["student"], line["arm"]): line for line in lines if line["seed"] == 0}
     if not all((student, arm) in found for student in students for arm in ("live", "cached")):
         return ""
@@ -133,7 +133,7 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    student = setting.students[0]
+    student = setting.student
     mine = [line for line in lines if line["student"] == student]
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1, 1, 1.5), layout="constrained")
     _views(axes[0], mine)
@@ -191,7 +191,7 @@ def _differences(axis: Any, lines: list[Line], setting: Setting) -> None:
     for question in setting.questions:
         for student, arm, baseline, mine in compare(lines, setting, question):
             difference = interval(paired(mine, arm, baseline))
-            suffix = "" if student == setting.students[0] else f" ({student})"
+            suffix = "" if student == setting.student else f" ({student})"
             if difference.pairs > 1:
                 rows.append((f"{arm} - {baseline}{suffix}", difference))
     for place, (_, difference) in enumerate(rows):

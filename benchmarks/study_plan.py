@@ -79,8 +79,8 @@ class Question(NamedTuple):
     against: str
     arms: tuple[str, ...]
     seeds: int
-    students: int = 1
-    """The first so many of the setting's."""
+    students: tuple[str, ...] = ()
+    """timm models (none: the setting's first)."""
 
 
 class Setting(NamedTuple):
@@ -89,7 +89,8 @@ class Setting(NamedTuple):
     name: str
     recipe: str
     epochs: int
-    students: tuple[str, ...]
+    student: str
+    """Of questions that name none."""
     questions: tuple[Question, ...]
     stage1: tuple[str, ...] = ()
     """dotted.key=value for every cache."""
@@ -101,28 +102,35 @@ class Setting(NamedTuple):
     """Held-out images on which losses against the live teacher are measured."""
 
 
-def _bits(*bits: int) -> tuple[Question, ...]:
-    return tuple(Question(f"dither at {n} bits", f"{n}-bit-rounded", (f"{n}-bit-dithered",), 3) for n in bits)
+def _bits(*bits: int, seeds: int = 3, students: tuple[str, ...] = ()) -> tuple[Question, ...]:
+    pairs = ((f"{n}-bit-rounded", f"{n}-bit-dithered") for n in bits)
+    return tuple(Question(f"dither, {one[:5]}", one, (other,), seeds, students) for one, other in pairs)
 
 
+DEMO_STUDENTS = ("test_resnet", "test_vit", "lcnet_050")
+CIFAR_STUDENTS = ("resnet18", "mobilenetv1", "vit_small", "resnet50")
 DEMO = Setting(
     name="demo",
     recipe="demo",
     epochs=8,
-    students=("test_resnet", "test_vit", "lcnet_050"),
+    student="test_resnet",
     stage1=("data.max_samples=360", "cache.views_per_group=8"),
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     given=False,
     questions=(
         Question("offline against online", "live", ("cached", "alone"), 5),
-        Question("views", "cached", ("V=1", "V=2", "V=4"), 3),
-        Question("dither, economy", "economy", ("cached", "1-bit-rounded", "1-bit-dithered"), 3),
-        *_bits(2),
-        Question("reuse", "live", ("cached",), 1, students=3),
+        Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
+        Question("views", "cached", ("V=1", "V=2", "V=4"), 3, ("test_vit",)),
+        *_bits(2, 1, students=("test_vit",)),
+        Question("economy", "cached", ("economy",), 3, ("test_vit",)),
+        Question("views, convolutional student", "cached", ("V=1", "V=2", "V=4"), 3),
+        Question("economy, convolutional student", "cached", ("economy",), 3),
+        Question("offline against online, ViT", "live", ("cached", "alone"), 5, ("test_vit",)),
+        Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
+        *_bits(4, 3, students=("test_vit",)),
+        *_bits(2, 1),
         Question("codecs", "cached", ("transform", "int4"), 3),
         Question("norms", "economy", ("economy-own-norms",), 3),
-        Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
-        *_bits(4),
         Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 3),
         Question("logits", "cached", ("top-k",), 3),
     ),
@@ -131,33 +139,33 @@ CIFAR_SMALL = Setting(
     name="cifar10-small",
     recipe="cifar10-small",
     epochs=4,
-    students=("test_resnet",),
+    student="test_resnet",
     stage1=("data.max_samples=500",),
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     judged=256,
     questions=(
         Question("offline against online", "live", ("cached", "alone"), 3),
         Question("views", "cached", ("V=1",), 3),
-        Question("dither, economy", "economy", ("cached", "1-bit-rounded", "1-bit-dithered"), 3),
-        *_bits(2),
+        Question("economy", "cached", ("economy",), 3),
+        *_bits(2, 1),
     ),
 )
 CIFAR = Setting(
     name="cifar10",
     recipe="cifar10",
     epochs=16,
-    students=("resnet18", "mobilenetv1", "vit_small", "resnet50"),
+    student="resnet18",
     judged=2048,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 5, students=4),
+        Question("offline against online", "live", ("cached", "alone"), 5, CIFAR_STUDENTS),
         Question("views", "cached", ("V=1", "V=2", "V=4", "V=8"), 5),
         Question("codecs", "live", ("transform", "economy", "int4", "float16"), 5),
-        *(question._replace(seeds=5) for question in _bits(1, 2, 3, 4)),
+        *_bits(1, 2, 3, 4, seeds=5),
         Question("norms", "economy", ("economy-own-norms",), 5),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 5),
         Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 5),
         Question("logits", "cached", ("top-k",), 5),
-        Question("reuse", "live", ("cached",), 1, students=3),
+        Question("reuse", "live", ("cached",), 1, CIFAR_STUDENTS[:3]),
     ),
 )
 FORMS: dict[str, tuple[Setting, ...]] = {"cpu": (DEMO, CIFAR_SMALL), "full": (DEMO, CIFAR)}
@@ -188,6 +196,6 @@ def runs_of(setting: Setting) -> list[Run]:
     for question in setting.questions:
         arms = [canonical(arm, setting.epochs) for arm in (question.against, *question.arms)]
         for seed in range(question.seeds):
-            for student in setting.students[: question.students]:
+            for student in question.students or (setting.student,):
                 ordered.update(dict.fromkeys(Run(setting.name, student, arm, seed) for arm in arms))
     return list(ordered)
