@@ -94,7 +94,7 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
     head = ["student", "arm", "seeds", "top-1 %", "held-out feature loss", "V", "features, bytes", "s", "CPU s"]
     parts.append(table(head, rows))
     rows = []
-    for question in setting.questions:
+    for question in (one for one in setting.questions if one.name != "reuse"):  # its pairs are in other questions
         for student, arm, baseline, mine in compare(lines, setting, question):
             top1, loss = interval(paired(mine, arm, baseline)), "-"
             losses = paired(mine, arm, baseline, "held_out_features")
@@ -127,73 +127,81 @@ def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> st
 
 
 def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
-    """Three panels: accuracy against V, accuracy against bytes, paired differences."""
+    """Accuracy against V, accuracy against bytes (a colour a student), and all paired differences."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    student = setting.student
-    mine = [line for line in lines if line["student"] == student]
-    figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1, 1, 1.5), layout="constrained")
-    _views(axes[0], mine)
-    _bytes(axes[1], mine)
-    _differences(axes[2], lines, setting)
-    teacher = mine[0]["teacher_top1"]
-    figure.suptitle(f"{setting.name}: {student}, {setting.epochs} epochs, teacher {teacher:.1f} %")
+    rows = differences_of(setting, lines)
+    figure, axes = plt.subplots(
+        1, 3, figsize=(15, max(4.6, 1.2 + 0.24 * len(rows))), width_ratios=(1, 1, 1.5), layout="constrained"
+    )
+    for number, student in enumerate(dict.fromkeys(line["student"] for line in lines)):
+        mine = [line for line in lines if line["student"] == student]
+        if len({line["arm"] for line in mine}) > 2:
+            _views(axes[0], mine, f"C{number}")
+            _bytes(axes[1], mine, f"C{number}")
+    axes[0].legend(fontsize=8)
+    axes[0].set_xscale("log", base=2)
+    views = sorted({line["views"] for line in lines})
+    axes[0].set_xticks(views, [str(count) for count in views])
+    axes[0].set_xlabel("views V in the cache (int8)")
+    axes[1].set_xscale("log")
+    axes[1].set_xlabel("bytes of features a view (x: rounded, without dither)")
+    for axis in axes[:2]:
+        axis.set_ylabel("top-1 %, mean ± standard deviation over seeds")
+    _differences(axes[2], rows)
+    figure.suptitle(f"{setting.name}: {setting.epochs} epochs, teacher {lines[0]['teacher_top1']:.1f} %")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
 
-def _bands(axis: Any, lines: list[Line]) -> None:
-    for arm, colour in (("live", "tab:green"), ("alone", "tab:grey")):
-        mean, spread, count = mean_and_std(lines, arm)
+def _references(axis: Any, lines: list[Line], colour: str) -> None:
+    for arm, style in (("live", "--"), ("alone", ":")):
+        mean, _, count = mean_and_std(lines, arm)
         if count:
-            axis.axhline(mean, color=colour, label=f"{arm} ({count} seeds)")
-            axis.axhspan(mean - spread, mean + spread, color=colour, alpha=0.15)
+            axis.axhline(mean, color=colour, linestyle=style, label=f"{lines[0]['student']}, {arm} ({count} seeds)")
 
 
-def _views(axis: Any, lines: list[Line]) -> None:
-    _bands(axis, lines)
+def _views(axis: Any, lines: list[Line], colour: str) -> None:
+    _references(axis, lines, colour)
     arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm == "cached" or arm.startswith("V=")]
     points = sorted(
         (next(line["views"] for line in lines if line["arm"] == arm), *mean_and_std(lines, arm)) for arm in arms
     )
     if points:
-        views, means, spreads, _ = zip(*points, strict=True)
-        axis.errorbar(views, means, spreads, marker="o", capsize=3, color="tab:blue", label="cached, int8 (± std)")
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(views, [str(count) for count in views])
-    axis.set_xlabel("views V in the cache")
-    axis.set_ylabel("top-1 %")
-    axis.legend(fontsize=8)
+        views, means, spreads, counts = zip(*points, strict=True)
+        seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{counts[0]} seeds"
+        label = f"{lines[0]['student']}, cached ({seeds})"
+        axis.errorbar(views, means, spreads, marker="o", capsize=3, color=colour, label=label)
 
 
-def _bytes(axis: Any, lines: list[Line]) -> None:
-    _bands(axis, lines)
+def _bytes(axis: Any, lines: list[Line], colour: str) -> None:
+    _references(axis, lines, colour)
     whole = {"cached", "float16", "int4", "transform", "economy"}
     for arm in dict.fromkeys(line["arm"] for line in lines):
         if arm in whole or ("-bit-" in arm and not arm.endswith("norms")):
             mean, spread, _ = mean_and_std(lines, arm)
-            size = next(line["feature_bytes"] for line in lines if line["arm"] == arm)
-            marker, colour = ("x", "tab:red") if arm.endswith("rounded") else ("o", "tab:blue")
-            axis.errorbar(size, mean, spread, marker=marker, capsize=3, color=colour)
-            name = "int8" if arm == "cached" else arm
-            below = -12 if arm.endswith("rounded") else 6
-            axis.annotate(name, (size, mean), textcoords="offset points", xytext=(5, below), fontsize=8)
-    axis.set_xscale("log")
-    axis.set_xlabel("bytes of features a view")
-    axis.set_ylabel("top-1 %")
+            size, rounded = next(line["feature_bytes"] for line in lines if line["arm"] == arm), arm.endswith("rounded")
+            axis.errorbar(size, mean, spread, marker="x" if rounded else "o", capsize=3, color=colour)
+            name = "int8" if arm == "cached" else arm.partition("-rounded")[0].partition("-dithered")[0]
+            place = (5, -12 if rounded else 6)
+            axis.annotate(name, (size, mean), textcoords="offset points", xytext=place, fontsize=8)
 
 
-def _differences(axis: Any, lines: list[Line], setting: Setting) -> None:
-    rows = []
+def differences_of(setting: Setting, lines: list[Line]) -> list[tuple[str, Difference]]:
+    """Every comparison of the setting's questions that has more than one pair, once."""
+    rows: dict[str, Difference] = {}
     for question in setting.questions:
         for student, arm, baseline, mine in compare(lines, setting, question):
             difference = interval(paired(mine, arm, baseline))
-            suffix = "" if student == setting.student else f" ({student})"
             if difference.pairs > 1:
-                rows.append((f"{arm} - {baseline}{suffix}", difference))
+                rows[f"{arm} - {baseline}, {student} ({difference.pairs})"] = difference
+    return list(rows.items())
+
+
+def _differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
     for place, (_, difference) in enumerate(rows):
         low, high = difference.mean - difference.low, difference.high - difference.mean
         colour = "tab:green" if difference.inside(MARGIN) else "tab:blue"
@@ -201,7 +209,7 @@ def _differences(axis: Any, lines: list[Line], setting: Setting) -> None:
     axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.15)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows], fontsize=8)
-    axis.set_xlabel(f"difference of top-1, points, 95 % interval (band: ±{MARGIN})")
+    axis.set_xlabel(f"difference of top-1 in points, 95 % interval (band: ±{MARGIN}); in brackets: pairs")
 
 
 def draw(results: Path) -> None:
