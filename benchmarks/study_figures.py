@@ -138,7 +138,7 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
         1, 3, figsize=(15, max(4.6, 1.2 + 0.24 * len(rows))), width_ratios=(1, 1, 1.5), layout="constrained"
     )
     for number, student in enumerate(dict.fromkeys(line["student"] for line in lines)):
-        mine = [line for line in lines if line["student"] == student]
+        mine = common_seeds([line for line in lines if line["student"] == student])
         if len({line["arm"] for line in mine}) > 2:
             _views(axes[0], mine, f"C{number}")
             _bytes(axes[1], mine, f"C{number}")
@@ -148,13 +148,20 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     axes[0].set_xticks(views, [str(count) for count in views])
     axes[0].set_xlabel("views V in the cache (int8)")
     axes[1].set_xscale("log")
-    axes[1].set_xlabel("bytes of features a view (x: rounded, without dither)")
+    axes[1].set_xlabel("bytes of features a view (x: no dither)")
     for axis in axes[:2]:
-        axis.set_ylabel("top-1 %, mean ± standard deviation over seeds")
+        axis.set_ylabel("top-1 %, mean ± std over the seeds that all arms have")
     _differences(axes[2], rows)
     figure.suptitle(f"{setting.name}: {setting.epochs} epochs, teacher {lines[0]['teacher_top1']:.1f} %")
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def common_seeds(lines: list[Line]) -> list[Line]:
+    """The lines of the seeds that all arms of a student have: means over other seeds are not comparable."""
+    seeds = [{line["seed"] for line in lines if line["arm"] == arm} for arm in {line["arm"] for line in lines}]
+    common = set.intersection(*seeds)
+    return [line for line in lines if line["seed"] in common]
 
 
 def _references(axis: Any, lines: list[Line], colour: str) -> None:
@@ -172,8 +179,7 @@ def _views(axis: Any, lines: list[Line], colour: str) -> None:
     )
     if points:
         views, means, spreads, counts = zip(*points, strict=True)
-        seeds = f"{min(counts)} to {max(counts)} seeds" if min(counts) < max(counts) else f"{counts[0]} seeds"
-        label = f"{lines[0]['student']}, cached ({seeds})"
+        label = f"{lines[0]['student']}, cached ({counts[0]} seeds)"
         axis.errorbar(views, means, spreads, marker="o", capsize=3, color=colour, label=label)
 
 
@@ -197,7 +203,7 @@ def differences_of(setting: Setting, lines: list[Line]) -> list[tuple[str, Diffe
         for student, arm, baseline, mine in compare(lines, setting, question):
             difference = interval(paired(mine, arm, baseline))
             if difference.pairs > 1:
-                rows[f"{arm} - {baseline}, {student} ({difference.pairs})"] = difference
+                rows[f"{arm} - {baseline}, {student} ({difference.pairs} pairs)"] = difference
     return list(rows.items())
 
 
@@ -209,7 +215,7 @@ def _differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
     axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.15)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows], fontsize=8)
-    axis.set_xlabel(f"difference of top-1 in points, 95 % interval (band: ±{MARGIN}); in brackets: pairs")
+    axis.set_xlabel(f"difference of top-1, points, 95 % (band: ±{MARGIN})")
 
 
 def draw(results: Path) -> None:

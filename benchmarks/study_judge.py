@@ -17,7 +17,7 @@ from torch import Tensor
 from scalekd_cache.checkpoint import MODEL, latest_checkpoint
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureMap, feature_norms
-from scalekd_cache.codec.dither import dither_seed
+from scalekd_cache.codec.dither import dither_seed, dither_table
 from scalekd_cache.codec.transform import TransformCodec
 from scalekd_cache.codec.transform_fit import fit_bases, with_noise
 from scalekd_cache.config import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig, from_plain
@@ -41,12 +41,12 @@ BATCH = 64
 def without_dither() -> Iterator[None]:
     """The transform coder rounds to the nearest: while a cache is fitted and made, and while it is read."""
 
-    def zeros(seeds: Tensor, offset: Tensor, factor: Tensor) -> Tensor:
-        return torch.zeros(len(seeds), len(offset), device=seeds.device)
+    def zeros(count: int) -> Tensor:
+        return torch.zeros_like(dither_table(count))
 
     with ExitStack() as stack:
         for module in ("transform", "transform_fit"):
-            stack.enter_context(patch(f"scalekd_cache.codec.{module}.dither", zeros))
+            stack.enter_context(patch(f"scalekd_cache.codec.{module}.dither_table", zeros))
         yield
 
 
