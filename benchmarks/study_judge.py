@@ -20,9 +20,15 @@ from scalekd_cache.codec.base import FeatureMap, feature_norms
 from scalekd_cache.codec.dither import dither_seed, dither_table
 from scalekd_cache.codec.transform import TransformCodec
 from scalekd_cache.codec.transform_fit import fit_bases, with_noise
-from scalekd_cache.config import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig, from_plain
-from scalekd_cache.distill import live_teacher, make_heads, tail_of
-from scalekd_cache.engine import DistillModel
+from scalekd_cache.config import (
+    DistillConfig,
+    OptimConfig,
+    ScaleKDConfig,
+    StudentConfig,
+    TrainConfig,
+    ViewConfig,
+    from_plain,
+)
 from scalekd_cache.evaluate import ValidationImages
 from scalekd_cache.images import decode_image, open_source
 from scalekd_cache.loader import data_config
@@ -66,6 +72,8 @@ def norms_of_what_is_decoded() -> Iterator[None]:
 @torch.no_grad()
 def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
     """The teacher's maps (N, C, H, W) of first views of a cache's images, float32 on the CPU."""
+    from scalekd_cache.distill import live_teacher
+
     opened = Cache.open(cache)
     device = this_process().device
     teacher = live_teacher(opened.manifest, weights, device)
@@ -80,10 +88,8 @@ def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
     return torch.cat(maps)
 
 
-def view_config(recipe: dict[str, Any]) -> Any:
+def view_config(recipe: dict[str, Any]) -> ViewConfig:
     """The view options that a manifest carries."""
-    from scalekd_cache.config import ViewConfig
-
     return ViewConfig(**from_plain({name: recipe[name] for name in ViewConfig.__dataclass_fields__ if name in recipe}))
 
 
@@ -119,7 +125,9 @@ class Judge:
     """The live teacher's exact targets of a setting's held-out images, computed once, and losses against them."""
 
     def __init__(self, cache: Path, weights: str | None, count: int) -> None:
-        """`cache`: any of the setting's; the first `count` held-out images are used."""
+        """`cache`: any of the setting's; `count` held-out images are used."""
+        from scalekd_cache.distill import live_teacher, tail_of
+
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
         teacher = live_teacher(manifest, weights, self.device)
@@ -142,6 +150,9 @@ class Judge:
     @torch.no_grad()
     def losses(self, run: Path) -> dict[str, float]:
         """Mean weighted loss terms of a finished run's student and heads, in eval mode."""
+        from scalekd_cache.distill import make_heads
+        from scalekd_cache.engine import DistillModel
+
         options = read_config(run)
         config = DistillConfig(
             student=StudentConfig(**from_plain(options["student"])), optim=OptimConfig(**from_plain(options["optim"])),

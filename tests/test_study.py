@@ -4,14 +4,18 @@ import json
 import math
 
 import pytest
+import torch
 from scipy import stats
 
 from benchmarks import study
 from benchmarks.study_data import CLASSES, first_of_each
+from benchmarks.study_judge import noise_for_bytes, norms_of_what_is_decoded, without_dither
 from benchmarks.study_plan import ARMS, CACHES, CIFAR, DEMO, FORMS, Question, Run, runs_of
 from benchmarks.study_statistics import append_line, interval, mean_and_std, paired, read_lines
 from benchmarks.study_teacher import timm_name_of
 from pipelines.command import recipe_file
+from scalekd_cache.codec.base import feature_norms
+from scalekd_cache.codec.transform_fit import fit
 
 
 def line(arm, seed, top1, student="a", **more):
@@ -150,6 +154,40 @@ def test_codecs_share_the_pixels_of_the_default_cache(tmp_path):
     assert words[words.index("--cache.codec") + 1] == "transform-economy"
     own = study.stage1_command(CIFAR, "default", places(tmp_path), ())
     assert own[own.index("--data.source") + 1] == "data"
+
+
+def maps(count):
+    spectrum = 0.7 ** torch.arange(16.0)[:, None, None]
+    return torch.randn(count, 16, 4, 4, generator=torch.Generator().manual_seed(0)) * spectrum
+
+
+def test_rounded_arms_have_no_dither():
+    def decoded(seed):
+        codec = fit(maps(64), 0.05)
+        return codec.decode(codec.encode(maps(2), torch.tensor([seed, seed + 1]))).features
+
+    with without_dither():
+        assert torch.equal(decoded(1), decoded(1000))
+    assert not torch.equal(decoded(1), decoded(1000)), "put back"
+
+
+def test_own_norms_are_those_of_the_decoded_map():
+    codec = fit(maps(64), 0.05)
+    codes = codec.encode(maps(2), torch.tensor([1, 2]))
+    stored = codec.decode(codes)
+    with norms_of_what_is_decoded():
+        own = codec.decode(codes)
+    assert torch.equal(own.features, stored.features)
+    assert torch.allclose(own.norms, feature_norms(own.features))
+    assert not torch.allclose(own.norms, stored.norms, rtol=1e-4)
+
+
+def test_arms_of_a_number_of_bits_have_these_bytes():
+    features = maps(128)
+    noise = noise_for_bytes(features, 200.0)
+    codec = fit(features[::2].contiguous(), noise)
+    records = codec.pack(codec.encode(features[1::2].contiguous(), torch.arange(64)).numpy())
+    assert sum(map(len, records)) / 64 == pytest.approx(200, rel=0.03)
 
 
 def test_a_subset_has_as_many_of_each_class():
