@@ -4,7 +4,8 @@
     python -m benchmarks.study_teacher --name vit_small_patch14_dinov2 --weights file.safetensors --data ...
 
 In: weights of a timm model (safetensors), or the published mobile_sam.pt, whose image encoder is a TinyViT-5M (its
-names are changed to timm's); an image folder. Out: teachers/<name>-<data>.safetensors, with a new classifier.
+names are changed to timm's); an image folder. Out: teachers/<name>-<data>.safetensors, with a new classifier, and
+what the training came to in benchmarks/results/study/teacher-<name>-<data>.json.
 Steps: a cache of views (with the demo's small teacher, whose targets nobody reads), `distill` with TARGETS=none and
 INIT= on those views, and the exported weights. Invariant: the file appears when the training is finished.
 """
@@ -96,7 +97,11 @@ def main() -> None:
     ])  # fmt: skip
     out.parent.mkdir(exist_ok=True)
     shutil.copyfile(run / "export" / "model.safetensors", out)
-    print(f"{out}: top-1 {json.loads((run / 'summary.json').read_text())['top1']} %")
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    kept = {name: value for name, value in summary.items() if name not in ("teacher", "teacher_top1", "targets")}
+    file = Path(__file__).parent / "results" / "study" / f"teacher-{label}.json"
+    file.write_text(json.dumps({**kept, "weights": options.weights.name, "lr": options.lr}, indent=1) + "\n")
+    print(f"{out}: top-1 {summary['top1']} % ({file})")
 
 
 if __name__ == "__main__":
