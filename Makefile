@@ -69,7 +69,7 @@ SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
 help: ## Show this help
 	@echo "Targets:"
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1|\2/' | column -t -s '|'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1 \2/' | while read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "Variables of cache-teacher:"
 	@echo "  DATA=demo|cifar10|imagenette|/path   images with train/ and val/ (folders, tars or parquet); default demo"
