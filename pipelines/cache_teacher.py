@@ -1,4 +1,7 @@
-"""Stage 1: run the teacher once over augmented views and keep what students need (`make cache-teacher`)."""
+"""Stage 1: run the teacher once over augmented views and keep what students need (`make cache-teacher`).
+
+With --dry-run it says what would be done, after all checks, and writes nothing.
+"""
 
 from pathlib import Path
 from typing import Any

@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from scalekd_cache.errors import UserError, nearest
 from scalekd_cache.stopping import RunStopped
 
+ALWAYS = "Also: --debug (the traceback of an error), --plugin MODULE (import a module of yours first)."
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
 
@@ -69,7 +70,7 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe:
     Every field of the dataclass is a typed option with its docstring as help. Unknown keys, in either, are errors.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog=f"python -m pipelines.{command}", description=about)
+    parser = Parser(prog=f"python -m pipelines.{command}", description=f"{about} {ALWAYS}")
     parser.add_class_arguments(config_class, as_positional=False)
     try:
         base = parser.parse_object(recipe) if recipe else None

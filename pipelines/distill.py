@@ -1,4 +1,4 @@
-"""Stage 2: train a student from a cache (`make distill STUDENT=resnet50`)."""
+"""Stage 2: train a student from a cache (`make distill STUDENT=resnet50`); --dry-run says what would be done."""
 
 import dataclasses
 import os

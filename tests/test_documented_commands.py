@@ -47,6 +47,7 @@ def commands_of(page: Path) -> list[str]:
 
 def check(words: list[str]) -> None:
     """One `pipelines.<name> --option value ...`."""
+    words = [word for word in words if word != "--dry-run"]
     if "--plugin" in words:
         place = words.index("--plugin")
         words = words[:place] + words[place + 2 :]
