@@ -138,9 +138,11 @@ def test_the_command_itself_killed(place, weights, untouched, backend):
         while phase(root, UNITS) == seen and started.poll() is None:  # something changes in the folder, then a moment
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 1.5))
-        for process in [*psutil.Process(started.pid).children(recursive=True), psutil.Process(started.pid)]:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have come to its end
+            job = psutil.Process(started.pid)
+            for process in [*job.children(recursive=True), job]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         killed += started.wait() == KILLED
         print(f"nproc {nproc}: {phase(root, UNITS)}")
     assert killed >= 2
