@@ -188,23 +188,21 @@ def replayed(tmp_path_factory):
     names = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(20)]
     root = folder_tree(folder / "data", train=names)
     seen = {}
-    patch = pytest.MonkeyPatch()
     append = caching._append_batch
 
-    def spy(stage, unit, writer, batch, figures):
-        for item in batch:
-            for number, view in zip(unit.views, item.views, strict=True):
-                seen[item.sample.key, number] = view.pixels.clone()
-        append(stage, unit, writer, batch, figures)
+    def spy(stage, writer, number, batch, views, output, figures):
+        for item, view in zip(batch, views, strict=True):
+            seen[item.sample.key, number] = view.pixels.clone()
+        append(stage, writer, number, batch, views, output, figures)
 
-    patch.setattr(caching, "_append_batch", spy)
     recipe = {
         "pixels": "replayed", "flip_probability": 0.5, "randaugment_ops": 2, "erase_probability": 0.5,
         "interpolation": "bicubic",
     }  # fmt: skip
     teacher = {"weights": None, "pretrained": False}
-    cache = make(folder / "cache", shared_weights(), data={"source": str(root)}, views=recipe, teacher=teacher)
-    patch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caching, "_append_batch", spy)
+        cache = make(folder / "cache", shared_weights(), data={"source": str(root)}, views=recipe, teacher=teacher)
     return cache, seen, root
 
 
