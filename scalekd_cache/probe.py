@@ -26,6 +26,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import UnitWriter, read_unit, unit_folder
+from scalekd_cache.store.zarr import padding
 from scalekd_cache.teacher import Teacher, TeacherOutput
 
 VIEWS = 48
@@ -117,6 +118,9 @@ def probe(
             writer.commit({})
         full, full_json = _parts(Path(folder), 0)
         empty, empty_json = _parts(Path(folder), 1)
+        zeros, usual_zeros = padding(unit_folder(Path(folder), 0, 0))
+    full["index"] -= zeros
+    empty["index"] += usual_zeros
     empty["index"] += full_json - empty_json  # the sidecar of a real unit: fidelity, all files
     count = len(drawn) * len(views)
     per_view = {part: (full[part] - empty[part]) / count for part in PARTS}

@@ -70,7 +70,7 @@ class ShardSummary(NamedTuple):
     files: dict[str, Written]
     """Files by name relative to the unit's folder, all fsynced."""
     payload: dict[str, int]
-    """Bytes on disk of pixels, features and target (label, view, digest, logits); the rest is index."""
+    """Bytes of records: pixels, features and target (label, view, digest, logits); all else is index."""
 
 
 class ShardWriter(ABC):

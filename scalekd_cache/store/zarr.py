@@ -5,6 +5,7 @@ In: records. Out: arrays labels, crc32c (n,), and features, pixels, target, logi
 or a file that is gone is an error. `zarr_read.py` reads, because zarr-python gives zeros for both.
 """
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,15 +28,13 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
 from scalekd_cache.store.zarr_write import ArrayWriter, write_group
 
-CHUNK_BYTES = (1 << 10, 1 << 18)
-"""Smallest and largest chunk of a flat array; between them the power of two from four records up. It lies in its file
+CHUNK_BYTES = (1 << 8, 1 << 18)
+"""Smallest and largest chunk of a flat array; between them the power of two from a record up. It lies in its file
 as it is, so that a record is read without the rest of its chunks: samples that train together are strangers in their
 shard (docs/LOG.md). On average half a chunk an array is padding."""
 SHARD_BYTES = 1 << 25
 """Bytes of a whole shard file without checksums."""
 FLAT = ("features", "pixels", "target", "logits")
-KINDS = {"features": "features", "pixels": "pixels"}
-"""Arrays that are counted under their own name; the others are `target`, offsets and checksums are index."""
 
 
 class Writer(ShardWriter):
@@ -63,7 +62,7 @@ class Writer(ShardWriter):
     def _begin(self, first: Sequence[Payload]) -> None:
         """Open the flat arrays, with chunks for records like the first."""
         for name, data in zip(FLAT, first, strict=True):
-            chunk = min(max(1 << (4 * len(data)).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
+            chunk = min(max(1 << (len(data) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
             self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
 
     def finish(self) -> ShardSummary:
@@ -77,13 +76,12 @@ class Writer(ShardWriter):
             self._arrays[name] = ArrayWriter(self._root / name, values.dtype.name, 1, size, size)
             self._arrays[name].append(values.tobytes())
         files = {f"{self._root.name}/zarr.json": self._group}
-        payload = {"pixels": 0, "features": 0, "target": 0}
         for name, array in self._arrays.items():
             array.finish()
             files |= {f"{self._root.name}/{name}/{file}": written for file, written in array.files.items()}
-            if name in ("labels", *FLAT):
-                payload[KINDS.get(name, "target")] += sum(written.bytes for written in array.files.values())
-        return ShardSummary(files, payload)
+        sizes = {name: offsets[-1] for name, offsets in self._offsets.items()}
+        target = sizes["target"] + sizes["logits"] + small["labels"].nbytes
+        return ShardSummary(files, {"pixels": sizes["pixels"], "features": sizes["features"], "target": target})
 
     def abandon(self) -> None:
         """Close the arrays."""
@@ -140,6 +138,19 @@ class Reader(ShardReader):
             return Record(key, label, view.decode(), digest.decode(), pixels, features, logits)
         except ValueError as error:
             raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
+
+
+def padding(unit: Path) -> tuple[int, float]:
+    """Zeros that fill the last chunks of a unit's flat arrays, in bytes, and what they come to on average: half a chunk
+    an array. A shard costs them, however few records it holds. (0, 0) for a unit of tars."""
+    zeros, chunks = 0, 0
+    for name in FLAT:
+        for path in unit.glob(f"v*.zarr/{name}/zarr.json"):
+            meta = json.loads(path.read_bytes())
+            [chunk] = meta["codecs"][0]["configuration"]["chunk_shape"]
+            zeros += -meta["shape"][0] % chunk
+            chunks += chunk
+    return zeros, chunks / 2
 
 
 def _target(record: Record) -> bytes:
