@@ -88,6 +88,7 @@ help: ## Show this help
 	@echo "  INIT=dir                             start from an exported or imported student (and its heads)"
 	@echo "  FOLLOW=1                             train while the cache grows, wait where it is not there yet"
 	@echo "  PIXELS_FROM=dir                      where shared pixels are now (default: where they were, beside CACHE)"
+	@echo "  HEADS=cap|lite                       projectors as published, or cheap ones (docs/METHOD.md)"
 	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
 	@echo "Variables of both:"
 	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
@@ -141,7 +142,7 @@ ifeq ($(CACHE_GIVEN),)
 endif
 	@$(if $(DRY_RUN),test -f "$(CACHE)/manifest.json" || exit 0; )$(LAUNCH) pipelines.distill $(call option,PLUGIN,plugin) $(if $(DRY_RUN),--dry-run) --student.name "$(STUDENT)" --cache "$(CACHE)" --train.workers $(WORKERS) \
 	  $(call option,RECIPE,recipe) $(call option,INIT,init) $(call option,EPOCHS,train.epochs) $(call option,RUN,run) \
-	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) \
+	  $(call option,ZERO,train.zero) $(call option,TARGETS,train.targets) $(call option,HEADS,scalekd.projector) \
 	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 

@@ -31,8 +31,8 @@ PIECE = 1 << 20
 Measured = tuple[list[Figure], dict[str, list[float]]]
 """Rows of the table, and the seconds that they were made of."""
 SIDECARS = (".json", ".txt", ".idx")
-UNITS = 3
-"""Units in a row of the writing."""
+UNITS = 6
+"""Units in a row of the writing: the first is filled and the last committed with nothing beside it."""
 
 
 def make_records(count: int) -> list[Record]:

@@ -68,6 +68,7 @@ ARMS: dict[str, Arm] = {
     ),
     "CAP": Arm(options=("scalekd.tpp=false", "scalekd.frequency=false")),
     "CAP+DFM": Arm(options=("scalekd.tpp=false",)),
+    "lite": Arm(options=("scalekd.projector=lite",)),
     "no-logits": Arm(options=("scalekd.logit_weight=0",)),
 }
 
@@ -120,12 +121,12 @@ DEMO = Setting(
         Question("offline against online", "live", ("cached", "alone"), 5),
         Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
         Question("views, one", "cached", ("V=1",), 3),
+        Question("heads", "cached", ("lite",), 3),
         Question("economy", "cached", ("economy",), 3),
-        *_bits(2),
+        *_bits(2, 3, 4),
         Question("views, more", "cached", ("V=2", "V=4"), 3),
         *_bits(1),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
-        *_bits(4, 3),
         Question("codecs", "cached", ("transform", "int4"), 3),
         Question("norms", "economy", ("economy-own-norms",), 3),
         Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 3),
@@ -142,9 +143,10 @@ CIFAR_SMALL = Setting(
     judged=256,
     questions=(
         Question("offline against online", "live", ("cached", "alone"), 3),
+        Question("heads", "cached", ("lite",), 3),
         Question("views", "cached", ("V=1",), 3),
+        *_bits(2, 3, 4),
         Question("economy", "cached", ("economy",), 3),
-        *_bits(2, 1),
     ),
 )
 CIFAR = Setting(
@@ -156,6 +158,7 @@ CIFAR = Setting(
     questions=(
         Question("offline against online", "live", ("cached", "alone"), 5, CIFAR_STUDENTS),
         Question("views", "cached", ("V=1", "V=2", "V=4", "V=8"), 5),
+        Question("heads", "cached", ("lite",), 5, CIFAR_STUDENTS[:2]),
         Question("codecs", "live", ("transform", "economy", "int4", "float16"), 5),
         *_bits(1, 2, 3, 4, seeds=5),
         Question("norms", "economy", ("economy-own-norms",), 5),

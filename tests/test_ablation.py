@@ -9,6 +9,7 @@ from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.config import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import Targets, distillation_losses
+from scalekd_cache.projectors import LiteCAP
 from scalekd_cache.scalekd import CAP, ScaleKDHeads
 
 torch.set_num_threads(1)
@@ -23,6 +24,8 @@ ROWS = {
     "CAP": (PLAIN, (1, 0, 1, 0), 0),
     "CAP + DFM": ({"tpp": False}, (1, 1, 1, 1), 0),
     "CAP + DFM + TPP": ({}, (1, 1, 1, 1), 2),
+    "lite": ({"projector": "lite"}, (1, 1, 1, 1), 1),
+    "lite, stage 4 only": ({"projector": "lite", "s3": False}, (0, 0, 1, 1), 0),
     "stage 4 only": ({"s3": False}, (0, 0, 1, 1), 0),
     "stage 3 only": ({"s4": False}, (1, 1, 0, 0), 2),
 }
@@ -43,7 +46,7 @@ def test_rows(row: str) -> None:
     maps = heads(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), tail)
     assert tuple(int(m is not None) for m in maps) == on
     assert calls == [(12, 4, 4)] * tail_calls
-    kind = LinearProjector if config.projector == "linear" else CAP
+    kind = {"linear": LinearProjector, "lite": LiteCAP, "cap": CAP}[config.projector]
     assert all(type(cap) is kind for tap in (heads.s3, heads.s4) for cap in tap.values())
 
     features = torch.randn(2, 24, 2, 2)

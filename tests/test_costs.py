@@ -46,6 +46,15 @@ def test_ablations_cost_less():
     assert logits_only.ceiling > full.ceiling
 
 
+@pytest.mark.parametrize("student", costs.PAPER_STUDENTS)
+def test_lite_projectors_cost_at_most_a_quarter(student: str) -> None:
+    faithful, lite = (
+        costs.pair_costs(costs.SWIN_L, student, ScaleKDConfig(projector=kind)) for kind in ("cap", "lite")
+    )
+    assert lite.heads_total <= faithful.heads_total / 4
+    assert any("tail, 1 pass" in part.name for part in lite.heads)
+
+
 def test_command_and_committed_page(capsys):
     page = (Path(__file__).parents[1] / "docs" / "COSTS.md").read_text(encoding="utf-8")
     assert "make costs ALL=1" in page

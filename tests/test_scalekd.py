@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from scalekd_cache.config import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import Targets, distillation_losses
-from scalekd_cache.scalekd import CAP, Conv3x3, ScaleKDHeads, choose_heads
+from scalekd_cache.projectors import Conv3x3, LiteCAP
+from scalekd_cache.scalekd import CAP, ScaleKDHeads, choose_heads
 
 
 @pytest.fixture(autouse=True)
@@ -57,45 +58,76 @@ def targets_of(features: Tensor, num_classes: int = 0) -> Targets:
     return Targets(features, norms, torch.randn(len(features), num_classes, dtype=features.dtype))
 
 
-def dense_cap(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale: float, norm: str) -> Tensor:
-    """CAP from its equations: real convolutions, one query a sample, explicit loops and softmax."""
-    z = F.conv2d(x, w["proj_student.0.weight"], w["proj_student.0.bias"], padding=1)
+def dense_norm(w: dict[str, Tensor], z: Tensor, norm: str) -> Tensor:
+    """ReLU(norm(z)) of a projector's first layers: stored statistics, those of the batch, or of each position."""
     if norm == "stored":
         mean, var = (w[f"proj_student.1.running_{name}"].view(1, -1, 1, 1) for name in ("mean", "var"))
     else:
         over = 1 if norm == "layer" else (0, 2, 3)
         mean, var = z.mean(over, keepdim=True), z.var(over, unbiased=False, keepdim=True)
     gain, shift = w["proj_student.1.weight"].view(1, -1, 1, 1), w["proj_student.1.bias"].view(1, -1, 1, 1)
-    kv = torch.relu((z - mean) / torch.sqrt(var + 1e-5) * gain + shift) + w["pos_embed"]
+    return torch.relu((z - mean) / torch.sqrt(var + 1e-5) * gain + shift)
+
+
+def dense_attention(w: dict[str, Tensor], tokens: Tensor, asked: Tensor, heads: int, scale: float) -> Tensor:
+    """Attention of one sample with explicit loops and softmax: tokens (N, C), asked (M, D) -> (M, width)."""
+    a = {
+        name: source @ w[f"pos_attention.{name}.weight"].T + w[f"pos_attention.{name}.bias"]
+        for name, source in (("q", asked), ("k", tokens), ("v", tokens))
+    }
+    size = a["q"].shape[1] // heads
+    parts = []
+    for head in range(heads):
+        s = slice(head * size, (head + 1) * size)
+        scores = a["q"][:, s] @ a["k"][:, s].T * (scale / math.sqrt(size))
+        weights = torch.exp(scores - scores.amax(1, keepdim=True))
+        parts.append(weights / weights.sum(1, keepdim=True) @ a["v"][:, s])
+    return torch.cat(parts, 1) @ w["pos_attention.proj.weight"].T + w["pos_attention.proj.bias"]
+
+
+def dense_end(w: dict[str, Tensor], y: Tensor, grid: tuple[int, int]) -> Tensor:
+    """y = LayerNorm(y), y + FFN(y), as a map."""
+    y = (y - y.mean(1, keepdim=True)) / torch.sqrt(y.var(1, unbiased=False, keepdim=True) + 1e-5)
+    y = y * w["norm.weight"] + w["norm.bias"]
+    hidden = torch.relu(y @ w["ffn.0.weight"].T + w["ffn.0.bias"])
+    return (y + hidden @ w["ffn.2.weight"].T + w["ffn.2.bias"]).T.reshape(-1, *grid)
+
+
+def dense_cap(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale: float, norm: str) -> Tensor:
+    """CAP from its equations: real convolutions, one query a sample, explicit loops and softmax."""
+    z = F.conv2d(x, w["proj_student.0.weight"], w["proj_student.0.bias"], padding=1)
+    kv = dense_norm(w, z, norm) + w["pos_embed"]
     q = torch.relu(F.conv2d(query, w["proj_pos.0.weight"][:, :, None, None], w["proj_pos.0.bias"]))
+    grid = (query.shape[2], query.shape[3])
     outputs = []
     for sample in range(len(x)):
-        tokens = kv[sample].flatten(1).T
-        asked = q[sample].flatten(1).T
-        a = {
-            name: source @ w[f"pos_attention.{name}.weight"].T + w[f"pos_attention.{name}.bias"]
-            for name, source in (("q", asked), ("k", tokens), ("v", tokens))
-        }
-        size = a["q"].shape[1] // heads
-        parts = []
-        for head in range(heads):
-            s = slice(head * size, (head + 1) * size)
-            scores = a["q"][:, s] @ a["k"][:, s].T * (scale / math.sqrt(size))
-            weights = torch.exp(scores - scores.amax(1, keepdim=True))
-            parts.append(weights / weights.sum(1, keepdim=True) @ a["v"][:, s])
-        y = torch.cat(parts, 1) @ w["pos_attention.proj.weight"].T + w["pos_attention.proj.bias"]
-        y = (y - y.mean(1, keepdim=True)) / torch.sqrt(y.var(1, unbiased=False, keepdim=True) + 1e-5)
-        y = y * w["norm.weight"] + w["norm.bias"]
-        hidden = torch.relu(y @ w["ffn.0.weight"].T + w["ffn.0.bias"])
-        outputs.append((y + hidden @ w["ffn.2.weight"].T + w["ffn.2.bias"]).T.reshape(-1, *query.shape[2:]))
+        y = dense_attention(w, kv[sample].flatten(1).T, q[sample].flatten(1).T, heads, scale)
+        outputs.append(dense_end(w, y, grid))
     return torch.stack(outputs)
 
 
+def dense_lite(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale: float, norm: str) -> Tensor:
+    """The lite projector from its equations: a convolution channel by channel, attention in a quarter of the width."""
+    filters, shifts = w["proj_student.0.weight"], w["proj_student.0.bias"]
+    z = torch.cat([F.conv2d(x[:, [c]], filters[[c]], shifts[[c]], padding=1) for c in range(x.shape[1])], 1)
+    kv = dense_norm(w, z, norm)
+    grid = (query.shape[2], query.shape[3])
+    outputs = []
+    for sample in range(len(x)):
+        tokens = kv[sample].flatten(1).T @ w["narrow.weight"].T + w["narrow.bias"] + w["pos_embed"][0]
+        y = dense_attention(w, tokens, query[sample].flatten(1).T, heads, scale)
+        outputs.append(dense_end(w, y @ w["widen.weight"].T + w["widen.bias"], grid))
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("kind", [CAP, LiteCAP])
 @pytest.mark.parametrize("learned", [True, False])
 @pytest.mark.parametrize(("layer_norm", "training"), [(False, True), (False, False), (True, True)])
-def test_cap_equals_dense_reference(learned: bool, layer_norm: bool, training: bool) -> None:
+def test_projectors_equal_dense_references(
+    learned: bool, layer_norm: bool, training: bool, kind: type[CAP | LiteCAP]
+) -> None:
     heads, scale, batch = 3, 5.0, 4
-    cap = CAP(
+    cap = kind(
         5, (4, 3), (2, 3), 12, num_heads=heads, attention_scale=scale, learned_query=learned, layer_norm=layer_norm
     ).double()
     for parameter in cap.parameters():  # no gain of one and no bias of zero that would hide a mistake
@@ -112,7 +144,7 @@ def test_cap_equals_dense_reference(learned: bool, layer_norm: bool, training: b
 
     ours = cap(x, given)
     query = weights["query"].T.reshape(1, 12, 2, 3).repeat(batch, 1, 1, 1) if given is None else given
-    dense = dense_cap({**weights, **buffers}, x, query, heads, scale, norm)
+    dense = (dense_cap if kind is CAP else dense_lite)({**weights, **buffers}, x, query, heads, scale, norm)
     assert ours.shape == (batch, 12, 2, 3)
     torch.testing.assert_close(ours, dense, rtol=1e-9, atol=1e-11)
 
@@ -218,6 +250,15 @@ def test_projectors_without_a_loss_are_not_built() -> None:
     bare = ScaleKDConfig(frequency_weight_s3=0, frequency_weight_s4=0, spatial_weight=0)
     heads = ScaleKDHeads(bare, *shapes)
     assert list(heads.parameters()) == []
+
+
+def test_lite_projectors_serve_both_views() -> None:
+    heads = ScaleKDHeads(ScaleKDConfig(projector="lite"), ((6, 4, 4), (8, 2, 2)), (12, 4, 4), (24, 2, 2))
+    maps = heads(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), MergingTail(12))
+    assert maps.s3_spatial is maps.s3_frequency
+    assert maps.s4_spatial is maps.s4_frequency
+    gradient = torch.autograd.grad(maps.s4_spatial.sum(), list(heads.s3.parameters()))  # S3's map is S4's query
+    assert all(one.abs().sum() > 0 for one in gradient)
 
 
 def test_tail_is_called_once_a_view_with_its_own_shape() -> None:

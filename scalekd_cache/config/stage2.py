@@ -44,7 +44,7 @@ class ScaleKDConfig:
     frequency_weight_s4: float = 0.06
     """Weight of the frequency feature loss at S4."""
     heads_s3: int | None = None
-    """Attention heads of the S3 projector (None: the teacher's widths over 48, 16 for Swin-L)."""
+    """Attention heads of the S3 projector (None: the teacher's widths over 48, 16 for Swin-L; lite: of a quarter)."""
     heads_s4: int | None = None
     """Attention heads of the S4 projector (None: the teacher's widths over 64, 24 for Swin-L)."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
@@ -63,8 +63,9 @@ class ScaleKDConfig:
     """Use the frequency view, the second of dual-view feature mimicking (ablation when false)."""
     tpp: bool = True
     """Run S3's projection through the teacher's frozen tail (false, an ablation: straight onto the last grid)."""
-    projector: Literal["cap", "linear"] = "cap"
-    """cap: cross attention projectors; linear: a 1x1 convolution, plain feature distillation (ablation)."""
+    projector: Literal["cap", "lite", "linear"] = "cap"
+    """cap: cross attention projectors; lite: cheap ones, one a tap for both views (not in the paper; docs/METHOD.md);
+    linear: a 1x1 convolution, plain feature distillation (ablation)."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss gets one minus it (0: no logit loss)."""
     temperature: float = 1.0
