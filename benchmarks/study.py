@@ -60,18 +60,20 @@ def dotted(options: tuple[str, ...]) -> list[str]:
     return [word for option in options for word in (f"--{option.partition('=')[0]}", option.partition("=")[2])]
 
 
-def teacher_options(setting: Setting, places: Places) -> list[str]:
-    """The weights of a teacher that the user gives."""
+def teacher_options(setting: Setting, name: str, places: Places) -> list[str]:
+    """The weights of a teacher that the user gives, or that this study has trained for a cache of its own."""
+    if CACHES[name].teacher_epochs:
+        return ["--teacher.weights", str(places.work / setting.name / "teachers" / f"{name}.safetensors")]
     if not setting.given or places.teacher_weights is None:
         return []
-    name = ["--teacher.name", places.teacher] if places.teacher else []
-    return ["--teacher.weights", places.teacher_weights, *name]
+    timm_name = ["--teacher.name", places.teacher] if places.teacher else []
+    return ["--teacher.weights", places.teacher_weights, *timm_name]
 
 
 def stage1_command(setting: Setting, name: str, places: Places, options: tuple[str, ...]) -> list[str]:
     """Arguments of `pipelines.cache_teacher` for one of `CACHES`; `options` are its own, resolved."""
     folder = places.work / setting.name / "caches"
-    words = ["--cache.path", str(folder / name), *teacher_options(setting, places)]
+    words = ["--cache.path", str(folder / name), *teacher_options(setting, name, places)]
     if CACHES[name].own_pixels:
         words += ["--recipe", setting.recipe, "--cache.num_views", str(setting.epochs), *dotted(setting.stage1)]
         words += ["--data.source", places.data] if setting.given and places.data else []
@@ -145,6 +147,7 @@ def make_cache(setting: Setting, name: str, places: Places) -> Path:
     from pipelines import cache_teacher
 
     print(f"  making the cache {setting.name}/{name}", flush=True)
+    train_teacher(setting, name, places)
     with Clock() as clock, reading(Arm(cache=name)):
         options = resolve(setting, name, places)
         argv = stage1_command(setting, name, places, options)
@@ -162,6 +165,19 @@ def make_cache(setting: Setting, name: str, places: Places) -> Path:
         },
     )  # fmt: skip
     return root
+
+
+def train_teacher(setting: Setting, name: str, places: Places) -> None:
+    """The demo's teacher of a cache that wants one trained for fewer epochs."""
+    epochs = CACHES[name].teacher_epochs
+    if not epochs:
+        return
+    from scalekd_cache.config import DataConfig
+    from scalekd_cache.demo_teacher import train_demo_teacher
+
+    file = Path(teacher_options(setting, name, places)[1])
+    if not file.exists():
+        train_demo_teacher(file, DataConfig(source="demo"), epochs=epochs)
 
 
 def resolve(setting: Setting, name: str, places: Places) -> tuple[str, ...]:
@@ -194,8 +210,9 @@ def train(setting: Setting, run: Run, places: Places, judges: dict[str, Any]) ->
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if setting.name not in judges:
         weights = places.teacher_weights if setting.given else None
-        judges[setting.name] = Judge(cache, weights, setting.judged)
-    held_out = None if arm.targets == "none" else judges[setting.name].losses(folder)
+        judges[setting.name] = Judge(make_cache(setting, "default", places), weights, setting.judged)
+    same_teacher = CACHES[arm.cache].teacher_epochs is None
+    held_out = judges[setting.name].losses(folder) if same_teacher and arm.targets != "none" else None
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line["loss"] for line in metrics if line.get("epoch") == setting.epochs - 1 and "loss" in line]
     return {

@@ -76,8 +76,8 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
         cosine = cache["fidelity"]["cosine_mean_removed"]["p1"]
         counts = [f"{sizes[part]:,.0f}" for part in ("features", "pixels", "total")]
         times = [f"{cache[clock]:.0f}" for clock in ("wall_s", "cpu_s")]
-        rows.append([cache["cache"], name, *counts, f"{cosine:.5f}", *times])
-    head = ["cache", "codec", "features, bytes", "pixels", "in all", "AC cosine p1", "made in s", "CPU s"]
+        rows.append([cache["cache"], name, f"{cache['teacher_top1']:.2f}", *counts, f"{cosine:.5f}", *times])
+    head = ["cache", "codec", "teacher %", "features, bytes", "pixels", "in all", "AC cosine p1", "made in s", "CPU s"]
     parts.append(table(head, rows))
     rows = []
     for student in dict.fromkeys(line["student"] for line in lines):

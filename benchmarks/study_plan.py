@@ -19,6 +19,8 @@ class CacheSpec(NamedTuple):
     """Draw and bake its own views (else the default cache's pixels are shared: the same views, bit for bit)."""
     dither: bool = True
     """Of a transform codec; false rounds to the nearest, when the cache is made and when it is read."""
+    teacher_epochs: int | None = None
+    """The demo's teacher, trained for so many epochs only (None: the setting's teacher)."""
 
 
 CACHES: dict[str, CacheSpec] = {
@@ -36,6 +38,7 @@ CACHES: dict[str, CacheSpec] = {
     },
     "lossless-pixels": CacheSpec(("views.pixel_format=png",), own_pixels=True),
     "jpeg-75": CacheSpec(("views.jpeg_quality=75",), own_pixels=True),
+    **{f"teacher-{epochs}-epochs": CacheSpec(teacher_epochs=epochs) for epochs in (2, 8)},
     "top-k": CacheSpec(("cache.logits=top_k", "cache.top_k=3")),
 }
 """`bits:` becomes `bytes:`, so many bits a value of the teacher's map; the search of CODEC=auto finds the noise."""
@@ -118,12 +121,13 @@ DEMO = Setting(
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     given=False,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 5),
+        Question("offline against online", "live", ("cached", "alone"), 8),
         Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
         Question("views, one", "cached", ("V=1",), 3),
         Question("heads", "cached", ("lite",), 3),
         Question("economy", "cached", ("economy",), 3),
         *_bits(2, 3, 4),
+        Question("teacher's training", "cached", ("teacher-2-epochs", "teacher-8-epochs"), 3),
         Question("views, more", "cached", ("V=2", "V=4"), 3),
         *_bits(1),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
@@ -138,11 +142,11 @@ CIFAR_SMALL = Setting(
     recipe="cifar10-small",
     epochs=4,
     student="test_resnet",
-    stage1=("data.max_samples=500",),
+    stage1=("data.max_samples=1000",),
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     judged=256,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 3),
+        Question("offline against online", "live", ("cached", "alone"), 5),
         Question("heads", "cached", ("lite",), 3),
         Question("views", "cached", ("V=1",), 3),
         *_bits(2, 3, 4),
