@@ -279,11 +279,16 @@ def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
 
 def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
-    before anything is decoded; UserError when they differ or the bytes are damaged."""
+    before anything is decoded; UserError when they differ or the bytes are damaged.
+
+    JPEGs are decoded by torchvision: the same libjpeg-turbo as Pillow's, without Pillow's copies (docs/LOG.md).
+    """
     try:
+        if jpeg_shape(data) == (size, size, 3):
+            return _decode_jpeg(data)
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             got = f"{picture.format}, {picture.mode}, {picture.width} x {picture.height} pixels"
-            if picture.format in ("JPEG", "PNG") and (picture.mode, picture.size) == ("RGB", (size, size)):
+            if picture.format == "PNG" and (picture.mode, picture.size) == ("RGB", (size, size)):
                 return np.array(picture)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         got = f"{len(data)} bytes: {type(error).__name__}: {error}"
@@ -293,6 +298,38 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
         expected=f"a JPEG or PNG file, RGB, {size} x {size} pixels",
         fix="the cache is damaged: verify it, and make the shard again",
     )
+
+
+def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
+    """(height, width, components) of a JPEG of 8 bits from its first frame header (ITU-T T.81, B.2.2); None for
+    anything else, and for a file that ends before it."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in (0xC0, 0xC1, 0xC2):
+            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            return (height, width, components) if precision == 8 else None
+        if marker == 0xDA or length < 2:  # the scan begins without a frame
+            return None
+        at += 2 + length
+    return None
+
+
+def _decode_jpeg(data: bytes | memoryview) -> Pixels:
+    import torch
+    from torchvision.io import decode_jpeg
+
+    try:
+        planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError as error:  # in C++, with the place in its source
+        raise ValueError(str(error).rpartition(", ")[2]) from error
+    pixels: Pixels = planes.permute(1, 2, 0).numpy()
+    return pixels
 
 
 def pixel_digest(pixels: Pixels) -> str:
