@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 from small_cache import CPU, make, options, shared_weights, write_weights
 
 from pipelines import plan as command
-from scalekd_cache import cache_teacher, planning, scalekd
+from scalekd_cache import cache_teacher, planning, projectors
 from scalekd_cache.codec import classes
 from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.costs import MetaTeacher, meta_teacher
@@ -143,7 +143,7 @@ def test_the_memory_of_a_step_is_that_of_a_real_one(kind, monkeypatch):
     with torch.device("meta"):
         meta = meta_teacher("demo_swin", 64, 10)
         counted = step_memory(training, meta, 64, 10)
-    monkeypatch.setattr(scalekd, "TINY_MAP", 0)  # a CPU's way around convolutions of tiny maps keeps more
+    monkeypatch.setattr(projectors, "TINY_MAP", 0)  # a CPU's way around convolutions of tiny maps keeps more
     real: MetaTeacher = meta_teacher("demo_swin", 64, 10)
     assert step_memory(training, real, 64, 10)["activations"] == pytest.approx(counted["activations"], rel=0.05)
     student = build_student(training.student, num_classes=10, image_size=64)
