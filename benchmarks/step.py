@@ -1,6 +1,6 @@
 """What does a distillation step cost beside the student alone, and does the cache hold it up?
 
-    python -m benchmarks.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 7] [--device cuda]
+    python -m benchmarks.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 5] [--device cuda]
 
 One process without DeepSpeed, SGD, the same micro-batch for all, in turn:
 alone (labels only); free (ScaleKD heads and random targets that lie on the device); cached (targets and pixels from a
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pair", nargs=3, action="append", metavar=("STUDENT", "TEACHER", "BATCH"))
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--workers", type=int, default=0)
     options = parser.parse_args(argv)
