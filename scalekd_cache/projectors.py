@@ -150,8 +150,9 @@ class CAP(nn.Module):
 class LiteCAP(nn.Module):
     """A cheap cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W).
 
-    CAP with what costs most made small: the 3x3 convolution is depthwise, attention works in dim / 4 channels, the FFN
-    is dim / 2 wide. Same order of operations, same scale of attention; not in the paper. One serves both views.
+    CAP in a quarter of the width: the student's map is brought to dim / 4 channels first, convolution and attention
+    work there, the FFN is dim / 2 wide. Same order of operations, same scale of attention; not in the paper. One
+    serves both views.
 
     Args: as of `CAP`; num_heads divides dim // 4 (`lite_width`).
     """
@@ -173,12 +174,12 @@ class LiteCAP(nn.Module):
         self.in_shape: Shape = (in_channels, *in_grid)
         self.query_shape: Shape = (dim, *query_grid)
         self.proj_student = nn.Sequential(
-            nn.Conv2d(in_channels, in_channels, 3, padding=1, groups=in_channels),
-            ChannelLayerNorm(in_channels) if layer_norm else nn.BatchNorm2d(in_channels),
+            nn.Conv2d(in_channels, width, 1),
+            Conv3x3(width),
+            ChannelLayerNorm(width) if layer_norm else nn.BatchNorm2d(width),
             nn.ReLU(),
         )
-        self.narrow = nn.Linear(in_channels, width)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, in_grid[0] * in_grid[1], width), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, width, *in_grid), std=0.02))
         self.pos_attention = CrossAttention(width, dim, width, num_heads, attention_scale)
         self.widen = nn.Linear(width, dim)
         self.norm = nn.LayerNorm(dim)
@@ -191,7 +192,7 @@ class LiteCAP(nn.Module):
         """Project x (B, in_channels, h, w) with the own query, or with the one handed in, (B, dim, H, W)."""
         assert x.shape[1:] == self.in_shape, (tuple(x.shape), self.in_shape)
         asked = query_tokens(self.query, query, self.query_shape)
-        tokens = self.narrow(self.proj_student(x).flatten(2).transpose(1, 2)) + self.pos_embed  # (B, h w, width)
+        tokens = (self.proj_student(x) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h w, width)
         y = self.norm(self.widen(self.pos_attention(tokens, asked)))
         return as_map(y + self.ffn(y), self.query_shape)
 

@@ -107,15 +107,18 @@ def dense_cap(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale:
 
 
 def dense_lite(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale: float, norm: str) -> Tensor:
-    """The lite projector from its equations: a convolution channel by channel, attention in a quarter of the width."""
-    filters, shifts = w["proj_student.0.weight"], w["proj_student.0.bias"]
-    z = torch.cat([F.conv2d(x[:, [c]], filters[[c]], shifts[[c]], padding=1) for c in range(x.shape[1])], 1)
-    kv = dense_norm(w, z, norm)
+    """The lite projector from its equations: first to a quarter of the width, then as CAP, then to the whole width."""
+    narrow = torch.einsum("bchw,dc->bdhw", x, w["proj_student.0.weight"][:, :, 0, 0])
+    narrow = narrow + w["proj_student.0.bias"][:, None, None]
+    z = F.conv2d(narrow, w["proj_student.1.weight"], w["proj_student.1.bias"], padding=1)
+    last = {
+        name.replace("proj_student.2", "proj_student.1"): value for name, value in w.items() if "_student.2" in name
+    }
+    kv = dense_norm(last, z, norm) + w["pos_embed"]
     grid = (query.shape[2], query.shape[3])
     outputs = []
     for sample in range(len(x)):
-        tokens = kv[sample].flatten(1).T @ w["narrow.weight"].T + w["narrow.bias"] + w["pos_embed"][0]
-        y = dense_attention(w, tokens, query[sample].flatten(1).T, heads, scale)
+        y = dense_attention(w, kv[sample].flatten(1).T, query[sample].flatten(1).T, heads, scale)
         outputs.append(dense_end(w, y @ w["widen.weight"].T + w["widen.bias"], grid))
     return torch.stack(outputs)
 
@@ -133,8 +136,8 @@ def test_projectors_equal_dense_references(
     for parameter in cap.parameters():  # no gain of one and no bias of zero that would hide a mistake
         parameter.data += 0.1 * torch.randn_like(parameter)
     if not layer_norm:
-        cap.proj_student[1].running_mean.normal_()
-        cap.proj_student[1].running_var.uniform_(0.5, 2)
+        cap.proj_student[-2].running_mean.normal_()
+        cap.proj_student[-2].running_var.uniform_(0.5, 2)
     cap.train(training)
     norm = "layer" if layer_norm else "batch" if training else "stored"
     x = torch.randn(batch, 5, 4, 3, dtype=torch.float64, requires_grad=True)
