@@ -18,12 +18,16 @@ from numcodecs import zstd
 from scalekd_cache.store.base import Payload, crc_input
 from scalekd_cache.store.files import NewFile, Written, write_new
 
+BLOCK_BYTES = 1 << 16
+"""Chunks smaller than this are cut out of blocks of about this size."""
+UINT32 = struct.Struct("<I").pack
+ENTRY = struct.Struct("<QQ").pack
 ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
 """Index entry of a chunk beyond the end of the array."""
 
 
 class ArrayWriter:
-    """A one-writer array that grows; at most a chunk of it is held.
+    """A one-writer array that grows; at most a chunk of it is held, or a block of small ones.
 
     Args:
         folder: the array's folder.
@@ -38,10 +42,12 @@ class ArrayWriter:
     def __init__(self, folder: Path, dtype: str, level: int | None, chunk_bytes: int, shard_bytes: int) -> None:
         self._folder, self._dtype, self._level = folder, np.dtype(dtype), level
         assert chunk_bytes % self._dtype.itemsize == 0, (chunk_bytes, dtype)
-        assert shard_bytes % chunk_bytes == 0, (shard_bytes, chunk_bytes)
         self._chunk_bytes, self._shard_chunks = chunk_bytes, shard_bytes // chunk_bytes
+        chunks = min(BLOCK_BYTES, shard_bytes) // chunk_bytes if level is None else 1
+        self._block_bytes = max(1, chunks) * chunk_bytes
+        assert shard_bytes % self._block_bytes == 0, (shard_bytes, chunk_bytes)
         self._pending: list[Payload] = []
-        self._missing_bytes = chunk_bytes
+        self._missing_bytes = self._block_bytes
         self._bytes = 0
         self._file: NewFile | None = None
         self._index: list[bytes] = []
@@ -56,7 +62,7 @@ class ArrayWriter:
             left = memoryview(data)
             self._pending.append(left[: self._missing_bytes])
             data = left[self._missing_bytes :]
-            self._write_chunk()
+            self._write_block()
         if len(data):
             self._pending.append(data)
             self._missing_bytes -= len(data)
@@ -65,8 +71,8 @@ class ArrayWriter:
         """Write the last chunk, the last index and the metadata; everything is fsynced."""
         assert self._bytes % self._dtype.itemsize == 0, (self._bytes, self._dtype)
         if self._pending:
-            self._pending.append(bytes(self._missing_bytes))
-            self._write_chunk()
+            self._pending.append(bytes(self._missing_bytes % self._chunk_bytes))
+            self._write_block()
         if not self.files:  # all of it lies in one file
             self._shard_chunks = max(1, len(self._index))
         if self._index:
@@ -79,26 +85,34 @@ class ArrayWriter:
         if self._file is not None:
             self._file.abandon()
 
-    def _write_chunk(self) -> None:
+    def _write_block(self) -> None:
+        """Whole chunks out of what is pending: one without a copy, or many small ones in a single write."""
+        pieces, self._pending, self._missing_bytes = self._pending, [], self._block_bytes
         if len(self._index) == self._shard_chunks:
             self._finish_file()
         if self._file is None:
             (self._folder / "c").mkdir(exist_ok=True)
             self._file = NewFile(self._folder / self._file_name())
-        start = self._file.bytes
-        if self._level is None:
-            pieces = [crc_input(piece) for piece in self._pending]
-            self._file.write(*pieces, struct.pack("<I", functools.reduce(google_crc32c.extend, pieces, 0)))
+        start, stored = self._file.bytes, self._chunk_bytes + 4
+        if self._level is not None:
+            frame = zstd.compress(b"".join(pieces), self._level, True)
+            stored, out, count = len(frame), [frame], 1
+        elif self._block_bytes == self._chunk_bytes:
+            out, count = [crc_input(piece) for piece in pieces], 1
+            out.append(UINT32(functools.reduce(google_crc32c.extend, out, 0)))
         else:
-            self._file.write(zstd.compress(b"".join(self._pending), self._level, True))
-        self._index.append(struct.pack("<QQ", start, self._file.bytes - start))
-        self._pending, self._missing_bytes = [], self._chunk_bytes
+            data = b"".join(pieces)
+            chunks = [data[at : at + self._chunk_bytes] for at in range(0, len(data), self._chunk_bytes)]
+            out = [b"".join([part for chunk in chunks for part in (chunk, UINT32(google_crc32c.value(chunk)))])]
+            count = len(chunks)
+        self._file.write(*out)
+        self._index += [ENTRY(start + place * stored, stored) for place in range(count)]
 
     def _finish_file(self) -> None:
         """End a shard file with its index: offset and length of every chunk, crc32c."""
         assert self._file is not None
         index = b"".join(self._index) + ABSENT * (self._shard_chunks - len(self._index))
-        self._file.write(index, struct.pack("<I", google_crc32c.value(index)))
+        self._file.write(index, UINT32(google_crc32c.value(index)))
         self.files[self._file_name()] = self._file.finish()
         self._file, self._index = None, []
 
