@@ -142,11 +142,11 @@ CIFAR_SMALL = Setting(
     recipe="cifar10-small",
     epochs=4,
     student="test_resnet",
-    stage1=("data.max_samples=1000",),
+    stage1=("data.max_samples=500",),
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     judged=256,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 5),
+        Question("offline against online", "live", ("cached", "alone"), 3),
         Question("heads", "cached", ("lite",), 3),
         Question("views", "cached", ("V=1",), 3),
         *_bits(2, 3, 4),
