@@ -192,8 +192,8 @@ bench-codec: $(BASE) ## Codecs on real features: CACHE=dir of a float32 cache, o
 	@$(PY) -m benchmarks.codecs $(if $(FEATURES),--features "$(FEATURES)" $(call option,IDS,ids),--cache "$(CACHE)") \
 	  $(call option,HEAD,head) --name "$(or $(NAME),demo)"
 
-BENCHES = store_throughput startup growth heads stage1 loader step whole_job
-GPU_BENCHES = heads stage1 step
+BENCHES = store_throughput startup growth codec_decode heads stage1 loader step whole_job
+GPU_BENCHES = heads stage1 step codec_decode
 
 bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 cores); BENCHES="store_throughput ..."
 	@for bench in $(BENCHES); do OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$bench || exit 1; done

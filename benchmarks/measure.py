@@ -144,6 +144,7 @@ def _put_table(name: str, table: str) -> None:
     start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
     head, found, rest = text.partition(start)
     assert found, f"{PAGE} has no place for {name}: add {start!r} and {end!r}"
-    _, found, tail = rest.partition(end)
+    old, found, tail = rest.partition(end)
     assert found, f"the place for {name} in {PAGE} has no end"
+    assert "<!--" not in old, f"the place for {name} in {PAGE} has no line of its own before its end"
     PAGE.write_text(head + start + table + end + tail)
