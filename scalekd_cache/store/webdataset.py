@@ -10,7 +10,6 @@ import functools
 import os
 import struct
 import tarfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -124,54 +123,48 @@ class Reader(ShardReader):
         """Records of these rows, in this order."""
         descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
         records: list[Record] = []
+        wanted, done = rows.tolist(), 0
         try:
-            for run in self._runs(rows.tolist()):
-                self._read_run(descriptor, run, records)
+            while done < len(wanted):
+                begun, done = done, done + 1
+                start, end = self._rows[wanted[begun]][0], self._end(wanted[begun])
+                while done < len(wanted) and wanted[done] == wanted[done - 1] + 1:  # neighbours lie together
+                    further = self._end(wanted[done])
+                    if further - start > RUN_BYTES:
+                        break
+                    done, end = done + 1, further
+                data = os.pread(descriptor, end - start, start)  # one buffer for a call of many was slower
+                if len(data) != end - start:
+                    where = self.keys[wanted[begun]]
+                    raise damaged("a shard ends early", f"{len(data)} bytes", end - start, self.where, where)
+                for row in wanted[begun:done]:
+                    records.append(self._record(row, data, start))
         finally:
             if descriptor != self._kept:
                 os.close(descriptor)
         return records
 
-    def _runs(self, rows: list[int]) -> Iterator[range]:
-        """Rows in the order given, cut where the next one is not the neighbour, or the run grows too long."""
-        if not rows:
-            return
-        first = previous = rows[0]
-        for row in rows[1:]:
-            if row != previous + 1 or self._end(row) - self._rows[first][0] > RUN_BYTES:
-                yield range(first, previous + 1)
-                first = row
-            previous = row
-        yield range(first, previous + 1)
-
     def _end(self, row: int) -> int:
         """Where a record ends: its features are last (the index was checked for that)."""
         return self._rows[row][2] + self._rows[row][5]
 
-    def _read_run(self, descriptor: int, run: range, records: list[Record]) -> None:
-        start = self._rows[run[0]][0]
-        size = self._end(run[-1]) - start
-        data = os.pread(descriptor, size, start)  # bytes of their own: one buffer for a call of many was slower
-        if len(data) != size:
-            raise damaged("a shard ends early", f"{len(data)} bytes", size, self.where, self.keys[run[0]])
-        buffer, shown = np.frombuffer(data, np.uint8), memoryview(data)
-        for row in run:
-            records.append(self._record(row, buffer, shown, start))
-
-    def _record(self, row: int, buffer: NDArray[np.uint8], shown: memoryview, start: int) -> Record:
-        """A record out of the buffer that holds the tar from `start`; `shown` is the same memory, read-only."""
+    def _record(self, row: int, data: bytes, start: int) -> Record:
+        """A record out of the tar's bytes from `start`, without a copy of what is large."""
         json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes, stored = self._rows[row]
-        target, pixels_at, features_at = shown[json_at - start :][:json_bytes], pixels_at - start, features_at - start
-        pixels = slice(pixels_at, pixels_at + pixels_bytes) if pixels_bytes else slice(0)
-        key = self.keys[row]
+        json_at, pixels_at, features_at = json_at - start, pixels_at - start, features_at - start
+        if not pixels_bytes:
+            pixels_at = 0
+        pixels_end, end, key = pixels_at + pixels_bytes, features_at + features_bytes, self.keys[row]
+        buffer, shown = np.frombuffer(data, np.uint8), memoryview(data)  # the first for crc32c, which takes no views
         try:
-            digest, size, label, view = cut_json(bytes(target))
-            logits_at, end = features_at + size, features_at + features_bytes
-            features, logits = slice(features_at, logits_at), slice(logits_at, end)
-            found = fields_crc(key.encode(), view, digest, label, buffer[pixels], buffer[features], buffer[logits])
+            digest, size, label, view = cut_json(data[json_at : json_at + json_bytes])
+            logits_at = features_at + size
+            found = fields_crc(key.encode(), view, digest, label, buffer[pixels_at:pixels_end],
+                               buffer[features_at:logits_at], buffer[logits_at:end])  # fmt: skip
             if found != stored:
                 self.check_crc(row, found)
-            return Record(key, label, view.decode(), digest.decode(), shown[pixels], shown[features], shown[logits])
+            return Record(key, label, view.decode(), digest.decode(), shown[pixels_at:pixels_end],
+                          shown[features_at:logits_at], shown[logits_at:end])  # fmt: skip
         except (ValueError, struct.error) as error:
             raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
 
@@ -207,10 +200,8 @@ def cut_json(text: bytes) -> tuple[bytes, int, int, bytes]:
 
     Cut at its names (a JSON parser takes four times as long): what is cut wrongly does not match the checksum.
     """
-    head, _, view = text.partition(b',"view":')
-    digest, _, facts = head.partition(b'","features_bytes":')
-    size, _, label = facts.partition(b',"label":')
-    return digest.removeprefix(b'{"digest":"'), int(size), int(label), view[:-1]
+    digest, size, label, view = text.split(b",", 3)
+    return digest[11:-1], int(size[17:]), int(label[8:]), view[7:-1]
 
 
 def member_header(name: str, size: int) -> bytes:
