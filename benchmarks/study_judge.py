@@ -96,7 +96,8 @@ def view_config(recipe: dict[str, Any]) -> ViewConfig:
 def noise_for_bytes(features: Tensor, wanted: float) -> float:
     """The noise at which a transform coder's records of held-out views take so many bytes (by the secant rule).
 
-    Half of the views fit the coder, the other half is counted. Within 1 % or after 8 fits.
+    Half of the views fit the coder, the other half is counted. Within 1 % or after 8 fits. ValueError for so few bytes
+    (or so many) that no noise below 1 (from 1e-4 on) gives them.
     """
     fitted, counted = features[::2].contiguous(), features[1::2].contiguous()
     state = fit_bases(fitted)
@@ -108,6 +109,8 @@ def noise_for_bytes(features: Tensor, wanted: float) -> float:
 
     low, high = 1e-4, 1.0
     bytes_low, bytes_high = size(low), size(high)
+    if not bytes_high <= wanted <= bytes_low:
+        raise ValueError(f"{wanted:.0f} bytes a view: the transform coder takes {bytes_high:.0f} to {bytes_low:.0f}")
     for _ in range(8):
         share = (bytes_low - wanted) / (bytes_low - bytes_high)
         middle = math.exp(math.log(low) + min(max(share, 0.05), 0.95) * math.log(high / low))

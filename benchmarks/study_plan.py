@@ -33,7 +33,7 @@ CACHES: dict[str, CacheSpec] = {
         f"{bits}-bit-{kind}": CacheSpec(
             ("cache.codec=auto", f"cache.codec_target=bits:{bits}"), dither=kind == "dithered"
         )
-        for bits in (4, 3, 2, 1)
+        for bits in (4, 3, 2)
         for kind in ("dithered", "rounded")
     },
     "lossless-pixels": CacheSpec(("views.pixel_format=png",), own_pixels=True),
@@ -63,7 +63,6 @@ ARMS: dict[str, Arm] = {
     "cached": Arm(),
     **{f"V={views}": Arm(views=views) for views in (1, 2, 4, 8, 16)},
     **{name: Arm(cache=name) for name in CACHES if name != "default"},
-    "1-bit-dithered-own-norms": Arm(cache="1-bit-dithered", norms="decoded"),
     "economy-own-norms": Arm(cache="economy", norms="decoded"),
     "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
     "linear-projector": Arm(
@@ -129,7 +128,6 @@ DEMO = Setting(
         *_bits(2, 3, 4),
         Question("teacher's training", "cached", ("teacher-2-epochs", "teacher-8-epochs"), 3),
         Question("views, more", "cached", ("V=2", "V=4"), 3),
-        *_bits(1),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
         Question("codecs", "cached", ("transform", "int4"), 3),
         Question("norms", "economy", ("economy-own-norms",), 3),
@@ -164,7 +162,7 @@ CIFAR = Setting(
         Question("views", "cached", ("V=1", "V=2", "V=4", "V=8"), 5),
         Question("heads", "cached", ("lite",), 5, CIFAR_STUDENTS[:2]),
         Question("codecs", "live", ("transform", "economy", "int4", "float16"), 5),
-        *_bits(1, 2, 3, 4, seeds=5),
+        *_bits(2, 3, 4, seeds=5),
         Question("norms", "economy", ("economy-own-norms",), 5),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 5),
         Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 5),

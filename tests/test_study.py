@@ -188,6 +188,8 @@ def test_arms_of_a_number_of_bits_have_these_bytes():
     codec = fit(features[::2].contiguous(), noise)
     records = codec.pack(codec.encode(features[1::2].contiguous(), torch.arange(64)).numpy())
     assert sum(map(len, records)) / 64 == pytest.approx(200, rel=0.03)
+    with pytest.raises(ValueError, match="20 bytes a view: the transform coder takes"):
+        noise_for_bytes(features, 20.0)
 
 
 def test_a_subset_has_as_many_of_each_class():
