@@ -120,7 +120,7 @@ DEMO = Setting(
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     given=False,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 8),
+        Question("offline against online", "live", ("cached", "alone"), 12),
         Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
         Question("views, one", "cached", ("V=1",), 3),
         Question("heads", "cached", ("lite",), 3),
@@ -133,6 +133,7 @@ DEMO = Setting(
         Question("norms", "economy", ("economy-own-norms",), 3),
         Question("pixels", "cached", ("lossless-pixels", "jpeg-75"), 3),
         Question("logits", "cached", ("top-k",), 3),
+        Question("smallest codec", "live", ("economy", "transform"), 12),
     ),
 )
 CIFAR_SMALL = Setting(
