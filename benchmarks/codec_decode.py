@@ -3,8 +3,8 @@
     python -m benchmarks.codec_decode [--batch 32] [--device cuda]
 
 Made-up maps of 1536 x 7 x 7 with correlated channels and positions, about as compressible as those of real layers of
-that width (docs/CODECS.md): 34 KB a view under `transform`. The lossless stage is what turns a record into a row,
-decoding is what turns rows into float32 maps and norms.
+that width (docs/CODECS.md: 34 KB a view under `transform`, these 38). The lossless stage is what turns a record into
+a row, decoding is what turns rows into float32 maps and norms.
 """
 
 import argparse

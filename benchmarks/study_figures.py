@@ -75,8 +75,9 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
         name = cache["codec"]["id"] + (f", noise {noise:g}" if noise else "") + ("" if cache["dither"] else ", rounded")
         cosine = cache["fidelity"]["cosine_mean_removed"]["p1"]
         counts = [f"{sizes[part]:,.0f}" for part in ("features", "pixels", "total")]
+        top1 = cache["teacher_top1"]
         times = [f"{cache[clock]:.0f}" for clock in ("wall_s", "cpu_s")]
-        rows.append([cache["cache"], name, f"{cache['teacher_top1']:.2f}", *counts, f"{cosine:.5f}", *times])
+        rows.append([cache["cache"], name, "-" if top1 is None else f"{top1:.2f}", *counts, f"{cosine:.5f}", *times])
     head = ["cache", "codec", "teacher %", "features, bytes", "pixels", "in all", "AC cosine p1", "made in s", "CPU s"]
     parts.append(table(head, rows))
     rows = []

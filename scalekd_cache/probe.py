@@ -119,8 +119,8 @@ def probe(
         full, full_json = _parts(Path(folder), 0)
         empty, empty_json = _parts(Path(folder), 1)
         zeros, usual_zeros = padding(unit_folder(Path(folder), 0, 0))
-    full["index"] -= zeros
-    empty["index"] += usual_zeros
+    empty["index"] += usual_zeros  # what a shard costs, in both
+    full["index"] += usual_zeros - zeros
     empty["index"] += full_json - empty_json  # the sidecar of a real unit: fidelity, all files
     count = len(drawn) * len(views)
     per_view = {part: (full[part] - empty[part]) / count for part in PARTS}

@@ -57,7 +57,7 @@ def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) 
         return max(heads for heads in range(1, most + 1) if dim % heads == 0)
     if given < 1 or dim % given:
         raise UserError(
-            f"option scalekd.{option} does not divide the teacher's width",
+            f"option scalekd.{option} does not divide the width of attention",
             got=given,
             expected=f"a divisor of {dim}",
             fix=f"change scalekd.{option}, or leave it out",

@@ -285,7 +285,10 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     """
     try:
         if jpeg_shape(data) == (size, size, 3):
-            return _decode_jpeg(data)
+            pixels = _decode_jpeg(data)
+            if pixels.shape != (size, size, 3):
+                raise ValueError(f"{pixels.shape}, not what its header says")
+            return pixels
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             got = f"{picture.format}, {picture.mode}, {picture.width} x {picture.height} pixels"
             if picture.format == "PNG" and (picture.mode, picture.size) == ("RGB", (size, size)):
@@ -314,7 +317,7 @@ def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
         if marker in (0xC0, 0xC1, 0xC2):
             precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
             return (height, width, components) if precision == 8 else None
-        if marker == 0xDA or length < 2:  # the scan begins without a frame
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:  # no segment, or the scan begins without a frame
             return None
         at += 2 + length
     return None

@@ -11,6 +11,7 @@ import yaml
 from commands import ROOT
 
 import scalekd_cache
+from benchmarks import measure
 
 
 def text_of(name):
@@ -30,6 +31,19 @@ def test_pre_commit_runs_the_checks_of_make_lint():
     hooks = [hook for repo in yaml.safe_load(text_of(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
     lint = re.search(r"^lint:.*\n\t(.*)", text_of("Makefile"), re.MULTILINE)[1]
     assert [hook["entry"].split()[0:2][0] for hook in hooks] == re.findall(r"-m (\w+)", lint)
+
+
+def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    names = {name for file in scripts for line in re.findall(r"publish\((.*)", file.read_text(encoding="utf-8"))
+             for name in re.findall(r'"([a-z0-9-]+)"', line.partition("figures")[0])} - {"cuda"}  # fmt: skip
+    assert {"store", "heads-gpu", "codec-decode"} <= names
+    page = tmp_path / "page.md"
+    shutil.copyfile(measure.PAGE, page)
+    monkeypatch.setattr(measure, "PAGE", page)
+    for name in names:
+        measure._put_table(name, f"the table of {name}")
+    assert all(f"the table of {name}\n<!-- end -->" in page.read_text(encoding="utf-8") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -48,6 +48,7 @@ def assert_close(found, cache, within=0.03):
     assert found.bytes_per_view["total"] == pytest.approx(stored["total"], rel=within)
     for part in ("features", "target", "pixels"):
         assert found.bytes_per_view[part] == pytest.approx(stored[part], rel=within, abs=1)
+    assert found.bytes_per_view["index"] == pytest.approx(stored["index"], rel=0.1, abs=10)
     assert found.total_bytes == pytest.approx(on_disk(cache.root), rel=within)
     assert found.images * found.views == cache.manifest.num_samples * cache.manifest.num_views
 

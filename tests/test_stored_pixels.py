@@ -41,7 +41,22 @@ def test_fill_bytes_before_a_marker():
 
 JPEG = encoded(PHOTOGRAPH, "JPEG", quality=90)
 FRAME = JPEG.index(b"\xff\xc0")
+LARGE = encoded(PHOTOGRAPH.resize((600, 600)), "JPEG")
+
+
+def hidden(marker):
+    """The large image behind a marker that has no length: whoever takes the next two bytes for one (ff fe, 65,534)
+    passes the true header by and lands on a small one, which lies in a comment."""
+    comment = b"\xff\xfe" + struct.pack(">H", 65_000) + bytes(64_998)
+    start = LARGE[:2] + bytes([0xFF, marker]) + comment
+    inside = bytes(4 + 0xFFFE - len(start) - 4) + JPEG[FRAME : FRAME + 19] + bytes(40)
+    data = start + b"\xff\xfe" + struct.pack(">H", len(inside) + 2) + inside + LARGE[2:]
+    assert data[4 + 0xFFFE :].startswith(JPEG[FRAME : FRAME + 19])
+    return data
+
+
 OTHERS = {
+    **{f"marker {marker:02x} without a length": hidden(marker) for marker in (0x00, 0x01, 0xD0, 0xD7, 0xD8)},
     "nothing": b"",
     "two bytes": JPEG[:2],
     "no frame": JPEG[: FRAME + 6],

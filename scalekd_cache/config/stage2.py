@@ -46,7 +46,7 @@ class ScaleKDConfig:
     heads_s3: int | None = None
     """Attention heads of the S3 projector (None: the teacher's widths over 48, 16 for Swin-L; lite: of a quarter)."""
     heads_s4: int | None = None
-    """Attention heads of the S4 projector (None: the teacher's widths over 64, 24 for Swin-L)."""
+    """Attention heads of the S4 projector (None: the teacher's widths over 64, 24 for Swin-L; lite: of a quarter)."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, else batch norm
     (upstream has batch norm for ViT students too)."""

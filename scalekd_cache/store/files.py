@@ -49,7 +49,7 @@ class Written(NamedTuple):
 class NewFile:
     """A new file that keeps the length and crc32c of all that was written; nothing is copied on the way.
 
-    At most `WAITING_BYTES` and a piece wait in memory.
+    At most `WAITING_BYTES` and a piece wait in memory, and whatever the pieces are views of.
     """
 
     def __init__(self, path: Path) -> None:

@@ -200,8 +200,10 @@ def cut_json(text: bytes) -> tuple[bytes, int, int, bytes]:
 
     Cut at its names (a JSON parser takes four times as long): what is cut wrongly does not match the checksum.
     """
-    digest, size, label, view = text.split(b",", 3)
-    return digest[11:-1], int(size[17:]), int(label[8:]), view[7:-1]
+    head, _, view = text.partition(b',"view":')
+    digest, _, facts = head.partition(b'","features_bytes":')
+    size, _, label = facts.partition(b',"label":')
+    return digest.removeprefix(b'{"digest":"'), int(size), int(label), view[:-1]
 
 
 def member_header(name: str, size: int) -> bytes:

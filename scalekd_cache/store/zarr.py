@@ -38,7 +38,7 @@ FLAT = ("features", "pixels", "target", "logits")
 
 
 class Writer(ShardWriter):
-    """Holds at most one chunk of each array in memory."""
+    """Holds at most one chunk, or a block of small ones, of each array, and what its files gather (`NewFile`)."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
