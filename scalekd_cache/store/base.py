@@ -5,6 +5,7 @@ Invariant: both backends store the same records with the same crc32c, and a read
 never zeros, never fewer.
 """
 
+import functools
 import importlib
 import struct
 from abc import ABC, abstractmethod
@@ -24,6 +25,8 @@ FORMAT_VERSION = 1
 MAX_UNIT_SAMPLES = 65_536
 """Most records in a shard; a file that claims more is refused before anything is allocated."""
 MAX_KEY_BYTES = 1024
+RUN_BYTES = 1 << 20
+"""Neighbouring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
 CRC: Callable[[int, Any], int] = google_crc32c.extend
 UINT32 = struct.Struct("<I").pack
 LABEL = struct.Struct("<IqI").pack
@@ -68,7 +71,7 @@ class ShardSummary(NamedTuple):
     """What a shard writer has made."""
 
     files: dict[str, Written]
-    """Files by name relative to the unit's folder, all fsynced."""
+    """Files by name relative to the unit's folder."""
     payload: dict[str, int]
     """Bytes of records: pixels, features and target (label, view, digest, logits); all else is index."""
 
@@ -86,7 +89,7 @@ class ShardWriter(ABC):
 
     @abstractmethod
     def finish(self) -> ShardSummary:
-        """Write what is left, fsync every file (folders are the caller's)."""
+        """Write what is left and begin with its way to the medium; the fsync of files and folders is the caller's."""
 
     @abstractmethod
     def abandon(self) -> None:
@@ -178,6 +181,16 @@ def fields_crc(key: bytes, view: bytes, digest: bytes, label: int, pixels: Any, 
 def crc_input(data: Payload) -> Any:
     """What google_crc32c takes without a copy: it refuses memoryviews."""
     return data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
+
+
+@functools.cache
+def keep_freed_memory() -> None:
+    """Let malloc keep what a batch of records gives back, for the next one: new pages cost four times the read.
+
+    glibc keeps at the top of its heap twice the largest block that was ever freed, up to 64 MiB, and 128 KiB before the
+    first one (mallopt(3), M_MMAP_THRESHOLD). The block is not touched. A process that trains has freed one anyway.
+    """
+    np.empty(31 << 20, np.uint8)
 
 
 def check_key(key: str, where: object) -> str:

@@ -83,11 +83,14 @@ class NewFile:
         if self.bytes - self._handed_over >= HAND_OVER_BYTES:
             self._hand_over()
 
-    def finish(self) -> Written:
-        """Fsync, close."""
+    def finish(self, *, sync: bool = True) -> Written:
+        """Write the rest, fsync, close. Without `sync` the disk only begins: the caller fsyncs the path."""
         if self._waiting:
             self._flush()
-        fsync(self._descriptor)
+        if sync:
+            fsync(self._descriptor)
+        else:
+            self._hand_over()
         self.abandon()
         return Written(self.bytes, self._crc)
 
@@ -118,12 +121,12 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_new(path: Path, data: bytes) -> Written:
-    """A small file in one go."""
+def write_new(path: Path, data: bytes, *, sync: bool = True) -> Written:
+    """A small file in one go; `sync` as in `NewFile.finish`."""
     file = NewFile(path)
     try:
         file.write(data)
-        return file.finish()
+        return file.finish(sync=sync)
     finally:
         file.abandon()
 

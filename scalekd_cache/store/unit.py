@@ -205,6 +205,8 @@ class UnitWriter:
         """One shard to the medium and back: every byte, then every record through the reader that students will use."""
         writer = self._writers[view]
         summary = writer.finish()
+        for name in summary.files:  # all are on their way: the first waits for the journal, the others hardly
+            fsync_path(self._temp / name)
         facts = read_back(self._temp, summary.files)
         shard = ShardId(self.info.group, self.info.range_id, view)
         reader = shard_reader(self.info.backend, self._temp, shard, self._keys)

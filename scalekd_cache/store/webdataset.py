@@ -6,7 +6,6 @@ or host, so equal records give equal bytes.
 We read by index and pread; the tar is never extracted and its headers are never trusted.
 """
 
-import functools
 import os
 import struct
 import tarfile
@@ -17,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import (
+    RUN_BYTES,
     Record,
     ShardId,
     ShardReader,
@@ -25,6 +25,7 @@ from scalekd_cache.store.base import (
     crc_input,
     damaged,
     fields_crc,
+    keep_freed_memory,
     record_crc,
 )
 from scalekd_cache.store.files import NewFile, write_new
@@ -35,8 +36,6 @@ from scalekd_cache.store.remote import descriptor_of
 BLOCK = 512
 PNG_MAGIC = b"\x89PNG"
 PADDING = [bytes(count) for count in range(BLOCK)]
-RUN_BYTES = 1 << 20
-"""Neighbouring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
 
 
 class Writer(ShardWriter):
@@ -78,10 +77,10 @@ class Writer(ShardWriter):
     def finish(self) -> ShardSummary:
         """End the tar (two empty blocks), then the index."""
         self._tar.write(bytes(2 * BLOCK))
-        tar = self._tar.finish()
+        tar = self._tar.finish(sync=False)
         index = pack_index(np.array(self._rows, ROW), self.shard, tar.bytes)
         stem = f"v{self.shard.view:04d}"
-        files = {f"{stem}.tar": tar, f"{stem}.idx": write_new(self.folder / f"{stem}.idx", index)}
+        files = {f"{stem}.tar": tar, f"{stem}.idx": write_new(self.folder / f"{stem}.idx", index, sync=False)}
         return ShardSummary(files, self._payload)
 
     def abandon(self) -> None:
@@ -94,7 +93,7 @@ class Reader(ShardReader):
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
-        _keep_freed_memory()
+        keep_freed_memory()
         self._kept = -1
         try:
             descriptor = descriptor_of(self.where)
@@ -173,16 +172,6 @@ class Reader(ShardReader):
         descriptor, self._kept = getattr(self, "_kept", -1), -1
         if descriptor >= 0:
             os.close(descriptor)
-
-
-@functools.cache
-def _keep_freed_memory() -> None:
-    """Let malloc keep what a batch of records gives back, for the next one: new pages cost four times the read.
-
-    glibc keeps at the top of its heap twice the largest block that was ever freed, up to 64 MiB, and 128 KiB before the
-    first one (mallopt(3), M_MMAP_THRESHOLD). The block is not touched. A process that trains has freed one anyway.
-    """
-    np.empty(31 << 20, np.uint8)
 
 
 def member_json(record: Record) -> bytes:

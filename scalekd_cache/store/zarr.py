@@ -22,6 +22,7 @@ from scalekd_cache.store.base import (
     crc_input,
     damaged,
     fields_crc,
+    keep_freed_memory,
     record_crc,
 )
 from scalekd_cache.store.path import StoredPath
@@ -94,6 +95,7 @@ class Reader(ShardReader):
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
+        keep_freed_memory()
         attributes = read_attributes(self.where)
         expected = {"scalekd_cache": 1, **shard._asdict()}
         if attributes != expected:

@@ -17,7 +17,7 @@ import numpy as np
 from numcodecs import zstd
 from numpy.typing import NDArray
 
-from scalekd_cache.store.base import damaged
+from scalekd_cache.store.base import RUN_BYTES, damaged
 from scalekd_cache.store.files import read_json
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import descriptor_of
@@ -103,12 +103,21 @@ class ShardedArray:
         return self._plain_spans(spans) if self.plain else self._decoded_spans(spans)
 
     def _plain_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
+        """Neighbours are read at once, up to `RUN_BYTES`."""
         files: dict[int, int] = {}
+        cut: list[memoryview] = []
+        row, done = self.row_bytes, 0
         try:
-            return [self._plain_span(start * self.row_bytes, stop * self.row_bytes, files) for start, stop in spans]
+            while done < len(spans):
+                begun, (start, end), done = done, spans[done], done + 1
+                while done < len(spans) and spans[done][0] == end and (spans[done][1] - start) * row <= RUN_BYTES:
+                    done, end = done + 1, spans[done][1]
+                data = self._plain_span(start * row, end * row, files)
+                cut += [data[(first - start) * row : (last - start) * row] for first, last in spans[begun:done]]
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
+        return cut
 
     def _plain_span(self, at: int, end: int, files: dict[int, int]) -> memoryview:
         """Bytes `at` to `end` of the array; of each file in one read, out of which the chunks' checksums are cut."""

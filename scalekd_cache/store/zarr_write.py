@@ -68,7 +68,7 @@ class ArrayWriter:
             self._missing_bytes -= len(data)
 
     def finish(self) -> None:
-        """Write the last chunk, the last index and the metadata; everything is fsynced."""
+        """Write the last chunk, the last index and the metadata; the caller fsyncs them."""
         assert self._bytes % self._dtype.itemsize == 0, (self._bytes, self._dtype)
         if self._pending:
             self._pending.append(bytes(self._missing_bytes % self._chunk_bytes))
@@ -78,7 +78,7 @@ class ArrayWriter:
         if self._index:
             self._finish_file()
         text = json.dumps(self._metadata(), indent=2) + "\n"
-        self.files["zarr.json"] = write_new(self._folder / "zarr.json", text.encode())
+        self.files["zarr.json"] = write_new(self._folder / "zarr.json", text.encode(), sync=False)
 
     def abandon(self) -> None:
         """Close what is open."""
@@ -113,7 +113,7 @@ class ArrayWriter:
         assert self._file is not None
         index = b"".join(self._index) + ABSENT * (self._shard_chunks - len(self._index))
         self._file.write(index, UINT32(google_crc32c.value(index)))
-        self.files[self._file_name()] = self._file.finish()
+        self.files[self._file_name()] = self._file.finish(sync=False)
         self._file, self._index = None, []
 
     def _file_name(self) -> str:
@@ -153,4 +153,4 @@ def write_group(folder: Path, attributes: dict[str, Any]) -> Written:
     """The zarr.json of a group with these attributes."""
     folder.mkdir()
     meta = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
-    return write_new(folder / "zarr.json", (json.dumps(meta, indent=2) + "\n").encode())
+    return write_new(folder / "zarr.json", (json.dumps(meta, indent=2) + "\n").encode(), sync=False)
