@@ -174,7 +174,7 @@ def random_reads(folder: Path, count: int, repeats: int) -> Measured:
         pread_blocks=bare_blocks,
     )
     os.close(descriptor)
-    gap = "crc32c of 97 KB (4 us) and 4 us of Python beside the pread (8 us): 0.65 without any Python"
+    gap = "crc32c of 97 KB (4 us) and 3 us of Python beside the pread (8 us): 0.65 without any Python"
     one = {"amount": count, "unit": "records/s", "goal": "0.5", "gap": gap}
     return [
         ratio("random records webdataset, 64 a call / pread", seconds, "batches", "pread", **one),

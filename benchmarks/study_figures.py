@@ -22,12 +22,15 @@ SETTINGS = {setting.name: setting for form in FORMS.values() for setting in form
 
 
 def load(results: Path, setting: str) -> list[Line]:
-    """A setting's lines, with the feature part of the held-out loss as a value of its own."""
+    """A setting's lines, with the feature part of the held-out loss as a value of its own.
+
+    None for an arm that leaves a term out: a sum of fewer terms is no better.
+    """
     lines = read_lines(results / f"{setting}.jsonl")
     for line in lines:
         terms = line["held_out"] or {}
         values = [value for name, value in terms.items() if name.startswith("s")]
-        line["held_out_features"] = sum(values) if values else None
+        line["held_out_features"] = sum(values) if values and all(values) else None
     return lines
 
 

@@ -105,7 +105,7 @@ def read_tar(stem, place, keys):
     tar = stem.with_suffix(".tar").read_bytes()
     index = stem.with_suffix(".idx").read_bytes()
     magic, header, row_bytes, group, range_id, view, zero, count, tar_bytes = struct.unpack_from("<8sIIIIIIQQ", index)
-    assert (magic, header, row_bytes, zero) == (b"SKDCIDX1", 48, 40, 0)
+    assert (magic, header, row_bytes, zero) == (b"SKDCIDX2", 48, 40, 0)
     assert ((group, range_id, view), count, tar_bytes) == (place, len(keys), len(tar))
     members = read_members(stem.with_suffix(".tar"))
     for number, key in enumerate(keys):
@@ -117,9 +117,10 @@ def read_tar(stem, place, keys):
         text = target.decode()
         fields = json.loads(text)
         cut = fields["features_bytes"]
-        record = (key, fields["label"], view_text(text), fields["digest"], pixels, features[:cut], features[cut:])
-        assert record_crc(*record) == crc
-        yield record
+        stretch = tar[places[0] : places[2] + places[5]]
+        row = index[header + number * row_bytes : header + number * row_bytes + 36]
+        assert google_crc32c.value(key.encode() + row + stretch) == crc
+        yield key, fields["label"], view_text(text), fields["digest"], pixels, features[:cut], features[cut:]
 
 
 def read_members(path):

@@ -9,6 +9,7 @@ import sys
 import time
 
 import numpy as np
+import fsspec.registry
 import pytest
 from servers import faulty_server
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
@@ -293,6 +294,9 @@ def test_a_file_url_is_a_folder(whole, tmp_path):
                                                       ("https://h/c", "aiohttp", "remote")])  # fmt: skip
 def test_a_missing_package_is_named_with_the_command(url, module, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
+    for name in ("http", "https", "s3", "gs"):  # an earlier test may have loaded them
+        monkeypatch.delitem(fsspec.registry._registry, name, raising=False)
+    monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     with pytest.raises(UserError, match=re.escape(f'pip install "scalekd-cache[{extra}]"')):
         Cache.open(url)
 

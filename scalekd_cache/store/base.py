@@ -1,8 +1,8 @@
 """The contract between a cache and its file formats: records, their checksum, shard writers and shard readers.
 
 In: records of one view of a contiguous range of images. Out: one shard, in the format of a backend.
-Invariant: both backends store the same records with the same crc32c, and a reader gives back exactly those or raises:
-never zeros, never fewer.
+Invariant: both backends store the same records, each with a crc32c of all that a reader goes by, and a reader gives
+back exactly those or raises: never zeros, never fewer.
 """
 
 import functools

@@ -6,8 +6,8 @@ or host, so equal records give equal bytes.
 We read by index and pread; the tar is never extracted and its headers are never trusted.
 """
 
+import functools
 import os
-import struct
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import (
+    CRC,
     RUN_BYTES,
     Record,
     ShardId,
@@ -24,12 +25,10 @@ from scalekd_cache.store.base import (
     ShardWriter,
     crc_input,
     damaged,
-    fields_crc,
     keep_freed_memory,
-    record_crc,
 )
 from scalekd_cache.store.files import NewFile, write_new
-from scalekd_cache.store.index import ROW, load_index, pack_index
+from scalekd_cache.store.index import PLACES, PLACES_BYTES, ROW, load_index, pack_index
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import descriptor_of
 
@@ -49,7 +48,7 @@ class Writer(ShardWriter):
 
     def append(self, record: Record) -> None:
         """Two or three members, in one write."""
-        crc, target = record_crc(record), member_json(record)
+        target = member_json(record)
         pixels, features, logits = map(crc_input, (record.pixels, record.features, record.logits))
         pieces: list[Any] = []
         json_offset = self._member(pieces, self._tar.bytes, record.key + ".json", target)
@@ -60,9 +59,11 @@ class Writer(ShardWriter):
             end = pixels_offset + len(pixels)
         features_offset = self._member(pieces, end, record.key + ".features", features, logits)
         sizes = (len(target), len(pixels), len(features) + len(logits))
+        places = (json_offset, pixels_offset, features_offset, *sizes)
+        crc = functools.reduce(CRC, pieces[2:], stretch_crc(record.key, PLACES(*places)))  # from the JSON on
         pieces.append(PADDING[-sizes[2] % BLOCK])
         self._tar.write(*pieces)
-        self._rows.append((json_offset, pixels_offset, features_offset, *sizes, crc))
+        self._rows.append((*places, crc))
         self.crcs.append(crc)
         for kind, size in zip(self._payload, (len(pixels), len(features), len(target) + len(logits)), strict=True):
             self._payload[kind] += size
@@ -107,6 +108,11 @@ class Reader(ShardReader):
         index = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
         self._crcs = np.ascontiguousarray(index["crc32c"])
         self._rows: list[tuple[int, ...]] = index.tolist()
+        raw = memoryview(index.tobytes())
+        self._seeds = [
+            stretch_crc(key, bytes(raw[at : at + PLACES_BYTES]))
+            for key, at in zip(keys, range(0, len(raw), ROW.itemsize), strict=True)
+        ]
 
     @property
     def crcs(self) -> NDArray[np.uint32]:
@@ -126,9 +132,9 @@ class Reader(ShardReader):
         try:
             while done < len(wanted):
                 begun, done = done, done + 1
-                start, end = self._rows[wanted[begun]][0], self._end(wanted[begun])
+                start, end = self._stretch(wanted[begun])
                 while done < len(wanted) and wanted[done] == wanted[done - 1] + 1:  # neighbours lie together
-                    further = self._end(wanted[done])
+                    _, further = self._stretch(wanted[done])
                     if further - start > RUN_BYTES:
                         break
                     done, end = done + 1, further
@@ -136,42 +142,56 @@ class Reader(ShardReader):
                 if len(data) != end - start:
                     where = self.keys[wanted[begun]]
                     raise damaged("a shard ends early", f"{len(data)} bytes", end - start, self.where, where)
-                for row in wanted[begun:done]:
-                    records.append(self._record(row, data, start))
+                records += self._cut(wanted[begun:done], data, start)
         finally:
             if descriptor != self._kept:
                 os.close(descriptor)
         return records
 
-    def _end(self, row: int) -> int:
-        """Where a record ends: its features are last (the index was checked for that)."""
-        return self._rows[row][2] + self._rows[row][5]
+    def _stretch(self, row: int) -> tuple[int, int]:
+        """Where a record begins and ends in the tar: its features are last (the index was checked for that)."""
+        places = self._rows[row]
+        return places[0], places[2] + places[5]
 
-    def _record(self, row: int, data: bytes, start: int) -> Record:
-        """A record out of the tar's bytes from `start`, without a copy of what is large."""
-        json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes, stored = self._rows[row]
-        json_at, pixels_at, features_at = json_at - start, pixels_at - start, features_at - start
-        if not pixels_bytes:
-            pixels_at = 0
-        pixels_end, end, key = pixels_at + pixels_bytes, features_at + features_bytes, self.keys[row]
-        buffer, shown = np.frombuffer(data, np.uint8), memoryview(data)  # the first for crc32c, which takes no views
-        try:
-            digest, size, label, view = cut_json(data[json_at : json_at + json_bytes])
-            logits_at = features_at + size
-            found = fields_crc(key.encode(), view, digest, label, buffer[pixels_at:pixels_end],
-                               buffer[features_at:logits_at], buffer[logits_at:end])  # fmt: skip
+    def _cut(self, rows: list[int], data: bytes, start: int) -> list[Record]:
+        """Records that follow each other in the tar's bytes from `start`; what is large is not copied."""
+        records, shown = [], memoryview(data)
+        buffer: Any = data if len(rows) == 1 else np.frombuffer(data, np.uint8)  # crc32c takes no memoryviews
+        for row in rows:
+            json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes, stored = self._rows[row]
+            pixels_at = pixels_at - start if pixels_bytes else 0
+            json_at, features_at, key = json_at - start, features_at - start, self.keys[row]
+            end = features_at + features_bytes
+            found = CRC(self._seeds[row], buffer if len(rows) == 1 else buffer[json_at:end])
             if found != stored:
                 self.check_crc(row, found)
-            return Record(key, label, view.decode(), digest.decode(), shown[pixels_at:pixels_end],
-                          shown[features_at:logits_at], shown[logits_at:end])  # fmt: skip
-        except (ValueError, struct.error) as error:
-            raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
+            try:
+                digest, size, label, view = cut_json(data[json_at : json_at + json_bytes])
+                if not 0 <= size <= features_bytes:
+                    raise ValueError(f"{size} bytes of features in a member of {features_bytes}")
+                logits_at = features_at + size
+                pixels = shown[pixels_at : pixels_at + pixels_bytes]
+                features, logits = shown[features_at:logits_at], shown[logits_at:end]
+                records.append(Record(key, label, view.decode(), digest.decode(), pixels, features, logits))
+            except ValueError as error:
+                raise damaged(
+                    "a record's JSON cannot be read", repr(error), "what was written", self.where, key
+                ) from error
+        return records
 
     def close(self) -> None:
         """Close the tar."""
         descriptor, self._kept = getattr(self, "_kept", -1), -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def stretch_crc(key: str, places: bytes) -> int:
+    """The beginning of a record's checksum: its key and the first 36 bytes of its index row.
+
+    Its stretch of the tar follows. The row says what is what in it, so nothing that a reader goes by is left out.
+    """
+    return CRC(CRC(0, key.encode()), places)
 
 
 def member_json(record: Record) -> bytes:
@@ -187,7 +207,7 @@ def member_json(record: Record) -> bytes:
 def cut_json(text: bytes) -> tuple[bytes, int, int, bytes]:
     """Digest, bytes of the features, label and view record out of the text of `member_json`.
 
-    Cut at its names (a JSON parser takes four times as long): what is cut wrongly does not match the checksum.
+    Cut at its names (a JSON parser takes four times as long).
     """
     head, _, view = text.partition(b',"view":')
     digest, _, facts = head.partition(b'","features_bytes":')
