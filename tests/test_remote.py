@@ -1,5 +1,6 @@
 """A cache behind a URL: right records or an error that names file and reason, whatever the server does."""
 
+import importlib
 import multiprocessing
 import os
 import pickle
@@ -9,7 +10,6 @@ import sys
 import time
 
 import numpy as np
-import fsspec.registry
 import pytest
 from servers import faulty_server
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
@@ -294,8 +294,9 @@ def test_a_file_url_is_a_folder(whole, tmp_path):
                                                       ("https://h/c", "aiohttp", "remote")])  # fmt: skip
 def test_a_missing_package_is_named_with_the_command(url, module, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
+    fsspec_registry = importlib.import_module("fsspec.registry")  # fsspec.registry is a mapping
     for name in ("http", "https", "s3", "gs"):  # an earlier test may have loaded them
-        monkeypatch.delitem(fsspec.registry._registry, name, raising=False)
+        monkeypatch.delitem(fsspec_registry._registry, name, raising=False)
     monkeypatch.delitem(sys.modules, "fsspec.implementations.http", raising=False)
     with pytest.raises(UserError, match=re.escape(f'pip install "scalekd-cache[{extra}]"')):
         Cache.open(url)
