@@ -1,11 +1,12 @@
-"""Whole commands and readers against real servers: nginx, which serves ranges, and an S3-compatible one."""
+"""Whole commands and readers against real servers: nginx, which serves ranges, and those of S3 and Google Cloud."""
 
 import shutil
 import urllib.request
+from urllib.parse import quote
 
 import pytest
 from commands import ENV, STUDENT, TRAIN_OPTIONS, assert_same_losses, distill_flags, make, run
-from servers import nginx
+from servers import free_port, nginx
 from small_cache import copy_of_cache, shared_cache
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
 
@@ -45,6 +46,31 @@ def s3(tmp_path_factory):
         client = boto3.client("s3")
         client.create_bucket(Bucket="bucket")
         yield client
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def gs():
+    """A server that speaks Google Cloud Storage's interface, found by the environment alone; uploads a folder."""
+    pytest.importorskip("gcsfs")
+    emulator = pytest.importorskip("gcp_storage_emulator.server")
+    port = free_port()
+    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
+    server.start()
+    site = f"http://127.0.0.1:{port}"
+
+    def put(folder, prefix):
+        for path in folder.rglob("*"):
+            if path.is_file():
+                name = quote(f"{prefix}/{path.relative_to(folder).as_posix()}", safe="")
+                url = f"{site}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+                header = {"Content-Type": "application/octet-stream"}
+                urllib.request.urlopen(urllib.request.Request(url, path.read_bytes(), header)).close()
+        return f"gs://bucket/{prefix}"
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", site)
+        yield put
     server.stop()
 
 
@@ -119,6 +145,21 @@ def test_make_verify_on_s3(s3, tmp_path):
     assert "whole (every byte checked" in make("verify", CACHE=url, DEEP=1)
     s3.delete_object(Bucket="bucket", Key="whole/tail.safetensors")
     assert "tail.safetensors: missing" in run("verify", "--cache", url, status=1)
+
+
+def test_a_cache_on_gs(gs, tmp_path):
+    folder = write_cache(tmp_path / "cache", "webdataset")
+    url = gs(folder, "shards")
+    cache = Cache.open(url)
+    for view in range(3):
+        assert cache.read(ALL, view) == expected(view)
+    assert verify_cache(url, deep=True) == []
+    tar = folder / "units/g000-r00001/v0001.tar"
+    tar.write_bytes(tar.read_bytes()[:-1024])
+    gs(folder, "shards")
+    assert [problem.where for problem in verify_cache(url)] == ["units/g000-r00001/v0001.tar"]
+    with pytest.raises(UserError, match="not a finished cache"):
+        Cache.open("gs://bucket/nothing")
 
 
 def test_make_verify_refuses_a_command(tmp_path):
