@@ -73,10 +73,9 @@ def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def join_symbols(planes: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """What `split_symbols` made -> (B, n) int16 symbols."""
-    count, start, low = sum(segment.count for segment in segments), 0, 0
-    symbols = torch.empty(len(planes), count, dtype=torch.int16, device=planes.device)
+def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -> None:
+    """What `split_symbols` made -> `symbols`, (B, n) of a type that holds 16-bit numbers."""
+    start, low = 0, 0
     for segment in segments:
         part, into = planes[:, low : low + segment.bytes], symbols[:, start : start + segment.count]
         start, low = start + segment.count, low + segment.bytes
@@ -88,10 +87,11 @@ def join_symbols(planes: Tensor, segments: Sequence[Segment]) -> Tensor:
             offset, mask = 1 << segment.bits - 1, (1 << segment.bits) - 1
             for place, piece in enumerate(torch.split(into, segment.bytes, dim=1)):
                 digit = part[:, : piece.shape[1]] >> segment.bits * place & mask
-                torch.sub(digit.view(torch.int8), offset, out=piece)
-    split = low + 4 * escape_count(count)
-    places = fresh(planes[:, low:split]).view(torch.int32).long()
-    return symbols.scatter_add_(1, places.clamp_(0, count - 1), fresh(planes[:, split:]).view(torch.int16))
+                piece.copy_(digit.view(torch.int8).sub_(offset))
+    assert symbols.shape[1] == start, (symbols.shape, start)
+    split = low + 4 * escape_count(start)
+    places = fresh(planes[:, low:split]).view(torch.int32).long().clamp_(0, start - 1)
+    symbols.scatter_add_(1, places, fresh(planes[:, split:]).view(torch.int16).to(symbols.dtype))
 
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -41,14 +41,14 @@ def dither(seeds: Tensor, table: Tensor, count: int) -> Tensor:
     return table.as_strided((period, count), (1, 1))[seeds % period]
 
 
-def subtract_dither(symbols: Tensor, seeds: Tensor, table: Tensor, into: Tensor) -> None:
-    """Symbols (B, count) int16 less `dither(seeds, table, count)`, into (B, count) float32."""
+def subtract_dither(symbols: Tensor, seeds: Tensor, table: Tensor) -> None:
+    """Symbols (B, count) float32 less `dither(seeds, table, count)`, in place."""
     count = symbols.shape[1]
     if symbols.device.type != "cpu":
-        torch.sub(symbols, dither(seeds, table, count), out=into)
+        symbols.sub_(dither(seeds, table, count))
         return
-    for row, values, start in zip(symbols, into, (seeds % (len(table) - count)).tolist(), strict=True):
-        torch.sub(row, table[start : start + count], out=values)  # no copy of the windows
+    for row, start in zip(symbols, (seeds % (len(table) - count)).tolist(), strict=True):
+        row.sub_(table[start : start + count])  # no copy of the windows
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -167,23 +167,30 @@ class TransformCodec(FeatureCodec):
         scales = token_scales(norms)[..., None] * self.step
         values = torch.empty(batch, self.tokens, self.channels, device=codes.device)
         part = CPU_VIEWS if codes.device.type == "cpu" else max(1, batch)
-        spare = torch.empty_like(values[:part])  # fresh memory costs a page fault every 4 KB: use it again
+        # Fresh memory costs a page fault every 4 KB: three pieces are used again and again.
+        symbols = values.new_empty(min(part, batch), self.factors + self.tokens * self.channels)
+        spare = torch.empty_like(values[:part])
         with torch.autocast(codes.device.type, enabled=False):
             for rows, scale, into in zip(*(torch.split(all_, part) for all_ in (codes, scales, values)), strict=True):
-                symbols, other = join_symbols(rows[:, split:], self.segments), spare[: len(rows)]
-                subtract_dither(symbols[:, self.factors :], _seeds(rows), table["dither"], into.view(len(rows), -1))
-                into.mul_(2.0 ** rows[:, 4, None, None].float())
-                self._channels(symbols[:, : self.factors], table, into, other)
+                joined, other = symbols[: len(rows)], spare[: len(rows)]
+                join_symbols(rows[:, split:], self.segments, joined)
+                subtract_dither(joined[:, self.factors :], _seeds(rows), table["dither"])
+                grid = joined[:, self.factors :].view(into.shape)
+                if codes.device.type != "cpu" or rows[:, 4].any():  # hardly ever; a GPU would have to be waited for
+                    grid.mul_(2.0 ** rows[:, 4, None, None].float())
+                self._channels(joined[:, : self.factors], grid, table, into, other)
                 self._positions(table, into, other)
                 torch.mul(other, scale, out=into)
         features = values.view(batch, self.height, self.width, self.channels).permute(0, 3, 1, 2)
         return FeatureMap(features, norms)
 
-    def _channels(self, factors: Tensor, table: Mapping[str, Tensor], into: Tensor, other: Tensor) -> None:
-        """What was dithered, in steps, in `into` (B, T, C) -> there the DCT of tokens, band by band."""
+    def _channels(
+        self, factors: Tensor, grid: Tensor, table: Mapping[str, Tensor], into: Tensor, other: Tensor
+    ) -> None:
+        """Factors and what was dithered, in steps, (B, T, C) -> in `into` the DCT of tokens, band by band."""
         batch = len(into)
         if not self.factors:
-            torch.index_select(into.view(batch, -1), 1, table["inverse"], out=other.view(batch, -1))
+            torch.index_select(grid.view(batch, -1), 1, table["inverse"], out=other.view(batch, -1))
             for span, basis in zip(self._spans, table["basis"], strict=True):
                 into[:, slice(*span)] = other[:, slice(*span)] @ basis
             return
@@ -191,7 +198,8 @@ class TransformCodec(FeatureCodec):
         for band, (start, stop) in enumerate(self._spans):
             predicted = other.view(batch * self.tokens, -1)[: batch * (stop - start)]
             whole_product(factors[:, start:stop].flatten(0, 1), table["loadings"][band], predicted)
-            into[:, start:stop].addcmul_(predicted.view(batch, stop - start, -1), table["units"][band])
+            predicted, difference = predicted.view(batch, stop - start, -1), grid[:, start:stop]
+            torch.addcmul(difference, predicted, table["units"][band], out=into[:, start:stop])
 
     def _positions(self, table: Mapping[str, Tensor], into: Tensor, other: Tensor) -> None:
         """The DCT of tokens in `into` (B, T, C), band by band, overwritten -> in `other` normalised tokens in steps."""
@@ -261,7 +269,7 @@ def fixed_point(values: Tensor, fine: float) -> Tensor:
 
 
 def whole_product(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
-    """(n, R) int16 whole numbers and (R, C) int8, all at most 127 -> into (n, C) float32, exact on every device.
+    """(n, R) float32 whole numbers and (R, C) int8, all at most 127 -> into (n, C) float32, exact on every device.
 
     Processors multiply bytes four times as fast as floats; elsewhere sums below 2^24 are exact in float32 (and in
     TF32, whose products of 8-bit numbers are).
