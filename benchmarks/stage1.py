@@ -1,16 +1,18 @@
 """Does stage 1 run at the teacher's rate? Images a second of cache-teacher over the bare forward pass, in one run.
 
-    python -m benchmarks.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 96] [--views 2] [--workers 1]
+    python -m benchmarks.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 64] [--views 2] [--workers 1]
 
 The bare teacher sees ready uint8 batches of the same shape and precision. Stage 1 decodes photographs, draws views,
 encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Same teacher threads in both.
 """
 
 import argparse
+import os
 import statistics
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,19 +26,28 @@ from scalekd_cache.images import open_source
 from scalekd_cache.processes import Process
 from scalekd_cache.teacher import load_teacher
 
+DEFAULTS: dict[str, tuple[Any, Any]] = {
+    "teacher": ("swin_tiny_patch4_window7_224", "swin_large_patch4_window7_224"),
+    "images": (64, 4096),
+    "batch": (32, 256),
+    "workers": (1, max(1, (os.cpu_count() or 2) - 1)),
+}
+"""On a CPU, on a GPU."""
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", default="swin_tiny_patch4_window7_224")
-    parser.add_argument("--images", type=int, default=96)
+    parser.add_argument("--device", default="cpu")
+    for name, (cpu, gpu) in DEFAULTS.items():
+        parser.add_argument(f"--{name}", type=type(cpu), help=f"default {cpu}, on a GPU {gpu}")
     parser.add_argument("--views", type=int, default=2)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1, help="of the teacher; a worker has one of its own")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
+    for name, values in DEFAULTS.items():
+        if getattr(options, name) is None:
+            setattr(options, name, values[options.device.startswith("cuda")])
     assert options.images * options.views % options.batch == 0, "whole batches, so that both do the same"
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
