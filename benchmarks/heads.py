@@ -1,6 +1,6 @@
 """Are the faithful heads as fast as the hardware allows? Ours beside a literal transcription, and the lite ones.
 
-    python -m benchmarks.heads [--device cuda] [--batch 4] [--repeats 7]
+    python -m benchmarks.heads [--device cuda] [--batch 4] [--repeats 5]
 
 Forward and backward of the heads and losses alone, maps of a ResNet-50 with Swin-L (a smaller teacher on a CPU), same
 dtype, same compile setting, same results (tests/test_parity.py). The transcription is tests/upstream_reference.py's;
@@ -95,7 +95,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--width", type=int, help="channels of the teacher's third stage (default 384 on a CPU, 768 on a GPU)"
     )
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args(argv)
     device = torch.device(options.device)

@@ -107,7 +107,7 @@ def bytes_only(cache: Cache) -> Callable[[], None]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=192)
+    parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", default="swin_tiny_patch4_window7_224")
     parser.add_argument("--data", type=Path, help="a folder with train/<class>/*.jpg (default: photographs made here)")

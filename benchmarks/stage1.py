@@ -1,6 +1,6 @@
 """Does stage 1 run at the teacher's rate? Images a second of cache-teacher over the bare forward pass, in one run.
 
-    python -m benchmarks.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 64] [--views 2] [--workers 1]
+    python -m benchmarks.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 80] [--views 2] [--workers 1]
 
 The bare teacher sees ready uint8 batches of the same shape and precision. Stage 1 decodes photographs, draws views,
 encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Same teacher threads in both.
@@ -28,7 +28,7 @@ from scalekd_cache.teacher import load_teacher
 
 DEFAULTS: dict[str, tuple[Any, Any]] = {
     "teacher": ("swin_tiny_patch4_window7_224", "swin_large_patch4_window7_224"),
-    "images": (64, 4096),
+    "images": (80, 4096),
     "batch": (32, 256),
     "workers": (1, max(1, (os.cpu_count() or 2) - 1)),
 }

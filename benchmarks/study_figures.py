@@ -152,6 +152,11 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     axes[0].set_xticks(views, [str(count) for count in views])
     axes[0].set_xlabel("views V in the cache (int8)")
     axes[1].set_xscale("log")
+    low, high = axes[1].get_xlim()
+    steps = [step * 10**power for power in range(1, 7) for step in (1, 2, 5)]
+    axes[1].set_xticks(steps, [f"{step:,}" for step in steps])
+    axes[1].set_xticks([], minor=True)
+    axes[1].set_xlim(low, high)
     axes[1].set_xlabel("bytes of features a view (x: no dither)")
     for axis in axes[:2]:
         axis.set_ylabel("top-1 %, mean ± std over the seeds that all arms have")
