@@ -1,6 +1,6 @@
 """Is the cache the bottleneck of training? Samples a second and core, ready for the student, beside the usual loader.
 
-    python -m benchmarks.loader [--images 192] [--repeats 5] [--data folder]
+    python -m benchmarks.loader [--images 128] [--repeats 5] [--data folder]
 
 Photographs of 500x375 and 224 px views; features of Swin-T's size by default. One process, one thread, warm files:
 (a) decode the original JPEG, random resized crop, flip with torchvision (what training without a cache does);

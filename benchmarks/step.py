@@ -1,6 +1,6 @@
 """What does a distillation step cost beside the student alone, and does the cache hold it up?
 
-    python -m benchmarks.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 5] [--device cuda]
+    python -m benchmarks.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 4] [--device cuda]
 
 One process without DeepSpeed, SGD, the same micro-batch for all, in turn:
 alone (labels only); free (ScaleKD heads and random targets that lie on the device); cached (targets and pixels from a
