@@ -19,7 +19,7 @@ from scalekd_cache.codec.blocks import BlockPacker, Segment, join_symbols, split
 from scalekd_cache.codec.dither import dither, dither_seed, dither_table
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.transform import TransformCodec, token_scales
-from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit, preset_of
+from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, FACTORS, PRESETS, fit, preset_of
 from scalekd_cache.codec.transform_state import FILE, TransformState, state_bytes
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import frequency_loss, spatial_loss
@@ -292,7 +292,7 @@ def test_golden_bytes(tmp_path, kind):
 def test_channels_are_rotated_up_to_512():
     assert fit(torch.randn(4, 512, 1, 2), 0.01).factors == 0
     wide = fit(torch.randn(4, 528, 1, 2), 0.01)
-    assert wide.factors == 2 * 128
+    assert wide.factors == 2 * FACTORS
     assert wide.get_config()["channels"] == "predicted"
     always = fit(torch.randn(4, 528, 1, 2), PRESETS[ALWAYS_ROTATED], rotated=True)
     assert always.factors == 0

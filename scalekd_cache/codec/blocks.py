@@ -86,12 +86,19 @@ def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -
         else:
             offset, mask = 1 << segment.bits - 1, (1 << segment.bits) - 1
             for place, piece in enumerate(torch.split(into, segment.bytes, dim=1)):
-                digit = part[:, : piece.shape[1]] >> segment.bits * place & mask
+                digit, shift = part[:, : piece.shape[1]], segment.bits * place
+                digit = digit >> shift if shift else digit & mask
+                if 0 < shift < 8 - segment.bits:
+                    digit = digit & mask
                 piece.copy_(digit.view(torch.int8).sub_(offset))
     assert symbols.shape[1] == start, (symbols.shape, start)
     split = low + 4 * escape_count(start)
-    places = fresh(planes[:, low:split]).view(torch.int32).long().clamp_(0, start - 1)
-    symbols.scatter_add_(1, places, fresh(planes[:, split:]).view(torch.int16).to(symbols.dtype))
+    places = fresh(planes[:, low:split]).view(torch.int32)
+    values = fresh(planes[:, split:]).view(torch.int16)
+    if planes.device.type == "cpu":  # most of the list is empty; a GPU would have to be waited for
+        used = int(torch.cat((values.any(0).nonzero(), values.new_full((1, 1), -1, dtype=torch.int64))).max()) + 1
+        places, values = places[:, :used], values[:, :used]
+    symbols.scatter_add_(1, places.long().clamp_(0, start - 1), values.to(symbols.dtype))
 
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:

@@ -33,8 +33,8 @@ ALWAYS_ROTATED = "transform-rotated"
 ROTATED = 512
 """Most channels that other presets rotate: a matrix of 1536 x 1536 costs a core 3 ms a view, factors a twentieth."""
 BATCH = 64
-FACTORS = 128
-"""Factors at a frequency: more cost time, and few bytes either way."""
+FACTORS = 96
+"""Factors at a frequency: more cost time, and few bytes either way (docs/LOG.md)."""
 FACTOR_STEP = 3.0
 ROUNDS = 6
 SWEEPS = 3
