@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.add_argument(f"--{name}", type=type(cpu), help=f"default {cpu}, on a GPU {gpu}")
     parser.add_argument("--views", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1, help="of the teacher; a worker has one of its own")
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None:

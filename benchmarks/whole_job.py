@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--students", nargs="+", default=STUDENTS)
     parser.add_argument("--epochs", type=int, default=2)
-    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(
         "--data", type=Path, help="class folders under train/ and val/ (default: photographs made here)"
