@@ -87,8 +87,9 @@ def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -
             offset, mask = 1 << segment.bits - 1, (1 << segment.bits) - 1
             for place, piece in enumerate(torch.split(into, segment.bytes, dim=1)):
                 digit, shift = part[:, : piece.shape[1]], segment.bits * place
-                digit = digit >> shift if shift else digit & mask
-                if 0 < shift < 8 - segment.bits:
+                if shift:
+                    digit = digit >> shift
+                if shift < 8 - segment.bits:  # nothing is above the top digit
                     digit = digit & mask
                 piece.copy_(digit.view(torch.int8).sub_(offset))
     assert symbols.shape[1] == start, (symbols.shape, start)
@@ -96,7 +97,8 @@ def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -
     places = fresh(planes[:, low:split]).view(torch.int32)
     values = fresh(planes[:, split:]).view(torch.int16)
     if planes.device.type == "cpu":  # most of the list is empty; a GPU would have to be waited for
-        used = int(torch.cat((values.any(0).nonzero(), values.new_full((1, 1), -1, dtype=torch.int64))).max()) + 1
+        taken = values.any(0).nonzero()
+        used = int(taken[-1]) + 1 if len(taken) else 0
         places, values = places[:, :used], values[:, :used]
     symbols.scatter_add_(1, places.long().clamp_(0, start - 1), values.to(symbols.dtype))
 

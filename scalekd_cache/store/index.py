@@ -30,8 +30,7 @@ ROW = np.dtype(
         ("crc32c", "<u4"),
     ]
 )
-PLACES = struct.Struct("<QQQIII").pack
-PLACES_BYTES = 36
+PLACES = struct.Struct("<QQQIII")
 """A row without its checksum."""
 MEMBERS = ("json", "pixels", "features")
 

@@ -28,7 +28,7 @@ from scalekd_cache.store.base import (
     keep_freed_memory,
 )
 from scalekd_cache.store.files import NewFile, write_new
-from scalekd_cache.store.index import PLACES, PLACES_BYTES, ROW, load_index, pack_index
+from scalekd_cache.store.index import PLACES, ROW, load_index, pack_index
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import descriptor_of
 
@@ -60,7 +60,7 @@ class Writer(ShardWriter):
         features_offset = self._member(pieces, end, record.key + ".features", features, logits)
         sizes = (len(target), len(pixels), len(features) + len(logits))
         places = (json_offset, pixels_offset, features_offset, *sizes)
-        crc = functools.reduce(CRC, pieces[2:], stretch_crc(record.key, PLACES(*places)))  # from the JSON on
+        crc = functools.reduce(CRC, pieces[2:], crc_seed(record.key, PLACES.pack(*places)))  # from the JSON on
         pieces.append(PADDING[-sizes[2] % BLOCK])
         self._tar.write(*pieces)
         self._rows.append((*places, crc))
@@ -108,11 +108,9 @@ class Reader(ShardReader):
         index = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
         self._crcs = np.ascontiguousarray(index["crc32c"])
         self._rows: list[tuple[int, ...]] = index.tolist()
-        raw = memoryview(index.tobytes())
-        self._seeds = [
-            stretch_crc(key, bytes(raw[at : at + PLACES_BYTES]))
-            for key, at in zip(keys, range(0, len(raw), ROW.itemsize), strict=True)
-        ]
+        raw = index.tobytes()
+        starts = range(0, len(raw), ROW.itemsize)
+        self._seeds = [crc_seed(key, raw[at : at + PLACES.size]) for key, at in zip(keys, starts, strict=True)]
 
     @property
     def crcs(self) -> NDArray[np.uint32]:
@@ -156,13 +154,14 @@ class Reader(ShardReader):
     def _cut(self, rows: list[int], data: bytes, start: int) -> list[Record]:
         """Records that follow each other in the tar's bytes from `start`; what is large is not copied."""
         records, shown = [], memoryview(data)
-        buffer: Any = data if len(rows) == 1 else np.frombuffer(data, np.uint8)  # crc32c takes no memoryviews
+        # crc32c takes no memoryviews; a whole slice of bytes is no copy.
+        buffer: Any = data if len(rows) == 1 else np.frombuffer(data, np.uint8)
         for row in rows:
             json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes, stored = self._rows[row]
             pixels_at = pixels_at - start if pixels_bytes else 0
             json_at, features_at, key = json_at - start, features_at - start, self.keys[row]
             end = features_at + features_bytes
-            found = CRC(self._seeds[row], buffer if len(rows) == 1 else buffer[json_at:end])
+            found = CRC(self._seeds[row], buffer[json_at:end])
             if found != stored:
                 self.check_crc(row, found)
             try:
@@ -186,7 +185,7 @@ class Reader(ShardReader):
             os.close(descriptor)
 
 
-def stretch_crc(key: str, places: bytes) -> int:
+def crc_seed(key: str, places: bytes) -> int:
     """The beginning of a record's checksum: its key and the first 36 bytes of its index row.
 
     Its stretch of the tar follows. The row says what is what in it, so nothing that a reader goes by is left out.
