@@ -178,9 +178,8 @@ class TransformCodec(FeatureCodec):
                 grid = joined[:, self.factors :].view(into.shape)
                 if codes.device.type != "cpu" or rows[:, 4].any():  # hardly ever; a GPU would have to be waited for
                     grid.mul_(2.0 ** rows[:, 4, None, None].float())
-                self._channels(joined[:, : self.factors], grid, table, into, other)
-                self._positions(table, into, other)
-                torch.mul(other, scale, out=into)
+                self._channels(joined[:, : self.factors], grid, table, other, into)
+                self._positions(table, scale, other, into)
         features = values.view(batch, self.height, self.width, self.channels).permute(0, 3, 1, 2)
         return FeatureMap(features, norms)
 
@@ -201,19 +200,14 @@ class TransformCodec(FeatureCodec):
             predicted, difference = predicted.view(batch, stop - start, -1), grid[:, start:stop]
             torch.addcmul(difference, predicted, table["units"][band], out=into[:, start:stop])
 
-    def _positions(self, table: Mapping[str, Tensor], into: Tensor, other: Tensor) -> None:
-        """The DCT of tokens in `into` (B, T, C), band by band, overwritten -> in `other` normalised tokens in steps."""
-        batch = len(into)
-        into[:, 0] += table["dc"]
-        torch.index_select(into, 1, table["natural"], out=other)
-        for name, count in (("columns", self.height), ("rows", 1)):
-            matrix = table[name].T.expand(batch * count, -1, -1)
-            torch.bmm(
-                matrix,
-                other.view(batch * count, len(table[name]), -1),
-                out=into.view(len(matrix), len(table[name]), -1),
-            )
-            into, other = other, into
+    def _positions(self, table: Mapping[str, Tensor], scales: Tensor, bands: Tensor, into: Tensor) -> None:
+        """The DCT in steps, band by band, in `bands` (B, T, C), overwritten -> in `into` tokens times `scales`."""
+        batch, height, width = len(into), self.height, self.width
+        bands[:, 0] += table["dc"]
+        torch.index_select(bands, 1, table["natural"], out=into)
+        rows, columns = table["rows"].T.expand(batch, -1, -1), table["columns"].T * scales.view(-1, width, 1)
+        torch.bmm(rows, into.view(batch, height, -1), out=bands.view(batch, height, -1))
+        torch.bmm(columns, bands.view(batch * height, width, -1), out=into.view(batch * height, width, -1))
 
     def error_bound(self, features: Tensor) -> Tensor:
         """Half a step of every coefficient, through the synthesis; a token whose float16 norm is 0 becomes 0.
