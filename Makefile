@@ -23,6 +23,20 @@ JOBS ?= 2
 CACHE_GIVEN := $(CACHE)
 CACHE ?= caches/$(notdir $(DATA:/=))
 
+# A mistyped variable would be no error to make, and a training with the default instead of it.
+VARIABLES = ALL ARGS BENCHES CACHE CHECK CKPT CLASSES CODEC DATA DEEP DRY_RUN EPOCHS FEATURES FOLLOW FORM FORMAT GPU \
+  GPU_BENCHES HEAD HEADS HOSTFILE HOURS IDS INDEX INIT JOB JOBS JSON KEY LAUNCHER LOCAL_ADDR MASTER_ADDR MASTER_PORT \
+  NAME NNODES NODE_RANK NPROC OMP_NUM_THREADS OUT PIXELS PIXELS_FROM PLAN PLUGIN PRETRAINED PYTHON RECIPE RESTARTS RESULTS RUN \
+  RUNS S4_QUERY SET SHELL STORE STUDENT STUDENTS TARGET TARGETS TEACHER TEACHER_WEIGHTS THREADS VENV VIEW VIEWS WORKERS ZERO
+typed = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
+unknown := $(firstword $(filter-out $(VARIABLES) MAKE%,$(typed)))
+nearest = $(shell $(PYTHON) -c 'import difflib, sys; found = difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.5); \
+  print(": did you mean " + found[0] + "?" if found else "")' $(1))
+ifneq ($(unknown),)
+$(error error: there is no variable $(unknown)$(call nearest,$(unknown) $(VARIABLES)) (make help; other options: SET=, \
+  environment variables: before make))
+endif
+
 # ---- environment --------------------------------------------------------------------------------------------------
 ifeq ($(VENV),none)
 PY := $(PYTHON)
@@ -207,9 +221,10 @@ bench-scale: $(BASE) ## Simulate 1 to 1,024 processes: CHECK=1 measures the demo
 bench-shuffle: $(BASE) ## How well the order mixes, and what a process reads for it
 	@$(PY) -m benchmarks.shuffle_quality
 
-study: $(BASE) ## Offline against online: FORM=cpu|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 (docs/STUDY.md); resumable
+study: $(BASE) ## Offline against online: FORM=cpu|cpu-long|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 RESULTS=dir; resumable
 	@$(PY) -m benchmarks.study $(call option,FORM,form) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") \
-	  $(call option,TEACHER_WEIGHTS,teacher-weights) $(call option,TEACHER,teacher) $(call option,HOURS,hours) $(if $(PLAN),--plan)
+	  $(call option,TEACHER_WEIGHTS,teacher-weights) $(call option,TEACHER,teacher) $(call option,HOURS,hours) \
+	  $(call option,RESULTS,results) $(if $(PLAN),--plan)
 
 study-figures: $(BASE) ## Figures and tables of the study from its JSON lines
 	@$(PY) -m benchmarks.study_figures
@@ -226,6 +241,15 @@ lint: $(TESTS) ## Check format, lint and types
 
 format: $(TESTS) ## Format the code
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
+
+.PHONY: docs
+docs: $(TESTS) ## Pages of the Python API from its docstrings, into build/docs
+	@$(PY) -m pdoc --docformat google --output-directory build/docs $(MODULES) && echo "build/docs/index.html"
+MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_cache/*.py scalekd_cache/*/*.py))))
+
+targets = $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
+.DEFAULT:
+	@echo 'error: there is no target $@$(call nearest,$@ $(targets)) (make help)' >&2; exit 2
 
 clean: ## Remove the environment and tool caches (never caches/, runs/ or teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

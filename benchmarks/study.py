@@ -1,6 +1,6 @@
 """The whole study: is offline as good as online? Resumable run by run, with an estimate first.
 
-    make study [FORM=cpu|full] [DATA=data/cifar10-small TEACHER_WEIGHTS=teachers/file.safetensors] [HOURS=1.5]
+    make study [FORM=cpu|cpu-long|full] [DATA=data/cifar10-small TEACHER_WEIGHTS=teachers/file.safetensors] [HOURS=1.5]
     python -m benchmarks.study --form cpu --plan            # the estimate alone
 
 In: the plan in `study_plan.py`. Out: a JSON line a run in benchmarks/results/study/<setting>.jsonl, and a line a cache
@@ -28,6 +28,7 @@ import torch
 
 from benchmarks.study_plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study_statistics import Line, append_line, read_lines
+from benchmarks.study_swin import WIDTHS
 from scalekd_cache.errors import UserError
 from scalekd_cache.stopping import RunStopped
 from scalekd_cache.store import Cache
@@ -62,8 +63,10 @@ def dotted(options: tuple[str, ...]) -> list[str]:
 
 def teacher_options(setting: Setting, name: str, places: Places) -> list[str]:
     """The weights of a teacher that the user gives, or that this study has trained for a cache of its own."""
-    if CACHES[name].teacher_epochs:
-        return ["--teacher.weights", str(places.work / setting.name / "teachers" / f"{name}.safetensors")]
+    own = CACHES[name].teacher
+    if own:
+        file = places.work / setting.name / "teachers" / f"{name}.safetensors"
+        return ["--teacher.weights", str(file), "--teacher.name", own.name]
     if not setting.given or places.teacher_weights is None:
         return []
     timm_name = ["--teacher.name", places.teacher] if places.teacher else []
@@ -168,16 +171,16 @@ def make_cache(setting: Setting, name: str, places: Places) -> Path:
 
 
 def train_teacher(setting: Setting, name: str, places: Places) -> None:
-    """The demo's teacher of a cache that wants one trained for fewer epochs."""
-    epochs = CACHES[name].teacher_epochs
-    if not epochs:
+    """The demo's teacher of a cache that wants one of its own."""
+    own = CACHES[name].teacher
+    if not own:
         return
     from scalekd_cache.config import DataConfig
     from scalekd_cache.demo_teacher import train_demo_teacher
 
     file = Path(teacher_options(setting, name, places)[1])
     if not file.exists():
-        train_demo_teacher(file, DataConfig(source="demo"), epochs=epochs)
+        train_demo_teacher(file, DataConfig(source="demo"), epochs=own.epochs, model_args=WIDTHS.get(own.name))
 
 
 def resolve(setting: Setting, name: str, places: Places) -> tuple[str, ...]:
@@ -211,7 +214,7 @@ def train(setting: Setting, run: Run, places: Places, judges: dict[str, Any]) ->
     if setting.name not in judges:
         weights = places.teacher_weights if setting.given else None
         judges[setting.name] = Judge(make_cache(setting, "default", places), weights, setting.judged)
-    same_teacher = CACHES[arm.cache].teacher_epochs is None
+    same_teacher = CACHES[arm.cache].teacher is None
     held_out = judges[setting.name].losses(folder) if same_teacher and arm.targets != "none" else None
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     last = [line["loss"] for line in metrics if line.get("epoch") == setting.epochs - 1 and "loss" in line]
@@ -298,6 +301,8 @@ def main() -> None:
     settings = [setting for setting in settings if setting.name not in without]
     for name in without:
         print(f"{name} is left out: give DATA= and TEACHER_WEIGHTS= (pipelines/recipes/{name}.yaml says how)")
+    if places.data and not any(setting.given for setting in known.values()):
+        print(f"form {form} is the demo alone: DATA= is for FORM=cpu-long and FORM=full")
     print(f"form {form}; results in {places.results}")
     print_estimate(settings, places)
     if options.plan:

@@ -10,6 +10,15 @@ two arms of one question are paired by (student, seed).
 from typing import Literal, NamedTuple
 
 
+class OwnTeacher(NamedTuple):
+    """The demo's teacher, but for one thing."""
+
+    epochs: int = 30
+    """Of its training."""
+    name: str = "demo_swin"
+    """Of its model (`study_swin.py`)."""
+
+
 class CacheSpec(NamedTuple):
     """Options of stage 1 beyond the setting's."""
 
@@ -19,8 +28,8 @@ class CacheSpec(NamedTuple):
     """Draw and bake its own views (else the default cache's pixels are shared: the same views, bit for bit)."""
     dither: bool = True
     """Of a transform codec; false rounds to the nearest, when the cache is made and when it is read."""
-    teacher_epochs: int | None = None
-    """The demo's teacher, trained for so many epochs only (None: the setting's teacher)."""
+    teacher: OwnTeacher | None = None
+    """None: the setting's teacher."""
 
 
 CACHES: dict[str, CacheSpec] = {
@@ -38,7 +47,9 @@ CACHES: dict[str, CacheSpec] = {
     },
     "lossless-pixels": CacheSpec(("views.pixel_format=png",), own_pixels=True),
     "jpeg-75": CacheSpec(("views.jpeg_quality=75",), own_pixels=True),
-    **{f"teacher-{epochs}-epochs": CacheSpec(teacher_epochs=epochs) for epochs in (2, 8)},
+    **{f"teacher-{epochs}-epochs": CacheSpec(teacher=OwnTeacher(epochs)) for epochs in (2, 8)},
+    "teacher-narrow": CacheSpec(teacher=OwnTeacher(name="study_swin_16")),
+    "teacher-wide": CacheSpec(teacher=OwnTeacher(name="study_swin_64")),
     "top-k": CacheSpec(("cache.logits=top_k", "cache.top_k=3")),
 }
 """`bits:` becomes `bytes:`, so many bits a value of the teacher's map; the search of CODEC=auto finds the noise."""
@@ -127,6 +138,7 @@ DEMO = Setting(
         Question("economy", "cached", ("economy",), 3),
         *_bits(2, 3, 4),
         Question("teacher's training", "cached", ("teacher-2-epochs", "teacher-8-epochs"), 3),
+        Question("teacher's size", "cached", ("teacher-narrow", "teacher-wide"), 3),
         Question("views, more", "cached", ("V=2", "V=4"), 3),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
         Question("codecs", "cached", ("transform", "int4"), 3),
@@ -135,6 +147,15 @@ DEMO = Setting(
         Question("logits", "cached", ("top-k",), 3),
         Question("smallest codec", "live", ("economy", "transform"), 12),
     ),
+)
+DEMO_SHORT = DEMO._replace(
+    questions=(
+        Question("offline against online", "live", ("cached",), 5),
+        Question("student alone", "live", ("alone",), 3),
+        Question("smallest codec", "live", ("economy",), 5),
+        Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
+        Question("views, one", "cached", ("V=1",), 2),
+    )
 )
 CIFAR_SMALL = Setting(
     name="cifar10-small",
@@ -171,7 +192,12 @@ CIFAR = Setting(
         Question("reuse", "live", ("cached",), 1, CIFAR_STUDENTS[:3]),
     ),
 )
-FORMS: dict[str, tuple[Setting, ...]] = {"cpu": (DEMO, CIFAR_SMALL), "full": (DEMO, CIFAR)}
+FORMS: dict[str, tuple[Setting, ...]] = {
+    "cpu": (DEMO_SHORT,),
+    "cpu-long": (DEMO, CIFAR_SMALL),
+    "full": (DEMO, CIFAR),
+}
+"""A longer form goes on where a shorter one ended: it asks the same and more."""
 
 
 class Run(NamedTuple):

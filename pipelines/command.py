@@ -6,6 +6,7 @@ In: argv and a recipe. Out: a configuration dataclass; for whatever the user can
 import importlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -14,25 +15,43 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, mistype, one_of
 from scalekd_cache.stopping import RunStopped
 
 ALWAYS = "Also: --debug (the traceback of an error), --plugin MODULE (import a module of yours first)."
+BAD_VALUE = re.compile(
+    r'Parser key "(?P<option>.+?)":\s+Expected (?:an? )?(?P<kind>.+?)\. Got value: (?P<got>.*)', re.DOTALL
+)
+UNKNOWN_OPTION = re.compile(r"--(?P<typed>[\w.-]+)|(?:Group '(?P<group>[\w.-]+)' .*)?[Oo]ption '(?P<written>[\w.-]+)'")
+"""On a command line, or in a recipe."""
 RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
 
 
 class Parser(ArgumentParser):
-    """A parser whose errors are `UserError`s with the nearest option names."""
+    """A parser whose errors are `UserError`s of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         """Turn a mistype into one clear message."""
         if isinstance(ex, UserError):
             raise ex
         options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")]
-        hint = f"nearest options: {nearest(unknown[0], options)}" if unknown else None
-        raise UserError("the command line is not understood", got=message.strip(), expected=hint, fix="see --help")
+        raise misunderstood(message, options)
+
+
+def misunderstood(message: str, options: Sequence[str]) -> UserError:
+    """What jsonargparse says of an option, in one line with the nearest right thing; `options` begin with --."""
+    value = BAD_VALUE.search(message)
+    if value:
+        option, kind, got = value["option"], value["kind"], value["got"]
+        known = re.findall(r"[^\s',]+", kind.partition("Literal[")[2].rstrip("]"))
+        expected = one_of(known) if known else kind.removeprefix("<class '").removesuffix("'>")
+        return UserError(f"{option} cannot be {got}: expected {expected} (--help)")
+    unknown = UNKNOWN_OPTION.search(message)
+    if unknown and "expected" not in message:
+        name = unknown["typed"] or ".".join(filter(None, unknown.group("group", "written")))
+        return mistype("option", f"--{name}", options, "--help lists all")
+    return UserError(f"the command line is not understood: {' '.join(message.split())} (--help)")
 
 
 def recipe_file(name: str) -> Path:
@@ -44,7 +63,7 @@ def recipe_file(name: str) -> Path:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
         known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise UserError("unknown recipe", got=name, expected=nearest(name, known), fix="change RECIPE= or give a file")
+        raise mistype("recipe", name, known, "RECIPE=, or a YAML file of your own")
     return file
 
 
@@ -98,13 +117,11 @@ def check_cache_place(place: str) -> None:
     if path.is_file():
         folder = path.parent
         holds = (folder / "manifest.json").exists()
-        fix = f"give CACHE={folder}" if holds else "give the folder of a cache (CACHE=...)"
-        raise UserError("the cache's path is a file", got=place, expected="a folder with manifest.json", fix=fix)
+        fix = f"CACHE={folder}" if holds else "the folder of a cache (CACHE=)"
+        raise UserError(f"{place} is a file, no cache: give {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    expected = f"a folder with manifest.json; caches beside it: {nearest(place, there, 5)}" if there else None
-    raise UserError("no such cache", got="no folder", expected=expected, where=place,
-                    fix="check the path (CACHE=...), or run `make cache-teacher CACHE=...` to make it")  # fmt: skip
+    raise mistype("cache", place, there, f"CACHE=; `make cache-teacher CACHE={place}` makes it")
 
 
 def without_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:

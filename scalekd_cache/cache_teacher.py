@@ -73,7 +73,7 @@ def _cache_teacher(
 ) -> Manifest:
     root = Path(config.cache.path)
     if root.exists() and not root.is_dir():
-        raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
+        raise UserError(f"CACHE={root} is a file: choose another folder")
     if process.rank == 0:
         tidy(root, process)
     source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
@@ -101,7 +101,7 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
     """
     root, asked = Path(config.cache.path), config.teacher
     if root.exists() and not root.is_dir():
-        raise UserError("the cache's folder is a file", where=root, fix="choose another CACHE=")
+        raise UserError(f"CACHE={root} is a file: choose another folder")
     source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
     file = Path(asked.weights_dir) / f"{asked.name}.safetensors"
     if asked.pretrained and not asked.weights and file.exists():

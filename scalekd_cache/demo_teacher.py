@@ -5,7 +5,9 @@ Invariant: the file appears complete or not at all; the same machine and thread 
 """
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -47,8 +49,10 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
 
 
-def train_demo_teacher(path: Path, data: DataConfig, *, epochs: int = EPOCHS, seed: int = 0) -> float:
-    """Train the demo's teacher and save it.
+def train_demo_teacher(
+    path: Path, data: DataConfig, *, epochs: int = EPOCHS, seed: int = 0, model_args: Mapping[str, Any] | None = None
+) -> float:
+    """Train the demo's teacher and save it; `model_args` make another Swin of it (beyond `demo_teacher_args`).
 
     Returns:
         Its top-1 accuracy on the demo's held-out images, percent.
@@ -56,7 +60,8 @@ def train_demo_teacher(path: Path, data: DataConfig, *, epochs: int = EPOCHS, se
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
     pixels, labels = _images(open_source(DataConfig(source="demo", download_dir=data.download_dir), "train"))
-    model = timm.create_model(DEMO_TIMM_NAME, num_classes=10, drop_path_rate=0.1, **demo_teacher_args())
+    args = {**demo_teacher_args(), **(model_args or {})}
+    model = timm.create_model(DEMO_TIMM_NAME, num_classes=10, drop_path_rate=0.1, **args)
     mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     steps = epochs * (len(labels) // BATCH_SIZE)

@@ -5,7 +5,7 @@ Invariant: anything a user can cause (a mistype, a bad file, a full disk) ends h
 """
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class UserError(Exception):
@@ -40,8 +40,20 @@ class RestoredError(UserError):
         super().__init__(text)
 
 
+def one_of(names: Sequence[str]) -> str:
+    """Names as "a, b or c"."""
+    return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names closest to a mistyped one, as "a, b, c"; all of them when none is close."""
+    """The known names closest to a mistyped one, as "a, b or c"; all of them (at most 20) when none is close."""
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
-    return ", ".join(close or names[:20])
+    return one_of(difflib.get_close_matches(name, names, n=count, cutoff=0.5) or names[:20])
+
+
+def mistype(what: str, got: str, known: Iterable[str], where: str) -> UserError:
+    """The error of a name that nobody knows, in one line: `what` it should be, `where` it is typed or listed."""
+    names = list(known)
+    helpful = 0 < len(names) <= 20 or difflib.get_close_matches(got, names, cutoff=0.5)
+    hint = f": did you mean {nearest(got, names)}?" if helpful else ""
+    return UserError(f"there is no {what} {got}{hint} ({where})")

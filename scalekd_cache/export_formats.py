@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.student import Student
 from scalekd_cache.transfer_names import CODEBASES, torchvision_twin, transfer_state
 
@@ -35,7 +35,7 @@ RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 
 def check_format(name: str) -> str:
     """The name itself; `UserError` with the nearest ones when there is no such form, or what it needs is missing."""
     if name not in FORMATS:
-        raise UserError("unknown form of export", got=name, expected=nearest(name, FORMATS), fix="correct FORMAT=")
+        raise mistype("form of export", name, FORMATS, "FORMAT=")
     if name == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             try:

@@ -110,12 +110,8 @@ def evaluate_export(run: Path, data: str | None, process: Process, workers: int)
     options, facts = read_config(run), read_facts(run)
     folder = run / "export"
     if not (folder / "config.json").exists():
-        what = (
-            "the run is still going: it has no exported student yet"
-            if is_going(run)
-            else "the run has no exported student"
-        )
-        raise UserError(what, where=folder, fix="finish the run, or make export RUN= to take its last checkpoint")
+        state = "is still going" if is_going(run) else "is not finished"
+        raise UserError(f"the run {run} {state}: `make export RUN={run}` takes its last checkpoint, or finish it")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
     return evaluate(
         classifier(model, options["student"]["mean"], options["student"]["std"]),

@@ -6,7 +6,7 @@ measured.
 
 from typing import NamedTuple
 
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import mistype
 
 FORWARD_UTILISATION = 0.35
 """Assumed share of the peak that a teacher's forward pass reaches."""
@@ -41,6 +41,5 @@ GPUS = {
 def gpu_of(name: str) -> Gpu:
     """UserError with the nearest names for one that is not in the table."""
     if name.lower() not in GPUS:
-        raise UserError("this GPU is not in the table", got=name, expected=nearest(name.lower(), GPUS), where="gpu",
-                        fix="give the nearest one: GPU=")  # fmt: skip
+        raise mistype("GPU", name.lower(), GPUS, "GPU=; give one of like speed")
     return GPUS[name.lower()]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from scalekd_cache.config import DataConfig
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.sources.base import SampleRef, Source, Split
 from scalekd_cache.sources.builtin import BUILTIN, open_builtin
 from scalekd_cache.sources.folder import LAYOUT, open_folder
@@ -83,12 +83,11 @@ def open_source(config: DataConfig, split: Split) -> Source:
 
 
 def _not_a_folder(name: str, root: Path) -> UserError:
-    return UserError(
-        f"data.source names no data set: {name}",
-        got="a file" if root.is_file() else "neither a known name nor a folder",
-        expected=f"{nearest(name, BUILTIN)}, or a folder with {LAYOUT}, WebDataset tars or parquet files",
-        where=root.absolute(),
-        fix="correct data.source",
+    if root.is_file():
+        return UserError(f"DATA={name} is a file: give the folder with {LAYOUT}, WebDataset tars or parquet files")
+    beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
+    return mistype(
+        "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
     )
 
 

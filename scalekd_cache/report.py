@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from scalekd_cache.config import RemoteConfig, flat
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.store.files import write_atomically
 
 Summary = dict[str, Any]
@@ -43,7 +43,7 @@ class RunFolder:
         self.path = path
         self._writer: Any = None
         if path.exists() and not path.is_dir():
-            raise UserError("the run's folder is a file", where=path, fix="choose another RUN=")
+            raise UserError(f"RUN={path} is a file: choose another folder")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         check_config(path, config)
@@ -57,9 +57,8 @@ class RunFolder:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             lock.close()
-            raise UserError(
-                "another process is training in this folder", where=self.path, fix="wait for it, or choose another RUN="
-            ) from error
+            what = f"the run {self.path} is still going, in another process: wait for it, or choose another RUN="
+            raise UserError(what) from error
         return lock
 
     @property
@@ -107,7 +106,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         UserError: a file, or a run with other options.
     """
     if run.exists() and not run.is_dir():
-        raise UserError("the run's folder is a file", where=run, fix="choose another RUN=")
+        raise UserError(f"RUN={run} is a file: choose another folder")
     if (run / "config.yaml").exists():
         _check_same_options(run / "config.yaml", config)
 
@@ -156,12 +155,10 @@ def read_config(run: Path) -> dict[str, Any]:
 
 def _no_run(run: Path, name: str) -> UserError:
     """The error of a folder that holds no run, with the runs beside it that have the nearest names."""
-    there = [file.parent.name for file in run.absolute().parent.glob("*/config.yaml")]
-    beside = f"; runs beside it: {nearest(run.name, there, 5)}" if there else ""
-    got = None if run.is_dir() else "a file" if run.exists() else "no such folder"
-    return UserError(
-        "no run in this folder", got=got, expected=f"a folder with {name}{beside}", where=run, fix="correct RUN="
-    )
+    if run.is_file():
+        return UserError(f"{run} is a file, no run: give the folder of a run (RUN=)")
+    there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob("*/config.yaml")]
+    return mistype("run", str(run), there, f"RUN=, a folder with {name}")
 
 
 def is_going(run: Path) -> bool:

@@ -16,7 +16,7 @@ import timm
 from safetensors.torch import save_file
 from torch import nn
 
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, mistype
 
 RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"} | {"features_only", "device"}
 """Arguments of `timm.create_model` that choose weights or files; never taken from a file or a caller's mapping."""
@@ -25,21 +25,12 @@ RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"k
 def check_name(name: str, option: str) -> None:
     """Raise `UserError` with the nearest names unless `name` is an architecture (and tag) of timm's registry."""
     if not timm.is_model(name):
-        raise UserError(
-            f"timm {timm.__version__} has no model of this name",
-            got=f"{option}={name}",
-            expected=f"a timm model name, such as {nearest(name, timm.list_models())}",
-            fix="correct the name; python -c 'import timm; print(timm.list_models())' lists all of them",
-        )
+        where = f"{option}; python -c 'import timm; print(timm.list_models())' lists those of timm {timm.__version__}"
+        raise mistype("model", name, timm.list_models(), where)
     stem, _, tag = name.partition(".")
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
     if tag and tag not in tags:
-        raise UserError(
-            f"timm {timm.__version__} has no weights with this tag for {stem}",
-            got=f"{option}={name}",
-            expected=f"one of the tags {nearest(tag, tags)}",
-            fix="correct the part after the dot, or leave it out",
-        )
+        raise mistype(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which can be left out")
 
 
 def default_image_size(name: str) -> int:

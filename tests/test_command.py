@@ -65,7 +65,7 @@ def test_recipes_are_what_they_are_called():
 @pytest.mark.parametrize(
     ("argv", "recipe", "texts"),
     [
-        (["--views.sise=64"], {}, ["--views.sise", "nearest options:", "--views.size"]),
+        (["--views.sise=64"], {}, ["--views.sise", "did you mean --views.size"]),
         (["--optimizer.lr", "1"], {}, ["--optimizer.lr"]),
         (["--views.size=big"], {}, ["views.size", "big"]),
         (["--views.pixels=boiled"], {}, ["views.pixels", "boiled"]),
@@ -94,10 +94,9 @@ def test_options_that_clash_keep_their_message():
 
 
 def test_unknown_recipes_are_named(tmp_path):
-    with pytest.raises(UserError, match="unknown recipe") as error:
+    with pytest.raises(UserError, match="no recipe advansed: did you mean advanced, "):
         recipe_file("advansed")
-    assert "expected: advanced" in str(error.value)
-    with pytest.raises(UserError, match="unknown recipe"):
+    with pytest.raises(UserError, match="no recipe"):
         recipe_file(str(tmp_path / "mine.yaml"))
 
 

@@ -65,6 +65,12 @@ def test_the_student_of_ones_own():
     assert float(lines[-1].split()[-1]) < float(lines[0].split()[-1])
 
 
+def test_the_lightning_loop():
+    lines = [line for line in run_example("lightning_loop.py").splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == [f"step {n}" for n in (1, 2, 3)]
+    assert float(lines[-1].split()[-1]) < float(lines[0].split()[-1])
+
+
 def test_the_plain_loop_is_short():
     assert len(PYTHON[2].strip().splitlines()) <= 22
 

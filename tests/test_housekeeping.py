@@ -8,7 +8,7 @@ import zipfile
 
 import pytest
 import yaml
-from commands import ROOT
+from commands import ROOT, execute
 
 import scalekd_cache
 from benchmarks import measure
@@ -77,3 +77,10 @@ def test_a_built_package_holds_its_data(tmp_path):
     for name in ("scalekd_cache/py.typed", "scalekd_cache/reports/templates/cache.html", "pipelines/recipes/demo.yaml"):
         assert name in names
     assert any(name.endswith("licenses/LICENSE") or name.endswith("LICENSE") for name in names)
+
+
+def test_the_pages_of_the_api_are_made_from_docstrings():
+    execute("make", "docs", "VENV=none", f"PYTHON={sys.executable}")
+    pages = ROOT / "build" / "docs" / "scalekd_cache"
+    assert "Iterating goes on where" in (pages / "targets.html").read_text(encoding="utf-8")
+    assert (pages / "store" / "base.html").is_file()

@@ -3,44 +3,74 @@
 import fcntl
 
 import pytest
-from commands import cache_flags, distill_flags, run
+from commands import cache_flags, distill_flags, execute, run
 
 
 def refused(name, *words):
     output = run(name, *words, status=2)
     assert "Traceback" not in output
     assert output.count("error: ") == 1, output
-    assert "what to do: " in output
     return output
 
 
+def one_line(name, *words):
+    """The answer to a mistype: the last line and the only one of the error."""
+    *before, last = refused(name, *words).splitlines()
+    assert last.startswith("error: "), before
+    return last
+
+
 def test_unknown_option_names_the_nearest(tmp_path):
-    output = refused("cache_teacher", "--cache.num_veiws", 3)
-    assert "--cache.num_views" in output
+    output = one_line("cache_teacher", "--cache.num_veiws", 3)
+    assert "did you mean --cache.num_views" in output
 
 
 def test_unknown_option_of_distill_names_the_nearest(cache, tmp_path):
-    output = refused("distill", *distill_flags(cache, tmp_path / "run"), "--train.zerro", 1)
-    assert "--train.zero" in output
+    output = one_line("distill", *distill_flags(cache, tmp_path / "run"), "--train.zerro", 1)
+    assert "did you mean --train.zero" in output
     assert not (tmp_path / "run").exists()
 
 
 def test_value_of_another_type_names_the_option(tmp_path):
-    assert "num_views" in refused("cache_teacher", "--cache.num_views", "many")
+    assert "num_views cannot be many: expected int" in one_line("cache_teacher", "--cache.num_views", "many")
 
 
 def test_unknown_recipe_names_the_nearest(tmp_path):
-    output = refused("cache_teacher", "--recipe", "traditonal")
-    assert "traditional" in output.split("expected:")[1]
+    assert "did you mean traditional, " in one_line("cache_teacher", "--recipe", "traditonal")
 
 
 def test_unknown_student_names_the_nearest(cache, tmp_path):
-    output = refused("distill", *distill_flags(cache, tmp_path / "run", **{"student.name": "resnet5O"}))
-    assert "resnet50" in output
+    output = one_line("distill", *distill_flags(cache, tmp_path / "run", **{"student.name": "resnet5"}))
+    assert "there is no model resnet5: did you mean resnet50" in output
+
+
+def test_unknown_codec_names_the_nearest(tmp_path):
+    output = one_line("cache_teacher", "--cache.codec", "in8", "--cache.path", tmp_path / "cache")
+    assert "there is no feature codec in8: did you mean int8" in output
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect_cache", "prove"])
+def test_cache_that_is_a_file_names_the_folder(command, cache):
+    output = one_line(command, "--cache", cache / "manifest.json")
+    assert output == f"error: {cache / 'manifest.json'} is a file, no cache: give CACHE={cache}"
+
+
+@pytest.mark.parametrize(
+    ("words", "answer"),
+    [(["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill?"),
+     (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
+     (["cache-teacher", "LR=0.1"], "there is no variable LR (make help; other options: SET="),
+     (["distill"], "give STUDENT=, for example make distill STUDENT=resnet50")],
+)  # fmt: skip
+def test_words_that_make_does_not_know(words, answer):
+    output = execute("make", *words, status=2)
+    assert sum("error: " in line for line in output.splitlines()) == 1, output
+    assert answer in output
 
 
 def test_no_cache_says_how_to_make_one(tmp_path):
-    output = refused("distill", *distill_flags(tmp_path / "nothing", tmp_path / "run"))
+    output = one_line("distill", *distill_flags(tmp_path / "nothing", tmp_path / "run"))
     assert "make cache-teacher" in output
     assert not (tmp_path / "run").exists()
 
@@ -88,8 +118,8 @@ def test_run_of_other_options_names_the_field(copy_of_run, cache):
 def test_run_in_a_folder_in_use_is_refused(copy_of_run, cache):
     with open(copy_of_run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        output = refused("distill", *distill_flags(cache, copy_of_run))
-    assert "another process is training in this folder" in output
+        output = one_line("distill", *distill_flags(cache, copy_of_run))
+    assert f"the run {copy_of_run} is still going, in another process" in output
 
 
 def test_no_whole_global_batch_is_refused(cache, tmp_path):

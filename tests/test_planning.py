@@ -131,9 +131,8 @@ def test_hours_and_students_add_up(tmp_path, monkeypatch):
     changes = {row["change"]: row for row in found.alternatives}
     assert changes["VIEWS=2"]["gpu_hours"] == pytest.approx(found.teacher_gpu_hours / 2)
     assert changes["CODEC=transform"]["bytes"] < found.total_bytes < changes["CODEC=float16"]["bytes"]
-    with pytest.raises(UserError, match="not in the table") as error:
+    with pytest.raises(UserError, match="no GPU h1000: did you mean h100"):
         plan_of(config, gpu="h1000")
-    assert "h100" in str(error.value)
 
 
 @pytest.mark.parametrize("kind", ["ce", "bce"])

@@ -27,7 +27,7 @@ def finished(path, **changes):
 
 def test_one_process_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run", {"a": 1})
-    with pytest.raises(UserError, match="another process is training") as error:
+    with pytest.raises(UserError, match="is still going") as error:
         RunFolder(tmp_path / "run", {"a": 1})
     assert str(tmp_path / "run") in str(error.value)
     script = f"""
@@ -36,7 +36,7 @@ from scalekd_cache.report import RunFolder
 RunFolder(Path({str(tmp_path / "run")!r}), {{"a": 1}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "another process is training" in done.stderr
+    assert "is still going, in another process" in done.stderr
     del folder
     RunFolder(tmp_path / "run", {"a": 1})
 
@@ -56,9 +56,9 @@ def test_other_options_are_named(tmp_path):
 
 def test_folders_that_are_none(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="folder is a file"):
+    with pytest.raises(UserError, match="is a file"):
         RunFolder(tmp_path / "file", {})
-    with pytest.raises(UserError, match="no run in this folder"):
+    with pytest.raises(UserError, match="no run"):
         read_config(tmp_path)
     (tmp_path / "config.yaml").write_text("- 1")
     with pytest.raises(UserError, match="configuration is damaged"):

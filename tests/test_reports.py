@@ -274,7 +274,7 @@ def test_a_run_without_its_data_and_its_cache(done, tmp_path):
 
 
 def test_folders_that_are_no_runs(tmp_path):
-    with pytest.raises(UserError, match="no run in this folder"):
+    with pytest.raises(UserError, match="no run"):
         run_report([tmp_path], RunReport(), CPU)
     with pytest.raises(UserError, match="some runs"):
         run_report([], RunReport(), CPU)

@@ -166,10 +166,20 @@ def test_imagenette_is_unpacked_once(tmp_path, monkeypatch):
 
 
 def test_unknown_names(tmp_path):
-    with pytest.raises(UserError, match="expected: cifar10"):
+    with pytest.raises(UserError, match="no data set cifar: did you mean cifar10"):
         source_of("cifar")
-    with pytest.raises(UserError, match="cifar10, demo, imagenette"):
+    with pytest.raises(UserError, match="did you mean cifar10, demo or imagenette"):
         source_of("/no/such/place")
     for url in ("https://example.org/{0..1}.tar", "pipe:cat x.tar"):
         with pytest.raises(UserError, match="URL"):
             source_of(url)
+
+
+def test_a_mistyped_folder_names_the_one_beside_it(tmp_path):
+    (tmp_path / "imagenet" / "train" / "a").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"did you mean {tmp_path / 'imagenet'}") as error:
+        open_source(DataConfig(source=str(tmp_path / "imagnet")), "train")
+    assert "\n" not in str(error.value)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file: give the folder"):
+        open_source(DataConfig(source=str(tmp_path / "file")), "train")

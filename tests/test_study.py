@@ -10,12 +10,16 @@ from scipy import stats
 from benchmarks import study
 from benchmarks.study_data import CLASSES, first_of_each
 from benchmarks.study_judge import noise_for_bytes, norms_of_what_is_decoded, without_dither
-from benchmarks.study_plan import ARMS, CACHES, CIFAR, DEMO, FORMS, Question, Run, runs_of
+from benchmarks.study_plan import ARMS, CACHES, CIFAR, DEMO, DEMO_SHORT, FORMS, Question, Run, runs_of
 from benchmarks.study_statistics import append_line, interval, mean_and_std, paired, read_lines
 from benchmarks.study_teacher import timm_name_of
 from pipelines.command import recipe_file
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.transform_fit import fit
+from scalekd_cache.config import TeacherConfig
+from scalekd_cache.teacher import load_teacher
+
+CPU = torch.device("cpu")
 
 
 def line(arm, seed, top1, student="a", **more):
@@ -83,6 +87,23 @@ def test_offline_against_online_comes_first_with_five_pairs():
         first = setting.questions[0]
         assert (first.against, first.arms[0]) == ("live", "cached")
         assert first.seeds >= 5
+
+
+@pytest.mark.parametrize(("cache", "channels"), [("teacher-narrow", 64), ("teacher-wide", 256)])
+def test_teachers_of_other_widths(cache, channels):
+    specs = [
+        load_teacher(TeacherConfig(name=name, pretrained=False), image_size=64, num_classes=10, device=CPU).spec
+        for name in ("demo_swin", CACHES[cache].teacher.name)
+    ]
+    assert [spec.feature_shape for spec in specs] == [(128, 4, 4), (channels, 4, 4)]
+    assert specs[0].mean == specs[1].mean
+
+
+def test_the_short_form_is_a_part_of_the_long_one():
+    assert len(runs_of(DEMO_SHORT)) <= 24
+    assert set(runs_of(DEMO_SHORT)) < set(runs_of(DEMO))
+    smallest = {question.name: question for question in DEMO_SHORT.questions}["smallest codec"]
+    assert (smallest.against, smallest.seeds) == ("live", 5)
 
 
 def test_questions_share_runs():

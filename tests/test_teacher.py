@@ -175,7 +175,7 @@ def test_wrong_images(value, message):
     ("options", "message"),
     [
         ({"name": "swin_tiny_patch4_windw7_224"}, "swin_tiny_patch4_window7_224"),
-        ({"name": "hf-hub:timm/vit_tiny_patch16_224"}, "no model of this name"),
+        ({"name": "hf-hub:timm/vit_tiny_patch16_224"}, "there is no model hf-hub"),
         ({"name": "vit_tiny_patch16_224.nosuchtag"}, "augreg_in21k"),
         ({"name": "resnet18"}, "families swin, hiera, tiny_vit, vit"),
         ({"name": "vit_tiny_patch16_224", "size": 16}, "1x1"),

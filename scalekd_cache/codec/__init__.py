@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, mistype
 
 if TYPE_CHECKING:
     from scalekd_cache.codec.base import FeatureCodec
@@ -33,13 +33,7 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
         UserError: no such codec (with the nearest names), or a shape that is not three positive integers.
     """
     if name not in CODECS:
-        raise UserError(
-            "unknown feature codec",
-            got=name,
-            expected=f"one of {nearest(name, [*CODECS, *FITTED])}",
-            where="cache.codec, or codec.id in a manifest",
-            fix="correct the name",
-        )
+        raise mistype("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
     _check_shape(name, shape)
     module, attribute = CODECS[name]
     codec: FeatureCodec = getattr(importlib.import_module(module), attribute)(shape)

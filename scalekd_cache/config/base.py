@@ -16,7 +16,7 @@ from scalekd_cache.errors import UserError
 def require(ok: bool, option: str, got: object, expected: str) -> None:
     """Raise the one kind of error a bad option gives."""
     if not ok:
-        raise UserError(f"option {option} is out of range", got=got, expected=expected, fix=f"change {option}")
+        raise UserError(f"option {option} is out of range: {got}, expected {expected}")
 
 
 def to_plain(config: Any) -> Any:
