@@ -48,12 +48,19 @@ def one_of(names: Sequence[str]) -> str:
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to a mistyped one, as "a, b or c"; all of them (at most 20) when none is close."""
     names = sorted(known)
-    return one_of(difflib.get_close_matches(name, names, n=count, cutoff=0.5) or names[:20])
+    return one_of(_close(name, names, count) or names[:20])
 
 
 def mistype(what: str, got: str, known: Iterable[str], where: str) -> UserError:
     """The error of a name that nobody knows, in one line: `what` it should be, `where` it is typed or listed."""
     names = list(known)
-    helpful = 0 < len(names) <= 20 or difflib.get_close_matches(got, names, cutoff=0.5)
+    helpful = 0 < len(names) <= 20 or _close(got, names, 1)
     hint = f": did you mean {nearest(got, names)}?" if helpful else ""
     return UserError(f"there is no {what} {got}{hint} ({where})")
+
+
+def _close(name: str, names: Sequence[str], count: int) -> list[str]:
+    """Names that begin with this one, the shortest first, then those that look like it."""
+    begun = sorted((known for known in names if name and known.startswith(name)), key=len)
+    alike = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
+    return list(dict.fromkeys([*begun, *alike]))[:count]
