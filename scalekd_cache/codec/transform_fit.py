@@ -33,8 +33,8 @@ ALWAYS_ROTATED = "transform-rotated"
 ROTATED = 512
 """Most channels that other presets rotate: a matrix of 1536 x 1536 costs a core 3 ms a view, factors a twentieth."""
 BATCH = 64
-FACTORS = 96
-"""Factors at a frequency: more cost time, and few bytes either way (docs/LOG.md)."""
+FACTORS = 64
+"""Factors at a frequency: more cost time and save few bytes (docs/LOG.md)."""
 FACTOR_STEP = 3.0
 ROUNDS = 6
 SWEEPS = 3
@@ -87,7 +87,8 @@ def fit_bases(features: Tensor, *, rotated: bool | None = None) -> Moments:
     energy = grids.square().mean((0, 2))
     energy[0] = torch.inf
     frequencies, low = energy.sort(descending=True, stable=True).indices, (plain.tokens - 1) // LOW_PART
-    bands = torch.tensor([size for size in (1, low, plain.tokens - 1 - low) if size > 0])
+    first = (1, low) if rotated else (1 + low,)  # a product for the DC coefficient alone costs more than it saves
+    bands = torch.tensor([size for size in (*first, plain.tokens - 1 - low) if size > 0])
     whole, seconds = _moments(grids[:, frequencies[1:]]), []
     for part in torch.split(frequencies, bands.tolist()):
         own, weight = _moments(grids[:, part]), len(grids) * len(part)
