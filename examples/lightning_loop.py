@@ -16,7 +16,7 @@ class Distillation(lightning.LightningModule):
 
     def training_step(self, batch, number):
         terms = self.loss(*self.student(batch.images), batch.labels, batch.targets)
-        self.log("loss", terms.total, prog_bar=True)
+        self.log("loss", terms.total)
         print(f"step {number + 1}: loss {terms.total.item():.4f}", flush=True)
         return terms.total
 
@@ -26,5 +26,5 @@ class Distillation(lightning.LightningModule):
 
 lightning.seed_everything(0)
 targets = CachedTargets(sys.argv[1], batch_size=32, epochs=1)  # one pass of these is all epochs: max_epochs=1
-trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False)
+trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
 trainer.fit(Distillation(targets), targets)

@@ -29,8 +29,9 @@ from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.sealed import sealed, unsealed
 from scalekd_cache.store.verify import MARK, MARK_FIELDS
+from scalekd_cache.stored_pixels import decode_pixels, encode_pixels
 from scalekd_cache.teacher import Teacher
-from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, sample_view
+from scalekd_cache.views import apply_view, sample_view
 
 CALIBRATION_VIEWS = 512
 """First views that a codec is fitted to."""

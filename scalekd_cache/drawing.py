@@ -20,7 +20,8 @@ from scalekd_cache.images import SampleRef, Source, UnreadableImage, decode_imag
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import Record
 from scalekd_cache.store.files import canonical_json
-from scalekd_cache.views import apply_view, decode_pixels, encode_pixels, pixel_digest, sample_view
+from scalekd_cache.stored_pixels import decode_pixels, encode_pixels, pixel_digest
+from scalekd_cache.views import apply_view, sample_view
 
 SPAN = 32
 """Records of a pixel cache that are read in one call."""

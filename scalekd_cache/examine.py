@@ -24,7 +24,8 @@ from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.base import ShardId
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.verify_unit import Finding, Part
-from scalekd_cache.views import View, apply_view, decode_pixels, pixel_digest
+from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
+from scalekd_cache.views import View, apply_view
 
 
 class Examiner:

@@ -17,7 +17,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.examine import Examiner, decode_features
 from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.sidecar import unit_folder
-from scalekd_cache.views import View, decode_pixels, pixel_digest
+from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
+from scalekd_cache.views import View
 
 TOP = 5
 

@@ -24,7 +24,8 @@ from scalekd_cache.images import Source, decode_image, open_source
 from scalekd_cache.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.follow import GrowingCache
-from scalekd_cache.views import View, apply_view, decode_pixels, pixel_digest
+from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
+from scalekd_cache.views import View, apply_view
 
 DIGEST_STEPS = 2
 """Steps at the start of a session in which every view's digest is compared."""

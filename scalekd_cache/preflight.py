@@ -19,9 +19,10 @@ from scalekd_cache.losses import distillation_losses
 from scalekd_cache.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
+from scalekd_cache.stored_pixels import decode_pixels
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher import Teacher, TeacherOutput, check_tail, split_tail
-from scalekd_cache.views import apply_view, decode_pixels, sample_view
+from scalekd_cache.views import apply_view, sample_view
 
 TAIL_TOLERANCE = 1e-5
 """Largest relative difference between the teacher's features and its tail run on what comes before."""

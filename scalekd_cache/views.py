@@ -1,13 +1,12 @@
-"""Views: drawing one, applying it to an image, its JSON record, and its pixels as bytes.
+"""Views: drawing one, applying it to an image, and its JSON record.
 
 In: the view recipe, a sample key with its image size and a view number, or a record of a view that was drawn earlier.
-Out: `View` records, (size, size, 3) uint8 pixels, encoded pixels and digests.
+Out: `View` records and (size, size, 3) uint8 pixels, which `stored_pixels.py` turns into bytes.
 Invariant: a view is a pure function of (recipe, seed, key, number, image size), and its pixels are a pure function of
 (view, image, recipe): no global state, so rank, worker and order never matter. All pixels are uint8.
 """
 
 import hashlib
-import io
 import math
 import struct
 from collections.abc import Sequence
@@ -262,81 +261,3 @@ def eval_view(image: Pixels, size: int, crop_share: float = 0.875) -> Pixels:
     x, y = width / scaled[0], height / scaled[1]  # source pixels per scaled pixel
     box = (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))
-
-
-def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
-    """A (size, size, 3) uint8 view as a JPEG or PNG file; always three channels, the same bytes for the same pixels."""
-    _assert_pixels(pixels)
-    assert pixels.shape[:2] == (config.size, config.size), pixels.shape
-    buffer = io.BytesIO()
-    picture = Image.fromarray(pixels)
-    if config.pixel_format == "png":
-        picture.save(buffer, "PNG", compress_level=3)
-    else:
-        picture.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=config.jpeg_subsampling)
-    return buffer.getvalue()
-
-
-def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
-    """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
-    before anything is decoded; UserError when they differ or the bytes are damaged.
-
-    JPEGs are decoded by torchvision: the same libjpeg-turbo as Pillow's, without Pillow's copies (docs/LOG.md).
-    """
-    try:
-        if jpeg_shape(data) == (size, size, 3):
-            pixels = _decode_jpeg(data)
-            if pixels.shape != (size, size, 3):
-                raise ValueError(f"{pixels.shape}, not what its header says")
-            return pixels
-        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
-            got = f"{picture.format}, {picture.mode}, {picture.width} x {picture.height} pixels"
-            if picture.format == "PNG" and (picture.mode, picture.size) == ("RGB", (size, size)):
-                return np.array(picture)
-    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        got = f"{len(data)} bytes: {type(error).__name__}: {error}"
-    raise UserError(
-        "the pixels of a view cannot be decoded",
-        got=got,
-        expected=f"a JPEG or PNG file, RGB, {size} x {size} pixels",
-        fix="the cache is damaged: verify it, and make the shard again",
-    )
-
-
-def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
-    """(height, width, components) of a JPEG of 8 bits from its first frame header (ITU-T T.81, B.2.2); None for
-    anything else, and for a file that ends before it."""
-    if bytes(data[:2]) != b"\xff\xd8":
-        return None
-    at = 2
-    while at + 10 <= len(data) and data[at] == 0xFF:
-        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if marker == 0xFF:  # a fill byte
-            at += 1
-            continue
-        if marker in (0xC0, 0xC1, 0xC2):
-            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
-            return (height, width, components) if precision == 8 else None
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:  # no segment, or the scan begins without a frame
-            return None
-        at += 2 + length
-    return None
-
-
-def _decode_jpeg(data: bytes | memoryview) -> Pixels:
-    import torch
-    from torchvision.io import decode_jpeg
-
-    try:
-        planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    except RuntimeError as error:  # in C++, with the place in its source
-        raise ValueError(str(error).rpartition(", ")[2]) from error
-    pixels: Pixels = planes.permute(1, 2, 0).numpy()
-    return pixels
-
-
-def pixel_digest(pixels: Pixels) -> str:
-    """16 hex characters: blake2b over the shape and the bytes of uint8 pixels."""
-    assert pixels.dtype == np.uint8, pixels.dtype
-    shape = ",".join(map(str, pixels.shape)).encode() + b";"
-    return hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=8).hexdigest()

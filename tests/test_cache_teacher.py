@@ -219,7 +219,7 @@ def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
 def test_folders_that_cannot_be_written_are_refused(tmp_path):
     file = tmp_path / "file"
     file.write_text("hello")
-    with pytest.raises(UserError, match="folder is a file"):
+    with pytest.raises(UserError, match="is a file"):
         cache_teacher(options(file, shared_weights()), CPU)
     below = file / "cache"
     with pytest.raises(UserError, match="cannot be written") as error:

@@ -18,7 +18,7 @@ from scalekd_cache.store import Cache, read_manifest
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.verify import bad_units
 from scalekd_cache.store.verify_unit import Part
-from scalekd_cache.views import decode_pixels, encode_pixels, pixel_digest
+from scalekd_cache.stored_pixels import decode_pixels, encode_pixels, pixel_digest
 
 UNIT = "units/g000-r00001"
 

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from scalekd_cache.config import ViewConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.views import decode_pixels, encode_pixels, jpeg_shape
+from scalekd_cache.stored_pixels import decode_pixels, encode_pixels, jpeg_shape
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0]).crop((100, 50, 324, 274))
 

@@ -12,7 +12,8 @@ from PIL import Image
 from scalekd_cache import augment
 from scalekd_cache.config import ViewConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.views import View, decode_pixels, encode_pixels, pixel_digest
+from scalekd_cache.stored_pixels import decode_pixels, encode_pixels, pixel_digest
+from scalekd_cache.views import View
 
 quick = settings(max_examples=60, derandomize=True, deadline=None)
 

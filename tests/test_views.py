@@ -20,7 +20,8 @@ from torchvision.transforms import functional as tvf
 from scalekd_cache import augment, views
 from scalekd_cache.config import ViewConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.views import View, apply_view, eval_view, pixel_digest, sample_view
+from scalekd_cache.stored_pixels import pixel_digest
+from scalekd_cache.views import View, apply_view, eval_view, sample_view
 
 PLAIN = ViewConfig(size=32)
 FULL = ViewConfig(size=32, randaugment_ops=2, randaugment_magnitude=8.75, erase_probability=0.25, seed=5)

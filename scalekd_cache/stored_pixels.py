@@ -1,0 +1,97 @@
+"""The pixels of a view as bytes: encoded, decoded, and their digest.
+
+In: (size, size, 3) uint8 pixels, or the bytes of a cache. Out: a JPEG or PNG file, pixels, 16 hex characters.
+Invariant: the header of stored bytes is checked before anything is decoded or allocated; JPEG is always decoded by the
+same library, so that a student sees the pixels that the teacher saw.
+"""
+
+import hashlib
+import io
+import struct
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from scalekd_cache.config import ViewConfig
+from scalekd_cache.errors import UserError
+
+Pixels = NDArray[np.uint8]
+
+
+def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
+    """A (size, size, 3) uint8 view as a JPEG or PNG file; always three channels, the same bytes for the same pixels."""
+    assert pixels.dtype == np.uint8, pixels.dtype
+    assert pixels.shape == (config.size, config.size, 3), pixels.shape
+    buffer = io.BytesIO()
+    picture = Image.fromarray(pixels)
+    if config.pixel_format == "png":
+        picture.save(buffer, "PNG", compress_level=3)
+    else:
+        picture.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=config.jpeg_subsampling)
+    return buffer.getvalue()
+
+
+def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
+    """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
+    before anything is decoded; UserError when they differ or the bytes are damaged.
+
+    JPEGs are decoded by torchvision: the same libjpeg-turbo as Pillow's, without Pillow's copies (docs/LOG.md).
+    """
+    try:
+        if jpeg_shape(data) == (size, size, 3):
+            pixels = _decode_jpeg(data)
+            if pixels.shape != (size, size, 3):
+                raise ValueError(f"{pixels.shape}, not what its header says")
+            return pixels
+        with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
+            got = f"{picture.format}, {picture.mode}, {picture.width} x {picture.height} pixels"
+            if picture.format == "PNG" and (picture.mode, picture.size) == ("RGB", (size, size)):
+                return np.array(picture)
+    except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
+        got = f"{len(data)} bytes: {type(error).__name__}: {error}"
+    raise UserError(
+        "the pixels of a view cannot be decoded",
+        got=got,
+        expected=f"a JPEG or PNG file, RGB, {size} x {size} pixels",
+        fix="the cache is damaged: verify it, and make the shard again",
+    )
+
+
+def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
+    """(height, width, components) of a JPEG of 8 bits from its first frame header (ITU-T T.81, B.2.2); None for
+    anything else, and for a file that ends before it."""
+    if bytes(data[:2]) != b"\xff\xd8":
+        return None
+    at = 2
+    while at + 10 <= len(data) and data[at] == 0xFF:
+        marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
+        if marker == 0xFF:  # a fill byte
+            at += 1
+            continue
+        if marker in (0xC0, 0xC1, 0xC2):
+            precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
+            return (height, width, components) if precision == 8 else None
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:  # no segment, or the scan begins without a frame
+            return None
+        at += 2 + length
+    return None
+
+
+def _decode_jpeg(data: bytes | memoryview) -> Pixels:
+    import torch
+    from torchvision.io import decode_jpeg
+
+    try:
+        planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+    except RuntimeError as error:  # in C++, with the place in its source
+        raise ValueError(str(error).rpartition(", ")[2]) from error
+    pixels: Pixels = planes.permute(1, 2, 0).numpy()
+    return pixels
+
+
+def pixel_digest(pixels: Pixels) -> str:
+    """16 hex characters: blake2b over the shape and the bytes of uint8 pixels."""
+    assert pixels.dtype == np.uint8, pixels.dtype
+    shape = ",".join(map(str, pixels.shape)).encode() + b";"
+    return hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=8).hexdigest()
