@@ -1,15 +1,20 @@
-"""What does a distillation step cost beside the student alone, and does the cache hold it up?
+"""What does a distillation step cost beside the student alone, where does it go, and does the cache hold it up?
 
     python -m benchmarks.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 4] [--device cuda]
 
 One process without DeepSpeed, SGD, the same micro-batch for all, in turn:
 alone (labels only); free (ScaleKD heads and random targets that lie on the device); cached (targets and pixels from a
 cache, through the real loader); live (pixels from the cache, the teacher runs); teacher (its forward pass alone).
+Peak memory is that of a fresh process that makes three steps of one kind: its resident set on a CPU, what PyTorch
+allocated on a GPU.
 """
 
 import argparse
+import multiprocessing
+import resource
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -37,15 +42,37 @@ GPU_PAIRS = [(student, "swin_large_patch4_window7_224", 256) for student in
              ("resnet50", "mobilenetv1_100", "vit_small_patch16_224")]  # fmt: skip
 
 
+KINDS = ("alone", "free", "cached", "live", "teacher")
+PARTS = ("loader", "decoding", "forward", "backward", "optimizer")
+"""Of a cached step, in order."""
+
+
 def forever(cache: Cache, batch: int, workers: int) -> CacheLoader:
     """More micro-batches than a benchmark asks for."""
     order = Order(num_samples=len(cache), block=64, window=32, seed=0)
     return CacheLoader(cache, order, epochs=100_000, global_batch=batch, micro_batch=batch, workers=workers)
 
 
-def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device: torch.device,
-          workers: int) -> dict[str, Callable[[], None]]:  # fmt: skip
-    """One optimizer step of each kind, on one model with heads and one without."""
+class Stopwatch:
+    """Seconds between its marks, by name; waits for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self._at = device, {name: [] for name in PARTS}, 0.0
+
+    def start(self) -> None:
+        self._at = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name].append(now - self._at)
+        self._at = now
+
+
+def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device: torch.device, workers: int,
+          kinds: Sequence[str] = KINDS) -> tuple[dict[str, Callable[[], None]], Stopwatch]:  # fmt: skip
+    """One optimizer step of each kind, on one model with heads and one without; and where the cached ones went."""
     manifest = cache.manifest
     config = DistillConfig(
         student=StudentConfig(name=student_name), optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
@@ -54,14 +81,14 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     classes = len(manifest.class_names)
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail = tail_of(cache, spec).to(device)
-    teacher = load_teacher_of(teacher_name, classes, device)
+    teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
     exact = make_codec("float32", spec.feature_shape)
-    both = []
-    for with_heads in (False, True):
+    both, watch = {}, Stopwatch(device)
+    for with_heads in {kind != "alone" for kind in kinds}:
         student = build_student(config.student, num_classes=classes, image_size=manifest.view_recipe["size"])
         heads = make_heads(config, student, tail) if with_heads else None
         model = DistillModel(config, student, heads).to(device).train()
-        both.append((model, make_optimizer(model, config.optim, 0.01)))
+        both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))
     batches = iter(forever(cache, batch, workers))
     loader = forever(cache, batch, workers)
     first = next(iter(loader)).to(device)
@@ -69,35 +96,51 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
                    torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
                    torch.randn(batch, classes, device=device))  # fmt: skip
 
-    def step(which: int, targets: Targets | None, images: torch.Tensor, labels: torch.Tensor) -> None:
-        model, optimizer = both[which]
+    def step(targets: Targets | None, images: torch.Tensor, labels: torch.Tensor, watch: Stopwatch) -> None:
+        model, optimizer = both[targets is not None]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(images, labels, targets, tail).total
+        watch.mark("forward")
         loss.backward()
+        watch.mark("backward")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        watch.mark("optimizer")
 
     def cached() -> None:
+        watch.start()
         loaded = next(batches).to(device)
+        watch.mark("loader")
         targets = Targets(*loader.codec.decode(loaded.codes), loaded.logits.float())
-        step(1, targets, loaded.images, loaded.labels)
+        watch.mark("decoding")
+        step(targets, loaded.images, loaded.labels, watch)
 
     def live() -> None:
         loaded = next(batches).to(device)
         features, logits = teacher(loaded.images)
         targets = Targets(*exact.decode(exact.encode(features)), logits)
-        step(1, targets, loaded.images, loaded.labels)
+        step(targets, loaded.images, loaded.labels, Stopwatch(device))
 
     def forward() -> None:
         teacher(first.images)
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    return {"alone": lambda: step(0, None, first.images, first.labels),
-            "free": lambda: step(1, free, first.images, first.labels),
-            "cached": cached, "live": live, "teacher": forward}  # fmt: skip
+    actions = {"alone": lambda: step(None, first.images, first.labels, Stopwatch(device)),
+               "free": lambda: step(free, first.images, first.labels, Stopwatch(device)),
+               "cached": cached, "live": live, "teacher": forward}  # fmt: skip
+    return {kind: actions[kind] for kind in kinds}, watch
+
+
+def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, device: str) -> int:
+    """The most memory that this process, a fresh one, has needed after three steps of one kind."""
+    torch.set_num_threads(1)
+    actions, _ = steps(student, teacher, batch, Cache.open(cache), torch.device(device), 0, (kind,))
+    for _ in range(3):
+        actions[kind]()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
@@ -124,14 +167,19 @@ def main(argv: Sequence[str] | None = None) -> None:
             count = max(options.images, batch)
             data = write_photographs(Path(name) / "data", count)
             cache = make_cache(Path(name) / "cache", data, count, teacher)
-            actions = steps(student, teacher, batch, cache, device, options.workers)
+            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+                where = (student, teacher, batch, Path(name) / "cache", options.device)
+                memory = {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("cached", "live")}
+            actions, watch = steps(student, teacher, batch, cache, device, options.workers)
             for action in actions.values():
                 action()
             seconds = in_turn(options.repeats, **actions)
-        raw[f"{student} {teacher}"] = seconds
+        parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
+        raw[f"{student} {teacher}"] = {**seconds, "parts of cached": watch.seconds, "peak_bytes": memory}
         ceiling = pair_costs(teacher, student).ceiling
         pair = f"{student}, {teacher.partition('_patch')[0]}"
         figures += figures_of(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
+        figures += [where_it_goes(pair, batch, parts, seconds), memory_row(pair, memory)]
     publish("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
 
 
@@ -151,6 +199,21 @@ def figures_of(pair: str, batch: int, seconds: dict[str, list[float]], ceiling: 
     what, gap = f"{pair}: the student alone / free targets", "heads and tail: `make costs`"
     rows.append(ratio(what, seconds, "alone", "free", amount=batch, unit="images/s", goal="", gap=gap))
     return rows
+
+
+def where_it_goes(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Figure:
+    """What a cached step is made of, and how much of it a student alone would take."""
+    total, alone = sum(parts.values()), statistics.median(seconds["alone"])
+    shares = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
+    return Figure(f"{pair}: a cached step", 1e3 * total / batch, None, "ms an image", shares, "",
+                  f"the student alone {100 * alone / total:.0f} % of it, the rest heads, tail and losses")  # fmt: skip
+
+
+def memory_row(pair: str, memory: dict[str, int]) -> Figure:
+    """Peak memory without and with the teacher."""
+    sizes = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in memory.items())
+    return Figure(f"{pair}: peak memory, live / cached", memory["live"] / memory["cached"], None, "x", sizes, "",
+                  "student, heads, their gradients and what autograd keeps are in both")  # fmt: skip
 
 
 if __name__ == "__main__":
