@@ -8,13 +8,13 @@ process that only builds it, and the seconds of the second step. Prints a Markdo
 """
 
 import argparse
-import resource
 import subprocess
 import sys
 import time
 
 import torch
 
+from benchmarks.measure import peak_memory_bytes
 from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.costs import meta_teacher
 from scalekd_cache.step_memory import step_memory
@@ -34,7 +34,7 @@ def steps(name: str, on: bool, batch: int, count: int) -> tuple[float, float]:
         output = student(torch.zeros(batch, 3, 224, 224))
         (output.s3.mean() + output.s4.mean() + output.logits.mean()).backward()
         seconds = time.process_time() - begin
-    return seconds, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return seconds, float(peak_memory_bytes())
 
 
 def measured(name: str, on: bool, batch: int) -> tuple[float, float]:

@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch", type=int, help=f"views decoded at once (default 32, {GPU_BATCH} on a GPU)")
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -9,6 +9,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import resource
 import statistics
 import subprocess
 import sys
@@ -38,6 +40,13 @@ class Figure(NamedTuple):
     """What it is compared with."""
     gap: str
     """Why it is not better; empty where nothing is left."""
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has had resident; getrusage would hand down the peak of the one that started it."""
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
+    return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def timed(action: Callable[[], object]) -> float:

@@ -5,13 +5,12 @@
 One process without DeepSpeed, SGD, the same micro-batch for all, in turn:
 alone (labels only); free (ScaleKD heads and random targets that lie on the device); cached (targets and pixels from a
 cache, through the real loader); live (pixels from the cache, the teacher runs); teacher (its forward pass alone).
-Peak memory is that of a fresh process that makes three steps of one kind: its resident set on a CPU, what PyTorch
-allocated on a GPU.
+Peak memory is that of a fresh process that makes two steps of one kind: its resident set on a CPU (the first pair
+only), what PyTorch allocated on a GPU.
 """
 
 import argparse
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.loader import make_cache
-from benchmarks.measure import Figure, in_turn, publish, ratio
+from benchmarks.measure import Figure, in_turn, peak_memory_bytes, publish, ratio
 from benchmarks.photographs import write_photographs
 from scalekd_cache.codec import make_codec
 from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TeacherConfig, TrainConfig
@@ -133,14 +132,14 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
 
 
 def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, device: str) -> int:
-    """The most memory that this process, a fresh one, has needed after three steps of one kind."""
+    """The most memory that this process, a fresh one, has needed after two steps of one kind."""
     torch.set_num_threads(1)
     actions, _ = steps(student, teacher, batch, Cache.open(cache), torch.device(device), 0, (kind,))
-    for _ in range(3):
+    for _ in range(2):
         actions[kind]()
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_memory_bytes()
 
 
 def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
@@ -167,9 +166,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             count = max(options.images, batch)
             data = write_photographs(Path(name) / "data", count)
             cache = make_cache(Path(name) / "cache", data, count, teacher)
+            memory = {}
             with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
                 where = (student, teacher, batch, Path(name) / "cache", options.device)
-                memory = {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("cached", "live")}
+                for kind in ("cached", "live") if device.type == "cuda" or not raw else ():
+                    memory[kind] = fresh.apply(peak_bytes, (kind, *where))
             actions, watch = steps(student, teacher, batch, cache, device, options.workers)
             for action in actions.values():
                 action()
@@ -179,7 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ceiling = pair_costs(teacher, student).ceiling
         pair = f"{student}, {teacher.partition('_patch')[0]}"
         figures += figures_of(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
-        figures += [where_it_goes(pair, batch, parts, seconds), memory_row(pair, memory)]
+        figures += [where_it_goes(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
     publish("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
 
 
