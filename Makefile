@@ -28,13 +28,13 @@ VARIABLES = ALL ARGS BENCHES CACHE CHECK CKPT CLASSES CODEC DATA DEEP DRY_RUN EP
   GPU_BENCHES HEAD HEADS HOSTFILE HOURS IDS INDEX INIT JOB JOBS JSON KEY LAUNCHER LOCAL_ADDR MASTER_ADDR MASTER_PORT \
   NAME NNODES NODE_RANK NPROC OMP_NUM_THREADS OUT PIXELS PIXELS_FROM PLAN PLUGIN PRETRAINED PYTHON RECIPE RESTARTS RESULTS RUN \
   RUNS S4_QUERY SET SHELL STORE STUDENT STUDENTS TARGET TARGETS TEACHER TEACHER_WEIGHTS THREADS VENV VIEW VIEWS WORKERS ZERO
+COMMA := ,
 typed = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown := $(firstword $(filter-out $(VARIABLES) MAKE%,$(typed)))
-nearest = $(shell $(PYTHON) -c 'import difflib, sys; found = difflib.get_close_matches(sys.argv[1], sys.argv[2:], 1, 0.5); \
-  print(": did you mean " + found[0] + "?" if found else "")' $(1))
+mistype = $(shell $(PYTHON) -c 'import sys; from scalekd_cache.errors import mistype; what, where, got, *known = sys.argv[1:]; \
+  print(mistype(what, got, known, where, 1))' $(1))
 ifneq ($(unknown),)
-$(error error: there is no variable $(unknown)$(call nearest,$(unknown) $(VARIABLES)) (make help; other options: SET=, \
-  environment variables: before make))
+$(error error: $(call mistype,variable "make help; other options: SET=$(COMMA) environment variables: before make" $(unknown) $(VARIABLES)))
 endif
 
 # ---- environment --------------------------------------------------------------------------------------------------
@@ -249,7 +249,7 @@ MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_c
 
 targets = $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .DEFAULT:
-	@echo 'error: there is no target $@$(call nearest,$@ $(targets)) (make help)' >&2; exit 2
+	@echo 'error: $(call mistype,target "make help" $@ $(targets))' >&2; exit 2
 
 clean: ## Remove the environment and tool caches (never caches/, runs/ or teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -142,6 +142,12 @@ def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, d
     return peak_memory_bytes()
 
 
+def peaks(*where: object) -> dict[str, int]:
+    """`peak_bytes` of cached and live steps, each in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        return {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("cached", "live")}
+
+
 def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
     """The teacher that made the cache (random weights)."""
     torch.manual_seed(0)
@@ -166,11 +172,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             count = max(options.images, batch)
             data = write_photographs(Path(name) / "data", count)
             cache = make_cache(Path(name) / "cache", data, count, teacher)
-            memory = {}
-            with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-                where = (student, teacher, batch, Path(name) / "cache", options.device)
-                for kind in ("cached", "live") if device.type == "cuda" or not raw else ():
-                    memory[kind] = fresh.apply(peak_bytes, (kind, *where))
+            where = (student, teacher, batch, Path(name) / "cache", options.device)
+            memory = peaks(*where) if device.type == "cuda" or not raw else {}
             actions, watch = steps(student, teacher, batch, cache, device, options.workers)
             for action in actions.values():
                 action()

@@ -29,7 +29,7 @@ from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
 from scalekd_cache.drawing import Unit
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, refuse_file
 from scalekd_cache.evaluate import evaluate
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.pixel_cache import PixelCache, open_pixels
@@ -72,8 +72,7 @@ def _cache_teacher(
     config: CacheTeacherConfig, process: Process, peers: Peers, student: DistillConfig | None
 ) -> Manifest:
     root = Path(config.cache.path)
-    if root.exists() and not root.is_dir():
-        raise UserError(f"CACHE={root} is a file: choose another folder")
+    refuse_file(root, "CACHE")
     if process.rank == 0:
         tidy(root, process)
     source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
@@ -100,8 +99,7 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
         UserError: whatever `cache_teacher` would refuse before its first unit.
     """
     root, asked = Path(config.cache.path), config.teacher
-    if root.exists() and not root.is_dir():
-        raise UserError(f"CACHE={root} is a file: choose another folder")
+    refuse_file(root, "CACHE")
     source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
     file = Path(asked.weights_dir) / f"{asked.name}.safetensors"
     if asked.pretrained and not asked.weights and file.exists():

@@ -6,6 +6,7 @@ Invariant: anything a user can cause (a mistype, a bad file, a full disk) ends h
 
 import difflib
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -51,12 +52,18 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     return one_of(_close(name, names, count) or names[:20])
 
 
-def mistype(what: str, got: str, known: Iterable[str], where: str) -> UserError:
+def mistype(what: str, got: str, known: Iterable[str], where: str, count: int = 3) -> UserError:
     """The error of a name that nobody knows, in one line: `what` it should be, `where` it is typed or listed."""
     names = list(known)
     helpful = 0 < len(names) <= 20 or _close(got, names, 1)
-    hint = f": did you mean {nearest(got, names)}?" if helpful else ""
+    hint = f": did you mean {nearest(got, names, count)}?" if helpful else ""
     return UserError(f"there is no {what} {got}{hint} ({where})")
+
+
+def refuse_file(place: Path, variable: str) -> None:
+    """UserError for a file where make's `variable` has to name a folder, which may be a new one."""
+    if place.exists() and not place.is_dir():
+        raise UserError(f"{variable}={place} is a file: choose another folder")
 
 
 def _close(name: str, names: Sequence[str], count: int) -> list[str]:

@@ -106,27 +106,35 @@ def probe(
             Path(folder), config.cache.backend, "0" * 64, source, config.views, cast(Teacher, teacher), codec,
             logit_codec, config.teacher.batch_size, device, {},
         )  # fmt: skip
-        started = time.perf_counter()
-        with torch.no_grad():
-            unit = Unit(group=0, range_id=0, positions=range(len(drawn)), views=views)
-            writer, figures = fill_unit(stage, unit, iter(drawn))
-            writer.commit(figures)
-        teacher_s = (time.perf_counter() - started) / (len(drawn) * len(views))
-        with UnitWriter(Path(folder), backend=config.cache.backend, group=0, range_id=1, start=0, stop=1, views=views,
-                        fingerprint="0" * 64) as writer:  # fmt: skip
-            writer.skip("none", "none")
-            writer.commit({})
-        full, full_json = _parts(Path(folder), 0)
-        empty, empty_json = _parts(Path(folder), 1)
-        zeros, usual_zeros = padding(unit_folder(Path(folder), 0, 0))
-    empty["index"] += usual_zeros  # what a shard costs, in both
-    full["index"] += usual_zeros - zeros
-    empty["index"] += full_json - empty_json  # the sidecar of a real unit: fidelity, all files
+        full, empty, teacher_s = _small_units(stage, drawn, views)
     count = len(drawn) * len(views)
     per_view = {part: (full[part] - empty[part]) / count for part in PARTS}
     if per_view["pixels"]:
         per_view["pixels"] *= pixels / float(np.mean([len(view.encoded) for item in drawn for view in item.views]))
     return Probe(per_view, {part: empty[part] / len(views) for part in PARTS}, draw_s, teacher_s, len(drawn), count)
+
+
+def _small_units(
+    stage: Stage, drawn: Sequence[Drawn], views: tuple[int, ...]
+) -> tuple[dict[str, float], dict[str, float], float]:
+    """Write a unit of these views and one of none: bytes of each by part, and seconds of a view of the first."""
+    started = time.perf_counter()
+    with torch.no_grad():
+        unit = Unit(group=0, range_id=0, positions=range(len(drawn)), views=views)
+        writer, figures = fill_unit(stage, unit, iter(drawn))
+        writer.commit(figures)
+    teacher_s = (time.perf_counter() - started) / (len(drawn) * len(views))
+    with UnitWriter(stage.root, backend=stage.backend, group=0, range_id=1, start=0, stop=1, views=views,
+                    fingerprint=stage.fingerprint) as writer:  # fmt: skip
+        writer.skip("none", "none")
+        writer.commit({})
+    full, full_json = _parts(stage.root, 0)
+    empty, empty_json = _parts(stage.root, 1)
+    zeros, usual_zeros = padding(unit_folder(stage.root, 0, 0))
+    empty["index"] += usual_zeros  # what a shard costs, in both
+    full["index"] += usual_zeros - zeros
+    empty["index"] += full_json - empty_json  # the sidecar of a real unit: fidelity, all files
+    return full, empty, teacher_s
 
 
 def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:

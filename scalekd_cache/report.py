@@ -14,7 +14,7 @@ from typing import IO, Any
 import yaml
 
 from scalekd_cache.config import RemoteConfig, flat
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, mistype, refuse_file
 from scalekd_cache.store.files import write_atomically
 
 Summary = dict[str, Any]
@@ -42,8 +42,7 @@ class RunFolder:
         """
         self.path = path
         self._writer: Any = None
-        if path.exists() and not path.is_dir():
-            raise UserError(f"RUN={path} is a file: choose another folder")
+        refuse_file(path, "RUN")
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         check_config(path, config)
@@ -105,8 +104,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: a file, or a run with other options.
     """
-    if run.exists() and not run.is_dir():
-        raise UserError(f"RUN={run} is a file: choose another folder")
+    refuse_file(run, "RUN")
     if (run / "config.yaml").exists():
         _check_same_options(run / "config.yaml", config)
 

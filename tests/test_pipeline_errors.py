@@ -6,16 +6,22 @@ import pytest
 from commands import cache_flags, distill_flags, execute, run
 
 
-def refused(name, *words):
+def answer(name, *words):
     output = run(name, *words, status=2)
     assert "Traceback" not in output
     assert output.count("error: ") == 1, output
     return output
 
 
+def refused(name, *words):
+    output = answer(name, *words)
+    assert "what to do: " in output
+    return output
+
+
 def one_line(name, *words):
     """The answer to a mistype: the last line and the only one of the error."""
-    *before, last = refused(name, *words).splitlines()
+    *before, last = answer(name, *words).splitlines()
     assert last.startswith("error: "), before
     return last
 
