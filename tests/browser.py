@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from commands import LIMIT_S
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 needs_browser = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here (Debian: apt-get install chromium)")
@@ -44,7 +45,7 @@ def _frame(page, width, folder):
 def _chromium(*options, folder):
     words = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     profile = f"--user-data-dir={folder / 'profile'}"
-    done = subprocess.run([*words, profile, *options], capture_output=True, timeout=120, check=True)
+    done = subprocess.run([*words, profile, *options], capture_output=True, timeout=LIMIT_S, check=True)
     return done.stdout.decode()
 
 

@@ -8,6 +8,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+LIMIT_S = max(600.0, float(os.environ.get("TEST_LIMIT_S", "0")))
+"""Seconds after which anything that a test waits for counts as a hang: a process, a state, an answer. Never a measure
+of speed: on a busy machine a command takes ten times as long. TEST_LIMIT_S raises it."""
+TEST_LIMITS = 3
+"""A test, with the fixtures that it is the first to use, may take this many times `LIMIT_S` (conftest.py)."""
 # One PATH for all, as the Makefile has it: two versions of ninja compile DeepSpeed's operator anew in turn.
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH}
@@ -44,11 +49,11 @@ def flags(options):
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
-def execute(*command, status=0, timeout=240):
+def execute(*command, status=0):
     """Run a command in the repository's root; its whole output. A wrong exit status fails with the tail of it."""
     words = [str(word) for word in command]
     done = subprocess.run(
-        words, cwd=ROOT, env=ENV, timeout=timeout, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        words, cwd=ROOT, env=ENV, timeout=LIMIT_S, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
     if done.returncode != status:
         raise AssertionError(f"{' '.join(words)}\nexit status {done.returncode}, not {status}:\n{done.stdout[-4000:]}")

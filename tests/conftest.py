@@ -1,8 +1,12 @@
 """What several tests of whole commands share: a teacher's weights, caches and runs, each made once a session."""
 
+import os
+
 import commands
 import pytest
-from commands import TRAIN_OPTIONS, cache_flags, distill_flags, make, run
+from commands import LIMIT_S, TEST_LIMITS, TRAIN_OPTIONS, cache_flags, distill_flags, make, run
+
+os.environ.setdefault("PYTEST_TIMEOUT", str(TEST_LIMITS * LIMIT_S))  # pytest-timeout's own variable: for every test
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from commands import ENV, ROOT
+from commands import ENV, LIMIT_S, ROOT
 
 NAMES = ("a", "b")
 INTERFACE = "eth0"
@@ -34,20 +34,20 @@ class Command:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def until(self, happened, seconds=180):
+    def until(self, happened):
         """Wait until something is so while the command runs."""
-        end = time.monotonic() + seconds
+        end = time.monotonic() + LIMIT_S
         while not happened():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output()[-4000:]}"
-            assert time.monotonic() < end, f"not after {seconds} s:\n{self.output()[-4000:]}"
+            assert time.monotonic() < end, f"not after {LIMIT_S} s:\n{self.output()[-4000:]}"
             time.sleep(0.02)
 
-    def wait(self, seconds=240):
+    def wait(self):
         """Its exit status."""
         try:
-            return self.process.wait(seconds)
+            return self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
-            raise AssertionError(f"still running after {seconds} s:\n{self.output()[-4000:]}") from None
+            raise AssertionError(f"still running after {LIMIT_S} s:\n{self.output()[-4000:]}") from None
 
     def end(self) -> None:
         """Kill it and every process it started, torchrun's in their own sessions too."""

@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import pytest
+from commands import LIMIT_S
 
 PIECE = 4096
 
@@ -101,7 +102,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.flush()
             self.server.reached.set()
             if fault == "held":
-                self.server.release.wait(30)
+                self.server.release.wait(LIMIT_S)
             self.connection.shutdown(socket.SHUT_RDWR)
             return
         self.wfile.write(data)
@@ -149,7 +150,7 @@ def nginx(folder, work):
         yield f"http://127.0.0.1:{port}"
     finally:
         process.terminate()
-        process.wait(10)
+        process.wait(LIMIT_S)
 
 
 def user_line():
@@ -158,7 +159,8 @@ def user_line():
 
 
 def wait_for(url, process):
-    for _ in range(200):
+    end = time.monotonic() + LIMIT_S
+    while time.monotonic() < end:
         if process.poll() is not None:
             raise AssertionError(f"the server ended: {process.stderr.read()}")
         try:

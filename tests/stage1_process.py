@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from commands import LIMIT_S
+
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
     ["scalekd_cache.cache_teacher", "pipelines.command", "sklearn.datasets", "webdataset", "zarr"]
@@ -107,7 +109,7 @@ class Job:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
-    def wait(self, seconds: float = 120.0, *, then_kill: bool = False) -> Outcome:
+    def wait(self, seconds: float = LIMIT_S, *, then_kill: bool = False) -> Outcome:
         """Wait for the end; a process that fails ends the others. `then_kill` ends all after `seconds` instead."""
         end = time.monotonic() + seconds
         while any(process.is_alive() for process in self.processes):

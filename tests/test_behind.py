@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from commands import LIMIT_S
 
 from scalekd_cache.behind import Behind
 
@@ -62,7 +63,7 @@ def test_nothing_runs_after_a_call_that_failed():
     ran, gate = [], threading.Event()
 
     def fail_late():
-        assert gate.wait(60)
+        assert gate.wait(LIMIT_S)
         fail()
 
     def put(behind):

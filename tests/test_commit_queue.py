@@ -3,6 +3,7 @@
 import threading
 
 import pytest
+from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import CommitQueue, Record, UnitWriter, unit_committed
@@ -46,7 +47,7 @@ def test_the_caller_goes_on_while_the_disk_is_waited_for(tmp_path, monkeypatch):
     fsync = store_files.fsync
 
     def slow(descriptor):
-        assert may_end.wait(60), "the caller waited for the disk"
+        assert may_end.wait(LIMIT_S), "the caller waited for the disk"
         fsync(descriptor)
 
     monkeypatch.setattr(store_files, "fsync", slow)

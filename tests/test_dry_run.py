@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ENV, ROOT, execute
+from commands import ENV, LIMIT_S, ROOT, execute
 from small_cache import CPU, options, shared_cache, shared_weights
 
 from pipelines.command import check_cache_place
@@ -119,7 +119,7 @@ def test_a_mistyped_run_and_one_that_is_going(tmp_path):
 
 def command(*words, **options):
     whole = [sys.executable, "-m", *map(str, words)]
-    return subprocess.run(whole, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=240, **options)
+    return subprocess.run(whole, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=LIMIT_S, **options)
 
 
 def test_debug_gives_the_traceback_and_nothing_else_does():
@@ -137,6 +137,6 @@ def test_json_for_scripts_and_a_closed_pipe():
     assert facts["images"] == 96
     assert json.loads(command("pipelines.verify", "--cache", root, "--json").stdout)["whole"] is True
     shell = f"{sys.executable} -m pipelines.inspect_cache --cache {root} | head -1"
-    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=LIMIT_S)
     assert done.stderr == ""
     assert done.stdout == f"cache: {root}\n"

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from commands import ENV, ROOT, execute
+from commands import ENV, LIMIT_S, ROOT, execute
 from image_files import folder_tree, shard
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, options, shared_cache
@@ -48,7 +48,7 @@ def test_the_guide_shows_the_examples():
 def run_example(name, *words):
     command = [sys.executable, str(ROOT / "examples" / name), str(shared_cache().root), *map(str, words)]
     env = {**ENV, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=240, env=env).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S, env=env).stdout
 
 
 def test_the_plain_loop(tmp_path):

@@ -85,13 +85,13 @@ def test_stage_1_when_a_host_is_lost(lost, hosts, weights, untouched, tmp_path):
     hosts.kill(lost)
     other = both[1 - lost]
     if lost == 0:
-        assert other.wait(90) != 0
+        assert other.wait() != 0
         assert "the job has lost a process or a machine" in other.output()
         assert units(folder) < 100
         for command in list(torchrun(hosts, "cache-teacher", options, **variables)):
             assert command.wait() == 0, command.output()[-4000:]
     else:
-        other.until(lambda: "next: make distill" in other.output(), 90)
+        other.until(lambda: "next: make distill" in other.output())
         assert "process 1 has given no sign of life for 6 s; its unit is made here" in other.output()
         hosts.kill(0)  # torchrun waits five minutes for the other torchrun
     assert_same_cache(folder, untouched)
@@ -139,7 +139,7 @@ def test_stage_2_when_a_host_is_lost(way, hosts, cache, uninterrupted, workshop)
         hosts.cut(lost)
     hosts.kill(lost)
     other = both[1 - lost]
-    assert other.wait(60) != 0
+    assert other.wait() != 0
     assert "the processes wait for each other" in other.output(), other.output()[-4000:]
     if way == "cable":
         hosts.mend(lost)
@@ -164,7 +164,7 @@ def test_deepspeed_on_each_host_without_ssh(hosts, cache, uninterrupted, worksho
     both = [hosts.start(host, *words[host]) for host in range(2)]
     both[0].until(lambda: trained(folder) >= 5)
     hosts.kill(1)
-    assert both[0].wait(60) != 0
+    assert both[0].wait() != 0
     assert "the processes wait for each other" in both[0].output(), both[0].output()[-4000:]
     for command in [hosts.start(host, *words[host]) for host in range(2)]:
         assert command.wait() == 0, command.output()[-4000:]
@@ -183,7 +183,7 @@ def test_deepspeed_with_ssh(hosts, cache, uninterrupted, workshop, tmp_path):
     environment.write_text("".join(f"{name}={value}\n" for name, value in handed_on.items()))
     words = deepspeed_words(tmp_path, cache, folder)
     command = hosts.start(0, *words, PATH=programs, DS_ENV_FILE=str(environment), PDSH_RCMD_TYPE="ssh")
-    assert command.wait(480) == 0, command.output()[-4000:]
+    assert command.wait() == 0, command.output()[-4000:]
     assert read_json(folder / "summary.json")["world_size"] == 2
     assert_same_student(folder, uninterrupted)
 
@@ -256,7 +256,7 @@ def test_a_signal_to_torchrun_saves_once(number, cache, workshop):
         family = psutil.Process(command.process.pid).children(recursive=True)
         (agent,) = [one for one in family if one.cmdline()[1:3] == ["-m", "torch.distributed.run"]]
         agent.send_signal(number)
-        command.wait(60)
+        command.wait()
     finally:
         command.end()
     print(number.name, command.process.returncode, command.output()[-3000:])

@@ -1,5 +1,6 @@
 """Files that a maintainer and a user expect: they are there, and they say what is true."""
 
+import ast
 import re
 import shutil
 import subprocess
@@ -8,7 +9,7 @@ import zipfile
 
 import pytest
 import yaml
-from commands import ROOT, execute
+from commands import LIMIT_S, ROOT, execute
 
 import scalekd_cache
 from benchmarks import measure
@@ -63,6 +64,30 @@ def test_files_and_links_of_the_pages_exist(page):
     assert file.name == "LOG.md" or links or len(text) > 200
 
 
+def _own_limits(tree):
+    """Lines of calls that wait for another process or thread with a number of seconds of their own."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        given = [keyword.value for keyword in call.keywords if keyword.arg == "timeout"]
+        given += call.args[:1] if name in ("wait", "communicate") else []
+        if name != "urlopen" and any(
+            isinstance(one, ast.Constant) and type(one.value) in (int, float) for one in given
+        ):
+            yield call.lineno
+
+
+def test_what_the_tests_wait_for_has_one_limit():
+    """A limit ends a hang: it is `commands.LIMIT_S`, at least ten minutes, for a load that nobody has measured."""
+    assert list(_own_limits(ast.parse("process.wait(60); run(x, timeout=100)"))) == [1, 1]
+    files = (ROOT / "tests").glob("*.py")
+    own = [f"{file.name}:{line}" for file in files for line in _own_limits(ast.parse(file.read_text(encoding="utf-8")))]
+    assert own == []
+    code = "import commands, os, conftest; print(commands.LIMIT_S, os.environ['PYTEST_TIMEOUT'])"
+    raised = execute("env", "-u", "PYTEST_TIMEOUT", "TEST_LIMIT_S=900", "PYTHONPATH=tests", sys.executable, "-c", code)
+    assert raised.split() == ["900.0", "2700.0"]
+    assert LIMIT_S >= 600
+
+
 @pytest.mark.slow
 def test_a_built_package_holds_its_data(tmp_path):
     source = tmp_path / "source"
@@ -71,7 +96,7 @@ def test_a_built_package_holds_its_data(tmp_path):
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     words = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(source)]
-    subprocess.run([sys.executable, "-m", *words], check=True, timeout=240)
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=LIMIT_S)
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         names = wheel.namelist()
     for name in ("scalekd_cache/py.typed", "scalekd_cache/reports/templates/cache.html", "pipelines/recipes/demo.yaml"):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ENV, ROOT
+from commands import ENV, LIMIT_S, ROOT
 from small_cache import copy_of_cache, flip_byte, shared_cache
 
 from pipelines import inspect_cache, repair, verify
@@ -110,7 +110,9 @@ def test_commands_import_no_more_than_they_need(words):
         "def say():\n    print('IMPORTED', [m for m in ('torch', 'deepspeed') if m in sys.modules])\n"
         f"atexit.register(say)\nimport runpy; runpy.run_module('pipelines.{name}', run_name='__main__')"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=ENV, text=True, capture_output=True, timeout=LIMIT_S
+    )
     assert done.returncode == 0, done.stderr
     allowed = ["['torch']"] if words.startswith("inspect_cache --cache") else []
     assert any(f"IMPORTED {modules}" in done.stdout for modules in ["[]", *allowed]), done.stdout

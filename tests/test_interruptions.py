@@ -10,7 +10,7 @@ import time
 
 import psutil
 import pytest
-from commands import ENV, ROOT, STEPS, assert_same_losses, distill_flags, launcher, run, steps_of
+from commands import ENV, LIMIT_S, ROOT, STEPS, assert_same_losses, distill_flags, launcher, run, steps_of
 
 pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("SEED", "0")) or random.randrange(1, 10**6)
@@ -30,14 +30,14 @@ def start(words, nproc=1):
     )  # fmt: skip
 
 
-@pytest.mark.timeout(2400)
+@pytest.mark.timeout(6 * LIMIT_S)
 def test_twenty_kills(cache, workshop):
     """Killed at random moments, saving included, the run has the steps, losses and samples of an undisturbed one."""
     print(f"SEED={SEED}")
     draw = random.Random(SEED)
     options = {"train.epochs": EPOCHS, "train.eval_epochs": EPOCHS, "train.log_samples": True}
     whole, killed = workshop / "runs" / "whole", workshop / "runs" / "twenty-kills"
-    run("distill", *distill_flags(cache, whole, **options), timeout=900)
+    run("distill", *distill_flags(cache, whole, **options))
     words = distill_flags(cache, killed, **options, **{"train.checkpoint_steps": 1})
     metrics, kills, saving = killed / "metrics.jsonl", 0, 0
     while kills < 20:
@@ -51,7 +51,7 @@ def test_twenty_kills(cache, workshop):
         process.communicate()
         saving += bool(list(killed.glob("checkpoints/.tmp-*")))
         kills += 1
-    run("distill", *words, timeout=900)
+    run("distill", *words)
     print(f"{kills} kills, {saving} of them while saving")
     assert [line["step"] for line in steps_of(killed)] == list(range(1, 3 * EPOCHS + 1))
     assert samples(killed) == samples(whole)
@@ -70,7 +70,7 @@ def test_a_process_that_stands_still_is_named(cache, workshop):
     ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children(recursive=True)}
     ranks["1"].send_signal(signal.SIGSTOP)
     try:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=LIMIT_S)
     finally:
         for child in ranks.values():
             with contextlib.suppress(psutil.NoSuchProcess):

@@ -11,6 +11,7 @@ import torch
 import yaml
 from commands import (
     ENV,
+    LIMIT_S,
     ROOT,
     STEPS,
     STUDENT,
@@ -170,7 +171,7 @@ def test_an_interrupted_run_goes_on_where_its_checkpoint_is(finished, cache, wor
     )
     metrics = folder / "metrics.jsonl"
     try:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + LIMIT_S
         # The step after the checkpoint is logged and then lost.
         while not (metrics.exists() and '"step": 4, "loss"' in metrics.read_text()):
             assert process.poll() is None, "the run ended before it could be killed"
@@ -178,7 +179,7 @@ def test_an_interrupted_run_goes_on_where_its_checkpoint_is(finished, cache, wor
             time.sleep(0.02)
     finally:
         os.killpg(process.pid, sent)
-        assert process.wait(60) == status
+        assert process.wait(LIMIT_S) == status
     step = int(sorted(folder.glob("checkpoints/step-*"))[-1].name.removeprefix("step-"))
     assert step == saved or (saved is None and 4 <= step < STEPS)
     assert not list(folder.glob("checkpoints/.tmp-*"))

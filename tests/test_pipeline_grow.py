@@ -6,6 +6,7 @@ import pytest
 from commands import (
     CACHE_OPTIONS,
     ENV,
+    LIMIT_S,
     ROOT,
     STEPS,
     STUDENT,
@@ -45,7 +46,7 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
             # Small batches and a view at a time: the writer takes its time.
             layout = {"cache.backend": backend, "cache.views_per_group": 1, "teacher.batch_size": 1}
             run("cache_teacher", *cache_flags(cache, weights, **layout))
-            assert student.wait(240) == 0, (tmp_path / "output").read_text()[-3000:]
+            assert student.wait(LIMIT_S) == 0, (tmp_path / "output").read_text()[-3000:]
         finally:
             student.kill()
             student.wait()

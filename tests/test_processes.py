@@ -10,6 +10,7 @@ import time
 
 import pytest
 import torch
+from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.processes import Peers, Process, autocast_dtype, this_process
@@ -105,7 +106,7 @@ def test_two_processes_share_every_claim_and_the_first_leaves_last():
         )
         for rank in range(2)
     ]
-    outputs = [process.communicate(timeout=120)[0] for process in started]
+    outputs = [process.communicate(timeout=LIMIT_S)[0] for process in started]
     assert [process.returncode for process in started] == [0, 0]
     second, claims = outputs[1].splitlines()
     assert sorted(json.loads(outputs[0]) + json.loads(second)) == list(range(100))

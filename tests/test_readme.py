@@ -44,9 +44,7 @@ def test_loop_of_ones_own():
 def run_in(folder, words, *given):
     """One of the README's commands, with the tests' interpreter and what makes it small."""
     assert words[0] == "make"
-    return execute(
-        "env", "-C", folder, "make", "VENV=none", f"PYTHON={sys.executable}", *words[1:], *given, timeout=900
-    )
+    return execute("env", "-C", folder, "make", "VENV=none", f"PYTHON={sys.executable}", *words[1:], *given)
 
 
 @pytest.mark.slow

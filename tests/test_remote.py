@@ -11,6 +11,7 @@ import time
 
 import numpy as np
 import pytest
+from commands import LIMIT_S
 from servers import faulty_server
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
 from torch.utils.data import DataLoader, Dataset
@@ -198,7 +199,7 @@ def in_processes(count, *arguments):
     processes = [context.Process(target=read_all, args=(*arguments, results)) for _ in range(count)]
     for process in processes:
         process.start()
-    answers = [results.get(timeout=60) for _ in processes]
+    answers = [results.get(timeout=LIMIT_S) for _ in processes]
     for process in processes:
         process.join(10)
     return answers
@@ -224,7 +225,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_is_believed(tar_s
     context = multiprocessing.get_context("fork")
     process = context.Process(target=read_all, args=(tar_server.url, settings, context.Queue(), (1,)))
     process.start()
-    assert tar_server.reached.wait(20)
+    assert tar_server.reached.wait(LIMIT_S)
     for _ in range(200):
         if any(path.stat().st_size for path in tmp_path.glob("incoming/*.data")):
             break
@@ -253,7 +254,7 @@ class Records(Dataset):
 def test_forked_loader_workers_read_after_their_parent_has(server, tmp_path):
     cache = Cache.open(server.url, config(tmp_path, timeout_s=20))
     cache.read([0], 0)  # the parent's event loop runs when the workers are started
-    loader = DataLoader(Records(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
+    loader = DataLoader(Records(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=LIMIT_S)
     assert [Record(*fields) for fields in loader] == expected(1)
 
 

@@ -5,7 +5,7 @@ import subprocess
 import sys
 
 import pytest
-from commands import ENV, ROOT, snapshot
+from commands import ENV, LIMIT_S, ROOT, snapshot
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
 
 from scalekd_cache.store import Cache, verify_cache
@@ -43,7 +43,7 @@ def watched(folder, *words):
         env=ENV,
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=LIMIT_S,
     )
 
 

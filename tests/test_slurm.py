@@ -8,7 +8,7 @@ import sys
 import time
 
 import pytest
-from commands import ENV, ROOT, distill_flags, read_json, steps_of
+from commands import ENV, LIMIT_S, ROOT, distill_flags, read_json, steps_of
 from hosts import Command
 
 pytestmark = pytest.mark.slow
@@ -67,7 +67,7 @@ def slurm(tmp_path):
 
     def client(*words):
         done = subprocess.run(
-            [str(word) for word in words], env=environment, cwd=ROOT, text=True, capture_output=True, timeout=60
+            [str(word) for word in words], env=environment, cwd=ROOT, text=True, capture_output=True, timeout=LIMIT_S
         )
         assert done.returncode == 0, (words, done.stderr, *(daemon.output()[-2000:] for daemon in daemons))
         return done.stdout
@@ -83,7 +83,6 @@ def slurm(tmp_path):
             daemon.end()
 
 
-@pytest.mark.timeout(900)
 def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tmp_path):
     folder, log = workshop / "runs" / "slurm", tmp_path / "job.log"
     words = distill_flags(cache, folder, **{"train.epochs": EPOCHS, "train.eval_epochs": EPOCHS})
@@ -93,8 +92,8 @@ def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tm
         ROOT / "pipelines" / "launch" / "slurm.sh", "distill", *words,
     ).strip()  # fmt: skip
 
-    def until(happened, seconds):
-        end = time.monotonic() + seconds
+    def until(happened):
+        end = time.monotonic() + LIMIT_S
         while not happened():
             assert time.monotonic() < end, (
                 log.read_text()[-4000:] if log.exists() else "",
@@ -105,15 +104,15 @@ def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tm
     def done():
         return len(steps_of(folder)) if (folder / "metrics.jsonl").exists() else 0
 
-    until(lambda: done() >= 2, 240)
+    until(lambda: done() >= 2)
     slurm("scancel", "--signal=USR1", job)
-    until(lambda: "queued again (restart 1)" in log.read_text(), 120)
+    until(lambda: "queued again (restart 1)" in log.read_text())
     stopped = done()
     assert stopped < STEPS
     assert f"SIGUSR1: saved at step {stopped}" in log.read_text()
-    until(lambda: (folder / "summary.json").exists(), 300)
+    until(lambda: (folder / "summary.json").exists())
     assert f"resuming {folder} at step {stopped + 1} of {STEPS}" in log.read_text()
     assert [line["step"] for line in steps_of(folder)] == list(range(1, STEPS + 1))
     summary = read_json(folder / "summary.json")
     assert (summary["world_size"], summary["steps"]) == (2, STEPS)
-    until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job), 60)
+    until(lambda: "JobState=COMPLETED" in slurm("scontrol", "show", "job", job))

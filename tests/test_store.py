@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import (
@@ -309,7 +310,7 @@ def test_a_cache_travels_to_workers(whole, method):
     queue = context.Queue()
     worker = context.Process(target=_read_in_worker, args=(cache, queue))
     worker.start()
-    assert queue.get(timeout=60)
+    assert queue.get(timeout=LIMIT_S)
     worker.join(60)
 
 

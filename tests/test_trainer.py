@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import LIMIT_S
 from safetensors.torch import load_file
 from small_cache import CPU
 from small_trainer import STEPS, Lines, config_of, finish, trainer_of
@@ -269,7 +270,7 @@ def test_all_zero_stages_train_alike(tmp_path):
     }
     environment["PYTHONPATH"] = str(Path(__file__).parents[1])
     done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=LIMIT_S
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "all stages agree" in done.stdout
