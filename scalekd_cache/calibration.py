@@ -24,7 +24,8 @@ from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Peers
 from scalekd_cache.store.base import damaged
-from scalekd_cache.store.files import read_json, write_atomically
+from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.files import write_atomically
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.sealed import sealed, unsealed

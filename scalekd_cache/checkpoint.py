@@ -17,12 +17,12 @@ from torch import Tensor
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import remove_stale
+from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.files import (
     canonical_json,
     fact_of,
     fsync_path,
     raise_explained,
-    read_json,
     temp_beside,
     write_new,
 )

@@ -22,6 +22,7 @@ import google_crc32c
 import numpy as np
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import open_file, unreadable
 from scalekd_cache.store.path import StoredPath
 
 PIECE_BYTES = 1 << 20
@@ -151,9 +152,12 @@ def write_atomically(path: Path, data: bytes) -> FileFact:
 
 
 def fact_of(path: StoredPath) -> FileFact:
-    """Length and sha256 of a file."""
-    with path.open("rb", buffering=0) as file:
-        digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+    """Length and sha256 of a regular file. UserError when it cannot be read, FileNotFoundError without one."""
+    with open_file(path) as file:
+        try:
+            digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]
+        except OSError as error:
+            raise unreadable(error, path) from error
         return FileFact(file.tell(), digest.hexdigest())
 
 
@@ -184,28 +188,6 @@ def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileFact]
             )
         facts[name] = FileFact(size, digest.hexdigest())
     return facts
-
-
-def read_json(path: StoredPath, what: str, limit_bytes: int = 1 << 28) -> tuple[dict[str, Any], bytes]:
-    """A JSON object and its bytes. UserError when missing, larger than `limit_bytes`, or not a JSON object."""
-    try:
-        size = path.stat().st_size
-        if size > limit_bytes:
-            raise UserError(f"{what} is too large", got=f"{size} bytes", expected=f"<= {limit_bytes}", where=path)
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{what} is missing", where=path, fix="run `make cache-teacher`: it continues") from None
-    try:
-        value = json.loads(data, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{what} is not JSON", got=error, where=path, fix="run `make verify` on the cache") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{what} is not a JSON object", got=type(value).__name__, where=path)
-    return value, data
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
 
 
 def canonical_json(value: Any) -> str:

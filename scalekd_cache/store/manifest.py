@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 from scalekd_cache.codec.fidelity import merge_summaries
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_backend, damaged
-from scalekd_cache.store.files import canonical_json, read_json, write_atomically
+from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.files import canonical_json, write_atomically
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files
 from scalekd_cache.store.sealed import check_version, sealed, unsealed

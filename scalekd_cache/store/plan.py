@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, damaged
-from scalekd_cache.store.files import read_json, write_atomically
+from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.files import write_atomically
 from scalekd_cache.store.manifest import ManifestFacts, names_pixels
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.sealed import check_version, sealed, unsealed

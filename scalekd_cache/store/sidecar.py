@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_key, damaged
-from scalekd_cache.store.files import FileFact, read_json
+from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.files import FileFact
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files, size_of
 

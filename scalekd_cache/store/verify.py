@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.files import read_json
+from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import STATE, TAIL, Manifest, kept_files, read_manifest
 from scalekd_cache.store.path import StoredPath

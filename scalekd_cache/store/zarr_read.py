@@ -18,7 +18,7 @@ from numcodecs import zstd
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import RUN_BYTES, damaged
-from scalekd_cache.store.files import read_json
+from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import descriptor_of
 

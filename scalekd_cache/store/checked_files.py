@@ -1,0 +1,202 @@
+"""Reading files that somebody else may have put there: only regular files, no more bytes than expected, checked JSON.
+
+In: a path, and what the file should be. Out: a descriptor, bytes, JSON values or a dataclass whose types were checked.
+Invariant: nothing waits for a FIFO or a device, nothing is read or allocated beyond a limit that is known beforehand,
+and whatever is found there is a `UserError` that names the file (a missing one too, except for `open_regular`).
+"""
+
+import functools
+import os
+import stat
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+from typing import IO, Any, TypeVar, cast
+
+import pydantic_core
+from pydantic import TypeAdapter, ValidationError
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.path import StoredPath
+
+T = TypeVar("T")
+JSON_BYTES = 1 << 26
+"""Longest JSON file: a manifest of about 600,000 units."""
+JSON_VALUES = 1 << 22
+"""Most values in one: each takes some 100 bytes of memory or more, however short its text."""
+PIECE_BYTES = 1 << 20
+KINDS = {
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFBLK: "a block device",
+}
+
+
+def open_regular(path: Path | str, what: str = "a file") -> int:
+    """A descriptor of a regular file, for reading; the caller closes it.
+
+    Args:
+        path: the file, or a link to one.
+        what: what it should be, for the error.
+
+    Raises:
+        FileNotFoundError: there is none (nor a folder that could hold it).
+        UserError: it is not a regular file, or it cannot be opened.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO's writer is not waited for
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FileNotFoundError(str(path)) from error
+    except (OSError, ValueError) as error:
+        raise unreadable(error, path, what) from error
+    kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+    if kind != stat.S_IFREG:
+        os.close(descriptor)
+        raise UserError(f"{what} is not a file", got=KINDS.get(kind, "something else"), expected="a regular file",
+                        where=path)  # fmt: skip
+    return descriptor
+
+
+def open_file(path: StoredPath | str, what: str = "a file") -> IO[bytes]:
+    """`open_regular` as an unbuffered file; of a remote path its verified copy."""
+    if isinstance(path, Path | str):
+        return os.fdopen(open_regular(path, what), "rb", 0)
+    return path.open("rb", 0)
+
+
+def check_regular(path: Path | str, what: str = "a file") -> int:
+    """The length of a regular file that can be opened, for libraries that open it by its name.
+
+    Raises:
+        UserError: missing, not a regular file, or it cannot be opened.
+    """
+    try:
+        descriptor = open_regular(path, what)
+    except FileNotFoundError:
+        raise UserError(f"{what} is missing", where=path) from None
+    try:
+        return os.fstat(descriptor).st_size
+    finally:
+        os.close(descriptor)
+
+
+def unreadable(error: OSError | ValueError, path: object, what: str = "a file") -> UserError:
+    """The error of a file that is there but cannot be opened or read: a bad sector, no permission, a link loop."""
+    got = (error.strerror if isinstance(error, OSError) else None) or error
+    return UserError(f"{what} cannot be read", got=got, where=path, fix="check the path, its permissions and the disk")
+
+
+def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
+    """`os.pread`, fewer bytes at the file's end. UserError when the disk does not give them."""
+    try:
+        return os.pread(descriptor, count, offset)
+    except OSError as error:
+        raise unreadable(error, where) from error
+
+
+def read_file(path: StoredPath | str, what: str, limit_bytes: int, fix: str | None = None) -> bytes:
+    """All bytes of a file of at most `limit_bytes`.
+
+    Args:
+        path: the file; of a remote one, the verified copy.
+        what: what it is, for the error.
+        limit_bytes: no more than these are read.
+        fix: what to do when it is missing.
+
+    Raises:
+        UserError: missing, not a regular file, too large, or it cannot be read.
+    """
+    try:
+        if isinstance(path, Path | str):
+            with open_file(path, what) as file:
+                data = _read(file, path, what, limit_bytes)
+        else:
+            data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{what} is missing", where=path, fix=fix) from None
+    if len(data) > limit_bytes:
+        raise UserError(f"{what} is too large", got="more", expected=f"at most {limit_bytes:,} bytes", where=path)
+    return data
+
+
+def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
+    """Up to one byte more than the limit."""
+    pieces, left = [], limit_bytes + 1
+    try:
+        while left > 0 and (piece := file.read(min(left, PIECE_BYTES))):
+            pieces.append(piece)
+            left -= len(piece)
+    except OSError as error:
+        raise unreadable(error, path, what) from error
+    return b"".join(pieces)
+
+
+def read_json(
+    path: StoredPath | str, what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
+) -> tuple[dict[str, Any], bytes]:
+    """A JSON object and its bytes. UserError as `read_file`, and when it is not a JSON object."""
+    data = read_file(path, what, limit_bytes, fix)
+    return parse_json(data, what, path), data
+
+
+def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
+    """A JSON object (no NaN, no infinity) out of bytes. UserError when they are not one."""
+    if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
+        raise UserError(f"{what} holds too many values", expected=f"at most {JSON_VALUES:,}", where=where)
+    try:
+        value = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise UserError(f"{what} is not JSON", got=error, where=where) from error
+    if not isinstance(value, dict):
+        raise UserError(f"{what} is not a JSON object", got=type(value).__name__, where=where)
+    return value
+
+
+def read_checked(
+    path: StoredPath | str, kind: type[T], what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
+) -> T:
+    """A JSON file as a dataclass, NamedTuple or TypedDict whose types, and those of all that it holds, were checked.
+
+    Args:
+        path: the file.
+        kind: the class. Unknown and missing fields and values of another type are errors; nothing is converted but
+            JSON's lists, which become tuples where the class has tuples. `Annotated[int, Field(ge=0)]` and the like
+            bound values; `Field(fail_fast=True)` on long lists stops at the first error.
+        what: what the file is, for the error.
+        limit_bytes: as in `read_file`.
+        fix: as in `read_file`.
+
+    Raises:
+        UserError: as `read_json`, or the file does not fit the class: names the place inside the JSON.
+    """
+    fields, data = read_json(path, what, limit_bytes, fix)
+    del fields
+    return checked(data, kind, what, path)
+
+
+def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
+    """JSON text (without NaN) as `kind`; see `read_checked`."""
+    try:
+        value: T = _adapter(cast(Hashable, kind)).validate_json(data, strict=True, extra="forbid")
+    except ValidationError as error:
+        wrong = error.errors(include_url=False, include_context=False)
+        raise UserError(f"{what} is not as expected", got=_named(wrong), where=where) from None
+    return value
+
+
+@functools.cache
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+def _named(wrong: Sequence[Any]) -> str:
+    """The first places inside a JSON text that are not as expected, each with what is there."""
+    named = []
+    for one in wrong[:3]:
+        place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).lstrip(".")
+        what = {"unexpected_keyword_argument": "unknown", "extra_forbidden": "unknown"}.get(one["type"], one["msg"])
+        what = "missing" if one["type"].startswith("missing") else what[:1].lower() + what[1:]
+        found = "" if what in ("unknown", "missing") else f", not {one['input']!r:.60}"
+        named.append(f"{place or 'all'}: {what}{found}")
+    more = len(wrong) - len(named)
+    return "; ".join(named) + (f"; and {more} more" if more > 0 else "")
