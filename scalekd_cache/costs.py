@@ -130,8 +130,7 @@ def pair_costs(
 
 def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
     """A teacher of these classes; call it under `torch.device("meta")`."""
-    timm = timm_name(name)
-    check_name(timm, "teacher")
+    timm = check_name(timm_name(name), "teacher")
     args: dict[str, Any] = demo_teacher_args() if name == DEMO_TEACHER else {}
     optional = {"img_size": image_size} if image_size != default_image_size(timm) else {}
     model, _ = create_timm_model(timm, {"num_classes": num_classes, **args}, optional)

@@ -36,7 +36,7 @@ from scalekd_cache.probe import Probe, StandIn, probe
 from scalekd_cache.processes import Process
 from scalekd_cache.step_memory import step_memory
 from scalekd_cache.tail_file import tail_tensors
-from scalekd_cache.teacher import Teacher, load_teacher, timm_name
+from scalekd_cache.teacher import Teacher, load_teacher, teacher_classes, timm_name
 from scalekd_cache.zoo import check_name
 
 MAX_EXTRA_S = 60.0
@@ -189,11 +189,9 @@ def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) ->
     except UserError:
         if options.weights is not None or not options.pretrained:
             raise
-    name = timm_name(options.name)
-    check_name(name, "teacher.name")
+    classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, data_classes)
     with torch.device("meta"):
         meta = meta_teacher(options.name, size, data_classes)
-    classes = data_classes if options.num_classes is None else options.num_classes
     return _Teacher(StandIn(meta.tail_out, classes), meta.tail_out, classes)
 
 

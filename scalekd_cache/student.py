@@ -105,6 +105,10 @@ def plan_taps(model: Any, name: str) -> TapPlan:
     info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
     if len(info) < 2 or not all("module" in entry for entry in info):
         raise _unfit(name, "timm does not say where its feature maps are")
+    known = {module for module, _ in model.named_modules()}
+    absent = [entry["module"] for entry in info if entry["module"] not in known]
+    if absent:  # Twins and MViT name modules that they do not have
+        raise _unfit(name, f"timm says that its feature maps come from {absent[-1]}, which it does not have")
     last = info[-1]
     shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
     reduction = None
@@ -168,8 +172,13 @@ class Student(nn.Module):
         s3, s4 = (tap.value for tap in self._taps)
         for tap in self._taps:
             tap.armed, tap.value = False, None
-        assert s3 is not None, "S3's module was not called"
-        assert s4 is not None, "S4's module was not called"
+        for module, value in zip(self.plan.modules, (s3, s4), strict=True):
+            if value is None:
+                raise _unfit(self.model_name, f"its forward pass does not call {module}, which holds its feature map")
+            if not isinstance(value, Tensor):
+                raise _unfit(self.model_name, f"{module} gives a {type(value).__name__}, not one feature map")
+        assert s3 is not None
+        assert s4 is not None
         return StudentOutput(s3, s4, logits)
 
     def _normed(self, s4: Tensor) -> Tensor:
@@ -237,7 +246,7 @@ def build_student(
         UserError: an unknown name, a model without two usable maps at this size, or one that cannot recompute.
     """
     name, known = SHORT_NAMES.get(config.name, (config.name, {}))
-    check_name(name, "student.name")
+    name = check_name(name, "student.name")
     optional: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if image_size != default_image_size(name):
         optional["img_size"] = image_size

@@ -51,9 +51,9 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
     Raises:
         UserError: no such file, damaged, of another teacher, or with missing, surplus or misshapen tensors.
     """
-    check_name(timm_name(spec.name), "teacher.name")
+    name = check_name(timm_name(spec.name), "teacher.name")
     with torch.device("meta"):
-        model, _ = create_timm_model(timm_name(spec.name), spec.model_args)
+        model, _ = create_timm_model(name, spec.model_args)
     tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)
     wanted = tail_tensors(tail)
     try:

@@ -153,9 +153,8 @@ def load_teacher(
     Raises:
         UserError: unknown name, unsupported family or image size, weights that are missing, unsafe or do not fit.
     """
-    name = timm_name(config.name)
     demo = config.name == DEMO_TEACHER
-    check_name(name, "teacher.name")
+    name = check_name(timm_name(config.name), "teacher.name")
     if config.weights is None and config.pretrained and demo:
         raise _no_weights(config.name, "demo_swin is no published model; the pipeline trains it")
     shapes = stored_shapes(config.weights) if config.weights is not None else None
@@ -165,7 +164,7 @@ def load_teacher(
         args["img_size"] = image_size
     elif image_size != default_image_size(name):
         optional["img_size"] = image_size
-    args["num_classes"] = _classes(config, name, shapes, num_classes)
+    args["num_classes"] = teacher_classes(config, name, shapes, num_classes)
     fetch = config.weights is None and config.pretrained
     try:
         model, used = create_timm_model(name, json.loads(json.dumps(args)), optional, pretrained=fetch)
@@ -178,7 +177,7 @@ def load_teacher(
     if config.weights is not None and shapes is not None:
         load_weights(model, config.weights, shapes)
     model.requires_grad_(False).eval()
-    spec = _describe(model, config.name, used, image_size)
+    spec = _describe(model, config.name if demo else name, used, image_size)
     return Teacher(model, spec, config.precision).to(device)
 
 
@@ -191,8 +190,13 @@ def _no_weights(name: str, reason: str) -> UserError:
     )
 
 
-def _classes(config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int) -> int:
-    """Width of the classifier: what the weights have, else the configuration's number, else the data set's."""
+def teacher_classes(
+    config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int
+) -> int:
+    """Width of the classifier: what the weights have, else the configuration's number, else the data set's.
+
+    `name` is timm's own of today (`check_name`): only under that does timm know the classes of the weights.
+    """
     known = timm.get_pretrained_cfg(name)
     if known is None:  # a model that a plugin made known: which of its tensors is the classifier is not said
         return data_classes if config.num_classes is None else config.num_classes
@@ -200,7 +204,7 @@ def _classes(config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, .
         heads = known.classifier
         head = f"{heads[0] if isinstance(heads, list | tuple) else heads}.weight"
         stored = shapes[head][0] if shapes.get(head) else 0
-    elif config.pretrained:
+    elif config.pretrained and config.name != DEMO_TEACHER:  # whose weights are never timm's
         stored = known.num_classes
     elif known.num_classes == 0:
         return config.num_classes or 0

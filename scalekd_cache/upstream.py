@@ -168,8 +168,8 @@ def import_checkpoint(
     """
     if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
         raise UserError("the folder for the import is in use", where=out, expected="a new folder", fix="change OUT")
-    if student_name is not None:
-        check_name(SHORT_NAMES.get(student_name, (student_name, {}))[0], "student")
+    if student_name is not None and student_name not in SHORT_NAMES:
+        student_name = check_name(student_name, "student")
     student_state, prefix, head_state, left_out, unknown = split_parts(read_checkpoint(path), path)
     family = _family(student_state, prefix, path)
     classes = num_classes or _classes(student_state, prefix, path)

@@ -124,6 +124,27 @@ def test_maps_in_another_order_are_refused():
         make("hiera_tiny_224")
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pit_ti_224", "gives a tuple"),
+        ("tnt_s_legacy_patch16_224", "gives a tuple"),
+        ("hrnet_w18_small", "which it does not have"),
+        ("mvitv2_tiny", "which it does not have"),
+        ("twins_svt_small", "which it does not have"),
+        ("coat_tiny", "does not call parallel_blocks"),
+    ],
+)
+def test_maps_of_other_kinds_are_refused(name, reason):
+    with torch.device("meta"), pytest.raises(UserError, match=f"cannot be a student: .*{reason}"):
+        build_student(StudentConfig(name=name), num_classes=5, image_size=224)
+
+
+def test_an_old_name_is_resolved():
+    student = build_student(StudentConfig(name="resnetv2_50x1_bitm"), num_classes=5, image_size=64)
+    assert student.model_name == "resnetv2_50x1_bit.goog_in21k_ft_in1k"
+
+
 def test_size_that_does_not_fit():
     with pytest.raises(UserError, match="does not run on images of 64 pixels"):
         make("efficientformer_l1")

@@ -205,6 +205,44 @@ def test_pretrained_without_a_network(monkeypatch):
         load_teacher(config, image_size=224, num_classes=7, device=torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "classes"),
+    [
+        ("vit_tiny_patch16_224_in21k", 224, 21843),
+        ("vit_small_patch16_224_dino", 224, 0),
+        ("swinv2_base_window12_192_22k", 192, 21841),
+        ("vit_tiny_patch16_224_in21k", 64, 21843),
+    ],
+)
+def test_a_teacher_by_its_old_name_has_the_classes_of_its_weights(monkeypatch, name, size, classes):
+    """Not a random head for the data set's classes on weights that are pretrained."""
+    create, asked = timm.create_model, {}
+
+    def pretrained_model(name, pretrained, **args):
+        asked.update(args, name=name, pretrained=pretrained)
+        with torch.device("meta"):
+            create(name, **args)
+        raise ConnectionError("known enough")
+
+    monkeypatch.setattr(zoo.timm, "create_model", pretrained_model)
+    with pytest.raises(UserError, match="known enough"):
+        make(name, size, pretrained=True)
+    assert asked["num_classes"] == classes
+    assert asked["name"] == timm.models.get_deprecated_models()[name]
+    assert asked.get("img_size") == (None if size == zoo.default_image_size(asked["name"]) else size)
+
+
+def test_weights_of_an_old_name_without_a_head(tmp_path):
+    """A file decides about the classifier, and the specification holds timm's name of today."""
+    path, name = tmp_path / "teacher.safetensors", "vit_small_patch16_224_dino"
+    state = make(name, 64, TOKENS, num_classes=0).model.state_dict()
+    save_file({key: value.clone() for key, value in state.items()}, path)
+    teacher = make(name, 64, TOKENS, weights=str(path))
+    assert teacher.spec.name == "vit_small_patch16_224.dino"
+    assert not teacher.spec.has_classifier
+    assert teacher(views(64)).logits.shape == (2, 0)
+
+
 def test_weights_file(tmp_path):
     path = tmp_path / "teacher.safetensors"
     teacher = scramble(make(num_classes=7))
