@@ -2,15 +2,39 @@
 
 import errno
 import hashlib
+import itertools
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from scalekd_cache import checkpoint as module
-from scalekd_cache.checkpoint import MODEL, OPTIMIZER, STUDENT, commit_checkpoint, latest_checkpoint
+from scalekd_cache.checkpoint import (
+    MODEL,
+    OPTIMIZER,
+    STUDENT,
+    commit_checkpoint,
+    latest_checkpoint,
+    prune_checkpoints,
+)
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.files import canonical_json
+
+
+def names(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+def steps(folder):
+    return [int(name.removeprefix("step-")) for name in names(folder)]
+
+
+def damage(folder, step):
+    file = folder / f"step-{step:08d}" / MODEL
+    file.write_bytes(file.read_bytes()[:-1] + b"!")
 
 
 def commit(folder, step, keep=2):
@@ -74,8 +98,95 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, whe
         patch.setattr(owner, name, full)
         with pytest.raises(UserError, match="disk is full"):
             commit(tmp_path, 2)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    assert names(tmp_path) == ["step-00000001"]
     assert latest_checkpoint(tmp_path)[0].facts["step"] == 1
+
+
+@pytest.mark.parametrize("text", ["Error while serializing: I/O error: No space left on device (os error 28)"])
+def test_a_disk_that_is_full_for_safetensors_is_explained(tmp_path, monkeypatch, text):
+    """safetensors writes in Rust: its error is no OSError, and names the system's number in its text."""
+    commit(tmp_path, 1)
+
+    def full(*_):
+        raise SafetensorError(text)
+
+    monkeypatch.setattr(module, "save_file", full)
+    with pytest.raises(UserError, match=r"disk is full\n.*\n  expected: at least 64 bytes.*\n.*\n.*RUN=") as error:
+        commit_checkpoint(tmp_path, 2, {STUDENT: {"a": torch.zeros(16)}}, {}, 2)
+    assert isinstance(error.value.__cause__, SafetensorError)
+    assert names(tmp_path) == ["step-00000001"]
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+@pytest.mark.parametrize("bad", [(30,), (20, 30), (10, 30), (10, 20), (10, 20, 30), (25,)])
+def test_damaged_ones_never_take_the_place_of_whole_ones(tmp_path, keep, bad):
+    """After a fall back to an older checkpoint the new one has a lower step than the damaged ones."""
+    for step in (5, 10, 20, 25, 30):
+        commit(tmp_path, step, keep=9)
+    for step in bad:
+        damage(tmp_path, step)
+    whole = [step for step in (5, 10, 20, 25, 30) if step not in bad]
+    resumed = latest_checkpoint(tmp_path)[0].facts["step"]
+    assert resumed == whole[-1]
+    commit(tmp_path, resumed + 1, keep)
+    assert steps(tmp_path) == sorted([resumed + 1, *whole[len(whole) - keep + 1 :]])
+    assert latest_checkpoint(tmp_path)[0].facts["step"] == resumed + 1
+
+
+def test_the_one_just_written_stays_when_all_others_are_damaged(tmp_path):
+    for step, keep in itertools.product((50, 60, 70), (9,)):
+        commit(tmp_path, step, keep)
+        damage(tmp_path, step)
+    (tmp_path / "step-00000080").mkdir()
+    (tmp_path / "step-00000090").write_text("a file")
+    (tmp_path / "step-00000095").symlink_to("nowhere")
+    (tmp_path / "step-notes").write_text("somebody's")
+    commit(tmp_path, 1, keep=2)
+    assert names(tmp_path) == ["step-00000001", "step-notes"]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_no_damaged_one(tmp_path, monkeypatch):
+    commit(tmp_path, 1, keep=1)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_remove_tree", killed)
+        with pytest.raises(KeyboardInterrupt):
+            commit(tmp_path, 2, keep=1)
+    assert [name for name in names(tmp_path) if not name.startswith(".tmp-step-00000001-")] == ["step-00000002"]
+    prune_checkpoints(tmp_path, tmp_path / "step-00000002", 1)
+    assert names(tmp_path) == ["step-00000002"]
+
+
+def test_what_a_session_on_another_host_left_is_removed(tmp_path):
+    (tmp_path / ".tmp-step-00000001-00000000-7-0a1b2c3d").mkdir()
+    (tmp_path / ".tmp-step-00000002-00000000-7-0a1b2c3d").write_text("")
+    commit(tmp_path, 3)
+    assert names(tmp_path) == ["step-00000003"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "link loop", "named pipe", "unreadable"])
+@pytest.mark.parametrize("name", [MODEL, "checkpoint.json"])
+def test_what_is_no_file_is_a_damaged_checkpoint(tmp_path, monkeypatch, name, kind):
+    commit(tmp_path, 1)
+    file = commit(tmp_path, 2) / name
+    if kind == "unreadable":
+        reader = Path.open
+
+        def fail(path, *args, **kwargs):
+            if path == file:
+                raise OSError(errno.EIO, "Input/output error", str(path))
+            return reader(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, "open", fail)
+    else:
+        file.unlink()
+        {"folder": file.mkdir, "link loop": lambda: file.symlink_to(file), "named pipe": lambda: os.mkfifo(file)}[kind]()
+    found, problems = latest_checkpoint(tmp_path)
+    assert found.facts["step"] == 1
+    assert "step-00000002" in problems[0]
 
 
 def test_the_same_step_again_replaces_a_damaged_one(tmp_path):

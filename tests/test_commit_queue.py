@@ -65,7 +65,7 @@ def test_an_error_of_the_disk_reaches_the_caller_and_leaves_nothing(tmp_path, mo
 
     monkeypatch.setattr(store_files, "fsync", broken)
     reported = []
-    with pytest.raises(UserError, match="the disk of the cache fails"):
+    with pytest.raises(UserError, match="the disk fails"):
         commit(tmp_path, units, lambda: reported.append(1))
     assert left(tmp_path) == []
     assert reported == []

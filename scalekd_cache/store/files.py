@@ -11,10 +11,11 @@ import functools
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -201,21 +202,31 @@ def folders_of(folder: Path, names: Iterable[str]) -> list[Path]:
     return [*sorted(inside, key=lambda path: (-len(path.parts), str(path))), folder]
 
 
+def error_number(error: BaseException) -> int | None:
+    """The operating system's error number; libraries written in Rust (safetensors) name it in their text only."""
+    if isinstance(error, OSError):
+        return error.errno
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else None
+
+
 def is_disk_full(error: BaseException) -> bool:
     """No space, or no quota."""
-    return isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
-def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> None:
+def raise_explained(error: BaseException, folder: Path, needed_bytes: int, variable: str = "CACHE") -> None:
     """Raise the user's error for what a disk can do to a writer; return for anything else.
 
     Args:
         error: what happened; the temporary files are gone by now.
         folder: where was written.
         needed_bytes: what the file or unit in hand takes.
+        variable: make's variable that chooses another place.
     """
-    if not isinstance(error, OSError):
+    if isinstance(error, UserError):
         return
+    number = error_number(error)
     if is_disk_full(error):
         existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         raise UserError(
@@ -223,20 +234,31 @@ def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> No
             got=f"{shutil.disk_usage(existing).free:,} bytes free, now that the unfinished files are removed",
             expected=f"at least {needed_bytes:,} bytes free for this one",
             where=folder,
-            fix="free space or use another disk (CACHE=...), then run again: what is committed stays",
+            fix=f"free space or use another disk ({variable}=...), then run again: what is committed stays",
         ) from error
     what = {
-        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the cache's folder cannot be written"),
-        **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk of the cache fails"),
-    }.get(error.errno or 0)
+        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the folder cannot be written"),
+        **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk fails"),
+        **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST), "the place of a file is taken"),
+    }.get(number or 0)
     if what is not None:
         raise UserError(
             what,
-            got=error.strerror,
-            where=error.filename or folder,
-            fix="mend permissions, mount or disk, or use another folder (CACHE=...), then run again: what is "
-            "committed stays",
+            got=os.strerror(number or 0),
+            where=getattr(error, "filename", None) or folder,
+            fix=f"correct permissions, mount or disk, or use another folder ({variable}=...), then run again: what "
+            "is committed stays",
         ) from error
+
+
+@contextlib.contextmanager
+def explained(folder: Path, needed_bytes: int, variable: str) -> Iterator[None]:
+    """Around writing in `folder`: what a disk can do to it becomes the user's error (`raise_explained`)."""
+    try:
+        yield
+    except Exception as error:
+        raise_explained(error, folder, needed_bytes, variable)
+        raise
 
 
 def temp_beside(path: Path) -> Path:
