@@ -19,7 +19,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import remove_stale
 from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.files import (
     canonical_json,
@@ -89,23 +88,23 @@ def commit_checkpoint(
     return final
 
 
-def prune_checkpoints(folder: Path, newest: Path, keep: int) -> None:
+def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
     """Keep `newest` and the `keep - 1` newest others that are whole. Remove the rest and all temporary files.
 
     A damaged checkpoint never takes the place of a whole one, whatever its step: those newer than `newest` were
     refused when the run resumed. The run's folder is locked, so temporary files here belong to nobody, also those
-    that a session on another host left.
+    that a session on another host left. `newest` is None where there is no checkpoint yet.
     """
     kept = 1
     for path in reversed(_checkpoints(folder)):
-        if path.name == newest.name:
+        if newest is not None and path.name == newest.name:
             continue
         if kept < keep and _is_whole(path):
             kept += 1
         else:
             _remove(path)
-    for leftover in remove_stale(folder):
-        _remove_tree(leftover.path)
+    for leftover in folder.glob(".tmp-*"):
+        _remove_tree(leftover)
 
 
 def _remove(path: Path) -> None:

@@ -5,7 +5,6 @@ import hashlib
 import itertools
 import json
 import os
-from pathlib import Path
 
 import pytest
 import torch
@@ -173,17 +172,18 @@ def test_what_is_no_file_is_a_damaged_checkpoint(tmp_path, monkeypatch, name, ki
     commit(tmp_path, 1)
     file = commit(tmp_path, 2) / name
     if kind == "unreadable":
-        reader = Path.open
+        opener = os.open
 
         def fail(path, *args, **kwargs):
             if path == file:
                 raise OSError(errno.EIO, "Input/output error", str(path))
-            return reader(path, *args, **kwargs)
+            return opener(path, *args, **kwargs)
 
-        monkeypatch.setattr(Path, "open", fail)
+        monkeypatch.setattr(os, "open", fail)
     else:
         file.unlink()
-        {"folder": file.mkdir, "link loop": lambda: file.symlink_to(file), "named pipe": lambda: os.mkfifo(file)}[kind]()
+        put = {"folder": os.mkdir, "link loop": lambda path: os.symlink(path, path), "named pipe": os.mkfifo}[kind]
+        put(file)
     found, problems = latest_checkpoint(tmp_path)
     assert found.facts["step"] == 1
     assert "step-00000002" in problems[0]
