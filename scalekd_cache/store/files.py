@@ -239,7 +239,6 @@ def raise_explained(error: BaseException, folder: Path, needed_bytes: int, varia
     what = {
         **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the folder cannot be written"),
         **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk fails"),
-        **dict.fromkeys((errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.EEXIST), "the place of a file is taken"),
     }.get(number or 0)
     if what is not None:
         raise UserError(
@@ -258,6 +257,9 @@ def explained(folder: Path, needed_bytes: int, variable: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise_explained(error, folder, needed_bytes, variable)
+        if isinstance(error, OSError):
+            got, where = error.strerror or error, error.filename or folder
+            raise UserError("a file cannot be written", got=got, where=where, fix="move what is there away") from error
         raise
 
 
