@@ -201,7 +201,7 @@ def decode(manifest, state, key, label, view, digest, pixels, features, logits):
 def decode_features(codec, state, row):
     channels, height, width = codec["shape"]
     tokens = height * width
-    assert codec["version"] == 1
+    assert codec["version"] == (2 if codec["id"] in ("float16", "bfloat16") else 1)
     norms = None
     if codec["id"] == "transform":
         maps, norms = decode_transform(codec, state, row)
@@ -215,10 +215,16 @@ def decode_features(codec, state, row):
         scales = np.frombuffer(row, "<f2", tokens * groups, 2 * channels).astype(np.float32).reshape(tokens, groups)
         codes = decode_codes(codec["id"], row[2 * channels + 2 * tokens * groups :])[: tokens * channels]
         values = means + codes.reshape(tokens, channels) * scales[:, np.arange(channels) // 128]
-    elif codec["id"] == "bfloat16":
-        values = (np.frombuffer(row, "<u2").astype("<u4") << 16).view("<f4").reshape(tokens, channels)
+    elif codec["id"] in ("float16", "bfloat16"):
+        means, halves = (
+            np.frombuffer(row, "<f2", channels).astype(np.float32),
+            np.frombuffer(row[2 * channels :], "<u2"),
+        )
+        wide = halves.view("<f2") if codec["id"] == "float16" else (halves.astype("<u4") << 16).view("<f4")
+        values = means + wide.astype(np.float32).reshape(tokens, channels)
     else:
-        values = np.frombuffer(row, {"float32": "<f4", "float16": "<f2"}[codec["id"]]).reshape(tokens, channels)
+        assert codec["id"] == "float32"
+        values = np.frombuffer(row, "<f4").reshape(tokens, channels)
     return values.astype(np.float32).reshape(height, width, channels).transpose(2, 0, 1), norms
 
 

@@ -141,11 +141,11 @@ def test_a_chosen_codec_that_is_not_fitted(tmp_path):
     root = tmp_path / "cache"
     auto = {"codec": "auto", "codec_target": "ac-cosine:0.99999999", "num_views": 1}
     cache = make(root, shared_weights(), cache=auto)
-    assert cache.manifest.codec["id"] == "float32"
+    assert cache.manifest.codec["id"] == "float16"
     assert not (root / "codec.safetensors").exists()
     assert verify_cache(root) == []
     make(root, shared_weights(), cache=auto)
-    make(root, shared_weights(), cache={"codec": "float32", "num_views": 1})  # by its name, too
+    make(root, shared_weights(), cache={"codec": "float16", "num_views": 1})  # by its name, too
     (root / MARK).write_bytes((root / MARK).read_bytes().replace(b"auto", b"aut0"))
     assert [problem.where for problem in verify_cache(root)] == [MARK]
     write_mark(root, cache.manifest.fingerprint_fields)

@@ -22,6 +22,11 @@ CODECS: dict[str, tuple[str, str]] = {
     "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
     "float32": ("scalekd_cache.codec.plain", "Float32Codec"),
 }
+OLDER: dict[tuple[str, int], tuple[str, str]] = {
+    ("float16", 1): ("scalekd_cache.codec.plain", "Float16CodecV1"),
+    ("bfloat16", 1): ("scalekd_cache.codec.plain", "BFloat16CodecV1"),
+}
+"""Layouts of earlier versions that are still read, by id and version."""
 FITTED = ("transform", "transform-economy", "transform-rotated")
 """Presets of the transform coder, which is fitted to a teacher first (`transform_fit.fit`)."""
 
@@ -35,8 +40,11 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
     if name not in CODECS:
         raise mistype("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
     _check_shape(name, shape)
-    module, attribute = CODECS[name]
-    codec: FeatureCodec = getattr(importlib.import_module(module), attribute)(shape)
+    return _built(CODECS[name], shape)
+
+
+def _built(place: tuple[str, str], shape: tuple[int, int, int]) -> "FeatureCodec":
+    codec: FeatureCodec = getattr(importlib.import_module(place[0]), place[1])(shape)
     return codec
 
 
@@ -69,9 +77,13 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
 def _made(
     name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: "StoredPath | None"
 ) -> "FeatureCodec":
-    if name != "transform":
+    version = config.get("version")
+    older = OLDER.get((name, version)) if isinstance(version, int) else None
+    if name != "transform" and older is None:
         return make_codec(name, shape)
     _check_shape(name, shape)
+    if older is not None:
+        return _built(older, shape)
     from scalekd_cache.codec.transform import load_transform
 
     return load_transform(config, shape, folder)

@@ -43,6 +43,8 @@ class FeatureCodec(ABC):
     """Rows for maps of one shape. As in numcodecs a codec has an `id` and a JSON config that rebuilds it."""
 
     id: ClassVar[str]
+    version: ClassVar[int] = 1
+    """Of the layout of a row: another one for bytes that are read in another way."""
     dithered: ClassVar[bool] = False
     """Whether `encode` needs seeds (`dither.dither_seed`)."""
     bytes_per_view: int
@@ -78,7 +80,7 @@ class FeatureCodec(ABC):
 
     def get_config(self) -> dict[str, Any]:
         """JSON that rebuilds this codec; it travels in the manifest and enters the fingerprint."""
-        return {"id": self.id, "version": 1, "shape": list(self.shape)}
+        return {"id": self.id, "version": self.version, "shape": list(self.shape)}
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
         """(B, bytes_per_view) uint8 -> the records that are stored, one a row; here the rows themselves."""
@@ -158,6 +160,14 @@ class RowCodec(FeatureCodec):
             return FeatureMap(features, feature_norms(features))
         norms = fresh(codes[:, self.value_bytes :]).view(torch.float16).float()
         return FeatureMap(features, norms.view(batch, 2, self.height, self.width))
+
+
+def channel_means(values: Tensor) -> Tensor:
+    """The mean of every channel over positions, as it is stored: (B, T, C) float32 -> (B, 1, C) float16.
+
+    It is most of a map of a plain ViT, and no loss looks at it: a codec keeps it apart and spends its bits on the rest.
+    """
+    return values.mean(1, keepdim=True).to(torch.float16)
 
 
 def damaged_record(got: object, expected: object) -> UserError:

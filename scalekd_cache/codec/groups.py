@@ -3,8 +3,6 @@
 In and out: see `base.py`. A row: means float16 (C), scales float16 (H*W, ceil(C/128)), codes (H*W, C),
 norms float16 (2, H*W).
 Invariant: a scale is the group's largest magnitude over the largest code, rounded *up* in float16, so codes never clip.
-
-The mean of a channel over positions is most of a map of a plain ViT, and no loss looks at it: scales need not cover it.
 """
 
 from abc import abstractmethod
@@ -13,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec.base import RowCodec, as_bytes, fresh
+from scalekd_cache.codec.base import RowCodec, as_bytes, channel_means, fresh
 
 GROUP = 128
 """Channels that share a scale."""
@@ -61,7 +59,7 @@ class GroupScaledCodec(RowCodec):
         return grouped, round_up_to_float16(grouped.abs().amax(dim=3) / self.largest_code)
 
     def encode_values(self, values: Tensor) -> Tensor:
-        means = values.mean(1, keepdim=True).to(torch.float16)
+        means = channel_means(values)
         grouped, scales = self._scales(values - means.float())
         divisor = torch.where(scales > 0, scales.float(), 1.0)
         codes = (grouped / divisor[..., None]).flatten(2)[..., : self.channels]
@@ -84,7 +82,7 @@ class GroupScaledCodec(RowCodec):
     def scale_of_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
         """The scale of every value, and the float16 mean of its channel: (B, C, H, W) and (B, C, 1, 1) float32."""
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels)
-        means = values.mean(1, keepdim=True).to(torch.float16).float()
+        means = channel_means(values).float()
         _, scales = self._scales(values - means)
         spread = scales.float().repeat_interleave(GROUP, dim=2)[..., : self.channels]
         grid = spread.reshape(len(features), self.height, self.width, self.channels).permute(0, 3, 1, 2)

@@ -1,17 +1,22 @@
 """Features as plain floating-point numbers: the reference codecs.
 
-In and out: see `base.py`. Invariant: float32 is exact; float16 and bfloat16 round once, to nearest even.
+In and out: see `base.py`. A row: means float16 (C), where they are stored, values (H*W, C) or their differences from
+the means, norms float16 (2, H*W). Invariant: float32 is exact; float16 and bfloat16 round once, to nearest even.
 """
+
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec.base import FLOAT16_MAX, RowCodec, as_bytes
+from scalekd_cache.codec.base import FLOAT16_MAX, RowCodec, as_bytes, channel_means, fresh
 
 FLOAT32_NORM_MAX = 1.8e19  # the square of a larger value is infinite in float32
 
 
 class _PlainCodec(RowCodec):
+    stores_means: ClassVar[bool] = False
+    """Whether a value is a difference from the mean of its channel, so that a large mean costs no precision."""
     dtype: torch.dtype
     half_step: float
     """Half of the distance between neighbours, relative to the value."""
@@ -19,17 +24,36 @@ class _PlainCodec(RowCodec):
     """Half of the smallest subnormal: the bound next to zero."""
 
     @property
+    def mean_bytes(self) -> int:
+        """Bytes of a row's means."""
+        return 2 * self.channels if self.stores_means else 0
+
+    @property
     def value_bytes(self) -> int:
-        return self.tokens * self.channels * self.dtype.itemsize
+        return self.mean_bytes + self.tokens * self.channels * self.dtype.itemsize
 
     def encode_values(self, values: Tensor) -> Tensor:
-        return as_bytes(values.to(self.dtype).flatten(1))
+        if not self.stores_means:
+            return as_bytes(values.to(self.dtype).flatten(1))
+        means = channel_means(values)
+        differences = (values - means.float()).to(self.dtype)
+        return torch.cat((as_bytes(means.flatten(1)), as_bytes(differences.flatten(1))), dim=1)
 
     def decode_values(self, codes: Tensor) -> Tensor:
-        return codes.view(self.dtype).float().view(len(codes), self.tokens, self.channels)
+        stored = fresh(codes[:, self.mean_bytes :]).view(self.dtype).float()
+        values = stored.view(len(codes), self.tokens, self.channels)
+        if not self.stores_means:
+            return values
+        means = fresh(codes[:, : self.mean_bytes]).view(torch.float16).float()
+        return values.add_(means[:, None])
 
     def error_bound(self, features: Tensor) -> Tensor:
-        return features.abs() * self.half_step + self.half_subnormal
+        """Half a step of what is rounded; with means also the float32 rounding of difference and sum."""
+        if not self.stores_means:
+            return features.abs() * self.half_step + self.half_subnormal
+        means = channel_means(features.flatten(2).transpose(1, 2)).float().transpose(1, 2)[..., None]
+        rounding = (features.abs() + means.abs()) * 2.0**-22
+        return (features - means).abs() * self.half_step + self.half_subnormal + rounding
 
 
 class Float32Codec(_PlainCodec):
@@ -49,18 +73,36 @@ class Float16Codec(_PlainCodec):
     """11 significant bits, values and norms up to 65,504."""
 
     id = "float16"
+    version = 2
+    stores_means = True
     dtype = torch.float16
     half_step = 2.0**-11
     half_subnormal = 2.0**-25
 
 
 class BFloat16Codec(_PlainCodec):
-    """8 significant bits; norms, which are float16, up to 65,504."""
+    """8 significant bits; norms and means, which are float16, up to 65,504."""
 
     id = "bfloat16"
+    version = 2
+    stores_means = True
     dtype = torch.bfloat16
     half_step = 2.0**-8
     half_subnormal = 2.0**-126
 
     def largest(self) -> float:
         return FLOAT16_MAX
+
+
+class Float16CodecV1(Float16Codec):
+    """Without means: read, and written into caches that have it."""
+
+    version = 1
+    stores_means = False
+
+
+class BFloat16CodecV1(BFloat16Codec):
+    """The same."""
+
+    version = 1
+    stores_means = False
