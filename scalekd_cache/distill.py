@@ -11,15 +11,16 @@ import torch
 import torch.distributed as dist
 
 from scalekd_cache.assembly import kept_classifier, make_heads, order_of, tail_of
-from scalekd_cache.checkpoint import Checkpoint, latest_checkpoint
+from scalekd_cache.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
 from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
 from scalekd_cache.engine import DistillModel, Trainer, start_processes
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
+from scalekd_cache.export import check_export_place
 from scalekd_cache.finished import classifier, consolidated_student, export_state, facts_of
 from scalekd_cache.images import Source, open_source
 from scalekd_cache.loader import CacheLoader, data_config
-from scalekd_cache.model_card import write_model_card
+from scalekd_cache.model_card import model_card
 from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
 from scalekd_cache.processes import Process
 from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
@@ -45,14 +46,17 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         check_same_cache(run, facts.fingerprint, root)
         process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
+    check_export_place(run / "export")
     reads = open_run_cache(config, run, process)
     cache = reads.cache
     validation = _validation(cache.manifest, config.data, process)
-    trainer = _make_trainer(config, process, reads, _checkpoint(run, process))
+    checkpoint = _checkpoint(run, process)
+    trainer = _make_trainer(config, process, reads, checkpoint)
     if trainer.loader.step:
         process.say(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
         folder.keep_facts(facts_of(cache.manifest, reads.views))
+        prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         folder.start_metrics(trainer.loader.step)
     first, started, tally = trainer.loader.step, time.perf_counter(), None
     if config.train.log_samples:
@@ -77,10 +81,10 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     images = (trainer.loader.total_steps - first) * config.train.global_batch_size
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
-        kept = facts_of(cache.manifest, reads.views)
-        summary["export_max_logit_difference"] = export_state(config.student, state, kept, run / "export")
-        folder.finish(summary)
-        write_model_card(run, run / "export")
+        kept, export = facts_of(cache.manifest, reads.views), run / "export"
+        card = model_card(to_plain(config), kept, summary, export)
+        summary["export_max_logit_difference"] = export_state(config.student, state, kept, export, card)
+        folder.finish(summary)  # the last thing: a run with a summary is whole
         process.say(closing_table(run, summary))
     dist.barrier()
     return summary

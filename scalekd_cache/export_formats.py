@@ -6,6 +6,7 @@ from it has given the student's logits, to within the tolerance of its form, bef
 
 import importlib
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.store import remove_stale
+from scalekd_cache.store.files import explained, fsync_path, temp_beside
 from scalekd_cache.student import Student
 from scalekd_cache.transfer_names import CODEBASES, torchvision_twin, transfer_state
 
@@ -67,16 +70,23 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
     """
     check_format(form)
     model = student.model.eval()
-    temporary = file.with_name(f".{file.name.removesuffix(file.suffix)}.{os.getpid()}.tmp{file.suffix}")
-    file.parent.mkdir(parents=True, exist_ok=True)
+    file = file.resolve()
+    folder = temp_beside(file)
+    temporary = folder / file.name
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    try:
-        load = _write(student, form, temporary, images, facts)
-        difference = None if load is None else _difference(model, load, images, form, file)
-        temporary.chmod(0o644)  # safetensors writes files that only their owner reads
-        os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with explained(file.parent, sum(value.nbytes for value in model.state_dict().values()), "OUT"):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale(file.parent)
+            folder.mkdir()
+            load = _write(student, form, temporary, images, facts)
+            difference = None if load is None else _difference(model, load, images, form, file)
+            temporary.chmod(0o644)  # safetensors writes files that only their owner reads
+            fsync_path(temporary)
+            os.replace(temporary, file)
+            fsync_path(file.parent)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
     return difference
 
 

@@ -20,7 +20,7 @@ from scalekd_cache.export import export_student
 from scalekd_cache.export_formats import SUFFIXES, check_format, export_file
 from scalekd_cache.images import open_source
 from scalekd_cache.loader import data_config
-from scalekd_cache.model_card import card_facts, write_model_card
+from scalekd_cache.model_card import card_facts, model_card
 from scalekd_cache.processes import Process
 from scalekd_cache.report import is_going, read_config, read_facts, read_summary
 from scalekd_cache.store import Manifest
@@ -54,11 +54,13 @@ def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) ->
     return lambda images: model((images.float() / 255 - shift) / scale)
 
 
-def export_state(config: StudentConfig, state: State, facts: dict[str, Any], folder: Path) -> float:
-    """Export a student; returns the largest difference of a reloaded logit."""
+def export_state(
+    config: StudentConfig, state: State, facts: dict[str, Any], folder: Path, card: str | None = None
+) -> float:
+    """Export a student with its model card; returns the largest difference of a reloaded logit."""
     size, names = facts["image_size"], facts["class_names"]
     student = consolidated_student(config, state, len(names), size)
-    return export_student(student, config, folder, image_size=size, class_names=names)
+    return export_student(student, config, folder, image_size=size, class_names=names, card=card)
 
 
 class Exported(NamedTuple):
@@ -90,9 +92,8 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     state, config = checkpoint.tensors(STUDENT), StudentConfig(**from_plain(options["student"]))
     if form == "timm":
         folder = out or run / "export"
-        difference = export_state(config, state, facts, folder)
-        write_model_card(run, folder)
-        return Exported(folder, difference)
+        card = model_card(options, facts, read_summary(run), folder)
+        return Exported(folder, export_state(config, state, facts, folder, card))
     student = consolidated_student(config, state, len(facts["class_names"]), facts["image_size"])
     file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
     if file.is_dir():

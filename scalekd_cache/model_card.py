@@ -1,9 +1,11 @@
 """The model card of an exported student: what it is, where it comes from, how it is loaded.
 
-In: a run folder. Out: README.md in the form that model hubs read. Invariant: every figure is the run's own; what was
-not measured is said to be so.
+In: what a run says of itself. Out: README.md in the form that model hubs read. Invariant: every figure is the run's
+own; what was not measured is reported so; names that come from files (a cache, a run) are shown as text, never as
+markup.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,12 +14,12 @@ import yaml
 
 from scalekd_cache import __version__
 from scalekd_cache.config import flat
-from scalekd_cache.report import read_config, read_facts, read_summary
-from scalekd_cache.store.files import write_atomically
 
+MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})\.")
+"""What Markdown, or the pages that show it, read as more than text."""
 TEMPLATE = """---
 {header}---
-# {student}, distilled with ScaleKD
+# {title}, distilled with ScaleKD
 
 {sentence}
 
@@ -27,7 +29,7 @@ TEMPLATE = """---
 
 ```python
 import timm
-model = timm.create_model("local-dir:{folder}", pretrained=True)  # features_only=True for a backbone
+model = timm.create_model({place}, pretrained=True)  # features_only=True for a backbone
 ```
 
 Images are {size} x {size} pixels, RGB on a scale of 0 to 1, normalised with mean {mean} and standard deviation {std}.
@@ -35,27 +37,34 @@ Class names stand in config.json. Made by scalekd-cache {version}; the method is
 """
 
 
-def write_model_card(run: Path, folder: Path) -> None:
-    """Write README.md into an exported folder; works for runs that are not finished, too."""
-    options, facts, summary = read_config(run), read_facts(run), read_summary(run)
+def model_card(
+    options: Mapping[str, Any], facts: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path
+) -> str:
+    """The text of README.md.
+
+    Args:
+        options: the run's configuration.
+        facts: what the run keeps of its cache.
+        summary: the run's summary, None for one that is not finished.
+        folder: where the exported student goes.
+    """
     student = options["student"]
     header = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "knowledge-distillation", "scalekd"],
     }
-    text = TEMPLATE.format(
+    return TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False),
-        student=student["name"],
+        title=_text(student["name"]),
         sentence=_sentence(student["name"], summary),
         table="\n".join(f"| {name} | {_cell(value)} |" for name, value in card_facts(options, facts, summary).items()),
-        folder=folder.name,
+        place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
         size=facts["image_size"],
         mean=_numbers(student["mean"]),
         std=_numbers(student["std"]),
         version=__version__,
     )
-    write_atomically(folder / "README.md", text.encode())
 
 
 def card_facts(
@@ -84,18 +93,29 @@ def card_facts(
 
 def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
     if summary is None:
-        return f"A checkpoint of a run that is not finished: {student}."
-    how = "trained on labels alone" if summary["targets"] == "none" else f"trained on targets of {summary['teacher']}"
-    return f"{student}, {how}; top-1 {_percent(summary['top1'])} on {summary['val_images']:,} validation images."
+        return f"A checkpoint of a run that is not finished: {_text(student)}."
+    teacher = _text(str(summary["teacher"]))
+    how = "trained on labels alone" if summary["targets"] == "none" else f"trained on targets of {teacher}"
+    return f"{_text(student)}, {how}; top-1 {_percent(summary['top1'])} on {summary['val_images']:,} validation images."
 
 
 def _percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f} %"
 
 
+def _plain(value: str) -> str:
+    """One line of printable characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in value).split())
+
+
+def _text(value: str) -> str:
+    """A text that Markdown shows as it is: no link, image, emphasis or HTML."""
+    return MARKUP.sub(r"\\\g<0>", _plain(value))
+
+
 def _cell(value: str) -> str:
-    """A text that stays in its cell, and is no markup."""
-    plain = " ".join(value.split()).replace("`", "'").replace("|", "/")
+    """A text that stays in its cell of a table, as code."""
+    plain = _plain(value).replace("`", "'").replace("|", "/")
     return f"`{plain}`"
 
 
