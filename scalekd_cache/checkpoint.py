@@ -66,7 +66,7 @@ def commit_checkpoint(
     final = folder / f"step-{step:08d}"
     temporary = temp_beside(final)
     needed = sum(value.nbytes for tensors in files.values() for value in tensors.values())
-    with explained(folder, needed, "RUN"):
+    with explained(folder, needed):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()

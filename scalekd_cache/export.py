@@ -79,7 +79,7 @@ def export_student(
     folder = folder.resolve()
     temporary, old = temp_beside(folder), temp_beside(folder)
     needed = sum(value.nbytes for value in student.model.state_dict().values())
-    with explained(folder.parent, needed, "OUT"):
+    with explained(folder.parent, needed):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove_stale(folder.parent)

@@ -74,7 +74,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
     folder = temp_beside(file)
     temporary = folder / file.name
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    with explained(file.parent, sum(value.nbytes for value in model.state_dict().values()), "OUT"):
+    with explained(file.parent, sum(value.nbytes for value in model.state_dict().values())):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_stale(file.parent)

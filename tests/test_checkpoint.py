@@ -110,7 +110,7 @@ def test_a_disk_that_is_full_for_safetensors_is_explained(tmp_path, monkeypatch,
         raise SafetensorError(text)
 
     monkeypatch.setattr(module, "save_file", full)
-    with pytest.raises(UserError, match=r"disk is full\n.*\n  expected: at least 64 bytes.*\n.*\n.*RUN=") as error:
+    with pytest.raises(UserError, match=r"disk is full\n.*\n  expected: at least 64 bytes") as error:
         commit_checkpoint(tmp_path, 2, {STUDENT: {"a": torch.zeros(16)}}, {}, 2)
     assert isinstance(error.value.__cause__, SafetensorError)
     assert names(tmp_path) == ["step-00000001"]

@@ -215,14 +215,13 @@ def is_disk_full(error: BaseException) -> bool:
     return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
-def raise_explained(error: BaseException, folder: Path, needed_bytes: int, variable: str = "CACHE") -> None:
+def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> None:
     """Raise the user's error for what a disk can do to a writer; return for anything else.
 
     Args:
         error: what happened; the temporary files are gone by now.
         folder: where was written.
         needed_bytes: what the file or unit in hand takes.
-        variable: make's variable that chooses another place.
     """
     if isinstance(error, UserError):
         return
@@ -234,7 +233,7 @@ def raise_explained(error: BaseException, folder: Path, needed_bytes: int, varia
             got=f"{shutil.disk_usage(existing).free:,} bytes free, now that the unfinished files are removed",
             expected=f"at least {needed_bytes:,} bytes free for this one",
             where=folder,
-            fix=f"free space or use another disk ({variable}=...), then run again: what is committed stays",
+            fix="free space or use another disk, then run again: what is committed stays",
         ) from error
     what = {
         **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the folder cannot be written"),
@@ -245,18 +244,17 @@ def raise_explained(error: BaseException, folder: Path, needed_bytes: int, varia
             what,
             got=os.strerror(number or 0),
             where=getattr(error, "filename", None) or folder,
-            fix=f"correct permissions, mount or disk, or use another folder ({variable}=...), then run again: what "
-            "is committed stays",
+            fix="correct permissions, mount or disk, or use another folder, then run again: what is committed stays",
         ) from error
 
 
 @contextlib.contextmanager
-def explained(folder: Path, needed_bytes: int, variable: str) -> Iterator[None]:
+def explained(folder: Path, needed_bytes: int) -> Iterator[None]:
     """Around writing in `folder`: what a disk can do to it becomes the user's error (`raise_explained`)."""
     try:
         yield
     except Exception as error:
-        raise_explained(error, folder, needed_bytes, variable)
+        raise_explained(error, folder, needed_bytes)
         if isinstance(error, OSError):
             got, where = error.strerror or error, error.filename or folder
             raise UserError("a file cannot be written", got=got, where=where, fix="move what is there away") from error
