@@ -73,8 +73,10 @@ needed = $(or $($(1)),$(error give $(1)=: with NNODES=$(NNODES) every machine sa
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE ?= 1
 export PET_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
-# Two makes on one machine and one folder wait for each other.
-waiting = $(if $(shell command -v flock),mkdir -p $(dir $(1)) && flock $(1).$$(hostname).lock)
+# Two makes on one machine and one folder wait for each other, where the file system has locks. The lock is held by
+# descriptor 9 until the recipe's line ends.
+waiting = $(if $(shell command -v flock),{ mkdir -p "$$(dirname "$(1)")" && exec 9>"$(1).$$(uname -n).lock" && flock 9; } 2>/dev/null || \
+  echo "warning: no file lock beside $(1): do not run two commands that write there at the same time" >&2;)
 
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))

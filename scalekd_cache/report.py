@@ -5,7 +5,6 @@ Invariant: a run folder belongs to one configuration and one process group at a 
 logged step, in order, also after a resume.
 """
 
-import fcntl
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,8 +15,10 @@ import yaml
 from scalekd_cache.config import RemoteConfig, flat
 from scalekd_cache.errors import UserError, mistype, refuse_file
 from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store.locks import lock, open_lock
 
 Summary = dict[str, Any]
+LOCK = ".lock"
 FACTS = "cache.json"
 """What a run keeps of its cache: fingerprint, image size, class names, where the data is."""
 
@@ -50,15 +51,16 @@ class RunFolder:
         if not file.exists():
             write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
 
-    def _take_lock(self) -> IO[str]:
-        lock = open(self.path / ".lock", "w", encoding="utf-8")  # noqa: SIM115 - held until the process ends
+    def _take_lock(self) -> IO[bytes]:
+        """The lock, held as long as this object is; without effect on a file system that has no locks."""
+        file = open_lock(self.path / LOCK)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(file, self.path / LOCK, wait=False)
         except BlockingIOError as error:
-            lock.close()
+            file.close()
             what = f"the run {self.path} is still going, in another process: wait for it, or choose another RUN="
             raise UserError(what) from error
-        return lock
+        return file
 
     @property
     def checkpoints(self) -> Path:
@@ -161,15 +163,13 @@ def _no_run(run: Path, name: str) -> UserError:
 
 def is_going(run: Path) -> bool:
     """Whether a process on this machine is training in a run's folder now."""
-    file = run / ".lock"
-    if not file.exists():
-        return False
-    with open(file, encoding="utf-8") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        fcntl.flock(lock, fcntl.LOCK_UN)
+    try:
+        with open_lock(run / LOCK, make=False) as file:
+            lock(file, run / LOCK, wait=False, shared=True)
+    except BlockingIOError:
+        return True
+    except FileNotFoundError:
+        pass
     return False
 
 

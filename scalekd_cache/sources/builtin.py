@@ -4,7 +4,6 @@ In: `DataConfig` and a split. Out: a `ListedSource`; images that are arrays at t
 Invariant: the train and val splits are disjoint and the same on every machine.
 """
 
-import fcntl
 import http.client
 import io
 import os
@@ -24,6 +23,7 @@ from scalekd_cache.config import DataConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.sources.base import ListedSource, SampleList, Split, canonical_order, hash_order
 from scalekd_cache.sources.folder import LAYOUT, open_folder
+from scalekd_cache.store.locks import lock, open_lock
 
 BUILTIN = ("demo", "cifar10", "imagenette")
 DEMO_SIZE = 64
@@ -132,8 +132,9 @@ def _download(name: str, folder: Path) -> Iterator[None]:
     """One process at a time downloads; what goes wrong is told with the way around it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / f".{name}.lock", "a") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        path = folder / f".{name}.lock"
+        with open_lock(path) as file:
+            lock(file, path)
             yield
     except DOWNLOAD_ERRORS as error:
         raise UserError(

@@ -5,6 +5,7 @@ In: records. Out: the same records, or an error. Invariant: importing this packa
 
 from scalekd_cache.store.base import BACKENDS, Record
 from scalekd_cache.store.commit_queue import CommitQueue
+from scalekd_cache.store.files import Leftover, remove_stale
 from scalekd_cache.store.manifest import (
     Manifest,
     ManifestFacts,
@@ -14,7 +15,7 @@ from scalekd_cache.store.manifest import (
     write_manifest,
 )
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.resume import Ledger, Leftover, remove_stale, unit_committed
+from scalekd_cache.store.resume import Ledger, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import verify_cache

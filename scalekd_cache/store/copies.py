@@ -3,23 +3,24 @@
 In: a sha256 and a way to fetch. Out: a descriptor of a file with these bytes.
 Invariant: a file under its sha256 was complete and right when it was put there; files and files on their way together
 never take more than the limit; one process fetches while others wait for it; what a killed one leaves is removed.
+On a file system without locks each process fetches for itself, and the limit holds for what is complete.
 
     folder/ab/abcd...          a copy; its time of modification is that of its last use
     folder/incoming/abcd....lock   held (flock) by the process that fetches; its length is the room it has reserved
     folder/incoming/abcd....data   what has arrived so far
 """
 
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 from scalekd_cache.config.remote import FOLDER_VARIABLE, LIMIT_VARIABLE
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.files import fsync, is_disk_full
+from scalekd_cache.store.files import fsync, is_disk_full, remove_stale, temp_beside
+from scalekd_cache.store.locks import lock, open_lock
 
 WAIT_S = 0.1
 """Seconds between two looks for room that other processes have reserved."""
@@ -82,7 +83,10 @@ class Copies:
 
     def _bring(self, sha256: str, size: int | None, fetch: Callable[[Path], None]) -> int:
         data = self.folder / "incoming" / f"{sha256}.data"
-        with self._turn(sha256) as reservation:
+        with self._turn(sha256) as (reservation, alone):
+            if not alone:  # other processes may be fetching it too
+                remove_stale(data.parent)
+                data = temp_beside(data)
             descriptor = self._existing(sha256, size)
             if descriptor is not None:  # another process was faster
                 return descriptor
@@ -100,22 +104,26 @@ class Copies:
                 data.unlink(missing_ok=True)
 
     @contextmanager
-    def _turn(self, sha256: str) -> Iterator[int]:
-        """Wait until no other process fetches this file; the kernel ends a killed process's turn."""
-        lock = self.folder / "incoming" / f"{sha256}.lock"
-        while True:
-            descriptor = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_same_file(lock, descriptor):
-                break
-            os.close(descriptor)  # its last holder has removed it in the meantime
-        try:
-            yield descriptor
-        finally:
-            lock.unlink(missing_ok=True)
-            os.close(descriptor)
+    def _turn(self, sha256: str) -> Iterator[tuple[IO[bytes], bool]]:
+        """Wait until no other process fetches this file; the kernel ends a killed process's turn.
 
-    def _reserve(self, reservation: int, size: int) -> None:
+        Yields:
+            The locked file, and whether the file system has locks: without them nobody waits.
+        """
+        path = self.folder / "incoming" / f"{sha256}.lock"
+        while True:
+            file = open_lock(path)
+            alone = lock(file, path)
+            if not alone or _is_same_file(path, file):
+                break
+            file.close()  # its last holder has removed it in the meantime
+        try:
+            yield file, alone
+        finally:
+            path.unlink(missing_ok=True)
+            file.close()
+
+    def _reserve(self, reservation: IO[bytes], size: int) -> None:
         """Make room for `size` bytes and count them as taken."""
         if size > self.limit_bytes:
             raise UserError(
@@ -126,10 +134,10 @@ class Copies:
                 fix=f"raise ${LIMIT_VARIABLE} (remote.limit_bytes)",
             )
         while True:
-            with open(self.folder / ".lock", "w") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
+            with open_lock(self.folder / ".lock") as file:
+                lock(file, self.folder / ".lock")
                 if self._evict(self.limit_bytes - size):
-                    os.ftruncate(reservation, size)
+                    reservation.truncate(size)
                     return
             time.sleep(WAIT_S)  # others have reserved the rest: they will be done, or be killed
 
@@ -151,18 +159,14 @@ class Copies:
             if one.path.suffix != ".lock":
                 continue
             try:
-                descriptor = os.open(one.path, os.O_RDWR | os.O_CLOEXEC)
-            except FileNotFoundError:
-                continue
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_same_file(one.path, descriptor):
-                    one.path.with_suffix(".data").unlink(missing_ok=True)
-                    one.path.unlink()
+                with open_lock(one.path, make=False) as file:
+                    if lock(file, one.path, wait=False, shared=True) and _is_same_file(one.path, file):
+                        one.path.with_suffix(".data").unlink(missing_ok=True)
+                        one.path.unlink()
             except BlockingIOError:
                 total += one.bytes
-            finally:
-                os.close(descriptor)
+            except FileNotFoundError:
+                continue
         return total
 
 
@@ -178,8 +182,8 @@ def _stored(folder: Path) -> list[Stored]:
     return found
 
 
-def _is_same_file(path: Path, descriptor: int) -> bool:
+def _is_same_file(path: Path, file: IO[bytes]) -> bool:
     try:
-        return os.path.samestat(path.stat(), os.fstat(descriptor))
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         return False

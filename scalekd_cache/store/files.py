@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,6 +33,17 @@ WAITING_BYTES = 1 << 20
 """What a file gathers before the operating system gets it: a call for every record costs a fifth of the rate."""
 WAITING_PIECES = 512
 """So many pieces are not waited for; the system takes 1,024 in a call."""
+
+
+TEMP_NAME = re.compile(r"\.tmp-.+-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]+(-damaged)?")
+
+
+class Leftover(NamedTuple):
+    """A temporary file or folder whose writer may be alive somewhere else."""
+
+    path: Path
+    age_s: float
+    """Since its last change, by this machine's clock; never negative."""
 
 
 class FileFact(NamedTuple):
@@ -274,3 +286,44 @@ def host_tag() -> str:
     if boot.exists() and namespace.exists():
         facts += [boot.read_text(), str(namespace.stat().st_ino)]
     return hashlib.blake2b("\n".join(facts).encode(), digest_size=4).hexdigest()
+
+
+def remove_stale(folder: Path) -> list[Leftover]:
+    """Remove temporary files and folders in `folder` whose process ran on this host and is gone. One scan.
+
+    Returns:
+        Those of other hosts, or of this one before it was started again: whether they are dead cannot be seen from
+        here. They are left alone.
+    """
+    others = []
+    for entry in _temporary(folder):
+        name = TEMP_NAME.fullmatch(entry.name)
+        if name is None or name["host"] != host_tag():
+            others.append(Leftover(Path(entry.path), max(0.0, time.time() - entry.stat().st_mtime)))
+        elif not _alive(int(name["process"])):
+            _remove(Path(entry.path))
+    return others
+
+
+def _temporary(folder: Path) -> list["os.DirEntry[str]"]:
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
+        return [entry for entry in entries if entry.name.startswith(".tmp-")]
+    return []
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with contextlib.suppress(OSError):  # gone already, or a cache that may only be read
+            path.unlink()
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

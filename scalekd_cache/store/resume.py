@@ -1,4 +1,4 @@
-"""What a job finds in a cache that another job left: units that can stay, units that cannot, files of the dead.
+"""What a job finds in a cache that another job left: units that can stay, units that cannot.
 
 In: a cache's folder. Out: which units need no work. Invariant: what stays verifies, and no decision looks at a clock.
 
@@ -12,28 +12,16 @@ because it would cost reading the whole cache at every start: readers compare ev
 
 import contextlib
 import os
-import re
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.files import fact_of, host_tag, temp_beside
+from scalekd_cache.store.files import fact_of, temp_beside
 from scalekd_cache.store.sidecar import read_unit, sizes_differ, unit_folder
 
 RECHECKED_UNITS = 8
 """Units hashed at a start: with the default sizes (200 MB each) more than a disk's own cache holds, about a second."""
-TEMP_NAME = re.compile(r"\.tmp-.+-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]+(-damaged)?")
-
-
-class Leftover(NamedTuple):
-    """A temporary file or folder whose writer may be alive somewhere else."""
-
-    path: Path
-    age_s: float
-    """Since its last change, by this machine's clock; never negative."""
 
 
 def unit_committed(root: Path, group: int, range_id: int, fingerprint: str) -> bool:
@@ -113,44 +101,3 @@ def put_aside(folder: Path, damaged: Callable[[Path], bool]) -> None:
         with contextlib.suppress(OSError):  # there is a third one already
             os.rename(aside, folder)
     shutil.rmtree(aside, ignore_errors=True)
-
-
-def remove_stale(folder: Path) -> list[Leftover]:
-    """Remove temporary files and folders in `folder` whose process ran on this host and is gone. One scan.
-
-    Returns:
-        Those of other hosts, or of this one before it was started again: whether they are dead cannot be seen from
-        here. They are left alone.
-    """
-    others = []
-    for entry in _temporary(folder):
-        name = TEMP_NAME.fullmatch(entry.name)
-        if name is None or name["host"] != host_tag():
-            others.append(Leftover(Path(entry.path), max(0.0, time.time() - entry.stat().st_mtime)))
-        elif not _alive(int(name["process"])):
-            _remove(Path(entry.path))
-    return others
-
-
-def _temporary(folder: Path) -> list["os.DirEntry[str]"]:
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as entries:
-        return [entry for entry in entries if entry.name.startswith(".tmp-")]
-    return []
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        with contextlib.suppress(OSError):  # gone already, or a cache that may only be read
-            path.unlink()
-
-
-def _alive(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True

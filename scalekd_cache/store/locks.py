@@ -1,0 +1,82 @@
+"""Locks between the processes of a machine (flock), also where a file system has none.
+
+In: a lock file. Out: an open file that holds the lock until it is closed; the kernel closes it for a killed process.
+Invariant: a file system without flock (some NFS and Lustre mounts) never ends a command: one warning, then the work
+continues without the lock. Only a regular file is opened. No library: those for locks poll, or leave stale files.
+"""
+
+import errno
+import fcntl
+import os
+import stat
+import sys
+from pathlib import Path
+from typing import IO
+
+from scalekd_cache.errors import UserError
+
+NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
+"""What flock answers on a file system that has no locks."""
+_warned: set[str] = set()
+
+
+def open_lock(path: Path, *, make: bool = True) -> IO[bytes]:
+    """Open a lock file; `make`: for writing, made when absent.
+
+    Raises:
+        UserError: something other than a file has its name.
+        OSError: it can be neither made nor opened; FileNotFoundError when it is absent and not made.
+    """
+    # Without a wait: a FIFO is opened at once, and refused.
+    flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if make else os.O_RDONLY)
+    try:
+        file = os.fdopen(os.open(path, flags, 0o644), "r+b" if make else "rb", buffering=0)
+    except OSError as error:
+        if error.errno in (errno.EISDIR, errno.ELOOP, errno.ENXIO):
+            raise _no_file(path, error.strerror) from error
+        raise
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise _no_file(path, "a FIFO, socket or device")
+    return file
+
+
+def _no_file(path: Path, got: str | None) -> UserError:
+    return UserError("a lock file is not a regular file", got=got, where=path, fix="remove it and rerun")
+
+
+def lock(file: IO[bytes] | int, path: Path, *, wait: bool = True, shared: bool = False) -> bool:
+    """Lock an open file.
+
+    Args:
+        file: the open file, or its descriptor.
+        path: its path, for the warning.
+        wait: until other processes have released it.
+        shared: any number of processes may hold it at once.
+
+    Returns:
+        False where the file system has no locks; the first time in a process, a warning is printed.
+
+    Raises:
+        BlockingIOError: another process holds it, and `wait` is false.
+    """
+    try:
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        _warn(path.parent, error)
+        return False
+    return True
+
+
+def _warn(folder: Path, error: OSError) -> None:
+    """Once a process and folder; processes forked later know it too."""
+    if str(folder) not in _warned:
+        _warned.add(str(folder))
+        print(
+            f"warning: the file system of {folder} has no file locks ({error.strerror}): "
+            "do not run two commands that write there at the same time",
+            file=sys.stderr,
+            flush=True,
+        )
