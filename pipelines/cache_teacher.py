@@ -3,12 +3,15 @@
 With --dry-run it says what would be done, after all checks, and writes nothing.
 """
 
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import parse, recipe_section, run, value_of, without_flag
-from scalekd_cache.agreement import check_recipe
-from scalekd_cache.config import CacheTeacherConfig, DataConfig, DistillConfig, to_plain
+from pipelines.command import check_recipe_given, parse, recipe_section, run, value_of, without_flag
+from scalekd_cache.config import CacheTeacherConfig, DataConfig, DistillConfig
+from scalekd_cache.order import batches_that_fit
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
 
@@ -27,7 +30,27 @@ def main(argv: list[str]) -> None:
     if dry:
         try_out(config, this_process(config.device), student)
         return
-    cache_teacher(config, this_process(config.device), student)
+    process = this_process(config.device)
+    manifest = cache_teacher(config, process, student)
+    process.say(f"next: {next_command(config, manifest)}")
+
+
+def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
+    """The command that trains a student from this cache as it is, to be typed in the folder where this one was.
+
+    Smaller batches are part of it where the recipe's do not fit the data set.
+    """
+    recipe = {**recipe_section(config.recipe, "distill"), "recipe": config.recipe}
+    train = parse(DistillConfig, "distill", [], recipe, "").train
+    words = ["make", "distill", f"STUDENT={config.student or 'resnet50'}", f"CACHE={config.cache.path}"]
+    plugin = value_of(sys.argv, "--plugin")
+    words += [f"PLUGIN={plugin}"] if plugin else []
+    if manifest.num_samples < train.global_batch_size:
+        words.append(f"SET={batches_that_fit(manifest.num_samples, train.micro_batch_size)}")
+    # The interpreter and environment that make was told of; it leaves them in MAKEFLAGS.
+    given = shlex.split(os.environ.get("MAKEFLAGS", ""))
+    words += [word for word in given if word.startswith(("VENV=", "PYTHON="))]
+    return shlex.join(words)
 
 
 def stage1_section(argv: list[str]) -> dict[str, Any]:
@@ -37,9 +60,7 @@ def stage1_section(argv: list[str]) -> dict[str, Any]:
     recipe = value_of(argv, "--recipe") or (shared.recipe if shared else "demo")
     section = {**recipe_section(recipe, "cache"), "recipe": recipe}
     if shared is not None and pixels_from is not None:
-        if value_of(argv, "--recipe"):
-            asked = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(recipe, "cache"), "").views
-            check_recipe(shared.view_recipe, recipe, to_plain(asked), Path(pixels_from))
+        check_recipe_given(argv, shared.view_recipe, pixels_from)
         section = _of_pixels(section, shared)
     return section
 

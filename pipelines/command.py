@@ -8,13 +8,15 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
+from scalekd_cache.agreement import check_recipe
+from scalekd_cache.config import CacheTeacherConfig, to_plain
 from scalekd_cache.errors import UserError, mistype, one_of
 from scalekd_cache.stopping import RunStopped
 
@@ -81,6 +83,20 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise UserError(f"the section {section} of a recipe is no mapping", got=options, where=file)
     return options
+
+
+def check_recipe_given(argv: Sequence[str], kept: Mapping[str, Any], where: object) -> None:
+    """A recipe that is named (RECIPE=) must have the views `kept` in a cache; without a name the cache's views count.
+
+    A cache may hold other views than its own recipe, set by `views.*` options of stage 1.
+
+    Raises:
+        UserError: naming each view option that differs.
+    """
+    recipe = value_of(argv, "--recipe")
+    if recipe:
+        views = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(recipe, "cache"), "").views
+        check_recipe(kept, recipe, to_plain(views), where)
 
 
 def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe: dict[str, Any], about: str) -> Config:

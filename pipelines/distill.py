@@ -3,9 +3,16 @@
 import dataclasses
 import os
 
-from pipelines.command import check_cache_place, parse, recipe_section, run, value_of, without_flag
-from scalekd_cache.agreement import check_recipe
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig, to_plain
+from pipelines.command import (
+    check_cache_place,
+    check_recipe_given,
+    parse,
+    recipe_section,
+    run,
+    value_of,
+    without_flag,
+)
+from scalekd_cache.config import DistillConfig
 from scalekd_cache.store.follow import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.store.path import StoredPath
@@ -13,7 +20,7 @@ from scalekd_cache.store.remote import open_place
 
 
 def main(argv: list[str]) -> None:
-    """Parse the options of stage 2, hold the recipe against the cache, and train; or say what would be done."""
+    """Parse the options of stage 2, compare RECIPE= with the cache, and train; or say what would be done."""
     argv, dry = without_flag(argv, "--dry-run")
     cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
     manifest = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
@@ -22,8 +29,7 @@ def main(argv: list[str]) -> None:
         DistillConfig, "distill", argv, {**recipe_section(recipe, "distill"), "recipe": recipe}, __doc__ or ""
     )
     assert manifest is not None
-    views = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(recipe, "cache"), "").views
-    check_recipe(manifest.view_recipe, recipe, to_plain(views), cache)
+    check_recipe_given(argv, manifest.view_recipe, cache)
     if config.run is None:
         suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
         config = dataclasses.replace(config, run=f"runs/{config.student.name}{suffix}")

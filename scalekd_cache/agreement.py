@@ -43,5 +43,6 @@ def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any],
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=where,
-            fix=f"make a cache with RECIPE={recipe}, or leave RECIPE out: the cache knows its own recipe",
+            fix="leave RECIPE= out to train on the cache's own views with the options of the cache's own recipe, "
+            f"or make a cache with RECIPE={recipe} and no views.* options",
         )

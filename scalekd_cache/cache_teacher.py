@@ -183,9 +183,11 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
         _check_space(config, job)
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))
-            check_batches(student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size)
+            recipe = check_batches(
+                student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size
+            )
             check_student(student, stage.teacher, len(stage.source.class_names), output)
-            print(f"student {student.student.name} and the training recipe fit this cache", flush=True)
+            print(f"student {student.student.name} and {recipe} fit this cache", flush=True)
 
 
 def _check_space(config: CacheTeacherConfig, job: Job) -> None:
@@ -305,7 +307,6 @@ def _say_what_it_is(root: Path, manifest: Manifest) -> None:
         + (f", shared with {manifest.pixels_from['path']})" if manifest.pixels_from else ")")
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {manifest.teacher['spec']['name']}: "
-        f"{top1}; decoded features: {close}\n"
-        f"next: make distill STUDENT=resnet50 CACHE={root}",
+        f"{top1}; decoded features: {close}",
         flush=True,
     )

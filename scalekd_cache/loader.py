@@ -28,9 +28,10 @@ from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
 from scalekd_cache.views import View, apply_view
 
 DIGEST_STEPS = 2
-"""Steps at the start of a session in which every view's digest is compared."""
+"""Steps at the start of a session in which the digest of every stored view is compared."""
 DIGEST_EVERY = 16
-"""After that, one view in this many."""
+"""After that, one stored view in this many, other ones each time the views come around. Views that are drawn again from
+an image are always compared: the image may have been replaced, and the digest is 9 % of drawing one (docs/LOG.md)."""
 
 
 class Batch(NamedTuple):
@@ -110,8 +111,9 @@ class MicroBatches(Dataset[Batch]):
             micro_batch=self.micro_batch,
         )
         records = self._with_pixels(self.cache.read(ids, view), ids, view)
+        always, turn = slot.check_all or self.source is not None, slot.epoch // self.views
         images = [
-            self._pixels(record, view, check=slot.check_all or position % DIGEST_EVERY == 0)
+            self._pixels(record, view, check=always or (position + turn) % DIGEST_EVERY == 0)
             for record, position in zip(records, ids.tolist(), strict=True)
         ]
         codes = self.codec.unpack([record.features for record in records])
@@ -160,7 +162,8 @@ class MicroBatches(Dataset[Batch]):
                 got=f"digest {pixel_digest(pixels)}",
                 expected=f"digest {record.digest}",
                 where=f"view {view} of {record.key} in {self.cache.root}",
-                fix="train with the library versions that wrote the cache: "
+                fix=("" if self.source is None else "restore the image if it was replaced after stage 1, or ")
+                + "train with the library versions that wrote the cache: "
                 + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.versions.items()),
             )
         return pixels

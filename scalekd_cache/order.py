@@ -134,9 +134,15 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
             "the global batch is larger than the data set",
             got=f"{num_samples} samples, global batch {global_batch_size}",
             expected=f"a global batch of at most {num_samples}",
-            fix='lower it, for example SET="train.global_batch_size=64 train.micro_batch_size=32"',
+            fix=f'lower it, for example SET="{batches_that_fit(num_samples, global_batch_size)}"',
         )
     return steps
+
+
+def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
+    """Options of stage 2 for the largest global batch of a small data set, with micro-batches of at most this size."""
+    micro = min(micro_batch_size, num_samples)
+    return f"train.global_batch_size={num_samples // micro * micro} train.micro_batch_size={micro}"
 
 
 def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:

@@ -16,7 +16,7 @@ from scalekd_cache.config import DistillConfig, TrainConfig, ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.losses import distillation_losses
-from scalekd_cache.order import micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.order import batches_that_fit, micro_batches_of_rank
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.scalekd import ScaleKDHeads, Targets
 from scalekd_cache.stored_pixels import decode_pixels
@@ -96,10 +96,15 @@ def check_space(path: Path, views: int, needed: float) -> None:
         )
 
 
-def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> None:
-    """The batches of a training recipe can be made of this data, on as many processes as make the cache."""
-    steps_per_epoch(num_samples, train.global_batch_size)
+def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
+    """The batches of a training recipe can be shared by as many processes as make the cache; what fits is returned.
+
+    A data set of fewer images than the global batch is no error here: stage 2 is told its options after stage 1.
+    """
+    if num_samples < train.global_batch_size:
+        return f'with SET="{batches_that_fit(num_samples, train.micro_batch_size)}" for {num_samples} images'
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
+    return "the training recipe"
 
 
 def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:

@@ -47,9 +47,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         self._lock = self._take_lock()
         check_config(path, config)
-        file = path / "config.yaml"
-        if not file.exists():
-            write_atomically(file, yaml.safe_dump(dict(config), sort_keys=False).encode())
+        self._config = dict(config)
 
     def _take_lock(self) -> IO[bytes]:
         """The lock, held as long as this object is; without effect on a file system that has no locks."""
@@ -72,7 +70,14 @@ class RunFolder:
         return read_summary(self.path)
 
     def keep_facts(self, facts: Mapping[str, Any]) -> None:
-        """Keep what later commands need to know of the cache, which may be gone by then."""
+        """Keep the options and what later commands need to know of the cache, which may be gone by then.
+
+        Called when nothing can be refused any more: a command that was refused leaves no options that would refuse the
+        corrected one.
+        """
+        file = self.path / "config.yaml"
+        if not file.exists():
+            write_atomically(file, yaml.safe_dump(self._config, sort_keys=False).encode())
         write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
     def start_metrics(self, step: int) -> None:

@@ -40,7 +40,7 @@ def test_a_training_that_is_not_done(tmp_path):
 
 def test_what_a_training_would_be_refused_for(tmp_path):
     run = tmp_path / "run"
-    RunFolder(run, to_plain(config_of(run)))
+    RunFolder(run, to_plain(config_of(run))).keep_facts({})
     with pytest.raises(UserError, match="other options"):
         describe_distill(config_of(run, epochs=4), CPU)
     with pytest.raises(UserError, match="no model resnet5: did you mean"):
@@ -103,6 +103,7 @@ def test_paths_that_are_no_caches(tmp_path, monkeypatch):
 def test_a_mistyped_run_and_one_that_is_going(tmp_path):
     run = tmp_path / "resnet18"
     folder = RunFolder(run, {"a": 1})
+    folder.keep_facts({})
     with pytest.raises(UserError, match=r"no run .*resnet81: did you mean .*resnet18\?"):
         read_config(tmp_path / "resnet81")
     assert not is_going(tmp_path / "resnet81")

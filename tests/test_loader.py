@@ -145,13 +145,31 @@ def test_digests_are_compared_at_the_start_of_every_session_then_sampled(monkeyp
     resumed = make_loader(epochs=4)
     resumed.load_state_dict({**resumed.state_dict(), "step": STEPS})
     counts = []
-    for batch in resumed:
-        counts.append((len(checked), sum(position % loader.DIGEST_EVERY == 0 for position in batch.ids.tolist())))
+    for number, batch in enumerate(resumed, start=STEPS * MICROS):
+        turn = number // (STEPS * MICROS) // VIEWS
+        sampled = sum((position + turn) % loader.DIGEST_EVERY == 0 for position in batch.ids.tolist())
+        counts.append((len(checked), sampled))
         checked.clear()
     at_start, later = counts[: loader.DIGEST_STEPS * MICROS], counts[loader.DIGEST_STEPS * MICROS :]
     assert [done for done, _ in at_start] == [MICRO] * len(at_start)
     assert all(done == sampled for done, sampled in later)
     assert sum(done for done, _ in later) > 0
+
+
+def test_sampled_digests_reach_every_stored_view_in_turn(monkeypatch):
+    checked = set()
+    read = loader.MicroBatches._pixels
+
+    def noted(self, record, view, *, check):
+        if check:
+            checked.add((record.key, view))
+        return read(self, record, view, check=check)
+
+    monkeypatch.setattr(loader, "DIGEST_STEPS", 0)
+    monkeypatch.setattr(loader.MicroBatches, "_pixels", noted)
+    for _ in make_loader(epochs=VIEWS * loader.DIGEST_EVERY):
+        pass
+    assert len(checked) == SAMPLES * VIEWS
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -236,3 +254,21 @@ def test_a_replayed_image_that_changed_or_went_is_reported(replayed, tmp_path):
     with pytest.raises(UserError, match=f"no sample {key}") as error:
         list(replay_loader(cache, data=str(other)))
     assert str(other) in str(error.value)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("resumed", [False, True])
+def test_any_replaced_image_is_reported_the_first_time_it_is_used(replayed, tmp_path, workers, resumed):
+    """Whatever its position, in a session that begins anywhere, and before one batch with it is handed out."""
+    cache, _, root = replayed
+    other = shutil.copytree(root, tmp_path / "data")
+    victim = int(epoch_ids(REPLAY_ORDER, 0, 39, 40)[0]) if resumed else int(epoch_ids(REPLAY_ORDER, 1, 33, 34)[0])
+    key = cache.read([victim], 0)[0].key
+    Image.fromarray(np.full((9, 12, 3), 7, np.uint8)).save(other / "train" / f"{key}.png")
+    steps = replay_loader(cache, data=str(other), workers=workers, epochs=4)
+    if resumed:
+        steps.load_state_dict({**steps.state_dict(), "step": 1})
+    used = []
+    with pytest.raises(UserError, match=f"not those the teacher saw(.|\n)*of {key} (.|\n)*replaced after stage 1"):
+        used.extend(batch.ids.tolist() for batch in steps)
+    assert all(victim not in ids for ids in used)

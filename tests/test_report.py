@@ -44,7 +44,8 @@ RunFolder(Path({str(tmp_path / "run")!r}), {{"a": 1}})
 def test_other_options_are_named(tmp_path):
     path = tmp_path / "run"
     config = DistillConfig(train=TrainConfig(epochs=3))
-    RunFolder(path, to_plain(config))
+    RunFolder(path, {"a": 1})  # refused before its first step: nothing of it is kept
+    RunFolder(path, to_plain(config)).keep_facts({})
     assert read_config(path) == to_plain(config) == yaml.safe_load((path / "config.yaml").read_text())
     RunFolder(path, to_plain(config))
     with pytest.raises(UserError, match="other options") as error:

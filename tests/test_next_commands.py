@@ -1,0 +1,57 @@
+"""What a command prints after `next:` is typed as it stands, and has to work."""
+
+import subprocess
+import sys
+
+import pytest
+from commands import ENV, ROOT, make
+from image_files import folder_tree
+
+from scalekd_cache.store import read_manifest
+
+NAMES = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(12)]
+
+
+def next_of(output):
+    """The commands that an output advises."""
+    return [line.removeprefix("next: ") for line in output.splitlines() if line.startswith("next: ")]
+
+
+def typed(command, status=0):
+    """Run a printed command in a shell, for one epoch."""
+    env = {**ENV, "EPOCHS": "1", "WORKERS": "0"}
+    done = subprocess.run(command, shell=True, cwd=ROOT, env=env, text=True, capture_output=True)
+    assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variables", "views"),
+    [({"SET": "views.flip_probability=0.5 cache.samples_per_shard=8"}, {"flip_probability": 0.5}),
+     ({"SET": "views.size=96 views.randaugment_ops=1", "PIXELS": "replayed"}, {"size": 96, "randaugment_ops": 1})],
+)  # fmt: skip
+def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables, views):
+    """Fewer images than the recipe's batch, view options that the recipe has otherwise, a student that was tried."""
+    data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
+    options = {"DATA": data, "CACHE": cache, "RECIPE": "demo", "VIEWS": 1, "PRETRAINED": 0, "STUDENT": "resnet10t"}
+    output = make("cache-teacher", **options, **variables)
+    kept = read_manifest(cache).view_recipe
+    assert {name: kept[name] for name in views} == views
+    assert f"for {len(NAMES)} images fit this cache" in output
+    (command,) = next_of(output)
+    assert next_of(make("cache-teacher", **options, **variables)) == [command]  # a finished cache advises the same
+    command += f" RUN={tmp_path / 'run'}"
+    assert "top-1" in typed(command)
+    assert "is finished; nothing to do" in typed(command)
+    assert "leave RECIPE= out" in typed(f"{command} RECIPE=demo", status=2)
+
+
+def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
+    data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
+    output = make("cache-teacher", DATA=data, CACHE=cache, RECIPE="demo", VIEWS=1, PRETRAINED=0)
+    assert "STUDENT=resnet50 " in next_of(output)[0]
+    command = f"make distill VENV=none PYTHON={sys.executable} STUDENT=resnet10t CACHE={cache} RUN={tmp_path / 'run'}"
+    refused = typed(command, status=2)
+    assert "larger than the data set" in refused
+    advice = refused.rpartition("lower it, for example ")[2].splitlines()[0]
+    typed(f"{command} {advice}")
