@@ -58,10 +58,10 @@ def make_cache(root: Path, records: int) -> None:
                     file.truncate(fact.bytes)
         rows.append(UnitRow(0, number, count, hashlib.sha256(text).hexdigest()))
     manifest = Manifest(
-        format_version=1, fingerprint=ZEROS, fingerprint_fields={}, recipe="", backend="webdataset",
+        format_version=2, fingerprint=ZEROS, fingerprint_fields={}, recipe="", backend="webdataset",
         samples_per_shard=IMAGES_PER_UNIT, num_samples=images, num_views=VIEWS, groups=[list(range(VIEWS))], units=rows,
         units_digest=units_digest(rows), class_names=[], teacher={}, tail_sha256="", view_recipe={}, codec={},
-        logit_codec={}, data={}, pixels_from={}, fidelity={}, versions={},
+        logit_codec={}, second_codec={}, data={}, pixels_from={}, fidelity={}, versions={},
         bytes_per_view=dict.fromkeys(("pixels", "features", "target", "index", "total"), 0.0),
     )  # fmt: skip
     write_manifest(root, manifest)

@@ -17,16 +17,18 @@ class Decoded(NamedTuple):
     """A record, decoded."""
 
     key: str
-    label: int
+    label: int | None
     view: dict
     digest: str
     pixels: bytes
-    features: np.ndarray
+    features: np.ndarray | None
     """(C, H, W) float32."""
     norms: np.ndarray | None
     """(2, H, W) float32."""
     logits: np.ndarray
     """(K,) float32."""
+    second: bytes
+    """A record of `second_codec`."""
 
 
 def canonical(value, *, escaped=False):
@@ -47,7 +49,7 @@ def check_seal(data):
 def read_manifest(root):
     data = (root / "manifest.json").read_bytes()
     manifest = json.loads(data)
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     check_seal(data)
     assert sha256(canonical(manifest["fingerprint_fields"], escaped=True).encode()) == manifest["fingerprint"]
     assert sha256(canonical(manifest["units"]).encode()) == manifest["units_digest"]
@@ -72,7 +74,7 @@ def read_view(root, view):
         data = (folder / "unit.json").read_bytes()
         assert sha256(data) == digest
         unit = json.loads(data)
-        assert (unit["format"], unit["fingerprint"]) == (1, manifest["fingerprint"])
+        assert (unit["format"], unit["fingerprint"]) == (2, manifest["fingerprint"])
         assert (unit["count"], unit["views"]) == (count, manifest["groups"][group])
         for name, fact in unit["files"].items():
             if name.startswith((f"v{view:04d}.", "keys.txt")):
@@ -86,9 +88,28 @@ def read_view(root, view):
             yield decode(manifest, state, *record)
 
 
-def record_crc(key, label, view, digest, pixels, features, logits):
-    data = b""
-    for field in (key.encode(), struct.pack("<q", label), view.encode(), digest.encode(), pixels, features, logits):
+LABEL, FEATURES, LOGITS, SECOND = 1, 2, 4, 8
+
+
+def check_flags(flags, label, features, second, logits):
+    """What is absent has no bytes; flags that are not known are refused."""
+    assert 0 <= flags < 16
+    for flag, there in ((LABEL, label is not None), (FEATURES, features), (LOGITS, logits), (SECOND, second)):
+        assert bool(flags & flag) == bool(there)
+
+
+def record_crc(key, label, view, digest, pixels, features, second, logits):
+    data, packed = b"", b"" if label is None else struct.pack("<q", label)
+    for field in (
+        key.encode(),
+        packed,
+        view.encode(),
+        digest.encode(),
+        pixels,
+        features,
+        *filter(None, [second]),
+        logits,
+    ):
         data += struct.pack("<I", len(field)) + field
     return google_crc32c.value(data)
 
@@ -117,10 +138,13 @@ def read_tar(stem, place, keys):
         text = target.decode()
         fields = json.loads(text)
         cut = fields["features_bytes"]
+        end = cut + fields.get("second_bytes", 0)
+        parts = features[:cut], features[cut:end], features[end:]
+        check_flags(fields["flags"], fields.get("label"), *parts)
         stretch = tar[places[0] : places[2] + places[5]]
         row = index[header + number * row_bytes : header + number * row_bytes + 36]
         assert google_crc32c.value(key.encode() + row + stretch) == crc
-        yield key, fields["label"], view_text(text), fields["digest"], pixels, features[:cut], features[cut:]
+        yield key, fields.get("label"), view_text(text), fields["digest"], pixels, *parts
 
 
 def read_members(path):
@@ -174,7 +198,7 @@ def read_array(folder):
 def read_zarr(stem, place, keys):
     root = stem.with_suffix(".zarr")
     attributes = json.loads((root / "zarr.json").read_text())["attributes"]
-    assert attributes == {"scalekd_cache": 1, "group": place[0], "range_id": place[1], "view": place[2]}
+    assert attributes == {"scalekd_cache": 2, "group": place[0], "range_id": place[1], "view": place[2]}
     arrays = {path.name: read_array(path) for path in root.iterdir() if path.is_dir()}
 
     def cut(name, number):
@@ -183,8 +207,14 @@ def read_zarr(stem, place, keys):
 
     for number, key in enumerate(keys):
         target = cut("target", number).decode()
-        record = (key, int(arrays["labels"][number]), view_text(target), json.loads(target)["digest"],
-                  cut("pixels", number), cut("features", number), cut("logits", number))  # fmt: skip
+        fields, label, features = json.loads(target), int(arrays["labels"][number]), cut("features", number)
+        if not fields["flags"] & LABEL:
+            assert label == 0
+            label = None
+        at = len(features) - fields.get("second_bytes", 0)
+        parts = features[:at], features[at:], cut("logits", number)
+        check_flags(fields["flags"], label, *parts)
+        record = (key, label, view_text(target), fields["digest"], cut("pixels", number), *parts)
         assert record_crc(*record) == arrays["crc32c"][number]
         yield record
 
@@ -192,10 +222,10 @@ def read_zarr(stem, place, keys):
 # Codecs
 
 
-def decode(manifest, state, key, label, view, digest, pixels, features, logits):
-    maps, norms = decode_features(manifest["codec"], state, features)
+def decode(manifest, state, key, label, view, digest, pixels, features, second, logits):
+    maps, norms = decode_features(manifest["codec"], state, features) if features else (None, None)
     scores = decode_logits(manifest["logit_codec"], logits)
-    return Decoded(key, label, json.loads(view), digest, pixels, maps, norms, scores)
+    return Decoded(key, label, json.loads(view), digest, pixels, maps, norms, scores, second)
 
 
 def decode_features(codec, state, row):

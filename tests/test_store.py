@@ -189,14 +189,6 @@ def test_a_flip_in_any_byte_of_an_index_row_is_noticed_by_a_reader(tmp_path, byt
         Cache.open(root).read(range(NUM_SAMPLES), 0)
 
 
-def test_an_index_of_an_older_form_is_refused_by_name(tmp_path):
-    root = write_cache(tmp_path, "webdataset")
-    index = root / "units" / "g000-r00000" / "v0000.idx"
-    index.write_bytes(b"SKDCIDX1" + index.read_bytes()[8:])
-    with pytest.raises(UserError, match="of an older form"):
-        Cache.open(root).read([0], 0)
-
-
 @backends
 def test_large_arrays_span_shard_files(tmp_path, backend, monkeypatch):
     import scalekd_cache.store.zarr as zarr_store
@@ -537,7 +529,7 @@ MANIFEST_CHANGES = {
     "other sha": lambda f: f["units"][0].__setitem__(3, "0" * 64),
     "missing field": lambda f: f.pop("codec"),
     "unknown field": lambda f: f.update(extra=1),
-    "version": lambda f: f.update(format_version=2),
+    "version": lambda f: f.update(format_version=1),
     "backend": lambda f: f.update(backend="../../x"),
     "groups": lambda f: f.update(groups=[[0, 1], "2"]),
     "nested": lambda f: f.update(units={}),

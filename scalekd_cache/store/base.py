@@ -5,8 +5,10 @@ Invariant: both backends store the same records, each with a crc32c of all that 
 back exactly those or raises: never zeros, never fewer.
 """
 
+import enum
 import functools
 import importlib
+import re
 import struct
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -21,7 +23,7 @@ from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.store.files import Written
 from scalekd_cache.store.path import StoredPath
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MAX_UNIT_SAMPLES = 65_536
 """Most records in a shard; a file that claims more is refused before anything is allocated."""
 MAX_KEY_BYTES = 1024
@@ -29,8 +31,9 @@ RUN_BYTES = 1 << 20
 """Neighbouring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
 CRC: Callable[[int, Any], int] = google_crc32c.extend
 UINT32 = struct.Struct("<I").pack
-LABEL = struct.Struct("<IqI").pack
-"""Length and label, then the length of what follows."""
+INT64 = struct.Struct("<q").pack
+NO_LABEL = -1
+"""The label of a record that holds none."""
 
 BACKENDS = {"webdataset": "scalekd_cache.store.webdataset", "zarr": "scalekd_cache.store.zarr"}
 
@@ -40,13 +43,22 @@ Payload = bytes | memoryview
 them does; `np.frombuffer`, `b"".join` and `io.BytesIO` take both. pickle and DataLoader's collation need `bytes`."""
 
 
+class Parts(enum.IntFlag):
+    """What a record holds beside its view and pixels. Stored with it; a reader refuses flags that it does not know."""
+
+    LABEL = 1
+    FEATURES = 2
+    LOGITS = 4
+    SECOND = 8
+
+
 class Record(NamedTuple):
-    """One view of one image, as it is stored."""
+    """One view of one image, as it is stored. Every part but key, view and digest may be absent."""
 
     key: str
     """Sample key: '/' allowed; no dots, no whitespace."""
     label: int
-    """Class index."""
+    """Class index; `NO_LABEL` when there is none."""
     view: str
     """The view record, JSON text in canonical form (sorted keys, no spaces): `canonical_json`; stored as it is."""
     digest: str
@@ -54,9 +66,17 @@ class Record(NamedTuple):
     pixels: Payload
     """The encoded view (JPEG or PNG); empty when views are replayed."""
     features: Payload
-    """A row of the feature codec."""
+    """A row of the feature codec; empty when there is none."""
     logits: Payload
-    """A record of the logit codec."""
+    """A record of the logit codec; empty when there is none."""
+    second: Payload = b""
+    """A row of `second_codec`, a second feature target; empty when there is none."""
+
+    @property
+    def parts(self) -> Parts:
+        """What it holds."""
+        there = (self.label != NO_LABEL, len(self.features), len(self.logits), len(self.second))
+        return Parts(sum(part for part, is_there in zip(Parts, there, strict=True) if is_there))
 
 
 class ShardId(NamedTuple):
@@ -161,19 +181,91 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
     )
 
 
+class Target(NamedTuple):
+    """What a record's JSON says, cut out of its text."""
+
+    digest: bytes
+    view: bytes
+    parts: Parts
+    label: int
+    features_bytes: int
+    second_bytes: int
+
+
+TARGET = re.compile(
+    rb'\{"digest":"([^"]*)"(?:,"features_bytes":(\d{1,10}))?,"flags":(\d{1,10})(?:,"label":(-?\d{1,19}))?'
+    rb'(?:,"second_bytes":(\d{1,10}))?,"view":(.*)\}', re.DOTALL
+)  # fmt: skip
+
+
+def target_json(record: Record, *, places: bool) -> bytes:
+    """A record's JSON, canonical because the view is and the names are in order.
+
+    Args:
+        record: the record.
+        places: for a store that keeps neither the label nor the length of the features elsewhere.
+    """
+    parts = record.parts
+    text = f'{{"digest":"{record.digest}"'
+    text += f',"features_bytes":{len(record.features)}' if places else ""
+    text += f',"flags":{int(parts)}'
+    text += f',"label":{record.label}' if places and Parts.LABEL in parts else ""
+    text += f',"second_bytes":{len(record.second)}' if Parts.SECOND in parts else ""
+    return f'{text},"view":{record.view}}}'.encode()
+
+
+def cut_target(text: bytes, where: object) -> Target:
+    """The inverse of `target_json`, cut by its names (a JSON parser takes four times as long).
+
+    Raises:
+        UserError: flags that this version does not know.
+        ValueError: another text.
+    """
+    match = TARGET.fullmatch(text)
+    if match is None:
+        raise ValueError(f"not the JSON of a record: {text[:100]!r}")
+    digest, features, flags, label, second, view = match.groups()
+    if int(flags) > sum(Parts):
+        raise UserError(
+            "a record holds parts that this version does not know",
+            got=f"flags {int(flags)}",
+            expected=f"the sum of some of {', '.join(map(repr, Parts))}",
+            where=where,
+            fix="use the version of scalekd-cache that wrote the cache",
+        )
+    return Target(digest, view, Parts(int(flags)), NO_LABEL if label is None else int(label), int(features or 0),
+                  int(second or 0))  # fmt: skip
+
+
+def check_parts(record: Record, parts: Parts) -> Record:
+    """The record itself; ValueError unless it holds what its flags say."""
+    if record.parts != parts:
+        raise ValueError(f"flags say {parts!r}, the record holds {record.parts!r}")
+    return record
+
+
 def record_crc(record: Record) -> int:
-    """The crc32c (Castagnoli) of a record: every field as length uint32 little-endian, then bytes; label as int64."""
+    """The crc32c (Castagnoli) of a record: key, label (int64), view, digest, pixels, features, second and logits, each
+    as its length (uint32, little-endian; 0 for what is absent), then its bytes; second only where there is one."""
     texts = record.key.encode(), record.view.encode(), record.digest.encode()
-    return fields_crc(*texts, record.label, *map(crc_input, (record.pixels, record.features, record.logits)))
+    rest = (record.pixels, record.features, record.second, record.logits)
+    return fields_crc(*texts, record.label, *map(crc_input, rest))
 
 
-def fields_crc(key: bytes, view: bytes, digest: bytes, label: int, pixels: Any, features: Any, logits: Any) -> int:
+def fields_crc(
+    key: bytes, view: bytes, digest: bytes, label: int, pixels: Any, features: Any, second: Any, logits: Any
+) -> int:
     """`record_crc` of fields as a reader has them: texts as UTF-8, the rest as bytes or uint8 arrays."""
-    head = b"%b%b%b%b%b%b%b" % (UINT32(len(key)), key, LABEL(8, label, len(view)), view, UINT32(len(digest)), digest,
-                                UINT32(len(pixels)))  # fmt: skip
+    packed = b"" if label == NO_LABEL else INT64(label)
+    head = b"".join(map(_with_length, (key, packed, view, digest))) + UINT32(len(pixels))
     crc = CRC(CRC(0, head), pixels)
-    crc = CRC(CRC(crc, UINT32(len(features))), features)
-    return CRC(CRC(crc, UINT32(len(logits))), logits)
+    for data in (features, *([second] if len(second) else []), logits):
+        crc = CRC(CRC(crc, UINT32(len(data))), data)
+    return crc
+
+
+def _with_length(data: bytes) -> bytes:
+    return UINT32(len(data)) + data
 
 
 def crc_input(data: Payload) -> Any:

@@ -10,13 +10,10 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import MAX_UNIT_SAMPLES, ShardId, damaged
 from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX2"
-OLD_MAGIC = b"SKDCIDX1"
-"""Of version 0.1.0, whose checksums are taken over other bytes."""
 HEADER = struct.Struct("<8sIIIIIIQQ")
 """Magic, header bytes, index row bytes, group, range, view, zero, rows, bytes of the tar."""
 ROW = np.dtype(
@@ -58,9 +55,6 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
         raise damaged("the index of a shard has the wrong length", found_bytes, f"{expected_bytes} bytes", path)
     data = path.read_bytes()
     header = HEADER.unpack_from(data)
-    if header[0] == OLD_MAGIC:
-        raise UserError("the cache is of an older form", got="an index of version 0.1.0", expected="this version's",
-                        where=path, fix="make the cache again, or read it with version 0.1.0")  # fmt: skip
     expected = (MAGIC, HEADER.size, ROW.itemsize, *shard, 0, count, tar_bytes)
     if header != expected:
         raise damaged("the index belongs to another shard", header, expected, path)

@@ -69,6 +69,8 @@ class ManifestFacts:
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
+    second_codec: dict[str, Any] = field(default_factory=dict)
+    """Codec of a second feature target; empty when no record holds one."""
     data: dict[str, Any]
     pixels_from: dict[str, str] = field(default_factory=dict)
     """Of a cache that shares the baked pixels of another: `identity` and `path` of that one; else empty."""
@@ -99,6 +101,7 @@ class Manifest:
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
+    second_codec: dict[str, Any]
     data: dict[str, Any]
     pixels_from: dict[str, str]
     bytes_per_view: dict[str, float]

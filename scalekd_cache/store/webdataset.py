@@ -1,8 +1,8 @@
 """The `webdataset` backend: a shard is a plain tar, `v0000.tar`, with a byte-offset index beside it.
 
-In: records. Out: members <key>.json (label, view record, digest), <key>.jpg or .png (baked pixels only), <key>.features
-(features, then logits), in this order; a tar that any WebDataset reader streams. Invariant: headers hold no time, owner
-or host, so equal records give equal bytes.
+In: records. Out: members <key>.json (label, view record, digest, flags), <key>.jpg or .png (baked pixels only),
+<key>.features (features, second target, logits), in this order; a tar that any WebDataset reader streams. Invariant:
+headers hold no time, owner or host, so equal records give equal bytes.
 We read by index and pread; the tar is never extracted and its headers are never trusted.
 """
 
@@ -23,9 +23,12 @@ from scalekd_cache.store.base import (
     ShardReader,
     ShardSummary,
     ShardWriter,
+    check_parts,
     crc_input,
+    cut_target,
     damaged,
     keep_freed_memory,
+    target_json,
 )
 from scalekd_cache.store.files import NewFile, write_new
 from scalekd_cache.store.index import PLACES, ROW, load_index, pack_index
@@ -48,8 +51,9 @@ class Writer(ShardWriter):
 
     def append(self, record: Record) -> None:
         """Two or three members, in one write."""
-        target = member_json(record)
-        pixels, features, logits = map(crc_input, (record.pixels, record.features, record.logits))
+        target = target_json(record, places=True)
+        payloads = (record.pixels, record.features, record.second, record.logits)
+        pixels, features, second, logits = map(crc_input, payloads)
         pieces: list[Any] = []
         json_offset = self._member(pieces, self._tar.bytes, record.key + ".json", target)
         pixels_offset, end = 0, json_offset + len(target)
@@ -57,15 +61,16 @@ class Writer(ShardWriter):
             extension = ".png" if bytes(pixels[:4]) == PNG_MAGIC else ".jpg"
             pixels_offset = self._member(pieces, end, record.key + extension, pixels)
             end = pixels_offset + len(pixels)
-        features_offset = self._member(pieces, end, record.key + ".features", features, logits)
-        sizes = (len(target), len(pixels), len(features) + len(logits))
+        features_offset = self._member(pieces, end, record.key + ".features", features, second, logits)
+        kept = len(features) + len(second)
+        sizes = (len(target), len(pixels), kept + len(logits))
         places = (json_offset, pixels_offset, features_offset, *sizes)
         crc = functools.reduce(CRC, pieces[2:], crc_seed(record.key, PLACES.pack(*places)))  # from the JSON on
         pieces.append(PADDING[-sizes[2] % BLOCK])
         self._tar.write(*pieces)
         self._rows.append((*places, crc))
         self.crcs.append(crc)
-        for kind, size in zip(self._payload, (len(pixels), len(features), len(target) + len(logits)), strict=True):
+        for kind, size in zip(self._payload, (len(pixels), kept, len(target) + len(logits)), strict=True):
             self._payload[kind] += size
 
     def _member(self, pieces: list[Any], end: int, name: str, *data: Any) -> int:
@@ -165,13 +170,19 @@ class Reader(ShardReader):
             if found != stored:
                 self.check_crc(row, found)
             try:
-                digest, size, label, view = cut_json(data[json_at : json_at + json_bytes])
-                if not 0 <= size <= features_bytes:
-                    raise ValueError(f"{size} bytes of features in a member of {features_bytes}")
-                logits_at = features_at + size
-                pixels = shown[pixels_at : pixels_at + pixels_bytes]
-                features, logits = shown[features_at:logits_at], shown[logits_at:end]
-                records.append(Record(key, label, view.decode(), digest.decode(), pixels, features, logits))
+                target = cut_target(data[json_at : json_at + json_bytes], self.where)
+                second_at = features_at + target.features_bytes
+                logits_at = second_at + target.second_bytes
+                if logits_at > end:
+                    raise ValueError(f"{logits_at - features_at} bytes of features in a member of {features_bytes}")
+                record = Record(
+                    key, target.label, target.view.decode(), target.digest.decode(),
+                    pixels=shown[pixels_at : pixels_at + pixels_bytes],
+                    features=shown[features_at:second_at],
+                    logits=shown[logits_at:end],
+                    second=shown[second_at:logits_at],
+                )  # fmt: skip
+                records.append(check_parts(record, target.parts))
             except ValueError as error:
                 raise damaged(
                     "a record's JSON cannot be read", repr(error), "what was written", self.where, key
@@ -191,27 +202,6 @@ def crc_seed(key: str, places: bytes) -> int:
     Its stretch of the tar follows. The row says what is what in it, so nothing that a reader goes by is left out.
     """
     return CRC(CRC(0, key.encode()), places)
-
-
-def member_json(record: Record) -> bytes:
-    """The JSON member; `features_bytes` says where the logits begin in the features member.
-
-    They share it because each member of a tar costs at least 1 KiB. The text is canonical because the view is, and
-    because the names are in order.
-    """
-    facts = f'"features_bytes":{len(record.features)},"label":{record.label}'
-    return f'{{"digest":"{record.digest}",{facts},"view":{record.view}}}'.encode()
-
-
-def cut_json(text: bytes) -> tuple[bytes, int, int, bytes]:
-    """Digest, bytes of the features, label and view record out of the text of `member_json`.
-
-    Cut at its names (a JSON parser takes four times as long).
-    """
-    head, _, view = text.partition(b',"view":')
-    digest, _, facts = head.partition(b'","features_bytes":')
-    size, _, label = facts.partition(b',"label":')
-    return digest.removeprefix(b'{"digest":"'), int(size), int(label), view[:-1]
 
 
 def member_header(name: str, size: int) -> bytes:

@@ -1,7 +1,7 @@
 """The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, readable by zarr-python alone.
 
-In: records. Out: arrays labels, crc32c (n,), and features, pixels, target, logits as flat uint8, each with
-<name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a chunk that was not written
+In: records. Out: arrays labels, crc32c (n,), and features (with the second target), pixels, target, logits as flat
+uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a chunk that was not written
 or a file that is gone is an error. `zarr_read.py` reads, because zarr-python gives zeros for both.
 """
 
@@ -13,17 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import (
+    FORMAT_VERSION,
+    NO_LABEL,
+    Parts,
     Payload,
     Record,
     ShardId,
     ShardReader,
     ShardSummary,
     ShardWriter,
+    check_parts,
     crc_input,
+    cut_target,
     damaged,
     fields_crc,
     keep_freed_memory,
     record_crc,
+    target_json,
 )
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
@@ -44,20 +50,21 @@ class Writer(ShardWriter):
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
         self._root = folder / f"v{shard.view:04d}.zarr"
-        self._group = write_group(self._root, {"scalekd_cache": 1, **shard._asdict()})
+        self._group = write_group(self._root, {"scalekd_cache": FORMAT_VERSION, **shard._asdict()})
         self._arrays: dict[str, ArrayWriter] = {}
         self._offsets: dict[str, list[int]] = {name: [0] for name in FLAT}
         self._labels: list[int] = []
 
     def append(self, record: Record) -> None:
         """To every array."""
-        fields = (record.features, record.pixels, _target(record), record.logits)
+        features = b"".join((record.features, record.second)) if record.second else record.features
+        fields = (features, record.pixels, target_json(record, places=False), record.logits)
         if not self._arrays:
             self._begin(fields)
         for name, data in zip(FLAT, fields, strict=True):
             self._arrays[name].append(data)
             self._offsets[name].append(self._offsets[name][-1] + len(data))
-        self._labels.append(record.label)
+        self._labels.append(0 if record.label == NO_LABEL else record.label)
         self.crcs.append(record_crc(record))
 
     def _begin(self, first: Sequence[Payload]) -> None:
@@ -97,7 +104,7 @@ class Reader(ShardReader):
         super().__init__(folder, shard, keys)
         keep_freed_memory()
         attributes = read_attributes(self.where)
-        expected = {"scalekd_cache": 1, **shard._asdict()}
+        expected = {"scalekd_cache": FORMAT_VERSION, **shard._asdict()}
         if attributes != expected:
             raise damaged("this is another shard", attributes, expected, self.where)
         count = len(keys)
@@ -132,12 +139,18 @@ class Reader(ShardReader):
         return [self._record(row, *parts) for row, *parts in zip(wanted, *flat, strict=True)]
 
     def _record(self, row: int, features: Payload, pixels: Payload, target: Payload, logits: Payload) -> Record:
-        key, label = self.keys[row], self._labels[row]
-        head, _, view = bytes(target).partition(b',"view":')  # a JSON parser takes four times as long
-        digest, view = head.removeprefix(b'{"digest":"')[:-1], view[:-1]
-        self.check_crc(row, fields_crc(key.encode(), view, digest, label, *map(crc_input, (pixels, features, logits))))
+        key = self.keys[row]
         try:
-            return Record(key, label, view.decode(), digest.decode(), pixels, features, logits)
+            told = cut_target(bytes(target), self.where)
+            cut = len(features) - told.second_bytes
+            label = self._labels[row] if Parts.LABEL in told.parts else NO_LABEL
+            if cut < 0 or (label == NO_LABEL and self._labels[row] != 0):
+                raise ValueError("a length or a label that its JSON does not tell of")
+            features, second = features[:cut], features[cut:]
+            payloads = map(crc_input, (pixels, features, second, logits))
+            self.check_crc(row, fields_crc(key.encode(), told.view, told.digest, label, *payloads))
+            record = Record(key, label, told.view.decode(), told.digest.decode(), pixels, features, logits, second)
+            return check_parts(record, told.parts)
         except ValueError as error:
             raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
 
@@ -153,7 +166,3 @@ def padding(unit: Path) -> tuple[int, float]:
             zeros += -meta["shape"][0] % chunk
             chunks += chunk
     return zeros, chunks / 2
-
-
-def _target(record: Record) -> bytes:
-    return f'{{"digest":"{record.digest}","view":{record.view}}}'.encode()
