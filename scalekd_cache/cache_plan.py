@@ -5,6 +5,7 @@ Invariant: a plan that is there is extended by view groups and otherwise kept: a
 set or layout is an error that names the fields.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -17,6 +18,7 @@ import torch
 
 from scalekd_cache.agreement import check_plan
 from scalekd_cache.caching import Stage, plan_units, unit_ranges
+from scalekd_cache.calibration import check_kept_codec
 from scalekd_cache.codec import recomputed
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
@@ -29,12 +31,26 @@ from scalekd_cache.images import Source, listing_digest
 from scalekd_cache.order import likeness
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Process, autocast_dtype
-from scalekd_cache.store import Ledger, ManifestFacts, remove_stale
+from scalekd_cache.store import (
+    Ledger,
+    Manifest,
+    ManifestFacts,
+    build_manifest,
+    read_manifest,
+    remove_stale,
+    write_manifest,
+)
 from scalekd_cache.store import plan as plans
-from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store.files import fact_of, write_atomically
+from scalekd_cache.store.manifest import CLASSIFIER, TAIL, kept_files
+from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.shared import shared_with
-from scalekd_cache.teacher import Teacher
+from scalekd_cache.tail_file import tail_bytes
+from scalekd_cache.teacher import Teacher, split_tail
+
+LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
+"""What of a plan another job must ask for in the same way."""
 
 
 class Job(NamedTuple):
@@ -61,10 +77,7 @@ def make_plan(
         "logit_codec": logit_codec.get_config(),
     }
     layout = {**_layout(config, source), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
-    kept = read_plan(root) if (root / plans.NAME).exists() else None
-    if kept is not None:
-        check_plan(_kept_fields(kept, layout), layout, root)
-    groups = _groups(kept, config.cache, source)
+    groups = _groups([], config.cache, source)
     ranges = [[positions.start, positions.stop] for positions in unit_ranges(source, layout["samples_per_shard"])]
     facts = ManifestFacts(
         fingerprint=layout["fingerprint"],
@@ -75,13 +88,8 @@ def make_plan(
         groups=groups,
         ranges=[ranges for _ in groups],
         class_names=list(source.class_names),
-        # What is measured is kept; it is measured before the first unit when there is nothing yet.
-        teacher={
-            "spec": fields["teacher"],
-            "config": to_plain(config.teacher),
-            "top1": kept.facts.teacher.get("top1") if kept else None,
-        },
-        tail_sha256=kept.facts.tail_sha256 if kept else "",
+        teacher={"spec": fields["teacher"], "config": to_plain(config.teacher), "top1": None},
+        tail_sha256="",
         view_recipe=fields["views"],
         codec=fields["codec"],
         logit_codec=fields["logit_codec"],
@@ -93,8 +101,45 @@ def make_plan(
         root, config.cache.backend, facts.fingerprint, source, config.views, teacher, codec, logit_codec,
         config.teacher.batch_size, process.device, library_versions(),
     )  # fmt: skip
-    units = plan_units(source, groups, facts.samples_per_shard)
-    return Job(stage, Plan(facts=facts), units, Ledger(root, stage.fingerprint))
+    return joined(_job(stage, Plan(facts=facts)), config.cache)
+
+
+def _job(stage: Stage, plan: Plan) -> Job:
+    units = plan_units(stage.source, plan.facts.groups, plan.facts.samples_per_shard)
+    return Job(stage, plan, units, Ledger(stage.root, plan.units()))
+
+
+def joined(job: Job, options: StoreConfig) -> Job:
+    """The job as a part of the cache that is there by now: its plan, extended by the view groups that this job adds.
+
+    What an earlier or another job has measured is kept.
+
+    Raises:
+        UserError: the plan is damaged, or it is that of another cache.
+    """
+    root, facts = job.stage.root, job.plan.facts
+    if not (root / plans.NAME).exists():
+        return job
+    kept = read_plan(root)
+    layout = {name: getattr(facts, name) for name in LAYOUT}
+    check_plan(_kept_fields(kept, layout), layout, root)
+    if kept.facts.ranges[0] != facts.ranges[0]:
+        raise UserError(
+            "the data set is cut into other ranges of images than those of the cache",
+            got=f"{len(facts.ranges[0])} ranges",
+            expected=f"{len(kept.facts.ranges[0])} ranges, as in plan.json",
+            where=root,
+            fix="use the tar or parquet files that the cache was made from, or choose another CACHE=",
+        )
+    groups = _groups(kept.facts.groups, options, job.stage.source)
+    there = dataclasses.replace(
+        facts,
+        groups=groups,
+        ranges=[facts.ranges[0] for _ in groups],
+        teacher={**facts.teacher, "top1": kept.facts.teacher.get("top1")},
+        tail_sha256=kept.facts.tail_sha256,
+    )
+    return _job(job.stage, Plan(facts=there))
 
 
 def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
@@ -171,8 +216,7 @@ def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
     return {name: there[name] for name in asked}
 
 
-def _groups(kept: Plan | None, config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
-    groups = kept.facts.groups if kept is not None else []
+def _groups(groups: list[list[int]], config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
     if isinstance(source, PixelCache):
         return source.extended_groups(groups, config.num_views)
     return extended_groups(groups, config.num_views, config.views_per_group)
@@ -187,20 +231,70 @@ def extended_groups(groups: list[list[int]], num_views: int, views_per_group: in
     return groups
 
 
-def begin(job: Job, top1: float | None, tail_sha256: str) -> Job:
-    """Write plan.json: from now on others may follow.
+def begin(job: Job, options: StoreConfig, top1: float | None) -> Job:
+    """Rank 0: create plan.json, or join the plan that another job has made in the meantime; then the files it names.
+
+    The plan comes first: whoever is refused has touched nothing, and two jobs that are not refused write equal files.
 
     Raises:
-        UserError: the folder cannot be written.
+        UserError: the folder cannot be written, or the cache is another one by now.
     """
-    facts = dataclasses.replace(
-        job.plan.facts, tail_sha256=tail_sha256, teacher={**job.plan.facts.teacher, "top1": top1}
-    )
-    plan = dataclasses.replace(job.plan, facts=facts)
-    if isinstance(job.stage.logit_codec, RecomputedLogits):
-        write_atomically(job.stage.root / recomputed.FILE, _classifier(job.stage.teacher))
-    write_plan(job.stage.root, plan)
+    root = job.stage.root
+    with plans.changing_plan(root):
+        job = joined(job, options)
+        if finished(job) is not None:
+            return job
+        facts, tail = job.plan.facts, None
+        if facts.teacher["top1"] is None:
+            facts = dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1})
+        if not _is_there(root / TAIL, facts.tail_sha256):
+            tail = tail_bytes(split_tail(job.stage.teacher), job.stage.teacher.spec)
+            facts = dataclasses.replace(facts, tail_sha256=hashlib.sha256(tail).hexdigest())
+        plan = Plan(facts=facts)
+        if (root / plans.NAME).exists():
+            if plan != read_plan(root):
+                write_plan(root, plan)
+        else:
+            check_kept_codec(options, root, job.stage.codec)
+            for unit in job.units:  # units of another cache, whose plan is lost, are refused here
+                committed(job, unit)
+            try:
+                write_plan(root, plan, create=True)
+            except FileExistsError:  # by a job on another machine, where the file system has no locks
+                return begin(job, options, top1)
+        classifier = kept_files(facts.fingerprint_fields).get(CLASSIFIER)
+        if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
+            write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))
+        if tail is not None:
+            write_atomically(root / TAIL, tail)
     return job._replace(plan=plan)
+
+
+def _is_there(path: Path, sha256: str) -> bool:
+    return path.is_file() and fact_of(path).sha256 == sha256
+
+
+def finished(job: Job) -> Manifest | None:
+    """The manifest of a cache that has all that is asked for."""
+    root = job.stage.root
+    if not (root / MANIFEST).exists() or not (root / TAIL).exists():
+        return None
+    manifest = read_manifest(root)
+    whole = manifest.groups == job.plan.facts.groups and all(committed(job, unit) for unit in job.units)
+    return manifest if whole else None
+
+
+def finish(job: Job) -> Manifest:
+    """Rank 0: write the manifest, unless another job has let the cache grow beyond this job's plan and finished it."""
+    root, groups = job.stage.root, job.plan.facts.groups
+    with plans.changing_plan(root):
+        with contextlib.suppress(UserError):  # there is none, or one that is replaced now
+            there = read_manifest(root)
+            if there.fingerprint == job.stage.fingerprint and len(there.groups) > len(groups):
+                return there
+        manifest = build_manifest(root, job.plan.facts)
+        write_manifest(root, manifest)
+        return manifest
 
 
 def open_folder(root: Path) -> None:
@@ -221,9 +315,16 @@ def committed(job: Job, unit: Unit) -> bool:
 
 
 def take_over(job: Job, process: Process) -> None:
-    """Rank 0: remove units that a power cut may have emptied, and say so (`store/resume.py`)."""
-    for folder in job.ledger.drop_damaged([(unit.group, unit.range_id) for unit in job.units]):
+    """Rank 0: remove units that cannot stay, and name them (`store/resume.py`)."""
+    for folder in job.ledger.drop_damaged():
         process.say(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
+    drop_apart(job, process)
+
+
+def drop_apart(job: Job, process: Process) -> None:
+    """Rank 0: remove units that do not hold the images of the first view group, and name them."""
+    for folder, wrong in job.ledger.drop_apart().items():
+        process.say(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
 
 
 def tidy(root: Path, process: Process) -> None:

@@ -18,6 +18,10 @@ from scalekd_cache.cache_plan import (
     begin,
     check_before_teacher,
     committed,
+    drop_apart,
+    finish,
+    finished,
+    joined,
     make_plan,
     open_folder,
     take_over,
@@ -45,12 +49,12 @@ from scalekd_cache.probe import probe
 from scalekd_cache.processes import Peers, Process
 from scalekd_cache.progress import progress
 from scalekd_cache.report import teacher_accuracy
-from scalekd_cache.store import Manifest, build_manifest, read_manifest, write_manifest
-from scalekd_cache.store.files import fact_of
+from scalekd_cache.skips import Skips
+from scalekd_cache.store import Manifest, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.tail import DEMO_TEACHER
-from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher, save_tail
+from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
@@ -80,14 +84,12 @@ def _cache_teacher(
     teacher = _teacher(config, process, source)
     job = make_plan(config, process, source, teacher, calibrated_codec(config, peers, source, teacher))
     _say_more_views(config, process, job)
-    finished = _finished(job)
-    if finished is not None:
-        peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
-        images = f"{finished.num_samples:,} images x {finished.num_views} views"
-        process.say(f"{root} is complete: {images}; nothing to do")
-        return finished
+    if finished(job) is not None:
+        return _say_complete(process, peers, job)
     _check(config, process, job, student)
     job = _begin(config, peers, job)
+    if finished(job) is not None:  # by another job, in the meantime
+        return _say_complete(process, peers, job)
     _make(config, peers, job)
     return _finish(process, peers, job)
 
@@ -117,7 +119,7 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
         process.say(f"codec {name} is fitted when the cache is made; sizes here are those of int8")
         codec = make_codec("int8", shape)
     job = make_plan(config, process, source, teacher, codec)
-    if _finished(job) is None:
+    if finished(job) is None:
         _check(config, process, job, student)
     units = [unit for unit in job.units if not committed(job, unit)]
     process.say(
@@ -162,14 +164,13 @@ def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
     return dataclasses.replace(teacher, weights=str(file)) if file.exists() else teacher
 
 
-def _finished(job: Job) -> Manifest | None:
-    """The manifest of a cache that has all that is asked for."""
-    root = job.stage.root
-    if not (root / "manifest.json").exists() or not (root / "tail.safetensors").exists():
-        return None
-    manifest = read_manifest(root)
-    whole = manifest.groups == job.plan.facts.groups and all(committed(job, unit) for unit in job.units)
-    return manifest if whole else None
+def _say_complete(process: Process, peers: Peers, job: Job) -> Manifest:
+    """The manifest of a finished cache."""
+    manifest = read_manifest(job.stage.root)
+    peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
+    images = f"{manifest.num_samples:,} images x {manifest.num_views} views"
+    process.say(f"{job.stage.root} is complete: {images}; nothing to do")
+    return manifest
 
 
 def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
@@ -204,30 +205,28 @@ def _check_space(config: CacheTeacherConfig, job: Job) -> None:
 
 
 def _begin(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
-    """Rank 0: the tail, the teacher's accuracy and the plan, before the first unit: a student may follow from now on.
+    """Rank 0: the teacher's accuracy, the plan and the tail, before the first unit: a student may follow from now on.
 
-    What an earlier session left is kept as it is.
+    What an earlier session or another job left is kept as it is.
     """
     if peers.process.rank == 0:
-        stage, facts = job.stage, job.plan.facts
-        open_folder(stage.root)
-        tail = stage.root / "tail.safetensors"
-        whole = tail.is_file() and fact_of(tail).sha256 == facts.tail_sha256
-        tail_sha256 = facts.tail_sha256 if whole else save_tail(stage.teacher, tail)
-        top1 = facts.teacher["top1"]
-        job = begin(job, _teacher_top1(config, stage) if top1 is None else top1, tail_sha256)
+        open_folder(job.stage.root)
+        top1 = job.plan.facts.teacher["top1"]
+        job = begin(job, config.cache, _teacher_top1(config, job.stage) if top1 is None else top1)
         take_over(job, peers.process)
         peers.announce("planned")
     peers.wait("planned")
-    return job
+    return job if peers.process.rank == 0 else joined(job, config.cache)
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
     """Make units until none is left, with one progress bar for all processes.
 
-    Process 0 ends last and makes what is left: what processes had claimed that are gone.
+    Process 0 ends last and makes what is left: what processes had claimed that are gone, and what was put off
+    (`skips.py`).
     """
     stage, rank = job.stage, peers.process.rank
+    skips = Skips(stage.root, stage.source, job.ledger)
     total = sum(_views(unit) for unit in job.units)
     there = sum(_views(unit) for unit in job.units if committed(job, unit)) if rank == 0 else 0
     bar = progress("cache", total, "view", rank=rank, initial=there)
@@ -240,15 +239,21 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
         show()
 
     with torch.no_grad():
-        make_units(stage, job.units, _claims(peers, job), config.workers, count)
+        make_units(stage, job.units, _claims(peers, job), config.workers, count, skips)
         peers.announce(f"rank {rank} has no more units")
         if rank == 0:
             for peer in range(1, peers.process.world_size):
                 if not peers.wait(f"rank {peer} has no more units", peer, show):
                     lost = f"process {peer} has given no sign of life for {peers.silent_s:.0f} s"
                     peers.process.say(f"{lost}; its unit is made here")
-            left = iter([n for n, unit in enumerate(job.units) if not committed(job, unit)])
-            make_units(stage, job.units, left, config.workers, count)
+            skips.last_try()
+            for first in (True, False):  # the first view group decides what the others leave out
+                if not first:
+                    drop_apart(job, peers.process)
+                left = [n for n, u in enumerate(job.units) if (u.group == 0) is first and not committed(job, u)]
+                if left:
+                    make_units(stage, job.units, iter(left), config.workers, count, skips)
+            skips.check()
             bar.update(total - bar.n)
     bar.close()
 
@@ -268,8 +273,7 @@ def _finish(process: Process, peers: Peers, job: Job) -> Manifest:
     """Rank 0: the manifest."""
     root = job.stage.root
     if process.rank == 0:
-        manifest = build_manifest(root, job.plan.facts)
-        write_manifest(root, manifest)
+        manifest = finish(job)
         peers.announce("manifest")
         _say_what_it_is(root, manifest)
     peers.wait("manifest")

@@ -4,7 +4,7 @@ In: a `CacheTeacherConfig`. Out: a complete cache. Invariant: a unit's bytes dep
 teacher and the codec, never on which rank made it; what is committed is never touched again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -23,9 +23,11 @@ from scalekd_cache.drawing import Drawn, DrawnView, Unit, draw_units
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source
 from scalekd_cache.pixel_cache import PixelCache
+from scalekd_cache.skips import Skips
 from scalekd_cache.store import CommitQueue, Record, UnitWriter
 from scalekd_cache.teacher import Teacher, TeacherOutput
 
+NOTHING: Mapping[str, str] = {}
 BATCHES_BEHIND = 2
 """Batches that wait to be encoded and appended, or are: with two a GPU has the next one's work when it ends one."""
 
@@ -63,8 +65,9 @@ class Stage(NamedTuple):
 
 
 def make_units(
-    stage: Stage, units: Sequence[Unit], claims: Iterator[int], workers: int, done: Callable[[Unit], None]
-) -> None:
+    stage: Stage, units: Sequence[Unit], claims: Iterator[int], workers: int, done: Callable[[Unit], None],
+    skips: Skips | None = None,
+) -> None:  # fmt: skip
     """Make the claimed units and commit each, while the next one is being made.
 
     Args:
@@ -73,16 +76,29 @@ def make_units(
         claims: numbers of the units that this process shall make; asked for one at a time, as late as possible.
         workers: processes that draw views.
         done: called after a unit is committed, with the one after it filled.
+        skips: decides which images are left out and which units are put off (None: whatever cannot be decoded).
     """
     drawn_in_turn = draw_units(stage.source, stage.views, units, claims, workers)
     with CommitQueue() as commits:
         for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
-            writer, figures = fill_unit(stage, units[number], drawn)
+            left_out = skips.before(units[number]) if skips else {}
+            writer, figures = fill_unit(stage, units[number], drawn, left_out)
+            if skips and not skips.accepts(units[number], writer):
+                writer.abort()
+                continue
             commits.put(writer, figures, partial(done, units[number]))
 
 
-def fill_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> tuple[UnitWriter, dict[str, Any]]:
+def fill_unit(
+    stage: Stage, unit: Unit, drawn: Iterator[Drawn], left_out: Mapping[str, str] = NOTHING
+) -> tuple[UnitWriter, dict[str, Any]]:
     """Run one unit through the teacher and the codecs into a writer; codecs and writer work behind the teacher.
+
+    Args:
+        stage: what units are made with.
+        unit: the unit.
+        drawn: its images with their views.
+        left_out: sample keys that are skipped in any case, with the reasons.
 
     Returns:
         The writer and the unit's fidelity: `writer.commit(fidelity)` is left to do. After an error nothing is there.
@@ -101,7 +117,7 @@ def fill_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> tuple[UnitWri
     )
     try:
         with Behind("encode", BATCHES_BEHIND) as behind:
-            for batch in _batches(stage, writer, drawn):
+            for batch in _batches(stage, writer, drawn, left_out):
                 for column, number in enumerate(unit.views):
                     views = [item.views[column] for item in batch]
                     output = stage.teacher(_on_device(torch.stack([view.pixels for view in views]), stage.device))
@@ -112,12 +128,15 @@ def fill_unit(stage: Stage, unit: Unit, drawn: Iterator[Drawn]) -> tuple[UnitWri
     return writer, summarise(figures)
 
 
-def _batches(stage: Stage, writer: UnitWriter, drawn: Iterator[Drawn]) -> Iterator[list[Drawn]]:
-    """Teacher batches of the unit's images; those that could not be decoded are skipped in the writer."""
+def _batches(
+    stage: Stage, writer: UnitWriter, drawn: Iterator[Drawn], left_out: Mapping[str, str]
+) -> Iterator[list[Drawn]]:
+    """Teacher batches of the unit's images; those left out or that could not be decoded are skipped in the writer."""
     batch: list[Drawn] = []
     for item in drawn:
-        if item.reason:
-            writer.skip(item.sample.key, item.reason)
+        reason = left_out.get(item.sample.key, item.reason)
+        if reason:
+            writer.skip(item.sample.key, reason)
             continue
         batch.append(item)
         if len(batch) == stage.batch_size:

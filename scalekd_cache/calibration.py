@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.config import CacheTeacherConfig, parse_target
+from scalekd_cache.config import CacheTeacherConfig, StoreConfig, parse_target
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
@@ -26,8 +26,9 @@ from scalekd_cache.processes import Peers
 from scalekd_cache.store.base import damaged
 from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store.manifest import STATE
 from scalekd_cache.store.plan import NAME as PLAN
-from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.plan import changing_plan, read_plan
 from scalekd_cache.store.sealed import sealed, unsealed
 from scalekd_cache.store.verify import MARK, MARK_FIELDS
 from scalekd_cache.stored_pixels import decode_pixels, encode_pixels
@@ -60,7 +61,11 @@ def calibrated_codec(
         return make_codec(name, teacher.spec.feature_shape)
     if peers.process.rank == 0:
         if not _is_settled(config, root, teacher):
-            _keep(config, root, settle(config, source, teacher, peers.process.device), teacher)
+            settled = settle(config, source, teacher, peers.process.device)
+            root.mkdir(parents=True, exist_ok=True)
+            with changing_plan(root):
+                if not _is_settled(config, root, teacher):  # another job may have settled it in the meantime
+                    _keep(config, root, settled, teacher)
         peers.announce("codec")
     peers.wait("codec")
     kept, asked = _kept(root), _preset(config)
@@ -73,6 +78,23 @@ def calibrated_codec(
             fix="use the codec, noise and target the cache was made with, or another folder (CACHE=...)",
         )
     return codec_from_config(kept["codec"], root)
+
+
+def check_kept_codec(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
+    """Before the plan: the codec's files are those of this job; without a fit, those of a job without a plan go.
+
+    Raises:
+        UserError: another job has put its codec in the place of this one.
+    """
+    if options.codec not in (*FITTED, AUTO):
+        for name in (MARK, STATE):
+            (root / name).unlink(missing_ok=True)
+    elif _kept(root)["codec"] != codec.get_config():
+        raise UserError(
+            "another job writes to this cache with another teacher or codec",
+            where=root,
+            fix="choose another CACHE= for one of them",
+        )
 
 
 def check_codec_options(config: CacheTeacherConfig) -> None:
@@ -169,7 +191,6 @@ def _keep(config: CacheTeacherConfig, root: Path, settled: Settled, teacher: Tea
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes
 
-    root.mkdir(parents=True, exist_ok=True)
     if isinstance(settled.codec, TransformCodec):
         write_atomically(root / FILE, state_bytes(settled.codec.state))
     else:

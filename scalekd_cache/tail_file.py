@@ -28,11 +28,16 @@ def tail_tensors(tail: Tail) -> dict[str, Tensor]:
 
 def write_tail(tail: Tail, spec: TeacherSpec, path: Path) -> str:
     """Write a tail (safetensors, via a temporary file in the same folder); returns the file's sha256 (hex)."""
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
     path.parent.mkdir(parents=True, exist_ok=True)
+    return write_atomically(path, tail_bytes(tail, spec)).sha256
+
+
+def tail_bytes(tail: Tail, spec: TeacherSpec) -> bytes:
+    """The file of a tail; equal tails give equal bytes."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
     # one metadata key only: safetensors does not fix the order of several, and equal tails give equal files
-    data = save(tensors, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
-    return write_atomically(path, data).sha256
+    data: bytes = save(tensors, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
+    return data
 
 
 def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:

@@ -8,6 +8,7 @@ from commands import LIMIT_S
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import CommitQueue, Record, UnitWriter, unit_committed
 from scalekd_cache.store import files as store_files
+from scalekd_cache.store.verify_unit import ExpectedUnit
 
 FINGERPRINT = "0" * 64
 
@@ -17,6 +18,11 @@ def filled(root, number):
                         views=[0], fingerprint=FINGERPRINT)  # fmt: skip
     writer.append(0, Record(f"image{number}", 0, "{}", "0" * 16, b"", b"features", b"logits"))
     return writer
+
+
+def is_there(root, number=0):
+    unit = ExpectedUnit(0, number, FINGERPRINT, "webdataset", [0], (number, number + 1))
+    return unit_committed(root, unit) is not None
 
 
 def commit(root, units, done, then=lambda: None):
@@ -39,7 +45,7 @@ def test_units_are_published_in_order_and_reported_to_the_callers_thread(tmp_pat
             assert [number for number, _ in reported] == list(range(number))
     assert [number for number, _ in reported] == [0, 1, 2]
     assert {thread for _, thread in reported} == {threading.main_thread()}
-    assert all(unit_committed(tmp_path, 0, number, FINGERPRINT) for number in range(3))
+    assert all(is_there(tmp_path, number) for number in range(3))
 
 
 def test_the_caller_goes_on_while_the_disk_is_waited_for(tmp_path, monkeypatch):
@@ -53,9 +59,9 @@ def test_the_caller_goes_on_while_the_disk_is_waited_for(tmp_path, monkeypatch):
     monkeypatch.setattr(store_files, "fsync", slow)
     with CommitQueue() as commits:
         commits.put(filled(tmp_path, 0), {}, lambda: None)
-        assert not unit_committed(tmp_path, 0, 0, FINGERPRINT)
+        assert not is_there(tmp_path)
         may_end.set()
-    assert unit_committed(tmp_path, 0, 0, FINGERPRINT)
+    assert is_there(tmp_path)
 
 
 @pytest.mark.parametrize("units", [1, 2])
@@ -78,4 +84,4 @@ def test_an_error_of_the_caller_waits_for_the_unit_that_is_whole(tmp_path):
     with pytest.raises(RuntimeError, match="of the teacher"):
         commit(tmp_path, 1, lambda: None, then=fail)
     assert left(tmp_path) == ["g000-r00000"]
-    assert unit_committed(tmp_path, 0, 0, FINGERPRINT)
+    assert is_there(tmp_path)

@@ -37,6 +37,7 @@ from scalekd_cache.store import files as store_files
 from scalekd_cache.store.base import record_crc
 from scalekd_cache.store.files import canonical_json
 from scalekd_cache.store.sealed import SEAL, sealed
+from scalekd_cache.store.verify_unit import ExpectedUnit
 
 FINGERPRINT = hashlib.sha256(b"fingerprint").hexdigest()
 GROUPS = [[0, 1], [2]]
@@ -88,6 +89,11 @@ def facts(backend: str, **changes) -> ManifestFacts:
         "logit_codec": {}, "data": {"source": "demo"}, "versions": {"torch": "2"},
     }  # fmt: skip
     return ManifestFacts(**{**values, **changes})
+
+
+def planned(backend: str, group: int = 0, range_id: int = 0) -> ExpectedUnit:
+    """What `write_unit` makes."""
+    return ExpectedUnit(group, range_id, FINGERPRINT, backend, GROUPS[group], tuple(RANGES[range_id]))
 
 
 def write_cache(root: Path, backend: str, *, replayed: bool = False) -> Path:
@@ -326,16 +332,16 @@ def test_importing_the_store_is_light():
 
 @backends
 def test_a_unit_is_there_once_committed(tmp_path, backend):
-    assert not unit_committed(tmp_path, 0, 0, FINGERPRINT)
+    assert not unit_committed(tmp_path, planned(backend))
     assert write_unit(tmp_path, backend)
-    assert unit_committed(tmp_path, 0, 0, FINGERPRINT)
+    assert unit_committed(tmp_path, planned(backend))
     with pytest.raises(UserError, match="another teacher"):
-        unit_committed(tmp_path, 0, 0, "0" * 64)
+        unit_committed(tmp_path, planned(backend)._replace(fingerprint="0" * 64))
     assert [path.name for path in (tmp_path / "units").iterdir()] == ["g000-r00000"]
     payload_file(tmp_path, "g000-r00000").unlink()
-    assert not unit_committed(tmp_path, 0, 0, FINGERPRINT)
+    assert not unit_committed(tmp_path, planned(backend))
     assert write_unit(tmp_path, backend)  # replaces the damaged one
-    assert unit_committed(tmp_path, 0, 0, FINGERPRINT)
+    assert unit_committed(tmp_path, planned(backend))
 
 
 @backends

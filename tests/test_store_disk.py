@@ -14,8 +14,9 @@ from stage1_process import Job, on_a_bad_disk
 
 from scalekd_cache.cache_teacher import cache_teacher
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, Ledger, remove_stale, resume, unit_committed, unit_folder, verify_cache
+from scalekd_cache.store import Ledger, remove_stale, resume, unit_committed, unit_folder, verify_cache
 from scalekd_cache.store.files import host_tag, temp_beside, write_atomically
+from scalekd_cache.store.plan import read_plan
 
 
 def words(path, backend):
@@ -138,15 +139,14 @@ def test_a_unit_that_lost_its_bytes_but_not_its_length_is_made_again(tmp_path, c
 def test_only_the_units_committed_last_are_hashed_at_a_start(tmp_path, monkeypatch):
     monkeypatch.setattr(resume, "RECHECKED_UNITS", 1)
     root = copy_of_cache(tmp_path / "cache")
-    fingerprint = Cache.open(root).manifest.fingerprint
-    units = [(0, 0), (0, 1), (0, 2)]
-    for _, range_id in units[:2]:
+    units = read_plan(root).units()
+    for range_id in (0, 1):
         flip_byte(unit_folder(root, 0, range_id) / "v0000.tar", 700)
-    assert Ledger(root, fingerprint).drop_damaged(units) == []
+    assert Ledger(root, units).drop_damaged() == []
     assert {problem.where.split("/")[1] for problem in verify_cache(root, deep=True)} == {"g000-r00000", "g000-r00001"}
     shutil.rmtree(unit_folder(root, 0, 2))
-    assert Ledger(root, fingerprint).drop_damaged(units) == [unit_folder(root, 0, 1)]
-    assert not unit_committed(root, 0, 1, fingerprint)
+    assert Ledger(root, units).drop_damaged() == [unit_folder(root, 0, 1)]
+    assert not unit_committed(root, units[1])
     assert sorted(path.name for path in (root / "units").iterdir()) == ["g000-r00000"]
 
 
@@ -161,8 +161,9 @@ def test_a_whole_unit_that_came_in_between_is_put_back(tmp_path):
 
 def test_a_unit_is_looked_at_once(tmp_path, monkeypatch):
     root = copy_of_cache(tmp_path / "cache")
-    ledger = Ledger(root, Cache.open(root).manifest.fingerprint)
-    assert [ledger.committed(0, range_id) for range_id in range(4)] == [True, True, True, False]
+    shutil.rmtree(unit_folder(root, 0, 2))
+    ledger = Ledger(root, read_plan(root).units())
+    assert [ledger.committed(0, range_id) for range_id in range(3)] == [True, True, False]
     monkeypatch.setattr(resume, "unit_committed", lambda *_: pytest.fail("looked at twice"))
     assert ledger.committed(0, 1)
 

@@ -33,6 +33,8 @@ WAITING_BYTES = 1 << 20
 """What a file gathers before the operating system gets it: a call for every record costs a fifth of the rate."""
 WAITING_PIECES = 512
 """So many pieces are not waited for; the system takes 1,024 in a call."""
+NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+"""What `link` fails with where a file system has no hard links."""
 
 
 TEMP_NAME = re.compile(r"\.tmp-.+-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]+(-damaged)?")
@@ -145,16 +147,25 @@ def write_new(path: Path, data: bytes, *, sync: bool = True) -> Written:
         file.abandon()
 
 
-def write_atomically(path: Path, data: bytes) -> FileFact:
+def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileFact:
     """Replace `path` in one step: temp file beside it, fsync, rename, fsync of the folder.
+
+    Args:
+        path: the file.
+        data: its bytes.
+        create: never replace a file; of several processes that create it, one succeeds.
 
     Raises:
         UserError: no space, or no permission; the file that was there is as it was.
+        FileExistsError: `create`, and the file exists.
     """
     temp = temp_beside(path)
     try:
         write_new(temp, data)
-        temp.replace(path)
+        if create:
+            _publish_new(temp, path)
+        else:
+            temp.replace(path)
         fsync_path(path.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):  # the temp file may never have been there
@@ -162,6 +173,24 @@ def write_atomically(path: Path, data: bytes) -> FileFact:
         raise_explained(error, path.parent, len(data))
         raise
     return FileFact(len(data), hashlib.sha256(data).hexdigest())
+
+
+def _publish_new(temp: Path, path: Path) -> None:
+    """Give a file its final name unless that name is taken.
+
+    A file system without hard links (FAT, some network mounts) has no such step: there the name is checked first, and
+    two processes within the same millisecond can both succeed.
+    """
+    try:
+        os.link(temp, path)
+    except OSError as error:
+        if error.errno not in NO_HARD_LINKS:
+            raise
+        if path.exists():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from None
+        temp.replace(path)
+        return
+    temp.unlink()
 
 
 def fact_of(path: StoredPath) -> FileFact:

@@ -2,10 +2,14 @@
 
 In: the facts that a manifest will hold, and the layout. Out: the file, or the same facts read back and checked.
 Invariant: with the plan and the committed units of a group alone, that group can be read: nothing waits for the
-manifest. A plan that is replaced by a longer one begins with the same groups. Every byte is the one that was written.
+manifest. The first writer of a plan creates it, a later one never replaces it by another; a plan that is replaced by a
+longer one begins with the same groups. Every byte is the one that was written.
 """
 
+import contextlib
 import dataclasses
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +17,12 @@ from typing import Any
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, damaged
 from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store.locks import lock
 from scalekd_cache.store.manifest import ManifestFacts, names_pixels
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.sealed import check_version, sealed, unsealed
 from scalekd_cache.store.sidecar import HEX64
+from scalekd_cache.store.verify_unit import ExpectedUnit
 
 NAME = "plan.json"
 
@@ -33,12 +39,36 @@ class Plan:
         """Views of every image, once the cache is finished."""
         return sum(len(views) for views in self.facts.groups)
 
+    def units(self) -> list[ExpectedUnit]:
+        """The units that there shall be, in the order they are handed out."""
+        facts = self.facts
+        return [
+            ExpectedUnit(group, range_id, facts.fingerprint, facts.backend, views, (start, stop))
+            for group, (views, ranges) in enumerate(zip(facts.groups, facts.ranges, strict=True))
+            for range_id, (start, stop) in enumerate(ranges)
+        ]
 
-def write_plan(root: Path, plan: Plan) -> None:
-    """Write plan.json in one step."""
+
+@contextlib.contextmanager
+def changing_plan(root: Path) -> Iterator[None]:
+    """Let one process at a time read and replace the plan of a cache, by a lock on the cache's folder.
+
+    A file system without locks (some NFS and Lustre mounts) gives none; `create=True` of `write_plan` needs none.
+    """
+    descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with contextlib.suppress(OSError):
+            lock(descriptor, root / NAME)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def write_plan(root: Path, plan: Plan, *, create: bool = False) -> None:
+    """Write plan.json in one step; `create`: FileExistsError when there is one."""
     facts = {field.name: getattr(plan.facts, field.name) for field in dataclasses.fields(plan.facts)}
     facts["ranges"] = plan.facts.ranges[0]
-    write_atomically(root / NAME, sealed({"format_version": FORMAT_VERSION, **facts}))
+    write_atomically(root / NAME, sealed({"format_version": FORMAT_VERSION, **facts}), create=create)
 
 
 def read_plan(root: StoredPath) -> Plan:

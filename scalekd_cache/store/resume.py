@@ -2,81 +2,141 @@
 
 In: a cache's folder. Out: which units need no work. Invariant: what stays verifies, and no decision looks at a clock.
 
-How much is verified. Every unit: its sidecar (parsed, fingerprint) and the length of every file; that finds whatever a
-kill, a full disk or a copy that stopped leaves behind. The units committed last: the sha256 of every file as well. They
-are the ones that a disk may have lost after it said they were safe (a power cut with a write cache that is not flushed
-leaves files of the right length full of zeros). Damage to older units that keeps their lengths is not looked for here,
-because it would cost reading the whole cache at every start: readers compare every record with its checksum, and
-`make verify DEEP=1` looks at every byte.
+How much is verified. Every unit: its sidecar (parsed; fingerprint, store, views and range as planned), the images
+that it leaves out, and the length of every file; that finds whatever a kill, a full disk or a copy that stopped leaves
+behind. The units committed last: the sha256 of every file as well. They are the ones that a disk may have lost after it
+said they were safe (a power cut with a write cache that is not flushed leaves files of the right length full of zeros).
+Damage to older units that keeps their lengths is not looked for here, because it would cost reading the whole cache at
+every start: readers compare every record with its checksum, and `make verify DEEP=1` looks at every byte.
 """
 
 import contextlib
+import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.files import fact_of, temp_beside
-from scalekd_cache.store.sidecar import read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.same_images import left_out, named, units_apart
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.verify_unit import ExpectedUnit
 
 RECHECKED_UNITS = 8
 """Units hashed at a start: with the default sizes (200 MB each) more than a disk's own cache holds, about a second."""
 
 
-def unit_committed(root: Path, group: int, range_id: int, fingerprint: str) -> bool:
-    """Whether a unit is there: its sidecar, its fingerprint, and every file with the length it should have.
+def unit_committed(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
+    """The sidecar of a unit that is there: made for the same cache, and every file has the length it should have.
 
     Costs one small read and a stat a file. A unit whose files are short or gone counts as absent: writing it again
     replaces it.
 
     Raises:
-        UserError: the unit has another fingerprint (teacher, recipe, codec or data), or its sidecar is damaged.
+        UserError: the unit has another fingerprint (teacher, recipe, codec or data) or other images or views, or its
+            sidecar is damaged.
     """
-    folder = unit_folder(root, group, range_id)
+    folder = unit_folder(root, unit.group, unit.range_id)
     if not (folder / "unit.json").exists():
-        return False
+        return None
     info, _ = read_unit(folder)
-    if info.fingerprint != fingerprint:
+    if info.fingerprint != unit.fingerprint:
         raise UserError(
             "this cache was made from another teacher, view recipe, codec or data set",
             got=f"fingerprint {info.fingerprint}",
-            expected=f"fingerprint {fingerprint}, that of the present options",
+            expected=f"fingerprint {unit.fingerprint}, that of the present options",
             where=folder,
             fix="use the options the cache was made with, or another folder (CACHE=...)",
         )
-    return not sizes_differ(folder, info.files)
+    got, expected = _layout_of(info), (unit.backend, unit.views, unit.bounds)
+    if got != expected:
+        raise UserError(
+            "a unit of this cache has another layout: two jobs with different options have written here",
+            got="store {}, views {}, images {}".format(*got),
+            expected="store {}, views {}, images {}".format(*expected),
+            where=folder,
+            fix="use the options the cache was made with, or another folder (CACHE=...); `make repair CACHE=...` makes "
+            "the units again that are not those of its plan",
+        )
+    return None if sizes_differ(folder, info.files) else info
+
+
+def _layout_of(info: UnitInfo) -> tuple[str, list[int], tuple[int, int]]:
+    return info.backend, info.views, (info.start, info.stop)
 
 
 class Ledger:
-    """The units that are in a cache, each looked at once: what was whole stays whole while a job runs."""
+    """The units that are in a cache, each looked at once: what was whole stays whole while a job runs.
 
-    def __init__(self, root: Path, fingerprint: str) -> None:
-        self._root, self._fingerprint = root, fingerprint
-        self._whole: set[tuple[int, int]] = set()
+    Args:
+        root: the cache's folder.
+        units: what each unit must be, in the order they are handed out.
+    """
+
+    def __init__(self, root: Path, units: Iterable[ExpectedUnit]) -> None:
+        self._root = root
+        self._units = {unit.place: unit for unit in units}
+        self._whole: dict[tuple[int, int], UnitInfo] = {}
+        self._first: dict[str, str] | None = None
 
     def committed(self, group: int, range_id: int) -> bool:
         """Whether a unit needs no work. Raises as `unit_committed` does."""
-        unit = (group, range_id)
-        if unit not in self._whole and unit_committed(self._root, group, range_id, self._fingerprint):
-            self._whole.add(unit)
-        return unit in self._whole
+        place = (group, range_id)
+        if place not in self._whole:
+            info = unit_committed(self._root, self._units[place])
+            if info is not None:  # without what nobody asks for: a cache may have 100,000 units
+                files = {"keys.txt": info.files["keys.txt"]}
+                self._whole[place] = dataclasses.replace(info, files=files, fidelity={}, versions={})
+        return place in self._whole
 
-    def drop_damaged(self, units: Sequence[tuple[int, int]]) -> list[Path]:
-        """Hash the last `RECHECKED_UNITS` committed ones of `units` (in the order they are handed out).
+    def left_out(self) -> dict[str, str] | None:
+        """Sample keys that the first view group leaves out, with the reasons; None until all its units are there."""
+        if self._first is None:
+            places = [place for place in self._units if place[0] == 0]
+            if all(self.committed(*place) for place in places):
+                self._first = left_out(self._whole[place] for place in places)
+        return self._first
+
+    def holding(self, keys: Set[str]) -> list[tuple[int, int]]:
+        """(group, range) of the units of the first view group that hold some of these sample keys."""
+        first = [place for place in self._units if place[0] == 0 and self.committed(*place)]
+        return [place for place in first if keys & {*read_keys(unit_folder(self._root, *place), self._whole[place])}]
+
+    def drop_damaged(self) -> list[Path]:
+        """Hash the last `RECHECKED_UNITS` committed units.
 
         Returns:
             The folders of those that were damaged; they are gone now, and will be made again.
         """
-        committed = [unit for unit in units if self.committed(*unit)]
+        committed = [place for place in self._units if self.committed(*place)]
         damaged = []
-        for unit in committed[-RECHECKED_UNITS:]:
-            folder = unit_folder(self._root, *unit)
+        for place in committed[-RECHECKED_UNITS:]:
+            folder = unit_folder(self._root, *place)
             if _bytes_differ(folder):
-                self._whole.discard(unit)
-                put_aside(folder, _bytes_differ)
+                self._drop(place, _bytes_differ)
                 damaged.append(folder)
         return damaged
+
+    def drop_apart(self) -> dict[Path, str]:
+        """Remove units that leave out other images than the first view group (`same_images.py`), once that is whole.
+
+        Returns:
+            The folders, with what was wrong; they are gone now, and will be made again.
+        """
+        if self.left_out() is None:
+            return {}
+        there = [self._whole[place] for place in self._units if self.committed(*place)]
+        dropped = {}
+        for place, wrong in units_apart(self._root, there).items():
+            self._drop(place, lambda _: True)
+            dropped[unit_folder(self._root, *place)] = named(wrong)
+        return dropped
+
+    def _drop(self, place: tuple[int, int], damaged: Callable[[Path], bool]) -> None:
+        put_aside(unit_folder(self._root, *place), damaged)
+        del self._whole[place]
+        self._first = None
 
 
 def _bytes_differ(folder: Path) -> bool:

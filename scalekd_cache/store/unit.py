@@ -8,7 +8,7 @@ of one unit leave exactly one; an exception leaves nothing.
 import dataclasses
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -40,6 +40,7 @@ from scalekd_cache.store.files import (
 )
 from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
+from scalekd_cache.store.verify_unit import ExpectedUnit
 
 READ_BACK_RECORDS = 32
 """Records of one call of the reader: a buffer that is freed before the next one stays in the processor's cache."""
@@ -156,6 +157,16 @@ class UnitWriter:
     ) -> None:
         self.abort()
 
+    @property
+    def keys(self) -> Set[str]:
+        """Sample keys of the images that have records."""
+        return self._seen
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Sample keys of the images that were left out, with the reasons."""
+        return self._skipped
+
     def needed_bytes(self) -> int:
         """About how much this unit takes, from its first record."""
         return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
@@ -225,7 +236,11 @@ class UnitWriter:
             except OSError:
                 if not self.folder.exists():
                     raise
-                if unit_committed(self.root, self.info.group, self.info.range_id, self.info.fingerprint):
+                info = self.info
+                wanted = ExpectedUnit(
+                    info.group, info.range_id, info.fingerprint, info.backend, info.views, (info.start, info.stop)
+                )
+                if unit_committed(self.root, wanted):
                     return False
                 put_aside(self.folder, files_are_short)
                 continue

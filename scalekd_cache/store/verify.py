@@ -17,9 +17,18 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan
 from scalekd_cache.store.remote import RemotePath, open_anew
+from scalekd_cache.store.same_images import units_apart
 from scalekd_cache.store.sealed import unsealed
-from scalekd_cache.store.sidecar import unit_folder
-from scalekd_cache.store.verify_unit import Examine, ExpectedUnit, Part, Problem, hash_problem, unit_problems
+from scalekd_cache.store.sidecar import read_unit, unit_folder
+from scalekd_cache.store.verify_unit import (
+    MAX_NAMED,
+    Examine,
+    ExpectedUnit,
+    Part,
+    Problem,
+    hash_problem,
+    unit_problems,
+)
 
 UNITS = "units"
 MARK = "codec.json"
@@ -95,7 +104,20 @@ def check_cache(
         problems += unit_problems(root, unit, deep=deep, examine=examine)
         if progress is not None:
             progress(number + 1, len(there))
+    if isinstance(root, Path):
+        problems += _other_images(root, expected, bad_units(problems))
     return Findings(problems, notes, len(there), expected)
+
+
+def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]) -> Iterator[Problem]:
+    """Units of later view groups that leave out other images than the first one; it must be whole to be compared."""
+    places = [unit.place for unit in expected.units if unit.place not in bad and _is_there(root, unit)]
+    if any(unit.group == 0 and unit.place not in places for unit in expected.units):
+        return
+    infos = [read_unit(unit_folder(root, *place))[0] for place in places]
+    for place, wrong in units_apart(root, infos).items():
+        for key, what in list(wrong.items())[:MAX_NAMED]:
+            yield Problem(f"{unit_name(place)}/unit.json", key, f"the image is {what}", Part.UNIT, place)
 
 
 def _is_there(root: StoredPath, unit: ExpectedUnit) -> bool:
@@ -168,13 +190,7 @@ def _disagree(manifest: Manifest, plan: Plan) -> str | None:
 
 def expected_of(manifest: Manifest | None, plan: Plan | None) -> Expected | None:
     """The units of the manifest, then those that only the plan has."""
-    units: dict[tuple[int, int], ExpectedUnit] = {}
-    if plan is not None:
-        facts = plan.facts
-        for group, (views, ranges) in enumerate(zip(facts.groups, facts.ranges, strict=True)):
-            for range_id, (start, stop) in enumerate(ranges):
-                unit = ExpectedUnit(group, range_id, facts.fingerprint, facts.backend, views, (start, stop))
-                units[unit.place] = unit
+    units = {unit.place: unit for unit in plan.units()} if plan is not None else {}
     if manifest is not None:
         for row in manifest.units:
             planned = units.get(row[:2])
