@@ -21,7 +21,9 @@ WORKERS ?= $(shell [ $(CORES) -gt 4 ] && echo $(THREADS) || echo 0)
 # Test processes side by side, of one thread each.
 JOBS ?= 2
 CACHE_GIVEN := $(CACHE)
-CACHE ?= caches/$(notdir $(DATA:/=))
+ifeq ($(CACHE),)
+CACHE := $(if $(filter-out demo,$(DATA)),$(shell $(PYTHON) scalekd_cache/config/places.py '$(subst ','\'',$(DATA))'),caches/demo)
+endif
 
 # A mistyped variable would be no error to make, and a training with the default instead of it.
 VARIABLES = ALL ARGS BENCHES CACHE CHECK CKPT CLASSES CODEC DATA DEEP DRY_RUN EPOCHS FEATURES FOLLOW FORM FORMAT GPU \

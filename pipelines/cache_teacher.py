@@ -11,6 +11,7 @@ from typing import Any
 
 from pipelines.command import check_recipe_given, parse, recipe_section, run, value_of, without_flag
 from scalekd_cache.config import CacheTeacherConfig, DataConfig, DistillConfig
+from scalekd_cache.config.places import default_cache
 from scalekd_cache.order import batches_that_fit
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
@@ -62,6 +63,8 @@ def stage1_section(argv: list[str]) -> dict[str, Any]:
     if shared is not None and pixels_from is not None:
         check_recipe_given(argv, shared.view_recipe, pixels_from)
         section = _of_pixels(section, shared)
+    source = value_of(argv, "--data.source") or section.get("data", {}).get("source", DataConfig.source)
+    section["cache"] = {"path": default_cache(source), **section.get("cache", {})}
     return section
 
 

@@ -79,7 +79,7 @@ def _cache_teacher(
     refuse_file(root, "CACHE")
     if process.rank == 0:
         tidy(root, process)
-    source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
+    source = _source(config, process)
     config = dataclasses.replace(config, teacher=_with_weights(config, peers))
     teacher = _teacher(config, process, source)
     job = make_plan(config, process, source, teacher, calibrated_codec(config, peers, source, teacher))
@@ -102,7 +102,7 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
     """
     root, asked = Path(config.cache.path), config.teacher
     refuse_file(root, "CACHE")
-    source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
+    source = _source(config, process)
     file = Path(asked.weights_dir) / f"{asked.name}.safetensors"
     if asked.pretrained and not asked.weights and file.exists():
         config = dataclasses.replace(config, teacher=dataclasses.replace(asked, weights=str(file)))
@@ -126,6 +126,16 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
         f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
         "this was a dry run, nothing was written"
     )
+
+
+def _source(config: CacheTeacherConfig, process: Process) -> Source | PixelCache:
+    """The images, or the cache that has their pixels; what is not taken is reported."""
+    if config.cache.pixels_from:
+        return open_pixels(config)
+    source = open_source(config.data, "train")
+    for sentence in source.left_out:
+        process.say(sentence)
+    return source
 
 
 def _teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> Teacher:

@@ -14,9 +14,11 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from scalekd_cache.config import DataConfig
 from scalekd_cache.errors import UserError, mistype
-from scalekd_cache.sources.base import SampleRef, Source, Split
+from scalekd_cache.sources.base import ListedSource, SampleRef, Source, Split
 from scalekd_cache.sources.builtin import BUILTIN, open_builtin
-from scalekd_cache.sources.folder import LAYOUT, open_folder
+from scalekd_cache.sources.classes import in_class_order, same_text
+from scalekd_cache.sources.folder import LAYOUT, is_system_name, open_folder
+from scalekd_cache.sources.formats import FORMATS
 from scalekd_cache.sources.parquet import has_parquet, open_parquet
 from scalekd_cache.sources.shards import has_shards, is_pattern, open_shards
 
@@ -24,8 +26,6 @@ __all__ = ["SampleRef", "Source", "Split", "UnreadableImage", "decode_image", "l
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, pixels: twice Pillow's default, where Pillow itself refuses."""
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
-"""What is decoded, whatever the file's name says. Formats that run other programs (EPS) are not among them."""
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,30 +62,40 @@ def open_source(config: DataConfig, split: Split) -> Source:
         UserError: an unknown name, a missing or damaged data set, a failed download.
     """
     assert split in ("train", "val"), split
+    return in_class_order(_open(config, split), config.classes).first(config.max_samples)
+
+
+def _open(config: DataConfig, split: Split) -> ListedSource:
     name = config.source
     if name in BUILTIN:
-        return open_builtin(name, config, split).first(config.max_samples)
+        return open_builtin(name, config, split)
     if "://" in name or name.startswith("pipe:"):
         raise UserError(
             "data.source is a URL", got=name, expected="a local or mounted path", fix="copy or mount the data first"
         )
     if is_pattern(name):
-        return open_shards(name, name, split).first(config.max_samples)
+        return open_shards(name, name, split)
     root = Path(name).expanduser()
     if not root.is_dir():
         raise _not_a_folder(name, root)
-    has_classes = any(path.is_dir() and not path.name.startswith(".") for path in (root / "train").glob("*"))
+    has_classes = any(path.is_dir() and not is_system_name(path.name) for path in (root / "train").glob("*"))
     if not has_classes and has_shards(root):
-        return open_shards(name, str(root), split).first(config.max_samples)
+        return open_shards(name, str(root), split)
     if not has_classes and has_parquet(root):
-        return open_parquet(name, root, split).first(config.max_samples)
-    return open_folder(name, root, split, config.devkit).first(config.max_samples)
+        return open_parquet(name, root, split)
+    return open_folder(name, root, split, config.devkit, classes_file=config.classes is None)
 
 
 def _not_a_folder(name: str, root: Path) -> UserError:
     if root.is_file():
         return UserError(f"DATA={name} is a file: give the folder with {LAYOUT}, WebDataset tars or parquet files")
     beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
+    for folder in beside:
+        if same_text(folder) == same_text(str(root)):
+            return UserError(
+                "DATA= names the folder in another Unicode form (NFC or NFD)", got=ascii(name), expected=ascii(folder),
+                fix="let the shell complete the name, or rename the folder",
+            )  # fmt: skip
     return mistype(
         "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
     )

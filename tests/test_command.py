@@ -3,10 +3,13 @@
 import sys
 
 import pytest
+from commands import execute
 
 from pipelines import command
+from pipelines.cache_teacher import stage1_section
 from pipelines.command import RECIPES, parse, recipe_file, recipe_section, value_of
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig, ViewConfig
+from scalekd_cache.config.places import default_cache
 from scalekd_cache.errors import UserError
 
 
@@ -176,3 +179,37 @@ def test_help_lists_every_option(capsys):
     for name in ("--student.name", "--scalekd.temperature", "--optim.lr", "--train.zero", "--cache"):
         assert name in text
     assert "DeepSpeed ZeRO stage" in text
+
+
+@pytest.mark.parametrize(
+    ("data", "cache"),
+    [
+        ("demo", "caches/demo"),
+        ("/sets/pets", "caches/pets"),
+        ("/sets/pets//", "caches/pets"),
+        ("/sets/my pets", "caches/my-pets"),
+        ("/sets/pets-train-{000000..000015}.tar", "caches/pets-train"),
+        ("/sets/{000..015}.tar", "caches/data"),
+        ("/sets/{a,b}/train-{0..9}.tar", "caches/train"),
+        ("/sets/it's $HOME", "caches/it-s-HOME"),
+        ("/sets/...", "caches/data"),
+        ("/", "caches/data"),
+    ],
+)
+def test_the_default_cache_has_a_plain_name(data, cache):
+    assert default_cache(data) == cache
+    assert stage1_section(["--data.source", data])["cache"]["path"] == cache
+    assert "path" in stage1_section(["--data.source", data, "--cache.path", "x"])["cache"]
+
+
+@pytest.mark.parametrize(("data", "name"), [(".", "here"), ("./", "here"), ("..", "above"), ("../../above", "above")])
+def test_the_default_cache_of_a_relative_folder(tmp_path, monkeypatch, data, name):
+    (tmp_path / "above/here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "above/here")
+    assert default_cache(data) == f"caches/{name}"
+
+
+@pytest.mark.parametrize("data", ["/sets/my pets", "/sets/x-{0..1}.tar", "/sets/it's", "..", "demo"])
+def test_make_has_the_same_default(data):
+    words = execute("make", "-n", "cache-teacher", "VENV=none", f"PYTHON={sys.executable}", f"DATA={data}")
+    assert f'--cache.path "{default_cache(data)}"' in words

@@ -1,6 +1,8 @@
 """Image folders, their keys, and ImageNet's flat val/ with its devkit."""
 
 import hashlib
+import os
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -13,10 +15,12 @@ from image_files import (
     source_of,
     write,
 )
+from PIL import features
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.images import SampleRef
+from scalekd_cache.images import SampleRef, decode_image
 from scalekd_cache.sources.base import encode_key
+from scalekd_cache.store.base import check_key
 
 
 def test_encode_key():
@@ -46,6 +50,80 @@ def test_file_names_that_are_not_utf8(tmp_path):
     source = source_of(tmp_path)
     assert "ant/%FF" in {s.key for s in source.samples}
     assert_readable(source)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("a.tif", "TIFF"), ("a.TIFF", "TIFF"), ("a.gif", "GIF"), ("a.ppm", "PPM"), ("a.jfif", "JPEG"), ("a.jpe", "JPEG"),
+     ("a", "JPEG"), ("a", "TIFF"), ("v1.0002", "PNG"), ("a.jpg?w=300&h=2", "JPEG"), ("a.php?id=7", "WEBP"),
+     ("a.image", "GIF"), ("a.bmp", "DIB")],
+)  # fmt: skip
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_every_image_that_can_be_decoded_is_taken(tmp_path, name, kind, split):
+    folder_tree(tmp_path)
+    write(tmp_path / split / "ant/more" / name, encoded(picture(5), kind))
+    source = source_of(tmp_path, split)
+    taken = [index for index, sample in enumerate(source.samples) if sample.key.startswith("ant/more/")]
+    assert len(taken) == 1
+    assert decode_image(source.read(taken[0]), "k").shape == (9, 12, 3)
+    assert source.left_out == ()
+
+
+def test_avif_images_are_taken(tmp_path):
+    if not features.check("avif"):
+        pytest.skip("this Pillow has no AVIF")
+    write(folder_tree(tmp_path) / "train/ant/a.avif", encoded(picture(5), "AVIF"))
+    assert_readable(source_of(tmp_path))
+    assert len(source_of(tmp_path).samples) == 5
+
+
+def test_what_is_not_taken_is_counted_and_named(tmp_path):
+    root = folder_tree(tmp_path)
+    for name, data in (
+        ("notes.txt", b"Python is a language"), ("more.txt", b""), ("README", b"P6 is not an image"),
+         ("raw.nef", encoded(picture(), "TIFF")),
+        ("x.jp2", encoded(picture(), "JPEG2000")), (".DS_Store", b""), ("._1.png", b""), ("Thumbs.db", b""),
+        ("@eaDir/1.png", encoded(picture())),
+    ):  # fmt: skip
+        write(root / "train/ant" / name, data)
+    write(root / "train/__MACOSX/ant/._1.png", b"")
+    (root / "train/bee/gone").symlink_to(root / "nowhere")
+    os.mkfifo(root / "train/bee/pipe")
+    source = source_of(root)
+    assert len(source.samples) == 4
+    text = "\n".join(source.left_out)
+    assert "5 files that are not images of a known format (2 .txt, " in text
+    assert "5 hidden or system files and folders" in text
+    assert "2 broken links or special files (2 no suffix), such as bee/" in text
+    assert source_of(root, "val").left_out == ()
+
+
+def test_keys_of_files_without_an_image_suffix_keep_their_whole_name(tmp_path):
+    write(folder_tree(tmp_path) / "train/ant/v1.0001", encoded(picture()))
+    write(tmp_path / "train/ant/v1.0002", encoded(picture(1)))
+    assert {"ant/v1%2E0001", "ant/v1%2E0002"} <= {s.key for s in source_of(tmp_path).samples}
+
+
+def test_long_names_give_keys_that_a_cache_can_store(tmp_path):
+    folder = tmp_path / "train/ant" / ("\u5f88" * 40)
+    names = ["\u56fe" * 80 + end for end in ("", "a", "b")]
+    folder_tree(tmp_path)
+    for name in names:
+        write(folder / f"{name}.jpg", encoded(picture(), "JPEG"))
+    keys = [s.key for s in source_of(tmp_path).samples]
+    assert len(set(keys)) == 7
+    assert all(check_key(key, "") == key for key in keys)
+    assert max(map(len, keys)) <= 1024
+    assert keys == [s.key for s in source_of(tmp_path).samples]
+
+
+@pytest.mark.parametrize("length", range(335, 350))
+def test_a_long_key_is_cut_between_characters(length):
+    key = encode_key("\u56fe" * 113 + "x" * length)
+    assert len(key) <= 1024
+    assert "\u56fe" * 100 in unquote(key)
+    assert "\ufffd" not in unquote(key[: key.rindex("-")]).rstrip("\ufffd")
+    assert encode_key("a" * 1024) == "a" * 1024
 
 
 def test_folder_labels_order_and_bytes(tmp_path):

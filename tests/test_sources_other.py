@@ -115,6 +115,58 @@ def test_parquet_null_image_is_unreadable_not_a_crash(tmp_path):
     assert [len(source.read(index)) for index in range(3)] == [len(PNG), 0, 0]
 
 
+def path_rows(root, rows, kind="struct"):
+    """A data set of parquet rows (bytes, path)."""
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    struct = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    values = pa.array([{"bytes": data, "path": path} for data, path in rows], struct)
+    if kind == "string":
+        values = pa.array([path for _, path in rows], pa.string())
+    (root / "train").mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({"image": values, "label": [0] * len(rows)}), root / "train/x.parquet", row_group_size=2)
+    return root
+
+
+@pytest.mark.parametrize("kind", ["struct", "string"])
+@pytest.mark.parametrize("place", ["", "train/", "img/"])
+def test_parquet_rows_that_name_a_file(tmp_path, kind, place):
+    write(tmp_path / place / "a.png", PNG)
+    write(tmp_path / "absolute.png", encoded(picture(1)))
+    name = "a.png" if place == "train/" else f"{place}a.png"
+    embedded = encoded(picture(2)) if kind == "struct" else None
+    path_rows(tmp_path, [(embedded, "a.png"), (None, name), (b"", str(tmp_path / "absolute.png"))], kind)
+    if kind == "string" and place == "img/":
+        write(tmp_path / "a.png", PNG)
+    source = source_of(tmp_path)
+    assert [source.read(index) for index in range(3)] == [embedded or PNG, PNG, encoded(picture(1))]
+    assert source.left_out == ()
+
+
+@pytest.mark.parametrize("kind", ["struct", "string"])
+def test_parquet_rows_whose_file_is_gone_are_refused_at_opening(tmp_path, kind):
+    write(tmp_path / "a.png", PNG)
+    path_rows(tmp_path, [(None, "a.png"), (None, "gone.png"), (None, "a.png"), (None, "lost.png")], kind)
+    with pytest.raises(UserError, match=r"no file at that path(?s:.*)column image: 2 of 4 rows, the first is row 1"):
+        source_of(tmp_path)
+    if kind == "struct":
+        path_rows(tmp_path, [(PNG, "gone.png"), (PNG, None), (None, None)])
+        assert source_of(tmp_path).left_out == ("1 rows have no image: neither bytes nor a path",)
+
+
+def test_a_broken_optional_package_is_named(tmp_path, monkeypatch):
+    """Some packages fail on import with whatever their author did not think of, not with ImportError."""
+    write(tmp_path / "data/train/x.parquet", b"PAR1")
+    write(tmp_path / "broken/pyarrow/__init__.py", b"raise ValueError('invalid literal for int(): post0')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(tmp_path / "broken"))
+    with pytest.raises(UserError, match=r"cannot be imported(?s:.*)post0(?s:.*)pyarrow [0-9.]+") as error:
+        source_of(tmp_path / "data")
+    assert "scalekd-cache[remote]" in str(error.value)
+
+
 def test_parquet_without_pyarrow_names_the_extra(tmp_path, monkeypatch):
     write(tmp_path / "train/x.parquet", b"PAR1")
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)

@@ -1,11 +1,13 @@
 """WebDataset tars: order, borders, keys, and every way a tar can be wrong."""
 
+import os
 import tarfile
 
 import pytest
 from image_files import PNG, encoded, picture, shard, source_of, tar_bytes, write
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.images import decode_image
 from scalekd_cache.sources.patterns import expand_braces
 
 
@@ -56,7 +58,7 @@ def test_brace_patterns(tmp_path):
             expand_braces(bad)
     shard(tmp_path / "000.tar", ["a"], [0])
     assert len(source_of(tmp_path / "{000..000}.tar").samples) == 1
-    with pytest.raises(UserError, match=r"(?s)cannot be opened.*001\.tar"):
+    with pytest.raises(UserError, match=r"(?s)is missing.*001\.tar"):
         source_of(tmp_path / "{000..001}.tar")
     with pytest.raises(UserError, match="no tars for val"):
         source_of(tmp_path / "{000..000}.tar", "val")
@@ -77,7 +79,40 @@ def test_links_and_foreign_members_are_left_out(tmp_path):
             tar.addfile(info)
         for name in ("._a.png", "__meta__.json", "README"):
             tar.addfile(tarfile.TarInfo(name))
+    source = source_of(tmp_path)
+    assert [s.key for s in source.samples] == ["a"]
+    assert "3 members of tars that are links, sparse or special files" in " ".join(source.left_out)
+    assert "3 members of tars that are hidden" in " ".join(source.left_out)
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "GIF", "PPM", "BMP"])
+def test_images_of_every_format_are_taken(tmp_path, kind):
+    suffix = {"TIFF": "tif"}.get(kind, kind.lower())
+    write(tmp_path / "train/0.tar", tar_bytes([(f"a.{suffix}", encoded(picture(), kind)), ("a.cls", b"0")]))
+    assert decode_image(source_of(tmp_path).read(0), "a").shape == (9, 12, 3)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("img.v1.01.jpg", "img.v1.01.cls"), ("a/b.1.png", "a/b.1.cls"), ("x.jpg", "x.cls", "x.v2.jpg", "x.v2.cls")],
+)
+def test_keys_with_dots_are_refused_as_such(tmp_path, names):
+    members = [(name, b"0" if name.endswith("cls") else PNG) for name in names]
+    write(tmp_path / "train/0.tar", tar_bytes(members))
+    with pytest.raises(UserError, match=r"(?s)keys of a shard have dots.*0\.tar.*replace the dots"):
+        source_of(tmp_path)
+
+
+def test_more_data_of_a_sample_is_no_key_with_dots(tmp_path):
+    write(tmp_path / "train/0.tar", tar_bytes([("a.jpg", PNG), ("a.cls", b"0"), ("a.seg.png", PNG), ("a.json", b"{}")]))
     assert [s.key for s in source_of(tmp_path).samples] == ["a"]
+
+
+def test_a_fifo_in_the_place_of_a_tar_is_refused(tmp_path):
+    (tmp_path / "train").mkdir()
+    os.mkfifo(tmp_path / "train/0.tar")
+    with pytest.raises(UserError, match="a FIFO"):
+        source_of(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,10 @@ class DataConfig:
     """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars or parquet files."""
     devkit: str | None = None
     """ImageNet devkit folder, needed when val/ is flat (ILSVRC2012_devkit_t12)."""
+    classes: str | None = None
+    """Order of the classes, which has to be that of the teacher's outputs: a file with one class name per line; sorted
+    (by code point, as torchvision), natural (2 before 10, as timm) or caseless; None: classes.txt in the folder of the
+    data set where it lists exactly the class folders, else sorted."""
     download_dir: str = "data"
     """Folder for data sets that torchvision downloads."""
     max_samples: int | None = None
@@ -107,6 +111,9 @@ class TeacherConfig:
     """Arithmetic of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
     batch_size: int = 64
     """Views per teacher forward pass."""
+    check_classes: bool = True
+    """Stop before the first unit when the teacher's accuracy is near chance, or far below what it would be with the
+    classes in another order (false: report it and continue)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")

@@ -2,11 +2,14 @@
 
 In: keys, labels and a reader that returns the encoded bytes of sample i. Out: a `ListedSource`.
 Invariant: keys are unique, hold neither dots nor whitespace, and their order depends on the keys (or on the order
-inside the user's tar and parquet files) alone: never on the file system, the rank or the number of workers.
+inside the user's tar and parquet files) alone: never on the file system, the rank or the number of workers. Every label
+is an index into the class names.
 """
 
+import copy
 import hashlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,11 +20,17 @@ import numpy as np
 import numpy.typing as npt
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import read_file
 
 IntArray = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
 
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp"})
+MAX_KEY_BYTES = 1024
+"""Longest key that a cache stores (`store/base.py`); longer ones are cut and end in a hash of the whole key."""
+MAX_IMAGE_BYTES = 1 << 31
+"""Longest image file that is read."""
+MAX_UNNAMED_CLASSES = 100_000
+"""Labels without a list of class names reach this far, or as far as there are images."""
 CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
@@ -46,6 +55,10 @@ class Source(Protocol):
     @property
     def samples(self) -> Sequence[SampleRef]:
         """All samples in canonical order."""
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """One sentence for each kind of file or row that is not among the samples."""
 
     def ranges(self, samples_per_shard: int) -> list[range]:
         """Cut the canonical order into contiguous work units of at most `samples_per_shard` samples."""
@@ -92,6 +105,18 @@ class SampleList(Sequence[SampleRef]):
     def __len__(self) -> int:
         return len(self._labels)
 
+    @property
+    def labels(self) -> IntArray:
+        """(N,) int64, the labels of all samples."""
+        return self._labels
+
+    def with_labels(self, labels: IntArray) -> "SampleList":
+        """The same keys with other labels, (N,) int64."""
+        assert labels.shape == self._labels.shape, (labels.shape, self._labels.shape)
+        other = copy.copy(self)
+        other._labels = labels
+        return other
+
     @overload
     def __getitem__(self, index: int) -> SampleRef: ...
     @overload
@@ -119,6 +144,10 @@ class ListedSource:
     samples: SampleList
     reader: Reader
     file_starts: IntArray | None = None
+    left_out: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_labels(self.samples.labels, len(self.class_names), f"the data set {self.name}", self.name)
 
     def ranges(self, samples_per_shard: int) -> list[range]:
         """Contiguous ranges of at most `samples_per_shard` samples that never span two tar or parquet files."""
@@ -153,13 +182,18 @@ class ListedSource:
         return replace(self, samples=cut, file_starts=starts)
 
 
-def encode_key(path: str) -> str:
+def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
     """A relative path (without its extension) as a sample key: `/` stays, dots and odd characters become %XX.
 
     A leading double underscore is encoded too: WebDataset readers skip members whose names look like `__meta__`.
+    A key of more than `limit` bytes keeps its beginning and ends in a hash of the whole.
     """
     parts = [quote(os.fsencode(part), safe="").replace(".", "%2E") for part in path.split("/") if part not in ("", ".")]
-    return "/".join("%5F" + part[1:] if part.startswith("__") else part for part in parts)
+    key = "/".join("%5F" + part[1:] if part.startswith("__") else part for part in parts)
+    if len(key) <= limit:  # keys are ASCII
+        return key
+    ending = "-" + hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+    return re.sub("%.?$", "", key[: limit - len(ending)]) + ending
 
 
 def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
@@ -177,18 +211,9 @@ def canonical_order(keys: Sequence[str]) -> IntArray:
 
 
 def read_listed_file(path: str, key: str) -> bytes:
-    """Bytes of a file that was there when the source was listed."""
-    try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise UserError(
-            f"an image that was listed cannot be read (sample {key})",
-            got=error.strerror or repr(error),
-            expected="the data set to stay as it was when it was opened",
-            where=path,
-            fix="put the file back or mend its permissions, then start again",
-        ) from error
+    """Bytes of a regular file that was there when the source was listed."""
+    what = f"image {key}, which was listed when the data set was opened,"
+    return read_file(path, what, MAX_IMAGE_BYTES, "put the file back, then start again")
 
 
 def missing_folder(what: str, folder: str | Path, expected: str, fix: str) -> UserError:
@@ -199,6 +224,24 @@ def missing_folder(what: str, folder: str | Path, expected: str, fix: str) -> Us
     return UserError(what, got=got, expected=expected, where=folder, fix=fix)
 
 
+def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
+    """Class names "0".."max" of a data set without a list of names.
+
+    Raises:
+        UserError: labels that are no class numbers, such as ids: the list would be longer than anything it is for.
+    """
+    highest = int(labels.max(initial=-1))
+    if highest >= max(MAX_UNNAMED_CLASSES, len(labels)):
+        raise UserError(
+            "a label is too large for a class number",
+            got=f"label {highest} at position {int(labels.argmax())} of {len(labels)} training images",
+            expected=f"0 to {MAX_UNNAMED_CLASSES - 1} where no list of class names says otherwise",
+            where=where,
+            fix="number the classes from 0 (a label may be an id here), or add the list of class names",
+        )
+    return tuple(str(label) for label in range(highest + 1))
+
+
 def check_labels(labels: IntArray, num_classes: int, describe: str, where: object) -> None:
     """Refuse labels outside 0..num_classes-1, naming the first one."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
@@ -206,7 +249,9 @@ def check_labels(labels: IntArray, num_classes: int, describe: str, where: objec
         raise UserError(
             f"{describe} has a label outside the class list",
             got=f"label {labels[wrong[0]]} at position {wrong[0]} ({len(wrong)} such labels)",
-            expected=f"0 to {num_classes - 1}, the classes of the training set",
+            expected=f"0 to {num_classes - 1}, the classes of the training set"
+            if num_classes
+            else "at least one class",
             where=where,
-            fix="mend the labels, or the list of class names",
+            fix="mend the labels, or the list of class names; leave images without a label out",
         )

@@ -6,6 +6,7 @@ sample without image or label and a key seen twice are errors; nothing is ever e
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -13,13 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.sources.base import ListedSource, SampleList, Split, check_labels, encode_key
+from scalekd_cache.sources.base import ListedSource, SampleList, Split, check_labels, encode_key, numbered_classes
+from scalekd_cache.sources.classes import read_class_names
+from scalekd_cache.sources.formats import IMAGE_SUFFIXES
 from scalekd_cache.sources.patterns import expand_braces, is_pattern, sibling_glob, word
 from scalekd_cache.sources.tarscan import TarMember, scan_tar, split_name
 
 __all__ = ["has_shards", "is_pattern", "open_shards"]
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 MAX_CLS_BYTES = 20
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
 LAYOUT = "train/*.tar and val/*.tar, or *train*.tar and *val*.tar"
@@ -95,13 +98,14 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
             f"no tars for {split}", expected=f"{LAYOUT}, or a brace pattern with `train` in it", where=root,
             fix=f"add the {split} tars",
         )  # fmt: skip
-    samples = [_read_samples(tar) for tar in tars]
+    others: Counter[str] = Counter()
+    samples = [_read_samples(tar, others) for tar in tars]
     _check_unique(tars, samples)
-    class_names = _read_class_names(train_tars[0])
+    class_names = _class_names_beside(train_tars[0])
     if class_names is None:
-        train = samples if split == "train" else [_read_samples(tar) for tar in train_tars]
-        highest = max((sample.label for many in train for sample in many), default=-1)
-        class_names = tuple(str(label) for label in range(highest + 1))
+        train = samples if split == "train" else [_read_samples(tar, Counter()) for tar in train_tars]
+        labels = np.array([sample.label for many in train for sample in many], dtype=np.int64)
+        class_names = numbered_classes(labels, root)
     for tar, many in zip(tars, samples):
         labels = np.array([sample.label for sample in many], dtype=np.int64)
         wrong = np.flatnonzero(labels >= len(class_names))
@@ -116,6 +120,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
         samples=SampleList((sample.key for sample in flat), [sample.label for sample in flat]),
         reader=TarReader(tars, samples),
         file_starts=np.cumsum([0, *(len(many) for many in samples[:-1])], dtype=np.int64),
+        left_out=tuple(f"left out: {count:,} members of tars that are {kind}" for kind, count in others.items()),
     )
 
 
@@ -132,27 +137,22 @@ def _find(root: str, split: str) -> list[str]:
     return []
 
 
-def _read_class_names(tar: str) -> tuple[str, ...] | None:
+def _class_names_beside(tar: str) -> tuple[str, ...] | None:
     """Lines of classes.txt in the folder of a training tar, or above it where that folder is the split's own."""
     folder = Path(tar).parent
     for path in (folder / "classes.txt", folder.parent / "classes.txt"):
         if path.is_file() and (path.parent == folder or folder.name == "train"):
-            try:
-                return tuple(line.strip() for line in path.read_text("utf-8").splitlines() if line.strip())
-            except (OSError, ValueError) as error:
-                raise UserError(
-                    "the list of class names cannot be read", got=error, expected="UTF-8, one name a line", where=path,
-                    fix="write the file again",
-                ) from error  # fmt: skip
+            return read_class_names(path)
     return None
 
 
-def _read_samples(tar: str) -> list[ShardSample]:
-    """All samples of one tar, in its order."""
+def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
+    """All samples of one tar, in its order; members that belong to no sample are counted in `others`."""
     groups: list[tuple[str, dict[str, TarMember]]] = []
-    for member in scan_tar(tar):
+    for member in scan_tar(tar, others):
         parts = split_name(member.name)
         if parts is None:
+            others["hidden, or have no suffix or a name like __this__"] += 1
             continue
         stem, extension = parts
         if not groups or groups[-1][0] != stem:
@@ -168,23 +168,43 @@ def _read_samples(tar: str) -> list[ShardSample]:
 
 
 def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember]) -> ShardSample:
-    images = [extension for extension in IMAGE_EXTENSIONS if extension in members]
-    if len(images) != 1:
-        raise _bad_sample(tar, stem, f"{len(images)} images among its members: {', '.join(sorted(members))}")
-    if "cls" not in members:
-        raise _bad_sample(tar, stem, f"no .cls among its members: {', '.join(sorted(members))}")
-    cls, image = members["cls"], members[images[0]]
+    images = sorted(IMAGE_EXTENSIONS & members.keys())
+    whole = len(images) == 1 and "cls" in members
+    dotted = sorted(name for name in members if "." in name and name.rpartition(".")[2] in {*IMAGE_EXTENSIONS, "cls"})
+    pairs = {name.rpartition(".")[0] for name in dotted if name.endswith(".cls")}
+    # An extension of several parts is WebDataset's for more data of a sample (seg.png); a label makes it a sample.
+    if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
+        raise _dotted(tar, stem, dotted[0])
+    if not whole:
+        what = "no .cls" if len(images) == 1 else f"{len(images)} images"
+        raise _bad_sample(tar, stem, f"{what} among its members: {', '.join(sorted(members))}")
+    return _labelled(tar, descriptor, stem, members[images[0]], members["cls"])
+
+
+def _labelled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMember) -> ShardSample:
     text = _pread(descriptor, min(cls.size, MAX_CLS_BYTES + 1), cls.offset).strip()
     if not text.isdigit() or cls.size > MAX_CLS_BYTES or int(text) >= 2**31:
         raise _bad_sample(tar, stem, f"label {text!r}")
     return ShardSample(encode_key(stem), int(text), image.offset, image.size)
 
 
+def _dotted(tar: str, stem: str, extension: str) -> UserError:
+    base = stem.rpartition("/")[2]
+    return UserError(
+        "the sample keys of a shard have dots in them",
+        got=f"{base}.{extension}",
+        expected=f"names without a dot before the extension: WebDataset takes {base} as the key of this member and "
+        f".{extension} as its extension",
+        where=tar,
+        fix="replace the dots in the keys, by underscores for example, when the shard is written",
+    )
+
+
 def _bad_sample(tar: str, stem: str, got: str) -> UserError:
     return UserError(
         f"a sample of a shard is not a labelled image: {stem}",
         got=got,
-        expected="neighbouring members with one image (.jpg, .jpeg, .png, .webp) and one .cls, a whole number in ASCII",
+        expected="neighbouring members with one image (.jpg, .png, .webp, ...) and one .cls, a whole number in ASCII",
         where=tar,
         fix="write the shard again, with the members of a sample next to each other",
     )

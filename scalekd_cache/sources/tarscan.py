@@ -6,11 +6,12 @@ and sparse files are left out; nothing is allocated from a size that the tar cla
 """
 
 import io
-import os
 import tarfile
+from collections import Counter
 from typing import NamedTuple
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import check_regular
 
 BLOCK = 512
 MAX_HEADER_BYTES = 1 << 20
@@ -43,8 +44,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
-def scan_tar(path: str) -> list[TarMember]:
-    """All regular members in order.
+def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
+    """All regular members in order; links and other members that hold no bytes are counted in `others`.
 
     Raises:
         UserError: no such file, not an uncompressed tar, cut short, damaged, data behind the end mark.
@@ -52,7 +53,7 @@ def scan_tar(path: str) -> list[TarMember]:
     members: list[TarMember] = []
     last = "none"
     try:
-        file_bytes = os.path.getsize(path)
+        file_bytes = check_regular(path, "a shard")
         with _HeaderFile(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             position = -1
             for info in tar:
@@ -61,6 +62,8 @@ def scan_tar(path: str) -> list[TarMember]:
                 position, last = info.offset, info.name
                 if info.isreg() and not info.issparse():
                     members.append(TarMember(info.name, info.offset_data, info.size))
+                elif not info.isdir():
+                    others["links, sparse or special files"] += 1
             _check_end(file, tar.offset)
     except OSError as error:
         raise UserError("a shard cannot be opened", got=error.strerror, where=path, fix="check the path") from error

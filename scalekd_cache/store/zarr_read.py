@@ -14,7 +14,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import zstd
+import zstandard
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import RUN_BYTES, damaged
@@ -239,9 +239,10 @@ class ShardedArray:
         if declared != self.chunk_bytes:
             raise damaged("a zstd frame declares another size", declared, f"{self.chunk_bytes} bytes", path)
         try:
-            zstd.decompress(frame, target)
-        except RuntimeError as error:
+            data = zstandard.ZstdDecompressor().decompress(frame)
+        except zstandard.ZstdError as error:
             raise damaged("a chunk cannot be decompressed", error, "a zstd frame", path) from error
+        target[:] = np.frombuffer(data, np.uint8)  # as long as the frame declares, or the decoder has failed
 
 
 def zstd_content_size(frame: bytes) -> int | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
-from numcodecs import zstd
+import zstandard
 
 from scalekd_cache.store.base import Payload, crc_input
 from scalekd_cache.store.files import NewFile, Written, write_new
@@ -95,7 +95,7 @@ class ArrayWriter:
             self._file = NewFile(self._folder / self._file_name())
         start, stored = self._file.bytes, self._chunk_bytes + 4
         if self._level is not None:
-            frame = zstd.compress(b"".join(pieces), self._level, True)
+            frame = zstandard.ZstdCompressor(level=self._level, write_checksum=True).compress(b"".join(pieces))
             stored, out, count = len(frame), [frame], 1
         elif self._block_bytes == self._chunk_bytes:
             out, count = [crc_input(piece) for piece in pieces], 1

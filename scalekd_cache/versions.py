@@ -1,0 +1,45 @@
+"""The packages beside this one: optional ones are imported when something needs them.
+
+In: a module's name. Out: the module, or an error that names its package. Invariant: a package that is missing or broken
+ends only what needs it.
+"""
+
+import importlib
+import importlib.metadata
+from types import ModuleType
+
+from scalekd_cache.errors import UserError
+
+
+def import_optional(module: str, need: str, extra: str) -> ModuleType:
+    """A module of an optional package.
+
+    Args:
+        module: its name.
+        need: what needs it, for the message: "parquet files need pyarrow".
+        extra: the extra of this package that installs it.
+
+    Raises:
+        UserError: the package is not installed, or its import fails in any way.
+    """
+    install = f"pip install 'scalekd-cache[{extra}]'"
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{need}, which is not installed", got=error, fix=install) from error
+    except Exception as error:  # a broken package raises whatever its author did not think of
+        package = module.partition(".")[0]
+        raise UserError(
+            f"{need}, which is installed but cannot be imported",
+            got=f"{type(error).__name__}: {error}",
+            where=_installed_as(package),
+            fix=f"install {package} again, in a version that fits the other packages: {install}",
+        ) from error
+
+
+def _installed_as(package: str) -> str:
+    """A package with its version, where it is known."""
+    try:
+        return f"{package} {importlib.metadata.version(package)}"
+    except importlib.metadata.PackageNotFoundError:
+        return package
