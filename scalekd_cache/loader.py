@@ -191,6 +191,7 @@ def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
     return DataConfig(
         source=source or facts["source"],
         devkit=facts.get("devkit"),
+        classes=facts.get("classes"),
         download_dir=facts.get("download_dir", "data"),
         max_samples=facts.get("max_samples"),
     )
