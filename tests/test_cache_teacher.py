@@ -39,7 +39,7 @@ def test_a_cache_says_what_it_is(tmp_path, capsys):
     out = capsys.readouterr().out
     assert f"{SAMPLES} images x {VIEWS} views" in out
     assert f"{SAMPLES * VIEWS:,} views to make" in out
-    assert f"CACHE={root}" in out
+    assert f"{root}: " in out
     assert manifest.recipe == "mine"
     assert manifest.num_samples == SAMPLES
     assert manifest.data["max_samples"] == SAMPLES
