@@ -59,7 +59,8 @@ LAUNCH = $(if $(several),$(if $(filter deepspeed,$(LAUNCHER)),$(DEEPSPEED),$(TOR
 # The -- keeps torchrun from taking our --run for a short form of its own --run-path.
 TORCHRUN = $(PY) -m torch.distributed.run $(TORCHRUN_NODES) --nproc-per-node $(NPROC) -m --
 elastic = $(findstring :,$(NNODES))
-TORCHRUN_NODES = $(if $(filter 1,$(NNODES)),--standalone,$(if $(elastic),$(ELASTIC_NODES),$(FIXED_NODES)))
+# One machine talks to itself, whatever its host name resolves to.
+TORCHRUN_NODES = $(if $(filter 1,$(NNODES)),--standalone --local-addr 127.0.0.1,$(if $(elastic),$(ELASTIC_NODES),$(FIXED_NODES)))
 FIXED_NODES = --nnodes $(NNODES) --node-rank $(call needed,NODE_RANK) --master-addr $(call needed,MASTER_ADDR) \
   --master-port $(MASTER_PORT)
 # Machines may join and leave; the one that MASTER_ADDR names (NODE_RANK=0) keeps the list of them.

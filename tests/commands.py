@@ -62,7 +62,8 @@ def execute(*command, status=0):
 
 def launcher(nproc=1):
     """The words before `pipelines.<name>`, as the Makefile has them: one process as it is, several by torchrun."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", nproc, "-m", "--"]
+    here = ["--standalone", "--local-addr", "127.0.0.1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *here, "--nproc-per-node", nproc, "-m", "--"]
     return [sys.executable, "-m"] if nproc == 1 else torchrun
 
 
