@@ -23,7 +23,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
 
     A fault is (end of the path, kind, times). Kinds: a status; drop: the connection breaks half-way; short: half
     of the body, without a length; flipped: one byte changed; zeros; endless; slow: nothing for a while; held: half of
-    the body, then nothing until `release` is set.
+    the body, then nothing until `release` is set; drip: a byte at a time; a URL or path: a redirect.
     """
 
     daemon_threads = True
@@ -71,10 +71,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, path = self.server, self.path
         with server.lock:
             server.log.append((method, path))
-        file = server.folder / path.lstrip("/")
+        file = server.folder / path.partition("?")[0].lstrip("/")
         fault = server.fault_of(path) if method == "GET" else None
         if isinstance(fault, int):
             self.send_error(fault)
+            return
+        if isinstance(fault, str) and "/" in fault:
+            self.send_response(302)
+            self.send_header("Location", fault)
+            self.end_headers()
             return
         if not file.is_file():
             self.send_error(404)
@@ -104,6 +109,11 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if fault == "held":
                 self.server.release.wait(LIMIT_S)
             self.connection.shutdown(socket.SHUT_RDWR)
+            return
+        for at in range(len(data)) if fault == "drip" else ():
+            self.wfile.write(data[at : at + 1])
+            time.sleep(0.05)
+        if fault == "drip":
             return
         self.wfile.write(data)
         while fault == "endless":

@@ -29,12 +29,21 @@ class RemoteConfig:
     """Seconds before the second attempt; doubled each time, up to 30."""
     timeout_s: float = 60.0
     """Seconds without a byte after which a transfer counts as failed."""
+    least_rate: float = 1000.0
+    """Bytes per second that a transfer must reach on average once `timeout_s` has passed."""
+    total_s: float = 3600.0
+    """Seconds that one transfer may take in all."""
+    redirect_hosts: str = ""
+    """Hosts (`host` or `host:port`, separated by commas) that a server may redirect to, besides its own; never for
+    the manifest, and never to another scheme."""
 
     def __post_init__(self) -> None:
         require(self.limit_bytes is None or self.limit_bytes > 0, "remote.limit_bytes", self.limit_bytes, "> 0")
         require(1 <= self.attempts <= 100, "remote.attempts", self.attempts, "1 to 100")
         require(self.backoff_s >= 0, "remote.backoff_s", self.backoff_s, ">= 0")
         require(self.timeout_s > 0, "remote.timeout_s", self.timeout_s, "> 0")
+        require(self.least_rate >= 0, "remote.least_rate", self.least_rate, ">= 0")
+        require(self.total_s > 0, "remote.total_s", self.total_s, "> 0")
 
 
 def copies_folder(config: RemoteConfig) -> Path:

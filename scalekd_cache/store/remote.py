@@ -186,7 +186,7 @@ class RemotePath:
     def _read_unpinned(self) -> bytes:
         with tempfile.TemporaryDirectory(prefix="scalekd-cache-") as folder:
             target = Path(folder) / "file"
-            download(self.url, target, UNPINNED_BYTES, self.place.config, lambda: None)
+            download(self.url, target, UNPINNED_BYTES, self.place.config, None)
             return target.read_bytes()
 
 

@@ -1,17 +1,19 @@
 """Bytes from a URL, by fsspec: which URLs are allowed, bounded retries, and errors that say what to do.
 
 In: a URL. Out: a file beside the local copies, or a length. Invariant: only the schemes listed here are ever opened,
-never a command; never more bytes than asked for; an error names URL, status and attempts. fsspec and its
+never a command; never more bytes than asked for, nor longer; a redirect leads to the same host or one that the user
+named; an error names URL, status and attempts. fsspec and its
 implementations are imported when a URL is opened, and an instance never crosses a fork (its event loop would hang).
 """
 
+import functools
 import random
 import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
@@ -64,8 +66,16 @@ def shown(url: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
-def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, check: Callable[[], None]) -> None:
-    """Write what a URL holds to `target`, at most `limit_bytes`; `check` raises TransferError for wrong bytes.
+def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, check: Callable[[], None] | None) -> None:
+    """Write what a URL holds to `target`, at most `limit_bytes`.
+
+    Args:
+        url: where it is.
+        target: a file, replaced.
+        limit_bytes: its length at most.
+        config: attempts and times.
+        check: raises TransferError for wrong bytes; None when nobody knows what they must be: such a file comes from
+            the URL's own host only.
 
     Raises:
         UserError: after the last attempt; NotThereError when the server knows no such file.
@@ -73,8 +83,10 @@ def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, che
 
     def once() -> None:
         target.unlink(missing_ok=True)
-        _filesystem(url, config).get_file(url, str(target), callback=_bounded(limit_bytes))
-        check()
+        options = _request_options(url, config.redirect_hosts if check else "")
+        _filesystem(url, config).get_file(url, str(target), callback=_bounded(limit_bytes, config), **options)
+        if check:
+            check()
 
     _attempts(url, config, once)
 
@@ -83,7 +95,7 @@ def remote_size(url: str, config: RemoteConfig) -> int | None:
     """Length that the server gives; None when it gives none. Errors as `download` has them."""
 
     def once() -> Any:
-        return _filesystem(url, config).info(url).get("size")
+        return _filesystem(url, config).info(url, **_request_options(url, config.redirect_hosts)).get("size")
 
     size = _attempts(url, config, once)
     return size if isinstance(size, int) else None
@@ -95,7 +107,7 @@ def _filesystem(url: str, config: RemoteConfig) -> Any:
     try:
         import fsspec
 
-        system = fsspec.filesystem(scheme, **_options(scheme, config.timeout_s))
+        system = fsspec.filesystem(scheme, **_options(scheme, config))
     except ImportError as error:
         raise UserError(
             f"a package that reads {scheme}:// is not installed",
@@ -108,28 +120,68 @@ def _filesystem(url: str, config: RemoteConfig) -> Any:
     return system
 
 
-def _options(scheme: str, timeout_s: float) -> dict[str, Any]:
+def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
     """Time-outs where each implementation has them; no attempts but ours."""
     if scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
-        timeout = ClientTimeout(total=None, sock_connect=timeout_s, sock_read=timeout_s)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True}}
+        timeout = ClientTimeout(total=config.total_s, sock_connect=config.timeout_s, sock_read=config.timeout_s)
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True, "trace_configs": _redirects_checked()}}
     if scheme == "s3":
-        seconds = {"connect_timeout": timeout_s, "read_timeout": timeout_s}
+        seconds = {"connect_timeout": config.timeout_s, "read_timeout": config.timeout_s}
         return {"config_kwargs": {**seconds, "retries": {"max_attempts": 0}}, "max_concurrency": 1}
-    return {"requests_timeout": timeout_s}
+    return {"requests_timeout": config.timeout_s}
 
 
-def _bounded(limit_bytes: int) -> Any:
-    """An fsspec callback that ends a transfer of more than it should have."""
+def _request_options(url: str, redirect_hosts: str) -> dict[str, Any]:
+    """What one request of the HTTP implementation is given: where a redirect may lead."""
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https"):
+        return {}
+    hosts = {parts.netloc.rpartition("@")[2].lower(), *filter(None, redirect_hosts.lower().split(","))}
+    return {"trace_request_ctx": (parts.scheme, hosts)}
+
+
+@functools.cache
+def _redirects_checked() -> list[Any]:
+    """aiohttp's hook that refuses redirects; one object, because fsspec keeps its instances by their options."""
+    from aiohttp import TraceConfig
+
+    async def check(session: Any, context: Any, facts: Any) -> None:
+        scheme, hosts = context.trace_request_ctx
+        answer = facts.response
+        target = urljoin(str(answer.url), answer.headers.get("Location") or answer.headers.get("URI") or "")
+        found = urlsplit(target)
+        if found.scheme != scheme or found.netloc.rpartition("@")[2].lower() not in hosts:
+            raise UserError(
+                "the server redirects to another place",
+                got=shown(target),
+                expected=f"{scheme}:// and one of {', '.join(sorted(hosts))}",
+                where=shown(str(answer.url)),
+                fix="give the cache's final URL; for another host that you trust set remote.redirect_hosts=host "
+                "(the manifest always comes from the host of the URL)",
+            )
+
+    hook = TraceConfig()
+    hook.on_request_redirect.append(check)
+    return [hook]
+
+
+def _bounded(limit_bytes: int, config: RemoteConfig) -> Any:
+    """An fsspec callback that ends a transfer of more than it should have, or of next to nothing a second."""
     from fsspec.callbacks import Callback
+
+    begun = time.monotonic()
 
     class Bounded(Callback):  # type: ignore[misc, unused-ignore]
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if self.value > limit_bytes:
                 raise TransferError(f"more than the expected {limit_bytes:,} bytes arrived")
+            passed_s = time.monotonic() - begun
+            if passed_s > config.total_s or (passed_s > config.timeout_s and self.value < config.least_rate * passed_s):
+                raise TimeoutError(f"only {self.value:,} bytes arrived in {passed_s:.0f} s (remote.least_rate="
+                                   f"{config.least_rate:g}, remote.total_s={config.total_s:g})")  # fmt: skip
 
     return Bounded()
 
@@ -144,6 +196,9 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T]) -> T:
         except failures as error:
             if is_disk_full(error):
                 raise
+            for refused in _chain(error):
+                if isinstance(refused, UserError):
+                    raise refused from None
             status = _status(error)
             if number >= config.attempts or _is_final(error, status):
                 raise _failed(url, error, status, number, config) from error
