@@ -16,7 +16,7 @@ class ExportConfig:
     """Folder (timm) or file to write (None: in the run's folder)."""
     format: str = "timm"
     """timm: a folder with a model card; safetensors: the state dict; onnx; torch-export: a .pt2 program; torchvision or
-    mmpretrain: the state dict under the names of that codebase (ResNet, Swin, plain ViT)."""
+    mmpretrain: the state dict under the names of that codebase (docs/METHOD.md lists the architectures)."""
 
 
 def main(argv: list[str]) -> None:
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> None:
     path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
     how = f"timm.create_model('local-dir:{path}', pretrained=True)" if config.format == "timm" else config.format
     checked = (
-        f"renamed for {config.format}, which is not installed here, so not loaded"
+        f"renamed for {config.format} (not loaded: it is not installed here); the logits are those of its plain form"
         if difference is None
         else f"largest logit difference {difference:.2g}"
     )

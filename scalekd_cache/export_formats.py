@@ -121,7 +121,7 @@ def _write(
     if form == "torch-export":
         return _write_program(model, file, images)
     if form in CODEBASES:
-        save_file(transfer_state(model, form), str(file), metadata)
+        save_file(transfer_state(model, form, images.shape[-1]), str(file), metadata)
         return _torchvision(model, file, images.shape[-1]) if form == "torchvision" else None
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(file), metadata)
     plain: nn.Module = timm.create_model(student.model_name, **student.model_args).eval()

@@ -1,11 +1,13 @@
 """What a checkpoint of upstream's distiller holds, by upstream's own names.
 
 In: a .pth file as mmengine writes it. Out: its tensors, and which of them are student, projectors, or not wanted.
-Invariant: the file is opened with weights only: no object in it runs.
+Invariant: the file is opened with weights only. Objects of unknown classes become inert stand-ins; a file that would
+call a function is refused.
 """
 
+import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +21,13 @@ STUDENT = "student."
 LEFT_OUT = ("teacher.", "linear.", "data_preprocessor.")
 """Parts of a checkpoint that are not wanted; `linear` is a layer that upstream's forward pass never calls."""
 NAMES_SHOWN = 8
+MOST_CLASSES = 64
+"""Unknown classes in one file; mmengine's checkpoints have about ten."""
+INERT_CALLS = frozenset(
+    ["builtins.getattr", "numpy.dtype", "copyreg._reconstructor"]
+    + [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
+)
+"""Functions that pickle itself calls for data: arrays, scalars, methods by name. None of them runs here."""
 
 
 def shown_names(names: list[str]) -> str:
@@ -35,30 +44,9 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     "ema_state_dict": the average is what is taken.
 
     Raises:
-        UserError: a file that is not there or damaged, or that holds more than tensors and plain containers.
+        UserError: a file that is not there or damaged, or that calls functions when it is read.
     """
-    try:
-        found: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise UserError("cannot read the checkpoint", got=error, where=path, fix="give CKPT a readable file") from error
-    except Exception as error:  # a damaged or hostile pickle fails in many ways
-        refused = re.search(r"GLOBAL:? ([\w.]+)", str(error))
-        if refused is None:
-            raise UserError(
-                "this file is damaged, or torch.save did not write it",
-                got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
-                where=path,
-                fix="fetch it again, and compare its size and checksum",
-            ) from error
-        copy = "c = torch.load('old.pth', map_location='cpu', weights_only=False); "
-        copy += "torch.save({'state_dict': c['state_dict']}, 'new.pth')"
-        raise UserError(
-            "this checkpoint cannot be opened with weights only, and objects in a checkpoint can run code",
-            got=f"the object {refused[1]}",
-            expected="tensors and plain containers, such as {'state_dict': ...}",
-            where=path,
-            fix=f"where you trust it and mmengine is installed (its logs are such objects), copy the weights: {copy}",
-        ) from error
+    found = _load_inert(path)
     state = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
@@ -71,6 +59,68 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         )
     wrapped = len(state) > 0 and all(name.startswith("module.") for name in state)
     return {name.removeprefix("module.") if wrapped else name: value for name, value in state.items()}
+
+
+class _Refusing(type):
+    """A class that cannot be called: pickle's own way to an object (`NEWOBJ`) does not call it."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise pickle.UnpicklingError(f"Trying to call {cls.__name__}")
+
+
+class _Inert(metaclass=_Refusing):
+    """Stands for an object of a class that is not known here: takes any state and keeps nothing."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
+        return object.__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+def _inert(path: str) -> Callable[..., Any]:
+    """What the file gets in place of `path`: a class without behavior, or a function that gives an object of one."""
+    return (lambda *args: _Inert.__new__(_Inert)) if path in INERT_CALLS else _Refusing(path, (_Inert,), {})
+
+
+def _load_inert(path: Path) -> Any:
+    """Open a file with weights only; objects of other classes, such as mmengine's logs, become `_Inert`."""
+    own = f"{__name__}._Inert"
+    stand_ins: dict[str, tuple[Callable[..., Any], str]] = {own: (_Inert, own)}
+    while True:
+        try:
+            with torch.serialization.safe_globals(list(stand_ins.values())):
+                return torch.load(path, map_location="cpu", weights_only=True)
+        except OSError as error:
+            raise UserError(
+                "cannot read the checkpoint", got=error, where=path, fix="give CKPT a readable file"
+            ) from error
+        except Exception as error:  # a damaged or hostile pickle fails in many ways
+            unknown = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
+            name = unknown[1] if unknown else ""
+            name = f"builtins.{name}" if unknown and "." not in name else name
+            if unknown and name not in stand_ins and len(stand_ins) < MOST_CLASSES:
+                stand_ins[name] = (_inert(name), name)
+                continue
+            raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    called = re.search(r"(?:GLOBAL:?|Trying to call(?: reduce for unrecognized function)?) ([^\s]+)", str(error))
+    if called is None:
+        return UserError(
+            "this file is damaged, or torch.save did not write it",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            where=path,
+            fix="fetch it again, and compare its size and checksum",
+        )
+    return UserError(
+        "this checkpoint cannot be opened with weights only: it calls functions, which can run any code",
+        got=called[1],
+        expected="tensors, plain containers and objects that are data, such as mmengine's logs (they are left out)",
+        where=path,
+        fix="copy its state dict into a file of its own where you trust it: torch.save({'state_dict': ...}, 'new.pth')",
+    )
 
 
 class Parts(NamedTuple):

@@ -4,11 +4,13 @@ In: a state dict with upstream's names (`student.*` and `distill_losses.*` witho
 tensors under our names, in our layout, what has no counterpart, and what is not known.
 Invariant: pure renaming and reordering, no number is changed; a name no rule knows is never dropped silently.
 
-The students are mmpretrain's modules as upstream's repository has them; docs/METHOD.md shows the tables.
+The students are mmpretrain's modules as upstream's repository has them; docs/METHOD.md shows the tables, and
+`transfer_names.py` reads them the other way.
 """
 
+import itertools
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -17,6 +19,25 @@ from scalekd_cache.student import CONVNEXT_FORM, MOBILENET_FORM, POOLED_VIT
 
 Rule = tuple[str, str]
 """A regular expression for the beginning of a name, and what stands there in its place."""
+Pair = tuple[str, str]
+"""The beginning of a name, mmpretrain's and timm's: one table for both directions. `{}` is one part of a name (no dot)
+and comes as often, and in the same order, on both sides."""
+
+
+def import_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
+    """From mmpretrain's names to timm's."""
+    return tuple(_rule(theirs, ours) for theirs, ours in pairs)
+
+
+def export_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
+    """From timm's names to mmpretrain's."""
+    return tuple(_rule(ours, theirs) for theirs, ours in pairs)
+
+
+def _rule(given: str, wanted: str) -> Rule:
+    parts = itertools.count(1)
+    replacement = re.sub(r"\{\}", lambda _: rf"\g<{next(parts)}>", wanted)
+    return re.escape(given).replace(r"\{\}", "([^.]+)"), replacement
 
 
 class Mapped(NamedTuple):
@@ -60,93 +81,93 @@ def drop_class_position(name: str, value: Tensor) -> Tensor:
     return value[:, 1:].contiguous() if name == "pos_embed" else value
 
 
-def mobilenet_rules() -> Iterator[Rule]:
+def _mobilenet_pairs() -> Iterator[Pair]:
     """Upstream cuts its 13 separable blocks into four sequences, timm into five."""
-    yield r"backbone\.s1\.0\.0\.", "conv_stem."
-    yield r"backbone\.s1\.0\.1\.", "bn1."
+    yield "backbone.s1.0.0.", "conv_stem."
+    yield "backbone.s1.0.1.", "bn1."
     theirs = [(1, 1), (1, 2), (1, 3)] + [(s, i) for s in (2, 3) for i in range(4)] + [(4, 0), (4, 1)]
     ours = [(0, 0), (1, 0), (1, 1), (2, 0), (2, 1)] + [(3, i) for i in range(6)] + [(4, 0), (4, 1)]
     parts = ((0, "conv_dw"), (1, "bn1"), (3, "conv_pw"), (4, "bn2"))
     for (sequence, block), (stage, position) in zip(theirs, ours, strict=True):
         for index, part in parts:
-            yield rf"backbone\.s{sequence}\.{block}\.{index}\.", f"blocks.{stage}.{position}.{part}."
-    yield r"head\.fc\.", "classifier."
+            yield f"backbone.s{sequence}.{block}.{index}.", f"blocks.{stage}.{position}.{part}."
+    yield "head.fc.", "classifier."
 
 
-RESNET_BODY: tuple[Rule, ...] = (
-    (r"backbone\.(layer\d+\.\d+\.(?:conv|bn)\d\.)", r"\1"),
-    (r"backbone\.(layer\d+\.\d+\.downsample\.\d\.)", r"\1"),
-    (r"head\.fc\.", "fc."),
+RESNET_STEM: tuple[Pair, ...] = (("backbone.conv1.", "conv1."), ("backbone.bn1.", "bn1."))
+RESNET_DEEP_STEM: tuple[Pair, ...] = (
+    *((f"backbone.stem.{i}.conv.", f"conv1.{3 * i}.") for i in range(3)),
+    *((f"backbone.stem.{i}.bn.", f"conv1.{3 * i + 1}.") for i in range(2)),
+    ("backbone.stem.2.bn.", "bn1."),
 )
-TRANSFORMER_FFN: tuple[Rule, ...] = (
-    (r"backbone\.layers\.(\d+)\.ffn\.layers\.0\.0\.", r"blocks.\1.mlp.fc1."),
-    (r"backbone\.layers\.(\d+)\.ffn\.layers\.1\.", r"blocks.\1.mlp.fc2."),
+RESNET_POOLED: tuple[Pair, ...] = (
+    # The first stage keeps its size: upstream has no pooling before its 1x1 convolution, timm an identity.
+    ("backbone.layer1.0.downsample.0.", "layer1.0.downsample.1."),
+    ("backbone.layer1.0.downsample.1.", "layer1.0.downsample.2."),
+)
+RESNET_BODY: tuple[Pair, ...] = (
+    ("backbone.layer{}.{}.conv{}.", "layer{}.{}.conv{}."),
+    ("backbone.layer{}.{}.bn{}.", "layer{}.{}.bn{}."),
+    ("backbone.layer{}.{}.downsample.{}.", "layer{}.{}.downsample.{}."),
+    ("backbone.layer{}.{}.se_layer.conv1.conv.", "layer{}.{}.se.fc1."),
+    ("backbone.layer{}.{}.se_layer.conv2.conv.", "layer{}.{}.se.fc2."),
+    ("head.fc.", "fc."),
+)
+MOBILENET: tuple[Pair, ...] = tuple(_mobilenet_pairs())
+CONVNEXT: tuple[Pair, ...] = (
+    ("backbone.downsample_layers.0.", "stem."),
+    ("backbone.downsample_layers.{}.", "stages.{}.downsample."),
+    ("backbone.stages.{}.{}.gamma", "stages.{}.blocks.{}.gamma"),
+    ("backbone.stages.{}.{}.depthwise_conv.", "stages.{}.blocks.{}.conv_dw."),
+    ("backbone.stages.{}.{}.norm.", "stages.{}.blocks.{}.norm."),
+    ("backbone.stages.{}.{}.pointwise_conv{}.", "stages.{}.blocks.{}.mlp.fc{}."),
+    ("backbone.norm3.", "norm_pre."),
+    ("backbone.norm3.", "head.norm."),  # normalized after the pooling
+    ("head.fc.", "head.fc."),
+)
+MIXER: tuple[Pair, ...] = (
+    ("backbone.patch_embed.projection.", "stem.proj."),
+    ("backbone.layers.{}.ln{}.", "blocks.{}.norm{}."),
+    ("backbone.layers.{}.{}_mix.layers.0.0.", "blocks.{}.mlp_{}s.fc1."),
+    ("backbone.layers.{}.{}_mix.layers.1.", "blocks.{}.mlp_{}s.fc2."),
+    ("backbone.ln1.", "norm."),
+    ("head.fc.", "head."),
+)
+VIT: tuple[Pair, ...] = (
+    ("backbone.cls_token", "cls_token"),
+    ("backbone.pos_embed", "pos_embed"),
+    ("backbone.patch_embed.projection.", "patch_embed.proj."),
+    ("backbone.layers.{}.ln{}.", "blocks.{}.norm{}."),
+    ("backbone.layers.{}.attn.{}.", "blocks.{}.attn.{}."),
+    ("backbone.layers.{}.ffn.layers.0.0.", "blocks.{}.mlp.fc1."),
+    ("backbone.layers.{}.ffn.layers.1.", "blocks.{}.mlp.fc2."),
+    ("backbone.ln1.", "norm."),
+    ("head.layers.head.", "head."),
+    ("head.fc.", "head."),  # of maps, without a class token
+)
+SWIN: tuple[Pair, ...] = (
+    ("backbone.patch_embed.projection.", "patch_embed.proj."),
+    ("backbone.patch_embed.norm.", "patch_embed.norm."),
+    ("backbone.stages.{}.blocks.{}.norm{}.", "layers.{}.blocks.{}.norm{}."),
+    ("backbone.stages.{}.blocks.{}.attn.w_msa.", "layers.{}.blocks.{}.attn."),
+    ("backbone.stages.{}.blocks.{}.ffn.layers.0.0.", "layers.{}.blocks.{}.mlp.fc1."),
+    ("backbone.stages.{}.blocks.{}.ffn.layers.1.", "layers.{}.blocks.{}.mlp.fc2."),
+    # Upstream merges patches at the end of a stage, timm at the beginning of the next one.
+    *((f"backbone.stages.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in range(3)),
+    ("backbone.norm3.", "norm."),
+    ("head.fc.", "head.fc."),
 )
 
 FAMILIES: tuple[Family, ...] = (
-    Family(
-        "ResNet-V1",
-        "backbone.conv1.weight",
-        ((r"backbone\.(conv1|bn1)\.", r"\1."), *RESNET_BODY),
-    ),
-    Family(
-        "ResNet-V1d",
-        "backbone.stem.0.conv.weight",
-        (
-            *((rf"backbone\.stem\.{i}\.conv\.", f"conv1.{3 * i}.") for i in range(3)),
-            *((rf"backbone\.stem\.{i}\.bn\.", f"conv1.{3 * i + 1}.") for i in range(2)),
-            (r"backbone\.stem\.2\.bn\.", "bn1."),
-            # The first stage keeps its size: upstream has no pooling before its 1x1 convolution, timm an identity.
-            (r"backbone\.layer1\.0\.downsample\.0\.", "layer1.0.downsample.1."),
-            (r"backbone\.layer1\.0\.downsample\.1\.", "layer1.0.downsample.2."),
-            *RESNET_BODY,
-        ),
-    ),
-    Family(
-        "MobileNet-V1",
-        "backbone.s1.0.0.weight",
-        tuple(mobilenet_rules()),
-        MOBILENET_FORM,
-    ),
-    Family(
-        "ConvNeXt",
-        "backbone.downsample_layers.0.0.weight",
-        (
-            (r"backbone\.downsample_layers\.0\.", "stem."),
-            (r"backbone\.downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-            (r"backbone\.stages\.(\d+)\.(\d+)\.gamma", r"stages.\1.blocks.\2.gamma"),
-            (r"backbone\.stages\.(\d+)\.(\d+)\.depthwise_conv\.", r"stages.\1.blocks.\2.conv_dw."),
-            (r"backbone\.stages\.(\d+)\.(\d+)\.norm\.", r"stages.\1.blocks.\2.norm."),
-            (r"backbone\.stages\.(\d+)\.(\d+)\.pointwise_conv([12])\.", r"stages.\1.blocks.\2.mlp.fc\3."),
-            (r"backbone\.norm3\.", "norm_pre."),
-            (r"head\.fc\.", "head.fc."),
-        ),
-        CONVNEXT_FORM,
-    ),
-    Family(
-        "MLP-Mixer",
-        "backbone.layers.0.token_mix.layers.0.0.weight",
-        (
-            (r"backbone\.patch_embed\.projection\.", "stem.proj."),
-            (r"backbone\.layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-            (r"backbone\.layers\.(\d+)\.(token|channel)_mix\.layers\.0\.0\.", r"blocks.\1.mlp_\2s.fc1."),
-            (r"backbone\.layers\.(\d+)\.(token|channel)_mix\.layers\.1\.", r"blocks.\1.mlp_\2s.fc2."),
-            (r"backbone\.ln1\.", "norm."),
-            (r"head\.fc\.", "head."),
-        ),
-    ),
+    Family("ResNet-V1", "backbone.conv1.weight", import_rules(RESNET_STEM + RESNET_BODY)),
+    Family("ResNet-V1d", "backbone.stem.0.conv.weight", import_rules(RESNET_DEEP_STEM + RESNET_POOLED + RESNET_BODY)),
+    Family("MobileNet-V1", "backbone.s1.0.0.weight", import_rules(MOBILENET), MOBILENET_FORM),
+    Family("ConvNeXt", "backbone.downsample_layers.0.0.weight", import_rules(CONVNEXT), CONVNEXT_FORM),
+    Family("MLP-Mixer", "backbone.layers.0.token_mix.layers.0.0.weight", import_rules(MIXER)),
     Family(
         "ViT",
         "backbone.layers.0.attn.qkv.weight",
-        (
-            (r"backbone\.pos_embed", "pos_embed"),
-            (r"backbone\.patch_embed\.projection\.", "patch_embed.proj."),
-            (r"backbone\.layers\.(\d+)\.ln([12])\.", r"blocks.\1.norm\2."),
-            (r"backbone\.layers\.(\d+)\.attn\.(qkv|proj)\.", r"blocks.\1.attn.\2."),
-            *TRANSFORMER_FFN,
-            (r"backbone\.ln1\.", "norm."),
-            (r"head\.(?:fc|layers\.head)\.", "head."),
-        ),
+        import_rules(VIT),
         POOLED_VIT,
         r"backbone\.cls_token",
         drop_class_position,
@@ -154,18 +175,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Swin",
         "backbone.stages.0.blocks.0.attn.w_msa.qkv.weight",
-        (
-            (r"backbone\.patch_embed\.projection\.", "patch_embed.proj."),
-            (r"backbone\.patch_embed\.norm\.", "patch_embed.norm."),
-            (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.(norm[12])\.", r"layers.\1.blocks.\2.\3."),
-            (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.w_msa\.", r"layers.\1.blocks.\2.attn."),
-            (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.0\.0\.", r"layers.\1.blocks.\2.mlp.fc1."),
-            (r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.ffn\.layers\.1\.", r"layers.\1.blocks.\2.mlp.fc2."),
-            # Upstream merges patches at the end of a stage, timm at the beginning of the next one.
-            *((rf"backbone\.stages\.{i}\.downsample\.", f"layers.{i + 1}.downsample.") for i in range(3)),
-            (r"backbone\.norm3\.", "norm."),
-            (r"head\.fc\.", "head.fc."),
-        ),
+        import_rules(SWIN),
         {},
         r".*\.relative_position_index|.*\.attn_mask",
         unfold_to_timm,

@@ -1,8 +1,12 @@
 """Checkpoints of upstream's distiller, made here from its own module definitions, through the importer."""
 
 import os
+import pickle
+import sys
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -313,6 +317,71 @@ def test_objects_in_a_checkpoint_do_not_run(whole, tmp_path, legacy) -> None:
     with pytest.raises(UserError, match="weights only") as error:
         import_checkpoint(path, tmp_path / "out", "mobilenetv1", image_size=64)
     assert "mkdir" in str(error.value)
+    assert not made.exists()
+
+
+class HistoryBuffer:
+    """As mmengine's: arrays, and methods by name; pickled under mmengine's name."""
+
+    def __init__(self) -> None:
+        self._log_history = np.arange(3.0)
+        self._statistics_methods = {"mean": HistoryBuffer.mean}
+        self.last = np.float64(0.5)
+
+    def mean(self) -> float:
+        raise AssertionError
+
+
+class Argumented:
+    """An object that `copyreg` makes with arguments."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+
+    def __reduce__(self):
+        return Called, (self.path,)
+
+
+class Called:
+    """Calling this makes a folder."""
+
+    def __init__(self, path: str) -> None:
+        os.mkdir(path)
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_logs_in_a_checkpoint_become_inert(whole, tmp_path, monkeypatch, legacy) -> None:
+    """Released checkpoints of mmengine hold its message hub; no mmengine is needed to leave it out."""
+    monkeypatch.setattr(HistoryBuffer, "__module__", "mmengine.logging.history_buffer")
+    module = types.ModuleType("mmengine.logging.history_buffer")
+    module.HistoryBuffer = HistoryBuffer
+    with monkeypatch.context() as patch:
+        for name in ("mmengine", "mmengine.logging"):
+            patch.setitem(sys.modules, name, types.ModuleType(name))
+        patch.setitem(sys.modules, "mmengine.logging.history_buffer", module)
+        content = {"state_dict": whole[1], "message_hub": {"log_scalars": {"loss": HistoryBuffer()}}}
+        torch.save(content, tmp_path / "c.pth", _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "c.pth", weights_only=True)
+    found = read_checkpoint(tmp_path / "c.pth")
+    assert found.keys() == whole[1].keys()
+    assert all(torch.equal(value, whole[1][name]) for name, value in found.items())
+
+
+def test_a_weight_that_is_no_tensor_is_not_taken_for_one(whole, tmp_path) -> None:
+    torch.save({"state_dict": {**whole[1], "student.head.fc.bias": np.zeros(5)}}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="no state dict"):
+        read_checkpoint(tmp_path / "c.pth")
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_classes_of_a_checkpoint_are_not_called(whole, tmp_path, legacy) -> None:
+    path, made = tmp_path / "c.pth", tmp_path / "made"
+    content = {"state_dict": whole[1], "message_hub": Argumented(made)}
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    with pytest.raises(UserError, match="calls functions") as error:
+        read_checkpoint(path)
+    assert "Called" in str(error.value)
     assert not made.exists()
 
 
