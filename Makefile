@@ -84,7 +84,7 @@ waiting = $(if $(shell command -v flock),{ mkdir -p "$$(dirname "$(1)")" && exec
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
 
-.PHONY: bench bench-gpu bench-codec bench-scale bench-shuffle study study-figures help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-all lint format clean repair inspect
+.PHONY: bench bench-gpu bench-codec bench-scale bench-shuffle study study-figures help install cache-teacher distill evaluate export import-upstream verify prove plan fetch costs test test-ci test-all lint format clean repair inspect
 
 help: ## Show this help
 	@echo "Targets:"
@@ -237,6 +237,9 @@ study-figures: $(BASE) ## Figures and tables of the study from its JSON lines
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
+
+test-ci: $(TESTS) ## The slow tests that continuous integration runs: kills, damage, replaced files
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "ci_slow and not gpu" $(ARGS)
 
 test-all: $(TESTS) ## Run the slow tests too
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)

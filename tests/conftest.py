@@ -11,8 +11,11 @@ os.environ.setdefault("PYTEST_TIMEOUT", str(TEST_LIMITS * LIMIT_S))  # pytest-ti
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """With several test processes: a file stays in one, and so do all tests of the session's caches and runs."""
+    """What continuous integration runs is slow too. With several test processes: a file stays in one, and so do all
+    tests of the session's caches and runs."""
     for item in items:
+        if item.get_closest_marker("ci_slow"):
+            item.add_marker(pytest.mark.slow)
         group = "workshop" if "workshop" in item.fixturenames else item.path.name
         item.add_marker(pytest.mark.xdist_group(group))
 

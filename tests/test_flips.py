@@ -82,7 +82,7 @@ def positions(files, count, seed):
     return [(files[at], offset) for at, offset in chosen]
 
 
-@pytest.mark.parametrize("flips", [40, pytest.param(FLIPS, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flips", [40, pytest.param(FLIPS, marks=pytest.mark.ci_slow)])
 @backends
 def test_flipped_bytes_are_reported_and_never_used(backend, cache, flips):
     root, batches = cache
@@ -110,7 +110,7 @@ def test_flipped_bytes_are_reported_and_never_used(backend, cache, flips):
     assert assert_right_or_refused(root, batches) is None
 
 
-@pytest.mark.parametrize("every_file", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every_file", [False, pytest.param(True, marks=pytest.mark.ci_slow)])
 @backends
 def test_every_file_that_is_gone_cut_swapped_copied_or_renamed_is_reported(backend, cache, every_file):
     root, batches = cache

@@ -118,7 +118,7 @@ def test_killed_five_times(place, weights, untouched):
     kill_until(Killer(place, weights, untouched, seed_of_the_day()), place, 5)
 
 
-@pytest.mark.slow
+@pytest.mark.ci_slow
 def test_killed_forty_times(place, weights, untouched):
     killer = Killer(place, weights, untouched, seed_of_the_day())
     kill_until(killer, place, 40)
@@ -126,7 +126,7 @@ def test_killed_forty_times(place, weights, untouched):
     assert len(killer.phases) >= 4
 
 
-@pytest.mark.slow
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_command_itself_killed(place, weights, untouched, backend):
     """Without the fork server: python, torchrun and every process they started, each from nothing."""
