@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.utils.cpp_extension import _get_build_directory
 
 from scalekd_cache.assembly import cached_targets
 from scalekd_cache.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
@@ -42,6 +43,11 @@ if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
+
+OPERATOR = "deepspeed_shm_comm"
+"""DeepSpeed's extension that is compiled at the first start on a machine without a GPU."""
+STALE_LOCK_S = 15 * 60
+"""Age at which the lock of its compilation counts as left by a killed process."""
 
 
 class DistillModel(nn.Module):
@@ -100,7 +106,19 @@ def _say_compile(process: Process) -> None:
             fix="install g++ (build-essential)",
         )
     if process.rank == 0:
+        _remove_stale_lock()
         print("starting DeepSpeed (the first start on a machine compiles a small operator, about a minute)", flush=True)
+
+
+def _remove_stale_lock() -> None:
+    """Remove the lock file that a killed compilation of the operator leaves: every later start would wait for ever.
+
+    torch's lock is a file that exists; nothing in it says whose. A compilation takes a minute or two.
+    """
+    for lock in Path(_get_build_directory(OPERATOR, False)).glob("lock"):
+        if time.time() - lock.lstat().st_mtime > STALE_LOCK_S:
+            print(f"removed {lock}: an interrupted compilation left it", flush=True)
+            lock.unlink(missing_ok=True)
 
 
 class Trainer:
