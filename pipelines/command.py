@@ -17,7 +17,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 
 from scalekd_cache.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, to_plain
-from scalekd_cache.errors import UserError, mistype, one_of
+from scalekd_cache.errors import UserError, mistype, one_of, worker_ended
 from scalekd_cache.stopping import RunStopped
 
 ALWAYS = "Also: --debug (the traceback of an error), --plugin MODULE (import a module of yours first)."
@@ -188,6 +188,12 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
     except RunStopped as stop:
         print(stop, file=sys.stderr, flush=True)
         _exit(stop.status)
+    except RuntimeError as error:
+        ended = worker_ended(error)  # the only RuntimeError that a user can do something about
+        if debug or ended is None:
+            raise
+        print(f"error: {ended}", file=sys.stderr, flush=True)
+        _exit(2)
     except BrokenPipeError:  # what reads our output (head, less) has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)

@@ -32,7 +32,7 @@ from scalekd_cache.calibration import AUTO, calibrated_codec
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.config import CacheTeacherConfig, DistillConfig
 from scalekd_cache.demo_teacher import train_demo_teacher
-from scalekd_cache.drawing import Unit
+from scalekd_cache.drawing import Unit, check_workers
 from scalekd_cache.errors import UserError, refuse_file
 from scalekd_cache.evaluate import evaluate
 from scalekd_cache.images import Source, open_source
@@ -186,6 +186,7 @@ def _say_complete(process: Process, peers: Peers, job: Job) -> Manifest:
 def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
     """What would otherwise go wrong hours later (`preflight.py`)."""
     stage = job.stage
+    check_workers(job.units, stage.views, config.workers)
     pixels = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
     if not stage.teacher.spec.has_classifier:

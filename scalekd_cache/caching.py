@@ -25,6 +25,7 @@ from scalekd_cache.images import Source
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.skips import Skips
 from scalekd_cache.store import CommitQueue, Record, UnitWriter
+from scalekd_cache.store.image_digests import ImageFiles
 from scalekd_cache.teacher import Teacher, TeacherOutput
 
 NOTHING: Mapping[str, str] = {}
@@ -78,7 +79,8 @@ def make_units(
         done: called after a unit is committed, with the one after it filled.
         skips: decides which images are left out and which units are put off (None: whatever cannot be decoded).
     """
-    drawn_in_turn = draw_units(stage.source, stage.views, units, claims, workers)
+    first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
+    drawn_in_turn = draw_units(stage.source, stage.views, units, claims, workers, first)
     with CommitQueue() as commits:
         for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
             left_out = skips.before(units[number]) if skips else {}
@@ -120,7 +122,8 @@ def fill_unit(
             for batch in _batches(stage, writer, drawn, left_out):
                 for column, number in enumerate(unit.views):
                     views = [item.views[column] for item in batch]
-                    output = stage.teacher(_on_device(torch.stack([view.pixels for view in views]), stage.device))
+                    pixels = torch.stack([item.pixels[column] for item in batch])
+                    output = stage.teacher(_on_device(pixels, stage.device))
                     behind.put(_append_batch, stage, writer, number, batch, views, output, figures)
     except BaseException:
         writer.abort()
@@ -174,7 +177,7 @@ def _append_batch(
             features=code,
             logits=logit,
         )
-        writer.append(number, record)
+        writer.append(number, record, item.image)
 
 
 def _check_finite(features: Tensor, logits: Tensor, batch: Sequence[Drawn], view: int) -> None:

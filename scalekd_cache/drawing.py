@@ -12,19 +12,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from scalekd_cache.config import ViewConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.images import SampleRef, Source, UnreadableImage, decode_image
+from scalekd_cache.images import SampleRef, Source, UnreadableImage, decode_image, image_digest
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import Record
 from scalekd_cache.store.files import canonical_json
-from scalekd_cache.stored_pixels import decode_pixels, encode_pixels, pixel_digest
+from scalekd_cache.store.image_digests import ImageFiles
+from scalekd_cache.stored_pixels import Pixels, decode_pixels, encode_pixels, pixel_digest
 from scalekd_cache.views import apply_view, sample_view
+from scalekd_cache.workers import bytes_a_worker, items_of, waiting_items
 
 SPAN = 32
-"""Records of a pixel cache that are read in one call."""
+"""Most images that a worker keeps waiting; records of a pixel cache that are read in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,10 +44,8 @@ class Unit:
 
 
 class DrawnView(NamedTuple):
-    """One view of one image, ready for the teacher and for the store."""
+    """One view of one image, ready for the store."""
 
-    pixels: Tensor
-    """(3, size, size) uint8: what the teacher sees; decoded from stored bytes when pixels are baked."""
     encoded: bytes
     """JPEG or PNG bytes to store; empty when pixels are replayed, or shared with another cache."""
     view: str
@@ -59,67 +59,103 @@ class Drawn(NamedTuple):
 
     unit: int
     sample: SampleRef
+    image: str
+    """Digest of the image file; empty when the views come from another cache."""
+    pixels: Tensor
+    """(V, 3, size, size) uint8: what the teacher sees; decoded from stored bytes when pixels are baked."""
     views: list[DrawnView]
     reason: str
 
 
 def draw_units(
-    source: Source | PixelCache, config: ViewConfig, units: Sequence[Unit], claims: Iterator[int], workers: int
+    source: Source | PixelCache,
+    config: ViewConfig,
+    units: Sequence[Unit],
+    claims: Iterator[int],
+    workers: int,
+    first: ImageFiles | None = None,
 ) -> Iterator[Drawn]:
-    """The images of the claimed units with their views, in order; a unit is claimed when it is needed, not before."""
+    """The images of the claimed units with their views, in order; a unit is claimed when it is needed, not before.
+
+    Args:
+        source: images, or another cache's views of them.
+        config: the view recipe.
+        units: all units.
+        claims: numbers of the units to draw.
+        workers: processes that draw.
+        first: the image files that the first group of views was made from; later groups are made from the same.
+
+    Raises:
+        UserError: an image is another one than before, or the workers have no room.
+    """
     dataset: Dataset[Any]
     places: Iterator[Any]
+    one = _image_bytes(units, config)
     if isinstance(source, PixelCache):
-        dataset, places = SharedViews(source, config, units), _spans(source, units, claims)
+        span = max(1, min(SPAN, bytes_a_worker(workers) // (2 * one)))
+        dataset, places, size, waiting = (
+            SharedViews(source, config, units),
+            _spans(source, units, claims, span),
+            span * one,
+            2,
+        )
     else:
-        dataset, places = Drawing(source, config, units), _places(source, units, claims)
-    loader = DataLoader(
-        dataset,
-        batch_size=None,
-        sampler=_Sampler(places),
-        collate_fn=_as_it_is,
-        num_workers=workers,
-        prefetch_factor=(2 if isinstance(source, PixelCache) else SPAN) if workers else None,
-        worker_init_fn=_one_thread,
-    )
-    for item in loader:
+        dataset, places, size, waiting = (
+            Drawing(source, config, units, first),
+            _places(source, units, claims),
+            one,
+            SPAN,
+        )
+    for item in items_of(dataset, places, workers=workers, item_bytes=size, most_waiting=waiting):
         if isinstance(item, Drawn):
             yield item
         else:
             yield from item
 
 
+def check_workers(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
+    """`UserError` when the views that the workers draw have no room on their way."""
+    waiting_items(workers, _image_bytes(units, config), SPAN)
+
+
+def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
+    """Bytes of the pixels of one image's views, in the largest group."""
+    return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
+
+
 class Drawing(Dataset[Drawn]):
     """Draws the views of one image: what a stage-1 worker process does."""
 
-    def __init__(self, source: Source, config: ViewConfig, units: Sequence[Unit]) -> None:
+    def __init__(
+        self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
+    ) -> None:
         self.source = source
         self.config = config
         self.units = units
+        self.first = first
 
     def __getitem__(self, place: tuple[int, int]) -> Drawn:
         number, index = place
         sample = self.source.samples[index]
+        data = self.source.read(index)
         try:
-            image = decode_image(self.source.read(index), sample.key)
+            image = decode_image(data, sample.key)
         except UnreadableImage as error:
-            return Drawn(number, sample, [], error.reason)
-        views = [self._draw(image, sample.key, view) for view in self.units[number].views]
-        return Drawn(number, sample, views, "")
+            return _skipped(number, sample, error.reason)
+        digest = image_digest(data)
+        if self.first is not None and self.units[number].group > 0:
+            self.first.check(sample.key, digest)
+        drawn = [self._draw(image, sample.key, view) for view in self.units[number].views]
+        return _drawn(number, sample, digest, drawn)
 
-    def _draw(self, image: "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]", key: str, number: int) -> DrawnView:
+    def _draw(self, image: Pixels, key: str, number: int) -> tuple[Pixels, DrawnView]:
         view = sample_view(self.config, key, number, image.shape[1], image.shape[0])
         pixels = apply_view(view, image, self.config)
         encoded = b""
         if self.config.pixels == "baked":
             encoded = encode_pixels(pixels, self.config)
             pixels = decode_pixels(encoded, self.config.size)
-        return DrawnView(
-            torch.from_numpy(pixels).permute(2, 0, 1).contiguous(),
-            encoded,
-            canonical_json(view.to_json()),
-            pixel_digest(pixels),
-        )
+        return pixels, DrawnView(encoded, canonical_json(view.to_json()), pixel_digest(pixels))
 
 
 class SharedViews(Dataset[list[Drawn]]):
@@ -135,11 +171,11 @@ class SharedViews(Dataset[list[Drawn]]):
         unit = self.units[number]
         rows = zip(*(self.pixels.cache.read(positions, view) for view in unit.views), strict=True)
         return [
-            Drawn(number, SampleRef(records[0].key, records[0].label), [self._view(record) for record in records], "")
+            _drawn(number, SampleRef(records[0].key, records[0].label), "", [self._view(record) for record in records])
             for records in rows
         ] + self._skipped(number, positions)
 
-    def _view(self, record: Record) -> DrawnView:
+    def _view(self, record: Record) -> tuple[Pixels, DrawnView]:
         pixels = decode_pixels(record.pixels, self.config.size)
         if pixel_digest(pixels) != record.digest:
             raise UserError(
@@ -149,7 +185,7 @@ class SharedViews(Dataset[list[Drawn]]):
                 where=f"{record.key} in {self.pixels.cache.root}",
                 fix="use the Pillow of that cache: " + self.pixels.cache.manifest.versions.get("pillow", "unknown"),
             )
-        return DrawnView(torch.from_numpy(pixels).permute(2, 0, 1).contiguous(), b"", record.view, record.digest)
+        return pixels, DrawnView(b"", record.view, record.digest)
 
     def _skipped(self, number: int, positions: range) -> list[Drawn]:
         """What the other cache skipped in this unit is skipped here; said with the unit's first images."""
@@ -157,7 +193,16 @@ class SharedViews(Dataset[list[Drawn]]):
         if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
             return []
         skipped = self.pixels.skipped(unit.views[0], unit.range_id)
-        return [Drawn(number, SampleRef(row["key"], -1), [], row["reason"]) for row in skipped]
+        return [_skipped(number, SampleRef(row["key"], -1), row["reason"]) for row in skipped]
+
+
+def _drawn(number: int, sample: SampleRef, image: str, views: Sequence[tuple[Pixels, DrawnView]]) -> Drawn:
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in views])).permute(0, 3, 1, 2).contiguous()
+    return Drawn(number, sample, image, pixels, [view for _, view in views], "")
+
+
+def _skipped(number: int, sample: SampleRef, reason: str) -> Drawn:
+    return Drawn(number, sample, "", torch.empty(0, dtype=torch.uint8), [], reason)
 
 
 def _places(source: Source, units: Sequence[Unit], claims: Iterator[int]) -> Iterator[tuple[int, int]]:
@@ -171,27 +216,9 @@ def _places(source: Source, units: Sequence[Unit], claims: Iterator[int]) -> Ite
             yield number, int(orders[unit.group][position])
 
 
-def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int]) -> Iterator[tuple[int, range]]:
+def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:
     """(unit number, positions in the pixel cache) of the claimed units, some neighbours at a time."""
     for number in claims:
         records = pixels.records(units[number].views[0], units[number].range_id)
-        for start in range(records.start, max(records.stop, records.start + 1), SPAN):
-            yield number, range(start, min(start + SPAN, records.stop))
-
-
-class _Sampler:
-    """A sampler over places that are made as they are needed."""
-
-    def __init__(self, places: Iterator[Any]) -> None:
-        self._places = places
-
-    def __iter__(self) -> Iterator[Any]:
-        return self._places
-
-
-def _as_it_is(item: Any) -> Any:
-    return item
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)
+        for start in range(records.start, max(records.stop, records.start + 1), span):
+            yield number, range(start, min(start + span, records.stop))

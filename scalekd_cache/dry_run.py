@@ -10,7 +10,9 @@ import torch
 
 from scalekd_cache.assembly import make_heads, order_of, tail_of
 from scalekd_cache.checkpoint import latest_checkpoint
+from scalekd_cache.codec import codec_from_config
 from scalekd_cache.config import DistillConfig, to_plain
+from scalekd_cache.loader import check_workers
 from scalekd_cache.optimization import describe_lr
 from scalekd_cache.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.processes import Process
@@ -41,6 +43,7 @@ def describe_distill(config: DistillConfig, process: Process) -> list[str]:
         tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
         lines.append(f"projectors: {_millions(make_heads(config, student, tail))} M parameters, not exported")
     order_of(train, cache, process)
+    check_workers(cache, codec_from_config(manifest.codec, cache.root), train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(len(cache), train.global_batch_size)
     lines.append(

@@ -34,6 +34,18 @@ class UserError(Exception):
         return RestoredError, (str(self),)
 
 
+def worker_ended(error: BaseException) -> UserError | None:
+    """The user's error for a worker that ended; torch raises it in the main thread, wherever that is. None: another."""
+    text = str(error)
+    if not text.startswith("DataLoader worker (pid") and "Communication with the workers" not in text:
+        return None
+    return UserError(
+        "a worker process of the loader ended",
+        got=text.splitlines()[0].strip(),
+        fix="see its own message above, if any; one that was killed (signal 9) ran out of memory: use fewer WORKERS",
+    )
+
+
 class RestoredError(UserError):
     """A `UserError` that crossed a process border; its text is already laid out."""
 

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Subset
+from torch.utils.data import Dataset
 
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.progress import progress
 from scalekd_cache.views import eval_view
+from scalekd_cache.workers import bytes_a_worker, items_of
 
 Example = tuple[Tensor, int] | None
 
@@ -65,6 +66,16 @@ class ValidationImages(Dataset[Example]):
         return torch.from_numpy(eval_view(image, self.size)).permute(2, 0, 1), sample.label
 
 
+class _Batches(Dataset[tuple[Tensor | None, Tensor, int]]):
+    """Several validation images at a time."""
+
+    def __init__(self, images: ValidationImages) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: range) -> tuple[Tensor | None, Tensor, int]:
+        return _collate([self.images[index] for index in indices])
+
+
 def _collate(examples: list[Example]) -> tuple[Tensor | None, Tensor, int]:
     readable = [example for example in examples if example is not None]
     labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
@@ -101,12 +112,20 @@ def evaluate(
         device: where `predict` runs.
         rank: this process.
         world_size: processes that share the work; the caller adds their tallies.
-        batch_size: images per call of `predict`.
+        batch_size: most images per call of `predict`.
         workers: processes that decode images.
         title: what the progress bar says.
     """
-    share = Subset(ValidationImages(source, size), range(rank, len(source.samples), world_size))
-    loader = DataLoader(share, batch_size=batch_size, num_workers=workers, collate_fn=_collate)
+    share = range(rank, len(source.samples), world_size)
+    if workers:  # a whole batch a worker where there is room for two of them, else a part of one
+        batch_size = max(1, min(batch_size, bytes_a_worker(workers) // (2 * 3 * size**2)))
+    loader = items_of(
+        _Batches(ValidationImages(source, size)),
+        (share[start : start + batch_size] for start in range(0, len(share), batch_size)),
+        workers=workers,
+        item_bytes=batch_size * 3 * size**2,
+        most_waiting=2,
+    )
     total = Tally(0, 0, 0, 0)
     with progress(title, len(share), "image", rank=rank) as bar:
         for images, labels, unreadable in loader:

@@ -109,6 +109,11 @@ def listing_digest(source: Source) -> str:
     return digest.hexdigest()
 
 
+def image_digest(data: bytes) -> str:
+    """16 hex characters: blake2b of an image file, by which a file that was replaced is noticed."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
 def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) uint8 RGB.
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
@@ -26,12 +26,16 @@ from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.follow import GrowingCache
 from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
 from scalekd_cache.views import View, apply_view
+from scalekd_cache.workers import items_of, waiting_items
 
 DIGEST_STEPS = 2
 """Steps at the start of a session in which the digest of every stored view is compared."""
 DIGEST_EVERY = 16
 """After that, one stored view in this many, other ones each time the views come around. Views that are drawn again from
 an image are always compared: the image may have been replaced, and the digest is 9 % of drawing one (docs/LOG.md)."""
+
+MOST_WAITING = 4
+"""Most micro-batches that a worker keeps waiting."""
 
 
 class Batch(NamedTuple):
@@ -197,6 +201,15 @@ def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
     )
 
 
+def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:
+    """About the bytes of a micro-batch on its way from a worker; `UserError` when there is no room for it."""
+    manifest = cache.manifest
+    pixels, logits = 3 * int(manifest.view_recipe["size"]) ** 2, 4 * len(manifest.class_names)
+    size = micro_batch * (pixels + codec.bytes_per_view + logits + 16)
+    waiting_items(workers, size, MOST_WAITING)
+    return size
+
+
 class CacheLoader:
     """The micro-batches of one rank from a step to the end of the run.
 
@@ -233,6 +246,7 @@ class CacheLoader:
         self.logit_codec = self._dataset.logit_codec
         self._workers = workers
         self._pin_memory = pin_memory
+        self._batch_bytes = check_workers(cache, self.codec, micro_batch, workers)
 
     @property
     def total_steps(self) -> int:
@@ -264,16 +278,15 @@ class CacheLoader:
                 yield Slot(epoch, step_in_epoch, micro, step - first < DIGEST_STEPS)
 
     def __iter__(self) -> Iterator[Batch]:
-        loader = DataLoader(
+        batches = items_of(
             self._dataset,
-            batch_size=None,
-            sampler=self._slots(),
-            num_workers=self._workers,
+            self._slots(),
+            workers=self._workers,
+            item_bytes=self._batch_bytes,
+            most_waiting=MOST_WAITING,
             pin_memory=self._pin_memory,
-            prefetch_factor=4 if self._workers else None,
-            worker_init_fn=_one_thread,
         )
-        for count, batch in enumerate(loader, start=1):
+        for count, batch in enumerate(batches, start=1):
             if count % len(self.micros) == 0:  # before handing out a step's last batch: a checkpoint after it is right
                 self.step += 1
             yield batch
@@ -309,7 +322,3 @@ class CacheLoader:
             "window": self.order.window,
             "global_batch": self.global_batch,
         }
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)

@@ -20,6 +20,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_backend, damaged
 from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.files import canonical_json, write_atomically
+from scalekd_cache.store.image_digests import check_images
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files
 from scalekd_cache.store.sealed import check_version, sealed, unsealed
@@ -137,6 +138,7 @@ def build_manifest(root: Path, facts: ManifestFacts) -> Manifest:
             key_sum += sum(_key_number(key) for key in read_keys(folder, info))
         contents.append((sum(row.count for row in rows if row.group == group), key_sum))
     _check_same_images(contents, root)
+    check_images(root, [[info for info in infos if info.group == group] for group in range(len(facts.groups))])
     return Manifest(
         format_version=FORMAT_VERSION,
         num_samples=contents[0][0],

@@ -38,6 +38,8 @@ from scalekd_cache.store.files import (
     temp_beside,
     write_new,
 )
+from scalekd_cache.store.image_digests import NAME as IMAGES
+from scalekd_cache.store.image_digests import images_text
 from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit
@@ -96,6 +98,7 @@ class UnitWriter:
         )
         self.root, self.folder = root, unit_folder(root, group, range_id)
         self._keys: list[str] = []
+        self._images: list[str] = []
         self._seen: set[str] = set()
         self._skipped: dict[str, str] = {}
         self._writers: dict[int, ShardWriter] = {}
@@ -106,8 +109,13 @@ class UnitWriter:
             self._temp.parent.mkdir(parents=True, exist_ok=True)
             self._temp.mkdir()
 
-    def append(self, view_number: int, record: Record) -> None:
+    def append(self, view_number: int, record: Record, image: str = "") -> None:
         """Add a view of an image. Every view must get the same keys in the same order.
+
+        Args:
+            view_number: which view.
+            record: it.
+            image: digest of the image file (empty: not known), the same for all views.
 
         Raises:
             UserError: a key that no tar can hold, a key that came before, or a full disk.
@@ -115,6 +123,7 @@ class UnitWriter:
         row = self._counts[view_number]
         if row == len(self._keys):
             self._take_key(record.key)
+            self._images.append(image)
         assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
         if not self._record_bytes:
             self._record_bytes = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
@@ -193,7 +202,10 @@ class UnitWriter:
         for view in info.views:  # also opens the writers of a range in which every image was skipped
             self._writer(view)
         keys = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
-        files = read_back(self._temp, {"keys.txt": keys})
+        lists = {"keys.txt": keys}
+        if all(self._images):
+            lists[IMAGES] = write_new(self._temp / IMAGES, images_text(self._images))
+        files = read_back(self._temp, lists)
         with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another is hashed
             finished = list(pool.map(self._finish_shard, info.views))
         for _, facts in finished:

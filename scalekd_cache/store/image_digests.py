@@ -1,0 +1,124 @@
+"""Which image files a unit was made from: images.txt, and whether two units were made from the same.
+
+In: digests of image files, by sample key. Out: images.txt, line i for line i of keys.txt; an error that names images.
+Invariant: all views of an image in a cache come from one file. Units that took their views from another cache, and
+those of earlier versions, have no images.txt and are not compared.
+"""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import read_file
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder
+
+NAME = "images.txt"
+LINE_BYTES = 17
+"""16 hex characters and a newline."""
+FIX = (
+    "put the old image files back, or delete the units that hold the old ones (their folders); then rerun "
+    "make cache-teacher, which makes missing units again. A cache of another data set needs its own CACHE="
+)
+
+
+class Change(NamedTuple):
+    """An image whose file is another one than a unit was made from."""
+
+    key: str
+    unit: str
+    """The unit that was made first."""
+
+
+class ImageFiles:
+    """The image files that some units were made from."""
+
+    def __init__(self, root: Path, units: Iterable[tuple[int, int]]) -> None:
+        """Read images.txt of those of the units, (group, range), that are there and have one."""
+        self.root, self._units = root, list(units)
+        keys, digests, numbers = [], [], []
+        for number, (group, range_id) in enumerate(self._units):
+            folder = unit_folder(root, group, range_id)
+            if (folder / "unit.json").exists():
+                info = read_unit(folder)[0]
+                images = read_images(folder, info)
+                keys += [_number(key) for key in read_keys(folder, info)] if images else []
+                digests += [int(image, 16) for image in images]
+                numbers += [number] * len(images)
+        order = np.argsort(np.array(keys, np.uint64))
+        self._keys, self._digests = np.array(keys, np.uint64)[order], np.array(digests, np.uint64)[order]
+        self._numbers = np.array(numbers, np.int32)[order]
+
+    def change(self, key: str, digest: str) -> Change | None:
+        """The unit that was made from another file of this image, if there is one."""
+        number = _number(key)
+        at = int(np.searchsorted(self._keys, np.uint64(number)))
+        if at == len(self._keys) or int(self._keys[at]) != number or int(self._digests[at]) == int(digest, 16):
+            return None
+        return Change(key, unit_folder(Path(), *self._units[self._numbers[at]]).as_posix())
+
+    def check(self, key: str, digest: str) -> None:
+        """`UserError` when an image that is read now is not the file that an earlier group of views was made from."""
+        change = self.change(key, digest)
+        if change is not None:
+            raise UserError(
+                "an image changed since earlier views of it were cached",
+                got=f"{key}: another file than {change.unit} was made from",
+                where=self.root,
+                fix=FIX,
+            )
+
+
+def images_text(digests: Iterable[str]) -> bytes:
+    """What images.txt holds."""
+    return "".join(f"{digest}\n" for digest in digests).encode()
+
+
+def read_images(folder: Path, info: UnitInfo) -> list[str]:
+    """Digests of the image files of a unit's records, in order; none where the unit has no images.txt."""
+    if NAME not in info.files:
+        return []
+    size = info.count * LINE_BYTES
+    data = read_file(folder / NAME, "the list of a unit's image files", size)
+    lines = data.decode("ascii", "replace").split("\n")[:-1]
+    if len(data) != size or not all(
+        len(line) == LINE_BYTES - 1 and set(line) <= set("0123456789abcdef") for line in lines
+    ):
+        raise UserError("the list of a unit's image files is damaged", where=folder / NAME, fix="run `make repair`")
+    return lines
+
+
+def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
+    """Every group of views was made from the same image files as the first.
+
+    Raises:
+        UserError: naming the first image that differs and the units that hold it.
+    """
+    if len(groups) < 2:
+        return
+    first = ImageFiles(root, [(info.group, info.range_id) for info in groups[0]])
+    changes: list[tuple[Change, str]] = []
+    for info in (info for group in groups[1:] for info in group):
+        folder = unit_folder(root, info.group, info.range_id)
+        images = read_images(folder, info)
+        for key, digest in zip(read_keys(folder, info) if images else [], images, strict=True):
+            change = first.change(key, digest)
+            changes += [] if change is None else [(change, folder.relative_to(root).as_posix())]
+    if changes:
+        units = sorted({unit for change, unit in changes} | {change.unit for change, unit in changes})
+        change, unit = changes[0]
+        raise UserError(
+            "images changed while the cache was made: two groups of views come from different files",
+            got=f"{len(changes)} images; the first is {change.key}, in {change.unit} and in {unit}",
+            expected="one file an image in all views",
+            where=f"{root}, units {', '.join(units[:10])}" + (f" and {len(units) - 10} more" if units[10:] else ""),
+            fix=FIX,
+        )
+
+
+def _number(key: str) -> int:
+    """64 bits of a key."""
+    return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")
