@@ -55,6 +55,10 @@ from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.tail import DEMO_TEACHER
 from scalekd_cache.teacher import Teacher, TeacherOutput, load_teacher
+from scalekd_cache.teacher_classes import check_class_order
+
+CHECKED_IMAGES = 512
+"""About so many training images, or validation images of a dry run, show whether the classes are in order."""
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
@@ -121,6 +125,8 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
     job = make_plan(config, process, source, teacher, codec)
     if finished(job) is None:
         _check(config, process, job, student)
+        if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
+            _teacher_top1(config, job.stage, CHECKED_IMAGES)
     units = [unit for unit in job.units if not committed(job, unit)]
     process.say(
         f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
@@ -291,24 +297,46 @@ def _finish(process: Process, peers: Peers, job: Job) -> Manifest:
     return read_manifest(root)
 
 
-def _teacher_top1(config: CacheTeacherConfig, stage: Stage) -> float | None:
-    """The teacher's accuracy on the validation images, None when there are none."""
-    if not stage.teacher.spec.has_classifier:
+def _teacher_top1(config: CacheTeacherConfig, stage: Stage, sample: int | None = None) -> float | None:
+    """The teacher's accuracy on the validation images (about `sample` of them), None when there are none.
+
+    Raises:
+        UserError: its classes are in another order than the data set's, or its accuracy is near chance.
+    """
+    spec = stage.teacher.spec
+    if not spec.has_classifier:
         return None
     try:
-        validation = open_source(config.data, "val")
+        images, title = open_source(config.data, "val"), "evaluate the teacher"
     except UserError as error:
         print(f"no validation images, so the teacher's accuracy is not measured:\n{error}", flush=True)
-        return None
+        if isinstance(stage.source, PixelCache):
+            return None
+        images, title, sample = stage.source, "check the order of classes", CHECKED_IMAGES
+    pairs: list[Tensor] = []
 
-    def predict(images: Tensor) -> Tensor:
-        output: TeacherOutput = stage.teacher(images)
+    def predict(pixels: Tensor) -> Tensor:
+        output: TeacherOutput = stage.teacher(pixels)
         return output.logits
 
+    def keep(logits: Tensor, labels: Tensor) -> None:
+        pairs.append(torch.stack([labels, logits.argmax(1).cpu()]))
+
+    every = max(1, len(images.samples) // sample) if sample else 1
     tally = evaluate(
-        predict, validation, config.views.size, stage.device, workers=config.workers, title="evaluate the teacher"
-    )
-    return round(tally.top1_percent, 4)
+        predict, images, config.views.size, stage.device, world_size=every, workers=config.workers, title=title,
+        seen=keep,
+    )  # fmt: skip
+    trained = config.teacher.pretrained or config.teacher.weights is not None
+    if pairs and trained:
+        labels, guesses = torch.cat(pairs, 1).numpy()
+        try:
+            check_class_order(labels, guesses, stage.source.class_names, spec.name)
+        except UserError as error:
+            if config.teacher.check_classes:
+                raise
+            print(f"warning: {error}", flush=True)
+    return None if images is stage.source else round(tally.top1_percent, 4)
 
 
 def _say_what_it_is(root: Path, manifest: Manifest) -> None:

@@ -102,6 +102,7 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     title: str = "evaluate",
+    seen: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tally:
     """Judge `predict` on validation images rank, rank + world_size, ...
 
@@ -115,6 +116,7 @@ def evaluate(
         batch_size: most images per call of `predict`.
         workers: processes that decode images.
         title: what the progress bar says.
+        seen: is given the logits (B, K) and labels (B,) of every batch.
     """
     share = range(rank, len(source.samples), world_size)
     if workers:  # a whole batch a worker where there is room for two of them, else a part of one
@@ -131,6 +133,9 @@ def evaluate(
         for images, labels, unreadable in loader:
             total = total.plus(Tally(0, 0, 0, unreadable))
             if images is not None:
-                total = total.plus(tally(predict(images.to(device)).float(), labels.to(device)))
+                logits = predict(images.to(device)).float()
+                total = total.plus(tally(logits, labels.to(device)))
+                if seen is not None:
+                    seen(logits, labels)
             bar.update(len(labels) + unreadable)
     return total

@@ -41,7 +41,7 @@ def options(root, weights, *, data=None, views=None, teacher=None, cache=None, *
     return CacheTeacherConfig(
         data=DataConfig(**{"max_samples": SAMPLES, **(data or {})}),
         views=ViewConfig(**{**drawn, **(views or {})}),
-        teacher=TeacherConfig(**{"weights": str(weights), "batch_size": 16, **(teacher or {})}),
+        teacher=TeacherConfig(**{"weights": str(weights), "batch_size": 16, "check_classes": False, **(teacher or {})}),
         cache=StoreConfig(**{"path": str(root), **small, **(cache or {})}),
         **rest,
     )
