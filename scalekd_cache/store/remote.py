@@ -17,6 +17,7 @@ from urllib.parse import unquote, urlsplit
 
 from scalekd_cache.config.remote import RemoteConfig, copies_folder, copies_limit
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import open_regular
 from scalekd_cache.store.copies import Copies
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.store.path import StoredPath
@@ -237,7 +238,7 @@ def descriptor_of(path: StoredPath) -> int:
     """A descriptor for reading. FileNotFoundError when a cache has no such file."""
     if isinstance(path, RemotePath):
         return path.descriptor()
-    return os.open(str(path), os.O_RDONLY | os.O_CLOEXEC)
+    return open_regular(str(path))
 
 
 def size_of(path: StoredPath) -> int | None:

@@ -143,6 +143,9 @@ def sizes_differ(folder: StoredPath, files: Mapping[str, FileFact]) -> list[tupl
         except (FileNotFoundError, NotADirectoryError):
             wrong.append((name, f"missing, should have {fact.bytes} bytes"))
             continue
+        except OSError as error:  # a link loop, no permission, a disk that fails
+            wrong.append((name, f"cannot be read: {error.strerror}"))
+            continue
         if size not in (fact.bytes, None):
             wrong.append((name, f"{size} bytes, should have {fact.bytes}"))
     return wrong
