@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from scalekd_cache.config import StudentConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.mixer_b14 import mixer_b14_224
 from scalekd_cache.recompute import check_tapped, last_called, recompute_blocks
 from scalekd_cache.teacher_spec import Shape
 from scalekd_cache.zoo import check_name, create_timm_model, default_image_size
@@ -45,6 +46,7 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "convnext_tiny": ("convnext_tiny", CONVNEXT_FORM),
     "mixer_s16": ("mixer_s16_224", {}),
     "mixer_b16": ("mixer_b16_224", {}),
+    "mixer_b14": (mixer_b14_224.__name__, {}),  # which `mixer_b14` makes known to timm
     "vit_small": ("vit_small_patch16_224", POOLED_VIT),
     "vit_base": ("vit_base_patch16_224", POOLED_VIT),
     "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # beside a teacher with such patches

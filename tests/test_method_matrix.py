@@ -36,7 +36,7 @@ TEACHERS = [
     ("beit_large_patch16_224", 224, "beit", (1024, 14, 14), (1024, 14, 14)),
     ("eva02_base_patch14_224", 224, "eva", (768, 16, 16), (768, 16, 16)),
 ]
-STUDENTS = (*PAPER_STUDENTS, "resnet50d", "vit_base_14")
+STUDENTS = (*PAPER_STUDENTS, "resnet50d", "vit_base_14", "mixer_b14")
 TAPS = {
     "mobilenetv1": ((512, 14, 14), (1024, 7, 7)),
     "resnet50": ((1024, 14, 14), (2048, 7, 7)),
@@ -44,6 +44,7 @@ TAPS = {
     "convnext_tiny": ((384, 14, 14), (768, 7, 7)),
     "mixer_s16": ((512, 14, 14), (512, 14, 14)),
     "mixer_b16": ((768, 14, 14), (768, 14, 14)),
+    "mixer_b14": ((768, 16, 16), (768, 16, 16)),
     "vit_small": ((384, 14, 14), (384, 14, 14)),
     "swin_tiny": ((384, 14, 14), (768, 7, 7)),
     "vit_base": ((768, 14, 14), (768, 14, 14)),
@@ -51,7 +52,16 @@ TAPS = {
 }
 KINDS = ("mobilenetv1", "convnext_tiny", "vit_small")
 """Batch norm, layer norm with shrinking maps, one resolution."""
-LAYER_NORM = {"convnext_tiny", "mixer_s16", "mixer_b16", "vit_small", "swin_tiny", "vit_base", "vit_base_14"}
+LAYER_NORM = {
+    "convnext_tiny",
+    "mixer_s16",
+    "mixer_b16",
+    "mixer_b14",
+    "vit_small",
+    "swin_tiny",
+    "vit_base",
+    "vit_base_14",
+}
 
 
 def test_every_family_is_here():

@@ -145,6 +145,17 @@ def test_an_old_name_is_resolved():
     assert student.model_name == "resnetv2_50x1_bit.goog_in21k_ft_in1k"
 
 
+def test_mixer_b14_is_a_model_of_timm():
+    """It can be exported and loaded by name, where the module that registers it is imported."""
+    student = build_student(
+        StudentConfig(name="mixer_b14"), num_classes=5, image_size=56, args={"embed_dim": 24, "num_blocks": 4}
+    )
+    assert student.tap_shapes == ((24, 4, 4), (24, 4, 4))
+    rebuilt = timm.create_model(student.model_name, **student.model_args)
+    rebuilt.load_state_dict(student.model.state_dict())
+    assert rebuilt.stem.proj.kernel_size == (14, 14)
+
+
 def test_size_that_does_not_fit():
     with pytest.raises(UserError, match="does not run on images of 64 pixels"):
         make("efficientformer_l1")

@@ -36,8 +36,8 @@ from scalekd_cache.upstream_file import read_checkpoint
 from scalekd_cache.upstream_names import family_of, student_tensors, unfold_to_timm
 
 torch.set_num_threads(1)
-PAPER = ["resnet50", "resnet50d", "mobilenetv1", "convnext_tiny", "mixer_s16", "mixer_b16", "vit_small", "swin_tiny",
-         "vit_base"]  # fmt: skip
+PAPER = ["resnet50", "resnet50d", "mobilenetv1", "convnext_tiny", "mixer_s16", "mixer_b16", "mixer_b14", "vit_small",
+         "swin_tiny", "vit_base"]  # fmt: skip
 
 
 def scattered(module: nn.Module) -> nn.Module:

@@ -196,9 +196,9 @@ class MixerBlock(nn.Module):
 
 
 class MlpMixer(nn.Module):
-    def __init__(self, dim: int, depth: int, positions: int) -> None:
+    def __init__(self, dim: int, depth: int, positions: int, patch: int = 16) -> None:
         super().__init__()
-        self.patch_embed = PatchEmbed(dim, 16)
+        self.patch_embed = PatchEmbed(dim, patch)
         self.layers = nn.ModuleList(MixerBlock(positions, dim) for _ in range(depth))
         self.ln1 = nn.LayerNorm(dim)
 
@@ -382,6 +382,7 @@ def paper_student(name: str, classes: int = 1000) -> Classifier:
         "convnext_tiny": lambda: (ConvNeXt((3, 3, 9, 3), (96, 192, 384, 768)), 768),
         "mixer_s16": lambda: (MlpMixer(512, 8, 196), 512),
         "mixer_b16": lambda: (MlpMixer(768, 12, 196), 768),
+        "mixer_b14": lambda: (MlpMixer(768, 12, 256, 14), 768),
         "vit_small": lambda: (VisionTransformer(384, 12, 6, 196), 384),
         "vit_base": lambda: (VisionTransformer(768, 12, 12, 196), 768),
         "swin_tiny": lambda: (SwinTransformer(96, (2, 2, 6, 2), (3, 6, 12, 24)), 768),
