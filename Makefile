@@ -165,7 +165,7 @@ endif
 	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
-evaluate: $(BASE) ## Measure a finished run's student again: RUN=dir [DATA= JSON=1]
+evaluate: $(BASE) ## Measure a run's student again, or an exported or imported one: RUN=dir [DATA= JSON=1]
 	@$(PY) -m pipelines.evaluate --run "$(RUN)" $(if $(JSON),--json) $(if $(filter-out demo,$(DATA)),--data "$(DATA)")
 
 export: $(BASE) ## Write a run's student: RUN=dir [OUT=place FORMAT=timm|safetensors|onnx|torch-export|torchvision|mmpretrain]

@@ -1,4 +1,4 @@
-"""Measure the accuracy of a run's exported student again (`make evaluate RUN=dir`)."""
+"""Measure the accuracy of a run's exported student again, or of an exported folder (`make evaluate RUN=dir`)."""
 
 import json
 from dataclasses import dataclass
@@ -13,9 +13,9 @@ class EvaluateConfig:
     """Options of `evaluate`."""
 
     run: str
-    """Folder of a finished run."""
+    """Folder of a finished run, or of an exported or imported student (with `data`)."""
     data: str | None = None
-    """Where the validation images are (None: where stage 1 found them)."""
+    """Where the validation images are (None: where stage 1 found them; an exported student does not say it)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
@@ -27,10 +27,14 @@ class EvaluateConfig:
 def main(argv: list[str]) -> None:
     """Evaluate the exported student; print a sentence and a line of JSON."""
     config = parse(EvaluateConfig, "evaluate", with_flags(argv, "--json"), {}, __doc__ or "")
-    from scalekd_cache.finished import evaluate_export
+    from scalekd_cache.finished import evaluate_export, evaluate_folder, exported_folder
     from scalekd_cache.processes import this_process
 
-    tally = evaluate_export(Path(config.run), config.data, this_process(config.device), config.workers)
+    process, folder = this_process(config.device), exported_folder(Path(config.run))
+    if folder is not None:
+        tally = evaluate_folder(folder, config.data, process, config.workers)
+    else:
+        tally = evaluate_export(Path(config.run), config.data, process, config.workers)
     if tally.images == 0:
         raise UserError("no validation image could be read", where=config.data or config.run, fix="check DATA=")
     if not config.json:

@@ -4,7 +4,9 @@ In: a run folder, or a consolidated state dict. Out: a `Tally`; a folder that pl
 Invariant: nothing here needs the cache the student was trained from, or imports deepspeed.
 """
 
+import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from scalekd_cache.checkpoint import STUDENT, latest_checkpoint
-from scalekd_cache.config import StudentConfig, from_plain
+from scalekd_cache.config import DataConfig, StudentConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
-from scalekd_cache.export import export_student
+from scalekd_cache.export import DESCRIPTION, WEIGHTS, export_student
 from scalekd_cache.export_formats import SUFFIXES, check_format, export_file
 from scalekd_cache.images import open_source
 from scalekd_cache.loader import data_config
@@ -24,7 +26,10 @@ from scalekd_cache.model_card import card_facts, model_card
 from scalekd_cache.processes import Process
 from scalekd_cache.report import is_going, read_config, read_facts, read_summary
 from scalekd_cache.store import Manifest
+from scalekd_cache.store.checked_files import check_regular, checked, read_json
 from scalekd_cache.student import Student, build_student
+from scalekd_cache.weights import load_weights, stored_shapes
+from scalekd_cache.zoo import check_name, create_timm_model
 
 State = dict[str, Tensor]
 
@@ -121,3 +126,71 @@ def evaluate_export(run: Path, data: str | None, process: Process, workers: int)
         process.device,
         workers=workers,
     )
+
+
+@dataclass(frozen=True)
+class _ImageConfig:
+    """The part of timm's `pretrained_cfg` that says what images the model wants."""
+
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The fields of an export's config.json that are read."""
+
+    architecture: str
+    num_classes: int
+    pretrained_cfg: _ImageConfig
+    model_args: dict[str, Any] = field(default_factory=dict)
+    label_names: list[str] = field(default_factory=list)
+
+
+def _read_description(file: Path) -> _Description:
+    """timm writes more fields than are read here."""
+    what = "the description of an exported student"
+    fields, _ = read_json(file, what)
+    images = fields.get("pretrained_cfg")
+    if isinstance(images, dict):
+        fields["pretrained_cfg"] = {key: images[key] for key in _ImageConfig.__annotations__ if key in images}
+    known = {key: fields[key] for key in _Description.__annotations__ if key in fields}
+    return checked(json.dumps(known), _Description, what, file)
+
+
+def exported_folder(place: Path) -> Path | None:
+    """An exported or imported student that is no run: the folder itself, or its student/; None for anything else."""
+    if (place / "config.yaml").exists():
+        return None
+    found = (folder for folder in (place, place / "student") if (folder / DESCRIPTION).exists())
+    return next(found, None)
+
+
+def evaluate_folder(folder: Path, data: str | None, process: Process, workers: int) -> Tally:
+    """The accuracy of an exported or imported student, without a run: size, means and model come from its config.json.
+
+    Raises:
+        UserError: no data set is named, a file is damaged, or the classes of data set and student differ.
+    """
+    if data is None:
+        raise UserError("an exported student does not say where its images are", where=folder, fix="give DATA=folder")
+    shown = _read_description(folder / DESCRIPTION)
+    name = check_name(shown.architecture, str(folder / DESCRIPTION))
+    check_regular(folder / WEIGHTS, "the weights of an exported student")
+    shapes = stored_shapes(str(folder / WEIGHTS))
+    model, _ = create_timm_model(name, {"num_classes": shown.num_classes, **shown.model_args})
+    load_weights(model, str(folder / WEIGHTS), shapes)
+    source = open_source(DataConfig(source=data), "val")
+    named = bool(shown.label_names) and shown.label_names != list(source.class_names)
+    if named or len(source.class_names) != shown.num_classes:
+        raise UserError(
+            "the classes of the data set are not those of the student",
+            got=f"{len(source.class_names)}: {', '.join(source.class_names[:5])} ...",
+            expected=f"{shown.num_classes}: {', '.join(shown.label_names[:5]) or 'without names'} ...",
+            where=data,
+            fix="give the data set it was trained for; classes.txt in the folder of the data set orders its classes",
+        )
+    config = shown.pretrained_cfg
+    predict = classifier(model.eval().to(process.device), config.mean, config.std)
+    return evaluate(predict, source, config.input_size[-1], process.device, workers=workers)

@@ -1,12 +1,20 @@
 """Accuracy: counts by hand, shares of ranks, images that cannot be decoded."""
 
+import json
+
+import numpy as np
 import pytest
 import torch
 from image_files import folder_tree, source_of, write
+from PIL import Image
 
-from scalekd_cache.config import DataConfig
+from pipelines.evaluate import main
+from scalekd_cache.config import DataConfig, StudentConfig
+from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate, tally
+from scalekd_cache.export import export_student
 from scalekd_cache.images import open_source
+from scalekd_cache.student import build_student
 
 CPU = torch.device("cpu")
 
@@ -66,3 +74,54 @@ def test_unreadable_images_are_counted(tmp_path):
     assert result == Tally(2, 3, 3, 3)
     assert batches == [(1, 3, 32, 32)] * 3
     assert evaluate(predict, source_of(root, "val"), 32, CPU) == result
+
+
+def pictures(root, classes):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(2):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+def exported(folder, names):
+    config = StudentConfig(name="resnet10t")
+    student = build_student(config, num_classes=3, image_size=32)
+    export_student(student, config, folder, image_size=32, class_names=names)
+
+
+@pytest.mark.parametrize("place", [".", "student"])
+@pytest.mark.parametrize("names", [["a", "b", "c"], []])
+def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, names):
+    """`import-upstream` writes student/, without names of classes."""
+    exported(tmp_path / "out" / place, names)
+    main(["--run", str(tmp_path / "out"), "--data", str(pictures(tmp_path / "data", "abc")), "--device", "cpu"])
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["images"] == 6
+    assert facts["top5"] == 100
+
+
+def test_exported_students_that_cannot_be_judged(tmp_path):
+    folder = tmp_path / "out"
+    exported(folder, ["a", "b", "c"])
+    with pytest.raises(UserError, match=r"DATA=folder"):
+        main(["--run", str(folder)])
+    for number, classes in enumerate(("abd", "ab")):
+        with pytest.raises(UserError, match="classes of the data set"):
+            main(["--run", str(folder), "--data", str(pictures(tmp_path / str(number), classes))])
+    data = str(pictures(tmp_path / "data", "abc"))
+    description = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(description.replace("resnet10t", "resnet18"))
+    with pytest.raises(UserError, match="do not fit"):
+        main(["--run", str(folder), "--data", data])
+    (folder / "config.json").write_text(description.replace('"mean"', '"average"'))
+    with pytest.raises(UserError, match="mean: missing"):
+        main(["--run", str(folder), "--data", data])
+    (folder / "config.json").write_text(description)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")  # never opened
+    with pytest.raises(UserError, match="weights of an exported student"):
+        main(["--run", str(folder), "--data", data])
