@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from scalekd_cache.cache_plan import tidy
 from scalekd_cache.cache_teacher import cache_teacher
 from scalekd_cache.calibration import codec_options, write_mark
 from scalekd_cache.checking import check_deeply, manifest_or_none
@@ -73,6 +74,7 @@ def repair_cache(
         UserError: the options cannot be read from the cache, or the teacher or data are not those it was made from.
             The cache is then as it was.
     """
+    tidy(root, process)
     check = functools.partial(check_deeply, root, data=data, weights=weights, pixels_from=pixels_from)
     found = check(device=process.device, progress=progress).findings
     problems = found.problems

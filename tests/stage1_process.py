@@ -24,7 +24,7 @@ FORKING.set_forkserver_preload(
     ["scalekd_cache.cache_teacher", "pipelines.command", "sklearn.datasets", "webdataset", "zarr"]
 )
 KILLED = -signal.SIGKILL
-WRITES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+WRITES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")
 """Audit events of file operations; fsync has none, but a folder is opened before it is fsynced."""
 
 
@@ -67,7 +67,7 @@ def _kill_group(*_) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _command(words, environment, log, root, operation, act=_kill_group) -> None:
+def _command(words, environment, log, root, operation, act=_kill_group, command="cache_teacher") -> None:
     """The body of a forked process."""
     os.setpgid(0, 0)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; here it would be forkserver
@@ -77,14 +77,19 @@ def _command(words, environment, log, root, operation, act=_kill_group) -> None:
     os.environ.update(environment)
     if operation:
         at_operation(operation, root, act)
-    sys.argv = ["cache_teacher", *words]
-    runpy.run_module("pipelines.cache_teacher", run_name="__main__", alter_sys=True)
+    sys.argv = [command, *words]
+    runpy.run_module(f"pipelines.{command}", run_name="__main__", alter_sys=True)
 
 
 class Job:
-    """Stage 1 on some ranks. torchrun's part is played here: the store, the environment, ending all when one dies."""
+    """Stage 1, or another command, on some ranks.
 
-    def __init__(self, words, root: Path, log: Path, *, ranks: int = 1, operation: int = 0) -> None:
+    torchrun's part is played here: the store, the environment, ending all when one dies.
+    """
+
+    def __init__(
+        self, words, root: Path, log: Path, *, ranks: int = 1, operation: int = 0, command: str = "cache_teacher"
+    ) -> None:
         self._log, self._store = log, None
         log.write_text("")
         environment = {"OMP_NUM_THREADS": "1"}
@@ -99,7 +104,7 @@ class Job:
         for rank in range(ranks):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else environment
             hit = operation if rank == ranks - 1 else 0
-            arguments = (words, own, str(log), root, hit)
+            arguments = (words, own, str(log), root, hit, _kill_group, command)
             self.processes.append(FORKING.Process(target=_command, args=arguments))
             self.processes[-1].start()
 

@@ -180,7 +180,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
                 got=f"group {group}: {content[0]} images",
                 expected=f"group 0: {contents[0][0]} images, with the same keys",
                 where=root / "units",
-                fix="images became unreadable or were mended in between: make the cache again in a new folder",
+                fix="rerun `make cache-teacher`: it names the units that differ and makes them again",
             )
     if not contents or contents[0][0] == 0:
         raise UserError("the cache holds no images", where=root / "units", fix="check the data set: all were skipped")
