@@ -84,7 +84,7 @@ def story(place, weights, name, backend):
     return Story(place, weights, name, backend)
 
 
-@pytest.mark.slow
+@pytest.mark.ci_slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["new", "growth", "repair"])
 def test_killed_before_every_operation(tmp_path, weights, name, backend):
