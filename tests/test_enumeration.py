@@ -21,6 +21,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT, cache_flags, flags
 from image_files import encoded, picture, write
+from test_store import write_cache
+
+from scalekd_cache.store import verify_cache
 
 LIMIT_OF_A_CASE_S = 20.0
 """Of the processor's time, so that a busy machine does not matter; a case that waits has ten times as long."""
@@ -186,15 +189,20 @@ def replace(world: World, name: str, kind: str) -> str | None:
     file.unlink()
     if kind in ("empty", "cut", "unreadable", "huge"):
         file.write_bytes({"empty": b"", "cut": data[: len(data) // 2]}.get(kind, data))
+    if kind == "huge":
+        os.truncate(file, SPARSE_BYTES)
+    put(file, kind)
+    return str(file) if kind == "unreadable" else None
+
+
+def put(file: Path, kind: str) -> None:
+    """Something that is no file, where `file` was."""
     if kind == "folder":
         file.mkdir()
     elif kind == "loop":
         file.symlink_to(file.name)
     elif kind == "fifo":
         os.mkfifo(file)
-    elif kind == "huge":
-        os.truncate(file, SPARSE_BYTES)
-    return str(file) if kind == "unreadable" else None
 
 
 def verdict(command: str, name: str, status: int, output: str) -> str | None:
@@ -263,6 +271,16 @@ def small_world(folder: Path) -> World:
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return small_world(tmp_path_factory.mktemp("enumeration"))
+
+
+@pytest.mark.parametrize("name", ["v0001.tar", "v0001.idx", "keys.txt", "unit.json"])
+@pytest.mark.parametrize("kind", ["loop", "folder", "fifo"])
+def test_something_else_in_the_place_of_a_units_file_is_a_finding(name, kind, tmp_path):
+    root = write_cache(tmp_path, "webdataset")
+    file = root / "units/g000-r00001" / name
+    file.unlink()
+    put(file, kind)
+    assert any("g000-r00001" in problem.where for problem in verify_cache(root, deep=True))
 
 
 @pytest.mark.ci_slow

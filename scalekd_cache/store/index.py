@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import MAX_UNIT_SAMPLES, ShardId, damaged
+from scalekd_cache.store.checked_files import read_file, unreadable
 from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX2"
@@ -51,9 +52,11 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
         found_bytes = path.stat().st_size
     except FileNotFoundError:
         raise damaged("the index of a shard is missing", "no file", f"{expected_bytes} bytes", path) from None
+    except OSError as error:
+        raise unreadable(error, path, "the index of a shard") from error
     if found_bytes != expected_bytes:
         raise damaged("the index of a shard has the wrong length", found_bytes, f"{expected_bytes} bytes", path)
-    data = path.read_bytes()
+    data = read_file(path, "the index of a shard", expected_bytes)
     header = HEADER.unpack_from(data)
     expected = (MAGIC, HEADER.size, ROW.itemsize, *shard, 0, count, tar_bytes)
     if header != expected:

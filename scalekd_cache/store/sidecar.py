@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_key, damaged
-from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.checked_files import read_file, read_json, unreadable
 from scalekd_cache.store.files import FileFact
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files, size_of
@@ -159,10 +159,12 @@ def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
         found = path.stat().st_size
     except FileNotFoundError:
         raise damaged("the keys of a unit are missing", "no file", f"{expected} bytes", path) from None
+    except OSError as error:
+        raise unreadable(error, path, "keys.txt") from error
     if found != expected:
         raise damaged("the keys of a unit have the wrong length", found, f"{expected} bytes", path)
     try:
-        keys = path.read_bytes().decode("utf-8").split("\n")[:-1]
+        keys = read_file(path, "keys.txt", expected).decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise damaged("the keys of a unit cannot be read", error, "UTF-8", path) from error
     if len(keys) != info.count:
