@@ -4,7 +4,7 @@ In: options as plain dicts, a cache's facts. Out: nothing, or an error that name
 Invariant: light (no torch): commands call this before anything else.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,19 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
             "the cache was made with other options",
             got="; ".join(lines),
             where=where,
-            fix="choose another CACHE=, or give the options the cache was made with",
+            fix="choose another CACHE=, or give the options the cache was made with" + _renamed(different),
         )
+
+
+def _renamed(different: Sequence[str]) -> str:
+    """What to do when images or labels have changed: a rename must not cost a cache."""
+    if not any(name.endswith("data.listing") for name in different):
+        return ""
+    return (
+        ". Images were added, removed, renamed or labeled differently since: give them back the names in "
+        "units/*/keys.txt to let the cache grow. Training from the views that are there needs no images where "
+        "pixels are baked"
+    )
 
 
 def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
