@@ -7,6 +7,7 @@ and 8 views a unit. Each size runs in a process of its own, which reports second
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import resource
@@ -27,7 +28,11 @@ ZEROS = "0" * 64
 
 def make_cache(root: Path, records: int) -> None:
     """Sidecars and a manifest of `records` views; files as long as they should be, and empty."""
+    sys.path.append(str(ROOT / "tests"))
+    from cache_facts import FINGERPRINT, cache_facts
+
     from scalekd_cache.store import Manifest, UnitRow, unit_folder, write_manifest
+    from scalekd_cache.store.base import FORMAT_VERSION
     from scalekd_cache.store.files import FileFact
     from scalekd_cache.store.manifest import units_digest
     from scalekd_cache.store.sidecar import UnitInfo, info_text
@@ -44,7 +49,7 @@ def make_cache(root: Path, records: int) -> None:
                 f"v{view:04d}.idx": FileFact(index_bytes, ZEROS),
             }
         info = UnitInfo(
-            format=1, fingerprint=ZEROS, backend="webdataset", group=0, range_id=number, start=start,
+            format=FORMAT_VERSION, fingerprint=FINGERPRINT, backend="webdataset", group=0, range_id=number, start=start,
             stop=start + count, views=list(range(VIEWS)), count=count, skipped=[], files=files,
             payload_bytes={"pixels": 0, "features": 0, "target": 0}, fidelity={}, versions={},
         )  # fmt: skip
@@ -57,12 +62,11 @@ def make_cache(root: Path, records: int) -> None:
                 with (folder / name).open("wb") as file:
                     file.truncate(fact.bytes)
         rows.append(UnitRow(0, number, count, hashlib.sha256(text).hexdigest()))
+    facts = cache_facts(backend="webdataset", samples_per_shard=IMAGES_PER_UNIT, groups=[list(range(VIEWS))], ranges=[])
+    kept = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts) if field.name != "ranges"}
     manifest = Manifest(
-        format_version=2, fingerprint=ZEROS, fingerprint_fields={}, recipe="", backend="webdataset",
-        samples_per_shard=IMAGES_PER_UNIT, num_samples=images, num_views=VIEWS, groups=[list(range(VIEWS))], units=rows,
-        units_digest=units_digest(rows), class_names=[], teacher={}, tail_sha256="", view_recipe={}, codec={},
-        logit_codec={}, second_codec={}, data={}, pixels_from={}, fidelity={}, versions={},
-        bytes_per_view=dict.fromkeys(("pixels", "features", "target", "index", "total"), 0.0),
+        format_version=FORMAT_VERSION, num_samples=images, num_views=VIEWS, units=rows, units_digest=units_digest(rows),
+        fidelity={}, bytes_per_view=dict.fromkeys(("pixels", "features", "target", "index", "total"), 0.0), **kept,
     )  # fmt: skip
     write_manifest(root, manifest)
 

@@ -18,6 +18,7 @@ from scalekd_cache.order import WINDOW, Likeness, Order, mixing_window
 from scalekd_cache.processes import Process
 from scalekd_cache.scalekd import ScaleKDHeads
 from scalekd_cache.store import Cache
+from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.store.remote import local_path
 from scalekd_cache.student import Student
@@ -49,7 +50,7 @@ def kept_classifier(config: DistillConfig, cache: Cache, kept: LogitCodec, proce
 def tail_of(cache: Cache, spec: TeacherSpec) -> Tail:
     """The teacher's tail, byte for byte the one the cache was made with."""
     file = cache.root / "tail.safetensors"
-    if not file.exists() or fact_of(file).sha256 != cache.manifest.tail_sha256:
+    if not is_there(file) or fact_of(file).sha256 != cache.manifest.tail_sha256:
         raise UserError(
             "the teacher's tail is missing or damaged",
             expected=f"sha256 {cache.manifest.tail_sha256[:16]}",

@@ -27,7 +27,7 @@ from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, to_plain
 from scalekd_cache.drawing import Unit
 from scalekd_cache.errors import UserError
-from scalekd_cache.images import Source, listing_digest
+from scalekd_cache.images import Source, data_facts
 from scalekd_cache.order import likeness
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Process, autocast_dtype
@@ -165,7 +165,7 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
     if isinstance(source, PixelCache):
         fields: dict[str, Any] = source.cache.manifest.fingerprint_fields["data"]
         return fields
-    return {"listing": listing_digest(source), "samples": len(source.samples)}
+    return data_facts(source)
 
 
 def _class_likeness(source: Source | PixelCache) -> list[float]:

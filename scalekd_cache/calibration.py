@@ -23,14 +23,12 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.processes import Peers
-from scalekd_cache.store.base import damaged
-from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.files import write_atomically
 from scalekd_cache.store.manifest import STATE
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import changing_plan, read_plan
-from scalekd_cache.store.sealed import sealed, unsealed
-from scalekd_cache.store.verify import MARK, MARK_FIELDS
+from scalekd_cache.store.sealed import sealed
+from scalekd_cache.store.verify import MARK, read_mark
 from scalekd_cache.stored_pixels import decode_pixels, encode_pixels
 from scalekd_cache.teacher import Teacher
 from scalekd_cache.views import apply_view, sample_view
@@ -68,16 +66,16 @@ def calibrated_codec(
                     _keep(config, root, settled, teacher)
         peers.announce("codec")
     peers.wait("codec")
-    kept, asked = _kept(root), _preset(config)
-    if kept["preset"] != asked:
+    kept, asked = read_mark(root), _preset(config)
+    if kept.preset != asked:
         raise UserError(
             "this cache's codec was fitted for another preset",
             got=asked,
-            expected=kept["preset"],
+            expected=kept.preset,
             where=root,
             fix="use the codec, noise and target the cache was made with, or another folder (CACHE=...)",
         )
-    return codec_from_config(kept["codec"], root)
+    return codec_from_config(kept.codec, root)
 
 
 def check_kept_codec(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
@@ -89,7 +87,7 @@ def check_kept_codec(options: StoreConfig, root: Path, codec: FeatureCodec) -> N
     if options.codec not in (*FITTED, AUTO):
         for name in (MARK, STATE):
             (root / name).unlink(missing_ok=True)
-    elif _kept(root)["codec"] != codec.get_config():
+    elif read_mark(root).codec != codec.get_config():
         raise UserError(
             "another job writes to this cache with another teacher or codec",
             where=root,
@@ -111,7 +109,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
 
 def codec_options(root: Path) -> dict[str, Any]:
     """The options of stage 1 that a cache's codec was fitted or chosen by, as codec.json has them."""
-    preset = str(_kept(root)["preset"])
+    preset = read_mark(root).preset
     if preset.startswith(f"{AUTO}, "):
         return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
     name, _, noise = preset.partition(", noise ")
@@ -153,16 +151,8 @@ def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> boo
             raise UserError("the cache was begun with a codec that is not fitted", got=_preset(config), where=root,
                             fix="give the CODEC= it was made with, or choose another CACHE=")  # fmt: skip
         return False
-    kept = _kept(root)
-    return planned or (kept["preset"], kept["teacher"]) == (_preset(config), teacher.spec.weights_sha256)
-
-
-def _kept(root: Path) -> dict[str, Any]:
-    """What codec.json says."""
-    kept = unsealed(*read_json(root / MARK, "the codec's file"), root / MARK)
-    if set(kept) != MARK_FIELDS:
-        raise damaged("the codec's file has other fields", sorted(kept), sorted(MARK_FIELDS), root / MARK)
-    return kept
+    kept = read_mark(root)
+    return planned or (kept.preset, kept.teacher) == (_preset(config), teacher.spec.weights_sha256)
 
 
 def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device) -> Settled:

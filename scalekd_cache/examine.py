@@ -4,7 +4,6 @@ In: records of a shard, and what the cache was made with. Out: findings, each wi
 Invariant: whatever a record holds, the outcome is a finding, never an exception; nothing larger than a batch is held.
 """
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,13 +18,14 @@ from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config import ViewConfig, from_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, UnreadableImage, decode_image
+from scalekd_cache.loader import record_view
 from scalekd_cache.pixel_cache import PixelCache
 from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.base import ShardId
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.verify_unit import Finding, Part
 from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
-from scalekd_cache.views import View, apply_view
+from scalekd_cache.views import apply_view
 
 
 class Examiner:
@@ -67,7 +67,7 @@ class Examiner:
             for look in looks:
                 try:
                     what = look(record, shard.view)
-                except (UserError, UnreadableImage, ValueError, RecursionError) as error:  # the last two: JSON
+                except (UserError, UnreadableImage, ValueError) as error:
                     what = str(error)
                 if what is not None:
                     found.append(Finding(record.key, what))
@@ -97,7 +97,7 @@ class Examiner:
         return None if np.isfinite(known).all() else "logits are not finite"
 
     def _view(self, record: Record, view: int) -> str | None:
-        number = View.from_json(json.loads(record.view)).number
+        number = record_view(record).number
         return None if number == view else f"the view record is that of view {number}, not {view}"
 
     def _pixels(self, record: Record, _: int) -> str | None:
@@ -206,4 +206,4 @@ def view_pixels(
     if record.key not in index:
         raise UserError("the image of a view is not in the data set", got=record.key, where=source.name)
     image = decode_image(source.read(index[record.key]), record.key)
-    return apply_view(View.from_json(json.loads(record.view)), image, views)
+    return apply_view(record_view(record), image, views)

@@ -7,6 +7,7 @@ Invariant: an image that decodes is whole; anything else is `UnreadableImage`, n
 import hashlib
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,18 @@ from scalekd_cache.sources.folder import LAYOUT, is_system_name, open_folder
 from scalekd_cache.sources.formats import FORMATS
 from scalekd_cache.sources.parquet import has_parquet, open_parquet
 from scalekd_cache.sources.shards import has_shards, is_pattern, open_shards
+from scalekd_cache.store.manifest import classes_digest
 
-__all__ = ["SampleRef", "Source", "Split", "UnreadableImage", "decode_image", "listing_digest", "open_source"]
+__all__ = [
+    "SampleRef",
+    "Source",
+    "Split",
+    "UnreadableImage",
+    "data_facts",
+    "decode_image",
+    "listing_digest",
+    "open_source",
+]
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, pixels: twice Pillow's default, where Pillow itself refuses."""
@@ -99,6 +110,15 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     return mistype(
         "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
     )
+
+
+def data_facts(source: Source) -> dict[str, Any]:
+    """What a cache's fingerprint says of its data set."""
+    return {
+        "listing": listing_digest(source),
+        "samples": len(source.samples),
+        "classes": classes_digest(source.class_names),
+    }
 
 
 def listing_digest(source: Source) -> str:

@@ -4,8 +4,7 @@ In: an open cache, a view and a key or position. Out: plain JSON values.
 Invariant: nothing is written, and a record that cannot be used is an error that names shard and key.
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,9 +14,11 @@ from scalekd_cache.checking import unit_of
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
 from scalekd_cache.examine import Examiner, decode_features
+from scalekd_cache.loader import record_view
 from scalekd_cache.store import Cache, Record
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
+from scalekd_cache.teacher_spec import TeacherSpec
 from scalekd_cache.views import View
 
 TOP = 5
@@ -45,8 +46,8 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         "class": names[record.label] if 0 <= record.label < len(names) else None,
         "where": _place(cache, view, position),
         "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits")},
-        "view_record": json.loads(record.view),
-        "view_in_words": in_words(View.from_json(json.loads(record.view))),
+        "view_record": record_view(record).to_json(),
+        "view_in_words": in_words(record_view(record)),
         "digest": record.digest,
         "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
         "features": _features(examiner.codec, decoded),
@@ -119,7 +120,7 @@ def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str,
 def describe_cache(cache: Cache) -> dict[str, Any]:
     """What a cache is, from its manifest alone."""
     manifest = cache.manifest
-    spec: Mapping[str, Any] = manifest.teacher["spec"]
+    spec = TeacherSpec.from_json(manifest.teacher["spec"], str(cache.root))
     return {
         "cache": str(cache.root),
         "images": manifest.num_samples,
@@ -128,7 +129,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "backend": manifest.backend,
         "recipe": manifest.recipe,
         "fingerprint": manifest.fingerprint,
-        "teacher": {"name": spec["name"], "feature_shape": spec["feature_shape"], "top1": manifest.teacher["top1"]},
+        "teacher": {"name": spec.name, "feature_shape": list(spec.feature_shape), "top1": manifest.teacher["top1"]},
         "classes": len(manifest.class_names),
         "codec": manifest.codec,
         "view_recipe": manifest.view_recipe,

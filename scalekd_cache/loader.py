@@ -5,7 +5,6 @@ Invariant: a batch is either complete and verified or an error that names the re
 so a resumed loader goes on with the next sample whatever the number of workers.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -23,6 +22,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.images import Source, decode_image, open_source
 from scalekd_cache.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.base import Parts
+from scalekd_cache.store.checked_files import parse_json
 from scalekd_cache.store.follow import GrowingCache
 from scalekd_cache.stored_pixels import decode_pixels, pixel_digest
 from scalekd_cache.views import View, apply_view
@@ -115,6 +116,7 @@ class MicroBatches(Dataset[Batch]):
             micro_batch=self.micro_batch,
         )
         records = self._with_pixels(self.cache.read(ids, view), ids, view)
+        self._check_parts(records, view)
         always, turn = slot.check_all or self.source is not None, slot.epoch // self.views
         images = [
             self._pixels(record, view, check=always or (position + turn) % DIGEST_EVERY == 0)
@@ -129,6 +131,17 @@ class MicroBatches(Dataset[Batch]):
             ids=torch.from_numpy(ids),
             view=view,
         )
+
+    def _check_parts(self, records: list[Record], view: int) -> None:
+        """UserError for a record without label or features; `Cache.read` has compared labels with the classes."""
+        for record in records:
+            if not {Parts.LABEL, Parts.FEATURES} <= set(record.parts):
+                raise UserError(
+                    "a record holds no label or no features",
+                    got=repr(record.parts),
+                    expected="both: training takes a label and the teacher's features of every image",
+                    where=f"view {view} of {record.key} in {self.cache.root}",
+                )
 
     def _say(self, text: str) -> None:
         """Say what is being waited for, once a job: several worker processes may wait."""
@@ -187,7 +200,7 @@ class MicroBatches(Dataset[Batch]):
 
 def record_view(record: Record) -> View:
     """The view record that a stored record carries."""
-    return View.from_json(json.loads(record.view))
+    return View.from_json(parse_json(record.view.encode(), "a view record", record.key))
 
 
 def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:

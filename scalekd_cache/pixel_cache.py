@@ -7,11 +7,10 @@ Invariant: position p of view v is the same view of the same image in both cache
 import dataclasses
 from itertools import accumulate
 from pathlib import Path
-from typing import Any
 
 from scalekd_cache.config import CacheTeacherConfig, to_plain
 from scalekd_cache.errors import UserError
-from scalekd_cache.images import listing_digest, open_source
+from scalekd_cache.images import data_facts, open_source
 from scalekd_cache.store import Cache, read_unit, unit_folder
 from scalekd_cache.store.shared import open_pixel_cache
 
@@ -102,7 +101,7 @@ def _check_data(config: CacheTeacherConfig, cache: Cache) -> None:
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return
     source = open_source(config.data, "train")
-    got: dict[str, Any] = {"listing": listing_digest(source), "samples": len(source.samples)}
+    got = data_facts(source)
     expected = cache.manifest.fingerprint_fields["data"]
     if got != expected:
         raise UserError(

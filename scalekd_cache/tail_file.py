@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.files import write_atomically
 from scalekd_cache.tail import Tail, build_tail, timm_name
 from scalekd_cache.teacher_spec import TeacherSpec
@@ -57,13 +58,14 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
         UserError: no such file, damaged, of another teacher, or with missing, surplus or misshapen tensors.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
-    with torch.device("meta"):
-        model, _ = create_timm_model(name, spec.model_args)
-    tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)
-    wanted = tail_tensors(tail)
+    check_regular(path, "the tail's file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            _check_spec((file.metadata() or {}).get("spec"), spec, path)
+            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # before anything is built by it
+            with torch.device("meta"):
+                model, _ = create_timm_model(name, spec.model_args)
+            tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)
+            wanted = tail_tensors(tail)
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
             check_tensors(shapes, {name: tuple(value.shape) for name, value in wanted.items()}, path)
             found = {name: file.get_tensor(name) for name in wanted}

@@ -8,16 +8,26 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import checked_value
+from scalekd_cache.store.files import Sha256
 
+Side = Annotated[int, Field(gt=0, le=1 << 16)]
 Shape = tuple[int, int, int]
+Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DEPTH = re.compile("depth|layer|block")
+MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
+"""Of the arguments of a model: number of its layers, length of a list, any other number."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,19 +42,19 @@ class TeacherSpec:
     """Arguments `timm.create_model` got, JSON values."""
     family: str
     """Family in `tail.FAMILIES`."""
-    num_classes: int
+    num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
     """Width of the logits, 0 without a classifier."""
-    image_size: int
+    image_size: Side
     """Side of the images it takes, pixels."""
-    mean: tuple[float, float, float]
+    mean: Triple
     """Channel means it subtracts, on a scale of 0 to 1."""
-    std: tuple[float, float, float]
+    std: tuple[Spread, Spread, Spread]
     """Channel standard deviations, on a scale of 0 to 1."""
-    feature_shape: Shape
+    feature_shape: tuple[Side, Side, Side]
     """(C, H, W) of the features after the final norm."""
-    tail_shape: Shape
+    tail_shape: tuple[Side, Side, Side]
     """(C3, H3, W3) that the tail takes."""
-    weights_sha256: str
+    weights_sha256: Sha256
     """`weights_digest` of the state dict."""
     has_classifier: bool
     """Whether the logits mean anything."""
@@ -57,64 +67,25 @@ class TeacherSpec:
     @staticmethod
     def from_json(value: object, where: str = "teacher") -> "TeacherSpec":
         """The inverse of `to_json`; raises `UserError` naming the first field that is missing, unknown or malformed."""
-        if not isinstance(value, Mapping):
-            raise _malformed("teacher", value, "an object", where)
-        names = [field.name for field in dataclasses.fields(TeacherSpec)]
-        if set(value) != set(names):
-            wrong = sorted(set(value) ^ set(names), key=str)
-            raise _malformed(", ".join(map(str, wrong)), "missing or unknown", f"exactly {', '.join(names)}", where)
-        for name in ("name", "timm_version", "family"):
-            _check(isinstance(value[name], str) and value[name], name, value, "a string", where)
-        for name, low in (("num_classes", 0), ("image_size", 1)):
-            _check(_is_int(value[name], low), name, value, f"an integer, at least {low}", where)
-        for name in ("mean", "std"):
-            _check(_is_triple(value[name], _is_number), name, value, "three finite numbers", where)
-        for name in ("feature_shape", "tail_shape"):
-            _check(_is_triple(value[name], _is_int), name, value, "three positive integers", where)
-        _check(min(value["std"]) > 0, "std", value, "all above 0", where)
-        _check(type(value["has_classifier"]) is bool, "has_classifier", value, "true or false", where)
-        _check(_is_hex(value["weights_sha256"]), "weights_sha256", value, "64 hexadecimal digits", where)
-        args = value["model_args"]
-        _check(isinstance(args, Mapping) and all(map(_is_plain, args.values())), "model_args", value, "plain", where)
-        triples = {name: tuple(value[name]) for name in ("mean", "std", "feature_shape", "tail_shape")}
-        return TeacherSpec(**{**value, **triples, "model_args": dict(args)})
+        spec = checked_value(value, TeacherSpec, "the teacher's description", where)
+        if not all(_is_plain(name, argument) for name, argument in spec.model_args.items()):
+            raise UserError(
+                "the teacher's description asks for a model that cannot be one",
+                got=repr(spec.model_args)[:300],
+                expected=f"plain arguments, depths of at most {MAX_DEPTH}, lists of at most {MAX_LENGTH}",
+                where=where,
+                fix="make the cache anew with this version, or restore the file",
+            )
+        return spec
 
 
-def _malformed(name: str, got: object, expected: str, where: str) -> UserError:
-    return UserError(
-        f"the teacher's description is malformed: {name}",
-        got=got,
-        expected=expected,
-        where=where,
-        fix="make the cache anew with this version, or restore the file",
-    )
-
-
-def _check(ok: object, name: str, value: Mapping[str, Any], expected: str, where: str) -> None:
-    if not ok:
-        raise _malformed(name, repr(value[name])[:200], expected, where)
-
-
-def _is_int(value: object, low: int = 1) -> bool:
-    return type(value) is int and low <= value < 2**31
-
-
-def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
-
-
-def _is_triple(value: object, check: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(map(check, value))
-
-
-def _is_hex(value: object) -> bool:
-    return isinstance(value, str) and len(value) == 64 and set(value) <= set("0123456789abcdef")
-
-
-def _is_plain(value: object) -> bool:
+def _is_plain(name: str, value: object, inside: int = 0) -> bool:
+    """Whether an argument has a size that a model can have: a hostile one could ask for 20,000 layers."""
     if isinstance(value, list | tuple):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, str | bool) or _is_number(value)
+        return inside < 3 and len(value) <= MAX_LENGTH and all(_is_plain(name, item, inside + 1) for item in value)
+    if isinstance(value, int | float) and type(value) is not bool:
+        return math.isfinite(value) and abs(value) <= (MAX_DEPTH if DEPTH.search(name) else MAX_NUMBER)
+    return value is None or isinstance(value, str | bool)
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import hashlib
 import itertools
 import json
 import multiprocessing
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from cache_facts import FINGERPRINT, cache_facts
 from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
@@ -39,7 +39,6 @@ from scalekd_cache.store.files import canonical_json
 from scalekd_cache.store.sealed import SEAL, sealed
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
-FINGERPRINT = hashlib.sha256(b"fingerprint").hexdigest()
 GROUPS = [[0, 1], [2]]
 RANGES = [(0, 21), (21, 40)]
 NUM_SAMPLES = 40
@@ -81,14 +80,8 @@ def write_unit(root: Path, backend: str, group: int = 0, range_id: int = 0, *, r
 
 
 def facts(backend: str, **changes) -> ManifestFacts:
-    values = {
-        "fingerprint": FINGERPRINT, "fingerprint_fields": {"seed": 0}, "recipe": "demo", "backend": backend,
-        "samples_per_shard": 21,
-        "groups": GROUPS, "ranges": [[list(bounds) for bounds in RANGES] for _ in GROUPS], "class_names": ["a", "b"],
-        "teacher": {"name": "demo"}, "tail_sha256": "", "view_recipe": {"size": 32}, "codec": {"id": "int8"},
-        "logit_codec": {}, "data": {"source": "demo"}, "versions": {"torch": "2"},
-    }  # fmt: skip
-    return ManifestFacts(**{**values, **changes})
+    ranges = [[list(bounds) for bounds in RANGES] for _ in GROUPS]
+    return cache_facts(**{"backend": backend, "groups": GROUPS, "ranges": ranges, **changes})
 
 
 def planned(backend: str, group: int = 0, range_id: int = 0) -> ExpectedUnit:

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from scalekd_cache.store.path import StoredPath
 
 FILE = "classifier.safetensors"
+MAX_BYTES = 1 << 30
+RESTORE = "restore the file from where the cache was made"
 TOLERANCE = 1e-4
 
 
@@ -88,22 +90,25 @@ def load_classifier(config: Mapping[str, Any], folder: "StoredPath") -> "nn.Line
     Raises:
         UserError: the file is missing, or not the one the cache was made with.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load
     from torch import nn
 
+    from scalekd_cache.store.checked_files import read_file
+
     path = folder / FILE
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        data = b""
+    data = read_file(path, "the teacher's classifier", MAX_BYTES, fix=RESTORE)
     if hashlib.sha256(data).hexdigest() != config["sha256"]:
         raise UserError(
-            "the teacher's classifier is missing or damaged",
+            "the teacher's classifier is damaged",
             expected=f"sha256 {config['sha256'][:16]}",
             where=path,
-            fix="restore the file from where the cache was made",
+            fix=RESTORE,
         )
-    tensors = load(data)
-    linear = nn.Linear(tensors["weight"].shape[1], config["num_classes"], bias="bias" in tensors)
-    linear.load_state_dict(tensors)
+    try:
+        tensors = load(data)
+        linear = nn.Linear(tensors["weight"].shape[1], config["num_classes"], bias="bias" in tensors)
+        linear.load_state_dict(tensors)
+    except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
+        raise UserError("the teacher's classifier cannot be read", got=error, where=path, fix=RESTORE) from error
     return linear.requires_grad_(False)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from scalekd_cache.codec.blocks import LARGEST
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import read_file
 
 if TYPE_CHECKING:
     from scalekd_cache.store.path import StoredPath
@@ -73,19 +74,10 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
     Raises:
         UserError: no folder or no file, a file of another sha256, or a damaged one.
     """
-    path = None if folder is None else folder / FILE
-    if path is None or not path.is_file():
-        raise UserError(
-            "the codec's state is missing",
-            got="no file",
-            expected=FILE,
-            where=folder or "codec config",
-            fix="restore the file from the cache",
-        )
-    size = path.stat().st_size
-    if size > MAX_STATE_BYTES:
-        raise UserError("the codec's state is too large", got=f"{size} bytes", expected=MAX_STATE_BYTES, where=path)
-    data = path.read_bytes()
+    if folder is None:
+        raise UserError("the codec's state is missing", got="no folder", expected=FILE, where="codec config")
+    path = folder / FILE
+    data = read_file(path, "the codec's state", MAX_STATE_BYTES, fix="restore the file from the cache")
     digest = hashlib.sha256(data).hexdigest()
     if digest != sha256:
         raise UserError(
@@ -103,7 +95,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
                 for name in TransformState._fields
             )
         )
-    except (SafetensorError, KeyError) as error:
+    except (SafetensorError, KeyError, RuntimeError) as error:
         raise UserError("the codec's state cannot be read", got=error, expected="safetensors", where=path) from error
 
 

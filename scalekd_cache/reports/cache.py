@@ -75,7 +75,11 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     heard = ask(cache, examiner, teacher, [*places, *asked], set(places)) if teacher else Heard({}, {})
     gallery = Gallery(cache, examiner, places, heard)
     worst = sorted(heard.cosines, key=lambda place: heard.cosines[place])[:OUTLIERS]
-    pairs = alike(found, OUTLIERS // 2)
+    pairs = [
+        (gallery.cards([(found.looks[pair.first], ""), (found.looks[pair.second], "")]), pair)
+        for pair in alike(found, OUTLIERS // 2)
+    ]
+    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are none
     return render(
         "cache.html",
         title=f"Cache {cache.root.name}",
@@ -91,10 +95,8 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         disagreements=gallery.cards([(look, "") for look in _surest_disagreements(found)]),
         lowest=gallery.cards([(look, _closeness(heard, look)) for look in looks_at(cache, examiner, worst)]),
         has_teacher=teacher is not None,
-        pairs=[
-            (gallery.cards([(found.looks[pair.first], ""), (found.looks[pair.second], "")]), pair) for pair in pairs
-        ],
-        same_pixels=sum(pair.same_pixels for pair in pairs),
+        pairs=shown,
+        same_pixels=sum(pair.same_pixels for _, pair in shown),
     )
 
 

@@ -110,6 +110,7 @@ def read_one(cache: Cache, examiner: Examiner, view: int, position: int) -> tupl
     """A record that can be decoded, or why there is none."""
     try:
         record = cache.read([position], view)[0]
+        record_view(record)
     except UserError as error:
         return None, f"view {view}, position {position}: {str(error).splitlines()[0]}"
     return (record, "") if examiner.usable(record) else (None, f"view {view}, {record.key}: it cannot be decoded")

@@ -11,7 +11,7 @@ import importlib
 import re
 import struct
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from scalekd_cache.store.path import StoredPath
 FORMAT_VERSION = 2
 MAX_UNIT_SAMPLES = 65_536
 """Most records in a shard; a file that claims more is refused before anything is allocated."""
+MAX_VIEWS = 10_000
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
 """Neighbouring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
@@ -34,6 +35,8 @@ UINT32 = struct.Struct("<I").pack
 INT64 = struct.Struct("<q").pack
 NO_LABEL = -1
 """The label of a record that holds none."""
+
+REPAIR = "run `make repair CACHE=...`: it makes what is damaged again (`make verify CACHE=... DEEP=1` lists it)"
 
 BACKENDS = {"webdataset": "scalekd_cache.store.webdataset", "zarr": "scalekd_cache.store.zarr"}
 
@@ -177,8 +180,20 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
         got=got,
         expected=expected,
         where=where if key is None else f"{where}, sample {key!r}",
-        fix="run `make repair CACHE=...`: it makes what is damaged again (`make verify CACHE=... DEEP=1` lists it)",
+        fix=REPAIR,
     )
+
+
+def check_version(fields: Mapping[str, Any], path: StoredPath, name: str = "format_version") -> None:
+    """UserError for a file of another format version: its other fields mean something else."""
+    if fields.get(name) != FORMAT_VERSION:
+        raise UserError(
+            "this version does not read the cache's format",
+            got=repr(fields.get(name))[:100],
+            expected=FORMAT_VERSION,
+            where=path,
+            fix="use the version of scalekd-cache that wrote the cache",
+        )
 
 
 class Target(NamedTuple):

@@ -6,6 +6,7 @@ and whatever is found there is a `UserError` that names the file (a missing one 
 """
 
 import functools
+import json
 import os
 import stat
 from collections.abc import Hashable, Sequence
@@ -80,6 +81,11 @@ def check_regular(path: Path | str, what: str = "a file") -> int:
         os.close(descriptor)
 
 
+def is_there(path: StoredPath) -> bool:
+    """Whether something stands under this name, readable or not."""
+    return os.path.lexists(path) if isinstance(path, Path) else path.exists()
+
+
 def unreadable(error: OSError | ValueError, path: object, what: str = "a file") -> UserError:
     """The error of a file that is there but cannot be opened or read: a bad sector, no permission, a link loop."""
     got = (error.strerror if isinstance(error, OSError) else None) or error
@@ -115,14 +121,21 @@ def read_file(path: StoredPath | str, what: str, limit_bytes: int, fix: str | No
     except FileNotFoundError:
         raise UserError(f"{what} is missing", where=path, fix=fix) from None
     if len(data) > limit_bytes:
-        raise UserError(f"{what} is too large", got="more", expected=f"at most {limit_bytes:,} bytes", where=path)
+        raise _too_large(what, "more", limit_bytes, path)
     return data
+
+
+def _too_large(what: str, got: str, limit_bytes: int, path: object) -> UserError:
+    return UserError(f"{what} is too large", got=got, expected=f"at most {limit_bytes:,} bytes", where=path)
 
 
 def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
     """Up to one byte more than the limit."""
     pieces, left = [], limit_bytes + 1
     try:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit_bytes:
+            raise _too_large(what, f"{size:,} bytes", limit_bytes, path)
         while left > 0 and (piece := file.read(min(left, PIECE_BYTES))):
             pieces.append(piece)
             left -= len(piece)
@@ -174,6 +187,14 @@ def read_checked(
     return checked(data, kind, what, path)
 
 
+def checked_value(value: object, kind: type[T], what: str, where: object) -> T:
+    """JSON values that were parsed already as `kind`; see `read_checked`."""
+    try:
+        return checked(json.dumps(value, allow_nan=False), kind, what, where)
+    except ValueError as error:  # a number as large as 1e999
+        raise UserError(f"{what} is not as expected", got=error, where=where) from None
+
+
 def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
     """JSON text (without NaN) as `kind`; see `read_checked`."""
     try:
@@ -181,6 +202,8 @@ def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False)
         raise UserError(f"{what} is not as expected", got=_named(wrong), where=where) from None
+    except UserError as error:  # of a `__post_init__`
+        raise UserError(f"{what} is not as expected", got=error, where=where) from None
     return value
 
 

@@ -18,15 +18,17 @@ import socket
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import google_crc32c
 import numpy as np
+from pydantic import Field
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import open_file, unreadable
 from scalekd_cache.store.path import StoredPath
 
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PIECE_BYTES = 1 << 20
 HAND_OVER_BYTES = 1 << 23
 WAITING_BYTES = 1 << 20
@@ -51,8 +53,8 @@ class Leftover(NamedTuple):
 class FileFact(NamedTuple):
     """What a file must be."""
 
-    bytes: int
-    sha256: str
+    bytes: Annotated[int, Field(ge=0, lt=2**62)]
+    sha256: Sha256
 
 
 class Written(NamedTuple):

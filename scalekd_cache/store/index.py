@@ -10,8 +10,8 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.store.base import MAX_UNIT_SAMPLES, ShardId, damaged
-from scalekd_cache.store.checked_files import read_file, unreadable
+from scalekd_cache.store.base import MAX_UNIT_SAMPLES, REPAIR, ShardId, damaged
+from scalekd_cache.store.checked_files import read_file
 from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX2"
@@ -48,15 +48,9 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
     """
     assert 0 <= count <= MAX_UNIT_SAMPLES, count
     expected_bytes = HEADER.size + count * ROW.itemsize
-    try:
-        found_bytes = path.stat().st_size
-    except FileNotFoundError:
-        raise damaged("the index of a shard is missing", "no file", f"{expected_bytes} bytes", path) from None
-    except OSError as error:
-        raise unreadable(error, path, "the index of a shard") from error
-    if found_bytes != expected_bytes:
-        raise damaged("the index of a shard has the wrong length", found_bytes, f"{expected_bytes} bytes", path)
-    data = read_file(path, "the index of a shard", expected_bytes)
+    data = read_file(path, "the index of a shard", expected_bytes, fix=REPAIR)
+    if len(data) != expected_bytes:
+        raise damaged("the index of a shard has the wrong length", len(data), f"{expected_bytes} bytes", path)
     header = HEADER.unpack_from(data)
     expected = (MAGIC, HEADER.size, ROW.itemsize, *shard, 0, count, tar_bytes)
     if header != expected:

@@ -13,59 +13,84 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, NotRequired
+
+from pydantic import Field, FiniteFloat
+from typing_extensions import TypedDict
 
 from scalekd_cache.codec.fidelity import merge_summaries
+from scalekd_cache.config import DataConfig, TeacherConfig, ViewConfig, fingerprint
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_backend, damaged
-from scalekd_cache.store.checked_files import read_json
-from scalekd_cache.store.files import canonical_json, write_atomically
+from scalekd_cache.store.base import (
+    BACKENDS,
+    FORMAT_VERSION,
+    MAX_UNIT_SAMPLES,
+    MAX_VIEWS,
+    check_backend,
+    check_version,
+    damaged,
+)
+from scalekd_cache.store.checked_files import checked_value, is_there, read_json
+from scalekd_cache.store.files import Sha256, canonical_json, write_atomically
 from scalekd_cache.store.image_digests import check_images
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files
-from scalekd_cache.store.sealed import check_version, sealed, unsealed
-from scalekd_cache.store.sidecar import (
-    HEX64,
-    UnitInfo,
-    check_fields,
-    read_keys,
-    read_unit,
-    sizes_differ,
-    unit_folder,
-)
+from scalekd_cache.store.sealed import HEX64, sealed, unsealed
+from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, sizes_differ, unit_folder
 
 NAME, TAIL = "manifest.json", "tail.safetensors"
+Share = Annotated[float, Field(ge=0, le=1)]
 STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
 
 
 class UnitRow(NamedTuple):
     """A unit, as the manifest lists it."""
 
-    group: int
-    range_id: int
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    group: Whole
+    range_id: Whole
+    count: Annotated[int, Field(ge=0, le=MAX_UNIT_SAMPLES)]  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     """Records in each shard of the unit."""
-    sha256: str
+    sha256: Sha256
     """Of unit.json."""
+
+
+class TeacherFacts(TypedDict):
+    """The teacher of a cache."""
+
+    spec: dict[str, Any]
+    """A `TeacherSpec`, which checks itself."""
+    config: dict[str, Any]
+    """The `TeacherConfig` of the job that began the cache."""
+    top1: FiniteFloat | None
+    """Accuracy on the data set in percent, where it was measured."""
+
+
+class DataFacts(TypedDict):
+    """What `data` holds beside the `DataConfig`."""
+
+    listing: Sha256
+    samples: Whole
+    classes: Sha256
+    class_likeness: NotRequired[tuple[Share, Share]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestFacts:
     """What the run knows; the rest of a manifest comes from the sidecars."""
 
-    fingerprint: str
+    fingerprint: Sha256
     fingerprint_fields: dict[str, Any]
     recipe: str
     backend: str
-    samples_per_shard: int
+    samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
     """Most images in a range: what the writer was asked for."""
-    groups: list[list[int]]
+    groups: list[list[Whole]]
     """View numbers of each group; together 0, 1, ... num_views - 1."""
-    ranges: list[list[list[int]]]
+    ranges: list[list[list[Whole]]]
     """[start, stop] of every range of every group: ranges[group][range_id]."""
     class_names: list[str]
-    teacher: dict[str, Any]
-    tail_sha256: str
+    teacher: TeacherFacts
+    tail_sha256: Sha256 | Literal[""]
     """Of tail.safetensors; empty for a cache without a tail."""
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
@@ -83,31 +108,31 @@ class Manifest:
     """A whole cache. See docs/FORMAT.md for every field."""
 
     format_version: int
-    fingerprint: str
+    fingerprint: Sha256
     fingerprint_fields: dict[str, Any]
     recipe: str
     backend: str
-    samples_per_shard: int
-    num_samples: int
+    samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
+    num_samples: Whole
     """Images, the same in every view."""
-    num_views: int
-    groups: list[list[int]]
-    units: list[UnitRow]
+    num_views: Whole
+    groups: list[list[Whole]]
+    units: Annotated[list[UnitRow], Field(fail_fast=True)]
     """Sorted by group, then range: the canonical order of each group."""
     units_digest: str
     """sha256 hex over the rows of `units`."""
     class_names: list[str]
-    teacher: dict[str, Any]
-    tail_sha256: str
+    teacher: TeacherFacts
+    tail_sha256: Sha256 | Literal[""]
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
     second_codec: dict[str, Any]
     data: dict[str, Any]
     pixels_from: dict[str, str]
-    bytes_per_view: dict[str, float]
+    bytes_per_view: dict[str, FiniteFloat]
     """Mean bytes on disk: pixels, features, target, index (all that is left: headers, padding, sidecars), total."""
-    fidelity: dict[str, Any]
+    fidelity: Fidelity
     versions: dict[str, str]
 
 
@@ -211,7 +236,7 @@ def read_manifest(root: StoredPath) -> Manifest:
             agree with each other.
     """
     path = root / NAME
-    if not path.exists():
+    if not is_there(path):
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,
@@ -229,27 +254,17 @@ def read_manifest(root: StoredPath) -> Manifest:
 
 def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
     check_version(fields, path)
-    fields = unsealed(fields, data, path)
-    check_fields(fields, Manifest, path)
-    units = [_unit_row(row, path) for row in fields["units"]]
-    manifest = Manifest(**{**fields, "units": units})
-    wrong = [name for name, right in _checks(manifest).items() if not right]
+    manifest = checked_value(unsealed(fields, data, path), Manifest, "the manifest", path)
+    wrong = [name for name, right in _checks(manifest).items() if not right] + contradictions(manifest, path)
     if wrong:
-        raise damaged("the manifest contradicts itself", "; ".join(wrong), "numbers that agree", path)
+        raise damaged("the manifest contradicts itself", "; ".join(wrong), "facts that agree", path)
     return manifest
 
 
-def _unit_row(row: Any, path: StoredPath) -> UnitRow:
-    good = isinstance(row, list) and [type(value) for value in row] == [int, int, int, str]
-    if not good or not (0 <= row[2] <= MAX_UNIT_SAMPLES and HEX64.fullmatch(row[3])):
-        raise damaged("a bad unit in the manifest", row, f"[group, range, count <= {MAX_UNIT_SAMPLES}, sha256]", path)
-    return UnitRow(*row)
-
-
 def _checks(manifest: Manifest) -> dict[str, bool]:
-    """Every agreement that needs the manifest alone; num_samples is bounded by the listed units."""
+    """Every agreement of the units; num_samples is bounded by those that are listed."""
     groups, units = manifest.groups, manifest.units
-    views = [view for group in groups if isinstance(group, list) for view in group]
+    views = [view for group in groups for view in group]
     order = [(row.group, row.range_id) for row in units]
     sums, ranges = dict.fromkeys(range(len(groups)), 0), Counter[int]()
     in_turn = True
@@ -258,10 +273,7 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
         ranges[row.group] += 1
         sums[row.group] = sums.get(row.group, 0) + row.count
     return {
-        "backend is unknown": manifest.backend in BACKENDS,
-        "groups do not hold views 0 to num_views - 1": 0 < len(groups) <= len(views) == manifest.num_views <= 10_000
-        and all(type(view) is int for view in views)
-        and sorted(views) == list(range(len(views))),
+        "groups do not hold views 0 to num_views - 1": len(views) == manifest.num_views <= MAX_VIEWS,
         "units are not sorted by group and range": order == sorted(set(order)),
         "ranges of a group are not 0, 1, ...": in_turn,
         "units of unknown groups": len(sums) == len(groups),
@@ -269,14 +281,58 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
         and set(sums.values()) == {manifest.num_samples}
         and manifest.num_samples > 0,
         "units_digest does not match the units": manifest.units_digest == units_digest(units),
-        "fingerprint is not a sha256": HEX64.fullmatch(manifest.fingerprint) is not None,
-        "tail_sha256 is not a sha256": manifest.tail_sha256 == "" or HEX64.fullmatch(manifest.tail_sha256) is not None,
-        "class_names are not texts": all(isinstance(name, str) for name in manifest.class_names),
-        "pixels_from has other parts": names_pixels(manifest.pixels_from),
         "bytes_per_view has other parts": manifest.bytes_per_view.keys()
-        == {"pixels", "features", "target", "index", "total"}
-        and all(type(number) in (int, float) for number in manifest.bytes_per_view.values()),
+        == {"pixels", "features", "target", "index", "total"},
     }
+
+
+def contradictions(facts: Manifest | ManifestFacts, path: StoredPath) -> list[str]:
+    """What a manifest or plan says twice, and not in the same way: `fingerprint_fields` holds what the bytes of records
+    come from, their hash is `fingerprint`, and readers go by the fields beside it.
+
+    Raises:
+        UserError: a view recipe, data set or teacher that no configuration describes.
+    """
+    fields, spec = facts.fingerprint_fields, facts.teacher["spec"]
+    checked_value(facts.view_recipe, ViewConfig, "the view recipe", path)
+    checked_value(facts.teacher["config"], TeacherConfig, "the options of the teacher", path)
+    own = {"listing", "samples", "classes", "class_likeness"}
+    checked_value({name: value for name, value in facts.data.items() if name not in own}, DataConfig, "data", path)
+    checked_value({name: value for name, value in facts.data.items() if name in own}, DataFacts, "data", path)
+    views = [view for group in facts.groups for view in group]
+    listed = fields.get("data")
+    agreements = {
+        "fingerprint is not the hash of fingerprint_fields": facts.fingerprint == fingerprint(fields),
+        "codec": facts.codec == fields.get("codec"),
+        "logit_codec": facts.logit_codec == fields.get("logit_codec"),
+        "second_codec": facts.second_codec == fields.get("second_codec", {}),
+        "view_recipe": facts.view_recipe == fields.get("views"),
+        "teacher": without_arguments(spec) == without_arguments(fields.get("teacher")),
+        "precision": fields.get("precision") in ("float32", "bfloat16", "float16"),
+        "data": isinstance(listed, dict)
+        and {"listing", "samples", "classes"} <= listed.keys()
+        and all(name in facts.data and facts.data[name] == value for name, value in listed.items()),
+        "class_names": isinstance(listed, dict) and listed.get("classes") == classes_digest(facts.class_names),
+        "shape of codec and teacher": facts.codec.get("shape") == spec.get("feature_shape"),
+        "classes of logit_codec and teacher": facts.logit_codec.get("num_classes") == spec.get("num_classes"),
+        "pixels and pixels_from": fields.get("pixels", "own") == ("shared" if facts.pixels_from else "own"),
+        "pixels_from": facts.pixels_from.keys() in (set(), {"identity", "path"}),
+        "groups": 0 < len(facts.groups) <= len(views) <= MAX_VIEWS and all(facts.groups),
+        "views of groups": sorted(views) == list(range(len(views))),
+        "backend": facts.backend in BACKENDS,
+    }
+    return [name for name, right in agreements.items() if not right]
+
+
+def without_arguments(spec: object) -> object:
+    """A teacher's specification but for `model_args`: those are compared with the tail's file, before they are used,
+    and by `make verify`."""
+    return {name: value for name, value in spec.items() if name != "model_args"} if isinstance(spec, dict) else spec
+
+
+def classes_digest(names: Sequence[str]) -> str:
+    """The sha256 (hex) of the canonical JSON of the class names, in the order of the labels."""
+    return hashlib.sha256(canonical_json(list(names)).encode()).hexdigest()
 
 
 def kept_files(fields: Mapping[str, Any]) -> dict[str, str]:
@@ -288,8 +344,3 @@ def kept_files(fields: Mapping[str, Any]) -> dict[str, str]:
         if isinstance(digest, str) and HEX64.fullmatch(digest):
             found[name] = digest
     return found
-
-
-def names_pixels(value: dict[str, Any]) -> bool:
-    """Whether this can be the `pixels_from` of a manifest or plan."""
-    return set(value) in (set(), {"identity", "path"}) and all(isinstance(part, str) for part in value.values())

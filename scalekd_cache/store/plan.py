@@ -12,19 +12,18 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, damaged
-from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.base import FORMAT_VERSION, MAX_UNIT_SAMPLES, check_version, damaged
+from scalekd_cache.store.checked_files import checked_value, read_json
 from scalekd_cache.store.files import write_atomically
 from scalekd_cache.store.locks import lock
-from scalekd_cache.store.manifest import ManifestFacts, names_pixels
+from scalekd_cache.store.manifest import ManifestFacts, contradictions
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.sealed import check_version, sealed, unsealed
-from scalekd_cache.store.sidecar import HEX64
+from scalekd_cache.store.sealed import sealed, unsealed
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 NAME = "plan.json"
+WHAT = "the cache's plan"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,40 +77,21 @@ def read_plan(root: StoredPath) -> Plan:
         UserError: there is none, it is damaged or of another format version, or its values do not agree.
     """
     path = root / NAME
-    fields, data = read_json(path, "the cache's plan")
+    fields, data = read_json(path, WHAT, fix="run `make cache-teacher`: it continues")
     check_version(fields, path)
     fields = unsealed(fields, data, path)
-    expected = {field.name: field.type for field in dataclasses.fields(ManifestFacts)}
-    wrong = sorted(fields.keys() ^ {*expected, "format_version"})
-    if not wrong:
-        types: dict[str, Any] = {name: getattr(kind, "__origin__", kind) for name, kind in expected.items()}
-        wrong = [name for name, kind in types.items() if type(fields[name]) is not kind]
-    wrong = wrong or [name for name, right in _checks(fields).items() if not right]
+    del fields["format_version"]
+    facts = checked_value({**fields, "ranges": [fields.get("ranges")]}, ManifestFacts, WHAT, path)
+    [ranges] = facts.ranges
+    wrong = contradictions(facts, path) + ([] if _are_joined(ranges) else ["ranges"])
     if wrong:
-        got = f"wrong, missing or unknown: {', '.join(wrong)}"
-        raise damaged("the cache's plan is damaged", got, "the fields of docs/FORMAT.md", path)
-    facts = {name: fields[name] for name in expected}
-    facts["ranges"] = [fields["ranges"] for _ in fields["groups"]]
-    return Plan(facts=ManifestFacts(**facts))
+        raise damaged("the cache's plan contradicts itself", "; ".join(wrong), "facts that agree", path)
+    return Plan(facts=dataclasses.replace(facts, ranges=[ranges for _ in facts.groups]))
 
 
-def _checks(fields: dict[str, Any]) -> dict[str, bool]:
-    """Every agreement within a plan."""
-    groups, ranges = fields["groups"], fields["ranges"]
-    pairs = all(isinstance(pair, list) and [type(end) for end in pair] == [int, int] for pair in ranges)
-    joined = pairs and all(
-        start == before and 0 < stop - start <= MAX_UNIT_SAMPLES
-        for (start, stop), before in zip(ranges, [0, *(stop for _, stop in ranges)], strict=False)
+def _are_joined(ranges: list[list[int]]) -> bool:
+    """Whether ranges are pairs of start and stop that follow each other from 0."""
+    return len(ranges) > 0 and all(
+        len(pair) == 2 and pair[0] == before and 0 < pair[1] - pair[0] <= MAX_UNIT_SAMPLES
+        for pair, before in zip(ranges, [0, *(pair[-1] if pair else 0 for pair in ranges)], strict=False)
     )
-    views = [view for group in groups if isinstance(group, list) for view in group]
-    return {
-        "samples_per_shard": 0 < fields["samples_per_shard"] <= MAX_UNIT_SAMPLES,
-        "fingerprint": HEX64.fullmatch(fields["fingerprint"]) is not None,
-        "backend": fields["backend"] in BACKENDS,
-        "pixels_from": names_pixels(fields["pixels_from"]),
-        "groups": 0 < len(groups) <= len(views) <= 10_000
-        and all(type(view) is int for view in views)
-        and views == list(range(len(views)))
-        and all(groups),
-        "ranges": joined and len(ranges) > 0,
-    }

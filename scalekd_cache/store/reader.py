@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import Record, ShardId, ShardReader, damaged, shard_reader
+from scalekd_cache.store.base import NO_LABEL, Record, ShardId, ShardReader, damaged, shard_reader
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import RemotePath, discard_damaged, open_place
@@ -108,7 +108,15 @@ class Cache:
         for unit, places in by_unit.items():
             found = self._read_unit(view, unit, positions[places] - starts[unit])
             records.update(zip(places, found, strict=True))
-        return [records[place] for place in range(len(positions))]
+        return [self._checked(records[place], positions[place], view) for place in range(len(positions))]
+
+    def _checked(self, record: Record, position: int, view: int) -> Record:
+        """The record itself; UserError for a label outside the classes, which no loss may see."""
+        if record.label == NO_LABEL or 0 <= record.label < len(self.manifest.class_names):
+            return record
+        where = f"{self.root}/{self.shard_at(position, view)}"
+        raise damaged("the label of a record is outside the classes", record.label,
+                      f"0 to {len(self.manifest.class_names) - 1}", where, record.key)  # fmt: skip
 
     def shard_at(self, position: int, view: int) -> str:
         """The shard that holds a position of a view, relative to the cache, without its ending."""

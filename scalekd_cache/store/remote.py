@@ -17,13 +17,13 @@ from urllib.parse import unquote, urlsplit
 
 from scalekd_cache.config.remote import RemoteConfig, copies_folder, copies_limit
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.checked_files import open_regular
+from scalekd_cache.store.checked_files import JSON_BYTES, open_regular
 from scalekd_cache.store.copies import Copies
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.transfer import NotThereError, TransferError, download, is_url, remote_size, shown
 
-UNPINNED_BYTES = 1 << 28
+UNPINNED_BYTES = JSON_BYTES
 """Longest manifest; its sha256 is not known beforehand, so it is fetched at every opening and never kept."""
 
 
@@ -235,16 +235,23 @@ def discard_damaged(folder: StoredPath, start: str) -> bool:
 
 
 def descriptor_of(path: StoredPath) -> int:
-    """A descriptor for reading. FileNotFoundError when a cache has no such file."""
-    if isinstance(path, RemotePath):
-        return path.descriptor()
-    return open_regular(str(path))
+    """A descriptor for reading. FileNotFoundError when a cache has no such file; UserError as `open_regular`."""
+    return path.descriptor() if isinstance(path, RemotePath) else open_regular(str(path))
 
 
 def size_of(path: StoredPath) -> int | None:
-    """Length of a file where it is stored, without reading it; None when a server does not tell."""
+    """Length of a regular file where it is stored, without reading it; None when a server does not tell.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it cannot be opened, or is not a file.
+    """
     if not isinstance(path, RemotePath):
-        return path.stat().st_size
+        descriptor = open_regular(str(path))
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
     try:
         return path.size()
     except NotThereError as error:

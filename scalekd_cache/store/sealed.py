@@ -10,25 +10,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import FORMAT_VERSION, damaged
+from scalekd_cache.store.base import damaged
 from scalekd_cache.store.path import StoredPath
 
 SEAL = "self_sha256"
 HEX64 = re.compile(r"[0-9a-f]{64}")
 ZEROS = "0" * 64
-
-
-def check_version(fields: Mapping[str, Any], path: StoredPath) -> None:
-    """UserError for a manifest or plan of another format version: its other fields mean something else."""
-    if fields.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            "this version does not read the cache's format",
-            got=fields.get("format_version"),
-            expected=FORMAT_VERSION,
-            where=path,
-            fix="use the version of scalekd-cache that wrote the cache",
-        )
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:

@@ -13,6 +13,7 @@ from typing import Any
 from scalekd_cache.config import fingerprint
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote import RemotePath, open_place
@@ -82,7 +83,7 @@ def pixels_of(cache: Cache, place: str | None, views: int, remote: RemoteConfig 
                             fix="leave PIXELS_FROM out")  # fmt: skip
         return None
     root = open_place(place, remote) if place is not None else shared_place(cache.root, manifest)
-    if root is None or not (root / "manifest.json").exists():
+    if root is None or not is_there(root / "manifest.json"):
         raise UserError(
             "the cache whose pixels are shared is not there",
             got="nothing, a URL has no neighbours" if root is None else f"no manifest in {root}",

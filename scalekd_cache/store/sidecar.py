@@ -9,18 +9,43 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Annotated, NotRequired, TypeVar
 
+from pydantic import Field, FiniteFloat, PlainValidator, TypeAdapter
+from typing_extensions import TypedDict
+
+from scalekd_cache.codec.fidelity import Summary
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import BACKENDS, FORMAT_VERSION, MAX_UNIT_SAMPLES, check_key, damaged
-from scalekd_cache.store.checked_files import read_file, read_json, unreadable
+from scalekd_cache.store.base import BACKENDS, MAX_UNIT_SAMPLES, MAX_VIEWS, REPAIR, check_key, check_version, damaged
+from scalekd_cache.store.checked_files import checked, read_file, read_json
 from scalekd_cache.store.files import FileFact
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import pin_files, size_of
 
-HEX64 = re.compile(r"[0-9a-f]{64}")
+WHAT = "the sidecar of a unit"
+UNIT_BYTES = 1 << 25
+"""Longest unit.json: 65,536 images that were skipped, with keys and reasons, or 200,000 files."""
+FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}(/[A-Za-z0-9._-]{1,200}){0,4}")
+Whole = Annotated[int, Field(ge=0, lt=2**40)]
 P = TypeVar("P", bound=StoredPath)
+
+
+class Figures(TypedDict):
+    """A measure over records."""
+
+    mean: FiniteFloat
+    p1: NotRequired[FiniteFloat]
+    """1st percentile, of measures that are best when large."""
+    p99: NotRequired[FiniteFloat]
+    count: Whole
+
+
+def _figures(value: object) -> object:
+    return TypeAdapter(dict[str, Figures]).validate_python(value, strict=True, extra="forbid")
+
+
+Fidelity = Annotated[Summary, PlainValidator(_figures)]
+"""Measures by name; counts stay whole numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,22 +55,22 @@ class UnitInfo:
     format: int
     fingerprint: str
     backend: str
-    group: int
-    range_id: int
-    start: int
+    group: Whole
+    range_id: Whole
+    start: Whole
     """First image of the range, in the canonical order of the group."""
-    stop: int
+    stop: Whole
     """One past the last."""
-    views: list[int]
+    views: list[Whole]
     count: int
     """Records in each shard: stop - start - len(skipped)."""
     skipped: list[dict[str, str]]
     """{key, reason} of images that could not be read."""
     files: dict[str, FileFact]
     """Every file but unit.json: length and sha256."""
-    payload_bytes: dict[str, int]
+    payload_bytes: dict[str, Whole]
     """Bytes on disk of pixels, features and target, all views together."""
-    fidelity: dict[str, Any]
+    fidelity: Fidelity
     versions: dict[str, str]
 
 
@@ -65,50 +90,23 @@ def info_text(info: UnitInfo) -> str:
 def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
     """unit.json, checked, and its bytes. UserError when missing, damaged, or of another format version."""
     path = folder / "unit.json"
-    fields, data = read_json(path, "the sidecar of a unit")
-    if fields.get("format") != FORMAT_VERSION:
-        raise UserError(
-            "this version does not read the unit's format",
-            got=fields.get("format"),
-            expected=FORMAT_VERSION,
-            where=path,
-            fix="use the version of scalekd-cache that wrote the cache",
-        )
-    check_fields(fields, UnitInfo, path)
-    if not all(_is_fact(fact) for fact in fields["files"].values()):
-        raise damaged("bad files in a sidecar", "not {bytes, sha256}", "{name: {bytes, sha256}}", path)
-    info = UnitInfo(**{**fields, "files": {name: FileFact(**fact) for name, fact in fields["files"].items()}})
+    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="run `make cache-teacher`: it continues")
+    check_version(fields, path, "format")
+    info = checked(data, UnitInfo, WHAT, path)
     _check_unit(info, path)
     pin_files(folder, info.files)
     return info, data
 
 
-def _is_fact(fact: Any) -> bool:
-    return (
-        isinstance(fact, dict)
-        and set(fact) == {"bytes", "sha256"}
-        and type(fact["bytes"]) is int
-        and 0 <= fact["bytes"] < 2**62
-        and isinstance(fact["sha256"], str)
-        and HEX64.fullmatch(fact["sha256"]) is not None
-    )
-
-
 def _check_unit(info: UnitInfo, path: StoredPath) -> None:
-    numbers = [info.group, info.range_id, info.start, *info.views]
-    skips = all(isinstance(row, dict) and {"key", "reason"} == set(row) for row in info.skipped)
-    whole = all(type(number) is int and 0 <= number < 2**40 for number in numbers)
-    payload = info.payload_bytes
     checks = {
         "backend": info.backend in BACKENDS,
-        "group, range_id, start, views": whole,
-        "views": whole and 0 < len(info.views) == len(set(info.views)) <= 10_000,
-        "payload_bytes": payload.keys() == {"pixels", "features", "target"}
-        and all(type(number) is int and number >= 0 for number in payload.values()),
+        "views": 0 < len(info.views) == len(set(info.views)) <= MAX_VIEWS,
+        "payload_bytes": info.payload_bytes.keys() == {"pixels", "features", "target"},
         "range": 0 < info.stop - info.start <= MAX_UNIT_SAMPLES,
-        "skipped": skips,
+        "skipped": all({"key", "reason"} == row.keys() for row in info.skipped),
         "count": 0 <= info.count == info.stop - info.start - len(info.skipped),
-        "files": "keys.txt" in info.files and all(_is_inside(name) for name in info.files),
+        "files": "keys.txt" in info.files and all(map(_is_inside, info.files)),
         "name": path.parent.name.startswith(".tmp-")
         or path.parent == unit_folder(path.parents[2], info.group, info.range_id),
     }
@@ -118,20 +116,8 @@ def _check_unit(info: UnitInfo, path: StoredPath) -> None:
 
 
 def _is_inside(name: str) -> bool:
-    path = PurePosixPath(name)
-    return not path.is_absolute() and ".." not in path.parts and str(path) == name and "\\" not in name
-
-
-def check_fields(fields: Mapping[str, Any], kind: Any, path: StoredPath) -> None:
-    """Refuse JSON whose names or types are not those of the dataclass `kind`; containers are up to the caller."""
-    expected = {field.name: field.type for field in dataclasses.fields(kind)}
-    missing, unknown = sorted(expected.keys() - fields.keys()), sorted(fields.keys() - expected.keys())
-    if missing or unknown:
-        raise damaged("wrong fields", f"missing {missing}, unknown {unknown}", sorted(expected), path)
-    for name, annotation in expected.items():
-        container: Any = getattr(annotation, "__origin__", annotation)
-        if type(fields[name]) is not container:
-            raise damaged(f"field {name} has the wrong type", type(fields[name]).__name__, container.__name__, path)
+    """Whether a file's name is one that writers give: plain letters, no part too long for a disk, inside the folder."""
+    return FILE_NAME.fullmatch(name) is not None and not {".", ".."} & set(name.split("/"))
 
 
 def sizes_differ(folder: StoredPath, files: Mapping[str, FileFact]) -> list[tuple[str, str]]:
@@ -140,11 +126,11 @@ def sizes_differ(folder: StoredPath, files: Mapping[str, FileFact]) -> list[tupl
     for name, fact in files.items():
         try:
             size = size_of(folder / name)
-        except (FileNotFoundError, NotADirectoryError):
+        except FileNotFoundError:
             wrong.append((name, f"missing, should have {fact.bytes} bytes"))
             continue
-        except OSError as error:  # a link loop, no permission, a disk that fails
-            wrong.append((name, f"cannot be read: {error.strerror}"))
+        except UserError as error:
+            wrong.append((name, str(error)))
             continue
         if size not in (fact.bytes, None):
             wrong.append((name, f"{size} bytes, should have {fact.bytes}"))
@@ -155,16 +141,11 @@ def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
     """Keys of a unit's records, in order. UserError when there are not `count` good ones."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes
+    data = read_file(path, "the keys of a unit", expected, fix=REPAIR)
+    if len(data) != expected:
+        raise damaged("the keys of a unit have the wrong length", len(data), f"{expected} bytes", path)
     try:
-        found = path.stat().st_size
-    except FileNotFoundError:
-        raise damaged("the keys of a unit are missing", "no file", f"{expected} bytes", path) from None
-    except OSError as error:
-        raise unreadable(error, path, "keys.txt") from error
-    if found != expected:
-        raise damaged("the keys of a unit have the wrong length", found, f"{expected} bytes", path)
-    try:
-        keys = read_file(path, "keys.txt", expected).decode("utf-8").split("\n")[:-1]
+        keys = data.decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
         raise damaged("the keys of a unit cannot be read", error, "UTF-8", path) from error
     if len(keys) != info.count:

@@ -5,12 +5,14 @@ Invariant: the fast check reads sidecars and lengths and lists folders; the deep
 file) and every record (crc32c), and names the samples of a shard that differs. Nothing on disk is changed.
 """
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.checked_files import checked_value, is_there, read_json
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import STATE, TAIL, Manifest, kept_files, read_manifest
 from scalekd_cache.store.path import StoredPath
@@ -26,6 +28,7 @@ from scalekd_cache.store.verify_unit import (
     ExpectedUnit,
     Part,
     Problem,
+    file_problem,
     hash_problem,
     unit_problems,
 )
@@ -33,7 +36,23 @@ from scalekd_cache.store.verify_unit import (
 UNITS = "units"
 MARK = "codec.json"
 """What a codec was fitted for or chosen by; only writers read it (`calibration.py`)."""
-MARK_FIELDS = {"preset", "teacher", "codec", "chosen_from"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mark:
+    """What codec.json holds."""
+
+    preset: str
+    teacher: str
+    """Digest of its weights."""
+    codec: dict[str, Any]
+    chosen_from: list[dict[str, Any]]
+
+
+def read_mark(root: StoredPath) -> Mark:
+    """codec.json, checked. UserError when missing or damaged."""
+    path, what = root / MARK, "the preset of the codec"
+    return checked_value(unsealed(*read_json(path, what), path), Mark, what, path)
 
 
 class Expected(NamedTuple):
@@ -123,7 +142,7 @@ def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]
 def _is_there(root: StoredPath, unit: ExpectedUnit) -> bool:
     """Whether a unit has its folder; on a server, whether the manifest has it."""
     folder = unit_folder(root, unit.group, unit.range_id)
-    return folder.is_dir() if isinstance(folder, Path) else unit.sha256 is not None
+    return os.path.isdir(folder) if isinstance(folder, Path) else unit.sha256 is not None
 
 
 def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]) -> Iterator[Problem]:
@@ -154,6 +173,8 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
     except UserError as error:
         part = Part.MANIFEST if _exists(root / MANIFEST) else Part.UNFINISHED
         problems.append(Problem(MANIFEST, None, str(error), part))
+    if manifest is not None and manifest.teacher["spec"] != manifest.fingerprint_fields["teacher"]:
+        problems.append(Problem(MANIFEST, None, "teacher is not that of fingerprint_fields", Part.MANIFEST))
     try:
         plan = read_plan(root)
     except UserError as error:
@@ -169,9 +190,9 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
 
 
 def _exists(path: StoredPath) -> bool:
-    """Whether a file is there; what cannot be asked for counts as there."""
+    """Whether something is there; what cannot be asked for counts as there."""
     try:
-        return path.exists()
+        return is_there(path)
     except UserError:
         return True
 
@@ -209,22 +230,17 @@ def _tail_problems(root: StoredPath, expected: str, deep: bool) -> Iterator[Prob
     path = root / TAIL
     if not expected:
         return
-    if not path.is_file():
-        yield Problem(path.name, None, "missing", Part.TAIL)
-    elif deep and (what := hash_problem(path, expected, "manifest")):
+    if (what := file_problem(path)) or (deep and (what := hash_problem(path, expected, "manifest"))):
         yield Problem(path.name, None, what, Part.TAIL)
 
 
 def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator[Problem]:
     for name, digest in kept_files(expected.fields).items():
-        if not _exists(root / name):
-            yield Problem(name, None, "missing", Part.KEPT)
-        elif deep and (what := hash_problem(root / name, digest, "manifest")):
+        if (what := file_problem(root / name)) or (deep and (what := hash_problem(root / name, digest, "manifest"))):
             yield Problem(name, None, what, Part.KEPT)
-    if isinstance(root, Path) and (STATE in kept_files(expected.fields) or (root / MARK).exists()):
+    if isinstance(root, Path) and (STATE in kept_files(expected.fields) or is_there(root / MARK)):
         try:
-            mark = unsealed(*read_json(root / MARK, "the preset of the codec"), root / MARK)
-            if set(mark) != MARK_FIELDS or mark["codec"] != expected.fields["codec"]:
+            if read_mark(root).codec != expected.fields["codec"]:
                 yield Problem(MARK, None, "not the manifest's codec", Part.MARK)
         except UserError as error:
             yield Problem(MARK, None, str(error), Part.MARK)
@@ -239,12 +255,21 @@ def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Itera
     known |= {*kept, MARK}
     units = None if expected is None else {unit_folder(root, *unit.place).name for unit in expected.units}
     for folder, names in ((root, known), (root / UNITS, units)):
-        for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        for path in _listing(folder, notes):
             where = path.relative_to(root).as_posix()
             if path.name.startswith((".tmp-", ".aside-")):
                 notes.append(f"{where}: unfinished or damaged work; readers ignore it")
             elif names is not None and path.name not in names:
                 yield Problem(where, None, "not of this cache: nobody reads it; remove it", Part.STRANGER)
+
+
+def _listing(folder: Path, notes: list[str]) -> list[Path]:
+    """What lies in a folder, in order; a note when it cannot be listed."""
+    try:
+        return sorted(folder.iterdir()) if os.path.isdir(folder) else []
+    except OSError as error:
+        notes.append(f"{folder} cannot be listed ({error.strerror}): strange files in it were not looked for")
+        return []
 
 
 def bad_units(problems: Sequence[Problem]) -> list[tuple[int, int]]:

@@ -4,6 +4,7 @@ In: the folder of a unit and what it must be. Out: problems, each with its file 
 Invariant: the deep check reads every byte and every record of the unit, and never fails on what it finds there.
 """
 
+import contextlib
 import hashlib
 from collections.abc import Callable, Iterator
 from enum import Enum
@@ -17,6 +18,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
 from scalekd_cache.store.files import fact_of
 from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.remote import size_of
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
 
 BATCH_RECORDS = 64
@@ -138,6 +140,17 @@ def unit_problems(
                 yield found(f"v{view:04d}", finding.what, finding.key, finding.part)
 
 
+def file_problem(path: StoredPath) -> str | None:
+    """Why a file cannot be read, without reading it."""
+    try:
+        size_of(path)
+    except FileNotFoundError:
+        return "missing"
+    except UserError as error:
+        return str(error)
+    return None
+
+
 def hash_problem(path: StoredPath, sha256: str, pinned_by: str) -> str | None:
     """What is wrong with a file's bytes; those of a remote one are checked as they arrive."""
     try:
@@ -162,10 +175,17 @@ def _strangers(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
         return
     files = {"unit.json", *info.files}
     folders = {parent.as_posix() for name in files for parent in Path(name).parents}
-    for path in sorted(folder.rglob("*")):
+    for path in _inside(folder):
         name = path.relative_to(folder).as_posix()
         if name not in (folders if path.is_dir() and not path.is_symlink() else files):
             yield name
+
+
+def _inside(folder: Path) -> list[Path]:
+    """Everything in a folder; what cannot be listed is left out (its files are missing then)."""
+    with contextlib.suppress(OSError):
+        return sorted(folder.rglob("*"))
+    return []
 
 
 def _record_problems(

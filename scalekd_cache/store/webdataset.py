@@ -30,6 +30,7 @@ from scalekd_cache.store.base import (
     keep_freed_memory,
     target_json,
 )
+from scalekd_cache.store.checked_files import read_at
 from scalekd_cache.store.files import NewFile, write_new
 from scalekd_cache.store.index import PLACES, ROW, load_index, pack_index
 from scalekd_cache.store.path import StoredPath
@@ -141,7 +142,7 @@ class Reader(ShardReader):
                     if further - start > RUN_BYTES:
                         break
                     done, end = done + 1, further
-                data = os.pread(descriptor, end - start, start)  # one buffer for a call of many was slower
+                data = read_at(descriptor, end - start, start, self.where)  # one buffer for a call of many was slower
                 if len(data) != end - start:
                     where = self.keys[wanted[begun]]
                     raise damaged("a shard ends early", f"{len(data)} bytes", end - start, self.where, where)

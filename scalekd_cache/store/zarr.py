@@ -5,7 +5,6 @@ uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give eq
 or a file that is gone is an error. `zarr_read.py` reads, because zarr-python gives zeros for both.
 """
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +30,7 @@ from scalekd_cache.store.base import (
     record_crc,
     target_json,
 )
+from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.zarr_read import ShardedArray, read_attributes
 from scalekd_cache.store.zarr_write import ArrayWriter, write_group
@@ -161,7 +161,7 @@ def padding(unit: Path) -> tuple[int, float]:
     zeros, chunks = 0, 0
     for name in FLAT:
         for path in unit.glob(f"v*.zarr/{name}/zarr.json"):
-            meta = json.loads(path.read_bytes())
+            meta, _ = read_json(path, "the metadata of a zarr array")
             [chunk] = meta["codecs"][0]["configuration"]["chunk_shape"]
             zeros += -meta["shape"][0] % chunk
             chunks += chunk

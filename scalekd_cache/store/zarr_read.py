@@ -18,7 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 
 from scalekd_cache.store.base import RUN_BYTES, damaged
-from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.checked_files import read_at, read_json
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote import descriptor_of
 
@@ -128,7 +128,7 @@ class ShardedArray:
             if shard not in files:
                 files[shard] = self._open(shard)
             start, stop = self._in_file(first), self._in_file(last - 1) + 1
-            data = os.pread(files[shard], stop - start, start)
+            data = read_at(files[shard], stop - start, start, self._path(shard))
             if len(data) != stop - start:
                 raise damaged("a shard file ends early", f"{len(data)} bytes", stop - start, self._path(shard))
             if stop - start == last - first:
@@ -219,7 +219,7 @@ class ShardedArray:
         size, index_bytes = os.fstat(descriptor).st_size, self.shard_chunks * 16 + 4
         if size < index_bytes:
             raise damaged("a shard file is too short for its index", size, f">= {index_bytes} bytes", path)
-        data = os.pread(descriptor, index_bytes, size - index_bytes)
+        data = read_at(descriptor, index_bytes, size - index_bytes, path)
         if len(data) != index_bytes or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
             raise damaged("the index of a zarr shard does not match its checksum", "other bytes", "crc32c", path)
         index = np.frombuffer(data, "<u8", self.shard_chunks * 2).reshape(-1, 2)
@@ -234,7 +234,7 @@ class ShardedArray:
         path, offset, length = self._path(shard), int(entry[0]), int(entry[1])
         if offset == ABSENT:
             raise damaged("a chunk was never written", "an empty index entry", "a chunk", path)
-        frame = os.pread(descriptor, length, offset)
+        frame = read_at(descriptor, length, offset, path)
         declared = zstd_content_size(frame)
         if declared != self.chunk_bytes:
             raise damaged("a zstd frame declares another size", declared, f"{self.chunk_bytes} bytes", path)
