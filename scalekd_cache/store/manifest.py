@@ -318,7 +318,7 @@ def contradictions(facts: Manifest | ManifestFacts, path: StoredPath) -> list[st
         "pixels and pixels_from": fields.get("pixels", "own") == ("shared" if facts.pixels_from else "own"),
         "pixels_from": facts.pixels_from.keys() in (set(), {"identity", "path"}),
         "groups": 0 < len(facts.groups) <= len(views) <= MAX_VIEWS and all(facts.groups),
-        "views of groups": sorted(views) == list(range(len(views))),
+        "views of groups": views == list(range(len(views))),
         "backend": facts.backend in BACKENDS,
     }
     return [name for name, right in agreements.items() if not right]
