@@ -117,7 +117,7 @@ def data_facts(source: Source) -> dict[str, Any]:
     return {
         "listing": listing_digest(source),
         "samples": len(source.samples),
-        "classes": classes_digest(source.class_names),
+        "class_names": classes_digest(source.class_names),
     }
 
 

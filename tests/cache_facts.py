@@ -9,7 +9,7 @@ CLASSES = [f"class {number}" for number in range(7)]
 FIELDS: dict[str, Any] = {
     "precision": "float32",
     "views": to_plain(ViewConfig(size=32)),
-    "data": {"listing": "0" * 64, "samples": 40, "classes": classes_digest(CLASSES)},
+    "data": {"listing": "0" * 64, "samples": 40, "class_names": classes_digest(CLASSES)},
     "teacher": {"name": "demo", "feature_shape": [4, 2, 2], "num_classes": 7, "weights_sha256": "1" * 64},
     "codec": {"id": "int8", "version": 1, "shape": [4, 2, 2]},
     "logit_codec": {"id": "logits-int8", "version": 1, "num_classes": 7, "kl_limit": 0.0001},

@@ -155,6 +155,6 @@ def test_a_plan_that_contradicts_itself_is_refused(tmp_path, change):
     writer = Writer(tmp_path, two_groups())
     file = writer.root / "plan.json"
     reseal(file, lambda fields: fields.update(change))
-    with pytest.raises(UserError, match="plan (is not as expected|contradicts itself)") as error:
+    with pytest.raises(UserError, match=r"plan (is not as expected|contradicts itself)") as error:
         follow_cache(tmp_path, 0.1, silent)
     assert next(iter(change)) in str(error.value)

@@ -70,7 +70,7 @@ class DataFacts(TypedDict):
 
     listing: Sha256
     samples: Whole
-    classes: Sha256
+    class_names: Sha256
     class_likeness: NotRequired[tuple[Share, Share]]
 
 
@@ -296,7 +296,7 @@ def contradictions(facts: Manifest | ManifestFacts, path: StoredPath) -> list[st
     fields, spec = facts.fingerprint_fields, facts.teacher["spec"]
     checked_value(facts.view_recipe, ViewConfig, "the view recipe", path)
     checked_value(facts.teacher["config"], TeacherConfig, "the options of the teacher", path)
-    own = {"listing", "samples", "classes", "class_likeness"}
+    own = {"listing", "samples", "class_names", "class_likeness"}
     checked_value({name: value for name, value in facts.data.items() if name not in own}, DataConfig, "data", path)
     checked_value({name: value for name, value in facts.data.items() if name in own}, DataFacts, "data", path)
     views = [view for group in facts.groups for view in group]
@@ -310,9 +310,9 @@ def contradictions(facts: Manifest | ManifestFacts, path: StoredPath) -> list[st
         "teacher": without_arguments(spec) == without_arguments(fields.get("teacher")),
         "precision": fields.get("precision") in ("float32", "bfloat16", "float16"),
         "data": isinstance(listed, dict)
-        and {"listing", "samples", "classes"} <= listed.keys()
+        and {"listing", "samples", "class_names"} <= listed.keys()
         and all(name in facts.data and facts.data[name] == value for name, value in listed.items()),
-        "class_names": isinstance(listed, dict) and listed.get("classes") == classes_digest(facts.class_names),
+        "class_names": isinstance(listed, dict) and listed.get("class_names") == classes_digest(facts.class_names),
         "shape of codec and teacher": facts.codec.get("shape") == spec.get("feature_shape"),
         "classes of logit_codec and teacher": facts.logit_codec.get("num_classes") == spec.get("num_classes"),
         "pixels and pixels_from": fields.get("pixels", "own") == ("shared" if facts.pixels_from else "own"),
