@@ -189,10 +189,12 @@ def read_checked(
 
 def checked_value(value: object, kind: type[T], what: str, where: object) -> T:
     """JSON values that were parsed already as `kind`; see `read_checked`."""
+    found = checked(json.dumps(value), kind, what, where)
     try:
-        return checked(json.dumps(value, allow_nan=False), kind, what, where)
-    except ValueError as error:  # a number as large as 1e999
+        json.dumps(value, allow_nan=False)
+    except ValueError as error:  # a number as large as 1e999, where the class takes any value
         raise UserError(f"{what} is not as expected", got=error, where=where) from None
+    return found
 
 
 def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
