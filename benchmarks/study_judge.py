@@ -34,7 +34,7 @@ from scalekd_cache.images import decode_image, open_source
 from scalekd_cache.loader import data_config
 from scalekd_cache.losses import LossTerms, Targets
 from scalekd_cache.processes import this_process
-from scalekd_cache.report import read_config
+from scalekd_cache.run_files import read_config
 from scalekd_cache.store import Cache
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher_spec import TeacherSpec

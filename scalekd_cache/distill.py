@@ -23,8 +23,9 @@ from scalekd_cache.loader import CacheLoader, data_config
 from scalekd_cache.model_card import model_card
 from scalekd_cache.optimization import describe_lr, synchronise_batchnorm
 from scalekd_cache.processes import Process
-from scalekd_cache.report import RunFolder, Summary, check_same_cache, closing_table, read_summary
+from scalekd_cache.report import RunFolder, check_same_cache, closing_table
 from scalekd_cache.run_cache import RunCache, check_ranks_agree, open_run_cache
+from scalekd_cache.run_files import FACTS, METRICS, OPTIONS, Summary, read_summary
 from scalekd_cache.start import load_start
 from scalekd_cache.stopping import Stop, stopped
 from scalekd_cache.store import Manifest
@@ -41,9 +42,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     finished = read_summary(run)
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
     if finished is not None:
-        root = open_place(config.cache, config.remote)
-        facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.say)
-        check_same_cache(run, facts.fingerprint, root)
+        _check_finished(config, run, finished, folder, process)
         process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
     check_export_place(run / "export")
@@ -57,7 +56,9 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     if folder is not None:
         folder.keep_facts(facts_of(cache.manifest, reads.views))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
-        folder.start_metrics(trainer.loader.step)
+        damaged = folder.start_metrics(trainer.loader.step)
+        if damaged:
+            process.say(f"{damaged} damaged lines of {run / METRICS} are left out")
     first, started, tally = trainer.loader.step, time.perf_counter(), None
     if config.train.log_samples:
         trainer.watch.log_samples(run)
@@ -82,12 +83,24 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
         kept, export = facts_of(cache.manifest, reads.views), run / "export"
-        card = model_card(to_plain(config), kept, summary, export)
+        card = model_card(config.student, to_plain(config), kept, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, kept, export, card)
         folder.finish(summary)  # the last thing: a run with a summary is whole
         process.say(closing_table(run, summary))
     dist.barrier()
     return summary
+
+
+def _check_finished(
+    config: DistillConfig, run: Path, summary: Summary, folder: RunFolder | None, process: Process
+) -> None:
+    """A finished run is of this cache; files of it that were removed because they were damaged are written again."""
+    root = open_place(config.cache, config.remote)
+    facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.say)
+    check_same_cache(run, facts.fingerprint, root)
+    there = all((run / name).exists() for name in (OPTIONS, FACTS))
+    if folder is not None and not there and facts.fingerprint == summary["cache_fingerprint"]:
+        folder.keep_facts(facts_of(facts, summary["views"]))
 
 
 def _checkpoint(run: Path, process: Process) -> Checkpoint | None:

@@ -16,8 +16,9 @@ from scalekd_cache.loader import check_workers
 from scalekd_cache.optimization import describe_lr
 from scalekd_cache.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.processes import Process
-from scalekd_cache.report import check_config, read_summary
+from scalekd_cache.report import check_config
 from scalekd_cache.run_cache import open_run_cache
+from scalekd_cache.run_files import read_summary
 from scalekd_cache.student import build_student
 from scalekd_cache.teacher_spec import TeacherSpec
 

@@ -7,19 +7,23 @@ same logits before this returns.
 
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
 from timm.models import save_for_hf
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalekd_cache.config import StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import remove_stale
+from scalekd_cache.store.checked_files import check_regular, read_json
 from scalekd_cache.store.files import explained, fsync_path, temp_beside
 from scalekd_cache.student import Student
+from scalekd_cache.weights import load_weights, stored_shapes
+from scalekd_cache.zoo import check_name, create_timm_model
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)
@@ -144,3 +148,52 @@ def _compare(student: Student, folder: Path, image_size: int) -> float:
             fix="report this with the student's name and timm's version",
         )
     return difference
+
+
+def load_export(folder: Path, image_size: int) -> nn.Module:
+    """The model of an exported student, in eval mode; what `timm.create_model("local-dir:...", pretrained=True)` gives.
+
+    timm itself would take a pickle from the folder where model.safetensors is missing.
+
+    Args:
+        folder: the export.
+        image_size: side of the images that the model will see, pixels; tried once.
+
+    Raises:
+        UserError: a file is missing or damaged, or they do not fit each other; `make export` writes them again.
+    """
+    file = folder / WEIGHTS
+    try:
+        check_regular(file, "the weights of an exported student")
+        shapes = stored_shapes(str(file))
+        fields, _ = read_json(folder / DESCRIPTION, "the description of an exported student")
+        name, args = fields.get("architecture"), fields.get("model_args", {})
+        if not isinstance(name, str) or not isinstance(args, dict):
+            raise UserError("the description of an exported student is damaged", where=folder / DESCRIPTION)
+        _check_depth(args, len(shapes), folder / DESCRIPTION)
+        check_name(name, str(folder / DESCRIPTION))
+        model, _ = create_timm_model(name, {"num_classes": fields.get("num_classes"), **args})
+        load_weights(model, str(file), shapes)
+        _try(model.eval(), image_size, folder)
+    except UserError as error:
+        fix = f"write the export again: make export RUN={folder.parent}"
+        raise UserError(f"the exported student cannot be loaded: {error}", fix=fix) from error
+    return model
+
+
+@torch.no_grad()
+def _try(model: nn.Module, image_size: int, folder: Path) -> None:
+    try:
+        model(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        got = f"{image_size} x {image_size} pixels: {error}"
+        raise UserError("the model does not take images of this size", got=got, where=folder) from error
+
+
+def _check_depth(args: Mapping[str, Any], tensors: int, where: Path) -> None:
+    """Numbers of blocks are bounded by the file of weights before anything is built."""
+    for name, value in args.items():
+        values = value if isinstance(value, list) else [value]
+        numbers = [number for number in values if isinstance(number, int)]
+        if any(word in name for word in ("depth", "layer", "block")) and sum(numbers) > tensors:
+            raise UserError("the model has more blocks than its weights", got=f"{name}={value}"[:80], where=where)

@@ -5,36 +5,36 @@ Invariant: nothing here needs the cache the student was trained from, or imports
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from torch import Tensor, nn
 
 from scalekd_cache.checkpoint import STUDENT, latest_checkpoint
-from scalekd_cache.config import DataConfig, StudentConfig, from_plain
+from scalekd_cache.config import DataConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import Tally, evaluate
-from scalekd_cache.export import DESCRIPTION, WEIGHTS, export_student
+from scalekd_cache.export import DESCRIPTION, WEIGHTS, export_student, load_export
 from scalekd_cache.export_formats import SUFFIXES, check_format, export_file
 from scalekd_cache.images import open_source
-from scalekd_cache.loader import data_config
 from scalekd_cache.model_card import card_facts, model_card
 from scalekd_cache.processes import Process
-from scalekd_cache.report import is_going, read_config, read_facts, read_summary
-from scalekd_cache.store import Manifest
+from scalekd_cache.report import is_going
+from scalekd_cache.run_files import data_of, read_config, read_facts, read_summary, student_options
+from scalekd_cache.store import Manifest, ManifestFacts
 from scalekd_cache.store.checked_files import check_regular, checked, read_json
 from scalekd_cache.student import Student, build_student
-from scalekd_cache.weights import load_weights, stored_shapes
+from scalekd_cache.weights import check_tensors, load_weights, stored_shapes
 from scalekd_cache.zoo import check_name, create_timm_model
 
 State = dict[str, Tensor]
 
 
-def facts_of(manifest: Manifest, views: int) -> dict[str, Any]:
+def facts_of(manifest: Manifest | ManifestFacts, views: int) -> dict[str, Any]:
     """What a run keeps of its cache for later sessions and for the time after training; `views` are those it reads."""
     return {
         "fingerprint": manifest.fingerprint,
@@ -48,6 +48,10 @@ def facts_of(manifest: Manifest, views: int) -> dict[str, Any]:
 def consolidated_student(config: StudentConfig, state: State, num_classes: int, image_size: int) -> Student:
     """A plain student with these weights, in eval mode."""
     student = build_student(config, num_classes=num_classes, image_size=image_size)
+    found, wanted = (
+        {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, student.model.state_dict())
+    )
+    check_tensors(found, wanted, f"{config.name} with {num_classes} classes")
     student.model.load_state_dict(state)
     return student.eval()
 
@@ -94,10 +98,10 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     if checkpoint is None:
         where, fix = run / "checkpoints", "wait for the first one; make report RUN= shows how far the run is"
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
-    state, config = checkpoint.tensors(STUDENT), StudentConfig(**from_plain(options["student"]))
+    state, config = checkpoint.tensors(STUDENT), student_options(run)
     if form == "timm":
         folder = out or run / "export"
-        card = model_card(options, facts, read_summary(run), folder)
+        card = model_card(config, options, facts, read_summary(run), folder)
         return Exported(folder, export_state(config, state, facts, folder, card))
     student = consolidated_student(config, state, len(facts["class_names"]), facts["image_size"])
     file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
@@ -108,20 +112,19 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
 
 
 def evaluate_export(run: Path, data: str | None, process: Process, workers: int) -> Tally:
-    """The accuracy of a finished run's exported model, loaded as any timm user would load it.
+    """The accuracy of a finished run's exported model.
 
     Raises:
-        UserError: no exported student, or no validation images.
+        UserError: no exported student, a damaged one, or no validation images.
     """
-    options, facts = read_config(run), read_facts(run)
+    student, facts, source = student_options(run), read_facts(run), data_of(run, data)
     folder = run / "export"
-    if not (folder / "config.json").exists():
+    if not os.path.lexists(folder):
         state = "is still going" if is_going(run) else "is not finished"
         raise UserError(f"the run {run} {state}: `make export RUN={run}` takes its last checkpoint, or finish it")
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
     return evaluate(
-        classifier(model, options["student"]["mean"], options["student"]["std"]),
-        open_source(data_config(facts["data"], data or options["data"]), "val"),
+        classifier(load_export(folder, facts["image_size"]).to(process.device), student.mean, student.std),
+        open_source(source, "val"),
         facts["image_size"],
         process.device,
         workers=workers,

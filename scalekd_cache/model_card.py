@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from scalekd_cache import __version__
-from scalekd_cache.config import flat
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.run_files import text_option
 
 MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})\.")
 """What Markdown, or the pages that show it, read as more than text."""
@@ -38,17 +39,21 @@ Class names stand in config.json. Made by scalekd-cache {version}; the method is
 
 
 def model_card(
-    options: Mapping[str, Any], facts: Mapping[str, Any], summary: Mapping[str, Any] | None, folder: Path
+    student: StudentConfig,
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
+    folder: Path,
 ) -> str:
     """The text of README.md.
 
     Args:
-        options: the run's configuration.
+        student: the student's options.
+        options: all options of the run.
         facts: what the run keeps of its cache.
         summary: the run's summary, None for one that is not finished.
         folder: where the exported student goes.
     """
-    student = options["student"]
     header = {
         "library_name": "timm",
         "pipeline_tag": "image-classification",
@@ -56,13 +61,13 @@ def model_card(
     }
     return TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False),
-        title=_text(student["name"]),
-        sentence=_sentence(student["name"], summary),
+        title=_text(student.name),
+        sentence=_sentence(student.name, summary),
         table="\n".join(f"| {name} | {_cell(value)} |" for name, value in card_facts(options, facts, summary).items()),
         place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
         size=facts["image_size"],
-        mean=_numbers(student["mean"]),
-        std=_numbers(student["std"]),
+        mean=_numbers(student.mean),
+        std=_numbers(student.std),
         version=__version__,
     )
 
@@ -71,18 +76,17 @@ def card_facts(
     options: Mapping[str, Any], facts: Mapping[str, Any], summary: Mapping[str, Any] | None
 ) -> dict[str, str]:
     """Where a student comes from, as texts."""
-    values = flat(options)
     rows = {
-        "student": values["student.name"],
+        "student": text_option(options, "student.name"),
         "teacher": summary["teacher"] if summary else "see the cache",
         "teacher's top-1": _percent(summary["teacher_top1"]) if summary else "not known yet",
         "top-1": _percent(summary["top1"]) if summary else "the run is not finished",
         "top-5": _percent(summary["top5"]) if summary else "the run is not finished",
-        "validation images": summary["val_images"] if summary else 0,
-        "targets": values["train.targets"],
-        "recipe": values["recipe"],
-        "epochs": values["train.epochs"],
-        "seed": values["train.seed"],
+        "validation images": summary.get("val_images", 0) if summary else 0,
+        "targets": text_option(options, "train.targets"),
+        "recipe": text_option(options, "recipe"),
+        "epochs": text_option(options, "train.epochs"),
+        "seed": text_option(options, "train.seed"),
         "cache fingerprint": facts["fingerprint"],
         "views an image": facts["views"],
         "data set": facts["data"].get("source"),
@@ -96,7 +100,8 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
         return f"A checkpoint of a run that is not finished: {_text(student)}."
     teacher = _text(str(summary["teacher"]))
     how = "trained on labels alone" if summary["targets"] == "none" else f"trained on targets of {teacher}"
-    return f"{_text(student)}, {how}; top-1 {_percent(summary['top1'])} on {summary['val_images']:,} validation images."
+    images = f"{summary.get('val_images', 0):,} validation images"
+    return f"{_text(student)}, {how}; top-1 {_percent(summary['top1'])} on {images}."
 
 
 def _percent(value: float | None) -> str:

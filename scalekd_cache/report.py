@@ -6,6 +6,9 @@ logged step, in order, also after a resume.
 """
 
 import json
+import os
+import socket
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -13,15 +16,26 @@ from typing import IO, Any
 import yaml
 
 from scalekd_cache.config import RemoteConfig, flat
-from scalekd_cache.errors import UserError, mistype, refuse_file
-from scalekd_cache.store.files import write_atomically
+from scalekd_cache.errors import UserError, refuse_file
+from scalekd_cache.run_files import (
+    FACTS,
+    METRICS,
+    OPTIONS,
+    SUMMARY,
+    Finite,
+    Summary,
+    keep_lines,
+    read_config,
+    read_facts,
+    read_summary,
+)
+from scalekd_cache.store import remove_stale
+from scalekd_cache.store.checked_files import check_regular
+from scalekd_cache.store.files import explained, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
 
-Summary = dict[str, Any]
 LOCK = ".lock"
-FACTS = "cache.json"
-"""What a run keeps of its cache: fingerprint, image size, class names, where the data is."""
-
+FOLDERS = ("checkpoints", "tensorboard", "export")
 FREE_OPTIONS = {"run", "cache", "data", "device", "teacher_weights", "train.workers", "train.zero"}
 FREE_OPTIONS |= {
     f"train.{name}"
@@ -42,10 +56,13 @@ class RunFolder:
             UserError: when it belongs to a run with other options, or to one that is still going.
         """
         self.path = path
-        self._writer: Any = None
+        self._events: EventFile | None = None
         refuse_file(path, "RUN")
-        path.mkdir(parents=True, exist_ok=True)
-        self._lock = self._take_lock()
+        with explained(path, 0):
+            path.mkdir(parents=True, exist_ok=True)
+            check_places(path)
+            self._lock = self._take_lock()
+        remove_stale(path)
         check_config(path, config)
         self._config = dict(config)
 
@@ -75,34 +92,90 @@ class RunFolder:
         Called when nothing can be refused any more: a command that was refused leaves no options that would refuse the
         corrected one.
         """
-        file = self.path / "config.yaml"
+        file = self.path / OPTIONS
         if not file.exists():
             write_atomically(file, yaml.safe_dump(self._config, sort_keys=False).encode())
         write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
-    def start_metrics(self, step: int) -> None:
-        """Open the metrics at a step: lines of later steps, lost with the last interruption, are dropped."""
-        from torch.utils.tensorboard import SummaryWriter
+    def start_metrics(self, step: int) -> int:
+        """Open the metrics at a step: lines of later steps, lost with the last interruption, are dropped.
 
-        file = self.path / "metrics.jsonl"
-        if file.exists():
-            whole = file.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last newline was cut by a kill
-            lines = [line for line in whole if json.loads(line)["step"] <= step]
-            write_atomically(file, "".join(f"{line}\n" for line in lines).encode())
-        self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
+        Returns:
+            How many lines of earlier steps are damaged; they are dropped too.
+        """
+        damaged = keep_lines(self.path / METRICS, dict[str, Finite], step)
+        with explained(self.path, 0):
+            self._events = EventFile(self.path / "tensorboard", step)
+        return damaged
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of metrics; scalars go to TensorBoard too."""
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._writer.add_scalar(name, value, step)
+        """Append one line of metrics; scalars go to TensorBoard too.
+
+        Raises:
+            UserError: the disk is full or fails; the lines before stay.
+        """
+        line = json.dumps({"step": step, **values}) + "\n"
+        with explained(self.path, len(line)):
+            with open(self.path / METRICS, "a", encoding="utf-8") as file:
+                file.write(line)
+            assert self._events is not None
+            self._events.add(step, values)
 
     def finish(self, summary: Summary) -> None:
         """Write the summary: from now on the run is finished."""
-        if self._writer is not None:
-            self._writer.close()
-        write_atomically(self.path / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
+        if self._events is not None:
+            self._events.close()
+        write_atomically(self.path / SUMMARY, (json.dumps(summary, indent=2) + "\n").encode())
+
+
+class EventFile:
+    """A file of TensorBoard events, written at once.
+
+    torch's `SummaryWriter` writes in a thread, which meets a full disk later and prints a traceback.
+    """
+
+    def __init__(self, folder: Path, step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
+        self._file = open(folder / name, "xb")  # noqa: SIM115 - closed by `close`
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        # Viewers drop what an interrupted session logged for later steps.
+        start = SessionLog(status=SessionLog.START)
+        self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
+
+    def _write(self, event: Any) -> None:
+        self._records.write(event.SerializeToString())
+        self._file.flush()
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """The scalars of a step."""
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary as Scalars
+
+        scalars = Scalars(value=[Scalars.Value(tag=name, simple_value=value) for name, value in values.items()])
+        self._write(Event(wall_time=time.time(), step=step, summary=scalars))
+
+    def close(self) -> None:
+        """No more events."""
+        self._file.close()
+
+
+def check_places(run: Path) -> None:
+    """What a run writes is new, or was written by a run.
+
+    Raises:
+        UserError: something else (a folder, a FIFO, a link loop) has the name of one of its files or folders.
+    """
+    for name in (OPTIONS, FACTS, SUMMARY, METRICS):
+        if os.path.lexists(run / name):
+            check_regular(run / name, "a file of the run")
+    for name in FOLDERS:
+        if os.path.lexists(run / name) and not (run / name).is_dir():
+            raise UserError("a folder of the run is not a folder", where=run / name, fix="move what is there away")
 
 
 def check_config(run: Path, config: Mapping[str, Any]) -> None:
@@ -112,12 +185,9 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         UserError: a file, or a run with other options.
     """
     refuse_file(run, "RUN")
-    if (run / "config.yaml").exists():
-        _check_same_options(run / "config.yaml", config)
-
-
-def _check_same_options(file: Path, config: Mapping[str, Any]) -> None:
-    kept, asked = flat(yaml.safe_load(file.read_text(encoding="utf-8"))), flat(config)
+    if not os.path.lexists(run / OPTIONS):
+        return
+    kept, asked = flat(read_config(run)), flat(config)
     names = sorted((kept | asked).keys() - FREE_OPTIONS)
     different = [name for name in names if kept.get(name) != asked.get(name)]
     if different:
@@ -125,45 +195,9 @@ def _check_same_options(file: Path, config: Mapping[str, Any]) -> None:
             "the run's folder holds a run with other options",
             got=", ".join(f"{name}={asked.get(name)}" for name in different),
             expected=", ".join(f"{name}={kept.get(name)}" for name in different),
-            where=file,
+            where=run / OPTIONS,
             fix="choose another RUN=, or remove the folder to start again",
         )
-
-
-def read_summary(run: Path) -> Summary | None:
-    """The summary.json of a run, None when it has none."""
-    file = run / "summary.json"
-    if not file.exists():
-        return None
-    try:
-        summary = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError("a run's summary is damaged", got=error, where=file, fix="remove it and run again") from error
-    assert isinstance(summary, dict)
-    return summary
-
-
-def read_config(run: Path) -> dict[str, Any]:
-    """The options a run was started with.
-
-    Raises:
-        UserError: when the folder holds no run.
-    """
-    file = run / "config.yaml"
-    if not file.exists():
-        raise _no_run(run, "config.yaml")
-    config = yaml.safe_load(file.read_text(encoding="utf-8"))
-    if not isinstance(config, dict):
-        raise UserError("a run's configuration is damaged", where=file, fix="start the run again in another folder")
-    return config
-
-
-def _no_run(run: Path, name: str) -> UserError:
-    """The error of a folder that holds no run, with the runs beside it that have the nearest names."""
-    if run.is_file():
-        return UserError(f"{run} is a file, no run: give the folder of a run (RUN=)")
-    there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob("*/config.yaml")]
-    return mistype("run", str(run), there, f"RUN=, a folder with {name}")
 
 
 def is_going(run: Path) -> bool:
@@ -184,7 +218,7 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     Raises:
         UserError: when the cache given is another one.
     """
-    if (run / FACTS).exists() and read_facts(run)["fingerprint"] != fingerprint:
+    if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(
             "the run's folder holds a run on another cache",
             got=f"{cache} with fingerprint {fingerprint[:16]}",
@@ -194,24 +228,16 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
         )
 
 
-def read_facts(run: Path) -> dict[str, Any]:
-    """What `keep_facts` kept.
-
-    Raises:
-        UserError: when the folder holds no run that has begun.
-    """
-    file = run / FACTS
-    if not file.exists():
-        raise _no_run(run, FACTS)
-    facts = json.loads(file.read_text(encoding="utf-8"))
-    assert isinstance(facts, dict)
-    return facts
-
-
 def alone_summary(run: Path, summary: Summary) -> Summary | None:
-    """The finished run of the same student without a teacher (TARGETS=none) next to this run, at equal steps."""
-    for folder in sorted(run.parent.glob("*/summary.json")):
-        other = read_summary(folder.parent)
+    """The finished run of the same student without a teacher (TARGETS=none) next to this run, at equal steps.
+
+    A neighbor that cannot be read is passed over: it is not this run's.
+    """
+    for folder in sorted(run.absolute().parent.glob(f"*/{SUMMARY}")):
+        try:
+            other = read_summary(folder.parent)
+        except UserError:
+            continue
         same = ("student", "steps", "seed", "cache_fingerprint")
         if other and other.get("targets") == "none" and all(other.get(name) == summary.get(name) for name in same):
             return other

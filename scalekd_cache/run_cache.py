@@ -15,7 +15,8 @@ import torch.distributed as dist
 from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.processes import Process
-from scalekd_cache.report import FACTS, check_same_cache, read_facts
+from scalekd_cache.report import check_same_cache
+from scalekd_cache.run_files import FACTS, read_facts
 from scalekd_cache.store import Cache, read_manifest
 from scalekd_cache.store.follow import GrowingCache, follow_cache
 from scalekd_cache.store.remote import open_place

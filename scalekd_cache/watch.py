@@ -20,8 +20,8 @@ from torch import Tensor
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, CacheLoader
 from scalekd_cache.processes import Peers, Process
+from scalekd_cache.run_files import SampleLine, keep_lines
 from scalekd_cache.stopping import EXIT_AGAIN, RunStopped
-from scalekd_cache.store.files import write_atomically
 
 MICROS = 1 << 20
 """More micro-batches than a step has: (step, micro-batch) fits one number."""
@@ -45,10 +45,7 @@ class Watch:
         Lines of steps after the loader's position, lost with the last interruption, are dropped.
         """
         self._log = run / f"samples-r{self.process.rank:05d}.jsonl"
-        if self._log.exists():
-            whole = self._log.read_text(encoding="utf-8").split("\n")[:-1]
-            lines = [line for line in whole if json.loads(line)["step"] <= self.loader.step]
-            write_atomically(self._log, "".join(f"{line}\n" for line in lines).encode())
+        keep_lines(self._log, SampleLine, self.loader.step)
 
     def step_begins(self, step: int) -> None:
         """Tell the other processes how far this one is."""

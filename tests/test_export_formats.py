@@ -274,6 +274,15 @@ def test_the_model_card(run):
     assert "| data set | `pets'/x` |" in text  # stays in its cell
     assert "# c" not in text
     summary = {
+        "student": "resnet10t",
+        "epochs": 1,
+        "steps": 5,
+        "seed": 0,
+        "views": 2,
+        "bytes_per_view": 1.5,
+        "cache_fingerprint": "f" * 64,
+        "images_per_s": 1.0,
+        "minutes": 0.1,
         "teacher": "demo_swin",
         "teacher_top1": 97.0,
         "top1": 91.5,

@@ -79,7 +79,8 @@ def done(tmp_path_factory):
     state = build_student(config, num_classes=10, image_size=64).model.state_dict()
     export_state(config, state, facts, folder / "export")
     run.finish({"student": "resnet10t", "teacher": "demo_swin", "targets": "cached", "top1": 50.0, "top5": 90.0,
-                "steps": 29, "teacher_top1": 97.0, "images_per_s": 30.0, "minutes": 1.0, "seed": 0,
+                "steps": 29, "teacher_top1": 97.0, "images_per_s": 30.0, "minutes": 1.0, "seed": 0, "epochs": 1,
+                "views": 2, "bytes_per_view": 9.5,
                 "cache_fingerprint": facts["fingerprint"]})  # fmt: skip
     return folder
 

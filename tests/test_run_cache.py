@@ -13,8 +13,8 @@ from scalekd_cache.distill import distill
 from scalekd_cache.errors import UserError
 from scalekd_cache.finished import evaluate_export
 from scalekd_cache.processes import Process
-from scalekd_cache.report import FACTS
 from scalekd_cache.run_cache import open_run_cache
+from scalekd_cache.run_files import FACTS
 from scalekd_cache.store import Cache, follow
 
 

@@ -4,24 +4,25 @@ In: a run folder, a validation source. Out: a `Verdict` an image and classifier.
 Invariant: the same images for everybody; an image that cannot be decoded is left out for all.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.evaluate import ValidationImages
+from scalekd_cache.export import WEIGHTS, load_export
 from scalekd_cache.finished import classifier
 from scalekd_cache.images import Source
 from scalekd_cache.processes import Process
 from scalekd_cache.reinfer import is_at_hand, load_cache_teacher, teacher_config
-from scalekd_cache.report import read_config
+from scalekd_cache.run_files import read_config, student_options
 from scalekd_cache.store import read_manifest
 from scalekd_cache.store.remote import open_place
 
@@ -99,17 +100,19 @@ class StudentAtHand(NamedTuple):
 
 
 def student_of_run(run: Path, size: int, process: Process) -> StudentAtHand | None:
-    """The exported student; None where the run has none yet."""
+    """The exported student; None where the run has none yet.
+
+    Raises:
+        UserError: it is damaged.
+    """
     folder = run / "export"
-    if not (folder / "config.json").exists():
+    if not os.path.lexists(folder):
         return None
-    options = read_config(run)["student"]
-    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(process.device)
-    predict = classifier(model, options["mean"], options["std"])
+    options = student_options(run)
+    model = load_export(folder, size).to(process.device)
+    predict = classifier(model, options.mean, options.std)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return StudentAtHand(
-        predict, parameters, (folder / "model.safetensors").stat().st_size, _speed(predict, size, process.device)
-    )
+    return StudentAtHand(predict, parameters, (folder / WEIGHTS).stat().st_size, _speed(predict, size, process.device))
 
 
 def _speed(predict: Predict, size: int, device: torch.device) -> float:
@@ -129,7 +132,7 @@ def teacher_of_run(run: Path, weights: str | None, process: Process) -> Predict:
     Raises:
         UserError: they are not, or are another teacher's.
     """
-    manifest = read_manifest(open_place(read_config(run)["cache"]))
+    manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
     config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
     if not is_at_hand(config) or not manifest.teacher["spec"]["has_classifier"]:
         raise UserError("the teacher's weights are not at hand, or it has no classifier", where=config.weights,

@@ -4,18 +4,15 @@ In: run folders, finished or still going. Out: `Run`s, and what the teacher says
 Invariant: runs are only read; what is missing becomes a note for the page, unless somebody asked for it by name.
 """
 
-import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from scalekd_cache.config import require
 from scalekd_cache.errors import UserError
 from scalekd_cache.images import open_source
-from scalekd_cache.loader import data_config
 from scalekd_cache.processes import Process
-from scalekd_cache.report import Summary, read_config, read_facts, read_summary
 from scalekd_cache.reports.figures import Series
 from scalekd_cache.reports.predictions import (
     Images,
@@ -26,6 +23,9 @@ from scalekd_cache.reports.predictions import (
     teacher_of_run,
     validation_images,
 )
+from scalekd_cache.run_files import METRICS, Summary, data_of, read_config, read_facts, read_metrics, read_summary
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,12 +70,16 @@ def distinct(paths: Sequence[Path]) -> list[Path]:
 
 def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
     """One run, with its student's answers where they mean the same as those of the `first` run's facts."""
-    options, facts, summary = read_config(path), read_facts(path), read_summary(path)
-    student = student_of_run(path, facts["image_size"], process)
+    options, facts = read_config(path), read_facts(path)
+    summary = _or_note(lambda: read_summary(path), path, notes)
+    student = _or_note(lambda: student_of_run(path, facts["image_size"], process), path, notes)
+    lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
+    if damaged:
+        notes.append(f"{path.name}: {damaged} damaged lines of {METRICS} are left out.")
     verdict = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
-        notes.append(f"{path.name} has no exported student yet: its answers are left out.")
+        notes.append(f"{path.name} has no exported student that can be loaded: its answers are left out.")
     elif not same:
         notes.append(
             f"{path.name} has other classes or another image size than the first run: its answers are left out."
@@ -84,27 +88,22 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
         verdict = judge_images(student.predict, images, process.device)
     if summary is None:
         notes.append(f"{path.name} is not finished: the report shows how far it has come.")
-    return Run(path, path.name, options, facts, read_metrics(path), summary, student, verdict)
+    return Run(path, path.name, options, facts, lines, summary, student, verdict)
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that is being written now is left out."""
-    file = run / "metrics.jsonl"
-    if not file.exists():
-        return []
-    whole = file.read_text(encoding="utf-8").split("\n")[:-1]
+def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
+    """What `read` gives; None, with a note, where a file of the run is damaged."""
     try:
-        return [json.loads(line) for line in whole]
-    except ValueError as error:
-        raise UserError(
-            "a run's metrics are damaged", got=error, where=file, fix="start the run again: it mends them"
-        ) from error
+        return read()
+    except UserError as error:
+        notes.append(f"{path.name}: {error}")
+        return None
 
 
-def find_images(facts: dict[str, Any], options: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
+def find_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
     """The validation images of a run; None, with a note, where they are not at hand."""
     try:
-        source = open_source(data_config(facts["data"], report.data or options.get("data")), "val")
+        source = open_source(data_of(run, report.data), "val")
     except UserError as error:
         if report.data:
             raise

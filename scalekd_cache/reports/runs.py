@@ -16,7 +16,7 @@ from scalekd_cache.config import flat
 from scalekd_cache.errors import UserError
 from scalekd_cache.losses import LossTerms
 from scalekd_cache.processes import Process
-from scalekd_cache.report import alone_summary, read_config, read_facts
+from scalekd_cache.report import alone_summary
 from scalekd_cache.reports.figures import Series, curves, matrix, scatter
 from scalekd_cache.reports.page import Picture, picture, render
 from scalekd_cache.reports.predictions import (
@@ -25,6 +25,7 @@ from scalekd_cache.reports.predictions import (
     confusion,
 )
 from scalekd_cache.reports.run_data import Run, RunReport, distinct, find_images, hear_teacher, read_run
+from scalekd_cache.run_files import read_facts, text_option
 
 MAX_RUNS = 12
 DETAILED = 4
@@ -55,7 +56,7 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
         raise UserError("a report shows some runs", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct RUNS=")
     notes: list[str] = []
     first = read_facts(paths[0])
-    images = find_images(first, read_config(paths[0]), options, notes) if options.images else None
+    images = find_images(paths[0], first, options, notes) if options.images else None
     runs = [read_run(path, images, first, process, notes) for path in distinct(paths)]
     teacher = hear_teacher(runs[0], images, options, process, notes)
     names = first["class_names"]
@@ -233,8 +234,8 @@ def _row(run: Run) -> dict[str, str]:
     student, summary = run.student, run.summary
     return {
         "run": run.name,
-        "student": str(run.options["student"]["name"]),
-        "targets": str(run.options["train"]["targets"]),
+        "student": text_option(run.options, "student.name"),
+        "targets": text_option(run.options, "train.targets"),
         "top-1": "still going" if summary is None else _percent(summary["top1"]),
         "top-5": "" if summary is None else _percent(summary["top5"]),
         "parameters": "" if student is None else f"{student.parameters / 1e6:.2f} M",
