@@ -6,7 +6,6 @@ The samples, the BatchNorm groups and the random numbers of a step depend on the
 """
 
 import os
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,12 +17,12 @@ import torch
 import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
-from torch.utils.cpp_extension import _get_build_directory
 
 from scalekd_cache.assembly import cached_targets
 from scalekd_cache.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.config import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import Batch, CacheLoader
@@ -43,11 +42,6 @@ if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
-
-OPERATOR = "deepspeed_shm_comm"
-"""DeepSpeed's extension that is compiled at the first start on a machine without a GPU."""
-STALE_LOCK_S = 15 * 60
-"""Age at which the lock of its compilation counts as left by a killed process."""
 
 
 class DistillModel(nn.Module):
@@ -83,10 +77,10 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     """Join the job's processes; a job of one process joins itself. An exchange that takes longer ends the run.
 
     Raises:
-        UserError: when DeepSpeed's communication operator cannot be compiled here.
+        UserError: DeepSpeed's communication operator cannot be compiled here.
     """
     if process.device.type == "cpu":
-        _say_compile(process)
+        prepare_build(process, lambda: deepspeed.accelerator.get_accelerator().create_op_builder(OPERATOR).load(False))
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
         os.environ.setdefault(name, value)
     os.environ.setdefault("MASTER_PORT", "0")
@@ -96,29 +90,6 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
         verbose=False,
         timeout=timedelta(minutes=timeout_minutes),
     )
-
-
-def _say_compile(process: Process) -> None:
-    if shutil.which("g++") is None:
-        raise UserError(
-            "DeepSpeed needs a C++ compiler on a machine without a GPU",
-            got="no g++",
-            fix="install g++ (build-essential)",
-        )
-    if process.rank == 0:
-        _remove_stale_lock()
-        print("starting DeepSpeed (the first start on a machine compiles a small operator, about a minute)", flush=True)
-
-
-def _remove_stale_lock() -> None:
-    """Remove the lock file that a killed compilation of the operator leaves: every later start would wait for ever.
-
-    torch's lock is a file that exists; nothing in it says whose. A compilation takes a minute or two.
-    """
-    for lock in Path(_get_build_directory(OPERATOR, False)).glob("lock"):
-        if time.time() - lock.lstat().st_mtime > STALE_LOCK_S:
-            print(f"removed {lock}: an interrupted compilation left it", flush=True)
-            lock.unlink(missing_ok=True)
 
 
 class Trainer:

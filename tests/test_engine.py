@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import time
 
 import pytest
 import torch
@@ -11,7 +9,6 @@ from small_cache import CPU, SAMPLES, shared_cache
 from small_trainer import GLOBAL, MICRO, config_of
 from torch import nn
 
-from scalekd_cache import engine
 from scalekd_cache.config import OptimConfig
 from scalekd_cache.engine import deepspeed_config, make_optimizer, make_schedule, scaled_lr
 from scalekd_cache.errors import UserError
@@ -28,19 +25,6 @@ def test_world_size_changes_accumulation_only(world_size, accumulation):
     assert made["gradient_accumulation_steps"] == accumulation
     assert made["gradient_clipping"] == 2.5
     assert made["torch_autocast"] == {"enabled": False, "dtype": "bfloat16"}
-
-
-@pytest.mark.parametrize(("age_s", "stays"), [(60, True), (3600, False)])
-def test_the_lock_of_a_killed_compilation_is_removed(tmp_path, monkeypatch, capsys, age_s, stays):
-    """torch waits for ever for a lock file that nobody removes."""
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    lock = tmp_path / engine.OPERATOR / "lock"
-    lock.parent.mkdir()
-    lock.touch()
-    os.utime(lock, (time.time() - age_s,) * 2)
-    engine._remove_stale_lock()
-    assert lock.exists() == stays
-    assert ("interrupted compilation" in capsys.readouterr().out) != stays
 
 
 def test_a_deepspeed_file_is_merged_below(tmp_path):

@@ -19,6 +19,9 @@ SUMMARY = {
 }  # fmt: skip
 
 
+CACHE_FACTS = {"fingerprint": "a" * 64, "views": 2, "image_size": 64, "class_names": ["a"], "data": {"source": "demo"}}
+
+
 def finished(path, **changes):
     path.mkdir(parents=True)
     (path / "summary.json").write_text(json.dumps({**SUMMARY, **changes}))
@@ -72,7 +75,7 @@ def test_metrics_after_an_interruption_have_each_step_once(tmp_path):
     folder.start_metrics(0)
     for step in (10, 20, 30, 40):
         folder.log(step, {"loss": step / 10, "lr": 0.1})
-    folder._writer.close()
+    folder._events.close()
     del folder
     folder = RunFolder(path, {})
     folder.start_metrics(20)
@@ -140,7 +143,7 @@ def test_only_a_run_that_can_be_compared_is(tmp_path, change):
 def test_a_run_belongs_to_one_cache(tmp_path):
     run = tmp_path / "run"
     check_same_cache(run, "a" * 64, tmp_path / "cache")  # nothing there yet
-    RunFolder(run, {"seed": 0}).keep_facts({"fingerprint": "a" * 64})
+    RunFolder(run, {"seed": 0}).keep_facts(CACHE_FACTS)
     check_same_cache(run, "a" * 64, tmp_path / "cache")
     with pytest.raises(UserError, match="another cache") as error:
         check_same_cache(run, "b" * 64, tmp_path / "other")
