@@ -79,7 +79,7 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     verdict = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
-        notes.append(f"{path.name} has no exported student that can be loaded: its answers are left out.")
+        notes.append(f"{path.name} has no exported student yet: its answers are left out.")
     elif not same:
         notes.append(
             f"{path.name} has other classes or another image size than the first run: its answers are left out."
