@@ -208,23 +208,23 @@ costs: $(BASE) ## FLOPs and parameters of a pair: TEACHER=name STUDENT=name, ALL
 	@$(PY) -m pipelines.costs $(call option,TEACHER,teacher) $(call option,STUDENT,student) $(if $(ALL),--all true)
 
 bench-codec: $(BASE) ## Codecs on real features: CACHE=dir of a float32 cache, or FEATURES=maps.npy IDS=images.npy; NAME=name
-	@$(PY) -m benchmarks.codecs $(if $(FEATURES),--features "$(FEATURES)" $(call option,IDS,ids),--cache "$(CACHE)") \
+	@$(PY) -m benchmarks.codec.fidelity $(if $(FEATURES),--features "$(FEATURES)" $(call option,IDS,ids),--cache "$(CACHE)") \
 	  $(call option,HEAD,head) --name "$(or $(NAME),demo)"
 
-BENCHES = store_throughput startup growth codec_decode heads stage1 loader step whole_job
-GPU_BENCHES = heads stage1 step codec_decode
+BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 store.loader training.step training.break_even
+GPU_BENCHES = training.heads training.stage1 training.step codec.decode
 
-bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 cores); BENCHES="store_throughput ..."
+bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 cores); BENCHES="store.throughput ..."
 	@for bench in $(BENCHES); do OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$bench || exit 1; done
 
 bench-gpu: $(BASE) ## The figures that need an accelerator
 	@for bench in $(GPU_BENCHES); do $(PY) -m benchmarks.$$bench --device cuda || exit 1; done
 
 bench-scale: $(BASE) ## Simulate 1 to 1,024 processes: CHECK=1 measures the demo on one and two first
-	@$(PY) -m benchmarks.scale_model $(if $(CHECK),--check)
+	@$(PY) -m benchmarks.scaling $(if $(CHECK),--check)
 
 bench-shuffle: $(BASE) ## How well the order mixes, and what a process reads for it
-	@$(PY) -m benchmarks.shuffle_quality
+	@$(PY) -m benchmarks.store.shuffle_quality
 
 study: $(BASE) ## Offline against online: FORM=cpu|cpu-long|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 RESULTS=dir; resumable
 	@$(PY) -m benchmarks.study $(call option,FORM,form) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") \
@@ -232,7 +232,7 @@ study: $(BASE) ## Offline against online: FORM=cpu|cpu-long|full DATA= TEACHER_W
 	  $(call option,RESULTS,results) $(if $(PLAN),--plan)
 
 study-figures: $(BASE) ## Figures and tables of the study from its JSON lines
-	@$(PY) -m benchmarks.study_figures
+	@$(PY) -m benchmarks.study.figures
 
 # ---- development --------------------------------------------------------------------------------------------------
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time
@@ -253,7 +253,7 @@ format: $(TESTS) ## Format the code
 .PHONY: docs
 docs: $(TESTS) ## Pages of the Python API from its docstrings, into build/docs
 	@$(PY) -m pdoc --docformat google --output-directory build/docs $(MODULES) && echo "build/docs/index.html"
-MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_cache/*.py scalekd_cache/*/*.py))))
+MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_cache/*.py scalekd_cache/*/*.py scalekd_cache/*/*/*.py))))
 
 targets = $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .DEFAULT:

@@ -12,7 +12,7 @@ from typing import Any
 from pipelines.command import check_recipe_given, parse, recipe_section, run, value_of, without_flag
 from scalekd_cache.config import CacheTeacherConfig, DataConfig, DistillConfig
 from scalekd_cache.config.places import default_cache
-from scalekd_cache.order import batches_that_fit
+from scalekd_cache.loader.order import batches_that_fit
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
 
@@ -25,8 +25,8 @@ def main(argv: list[str]) -> None:
     if config.student:
         training = recipe_section(config.recipe, "distill")
         student = parse(DistillConfig, "distill", ["--student.name", config.student], training, "")
-    from scalekd_cache.cache_teacher import cache_teacher, try_out
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.caching.job import cache_teacher, try_out
+    from scalekd_cache.distributed import this_process
 
     if dry:
         try_out(config, this_process(config.device), student)

@@ -15,7 +15,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from scalekd_cache.agreement import check_recipe
+from scalekd_cache.caching.agreement import check_recipe
 from scalekd_cache.config import CacheTeacherConfig, to_plain
 from scalekd_cache.errors import UserError, mistype, one_of, worker_ended
 from scalekd_cache.stopping import RunStopped

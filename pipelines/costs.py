@@ -35,7 +35,7 @@ class CostsConfig:
 def main(argv: list[str]) -> None:
     """Count and print."""
     config = parse(CostsConfig, "costs", argv, {}, __doc__ or "")
-    from scalekd_cache.costs import PAPER_PAIRS, SUMMARY_HEAD, pair_costs, report, summary_row
+    from scalekd_cache.planning.costs import PAPER_PAIRS, SUMMARY_HEAD, pair_costs, report, summary_row
 
     if not config.all:
         print(report(pair_costs(config.teacher, config.student, config.scalekd, config.image_size)))

@@ -13,10 +13,10 @@ from pipelines.command import (
     without_flag,
 )
 from scalekd_cache.config import DistillConfig
-from scalekd_cache.store.follow import read_cache_facts
+from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote import open_place
+from scalekd_cache.store.remote.remote_path import open_place
 
 
 def main(argv: list[str]) -> None:
@@ -33,15 +33,15 @@ def main(argv: list[str]) -> None:
     if config.run is None:
         suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
         config = dataclasses.replace(config, run=f"runs/{config.student.name}{suffix}")
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.distributed import this_process
 
     if dry:
-        from scalekd_cache.dry_run import describe_distill
+        from scalekd_cache.training.dry_run import describe_distill
 
         process = this_process(config.device)
         process.say("\n".join(describe_distill(config, process)))
         return
-    from scalekd_cache.distill import distill
+    from scalekd_cache.training.run import distill
 
     distill(config, this_process(config.device))
 

@@ -27,8 +27,8 @@ class EvaluateConfig:
 def main(argv: list[str]) -> None:
     """Evaluate the exported student; print a sentence and a line of JSON."""
     config = parse(EvaluateConfig, "evaluate", with_flags(argv, "--json"), {}, __doc__ or "")
-    from scalekd_cache.finished import evaluate_export, evaluate_folder, exported_folder
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.distributed import this_process
+    from scalekd_cache.training.finished import evaluate_export, evaluate_folder, exported_folder
 
     process, folder = this_process(config.device), exported_folder(Path(config.run))
     if folder is not None:

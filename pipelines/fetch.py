@@ -20,7 +20,7 @@ class FetchConfig:
 def main(argv: list[str]) -> None:
     """Fetch and save as safetensors."""
     config = parse(FetchConfig, "fetch", argv, {}, __doc__ or "")
-    from scalekd_cache.zoo import fetch_weights
+    from scalekd_cache.models.timm_models import fetch_weights
 
     file = fetch_weights(config.teacher, Path(config.weights_dir))
     print(f"{file}: used by `make cache-teacher TEACHER={config.teacher}` from now on")

@@ -28,7 +28,7 @@ class ImportConfig:
 def main(argv: list[str]) -> None:
     """Import a checkpoint and say what was taken and what was left."""
     config = parse(ImportConfig, "import_upstream", argv, {}, __doc__ or "")
-    from scalekd_cache.upstream import import_checkpoint, summary
+    from scalekd_cache.convert.upstream_checkpoint import import_checkpoint, summary
 
     report = import_checkpoint(
         Path(config.ckpt),

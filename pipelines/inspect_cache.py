@@ -37,7 +37,7 @@ def main(argv: list[str]) -> None:
     config = parse(InspectConfig, "inspect_cache", with_flags(argv, "--json"), {}, __doc__ or "")
     if config.key is not None and config.index is not None:
         raise UserError("key and index are given", got=f"{config.key} and {config.index}", fix="give one of them")
-    from scalekd_cache.inspection import describe_cache, describe_record
+    from scalekd_cache.audit.describe import describe_cache, describe_record
     from scalekd_cache.store import Cache
 
     check_cache_place(config.cache)
@@ -56,7 +56,7 @@ def main(argv: list[str]) -> None:
 
 def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
     """The cache that holds the pixels, if it is another one and at hand."""
-    from scalekd_cache.store.shared import pixels_of
+    from scalekd_cache.store.shared_pixels import pixels_of
 
     try:
         return pixels_of(cache, config.pixels_from, 1)

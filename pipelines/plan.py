@@ -37,9 +37,9 @@ def main(argv: list[str]) -> int:
         DistillConfig, "distill", ["--student.name", config.student or "resnet50"],
         recipe_section(config.recipe, "distill"), "",
     )  # fmt: skip
-    from scalekd_cache.forecast import describe
-    from scalekd_cache.planning import forecast
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.distributed import this_process
+    from scalekd_cache.planning.forecast import forecast
+    from scalekd_cache.planning.forecast_folded import describe
 
     with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # what a fit says is not JSON
         found = forecast(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pipelines.command import check_cache_place, parse, recipe_section, run, with_flags
 from scalekd_cache.config import DistillConfig, require
 from scalekd_cache.store.manifest import read_manifest
-from scalekd_cache.store.remote import open_place
+from scalekd_cache.store.remote.remote_path import open_place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +52,8 @@ def main(argv: list[str]) -> int:
     }  # fmt: skip
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     training = parse(DistillConfig, "distill", words, recipe_section(recipe, "distill"), "")
-    from scalekd_cache.processes import this_process
-    from scalekd_cache.prove import prove_cache
+    from scalekd_cache.audit.gradients import prove_cache
+    from scalekd_cache.distributed import this_process
 
     proof = prove_cache(training, this_process(config.device), config.views)
     if not config.json:

@@ -31,8 +31,8 @@ def main(argv: list[str]) -> int:
     from pipelines.verify import check_folder, line_of
 
     check_folder(root)
-    from scalekd_cache.processes import this_process
-    from scalekd_cache.repair import repair_cache
+    from scalekd_cache.audit.repair import repair_cache
+    from scalekd_cache.distributed import this_process
 
     done = repair_cache(
         root,

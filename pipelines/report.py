@@ -60,7 +60,7 @@ def main(argv: list[str]) -> None:
 
 def _of_cache(config: ReportConfig) -> tuple[Path, str]:
     """Where a cache's report goes by default, and its page."""
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.cache import CacheReport, cache_report
     from scalekd_cache.store import Cache
 
@@ -78,7 +78,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
 
 def _of_runs(config: ReportConfig) -> tuple[Path, str]:
     """Where the report of a run, or of several, goes by default, and its page."""
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.run_data import RunReport
     from scalekd_cache.reports.runs import run_report
 

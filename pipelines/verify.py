@@ -10,7 +10,7 @@ from pipelines.command import check_cache_place, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
-    from scalekd_cache.reinfer import Agreement
+    from scalekd_cache.audit.reinfer import Agreement
     from scalekd_cache.store.path import StoredPath
     from scalekd_cache.store.verify import Findings
     from scalekd_cache.store.verify_unit import Problem
@@ -43,7 +43,7 @@ class VerifyConfig:
 def main(argv: list[str]) -> int:
     """Print every problem with its place; exit status 0 for a whole cache, 1 when there are problems."""
     config = parse(VerifyConfig, "verify", with_flags(argv, "--deep", "--json"), {}, __doc__ or "")
-    from scalekd_cache.store.remote import open_place
+    from scalekd_cache.store.remote.remote_path import open_place
 
     root = open_place(config.cache)
     if isinstance(root, Path):
@@ -68,8 +68,8 @@ def _check(config: VerifyConfig) -> "tuple[Findings, Agreement | None]":
         from scalekd_cache.store.verify import check_cache
 
         return check_cache(config.cache), None
-    from scalekd_cache.checking import check_deeply
-    from scalekd_cache.processes import this_process
+    from scalekd_cache.audit.verify_cache import check_deeply
+    from scalekd_cache.distributed import this_process
     from scalekd_cache.progress import progress
 
     bar = progress("verify", 0, "unit", rank=int(os.environ.get("RANK", "0")))

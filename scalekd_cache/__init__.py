@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scalekd_cache.errors import UserError
+    from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
-    from scalekd_cache.tail import TailParts, register_family
-    from scalekd_cache.targets import CachedTargets, ScaleKDLoss, timm_student
+    from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "CachedTargets", "ScaleKDLoss", "TailParts", "UserError", "register_family", "timm_student"]
 
 _HOME = {
     "Cache": "store.reader",
-    "CachedTargets": "targets",
-    "ScaleKDLoss": "targets",
-    "TailParts": "tail",
+    "CachedTargets": "training.targets",
+    "ScaleKDLoss": "training.targets",
+    "TailParts": "models.tail",
     "UserError": "errors",
-    "register_family": "tail",
-    "timm_student": "targets",
+    "register_family": "models.tail",
+    "timm_student": "training.targets",
 }
 
 

@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scalekd_cache.audit.records import Examiner, decode_features
 from scalekd_cache.codec.fidelity import fidelity
-from scalekd_cache.examine import Examiner, decode_features
+from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.reports.colours import Palette, fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture
 from scalekd_cache.reports.views import BATCH, Look, pixels_of_view, read_one, scan
 from scalekd_cache.store import Cache, Record
-from scalekd_cache.teacher import Teacher
 
 
 class Card(NamedTuple):

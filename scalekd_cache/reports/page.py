@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store.durable_files import write_atomically
 
 MAX_BYTES = 5_000_000
 """Most bytes of a report."""

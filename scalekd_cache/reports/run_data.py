@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from scalekd_cache.config import require
+from scalekd_cache.data.images import open_source
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.images import open_source
-from scalekd_cache.processes import Process
 from scalekd_cache.reports.figures import Series
 from scalekd_cache.reports.predictions import (
     Images,
@@ -23,7 +23,15 @@ from scalekd_cache.reports.predictions import (
     teacher_of_run,
     validation_images,
 )
-from scalekd_cache.run_files import METRICS, Summary, data_of, read_config, read_facts, read_metrics, read_summary
+from scalekd_cache.training.run_files import (
+    METRICS,
+    Summary,
+    data_of,
+    read_config,
+    read_facts,
+    read_metrics,
+    read_summary,
+)
 
 T = TypeVar("T")
 

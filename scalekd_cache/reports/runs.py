@@ -13,10 +13,8 @@ from numpy.typing import NDArray
 
 from scalekd_cache import __version__
 from scalekd_cache.config import flat
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.losses import LossTerms
-from scalekd_cache.processes import Process
-from scalekd_cache.report import alone_summary
 from scalekd_cache.reports.figures import Series, curves, matrix, scatter
 from scalekd_cache.reports.page import Picture, picture, render
 from scalekd_cache.reports.predictions import (
@@ -25,7 +23,9 @@ from scalekd_cache.reports.predictions import (
     confusion,
 )
 from scalekd_cache.reports.run_data import Run, RunReport, distinct, find_images, hear_teacher, read_run
-from scalekd_cache.run_files import read_facts, text_option
+from scalekd_cache.scalekd.losses import LossTerms
+from scalekd_cache.training.run_files import read_facts, text_option
+from scalekd_cache.training.run_folder import alone_summary
 
 MAX_RUNS = 12
 DETAILED = 4

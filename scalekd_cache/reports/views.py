@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from scalekd_cache.audit.describe import in_words, top_logits
+from scalekd_cache.audit.records import Examiner, decode_features
+from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.examine import Examiner, decode_features
-from scalekd_cache.images import UnreadableImage
-from scalekd_cache.inspection import in_words, top_logits
-from scalekd_cache.loader import record_view
+from scalekd_cache.loader.loader import record_view
 from scalekd_cache.store import Cache, Record
 
 BATCH = 32

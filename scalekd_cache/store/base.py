@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError, mistype
-from scalekd_cache.store.files import Written
+from scalekd_cache.store.durable_files import Written
 from scalekd_cache.store.path import StoredPath
 
 FORMAT_VERSION = 2
@@ -38,7 +38,7 @@ NO_LABEL = -1
 
 REPAIR = "run `make repair CACHE=...`: it makes what is damaged again (`make verify CACHE=... DEEP=1` lists it)"
 
-BACKENDS = {"webdataset": "scalekd_cache.store.webdataset", "zarr": "scalekd_cache.store.zarr"}
+BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "scalekd_cache.store.formats.zarr"}
 
 
 Payload = bytes | memoryview

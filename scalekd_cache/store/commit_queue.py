@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, Self
 
-from scalekd_cache.behind import Behind
+from scalekd_cache.store.background import Behind
 from scalekd_cache.store.unit import UnitWriter
 
 

@@ -31,11 +31,11 @@ from scalekd_cache.store.base import (
     damaged,
 )
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
-from scalekd_cache.store.files import Sha256, canonical_json, write_atomically
+from scalekd_cache.store.durable_files import Sha256, canonical_json, write_atomically
 from scalekd_cache.store.image_digests import check_images
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote import pin_files
-from scalekd_cache.store.sealed import HEX64, sealed, unsealed
+from scalekd_cache.store.remote.remote_path import pin_files
+from scalekd_cache.store.sealed_json import HEX64, sealed, unsealed
 from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, sizes_differ, unit_folder
 
 NAME, TAIL = "manifest.json", "tail.safetensors"

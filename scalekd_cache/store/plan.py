@@ -15,11 +15,11 @@ from pathlib import Path
 
 from scalekd_cache.store.base import FORMAT_VERSION, MAX_UNIT_SAMPLES, check_version, damaged
 from scalekd_cache.store.checked_files import checked_value, read_json
-from scalekd_cache.store.files import write_atomically
+from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.store.locks import lock
 from scalekd_cache.store.manifest import ManifestFacts, contradictions
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.sealed import sealed, unsealed
+from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 NAME = "plan.json"

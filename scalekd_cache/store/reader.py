@@ -20,7 +20,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import NO_LABEL, Record, ShardId, ShardReader, damaged, shard_reader
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote import RemotePath, discard_damaged, open_place
+from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
 from scalekd_cache.store.sidecar import read_keys, read_unit, sizes_differ, unit_folder
 
 OPEN_SHARDS = 128

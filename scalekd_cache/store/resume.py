@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Set
 from pathlib import Path
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.files import fact_of, temp_beside
+from scalekd_cache.store.durable_files import fact_of, temp_beside
 from scalekd_cache.store.same_images import left_out, named, units_apart
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit

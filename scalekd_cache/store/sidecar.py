@@ -18,9 +18,9 @@ from scalekd_cache.codec.fidelity import Summary
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, MAX_UNIT_SAMPLES, MAX_VIEWS, REPAIR, check_key, check_version, damaged
 from scalekd_cache.store.checked_files import checked, read_file, read_json
-from scalekd_cache.store.files import FileFact
+from scalekd_cache.store.durable_files import FileFact
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote import pin_files, size_of
+from scalekd_cache.store.remote.remote_path import pin_files, size_of
 
 WHAT = "the sidecar of a unit"
 UNIT_BYTES = 1 << 25

@@ -29,7 +29,7 @@ from scalekd_cache.store.base import (
     shard_reader,
     shard_writer,
 )
-from scalekd_cache.store.files import (
+from scalekd_cache.store.durable_files import (
     FileFact,
     folders_of,
     fsync_path,

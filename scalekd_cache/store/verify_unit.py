@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
-from scalekd_cache.store.files import fact_of
+from scalekd_cache.store.durable_files import fact_of
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote import size_of
+from scalekd_cache.store.remote.remote_path import size_of
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
 
 BATCH_RECORDS = 64

@@ -1,0 +1,95 @@
+"""What does decoding a view of Swin-L cost on one core, or a batch of them on a GPU?
+
+    python -m benchmarks.codec.decode [--batch 32] [--device cuda]
+
+Made-up maps of 1536 x 7 x 7 with correlated channels and positions, about as compressible as those of real layers of
+that width (docs/CODECS.md: 34 KB a view under `transform`, these 39). The lossless stage is what turns a record into
+a row, decoding is what turns rows into float32 maps and norms.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from benchmarks.harness import Figure, in_turn, publish
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.dither import dither_seed
+from scalekd_cache.codec.transform_fit import PRESETS, fit
+
+SHAPE = (1536, 7, 7)
+FITTED = 256
+GPU_BATCH = 256
+
+
+def made_up(count: int, seed: int) -> torch.Tensor:
+    """(count, 1536, 7, 7) float32: channels mixed from a spectrum that falls, positions averaged with neighbours."""
+    channels = SHAPE[0]
+    mixing = torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)) / channels**0.5
+    spectrum = (1 + torch.arange(channels) / 12) ** -0.65
+    draw = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    smooth = 0.6 * draw + 0.4 * torch.nn.functional.avg_pool2d(draw, 3, 1, 1, count_include_pad=False) * 3
+    return torch.einsum("dc,bchw->bdhw", mixing * spectrum, smooth).contiguous() * 10
+
+
+def codecs() -> dict[str, FeatureCodec]:
+    """int8, and both kinds of the transform coder, fitted."""
+    maps = made_up(FITTED, 1)
+    return {
+        "int8": make_codec("int8", SHAPE),
+        "transform": fit(maps, PRESETS["transform"]),
+        "transform-economy": fit(maps, PRESETS["transform-economy"]),
+        "transform-rotated": fit(maps, PRESETS["transform"], rotated=True),
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, help=f"views decoded at once (default 32, {GPU_BATCH} on a GPU)")
+    parser.add_argument("--repeats", type=int, default=30)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    device = torch.device(options.device)
+    gpu = device.type == "cuda"
+    batch = options.batch or (GPU_BATCH if gpu else 32)
+    maps = made_up(batch, 2)
+    seeds = torch.tensor([dither_seed(str(number), 0) for number in range(batch)])
+    actions: dict[str, Callable[[], object]] = {}
+    sizes = {}
+    for name, codec in codecs().items():
+        records = codec.pack(codec.encode(maps, seeds).numpy())
+        placed = torch.from_numpy(codec.unpack(records)).to(device)
+        sizes[name] = sum(map(len, records)) / batch
+
+        def decode(codec: FeatureCodec = codec, placed: torch.Tensor = placed) -> None:
+            codec.decode(placed)
+            if gpu:
+                torch.cuda.synchronize()
+
+        actions[f"{name}, decode"] = decode
+        actions[f"{name}, lossless"] = partial(codec.unpack, records)
+        decode()
+    seconds = in_turn(options.repeats, **actions)  # all in turn: a phase in which the machine is slow meets all
+    if not gpu:
+        for name in sizes:
+            pairs = zip(seconds[f"{name}, lossless"], seconds[f"{name}, decode"], strict=True)
+            seconds[f"{name}, both"] = [sum(pair) for pair in pairs]
+    figures = []
+    for what, values in seconds.items():
+        name, _, part = what.partition(", ")
+        whole = gpu and part == "decode"
+        scale = 1e3 if whole else 1e3 / batch
+        goal = {"lossless": "0.1 ms", "decode": "5 ms a batch" if gpu else "", "both": "0.3 ms"}[part]
+        figures.append(Figure(what, statistics.median(values) * scale, (min(values) * scale, max(values) * scale),
+                              f"ms a batch of {batch}" if whole else "ms a view",
+                              f"{sizes[name]:,.0f} bytes a view", goal, ""))  # fmt: skip
+    publish("codec-decode-gpu" if gpu else "codec-decode", figures, {"options": vars(options), "seconds": seconds})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""What does each codec keep of real features, in how many bytes, at what speed?
+
+    python benchmarks/codec/fidelity.py --cache DIR [--head teacher.safetensors] [--name demo] [--views 512]
+    python benchmarks/codec/fidelity.py --features maps.npy --ids images.npy [--name tinyvit]
+
+Features come from a cache of float32 or float16 features, or from a file of maps (N, C, H, W) float32 with one number
+an image beside it. Codecs are fitted on half of the images and measured on the other half. The bound is Gaussian
+reverse water-filling on the spectrum of the held-out maps (2-D DCT, then a KLT of the DC and one of all other
+coefficients, fitted to the held-out maps themselves), at each codec's own mean squared error; once over plain
+values, once over values divided by the token's mean-removed norm, the error that the losses see.
+Times depend on what else the machine does: the load is printed, and each is given beside that of int8 in the same run.
+Writes benchmarks/results/codecs-<name>.json and .png.
+"""
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scalekd_cache.codec import CODECS, codec_from_config, make_codec
+from scalekd_cache.codec.base import FeatureCodec, feature_norms
+from scalekd_cache.codec.dither import dither_seed
+from scalekd_cache.codec.fidelity import fidelity
+from scalekd_cache.codec.logits import kl_divergence
+from scalekd_cache.codec.transform import dct_matrix, token_scales
+from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, ROTATED, fit
+from scalekd_cache.store import Cache
+
+RESULTS = Path(__file__).parents[1] / "results"
+LEFT = ("float16", "bfloat16", "fp8")
+"""Names that stand on the left of their points."""
+NOISES = (0.0008, 0.005, 0.015)
+TIMED_S = 0.6
+"""CPU seconds that a timing is repeated for."""
+COLUMNS = ("codec", "bytes", "of int8", "bytes / R(D), normalised and plain", "cosine mean / p1",
+           "mean-removed cosine mean / p1", "KL", "same top-1", "encode MB/s", "decode MB/s", "lossless, decode ms",
+           "decode of int8")  # fmt: skip
+
+
+def from_cache(root: Path, views: int) -> tuple[Tensor, np.ndarray]:
+    """Maps of view 0 of a lossless cache, a number an image."""
+    cache = Cache.open(root)
+    codec = codec_from_config(cache.manifest.codec, cache.root)
+    if codec.id not in ("float32", "float16"):
+        raise SystemExit(f"{root} holds {codec.id} features; make a cache with CODEC=float32")
+    count = min(views, len(cache))
+    records = cache.read(np.linspace(0, len(cache) - 1, count).astype(np.int64), 0)
+    rows = torch.from_numpy(codec.unpack([record.features for record in records]))
+    return codec.decode(rows).features.contiguous(), np.arange(count)
+
+
+def halves(maps: Tensor, ids: np.ndarray, views: int) -> tuple[Tensor, Tensor]:
+    """Calibration and held-out maps: no image is in both."""
+    draw = np.random.default_rng(0)
+    images = draw.permutation(np.unique(ids))
+    first = np.isin(ids, images[: len(images) // 2])
+    chosen = [draw.permutation(np.flatnonzero(mask))[:views] for mask in (first, ~first)]
+    return maps[torch.from_numpy(np.sort(chosen[0]))], maps[torch.from_numpy(np.sort(chosen[1]))]
+
+
+def spectrum(maps: Tensor, scales: Tensor) -> Tensor:
+    """Variances of all coefficients of maps divided by `scales` (B, T), in the maps' own KLT: (T * C,) float64."""
+    _, channels, height, width = maps.shape
+    values = maps.double().flatten(2) / torch.where(scales > 0, scales, 1.0).double()[:, None]
+    values = (values - values.mean((0, 2), keepdim=True)).view(len(maps), channels, height, width)
+    grid = torch.einsum("hy,wx,bcyx->bhwc", dct_matrix(height), dct_matrix(width), values).flatten(1, 2)
+    parts = []
+    for part in (grid[:, :1], grid[:, 1:]):
+        flat = part.flatten(0, 1)
+        vectors = torch.linalg.eigh(flat.T @ flat).eigenvectors
+        parts.append((part @ vectors).square().mean(0).flatten())
+    return torch.cat(parts)
+
+
+def bound_bytes(variances: Tensor, error: float) -> float:
+    """Bytes a view of Gaussian reverse water-filling at a mean squared error a coefficient."""
+    low, high = 0.0, float(variances.max())
+    for _ in range(100):
+        level = (low + high) / 2
+        low, high = (low, level) if float(variances.clamp(max=level).mean()) > error else (level, high)
+    return float((variances / high).clamp(min=1).log2().sum()) / 16
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """The least CPU time of many runs, at least three."""
+    times: list[float] = []
+    while len(times) < 3 or sum(times) < TIMED_S:
+        start = time.process_time()
+        work()
+        times.append(time.process_time() - start)
+    return min(times)
+
+
+def measure(
+    codec: FeatureCodec, maps: Tensor, spectra: tuple[Tensor, Tensor], head: tuple[Tensor, Tensor] | None
+) -> dict:
+    """One row of the table."""
+    seeds = torch.tensor([dither_seed(str(number), 0) for number in range(len(maps))])
+    rows = torch.cat([codec.encode(part, seed) for part, seed in zip(maps.split(64), seeds.split(64), strict=True)])
+    records = codec.pack(rows.numpy())
+    decoded = torch.cat([codec.decode(part).features for part in rows.split(64)])
+    figures, scales = fidelity(maps, decoded), token_scales(feature_norms(maps))
+    error = (decoded - maps).double()
+    own = (error.flatten(2) / torch.where(scales > 0, scales, 1.0).double()[:, None]).square().mean()
+    size, part = float(np.mean([len(record) for record in records])), maps[:32].contiguous()
+    few, few_records, megabytes = rows[:32], records[:32], 32 * maps[0].numel() * 4 / 1e6
+    row: dict[str, Any] = {
+        "bytes": size,
+        "bytes_at_swin_l": size * 75_264 / maps[0].numel(),
+        "cosine": float(figures.cosine.mean()),
+        "cosine_p1": float(np.percentile(figures.cosine, 1)),
+        "cosine_mean_removed": float(figures.cosine_mean_removed.mean()),
+        "cosine_mean_removed_p1": float(np.percentile(figures.cosine_mean_removed, 1)),
+        "mse": float(error.square().mean()),
+        "mse_normalised": float(own),
+        "bound_ratio": size / bound_bytes(spectra[0], float(error.square().mean())) if float(own) else None,
+        "bound_ratio_normalised": size / bound_bytes(spectra[1], float(own)) if float(own) else None,
+        "encode_mb_per_s": megabytes / seconds(lambda: codec.pack(codec.encode(part, seeds[:32]).numpy())),
+        "lossless_ms": seconds(lambda: codec.unpack(few_records)) / 32 * 1e3,
+        "decode_ms": seconds(lambda: codec.decode(few)) / 32 * 1e3,
+    }
+    row["decode_mb_per_s"] = megabytes / 32 / (row["lossless_ms"] + row["decode_ms"]) * 1e3
+    if head is not None:
+        logits = [(maps.mean((2, 3)) @ head[0].T + head[1]), (decoded.mean((2, 3)) @ head[0].T + head[1])]
+        row["kl"] = float(kl_divergence(logits[0].numpy(), logits[1].numpy()).mean())
+        row["top1_agreement"] = float((logits[0].argmax(1) == logits[1].argmax(1)).double().mean())
+    return row
+
+
+def live_head(weights: Path | None) -> tuple[Tensor, Tensor] | None:
+    """The classifier (weight, bias) in a teacher's file: pooling and a linear layer over the final norm, as in Swin."""
+    if weights is None:
+        return None
+    state = load_file(str(weights))
+    return state["head.fc.weight"], state["head.fc.bias"]
+
+
+def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, path: Path, title: str) -> None:
+    """Bytes a view against the error that the losses see, with the bound."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7.5, 5))
+    lossy = {name: row for name, row in table.items() if row["mse_normalised"] > 0}
+    variance = float(spectra[1].mean())
+    errors = np.logspace(-8, -0.7, 60)
+    axes.plot(
+        [bound_bytes(spectra[1], error * variance) / 1e3 for error in errors], errors, "k-", label="Gaussian R(D) bound"
+    )
+    fitted = sorted(
+        (row["bytes"] / 1e3, row["mse_normalised"] / variance)
+        for name, row in lossy.items()
+        if name.startswith("transform") and name != ALWAYS_ROTATED
+    )
+    axes.plot(*zip(*fitted, strict=True), "o-", color="tab:red", label="transform, by noise")
+    for name, row in lossy.items():
+        point = (row["bytes"] / 1e3, row["mse_normalised"] / variance)
+        if not name.startswith("transform") or name == ALWAYS_ROTATED:
+            axes.plot(*point, "s", color="tab:orange" if name == ALWAYS_ROTATED else "tab:blue")
+        if "noise" not in name:
+            left = name in LEFT
+            shift, side = ((-6, 6), "right") if left else ((6, 5), "left")
+            axes.annotate(name, point, textcoords="offset points", xytext=shift, ha=side, fontsize=9)
+    axes.set(yscale="log", xlabel=f"kilobytes a view ({values:,} values), norms and headers included",
+             ylabel="error / variance, tokens divided by their norm", title=title, xlim=(0, None))  # fmt: skip
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path)
+    parser.add_argument("--features", type=Path)
+    parser.add_argument("--ids", type=Path)
+    parser.add_argument("--head", type=Path, help="the teacher's safetensors file, for KL and top-1 agreement")
+    parser.add_argument("--name", default="demo")
+    parser.add_argument("--views", type=int, default=512, help="at most this many to fit, and to measure")
+    parser.add_argument("--measured", type=int, help="at most this many to measure (default: as --views)")
+    parser.add_argument("--noises", type=float, nargs="*", default=NOISES, help="further points of the transform coder")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    if options.features is not None:
+        maps = torch.from_numpy(np.load(options.features, mmap_mode="c"))
+        ids = np.load(options.ids) if options.ids else np.arange(len(maps))
+    elif options.cache is not None:
+        maps, ids = from_cache(options.cache, 2 * options.views)
+    else:
+        parser.error("give --cache or --features")
+    first, held_out = halves(maps, ids, options.views)
+    shape = (int(maps.shape[1]), int(maps.shape[2]), int(maps.shape[3]))
+    scales = token_scales(feature_norms(held_out))
+    spectra = (spectrum(held_out, torch.ones_like(scales)), spectrum(held_out, scales))
+    of_bound = len(held_out)
+    held_out = held_out[:: -(-len(held_out) // (options.measured or options.views))].contiguous()
+    codecs: dict[str, FeatureCodec] = {name: make_codec(name, shape) for name in CODECS}
+    codecs |= {name: fit(first, noise) for name, noise in PRESETS.items() if name != ALWAYS_ROTATED}
+    if shape[0] > ROTATED:
+        codecs[ALWAYS_ROTATED] = fit(first, PRESETS[ALWAYS_ROTATED], rotated=True)
+    codecs |= {f"transform, noise {noise:g}": fit(first, noise) for noise in options.noises}
+    head, table = live_head(options.head), {}
+    for name, codec in codecs.items():
+        table[name] = measure(codec, held_out, spectra, head)
+        print(name, {key: value and round(value, 5) for key, value in table[name].items()}, flush=True)
+    write(options.name, shape, (len(first), len(held_out), of_bound), table)
+    title = f"{options.name}, {shape[0]} x {shape[1]} x {shape[2]}"
+    plot(table, spectra, maps[0].numel(), RESULTS / f"codecs-{options.name}.png", title)
+    print(f"load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+    print(markdown(table))
+
+
+def write(name: str, shape: tuple[int, int, int], views: tuple[int, int, int], table: dict[str, dict]) -> None:
+    """The results as JSON, with what they were measured on."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    content = {
+        "command": " ".join(["python", "-m", "benchmarks.codec.fidelity", *(Path(word).name for word in sys.argv[1:])]),
+        "commit": commit.stdout.strip(),
+        "machine": {
+            "cpu": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "python": platform.python_version(), "torch": torch.__version__,
+        },
+        "timing": f"CPU time of one thread, least of runs over {TIMED_S:g} s, 32 views, warm",
+        "shape": shape, "views_fitted": views[0], "views_measured": views[1], "views_of_bound": views[2],
+        "codecs": table,
+    }  # fmt: skip
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"codecs-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+
+
+def markdown(table: dict[str, dict]) -> str:
+    """All figures by codec."""
+    lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+    base = table["int8"]
+    for name, row in table.items():
+        ratios = "" if row["bound_ratio"] is None else f"{row['bound_ratio_normalised']:.2f} / {row['bound_ratio']:.2f}"
+        live = (f"{row['kl']:.1e}", f"{100 * row['top1_agreement']:.1f} %") if "kl" in row else ("", "")
+        cells = (
+            name, f"{row['bytes']:,.0f}", f"{row['bytes'] / base['bytes']:.2f}", ratios,
+            f"{row['cosine']:.5f} / {row['cosine_p1']:.5f}",
+            f"{row['cosine_mean_removed']:.5f} / {row['cosine_mean_removed_p1']:.5f}", *live,
+            f"{row['encode_mb_per_s']:,.0f}", f"{row['decode_mb_per_s']:,.0f}",
+            f"{row['lossless_ms']:.3f}, {row['decode_ms']:.3f}",
+            f"{base['decode_mb_per_s'] / row['decode_mb_per_s']:.1f}x",
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""Runs of the demo on one and two processes, beside what the simulation of `scale_model.py` says of them.
+
+In: this machine. Out: rows of (what, measured seconds, simulated seconds). Invariant: what is simulated was not used
+to set the simulation. Durations come from two jobs of one process side by side, so that sharing the machine is in
+them; the all-reduce from two processes that do nothing else; the runs that are compared come after.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[2]
+IMAGES, SHARD, VIEWS = 768, 16, 2
+MICRO, GLOBAL, EPOCHS = 16, 64, 2
+STUDENT = "resnet10t"
+Words = list[str]
+
+
+def start(module: str, words: dict[str, Any], processes: int = 1) -> subprocess.Popen[str]:
+    """`python -m <module>` in the background, by torchrun where it is several processes."""
+    torchrun = (
+        ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
+    )
+    flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, *torchrun, "-m", *(["--"] if torchrun else []), module, *flags], cwd=ROOT, env=environment,
+        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    """Its output; an error when it fails."""
+    output, _ = process.communicate(timeout=900)
+    if process.returncode:
+        raise RuntimeError(output[-3000:])
+    return output
+
+
+def stage1(folder: Path) -> dict[str, Any]:
+    return {"recipe": "demo", "data.source": "demo", "data.max_samples": IMAGES, "cache.path": folder,
+            "cache.samples_per_shard": SHARD, "cache.num_views": VIEWS, "cache.views_per_group": VIEWS,
+            "teacher.pretrained": "false", "workers": 0}  # fmt: skip
+
+
+def stage2(cache: Path, folder: Path, global_batch: int, **more: Any) -> dict[str, Any]:
+    return {"cache": cache, "run": folder, "student.name": STUDENT, "train.epochs": EPOCHS, "train.log_every": 1,
+            "train.global_batch_size": global_batch, "train.micro_batch_size": MICRO, **more}  # fmt: skip
+
+
+def commits(folder: Path) -> np.ndarray:
+    """Times at which units were committed, in order."""
+    return np.sort([path.stat().st_mtime for path in (folder / "units").glob("g*/unit.json")])
+
+
+def side_by_side(jobs: list[tuple[str, dict[str, Any]]]) -> None:
+    running = [start(module, words) for module, words in jobs]
+    for process in running:
+        finish(process)
+
+
+def steps(run: Path) -> list[float]:
+    """Seconds of every step but the first two."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    batch = json.loads((run / "batch.json").read_text())
+    return [batch / line["images_per_s"] for line in lines if "loss" in line][2:]
+
+
+def train(jobs: list[dict[str, Any]], processes: int = 1) -> None:
+    """Stage-2 jobs side by side."""
+    running = [start("pipelines.distill", words, processes) for words in jobs]
+    for words, process in zip(jobs, running, strict=True):
+        finish(process)
+        (words["run"] / "batch.json").write_text(str(words["train.global_batch_size"]))
+
+
+ALL_REDUCE = """
+import sys, time, torch, torch.distributed as dist
+dist.init_process_group("gloo")
+x = torch.ones(int(sys.argv[1]) // 4)
+times = []
+for _ in range(12):
+    dist.barrier(); begin = time.perf_counter(); dist.all_reduce(x); times.append(time.perf_counter() - begin)
+if dist.get_rank() == 0: print("seconds", sorted(times)[len(times) // 2])
+"""
+
+
+def all_reduce_seconds(count: int, folder: Path) -> float:
+    """A sum of `count` bytes of float32 over two processes."""
+    file = folder / "all_reduce.py"
+    file.write_text(ALL_REDUCE)
+    words = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        str(file),
+        str(count),
+    ]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return float(done.stdout.split("seconds")[1])
+
+
+def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """From the first commit to the last, of one process and of two."""
+    from benchmarks.scaling.simulate import CacheJob, Cluster, cache_job
+
+    units = IMAGES // SHARD
+    # One process beside another that does the same, and two processes of one job: the same load on the machine.
+    side_by_side([("pipelines.cache_teacher", stage1(folder / name)) for name in ("left", "right")])
+    durations = np.concatenate([np.diff(commits(folder / name)) for name in ("left", "right")])
+    finish(start("pipelines.cache_teacher", stage1(folder / "pair"), 2))
+    finish(start("pipelines.cache_teacher", stage1(folder / "alone")))
+    alone = np.diff(commits(folder / "alone"))
+    times = {1: commits(folder / "alone"), 2: commits(folder / "pair")}
+    still = Cluster(slow_share=0.0, storage=1e15)
+    for processes, known in ((1, alone[: units // 2]), (2, durations)):
+        job = CacheJob(units=units, unit_s=float(known.mean()), unit_spread=float(known.std() / known.mean()),
+                       unit_bytes=0.0, start_s=0.0)  # fmt: skip
+        whole = [cache_job(job, still, processes, np.random.default_rng(seed)).seconds for seed in range(50)]
+        simulated = float(np.mean(whole)) - job.unit_s  # the first commit comes one unit after the beginning
+        measured = float(times[processes][-1] - times[processes][0])
+        rows.append({"what": f"stage 1, {processes} process(es), first to last of {units} commits",
+                     "measured_s": measured, "simulated_s": simulated,
+                     "unit_s": job.unit_s, "unit_spread": job.unit_spread})  # fmt: skip
+
+
+def check_stage2(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """A step of two processes, two micro-batches each, whose gradients are exchanged once.
+
+    One process alone on as many micro-batches, beside another, takes what each of the two computes.
+    """
+    from benchmarks.scaling.simulate import Cluster, TrainJob, step_seconds
+
+    cache, micros = folder / "alone", GLOBAL // MICRO
+    half = [stage2(cache, folder / name, GLOBAL // 2) for name in ("left-half", "right-half")]
+    train(half)
+    known = [second for words in half for second in steps(words["run"])]
+    (weights,) = (folder / "left-half" / "checkpoints").glob(f"step-{EPOCHS * (IMAGES // (GLOBAL // 2)):08d}/model.*")
+    gradient_bytes = weights.stat().st_size
+    exchange = all_reduce_seconds(gradient_bytes, folder)
+    job = TrainJob(steps=1, micros=micros, micro_s=statistics.median(known) / (micros // 2), micro_spread=0.0,
+                   update_s=0.0, gradient_bytes=gradient_bytes, micro_bytes=0, start_s=0, save_s=0,
+                   save_every=1)  # fmt: skip
+    cluster = Cluster(slow_share=0.0, storage=1e15, link=gradient_bytes / exchange, latency_s=0.0)
+    words = stage2(cache, folder / "two", GLOBAL)
+    train([words], 2)
+    rows.append({"what": f"stage 2, 2 processes, a step of {micros} micro-batches",
+                 "measured_s": statistics.median(steps(words["run"])),
+                 "simulated_s": float(np.median(step_seconds(job, cluster, 2, np.random.default_rng(0)))),
+                 "half_step_s": statistics.median(known), "all_reduce_s": exchange,
+                 "gradient_bytes": gradient_bytes})  # fmt: skip
+
+
+def measure(repeats: int) -> dict[str, Any]:
+    """All comparisons, `repeats` times."""
+    rows: list[dict[str, Any]] = []
+    before = os.getloadavg()
+    for repeat in range(repeats):
+        with tempfile.TemporaryDirectory() as name:
+            folder, own = Path(name), []
+            check_stage1(folder, own)
+            check_stage2(folder, own)
+            rows += [{"repeat": repeat, "ratio": row["simulated_s"] / row["measured_s"], **row} for row in own]
+            print(*rows[-len(own) :], sep="\n", flush=True)
+    return {"cores": os.cpu_count(), "load_before": before, "load_after": os.getloadavg(), "rows": rows}

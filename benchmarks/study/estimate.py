@@ -1,0 +1,125 @@
+"""What a study is going to take, before it begins.
+
+In: settings and what is done of them. Out: a table: runs, minutes, disk. Invariant: times come from finished runs of
+the same kind where there are any, else from real steps of the student with its heads, measured with random weights.
+"""
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.study.plan import ARMS, CACHES, Run, Setting, runs_of
+from benchmarks.study.statistics import Line, read_lines
+
+START_S = 5.0
+"""A run's evaluation, export and checkpoints."""
+
+
+def seconds_of(run: Run, lines: Sequence[Line]) -> float | None:
+    """Mean wall time of finished runs of the same student and targets; None when there is none."""
+    kind = (run.student, ARMS[run.arm].targets)
+    walls = [line["wall_s"] for line in lines if (line["student"], ARMS[line["arm"]].targets) == kind]
+    return sum(walls) / len(walls) if walls else None
+
+
+def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], float]:
+    """Seconds of a step by targets, and bytes of a view's features in int8."""
+    from pipelines.command import parse, recipe_section
+    from scalekd_cache.config import CacheTeacherConfig, DistillConfig, TeacherConfig
+    from scalekd_cache.distributed import this_process
+    from scalekd_cache.models.student import build_student
+    from scalekd_cache.models.teacher import load_teacher, split_tail
+    from scalekd_cache.scalekd.heads import Targets
+    from scalekd_cache.training.run import make_heads
+    from scalekd_cache.training.trainer import DistillModel
+
+    device = this_process().device
+    section = recipe_section(setting.recipe, "cache")
+    stage1 = parse(CacheTeacherConfig, "cache_teacher", [], section, "")
+    words = [word for option in setting.stage2 for word in (f"--{option.partition('=')[0]}", option.partition("=")[2])]
+    argv = ["--student.name", student, *words]
+    config = parse(DistillConfig, "distill", argv, recipe_section(setting.recipe, "distill"), "")
+    size, batch = stage1.views.size, config.train.micro_batch_size
+    random = TeacherConfig(name=stage1.teacher.name, pretrained=False)
+    teacher = load_teacher(random, image_size=size, num_classes=10, device=device)
+    tail, model = split_tail(teacher), build_student(config.student, num_classes=10, image_size=size)
+    images = torch.randint(0, 255, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    labels = torch.randint(0, 10, (batch,), device=device)
+    shape, seconds = teacher.spec.feature_shape, {}
+    norms = torch.ones(batch, 2, *shape[1:], device=device)
+    targets = Targets(torch.randn(batch, *shape, device=device), norms, torch.randn(batch, 10, device=device))
+    for kind in ("none", "cached"):
+        heads = make_heads(config, model, tail) if kind == "cached" else None
+        whole: Any = DistillModel(config, model, heads).to(device)
+        seconds[kind] = _least(lambda: whole(images, labels, targets if heads else None, tail).total.backward())  # noqa: B023
+    with torch.no_grad():
+        seconds["live"] = seconds["cached"] + _least(lambda: teacher(images))
+    micros = config.train.global_batch_size // batch
+    return {kind: value * micros for kind, value in seconds.items()}, float(torch.tensor(shape).prod())
+
+
+def _least(call: Any) -> float:
+    """The faster of two calls after one that is not counted."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        call()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return min(times[1:])
+
+
+def images_of(setting: Setting, data: str | None) -> int:
+    """Training images of a setting."""
+    from scalekd_cache.config import DataConfig
+    from scalekd_cache.data.images import open_source
+
+    source = open_source(DataConfig(source=data if setting.given and data else "demo"), "train")
+    limits = [int(option.partition("=")[2]) for option in setting.stage1 if option.startswith("data.max_samples=")]
+    return min([len(source.samples), *limits])
+
+
+def print_estimate(settings: Sequence[Setting], places: Any) -> None:
+    """The table, a line a setting, and the sum."""
+    from pipelines.command import recipe_section
+
+    total = 0.0
+    for setting in settings:
+        lines = read_lines(places.results / f"{setting.name}.jsonl")
+        done = {line["key"] for line in lines}
+        runs = [run for run in runs_of(setting) if run.key not in done]
+        training = {**recipe_section(setting.recipe, "distill")["train"], **_train_options(setting)}
+        images = images_of(setting, places.data)
+        steps = setting.epochs * (images // int(training["global_batch_size"]))
+        measured: dict[str, dict[str, float]] = {}
+        minutes, values = 0.0, 0.0
+        for run in runs:
+            known = seconds_of(run, lines)
+            if known is None:
+                if run.student not in measured:
+                    measured[run.student], values = measured_steps(setting, run.student)
+                known = START_S + steps * measured[run.student][ARMS[run.arm].targets]
+            minutes += known / 60
+        caches = {ARMS[run.arm].cache for run in runs_of(setting)}
+        size = recipe_section(setting.recipe, "cache")["views"]["size"]
+        views = images * setting.epochs
+        own = {name: 4000 + 0.3 * size * size if CACHES[name].own_pixels else 2000 for name in caches}
+        disk = sum(views * (values + rest) for rest in own.values())
+        print(
+            f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs to do, {steps} steps each, {images} images, "
+            f"about {minutes:.0f} min of this machine as it is now;\n  {len(caches)} caches of {views} views, at most "
+            f"{disk / 1e9:.2f} GB (and one run's checkpoint)"
+        )
+        for student, kinds in measured.items():
+            each = ", ".join(f"{kind} {1000 * value:.0f} ms" for kind, value in kinds.items())
+            print(f"  a step of {student}, measured: {each}")
+        total += minutes
+    print(f"in all about {total:.0f} min; stop it whenever you like, the same command goes on", flush=True)
+
+
+def _train_options(setting: Setting) -> dict[str, str]:
+    pairs = (option.partition("=") for option in setting.stage2 if option.startswith("train."))
+    return {name.removeprefix("train."): value for name, _, value in pairs}

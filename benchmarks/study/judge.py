@@ -1,0 +1,176 @@
+"""What the study measures beyond accuracy, and the ways of reading a cache that no option offers.
+
+In: a finished run with its checkpoint, the live teacher. Out: loss terms on held-out images against exact live targets.
+Invariant: nothing here changes files; what is replaced for an arm is put back when the arm is done.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.base import FeatureMap, feature_norms
+from scalekd_cache.codec.dither import dither_seed, dither_table
+from scalekd_cache.codec.transform import TransformCodec
+from scalekd_cache.codec.transform_fit import fit_bases, with_noise
+from scalekd_cache.config import (
+    DistillConfig,
+    OptimConfig,
+    ScaleKDConfig,
+    StudentConfig,
+    TrainConfig,
+    ViewConfig,
+    from_plain,
+)
+from scalekd_cache.data.images import decode_image, open_source
+from scalekd_cache.distributed import this_process
+from scalekd_cache.loader.loader import data_config
+from scalekd_cache.models.evaluate import ValidationImages
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.scalekd.losses import LossTerms, Targets
+from scalekd_cache.store import Cache
+from scalekd_cache.training.checkpoint import MODEL, latest_checkpoint
+from scalekd_cache.training.run_files import read_config
+from scalekd_cache.views.view import apply_view, sample_view
+
+BATCH = 64
+
+
+@contextmanager
+def without_dither() -> Iterator[None]:
+    """The transform coder rounds to the nearest: while a cache is fitted and made, and while it is read."""
+
+    def zeros(count: int) -> Tensor:
+        return torch.zeros_like(dither_table(count))
+
+    with ExitStack() as stack:
+        for module in ("transform", "transform_fit"):
+            stack.enter_context(patch(f"scalekd_cache.codec.{module}.dither_table", zeros))
+        yield
+
+
+@contextmanager
+def norms_of_what_is_decoded() -> Iterator[None]:
+    """Losses divide the transform coder's maps by their own norms, not by the stored ones of the exact maps."""
+    decode = TransformCodec.decode
+
+    def own(self: TransformCodec, codes: Tensor) -> FeatureMap:
+        features = decode(self, codes).features
+        return FeatureMap(features, feature_norms(features))
+
+    with patch.object(TransformCodec, "decode", own):
+        yield
+
+
+@torch.no_grad()
+def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
+    """The teacher's maps (N, C, H, W) of first views of a cache's images, float32 on the CPU."""
+    from scalekd_cache.training.run import live_teacher
+
+    opened = Cache.open(cache)
+    device = this_process().device
+    teacher = live_teacher(opened.manifest, weights, device)
+    source = open_source(data_config(opened.manifest.data, None), "train")
+    recipe = view_config(opened.manifest.view_recipe)
+    maps = []
+    for index in torch.linspace(0, len(source.samples) - 1, min(count, len(source.samples))).long().tolist():
+        sample = source.samples[index]
+        image = decode_image(source.read(index), sample.key)
+        view = apply_view(sample_view(recipe, sample.key, 0, image.shape[1], image.shape[0]), image, recipe)
+        maps.append(teacher(torch.from_numpy(view).permute(2, 0, 1)[None].to(device)).features.cpu())
+    return torch.cat(maps)
+
+
+def view_config(recipe: dict[str, Any]) -> ViewConfig:
+    """The view options that a manifest carries."""
+    return ViewConfig(**from_plain({name: recipe[name] for name in ViewConfig.__dataclass_fields__ if name in recipe}))
+
+
+def noise_for_bytes(features: Tensor, wanted: float) -> float:
+    """The noise at which a transform coder's records of held-out views take so many bytes (by the secant rule).
+
+    Half of the views fit the coder, the other half is counted. Within 1 % or after 8 fits. ValueError for so few bytes
+    (or so many) that no noise below 1 (from 1e-4 on) gives them.
+    """
+    fitted, counted = features[::2].contiguous(), features[1::2].contiguous()
+    state = fit_bases(fitted)
+    seeds = torch.tensor([dither_seed(str(number), 0) for number in range(len(counted))])
+
+    def size(noise: float) -> float:
+        codec = with_noise(state, fitted, noise)
+        return sum(map(len, codec.pack(codec.encode(counted, seeds).numpy()))) / len(counted)
+
+    low, high = 1e-4, 1.0
+    bytes_low, bytes_high = size(low), size(high)
+    if not bytes_high <= wanted <= bytes_low:
+        raise ValueError(f"{wanted:.0f} bytes a view: the transform coder takes {bytes_high:.0f} to {bytes_low:.0f}")
+    for _ in range(8):
+        share = (bytes_low - wanted) / (bytes_low - bytes_high)
+        middle = math.exp(math.log(low) + min(max(share, 0.05), 0.95) * math.log(high / low))
+        found = size(middle)
+        if abs(found / wanted - 1) < 0.01:
+            break
+        if found > wanted:
+            low, bytes_low = middle, found
+        else:
+            high, bytes_high = middle, found
+    return float(f"{middle:.4g}")
+
+
+class Judge:
+    """The live teacher's exact targets of a setting's held-out images, computed once, and losses against them."""
+
+    def __init__(self, cache: Path, weights: str | None, count: int) -> None:
+        """`cache`: any of the setting's; `count` held-out images are used."""
+        from scalekd_cache.training.run import live_teacher, tail_of
+
+        self.cache, self.device = Cache.open(cache), this_process().device
+        manifest = self.cache.manifest
+        teacher = live_teacher(manifest, weights, self.device)
+        source = open_source(data_config(manifest.data, None), "val")
+        order = torch.randperm(len(source.samples), generator=torch.Generator().manual_seed(0)).tolist()[:count]
+        images = ValidationImages(source, manifest.view_recipe["size"])
+        examples = [example for index in order if (example := images[index]) is not None]
+        exact = make_codec("float32", teacher.spec.feature_shape)
+        self.batches = []
+        for start in range(0, len(examples), BATCH):
+            part = examples[start : start + BATCH]
+            pixels, labels = torch.stack([image for image, _ in part]), torch.tensor([label for _, label in part])
+            with torch.no_grad():
+                features, logits = teacher(pixels.to(self.device))
+                targets = Targets(*exact.decode(exact.encode(features)), logits)
+            self.batches.append((pixels.to(self.device), labels.to(self.device), targets))
+        spec = TeacherSpec.from_json(manifest.teacher["spec"])
+        self.tail = tail_of(self.cache, spec).to(self.device)
+
+    @torch.no_grad()
+    def losses(self, run: Path) -> dict[str, float]:
+        """Mean weighted loss terms of a finished run's student and heads, in eval mode."""
+        from scalekd_cache.training.run import make_heads
+        from scalekd_cache.training.trainer import DistillModel
+
+        options = read_config(run)
+        config = DistillConfig(
+            student=StudentConfig(**from_plain(options["student"])), optim=OptimConfig(**from_plain(options["optim"])),
+            scalekd=ScaleKDConfig(**from_plain(options["scalekd"])), train=TrainConfig(**from_plain(options["train"])),
+        )  # fmt: skip
+        manifest = self.cache.manifest
+        size, classes = manifest.view_recipe["size"], len(manifest.class_names)
+        student = build_student(config.student, num_classes=classes, image_size=size)
+        model = DistillModel(config, student, make_heads(config, student, self.tail))
+        checkpoint, problems = latest_checkpoint(run / "checkpoints")
+        assert checkpoint is not None, problems
+        model.load_state_dict(checkpoint.tensors(MODEL))
+        model.to(self.device).eval()
+        sums, count = torch.zeros(len(LossTerms._fields)), 0
+        for pixels, labels, targets in self.batches:
+            sums += len(labels) * torch.stack(list(model(pixels, labels, targets, self.tail))).cpu()
+            count += len(labels)
+        return {name: round(value, 5) for name, value in zip(LossTerms._fields, (sums / count).tolist(), strict=True)}

@@ -1,0 +1,87 @@
+"""What does activation checkpointing save, and what does it cost?
+
+    python -m benchmarks.training.activation_checkpointing [--batch 16]
+
+Counted: what autograd keeps in a step of student, heads and Swin-L's tail (`step_memory.py`, the meta device).
+Measured: peak memory of a process that makes two steps of the student alone at 224 px in float32, over that of a
+process that only builds it, and the seconds of the second step. Prints a Markdown table.
+"""
+
+import argparse
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks.harness import peak_memory_bytes
+from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.models.student import build_student
+from scalekd_cache.planning.costs import meta_teacher
+from scalekd_cache.planning.step_memory import step_memory
+
+STUDENTS = ("resnet50", "vit_small")
+TEACHER = "swin_large_patch4_window7_224"
+
+
+def steps(name: str, on: bool, batch: int, count: int) -> tuple[float, float]:
+    """Seconds of the last of `count` steps, and this process's peak memory in bytes."""
+    torch.set_num_threads(1)
+    student = build_student(StudentConfig(name=name, grad_checkpointing=on), num_classes=1000, image_size=224)
+    seconds = 0.0
+    for _ in range(count):
+        begin = time.process_time()
+        output = student(torch.zeros(batch, 3, 224, 224))
+        (output.s3.mean() + output.s4.mean() + output.logits.mean()).backward()
+        seconds = time.process_time() - begin
+    return seconds, float(peak_memory_bytes())
+
+
+def measured(name: str, on: bool, batch: int) -> tuple[float, float]:
+    """The same in processes of their own: seconds, and bytes over those of the model alone."""
+    found = []
+    for count in (0, 2):
+        words = [
+            sys.executable,
+            "-m",
+            "benchmarks.training.activation_checkpointing",
+            "--one",
+            name,
+            str(int(on)),
+            str(batch),
+            str(count),
+        ]
+        done = subprocess.run(words, capture_output=True, text=True, check=True)
+        found.append([float(word) for word in done.stdout.split()])
+    return found[1][0], found[1][1] - found[0][1]
+
+
+def counted(name: str, on: bool, batch: int) -> float:
+    """Bytes that autograd keeps in a step with heads and tail."""
+    config = DistillConfig(
+        student=StudentConfig(name=name, grad_checkpointing=on),
+        train=TrainConfig(micro_batch_size=batch, global_batch_size=batch),
+    )
+    with torch.device("meta"):
+        return step_memory(config, meta_teacher(TEACHER, 224, 1000), 224, 1000)["activations"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(*steps(options.one[0], options.one[1] == "1", int(options.one[2]), int(options.one[3])))
+        return
+    print(f"batch of {options.batch}, float32")
+    print("| student | checkpointing | student, heads, tail: autograd keeps | student alone: measured | CPU s a step |")
+    print("|---|---|---|---|---|")
+    for name in STUDENTS:
+        for on in (False, True):
+            kept, (seconds, peak) = counted(name, on, options.batch), measured(name, on, options.batch)
+            print(f"| {name} | {'on' if on else 'off'} | {kept / 1e6:,.0f} MB | {peak / 1e6:,.0f} MB | {seconds:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

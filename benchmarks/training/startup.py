@@ -1,0 +1,83 @@
+"""How long until something happens: imports, light commands, the first step of a further student.
+
+    python -m benchmarks.training.startup [--repeats 5]
+
+Whole processes, in turn with a bare interpreter. Uses a cache and a run of the demo in a temporary folder.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.harness import ROOT, Figure, in_turn, publish
+
+LIGHT = {
+    "plan --help": ["-m", "pipelines.plan", "--help"],
+    "verify --help": ["-m", "pipelines.verify", "--help"],
+    "distill --help": ["-m", "pipelines.distill", "--help"],
+}
+
+
+def python(*arguments: str) -> None:
+    """One quiet process."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def first_step(cache: Path, run: Path) -> tuple[float, float]:
+    """Seconds from the start of `distill` to its first logged step, and those of importing what it imports."""
+    command = [sys.executable, "-m", "pipelines.distill", "--cache", str(cache), "--student.name", "resnet18",
+               "--run", str(run), "--train.epochs", "1", "--train.log_every", "1"]  # fmt: skip
+    started = time.perf_counter()
+    metrics = run / "metrics.jsonl"
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() in (None, 0), "distill failed"
+        time.sleep(0.05)
+    seconds = time.perf_counter() - started
+    process.terminate()
+    process.wait()
+    started = time.perf_counter()
+    python("-c", "import scalekd_cache.training.run")
+    return seconds, time.perf_counter() - started
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5)
+    repeats = parser.parse_args(argv).repeats
+    actions = {"bare": lambda: python("-c", "pass"), "package": lambda: python("-c", "import scalekd_cache")}
+    actions |= {name: (lambda arguments=arguments: python(*arguments)) for name, arguments in LIGHT.items()}  # type: ignore[misc]
+    seconds = in_turn(repeats, **actions)
+    figures = []
+    for name in ("package", *LIGHT):
+        spent = [a - b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
+        goal = "0.3 s, without torch" if name == "package" else "without torch and deepspeed"
+        what = "import scalekd_cache" if name == "package" else name
+        rates = f"over an empty interpreter of {statistics.median(seconds['bare']):.2f} s"
+        figures.append(Figure(what, statistics.median(spent), (min(spent), max(spent)), "s", rates, goal, ""))
+    with tempfile.TemporaryDirectory() as folder:
+        cache = Path(folder) / "cache"
+        python("-m", "pipelines.cache_teacher", "--recipe", "demo", "--data.source", "demo", "--cache.path", str(cache),
+               "--cache.num_views", "1", "--data.max_samples", "128")  # fmt: skip
+        steps = [first_step(cache, Path(folder) / f"run{number}") for number in range(1 + min(2, repeats))][1:]
+    after = [total - imports for total, imports in steps]
+    figures.append(Figure("second `make distill`, ResNet-18, to its first logged step, after imports",
+                          statistics.median(after), (min(after), max(after)), "s",
+                          f"imports {statistics.median([imports for _, imports in steps]):.1f} s more", "15 s",
+                          "the first step itself, and DeepSpeed's engine"))  # fmt: skip
+    publish("startup", figures, {"repeats": repeats, "seconds": seconds, "first_step": steps})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,224 @@
+"""What does a distillation step cost beside the student alone, where does it go, and does the cache hold it up?
+
+    python -m benchmarks.training.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 4] [--device cuda]
+
+One process without DeepSpeed, SGD, the same micro-batch for all, in turn:
+alone (labels only); free (ScaleKD heads and random targets that lie on the device); cached (targets and pixels from a
+cache, through the real loader); live (pixels from the cache, the teacher runs); teacher (its forward pass alone).
+Peak memory is that of a fresh process that makes two steps of one kind: its resident set on a CPU (the first pair
+only), what PyTorch allocated on a GPU.
+"""
+
+import argparse
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness import Figure, in_turn, peak_memory_bytes, publish, ratio
+from benchmarks.photographs import write_photographs
+from benchmarks.store.loader import make_cache
+from scalekd_cache.codec import make_codec
+from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TeacherConfig, TrainConfig
+from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.loader.order import Order
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher import Teacher, load_teacher
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.planning.costs import pair_costs
+from scalekd_cache.scalekd.heads import Targets
+from scalekd_cache.store import Cache
+from scalekd_cache.training.optim import make_optimizer
+from scalekd_cache.training.run import make_heads, tail_of
+from scalekd_cache.training.trainer import DistillModel
+
+PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]
+GPU_PAIRS = [(student, "swin_large_patch4_window7_224", 256) for student in
+             ("resnet50", "mobilenetv1_100", "vit_small_patch16_224")]  # fmt: skip
+
+
+KINDS = ("alone", "free", "cached", "live", "teacher")
+PARTS = ("loader", "decoding", "forward", "backward", "optimizer")
+"""Of a cached step, in order."""
+
+
+def forever(cache: Cache, batch: int, workers: int) -> CacheLoader:
+    """More micro-batches than a benchmark asks for."""
+    order = Order(num_samples=len(cache), block=64, window=32, seed=0)
+    return CacheLoader(cache, order, epochs=100_000, global_batch=batch, micro_batch=batch, workers=workers)
+
+
+class Stopwatch:
+    """Seconds between its marks, by name; waits for a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.seconds, self._at = device, {name: [] for name in PARTS}, 0.0
+
+    def start(self) -> None:
+        self._at = time.perf_counter()
+
+    def mark(self, name: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.seconds[name].append(now - self._at)
+        self._at = now
+
+
+def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device: torch.device, workers: int,
+          kinds: Sequence[str] = KINDS) -> tuple[dict[str, Callable[[], None]], Stopwatch]:  # fmt: skip
+    """One optimizer step of each kind, on one model with heads and one without; and where the cached ones went."""
+    manifest = cache.manifest
+    config = DistillConfig(
+        student=StudentConfig(name=student_name), optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
+        train=TrainConfig(global_batch_size=batch, micro_batch_size=batch),
+    )  # fmt: skip
+    classes = len(manifest.class_names)
+    spec = TeacherSpec.from_json(manifest.teacher["spec"])
+    tail = tail_of(cache, spec).to(device)
+    teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
+    exact = make_codec("float32", spec.feature_shape)
+    both, watch = {}, Stopwatch(device)
+    for with_heads in {kind != "alone" for kind in kinds}:
+        student = build_student(config.student, num_classes=classes, image_size=manifest.view_recipe["size"])
+        heads = make_heads(config, student, tail) if with_heads else None
+        model = DistillModel(config, student, heads).to(device).train()
+        both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))
+    batches = iter(forever(cache, batch, workers))
+    loader = forever(cache, batch, workers)
+    first = next(iter(loader)).to(device)
+    free = Targets(torch.randn(batch, *spec.feature_shape, device=device),
+                   torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
+                   torch.randn(batch, classes, device=device))  # fmt: skip
+
+    def step(targets: Targets | None, images: torch.Tensor, labels: torch.Tensor, watch: Stopwatch) -> None:
+        model, optimizer = both[targets is not None]
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+            loss = model(images, labels, targets, tail).total
+        watch.mark("forward")
+        loss.backward()
+        watch.mark("backward")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        watch.mark("optimizer")
+
+    def cached() -> None:
+        watch.start()
+        loaded = next(batches).to(device)
+        watch.mark("loader")
+        targets = Targets(*loader.codec.decode(loaded.codes), loaded.logits.float())
+        watch.mark("decoding")
+        step(targets, loaded.images, loaded.labels, watch)
+
+    def live() -> None:
+        loaded = next(batches).to(device)
+        features, logits = teacher(loaded.images)
+        targets = Targets(*exact.decode(exact.encode(features)), logits)
+        step(targets, loaded.images, loaded.labels, Stopwatch(device))
+
+    def forward() -> None:
+        teacher(first.images)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    actions = {"alone": lambda: step(None, first.images, first.labels, Stopwatch(device)),
+               "free": lambda: step(free, first.images, first.labels, Stopwatch(device)),
+               "cached": cached, "live": live, "teacher": forward}  # fmt: skip
+    return {kind: actions[kind] for kind in kinds}, watch
+
+
+def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, device: str) -> int:
+    """The most memory that this process, a fresh one, has needed after two steps of one kind."""
+    torch.set_num_threads(1)
+    actions, _ = steps(student, teacher, batch, Cache.open(cache), torch.device(device), 0, (kind,))
+    for _ in range(2):
+        actions[kind]()
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return peak_memory_bytes()
+
+
+def peaks(*where: object) -> dict[str, int]:
+    """`peak_bytes` of cached and live steps, each in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
+        return {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("cached", "live")}
+
+
+def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
+    """The teacher that made the cache (random weights)."""
+    torch.manual_seed(0)
+    return load_teacher(TeacherConfig(name=name, pretrained=False), image_size=224, num_classes=classes, device=device)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, write, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pair", nargs=3, action="append", metavar=("STUDENT", "TEACHER", "BATCH"))
+    parser.add_argument("--images", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--workers", type=int, default=0)
+    options = parser.parse_args(argv)
+    device = torch.device(options.device)
+    pairs = [(s, t, int(b)) for s, t, b in options.pair or []] or (GPU_PAIRS if device.type == "cuda" else PAIRS)
+    figures: list[Figure] = []
+    raw = {}
+    for student, teacher, batch in pairs:
+        with tempfile.TemporaryDirectory() as name:
+            count = max(options.images, batch)
+            data = write_photographs(Path(name) / "data", count)
+            cache = make_cache(Path(name) / "cache", data, count, teacher)
+            where = (student, teacher, batch, Path(name) / "cache", options.device)
+            memory = peaks(*where) if device.type == "cuda" or not raw else {}
+            actions, watch = steps(student, teacher, batch, cache, device, options.workers)
+            for action in actions.values():
+                action()
+            seconds = in_turn(options.repeats, **actions)
+        parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
+        raw[f"{student} {teacher}"] = {**seconds, "parts of cached": watch.seconds, "peak_bytes": memory}
+        ceiling = pair_costs(teacher, student).ceiling
+        pair = f"{student}, {teacher.partition('_patch')[0]}"
+        figures += figures_of(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
+        figures += [where_it_goes(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
+    publish("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
+
+
+def figures_of(pair: str, batch: int, seconds: dict[str, list[float]], ceiling: float, *, gpu: bool) -> list[Figure]:
+    """The table's rows of a pair."""
+    cost = {name: statistics.median(values) for name, values in seconds.items()}
+    over = [a / b for a, b in zip(seconds["cached"], seconds["free"], strict=True)]
+    parts = ", ".join(f"{name} {1e3 * value / batch:.1f}" for name, value in cost.items())
+    limit = (cost["free"] + cost["teacher"]) / cost["free"]
+    gain = [a / b for a, b in zip(seconds["live"], seconds["cached"], strict=True)]
+    rows = [Figure(f"{pair}: cached / free targets", statistics.median(over), (min(over), max(over)), "x",
+                   f"ms an image: {parts}", "at most 1.02" if gpu else "at most 1.05",
+                   "JPEG decoding in the same process"),
+            Figure(f"{pair}: live / cached", statistics.median(gain), (min(gain), max(gain)), "x",
+                   f"limit of this run {limit:.2f}, by FLOPs {ceiling:.2f}", f"at least {0.95 * limit:.2f}", ""),
+            ]  # fmt: skip
+    what, gap = f"{pair}: the student alone / free targets", "heads and tail: `make costs`"
+    rows.append(ratio(what, seconds, "alone", "free", amount=batch, unit="images/s", goal="", gap=gap))
+    return rows
+
+
+def where_it_goes(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Figure:
+    """What a cached step is made of, and how much of it a student alone would take."""
+    total, alone = sum(parts.values()), statistics.median(seconds["alone"])
+    shares = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
+    return Figure(f"{pair}: a cached step", 1e3 * total / batch, None, "ms an image", shares, "",
+                  f"the student alone {100 * alone / total:.0f} % of it, the rest heads, tail and losses")  # fmt: skip
+
+
+def memory_row(pair: str, memory: dict[str, int]) -> Figure:
+    """Peak memory without and with the teacher."""
+    sizes = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in memory.items())
+    return Figure(f"{pair}: peak memory, live / cached", memory["live"] / memory["cached"], None, "x", sizes, "",
+                  "student, heads, their gradients and what autograd keeps are in both")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

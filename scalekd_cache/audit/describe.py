@@ -1,0 +1,140 @@
+"""One record of a cache, as facts for a reader: what it is, what it holds, where it lies, and whether it is right.
+
+In: an open cache, a view and a key or position. Out: plain JSON values.
+Invariant: nothing is written, and a record that cannot be used is an error that names shard and key.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.audit.records import Examiner, decode_features
+from scalekd_cache.audit.verify_cache import unit_of
+from scalekd_cache.codec.base import FeatureCodec, FeatureMap
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import record_view
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.sidecar import unit_folder
+from scalekd_cache.views.pixels import decode_pixels, pixel_digest
+from scalekd_cache.views.view import View
+
+TOP = 5
+
+
+def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:
+    """Everything there is to say about a record; `pixels` is the cache that holds its pixels, if it is another one."""
+    if view not in range(cache.manifest.num_views) or position not in range(len(cache)):
+        raise UserError(
+            "no such record",
+            got=f"view {view}, position {position}",
+            expected=f"views 0 to {cache.manifest.num_views - 1}, positions 0 to {len(cache) - 1}",
+            where=cache.root,
+        )
+    record = cache.read([position], view)[0]  # an error when its checksum differs
+    manifest = cache.manifest
+    names = manifest.class_names
+    examiner = Examiner(manifest.fingerprint_fields, cache.root, len(names))
+    decoded = decode_features(examiner.codec, [record])
+    return {
+        "key": record.key,
+        "position": position,
+        "view": view,
+        "label": record.label,
+        "class": names[record.label] if 0 <= record.label < len(names) else None,
+        "where": _place(cache, view, position),
+        "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits")},
+        "view_record": record_view(record).to_json(),
+        "view_in_words": in_words(record_view(record)),
+        "digest": record.digest,
+        "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
+        "features": _features(examiner.codec, decoded),
+        "top_logits": top_logits(examiner.logits([record], decoded.features)[0], names),
+    }
+
+
+def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
+    """The shard and the row in it."""
+    row = unit_of(cache.manifest, view, position)
+    before = sum(r.count for r in cache.manifest.units if r.group == row.group and r.range_id < row.range_id)
+    end = "tar" if cache.manifest.backend == "webdataset" else "zarr"
+    shard = unit_folder(cache.root, row.group, row.range_id) / f"v{view:04d}.{end}"
+    return {"shard": str(shard), "row": position - before}
+
+
+def in_words(view: View) -> str:
+    """A view record as a sentence."""
+    left, top, width, height = view.crop
+    words = [f"crop {width} x {height} at ({left}, {top})", "flipped" if view.flip else "not flipped"]
+    words += [f"{name} {argument:g}" for name, argument in view.operations]
+    if view.erase is not None:
+        left, top, width, height = view.erase
+        words.append(f"erased {width} x {height} at ({left}, {top}) with noise {view.noise_seed}")
+    return ", ".join(words)
+
+
+def encoded_pixels(record: Record, view: int, position: int, pixels: Cache | None) -> bytes:
+    """The stored pixels of a record, here or in the cache that holds them; empty when there are none."""
+    return bytes((record if pixels is None else pixels.read([position], view)[0]).pixels)
+
+
+def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
+    """None when there are no pixels at hand."""
+    if not encoded:
+        return None
+    return pixel_digest(decode_pixels(encoded, cache.manifest.view_recipe["size"])) == record.digest
+
+
+def _features(codec: FeatureCodec, decoded: FeatureMap) -> dict[str, Any]:
+    values, norms = decoded.features[0].numpy(), decoded.norms[0].numpy()
+    return {
+        "codec": codec.id,
+        "shape": list(values.shape),
+        **{name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")},
+        "token_norms": _range(norms[0]),
+        "token_norms_mean_removed": _range(norms[1]),
+    }
+
+
+def _range(values: NDArray[np.float32]) -> dict[str, float]:
+    return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}
+
+
+def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
+    """The largest logits with their probabilities; empty without a classifier."""
+    if row.size == 0:
+        return []
+    logits = row.astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum() if np.isfinite(logits).all() else np.exp(-logits.max())  # log-probabilities of some
+    return [
+        {"class": names[k] if len(names) == len(logits) else None, "index": k, "logit": float(logits[k]),
+         "probability": float(shares[k])}
+        for k in np.argsort(-logits, kind="stable")[:TOP].tolist()
+        if np.isfinite(logits[k])
+    ]  # fmt: skip
+
+
+def describe_cache(cache: Cache) -> dict[str, Any]:
+    """What a cache is, from its manifest alone."""
+    manifest = cache.manifest
+    spec = TeacherSpec.from_json(manifest.teacher["spec"], str(cache.root))
+    return {
+        "cache": str(cache.root),
+        "images": manifest.num_samples,
+        "views": manifest.num_views,
+        "units": len(manifest.units),
+        "backend": manifest.backend,
+        "recipe": manifest.recipe,
+        "fingerprint": manifest.fingerprint,
+        "teacher": {"name": spec.name, "feature_shape": list(spec.feature_shape), "top1": manifest.teacher["top1"]},
+        "classes": len(manifest.class_names),
+        "codec": manifest.codec,
+        "view_recipe": manifest.view_recipe,
+        "data": manifest.data,
+        "bytes_per_view": manifest.bytes_per_view,
+        "fidelity": manifest.fidelity,
+        "versions": manifest.versions,
+    }

@@ -1,0 +1,256 @@
+"""What a cache's targets are worth: its teacher is asked again, and a student's gradients are compared.
+
+In: a finished cache, its teacher, training options. Out: a `Proof`: how close the stored targets are to the live ones,
+and what the difference does to the gradient, beside the noise that the gradient has anyway.
+Invariant: nothing is written; both gradients come from the same images, weights, random numbers and BatchNorm groups,
+so that they differ by the targets alone.
+
+Gradients of micro-batch i are g_i (live targets) and g_i + e_i (cached ones), of the whole loss over the student's
+parameters. Sampling noise s^2 is the variance of g_i over micro-batches; the mean of |e_i|^2 splits into a part that is
+the same every time (bias) and one that averages out. A batch of k micro-batches has noise s^2 / k from sampling and
+bias^2 + variance / k from the codec; their ratio is what bits can be planned against.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from scalekd_cache import __version__
+from scalekd_cache.caching.job_plan import library_versions
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.fidelity import Summary, fidelity, summarise
+from scalekd_cache.codec.logits import kl_divergence
+from scalekd_cache.config import DistillConfig
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
+from scalekd_cache.loader.order import Order
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.tail import Tail
+from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.scalekd.heads import Targets
+from scalekd_cache.store import Cache
+from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.training.assembly import kept_classifier, make_heads, tail_of
+from scalekd_cache.training.init_weights import load_start
+from scalekd_cache.training.run import live_teacher
+from scalekd_cache.training.trainer import DistillModel
+
+TOLERANCE = 0.01
+"""How far the 1st percentile of the mean-removed cosine may lie under the one that stage 1 measured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What was found, as it goes into JSON."""
+
+    cache: str
+    fingerprint: str
+    codec: dict[str, Any]
+    teacher: str
+    student: str
+    start: str | None
+    """Folder of the student's weights (None: random ones)."""
+    views: int
+    """Views that the teacher saw again."""
+    micro_batches: int
+    micro_batch_size: int
+    global_batch_size: int
+    fidelity: Summary
+    """Cosines of decoded features, KL and top-1 agreement of stored logits, all with the teacher as it answers now."""
+    as_cached: Summary
+    """What stage 1 measured."""
+    holds: bool
+    """Whether the two agree to within `TOLERANCE`."""
+    gradient_cosine: float
+    """Of the gradients over all views together, from cached and from live targets."""
+    gradient_relative_error: float
+    """Norm of their difference over that of the live one."""
+    micro_batch_cosine: float
+    """The same of one micro-batch, mean."""
+    micro_batch_relative_error: float
+    noise_ratio: float
+    """Variance that the codec adds to the gradient of a global batch, over the variance of sampling."""
+    noise_ratio_db: float | None
+    """Sampling noise over codec noise in decibels (None: the codec adds none)."""
+    bias_share: float
+    """Part of the codec's error in a micro-batch that is the same in all of them (0 for unbiased targets)."""
+    versions: dict[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+    def sentence(self) -> str:
+        """The finding for people."""
+        cosine = self.fidelity["cosine_mean_removed"]
+        start = f"{self.cache}: {self.views} views seen again by {self.teacher} have mean-removed cosine "
+        if not self.holds:
+            before = self.as_cached["cosine_mean_removed"]["p1"]
+            return (
+                f"{start}{cosine['p1']:.5f} (1st percentile), not the {before:.5f} "
+                "that was measured when the cache was made: these targets are not what this teacher says here"
+            )
+        batch = 100 / (1 + self.noise_ratio)
+        noise = "none" if self.noise_ratio_db is None else f"{self.noise_ratio_db:.1f} dB under the noise of the batch"
+        return (
+            f"{start}{cosine['mean']:.5f}; the gradient of {self.student} from cached targets has cosine "
+            f"{self.gradient_cosine:.6f} and relative error {self.gradient_relative_error:.2g} to the live one; noise "
+            f"from the codec: {noise}, as if a batch of {self.global_batch_size} had {batch:.2f} % of its images"
+        )
+
+
+def prove_cache(config: DistillConfig, process: Process, views: int) -> Proof:
+    """Ask the teacher of a cache about some of its views again, and compare targets and gradients.
+
+    Args:
+        config: training options: cache, student, method, micro-batch, `init` for a student that has learned already.
+        process: this process, alone.
+        views: views to look at, drawn by `train.seed`; less when the cache has fewer.
+
+    Raises:
+        UserError: no finished cache, a damaged one, another teacher, or fewer than two micro-batches.
+    """
+    cache = Cache.open(config.cache, config.remote)
+    manifest, device = cache.manifest, process.device
+    precision = manifest.fingerprint_fields["precision"]
+    teacher = live_teacher(manifest, config.teacher_weights, device, precision)
+    micro = min(config.train.micro_batch_size, len(cache), max(1, views // 2))
+    data = MicroBatches(
+        cache,
+        Order(num_samples=len(cache), block=1, window=len(cache), seed=config.train.seed),
+        micro,
+        micro,
+        pixels=pixels_of(cache, config.pixels_from, manifest.num_views, config.remote),
+        data=config.data,
+    )
+    each = len(cache) // micro
+    count = min(views // micro, manifest.num_views * each)
+    if count < 2:
+        raise UserError(
+            "the noise of a gradient cannot be told from one micro-batch",
+            got=f"{count} micro-batches of {micro} views",
+            expected="at least 2",
+            where=config.cache,
+            fix="give more VIEWS=, or a smaller train.micro_batch_size",
+        )
+    model, tail = _student(config, cache, device)
+    classifier = kept_classifier(config, cache, data.logit_codec, process)
+    compare = _Comparison(model, tail, teacher, data, classifier, config.train.seed)
+    for number in range(count):
+        compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
+    return _proof(config, cache, compare, micro)
+
+
+def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple[DistillModel, Tail]:
+    """What is trained, as stage 2 builds it."""
+    manifest = cache.manifest
+    torch.manual_seed(config.train.seed)
+    student = build_student(
+        config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+    )
+    tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"])).to(device)
+    heads = make_heads(config, student, tail)
+    if config.init is not None:
+        load_start(config.init, student.model, heads)
+    return DistillModel(config, student, heads).to(device), tail
+
+
+class _Comparison:
+    """Running sums over micro-batches: vectors of the size of the student, never one a micro-batch."""
+
+    def __init__(
+        self,
+        model: DistillModel,
+        tail: Tail,
+        teacher: Teacher,
+        data: MicroBatches,
+        classifier: nn.Linear | None,
+        seed: int,
+    ) -> None:
+        self.model, self.tail, self.teacher, self.data = model, tail, teacher, data
+        self.classifier, self.seed = classifier, seed
+        self.parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
+        size = sum(parameter.numel() for parameter in self.parameters)
+        device = self.parameters[0].device
+        self.live, self.error = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
+        self.squares: list[tuple[float, float, float]] = []
+        """Of each micro-batch: |g|^2, |e|^2, cosine."""
+        self.figures: dict[str, list[float]] = {}
+
+    def add(self, batch: Batch) -> None:
+        """One micro-batch."""
+        with torch.no_grad():
+            features, logits = self.teacher(batch.images)
+            exact = make_codec("float32", self.data.codec.shape)  # as live targets are in training
+            live = Targets(*exact.decode(exact.encode(features)), logits)
+            decoded = self.data.codec.decode(batch.codes)
+            cached = Targets(*decoded, batch.logits, self.data.logit_codec.partial)
+            if self.classifier is not None:
+                cached = Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
+        self._targets(live, cached)
+        one, other = self._gradient(batch, live), self._gradient(batch, cached)
+        error = other - one
+        cosine = float((one @ other) / (one.norm() * other.norm()).clamp_min(1e-300))
+        self.squares.append((float(one @ one), float(error @ error), cosine))
+        self.live += one
+        self.error += error
+
+    def _gradient(self, batch: Batch, targets: Targets) -> Tensor:
+        """The student's whole gradient, (n,) float64."""
+        torch.manual_seed(self.seed)
+        terms = self.model(batch.images, batch.labels, targets, self.tail)
+        parts = torch.autograd.grad(terms.total, self.parameters, allow_unused=True, materialize_grads=True)
+        return torch.cat([part.flatten().double() for part in parts])
+
+    def _targets(self, live: Targets, cached: Targets) -> None:
+        close = fidelity(live.features, cached.features)._asdict()
+        if live.logits.shape[1]:
+            said, kept = live.logits.cpu().numpy(), cached.logits.cpu().numpy()
+            if not cached.partial:  # of the classes that are not kept only the mass is known
+                close["logit_kl"] = kl_divergence(said, kept)
+            close["logit_top1_agreement"] = (said.argmax(1) == kept.argmax(1)).astype(np.float64)
+        for name, values in close.items():
+            self.figures.setdefault(name, []).extend(values.tolist())
+
+
+def _proof(config: DistillConfig, cache: Cache, found: _Comparison, micro: int) -> Proof:
+    manifest, count = cache.manifest, len(found.squares)
+    squares = np.array(found.squares)
+    live, error = found.live / count, found.error / count
+    sampling = count * (float(squares[:, 0].mean()) - float(live @ live)) / (count - 1)
+    codec, sampling = float(squares[:, 1].mean()), max(sampling, 1e-300)
+    bias = min(codec, max(0.0, (count * float(error @ error) - codec) / (count - 1)))
+    parts = max(1, config.train.global_batch_size // micro)
+    ratio = (parts * bias + codec - bias) / sampling if codec else 0.0
+    close, measured = summarise(found.figures), manifest.fidelity
+    cached = live + error
+    return Proof(
+        cache=config.cache,
+        fingerprint=manifest.fingerprint,
+        codec=manifest.codec,
+        teacher=manifest.teacher["spec"]["name"],
+        student=config.student.name,
+        start=config.init,
+        views=count * micro,
+        micro_batches=count,
+        micro_batch_size=micro,
+        global_batch_size=config.train.global_batch_size,
+        fidelity=close,
+        as_cached=measured,
+        holds=close["cosine_mean_removed"]["p1"] >= measured["cosine_mean_removed"]["p1"] - TOLERANCE,
+        gradient_cosine=float(live @ cached / (live.norm() * cached.norm()).clamp_min(1e-300)),
+        gradient_relative_error=float(error.norm() / live.norm().clamp_min(1e-300)),
+        micro_batch_cosine=float(squares[:, 2].mean()),
+        micro_batch_relative_error=float(np.sqrt(squares[:, 1] / squares[:, 0].clip(1e-300)).mean()),
+        noise_ratio=ratio,
+        noise_ratio_db=-10 * math.log10(ratio) if ratio > 0 else None,
+        bias_share=bias / codec if codec else 0.0,
+        versions={"scalekd_cache": __version__, **library_versions()},
+    )

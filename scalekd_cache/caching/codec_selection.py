@@ -1,0 +1,222 @@
+"""Which codec a cache gets: named, fitted to its teacher, or chosen by a target.
+
+In: options, source, teacher. Out: the codec; codec.json in the cache's folder, and codec.safetensors for one
+that is fitted.
+Invariant: one process fits or chooses, once a cache: a job that continues takes what is there, so that all units of a
+cache have one codec.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scalekd_cache.caching.pixel_cache import PixelCache
+from scalekd_cache.codec import FITTED, codec_from_config, make_codec
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.config import CacheTeacherConfig, StoreConfig, parse_target
+from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.distributed import Peers
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.store.durable_files import write_atomically
+from scalekd_cache.store.manifest import STATE
+from scalekd_cache.store.plan import NAME as PLAN
+from scalekd_cache.store.plan import changing_plan, read_plan
+from scalekd_cache.store.sealed_json import sealed
+from scalekd_cache.store.verify import MARK, read_mark
+from scalekd_cache.views.pixels import decode_pixels, encode_pixels
+from scalekd_cache.views.view import apply_view, sample_view
+
+CALIBRATION_VIEWS = 512
+"""First views that a codec is fitted to."""
+AUTO = "auto"
+
+
+class Settled(NamedTuple):
+    """A codec, and the table it was chosen from when the options left the choice open."""
+
+    codec: FeatureCodec
+    rows: list[dict[str, Any]]
+
+
+def calibrated_codec(
+    config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher
+) -> FeatureCodec:
+    """The codec that the options name; rank 0 fits or chooses it when that is needed and the cache has none yet.
+
+    Raises:
+        UserError: no such codec, a target that none meets, or a state in the cache that is damaged or of other options.
+    """
+    check_codec_options(config)
+    name, root = config.cache.codec, Path(config.cache.path)
+    if name not in (*FITTED, AUTO):
+        return make_codec(name, teacher.spec.feature_shape)
+    if peers.process.rank == 0:
+        if not _is_settled(config, root, teacher):
+            settled = settle(config, source, teacher, peers.process.device)
+            root.mkdir(parents=True, exist_ok=True)
+            with changing_plan(root):
+                if not _is_settled(config, root, teacher):  # another job may have settled it in the meantime
+                    _keep(config, root, settled, teacher)
+        peers.announce("codec")
+    peers.wait("codec")
+    kept, asked = read_mark(root), _preset(config)
+    if kept.preset != asked:
+        raise UserError(
+            "this cache's codec was fitted for another preset",
+            got=asked,
+            expected=kept.preset,
+            where=root,
+            fix="use the codec, noise and target the cache was made with, or another folder (CACHE=...)",
+        )
+    return codec_from_config(kept.codec, root)
+
+
+def check_kept_codec(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
+    """Before the plan: the codec's files are those of this job; without a fit, those of a job without a plan go.
+
+    Raises:
+        UserError: another job has put its codec in the place of this one.
+    """
+    if options.codec not in (*FITTED, AUTO):
+        for name in (MARK, STATE):
+            (root / name).unlink(missing_ok=True)
+    elif read_mark(root).codec != codec.get_config():
+        raise UserError(
+            "another job writes to this cache with another teacher or codec",
+            where=root,
+            fix="choose another CACHE= for one of them",
+        )
+
+
+def check_codec_options(config: CacheTeacherConfig) -> None:
+    """UserError for a noise that is out of range or that the codec has no use for."""
+    name, noise = config.cache.codec, config.cache.codec_noise
+    if not 0 <= noise <= 1 or (noise and name not in FITTED):
+        raise UserError(
+            "bad noise of a codec",
+            got=f"{noise} for codec {name}",
+            expected=f"0 to 1, and 0 for codecs other than {', '.join(FITTED)}",
+            where="cache.codec_noise",
+        )
+
+
+def codec_options(root: Path) -> dict[str, Any]:
+    """The options of stage 1 that a cache's codec was fitted or chosen by, as codec.json has them."""
+    preset = read_mark(root).preset
+    if preset.startswith(f"{AUTO}, "):
+        return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
+    name, _, noise = preset.partition(", noise ")
+    return {"codec": name, "codec_noise": float(noise or 0)}
+
+
+def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
+    """codec.json again, from the fields of a cache's fingerprint: the preset is the one of the codec's noise."""
+    from scalekd_cache.codec.transform_fit import preset_of
+
+    codec = fields["codec"]
+    if "noise" not in codec:  # one that was chosen and is not fitted: its name is enough
+        (root / MARK).unlink(missing_ok=True)
+        return
+    preset = preset_of(codec)
+    _write_mark(root, preset, fields["teacher"]["weights_sha256"], codec, [])
+
+
+def _write_mark(
+    root: Path, preset: str, teacher: str, codec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    content = {"preset": preset, "teacher": teacher, "codec": dict(codec), "chosen_from": list(rows)}
+    write_atomically(root / MARK, sealed(content))
+
+
+def _preset(config: CacheTeacherConfig) -> str:
+    noise, target = config.cache.codec_noise, config.cache.codec_target
+    if target is not None:
+        return f"{AUTO}, {parse_target(target).text}"
+    return f"{config.cache.codec}, noise {noise:g}" if noise else config.cache.codec
+
+
+def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
+    """Whether the cache has its codec; until there is a plan, that of another preset or teacher is replaced."""
+    planned = (root / PLAN).exists()
+    if not (root / MARK).exists():
+        # A repair takes the file of a damaged state away, and the same fit is made again.
+        if planned and read_plan(root).facts.codec.get("id") not in FITTED:
+            raise UserError("the cache was begun with a codec that is not fitted", got=_preset(config), where=root,
+                            fix="give the CODEC= it was made with, or choose another CACHE=")  # fmt: skip
+        return False
+    kept = read_mark(root)
+    return planned or (kept.preset, kept.teacher) == (_preset(config), teacher.spec.weights_sha256)
+
+
+def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device) -> Settled:
+    """Fit, or choose, the codec on first views of images spread over the data set; nothing is written."""
+    from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
+
+    name = config.cache.codec
+    print(f"{'choosing a codec by' if name == AUTO else f'fitting codec {name} to'} the teacher's features", flush=True)
+    with torch.no_grad():
+        outputs = [teacher(batch.to(device)) for batch in _views(config, source)]
+    features = torch.cat([output.features.cpu() for output in outputs])
+    if config.cache.codec_target is None:
+        rotated = True if name == ALWAYS_ROTATED else None
+        return Settled(fit(features, config.cache.codec_noise or PRESETS[name], rotated=rotated), [])
+    from scalekd_cache.caching.codec_choice import choose, table
+
+    target = parse_target(config.cache.codec_target)
+    choice = choose(features, torch.cat([output.logits.cpu() for output in outputs]), teacher, target)
+    print(f"target {target.text}, measured on images that no codec was fitted to:", flush=True)
+    print(table(choice.rows, choice.chosen), flush=True)
+    return Settled(choice.codec, [row.to_json() for row in choice.rows])
+
+
+def _keep(config: CacheTeacherConfig, root: Path, settled: Settled, teacher: Teacher) -> None:
+    """Write the state, then the file that names it: a job killed between the two fits again."""
+    from scalekd_cache.codec.transform import TransformCodec
+    from scalekd_cache.codec.transform_state import FILE, state_bytes
+
+    if isinstance(settled.codec, TransformCodec):
+        write_atomically(root / FILE, state_bytes(settled.codec.state))
+    else:
+        (root / FILE).unlink(missing_ok=True)  # of a fit for other options that never got a plan
+    _write_mark(root, _preset(config), teacher.spec.weights_sha256, settled.codec.get_config(), settled.rows)
+
+
+def _views(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
+    """View 0 of images spread over the data set, (B, 3, S, S) uint8, as the teacher will see them."""
+    drawn = _stored(config, source) if isinstance(source, PixelCache) else _drawn(config, source)
+    pixels: list[Tensor] = []
+    for view in islice(drawn, CALIBRATION_VIEWS):
+        pixels.append(torch.from_numpy(view).permute(2, 0, 1))
+        if len(pixels) == config.teacher.batch_size:
+            yield torch.stack(pixels)
+            pixels = []
+    if pixels:
+        yield torch.stack(pixels)
+
+
+def _stored(config: CacheTeacherConfig, source: PixelCache) -> Iterator[NDArray[np.uint8]]:
+    """Views (S, S, 3) from another cache."""
+    for position in range(0, len(source.cache), max(1, len(source.cache) // CALIBRATION_VIEWS)):
+        yield decode_pixels(source.cache.read([position], 0)[0].pixels, config.views.size)
+
+
+def _drawn(config: CacheTeacherConfig, source: Source) -> Iterator[NDArray[np.uint8]]:
+    """Views (S, S, 3) drawn from the images."""
+    order = source.order(0)
+    for index in order[:: max(1, len(order) // CALIBRATION_VIEWS)].tolist():
+        key = source.samples[index].key
+        try:
+            image = decode_image(source.read(index), key)
+        except UnreadableImage:
+            continue  # stage 1 itself records what it leaves out
+        view = apply_view(sample_view(config.views, key, 0, image.shape[1], image.shape[0]), image, config.views)
+        if config.views.pixels == "baked":
+            view = decode_pixels(encode_pixels(view, config.views), config.views.size)
+        yield view

@@ -1,0 +1,349 @@
+"""What a cache is going to be: its fingerprint, its view groups and its work units.
+
+In: a `CacheTeacherConfig`, images and a teacher. Out: a `Job`, and plan.json in the cache's folder.
+Invariant: a plan that is there is extended by view groups and otherwise kept: another teacher, view recipe, codec, data
+set or layout is an error that names the fields.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import importlib.metadata
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from scalekd_cache.caching.agreement import check_plan
+from scalekd_cache.caching.codec_selection import check_kept_codec
+from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
+from scalekd_cache.caching.pixel_cache import PixelCache
+from scalekd_cache.caching.sample_views import Unit
+from scalekd_cache.codec import recomputed
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.logits import DenseLogits, LogitCodec
+from scalekd_cache.codec.recomputed import RecomputedLogits
+from scalekd_cache.codec.top_k import TopKLogits
+from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, to_plain
+from scalekd_cache.data.images import Source, data_facts
+from scalekd_cache.distributed import Process, autocast_dtype
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.order import likeness
+from scalekd_cache.models.tail_file import tail_bytes
+from scalekd_cache.models.teacher import Teacher, split_tail
+from scalekd_cache.store import (
+    Ledger,
+    Manifest,
+    ManifestFacts,
+    build_manifest,
+    read_manifest,
+    remove_stale,
+    write_manifest,
+)
+from scalekd_cache.store import plan as plans
+from scalekd_cache.store.durable_files import fact_of, write_atomically
+from scalekd_cache.store.manifest import CLASSIFIER, TAIL, kept_files
+from scalekd_cache.store.manifest import NAME as MANIFEST
+from scalekd_cache.store.plan import Plan, read_plan, write_plan
+from scalekd_cache.store.shared_pixels import shared_with
+
+LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
+"""What of a plan another job must ask for in the same way."""
+
+
+class Job(NamedTuple):
+    """What a stage-1 job works with."""
+
+    stage: Stage
+    plan: Plan
+    """Facts of the cache that are known before the first unit is made; they go into the manifest."""
+    units: list[Unit]
+    ledger: Ledger
+    """Which of them are in the cache already."""
+
+
+def make_plan(
+    config: CacheTeacherConfig, process: Process, source: Source | PixelCache, teacher: Teacher, codec: FeatureCodec
+) -> Job:
+    """Everything that decides the cached bytes, and the units they come in."""
+    root = Path(config.cache.path)
+    logit_codec = logit_codec_of(config.cache, teacher, exact=codec.id == "float32")
+    fields = {
+        **_known_fields(config, process, source),
+        "teacher": teacher.spec.to_json(),
+        "codec": codec.get_config(),
+        "logit_codec": logit_codec.get_config(),
+    }
+    layout = {**_layout(config, source), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
+    groups = _groups([], config.cache, source)
+    ranges = [[positions.start, positions.stop] for positions in unit_ranges(source, layout["samples_per_shard"])]
+    facts = ManifestFacts(
+        fingerprint=layout["fingerprint"],
+        fingerprint_fields=fields,
+        recipe=config.recipe,
+        backend=config.cache.backend,
+        samples_per_shard=layout["samples_per_shard"],
+        groups=groups,
+        ranges=[ranges for _ in groups],
+        class_names=list(source.class_names),
+        teacher={"spec": fields["teacher"], "config": to_plain(config.teacher), "top1": None},
+        tail_sha256="",
+        view_recipe=fields["views"],
+        codec=fields["codec"],
+        logit_codec=fields["logit_codec"],
+        data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source)},
+        pixels_from=shared_with(root, source.cache) if isinstance(source, PixelCache) else {},
+        versions=library_versions(),
+    )
+    stage = Stage(
+        root, config.cache.backend, facts.fingerprint, source, config.views, teacher, codec, logit_codec,
+        config.teacher.batch_size, process.device, library_versions(),
+    )  # fmt: skip
+    return joined(_job(stage, Plan(facts=facts)), config.cache)
+
+
+def _job(stage: Stage, plan: Plan) -> Job:
+    units = plan_units(stage.source, plan.facts.groups, plan.facts.samples_per_shard)
+    return Job(stage, plan, units, Ledger(stage.root, plan.units()))
+
+
+def joined(job: Job, options: StoreConfig) -> Job:
+    """The job as a part of the cache that is there by now: its plan, extended by the view groups that this job adds.
+
+    What an earlier or another job has measured is kept.
+
+    Raises:
+        UserError: the plan is damaged, or it is that of another cache.
+    """
+    root, facts = job.stage.root, job.plan.facts
+    if not (root / plans.NAME).exists():
+        return job
+    kept = read_plan(root)
+    layout = {name: getattr(facts, name) for name in LAYOUT}
+    check_plan(_kept_fields(kept, layout), layout, root)
+    if kept.facts.ranges[0] != facts.ranges[0]:
+        raise UserError(
+            "the data set is cut into other ranges of images than those of the cache",
+            got=f"{len(facts.ranges[0])} ranges",
+            expected=f"{len(kept.facts.ranges[0])} ranges, as in plan.json",
+            where=root,
+            fix="use the tar or parquet files that the cache was made from, or choose another CACHE=",
+        )
+    groups = _groups(kept.facts.groups, options, job.stage.source)
+    there = dataclasses.replace(
+        facts,
+        groups=groups,
+        ranges=[facts.ranges[0] for _ in groups],
+        teacher={**facts.teacher, "top1": kept.facts.teacher.get("top1")},
+        tail_sha256=kept.facts.tail_sha256,
+    )
+    return _job(job.stage, Plan(facts=there))
+
+
+def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
+    """Hold what is known without the teacher against the plan that is there: its errors tell more than a teacher's."""
+    root = Path(config.cache.path)
+    if (root / plans.NAME).exists():
+        asked = {**_layout(config, source), "fingerprint_fields": _known_fields(config, process, source)}
+        check_plan(_kept_fields(read_plan(root), asked), asked, root)
+
+
+def _known_fields(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> dict[str, Any]:
+    """The fields of the fingerprint that do not depend on the teacher's weights."""
+    shares = isinstance(source, PixelCache)
+    return {
+        "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
+        "views": to_plain(config.views),
+        "data": _data_fields(source),
+        **({"pixels": "shared"} if shares else {}),
+    }
+
+
+def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
+    if isinstance(source, PixelCache):
+        fields: dict[str, Any] = source.cache.manifest.fingerprint_fields["data"]
+        return fields
+    return data_facts(source)
+
+
+def _class_likeness(source: Source | PixelCache) -> list[float]:
+    """How often neighbouring images are of one class, and any two (`order.py`): what training mixes against."""
+    if isinstance(source, PixelCache):
+        return list(source.cache.manifest.data.get("class_likeness", (1.0, 1.0)))
+    found = likeness(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
+    return [round(share, 9) for share in found]
+
+
+def logit_codec_of(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
+    """How logits are kept; a teacher without a classifier has none to keep."""
+    classes = teacher.spec.num_classes
+    if classes == 0 or config.logits == "dense":
+        return DenseLogits(classes, exact=exact)
+    if config.logits == "top_k":
+        return TopKLogits(classes, config.top_k)
+    return RecomputedLogits(classes, hashlib.sha256(_classifier(teacher)).hexdigest())
+
+
+def _classifier(teacher: Teacher) -> bytes:
+    """The teacher's classifier as a file, tried on noise."""
+    size = teacher.spec.image_size
+    noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return recomputed.classifier_bytes(teacher.model, *teacher(noise))
+
+
+def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str, Any]:
+    """How the cache lies on disk; one that shares pixels has the ranges of the one that holds them."""
+    shard = config.cache.samples_per_shard
+    if isinstance(source, PixelCache):
+        shard = max(len(positions) for positions in source.ranges())
+    return {"backend": config.cache.backend, "samples_per_shard": shard}
+
+
+def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
+    """What a plan says of the same things as `asked`."""
+    there = {
+        "backend": kept.facts.backend,
+        "samples_per_shard": kept.facts.samples_per_shard,
+        "fingerprint": kept.facts.fingerprint,
+        "fingerprint_fields": kept.facts.fingerprint_fields,
+    }
+    if "fingerprint" not in asked:
+        fields = kept.facts.fingerprint_fields
+        own = asked["fingerprint_fields"].keys() | ({"pixels"} & fields.keys())
+        there["fingerprint_fields"] = {name: fields.get(name) for name in own}
+    return {name: there[name] for name in asked}
+
+
+def _groups(groups: list[list[int]], config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
+    if isinstance(source, PixelCache):
+        return source.extended_groups(groups, config.num_views)
+    return extended_groups(groups, config.num_views, config.views_per_group)
+
+
+def extended_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
+    """View groups of a cache of at least `num_views` views that begins with `groups`: what is there stays."""
+    groups = [list(group) for group in groups]
+    first = sum(len(group) for group in groups)
+    for start in range(first, num_views, views_per_group):
+        groups.append(list(range(start, min(start + views_per_group, num_views))))
+    return groups
+
+
+def begin(job: Job, options: StoreConfig, top1: float | None) -> Job:
+    """Rank 0: create plan.json, or join the plan that another job has made in the meantime; then the files it names.
+
+    The plan comes first: whoever is refused has touched nothing, and two jobs that are not refused write equal files.
+
+    Raises:
+        UserError: the folder cannot be written, or the cache is another one by now.
+    """
+    root = job.stage.root
+    with plans.changing_plan(root):
+        job = joined(job, options)
+        if finished(job) is not None:
+            return job
+        facts, tail = job.plan.facts, None
+        if facts.teacher["top1"] is None:
+            facts = dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1})
+        if not _is_there(root / TAIL, facts.tail_sha256):
+            tail = tail_bytes(split_tail(job.stage.teacher), job.stage.teacher.spec)
+            facts = dataclasses.replace(facts, tail_sha256=hashlib.sha256(tail).hexdigest())
+        plan = Plan(facts=facts)
+        if (root / plans.NAME).exists():
+            if plan != read_plan(root):
+                write_plan(root, plan)
+        else:
+            check_kept_codec(options, root, job.stage.codec)
+            for unit in job.units:  # units of another cache, whose plan is lost, are refused here
+                committed(job, unit)
+            try:
+                write_plan(root, plan, create=True)
+            except FileExistsError:  # by a job on another machine, where the file system has no locks
+                return begin(job, options, top1)
+        classifier = kept_files(facts.fingerprint_fields).get(CLASSIFIER)
+        if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
+            write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))
+        if tail is not None:
+            write_atomically(root / TAIL, tail)
+    return job._replace(plan=plan)
+
+
+def _is_there(path: Path, sha256: str) -> bool:
+    return path.is_file() and fact_of(path).sha256 == sha256
+
+
+def finished(job: Job) -> Manifest | None:
+    """The manifest of a cache that has all that is asked for."""
+    root = job.stage.root
+    if not (root / MANIFEST).exists() or not (root / TAIL).exists():
+        return None
+    manifest = read_manifest(root)
+    whole = manifest.groups == job.plan.facts.groups and all(committed(job, unit) for unit in job.units)
+    return manifest if whole else None
+
+
+def finish(job: Job) -> Manifest:
+    """Rank 0: write the manifest, unless another job has let the cache grow beyond this job's plan and finished it."""
+    root, groups = job.stage.root, job.plan.facts.groups
+    with plans.changing_plan(root):
+        with contextlib.suppress(UserError):  # there is none, or one that is replaced now
+            there = read_manifest(root)
+            if there.fingerprint == job.stage.fingerprint and len(there.groups) > len(groups):
+                return there
+        manifest = build_manifest(root, job.plan.facts)
+        write_manifest(root, manifest)
+        return manifest
+
+
+def open_folder(root: Path) -> None:
+    """Make the cache's folder; `UserError` when it cannot be written."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        raise UserError(
+            "the cache's folder cannot be written", got=error, where=root, fix="choose another CACHE="
+        ) from error
+
+
+def committed(job: Job, unit: Unit) -> bool:
+    """Whether a unit is in the cache already."""
+    return job.ledger.committed(unit.group, unit.range_id)
+
+
+def take_over(job: Job, process: Process) -> None:
+    """Rank 0: remove units that cannot stay, and name them (`store/resume.py`)."""
+    for folder in job.ledger.drop_damaged():
+        process.say(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
+    drop_apart(job, process)
+
+
+def drop_apart(job: Job, process: Process) -> None:
+    """Rank 0: remove units that do not hold the images of the first view group, and name them."""
+    for folder, wrong in job.ledger.drop_apart().items():
+        process.say(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
+
+
+def tidy(root: Path, process: Process) -> None:
+    """Rank 0: remove what killed writers left, and name what may belong to living ones elsewhere."""
+    others = [*remove_stale(root), *remove_stale(root / "units")]
+    if others:
+        oldest = max(others, key=lambda leftover: leftover.age_s)
+        process.say(
+            f"{root}: {len(others)} temporary files or folders of other machines, or of this one before it was started "
+            f"again, are left alone; the oldest is {oldest.path.relative_to(root)}, last changed "
+            f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
+        )
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that explain a digest that differs; they decide nothing."""
+    names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
+    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))

@@ -1,0 +1,113 @@
+"""A finished cache as the source of another one's views.
+
+In: its folder, and the options of the new cache. Out: a `PixelCache`: the same units, images, views and skips.
+Invariant: position p of view v is the same view of the same image in both caches.
+"""
+
+import dataclasses
+from itertools import accumulate
+from pathlib import Path
+
+from scalekd_cache.config import CacheTeacherConfig, to_plain
+from scalekd_cache.data.images import data_facts, open_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Cache, read_unit, unit_folder
+from scalekd_cache.store.shared_pixels import open_pixel_cache
+
+
+class PixelCache:
+    """Where the pixels, view records, labels and digests of a new cache come from."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self._group_of = {view: group for group, views in enumerate(cache.manifest.groups) for view in views}
+        counts: list[list[int]] = [[] for _ in cache.manifest.groups]
+        for row in cache.manifest.units:
+            counts[row.group].append(row.count)
+        self._starts = [list(accumulate(group, initial=0)) for group in counts]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        return tuple(self.cache.manifest.class_names)
+
+    def ranges(self) -> list[range]:
+        """The ranges of images, the same in every group."""
+        infos = [read_unit(self._folder(0, number))[0] for number in range(len(self._starts[0]) - 1)]
+        return [range(info.start, info.stop) for info in infos]
+
+    def records(self, view: int, range_id: int) -> range:
+        """Positions, in the view's canonical order, of the records of a range."""
+        starts = self._starts[self._group_of[view]]
+        return range(starts[range_id], starts[range_id + 1])
+
+    def skipped(self, view: int, range_id: int) -> list[dict[str, str]]:
+        """Images of a range that have no records: {key, reason}."""
+        return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
+
+    def extended_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
+        """View groups of a cache of at least `num_views` views that begins with `groups`; none spans two of ours.
+
+        Raises:
+            UserError: there are fewer views here.
+        """
+        manifest = self.cache.manifest
+        if num_views > manifest.num_views:
+            raise UserError(
+                "the cache whose pixels are shared has fewer views",
+                got=f"{manifest.num_views} views",
+                expected=f"at least {num_views}",
+                where=self.cache.root,
+                fix=f"let it grow first: make cache-teacher CACHE={self.cache.root} VIEWS={num_views}",
+            )
+        first = sum(len(group) for group in groups)
+        new = [[view for view in group if first <= view < num_views] for group in manifest.groups]
+        return [*(list(group) for group in groups), *(group for group in new if group)]
+
+    def _folder(self, group: int, range_id: int) -> Path:
+        assert isinstance(self.cache.root, Path)  # stage 1 takes pixels from a folder
+        return unit_folder(self.cache.root, group, range_id)
+
+
+def open_pixels(config: CacheTeacherConfig) -> PixelCache:
+    """The cache named by `cache.pixels_from`, once it is clear that it holds the views that are asked for.
+
+    Raises:
+        UserError: another view recipe, another data set, no pixels, or the new cache's own folder.
+    """
+    assert config.cache.pixels_from is not None
+    root = Path(config.cache.pixels_from)
+    if root.resolve() == Path(config.cache.path).resolve():
+        raise UserError("a cache cannot share its own pixels", got=f"PIXELS_FROM={root}", where=config.cache.path,
+                        fix="give the new cache a folder of its own with CACHE=")  # fmt: skip
+    cache = open_pixel_cache(root)
+    kept, asked = cache.manifest.view_recipe, to_plain(config.views)
+    different = [name for name in asked if kept.get(name) != asked[name]]
+    if different:
+        raise UserError(
+            "the cache whose pixels are shared holds other views than are asked for",
+            got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
+            expected=", ".join(f"views.{name}={asked[name]}" for name in different),
+            where=root,
+            fix="give that cache's RECIPE and views.* options, or leave PIXELS_FROM out",
+        )
+    _check_data(config, cache)
+    return PixelCache(cache)
+
+
+def _check_data(config: CacheTeacherConfig, cache: Cache) -> None:
+    """The data set asked for is the one of the cache; it is opened only when it goes by another name."""
+    kept, asked = cache.manifest.data, to_plain(config.data)
+    if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
+        return
+    source = open_source(config.data, "train")
+    got = data_facts(source)
+    expected = cache.manifest.fingerprint_fields["data"]
+    if got != expected:
+        raise UserError(
+            "the cache whose pixels are shared was made from another data set",
+            got=f"{source.name}: {got['samples']} images, listing {got['listing'][:16]}",
+            expected=f"{kept.get('source')}: {expected['samples']} images, listing {expected['listing'][:16]}",
+            where=cache.root,
+            fix="give the same DATA= and data.max_samples, or leave PIXELS_FROM out",
+        )

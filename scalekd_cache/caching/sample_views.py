@@ -1,0 +1,224 @@
+"""The views of a work unit, ready for the teacher: drawn from images, or taken from a cache that has them.
+
+In: a data set or a `PixelCache`, work units. Out: `Drawn` items, unit by unit, by worker processes when there are some.
+Invariant: what the teacher is shown is what the student will be shown: decoded from the stored bytes when pixels are
+baked, whichever cache stores them.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from scalekd_cache.caching.pixel_cache import PixelCache
+from scalekd_cache.config import ViewConfig
+from scalekd_cache.data.images import SampleRef, Source, UnreadableImage, decode_image, image_digest
+from scalekd_cache.data.workers import bytes_a_worker, items_of, waiting_items
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Record
+from scalekd_cache.store.durable_files import canonical_json
+from scalekd_cache.store.image_digests import ImageFiles
+from scalekd_cache.views.pixels import Pixels, decode_pixels, encode_pixels, pixel_digest
+from scalekd_cache.views.view import apply_view, sample_view
+
+SPAN = 32
+"""Most images that a worker keeps waiting; records of a pixel cache that are read in one call."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Unit:
+    """A piece of work: some images, some view numbers."""
+
+    group: int
+    """Number of the view group."""
+    range_id: int
+    """Number of the range of images."""
+    positions: range
+    """Positions of the images in the group's canonical order."""
+    views: tuple[int, ...]
+    """View numbers of the group."""
+
+
+class DrawnView(NamedTuple):
+    """One view of one image, ready for the store."""
+
+    encoded: bytes
+    """JPEG or PNG bytes to store; empty when pixels are replayed, or shared with another cache."""
+    view: str
+    """The view record, canonical JSON."""
+    digest: str
+    """Digest of the pixels."""
+
+
+class Drawn(NamedTuple):
+    """All views of a unit's group of one image; `reason` says why there are none."""
+
+    unit: int
+    sample: SampleRef
+    image: str
+    """Digest of the image file; empty when the views come from another cache."""
+    pixels: Tensor
+    """(V, 3, size, size) uint8: what the teacher sees; decoded from stored bytes when pixels are baked."""
+    views: list[DrawnView]
+    reason: str
+
+
+def draw_units(
+    source: Source | PixelCache,
+    config: ViewConfig,
+    units: Sequence[Unit],
+    claims: Iterator[int],
+    workers: int,
+    first: ImageFiles | None = None,
+) -> Iterator[Drawn]:
+    """The images of the claimed units with their views, in order; a unit is claimed when it is needed, not before.
+
+    Args:
+        source: images, or another cache's views of them.
+        config: the view recipe.
+        units: all units.
+        claims: numbers of the units to draw.
+        workers: processes that draw.
+        first: the image files that the first group of views was made from; later groups are made from the same.
+
+    Raises:
+        UserError: an image is another one than before, or the workers have no room.
+    """
+    dataset: Dataset[Any]
+    places: Iterator[Any]
+    one = _image_bytes(units, config)
+    if isinstance(source, PixelCache):
+        span = max(1, min(SPAN, bytes_a_worker(workers) // (2 * one)))
+        dataset, places, size, waiting = (
+            SharedViews(source, config, units),
+            _spans(source, units, claims, span),
+            span * one,
+            2,
+        )
+    else:
+        dataset, places, size, waiting = (
+            Drawing(source, config, units, first),
+            _places(source, units, claims),
+            one,
+            SPAN,
+        )
+    for item in items_of(dataset, places, workers=workers, item_bytes=size, most_waiting=waiting):
+        if isinstance(item, Drawn):
+            yield item
+        else:
+            yield from item
+
+
+def check_workers(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
+    """`UserError` when the views that the workers draw have no room on their way."""
+    waiting_items(workers, _image_bytes(units, config), SPAN)
+
+
+def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
+    """Bytes of the pixels of one image's views, in the largest group."""
+    return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
+
+
+class Drawing(Dataset[Drawn]):
+    """Draws the views of one image: what a stage-1 worker process does."""
+
+    def __init__(
+        self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
+    ) -> None:
+        self.source = source
+        self.config = config
+        self.units = units
+        self.first = first
+
+    def __getitem__(self, place: tuple[int, int]) -> Drawn:
+        number, index = place
+        sample = self.source.samples[index]
+        data = self.source.read(index)
+        try:
+            image = decode_image(data, sample.key)
+        except UnreadableImage as error:
+            return _skipped(number, sample, error.reason)
+        digest = image_digest(data)
+        if self.first is not None and self.units[number].group > 0:
+            self.first.check(sample.key, digest)
+        drawn = [self._draw(image, sample.key, view) for view in self.units[number].views]
+        return _drawn(number, sample, digest, drawn)
+
+    def _draw(self, image: Pixels, key: str, number: int) -> tuple[Pixels, DrawnView]:
+        view = sample_view(self.config, key, number, image.shape[1], image.shape[0])
+        pixels = apply_view(view, image, self.config)
+        encoded = b""
+        if self.config.pixels == "baked":
+            encoded = encode_pixels(pixels, self.config)
+            pixels = decode_pixels(encoded, self.config.size)
+        return pixels, DrawnView(encoded, canonical_json(view.to_json()), pixel_digest(pixels))
+
+
+class SharedViews(Dataset[list[Drawn]]):
+    """Takes the views of some neighbouring images from another cache; neither images nor augmentation are needed."""
+
+    def __init__(self, pixels: PixelCache, config: ViewConfig, units: Sequence[Unit]) -> None:
+        self.pixels = pixels
+        self.config = config
+        self.units = units
+
+    def __getitem__(self, place: tuple[int, range]) -> list[Drawn]:
+        number, positions = place
+        unit = self.units[number]
+        rows = zip(*(self.pixels.cache.read(positions, view) for view in unit.views), strict=True)
+        return [
+            _drawn(number, SampleRef(records[0].key, records[0].label), "", [self._view(record) for record in records])
+            for records in rows
+        ] + self._skipped(number, positions)
+
+    def _view(self, record: Record) -> tuple[Pixels, DrawnView]:
+        pixels = decode_pixels(record.pixels, self.config.size)
+        if pixel_digest(pixels) != record.digest:
+            raise UserError(
+                "stored pixels decode to other values here than where they were made",
+                got=f"digest {pixel_digest(pixels)}",
+                expected=f"digest {record.digest}",
+                where=f"{record.key} in {self.pixels.cache.root}",
+                fix="use the Pillow of that cache: " + self.pixels.cache.manifest.versions.get("pillow", "unknown"),
+            )
+        return pixels, DrawnView(b"", record.view, record.digest)
+
+    def _skipped(self, number: int, positions: range) -> list[Drawn]:
+        """What the other cache skipped in this unit is skipped here; said with the unit's first images."""
+        unit = self.units[number]
+        if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
+            return []
+        skipped = self.pixels.skipped(unit.views[0], unit.range_id)
+        return [_skipped(number, SampleRef(row["key"], -1), row["reason"]) for row in skipped]
+
+
+def _drawn(number: int, sample: SampleRef, image: str, views: Sequence[tuple[Pixels, DrawnView]]) -> Drawn:
+    pixels = torch.from_numpy(np.stack([pixels for pixels, _ in views])).permute(0, 3, 1, 2).contiguous()
+    return Drawn(number, sample, image, pixels, [view for _, view in views], "")
+
+
+def _skipped(number: int, sample: SampleRef, reason: str) -> Drawn:
+    return Drawn(number, sample, "", torch.empty(0, dtype=torch.uint8), [], reason)
+
+
+def _places(source: Source, units: Sequence[Unit], claims: Iterator[int]) -> Iterator[tuple[int, int]]:
+    """(unit number, image index) of every image of the claimed units."""
+    orders: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
+    for number in claims:
+        unit = units[number]
+        if unit.group not in orders:
+            orders = {unit.group: source.order(unit.group)}
+        for position in unit.positions:
+            yield number, int(orders[unit.group][position])
+
+
+def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:
+    """(unit number, positions in the pixel cache) of the claimed units, some neighbours at a time."""
+    for number in claims:
+        records = pixels.records(units[number].views[0], units[number].range_id)
+        for start in range(records.start, max(records.stop, records.start + 1), span):
+            yield number, range(start, min(start + span, records.stop))

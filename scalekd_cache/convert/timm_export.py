@@ -1,0 +1,199 @@
+"""A trained student as plain timm takes it.
+
+In: a student and its consolidated state. Out: a folder with model.safetensors and config.json.
+Invariant: the folder is complete or absent, and `timm.create_model("local-dir:DIR", pretrained=True)` has given the
+same logits before this returns.
+"""
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import save_for_hf
+from torch import Tensor, nn
+
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import Student
+from scalekd_cache.models.timm_models import check_name, create_timm_model
+from scalekd_cache.models.weights import load_weights, stored_shapes
+from scalekd_cache.store import remove_stale
+from scalekd_cache.store.checked_files import check_regular, read_json
+from scalekd_cache.store.durable_files import explained, fsync_path, temp_beside
+
+WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
+FILES = (WEIGHTS, DESCRIPTION, CARD)
+"""All files of an export."""
+LOGIT_TOLERANCE = 1e-5
+"""Largest difference of a reloaded logit, relative to the largest logit."""
+
+
+def check_export_place(folder: Path) -> None:
+    """An export replaces its folder, so that may hold nothing but an export.
+
+    Raises:
+        UserError: a file, or a folder with other files in it.
+    """
+    if not os.path.lexists(folder):
+        return
+    if not folder.is_dir():
+        raise UserError("the place of the export is a file", where=folder, expected="a folder", fix="correct OUT=")
+    others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
+    if others:
+        raise UserError(
+            "the folder of the export holds other files, which an export would remove",
+            got=", ".join(others[:8]),
+            expected=f"nothing, or only {', '.join(FILES)}",
+            where=folder,
+            fix="move them away, or choose another folder (OUT=)",
+        )
+
+
+def export_student(
+    student: Student,
+    config: StudentConfig,
+    folder: Path,
+    *,
+    image_size: int,
+    class_names: Sequence[str],
+    card: str | None = None,
+) -> float:
+    """Write the student for timm, load it back and compare; the folder appears with all its files in one rename.
+
+    Args:
+        student: the student.
+        config: its options.
+        folder: where; an export that is there is replaced.
+        image_size: side of its images, pixels.
+        class_names: names of its classes, in the order of the logits.
+        card: text of the model card (None: without one).
+
+    Returns:
+        The largest difference between the logits of the student and of the reloaded model.
+
+    Raises:
+        UserError: the reloaded model answers differently, the folder holds other files, or the disk is full; what
+            was there is still there then.
+    """
+    check_export_place(folder)
+    folder = folder.resolve()
+    temporary, old = temp_beside(folder), temp_beside(folder)
+    needed = sum(value.nbytes for value in student.model.state_dict().values())
+    with explained(folder.parent, needed):
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            remove_stale(folder.parent)
+            _write(student, config, temporary, image_size, class_names, card)
+            difference = _compare(student, temporary, image_size)
+            if folder.is_dir():
+                os.rename(folder, old)
+            os.rename(temporary, folder)
+            fsync_path(folder.parent)
+        finally:
+            for path in (temporary, old):
+                shutil.rmtree(path, ignore_errors=True)
+    return difference
+
+
+def _write(
+    student: Student,
+    config: StudentConfig,
+    folder: Path,
+    image_size: int,
+    class_names: Sequence[str],
+    card: str | None,
+) -> None:
+    """All files of an export, fsynced."""
+    save_for_hf(
+        student.model.eval(),
+        str(folder),
+        model_config={"label_names": list(class_names)},
+        model_args=student.model_args,
+        safe_serialization=True,
+        data_config={
+            "input_size": (3, image_size, image_size),
+            "mean": config.mean,
+            "std": config.std,
+            "interpolation": "bicubic",
+            "crop_pct": 0.875,
+        },
+    )
+    (folder / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner reads
+    if card is not None:
+        (folder / CARD).write_text(card, encoding="utf-8")
+    for file in folder.iterdir():
+        fsync_path(file)
+    fsync_path(folder)
+
+
+@torch.no_grad()
+def _compare(student: Student, folder: Path, image_size: int) -> float:
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    model = student.model.eval()
+    device = next(model.parameters()).device
+    expected: Tensor = model(images.to(device)).cpu().float()
+    difference = float((reloaded(images).float() - expected).abs().max())
+    limit = LOGIT_TOLERANCE * max(1.0, float(expected.abs().max()))
+    if device.type == "cpu" and difference > limit:
+        raise UserError(
+            "the exported model does not give the student's logits",
+            got=f"difference {difference:.3g}",
+            expected=f"at most {limit:.3g}",
+            where=folder,
+            fix="report this with the student's name and timm's version",
+        )
+    return difference
+
+
+def load_export(folder: Path, image_size: int) -> nn.Module:
+    """The model of an exported student, in eval mode; what `timm.create_model("local-dir:...", pretrained=True)` gives.
+
+    timm itself would take a pickle from the folder where model.safetensors is missing.
+
+    Args:
+        folder: the export.
+        image_size: side of the images that the model will see, pixels; tried once.
+
+    Raises:
+        UserError: a file is missing or damaged, or they do not fit each other; `make export` writes them again.
+    """
+    file = folder / WEIGHTS
+    try:
+        check_regular(file, "the weights of an exported student")
+        shapes = stored_shapes(str(file))
+        fields, _ = read_json(folder / DESCRIPTION, "the description of an exported student")
+        name, args = fields.get("architecture"), fields.get("model_args", {})
+        if not isinstance(name, str) or not isinstance(args, dict):
+            raise UserError("the description of an exported student is damaged", where=folder / DESCRIPTION)
+        _check_depth(args, len(shapes), folder / DESCRIPTION)
+        check_name(name, str(folder / DESCRIPTION))
+        model, _ = create_timm_model(name, {"num_classes": fields.get("num_classes"), **args})
+        load_weights(model, str(file), shapes)
+        _try(model.eval(), image_size, folder)
+    except UserError as error:
+        fix = f"write the export again: make export RUN={folder.parent}"
+        raise UserError(f"the exported student cannot be loaded: {error}", fix=fix) from error
+    return model
+
+
+@torch.no_grad()
+def _try(model: nn.Module, image_size: int, folder: Path) -> None:
+    try:
+        model(torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        got = f"{image_size} x {image_size} pixels: {error}"
+        raise UserError("the model does not take images of this size", got=got, where=folder) from error
+
+
+def _check_depth(args: Mapping[str, Any], tensors: int, where: Path) -> None:
+    """Numbers of blocks are bounded by the file of weights before anything is built."""
+    for name, value in args.items():
+        values = value if isinstance(value, list) else [value]
+        numbers = [number for number in values if isinstance(number, int)]
+        if any(word in name for word in ("depth", "layer", "block")) and sum(numbers) > tensors:
+            raise UserError("the model has more blocks than its weights", got=f"{name}={value}"[:80], where=where)

@@ -1,0 +1,258 @@
+"""Checkpoints of upstream's distiller, brought to timm's and to our names.
+
+In: a .pth file as mmengine writes it. Out: the student as plain timm loads it, the projectors as heads.safetensors.
+Invariant: every tensor that the models have comes from the file and fits; every tensor of the file is used, or is of
+a kind that upstream is known to carry without using it, and listed.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scalekd_cache.config import ScaleKDConfig, StudentConfig
+from scalekd_cache.convert.names_upstream import FAMILIES, Family, Mapped, family_of, head_tensors, student_tensors
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.convert.upstream_file import HEADS, LEFT_OUT, read_checkpoint, shown_names, split_parts
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import SHORT_NAMES, build_student
+from scalekd_cache.models.timm_models import check_name, default_image_size
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+
+PAPER_STUDENTS = tuple(dict.fromkeys(["resnet50", "resnet50d", *SHORT_NAMES]))
+OUTPUTS = {"student", "heads.safetensors"}
+
+
+@dataclass(kw_only=True)
+class Problems:
+    """What keeps a checkpoint from being taken, collected over its parts."""
+
+    missing: list[str] = field(default_factory=list)
+    surplus: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    def check(self, where: Path, title: str) -> None:
+        """Raise `UserError` naming them, if there are any."""
+        groups = (("missing", self.missing), ("surplus", self.surplus), ("unfit", self.wrong))
+        lines = [f"{len(names)} {what}: {shown_names(names)}" for what, names in groups if names]
+        if lines:
+            raise UserError(
+                "this checkpoint does not hold exactly what the student and the projectors need",
+                got="; ".join(lines),
+                expected=f"upstream's {title} and projectors, as docs/METHOD.md lists them (missing: our names)",
+                where=where,
+                fix="give the STUDENT and CLASSES it was trained with",
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportReport:
+    """What was taken from a checkpoint and what was left in it."""
+
+    family: str
+    student_name: str
+    student: Path
+    student_tensors: int
+    num_classes: int
+    logit_difference: float
+    """Largest difference between logits of the student and of the exported model."""
+    heads: Path | None
+    head_tensors: int
+    s4_query: str | None
+    left_out: list[str]
+
+
+def fit_tensors(mapped: Mapped, wanted: Mapping[str, Tensor], problems: Problems) -> dict[str, Tensor]:
+    """The tensors that `wanted` asks for, with 1x1 convolutions and linear layers brought to each other's shape."""
+    problems.surplus += mapped.unknown + [mapped.sources[name] for name in mapped.tensors if name not in wanted]
+    problems.missing += [name for name in wanted if name not in mapped.tensors]
+    fitted = {}
+    for name, value in mapped.tensors.items():
+        if name not in wanted:
+            continue
+        shape = wanted[name].shape
+        if _without_ones(value.shape) == _without_ones(shape):
+            value = value.reshape(shape)
+        if value.shape != shape:
+            problems.wrong.append(f"{mapped.sources[name]} gives {tuple(value.shape)}, {name} is {tuple(shape)}")
+        elif not value.is_meta and value.is_floating_point() and not value.isfinite().all():
+            problems.wrong.append(f"{mapped.sources[name]} holds NaN or Inf")
+        fitted[name] = value
+    return fitted
+
+
+def _without_ones(shape: torch.Size) -> tuple[int, ...]:
+    sizes = list(shape)
+    while sizes and sizes[-1] == 1:
+        sizes.pop()
+    return tuple(sizes)
+
+
+def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problems) -> ScaleKDHeads | None:
+    """Projectors of the shapes that a state dict tells, without memory; None when those that tell are missing."""
+    first = {f"s{tap}": f"loss_fmd_s{tap}.projector_0." for tap in (3, 4)}
+    tell = [first["s3"] + "query.weight", first["s4"] + "pos_attention.proj.weight"]
+    tell += [prefix + "pos_embed" for prefix in first.values()]
+    if s4_query == "learned":
+        tell.append(first["s4"] + "query.weight")
+    untold = [HEADS + name for name in tell if name not in state or state[name].ndim < 2]
+    if untold:
+        problems.missing += untold
+        return None
+    positions, width = state[tell[0]].shape
+    s4_positions = len(state[tell[4]]) if s4_query == "learned" else 2  # a query that is handed in has no parameter
+    shapes = [(x.shape[1], *x.shape[2:]) for x in (state[tell[2]], state[tell[3]])]
+    config = ScaleKDConfig(s4_query="learned" if s4_query == "learned" else "s3", heads_s3=1, heads_s4=1)
+    layer_norm = first["s3"] + "proj_student.1.running_mean" not in state
+    with torch.device("meta"):
+        tail_out = (len(state[tell[1]]), s4_positions, 1)
+        return ScaleKDHeads(config, (shapes[0], shapes[1]), (width, positions, 1), tail_out, layer_norm)  # type: ignore[arg-type]
+
+
+def import_heads(
+    state: Mapping[str, Tensor], s4_query: str, problems: Problems, left_out: list[str]
+) -> dict[str, Tensor]:
+    """All four projectors under the names of `ScaleKDHeads`; `state` is upstream's `distill_losses`, unprefixed."""
+    mapped = head_tensors(state, s4_query=s4_query)
+    mapped = mapped._replace(
+        sources={ours: HEADS + theirs for ours, theirs in mapped.sources.items()},
+        unknown=[HEADS + name for name in mapped.unknown],
+    )
+    left_out += [HEADS + name for name in mapped.dead]
+    heads = expected_heads(state, s4_query, problems)
+    if heads is None:
+        problems.surplus += mapped.unknown
+        return {}
+    return fit_tensors(mapped, heads.state_dict(), problems)
+
+
+def import_student(family: Family, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], problems: Problems,
+                   left_out: list[str], prefix: str) -> dict[str, Tensor]:  # fmt: skip
+    """A timm state dict from `backbone.*` and `head.*`; `wanted` is the state dict of the model it goes into."""
+    mapped = student_tensors(family, state)
+    mapped = mapped._replace(
+        sources={ours: prefix + theirs for ours, theirs in mapped.sources.items()},
+        unknown=[prefix + name for name in mapped.unknown],
+    )
+    left_out += [prefix + name for name in mapped.dead]
+    return fit_tensors(mapped, wanted, problems)
+
+
+def import_checkpoint(
+    path: Path,
+    out: Path,
+    student_name: str | None = None,
+    *,
+    num_classes: int | None = None,
+    image_size: int | None = None,
+    s4_query: str = "s3",
+) -> ImportReport:
+    """Write `out`/student, a folder for timm, and `out`/heads.safetensors, if the checkpoint has projectors.
+
+    Args:
+        path: The checkpoint.
+        out: A folder that is new, empty, or of an earlier import.
+        student_name: timm name or short name of the student (None: the paper's student that it fits).
+        num_classes: Width of the classifier (None: the checkpoint's).
+        image_size: Side of the images, pixels (None: timm's for this name).
+        s4_query: s3 where S4's query was handed over from S3, as upstream's distiller does whenever it has S3's
+            projectors: an own one is dead then, and left out; learned to take it.
+
+    Raises:
+        UserError: naming what is missing, surplus or of another shape; nothing is written then.
+    """
+    if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
+        raise UserError("the folder for the import is in use", where=out, expected="a new folder", fix="change OUT")
+    if student_name is not None and student_name not in SHORT_NAMES:
+        student_name = check_name(student_name, "student")
+    student_state, prefix, head_state, left_out, unknown = split_parts(read_checkpoint(path), path)
+    family = _family(student_state, prefix, path)
+    classes = num_classes or _classes(student_state, prefix, path)
+    student_name = student_name or guess_student(family, student_state, classes, path)
+    config = StudentConfig(name=student_name)
+    size = image_size or default_image_size(SHORT_NAMES.get(student_name, (student_name, {}))[0])
+    student = build_student(config, num_classes=classes, image_size=size, args=family.args)
+    problems = Problems(surplus=unknown)
+    tensors = import_student(family, student_state, student.model.state_dict(), problems, left_out, prefix)
+    heads = import_heads(head_state, s4_query, problems, left_out) if head_state else {}
+    problems.check(path, family.title)
+    student.model.load_state_dict(tensors, strict=True)
+
+    out.mkdir(parents=True, exist_ok=True)
+    difference = export_student(student, config, out / "student", image_size=size, class_names=[])
+    heads_file = _write_heads(out, heads, s4_query)
+    return ImportReport(
+        family=family.title,
+        student_name=student_name,
+        student=out / "student",
+        student_tensors=len(tensors),
+        num_classes=classes,
+        logit_difference=difference,
+        heads=heads_file,
+        head_tensors=len(heads),
+        s4_query=s4_query if heads else None,
+        left_out=left_out,
+    )
+
+
+def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
+    """The family of the student; UserError with the marks of those that are known."""
+    family = family_of(state)
+    if family is None:
+        raise UserError(
+            "the student of this checkpoint is of no documented family",
+            got=shown_names([prefix + name for name in state]),
+            expected=", ".join(f"{known.title} ({prefix}{known.mark})" for known in FAMILIES),
+            where=path,
+        )
+    return family
+
+
+def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path | None:
+    """heads.safetensors, that of an earlier import removed; None where the checkpoint has no projectors."""
+    file = out / "heads.safetensors"
+    file.unlink(missing_ok=True)
+    if not heads:
+        return None
+    save_file(
+        {name: value.contiguous().clone() for name, value in heads.items()}, str(file), metadata={"s4_query": s4_query}
+    )
+    return file
+
+
+def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int, path: Path) -> str:
+    """The paper's student whose tensors these are, found by comparing names and shapes without memory."""
+    for short in PAPER_STUDENTS:
+        name, args = SHORT_NAMES.get(short, (short, {}))
+        if not args.items() >= family.args.items():
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(name, **args, num_classes=num_classes)
+        problems = Problems()
+        import_student(family, state, model.state_dict(), problems, [], "")
+        if problems == Problems():
+            return short
+    raise UserError(
+        f"this {family.title} is none of the paper's students",
+        expected=", ".join(PAPER_STUDENTS),
+        where=path,
+        fix="say which model it is: STUDENT=name; what does not fit is named then",
+    )
+
+
+def _classes(state: Mapping[str, Tensor], prefix: str, path: Path) -> int:
+    for name in ("head.fc.weight", "head.layers.head.weight"):
+        if name in state and state[name].ndim == 2:
+            return len(state[name])
+    raise UserError("the checkpoint has no classifier", got="1 missing: " + prefix + "head.fc.weight", where=path)
+
+
+def summary(names: list[str]) -> list[str]:
+    """Names by their first part with their number ("teacher.* (329)"); one that stands alone is given whole."""
+    groups = Counter(name.partition(".")[0] + "." if name.startswith(LEFT_OUT) else name for name in names)
+    return [f"{group}* ({count})" if group.endswith(".") else group for group, count in groups.items()]

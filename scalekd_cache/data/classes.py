@@ -1,0 +1,104 @@
+"""The order of the classes: what a label of 0, 1, 2 means, chosen to be the order of the teacher's outputs.
+
+In: a source, and `data.classes`: the name of an order or a file of class names. Out: the same source with its labels
+numbered in that order. Invariant: every image keeps its class; a list that does not name exactly the classes of the
+data set is an error.
+"""
+
+import dataclasses
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scalekd_cache.data.base import ListedSource
+from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.store.checked_files import read_file
+
+MAX_LIST_BYTES = 1 << 26
+
+
+def natural_key(name: str) -> list[Any]:
+    """Sorts as timm's image folders do: numbers by value, upper and lower case alike."""
+    return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name.lower()))]
+
+
+ORDERS: dict[str, Callable[[str], Any]] = {"sorted": lambda name: name, "natural": natural_key, "caseless": str.lower}
+"""Named orders: by code point as torchvision's image folders, as timm's, and as many file managers list folders."""
+
+
+def same_text(name: str) -> str:
+    """A name in one Unicode form (NFC): macOS may store its accents as characters of their own (NFD)."""
+    return unicodedata.normalize("NFC", name)
+
+
+def read_class_names(path: Path) -> tuple[str, ...]:
+    """The lines of a class list that hold something.
+
+    Raises:
+        UserError: no such file, not UTF-8, longer than any class list.
+    """
+    what = "the list of class names"
+    try:
+        text = read_file(path, what, MAX_LIST_BYTES).decode("utf-8-sig")
+    except ValueError as error:
+        raise UserError(
+            f"{what} cannot be read", got=error, expected="UTF-8, one name per line", where=path,
+            fix="write the file again",
+        ) from error  # fmt: skip
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
+
+
+def in_class_order(source: ListedSource, classes: str | None) -> ListedSource:
+    """The source with its classes in the order of `classes`: one of `ORDERS`, a file, or None for the source's own.
+
+    A file that lists other names for a source whose names are mere numbers gives the classes those names.
+
+    Raises:
+        UserError: the file cannot be read, or does not list the classes of the data set.
+    """
+    if classes is None:
+        return source
+    names = source.class_names
+    if classes in ORDERS:
+        return _renumbered(source, sorted(names, key=lambda name: (ORDERS[classes](name), name)))
+    listed = read_class_names(Path(classes).expanduser())
+    by_text = {same_text(name): name for name in names}
+    wanted = [by_text.get(same_text(name), name) for name in listed]
+    if sorted(wanted) == sorted(names):
+        return _renumbered(source, wanted)
+    numbered = names == tuple(map(str, range(len(names))))
+    if numbered and len(listed) >= len(names) and len(set(listed)) == len(listed):
+        return dataclasses.replace(source, class_names=listed)
+    raise _other_classes(names, wanted, classes)
+
+
+def _renumbered(source: ListedSource, names: Sequence[str]) -> ListedSource:
+    number = {name: label for label, name in enumerate(names)}
+    new_label = np.array([number[name] for name in source.class_names], dtype=np.int64)
+    samples = source.samples.with_labels(new_label[source.samples.labels])
+    return dataclasses.replace(source, class_names=tuple(names), samples=samples)
+
+
+def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> UserError:
+    missing = [name for name in names if name not in set(listed)]
+    unknown = [name for name in listed if name not in set(names)]
+    twice = [name for name in listed if listed.count(name) > 1] if not missing and not unknown else []
+    found = []
+    if missing:
+        found.append(f"{len(missing)} classes of the data set are not in the list, such as {missing[0]}")
+    if unknown:
+        near = nearest(unknown[0], names)
+        found.append(f"{len(unknown)} names are not classes of the data set, such as {unknown[0]} (near: {near})")
+    if twice:
+        found.append(f"{twice[0]} is listed more than once")
+    return UserError(
+        "the list of class names does not match the data set",
+        got="; ".join(found),
+        expected=f"the {len(names)} class names, one per line, in the order of the teacher's outputs",
+        where=where,
+        fix=f"correct the file, or choose an order by name: SET=data.classes={'|'.join(ORDERS)}",
+    )

@@ -1,0 +1,95 @@
+"""Labels of ImageNet's flat val/ folder from its devkit.
+
+In: image names, the sorted class folders of train/, the devkit folder. Out: one label an image.
+Invariant: a label comes from the number in the image's name, so a part of the validation set is labelled right too.
+"""
+
+import re
+from pathlib import Path
+
+import scipy.io
+
+from scalekd_cache.data.base import missing_folder
+from scalekd_cache.errors import UserError
+
+DEVKIT = "ILSVRC2012_devkit_t12"
+TRUTH = "ILSVRC2012_validation_ground_truth.txt"
+
+
+def flat_labels(root: Path, images: list[str], class_names: list[str], devkit: str | None) -> list[int]:
+    """Labels of `images`, named like ILSVRC2012_val_00000001.JPEG.
+
+    Raises:
+        UserError: no devkit, a file of it that cannot be understood, an image without a number or beyond the ground
+            truth, a class (WordNet id) that train/ does not have.
+    """
+    data = _devkit_data(root, devkit)
+    wnids = _read_wnids(data / "meta.mat")
+    truth = _read_truth(data / TRUTH)
+    number = {name: label for label, name in enumerate(class_names)}
+    labels = []
+    for image in images:
+        found = re.fullmatch(r"\D.*_(\d{8})", image.rpartition(".")[0])
+        index = int(found[1]) if found else 0
+        if not 1 <= index <= len(truth):
+            raise UserError(
+                "an image of the flat val/ folder has no line in the ground truth",
+                got=image,
+                expected=f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(truth):08d}.JPEG",
+                where=root / "val",
+                fix="keep the original names, or move the images into class folders",
+            )
+        wnid = wnids.get(truth[index - 1], f"id {truth[index - 1]}, not in meta.mat")
+        if wnid not in number:
+            raise UserError(
+                "val/ has a class that train/ does not have",
+                got=f"{image} is {wnid}",
+                expected=f"one of the {len(class_names)} folders of train/, such as {class_names[0]}",
+                where=root / "val",
+                fix="complete train/, or remove the images of classes that you do not use",
+            )
+        labels.append(number[wnid])
+    return labels
+
+
+def _devkit_data(root: Path, devkit: str | None) -> Path:
+    folder = root / DEVKIT if devkit is None else Path(devkit).expanduser()
+    for data in (folder / "data", folder):
+        if (data / "meta.mat").is_file() and (data / TRUTH).is_file():
+            return data
+    raise missing_folder(
+        "val/ is flat, and the ImageNet devkit that would label it is not there",
+        folder,
+        f"data/meta.mat and data/{TRUTH}",
+        f"unpack {DEVKIT}.tar.gz next to val/, or set data.devkit, or move the images into class folders",
+    )
+
+
+def _read_wnids(path: Path) -> dict[int, str]:
+    """ILSVRC2012_ID to WordNet id for the leaf classes (those without children)."""
+    try:
+        synsets = scipy.io.loadmat(path, squeeze_me=True)["synsets"]
+        rows = zip(synsets["ILSVRC2012_ID"].flat, synsets["WNID"].flat, synsets["num_children"].flat)
+        return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
+    except Exception as error:  # scipy raises many kinds on a damaged file; all mean the same to the user
+        raise UserError(
+            "the devkit's meta.mat cannot be read",
+            got=f"{type(error).__name__}: {error}",
+            expected="a struct array `synsets` with ILSVRC2012_ID, WNID and num_children",
+            where=path,
+            fix="unpack the devkit again",
+        ) from error
+
+
+def _read_truth(path: Path) -> list[int]:
+    """ILSVRC2012_ID of validation image 1, 2, ..."""
+    try:
+        return [int(line) for line in path.read_text("ascii").split()]
+    except ValueError as error:
+        raise UserError(
+            "the devkit's ground truth cannot be read",
+            got=error,
+            expected="one number a line",
+            where=path,
+            fix="unpack the devkit again",
+        ) from error

@@ -1,0 +1,198 @@
+"""Images: open a source by name or path, decode one image, digest a listing.
+
+In: `DataConfig` and a split. Out: a `Source` (keys, labels, encoded bytes) and uint8 RGB arrays.
+Invariant: an image that decodes is whole; anything else is `UnreadableImage`, never a crash and never zero-filled.
+"""
+
+import hashlib
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from scalekd_cache.config import DataConfig
+from scalekd_cache.data.base import ListedSource, SampleRef, Source, Split
+from scalekd_cache.data.builtin import BUILTIN, open_builtin
+from scalekd_cache.data.classes import in_class_order, same_text
+from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
+from scalekd_cache.data.image_formats import FORMATS
+from scalekd_cache.data.parquet import has_parquet, open_parquet
+from scalekd_cache.data.shards import has_shards, is_pattern, open_shards
+from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.store.manifest import classes_digest
+
+__all__ = [
+    "SampleRef",
+    "Source",
+    "Split",
+    "UnreadableImage",
+    "data_facts",
+    "decode_image",
+    "listing_digest",
+    "open_source",
+]
+
+MAX_PIXELS = 178_956_970
+"""Largest image that is decoded, pixels: twice Pillow's default, where Pillow itself refuses."""
+ORIENTATION_TAG = 0x0112
+TRANSPOSES = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class UnreadableImage(Exception):  # noqa: N818 (it names the image, as the skip list does)
+    """One image that cannot be decoded: a fact about the data that the caller records before it goes on."""
+
+    def __init__(self, key: str, reason: str) -> None:
+        super().__init__(key, reason)
+        self.key = key
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"image {self.key} cannot be decoded: {self.reason}"
+
+
+def open_source(config: DataConfig, split: Split) -> Source:
+    """List a data set.
+
+    Args:
+        config: `source` is demo, cifar10, imagenette, a folder (class folders, WebDataset tars or parquet files) or a
+            brace pattern of tars; `max_samples` keeps the first of the canonical order.
+        split: train or val. Class names come from train in both cases.
+
+    Raises:
+        UserError: an unknown name, a missing or damaged data set, a failed download.
+    """
+    assert split in ("train", "val"), split
+    return in_class_order(_open(config, split), config.classes).first(config.max_samples)
+
+
+def _open(config: DataConfig, split: Split) -> ListedSource:
+    name = config.source
+    if name in BUILTIN:
+        return open_builtin(name, config, split)
+    if "://" in name or name.startswith("pipe:"):
+        raise UserError(
+            "data.source is a URL", got=name, expected="a local or mounted path", fix="copy or mount the data first"
+        )
+    if is_pattern(name):
+        return open_shards(name, name, split)
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        raise _not_a_folder(name, root)
+    has_classes = any(path.is_dir() and not is_system_name(path.name) for path in (root / "train").glob("*"))
+    if not has_classes and has_shards(root):
+        return open_shards(name, str(root), split)
+    if not has_classes and has_parquet(root):
+        return open_parquet(name, root, split)
+    return open_folder(name, root, split, config.devkit, classes_file=config.classes is None)
+
+
+def _not_a_folder(name: str, root: Path) -> UserError:
+    if root.is_file():
+        return UserError(f"DATA={name} is a file: give the folder with {LAYOUT}, WebDataset tars or parquet files")
+    beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
+    for folder in beside:
+        if same_text(folder) == same_text(str(root)):
+            return UserError(
+                "DATA= names the folder in another Unicode form (NFC or NFD)", got=ascii(name), expected=ascii(folder),
+                fix="let the shell complete the name, or rename the folder",
+            )  # fmt: skip
+    return mistype(
+        "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
+    )
+
+
+def data_facts(source: Source) -> dict[str, Any]:
+    """What a cache's fingerprint says of its data set."""
+    return {
+        "listing": listing_digest(source),
+        "samples": len(source.samples),
+        "class_names": classes_digest(source.class_names),
+    }
+
+
+def listing_digest(source: Source) -> str:
+    """The sha256 (hex) of keys and labels in canonical order: what a cache was made from."""
+    digest = hashlib.sha256()
+    for key, label in source.samples:
+        digest.update(f"{key}\0{label}\n".encode())
+    return digest.hexdigest()
+
+
+def image_digest(data: bytes) -> str:
+    """16 hex characters: blake2b of an image file, by which a file that was replaced is noticed."""
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
+    """Decode an image file to (H, W, 3) uint8 RGB.
+
+    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit grey is scaled to 8;
+    CMYK is converted without a colour profile; of several frames the first counts.
+
+    Raises:
+        UnreadableImage: no bytes, not an image, truncated, no defined range of values, over `MAX_PIXELS`.
+    """
+    if not data:
+        raise UnreadableImage(key, "zero bytes")
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # process-wide; other libraries set it and would get us zero-filled images
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_size(image, key)
+            image.load()
+            pixels = np.array(_to_rgb(_upright(image), key))
+    except (UnreadableImage, MemoryError):  # out of memory says something about the machine, not about the image
+        raise
+    except Exception as error:  # Pillow raises many kinds on damaged bytes
+        reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UnreadableImage(key, reason or type(error).__name__) from error
+    assert pixels.ndim == 3, pixels.shape
+    assert pixels.shape[2] == 3, pixels.shape
+    assert pixels.dtype == np.uint8, pixels.dtype
+    return pixels
+
+
+def _check_size(image: Image.Image, key: str) -> None:
+    width, height = image.size
+    if width < 1 or height < 1 or width * height > MAX_PIXELS:
+        raise UnreadableImage(key, f"size {width}x{height}, expected 1x1 up to {MAX_PIXELS} pixels")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says."""
+    try:
+        orientation = image.getexif().get(ORIENTATION_TAG, 1)
+    except Exception:  # the pixels are whole; a damaged EXIF block holds no orientation to apply
+        return image
+    method = TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image, key: str) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith("I") or image.mode == "F":
+        return _from_deep_grey(image, key)
+    if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _from_deep_grey(image: Image.Image, key: str) -> Image.Image:
+    """16-bit grey to 8-bit RGB; wider integers and floats have no range that says what white is."""
+    values = np.asarray(image)
+    low, high = values.min(), values.max()
+    if image.mode == "F" or low < 0 or high > 65535:
+        raise UnreadableImage(key, f"grey values {low} to {high} in mode {image.mode}, expected 8 or 16 bits")
+    return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -1,0 +1,291 @@
+"""Parquet files of images as Hugging Face data sets lay them out: a column of images and a column of labels.
+
+In: a folder with train/ and val/ (validation/, test/) parquet files, or data/train-*.parquet and its like.
+Out: a `ListedSource` in file order (a row group is the smallest thing that can be read, so a hashed order would read
+every group once a sample). Invariant: row i of a file is one sample, key `<file>/<row>`.
+"""
+
+import json
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scalekd_cache.data.base import (
+    MAX_KEY_BYTES,
+    IntArray,
+    ListedSource,
+    SampleList,
+    Split,
+    check_labels,
+    encode_key,
+    numbered_classes,
+    read_listed_file,
+)
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import check_regular
+from scalekd_cache.versions import import_optional
+
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
+IMAGE_COLUMNS = ("image", "img")
+LABEL_COLUMN = "label"
+LAYOUT = "train/*.parquet and val/*.parquet, or data/train-*.parquet and data/validation-*.parquet"
+
+
+class ParquetFacts(NamedTuple):
+    """What opening a file tells: rows of each row group, labels (rows,) int64, class names when declared, and how many
+    rows have neither bytes nor a path."""
+
+    path: str
+    image_column: str
+    group_rows: list[int]
+    labels: IntArray
+    class_names: tuple[str, ...] | None
+    empty_rows: int
+
+
+class ParquetReader:
+    """Reads image bytes by row group and keeps the latest one. Pickles without it; holds no open file.
+
+    Args:
+        files: what opening them told.
+        root: where paths of images may begin, beside the folders of the files.
+    """
+
+    def __init__(self, files: list[ParquetFacts], root: Path) -> None:
+        self._root = root
+        self._files = [(facts.path, facts.image_column) for facts in files]
+        self._groups = [(number, group) for number, facts in enumerate(files) for group in range(len(facts.group_rows))]
+        rows = [count for facts in files for count in facts.group_rows]
+        self._starts = np.cumsum([0, *rows], dtype=np.int64)
+        self._latest: tuple[int, Any] | None = None
+
+    def __call__(self, index: int) -> bytes:
+        """Bytes of row `index`, counted over all files, or of the file it names; b"" for a null."""
+        group = int(np.searchsorted(self._starts, index, side="right")) - 1
+        latest = self._latest
+        if latest is None or latest[0] != group:
+            latest = self._latest = (group, self._load(group))
+        value = latest[1][index - int(self._starts[group])].as_py()
+        data, path = _parts(value)
+        if data or not path:
+            return data
+        file = Path(self._files[self._groups[group][0]][0])
+        place = _place_of(path, file, self._root)
+        return read_listed_file(str(place or file.parent / path), f"row {index}")
+
+    def _load(self, group: int) -> Any:
+        number, group_in_file = self._groups[group]
+        path, column = self._files[number]
+        parquet = _pyarrow_parquet()
+        try:
+            with parquet.ParquetFile(path) as file:
+                values = file.read_row_group(group_in_file, columns=[column], use_threads=False).column(column)
+        except Exception as error:  # pyarrow raises several kinds on a damaged file
+            raise _damaged(path, error) from error
+        expected = int(self._starts[group + 1] - self._starts[group])
+        if len(values) != expected:
+            raise _damaged(path, f"row group {group_in_file} has {len(values)} rows, {expected} when it was opened")
+        return values
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_latest": None}
+
+
+def has_parquet(root: Path) -> bool:
+    """Whether `root` has training parquet files where they are looked for."""
+    return bool(_find(root, "train"))
+
+
+def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
+    """List a folder of parquet files; class names are those declared in the training files, else "0".."max".
+
+    Raises:
+        UserError: pyarrow is missing, no files, columns or labels that are not as expected, a damaged file.
+    """
+    paths = {part: _find(root, part) for part in ("train", split)}
+    for part in ("train", split):
+        if not paths[part]:
+            raise UserError(f"no parquet files for {part}", expected=LAYOUT, where=root, fix=f"add the {part} files")
+    files = [_read_facts(path, root, images=True) for path in paths[split]]
+    train = files if split == "train" else [_read_facts(path, root, images=False) for path in paths["train"]]
+    class_names = _class_names(train, files)
+    for facts in files:
+        check_labels(facts.labels, len(class_names), "a parquet file", facts.path)
+    labels = np.concatenate([facts.labels for facts in files])
+    if not len(labels):
+        raise UserError(f"the parquet files for {split} have no rows", where=root, fix="add images")
+    limit = MAX_KEY_BYTES - len("/0000000000")
+    prefixes = [encode_key(str(Path(facts.path).relative_to(root).with_suffix("")), limit) for facts in files]
+    empty_rows = sum(facts.empty_rows for facts in files)
+    return ListedSource(
+        name=name,
+        class_names=class_names,
+        samples=SampleList(
+            (f"{prefix}/{row:07d}" for prefix, facts in zip(prefixes, files) for row in range(len(facts.labels))),
+            labels,
+        ),
+        reader=ParquetReader(files, root),
+        file_starts=np.cumsum([0, *(len(facts.labels) for facts in files[:-1])], dtype=np.int64),
+        left_out=(f"{empty_rows:,} rows have no image: neither bytes nor a path",) if empty_rows else (),
+    )
+
+
+def _find(root: Path, split: str) -> list[Path]:
+    for part in SPLIT_NAMES[split]:
+        for folder, pattern in (
+            (root / part, "*.parquet"),
+            (root / "data", f"{part}-*.parquet"),
+            (root, f"{part}-*.parquet"),
+            (root, f"{part}.parquet"),
+        ):
+            found = sorted(folder.glob(pattern))
+            if found:
+                return found
+    return []
+
+
+def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
+    """What a file holds; with `images`, whether every image has bytes or a file."""
+    parquet = _pyarrow_parquet()
+    check_regular(path, "a parquet file")
+    try:
+        with parquet.ParquetFile(path) as file:
+            schema = file.schema_arrow
+            column = _image_column(schema, path)
+            labels = file.read(columns=[LABEL_COLUMN], use_threads=False).column(LABEL_COLUMN)
+            rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
+            empty_rows = _check_images(file, column, path, root) if images else 0
+    except UserError:
+        raise
+    except Exception as error:  # pyarrow raises several kinds on a damaged file
+        raise _damaged(path, error) from error
+    if labels.null_count:
+        raise _wrong_columns(path, f"{labels.null_count} rows without a label")
+    values = labels.to_numpy()
+    if len(values) and values.max() > np.iinfo(np.int64).max:
+        raise _wrong_columns(path, f"label {values.max()}")
+    values = np.asarray(values, dtype=np.int64)
+    return ParquetFacts(str(path), column, rows, values, _declared_classes(schema.metadata, path), empty_rows)
+
+
+def _parts(value: Any) -> tuple[bytes, str]:
+    """Bytes and path of an image as a row has it: bytes, a path, or a struct of both."""
+    if isinstance(value, dict):
+        return value.get("bytes") or b"", value.get("path") or ""
+    return (b"", value) if isinstance(value, str) else (value or b"", "")
+
+
+def _place_of(path: str, file: Path, root: Path) -> Path | None:
+    """Where the file of a path is: as it is written, beside the parquet file, or below the data set's folder."""
+    places = (folder / path for folder in (file.parent, root))  # an absolute path stays as it is
+    return next((place for place in places if place.is_file()), None)
+
+
+def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
+    """How many rows have neither bytes nor a path; only row groups that have images without bytes are read.
+
+    Raises:
+        UserError: rows whose path leads to no file.
+    """
+    first, empty, example = 0, 0, ""
+    lost: list[int] = []
+    paths_only = str(file.schema_arrow.field(column).type) in ("string", "large_string")
+    for group in range(file.num_row_groups):
+        rows = file.metadata.row_group(group).num_rows
+        if paths_only or _has_nulls(file.metadata.row_group(group), column):
+            values = file.read_row_group(group, columns=[column], use_threads=False).column(column)
+            for row, value in enumerate(values, start=first):
+                data, place = _parts(value.as_py())
+                if not data and not place:
+                    empty += 1
+                elif not data and _place_of(place, path, root) is None:
+                    lost.append(row)
+                    example = example or place
+        first += rows
+    if lost:
+        raise UserError(
+            "a parquet file names images by their path, and there is no file at that path",
+            got=f"column {column}: {len(lost)} of {first} rows, the first is row {lost[0]} with path {example}",
+            expected=f"image bytes, or a path that begins at /, at {path.parent} or at {root}",
+            where=path,
+            fix="put the images where the paths say, or write the data set with its images embedded",
+        )
+    return empty
+
+
+def _has_nulls(group: Any, column: str) -> bool:
+    """Whether a row group may have images without bytes, as far as its statistics tell."""
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    found = [chunk.statistics for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes")]
+    return not found or found[0] is None or found[0].null_count != 0
+
+
+def _image_column(schema: Any, path: Path) -> str:
+    """Name of the image column: bytes, a path, or a struct with a field `bytes` or `path`."""
+    types = {field.name: field.type for field in schema}
+    column = next((name for name in IMAGE_COLUMNS if name in types), None)
+    if column is None or LABEL_COLUMN not in types:
+        raise _wrong_columns(path, ", ".join(f"{name}: {kind}" for name, kind in types.items()))
+    fields = {field.name: field.type for field in types[column]} if str(types[column]).startswith("struct") else {}
+    kinds = [str(fields[name]) for name in ("bytes", "path") if name in fields] or [str(types[column])]
+    if not set(kinds) <= {"binary", "large_binary", "string", "large_string", "null"}:
+        raise _wrong_columns(path, f"{column}: {types[column]}")
+    if not str(types[LABEL_COLUMN]).lstrip("u").startswith("int"):
+        raise _wrong_columns(path, f"{LABEL_COLUMN}: {types[LABEL_COLUMN]}")
+    return column
+
+
+def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...] | None:
+    """Names of the ClassLabel feature in the Hugging Face schema metadata, if there is one."""
+    text = (metadata or {}).get(b"huggingface")
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)["info"]["features"][LABEL_COLUMN].get("names")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _damaged(path, f"huggingface metadata: {error!r}") from error
+    if isinstance(names, dict):  # an older way of writing the list: {"0": "cat", "1": "dog"}
+        names = [names.get(str(number)) for number in range(len(names))]
+    return tuple(str(name) for name in names) if names else None
+
+
+def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[str, ...]:
+    declared = {facts.class_names for facts in [*train, *files] if facts.class_names is not None}
+    if len(declared) > 1:
+        first, second = sorted(declared)[:2]
+        raise UserError(
+            "parquet files declare different class names",
+            got=f"{first[:4]}... ({len(first)}) and {second[:4]}... ({len(second)})",
+            expected="one list for all files of train and val",
+            where=train[0].path,
+            fix="write all files from one data set",
+        )
+    if declared:
+        return next(iter(declared))
+    return numbered_classes(np.concatenate([facts.labels for facts in train]), train[0].path)
+
+
+def _wrong_columns(path: Path, got: str) -> UserError:
+    return UserError(
+        "a parquet file does not have the columns of labelled images",
+        got=got,
+        expected="`image` (bytes, a path, or a struct with `bytes` or `path`) and `label` (an integer in every row)",
+        where=path,
+        fix="rename or convert the columns",
+    )
+
+
+def _damaged(path: str | Path, error: object) -> UserError:
+    return UserError(
+        "a parquet file cannot be read",
+        got=error,
+        expected="a whole parquet file",
+        where=path,
+        fix="copy or download the file again",
+    )
+
+
+def _pyarrow_parquet() -> ModuleType:
+    return import_optional("pyarrow.parquet", "parquet files need pyarrow", "remote")

@@ -1,0 +1,225 @@
+"""WebDataset shards as a source: samples are neighbouring tar members with one key, an image and a .cls.
+
+In: a folder with train and val tars, or a brace pattern of the train tars. Out: a `ListedSource` in tar order whose
+work units never span two tars. Invariant: every header is checked once at opening, and a tar that ends early, a
+sample without image or label and a key seen twice are errors; nothing is ever extracted.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from scalekd_cache.data.base import ListedSource, SampleList, Split, check_labels, encode_key, numbered_classes
+from scalekd_cache.data.classes import read_class_names
+from scalekd_cache.data.image_formats import IMAGE_SUFFIXES
+from scalekd_cache.data.patterns import expand_braces, is_pattern, sibling_glob, word
+from scalekd_cache.data.tarscan import TarMember, scan_tar, split_name
+from scalekd_cache.errors import UserError
+
+__all__ = ["has_shards", "is_pattern", "open_shards"]
+
+IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
+MAX_CLS_BYTES = 20
+SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}
+LAYOUT = "train/*.tar and val/*.tar, or *train*.tar and *val*.tar"
+
+
+class ShardSample(NamedTuple):
+    """Where the image of a sample lies in its tar: offset and size in bytes."""
+
+    key: str
+    label: int
+    offset: int
+    size: int
+
+
+class TarReader:
+    """Reads images from tars by offset. Holds names and numbers only: each read opens and closes its tar."""
+
+    def __init__(self, tars: list[str], samples: list[list[ShardSample]]) -> None:
+        self._tars = tars
+        self._tar_bytes = [os.path.getsize(tar) for tar in tars]
+        rows = [(number, one.offset, one.size) for number, many in enumerate(samples) for one in many]
+        self._rows = np.array(rows, dtype=np.int64).reshape(-1, 3)  # (N, 3): tar, offset, size
+
+    def __call__(self, index: int) -> bytes:
+        """Image bytes of sample `index`."""
+        number, offset, size = self._rows[index].tolist()
+        tar = self._tars[number]
+        try:
+            with open(tar, "rb", buffering=0) as file:
+                now = os.fstat(file.fileno()).st_size
+                data = _pread(file.fileno(), size, offset) if now == self._tar_bytes[number] else b""
+        except OSError as error:
+            raise UserError("a shard cannot be read", got=error, where=tar, fix="check the disk") from error
+        if len(data) != size:
+            raise UserError(
+                "a shard has changed since it was opened",
+                got=f"{now} bytes",
+                expected=f"{self._tar_bytes[number]} bytes",
+                where=tar,
+                fix="leave shards alone while they are used, and start again",
+            )
+        return data
+
+
+def _pread(descriptor: int, size: int, offset: int) -> bytes:
+    """`os.pread` that goes on after a short read; shorter than `size` only at the end of the file."""
+    data = os.pread(descriptor, size, offset)
+    while len(data) < size:
+        more = os.pread(descriptor, size - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    return data
+
+
+def has_shards(root: Path) -> bool:
+    """Whether `root` has training tars where they are looked for."""
+    return bool(_find(str(root), "train"))
+
+
+def open_shards(name: str, root: str, split: Split) -> ListedSource:
+    """List WebDataset tars; `root` is a folder or a brace pattern of the training tars.
+
+    Class names are the lines of classes.txt beside the tars or one folder up, else "0".."max" of the training labels
+    (then opening val reads the training headers too).
+
+    Raises:
+        UserError: no tars, a damaged tar, a sample without image or label, a key seen twice, a label outside the list.
+    """
+    train_tars, tars = _find(root, "train"), _find(root, split)
+    if not tars:
+        raise UserError(
+            f"no tars for {split}", expected=f"{LAYOUT}, or a brace pattern with `train` in it", where=root,
+            fix=f"add the {split} tars",
+        )  # fmt: skip
+    others: Counter[str] = Counter()
+    samples = [_read_samples(tar, others) for tar in tars]
+    _check_unique(tars, samples)
+    class_names = _class_names_beside(train_tars[0])
+    if class_names is None:
+        train = samples if split == "train" else [_read_samples(tar, Counter()) for tar in train_tars]
+        labels = np.array([sample.label for many in train for sample in many], dtype=np.int64)
+        class_names = numbered_classes(labels, root)
+    for tar, many in zip(tars, samples):
+        labels = np.array([sample.label for sample in many], dtype=np.int64)
+        wrong = np.flatnonzero(labels >= len(class_names))
+        describe = f"sample {many[wrong[0]].key}" if len(wrong) else "a shard"
+        check_labels(labels, len(class_names), describe, tar)
+    flat = [sample for many in samples for sample in many]
+    if not flat:
+        raise UserError(f"the tars for {split} hold no samples", where=root, fix="add images")
+    return ListedSource(
+        name=name,
+        class_names=class_names,
+        samples=SampleList((sample.key for sample in flat), [sample.label for sample in flat]),
+        reader=TarReader(tars, samples),
+        file_starts=np.cumsum([0, *(len(many) for many in samples[:-1])], dtype=np.int64),
+        left_out=tuple(f"left out: {count:,} members of tars that are {kind}" for kind, count in others.items()),
+    )
+
+
+def _find(root: str, split: str) -> list[str]:
+    """Tars of a split in order; an empty list when there are none."""
+    if is_pattern(root):
+        return expand_braces(root) if split == "train" else sibling_glob(root, SPLIT_NAMES["val"])
+    for part in SPLIT_NAMES[split]:
+        found = sorted(Path(root, part).glob("*.tar")) or sorted(
+            path for path in Path(root).glob("*.tar") if word(part).search(path.name)
+        )
+        if found:
+            return [str(path) for path in found]
+    return []
+
+
+def _class_names_beside(tar: str) -> tuple[str, ...] | None:
+    """Lines of classes.txt in the folder of a training tar, or above it where that folder is the split's own."""
+    folder = Path(tar).parent
+    for path in (folder / "classes.txt", folder.parent / "classes.txt"):
+        if path.is_file() and (path.parent == folder or folder.name == "train"):
+            return read_class_names(path)
+    return None
+
+
+def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
+    """All samples of one tar, in its order; members that belong to no sample are counted in `others`."""
+    groups: list[tuple[str, dict[str, TarMember]]] = []
+    for member in scan_tar(tar, others):
+        parts = split_name(member.name)
+        if parts is None:
+            others["hidden, or have no suffix or a name like __this__"] += 1
+            continue
+        stem, extension = parts
+        if not groups or groups[-1][0] != stem:
+            groups.append((stem, {}))
+        if extension in groups[-1][1]:
+            raise _bad_sample(tar, stem, f"two members with the extension .{extension}")
+        groups[-1][1][extension] = member
+    try:
+        with open(tar, "rb", buffering=0) as file:
+            return [_sample(tar, file.fileno(), stem, members) for stem, members in groups]
+    except OSError as error:
+        raise UserError("a shard cannot be read", got=error, where=tar, fix="check the disk") from error
+
+
+def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember]) -> ShardSample:
+    images = sorted(IMAGE_EXTENSIONS & members.keys())
+    whole = len(images) == 1 and "cls" in members
+    dotted = sorted(name for name in members if "." in name and name.rpartition(".")[2] in {*IMAGE_EXTENSIONS, "cls"})
+    pairs = {name.rpartition(".")[0] for name in dotted if name.endswith(".cls")}
+    # An extension of several parts is WebDataset's for more data of a sample (seg.png); a label makes it a sample.
+    if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
+        raise _dotted(tar, stem, dotted[0])
+    if not whole:
+        what = "no .cls" if len(images) == 1 else f"{len(images)} images"
+        raise _bad_sample(tar, stem, f"{what} among its members: {', '.join(sorted(members))}")
+    return _labelled(tar, descriptor, stem, members[images[0]], members["cls"])
+
+
+def _labelled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMember) -> ShardSample:
+    text = _pread(descriptor, min(cls.size, MAX_CLS_BYTES + 1), cls.offset).strip()
+    if not text.isdigit() or cls.size > MAX_CLS_BYTES or int(text) >= 2**31:
+        raise _bad_sample(tar, stem, f"label {text!r}")
+    return ShardSample(encode_key(stem), int(text), image.offset, image.size)
+
+
+def _dotted(tar: str, stem: str, extension: str) -> UserError:
+    base = stem.rpartition("/")[2]
+    return UserError(
+        "the sample keys of a shard have dots in them",
+        got=f"{base}.{extension}",
+        expected=f"names without a dot before the extension: WebDataset takes {base} as the key of this member and "
+        f".{extension} as its extension",
+        where=tar,
+        fix="replace the dots in the keys, by underscores for example, when the shard is written",
+    )
+
+
+def _bad_sample(tar: str, stem: str, got: str) -> UserError:
+    return UserError(
+        f"a sample of a shard is not a labelled image: {stem}",
+        got=got,
+        expected="neighbouring members with one image (.jpg, .png, .webp, ...) and one .cls, a whole number in ASCII",
+        where=tar,
+        fix="write the shard again, with the members of a sample next to each other",
+    )
+
+
+def _check_unique(tars: Iterable[str], samples: Iterable[list[ShardSample]]) -> None:
+    seen: dict[str, str] = {}
+    for tar, many in zip(tars, samples):
+        for sample in many:
+            if sample.key in seen:
+                raise UserError(
+                    f"two samples have the same key: {sample.key}",
+                    got=f"in {seen[sample.key]} and in {tar}",
+                    expected="keys that are unique over all tars of a split",
+                    where=tar,
+                    fix="write the shards again with unique keys, the members of a sample next to each other",
+                )
+            seen[sample.key] = tar

@@ -1,0 +1,337 @@
+"""Order + store -> batches on the training side.
+
+In: an open cache, an order, this rank's share. Out: `Batch`es of one micro-batch each, in the order of the run.
+Invariant: a batch is either complete and verified or an error that names the record; the position is the step number,
+so a resumed loader goes on with the next sample whatever the number of workers.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset, get_worker_info
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.config import DataConfig, ViewConfig, from_plain
+from scalekd_cache.data.images import Source, decode_image, open_source
+from scalekd_cache.data.workers import items_of, waiting_items
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.base import Parts
+from scalekd_cache.store.checked_files import parse_json
+from scalekd_cache.store.growing import GrowingCache
+from scalekd_cache.views.pixels import decode_pixels, pixel_digest
+from scalekd_cache.views.view import View, apply_view
+
+DIGEST_STEPS = 2
+"""Steps at the start of a session in which the digest of every stored view is compared."""
+DIGEST_EVERY = 16
+"""After that, one stored view in this many, other ones each time the views come around. Views that are drawn again from
+an image are always compared: the image may have been replaced, and the digest is 9 % of drawing one (docs/LOG.md)."""
+
+MOST_WAITING = 4
+"""Most micro-batches that a worker keeps waiting."""
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one view number."""
+
+    images: Tensor
+    """(B, 3, H, W) uint8: the pixels the teacher saw."""
+    labels: Tensor
+    """(B,) int64."""
+    codes: Tensor
+    """(B, bytes_per_view) uint8: rows of the feature codec, decoded on the training device."""
+    logits: Tensor
+    """(B, K) float32: what the logit codec gives (K = 0 where it keeps nothing)."""
+    ids: Tensor
+    """(B,) int64: positions in the view's canonical order."""
+    view: int
+    """The view number."""
+
+    def to(self, device: torch.device) -> "Batch":
+        """The batch on `device`; asynchronous where the memory is pinned."""
+        tensors = (self.images, self.labels, self.codes, self.logits, self.ids)
+        images, labels, codes, logits, ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(images, labels, codes, logits, ids, self.view)
+
+
+class Slot(NamedTuple):
+    """Which micro-batch of the run: the index that loader workers are given."""
+
+    epoch: int
+    step: int
+    micro: int
+    check_all: bool
+
+
+class MicroBatches(Dataset[Batch]):
+    """Micro-batches by `Slot`; what a loader worker holds."""
+
+    def __init__(
+        self,
+        cache: Cache,
+        order: Order,
+        global_batch: int,
+        micro_batch: int,
+        *,
+        views: int | None = None,
+        pixels: Cache | None = None,
+        data: str | None = None,
+        talks: bool = True,
+    ) -> None:
+        manifest = cache.manifest
+        self.cache = cache
+        self.pixels = pixels
+        self.views = views or manifest.num_views
+        self.talks = talks
+        self.order = order
+        self.global_batch = global_batch
+        self.micro_batch = micro_batch
+        self.codec: FeatureCodec = codec_from_config(manifest.codec, cache.root)
+        self.logit_codec = logit_codec_from_config(manifest.logit_codec)
+        self.view_config = ViewConfig(**from_plain(manifest.view_recipe))
+        self.source: Source | None = None
+        self.source_index: dict[str, int] = {}
+        if self.view_config.pixels == "replayed":
+            self.source = open_source(data_config(manifest.data, data), "train")
+            self.source_index = {sample.key: index for index, sample in enumerate(self.source.samples)}
+
+    def __getitem__(self, slot: Slot) -> Batch:
+        view = slot.epoch % self.views
+        if isinstance(self.cache, GrowingCache):
+            self.cache.wait_for(view, self._say)
+        ids = micro_batch_ids(
+            self.order,
+            epoch=slot.epoch,
+            step=slot.step,
+            micro=slot.micro,
+            global_batch=self.global_batch,
+            micro_batch=self.micro_batch,
+        )
+        records = self._with_pixels(self.cache.read(ids, view), ids, view)
+        self._check_parts(records, view)
+        always, turn = slot.check_all or self.source is not None, slot.epoch // self.views
+        images = [
+            self._pixels(record, view, check=always or (position + turn) % DIGEST_EVERY == 0)
+            for record, position in zip(records, ids.tolist(), strict=True)
+        ]
+        codes = self.codec.unpack([record.features for record in records])
+        return Batch(
+            images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
+            labels=torch.tensor([record.label for record in records], dtype=torch.int64),
+            codes=torch.from_numpy(codes),
+            logits=torch.from_numpy(np.stack([self.logit_codec.decode(record.logits) for record in records])),
+            ids=torch.from_numpy(ids),
+            view=view,
+        )
+
+    def _check_parts(self, records: list[Record], view: int) -> None:
+        """UserError for a record without label or features; `Cache.read` has compared labels with the classes."""
+        for record in records:
+            if not {Parts.LABEL, Parts.FEATURES} <= set(record.parts):
+                raise UserError(
+                    "a record holds no label or no features",
+                    got=repr(record.parts),
+                    expected="both: training takes a label and the teacher's features of every image",
+                    where=f"view {view} of {record.key} in {self.cache.root}",
+                )
+
+    def _say(self, text: str) -> None:
+        """Say what is being waited for, once a job: several worker processes may wait."""
+        worker = get_worker_info()
+        if self.talks and (worker is None or worker.id == 0):
+            print(text, flush=True)
+
+    def _with_pixels(self, records: list[Record], ids: NDArray[np.int64], view: int) -> list[Record]:
+        """The records with the pixels of the cache that holds them, when it is another one."""
+        if self.pixels is None:
+            return records
+        whole = []
+        for record, other in zip(records, self.pixels.read(ids, view), strict=True):
+            got, expected = ((one.key, one.label, one.digest, one.view) for one in (other, record))
+            if got != expected:
+                raise UserError(
+                    "the shared pixels belong to another view than the features",
+                    got=f"{other.key}, digest {other.digest}",
+                    expected=f"{record.key}, digest {record.digest}",
+                    where=f"view {view} of {self.pixels.root}, for {self.cache.root}",
+                    fix="give the cache that PIXELS_FROM named when this one was made",
+                )
+            whole.append(record._replace(pixels=other.pixels))
+        return whole
+
+    def _pixels(self, record: Record, view: int, *, check: bool) -> NDArray[np.uint8]:
+        """The view's uint8 pixels (size, size, 3): stored ones decoded, or the view drawn again from its record."""
+        if self.source is None:
+            pixels = decode_pixels(record.pixels, self.view_config.size)
+        else:
+            pixels = self._replay(record)
+        if check and pixel_digest(pixels) != record.digest:
+            raise UserError(
+                "a view's pixels are not those the teacher saw",
+                got=f"digest {pixel_digest(pixels)}",
+                expected=f"digest {record.digest}",
+                where=f"view {view} of {record.key} in {self.cache.root}",
+                fix=("" if self.source is None else "restore the image if it was replaced after stage 1, or ")
+                + "train with the library versions that wrote the cache: "
+                + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.versions.items()),
+            )
+        return pixels
+
+    def _replay(self, record: Record) -> NDArray[np.uint8]:
+        assert self.source is not None
+        if record.key not in self.source_index:
+            raise UserError(
+                "the cache holds replayed views, but an image is not in the data set",
+                got=f"no sample {record.key}",
+                where=self.source.name,
+                fix="give the folder the cache was made from with DATA=",
+            )
+        image = decode_image(self.source.read(self.source_index[record.key]), record.key)
+        return apply_view(record_view(record), image, self.view_config)
+
+
+def record_view(record: Record) -> View:
+    """The view record that a stored record carries."""
+    return View.from_json(parse_json(record.view.encode(), "a view record", record.key))
+
+
+def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
+    """The data set of a cache, as its manifest names it or at another place."""
+    return DataConfig(
+        source=source or facts["source"],
+        devkit=facts.get("devkit"),
+        classes=facts.get("classes"),
+        download_dir=facts.get("download_dir", "data"),
+        max_samples=facts.get("max_samples"),
+    )
+
+
+def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:
+    """About the bytes of a micro-batch on its way from a worker; `UserError` when there is no room for it."""
+    manifest = cache.manifest
+    pixels, logits = 3 * int(manifest.view_recipe["size"]) ** 2, 4 * len(manifest.class_names)
+    size = micro_batch * (pixels + codec.bytes_per_view + logits + 16)
+    waiting_items(workers, size, MOST_WAITING)
+    return size
+
+
+class CacheLoader:
+    """The micro-batches of one rank from a step to the end of the run.
+
+    Iterating yields `Batch`es: for every step the rank's micro-batches in order. `state_dict` is the position.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        order: Order,
+        *,
+        epochs: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        views: int | None = None,
+        pixels: Cache | None = None,
+        data: str | None = None,
+        pin_memory: bool = False,
+    ) -> None:
+        self.order = order
+        self.epochs = epochs
+        self.global_batch = global_batch
+        self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
+        self.steps_per_epoch = steps_per_epoch(order.num_samples, global_batch)
+        self.step = 0
+        self._fingerprint = cache.manifest.fingerprint
+        self._dataset = MicroBatches(
+            cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, talks=rank == 0
+        )
+        self.codec = self._dataset.codec
+        self.logit_codec = self._dataset.logit_codec
+        self._workers = workers
+        self._pin_memory = pin_memory
+        self._batch_bytes = check_workers(cache, self.codec, micro_batch, workers)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.epochs * self.steps_per_epoch
+
+    def describe(self, step: int, micro: int) -> str:
+        """Where a micro-batch of a step comes from, in words: its shards and first sample."""
+        data = self._dataset
+        epoch, inside = divmod(step, self.steps_per_epoch)
+        ids = micro_batch_ids(
+            self.order,
+            epoch=epoch,
+            step=inside,
+            micro=micro,
+            global_batch=self.global_batch,
+            micro_batch=data.micro_batch,
+        )
+        view = epoch % data.views
+        shards = sorted({data.cache.shard_at(position, view) for position in ids.tolist()})
+        more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""
+        return f"micro-batch {micro} (view {view}, shards {', '.join(shards[:3])}{more})"
+
+    def _slots(self) -> Iterator[Slot]:
+        first = self.step
+        for step in range(first, self.total_steps):
+            for micro in self.micros:
+                epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+                yield Slot(epoch, step_in_epoch, micro, step - first < DIGEST_STEPS)
+
+    def __iter__(self) -> Iterator[Batch]:
+        batches = items_of(
+            self._dataset,
+            self._slots(),
+            workers=self._workers,
+            item_bytes=self._batch_bytes,
+            most_waiting=MOST_WAITING,
+            pin_memory=self._pin_memory,
+        )
+        for count, batch in enumerate(batches, start=1):
+            if count % len(self.micros) == 0:  # before handing out a step's last batch: a checkpoint after it is right
+                self.step += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what must be equal for it to mean the same samples."""
+        return {"step": self.step, **self._identity()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at a saved position.
+
+        Raises:
+            UserError: when the run would meet other samples than the one that saved it.
+        """
+        identity = self._identity()
+        different = [name for name in identity if state.get(name) != identity[name]]
+        if different:
+            raise UserError(
+                "the checkpoint belongs to another order of samples",
+                got=", ".join(f"{name}={identity[name]}" for name in different),
+                expected=", ".join(f"{name}={state.get(name)}" for name in different),
+                fix="resume with the options the run was started with, or choose another RUN=",
+            )
+        self.step = int(state["step"])
+
+    def _identity(self) -> dict[str, Any]:
+        return {
+            "fingerprint": self._fingerprint,
+            "seed": self.order.seed,
+            "views": self._dataset.views,
+            "num_samples": self.order.num_samples,
+            "block": self.order.block,
+            "window": self.order.window,
+            "global_batch": self.global_batch,
+        }

@@ -1,0 +1,91 @@
+"""The demo's teacher: a small Swin, trained once on the digits when its weights are missing.
+
+In: the demo's training images. Out: a safetensors file of the timm model's state dict.
+Invariant: the file appears complete or not at all; the same machine and thread count give the same weights.
+"""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+
+from scalekd_cache.config import DataConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import decode_image, open_source
+from scalekd_cache.models.evaluate import evaluate
+from scalekd_cache.models.tail import DEMO_TIMM_NAME
+from scalekd_cache.models.teacher import demo_teacher_args
+from scalekd_cache.progress import progress
+
+EPOCHS = 30
+BATCH_SIZE = 32
+PEAK_LR = 2e-3
+
+
+def _images(source: Source) -> tuple[Tensor, Tensor]:
+    """All images (N, 3, 64, 64) uint8 and labels (N,) int64: the set is small."""
+    arrays = [decode_image(source.read(i), sample.key) for i, sample in enumerate(source.samples)]
+    labels = torch.tensor([sample.label for sample in source.samples])
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), labels
+
+
+def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Random zoom (0.8 to 1.05), stretch, shift and rotation (up to 9 degrees) of float images (B, 3, H, W)."""
+    count = len(images)
+    draw = torch.rand(count, 5, generator=generator)
+    zoom, stretch, angle = 0.8 + 0.25 * draw[:, 0], 0.9 + 0.2 * draw[:, 1], 0.3 * (draw[:, 2] - 0.5)
+    theta = torch.zeros(count, 2, 3)
+    theta[:, 0, 0], theta[:, 0, 1] = zoom * stretch * angle.cos(), -zoom * angle.sin()
+    theta[:, 1, 0], theta[:, 1, 1] = zoom * angle.sin(), zoom / stretch * angle.cos()
+    theta[:, :, 2] = 0.15 * (draw[:, 3:] - 0.5)
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def train_demo_teacher(
+    path: Path, data: DataConfig, *, epochs: int = EPOCHS, seed: int = 0, model_args: Mapping[str, Any] | None = None
+) -> float:
+    """Train the demo's teacher and save it; `model_args` make another Swin of it (beyond `demo_teacher_args`).
+
+    Returns:
+        Its top-1 accuracy on the demo's held-out images, percent.
+    """
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
+    pixels, labels = _images(open_source(DataConfig(source="demo", download_dir=data.download_dir), "train"))
+    args = {**demo_teacher_args(), **(model_args or {})}
+    model = timm.create_model(DEMO_TIMM_NAME, num_classes=10, drop_path_rate=0.1, **args)
+    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
+    steps = epochs * (len(labels) // BATCH_SIZE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.2)
+    bar = progress("train the demo's teacher (once)", steps, "step")
+    for _ in range(epochs):
+        order = torch.randperm(len(labels), generator=generator)
+        for at in range(0, len(labels) // BATCH_SIZE * BATCH_SIZE, BATCH_SIZE):
+            ids = order[at : at + BATCH_SIZE]
+            images = _augment(pixels[ids].float() / 255, generator)
+            loss = F.cross_entropy(model((images - mean) / std), labels[ids], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            bar.update()
+    bar.close()
+    model.eval()
+    held_out = open_source(DataConfig(source="demo", download_dir=data.download_dir), "val")
+    tally = evaluate(lambda x: model((x.float() / 255 - mean) / std), held_out, 64, torch.device("cpu"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(temporary))
+    os.replace(temporary, path)
+    print(f"demo teacher: top-1 {tally.top1_percent:.2f} % on {tally.images} held-out images -> {path}", flush=True)
+    return tally.top1_percent

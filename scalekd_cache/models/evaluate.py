@@ -1,0 +1,141 @@
+"""Accuracy of a classifier, teacher or student, on the validation images.
+
+In: a function from uint8 pixels to logits, a validation source, this rank's share. Out: a `Tally`.
+Invariant: every readable validation image counts exactly once whatever the number of ranks; the rest are counted as
+unreadable, not forgotten.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.data.workers import bytes_a_worker, items_of
+from scalekd_cache.progress import progress
+from scalekd_cache.views.view import eval_view
+
+Example = tuple[Tensor, int] | None
+
+
+class Tally(NamedTuple):
+    """Counts over validation images; tallies of disjoint shares add up."""
+
+    top1: int
+    """Images whose label has the largest logit."""
+    top5: int
+    """Images whose label is among the five largest (all classes, when there are fewer)."""
+    images: int
+    """Images that were judged."""
+    unreadable: int
+    """Images that could not be decoded."""
+
+    def plus(self, other: "Tally") -> "Tally":
+        """The tally of both shares."""
+        return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+    @property
+    def top1_percent(self) -> float:
+        """Top-1 accuracy, percent."""
+        return 100 * self.top1 / max(self.images, 1)
+
+    @property
+    def top5_percent(self) -> float:
+        """Top-5 accuracy, percent."""
+        return 100 * self.top5 / max(self.images, 1)
+
+
+class ValidationImages(Dataset[Example]):
+    """Centre views (3, size, size) uint8 with labels; None for an image that cannot be decoded."""
+
+    def __init__(self, source: Source, size: int) -> None:
+        self.source = source
+        self.size = size
+
+    def __len__(self) -> int:
+        return len(self.source.samples)
+
+    def __getitem__(self, index: int) -> Example:
+        sample = self.source.samples[index]
+        try:
+            image = decode_image(self.source.read(index), sample.key)
+        except UnreadableImage:
+            return None
+        return torch.from_numpy(eval_view(image, self.size)).permute(2, 0, 1), sample.label
+
+
+class _Batches(Dataset[tuple[Tensor | None, Tensor, int]]):
+    """Several validation images at a time."""
+
+    def __init__(self, images: ValidationImages) -> None:
+        self.images = images
+
+    def __getitem__(self, indices: range) -> tuple[Tensor | None, Tensor, int]:
+        return _collate([self.images[index] for index in indices])
+
+
+def _collate(examples: list[Example]) -> tuple[Tensor | None, Tensor, int]:
+    readable = [example for example in examples if example is not None]
+    labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
+    images = torch.stack([image for image, _ in readable]) if readable else None
+    return images, labels, len(examples) - len(readable)
+
+
+def tally(logits: Tensor, labels: Tensor) -> Tally:
+    """Count hits: `logits` (B, K) of any float dtype, `labels` (B,) int64."""
+    best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = best == labels[:, None]
+    return Tally(int(hits[:, 0].sum()), int(hits.any(1).sum()), len(labels), 0)
+
+
+@torch.no_grad()
+def evaluate(
+    predict: Callable[[Tensor], Tensor],
+    source: Source,
+    size: int,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    batch_size: int = 64,
+    workers: int = 0,
+    title: str = "evaluate",
+    seen: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tally:
+    """Judge `predict` on validation images rank, rank + world_size, ...
+
+    Args:
+        predict: (B, 3, size, size) uint8 on `device` -> logits (B, K).
+        source: the validation split.
+        size: side of the centre view, pixels.
+        device: where `predict` runs.
+        rank: this process.
+        world_size: processes that share the work; the caller adds their tallies.
+        batch_size: most images per call of `predict`.
+        workers: processes that decode images.
+        title: what the progress bar says.
+        seen: is given the logits (B, K) and labels (B,) of every batch.
+    """
+    share = range(rank, len(source.samples), world_size)
+    if workers:  # a whole batch a worker where there is room for two of them, else a part of one
+        batch_size = max(1, min(batch_size, bytes_a_worker(workers) // (2 * 3 * size**2)))
+    loader = items_of(
+        _Batches(ValidationImages(source, size)),
+        (share[start : start + batch_size] for start in range(0, len(share), batch_size)),
+        workers=workers,
+        item_bytes=batch_size * 3 * size**2,
+        most_waiting=2,
+    )
+    total = Tally(0, 0, 0, 0)
+    with progress(title, len(share), "image", rank=rank) as bar:
+        for images, labels, unreadable in loader:
+            total = total.plus(Tally(0, 0, 0, unreadable))
+            if images is not None:
+                logits = predict(images.to(device)).float()
+                total = total.plus(tally(logits, labels.to(device)))
+                if seen is not None:
+                    seen(logits, labels)
+            bar.update(len(labels) + unreadable)
+    return total

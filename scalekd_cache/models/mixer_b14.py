@@ -1,0 +1,37 @@
+"""Mixer-B/14, the one student of the paper that timm does not have, made known to timm.
+
+In: `import scalekd_cache.models.mixer_b14` (importing `scalekd_cache.models.student` does it). Out: `mixer_b14_224` is a name like
+any other of timm's, with random weights. Invariant: the module is timm's own `MlpMixer`, tensors have timm's names.
+A process that loads an exported one with `timm.create_model("local-dir:...")` imports this module first.
+"""
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.mlp_mixer import MlpMixer
+
+default_cfgs = generate_default_cfgs(
+    {
+        "mixer_b14_224": {
+            "num_classes": 1000,
+            "input_size": (3, 224, 224),
+            "crop_pct": 0.875,
+            "interpolation": "bicubic",
+            "mean": (0.5, 0.5, 0.5),
+            "std": (0.5, 0.5, 0.5),
+            "first_conv": "stem.proj",
+            "classifier": "head",
+        }
+    }
+)
+"""As timm's of its other Mixers; there are no weights."""
+
+
+@register_model  # type: ignore[untyped-decorator]
+def mixer_b14_224(pretrained: bool = False, **kwargs: Any) -> MlpMixer:
+    """12 blocks, 768 channels, 16x16 patches of 14 pixels at 224."""
+    sizes = {"patch_size": 14, "num_blocks": 12, "embed_dim": 768, **kwargs}
+    model: MlpMixer = build_model_with_cfg(
+        MlpMixer, "mixer_b14_224", pretrained, feature_cfg={"out_indices": 3, "feature_cls": "getter"}, **sizes
+    )
+    return model

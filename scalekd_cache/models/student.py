@@ -1,0 +1,256 @@
+"""The student: any timm model, with its two last feature maps taken out of one plain pass.
+
+In: a `StudentConfig`; images (B, 3, H, W), float, already normalised. Out: `StudentOutput` (S3, S4, logits).
+Invariant: logits are exactly `model(images)`, and `Student.model` is an untouched timm module: its state dict is what
+is exported.
+
+S3 and S4. Models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin): the ends of their last two stages, as timm's
+`feature_info` names them. Models of one resolution (ViT): the block that ends the third quarter and the last block,
+patch tokens only. Mixer: the third block from the end and the last. S4 of ViT, Swin and ConvNeXt is taken after the
+model's final norm (on every position, where timm normalises after pooling); all else is taken without a norm. These
+are upstream's choices where its code shows them (docs/METHOD.md).
+
+The maps are picked up by hooks while the model is called as a whole. Calling its parts by hand would miss what ZeRO 3
+does on a module's call: its parameters are gathered only then.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from timm.models.convnext import ConvNeXt
+from timm.models.mlp_mixer import MlpMixer
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from torch import Tensor, nn
+
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.activation_checkpointing import check_tapped, last_called, recompute_blocks
+from scalekd_cache.models.mixer_b14 import mixer_b14_224
+from scalekd_cache.models.teacher_spec import Shape
+from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
+
+POOLED_VIT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
+"""No class token; the final norm on every token, then their mean (timm's default pools first, then normalises)."""
+MOBILENET_FORM: dict[str, Any] = {"act_layer": "relu"}
+"""ReLU, where timm's default is ReLU6."""
+CONVNEXT_FORM: dict[str, Any] = {"head_norm_first": True}
+"""The final norm on every position, then their mean (timm's default pools first, then normalises)."""
+SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
+    "mobilenetv1": ("mobilenetv1_100", MOBILENET_FORM),
+    "resnet50": ("resnet50", {}),
+    "resnet50d": ("resnet50d", {}),  # what upstream's advanced "ResNet-50" recipe really builds
+    "convnext_tiny": ("convnext_tiny", CONVNEXT_FORM),
+    "mixer_s16": ("mixer_s16_224", {}),
+    "mixer_b16": ("mixer_b16_224", {}),
+    "mixer_b14": (mixer_b14_224.__name__, {}),  # which `mixer_b14` makes known to timm
+    "vit_small": ("vit_small_patch16_224", POOLED_VIT),
+    "vit_base": ("vit_base_patch16_224", POOLED_VIT),
+    "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # beside a teacher with such patches
+    "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
+}
+"""The paper's students by short name: timm's name, and arguments under which it computes what upstream's model does.
+Other names keep timm's defaults."""
+
+
+FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
+    (SwinTransformer, ("norm",)),
+    (SwinTransformerV2, ("norm",)),
+    (ConvNeXt, ("norm_pre", "head.norm")),
+)
+"""Models whose maps shrink and end in a norm: where it is. The first that is not an identity goes on S4."""
+TOKEN_NORMS = ("norm", "fc_norm")
+"""The same for models of one resolution."""
+
+
+class StudentOutput(NamedTuple):
+    """One pass of the student."""
+
+    s3: Tensor
+    """(B, C3, H3, W3)"""
+    s4: Tensor
+    """(B, C4, H4, W4)"""
+    logits: Tensor
+    """(B, K)"""
+
+
+class TapPlan(NamedTuple):
+    """Which modules of a timm model give S3 and S4."""
+
+    modules: tuple[str, str]
+    channels: tuple[int, int]
+    indices: tuple[int, int]
+    """Their positions in `feature_info`."""
+    reduction: int | None
+    """Pixels per token of models of one resolution, None for maps that shrink."""
+    norm: str | None
+    """Module put on S4, None for none."""
+
+
+class _Tap:
+    """A forward hook that keeps a module's output while `armed`; `model(x)` on its own keeps nothing alive."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.value: Tensor | None = None
+
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        if self.armed:
+            self.value = output
+
+
+def plan_taps(model: Any, name: str) -> TapPlan:
+    """Choose S3 and S4 from timm's `feature_info`; `UserError` when the model has none or fewer than two maps."""
+    info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
+    if len(info) < 2 or not all("module" in entry for entry in info):
+        raise _unfit(name, "timm does not say where its feature maps are")
+    known = {module for module, _ in model.named_modules()}
+    absent = [entry["module"] for entry in info if entry["module"] not in known]
+    if absent:  # Twins and MViT name modules that they do not have
+        raise _unfit(name, f"timm says that its feature maps come from {absent[-1]}, which it does not have")
+    last = info[-1]
+    shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
+    reduction = None
+    norms: tuple[str, ...] = next((names for kind, names in FINAL_NORMS if isinstance(model, kind)), ())
+    position = len(shallower) - 1
+    if not shallower and isinstance(model, MlpMixer):
+        position, reduction = max(len(info) - 3, 0), int(last["reduction"])
+    elif not shallower:
+        position = min(math.ceil(len(info) * 3 / 4), len(info) - 1) - 1
+        norms = TOKEN_NORMS
+        reduction = int(last["reduction"]) if isinstance(last["reduction"], int) else int(last["reduction"][0])
+    norm = next((name for name in norms if _is_norm(model, name)), None)
+    s3, indices = info[position], (position, len(info) - 1)
+    return TapPlan((s3["module"], last["module"]), (s3["num_chs"], last["num_chs"]), indices, reduction, norm)
+
+
+def _is_norm(model: nn.Module, name: str) -> bool:
+    modules = dict(model.named_modules())
+    return not isinstance(modules.get(name), nn.Identity | None)
+
+
+class Student(nn.Module):
+    """A timm model and the hooks on it.
+
+    Args:
+        model: The timm model.
+        name: Its timm name, kept as `model_name`.
+        args: The arguments that built it, kept as `model_args`.
+        image_size: Side of the images, pixels.
+        grad_checkpointing: Compute blocks again in the backward pass (`recompute.py`).
+    """
+
+    def __init__(
+        self, model: nn.Module, name: str, args: dict[str, Any], image_size: int, grad_checkpointing: bool = False
+    ) -> None:
+        super().__init__()
+        self.model, self.model_name, self.model_args = model, name, args
+        self.plan = plan_taps(model, name)
+        self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+        self.prefix = 0  # tokens before the patch tokens; the probe finds it
+        self._first_pass = recompute_blocks(model, name) if grad_checkpointing else None
+        self._taps = (_Tap(), _Tap())
+        for module, tap in zip(self.plan.modules, self._taps, strict=True):
+            tapped = model.get_submodule(module)
+            (last_called(tapped) if grad_checkpointing else tapped).register_forward_hook(tap)
+        self.tap_shapes = self._probe(image_size)
+
+    def forward(self, images: Tensor) -> StudentOutput:
+        """(B, 3, H, W) normalised images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
+        with self._first_pass() if self._first_pass is not None else nullcontext():
+            s3, s4, logits = self._tapped(images)
+        if self._first_pass is not None:
+            check_tapped(s3, self.model_name)
+        return StudentOutput(self._to_map(s3), self._to_map(self._normed(s4)), logits)
+
+    def _tapped(self, images: Tensor) -> StudentOutput:
+        """One call of the model; maps in its own layout."""
+        for tap in self._taps:
+            tap.armed = True
+        logits = self.model(images)
+        s3, s4 = (tap.value for tap in self._taps)
+        for tap in self._taps:
+            tap.armed, tap.value = False, None
+        for module, value in zip(self.plan.modules, (s3, s4), strict=True):
+            if value is None:
+                raise _unfit(self.model_name, f"its forward pass does not call {module}, which holds its feature map")
+            if not isinstance(value, Tensor):
+                raise _unfit(self.model_name, f"{module} gives a {type(value).__name__}, not one feature map")
+        assert s3 is not None
+        assert s4 is not None
+        return StudentOutput(s3, s4, logits)
+
+    def _normed(self, s4: Tensor) -> Tensor:
+        if self.plan.norm is None or (self.plan.reduction is not None and s4.ndim != 3):
+            return s4
+        normed: Tensor = self.model.get_submodule(self.plan.norm)(s4)
+        return normed
+
+    def _to_map(self, x: Tensor) -> Tensor:
+        """NHWC, or tokens with a prefix, to NCHW."""
+        if x.ndim == 4:
+            return x.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else x
+        x = x[:, self.prefix :].transpose(1, 2)
+        side = math.isqrt(x.shape[2])
+        return x.reshape(x.shape[0], x.shape[1], side, side)
+
+    @torch.no_grad()
+    def _probe(self, image_size: int) -> tuple[Shape, Shape]:
+        """Run one image of noise for the shapes, and check that the hooks give what timm's own method gives."""
+        mode = self.model.training
+        self.model.eval()
+        x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0), device="cpu")
+        x = x.to(next(self.model.parameters()).device)  # on the meta device only shapes are found
+        try:
+            raw = self._tapped(x)
+            if self.plan.reduction is not None and raw.s3.ndim == 3:  # CaiT and XCiT get their class token later
+                self.prefix = raw.s3.shape[1] - (image_size // self.plan.reduction) ** 2
+            maps = [self._to_map(raw.s3), self._to_map(raw.s4)]
+            method: Any = getattr(self.model, "forward_intermediates", None)
+            known = method(x, indices=list(self.plan.indices), intermediates_only=True) if method else maps
+        except (AssertionError, RuntimeError) as error:
+            raise _unfit(self.model_name, f"it does not run on images of {image_size} pixels: {error}") from error
+        finally:
+            self.model.train(mode)
+        for got, expected, channels in zip(maps, known, self.plan.channels, strict=True):
+            same = got.shape == expected.shape and (got.is_meta or torch.allclose(got, expected, rtol=1e-3, atol=1e-4))
+            if not same or got.shape[1] != channels:
+                raise _unfit(self.model_name, "its stages do not give plain feature maps")
+        shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
+        return shapes[0], shapes[1]
+
+
+def _unfit(name: str, reason: str) -> UserError:
+    return UserError(
+        f"this model cannot be a student: {reason}",
+        got=name,
+        expected="a timm model with two feature maps, such as resnet50, mobilenetv1_100, convnext_tiny, swin_tiny, "
+        "vit_small, mixer_s16",
+        fix="choose another student or another image size",
+    )
+
+
+def build_student(
+    config: StudentConfig, *, num_classes: int, image_size: int, args: Mapping[str, Any] | None = None
+) -> Student:
+    """Build a student with random weights.
+
+    Args:
+        config: Name, drop path rate, activation checkpointing.
+        num_classes: Width of its classifier.
+        image_size: Side of its images, pixels; given to models that are built for one size.
+        args: More arguments of the timm model, over those of the short name.
+
+    Raises:
+        UserError: an unknown name, a model without two usable maps at this size, or one that cannot recompute.
+    """
+    name, known = SHORT_NAMES.get(config.name, (config.name, {}))
+    name = check_name(name, "student.name")
+    optional: dict[str, Any] = {"drop_path_rate": config.drop_path}
+    if image_size != default_image_size(name):
+        optional["img_size"] = image_size
+    model, used = create_timm_model(name, {**known, **(args or {}), "num_classes": num_classes}, optional)
+    return Student(model, name, used, image_size, config.grad_checkpointing)

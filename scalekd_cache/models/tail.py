@@ -1,0 +1,275 @@
+"""The tail: the frozen end of a teacher, from its stage-3 map to the features after the final norm.
+
+In: a timm model of a known family. Out: a `Tail`, (B, C3, H3, W3) ->
+(B, C, H, W). Invariant: fed with the teacher's own stage-3 map (and prefix tokens), a tail gives the teacher's
+features; its parameters never change and it never leaves eval mode.
+
+The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalise after pooling: `norm` is the identity
+and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT and Hiera: `head.norm` at
+every position. The logits are the model's own in all cases.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import DropPath
+from timm.models.beit import Beit
+from timm.models.eva import Eva
+from timm.models.hiera import Hiera
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.tiny_vit import TinyVit
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.teacher_spec import Shape
+
+DEMO_TEACHER = "demo_swin"
+DEMO_TIMM_NAME = "swin_tiny_patch4_window7_224"
+
+
+class TailParts(NamedTuple):
+    """The modules of a model that make its tail; `body` runs first to last."""
+
+    body: list[nn.Module]
+    norm: nn.Module
+    layout: str
+    """nhwc, nchw, tokens or unrolled (Hiera's order of tokens): what goes in and out of `body`, and into `norm`."""
+    prefix: int = 0
+    """Tokens before the patch tokens (class, distillation, registers)."""
+    position: nn.Module | None = None
+    """What gives positions to the attention of all blocks: shared relative bias (BEiT) or rotary embedding (EVA)."""
+    unrolled: tuple[int, int] = (0, 0)
+    """How often the tokens that enter and leave `body` are unrolled (Hiera)."""
+
+
+class Family(NamedTuple):
+    """One row of `FAMILIES`."""
+
+    name: str
+    classes: tuple[type[nn.Module], ...]
+    parts: Callable[[Any], TailParts]
+    """Finds the tail's modules in a model of these classes."""
+
+
+def _final_norm(model: Any) -> nn.Module:
+    norm: nn.Module = model.fc_norm if isinstance(model.norm, nn.Identity) else model.norm
+    return norm
+
+
+def _last_quarter(model: Any) -> list[nn.Module]:
+    blocks = list(model.blocks)
+    return blocks[-max(1, len(blocks) // 4) :]
+
+
+def _hiera(model: Any) -> TailParts:
+    """The last stage. Its tokens are in the order of as many unrolls as poolings are still to come."""
+    last, ends = len(model.blocks) - 1, model.stage_ends
+    first = ends[-2] + 1
+    before, after = (len(model.reroll.schedule[number][0]) for number in (first - 1, last))
+    return TailParts(list(model.blocks[first:]), model.head.norm, "unrolled", unrolled=(before, after))
+
+
+FAMILIES = (
+    Family(
+        "swin",
+        (SwinTransformer, SwinTransformerV2),
+        lambda model: TailParts([model.layers[-1]], model.norm, "nhwc"),
+    ),
+    Family("hiera", (Hiera,), _hiera),
+    Family("tiny_vit", (TinyVit,), lambda model: TailParts([model.stages[-1]], model.head.norm, "nchw")),
+    Family(
+        "vit",  # DeiT and DINOv2 too
+        (VisionTransformer,),
+        lambda model: TailParts(_last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens),
+    ),
+    Family(
+        "beit",
+        (Beit,),
+        lambda model: TailParts(
+            _last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens, model.rel_pos_bias
+        ),
+    ),
+    Family(
+        "eva",
+        (Eva,),
+        lambda model: TailParts(
+            _last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens, model.rope
+        ),
+    ),
+)
+"""The supported teachers: the one place to add a family to (with a case in tests/models/test_teacher.py)."""
+
+_ADDED: list[Family] = []
+
+
+def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], TailParts]) -> None:
+    """Make modules of a class teachers, as a row of `FAMILIES` does (docs/GUIDES.md, "My teacher").
+
+    Args:
+        name: of the family; it is written into caches, and reading one needs it registered again.
+        kind: the class.
+        parts: finds the modules of the tail in a model of this class.
+
+    Raises:
+        UserError: another class has this name already.
+    """
+    for family in (*FAMILIES, *_ADDED):
+        if family.name == name:
+            if family.classes == (kind,):
+                return
+            raise UserError("two families of teachers have one name", got=name, fix="choose another name")
+    _ADDED.append(Family(name, (kind,), parts))
+
+
+def family_of(model: nn.Module, name: str) -> Family:
+    """The family of a timm model; `UserError` naming the supported ones when it has none."""
+    for family in (*_ADDED, *FAMILIES):
+        if isinstance(model, family.classes) and not getattr(model, "rope_mixed", False):
+            return family
+    raise UserError(
+        "this model cannot be a teacher: it is of no supported transformer family",
+        got=f"{name}, a {type(model).__name__}",
+        expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
+        fix="choose such a model, or make it known with register_family (docs/GUIDES.md)",
+    )
+
+
+def unroll(x: Tensor, times: int) -> Tensor:
+    """(B, C, H, W) to Hiera's tokens (B, H W, C): each unroll moves the place within a 2x2 patch to the front."""
+    batch, channels, height, width = x.shape
+    for _ in range(times):
+        height, width = height // 2, width // 2
+        x = x.reshape(-1, channels, height, 2, width, 2).permute(0, 3, 5, 1, 2, 4).flatten(0, 2)
+    return x.reshape(batch, -1, channels, height * width).transpose(2, 3).reshape(batch, -1, channels)
+
+
+def reroll(x: Tensor, times: int, grid: tuple[int, int]) -> Tensor:
+    """The inverse of `unroll`: (B, H W, C) to (B, C, H, W)."""
+    batch, _, channels = x.shape
+    height, width = grid[0] >> times, grid[1] >> times
+    x = x.reshape(-1, height * width, channels).transpose(1, 2).reshape(-1, channels, height, width)
+    for _ in range(times):
+        x = x.reshape(-1, 2, 2, channels, height, width).permute(0, 3, 4, 1, 5, 2)
+        height, width = height * 2, width * 2
+        x = x.reshape(-1, channels, height, width)
+    return x.reshape(batch, channels, *grid)
+
+
+def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled: int = 0) -> Tensor:
+    """A model's own layout, prefix tokens dropped, to (B, C, H, W)."""
+    if layout == "unrolled":
+        return reroll(x, unrolled, grid)
+    if layout == "tokens":
+        return x[:, prefix:].transpose(1, 2).reshape(x.shape[0], x.shape[2], *grid)
+    return x.permute(0, 3, 1, 2) if layout == "nhwc" else x
+
+
+def features_of(parts: TailParts, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The final norm on what `parts.body` gave, as (B, C, H, W)."""
+    return to_map(parts.norm(x), parts.layout, parts.prefix, grid, parts.unrolled[1])
+
+
+class Tail(nn.Module):
+    """The frozen end of a teacher (ScaleKD's teacher parameter perception, TPP, runs student features through it).
+
+    Gradients reach the input; parameters are frozen; `train()` changes nothing. For token models the tail runs on
+    patch tokens alone: where positions are counted with prefix tokens (BEiT, EVA) it puts zeros in their place and
+    hides them from the attention.
+
+    Args:
+        parts: Modules; they are used as they are (copy them first when the model lives on).
+        family: Name of the family.
+        in_shape: (C3, H3, W3).
+        out_shape: (C, H, W).
+    """
+
+    def __init__(self, parts: TailParts, family: str, in_shape: Shape, out_shape: Shape) -> None:
+        super().__init__()
+        self.family, self.in_shape, self.out_shape = family, in_shape, out_shape
+        self.layout, self.prefix, self.unrolled = parts.layout, parts.prefix, parts.unrolled
+        self.body = nn.ModuleList(parts.body)
+        self.norm = parts.norm
+        self.position = parts.position
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Tail":
+        """Stays in eval mode: drop path in the teacher's tail would be noise in its targets."""
+        return self
+
+    def enable_drop_path(self) -> None:
+        """Switch the tail's drop path on for good (`scalekd.tail_drop_path`, an ablation)."""
+        for module in self.modules():
+            if isinstance(module, DropPath):
+                module.training = True
+
+    def forward(self, x: Tensor, prefix: Tensor | None = None) -> Tensor:
+        """Run the tail.
+
+        Args:
+            x: (B, C3, H3, W3), floating point.
+            prefix: (B, P, C3), the teacher's own prefix tokens, for checking a tail against its teacher.
+
+        Returns:
+            (B, C, H, W) after the final norm.
+        """
+        if x.shape[1:] != self.in_shape:
+            raise UserError("the tail got a map of another shape", got=tuple(x.shape[1:]), expected=self.in_shape)
+        grid = (self.out_shape[1], self.out_shape[2])
+        parts = TailParts([], self.norm, self.layout, self.prefix, unrolled=self.unrolled)
+        if self.layout == "tokens":
+            hidden = 0
+            tokens = x.flatten(2).transpose(1, 2)
+            if prefix is None and self.family in ("beit", "eva"):
+                hidden = self.prefix
+                prefix = tokens.new_zeros(x.shape[0], hidden, x.shape[1])
+            if prefix is None:
+                parts = parts._replace(prefix=0)
+            else:
+                tokens = torch.cat([prefix.to(tokens.dtype), tokens], dim=1)
+            return features_of(parts, self._blocks(tokens, hidden), grid)
+        if self.layout == "unrolled":
+            x = unroll(x, self.unrolled[0])
+        x = x.permute(0, 2, 3, 1) if self.layout == "nhwc" else x
+        for stage in self.body:
+            x = stage(x)
+        return features_of(parts, x, grid)
+
+    def _blocks(self, tokens: Tensor, hidden: int) -> Tensor:
+        """(B, N, C) through the blocks; no token attends to the first `hidden` ones."""
+        mask = None
+        if hidden:
+            mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
+            mask[..., :hidden] = float("-inf")
+        options: dict[str, Any] = {}
+        if self.family == "beit":
+            bias = None if self.position is None else self.position()
+            options["shared_rel_pos_bias"] = bias if mask is None else mask if bias is None else bias + mask
+        elif self.family == "eva":
+            position: Any = self.position
+            if position is not None:
+                fixed = getattr(position, "feat_shape", None) is not None
+                options["rope"] = position.get_embed() if fixed else position.get_embed(shape=list(self.in_shape[1:]))
+            options["attn_mask"] = mask
+        for block in self.body:
+            tokens = block(tokens, **options)
+        return tokens
+
+
+def build_tail(model: nn.Module, name: str, in_shape: Shape, out_shape: Shape) -> Tail:
+    """A tail that is a copy of the end of `model`."""
+    family = family_of(model, name)
+    tail = Tail(copy.deepcopy(family.parts(model)), family.name, in_shape, out_shape)
+    for module in tail.modules():
+        if "attention_bias_cache" in vars(module):
+            vars(module)["attention_bias_cache"] = {}  # TinyViT fills it in eval mode, with what was current then
+    return tail
+
+
+def timm_name(name: str) -> str:
+    """The timm model behind a teacher's name."""
+    return DEMO_TIMM_NAME if name == DEMO_TEACHER else name

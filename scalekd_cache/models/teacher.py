@@ -1,0 +1,296 @@
+"""The frozen teacher: a timm transformer that turns uint8 views into features and logits; its end can be split off.
+
+In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail` and its
+file. Invariant: always in eval mode, never with gradients; features are those after the final norm (`tail.py` says what
+that is for each family), logits are the model's own, both from one pass.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from scalekd_cache.config import TeacherConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.tail import (
+    DEMO_TEACHER,
+    Tail,
+    TailParts,
+    build_tail,
+    family_of,
+    features_of,
+    timm_name,
+    to_map,
+)
+from scalekd_cache.models.tail_file import load_tail, write_tail
+from scalekd_cache.models.teacher_spec import Shape, TeacherSpec, weights_digest
+from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
+from scalekd_cache.models.weights import load_weights, stored_shapes
+
+__all__ = [
+    "DEMO_TEACHER", "Tail", "Teacher", "TeacherOutput", "TeacherSpec", "check_tail", "demo_teacher_args", "load_tail",
+    "load_teacher", "save_tail", "split_tail", "timm_name", "weights_digest",
+]  # fmt: skip
+
+
+class TeacherOutput(NamedTuple):
+    """What the teacher says of a batch."""
+
+    features: Tensor
+    """(B, C, H, W) float32, after the final norm."""
+    logits: Tensor
+    """(B, K) float32; (B, 0) when the teacher has no classifier."""
+
+
+class Taps(NamedTuple):
+    """One pass of the model: what enters the tail's first module and leaves its last, in the model's own layout."""
+
+    before: Tensor
+    after: Tensor
+    logits: Tensor
+
+
+def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor) -> Taps:
+    """One plain `model(x)`, with the maps before and after the tail's body picked up on the way."""
+    seen: dict[str, Tensor] = {}
+    first = parts.body[0].register_forward_pre_hook(lambda _, args: seen.__setitem__("before", args[0]))
+    last = parts.body[-1].register_forward_hook(lambda _module, _args, out: seen.__setitem__("after", out))
+    try:
+        logits = model(x)
+    finally:
+        first.remove()
+        last.remove()
+    return Taps(seen["before"], seen["after"], logits)
+
+
+class Teacher(nn.Module):
+    """A frozen timm model with its normalisation.
+
+    Args:
+        model: timm model of a family in `tail.FAMILIES`.
+        spec: Its description.
+        precision: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, float32 on a CPU.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, spec: TeacherSpec, precision: str = "auto") -> None:
+        super().__init__()
+        self.model, self.spec, self.precision = model, spec, precision
+        self.parts = family_of(model, spec.name).parts(model)
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.requires_grad_(False)
+        super().train(False)
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode: a target must not depend on the teacher's drop path."""
+        return self
+
+    def normalise(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to float32 with the teacher's own mean and standard deviation, on the teacher's device."""
+        size = self.spec.image_size
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
+            raise UserError(
+                "the teacher got images of another kind",
+                got=f"{images.dtype} {tuple(images.shape)}",
+                expected=f"torch.uint8 (B, 3, {size}, {size})",
+                fix="make views.size the teacher's image size",
+            )
+        return (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+
+    # no_grad, not inference_mode: TinyViT keeps tensors of a pass, and inference tensors could never meet autograd
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> TeacherOutput:
+        """(B, 3, H, W) uint8 images to features and logits, float32."""
+        x = self.normalise(images)
+        half = self.precision == "bfloat16" or (self.precision == "auto" and x.is_cuda)
+        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
+            taps = run_with_taps(self.model, self.parts, x)
+            features = features_of(self.parts, taps.after, self.spec.feature_shape[1:])
+        logits = taps.logits if self.spec.has_classifier else x.new_zeros(x.shape[0], 0)
+        return TeacherOutput(features.float().contiguous(), logits.float())
+
+
+def demo_teacher_args() -> dict[str, Any]:
+    """Arguments that make `swin_tiny_patch4_window7_224` into demo_swin: 64 px, maps (64, 8, 8) and (128, 4, 4).
+
+    Three stages on a 16x16 grid: cheap enough to be trained on a CPU when its weights are missing.
+    """
+    return {
+        "img_size": 64,
+        "patch_size": 4,
+        "window_size": 4,
+        "embed_dim": 32,
+        "depths": [1, 2, 1],
+        "num_heads": [1, 2, 4],
+    }
+
+
+def load_teacher(
+    config: TeacherConfig,
+    *,
+    image_size: int,
+    num_classes: int,
+    device: torch.device,
+    model_args: Mapping[str, Any] | None = None,
+) -> Teacher:
+    """Build the teacher and load its weights.
+
+    Args:
+        config: Name, weights, classes, precision.
+        image_size: Side of the views, pixels.
+        num_classes: Classes of the data set, used for random weights when the configuration names no number.
+        device: Where it runs.
+        model_args: More arguments of the timm model.
+
+    Raises:
+        UserError: unknown name, unsupported family or image size, weights that are missing, unsafe or do not fit.
+    """
+    demo = config.name == DEMO_TEACHER
+    name = check_name(timm_name(config.name), "teacher.name")
+    if config.weights is None and config.pretrained and demo:
+        raise _no_weights(config.name, "demo_swin is no published model; the pipeline trains it")
+    shapes = stored_shapes(config.weights) if config.weights is not None else None
+    args: dict[str, Any] = {**(demo_teacher_args() if demo else {}), **(model_args or {})}
+    optional = {}
+    if demo:
+        args["img_size"] = image_size
+    elif image_size != default_image_size(name):
+        optional["img_size"] = image_size
+    args["num_classes"] = teacher_classes(config, name, shapes, num_classes)
+    fetch = config.weights is None and config.pretrained
+    try:
+        model, used = create_timm_model(name, json.loads(json.dumps(args)), optional, pretrained=fetch)
+    except UserError:
+        raise
+    except Exception as error:  # hub clients raise errors of many kinds; all of them mean that there are no weights
+        if not fetch:
+            raise
+        raise _no_weights(config.name, f"{type(error).__name__}: {error}") from error
+    if config.weights is not None and shapes is not None:
+        load_weights(model, config.weights, shapes)
+    model.requires_grad_(False).eval()
+    spec = _describe(model, config.name if demo else name, used, image_size)
+    return Teacher(model, spec, config.precision).to(device)
+
+
+def _no_weights(name: str, reason: str) -> UserError:
+    return UserError(
+        f"no weights for the teacher {name}: {reason}",
+        expected="a weights file, or a network to fetch timm's weights",
+        fix=f"run `make fetch TEACHER={name}` where there is a network, or give TEACHER_WEIGHTS=file.safetensors, "
+        "or PRETRAINED=0 for random weights (to try things out)",
+    )
+
+
+def teacher_classes(
+    config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int
+) -> int:
+    """Width of the classifier: what the weights have, else the configuration's number, else the data set's.
+
+    `name` is timm's own of today (`check_name`): only under that does timm know the classes of the weights.
+    """
+    known = timm.get_pretrained_cfg(name)
+    if known is None:  # a model that a plugin made known: which of its tensors is the classifier is not said
+        return data_classes if config.num_classes is None else config.num_classes
+    if shapes is not None:
+        heads = known.classifier
+        head = f"{heads[0] if isinstance(heads, list | tuple) else heads}.weight"
+        stored = shapes[head][0] if shapes.get(head) else 0
+    elif config.pretrained and config.name != DEMO_TEACHER:  # whose weights are never timm's
+        stored = known.num_classes
+    elif known.num_classes == 0:
+        return config.num_classes or 0
+    else:
+        return data_classes if config.num_classes is None else config.num_classes
+    if config.num_classes not in (None, stored):
+        raise UserError(
+            "the teacher's weights have a head for another number of classes",
+            got=f"teacher.num_classes={config.num_classes}",
+            expected=stored,
+            where=config.weights or f"timm's weights of {name}",
+            fix="leave teacher.num_classes out, or give weights that were tuned for these classes",
+        )
+    return int(stored)
+
+
+def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> TeacherSpec:
+    """Run one black image through the model for its shapes, and write down what it is."""
+    family = family_of(model, name)
+    parts = family.parts(model)
+    try:
+        with torch.no_grad():
+            taps = run_with_taps(model, parts, torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"the teacher does not run on images of {image_size} pixels: {error}",
+            got=name,
+            fix="choose another views.size or another teacher",
+        ) from error
+    feature_shape = map_shape(taps.after, parts, parts.unrolled[1])
+    if feature_shape[1:] == (1, 1):
+        raise UserError(
+            "the teacher's last map is 1x1: without a grid there is nothing spatial to mimic",
+            got=f"{name} at {image_size} pixels",
+            expected="at least 2x2",
+            fix="choose a larger views.size",
+        )
+    timm_model: Any = model
+    has_classifier = bool(timm_model.num_classes > 0) and not isinstance(timm_model.get_classifier(), nn.Identity)
+    return TeacherSpec(
+        name=name,
+        timm_version=timm.__version__,
+        model_args=json.loads(json.dumps(args)),
+        family=family.name,
+        num_classes=taps.logits.shape[1] if has_classifier else 0,
+        image_size=image_size,
+        mean=tuple(timm_model.pretrained_cfg["mean"]),
+        std=tuple(timm_model.pretrained_cfg["std"]),
+        feature_shape=feature_shape,
+        tail_shape=map_shape(taps.before, parts, parts.unrolled[0]),
+        weights_sha256=weights_digest(model.state_dict()),
+        has_classifier=has_classifier,
+    )
+
+
+def map_shape(x: Tensor, parts: TailParts, unrolled: int = 0) -> Shape:
+    """(C, H, W) of a tap; token grids are square because images are."""
+    side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
+    _, channels, height, width = to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape
+    return channels, height, width
+
+
+def split_tail(teacher: Teacher) -> Tail:
+    """A copy of the teacher's end, on the teacher's device."""
+    return build_tail(teacher.model, teacher.spec.name, teacher.spec.tail_shape, teacher.spec.feature_shape)
+
+
+@torch.no_grad()
+def check_tail(teacher: Teacher, images: Tensor) -> float:
+    """Largest difference between the tail's and the teacher's features, over the largest feature; in float32.
+
+    Args:
+        teacher: Teacher to check.
+        images: (B, 3, H, W) uint8.
+    """
+    spec, parts = teacher.spec, teacher.parts
+    x = teacher.normalise(images)
+    with torch.autocast(x.device.type, enabled=False):
+        taps = run_with_taps(teacher.model, parts, x)
+        expected = features_of(parts, taps.after, spec.feature_shape[1:])
+        prefix = taps.before[:, : parts.prefix] if parts.prefix else None
+        before = to_map(taps.before, parts.layout, parts.prefix, spec.tail_shape[1:], parts.unrolled[0])
+        got = split_tail(teacher)(before, prefix)
+    return float((got - expected).abs().max() / expected.abs().max())
+
+
+def save_tail(teacher: Teacher, path: str | Path) -> str:
+    """Write the teacher's tail (safetensors with the specification); returns the sha256 (hex) of the file."""
+    return write_tail(split_tail(teacher), teacher.spec, Path(path))

@@ -1,0 +1,120 @@
+"""Whether the teacher's outputs are in the order of the data set's classes, by its accuracy on labeled images.
+
+In: what the teacher guesses of images, and their labels. Out: an error that names the order that fits, or nothing.
+Invariant: an order is judged on images that it was not fitted to; a difference that chance may explain stops nothing.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import linear_sum_assignment
+from scipy.stats import binom
+
+from scalekd_cache.data.classes import ORDERS
+from scalekd_cache.errors import UserError
+
+IntArray = npt.NDArray[np.int64]
+Hits = npt.NDArray[np.bool_]
+LEAST_IMAGES = 100
+"""Fewer images do not show that a teacher is near chance."""
+LEAST_GAIN = 0.02
+"""Share of the images that another order has to get right in addition."""
+UNLIKELY = 1e-3
+MAX_FITTED = 4096
+"""Most classes for which an order is fitted."""
+GO_ON = "to continue anyway: SET=teacher.check_classes=false"
+
+
+def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence[str], teacher: str) -> None:
+    """Refuse a teacher that guesses the classes of the data set in another order, or at random.
+
+    Args:
+        labels: (N,) int64.
+        guesses: (N,) int64, the largest logit of each image.
+        class_names: of the data set.
+        teacher: its name, for the message.
+
+    Raises:
+        UserError: accuracy far below what another order gives, or near chance.
+    """
+    right = labels == guesses
+    count, hits = len(labels), int(right.sum())
+    if not count:
+        return
+    for name, key in ORDERS.items():
+        ordered = sorted(range(len(class_names)), key=lambda label: (key(class_names[label]), class_names[label]))
+        there = np.array(ordered)[guesses] == labels
+        if far_above(there, right):
+            raise _other_order(
+                teacher, hits, int(there.sum()), count, f"the classes in {name} order",
+                f"SET=data.classes={name}, or SET=data.classes=FILE, one class name per line in the teacher's order",
+            )  # fmt: skip
+    fitted = right_when_fitted(labels, guesses, len(class_names))
+    if far_above(fitted, right):
+        best = _assigned(labels, guesses, len(class_names))
+        named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
+        raise _other_order(
+            teacher, hits, int(fitted.sum()), count, f"an order that fits half of the images ({named:.100} ...)",
+            "SET=data.classes=FILE with one class name per line, in the order the teacher was trained with",
+        )  # fmt: skip
+    if near_chance(labels, guesses, len(class_names)):
+        raise UserError(
+            "the teacher's accuracy is near chance",
+            got=f"top-1 {_percent(hits, count)} on {count:,} labeled images",
+            expected=f"a teacher that was trained on these {len(class_names)} classes",
+            where=teacher,
+            fix="give the right TEACHER_WEIGHTS=, or SET=data.classes=FILE with the classes in the teacher's order; "
+            + GO_ON,
+        )
+
+
+def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
+    """Whether as many hits are likely by chance, and unlikely for a teacher halfway between chance and perfection."""
+    count, hits = len(labels), int((labels == guesses).sum())
+    shares = [np.bincount(values, minlength=classes) / max(count, 1) for values in (labels, guesses)]
+    chance = float(shares[0] @ shares[1])
+    by_chance = binom.sf(hits - 1, count, chance) > UNLIKELY
+    return bool(count >= LEAST_IMAGES and by_chance and binom.cdf(hits, count, (1 + chance) / 2) < UNLIKELY)
+
+
+def far_above(better: Hits, hits: Hits) -> bool:
+    """Whether another order gets clearly more images right: by three standard deviations, and by `LEAST_GAIN`."""
+    gain, differing = int(better.sum()) - int(hits.sum()), int((better != hits).sum())
+    return gain > 3 * differing**0.5 and gain >= LEAST_GAIN * len(hits)
+
+
+def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits:
+    """(N,) bool: right in the order that fits best, fitted to the other half of the images."""
+    right = np.zeros(len(labels), np.bool_)
+    for half in (0, 1):
+        mine = np.arange(len(labels)) % 2 == half
+        order = np.full(classes, -1, np.int64)
+        for out, label in _assigned(labels[mine], guesses[mine], classes).items():
+            order[out] = label
+        right[~mine] = order[guesses[~mine]] == labels[~mine]
+    return right
+
+
+def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, int]:
+    """The class that fits each of the teacher's outputs best, one class an output."""
+    if classes > MAX_FITTED:
+        return {}
+    counts = np.zeros((classes, classes), np.int32)
+    np.add.at(counts, (guesses, labels), 1)
+    outputs, best = linear_sum_assignment(counts, maximize=True)
+    return {out: label for out, label in zip(outputs.tolist(), best.tolist(), strict=True) if counts[out, label]}
+
+
+def _percent(hits: int, count: int) -> str:
+    return f"{100 * hits / count:.1f} %"
+
+
+def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
+    return UserError(
+        "the teacher's classes are in another order than those of the data set",
+        got=f"top-1 {_percent(hits, count)} on {count:,} labeled images in the order of the data set",
+        expected=f"{_percent(better, count)} with {order}",
+        where=teacher,
+        fix=f"{fix}; {GO_ON}",
+    )

@@ -1,0 +1,98 @@
+"""What has to be known of a teacher without having it: `TeacherSpec`, and the digest of its weights.
+
+In: a loaded teacher, or JSON out of a manifest. Out: a frozen, checked description that rebuilds its architecture.
+Invariant: `TeacherSpec.from_json(spec.to_json()) == spec`, and nothing else than a complete specification is accepted.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, FiniteFloat
+from torch import Tensor
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import checked_value
+from scalekd_cache.store.durable_files import Sha256
+
+Side = Annotated[int, Field(gt=0, le=1 << 16)]
+Shape = tuple[int, int, int]
+Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+DEPTH = re.compile("depth|layer|block")
+MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
+"""Of the arguments of a model: number of its layers, length of a list, any other number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSpec:
+    """A teacher, described."""
+
+    name: str
+    """timm model name, or demo_swin."""
+    timm_version: str
+    """timm that built it (recorded, not compared)."""
+    model_args: dict[str, Any]
+    """Arguments `timm.create_model` got, JSON values."""
+    family: str
+    """Family in `tail.FAMILIES`."""
+    num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
+    """Width of the logits, 0 without a classifier."""
+    image_size: Side
+    """Side of the images it takes, pixels."""
+    mean: Triple
+    """Channel means it subtracts, on a scale of 0 to 1."""
+    std: tuple[Spread, Spread, Spread]
+    """Channel standard deviations, on a scale of 0 to 1."""
+    feature_shape: tuple[Side, Side, Side]
+    """(C, H, W) of the features after the final norm."""
+    tail_shape: tuple[Side, Side, Side]
+    """(C3, H3, W3) that the tail takes."""
+    weights_sha256: Sha256
+    """`weights_digest` of the state dict."""
+    has_classifier: bool
+    """Whether the logits mean anything."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
+        return plain
+
+    @staticmethod
+    def from_json(value: object, where: str = "teacher") -> "TeacherSpec":
+        """The inverse of `to_json`; raises `UserError` naming the first field that is missing, unknown or malformed."""
+        spec = checked_value(value, TeacherSpec, "the teacher's description", where)
+        if not all(_is_plain(name, argument) for name, argument in spec.model_args.items()):
+            raise UserError(
+                "the teacher's description: model_args ask for a model that cannot be one",
+                got=repr(spec.model_args)[:300],
+                expected=f"plain arguments, depths of at most {MAX_DEPTH}, lists of at most {MAX_LENGTH}",
+                where=where,
+                fix="make the cache anew with this version, or restore the file",
+            )
+        return spec
+
+
+def _is_plain(name: str, value: object, inside: int = 0) -> bool:
+    """Whether an argument has a size that a model can have: a hostile one could ask for 20,000 layers."""
+    if isinstance(value, list | tuple):
+        return inside < 3 and len(value) <= MAX_LENGTH and all(_is_plain(name, item, inside + 1) for item in value)
+    if isinstance(value, int | float) and type(value) is not bool:
+        return math.isfinite(value) and abs(value) <= (MAX_DEPTH if DEPTH.search(name) else MAX_NUMBER)
+    return value is None or isinstance(value, str | bool)
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """sha256 (hex) of a state dict: name, dtype, shape and raw bytes of each tensor, in the order of the names."""
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode() + b"\n")
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

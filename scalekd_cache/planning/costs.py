@@ -1,0 +1,245 @@
+"""What a pair of teacher and student costs: FLOPs and parameters, counted on the meta device.
+
+In: names of timm models, a `ScaleKDConfig`. Out: one `Part` for the student, each head, the tail and the teacher.
+Invariant: nothing is allocated and nothing is computed; PyTorch's counter counts two FLOPs for a multiply and add, in
+matrix products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected
+once a batch).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from scalekd_cache.config import ScaleKDConfig, StudentConfig
+from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.models.tail import DEMO_TEACHER, Tail, build_tail, family_of, timm_name
+from scalekd_cache.models.teacher import demo_teacher_args, map_shape, run_with_taps
+from scalekd_cache.models.teacher_spec import Shape
+from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+
+BATCH = 32
+"""Images in the batch that is counted."""
+CLASSES = 1000
+SWIN_L = "swin_large_patch4_window7_224"
+BEIT_L = "eva_large_patch14_196"
+"""What the paper calls BEiT-L/14: pre-trained by EVA, 304 M parameters, run at 224 px."""
+PAPER_STUDENTS = (
+    "mobilenetv1",
+    "resnet50",
+    "convnext_tiny",
+    "mixer_s16",
+    "mixer_b16",
+    "vit_small",
+    "swin_tiny",
+    "vit_base",
+)
+PAPER_PAIRS = (
+    *((SWIN_L, student) for student in PAPER_STUDENTS),
+    (SWIN_L, "resnet50d"),
+    ("swin_small_patch4_window7_224", "resnet50"),
+    ("swin_base_patch4_window7_224", "resnet50"),
+    (BEIT_L, "resnet50"),
+    (BEIT_L, "mixer_b16"),
+    (BEIT_L, "vit_base_14"),
+)
+"""The pairs the paper reports and releases. Its Mixer-B/14 has no timm name: Mixer-B/16 stands in its row."""
+IMAGE_SIZE = 224
+
+
+class Part(NamedTuple):
+    """Cost of one part."""
+
+    name: str
+    params: int
+    """Parameters; frozen ones count too."""
+    forward: float
+    """FLOPs per image."""
+    backward: float
+    """FLOPs per image, 0 for what is never differentiated."""
+
+    @property
+    def total(self) -> float:
+        """Forward and backward, FLOPs per image."""
+        return self.forward + self.backward
+
+
+class PairCosts(NamedTuple):
+    """Cost of one pair."""
+
+    teacher_name: str
+    student_name: str
+    student: Part
+    heads: list[Part]
+    """Projectors of both taps, and the passes through the frozen tail."""
+    teacher: Part
+
+    @property
+    def heads_total(self) -> float:
+        """FLOPs per image of all heads, forward and backward."""
+        return sum(part.total for part in self.heads)
+
+    @property
+    def ceiling(self) -> float:
+        """Most that offline can gain over online: (student + heads + teacher forward) / (student + heads)."""
+        offline = self.student.total + self.heads_total
+        return (offline + self.teacher.forward) / offline
+
+
+class MetaTeacher(NamedTuple):
+    """A teacher on the meta device."""
+
+    model: nn.Module
+    tail: Tail
+    tail_in: Shape
+    tail_out: Shape
+    params: int
+    tail_params: int
+
+
+def pair_costs(
+    teacher: str,
+    student: str,
+    config: ScaleKDConfig | None = None,
+    image_size: int = IMAGE_SIZE,
+    num_classes: int = CLASSES,
+) -> PairCosts:
+    """Count one pair.
+
+    Raises:
+        UserError: names, families or image sizes that stage 1 or 2 would refuse.
+    """
+    config = config or ScaleKDConfig()
+    with torch.device("meta"):
+        parts = meta_teacher(teacher, image_size, num_classes)
+        learner = build_student(StudentConfig(name=student), num_classes=num_classes, image_size=image_size)
+        heads = ScaleKDHeads(config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm)
+        images = torch.empty(BATCH, 3, image_size, image_size)
+        return PairCosts(
+            teacher,
+            student,
+            _student_cost(learner, images),
+            _head_costs(heads, learner.tap_shapes, parts),
+            Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0),
+        )
+
+
+def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
+    """A teacher of these classes; call it under `torch.device("meta")`."""
+    timm = check_name(timm_name(name), "teacher")
+    args: dict[str, Any] = demo_teacher_args() if name == DEMO_TEACHER else {}
+    optional = {"img_size": image_size} if image_size != default_image_size(timm) else {}
+    model, _ = create_timm_model(timm, {"num_classes": num_classes, **args}, optional)
+    model.requires_grad_(False).eval()
+    ends = family_of(model, name).parts(model)
+    taps = run_with_taps(model, ends, torch.empty(1, 3, image_size, image_size))
+    before, after = map_shape(taps.before, ends, ends.unrolled[0]), map_shape(taps.after, ends, ends.unrolled[1])
+    tail = build_tail(model, name, before, after)
+    return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
+
+
+def _params(module: nn.Module) -> int:
+    return sum(value.numel() for value in module.parameters())
+
+
+def _flops(run: Callable[[], object]) -> float:
+    """FLOPs per image of one call on `BATCH` images."""
+    with FlopCounterMode(
+        display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
+    ) as counter:
+        run()
+    return float(counter.get_total_flops()) / BATCH
+
+
+def _conv_backward(grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    """FLOPs of a convolution's gradients, each as many as its forward pass.
+
+    PyTorch's own count ignores groups in the weight's gradient: ten times too much for MobileNet.
+    """
+    mask = args[-1]  # which gradients are asked for: input, weight, bias
+    return 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight) * sum(map(int, mask[:2]))
+
+
+@torch.no_grad()
+def _no_grad(model: nn.Module, images: Tensor) -> Tensor:
+    output: Tensor = model(images)
+    return output
+
+
+def _student_cost(student: Student, images: Tensor) -> Part:
+    """The student alone: its images need no gradient."""
+    outputs: list[Tensor] = []
+    forward = _flops(lambda: outputs.extend(student(images)))
+    # Every map is used, as it is when the losses are summed.
+    backward = _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
+    return Part("student", _params(student), forward, backward)
+
+
+def _map_cost(name: str, params: int, run: Callable[..., Tensor], *inputs: Tensor) -> Part:
+    """A part between maps: gradients reach its inputs and its trainable parameters."""
+    outputs: list[Tensor] = []
+    forward = _flops(lambda: outputs.append(run(*inputs)))
+    return Part(name, params, forward, _flops(lambda: outputs[0].sum().backward()))  # type: ignore[no-untyped-call]
+
+
+def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher) -> list[Part]:
+    def leaf(shape: Shape) -> Tensor:
+        return torch.empty(BATCH, *shape, requires_grad=True)
+
+    rows = []
+    for view, module in heads.s3.items():
+        rows.append(_map_cost(f"S3 projector, {view}", _params(module), module, leaf(taps[0])))
+    for view, module in heads.s4.items():
+        given = [leaf(teacher.tail_out)] if heads.hand_over else []
+        rows.append(_map_cost(f"S4 projector, {view}", _params(module), module, leaf(taps[1]), *given))
+    if heads.tpp and len(heads.s3):
+        one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail_in))
+        passes = len(heads.s3)
+        rows.append(Part(f"frozen tail, {passes} passes", one.params, passes * one.forward, passes * one.backward))
+    return rows
+
+
+def report(costs: PairCosts) -> str:
+    """One pair as a Markdown table, a row a part."""
+    lines = [
+        f"{costs.teacher_name} -> {costs.student_name}",
+        "",
+        "| part | parameters, M | forward, GFLOP | backward, GFLOP | both |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for part in (costs.student, *costs.heads, costs.teacher):
+        figures = (part.params / 1e6, part.forward / 1e9, part.backward / 1e9, part.total / 1e9)
+        lines.append(f"| {part.name} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |")
+    lines += ["", f"heads together {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
+              f"parameters; offline over online at most {costs.ceiling:.2f}x"]  # fmt: skip
+    return "\n".join(lines)
+
+
+def summary_row(costs: PairCosts) -> str:
+    """One pair as one row of `SUMMARY_HEAD`'s table."""
+    figures = (
+        costs.teacher.params / 1e6,
+        costs.teacher.forward / 1e9,
+        costs.student.params / 1e6,
+        costs.student.total / 1e9,
+        _heads_params(costs) / 1e6,
+        costs.heads_total / 1e9,
+    )
+    numbers = " | ".join(f"{figure:.1f}" for figure in figures)
+    return f"| {costs.teacher_name} | {costs.student_name} | {numbers} | {costs.ceiling:.2f}x |"
+
+
+SUMMARY_HEAD = (
+    "| teacher | student | teacher, M | teacher forward, GFLOP | student, M | student forward + backward, GFLOP "
+    "| heads, M | heads forward + backward, GFLOP | offline over online, at most |\n"
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|"
+)
+
+
+def _heads_params(costs: PairCosts) -> int:
+    """Trainable parameters of the heads: the tail's are frozen."""
+    return sum(part.params for part in costs.heads if not part.name.startswith("frozen"))

@@ -1,0 +1,273 @@
+"""What a cache and its students are going to cost, before anything runs.
+
+In: options of stage 1 and of training, how many students, a kind of GPU. Out: a `Forecast`.
+Invariant: bytes are measured on a small real unit (`probe.py`), FLOPs and the memory of a step are counted on the real
+modules (meta device); what is assumed (utilisation) or not at hand (a teacher's weights) is said beside the figure.
+"""
+
+import dataclasses
+import math
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from scalekd_cache.caching.codec_selection import AUTO, CALIBRATION_VIEWS, check_codec_options, settle
+from scalekd_cache.caching.job_plan import logit_codec_of
+from scalekd_cache.caching.make_units import unit_ranges
+from scalekd_cache.caching.pixel_cache import PixelCache, open_pixels
+from scalekd_cache.caching.size_probe import Probe, StandIn, probe
+from scalekd_cache.codec import FITTED, make_codec
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.logits import DenseLogits, LogitCodec
+from scalekd_cache.codec.recomputed import RecomputedLogits
+from scalekd_cache.codec.top_k import TopKLogits
+from scalekd_cache.codec.transform import TransformCodec
+from scalekd_cache.codec.transform_state import state_bytes
+from scalekd_cache.config import CacheTeacherConfig, DistillConfig
+from scalekd_cache.data.images import Source, open_source
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.tail_file import tail_tensors
+from scalekd_cache.models.teacher import Teacher, load_teacher, teacher_classes, timm_name
+from scalekd_cache.models.timm_models import check_name
+from scalekd_cache.planning.costs import meta_teacher, pair_costs
+from scalekd_cache.planning.forecast_folded import Forecast
+from scalekd_cache.planning.gpus import FORWARD_UTILISATION, TRAINING_UTILISATION, Gpu, gpu_of
+from scalekd_cache.planning.step_memory import step_memory
+
+MAX_EXTRA_S = 60.0
+"""Longest time that a codec which was not asked for is worth, seconds."""
+
+
+@dataclass(frozen=True)
+class _Teacher:
+    """What is known of the teacher."""
+
+    live: Teacher | StandIn
+    shape: tuple[int, int, int]
+    classes: int
+
+
+class _Sizes(NamedTuple):
+    """Bytes; `per_view` by part."""
+
+    images: int
+    views: int
+    per_view: dict[str, float]
+    once: int
+    total: float
+
+
+class _Times(NamedTuple):
+    """Seconds an image and GPU, GPU-hours in all."""
+
+    forward_s: float
+    step_s: float
+    stage_1_h: float
+    student_h: float
+    online_h: float
+
+
+def forecast(
+    config: CacheTeacherConfig, training: DistillConfig, process: Process, *, students: int, epochs: int, gpu: str
+) -> Forecast:
+    """Measure and count.
+
+    Args:
+        config: all options of stage 1, as `cache_teacher` would get them.
+        training: the recipe's training options with the student.
+        process: this process.
+        students: students that are going to be trained.
+        epochs: passes over the data for each.
+        gpu: a name of `gpus.GPUS`.
+
+    Raises:
+        UserError: whatever stage 1 would refuse here; a codec that has to be fitted without the teacher.
+    """
+    card = gpu_of(gpu)
+    check_codec_options(config)
+    source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
+    teacher = _teacher(config, len(source.class_names), process)
+    codec = _codec(config, source, teacher, process)
+    logits = _logits(config, teacher, codec)
+    found = probe(config, source, teacher.live, codec, logits, process.device)
+    sizes = _sizes(config, source, teacher, codec, found)
+    times = _times(config, training, card, sizes, epochs, len(source.class_names))
+    at_hand = isinstance(teacher.live, Teacher)
+    read_bytes = sizes.per_view["total"] + (_shared_pixels(source) if isinstance(source, PixelCache) else 0.0)
+    return Forecast(
+        cache=config.cache.path,
+        data=config.data.source,
+        images=sizes.images,
+        views=sizes.views,
+        teacher=config.teacher.name,
+        teacher_at_hand=at_hand,
+        student=training.student.name,
+        codec=_name(codec),
+        bytes_per_view=sizes.per_view,
+        logit_bytes=logits.record_bytes,
+        once_bytes=sizes.once,
+        total_bytes=sizes.total,
+        free_bytes=_free(Path(config.cache.path)),
+        gpu=gpu.lower(),
+        teacher_gpu_hours=times.stage_1_h,
+        teacher_s_per_view_here=found.teacher_s if at_hand else None,
+        draw_s_per_view=found.draw_s,
+        cores_per_gpu=found.draw_s / times.forward_s,
+        student_gpu_hours=times.student_h,
+        online_gpu_hours=times.online_h,
+        students=students,
+        epochs=epochs,
+        saved_gpu_hours=students * (times.online_h - times.student_h) - times.stage_1_h,
+        pays_after_students=math.ceil(sizes.views / epochs),
+        images_per_s=1 / times.step_s,
+        read_mb_per_s=read_bytes / times.step_s / 1e6,
+        step_memory=_step_memory(config, training, teacher, len(source.class_names)),
+        alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
+        assumptions={
+            "peak_tflops": card.peak_tflops,
+            "forward_utilisation": FORWARD_UTILISATION,
+            "training_utilisation": TRAINING_UTILISATION,
+        },
+    )
+
+
+def _sizes(
+    config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: Probe
+) -> _Sizes:
+    """What the cache takes, from a small unit of it."""
+    ranges, views = unit_ranges(source, config.cache.samples_per_shard), config.cache.num_views
+    images, parts = sum(map(len, ranges)), found.bytes_of(ranges, views)
+    per_view = {part: round(value / (images * views), 1) for part, value in parts.items()}
+    per_view["total"] = round(sum(parts.values()) / (images * views), 1)
+    with torch.device("meta"):
+        meta = meta_teacher(config.teacher.name, config.views.size, teacher.classes)
+    once = sum(value.numel() * value.element_size() for value in tail_tensors(meta.tail).values())
+    once += len(state_bytes(codec.state)) if isinstance(codec, TransformCodec) else 0
+    return _Sizes(images, views, per_view, once, sum(parts.values()) + once)
+
+
+def _times(
+    config: CacheTeacherConfig, training: DistillConfig, card: Gpu, sizes: _Sizes, epochs: int, classes: int
+) -> _Times:
+    """What GPUs take, from FLOPs."""
+    costs = pair_costs(config.teacher.name, training.student.name, training.scalekd, config.views.size, classes)
+    forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILISATION)
+    step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILISATION)
+    student_h = sizes.images * epochs * step_s / 3600
+    return _Times(
+        forward_s=forward_s,
+        step_s=step_s,
+        stage_1_h=sizes.images * sizes.views * forward_s / 3600,
+        student_h=student_h,
+        online_h=student_h + sizes.images * epochs * forward_s / 3600,
+    )
+
+
+def _step_memory(
+    config: CacheTeacherConfig, training: DistillConfig, teacher: _Teacher, classes: int
+) -> dict[str, float]:
+    with torch.device("meta"):
+        meta = meta_teacher(config.teacher.name, config.views.size, teacher.classes)
+        return step_memory(training, meta, config.views.size, classes)
+
+
+def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:
+    """The teacher as stage 1 would load it; a stand-in of its shape where there are no weights."""
+    options, size = config.teacher, config.views.size
+    file = Path(options.weights_dir) / f"{options.name}.safetensors"
+    if options.weights is None and options.pretrained and file.exists():
+        options = dataclasses.replace(options, weights=str(file))
+    torch.manual_seed(config.views.seed)
+    try:
+        teacher = load_teacher(options, image_size=size, num_classes=data_classes, device=process.device)
+        return _Teacher(teacher, teacher.spec.feature_shape, teacher.spec.num_classes)
+    except UserError:
+        if options.weights is not None or not options.pretrained:
+            raise
+    classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, data_classes)
+    with torch.device("meta"):
+        meta = meta_teacher(options.name, size, data_classes)
+    return _Teacher(StandIn(meta.tail_out, classes), meta.tail_out, classes)
+
+
+def _codec(
+    config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, process: Process
+) -> FeatureCodec:
+    if config.cache.codec not in (*FITTED, AUTO):
+        return make_codec(config.cache.codec, teacher.shape)
+    if not isinstance(teacher.live, Teacher):
+        raise UserError(
+            "this codec's size depends on the teacher's features, and its weights are not at hand",
+            got=f"CODEC={config.cache.codec}, teacher {config.teacher.name}",
+            fix=f"run `make fetch TEACHER={config.teacher.name}` where there is a network, give TEACHER_WEIGHTS=, "
+            "or plan with CODEC=int8",
+        )
+    return settle(config, source, teacher.live, process.device).codec
+
+
+def _logits(config: CacheTeacherConfig, teacher: _Teacher, codec: FeatureCodec) -> LogitCodec:
+    exact = codec.id == "float32"
+    if isinstance(teacher.live, Teacher):
+        return logit_codec_of(config.cache, teacher.live, exact=exact)
+    if teacher.classes == 0 or config.cache.logits == "dense":
+        return DenseLogits(teacher.classes, exact=exact)
+    if config.cache.logits == "top_k":
+        return TopKLogits(teacher.classes, config.cache.top_k)
+    return RecomputedLogits(teacher.classes, "0" * 64)
+
+
+def _name(codec: FeatureCodec) -> str:
+    return f"{codec.id}, noise {codec.noise:g}" if isinstance(codec, TransformCodec) else codec.id
+
+
+def _free(path: Path) -> int:
+    """Free bytes where the cache is going to be."""
+    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    return shutil.disk_usage(folder).free
+
+
+def _shared_pixels(source: PixelCache) -> float:
+    """A record of shared pixels is read whole, its own features too."""
+    return float(source.cache.manifest.bytes_per_view["total"])
+
+
+def _alternatives(
+    config: CacheTeacherConfig,
+    source: Source | PixelCache,
+    teacher: _Teacher,
+    codec: FeatureCodec,
+    found: Probe,
+    process: Process,
+    once: int,
+    stage_1: float,
+) -> list[dict[str, Any]]:
+    """What fewer or more views, and other codecs, would change: bytes in all, teacher GPU-hours."""
+    ranges = unit_ranges(source, config.cache.samples_per_shard)
+    views, images = config.cache.num_views, sum(map(len, ranges))
+    rows: list[dict[str, Any]] = []
+    total = sum(found.bytes_of(ranges, views).values()) + once
+    for other in sorted({max(1, views // 4), max(1, views // 2), 2 * views} - {views}):
+        size = sum(found.bytes_of(ranges, other).values()) + once
+        rows.append({"change": f"VIEWS={other}", "bytes": size, "gpu_hours": stage_1 * other / views})
+    records: dict[str, int] = {}
+    for name in ("int8", "float16"):
+        records[name] = make_codec(name, teacher.shape).record_bytes
+    quick = found.teacher_s * min(CALIBRATION_VIEWS, images) < MAX_EXTRA_S
+    if isinstance(teacher.live, Teacher) and quick and codec.id != "transform":
+        started = time.perf_counter()
+        for name in FITTED[:2]:
+            store = dataclasses.replace(config.cache, codec=name, codec_target=None)
+            fitted = settle(dataclasses.replace(config, cache=store), source, teacher.live, process.device)
+            records[name] = fitted.codec.record_bytes
+            if time.perf_counter() - started > MAX_EXTRA_S / 2:
+                break
+    for name, size in records.items():
+        if name != codec.id:
+            change = (size - found.per_view["features"]) * images * views
+            rows.append({"change": f"CODEC={name}", "bytes": total + change, "gpu_hours": stage_1})
+    return rows

@@ -1,0 +1,157 @@
+"""The trainable heads of ScaleKD: which projectors there are, and the way of the student's maps through them.
+
+In: the student's two last maps S3 and S4 and the teacher's frozen tail, handed in as a callable.
+Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py` (re-exported here).
+Invariant: the tail is never registered here, so it is in no state dict, no optimizer and no ZeRO partition; every
+parameter is used only inside the forward pass of the module that owns it; a learned query is projected once a batch.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+from torch import Tensor, nn
+
+from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
+from scalekd_cache.scalekd.ablation import LinearProjector, term_weights
+from scalekd_cache.scalekd.losses import (
+    HeadOutputs,
+    LossTerms,
+    Targets,
+    check_grid,
+    distillation_losses,
+    frequency_loss,
+    label_loss,
+    logit_loss,
+    spatial_loss,
+)
+from scalekd_cache.scalekd.projectors import CAP, LiteCAP, Shape, lite_width
+
+__all__ = [
+    "CAP",
+    "HeadOutputs",
+    "LossTerms",
+    "ScaleKDHeads",
+    "Targets",
+    "distillation_losses",
+    "frequency_loss",
+    "label_loss",
+    "logit_loss",
+    "spatial_loss",
+]
+
+WIDTH_PER_HEAD_S3 = 48
+"""Channels a head of the S3 projector by default: 16 heads for Swin-L's 768."""
+WIDTH_PER_HEAD_S4 = 64
+"""Channels a head of the S4 projector by default: 24 heads for Swin-L's 1536."""
+
+
+def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) -> int:
+    """The number of attention heads: `given`, or the largest divisor of `dim` that is at most dim // width_per_head.
+
+    Raises UserError for a given number that does not divide dim.
+    """
+    if given is None:
+        most = max(1, dim // width_per_head)
+        return max(heads for heads in range(1, most + 1) if dim % heads == 0)
+    if given < 1 or dim % given:
+        raise UserError(
+            f"option scalekd.{option} does not divide the width of attention",
+            got=given,
+            expected=f"a divisor of {dim}",
+            fix=f"change scalekd.{option}, or leave it out",
+        )
+    return given
+
+
+class ScaleKDHeads(nn.Module):
+    """The projectors of both taps and both views (dual-view feature mimicking, DFM).
+
+    Projectors that no loss of `config` asks for are not built, so no parameter stays without a gradient. Lite ones
+    serve both views of a tap: one map, one pass through the tail, compared in both ways.
+
+    Args:
+        config: weights, head counts, attention scale, where S4's query comes from.
+        tap_shapes: (C, h, w) of S3 and of S4.
+        tail_in_shape: (C3, H3, W3), what the teacher's tail takes.
+        tail_out_shape: (C, H, W) of the teacher's last map.
+        layer_norm: the student is of a layer-norm family; what `config.cap_norm` = auto follows.
+
+    Raises:
+        UserError: head counts that do not divide the teacher's widths, or a teacher map of one position.
+    """
+
+    def __init__(
+        self,
+        config: ScaleKDConfig,
+        tap_shapes: tuple[Shape, Shape],
+        tail_in_shape: Shape,
+        tail_out_shape: Shape,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        check_grid(*tail_out_shape[1:])
+        self.tail_in_shape, self.tail_out_shape = tail_in_shape, tail_out_shape
+        self.tpp = config.tpp
+        self.lite = config.projector == "lite"
+        self.hand_over = config.s4_query == "s3" and config.s3 and config.projector != "linear"
+        layer_norm = layer_norm if config.cap_norm == "auto" else config.cap_norm == "layer"
+        shape_s3 = tail_in_shape if config.tpp else tail_out_shape
+        widths = [lite_width(shape[0]) if self.lite else shape[0] for shape in (shape_s3, tail_out_shape)]
+        heads_s3 = choose_heads("heads_s3", config.heads_s3, widths[0], WIDTH_PER_HEAD_S3)
+        heads_s4 = choose_heads("heads_s4", config.heads_s4, widths[1], WIDTH_PER_HEAD_S4)
+
+        def projector(tap: Shape, out: Shape, num_heads: int, learned_query: bool) -> nn.Module:
+            if config.projector == "linear":
+                return LinearProjector(tap[0], out)
+            return (LiteCAP if self.lite else CAP)(
+                tap[0], tap[1:], out[1:], out[0], num_heads=num_heads, attention_scale=config.attention_scale,
+                learned_query=learned_query, layer_norm=layer_norm,
+            )  # fmt: skip
+
+        self.s3, self.s4 = nn.ModuleDict(), nn.ModuleDict()
+        on = term_weights(config)
+        weights = {"spatial": (on.s3_spatial, on.s4_spatial), "frequency": (on.s3_frequency, on.s4_frequency)}
+        if self.lite:
+            weights = {"both": (on.s3_spatial + on.s3_frequency, on.s4_spatial + on.s4_frequency)}
+        for view, (weight_s3, weight_s4) in weights.items():
+            if weight_s3 > 0 or (weight_s4 > 0 and self.hand_over):
+                self.s3[view] = projector(tap_shapes[0], shape_s3, heads_s3, True)
+            if weight_s4 > 0:
+                self.s4[view] = projector(tap_shapes[1], tail_out_shape, heads_s4, not self.hand_over)
+        self._first_pass: FirstPass | None = None
+
+    def checkpoint_gradients(self) -> None:
+        """From now on projectors and tail are computed again in the backward pass (`recompute.py`)."""
+        self._first_pass = FirstPass(self, "the ScaleKD heads")
+
+    def forward(self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor]) -> HeadOutputs:
+        """S3 (B, C3', h3, w3) and S4 (B, C4', h4, w4) of the student -> maps (B, C, H, W) on the teacher's last grid.
+
+        Teacher parameter perception (TPP): S3's projection passes through the frozen `tail`, (B, C3, H3, W3) ->
+        (B, C, H, W), and the gradient comes back through it. With s4_query = s3 that map is also S4's query; it is not
+        detached, so S4's losses train S3's projector too.
+        """
+        with self._first_pass() if self._first_pass is not None else nullcontext():
+            if self.lite:
+                map_s3, map_s4 = self._project("both", s3, s4, tail)
+                return HeadOutputs(map_s3, map_s3, map_s4, map_s4)
+            s3_spatial, s4_spatial = self._project("spatial", s3, s4, tail)
+            s3_frequency, s4_frequency = self._project("frequency", s3, s4, tail)
+        return HeadOutputs(s3_spatial, s3_frequency, s4_spatial, s4_frequency)
+
+    def _project(
+        self, view: str, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        map_s3: Tensor | None = None
+        if view in self.s3:
+            map_s3 = self._run(self.s3[view], s3)
+            map_s3 = self._run(tail, map_s3) if self.tpp else map_s3
+            assert map_s3.shape[1:] == self.tail_out_shape, (tuple(map_s3.shape), self.tail_out_shape)
+        if view not in self.s4:
+            return map_s3, None
+        return map_s3, self._run(self.s4[view], s4, map_s3 if self.hand_over else None)
+
+    def _run(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+        return function(*args) if self._first_pass is None else recomputed(function, *args)

@@ -1,0 +1,231 @@
+"""The losses of ScaleKD as pure functions, and the tuples that travel between student, heads and engine.
+
+In: projected student maps, the teacher's targets (decoded map, stored token norms, logits), student logits, labels.
+Out: six scalar terms, already weighted; their sum is what is differentiated.
+Invariant: everything here is computed in float32 or wider, whatever autocast is on, and every gradient with respect
+to a student map is linear in the decoded target map: targets are divided by stored norms, never by their own.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalekd_cache.config import ScaleKDConfig, TrainConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.scalekd.ablation import term_weights
+
+NORM_EPS = 1e-12
+"""Smallest norm that a token is divided by, as in `F.normalize`."""
+REFERENCE_POSITIONS = 49
+"""Positions of the 7x7 grid that upstream's loss weights were chosen on."""
+
+
+class Targets(NamedTuple):
+    """What the teacher gives for a batch, decoded from the cache or computed live."""
+
+    features: Tensor
+    """(B, C, H, W) float32: last-stage map after the final norm, in its own scale."""
+    norms: Tensor
+    """(B, 2, H, W) float32: exact L2 norm of every token, [:, 0] raw, [:, 1] with each channel's mean removed."""
+    logits: Tensor
+    """(B, K) float32; K = 0 for a teacher without a classifier. Logits, or log-probabilities of some classes and -inf
+    for the others, of which only the mass in all is known (`partial_logit_loss`)."""
+    partial: bool = False
+    """Which of the two `logits` are."""
+
+
+class HeadOutputs(NamedTuple):
+    """The projected student maps, each (B, C, H, W) on the teacher's last grid; None where no loss asks for it."""
+
+    s3_spatial: Tensor | None
+    s3_frequency: Tensor | None
+    s4_spatial: Tensor | None
+    s4_frequency: Tensor | None
+
+
+class LossTerms(NamedTuple):
+    """Scalar float32 terms, each already weighted; a term that is switched off is a constant 0."""
+
+    label: Tensor
+    logit: Tensor
+    s3_spatial: Tensor
+    s3_frequency: Tensor
+    s4_spatial: Tensor
+    s4_frequency: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        """Their sum, the scalar that is differentiated."""
+        return torch.stack(tuple(self)).sum()
+
+
+def wide(x: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is that already (gradient checks)."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which autocast is off on the device of `x`."""
+    return torch.autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False)
+
+
+def remove_spatial_mean(x: Tensor) -> Tensor:
+    """Subtract each channel's mean over positions: (B, C, H, W) -> same.
+
+    Equal to what upstream runs: a 2-D DCT-II, the coefficient (0, 0) set to zero, and the inverse transform.
+    """
+    return x - x.mean(dim=(2, 3), keepdim=True)
+
+
+def check_grid(height: int, width: int) -> None:
+    """Refuse a teacher map of one position: its mean-removed view is zero, and its one token is the pooled feature."""
+    if height * width < 2:
+        raise UserError(
+            "the teacher's last map has one position, the feature losses need a grid",
+            got=f"{height}x{width}",
+            expected="at least two positions",
+            fix="cache a teacher that keeps a spatial map, or larger views (views.size)",
+        )
+
+
+def feature_loss(prediction: Tensor, target: Tensor, norms: Tensor, weight: float, grid_scaling: bool) -> Tensor:
+    """weight * sum((P / ||P|| - F / n)^2) / B, with norms over channels; P, F (B, C, H, W), n (B, H, W) -> scalar.
+
+    n belongs to the exact F: dividing a noisy decoded F by its own norm would shrink the gradient, dividing by n keeps
+    it linear in F. A token whose n is 0 has no direction: its target is 0, not the decoder's noise blown up.
+    """
+    assert prediction.shape == target.shape, (prediction.shape, target.shape)
+    batch, _, height, width = target.shape
+    assert norms.shape == (batch, height, width), (norms.shape, target.shape)
+    n = norms.unsqueeze(1)
+    direction = torch.where(n > NORM_EPS, target / n.clamp_min(NORM_EPS), torch.zeros_like(target))
+    difference = F.normalize(prediction, dim=1, eps=NORM_EPS) - direction
+    scale = REFERENCE_POSITIONS / (height * width) if grid_scaling else 1.0
+    return difference.square().sum() * (weight * scale / batch)
+
+
+def spatial_loss(
+    prediction: Tensor, features: Tensor, norms: Tensor, *, weight: float = 1.0, grid_scaling: bool = True
+) -> Tensor:
+    """The spatial view of dual-view feature mimicking (DFM): direct comparison of normalised tokens.
+
+    prediction, features (B, C, H, W); norms (B, 2, H, W), of which [:, 0] is used; any float dtype -> scalar float32
+    (float64 for float64 inputs). Raises UserError for a 1x1 map. Source: ScaleKD, `get_spat_loss`.
+    """
+    check_grid(*features.shape[2:])
+    with full_precision(prediction):
+        return feature_loss(wide(prediction), wide(features), wide(norms[:, 0]), weight, grid_scaling)
+
+
+def frequency_loss(
+    prediction: Tensor, features: Tensor, norms: Tensor, *, weight: float = 1.0, grid_scaling: bool = True
+) -> Tensor:
+    """The frequency view of DFM: as `spatial_loss`, on maps whose direct component (the spatial mean) is removed.
+
+    Same shapes, dtypes and errors; norms[:, 1] is used. Source: ScaleKD, `get_freq_loss`.
+    """
+    check_grid(*features.shape[2:])
+    with full_precision(prediction):
+        p, f = remove_spatial_mean(wide(prediction)), remove_spatial_mean(wide(features))
+        return feature_loss(p, f, wide(norms[:, 1]), weight, grid_scaling)
+
+
+def logit_loss(
+    student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, weight: float = 1.0
+) -> Tensor:
+    """weight * T^2 * cross entropy of softmax(student / T) under softmax(teacher / T), averaged over samples.
+
+    Both (B, K) -> scalar float32. Raises UserError when the numbers of classes differ. Source: ScaleKD, `KDLoss`.
+    """
+    if student_logits.shape != teacher_logits.shape:
+        raise UserError(
+            "student and teacher do not have the same classes",
+            got=f"student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}",
+            expected="the same shape",
+            fix="set scalekd.logit_weight=0, or train the student on the teacher's classes",
+        )
+    with full_precision(student_logits):
+        soft = F.softmax(wide(teacher_logits) / temperature, dim=1)
+        return F.cross_entropy(wide(student_logits) / temperature, soft) * (weight * temperature**2)
+
+
+def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight * cross entropy where the teacher's probabilities are known for some classes, and in sum for the others.
+
+    student_logits (B, K); log_probabilities (B, K), -inf where not known -> scalar float32. The classes that are not
+    known are one event: the teacher's mass on them is compared with the student's mass on them. Nothing is
+    renormalised. Temperature 1 only: at another one the mass of the others is not known.
+    """
+    with full_precision(student_logits):
+        known = log_probabilities > float("-inf")
+        p = torch.where(known, wide(log_probabilities).exp(), 0.0)
+        log_q = F.log_softmax(wide(student_logits), dim=1)
+        rest = torch.where(known, torch.finfo(log_q.dtype).min, log_q).logsumexp(1)
+        rest_mass = torch.where(known.all(1), 0.0, (1 - p.sum(1)).clamp_min(0))
+        return -((p * log_q).sum(1) + rest_mass * rest).mean() * weight
+
+
+def label_loss(
+    student_logits: Tensor, labels: Tensor, *, kind: str = "ce", smoothing: float = 0.0, weight: float = 1.0
+) -> Tensor:
+    """The loss against labels: (B, K) logits, (B,) int64 labels -> scalar float32.
+
+    ce: cross entropy with label smoothing, averaged over samples. bce: one binary cross entropy a class, summed over
+    classes and averaged over samples (the mean over classes would weigh K times less).
+    """
+    assert kind in ("ce", "bce"), kind
+    with full_precision(student_logits):
+        logits = wide(student_logits)
+        if kind == "ce":
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing) * weight
+        hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
+        return F.binary_cross_entropy_with_logits(logits, hot, reduction="sum") * (weight / len(labels))
+
+
+def distillation_losses(
+    config: ScaleKDConfig,
+    train: TrainConfig,
+    student_logits: Tensor,
+    labels: Tensor,
+    maps: HeadOutputs | None,
+    targets: Targets | None,
+) -> LossTerms:
+    """All terms of a batch: student_logits (B, K), labels (B,) int64; maps and targets None when on labels alone.
+
+    The label term weighs 1 - logit_weight beside a logit term, and 1 without one (no targets, or a teacher without a
+    classifier). Terms of weight 0 are not computed.
+    """
+    assert maps is None or targets is not None, "projected maps without targets"
+    zero = torch.zeros((), dtype=wide(student_logits).dtype, device=student_logits.device)
+    logit_weight = config.logit_weight if targets is not None and targets.logits.shape[1] > 0 else 0.0
+    label = label_loss(
+        student_logits, labels, kind=train.label_loss, smoothing=train.label_smoothing, weight=1 - logit_weight
+    )
+    logit = zero
+    if targets is not None and logit_weight > 0 and targets.partial:
+        logit = partial_logit_loss(student_logits, targets.logits, weight=logit_weight)
+    elif targets is not None and logit_weight > 0:
+        logit = logit_loss(student_logits, targets.logits, temperature=config.temperature, weight=logit_weight)
+    if maps is None or targets is None:
+        return LossTerms(label, logit, zero, zero, zero, zero)
+
+    features, norms = targets.features, targets.norms
+
+    def mimic(view: Callable[..., Tensor], projected: Tensor | None, weight: float) -> Tensor:
+        if weight == 0:
+            return zero
+        assert projected is not None, "a weighted term without its map"
+        return view(projected, features, norms, weight=weight, grid_scaling=config.grid_scaling)
+
+    weights = term_weights(config)
+    return LossTerms(
+        label,
+        logit,
+        mimic(spatial_loss, maps.s3_spatial, weights.s3_spatial),
+        mimic(frequency_loss, maps.s3_frequency, weights.s3_frequency),
+        mimic(spatial_loss, maps.s4_spatial, weights.s4_spatial),
+        mimic(frequency_loss, maps.s4_frequency, weights.s4_frequency),
+    )

@@ -1,0 +1,202 @@
+"""The cross attention projectors (CAP) from a student's map to a grid of the teacher's: as published, and a cheap one.
+
+In: a student's map and a query, learned or handed in. Out: a map (B, C, H, W) on the teacher's grid.
+Invariant: `CAP` computes what upstream's `AttentionProjector` does (tests/scalekd/test_parity.py) and has its parameters;
+every parameter is used only inside the forward pass of the module that owns it; a learned query is projected once.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TINY_MAP = 16
+"""Positions up to which a convolution on a CPU is a matrix product."""
+LITE_NARROWING = 4
+"""Width of the teacher's map over the width in which the lite projector attends."""
+
+Shape = tuple[int, int, int]
+"""(channels, height, width) of a map."""
+
+
+class ChannelLayerNorm(nn.LayerNorm):
+    """Layer normalisation over the channels of a map, (B, C, H, W) -> same; epsilon 1e-5, as upstream's projectors."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise every position on its own."""
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution that keeps the map's size, with `nn.Conv2d`'s parameters.
+
+    On a CPU and tiny maps it is computed as one matrix product: the library's kernels are made for large maps, and
+    take twice as long on 2048 channels at 2x2 (docs/LOG.md). Equal to within rounding.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        batch, channels, height, width = x.shape
+        if x.device.type != "cpu" or height * width > TINY_MAP:
+            return super().forward(x)
+        patches = F.unfold(x, 3, padding=1).transpose(1, 2)  # (B, H W, 9 C)
+        return (
+            F.linear(patches, self.weight.flatten(1), self.bias).transpose(1, 2).reshape(batch, channels, height, width)
+        )
+
+
+class CrossAttention(nn.Module):
+    """Multi-head attention with biases: tokens (B, N, in_channels), query (B or 1, M, query_dim) -> (B, M, dim)."""
+
+    def __init__(self, in_channels: int, query_dim: int, dim: int, num_heads: int, attention_scale: float) -> None:
+        super().__init__()
+        assert dim % num_heads == 0, (dim, num_heads)
+        self.num_heads = num_heads
+        self.scale = (dim // num_heads) ** -0.5 * attention_scale
+        self.q = nn.Linear(query_dim, dim)
+        self.k = nn.Linear(in_channels, dim)
+        self.v = nn.Linear(in_channels, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, tokens: Tensor, query: Tensor) -> Tensor:
+        """proj(softmax(scale * q k^T) v); one query for all samples is projected once and read through a view."""
+
+        def split(x: Tensor) -> Tensor:  # (b, n, dim) -> (b, heads, n, dim // heads)
+            return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
+
+        q = split(self.q(query)).expand(len(tokens), -1, -1, -1)
+        out = F.scaled_dot_product_attention(q, split(self.k(tokens)), split(self.v(tokens)), scale=self.scale)
+        projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
+        return projected
+
+
+def query_tokens(learned: Tensor | None, given: Tensor | None, shape: Shape) -> Tensor:
+    """The one query there is: learned (H W, C) -> (1, H W, C), or given (B, C, H, W) -> (B, H W, C)."""
+    assert (given is None) == (learned is not None), "exactly one query: learned or handed in"
+    if learned is not None:
+        return learned.unsqueeze(0)
+    assert given is not None
+    assert given.shape[1:] == shape, (tuple(given.shape), shape)
+    return given.flatten(2).transpose(1, 2)
+
+
+def as_map(tokens: Tensor, shape: Shape) -> Tensor:
+    """(B, H W, C) -> (B, C, H, W), a view: channels-last for what follows."""
+    return tokens.transpose(1, 2).view(len(tokens), -1, *shape[1:])
+
+
+class CAP(nn.Module):
+    """Cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W) on the teacher's grid.
+
+    kv = ReLU(norm(conv3x3(x))) + pos, q = ReLU(linear(query)), y = LN(attention(q, kv)), out = y + FFN(y); no residual
+    from the query. Source: ScaleKD, `AttentionProjector`; docs/METHOD.md maps the parameter names.
+
+    Args:
+        in_channels: channels of the student's map.
+        in_grid: (h, w) of the student's map, on which the position embedding lives.
+        query_grid: (H, W) of the query and of the output.
+        dim: channels of the output.
+        query_dim: channels of the query (None: dim).
+        num_heads: attention heads, a divisor of dim.
+        attention_scale: factor on head_dim^-0.5.
+        learned_query: own a query, one vector a position; otherwise forward takes one.
+        layer_norm: channel layer norm in place of batch norm (students that have no batch norm).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        in_grid: tuple[int, int],
+        query_grid: tuple[int, int],
+        dim: int,
+        query_dim: int | None = None,
+        *,
+        num_heads: int,
+        attention_scale: float = 5.0,
+        learned_query: bool = True,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        query_dim = dim if query_dim is None else query_dim
+        self.in_shape: Shape = (in_channels, *in_grid)
+        self.query_shape: Shape = (query_dim, *query_grid)
+        self.proj_student = nn.Sequential(
+            Conv3x3(in_channels),
+            ChannelLayerNorm(in_channels) if layer_norm else nn.BatchNorm2d(in_channels),
+            nn.ReLU(),
+        )
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, *self.in_shape), std=0.02))
+        # A 1x1 convolution, written on tokens: same numbers, no change of layout.
+        self.proj_pos = nn.Sequential(nn.Linear(query_dim, query_dim), nn.ReLU())
+        self.pos_attention = CrossAttention(in_channels, query_dim, dim, num_heads, attention_scale)
+        self.norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, 4 * dim), nn.ReLU(), nn.Linear(4 * dim, dim))
+        self.query: nn.Parameter | None = None
+        if learned_query:
+            self.query = nn.Parameter(torch.randn(query_grid[0] * query_grid[1], query_dim))
+
+    def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """Project x (B, in_channels, h, w) with the own query, or with the one handed in, (B, query_dim, H, W)."""
+        assert x.shape[1:] == self.in_shape, (tuple(x.shape), self.in_shape)  # pos_embed would broadcast silently
+        asked = query_tokens(self.query, query, self.query_shape)
+        tokens = (self.proj_student(x) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h w, in_channels)
+        y = self.norm(self.pos_attention(tokens, self.proj_pos(asked)))
+        out: Tensor = (y + self.ffn(y)).transpose(1, 2)  # (B, dim, H W), a view: channels-last for what follows
+        return out.view(*out.shape[:2], *self.query_shape[1:])
+
+
+class LiteCAP(nn.Module):
+    """A cheap cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W).
+
+    CAP in a quarter of the width: the student's map is brought to dim / 4 channels first, convolution and attention
+    work there, the FFN is dim / 2 wide. Same order of operations, same scale of attention; not in the paper. One
+    serves both views.
+
+    Args: as of `CAP`; num_heads divides dim // 4 (`lite_width`).
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        in_grid: tuple[int, int],
+        query_grid: tuple[int, int],
+        dim: int,
+        *,
+        num_heads: int,
+        attention_scale: float = 5.0,
+        learned_query: bool = True,
+        layer_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        width = lite_width(dim)
+        self.in_shape: Shape = (in_channels, *in_grid)
+        self.query_shape: Shape = (dim, *query_grid)
+        self.proj_student = nn.Sequential(
+            nn.Conv2d(in_channels, width, 1),
+            Conv3x3(width),
+            ChannelLayerNorm(width) if layer_norm else nn.BatchNorm2d(width),
+            nn.ReLU(),
+        )
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, width, *in_grid), std=0.02))
+        self.pos_attention = CrossAttention(width, dim, width, num_heads, attention_scale)
+        self.widen = nn.Linear(width, dim)
+        self.norm = nn.LayerNorm(dim)
+        self.ffn = nn.Sequential(nn.Linear(dim, dim // 2), nn.ReLU(), nn.Linear(dim // 2, dim))
+        self.query: nn.Parameter | None = None
+        if learned_query:
+            self.query = nn.Parameter(torch.randn(query_grid[0] * query_grid[1], dim))
+
+    def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """Project x (B, in_channels, h, w) with the own query, or with the one handed in, (B, dim, H, W)."""
+        assert x.shape[1:] == self.in_shape, (tuple(x.shape), self.in_shape)
+        asked = query_tokens(self.query, query, self.query_shape)
+        tokens = (self.proj_student(x) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h w, width)
+        y = self.norm(self.widen(self.pos_attention(tokens, asked)))
+        return as_map(y + self.ffn(y), self.query_shape)
+
+
+def lite_width(dim: int) -> int:
+    """Channels in which the lite projector attends, for a teacher's map of `dim`."""
+    return max(1, dim // LITE_NARROWING)

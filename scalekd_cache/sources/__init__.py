@@ -1,1 +1,0 @@
-"""The places images come from, one file per kind; `scalekd_cache.images` is the door."""

@@ -1,0 +1,168 @@
+"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, readable by zarr-python alone.
+
+In: records. Out: arrays labels, crc32c (n,), and features (with the second target), pixels, target, logits as flat
+uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a chunk that was not written
+or a file that is gone is an error. `zarr_read.py` reads, because zarr-python gives zeros for both.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scalekd_cache.store.base import (
+    FORMAT_VERSION,
+    NO_LABEL,
+    Parts,
+    Payload,
+    Record,
+    ShardId,
+    ShardReader,
+    ShardSummary,
+    ShardWriter,
+    check_parts,
+    crc_input,
+    cut_target,
+    damaged,
+    fields_crc,
+    keep_freed_memory,
+    record_crc,
+    target_json,
+)
+from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.formats.zarr_read import ShardedArray, read_attributes
+from scalekd_cache.store.formats.zarr_write import ArrayWriter, write_group
+from scalekd_cache.store.path import StoredPath
+
+CHUNK_BYTES = (1 << 8, 1 << 18)
+"""Smallest and largest chunk of a flat array; between them the power of two from a record up. It lies in its file
+as it is, so that a record is read without the rest of its chunks: samples that train together are strangers in their
+shard (docs/LOG.md). On average half a chunk an array is padding."""
+SHARD_BYTES = 1 << 25
+"""Bytes of a whole shard file without checksums."""
+FLAT = ("features", "pixels", "target", "logits")
+
+
+class Writer(ShardWriter):
+    """Holds at most one chunk, or a block of small ones, of each array, and what its files gather (`NewFile`)."""
+
+    def __init__(self, folder: Path, shard: ShardId) -> None:
+        super().__init__(folder, shard)
+        self._root = folder / f"v{shard.view:04d}.zarr"
+        self._group = write_group(self._root, {"scalekd_cache": FORMAT_VERSION, **shard._asdict()})
+        self._arrays: dict[str, ArrayWriter] = {}
+        self._offsets: dict[str, list[int]] = {name: [0] for name in FLAT}
+        self._labels: list[int] = []
+
+    def append(self, record: Record) -> None:
+        """To every array."""
+        features = b"".join((record.features, record.second)) if record.second else record.features
+        fields = (features, record.pixels, target_json(record, places=False), record.logits)
+        if not self._arrays:
+            self._begin(fields)
+        for name, data in zip(FLAT, fields, strict=True):
+            self._arrays[name].append(data)
+            self._offsets[name].append(self._offsets[name][-1] + len(data))
+        self._labels.append(0 if record.label == NO_LABEL else record.label)
+        self.crcs.append(record_crc(record))
+
+    def _begin(self, first: Sequence[Payload]) -> None:
+        """Open the flat arrays, with chunks for records like the first."""
+        for name, data in zip(FLAT, first, strict=True):
+            chunk = min(max(1 << (len(data) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
+            self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
+
+    def finish(self) -> ShardSummary:
+        """Write the rest."""
+        if not self._arrays:
+            self._begin([b""] * len(FLAT))
+        small = {f"{name}_offsets": np.array(self._offsets[name], "<u8") for name in FLAT}
+        small |= {"labels": np.array(self._labels, "<i8"), "crc32c": np.array(self.crcs, "<u4")}
+        for name, values in small.items():  # each in a single chunk
+            size = max(1, len(values)) * values.itemsize
+            self._arrays[name] = ArrayWriter(self._root / name, values.dtype.name, 1, size, size)
+            self._arrays[name].append(values.tobytes())
+        files = {f"{self._root.name}/zarr.json": self._group}
+        for name, array in self._arrays.items():
+            array.finish()
+            files |= {f"{self._root.name}/{name}/{file}": written for file, written in array.files.items()}
+        sizes = {name: offsets[-1] for name, offsets in self._offsets.items()}
+        target = sizes["target"] + sizes["logits"] + small["labels"].nbytes
+        return ShardSummary(files, {"pixels": sizes["pixels"], "features": sizes["features"], "target": target})
+
+    def abandon(self) -> None:
+        """Close the arrays."""
+        for array in self._arrays.values():
+            array.abandon()
+
+
+class Reader(ShardReader):
+    """Reads the bytes of the records that are asked for, and compares each record with its checksum."""
+
+    def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
+        super().__init__(folder, shard, keys)
+        keep_freed_memory()
+        attributes = read_attributes(self.where)
+        expected = {"scalekd_cache": FORMAT_VERSION, **shard._asdict()}
+        if attributes != expected:
+            raise damaged("this is another shard", attributes, expected, self.where)
+        count = len(keys)
+        self._crcs = ShardedArray(self.where / "crc32c", "uint32", count).all()
+        self._labels: list[int] = ShardedArray(self.where / "labels", "int64", count).all().tolist()
+        self._offsets: dict[str, list[int]] = {}
+        self._flat: dict[str, ShardedArray] = {}
+        for name in FLAT:
+            offsets = ShardedArray(self.where / f"{name}_offsets", "uint64", count + 1).all()
+            if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] >= 2**62:
+                raise damaged(f"offsets of {name} do not ascend from 0", offsets[:4], "0 <= ...", self.where)
+            self._offsets[name] = offsets.tolist()
+            self._flat[name] = ShardedArray(self.where / name, "uint8", int(offsets[-1]), plain=True)
+
+    @property
+    def crcs(self) -> NDArray[np.uint32]:
+        """(n,) uint32."""
+        return self._crcs
+
+    @property
+    def where(self) -> StoredPath:
+        """The group's folder."""
+        return self.folder / f"v{self.shard.view:04d}.zarr"
+
+    def read(self, rows: NDArray[np.int64]) -> list[Record]:
+        """Records of these rows, in this order."""
+        wanted = rows.tolist()
+        flat = []
+        for name in FLAT:
+            offsets = self._offsets[name]
+            flat.append(self._flat[name].spans([(offsets[row], offsets[row + 1]) for row in wanted]))
+        return [self._record(row, *parts) for row, *parts in zip(wanted, *flat, strict=True)]
+
+    def _record(self, row: int, features: Payload, pixels: Payload, target: Payload, logits: Payload) -> Record:
+        key = self.keys[row]
+        try:
+            told = cut_target(bytes(target), self.where)
+            cut = len(features) - told.second_bytes
+            label = self._labels[row] if Parts.LABEL in told.parts else NO_LABEL
+            if cut < 0 or (label == NO_LABEL and self._labels[row] != 0):
+                raise ValueError("a length or a label that its JSON does not tell of")
+            features, second = features[:cut], features[cut:]
+            payloads = map(crc_input, (pixels, features, second, logits))
+            self.check_crc(row, fields_crc(key.encode(), told.view, told.digest, label, *payloads))
+            record = Record(key, label, told.view.decode(), told.digest.decode(), pixels, features, logits, second)
+            return check_parts(record, told.parts)
+        except ValueError as error:
+            raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
+
+
+def padding(unit: Path) -> tuple[int, float]:
+    """Zeros that fill the last chunks of a unit's flat arrays, in bytes, and what they come to on average: half a chunk
+    an array. A shard costs them, however few records it holds. (0, 0) for a unit of tars."""
+    zeros, chunks = 0, 0
+    for name in FLAT:
+        for path in unit.glob(f"v*.zarr/{name}/zarr.json"):
+            meta, _ = read_json(path, "the metadata of a zarr array")
+            [chunk] = meta["codecs"][0]["configuration"]["chunk_shape"]
+            zeros += -meta["shape"][0] % chunk
+            chunks += chunk
+    return zeros, chunks / 2

@@ -1,0 +1,156 @@
+"""Writes the one-dimensional, sharded Zarr v3 arrays of the `zarr` backend, chunk by chunk, without zarr-python.
+
+In: an array's bytes, in any pieces. Out: `<name>/zarr.json` and shard files `<name>/c/0`, ...: chunks, each as it is
+with its crc32c or as a zstd frame with checksum, then their index. Invariant: every chunk is written, those of zeros
+too; equal bytes in give equal bytes out; any reader of Zarr v3 opens the arrays (zarr-python does in the tests).
+"""
+
+import functools
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+import zstandard
+
+from scalekd_cache.store.base import Payload, crc_input
+from scalekd_cache.store.durable_files import NewFile, Written, write_new
+
+BLOCK_BYTES = 1 << 16
+"""Chunks smaller than this are cut out of blocks of about this size."""
+UINT32 = struct.Struct("<I").pack
+ENTRY = struct.Struct("<QQ").pack
+ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
+"""Index entry of a chunk beyond the end of the array."""
+
+
+class ArrayWriter:
+    """A one-writer array that grows; at most a chunk of it is held, or a block of small ones.
+
+    Args:
+        folder: the array's folder.
+        dtype: numpy's name, little-endian in the file.
+        level: zstd's, with its checksum; None: chunks stay as they are, so that a reader gets at any byte of them, and
+            end with their crc32c.
+        chunk_bytes: bytes of a chunk before compression.
+        shard_bytes: bytes of a shard file before compression, whole chunks; an array that fits one file has no more
+            chunks in it than it needs.
+    """
+
+    def __init__(self, folder: Path, dtype: str, level: int | None, chunk_bytes: int, shard_bytes: int) -> None:
+        self._folder, self._dtype, self._level = folder, np.dtype(dtype), level
+        assert chunk_bytes % self._dtype.itemsize == 0, (chunk_bytes, dtype)
+        self._chunk_bytes, self._shard_chunks = chunk_bytes, shard_bytes // chunk_bytes
+        chunks = min(BLOCK_BYTES, shard_bytes) // chunk_bytes if level is None else 1
+        self._block_bytes = max(1, chunks) * chunk_bytes
+        assert shard_bytes % self._block_bytes == 0, (shard_bytes, chunk_bytes)
+        self._pending: list[Payload] = []
+        self._missing_bytes = self._block_bytes
+        self._bytes = 0
+        self._file: NewFile | None = None
+        self._index: list[bytes] = []
+        self.files: dict[str, Written] = {}
+        """Files that are whole, by name below `folder`; after `finish` all of them."""
+        folder.mkdir()
+
+    def append(self, data: Payload) -> None:
+        """More bytes of the array."""
+        self._bytes += len(data)
+        while len(data) >= self._missing_bytes:
+            left = memoryview(data)
+            self._pending.append(left[: self._missing_bytes])
+            data = left[self._missing_bytes :]
+            self._write_block()
+        if len(data):
+            self._pending.append(data)
+            self._missing_bytes -= len(data)
+
+    def finish(self) -> None:
+        """Write the last chunk, the last index and the metadata; the caller fsyncs them."""
+        assert self._bytes % self._dtype.itemsize == 0, (self._bytes, self._dtype)
+        if self._pending:
+            self._pending.append(bytes(self._missing_bytes % self._chunk_bytes))
+            self._write_block()
+        if not self.files:  # all of it lies in one file
+            self._shard_chunks = max(1, len(self._index))
+        if self._index:
+            self._finish_file()
+        text = json.dumps(self._metadata(), indent=2) + "\n"
+        self.files["zarr.json"] = write_new(self._folder / "zarr.json", text.encode(), sync=False)
+
+    def abandon(self) -> None:
+        """Close what is open."""
+        if self._file is not None:
+            self._file.abandon()
+
+    def _write_block(self) -> None:
+        """Whole chunks out of what is pending: one without a copy, or many small ones in a single write."""
+        pieces, self._pending, self._missing_bytes = self._pending, [], self._block_bytes
+        if len(self._index) == self._shard_chunks:
+            self._finish_file()
+        if self._file is None:
+            (self._folder / "c").mkdir(exist_ok=True)
+            self._file = NewFile(self._folder / self._file_name())
+        start, stored = self._file.bytes, self._chunk_bytes + 4
+        if self._level is not None:
+            frame = zstandard.ZstdCompressor(level=self._level, write_checksum=True).compress(b"".join(pieces))
+            stored, out, count = len(frame), [frame], 1
+        elif self._block_bytes == self._chunk_bytes:
+            out, count = [crc_input(piece) for piece in pieces], 1
+            out.append(UINT32(functools.reduce(google_crc32c.extend, out, 0)))
+        else:
+            data = b"".join(pieces)
+            chunks = [data[at : at + self._chunk_bytes] for at in range(0, len(data), self._chunk_bytes)]
+            out = [b"".join([part for chunk in chunks for part in (chunk, UINT32(google_crc32c.value(chunk)))])]
+            count = len(chunks)
+        self._file.write(*out)
+        self._index += [ENTRY(start + place * stored, stored) for place in range(count)]
+
+    def _finish_file(self) -> None:
+        """End a shard file with its index: offset and length of every chunk, crc32c."""
+        assert self._file is not None
+        index = b"".join(self._index) + ABSENT * (self._shard_chunks - len(self._index))
+        self._file.write(index, UINT32(google_crc32c.value(index)))
+        self.files[self._file_name()] = self._file.finish(sync=False)
+        self._file, self._index = None, []
+
+    def _file_name(self) -> str:
+        return f"c/{len(self.files)}"
+
+    def _metadata(self) -> dict[str, Any]:
+        """The array's zarr.json, as zarr-python 3.1 writes it for ZstdCodec(level, checksum=True) or Crc32cCodec()."""
+        item = self._dtype.itemsize
+        little = {"name": "bytes", "configuration": {"endian": "little"}}
+        sharding = {
+            "chunk_shape": [self._chunk_bytes // item],
+            "codecs": [
+                {"name": "bytes"} if item == 1 else little,
+                {"name": "crc32c"}
+                if self._level is None
+                else {"name": "zstd", "configuration": {"level": self._level, "checksum": True}},
+            ],
+            "index_codecs": [little, {"name": "crc32c"}],
+            "index_location": "end",
+        }
+        shard = [self._chunk_bytes // item * self._shard_chunks]
+        return {
+            "shape": [self._bytes // item],
+            "data_type": self._dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": shard}},
+            "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+            "fill_value": 0,
+            "codecs": [{"name": "sharding_indexed", "configuration": sharding}],
+            "attributes": {},
+            "zarr_format": 3,
+            "node_type": "array",
+            "storage_transformers": [],
+        }
+
+
+def write_group(folder: Path, attributes: dict[str, Any]) -> Written:
+    """The zarr.json of a group with these attributes."""
+    folder.mkdir()
+    meta = {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+    return write_new(folder / "zarr.json", (json.dumps(meta, indent=2) + "\n").encode(), sync=False)

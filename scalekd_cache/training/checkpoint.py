@@ -1,0 +1,165 @@
+"""Checkpoints of a run: whole tensors in safetensors, committed as shards are.
+
+In: tensors by file and a few facts. Out: `checkpoints/step-00000123/`, and the newest one that is whole.
+Invariant: a checkpoint's folder appears under its name in one rename, after everything in it was fsynced, and is used
+only when its files are, by sha256, what was written. A kill while saving leaves the one before. A checkpoint leaves
+its name in one rename too, and only when enough newer or equally new ones are whole. No pickles.
+"""
+
+import contextlib
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.durable_files import canonical_json, explained, fact_of, fsync_path, temp_beside, write_new
+
+FACTS_FILE = "checkpoint.json"
+NAME = re.compile(r"step-(\d{8,12})")
+STUDENT, MODEL, OPTIMIZER, AVERAGE = (f"{name}.safetensors" for name in ("student", "model", "optimizer", "average"))
+"""Files of a checkpoint: the student as it is exported, all weights and statistics, the optimizer's state, and the
+moving average where there is one."""
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that was found whole."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, on the CPU."""
+        tensors: dict[str, Tensor] = load_file(self.folder / name)
+        return tensors
+
+
+def commit_checkpoint(
+    folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int
+) -> Path:
+    """Write a checkpoint and remove those that are not kept any more (`prune_checkpoints`).
+
+    Args:
+        folder: the run's folder of checkpoints.
+        step: optimizer steps done.
+        files: tensors of each file.
+        facts: anything JSON holds; read again as `Checkpoint.facts`.
+        keep: whole checkpoints that stay, this one among them.
+
+    Raises:
+        UserError: the disk is full or fails, or the folder cannot be written; the older checkpoints are still there.
+    """
+    final = folder / f"step-{step:08d}"
+    temporary = temp_beside(final)
+    needed = sum(value.nbytes for tensors in files.values() for value in tensors.values())
+    with explained(folder, needed):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.mkdir()
+            written = {}
+            for name, tensors in files.items():
+                save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary / name))
+                fsync_path(temporary / name)
+                written[name] = fact_of(temporary / name)._asdict()
+            whole = {**facts, "step": step, "files": written}
+            write_new(temporary / FACTS_FILE, canonical_json({**whole, "sha256": _digest(whole)}).encode())
+            fsync_path(temporary)
+            if os.path.lexists(final):  # a damaged one of the same step
+                _remove(final)
+            os.rename(temporary, final)
+            fsync_path(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        prune_checkpoints(folder, final, keep)
+    return final
+
+
+def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
+    """Keep `newest` and the `keep - 1` newest others that are whole. Remove the rest and all temporary files.
+
+    A damaged checkpoint never takes the place of a whole one, whatever its step: those newer than `newest` were
+    refused when the run resumed. The run's folder is locked, so temporary files here belong to nobody, also those
+    that a session on another host left. `newest` is None where there is no checkpoint yet.
+    """
+    kept = 1
+    for path in reversed(_checkpoints(folder)):
+        if newest is not None and path.name == newest.name:
+            continue
+        if kept < keep and _is_whole(path):
+            kept += 1
+        else:
+            _remove(path)
+    for leftover in folder.glob(".tmp-*"):
+        _remove_tree(leftover)
+
+
+def _remove(path: Path) -> None:
+    """Remove a checkpoint: renamed first, so that a kill leaves no half of one under its name."""
+    temporary = temp_beside(path)
+    os.rename(path, temporary)
+    _remove_tree(temporary)
+
+
+def _remove_tree(path: Path) -> None:
+    """Remove a temporary folder, or what is in the place of one; what stays is tried again with the next checkpoint."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest checkpoint whose files are what was written, and what is wrong with newer ones."""
+    problems: list[str] = []
+    for path in reversed(_checkpoints(folder)):
+        try:
+            return _checked(path), problems
+        except UserError as error:
+            problems.append(str(error))
+    return None, problems
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Everything with the name of a checkpoint, by step."""
+    found = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
+    return [path for _, path in sorted((int(name[1]), path) for name, path in found if name is not None)]
+
+
+def _is_whole(path: Path) -> bool:
+    with contextlib.suppress(UserError):
+        _checked(path)
+        return True
+    return False
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical_json(facts).encode()).hexdigest()
+
+
+def _checked(path: Path) -> Checkpoint:
+    facts, _ = read_json(path / FACTS_FILE, "a checkpoint's description")
+    files = facts.get("files")
+    whole = facts.pop("sha256", None) == _digest(facts)
+    if not whole or not isinstance(files, dict) or not {STUDENT, MODEL, OPTIMIZER} <= files.keys():
+        raise UserError("a checkpoint's description is damaged", where=path / FACTS_FILE)
+    for name, written in files.items():
+        if Path(name).name != name or _fact(path / name) != written:
+            raise UserError(
+                "a checkpoint is damaged", where=path / name, fix="rerun: the newest whole one before it is used"
+            )
+    return Checkpoint(path, facts)
+
+
+def _fact(file: Path) -> dict[str, Any] | None:
+    """Length and sha256 of a file; None for one that cannot be read."""
+    try:
+        return fact_of(file)._asdict()
+    except (FileNotFoundError, UserError):
+        return None

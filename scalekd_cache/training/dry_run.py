@@ -1,0 +1,61 @@
+"""What a training run would do, without doing it.
+
+In: a `DistillConfig`. Out: a few lines. Invariant: what can be refused before the first step is refused here too;
+nothing is written, no process group and no training engine is started.
+"""
+
+from pathlib import Path
+
+import torch
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.config import DistillConfig, to_plain
+from scalekd_cache.distributed import Process
+from scalekd_cache.loader.loader import check_workers
+from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.training.assembly import make_heads, order_of, tail_of
+from scalekd_cache.training.checkpoint import latest_checkpoint
+from scalekd_cache.training.optim import describe_lr
+from scalekd_cache.training.run_cache import open_run_cache
+from scalekd_cache.training.run_files import read_summary
+from scalekd_cache.training.run_folder import check_config
+
+
+def describe_distill(config: DistillConfig, process: Process) -> list[str]:
+    """What `make distill` would do, a line each.
+
+    Raises:
+        UserError: whatever the run would be refused for before its first step.
+    """
+    run, train = Path(config.run or "runs/student"), config.train
+    check_config(run, to_plain(config))
+    reads = open_run_cache(config, run, process)
+    if read_summary(run) is not None:
+        return [f"{run} is finished; nothing would be done"]
+    cache, manifest = reads.cache, reads.cache.manifest
+    with torch.device("cpu"):
+        student = build_student(
+            config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+        )
+    lines = [f"student {config.student.name}: {_millions(student.model)} M parameters"]
+    if train.targets != "none":
+        tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
+        lines.append(f"projectors: {_millions(make_heads(config, student, tail))} M parameters, not exported")
+    order_of(train, cache, process)
+    check_workers(cache, codec_from_config(manifest.codec, cache.root), train.micro_batch_size, train.workers)
+    micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
+    per_epoch = steps_per_epoch(len(cache), train.global_batch_size)
+    lines.append(
+        f"{train.epochs} epochs of {per_epoch} steps of {train.global_batch_size} images, "
+        f"{len(micros)} micro-batches of {train.micro_batch_size} a process"
+    )
+    checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    begins = f"go on at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "begin at step 1"
+    lines += [describe_lr(config), *(f"not used: {problem}" for problem in problems)]
+    return [*lines, f"would {begins} in {run}; this was a dry run, nothing was written"]
+
+
+def _millions(module: torch.nn.Module) -> str:
+    return f"{sum(parameter.numel() for parameter in module.parameters()) / 1e6:.2f}"

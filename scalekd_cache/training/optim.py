@@ -1,0 +1,136 @@
+"""What a recipe says about optimisation, as timm and DeepSpeed take it.
+
+In: a `DistillConfig`. Out: optimizer, schedule, DeepSpeed's configuration. Invariant: a DeepSpeed JSON of the user adds
+to a recipe and never contradicts it. deepspeed itself is not imported here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler, StepLRScheduler
+from timm.scheduler.scheduler import Scheduler
+from torch import nn
+
+from scalekd_cache.config import DistillConfig, OptimConfig
+from scalekd_cache.distributed import Process, autocast_dtype
+from scalekd_cache.errors import UserError
+
+POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
+"""Parts of the names of parameters that hold positions, in students and in the heads."""
+
+
+def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
+    """The DeepSpeed configuration of a run: the user's JSON below, what the recipe fixes on top."""
+    train = config.train
+    given: dict[str, Any] = {}
+    if train.deepspeed:
+        try:
+            given = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
+            if not isinstance(given, dict):
+                raise ValueError(f"it holds a {type(given).__name__}, not an object")
+        except (OSError, ValueError) as error:
+            raise UserError(
+                "the DeepSpeed JSON cannot be read", got=error, where=train.deepspeed, fix="check train.deepspeed"
+            ) from error
+    low = autocast_dtype(train.precision, process.device) == torch.bfloat16
+    own: dict[str, Any] = {
+        "train_batch_size": train.global_batch_size,
+        "train_micro_batch_size_per_gpu": train.micro_batch_size,
+        "gradient_accumulation_steps": train.global_batch_size // train.micro_batch_size // process.world_size,
+        "gradient_clipping": config.optim.clip_norm,
+        "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer runs offloaded too
+        "torch_autocast": {"enabled": low, "dtype": "bfloat16"},
+        "steps_per_print": 10**9,
+    }
+    decided = own.keys() - {"zero_optimization"}
+    clash: list[str] = [name for name in given if name in decided and given[name] != own[name]]
+    forbidden: list[str] = [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in given]
+    if clash or forbidden:
+        raise UserError(
+            "the DeepSpeed JSON sets what the recipe decides",
+            got=", ".join(clash + forbidden),
+            expected="only what a recipe has no option for",
+            where=train.deepspeed,
+            fix="remove these keys; precision, optimizer and batch sizes are options of train and optim",
+        )
+    return {**given, **own}
+
+
+def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups, with and without weight decay, as `optim.no_decay` says."""
+    groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        position = any(part in name for part in POSITION_NAMES)
+        flat = parameter.ndim <= 1 or name.endswith(".bias")
+        spared = (position and optim.no_decay != "nothing") or (flat and optim.no_decay == "norm_bias_position")
+        if parameter.requires_grad:
+            groups[not spared].append(parameter)
+    decay = {True: optim.weight_decay, False: 0.0}
+    return [{"params": groups[on], "weight_decay": decay[on]} for on in (False, True) if groups[on]]
+
+
+def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
+    """The recipe's optimizer, from timm."""
+    momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
+    name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" is Nesterov's, upstream's is not
+    groups = parameter_groups(model, optim)
+    optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, **momentum)
+    return optimizer
+
+
+def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
+    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch).
+
+    The cosine begins at the whole rate where the warm-up ends, as upstream's does; steps fall at multiples of
+    `step_epochs` whatever the warm-up.
+    """
+    warm = min(round(optim.warmup_epochs * epoch), steps - 1)
+    warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}
+    if optim.schedule == "step":
+        return StepLRScheduler(
+            optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, warmup_prefix=False, **warmup
+        )
+    return CosineLRScheduler(optimizer, t_initial=steps - warm, lr_min=optim.min_lr * lr, warmup_prefix=True, **warmup)
+
+
+def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
+    """The step whose rate `step` uses: itself in the warm-up, the first of its epoch when held within epochs."""
+    if not optim.schedule_per_epoch or step < round(optim.warmup_epochs * epoch):
+        return step
+    return step // epoch * epoch
+
+
+def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:
+    """The model with BatchNorm layers that share their statistics over all processes.
+
+    Raises:
+        UserError: on a CPU.
+    """
+    if process.device.type != "cuda":
+        raise UserError(
+            "BatchNorm cannot be synchronised here: PyTorch's SyncBatchNorm runs on GPUs alone",
+            got=f"train.sync_bn=true on {process.device}",
+            fix='set SET="train.sync_bn=false": BatchNorm then sees micro-batches, the same on any number of processes',
+        )
+    synchronised: nn.Module = convert_sync_batchnorm(model)
+    return synchronised
+
+
+def scaled_lr(config: DistillConfig) -> float:
+    """The learning rate at the actual global batch (linear scaling)."""
+    return config.optim.lr * config.train.global_batch_size / config.optim.base_batch_size
+
+
+def describe_lr(config: DistillConfig) -> str:
+    """The scaling of the learning rate in one line, for the start of a run."""
+    optim, batch = config.optim, config.train.global_batch_size
+    return (
+        f"{optim.name}: learning rate {optim.lr:g} x {batch} / {optim.base_batch_size} = {scaled_lr(config):g} "
+        f"(global batch {batch} of micro-batches of {config.train.micro_batch_size})"
+    )

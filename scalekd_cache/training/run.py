@@ -1,0 +1,261 @@
+"""Stage 2: a cache and a student -> a run folder.
+
+In: a `DistillConfig`. Out: a trained, evaluated and exported student, and a summary.
+Invariant: everything that can be refused is refused before the first step; a finished run is not done again.
+"""
+
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
+from scalekd_cache.convert.timm_export import check_export_place
+from scalekd_cache.data.images import Source, open_source
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import CacheLoader, data_config
+from scalekd_cache.models.evaluate import Tally, evaluate
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher import Teacher, load_teacher
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.stopping import Stop, stopped
+from scalekd_cache.store import Manifest
+from scalekd_cache.store.growing import read_cache_facts
+from scalekd_cache.store.remote.remote_path import open_place
+from scalekd_cache.training.assembly import kept_classifier, make_heads, order_of, tail_of
+from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
+from scalekd_cache.training.finished import classifier, consolidated_student, export_state, facts_of
+from scalekd_cache.training.init_weights import load_start
+from scalekd_cache.training.model_card import model_card
+from scalekd_cache.training.optim import describe_lr, synchronise_batchnorm
+from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
+from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, Summary, read_summary
+from scalekd_cache.training.run_folder import RunFolder, check_same_cache, closing_table
+from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
+
+
+def distill(config: DistillConfig, process: Process) -> Summary:
+    """Train a student from a cache, or return the summary of the run when it is finished already."""
+    run = Path(config.run or "runs/student")
+    finished = read_summary(run)
+    folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
+    if finished is not None:
+        _check_finished(config, run, finished, folder, process)
+        process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
+        return finished
+    check_export_place(run / "export")
+    reads = open_run_cache(config, run, process)
+    cache = reads.cache
+    validation = _validation(cache.manifest, config.data, process)
+    checkpoint = _checkpoint(run, process)
+    trainer = _make_trainer(config, process, reads, checkpoint)
+    if trainer.loader.step:
+        process.say(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
+    if folder is not None:
+        folder.keep_facts(facts_of(cache.manifest, reads.views))
+        prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
+        damaged = folder.start_metrics(trainer.loader.step)
+        if damaged:
+            process.say(f"{damaged} damaged lines of {run / METRICS} are left out")
+    first, started, tally = trainer.loader.step, time.perf_counter(), None
+    if config.train.log_samples:
+        trainer.watch.log_samples(run)
+    with Stop() as stop, trainer.watch.guard(60 * config.train.timeout_minutes):
+        for step in trainer.train(folder):
+            signal = trainer.strongest(stop.wanted)
+            if signal or _saves(config.train, step, trainer.loader):
+                trainer.save(run / "checkpoints")
+            if signal:
+                dist.barrier()  # a launcher ends all processes once one has ended, and process 0 is still writing
+                raise stopped(signal, step, trainer.loader.total_steps)
+            if _evaluates(config.train, step, trainer.loader):
+                tally = judge(config, cache.manifest, trainer.student_state(), validation, process)
+                if folder is not None and tally is not None:
+                    folder.log(step, {"top1": tally.top1_percent, "top5": tally.top5_percent})
+    seconds = time.perf_counter() - started
+    state = trainer.student_state()
+    tally = judge(config, cache.manifest, state, validation, process)
+    summary = _summary(config, reads, trainer, tally)
+    summary["minutes"] = round(seconds / 60, 2)
+    images = (trainer.loader.total_steps - first) * config.train.global_batch_size
+    summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
+    if folder is not None:
+        kept, export = facts_of(cache.manifest, reads.views), run / "export"
+        card = model_card(config.student, to_plain(config), kept, summary, export)
+        summary["export_max_logit_difference"] = export_state(config.student, state, kept, export, card)
+        folder.finish(summary)  # the last thing: a run with a summary is whole
+        process.say(closing_table(run, summary))
+    dist.barrier()
+    return summary
+
+
+def _check_finished(
+    config: DistillConfig, run: Path, summary: Summary, folder: RunFolder | None, process: Process
+) -> None:
+    """A finished run is of this cache; files of it that were removed because they were damaged are written again."""
+    root = open_place(config.cache, config.remote)
+    facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.say)
+    check_same_cache(run, facts.fingerprint, root)
+    there = all((run / name).exists() for name in (OPTIONS, FACTS))
+    if folder is not None and not there and facts.fingerprint == summary["cache_fingerprint"]:
+        folder.keep_facts(facts_of(facts, summary["views"]))
+
+
+def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
+    """Where the run goes on; a damaged checkpoint is said, and the one before is taken."""
+    checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    for problem in problems:
+        process.say(f"not used: {problem}")
+    if problems and checkpoint is None:
+        raise UserError(
+            "no checkpoint of this run is whole",
+            where=run / "checkpoints",
+            fix="restore the folder, or remove it to train from the first step",
+        )
+    return checkpoint
+
+
+def _saves(train: TrainConfig, step: int, loader: CacheLoader) -> bool:
+    """Whether a checkpoint is due after this step."""
+    epoch, inside = divmod(step, loader.steps_per_epoch)
+    whole = inside == 0 and epoch % train.checkpoint_epochs == 0
+    within = train.checkpoint_steps > 0 and step % train.checkpoint_steps == 0
+    return whole or within or step == loader.total_steps
+
+
+def _evaluates(train: TrainConfig, step: int, loader: CacheLoader) -> bool:
+    """Whether an evaluation is due after this step; the last one comes after training."""
+    epoch, inside = divmod(step, loader.steps_per_epoch)
+    return inside == 0 and epoch % train.eval_epochs == 0 and step != loader.total_steps
+
+
+def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
+    """The validation images; their absence is said at the start, not after hours."""
+    try:
+        return open_source(data_config(manifest.data, data), "val")
+    except UserError as error:
+        process.say(f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
+        return None
+
+
+def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, checkpoint: Checkpoint | None) -> Trainer:
+    """Everything a run needs, built and checked on each rank."""
+    cache, manifest, train = reads.cache, reads.cache.manifest, config.train
+    torch.manual_seed(train.seed)
+    student = build_student(
+        config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+    )
+    if train.sync_bn:
+        student.model = synchronise_batchnorm(student.model, process)
+    process.say(describe_lr(config))
+    spec = TeacherSpec.from_json(manifest.teacher["spec"])
+    tail, teacher, heads = None, None, None
+    if train.targets != "none":
+        tail = tail_of(cache, spec).to(process.device)
+        if config.scalekd.tail_drop_path:
+            tail.enable_drop_path()
+        heads = make_heads(config, student, tail)
+    if config.init is not None and checkpoint is None:
+        process.say("starting from " + ", ".join(load_start(config.init, student.model, heads)))
+    if train.targets == "live":
+        teacher = live_teacher(manifest, config.teacher_weights, process.device)
+    loader = CacheLoader(
+        cache,
+        order_of(train, cache, process),
+        epochs=train.epochs,
+        global_batch=train.global_batch_size,
+        micro_batch=train.micro_batch_size,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=train.workers,
+        views=reads.views,
+        pixels=reads.pixels,
+        data=config.data,
+        pin_memory=process.device.type == "cuda",
+    )
+    start_processes(process, train.timeout_minutes)
+    check_ranks_agree(reads, process)
+    model = DistillModel(config, student, heads)
+    classifier = kept_classifier(config, cache, loader.logit_codec, process)
+    return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint, classifier)
+
+
+def live_teacher(
+    manifest: Manifest, weights: str | None, device: torch.device, precision: str | None = None
+) -> Teacher:
+    """The whole teacher of a cache.
+
+    Args:
+        manifest: the cache's.
+        weights: file of its weights (None: where stage 1 found them).
+        device: where it runs.
+        precision: its arithmetic (None: as stage 1's options say, so `auto` is the device's own).
+
+    Raises:
+        UserError: the weights are not there, or are those of another teacher.
+    """
+    spec, options = TeacherSpec.from_json(manifest.teacher["spec"]), manifest.teacher["config"]
+    options = {**options, "weights": weights or options["weights"], "precision": precision or options["precision"]}
+    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does, for a teacher of random weights
+    teacher = load_teacher(
+        TeacherConfig(**options), image_size=spec.image_size, num_classes=spec.num_classes, device=device
+    )
+    if teacher.spec.weights_sha256 != spec.weights_sha256:
+        raise UserError(
+            "the live teacher is not the teacher of the cache",
+            got=f"weights {teacher.spec.weights_sha256[:16]}",
+            expected=f"weights {spec.weights_sha256[:16]}",
+            fix="give its weights with TEACHER_WEIGHTS=",
+        )
+    return teacher
+
+
+def judge(
+    config: DistillConfig,
+    manifest: Manifest,
+    state: dict[str, torch.Tensor],
+    validation: Source | None,
+    process: Process,
+) -> Tally | None:
+    """Accuracy of the student with these weights on the validation images, shared by all ranks."""
+    if validation is None:
+        return None
+    size = manifest.view_recipe["size"]
+    student = consolidated_student(config.student, state, len(manifest.class_names), size)
+    share = evaluate(
+        classifier(student.model.to(process.device), config.student.mean, config.student.std),
+        validation,
+        size,
+        process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=config.train.workers,
+    )
+    counts = torch.tensor(share, device=process.device)
+    dist.all_reduce(counts)
+    return Tally(*counts.tolist())
+
+
+def _summary(config: DistillConfig, reads: RunCache, trainer: Trainer, tally: Tally | None) -> Summary:
+    manifest = reads.cache.manifest
+    return {
+        "student": config.student.name,
+        "teacher": manifest.teacher["spec"]["name"],
+        "targets": config.train.targets,
+        "top1": round(tally.top1_percent, 4) if tally else None,
+        "top5": round(tally.top5_percent, 4) if tally else None,
+        "val_images": tally.images if tally else 0,
+        "teacher_top1": manifest.teacher["top1"],
+        "has_classifier": manifest.teacher["spec"]["has_classifier"],
+        "epochs": config.train.epochs,
+        "steps": trainer.loader.total_steps,
+        "seed": config.train.seed,
+        "zero": config.train.zero,
+        "world_size": trainer.process.world_size,
+        "views": reads.views,
+        "codec": trainer.codec.id,
+        "bytes_per_view": manifest.bytes_per_view["total"],
+        "cache_fingerprint": manifest.fingerprint,
+    }

@@ -1,0 +1,193 @@
+"""The cache in a training loop of one's own: batches with their targets, and the ScaleKD loss as a module.
+
+In: a finished cache, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, for its loss.
+Invariant: samples, order, checks, decoding and losses are those of `make distill`; nothing here trains anything.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import Batch, CacheLoader
+from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.models.tail import Tail
+from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
+from scalekd_cache.store import Cache
+from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.training.assembly import cached_targets, check_logits, kept_classifier, order_of, tail_of
+
+
+class CachedBatch(NamedTuple):
+    """What a loop gets."""
+
+    images: Tensor
+    """(B, 3, H, W) float32, normalised."""
+    labels: Tensor
+    """(B,) int64."""
+    targets: Targets
+    """The teacher's map, norms and logits, float32."""
+
+
+class CachedTargets:
+    """The batches of some epochs; epoch e reads view e mod V. Iterating goes on where `state_dict` left off.
+
+    Args:
+        cache: a finished cache, or its folder or URL.
+        batch_size: samples a batch, whole batches only (also the group that BatchNorm sees).
+        epochs: passes over the data.
+        seed: of the order.
+        workers: processes that read and decode pixels.
+        device: where batches are delivered and features are decoded.
+        mean: channel means that the student subtracts, on a scale of 0 to 1.
+        std: channel standard deviations.
+        pixels_from: folder or URL of the cache whose pixels are shared (None: where it was).
+        data: where the images are, for a cache without pixels (None: where stage 1 found them).
+
+    Raises:
+        UserError: no finished cache, a damaged one, or fewer samples than a batch.
+    """
+
+    def __init__(
+        self,
+        cache: Cache | Path | str,
+        *,
+        batch_size: int,
+        epochs: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        mean: Sequence[float] = StudentConfig().mean,
+        std: Sequence[float] = StudentConfig().std,
+        pixels_from: str | None = None,
+        data: str | None = None,
+    ) -> None:
+        self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
+        self.device = torch.device(device)
+        manifest, process = self.cache.manifest, Process(0, 1, self.device)
+        if len(self.cache) < batch_size:
+            raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
+        self.num_classes, self.image_size = len(manifest.class_names), int(manifest.view_recipe["size"])
+        self.loader = CacheLoader(
+            self.cache,
+            order_of(TrainConfig(seed=seed), self.cache, process),
+            epochs=epochs,
+            global_batch=batch_size,
+            micro_batch=batch_size,
+            workers=workers,
+            pixels=pixels_of(self.cache, pixels_from, manifest.num_views),
+            data=data,
+            pin_memory=self.device.type == "cuda",
+        )
+        self._classifier = kept_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
+        self._mean, self._std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+
+    def __len__(self) -> int:
+        """Batches from the first to the last epoch."""
+        return self.loader.total_steps
+
+    def __iter__(self) -> Iterator[CachedBatch]:
+        for batch in self.loader:
+            yield self._deliver(batch.to(self.device))
+
+    def _deliver(self, batch: Batch) -> CachedBatch:
+        targets = cached_targets(self.loader.codec, self.loader.logit_codec, self._classifier, batch)
+        return CachedBatch((batch.images.float() - self._mean) / self._std, batch.labels, targets)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batches that were handed out, and what must be equal for it to mean the same."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on at a saved position; `UserError` when it belongs to another order of samples."""
+        self.loader.load_state_dict(state)
+
+
+class ScaleKDLoss(nn.Module):
+    """The ScaleKD heads of a student with their losses. Its parameters are trained together with the student's.
+
+    Args:
+        targets: a cache, or the `CachedTargets` of one: the teacher's frozen tail comes from there.
+        student: a module, (B, 3, H, W) normalised images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
+            `timm_student` makes one of a timm name. It is called once, in eval mode, for the shapes.
+        config: the method's constants (None: as published).
+        label_loss: ce or bce.
+        label_smoothing: of ce.
+
+    Raises:
+        UserError: no whole tail in the cache, or a student that gives something else.
+    """
+
+    def __init__(
+        self,
+        targets: "CachedTargets | Cache",
+        student: nn.Module,
+        config: ScaleKDConfig | None = None,
+        *,
+        label_loss: str = "ce",
+        label_smoothing: float = 0.0,
+    ) -> None:
+        super().__init__()
+        cache = targets.cache if isinstance(targets, CachedTargets) else targets
+        manifest = cache.manifest
+        self.config = config or ScaleKDConfig()
+        self.train_config = TrainConfig(label_loss=label_loss, label_smoothing=label_smoothing)  # type: ignore[arg-type]
+        check_logits(self.config, cache, logit_codec_from_config(manifest.logit_codec))
+        tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
+        if self.config.tail_drop_path:
+            tail.enable_drop_path()
+        shapes = shapes_of(student, int(manifest.view_recipe["size"]), len(manifest.class_names))
+        layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+        self.heads = ScaleKDHeads(
+            self.config,
+            tap_shapes=shapes,
+            tail_in_shape=tail.in_shape,
+            tail_out_shape=tail.out_shape,
+            layer_norm=layer_norm,
+        )
+        self._tail: list[Tail] = [tail]  # in a list: not a part of the module, so in no state dict and no optimizer
+
+    def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
+        """The six terms, weighted; `.total` is what is differentiated. Everything is on one device."""
+        tail = self._tail[0] = self._tail[0].to(s4.device)
+        maps = self.heads(s3, s4, tail)
+        return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
+
+
+def timm_student(name: str, targets: CachedTargets) -> Student:
+    """A timm model (or a short name) with random weights, for the classes and image size of a cache; `.model` is plain
+    timm."""
+    config = StudentConfig(name=name)
+    return build_student(config, num_classes=targets.num_classes, image_size=targets.image_size).to(targets.device)
+
+
+@torch.no_grad()
+def shapes_of(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape]:
+    """(C, H, W) of S3 and S4.
+
+    Raises:
+        UserError: the module gives something else than two maps and logits of these classes.
+    """
+    mode = student.training
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    student.train(mode)
+    shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
+    if [len(shape) for shape in shapes] != [4, 4, 2] or shapes[2][1] != num_classes:
+        raise UserError(
+            "this module is no student",
+            got=f"it gives {', '.join(map(str, shapes))}",
+            expected=f"S3 (B, C, H, W), S4 (B, C, H, W), logits (B, {num_classes})",
+            where=type(student).__name__,
+            fix='see "My student" in docs/GUIDES.md',
+        )
+    s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
+    return s3, s4

@@ -1,0 +1,290 @@
+"""The training loop under DeepSpeed; the only file that imports deepspeed.
+
+In: a cache, a `DistillConfig`. Out: a run folder with metrics, checkpoints, a summary and the exported student.
+Invariant: the teacher and its tail are outside the engine's module tree: not trained, not partitioned, not saved.
+The samples, the BatchNorm groups and the random numbers of a step depend on the seed and the step alone.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.config import DistillConfig
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import Batch, CacheLoader
+from scalekd_cache.models.student import Student
+from scalekd_cache.models.tail import Tail
+from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.progress import progress
+from scalekd_cache.scalekd.heads import ScaleKDHeads, Targets
+from scalekd_cache.scalekd.losses import LossTerms, distillation_losses
+from scalekd_cache.training.assembly import cached_targets
+from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
+from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
+from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
+from scalekd_cache.training.run_folder import RunFolder
+from scalekd_cache.training.watchdog import Watch
+from scalekd_cache.training.zero_state import gather_state, scatter_state, whole_weights
+
+if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it is imported, and warns without a GPU
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+
+
+class DistillModel(nn.Module):
+    """What DeepSpeed trains: the student and, when there are targets, the ScaleKD heads."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: DistillConfig, student: Student, heads: ScaleKDHeads | None) -> None:
+        super().__init__()
+        self.config = config
+        self.student = student
+        self.heads = heads
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (config.student.mean, config.student.std))
+        self.register_buffer("mean", mean, persistent=False)
+        self.register_buffer("std", std, persistent=False)
+
+    def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
+        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
+        pixels = (images.float() - self.mean) / self.std
+        if pixels.is_cuda:  # a CPU's kernels are slower so (docs/LOG.md)
+            pixels = pixels.contiguous(memory_format=torch.channels_last)
+        s3, s4, logits = self.student(pixels)
+        maps = None
+        if self.heads is not None:
+            assert targets is not None
+            assert tail is not None
+            maps = self.heads(s3, s4, tail)
+        return distillation_losses(self.config.scalekd, self.config.train, logits, labels, maps, targets)
+
+
+def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
+    """Join the job's processes; a job of one process joins itself. An exchange that takes longer ends the run.
+
+    Raises:
+        UserError: DeepSpeed's communication operator cannot be compiled here.
+    """
+    if process.device.type == "cpu":
+        prepare_build(process, lambda: deepspeed.accelerator.get_accelerator().create_op_builder(OPERATOR).load(False))
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_PORT", "0")
+    deepspeed.init_distributed(
+        dist_backend="nccl" if process.device.type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        verbose=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+
+class Trainer:
+    """One training run: the engine and what is beside it."""
+
+    def __init__(
+        self,
+        config: DistillConfig,
+        process: Process,
+        loader: CacheLoader,
+        model: DistillModel,
+        tail: Tail | None,
+        teacher: Teacher | None,
+        codec: FeatureCodec,
+        checkpoint: Checkpoint | None = None,
+        classifier: nn.Linear | None = None,
+    ) -> None:
+        """Build the engine; with a checkpoint, at its step: any number of processes and any ZeRO stage may go on.
+
+        `classifier` is the teacher's, where a cache keeps it in place of logits.
+        """
+        self.config = config
+        self.process = process
+        self.loader = loader
+        self.model = model.to(process.device)
+        self.tail = tail
+        self.teacher = teacher
+        self.codec = codec
+        self.classifier = classifier
+        self.watch = Watch(process, loader)
+        lr = scaled_lr(config)
+        # Weights are loaded and the average starts before the engine, which may partition the weights.
+        if checkpoint is not None:
+            self._resume_weights(checkpoint)
+        ema = config.train.ema_decay
+        self.ema = ModelEmaV3(model.student.model, decay=ema) if ema else None
+        optimizer = make_optimizer(model, config.optim, lr)
+        self.schedule = make_schedule(optimizer, config.optim, lr, loader.total_steps, loader.steps_per_epoch)
+        self.engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
+        )
+        if checkpoint is not None:
+            self._resume_optimizer(checkpoint)
+
+    def train(self, folder: RunFolder | None) -> Iterator[int]:
+        """Train from the loader's position to the end; yields after every step the number of steps done."""
+        log_every, first = self.config.train.log_every, self.loader.step
+        per_epoch, total = self.loader.steps_per_epoch, self.loader.total_steps
+        batches = iter(self.loader)
+        sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
+        watch = self.watch
+        bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
+        for step in range(first, total):
+            watch.step_begins(step)
+            terms, wait = self._step(step, batches)
+            bar.update()
+            waited, steps = waited + wait, steps + 1
+            sums = [a + b for a, b in zip(sums, terms, strict=True)]
+            # An epoch's end too: what is not finite must not reach a checkpoint.
+            if (step + 1) % log_every == 0 or (step + 1) % per_epoch == 0:
+                seconds = time.perf_counter() - started
+                values = self._average(sums, steps)
+                values |= {"epoch": step // per_epoch, "lr": self._lr()}
+                values["images_per_s"] = steps * self.config.train.global_batch_size / seconds
+                values["data_wait"] = waited / seconds
+                self._check_finite(step, values)
+                gpu = f", gpu={torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
+                bar.set_postfix_str(f"loss={values['loss']:.3f}, wait={values['data_wait']:.0%}{gpu}")
+                if folder is not None:
+                    folder.log(step + 1, values)
+                sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0
+            pause = time.perf_counter()
+            yield step + 1
+            started += time.perf_counter() - pause
+        bar.close()
+
+    def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
+        """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of waiting."""
+        self.schedule.step_update(schedule_step(self.config.optim, step, self.loader.steps_per_epoch))
+        wait, rows = 0.0, []
+        for micro in self.loader.micros:
+            asked = time.perf_counter()
+            with self.watch.data_may_wait() if self.config.follow else nullcontext():
+                batch = next(batches)
+            wait += time.perf_counter() - asked
+            batch = batch.to(self.process.device)
+            torch.manual_seed((self.config.train.seed * 1_000_003 + step) * 65_536 + micro)
+            terms = self.engine(batch.images, batch.labels, self._targets(batch), self.tail)
+            self.engine.backward(terms.total)
+            self.engine.step()
+            rows.append(torch.stack([term.detach() for term in terms]))
+            self.watch.micro_batch_done(step, micro, batch, rows[-1])
+        if self.ema is not None:
+            self.ema.update(self.model.student.model, step)
+        return torch.stack(rows).mean(0), wait
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch) -> Targets | None:
+        if self.config.train.targets == "none":
+            return None
+        if self.teacher is not None:
+            features, logits = self.teacher(batch.images)
+            exact = make_codec("float32", self.codec.shape)  # the path of a lossless cache, down to the memory layout
+            return Targets(*exact.decode(exact.encode(features)), logits)
+        return cached_targets(self.codec, self.loader.logit_codec, self.classifier, batch)
+
+    def _lr(self) -> float:
+        return float(self.engine.optimizer.param_groups[0]["lr"])
+
+    def _average(self, sums: list[Any], steps: int) -> dict[str, float]:
+        """The terms per step, averaged over ranks."""
+        means = torch.stack([torch.as_tensor(value, device=self.process.device) for value in sums]) / steps
+        dist.all_reduce(means)
+        means /= self.process.world_size
+        values = dict(zip(LossTerms._fields, means.tolist(), strict=True))
+        return {"loss": sum(values.values()), **values}
+
+    def _check_finite(self, step: int, values: dict[str, float]) -> None:
+        bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
+        first = self.watch.first_bad()
+        if bad or first is not None:
+            got = ", ".join(f"{name}={values[name]}" for name in bad) or "a micro-batch's loss"
+            raise not_finite(got, first or f"step {step + 1}")
+
+    def strongest(self, signal: int) -> int:
+        """The largest of a number over all ranks: what one rank was asked to do, all do at the same step."""
+        if self.process.world_size == 1:
+            return signal
+        number = torch.tensor(signal, device=self.process.device)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
+
+    @torch.no_grad()
+    def student_state(self) -> dict[str, Tensor]:
+        """The student's whole state dict on the CPU, the same on every rank.
+
+        The moving average when there is one. BatchNorm statistics, which each rank gathered from its own
+        micro-batches, are merged by their mean.
+        """
+        model = self.ema.module if self.ema is not None else self.model.student.model
+        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self.config.train.zero == 3):
+            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        for name, _ in model.named_buffers():
+            if name in state and state[name].is_floating_point():
+                dist.all_reduce(state[name])
+                state[name] /= self.process.world_size
+        return {name: value.cpu() for name, value in state.items()}
+
+    def save(self, folder: Path) -> None:
+        """Commit a checkpoint of this step and drop the oldest beyond `keep_checkpoints` (`checkpoint.py`).
+
+        Raises:
+            UserError: weights that are not finite; the disk is full. The checkpoints before stay.
+        """
+        zero, device, module = self.config.train.zero, self.process.device, self.model
+        weights = whole_weights(self.engine, module, zero, device)
+        bad = [name for name, value in weights.items() if not value.isfinite().all()]
+        if bad:
+            got = f"{len(bad)} weights, the first is {bad[0]}"
+            raise not_finite(got, self.watch.first_bad() or f"step {self.loader.step}")
+        tensors, numbers, counts = gather_state(self.engine, module, zero, device)
+        files = {STUDENT: self.student_state(), MODEL: {**weights, **self._statistics(module)}, OPTIMIZER: tensors}
+        if self.ema is not None:
+            files[AVERAGE] = {**self.ema.module.state_dict(), **self._statistics(self.ema.module)}
+        if self.process.rank == 0:
+            facts = {"loader": self.loader.state_dict(), "numbers": numbers, "counts": counts}
+            commit_checkpoint(folder, self.loader.step, files, facts, self.config.train.keep_checkpoints)
+
+    def _statistics(self, module: nn.Module) -> dict[str, Tensor]:
+        """The buffers of a module, BatchNorm statistics merged over processes by their mean."""
+        saved = module.state_dict().keys()
+        buffers = {name: value.detach().clone() for name, value in module.named_buffers() if name in saved}
+        for value in buffers.values():
+            if value.is_floating_point():
+                dist.all_reduce(value)
+                value /= self.process.world_size
+        return {name: value.cpu() for name, value in buffers.items()}
+
+    def _resume_weights(self, checkpoint: Checkpoint) -> None:
+        """Before the engine partitions them: position, weights, statistics."""
+        self.loader.load_state_dict(checkpoint.facts["loader"])
+        self.model.load_state_dict(checkpoint.tensors(MODEL))
+
+    def _resume_optimizer(self, checkpoint: Checkpoint) -> None:
+        tensors, facts = checkpoint.tensors(OPTIMIZER), checkpoint.facts
+        scatter_state(self.engine, self.model, self.config.train.zero, tensors, facts["numbers"], facts["counts"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(checkpoint.tensors(AVERAGE))
+
+
+def not_finite(got: str, where: str) -> UserError:
+    """The error of a run that has diverged."""
+    return UserError(
+        "the run is not finite any more",
+        got=got,
+        where=where,
+        fix="lower optim.lr or set optim.clip_norm in another RUN=; the last checkpoint of this one is whole",
+    )

@@ -1,0 +1,269 @@
+"""Views: drawing one, applying it to an image, and its JSON record.
+
+In: the view recipe, a sample key with its image size and a view number, or a record of a view that was drawn earlier.
+Out: `View` records and (size, size, 3) uint8 pixels, which `stored_pixels.py` turns into bytes.
+Invariant: a view is a pure function of (recipe, seed, key, number, image size), and its pixels are a pure function of
+(view, image, recipe): no global state, so rank, worker and order never matter. All pixels are uint8.
+"""
+
+import hashlib
+import math
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from scalekd_cache.config import ViewConfig, require
+from scalekd_cache.errors import UserError
+from scalekd_cache.views.randaugment import (
+    OPERATION_NAMES,
+    RECORD_FIX,
+    apply_operation,
+    check_operation,
+    resolve_argument,
+)
+
+Pixels = NDArray[np.uint8]
+Box = tuple[int, int, int, int]
+"""(left, top, width, height) in pixels."""
+
+NOISE_MEAN, NOISE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+"""Mean and standard deviation of erased pixels, red, green and blue: ImageNet's, as upstream."""
+
+_TRIES, _OPS_MAX, _APPLY_PROBABILITY = 10, 15, 0.5
+# Layout of the uniform values behind one view; it is part of the cache format.
+_CROP = slice(0, 4 * _TRIES)
+_FLIP = _CROP.stop
+_OPS = slice(_FLIP + 1, _FLIP + 1 + 4 * _OPS_MAX)
+_ERASE = _OPS.stop
+_BOX = slice(_ERASE + 1, _ERASE + 1 + 4 * _TRIES)
+_NOISE = _BOX.stop  # the last one
+_SEED_BITS = 53  # what every JSON reader keeps exactly
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+_FIELDS = ("number", "crop", "flip", "operations", "erase", "noise_seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """One augmented view, explicit enough to be applied without drawing anything."""
+
+    number: int
+    crop: Box
+    """Box of the source image that is resized to the view."""
+    flip: bool
+    """Mirrored left to right."""
+    operations: tuple[tuple[str, float], ...]
+    """RandAugment operations that are applied, in order, each with its argument (`augment.py` gives the units)."""
+    erase: Box | None
+    """Box of the view that is overwritten with noise, or None."""
+    noise_seed: int
+    """Seed of that noise, 0 to 2^53 - 1."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON values; `from_json` gives an equal view back."""
+        return {
+            "number": self.number,
+            "crop": list(self.crop),
+            "flip": self.flip,
+            "operations": [[name, argument] for name, argument in self.operations],
+            "erase": None if self.erase is None else list(self.erase),
+            "noise_seed": self.noise_seed,
+        }
+
+    @staticmethod
+    def from_json(record: object) -> "View":
+        """A view from its parsed JSON record.
+
+        Raises UserError for missing or unknown keys, wrong types, boxes with a negative or empty side, unknown
+        operations and arguments out of range (NaN too). Whether boxes fit the image is checked by `apply_view`.
+        """
+        if not isinstance(record, dict) or set(record) != set(_FIELDS):
+            got = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
+            raise UserError("a view record has the wrong keys", got=got, expected=sorted(_FIELDS), fix=RECORD_FIX)
+        operations = record["operations"]
+        pairs = isinstance(operations, list) and all(isinstance(op, list) and len(op) == 2 for op in operations)
+        _check_field(pairs and len(operations) <= _OPS_MAX, record, "operations", "up to 15 pairs of name and argument")
+        _check_field(isinstance(record["flip"], bool), record, "flip", "true or false")
+        return View(
+            number=_whole(record, "number", 2**63),
+            crop=_box(record, "crop"),
+            flip=record["flip"],
+            operations=tuple(check_operation(name, argument) for name, argument in operations),
+            erase=None if record["erase"] is None else _box(record, "erase"),
+            noise_seed=_whole(record, "noise_seed", 2**_SEED_BITS),
+        )
+
+
+def _check_field(ok: bool, record: dict[str, Any], name: str, expected: str) -> None:
+    if not ok:
+        got = repr(record[name])[:200]
+        raise UserError(f"field {name!r} of a view record is wrong", got=got, expected=expected, fix=RECORD_FIX)
+
+
+def _whole(record: dict[str, Any], name: str, limit: int) -> int:
+    value = record[name]
+    _check_field(type(value) is int and 0 <= value < limit, record, name, f"a whole number from 0 to {limit - 1}")
+    return int(value)
+
+
+def _box(record: dict[str, Any], name: str) -> Box:
+    box = record[name]
+    ok = isinstance(box, list) and len(box) == 4 and all(type(side) is int and 0 <= side < 2**31 for side in box)
+    _check_field(ok and min(box[2:]) > 0, record, name, "[left, top, width, height], not negative and not empty")
+    return box[0], box[1], box[2], box[3]
+
+
+def sample_view(config: ViewConfig, key: str, number: int, width: int, height: int) -> View:
+    """Draw view `number` of the image `key`, which is `width` x `height` pixels.
+
+    A Philox generator keyed by a hash of (config.seed, key, number) gives a fixed row of 143 uniform values, of which
+    every stage owns its own part whether it is on or off, so switching one augmentation changes no other:
+    40 crop (10 tries of area, ratio, left, top), 1 flip, 60 RandAugment (15 operations of kind, applied or not,
+    magnitude, sign), 1 erase or not, 40 erase box (as the crop), 1 noise seed. Only the generator's raw output is used:
+    numpy keeps that stable over versions.
+
+    The crop is torchvision's RandomResizedCrop, RandAugment and random erasing are timm's.
+    """
+    assert number >= 0, number
+    assert min(width, height) > 0, (width, height)
+    text = struct.pack("<QQ", config.seed, number) + key.encode()
+    digest = hashlib.blake2b(text, digest_size=16, person=b"scalekd-view-1").digest()
+    raw = np.random.Philox(key=int.from_bytes(digest, "little")).random_raw(_NOISE + 1)
+    uniform: list[float] = ((raw >> np.uint64(11)) * 2.0**-53).tolist()  # 0 <= value < 1
+    return View(
+        number=number,
+        crop=_sample_crop(config, uniform[_CROP], width, height),
+        flip=uniform[_FLIP] < config.flip_probability,
+        operations=_sample_operations(config, uniform[_OPS]),
+        erase=_sample_erase(config, uniform[_BOX]) if uniform[_ERASE] < config.erase_probability else None,
+        noise_seed=int(uniform[_NOISE] * 2**_SEED_BITS),
+    )
+
+
+def _between(uniform: float, bounds: tuple[float, float]) -> float:
+    return bounds[0] + uniform * (bounds[1] - bounds[0])
+
+
+def _log_between(uniform: float, bounds: tuple[float, float]) -> float:
+    return math.exp(_between(uniform, (math.log(bounds[0]), math.log(bounds[1]))))
+
+
+def _sample_crop(config: ViewConfig, uniform: Sequence[float], width: int, height: int) -> Box:
+    """RandomResizedCrop's box: the first of ten tries that fits, else the largest centred one with an allowed ratio."""
+    for i in range(0, len(uniform), 4):
+        area = width * height * _between(uniform[i], config.crop_scale)
+        ratio = _log_between(uniform[i + 1], config.crop_ratio)
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            return int(uniform[i + 2] * (width - w + 1)), int(uniform[i + 3] * (height - h + 1)), w, h
+    low, high = config.crop_ratio
+    w = min(width, max(1, round(height * high)))
+    h = min(height, max(1, round(width / low)))
+    return (width - w) // 2, (height - h) // 2, w, h
+
+
+def _sample_operations(config: ViewConfig, uniform: Sequence[float]) -> tuple[tuple[str, float], ...]:
+    operations = []
+    for i in range(0, 4 * config.randaugment_ops, 4):
+        kind, applied, normal, sign = uniform[i : i + 4]
+        if applied >= _APPLY_PROBABILITY:
+            continue
+        name = OPERATION_NAMES[int(kind * len(OPERATION_NAMES))]
+        deviation = NormalDist().inv_cdf(normal + 2.0**-54)  # half a step: the open interval (0, 1)
+        magnitude = config.randaugment_magnitude + config.randaugment_magnitude_std * deviation
+        operations.append((name, resolve_argument(name, magnitude, sign >= 0.5)))
+    return tuple(operations)
+
+
+def _sample_erase(config: ViewConfig, uniform: Sequence[float]) -> Box | None:
+    """The box of timm's RandomErasing, strictly smaller than the view; None when none of ten tries fits."""
+    size = config.size
+    for i in range(0, len(uniform), 4):
+        area = size * size * _between(uniform[i], config.erase_area)
+        ratio = _log_between(uniform[i + 1], config.erase_ratio)
+        w, h = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < w < size and 0 < h < size:
+            return int(uniform[i + 2] * (size - w + 1)), int(uniform[i + 3] * (size - h + 1)), w, h
+    return None
+
+
+def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
+    """The view of an (H, W, 3) uint8 image: crop, resize, flip, RandAugment, erase; (size, size, 3) uint8.
+
+    The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside it plays a part.
+    Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped. Raises
+    UserError when the view does not fit the image or the recipe's size.
+    """
+    _assert_pixels(image)
+    left, top, width, height = view.crop
+    _check_inside(view.crop, (image.shape[1], image.shape[0]), "crop of a view lies outside its image")
+    resample = _FILTERS[config.interpolation]
+    picture = Image.fromarray(image[top : top + height, left : left + width])
+    picture = picture.resize((config.size, config.size), resample)
+    if view.flip:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    for name, argument in view.operations:
+        picture = apply_operation(name, argument, picture, resample)
+    pixels = np.array(picture)
+    if view.erase is not None:
+        left, top, width, height = view.erase
+        _check_inside(view.erase, (config.size, config.size), "erased box of a view lies outside the view")
+        pixels[top : top + height, left : left + width] = _noise(view.noise_seed, width, height)
+    return pixels
+
+
+def _assert_pixels(image: Pixels) -> None:
+    assert image.dtype == np.uint8, image.dtype
+    assert image.shape[2:] == (3,), image.shape
+
+
+def _check_inside(box: Box, sides: tuple[int, int], what: str) -> None:
+    left, top, width, height = box
+    if min(left, top) < 0 or min(width, height) < 1 or left + width > sides[0] or top + height > sides[1]:
+        raise UserError(
+            f"the {what}",
+            got=f"left {left}, top {top}, width {width}, height {height}",
+            expected=f"inside {sides[0]} x {sides[1]} pixels",
+            fix="use the images and the view size that the cache was made with",
+        )
+
+
+@cache
+def _noise_table() -> Pixels:
+    """(3, 65536) uint8: each channel's rounded, clipped normal value at each 16-bit quantile, rising."""
+    rows = []
+    for normal in map(NormalDist, NOISE_MEAN, NOISE_STD):
+        ends = [math.ceil(65536 * normal.cdf(value + 0.5) - 0.5) for value in range(255)]
+        rows.append(np.searchsorted(np.array(ends), np.arange(65536), side="right"))
+    return np.stack(rows).astype(np.uint8)
+
+
+def _noise(seed: int, width: int, height: int) -> Pixels:
+    """(height, width, 3) uint8 noise: 16 bits of raw Philox output a value, through a table (exact on any platform)."""
+    count = width * height * 3
+    raw = np.random.Philox(key=seed).random_raw(-(-count // 4)).astype("<u8", copy=False)
+    quantiles = raw.view("<u2")[:count].reshape(height, width, 3)
+    return np.stack([row[quantiles[..., channel]] for channel, row in enumerate(_noise_table())], axis=2)
+
+
+def eval_view(image: Pixels, size: int, crop_share: float = 0.875) -> Pixels:
+    """The validation view of an (H, W, 3) uint8 image: shorter side to round(size / crop_share), bicubic, then the
+    central size x size; (size, size, 3) uint8. Images smaller than that are enlarged.
+
+    Only the central part is ever computed, so a long thin image costs no more than any other.
+    """
+    _assert_pixels(image)
+    require(0 < crop_share <= 1, "crop_share", crop_share, "above 0, at most 1")
+    height, width = image.shape[:2]
+    short = round(size / crop_share)
+    scaled = [int(short * side / min(width, height)) for side in (width, height)]
+    left, top = (round((side - size) / 2) for side in scaled)
+    x, y = width / scaled[0], height / scaled[1]  # source pixels per scaled pixel
+    box = (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))
+    return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))

@@ -1,0 +1,147 @@
+"""What only a look into the records finds: checksums are right, contents are not; and what the teacher says again."""
+
+import hashlib
+import json
+import shutil
+import struct
+
+import numpy as np
+import pytest
+from small_cache import SAMPLES, copy_of_cache, reseal, shared_cache, shared_weights
+
+from scalekd_cache.audit.verify_cache import check_deeply, unit_of
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Cache, UnitWriter, build_manifest, read_manifest, read_unit, unit_folder, write_manifest
+from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.verify_unit import Part
+
+
+def rewrite_unit(root, change, range_id=0):
+    """Write a unit and the manifest anew with changed records: every checksum is right again."""
+    manifest, folder = read_manifest(root), unit_folder(root, 0, range_id)
+    info, _ = read_unit(folder)
+    cache = Cache.open(root)
+    start = sum(row.count for row in manifest.units if row.range_id < range_id)
+    records = {view: cache.read(range(start, start + info.count), view) for view in info.views}
+    shutil.rmtree(folder)
+    with UnitWriter(
+        root, backend=info.backend, group=0, range_id=range_id, start=info.start, stop=info.stop, views=info.views,
+        fingerprint=info.fingerprint,
+    ) as writer:  # fmt: skip
+        for view, rows in records.items():
+            for record in rows:
+                owned = {name: bytes(getattr(record, name)) for name in ("pixels", "features", "logits")}
+                writer.append(view, change(record._replace(**owned)))
+        assert writer.commit(info.fidelity)
+    write_manifest(root, build_manifest(root, read_plan(root).facts))
+
+
+def nan_scale(record):
+    return record._replace(features=struct.pack("<e", float("nan")) + record.features[2:])
+
+
+def infinite_norm(record):
+    return record._replace(features=record.features[:-2] + struct.pack("<e", float("inf")))
+
+
+def view_field(name, value):
+    def change(record):
+        return record._replace(view=json.dumps({**json.loads(record.view), name: value}))
+
+    return change
+
+
+LIES = {
+    "NaN scale": (nan_scale, "features are not finite"),
+    "infinite norm": (infinite_norm, "features are not finite"),
+    "short features": (lambda r: r._replace(features=r.features[:-1]), "damaged features"),
+    "NaN logits": (lambda r: r._replace(logits=r.logits[:1] + b"\xff\xff\xff\x7f" + r.logits[5:]), "not finite"),
+    "logits of another mode": (lambda r: r._replace(logits=b"\x09" + r.logits[1:]), "damaged logits"),
+    "no logits": (lambda r: r._replace(logits=b""), "damaged logits"),
+    "label": (lambda r: r._replace(label=10), "label 10 of 10 classes"),
+    "negative label": (lambda r: r._replace(label=-1), "label -1"),
+    "view number": (view_field("number", 7), "view 7"),
+    "view field": (view_field("crop", [0, 0, 0, 0]), "crop"),
+    "digest": (lambda r: r._replace(digest="0" * 16), "the teacher saw 0000000000000000"),
+    "no pixels": (lambda r: r._replace(pixels=b""), "cannot be decoded"),
+    "other pixels": (lambda r: r._replace(pixels=b"\x80\x04cos\nsystem\n."), "cannot be decoded"),
+}
+
+
+@pytest.mark.parametrize("name", LIES)
+def test_contents_that_lie_under_right_checksums_are_found(tmp_path, name):
+    change, text = LIES[name]
+    root = copy_of_cache(tmp_path / "cache")
+    keys = (root / "units/g000-r00001/keys.txt").read_text().splitlines()
+    rewrite_unit(root, lambda record: change(record) if record.key == keys[5] else record, 1)
+    problems = check_deeply(root, records=0).findings.problems
+    assert {problem.unit for problem in problems} == {(0, 1)}
+    assert {problem.part for problem in problems} == {Part.UNIT}
+    assert {problem.where for problem in problems} == {f"units/g000-r00001/v000{view}" for view in (0, 1)}
+    named = [problem for problem in problems if problem.key == keys[5]]
+    assert len(named) >= 2
+    assert all(text in problem.what for problem in problems if problem.key), problems
+
+
+def test_the_teacher_recognises_its_own_answers():
+    root = shared_cache().root
+    report = check_deeply(root, records=20, seed=3)
+    assert report.findings.problems == report.findings.notes == []
+    agreement = report.agreement
+    assert agreement.records == 20
+    assert agreement.top1_percent == 100
+    assert agreement.figures["cosine_mean_removed"]["mean"] > 0.999
+    assert check_deeply(root, records=20, seed=3).agreement == agreement
+    assert check_deeply(root, records=0).agreement is None
+
+
+def test_answers_of_another_view_are_recognised_as_wrong(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    rows = [record.features for record in Cache.open(root).read(range(32), 0)]
+    others = iter([*rows[1:], rows[0]] * 2)
+    rewrite_unit(root, lambda record: record._replace(features=next(others)))
+    problems = check_deeply(root, records=2 * SAMPLES).findings.problems
+    assert {problem.unit for problem in problems} == {(0, 0)}
+    assert len(problems) >= 48
+    record = Cache.open(root).read([7], 1)[0]
+    assert any(problem.key == record.key and "v0001" in problem.where for problem in problems)
+
+
+def test_positions_belong_to_units():
+    cache = shared_cache()
+    for position in (0, 31, 32, 95):
+        row = unit_of(cache.manifest, 1, position)
+        keys = (unit_folder(cache.root, row.group, row.range_id) / "keys.txt").read_text().splitlines()
+        assert cache.read([position], 1)[0].key in keys
+
+
+def test_a_teacher_that_is_not_at_hand_is_said(tmp_path):
+    root = shared_cache().root
+    with pytest.raises(UserError, match="no such file"):
+        check_deeply(root, weights=str(tmp_path / "absent.safetensors"))
+    weights = tmp_path / "moved.safetensors"
+    weights.write_bytes(shared_weights().read_bytes())
+    assert check_deeply(root, weights=str(weights), records=4).agreement.records == 4
+    copy = copy_of_cache(tmp_path / "cache")
+    gone = str(tmp_path / "gone.safetensors")
+    reseal(copy / "manifest.json", lambda fields: fields["teacher"]["config"].update(weights=gone))
+    report = check_deeply(copy)
+    assert report.agreement is None
+    assert "gone.safetensors" in report.findings.notes[0]
+
+
+def test_replayed_views_need_the_images(tmp_path):
+    root = copy_of_cache(tmp_path / "cache", "replayed")
+    assert check_deeply(root, records=4).agreement.records == 4
+    report = check_deeply(root, data=str(tmp_path / "nowhere"))
+    assert report.findings.problems == []
+    assert "pixels were not looked at" in report.findings.notes[0]
+    key = Cache.open(root).read([3], 0)[0].key
+    rewrite_unit(root, lambda r: r._replace(digest=hashlib.sha256().hexdigest()[:16]) if r.key == key else r)
+    assert {problem.key for problem in check_deeply(root, records=0).findings.problems} == {key}
+
+
+def test_figures_are_sane():
+    figures = shared_cache().manifest.fidelity
+    assert all(np.isfinite([row["mean"], row["p1"]]).all() for row in figures.values())
+    assert {"cosine", "cosine_mean_removed"} <= figures.keys()

@@ -1,0 +1,285 @@
+"""Stage 1 as a job: done once, continued, refused before anything is written, repaired."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+
+import pytest
+from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, shared_weights, unit_files, write_weights
+
+from scalekd_cache.caching import job, preflight
+from scalekd_cache.caching import make_units as caching
+from scalekd_cache.caching.job import cache_teacher
+from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Cache, read_manifest, verify_cache
+
+
+def everything(root):
+    return {path: (s.st_ino, s.st_mtime_ns) for path in root.rglob("*") if (s := path.stat())}
+
+
+@pytest.fixture
+def no_work(monkeypatch):
+    """Making a view is a failure."""
+
+    shared_weights()  # its cache is made now, if no test before has asked for it
+
+    def fail(*args):
+        raise AssertionError("a view was made")
+
+    monkeypatch.setattr(caching, "_append_batch", fail)
+
+
+def test_a_cache_says_what_it_is(tmp_path, capsys):
+    root = tmp_path / "deep" / "cache"
+    manifest = make(root, shared_weights(), recipe="mine").manifest
+    out = capsys.readouterr().out
+    assert f"{SAMPLES} images x {VIEWS} views" in out
+    assert f"{SAMPLES * VIEWS:,} views to make" in out
+    assert f"{root}: " in out
+    assert manifest.recipe == "mine"
+    assert manifest.num_samples == SAMPLES
+    assert manifest.data["max_samples"] == SAMPLES
+    assert manifest.teacher["spec"]["name"] == "demo_swin"
+    assert 0 <= manifest.teacher["top1"] <= 100
+    assert manifest.fidelity["cosine_mean_removed"]["p1"] > 0.999
+    assert {"torch", "timm", "pillow"} <= manifest.versions.keys()
+    assert list(verify_cache(root, deep=True)) == []
+
+
+def test_a_second_call_makes_nothing(tmp_path, no_work, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    before = everything(root)
+    manifest = cache_teacher(options(root, shared_weights()), CPU)
+    assert everything(root) == before
+    assert manifest == read_manifest(root)
+    assert "is complete" in capsys.readouterr().out
+    fewer = cache_teacher(options(root, shared_weights(), cache={"num_views": 1}), CPU)
+    assert fewer.num_views == VIEWS
+    assert everything(root) == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "texts"),
+    [
+        ({"views": {"seed": 7}}, ["fingerprint_fields.views.seed: 7 (asked) / 0 (cache)"]),
+        ({"views": {"pixels": "replayed"}}, ["views.pixels: replayed (asked) / baked (cache)"]),
+        ({"cache": {"codec": "float16"}}, ["codec.id: float16 (asked) / int8 (cache)"]),
+        ({"cache": {"backend": "zarr"}}, ["backend: zarr (asked) / webdataset (cache)"]),
+        ({"cache": {"samples_per_shard": 16}}, ["samples_per_shard: 16 (asked) / 32 (cache)"]),
+        (
+            {"data": {"max_samples": 64}},
+            ["data.samples: 64 (asked) / 96 (cache)", "data.listing: ", "names in units/*/keys.txt"],
+        ),
+        ({"teacher": {"precision": "bfloat16"}}, ["precision: bfloat16 (asked) / float32 (cache)"]),
+        ({"teacher": {"weights": None, "pretrained": False}, "views": {"seed": 3}}, ["teacher.weights_sha256: "]),
+    ],
+)
+def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
+    root = copy_of_cache(tmp_path / "cache")
+    before = everything(root)
+    with pytest.raises(UserError, match="made with other options") as error:
+        cache_teacher(options(root, shared_weights(), **changes), CPU)
+    for text in texts:
+        assert text in str(error.value)
+    assert everything(root) == before
+
+
+def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_path):
+    """A weights file made for 64 px cannot be loaded at 32: that the cache has 64 is the answer, not the weights."""
+    root = copy_of_cache(tmp_path / "cache")
+    with pytest.raises(UserError, match="do not fit the model") as alone:
+        cache_teacher(options(tmp_path / "new", shared_weights(), views={"size": 32}), CPU)
+    with pytest.raises(UserError, match="made with other options") as error:
+        cache_teacher(options(root, shared_weights(), views={"size": 32}), CPU)
+    assert "fingerprint_fields.views.size: 32 (asked) / 64 (cache)" in str(error.value)
+    assert "made with other options" not in str(alone.value)
+    assert str(error.value).count("(asked)") == 1
+
+
+def test_growth_touches_nothing_that_is_there(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    files = {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    before = everything(root)
+    cache_teacher(options(root, shared_weights(), cache={"num_views": 4}), CPU)
+    replaced = {root / "plan.json", root / "manifest.json"}
+    after = everything(root)
+    for path, data in files.items():
+        if path not in replaced:
+            assert path.read_bytes() == data
+            assert after[path] == before[path]
+    assert (root / "tail.safetensors") in files
+    assert len(after) > len(before)
+
+
+def test_the_teacher_is_measured_once(tmp_path, monkeypatch):
+    root = copy_of_cache(tmp_path / "cache")
+    top1 = read_manifest(root).teacher["top1"]
+    monkeypatch.setattr(job, "evaluate", None)
+    assert cache_teacher(options(root, shared_weights(), cache={"num_views": 3}), CPU).teacher["top1"] == top1
+
+
+def test_a_copy_elsewhere_is_valid_and_may_be_read_only(tmp_path, no_work):
+    """Copies keep neither inodes nor times; nothing is written by reading, nor by asking again for what is there."""
+    root = copy_of_cache(tmp_path / "cache")
+    copy = tmp_path / "other" / "name"
+    copy.parent.mkdir()
+    subprocess.run(["cp", "-r", str(root), str(copy)], check=True)
+    shutil.rmtree(root)
+    for path in [copy, *copy.rglob("*")]:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = everything(copy)
+    assert list(verify_cache(copy, deep=True)) == []
+    cache = Cache.open(copy)
+    assert len(cache.read(range(SAMPLES), 1)) == SAMPLES
+    cache_teacher(options(copy, shared_weights()), CPU)
+    assert everything(copy) == before
+
+
+def test_options_that_change_no_byte_are_accepted(tmp_path, no_work):
+    root = copy_of_cache(tmp_path / "cache")
+    shutil.copy(shared_weights(), tmp_path / "elsewhere.safetensors")
+    changes = {"teacher": {"batch_size": 8, "weights": str(tmp_path / "elsewhere.safetensors")}, "workers": 2}
+    cache_teacher(options(root, shared_weights(), recipe="other", **changes), CPU)
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_lost_unit_is_made_again_with_the_same_bytes(tmp_path, finished):
+    root = copy_of_cache(tmp_path / "cache")
+    files, kept = unit_files(root), read_manifest(root)
+    shutil.rmtree(root / "units" / "g000-r00001")
+    if not finished:
+        (root / "manifest.json").unlink()
+    others = {path: value for path, value in everything(root / "units").items() if path.name != "units"}
+    assert cache_teacher(options(root, shared_weights()), CPU) == kept
+    assert unit_files(root) == files
+    now = everything(root / "units")
+    assert {path: now[path] for path in others} == others
+    assert list(verify_cache(root, deep=True)) == []
+
+
+def test_a_short_file_is_made_again(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    files = unit_files(root)
+    tar = root / "units" / "g000-r00002" / "v0001.tar"
+    tar.write_bytes(tar.read_bytes()[:-512])
+    (root / "manifest.json").unlink()
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert unit_files(root) == files
+
+
+def test_an_interrupted_job_goes_on(tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    append = caching._append_batch
+    calls = []
+
+    def interrupted(stage, *args):
+        if stage.root == root:  # not the small unit that measures sizes
+            calls.append(1)
+            if len(calls) == 6:  # in the second unit
+                raise KeyboardInterrupt
+        append(stage, *args)
+
+    monkeypatch.setattr(caching, "_append_batch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(options(root, shared_weights()), CPU)
+    assert [path.name for path in (root / "units").iterdir()] == ["g000-r00000"]
+    with pytest.raises(UserError, match="not a finished cache"):
+        Cache.open(root)
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert len(calls) == 6 + 8  # two batches of two views for each of the two units that were left
+    assert unit_files(root) == unit_files(copy_of_cache(tmp_path / "other"))
+
+
+def refused(root, config, message, student=None):
+    with pytest.raises(UserError, match=message) as error:
+        cache_teacher(config, CPU, student)
+    assert not root.exists()
+    return str(error.value)
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path):
+    root = tmp_path / "cache"
+    weights = write_weights(tmp_path / "seven.safetensors", num_classes=7)
+    text = refused(root, options(root, weights), "classes are not the data set's")
+    assert "7 classes" in text
+    assert "10 classes" in text
+
+
+def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
+    root = tmp_path / "cache"
+    usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    text = refused(root, options(root, shared_weights()), "does not fit on the disk")
+    assert "192 views" in text
+    grown = copy_of_cache(tmp_path / "whole")
+    cache_teacher(options(grown, shared_weights()), CPU)  # nothing to make, nothing to store
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("hello")
+    with pytest.raises(UserError, match="is a file"):
+        cache_teacher(options(file, shared_weights()), CPU)
+    below = file / "cache"
+    with pytest.raises(UserError, match="cannot be written") as error:
+        cache_teacher(options(below, shared_weights()), CPU)
+    assert str(below) in str(error.value)
+    assert file.read_text() == "hello"
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_read_only_folder_is_refused(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="cannot be written"):
+        cache_teacher(options(tmp_path / "cache", shared_weights()), CPU)
+
+
+def test_a_student_that_does_not_fit_is_refused(tmp_path):
+    root = tmp_path / "cache"
+    student = DistillConfig(
+        student=StudentConfig(name="resnet81"), train=TrainConfig(global_batch_size=32, micro_batch_size=16)
+    )
+    assert "resnet18" in refused(root, options(root, shared_weights()), "resnet81", student)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_plan_is_reported(tmp_path, text):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / "plan.json").write_text(text)
+    with pytest.raises(UserError, match=r"plan\.json"):
+        cache_teacher(options(root, shared_weights()), CPU)
+
+
+def test_random_weights_are_the_same_every_time(tmp_path):
+    random = {"weights": None, "pretrained": False}
+    first = make(tmp_path / "a", None, teacher=random, data={"max_samples": 20}).manifest
+    second = make(tmp_path / "b", None, teacher=random, data={"max_samples": 20}).manifest
+    assert first.units_digest == second.units_digest
+    other = options(tmp_path / "c", None, teacher=random, data={"max_samples": 20})
+    other = dataclasses.replace(other, views=dataclasses.replace(other.views, seed=1))
+    assert cache_teacher(other, CPU).teacher["spec"]["weights_sha256"] != first.teacher["spec"]["weights_sha256"]
+
+
+def test_weights_in_the_weights_folder_are_found(tmp_path, monkeypatch):
+    trained = []
+    monkeypatch.setattr(job, "train_demo_teacher", lambda file, data: trained.append(file) or write_weights(file))
+    config = options(tmp_path / "cache", None, data={"max_samples": 16}, teacher={"weights_dir": str(tmp_path)})
+    config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
+    manifest = cache_teacher(config, CPU)
+    assert trained == [tmp_path / "demo_swin.safetensors"]
+    assert manifest.teacher["config"]["weights"] == str(trained[0])
+    (tmp_path / "cache" / "manifest.json").unlink()
+    cache_teacher(config, CPU)
+    assert len(trained) == 1
+
+
+def test_a_zarr_cache_holds_the_same_records(tmp_path):
+    cache = make(tmp_path / "cache", shared_weights(), cache={"backend": "zarr"})
+    other = Cache.open(copy_of_cache(tmp_path / "other"))
+    for view in range(VIEWS):
+        assert cache.read(range(SAMPLES), view) == other.read(range(SAMPLES), view)
+    assert json.loads((tmp_path / "cache" / "plan.json").read_text())["backend"] == "zarr"

@@ -1,0 +1,266 @@
+"""Two jobs of stage 1 with one CACHE: the later one is refused, or joins when all is equal; what is finished stays."""
+
+import json
+import shutil
+
+import pytest
+from small_cache import CPU, make, options, shared_weights, tree, unit_stats, write_weights
+
+from scalekd_cache.caching import codec_selection as calibration
+from scalekd_cache.caching import job
+from scalekd_cache.caching.job import cache_teacher
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import plan as plans
+from scalekd_cache.store import read_manifest, resume, unit_folder, verify_cache
+from scalekd_cache.store.plan import read_plan, write_plan
+
+SMALL = {"max_samples": 24}
+LAYOUT = {"samples_per_shard": 12, "views_per_group": 1}
+EMPTY = "0" * 64
+
+
+def asked(root, **changes):
+    """Options of a small job; `changes` as in `small_cache.options`."""
+    changes = {**changes, "cache": {**LAYOUT, **changes.get("cache", {})}}
+    weights = changes.pop("weights", shared_weights())
+    return options(root, weights, data=SMALL, **changes)
+
+
+@pytest.fixture
+def meanwhile(monkeypatch):
+    """Call it with a function: that is called while the next job measures its teacher, before it has a plan."""
+    real = job._teacher_top1
+
+    def arrange(act):
+        def measure(config, stage):
+            monkeypatch.setattr(job, "_teacher_top1", real)
+            act()
+            return real(config, stage)
+
+        monkeypatch.setattr(job, "_teacher_top1", measure)
+
+    return arrange
+
+
+def other_teacher(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = write_weights(tmp_path / "other.safetensors")
+    state = load_file(weights)
+    save_file({name: value + 0.01 if value.is_floating_point() else value for name, value in state.items()}, weights)
+    return weights
+
+
+OTHER = {
+    "codec": lambda _: {"cache": {"codec": "fp8"}},
+    "fitted codec": lambda _: {"cache": {"codec": "transform"}},
+    "samples_per_shard": lambda _: {"cache": {"samples_per_shard": 6}},
+    "store": lambda _: {"cache": {"backend": "zarr"}},
+    "seed": lambda _: {"views": {"seed": 1}},
+    "teacher": lambda tmp_path: {"weights": other_teacher(tmp_path)},
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_the_later_of_two_jobs_is_refused_and_the_first_cache_stays(tmp_path, meanwhile, name):
+    root = tmp_path / "cache"
+    first, second = asked(root), asked(root, **OTHER[name](tmp_path))
+    finished = {}
+
+    def begin_and_end():
+        cache_teacher(first, CPU)
+        finished.update(tree(root))
+
+    meanwhile(begin_and_end)
+    with pytest.raises(UserError, match="made with other options"):
+        cache_teacher(second, CPU)
+    assert tree(root) == finished
+    assert verify_cache(root, deep=True) == []
+    cache_teacher(first, CPU)  # nothing to do
+
+
+def test_of_three_jobs_the_first_to_write_its_plan_stays(tmp_path, meanwhile):
+    root = tmp_path / "cache"
+    refused = []
+
+    def try_job(codec, act=None):
+        if act is not None:
+            meanwhile(act)
+        try:
+            cache_teacher(asked(root, cache={"codec": codec}), CPU)
+        except UserError as error:
+            refused.append((codec, str(error).splitlines()[0]))
+
+    try_job("fp8", lambda: try_job("float16", lambda: try_job("int8")))
+    what = "the cache was made with other options"
+    assert refused == [("float16", what), ("fp8", what)]
+    assert read_manifest(root).codec["id"] == "int8"
+    assert verify_cache(root, deep=True) == []
+
+
+def test_an_equal_job_joins(tmp_path, meanwhile, capsys):
+    root = tmp_path / "cache"
+    finished = {}
+
+    def begin_and_end():
+        cache_teacher(asked(root), CPU)
+        finished.update(tree(root), stats=unit_stats(root))
+
+    meanwhile(begin_and_end)
+    cache_teacher(asked(root, recipe="another name"), CPU)
+    assert {**tree(root), "stats": unit_stats(root)} == finished
+    assert "is complete" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("views", [(1, 3), (3, 1), (2, 3)])
+def test_a_job_of_fewer_views_does_not_undo_the_growth_of_another(tmp_path, monkeypatch, views):
+    """The first has written its plan and makes its units; the second lets the cache grow and finishes it."""
+    root = tmp_path / "cache"
+    first, second = (asked(root, cache={"num_views": number}) for number in views)
+    real = job.make_units
+
+    def make_units(*args):
+        monkeypatch.setattr(job, "make_units", real)
+        cache_teacher(second, CPU)
+        return real(*args)
+
+    monkeypatch.setattr(job, "make_units", make_units)
+    manifest = cache_teacher(first, CPU)
+    assert manifest.num_views == max(views) == read_plan(root).num_views
+    assert manifest == read_manifest(root)
+    assert verify_cache(root, deep=True) == []
+
+
+def test_two_jobs_that_let_a_cache_grow_agree_on_the_plan(tmp_path, meanwhile, monkeypatch):
+    """Both read the plan of one view; one adds [1], [2], the other would have added [1, 2]."""
+    root = tmp_path / "cache"
+    cache_teacher(asked(root, cache={"num_views": 1}), CPU)
+    real = job.open_folder
+
+    def open_folder(folder):
+        monkeypatch.setattr(job, "open_folder", real)
+        cache_teacher(asked(root, cache={"num_views": 3}), CPU)
+        real(folder)
+
+    monkeypatch.setattr(job, "open_folder", open_folder)
+    manifest = cache_teacher(asked(root, cache={"num_views": 3, "views_per_group": 2}), CPU)
+    assert manifest.groups == read_plan(root).facts.groups == [[0], [1], [2]]
+    assert verify_cache(root, deep=True) == []
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_plan_is_created_once(tmp_path, monkeypatch, links):
+    """Also where the file system has neither locks nor hard links."""
+    root = tmp_path / "cache"
+    make(root, shared_weights(), data=SMALL, cache=LAYOUT)
+    plan = read_plan(root)
+    before = tree(root)
+
+    def refuse(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr("scalekd_cache.store.durable_files.os.link", refuse)
+        monkeypatch.setattr("scalekd_cache.store.locks.fcntl.flock", refuse)
+    with pytest.raises(FileExistsError):
+        write_plan(root, plan, create=True)
+    assert tree(root) == before
+    (root / plans.NAME).unlink()
+    with plans.changing_plan(root):
+        write_plan(root, plan, create=True)
+    assert tree(root) == before
+
+
+def test_a_plan_that_appears_where_there_are_no_locks_is_joined(tmp_path, monkeypatch):
+    """The other job's plan comes between the look at the folder and the writing."""
+    root = tmp_path / "cache"
+    real = plans.write_plan
+    other = asked(root, cache={"num_views": 1})
+
+    def write_late(folder, plan, **how):
+        monkeypatch.setattr("scalekd_cache.caching.job_plan.write_plan", real)
+        cache_teacher(other, CPU)
+        real(folder, plan, **how)
+
+    monkeypatch.setattr("scalekd_cache.store.locks.fcntl.flock", lambda *_: None)
+    monkeypatch.setattr("scalekd_cache.caching.job_plan.write_plan", write_late)
+    assert cache_teacher(asked(root, cache={"num_views": 2}), CPU).num_views == 2
+    assert verify_cache(root, deep=True) == []
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("views", [1]), ("start", 1), ("stop", 11), ("backend", "zarr"), ("fingerprint", EMPTY)]
+)
+def test_a_unit_of_another_job_is_refused_and_stays(tmp_path, field, value):
+    root = tmp_path / "cache"
+    config = asked(root, cache={"num_views": 1})
+    cache_teacher(config, CPU)
+    (root / "manifest.json").unlink()
+    sidecar = unit_folder(root, 0, 0) / "unit.json"
+    unit = json.loads(sidecar.read_text())
+    unit[field] = value
+    unit["count"] = unit["stop"] - unit["start"]
+    sidecar.write_text(json.dumps(unit))
+    before = tree(root)
+    with pytest.raises(UserError, match=r"another (layout|teacher)"):
+        cache_teacher(config, CPU)
+    assert tree(root) == before
+
+
+def test_a_lost_plan_does_not_let_another_teacher_in(tmp_path):
+    """Neither plan nor manifest: the units say whose the folder is, and the tail is not touched."""
+    root = tmp_path / "cache"
+    cache_teacher(asked(root), CPU)
+    original = tree(root)
+    for name in ("plan.json", "manifest.json"):
+        (root / name).unlink()
+    before = tree(root)
+    with pytest.raises(UserError, match="another teacher"):
+        cache_teacher(asked(root, weights=other_teacher(tmp_path)), CPU)
+    assert tree(root) == before
+    cache_teacher(asked(root), CPU)
+    assert tree(root) == original
+
+
+def test_a_codec_is_not_fitted_over_that_of_a_plan(tmp_path, monkeypatch):
+    """The second job fits its codec while the first one begins and ends."""
+    root = tmp_path / "cache"
+    first, second = (asked(root, cache={"codec": "transform", "codec_noise": noise}) for noise in (0.3, 0.5))
+    real = calibration.settle
+
+    def settle(*args):
+        monkeypatch.setattr(calibration, "settle", real)
+        cache_teacher(first, CPU)
+        return real(*args)
+
+    monkeypatch.setattr(calibration, "settle", settle)
+    with pytest.raises(UserError, match="fitted for another preset"):
+        cache_teacher(second, CPU)
+    assert verify_cache(root, deep=True) == []
+    cache_teacher(first, CPU)
+
+
+def test_a_codec_that_another_job_has_replaced_stops_the_job_before_its_plan(tmp_path, meanwhile):
+    root = tmp_path / "cache"
+    first, second = (asked(root, cache={"codec": "transform", "codec_noise": noise}) for noise in (0.3, 0.5))
+
+    def replace_codec():
+        meanwhile(lambda: (_ for _ in ()).throw(UserError("stopped")))
+        with pytest.raises(UserError, match="stopped"):
+            cache_teacher(second, CPU)
+
+    meanwhile(replace_codec)
+    with pytest.raises(UserError, match="another job writes to this cache"):
+        cache_teacher(first, CPU)
+    assert not (root / "plan.json").exists()
+    cache_teacher(first, CPU)
+    assert verify_cache(root, deep=True) == []
+
+
+def test_what_was_whole_is_found_by_its_sidecar(tmp_path):
+    root = tmp_path / "cache"
+    cache_teacher(asked(root), CPU)
+    ledger = resume.Ledger(root, read_plan(root).units())
+    assert ledger.left_out() == {}
+    shutil.rmtree(unit_folder(root, 0, 1))
+    assert resume.Ledger(root, read_plan(root).units()).left_out() is None

@@ -1,0 +1,157 @@
+"""Recipes: every file is understood, says what it stands for, and its views are tied to the cache's."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from timm.models import get_pretrained_cfg
+
+from pipelines import distill as distill_command
+from pipelines.command import RECIPES, parse, recipe_section
+from scalekd_cache.caching.agreement import check_recipe
+from scalekd_cache.config import CacheTeacherConfig, DistillConfig, StudentConfig, to_plain
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import SHORT_NAMES, build_student
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+
+NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+OWN = {"demo", "cifar10", "cifar10-small"}
+"""Recipes that stand for no row of the paper."""
+SHARED = [
+    {"traditional", "traditional-mobilenet", "traditional-swin-s"},
+    {"advanced-vit", "advanced-swin", "advanced-convnext"},
+]
+TEACHERS = {
+    "swin_large_patch4_window7_224": ((768, 14, 14), (1536, 7, 7)),
+    "swin_small_patch4_window7_224.ms_in1k": ((384, 14, 14), (768, 7, 7)),
+}
+"""What the tail takes and gives (tests/scalekd/test_method_matrix.py)."""
+
+
+def views(name: str) -> dict[str, object]:
+    plain = to_plain(parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(name, "cache"), "").views)
+    assert isinstance(plain, dict)
+    return plain
+
+
+def training(name: str) -> DistillConfig:
+    return parse(DistillConfig, "distill", [], recipe_section(name, "distill"), "")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_is_understood_and_says_what_it_is(name):
+    header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("cache:\n")[0]
+    config = training(name)
+    if name not in OWN:
+        for word in ("paper row", "8 GPUs", "4 x 8", "expected   top-1", "TB", "GPU-hours", "= "):
+            assert word in header, word
+        assert any(f"STUDENT={student} " in header for student in SHORT_NAMES)
+        assert f"RECIPE={name} " in header
+        processes = 32 * config.train.micro_batch_size
+        assert config.train.global_batch_size % processes == 0 or name.startswith("traditional")
+    assert config.train.global_batch_size % (8 * config.train.micro_batch_size) == 0 or name in OWN
+
+
+def test_upstreams_constants():
+    rows = {name: training(name) for name in NAMES if name not in OWN}
+    found = {
+        name: (c.optim.name, c.optim.lr, c.optim.base_batch_size, c.optim.weight_decay, c.optim.no_decay,
+               c.optim.warmup_epochs, c.optim.warmup_start, c.optim.min_lr, c.optim.clip_norm, c.train.label_loss,
+               c.train.label_smoothing, c.train.ema_decay, c.student.drop_path)
+        for name, c in rows.items()
+    }  # fmt: skip
+    vit = ("adamw", 1e-3, 1024, 0.05, "norm_bias_position", 20, 1e-3, 0.01)  # minimum 1e-5 of 1e-3
+    assert found == {
+        "traditional": ("sgd", 0.1, 256, 1e-4, "nothing", 0, 0, 0, 0, "ce", 0, 0, 0),
+        "traditional-mobilenet": ("sgd", 0.1, 256, 1e-4, "nothing", 0, 0, 0, 0, "ce", 0.1, 0, 0),
+        "traditional-swin-s": ("sgd", 0.1, 256, 1e-4, "nothing", 0, 0, 0, 0, "ce", 0, 0, 0),
+        "advanced": ("lamb", 5e-3, 2048, 0.02, "nothing", 5, 0.25, 0, 5, "bce", 0, 0, 0),
+        "advanced-mobilenet": ("lamb", 2e-3, 2048, 0.004, "nothing", 5, 0.25, 0, 0, "ce", 0.1, 0, 0),
+        "advanced-vit": (*vit, 5, "ce", 0.1, 0.9999, 0),
+        "advanced-swin": (*vit, 5, "ce", 0.1, 0.9999, 0.05),
+        "advanced-convnext": (*vit, 0, "ce", 0.1, 0.9999, 0.1),
+        "advanced-mixer": ("adamw", 7e-4, 1536, 0.067, "position", 20, 1e-6, 0, 1, "ce", 0, 0, 0),
+    }
+    schedules = {name: (c.optim.schedule, c.optim.schedule_per_epoch, c.train.epochs) for name, c in rows.items()}
+    stairs = {"traditional", "traditional-swin-s"}
+    assert {name for name, (kind, *_) in schedules.items() if kind == "step"} == stairs
+    assert all(rows[name].optim.step_epochs == 30 for name in stairs)
+    assert all(schedules[name][1] for name in schedules.keys() - stairs)
+    assert all(row[2] == (300 if name.startswith("advanced") else 100) for name, row in schedules.items())
+    for c in rows.values():  # the batch that the rate belongs to, nothing is scaled as it stands
+        assert c.train.global_batch_size == c.optim.base_batch_size
+    swin_s = rows["traditional-swin-s"].scalekd
+    assert (swin_s.heads_s3, swin_s.heads_s4, swin_s.s4_query) == (3, 6, "learned")
+    assert (swin_s.frequency_weight_s4, swin_s.logit_weight) == (0, 0)
+    assert (rows["advanced-vit"].scalekd.heads_s3, rows["advanced-vit"].scalekd.heads_s4) == (8, 8)
+
+
+def test_upstreams_augmentation():
+    """Magnitude and its deviation on timm's scale of 10, from upstream's 7 of 8, 9 of 10 and 12 of 15, each 0.5."""
+    rows = {name: views(name) for name in NAMES if name.startswith("advanced")}
+    magnitudes = {name: (row["randaugment_magnitude"], row["randaugment_magnitude_std"]) for name, row in rows.items()}
+    of_8, of_10, of_15 = (pytest.approx((10 * m / t, 5 / t)) for m, t in ((7, 8), (9, 10), (12, 15)))
+    assert magnitudes == {
+        "advanced": of_8, "advanced-mobilenet": of_8, "advanced-mixer": of_15,
+        "advanced-vit": of_10, "advanced-swin": of_10, "advanced-convnext": of_10,
+    }  # fmt: skip
+    for name, row in rows.items():
+        assert (row["randaugment_ops"], row["interpolation"]) == (2, "bicubic")
+        assert row["erase_probability"] == (0 if name == "advanced-mobilenet" else 0.25)
+        assert row["erase_area"] == pytest.approx([0.02, 1 / 3])
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN])
+def test_heads_fit_the_recipes_teacher_and_students(name):
+    """On the meta device: the pair of the header's command, with the recipe's numbers of heads."""
+    header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("cache:\n")[0]
+    config = training(name)
+    teacher = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(name, "cache"), "").teacher.name
+    students = set(re.findall(r"STUDENT=(\w+)", header))
+    assert students
+    for student_name in students:
+        with torch.device("meta"):
+            student = build_student(StudentConfig(name=student_name), num_classes=1000, image_size=224)
+            heads = ScaleKDHeads(config.scalekd, student.tap_shapes, *TEACHERS[teacher], student.layer_norm)
+        numbers = {cap.pos_attention.num_heads for cap in heads.s3.values()}, len(heads.s4)
+        assert numbers == {"advanced-vit": ({8}, 2), "advanced-mixer": ({8}, 2), "traditional-swin-s": ({3}, 1)}.get(
+            name, ({16}, 2)
+        )
+
+
+def test_swin_s_is_upstreams_weights():
+    """timm's default for this name is pre-trained on ImageNet-22K."""
+    section = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section("traditional-swin-s", "cache"), "")
+    assert get_pretrained_cfg(section.teacher.name).tag == "ms_in1k"
+    for name in ("swin_base_patch4_window7_224", "swin_large_patch4_window7_224"):
+        assert get_pretrained_cfg(name).tag == "ms_in22k_ft_in1k"
+
+
+@pytest.mark.parametrize("one", NAMES)
+@pytest.mark.parametrize("other", NAMES)
+def test_a_cache_serves_the_recipes_of_its_views_alone(one, other):
+    same = one == other or any({one, other} <= family for family in SHARED)
+    if same:
+        check_recipe(views(one), other, views(other), Path("cache"))
+        return
+    with pytest.raises(UserError, match=f"other views than recipe {other}") as caught:
+        check_recipe(views(one), other, views(other), Path("cache"))
+    assert f"make a cache with RECIPE={other}" in str(caught.value)
+
+
+def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
+    class Kept:
+        view_recipe = views("advanced")
+        recipe = "advanced"
+
+    monkeypatch.setattr(distill_command, "read_cache_facts", lambda *_: Kept)
+    with pytest.raises(UserError, match=r"randaugment_magnitude=9\.0"):
+        distill_command.main(["--cache", str(tmp_path), "--recipe", "advanced-vit"])
+
+
+def test_pixels_and_seed_are_the_caches_own_business():
+    kept = json.loads(json.dumps(views("advanced")))
+    kept |= {"seed": 7, "pixels": "replayed", "jpeg_quality": 95}
+    check_recipe(kept, "advanced", views("advanced"), Path("cache"))

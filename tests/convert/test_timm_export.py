@@ -1,0 +1,75 @@
+"""Export: plain timm loads it, answers the same, and nothing half-done or pickled is left."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.convert import timm_export as export
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import build_student
+
+CLASSES = ["ant", "bee", "cat"]
+
+
+def student_of(name, seed=0):
+    torch.manual_seed(seed)
+    student = build_student(StudentConfig(name=name), num_classes=3, image_size=64)
+    generator = torch.Generator().manual_seed(seed)
+    for value in student.model.state_dict().values():
+        if value.is_floating_point():  # statistics and zero-initialised scales too
+            value.copy_(value + 0.05 * torch.rand(value.shape, generator=generator))
+    return student
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "vit_tiny_patch16_224", "mobilenetv1_100"])
+def test_plain_timm_loads_it(tmp_path, name):
+    student, folder = student_of(name), tmp_path / "run" / "export"
+    folder.parent.mkdir()
+    config = StudentConfig(name=name, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    assert export_student(student, config, folder, image_size=64, class_names=CLASSES) <= 1e-4
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(3, 3, 64, 64)
+    with torch.no_grad():
+        expected = student.model.eval()(images)
+        torch.testing.assert_close(reloaded(images), expected, rtol=1e-5, atol=1e-5)
+    assert float(expected.std()) > 1e-3
+    assert reloaded.pretrained_cfg["mean"] in ((0.1, 0.2, 0.3), [0.1, 0.2, 0.3])
+    assert tuple(reloaded.pretrained_cfg["input_size"]) == (3, 64, 64)
+    assert json.loads((folder / "config.json").read_text())["label_names"] == CLASSES
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+def test_a_second_export_takes_the_place_of_the_first(tmp_path):
+    folder = tmp_path / "export"
+    for seed in (0, 1):
+        student = student_of("resnet10t", seed)
+        export_student(student, StudentConfig(name="resnet10t"), folder, image_size=64, class_names=CLASSES)
+    reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    assert torch.equal(reloaded.state_dict()["fc.bias"], student.model.state_dict()["fc.bias"])
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_an_export_that_answers_differently_leaves_nothing(tmp_path, monkeypatch, kept):
+    folder = tmp_path / "export"
+    student, config = student_of("resnet10t"), StudentConfig(name="resnet10t")
+    if kept:
+        export_student(student, config, folder, image_size=64, class_names=CLASSES)
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    create = timm.create_model
+
+    def broken(*args, **options):
+        model = create(*args, **options)
+        model.fc.weight.data *= 1.01
+        return model
+
+    monkeypatch.setattr(export.timm, "create_model", broken)
+    with pytest.raises(UserError, match="does not give the student's logits") as error:
+        export_student(student, config, folder, image_size=64, class_names=CLASSES)
+    assert "difference" in str(error.value)
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before

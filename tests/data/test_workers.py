@@ -1,0 +1,200 @@
+"""Worker processes: what crosses and how, how much of it waits, and that one which ends is an error at once."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from typing import NamedTuple
+
+import pytest
+import torch
+from commands import ENV, LIMIT_S, ROOT
+from image_files import folder_tree
+from small_cache import SAMPLES, copy_of_cache, options, shared_cache, shared_weights, unit_files
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from scalekd_cache.caching.job import cache_teacher, try_out
+from scalekd_cache.config import DataConfig
+from scalekd_cache.data import workers
+from scalekd_cache.data.images import open_source
+from scalekd_cache.data.workers import items_of, waiting_items
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError, worker_ended
+from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.loader.order import Order
+from scalekd_cache.models.evaluate import evaluate
+from scalekd_cache.training.dry_run import describe_distill
+
+CPU = Process(0, 1, torch.device("cpu"))
+MB = 1_000_000
+
+
+class Item(NamedTuple):
+    number: int
+    pixels: Tensor
+    parts: list[tuple[str, Tensor | None]]
+
+
+class Items(Dataset[Item]):
+    """Items of several tensors; the number that `bad` names does something else."""
+
+    def __init__(self, bad=None, does=None):
+        self.bad, self.does = bad, does
+
+    def __getitem__(self, number):
+        if number == self.bad:
+            return self.does()
+        parts = [("a", torch.full((3,), number / 7)), ("b", None), ("c", torch.tensor(number == 3))]
+        return Item(number, torch.full((2, 3, 5), number, dtype=torch.uint8), parts)
+
+
+def received(dataset, count=20, **changes):
+    settings = {"workers": 2, "item_bytes": 1000, "most_waiting": 4, **changes}
+    return items_of(dataset, iter(range(count)), **settings)
+
+
+def test_items_cross_as_they_are():
+    plain, sent = list(received(Items(), workers=0)), list(received(Items()))
+    for mine, theirs in zip(plain, sent, strict=True):
+        assert mine.number == theirs.number
+        assert torch.equal(mine.pixels, theirs.pixels)
+        assert mine.pixels.dtype == theirs.pixels.dtype
+        assert [name for name, _ in mine.parts] == [name for name, _ in theirs.parts]
+        for (_, one), (_, other) in zip(mine.parts, theirs.parts, strict=True):
+            assert (one is other is None) or (torch.equal(one, other) and one.dtype == other.dtype)
+
+
+def test_items_that_are_kept_hold_no_descriptors():
+    def open_files():
+        return len(os.listdir("/proc/self/fd"))
+
+    items = received(Items(), count=200)
+    kept = [next(items)]
+    before = open_files()
+    kept += [next(items) for _ in range(150)]
+    assert open_files() <= before + 2 * 4  # what may wait at this moment
+    assert len(kept) == 151
+
+
+@pytest.mark.parametrize(
+    ("free", "workers_", "item", "ranks", "waiting"),
+    [(64 * MB, 2, MB // 2, 1, 31), (64 * MB, 2, 10 * MB, 1, 1), (64 * MB, 4, MB, 4, 1), (None, 2, MB, 1, 32),
+     (100_000 * MB, 16, 100 * MB, 1, 1), (64 * MB, 0, 100 * MB, 1, 0)],
+)  # fmt: skip
+def test_what_waits_fits_the_shared_memory(monkeypatch, free, workers_, item, ranks, waiting):
+    monkeypatch.setattr(workers, "_free_bytes", lambda: free)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
+    assert waiting_items(workers_, item, 32) == waiting
+
+
+def test_no_room_for_one_item_a_worker_is_refused(monkeypatch):
+    monkeypatch.setattr(workers, "_free_bytes", lambda: 64 * MB)
+    with pytest.raises(UserError, match="shared memory is too small") as error:
+        waiting_items(8, 20 * MB, 4)
+    assert "64 MB free" in str(error.value)
+    assert "twice 8 workers x 20.0 MB" in str(error.value)
+    assert "--shm-size" in str(error.value)
+
+
+def test_descriptors_bound_what_waits(monkeypatch):
+    monkeypatch.setattr(workers, "_open_files", lambda: workers._OpenFiles(100, 1024))
+    assert waiting_items(32, 1000, 32) == (1024 - 100 - 64) // 32 - 6
+    monkeypatch.setattr(workers, "_open_files", lambda: workers._OpenFiles(100, 256))
+    with pytest.raises(UserError, match="limit of open files is too low") as error:
+        waiting_items(16, 1000, 32)
+    assert "at least 276 for 16 workers" in str(error.value)
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def left():
+    os._exit(3)
+
+
+def unsendable():
+    return Item(0, torch.zeros(1), [lambda: None])
+
+
+@pytest.mark.parametrize("does", [killed, left, unsendable])
+def test_a_worker_that_ends_or_cannot_send_is_an_error_at_once(does):
+    started = time.monotonic()
+    with pytest.raises((UserError, RuntimeError)) as caught:  # torch's, where its signal arrives between two items
+        list(received(Items(bad=7, does=does)))
+    error = worker_ended(caught.value) or caught.value
+    assert "a worker process of the loader ended" in str(error)
+    assert time.monotonic() - started < LIMIT_S / 10
+
+
+def test_shared_memory_that_is_gone_is_an_error_of_the_worker(monkeypatch):
+    def full(size):
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
+
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
+    with pytest.raises(UserError, match="found no shared memory") as error:
+        list(received(Items()))
+    assert "No space left on device" in str(error.value)
+
+
+def test_little_shared_memory_changes_no_result(tmp_path, monkeypatch):
+    """Stage 1 from images and from another cache's pixels, the loader, an evaluation."""
+    monkeypatch.setattr(workers, "_free_bytes", lambda: MB)
+    whole = unit_files(shared_cache().root)
+    cache_teacher(options(tmp_path / "one", shared_weights(), workers=2), CPU)
+    assert {name: digest for name, digest in unit_files(tmp_path / "one").items() if name.endswith(".tar")} == {
+        name: digest for name, digest in whole.items() if name.endswith(".tar")
+    }
+    made = [copy_of_cache(tmp_path / "pixels"), tmp_path / "alone", tmp_path / "workers"]
+    for number, root in enumerate(made[1:]):
+        shared = {"pixels_from": str(made[0])}
+        cache_teacher(options(root, shared_weights(), cache=shared, workers=2 * number), CPU)
+    tars = [{k: v for k, v in unit_files(root).items() if k.endswith(".tar")} for root in made[1:]]
+    assert tars[0] == tars[1]
+    order = Order(num_samples=SAMPLES, block=8, window=3, seed=5)
+    batches = [
+        list(CacheLoader(shared_cache(), order, epochs=1, global_batch=8, micro_batch=4, workers=count))
+        for count in (0, 2)
+    ]
+    for one, other in zip(*batches, strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(one.codes, other.codes)
+    source = open_source(DataConfig(max_samples=50), "val")
+    tallies = [evaluate(lambda x: x.float().mean((2, 3)), source, 64, CPU.device, workers=count) for count in (0, 2)]
+    assert tallies[0] == tallies[1]
+
+
+def test_both_stages_refuse_before_they_start(tmp_path, monkeypatch):
+    from test_dry_run import config_of
+
+    monkeypatch.setattr(workers, "_free_bytes", lambda: 10_000)
+    with pytest.raises(UserError, match="shared memory is too small"):
+        try_out(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
+    with pytest.raises(UserError, match="shared memory is too small"):
+        cache_teacher(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
+    assert not (tmp_path / "cache").exists()
+    with pytest.raises(UserError, match="shared memory is too small"):
+        describe_distill(config_of(tmp_path / "run", workers=2), CPU)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "status"), [("64m", 0), ("8m", 0), ("100k", 2)])
+def test_commands_in_a_container_of_little_shared_memory(tmp_path, size, status):
+    """Docker's 64 MB and less, for both stages; what does not fit is refused by name, nothing hangs."""
+    if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
+        pytest.skip("needs the right to mount")
+    data = folder_tree(tmp_path / "data", train=[f"{kind}/{number}.png" for kind in "ab" for number in range(100)])
+    words = (
+        f"make distill VENV=none PYTHON={sys.executable} RECIPE=demo PRETRAINED=0 VIEWS=4 WORKERS=2 DATA={data} "
+        f"STUDENT=resnet10t EPOCHS=1 RUN={tmp_path / 'run'}"
+    )
+    stage1 = words.replace("distill", "cache-teacher").partition(" STUDENT")[0] + " SET=views.size=224"
+    script = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && {stage1} CACHE={tmp_path / 'cache'}"
+    if status == 0:
+        script += f" && {words.replace(' RECIPE=demo', '')} CACHE={tmp_path / 'cache'}"
+    done = subprocess.run(["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=ENV, text=True, timeout=LIMIT_S,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    assert done.returncode == status, done.stdout[-3000:]
+    assert status == 0 or ("error: shared memory is too small" in done.stdout and "Traceback" not in done.stdout)

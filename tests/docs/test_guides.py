@@ -1,0 +1,161 @@
+"""docs/GUIDES.md and examples/: every block is run, and what the guide shows is what the examples hold."""
+
+import importlib
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import ENV, LIMIT_S, ROOT, execute
+from image_files import folder_tree, shard
+from safetensors.torch import load_file, save_file
+from small_cache import CPU, options, shared_cache
+from test_documented_commands import check_make
+from timm import create_model
+from upstream_students import paper_student
+
+from scalekd_cache.caching.job import cache_teacher
+from scalekd_cache.config import DataConfig, StudentConfig
+from scalekd_cache.convert.formats import export_file
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.data.images import open_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.tail import TailParts, register_family
+from scalekd_cache.store import Cache
+from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
+
+GUIDE = (ROOT / "docs" / "GUIDES.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```(python)?\n(.*?)```", GUIDE, re.DOTALL)
+PYTHON = [text for kind, text in BLOCKS if kind]
+COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.splitlines() if line.startswith("make ")]
+
+
+def test_every_command_is_understood():
+    assert len(COMMANDS) == 15
+    for command in COMMANDS:
+        check_make(command)
+
+
+def test_the_guide_shows_the_examples():
+    assert len(PYTHON) == 6
+    files = ("my_teacher", "plain_pytorch", "my_student")
+    for text, name in zip(PYTHON[1:4], files, strict=True):
+        assert text.strip() in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
+
+
+def run_example(name, *words):
+    command = [sys.executable, str(ROOT / "examples" / name), str(shared_cache().root), *map(str, words)]
+    env = {**ENV, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S, env=env).stdout
+
+
+def test_the_plain_loop(tmp_path):
+    lines = run_example("plain_pytorch.py", tmp_path / "student.safetensors").splitlines()
+    assert [line.split(":")[0] for line in lines] == [f"step {n} of 3" for n in (1, 2, 3)]
+    losses = [float(line.split()[-1]) for line in lines]
+    assert losses[-1] < losses[0]
+    assert load_file(tmp_path / "student.safetensors")["fc.weight"].shape == (10, 512)
+
+
+def test_the_student_of_ones_own():
+    lines = run_example("my_student.py").splitlines()
+    assert len(lines) == 3
+    assert float(lines[-1].split()[-1]) < float(lines[0].split()[-1])
+
+
+def test_the_lightning_loop():
+    lines = [line for line in run_example("lightning_loop.py").splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == [f"step {n}" for n in (1, 2, 3)]
+    assert float(lines[-1].split()[-1]) < float(lines[0].split()[-1])
+
+
+def test_the_plain_loop_is_short():
+    assert len(PYTHON[2].strip().splitlines()) <= 22
+
+
+def test_a_teacher_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    importlib.import_module("examples.my_teacher")
+    model = create_model("my_net", num_classes=10)
+    save_file(model.state_dict(), str(tmp_path / "my_net.safetensors"))
+    teacher = {"name": "my_net", "weights": str(tmp_path / "my_net.safetensors")}
+    cache_teacher(options(tmp_path / "cache", "", teacher=teacher, data={"max_samples": 32}), CPU)
+    cache = Cache.open(tmp_path / "cache")
+    assert cache.manifest.teacher["spec"]["family"] == "my_net"
+    assert cache.manifest.teacher["spec"]["feature_shape"] == [64, 4, 4]
+    targets = CachedTargets(cache, batch_size=8)
+    student = timm_student("resnet10t", targets)
+    loss = ScaleKDLoss(targets, student)
+    images, labels, target = next(iter(targets))
+    terms = loss(*student(images), labels, target)
+    assert terms.total.isfinite()
+    with pytest.raises(UserError, match="one name"):
+        register_family("my_net", type("Other", (), {}), lambda model: TailParts([], model, "nchw"))
+
+
+def test_a_plugin_is_imported_for_a_command(tmp_path):
+    said = execute(sys.executable, "-m", "pipelines.costs", "--plugin", "nothing.here", status=2)
+    assert "the plugin cannot be imported" in said
+    assert "PLUGIN=nothing.here" in said
+    said = execute(sys.executable, "-m", "pipelines.cache_teacher", "--plugin", "examples.my_teacher", "--help")
+    assert "--teacher.name" in said
+
+
+def test_folders_and_tars_of_the_guide(tmp_path):
+    folder_tree(tmp_path / "pets", ["cat/1.jpg", "dog/7.png"], ["cat/3.jpg", "dog/4.jpg"])
+    for name in ("train", "val"):
+        shard(tmp_path / "pets-wds" / name / "000000.tar", ["a", "b"], [0, 1])
+    for number in range(16):
+        shard(tmp_path / f"pets-{number:06d}.tar", [f"a{number}"], [0])
+    for source, split, count in (("pets", "train", 2), ("pets", "val", 2), ("pets-wds", "train", 2),
+                                 ("pets-{000000..000015}.tar", "train", 16)):  # fmt: skip
+        assert len(open_source(DataConfig(source=str(tmp_path / source)), split).samples) == count
+
+
+def test_hugging_face_datasets(tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets", reason="the datasets library is not installed")
+    from image_files import picture
+
+    rows = {"image": [picture(n) for n in range(4)], "label": [0, 1, 0, 1]}
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee"])})
+    one = datasets.Dataset.from_dict(rows, features=features)
+    monkeypatch.chdir(tmp_path)
+    datasets.DatasetDict({"train": one, "validation": one}).save_to_disk("pets-arrow")
+    exec(PYTHON[0], {})
+    for split in ("train", "val"):
+        source = open_source(DataConfig(source=str(tmp_path / "pets-hf")), split)
+        assert (source.class_names, len(source.samples)) == (("ant", "bee"), 4)
+
+
+def test_what_is_taken_away(tmp_path, monkeypatch):
+    student = build_student(StudentConfig(name="resnet50"), num_classes=10, image_size=64).eval()
+    folder = tmp_path / "runs" / "resnet50"
+    folder.mkdir(parents=True)
+    export_student(
+        student, StudentConfig(name="resnet50"), folder / "export", image_size=64, class_names=list("0123456789")
+    )
+    export_file(student, "mmpretrain", folder / "resnet50-mmpretrain.safetensors", image_size=64, facts={})
+    monkeypatch.chdir(tmp_path)
+    found: dict = {}
+    exec(PYTHON[4], found)
+    assert found["backbone"].feature_info.channels()[-2:] == [1024, 2048]
+    exec(PYTHON[5], {})
+    backbone = {
+        name.removeprefix("backbone."): value
+        for name, value in torch.load(tmp_path / "student.pth", weights_only=True).items()
+        if name.startswith("backbone.")
+    }
+    paper_student("resnet50", 10).backbone.load_state_dict(backbone, strict=True)
+
+
+def test_the_downstream_example(tmp_path):
+    student = build_student(StudentConfig(name="resnet10t"), num_classes=10, image_size=64).eval()
+    export_student(
+        student, StudentConfig(name="resnet10t"), tmp_path / "export", image_size=64, class_names=list("0123456789")
+    )
+    said = execute(sys.executable, ROOT / "examples" / "segmentation.py", tmp_path / "export", 3)
+    figures = re.findall(r"(random initialisation|exported student): mIoU ([\d.]+) % after 3 steps", said)
+    assert [name for name, _ in figures] == ["random initialisation", "exported student"]
+    assert all(0 < float(value) < 100 for _, value in figures)

@@ -1,0 +1,111 @@
+"""Files that a maintainer and a user expect: they are there, and they say what is true."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+import yaml
+from commands import LIMIT_S, ROOT, execute
+
+import scalekd_cache
+from benchmarks import harness as measure
+
+
+def text_of(name):
+    return (ROOT / name).read_text(encoding="utf-8")
+
+
+def test_licence_citation_and_version():
+    assert "Apache License" in text_of("LICENSE")
+    citation = yaml.safe_load(text_of("CITATION.cff"))
+    assert citation["version"] == scalekd_cache.__version__
+    assert citation["references"][0]["url"] in text_of("README.md")
+    assert f"## {scalekd_cache.__version__}" in text_of("CHANGELOG.md")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", scalekd_cache.__version__)
+
+
+def test_pre_commit_runs_the_checks_of_make_lint():
+    hooks = [hook for repo in yaml.safe_load(text_of(".pre-commit-config.yaml"))["repos"] for hook in repo["hooks"]]
+    lint = re.search(r"^lint:.*\n\t(.*)", text_of("Makefile"), re.MULTILINE)[1]
+    assert [hook["entry"].split()[0:2][0] for hook in hooks] == re.findall(r"-m (\w+)", lint)
+
+
+def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
+    scripts = (ROOT / "benchmarks").glob("*.py")
+    names = {name for file in scripts for line in re.findall(r"publish\((.*)", file.read_text(encoding="utf-8"))
+             for name in re.findall(r'"([a-z0-9-]+)"', line.partition("figures")[0])} - {"cuda"}  # fmt: skip
+    assert {"store", "heads-gpu", "codec-decode"} <= names
+    page = tmp_path / "page.md"
+    shutil.copyfile(measure.PAGE, page)
+    monkeypatch.setattr(measure, "PAGE", page)
+    for name in names:
+        measure._put_table(name, f"the table of {name}")
+    assert all(f"the table of {name}\n<!-- end -->" in page.read_text(encoding="utf-8") for name in names)
+
+
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "CHANGELOG.md", "README.md", *map(str, (ROOT / "docs").glob("*.md"))]
+)
+def test_files_and_links_of_the_pages_exist(page):
+    file = ROOT / page
+    text = file.read_text(encoding="utf-8")
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", text) if "://" not in link]
+    for link in links:
+        assert (file.parent / link).exists(), f"{page}: {link}"
+    if file.name == "CONTRIBUTING.md":
+        names = re.findall(r"`((?:scalekd_cache|tests|docs)/[\w/.]+)`", text)
+        assert len(names) > 12
+        for name in names:
+            assert (ROOT / name).exists(), name
+    assert file.name == "LOG.md" or links or len(text) > 200
+
+
+def _own_limits(tree):
+    """Lines of calls that wait for another process or thread with a number of seconds of their own."""
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+        given = [keyword.value for keyword in call.keywords if keyword.arg == "timeout"]
+        given += call.args[:1] if name in ("wait", "communicate") else []
+        if name != "urlopen" and any(
+            isinstance(one, ast.Constant) and type(one.value) in (int, float) for one in given
+        ):
+            yield call.lineno
+
+
+def test_what_the_tests_wait_for_has_one_limit():
+    """A limit ends a hang: it is `commands.LIMIT_S`, at least ten minutes, for a load that nobody has measured."""
+    assert list(_own_limits(ast.parse("process.wait(60); run(x, timeout=100)"))) == [1, 1]
+    files = (ROOT / "tests").glob("*.py")
+    own = [f"{file.name}:{line}" for file in files for line in _own_limits(ast.parse(file.read_text(encoding="utf-8")))]
+    assert own == []
+    code = "import commands, os, conftest; print(commands.LIMIT_S, os.environ['PYTEST_TIMEOUT'])"
+    raised = execute("env", "-u", "PYTEST_TIMEOUT", "TEST_LIMIT_S=900", "PYTHONPATH=tests", sys.executable, "-c", code)
+    assert raised.split() == ["900.0", "2700.0"]
+    assert LIMIT_S >= 600
+
+
+@pytest.mark.slow
+def test_a_built_package_holds_its_data(tmp_path):
+    source = tmp_path / "source"
+    for name in ("scalekd_cache", "pipelines"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    words = ["pip", "wheel", "--no-deps", "--no-build-isolation", "--quiet", "-w", str(tmp_path), str(source)]
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=LIMIT_S)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names = wheel.namelist()
+    for name in ("scalekd_cache/py.typed", "scalekd_cache/reports/templates/cache.html", "pipelines/recipes/demo.yaml"):
+        assert name in names
+    assert any(name.endswith("licenses/LICENSE") or name.endswith("LICENSE") for name in names)
+
+
+def test_the_pages_of_the_api_are_made_from_docstrings():
+    execute("make", "docs", "VENV=none", f"PYTHON={sys.executable}")
+    pages = ROOT / "build" / "docs" / "scalekd_cache"
+    assert "Iterating goes on where" in (pages / "targets.html").read_text(encoding="utf-8")
+    assert (pages / "store" / "base.html").is_file()

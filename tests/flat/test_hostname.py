@@ -1,0 +1,46 @@
+"""A machine whose host name does not resolve starts its own processes all the same, whoever starts them."""
+
+import subprocess
+import sys
+
+import pytest
+from commands import ENV, LIMIT_S, ROOT
+
+PROBE = """
+import os
+import torch
+import torch.distributed as dist
+from scalekd_cache.distributed import Peers, this_process
+
+process = this_process("cpu")
+with Peers(process) as peers:
+    peers.add("here", 1)
+if process.world_size == 1:  # as engine.py has it
+    os.environ.update(RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+dist.init_process_group("gloo")
+ranks = torch.tensor([process.rank + 1])
+dist.all_reduce(ranks)
+print("sum of ranks:", int(ranks))
+"""
+can_rename = subprocess.run(["unshare", "-u", "true"], capture_output=True, check=False).returncode == 0
+needs_rename = pytest.mark.skipif(not can_rename, reason="a host name of its own needs root")
+
+
+@needs_rename
+@pytest.mark.parametrize(
+    ("nproc", "launcher"),
+    [(1, "torchrun"), (2, "torchrun"), pytest.param(2, "deepspeed", marks=pytest.mark.slow)],
+)
+def test_a_host_name_that_does_not_resolve(nproc, launcher, tmp_path):
+    (tmp_path / "probe_of_processes.py").write_text(PROBE)
+    (tmp_path / "probe.mk").write_text("include Makefile\nprobe:\n\t@$(LAUNCH) probe_of_processes\n")
+    words = ["make", "-f", tmp_path / "probe.mk", "probe", "VENV=none", f"PYTHON={sys.executable}"]
+    words += [f"NPROC={nproc}", f"LAUNCHER={launcher}"]
+    shell = f"hostname node-17.invalid; exec {' '.join(map(str, words))}"
+    done = subprocess.run(
+        ["unshare", "-u", "bash", "-c", shell],
+        cwd=ROOT, env={**ENV, "PYTHONPATH": f"{ROOT}:{tmp_path}"}, timeout=LIMIT_S, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.stdout.count(f"sum of ranks: {nproc * (nproc + 1) // 2}") == nproc

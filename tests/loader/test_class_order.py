@@ -1,0 +1,47 @@
+"""Images of one class side by side: stage 1 keeps how many there are, stage 2 mixes wider."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from image_files import shard
+from small_cache import CPU, make, shared_cache, shared_weights
+
+from scalekd_cache.config import TrainConfig
+from scalekd_cache.loader.order import WINDOW, likeness
+from scalekd_cache.training.run import order_of
+
+
+def labels_of(cache):
+    return np.array([record.label for record in cache.read(np.arange(len(cache)), 0)])
+
+
+@pytest.fixture(scope="module")
+def sorted_tars(tmp_path_factory):
+    """A cache of two tars that were written class by class."""
+    root = tmp_path_factory.mktemp("sorted")
+    for number in range(2):
+        labels = np.repeat(np.arange(5) + 5 * number, 20)
+        shard(root / "images" / f"train-{number}.tar", [f"{number}-{row}" for row in range(len(labels))], labels)
+    return make(root / "cache", shared_weights(), data={"source": str(root / "images"), "max_samples": None})
+
+
+def test_stage_1_keeps_how_often_neighbours_are_of_one_class(sorted_tars):
+    for cache, alike in ((sorted_tars, True), (shared_cache(), False)):
+        neighbours, chance = cache.manifest.data["class_likeness"]
+        assert (neighbours, chance) == pytest.approx(likeness(labels_of(cache)))
+        assert (neighbours > 2 * chance) is alike
+
+
+def test_stage_2_mixes_wider_and_says_so(capsys):
+    cache, train = shared_cache(), TrainConfig(shuffle_block=1)
+    assert order_of(train, cache, CPU).window == WINDOW
+    assert capsys.readouterr().out == ""
+    cache.manifest = dataclasses.replace(
+        cache.manifest, data={**cache.manifest.data, "class_likeness": [0.98, 0.001]}, num_samples=1_281_167
+    )
+    order = order_of(TrainConfig(), cache, CPU)
+    assert order.window == 10_010
+    assert "98% of neighbours, 0.1% by chance" in capsys.readouterr().out
+    assert order_of(TrainConfig(shuffle_window=7), cache, CPU).window == 7
+    assert capsys.readouterr().out == ""

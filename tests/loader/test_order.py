@@ -1,0 +1,187 @@
+"""Order: permutations, disjoint shares, independence of ranks and of the point of resumption."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from scalekd_cache.config import DataConfig
+from scalekd_cache.data.images import open_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.order import (
+    WINDOW,
+    Likeness,
+    Order,
+    epoch_ids,
+    likeness,
+    micro_batch_ids,
+    micro_batches_of_rank,
+    mixing_window,
+    steps_per_epoch,
+)
+
+orders = st.builds(
+    Order,
+    num_samples=st.integers(1, 3000),
+    block=st.integers(1, 300),
+    window=st.integers(1, 20),
+    seed=st.integers(0, 2**31),
+)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(orders, st.integers(0, 5))
+def test_an_epoch_is_a_permutation(order: Order, epoch: int) -> None:
+    assert sorted(epoch_ids(order, epoch, 0, order.num_samples)) == list(range(order.num_samples))
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(orders, st.integers(0, 3), st.data())
+def test_any_slice_is_that_slice_of_the_whole(order: Order, epoch: int, data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, order.num_samples))
+    stop = data.draw(st.integers(start, order.num_samples))
+    whole = epoch_ids(order, epoch, 0, order.num_samples)
+    np.testing.assert_array_equal(epoch_ids(order, epoch, start, stop), whole[start:stop])
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(orders, st.sampled_from([1, 2, 3, 4, 6, 12]), st.integers(1, 5))
+def test_ranks_together_see_the_global_batch_once(order: Order, world_size: int, micro_batch: int) -> None:
+    global_batch = 12 * micro_batch
+    if order.num_samples < global_batch:
+        return
+    step = steps_per_epoch(order.num_samples, global_batch) - 1
+    seen = [
+        micro_batch_ids(order, epoch=1, step=step, micro=m, global_batch=global_batch, micro_batch=micro_batch)
+        for rank in range(world_size)
+        for m in micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
+    ]
+    whole = epoch_ids(order, 1, step * global_batch, (step + 1) * global_batch)
+    assert sorted(np.concatenate(seen)) == sorted(whole)
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(orders, st.integers(1, 12), st.integers(0, 3), st.data())
+def test_a_resumed_run_sees_the_rest(order: Order, global_batch: int, epoch: int, data: st.DataObject) -> None:
+    """What came before a stop and what comes after it, on other ranks, is the epoch that nobody stopped."""
+    if order.num_samples < global_batch:
+        return
+    steps = steps_per_epoch(order.num_samples, global_batch)
+    stop = data.draw(st.integers(0, steps))
+    possible = [count for count in range(1, global_batch + 1) if global_batch % count == 0]
+    worlds = [data.draw(st.sampled_from(possible)) for _ in range(2)]
+
+    def seen(steps_of: range, world_size: int) -> list[list[int]]:
+        return [
+            sorted(
+                int(sample)
+                for rank in range(world_size)
+                for micro in micro_batches_of_rank(global_batch, 1, rank, world_size)
+                for sample in micro_batch_ids(
+                    order, epoch=epoch, step=step, micro=micro, global_batch=global_batch, micro_batch=1
+                )
+            )
+            for step in steps_of
+        ]
+
+    parts = seen(range(stop), worlds[0]) + seen(range(stop, steps), worlds[1])
+    whole = epoch_ids(order, epoch, 0, steps * global_batch).reshape(steps, global_batch)
+    assert parts == np.sort(whole).tolist()
+    assert len({sample for batch in parts for sample in batch}) == steps * global_batch
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(st.integers(2, 40), st.integers(2, 60), st.integers(1, 80))
+def test_windows_of_class_sorted_samples_are_as_mixed_as_promised(classes: int, each: int, block: int) -> None:
+    """At most a tenth more pairs of one class in a window than by chance, or the data set is one window."""
+    labels = np.repeat(np.arange(classes), each)
+    found = likeness(labels)
+    window = mixing_window(len(labels), block, found)
+    if window * block >= len(labels):
+        return
+    blocks = -(-len(labels) // block)
+    assert blocks % window in (0, *range(window - blocks // window, window)), "a short window at the end"
+    same = (block - 1) / (window * block - 1)
+    assert same * found.neighbours + (1 - same) * found.chance <= 1.1 * found.chance
+
+
+def test_the_window_grows_with_likeness_alone() -> None:
+    """ImageNet's numbers: shuffled, sorted by class, and sorted with nothing to gain (one class)."""
+    labels = np.repeat(np.arange(1000), 1281)
+    found = likeness(labels)
+    assert found.neighbours > 0.97
+    assert found.chance == pytest.approx(0.001, rel=1e-2)
+    assert mixing_window(len(labels), 64, found) == 10_008  # half of the data set's 20,016 blocks
+    assert mixing_window(len(labels), 1, found) == WINDOW
+    mixed = likeness(np.random.default_rng(0).permutation(labels))
+    assert mixed.neighbours == pytest.approx(mixed.chance, rel=0.02)
+    assert mixing_window(len(labels), 64, mixed) == WINDOW
+    assert mixing_window(10**6, 64, likeness(np.zeros(1000, np.int64))) == WINDOW
+    assert mixing_window(1, 64, Likeness(1.0, 1.0)) == WINDOW
+
+
+def test_a_class_sorted_folder_is_mixed_before_it_is_cached(tmp_path) -> None:
+    """The canonical order of a folder is that of hashed keys: its neighbours are of one class by chance alone."""
+    for split, each in (("train", 300), ("val", 1)):
+        for label in range(10):
+            folder = tmp_path / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(each):
+                (folder / f"{number:05d}.jpg").write_bytes(b"not read here")
+    source = open_source(DataConfig(source=str(tmp_path)), "train")
+    labels = np.array([sample.label for sample in source.samples])
+    found = likeness(labels)
+    assert likeness(np.sort(labels)).neighbours > 0.9
+    assert found.neighbours == pytest.approx(found.chance, abs=0.01)
+    assert mixing_window(len(labels), 64, found) == WINDOW
+
+
+def test_epochs_and_seeds_differ_and_repeat() -> None:
+    order = Order(num_samples=1000, block=16, window=8, seed=3)
+    first = epoch_ids(order, 0, 0, 1000)
+    np.testing.assert_array_equal(first, epoch_ids(Order(num_samples=1000, block=16, window=8, seed=3), 0, 0, 1000))
+    assert (first != epoch_ids(order, 1, 0, 1000)).mean() > 0.9
+    assert (first != epoch_ids(Order(num_samples=1000, block=16, window=8, seed=4), 0, 0, 1000)).mean() > 0.9
+
+
+def test_the_order_is_fixed_for_ever() -> None:
+    """Resuming a run with another version of this program must meet the same samples."""
+    order = Order(num_samples=23, block=4, window=2, seed=7)
+    assert epoch_ids(order, 2, 0, 23).tolist() == [
+        6,
+        7,
+        21,
+        5,
+        20,
+        4,
+        22,
+        1,
+        17,
+        0,
+        16,
+        18,
+        3,
+        2,
+        19,
+        10,
+        14,
+        13,
+        15,
+        8,
+        11,
+        12,
+        9,
+    ]
+
+
+def test_a_window_needs_memory_of_a_window_only() -> None:
+    order = Order(num_samples=10**9, block=64, window=64, seed=0)
+    ids = epoch_ids(order, 0, 5 * 10**8, 5 * 10**8 + 256)
+    assert len(np.unique(ids)) == 256
+
+
+def test_uneven_shares_are_refused_with_the_nearest_possible() -> None:
+    with pytest.raises(UserError, match="divides 8: 1, 2, 4"):
+        micro_batches_of_rank(256, 32, 0, 3)
+    with pytest.raises(UserError, match="larger than the data set"):
+        steps_per_epoch(10, 11)

@@ -1,0 +1,127 @@
+"""Accuracy: counts by hand, shares of ranks, images that cannot be decoded."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from image_files import folder_tree, source_of, write
+from PIL import Image
+
+from pipelines.evaluate import main
+from scalekd_cache.config import DataConfig, StudentConfig
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.data.images import open_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import Tally, evaluate, tally
+from scalekd_cache.models.student import build_student
+
+CPU = torch.device("cpu")
+
+
+def test_counts_by_hand():
+    logits = torch.tensor(
+        [[9, 8, 7, 6, 5, 4, 3.0], [9, 8, 7, 6, 5, 4, 3.0], [9, 8, 7, 6, 5, 4, 3.0], [0, 0, 0, 0, 0, 0, 1.0]]
+    )
+    assert tally(logits, torch.tensor([0, 4, 5, 6])) == Tally(2, 3, 4, 0)
+    assert tally(logits[:2], torch.tensor([1, 6])) == Tally(0, 1, 2, 0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 4])
+def test_fewer_than_five_classes(classes):
+    logits = torch.eye(classes)
+    assert tally(logits, torch.arange(classes)) == Tally(classes, classes, classes, 0)
+    assert tally(logits, torch.arange(classes).roll(1)) == Tally(0, classes, classes, 0)
+
+
+def test_percentages():
+    both = Tally(1, 2, 4, 1).plus(Tally(2, 4, 4, 0))
+    assert both == Tally(3, 6, 8, 1)
+    assert (both.top1_percent, both.top5_percent) == (37.5, 75.0)
+    assert Tally(0, 0, 0, 3).top1_percent == 0
+
+
+def guess(images):
+    """Logits from what is in the picture, different for every picture."""
+    return images.float().mean((1, 2, 3))[:, None] * torch.arange(1, 11) % 7
+
+
+def test_shares_of_ranks_add_up():
+    source = open_source(DataConfig(max_samples=61), "val")
+    whole = evaluate(guess, source, 32, CPU)
+    assert whole.images == 61
+    assert 0 < whole.top1 < whole.top5 < 61
+    for world_size in (2, 3):
+        shares = [
+            evaluate(guess, source, 32, CPU, rank=rank, world_size=world_size, batch_size=7, workers=rank % 2)
+            for rank in range(world_size)
+        ]
+        assert shares[0].plus(shares[1]).plus(shares[2] if world_size == 3 else Tally(0, 0, 0, 0)) == whole
+
+
+def test_unreadable_images_are_counted(tmp_path):
+    root = folder_tree(tmp_path, val=[f"ant/{n}.png" for n in range(5)] + ["bee/1.png"])
+    for number in (0, 1, 2):
+        write(root / "val" / "ant" / f"{number}.png", b"nothing")
+    batches = []
+
+    def predict(images):
+        assert images.dtype == torch.uint8
+        batches.append(tuple(images.shape))
+        return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
+
+    result = evaluate(predict, source_of(root, "val"), 32, CPU, batch_size=1)  # batches with nothing readable
+    assert result == Tally(2, 3, 3, 3)
+    assert batches == [(1, 3, 32, 32)] * 3
+    assert evaluate(predict, source_of(root, "val"), 32, CPU) == result
+
+
+def pictures(root, classes):
+    generator = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for name in classes:
+            (root / split / name).mkdir(parents=True)
+            for number in range(2):
+                pixels = generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f"{number}.png")
+    return root
+
+
+def exported(folder, names):
+    config = StudentConfig(name="resnet10t")
+    student = build_student(config, num_classes=3, image_size=32)
+    export_student(student, config, folder, image_size=32, class_names=names)
+
+
+@pytest.mark.parametrize("place", [".", "student"])
+@pytest.mark.parametrize("names", [["a", "b", "c"], []])
+def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, names):
+    """`import-upstream` writes student/, without names of classes."""
+    exported(tmp_path / "out" / place, names)
+    main(["--run", str(tmp_path / "out"), "--data", str(pictures(tmp_path / "data", "abc")), "--device", "cpu"])
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["images"] == 6
+    assert facts["top5"] == 100
+
+
+def test_exported_students_that_cannot_be_judged(tmp_path):
+    folder = tmp_path / "out"
+    exported(folder, ["a", "b", "c"])
+    with pytest.raises(UserError, match=r"DATA=folder"):
+        main(["--run", str(folder)])
+    for number, classes in enumerate(("abd", "ab")):
+        with pytest.raises(UserError, match="classes of the data set"):
+            main(["--run", str(folder), "--data", str(pictures(tmp_path / str(number), classes))])
+    data = str(pictures(tmp_path / "data", "abc"))
+    description = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(description.replace("resnet10t", "resnet18"))
+    with pytest.raises(UserError, match="do not fit"):
+        main(["--run", str(folder), "--data", data])
+    (folder / "config.json").write_text(description.replace('"mean"', '"average"'))
+    with pytest.raises(UserError, match="mean: missing"):
+        main(["--run", str(folder), "--data", data])
+    (folder / "config.json").write_text(description)
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")  # never opened
+    with pytest.raises(UserError, match="weights of an exported student"):
+        main(["--run", str(folder), "--data", data])

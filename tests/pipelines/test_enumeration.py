@@ -1,0 +1,300 @@
+"""Every file that a command opens, replaced by all that a file can turn into: a message or a finding, never more.
+
+The files are found by running each command once under an audit hook, so a new one joins by itself (safetensors are
+opened by Rust, which the hook does not see: those of the small world are added). Each case is a forked child with a
+limit of time and memory. `python tests/pipelines/test_enumeration.py COMMAND...` prints the whole table.
+"""
+
+import errno
+import os
+import re
+import resource
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+from commands import ROOT, cache_flags, flags
+from image_files import encoded, picture, write
+from test_store import write_cache
+
+from scalekd_cache.store import verify_cache
+
+LIMIT_OF_A_CASE_S = 20.0
+"""Of the processor's time, so that a busy machine does not matter; a case that waits has ten times as long."""
+IDLE_S = 3.0
+"""Seconds before a case that uses no processor time counts as waiting for ever."""
+MEMORY_BYTES = 2 << 30
+SPARSE_BYTES = 64 << 30
+KINDS = ("missing", "empty", "cut", "folder", "loop", "fifo", "unreadable", "huge")
+
+COMMANDS = {
+    "cache_teacher": "{cache_again}",
+    "distill": "--cache cache --run new --student.name resnet10t {train} --dry-run",
+    "evaluate": "--run run",
+    "export": "--run run --out out",
+    "report": "--run run --out page.html",
+    "verify": "--cache cache --deep",
+    "repair": "--cache cache",
+    "inspect_cache": "--cache cache --index 0 --view 0 --out view.jpg",
+    "plan": "{cache_again}",
+    "prove": "--cache cache --views 4",
+    "fetch": "--teacher demo_swin",
+    "costs": "--teacher demo_swin --student resnet10t",
+    "import_upstream": "--ckpt upstream.pth --out imported",
+}
+FINE: dict[str, str] = {
+    # command and `file kind` (regular expressions): why it may end with 0
+    "cache_teacher|repair": r"cache/(units/.*|manifest\.json) \w+",  # made again
+    "verify": r"cache/plan\.json missing",  # older caches have none: a note says so
+}
+RED: dict[str, str] = {"verify": r".*(tail\.safetensors huge|plan\.json loop)"}
+"""What is not mended yet: command -> regular expression of `file kind`."""
+MEASURED = ("verify",)
+"""Commands whose cases all were tried; the others are expected to have red ones."""
+
+
+def build(world: Path) -> None:
+    """A data set of 16 images, its cache, a finished run, a file that claims to be an upstream checkpoint."""
+    for split, count in (("train", 8), ("val", 2)):
+        for label in ("cat", "dog"):
+            for number in range(count):
+                write(world / "data" / split / label / f"{number:02d}.png", encoded(picture(number, (64, 64))))
+    (world / "upstream.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
+
+
+def words_of(command: str) -> list[str]:
+    stage1 = {"data.source": "data", "cache.samples_per_shard": 8, "cache.num_views": 1, "teacher.batch_size": 8}
+    train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8}
+    return (
+        COMMANDS[command]
+        .format(
+            cache_again=" ".join(map(str, cache_flags("cache", "teacher.safetensors", **stage1))).replace(
+                "--data.max_samples 96", ""
+            ),
+            train=" ".join(flags(train)),
+        )
+        .split()
+    )
+
+
+class World:
+    """The small world at one place, put back before each case; large files are links to the original."""
+
+    def __init__(self, folder: Path) -> None:
+        self.original, self.place = folder / "original", folder / "world"
+
+    def put_back(self) -> None:
+        shutil.rmtree(self.place, ignore_errors=True)
+        shutil.copytree(self.original, self.place, copy_function=shutil.copyfile)
+
+
+def _hook(log: int, root: str, broken: str | None):
+    def hook(event, arguments):
+        if event != "open" or not isinstance(arguments[0], str | bytes | os.PathLike):
+            return
+        path = os.path.abspath(os.fsdecode(os.fspath(arguments[0])))
+        if path == broken:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), path)
+        if log >= 0 and path.startswith(root):
+            os.write(log, f"{path}\n".encode())
+
+    return hook
+
+
+def _child(command: str, words: list[str], place: Path, output: Path, log: int, broken: str | None) -> None:
+    """Become the command."""
+    try:
+        os.setsid()
+        os.chdir(place)
+        descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(descriptor, 1)
+        os.dup2(descriptor, 2)
+        sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + MEMORY_BYTES, taken + MEMORY_BYTES))
+        resource.setrlimit(resource.RLIMIT_CPU, (int(LIMIT_OF_A_CASE_S), int(LIMIT_OF_A_CASE_S)))
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        sys.addaudithook(_hook(log, f"{place}{os.sep}", broken))
+        sys.argv = [command, *words]
+        runpy.run_module(f"pipelines.{command}", run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(end.code if isinstance(end.code, int) else int(end.code is not None))
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        sys.stderr.flush()
+        os._exit(1)
+    os._exit(0)
+
+
+def call(command: str, world: World, log: int = -1, broken: str | None = None) -> tuple[int, str]:
+    """(exit status, output); a command that does not end is killed: status -9."""
+    output = world.place.parent / "output"
+    pid = os.fork()
+    if pid == 0:
+        _child(command, words_of(command), world.place, output, log, broken)
+    begun = time.monotonic()
+    end = begun + 10 * LIMIT_OF_A_CASE_S
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            break
+        if time.monotonic() > end or (time.monotonic() > begun + IDLE_S and _is_idle(pid)):
+            os.killpg(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return os.waitstatus_to_exitcode(status), output.read_text(errors="replace")
+
+
+def _is_idle(pid: int) -> bool:
+    """Asleep, and no processor time for three seconds: it waits for something that will not come."""
+    seen = []
+    for _ in range(7):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        seen.append((fields[0] == "S", fields[11:15]))
+        time.sleep(0.5)
+    return seen[0][0] and all(one == seen[0] for one in seen)
+
+
+def files_of(command: str, world: World) -> list[str]:
+    """What the command opens, one file of each kind: names that differ in numbers only count as one."""
+    world.put_back()
+    reading, writing = os.pipe()
+    os.set_inheritable(writing, True)
+    with tempfile.TemporaryFile() as log:
+        os.dup2(log.fileno(), writing)
+        call(command, world, writing)
+        os.close(reading), os.close(writing)
+        log.seek(0)
+        opened = {os.path.relpath(line, world.place) for line in log.read().decode().splitlines()}
+    whole = [str(path.relative_to(world.original)) for path in sorted(world.original.rglob("*")) if path.is_file()]
+    used = {name.split(os.sep)[0] for name in opened} | set(words_of(command))
+    found = [name for name in whole if name in opened or (name.endswith(".safetensors") and name.split("/")[0] in used)]
+    return list({re.sub(r"\d+", "0", re.sub(r"/(cat|dog)/", "/c/", name)): name for name in reversed(found)}.values())
+
+
+def replace(world: World, name: str, kind: str) -> str | None:
+    """Put something else in a file's place; the path that cannot be read, if that is what is wrong with it."""
+    world.put_back()
+    file = world.place / name
+    data = file.read_bytes()
+    file.unlink()
+    if kind in ("empty", "cut", "unreadable", "huge"):
+        file.write_bytes({"empty": b"", "cut": data[: len(data) // 2]}.get(kind, data))
+    if kind == "huge":
+        os.truncate(file, SPARSE_BYTES)
+    put(file, kind)
+    return str(file) if kind == "unreadable" else None
+
+
+def put(file: Path, kind: str) -> None:
+    """Something that is no file, where `file` was."""
+    if kind == "folder":
+        file.mkdir()
+    elif kind == "loop":
+        file.symlink_to(file.name)
+    elif kind == "fifo":
+        os.mkfifo(file)
+
+
+def verdict(command: str, case: str, status: int, output: str) -> str | None:
+    """What is wrong with an ending; None for a message, a finding, or a file that may be missing."""
+    if status < 0:
+        return f"hangs or was killed by signal {-status}"
+    if "Traceback (most recent call last)" in output or '  File "' in output:
+        return f"traceback: {output.strip().splitlines()[-1][:160]}"
+    if status not in (1, 2) and not (
+        status == 0 and any(re.fullmatch(c, command) and re.fullmatch(f, case) for c, f in FINE.items())
+    ):
+        return f"status {status}"
+    return None
+
+
+def faults(command: str, world: World) -> list[str]:
+    """`file kind: what is wrong` of every case."""
+    found = []
+    for name in files_of(command, world):
+        for kind in KINDS:
+            if kind == "unreadable" and name.endswith(".safetensors"):
+                continue  # opened by Rust
+            broken = replace(world, name, kind)
+            begun = time.monotonic()
+            wrong = verdict(command, f"{name} {kind}", *call(command, world, broken=broken))
+            if wrong is not None:
+                found.append(f"{name} {kind}: {wrong}")
+            print(f"{command} {name} {kind}: {wrong or 'fine'} ({time.monotonic() - begun:.1f} s)", flush=True)
+    return found
+
+
+def small_world(folder: Path) -> World:
+    """Make the world by the commands themselves."""
+    import timm
+    import torch
+    from safetensors.torch import save_file
+
+    from scalekd_cache.models.tail import DEMO_TIMM_NAME
+    from scalekd_cache.models.teacher import demo_teacher_args
+
+    torch.set_num_threads(1)
+    world = World(folder)
+    place = world.place
+    build(place)
+    torch.manual_seed(0)
+    model = timm.create_model(DEMO_TIMM_NAME, num_classes=2, **demo_teacher_args())
+    save_file(model.state_dict(), str(place / "teacher.safetensors"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for command in (
+        ["cache_teacher", *words_of("cache_teacher")],
+        ["distill", *[word for word in words_of("distill") if word != "--dry-run"]],
+    ):
+        words = ["run" if word == "new" else word for word in command[1:]]
+        done = subprocess.run([sys.executable, "-m", f"pipelines.{command[0]}", *words], cwd=place, env=environment,
+                              capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+    shutil.copytree(place, world.original)
+    import scalekd_cache.loader.loader
+    import scalekd_cache.models.evaluate
+    import scalekd_cache.models.student
+    import scalekd_cache.models.teacher  # noqa: F401
+
+    return world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return small_world(tmp_path_factory.mktemp("enumeration"))
+
+
+@pytest.mark.parametrize("name", ["v0001.tar", "v0001.idx", "keys.txt", "unit.json"])
+@pytest.mark.parametrize("kind", ["loop", "folder", "fifo"])
+def test_something_else_in_the_place_of_a_units_file_is_a_finding(name, kind, tmp_path):
+    root = write_cache(tmp_path, "webdataset")
+    file = root / "units/g000-r00001" / name
+    file.unlink()
+    put(file, kind)
+    assert any("g000-r00001" in problem.where for problem in verify_cache(root, deep=True))
+
+
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("command", [
+    pytest.param(name, marks=() if name in MEASURED else pytest.mark.xfail(reason="not all mended", strict=False))
+    for name in COMMANDS
+])  # fmt: skip
+def test_a_file_in_any_state_gives_a_message(command, world):
+    red = RED.get(command)
+    assert [fault for fault in faults(command, world) if not (red and re.match(red, fault))] == []
+
+
+if __name__ == "__main__":
+    here = small_world(Path(tempfile.mkdtemp()))
+    for one in sys.argv[1:] or COMMANDS:
+        faults(one, here)

@@ -1,0 +1,67 @@
+"""The cost table against figures counted by other means, and against the parameters of real modules."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines import costs as costs_command
+from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.planning import costs
+
+torch.set_num_threads(1)
+
+
+def test_swin_l_and_resnet50():
+    pair = costs.pair_costs(costs.SWIN_L, "resnet50")
+    assert pair.teacher.forward / 1e9 == pytest.approx(69, abs=0.5)
+    assert pair.student.total / 1e9 == pytest.approx(24, abs=0.5)
+    # 107 with a learned query projected for every sample; once a batch saves 2.8
+    per_sample = 2 * 3 * 2 * 2 * 196 * 768 * 768 / 1e9 * (1 - 1 / costs.BATCH)
+    assert pair.heads_total / 1e9 + per_sample == pytest.approx(107, abs=0.5)
+    trainable = sum(part.params for part in pair.heads if "projector" in part.name)
+    assert trainable / 1e6 == pytest.approx(175.5, abs=1)
+    assert pair.ceiling == pytest.approx(1.52, abs=0.02)
+
+
+def test_grouped_convolutions_count_their_gradients_once():
+    """A depthwise convolution's gradients cost twice its forward pass, for MobileNet as for ResNet."""
+    pair = costs.pair_costs("swin_tiny_patch4_window7_224", "mobilenetv1")
+    assert pair.student.backward / pair.student.forward == pytest.approx(2, abs=0.1)
+
+
+def test_linear_layer_by_hand():
+    layer, x = nn.Linear(8, 5, device="meta"), torch.empty(costs.BATCH, 8, device="meta", requires_grad=True)
+    part = costs._map_cost("layer", 45, layer, x)
+    assert (part.forward, part.backward) == (2 * 8 * 5, 2 * 2 * 8 * 5)
+
+
+def test_ablations_cost_less():
+    full = costs.pair_costs("swin_tiny_patch4_window7_224", "resnet18")
+    logits_only = costs.pair_costs("swin_tiny_patch4_window7_224", "resnet18", ScaleKDConfig(s3=False, s4=False))
+    assert logits_only.heads == []
+    no_tail = costs.pair_costs("swin_tiny_patch4_window7_224", "resnet18", ScaleKDConfig(tpp=False))
+    assert not any("tail" in part.name for part in no_tail.heads)
+    assert logits_only.ceiling > full.ceiling
+
+
+@pytest.mark.parametrize("student", costs.PAPER_STUDENTS)
+def test_lite_projectors_cost_at_most_a_quarter(student: str) -> None:
+    faithful, lite = (
+        costs.pair_costs(costs.SWIN_L, student, ScaleKDConfig(projector=kind)) for kind in ("cap", "lite")
+    )
+    most = 0.27 if student == "vit_small" else 0.25  # its last map has 14 x 14 positions
+    assert lite.heads_total <= most * faithful.heads_total
+    assert any("tail, 1 pass" in part.name for part in lite.heads)
+
+
+def test_command_and_committed_page(capsys):
+    page = (Path(__file__).parents[2] / "docs" / "COSTS.md").read_text(encoding="utf-8")
+    assert "make costs ALL=1" in page
+    row = costs.summary_row(costs.pair_costs(costs.SWIN_L, "resnet50"))
+    assert row in page, "docs/COSTS.md is stale: make costs ALL=1 > docs/COSTS.md"
+    costs_command.main(["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
+    text = capsys.readouterr().out
+    assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18\n")
+    assert "offline over online at most" in text

@@ -1,0 +1,175 @@
+"""The forecast against what stage 1 then writes, and against a real training step."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from image_files import encoded, write
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from small_cache import CPU, make, options, shared_weights, write_weights
+
+from pipelines import plan as command
+from scalekd_cache.caching import job as cache_teacher
+from scalekd_cache.codec import classes
+from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import build_student
+from scalekd_cache.planning import forecast as planning
+from scalekd_cache.planning.costs import MetaTeacher, meta_teacher
+from scalekd_cache.planning.forecast_folded import describe
+from scalekd_cache.planning.step_memory import step_memory
+from scalekd_cache.scalekd import projectors
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """Fits that look at fewer classes, and only of the codec that is asked for."""
+    monkeypatch.setattr(classes, "BINS", 12)
+    monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
+
+
+TRAINING = DistillConfig(
+    student=StudentConfig(name="resnet10t"), train=TrainConfig(global_batch_size=16, micro_batch_size=8)
+)
+
+
+def plan_of(config, gpu="h100", training=TRAINING, **changes):
+    return planning.forecast(config, training, CPU, **{"students": 8, "epochs": 300, "gpu": gpu, **changes})
+
+
+def on_disk(root):
+    """Bytes of a cache without its manifest and plan."""
+    whole = sum(path.stat().st_size for path in root.rglob("*") if path.is_file())
+    return whole - sum((root / name).stat().st_size for name in ("manifest.json", "plan.json"))
+
+
+def assert_close(found, cache, within=0.03):
+    stored = cache.manifest.bytes_per_view
+    assert found.bytes_per_view["total"] == pytest.approx(stored["total"], rel=within)
+    for part in ("features", "target", "pixels"):
+        assert found.bytes_per_view[part] == pytest.approx(stored[part], rel=within, abs=1)
+    assert found.bytes_per_view["index"] == pytest.approx(stored["index"], rel=0.1, abs=10)
+    assert found.total_bytes == pytest.approx(on_disk(cache.root), rel=within)
+    assert found.images * found.views == cache.manifest.num_samples * cache.manifest.num_views
+
+
+@pytest.mark.parametrize(
+    "cache",
+    [
+        {"codec": "int8", "num_views": 3},
+        {"codec": "int8", "backend": "zarr"},
+        {"codec": "transform", "num_views": 1},
+    ],
+)
+def test_bytes_on_the_demo(tmp_path, cache):
+    config = options(tmp_path / "cache", shared_weights(), cache=cache)
+    found = plan_of(config)
+    assert not (tmp_path / "cache").exists()
+    assert_close(found, make(tmp_path / "cache", shared_weights(), cache=cache))
+
+
+@pytest.mark.parametrize("codec", ["int8", "transform"])
+def test_stage_1_measures_the_space_it_needs_in_the_same_way(tmp_path, monkeypatch, codec):
+    asked = []
+    monkeypatch.setattr(cache_teacher, "check_space", lambda path, views, needed: asked.append((views, needed)))
+    cache = make(tmp_path / "cache", shared_weights(), cache={"codec": codec, "num_views": 2})
+    files = cache.manifest.bytes_per_view["total"] * cache.manifest.num_samples * 2
+    assert asked == [(cache.manifest.num_samples * 2, pytest.approx(files, rel=0.05))]
+
+
+def test_bytes_of_photographs_at_224(tmp_path):
+    pictures = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for number in range(16):
+        left, top = 12 * number, 6 * number
+        side = 150 + 8 * number
+        crop = pictures[number % 2].crop((left % 300, top % 170, left % 300 + side, top % 170 + side))
+        write(tmp_path / "data" / "train" / "ab"[number % 2] / f"{number}.jpg", encoded(crop, "JPEG", quality=90))
+    changes = {
+        "data": {"source": str(tmp_path / "data")},
+        "views": {"size": 224, "crop_scale": (0.08, 1.0)},
+        "teacher": {"name": "vit_tiny_patch16_224", "pretrained": False, "weights": None},
+        "cache": {"samples_per_shard": 8},
+    }
+    found = plan_of(options(tmp_path / "cache", None, **changes))
+    cache = make(tmp_path / "cache", None, **changes)
+    assert_close(found, cache)
+    assert found.teacher_at_hand
+
+
+def test_a_teacher_that_is_not_at_hand(tmp_path, monkeypatch):
+    teacher = {"weights": None, "weights_dir": str(tmp_path)}  # demo_swin without its file: nothing can be fetched
+    config = options(tmp_path / "cache", None, teacher=teacher)
+    found = plan_of(config)
+    assert not found.teacher_at_hand
+    assert found.teacher_s_per_view_here is None
+    assert "WEIGHTS ARE NOT AT HAND" in describe(found)
+    real = plan_of(options(tmp_path / "cache", shared_weights()))
+    assert found.bytes_per_view["total"] == pytest.approx(real.bytes_per_view["total"], rel=0.005)
+    for codec in ({"codec": "transform"}, {"codec": "auto", "codec_target": "kl:0.1"}):
+        with pytest.raises(UserError, match="depends on the teacher's features"):
+            plan_of(options(tmp_path / "cache", None, teacher=teacher, cache=codec))
+    damaged = write_weights(tmp_path / "bad.safetensors")
+    damaged.write_bytes(b"no")
+    with pytest.raises(UserError):
+        plan_of(options(tmp_path / "cache", damaged))
+
+
+def test_hours_and_students_add_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(planning, "MAX_EXTRA_S", 600.0)
+    config = options(tmp_path / "cache", shared_weights(), cache={"num_views": 4})
+    found = plan_of(config)
+    online_more = found.online_gpu_hours - found.student_gpu_hours
+    assert found.teacher_gpu_hours == pytest.approx(online_more * 4 / 300)
+    assert found.saved_gpu_hours == pytest.approx(8 * online_more - found.teacher_gpu_hours)
+    assert found.pays_after_students == 1
+    monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
+    slower = plan_of(config, gpu="L4", epochs=2)
+    assert slower.pays_after_students == 2
+    assert slower.teacher_gpu_hours == pytest.approx(found.teacher_gpu_hours * 989 / 121)
+    assert slower.images_per_s == pytest.approx(found.images_per_s * 121 / 989)
+    assert found.read_mb_per_s == pytest.approx(found.images_per_s * found.bytes_per_view["total"] / 1e6)
+    changes = {row["change"]: row for row in found.alternatives}
+    assert changes["VIEWS=2"]["gpu_hours"] == pytest.approx(found.teacher_gpu_hours / 2)
+    assert changes["CODEC=transform"]["bytes"] < found.total_bytes < changes["CODEC=float16"]["bytes"]
+    with pytest.raises(UserError, match="no GPU h1000: did you mean h100"):
+        plan_of(config, gpu="h1000")
+
+
+@pytest.mark.parametrize("kind", ["ce", "bce"])
+def test_the_memory_of_a_step_is_that_of_a_real_one(kind, monkeypatch):
+    """What is counted on the meta device is what autograd keeps when the step is computed."""
+    train = TrainConfig(global_batch_size=4, micro_batch_size=4, label_loss=kind)
+    training = dataclasses.replace(TRAINING, train=train, optim=OptimConfig(name="adamw"))
+    with torch.device("meta"):
+        meta = meta_teacher("demo_swin", 64, 10)
+        counted = step_memory(training, meta, 64, 10)
+    monkeypatch.setattr(projectors, "TINY_MAP", 0)  # a CPU's way around convolutions of tiny maps keeps more
+    real: MetaTeacher = meta_teacher("demo_swin", 64, 10)
+    assert step_memory(training, real, 64, 10)["activations"] == pytest.approx(counted["activations"], rel=0.05)
+    student = build_student(training.student, num_classes=10, image_size=64)
+    assert counted["gradients"] > 4 * sum(value.numel() for value in student.parameters())
+    assert counted["optimizer"] == 2 * counted["gradients"]
+    assert counted["total"] == sum(value for name, value in counted.items() if name != "total")
+
+
+def test_the_command(tmp_path, capsys):
+    words = [
+        "--recipe", "demo", "--data.max_samples", "40", "--teacher.weights", str(shared_weights()), "--student",
+        "resnet10t", "--cache.path", str(tmp_path / "cache"), "--gpu", "a100",
+    ]  # fmt: skip
+    assert command.main([*words, "--json", "true"]) == 0
+    fields = json.loads(capsys.readouterr().out)
+    assert (fields["images"], fields["epochs"], fields["gpu"], fields["students"]) == (40, 2, "a100", 8)
+    with pytest.raises(UserError, match="students is out of range"):
+        command.main([*words, "--students", "0"])
+
+
+def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
+    found = plan_of(options(tmp_path / "cache", shared_weights()))
+    text = describe(found)
+    for words in ("features (int8)", "CPU cores", "GPU-hours", "images/s", "memory of a step", "data sheet", "VIEWS=4"):
+        assert words in text
+    assert "DOES NOT FIT" not in text
+    assert "IT DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))

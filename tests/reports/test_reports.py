@@ -1,0 +1,310 @@
+"""Reports: one file, no network, everything escaped, figures with words; what is missing is said."""
+
+import base64
+import io
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from browser import measure, needs_browser, screenshot
+from image_files import encoded
+from image_files import picture as noise
+from PIL import Image
+from small_cache import CPU, copy_of_cache, make, shared_cache, write_weights
+
+from scalekd_cache.config import DistillConfig, StudentConfig, to_plain
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import build_student
+from scalekd_cache.reports.cache import CacheReport, cache_report
+from scalekd_cache.reports.colours import fit_palette, overlay, paint
+from scalekd_cache.reports.figures import Series, curves, histogram, matrix, plain
+from scalekd_cache.reports.page import MAX_BYTES, picture, write_page
+from scalekd_cache.reports.predictions import Verdict, confusion
+from scalekd_cache.reports.run_data import RunReport
+from scalekd_cache.reports.runs import agreement, run_report
+from scalekd_cache.reports.views import Look, Scan, alike
+from scalekd_cache.store import Cache
+from scalekd_cache.training.finished import export_state, facts_of
+from scalekd_cache.training.run_folder import RunFolder
+
+SMALL = CacheReport(views=40, asked=8, images=3)
+HOSTILE = '"><script>window.hacked=1</script>$\\frac{1}'
+
+
+class Page(HTMLParser):
+    """Tags and texts of a page."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.images, self.text = [], [], ""
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(dict(attrs))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def cache_page():
+    return cache_report(shared_cache(), SMALL, CPU)
+
+
+def start_run(folder):
+    """A run folder in the middle of training."""
+    cache = shared_cache()
+    run = RunFolder(folder, to_plain(DistillConfig(cache=str(cache.root), student=StudentConfig(name="resnet10t"))))
+    run.keep_facts(facts_of(cache.manifest, 2))
+    run.start_metrics(0)
+    for step in range(1, 30):
+        terms = dict.fromkeys(("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial"), 1 / step)
+        run.log(step, {"loss": 5 / step, **terms, "s4_frequency": 0.0, "epoch": 0, "lr": 0.1, "images_per_s": 30.0,
+                       "data_wait": 0.01})  # fmt: skip
+    return run
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A finished run, with a student of random weights."""
+    folder = tmp_path_factory.mktemp("runs") / "first"
+    run, facts = start_run(folder), facts_of(shared_cache().manifest, 2)
+    config = StudentConfig(name="resnet10t")
+    torch.manual_seed(0)
+    state = build_student(config, num_classes=10, image_size=64).model.state_dict()
+    export_state(config, state, facts, folder / "export")
+    run.finish({"student": "resnet10t", "teacher": "demo_swin", "targets": "cached", "top1": 50.0, "top5": 90.0,
+                "steps": 29, "teacher_top1": 97.0, "images_per_s": 30.0, "minutes": 1.0, "seed": 0, "epochs": 1,
+                "views": 2, "bytes_per_view": 9.5,
+                "cache_fingerprint": facts["fingerprint"]})  # fmt: skip
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run_page(done):
+    before = sorted(done.rglob("*"))
+    page = run_report([done], RunReport(images=40), CPU)
+    assert sorted(done.rglob("*")) == before
+    return page
+
+
+def changed(folder, copy, name, old, new):
+    """A copy of a run in which a file says something else."""
+    shutil.copytree(folder, copy)
+    text = (copy / name).read_text()
+    assert old in text
+    (copy / name).write_text(text.replace(old, new))
+    return copy
+
+
+def test_a_cache_report_is_one_small_file_without_scripts(cache_page):
+    page = Page(cache_page)
+    assert len(cache_page.encode()) < MAX_BYTES / 4
+    assert len(page.images) > 20
+    assert all(image["src"].startswith("data:image/") and image["alt"].strip() for image in page.images)
+    assert not {"script", "link", "iframe", "object", "embed", "form"} & set(page.tags)
+    assert "url(" not in cache_page
+    assert re.search(r'http-equiv="Content-Security-Policy" content="default-src \'none\'; img-src data:', cache_page)
+    assert 'name="viewport"' in cache_page
+
+
+def test_a_cache_report_says_what_the_cache_is(cache_page):
+    manifest, text = shared_cache().manifest, Page(cache_page).text
+    for fact in (manifest.fingerprint, "96 of 10 classes, 2 views each", "demo_swin", "int8", "webdataset, 3 units"):
+        assert fact in text
+    assert f"{manifest.bytes_per_view['total']:,.0f}" in text
+    assert f"{manifest.fidelity['cosine_mean_removed']['p1']:.6f}" in text
+    assert "crop " in text
+    assert text.count("stored map") >= 6
+    assert text.count("teacher's map") >= 6  # the teacher's weights are at hand
+    assert "cosine of stored and fresh map" in text
+    assert re.search(r"\d+ of 40 views \(\d+\.\d %\)", text)  # where the teacher disagrees with the label
+
+
+def test_the_gallery_shows_the_pixels_that_are_stored(cache_page):
+    cache = shared_cache()
+    shown = {image["src"] for image in Page(cache_page).images if image["alt"].startswith("The view ")}
+    stored = set()
+    for view in range(2):
+        for record in cache.read(range(96), view):
+            with Image.open(io.BytesIO(record.pixels)) as image:
+                stored.add(picture(np.array(image), "").source)
+    assert len(shown) > 6
+    assert shown <= stored
+
+
+def test_without_the_teacher_it_is_said(tmp_path):
+    folder = copy_of_cache(tmp_path / "cache")
+    page = Page(cache_report(Cache.open(folder), CacheReport(views=10, asked=0, images=1), CPU)).text
+    assert "The teacher was not asked again." in page
+    assert "cosine of stored and fresh map" not in page
+    assert "stored map" not in page  # one map is just the map
+    with pytest.raises(UserError, match="teacher weights"):
+        cache_report(Cache.open(folder), CacheReport(teacher_weights=str(tmp_path / "none")), CPU)
+
+
+def test_damaged_records_are_named_and_left_out(tmp_path):
+    folder = copy_of_cache(tmp_path / "cache")
+    shard = next(folder.glob("units/*/v0000.tar"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 3 : len(data) // 3 + 4096] = bytes(4096)
+    shard.write_bytes(data)
+    page = Page(cache_report(Cache.open(folder), CacheReport(views=192, asked=0, images=2), CPU)).text
+    assert "view 0, position" in page
+    assert "damaged cache" in page
+    assert "Among 192 views" not in page
+
+
+@pytest.fixture(scope="module")
+def hostile_cache(tmp_path_factory):
+    """A cache whose class names and file names are an attack."""
+    root = tmp_path_factory.mktemp("hostile")
+    for split in ("train", "val"):
+        for number, name in enumerate((HOSTILE.replace("/", "∕"), "_$x$", "名前")):
+            for image in range(4):
+                file = root / "data" / split / name / f"<img src=x onerror=hacked=1>{image}.png"
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(encoded(noise(10 * number + image, (64, 64))))
+    weights = write_weights(root / "teacher.safetensors", 3)
+    return make(root / "cache", weights, data={"source": str(root / "data")})
+
+
+def test_names_from_data_sets_are_escaped(hostile_cache, tmp_path):
+    page = cache_report(hostile_cache, CacheReport(views=24, asked=4, images=2), CPU)
+    parsed = Page(page)
+    assert "<script" not in page
+    assert "script" not in parsed.tags
+    assert all(set(image) == {"src", "alt"} for image in parsed.images)  # no attribute was smuggled in
+    assert any("window.hacked" in image["alt"] for image in parsed.images) or "window.hacked" in parsed.text
+
+
+def test_names_for_figures():
+    assert plain("_hidden") == " _hidden"
+    assert plain("$x$") == r" \$x\$"
+    assert plain("a\nb\u202e") == " a?b?"
+    assert len(plain("x" * 500)) == 25
+    for name in (HOSTILE, "_a", "$", "\\", "名前", ""):
+        assert matrix(np.eye(2, dtype=int), [name, "b"], [name, "b"], ("", ""), "t").source.startswith("data:image/svg")
+        assert curves([Series(name, [1, 2], [3, 4]), Series("b", [1], [1])], "x", "y", "t").alt
+
+
+def test_figures_are_the_same_every_time_and_have_words():
+    first, again = (histogram([0.1, 0.2, 0.2], "cosine", "views", "Fidelity", ("limit", 0.15)) for _ in range(2))
+    assert first == again
+    assert "3 values from 0.10000 to 0.20000" in first.alt
+    svg = base64.b64decode(first.source.partition(",")[2])
+    assert b"<script" not in svg
+    long = curves([Series("a", range(100_000), range(100_000))], "x", "y", "t")
+    assert len(long.source) < 100_000
+
+
+def test_colours_tell_tokens_apart_and_are_the_same_for_equal_ones():
+    maps = torch.zeros(2, 8, 2, 2)
+    maps[:, 0, 0, 0], maps[:, 1, 1, 1], maps[1, 2, 0, 1] = 5, -3, 1
+    palette = fit_palette(maps)
+    colours = paint(palette, maps[0])
+    assert colours.shape == (2, 2, 3)
+    assert (colours[0, 1] == colours[1, 0]).all()
+    assert len({tuple(token) for token in colours.reshape(-1, 3).tolist()}) == 3
+    assert (paint(palette, maps[0]) == colours).all()
+    assert paint(fit_palette(torch.zeros(1, 4, 2, 2)), torch.zeros(4, 2, 2)).shape == (2, 2, 3)
+    assert overlay(None, colours, 10).shape == (10, 10, 3)
+
+
+def test_views_that_look_alike_are_found():
+    vectors = np.array([[1, 0], [0, 1], [1, 0.01], [0, -1], [-1, 0]], np.float32)
+    looks = [
+        Look(key=str(n), view=0, position=n, label=0, label_name="a", answers=[], answered=None, words="", digest=d)
+        for n, d in enumerate(["p", "q", "p", "r", "s"])
+    ]
+    pairs = alike(Scan(looks, vectors, []), 2)
+    assert (pairs[0].first, pairs[0].second, pairs[0].same_pixels) == (0, 2, True)
+    assert pairs[0].cosine > 0.99 > pairs[1].cosine
+    assert alike(Scan(looks[:1], vectors[:1], []), 2) == []
+
+
+def test_confusion_and_agreement_by_hand():
+    labels = np.array([0, 0, 1, 1])
+    student = Verdict(np.array([0, 1, 1, 1]), np.array([50.0, 60, 70, 80]))
+    teacher = Verdict(np.array([0, 0, 1, 0]), np.array([50.0, 60, 70, 80]))
+    assert confusion(labels, student, 2).tolist() == [[1, 1], [0, 2]]
+    assert student.accuracy(labels) == 75
+    assert agreement(student, teacher, labels) == (50, 50, 25, 25, 0)
+
+
+def test_a_run_report(run_page):
+    page = Page(run_page)
+    for words in ("50.00 %", "Loss terms", "Learning rate", "Throughput", "Waiting for data", "What first answers",
+                  "What the teacher answers", "give the same answer", "both wrong", "they differ"):  # fmt: skip
+        assert words in page.text
+    assert not any("s4 frequency" in image["alt"] for image in page.images)  # a term that is always 0
+    assert any("label goes from 1 to" in image["alt"] for image in page.images)
+
+
+def test_a_run_that_is_still_going(tmp_path):
+    run = start_run(tmp_path / "going").path
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 30, "lo')
+    text = Page(run_report([run], RunReport(images=10), CPU)).text
+    assert "going is not finished: the report shows how far it has come." in text
+    assert re.search(r"29\s*steps so far", text)
+    assert "going has no exported student yet" in text
+
+
+def test_several_runs_are_compared(done, tmp_path):
+    other = changed(done, tmp_path / "second", "summary.json", "50.0", "60.0")
+    page = Page(run_report([done, other, done], RunReport(images=20), CPU))
+    for words in ("Runs first, second", "training images/s", "forward images/s here", "60.00 %", "Accuracy and size",
+                  "Share of images with the same answer"):  # fmt: skip
+        assert words in page.text
+    assert page.text.count("What was run") == 2
+
+
+def test_a_run_without_its_data_and_its_cache(done, tmp_path):
+    run = changed(done, tmp_path / "run", "cache.json", '"source": "demo"', '"source": "gone"')
+    text = Page(run_report([run], RunReport(), CPU)).text
+    assert "No validation images here" in text
+    assert "Loss terms" in text
+    other = changed(done, tmp_path / "other", "config.yaml", str(shared_cache().root), str(tmp_path / "no-cache"))
+    assert "The teacher's answers are left out: no manifest" in Page(run_report([other], RunReport(images=5), CPU)).text
+
+
+def test_folders_that_are_no_runs(tmp_path):
+    with pytest.raises(UserError, match="no run"):
+        run_report([tmp_path], RunReport(), CPU)
+    with pytest.raises(UserError, match="some runs"):
+        run_report([], RunReport(), CPU)
+    with pytest.raises(UserError, match="is a folder"):
+        write_page(tmp_path, "page")
+
+
+@needs_browser
+@pytest.mark.parametrize("width", [390, 1100])
+def test_a_browser_shows_it_at_any_width(cache_page, run_page, hostile_cache, tmp_path, width):
+    hostile = cache_report(hostile_cache, CacheReport(views=24, asked=0, images=2), CPU)
+    for page in (cache_page, hostile, run_page):
+        found = measure(page, width, tmp_path)
+        assert found["images"] > 5
+        assert (found["broken"], found["without_alt"], found["hacked"], found["small"]) == (0, 0, False, 0)
+        assert found["width"] <= width  # nothing sticks out: no sideways scrolling
+        assert found["fetched"] == 0
+    assert "Outliers" in measure(cache_page, width, tmp_path)["text"]
+
+
+@needs_browser
+def test_a_screenshot_has_the_pictures_that_matter(cache_page, tmp_path):
+    plain_page = re.sub(r'src="data:image/[^"]*"', 'src="data:,"', cache_page)
+    shots = []
+    for name, page in (("whole", cache_page), ("bare", plain_page)):
+        file = screenshot(page, 1100, 2000, tmp_path / f"{name}.png", tmp_path)
+        with Image.open(file) as image:
+            shots.append(np.asarray(image.convert("RGB")).astype(int))
+    assert shots[0].shape == (2000, 1100, 3)
+    saturation = [shot.max(2) - shot.min(2) for shot in shots]
+    assert (saturation[0] > 60).mean() > 3 * (saturation[1] > 60).mean() > 0  # bars, histograms, maps
+    shutil.rmtree(tmp_path / "profile")

@@ -1,0 +1,58 @@
+"""Files that gather what is written: the same bytes, length and checksum whatever the pieces and the system's calls."""
+
+import os
+import random
+
+import google_crc32c
+import numpy as np
+import pytest
+
+from scalekd_cache.store import durable_files as files
+from scalekd_cache.store.durable_files import NewFile, read_back
+
+
+def as_array(data):
+    return np.frombuffer(data, np.uint8)
+
+
+def pieces_of(count, seed=0):
+    draw = random.Random(seed)
+    return [draw.choice((bytes, as_array))(draw.randbytes(draw.choice((0, 1, 7, 300, 5_000)))) for _ in range(count)]
+
+
+def written(path, calls):
+    file = NewFile(path)
+    for call in calls:
+        file.write(*call)
+    return file.finish()
+
+
+@pytest.mark.parametrize("waiting", [1, 1_000, files.WAITING_BYTES])
+@pytest.mark.parametrize("at_once", [1, 3, 2_500])
+def test_what_is_written_is_there(tmp_path, monkeypatch, waiting, at_once):
+    monkeypatch.setattr(files, "WAITING_BYTES", waiting)
+    pieces = pieces_of(2_600)  # more than the system takes in a call
+    whole = b"".join(map(bytes, pieces))
+    done = written(tmp_path / "x", [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)])
+    assert (tmp_path / "x").read_bytes() == whole
+    assert done == (len(whole), google_crc32c.value(whole))
+    assert read_back(tmp_path, {"x": done})["x"].bytes == len(whole)
+
+
+def test_a_call_that_takes_a_part(tmp_path, monkeypatch):
+    real = os.writev
+
+    def some(descriptor, pieces):
+        return real(descriptor, [b"".join(map(bytes, pieces))[:1_000]])
+
+    monkeypatch.setattr(os, "writev", some)
+    pieces = pieces_of(300, seed=1)
+    written(tmp_path / "x", [pieces[:299], pieces[299:]])
+    assert (tmp_path / "x").read_bytes() == b"".join(map(bytes, pieces))
+
+
+def test_an_abandoned_file_writes_nothing_more(tmp_path):
+    file = NewFile(tmp_path / "x")
+    file.write(b"waits")
+    file.abandon()
+    assert (tmp_path / "x").read_bytes() == b""

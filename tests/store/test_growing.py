@@ -1,0 +1,161 @@
+"""A cache that grows while it is read: what is waited for, what is said, what is refused."""
+
+import dataclasses
+import json
+
+import pytest
+from growing import IMAGES, Writer, two_groups
+from small_cache import SAMPLES, copy_of_cache, reseal
+from test_loader import assert_same_batches, make_loader
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.order import Order
+from scalekd_cache.store import Cache, read_manifest
+from scalekd_cache.store import growing as follow
+from scalekd_cache.store.growing import GrowingCache, follow_cache, read_cache_facts
+from scalekd_cache.store.plan import read_plan, write_plan
+from scalekd_cache.store.remote.remote_path import open_place
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(follow, "POLL_S", 0.02)
+
+
+ORDER = Order(num_samples=IMAGES, block=8, window=3, seed=5)
+
+
+def batches_of(cache, **changes):
+    return make_loader(cache, order=ORDER, global_batch=8, micro_batch=4, **changes)
+
+
+def silent(text):
+    pass
+
+
+@pytest.mark.parametrize(("backend", "workers"), [("webdataset", 0), ("webdataset", 2), ("zarr", 0)])
+def test_batches_are_those_of_the_finished_cache(tmp_path, capfd, backend, workers):
+    whole = two_groups(backend)
+    writer = Writer(tmp_path, whole)
+    writer.commit(0)
+    cache = follow_cache(tmp_path, 60, silent)
+    assert isinstance(cache, GrowingCache)
+    assert (len(cache), cache.manifest.num_views) == (IMAGES, 2)
+    batches = iter(batches_of(cache, epochs=4, workers=workers))
+    growing = [next(batches) for _ in range(6)]  # the first epoch is there; the next one is waited for from here on
+    timer = writer.later(1.0, group=1)
+    growing += batches
+    timer.join()
+    assert_same_batches(growing, batches_of(whole, epochs=4))
+    said = capfd.readouterr().out
+    assert said.count(f"waiting for {tmp_path}: views 1 to 1 have 0 of 3 units") == 1
+    assert "units a minute lately" in said or "not known yet" in said
+
+
+def test_following_begins_with_the_first_whole_group(tmp_path):
+    writer = Writer(tmp_path, two_groups())
+    said = []
+    timer = writer.later(0.3, group=0)
+    cache = follow_cache(tmp_path, 60, said.append)
+    timer.join()
+    assert "views 0 to 0 have 0 of 3 units" in said[0]
+    assert cache.read(range(IMAGES), 0) == two_groups().read(range(IMAGES), 0)
+    timer = writer.later(0.3, group=1)
+    cache.wait_for(1, said.append)
+    timer.join()
+    assert cache.read(range(IMAGES), 1) == two_groups().read(range(IMAGES), 1)
+    assert len(said) == 2
+    cache.wait_for(0, said.append)
+    assert len(said) == 2
+
+
+def test_a_finished_cache_is_not_waited_for(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    assert type(follow_cache(root, 0.1, silent)) is Cache
+    (root / "plan.json").unlink()  # a copy of what readers need
+    assert type(follow_cache(root, 0.1, silent)) is Cache
+
+
+def test_no_writer_and_no_progress_are_errors_that_say_so(tmp_path):
+    with pytest.raises(UserError, match="nobody has begun this cache"):
+        follow_cache(tmp_path / "nothing", 0.1, silent)
+    writer = Writer(tmp_path / "cache", two_groups())
+    with pytest.raises(UserError, match="has stopped growing") as error:
+        follow_cache(writer.root, 0.1, silent)
+    assert "views 0 to 0 have 0 of 3 units" in str(error.value)
+    writer.commit(0)
+    cache = follow_cache(writer.root, 0.1, silent)
+    with pytest.raises(UserError, match="has stopped growing") as error:
+        cache.wait_for(1, silent)
+    assert "views 1 to 1 have 0 of 3 units" in str(error.value)
+
+
+def test_a_time_out_reaches_the_trainer_from_a_worker(tmp_path):
+    writer = Writer(tmp_path, two_groups())
+    writer.commit(0)
+    seen = []
+    with pytest.raises(UserError, match="has stopped growing"):
+        seen.extend(batches_of(follow_cache(tmp_path, 0.5, silent), epochs=2, workers=1))
+    assert {batch.view for batch in seen} == {0}
+    assert len(seen) == 6  # the whole first epoch was handed out
+
+
+def test_not_following_an_unfinished_cache_names_the_option(tmp_path):
+    Writer(tmp_path, two_groups()).commit(0)
+    with pytest.raises(UserError, match="FOLLOW=1"):
+        read_cache_facts(tmp_path, False, 60, silent)
+
+
+def test_a_url_is_not_followed(tmp_path):
+    with pytest.raises(UserError, match="only a cache in a folder can be followed"):
+        follow_cache(open_place("https://example.com/cache"), 0.1, silent)
+
+
+def test_a_finished_cache_that_is_growing_is_followed_to_its_new_end(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    plan = read_plan(root)
+    facts = dataclasses.replace(plan.facts, groups=[[0, 1], [2]], ranges=plan.facts.ranges * 2)
+    write_plan(root, dataclasses.replace(plan, facts=facts))
+    cache = follow_cache(root, 0.1, silent)
+    assert (cache.manifest.num_views, len(cache)) == (3, SAMPLES)
+    assert Cache.open(root).manifest.num_views == 2
+    assert cache.read([5], 1) == Cache.open(root).read([5], 1)
+
+
+def test_a_group_of_other_images_is_refused(tmp_path):
+    writer = Writer(tmp_path, two_groups())
+    writer.commit(0, 1)
+    sidecar = tmp_path / "units" / "g001-r00001" / "unit.json"
+    unit = json.loads(sidecar.read_text())
+    unit["fingerprint"] = "0" * 64
+    sidecar.write_text(json.dumps(unit))
+    cache = follow_cache(tmp_path, 0.1, silent)
+    with pytest.raises(UserError, match="another cache"):
+        cache.wait_for(1, silent)
+
+
+def test_plan_and_manifest_say_the_same(tmp_path):
+    whole = two_groups()
+    plan, manifest = read_plan(whole.root), read_manifest(whole.root)
+    for field in dataclasses.fields(plan.facts):
+        if field.name != "ranges":
+            assert getattr(plan.facts, field.name) == getattr(manifest, field.name), field.name
+    assert plan.facts.ranges == [[[0, 8], [8, 16], [16, 24]]] * 2
+    assert manifest.teacher["top1"] is not None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": [[1], [0]]}, {"groups": [[0], []]}, {"groups": []}, {"ranges": [[0, 8], [9, 24]]},
+        {"ranges": []}, {"samples_per_shard": 0}, {"backend": "hdf5"}, {"fingerprint": "x"}, {"more": 1},
+        {"class_names": "a"},
+    ],
+)  # fmt: skip
+def test_a_plan_that_contradicts_itself_is_refused(tmp_path, change):
+    writer = Writer(tmp_path, two_groups())
+    file = writer.root / "plan.json"
+    reseal(file, lambda fields: fields.update(change))
+    with pytest.raises(UserError, match=r"plan (is not as expected|contradicts itself)") as error:
+        follow_cache(tmp_path, 0.1, silent)
+    assert next(iter(change)) in str(error.value)

@@ -1,0 +1,204 @@
+"""Disks and folders that misbehave: full, read-only, forbidden, crowded, left behind; a clock that runs backwards."""
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from commands import cache_flags, file_bytes
+from small_cache import CPU, SAMPLES, copy_of_cache, flip_byte, make, options, shared_weights, unit_files
+from stage1_process import Job, on_a_bad_disk
+
+from scalekd_cache.caching.job import cache_teacher
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Ledger, remove_stale, resume, unit_committed, unit_folder, verify_cache
+from scalekd_cache.store.durable_files import host_tag, temp_beside, write_atomically
+from scalekd_cache.store.plan import read_plan
+
+
+def words(path, backend):
+    small = {"data.max_samples": 48, "cache.samples_per_shard": 16, "cache.backend": backend}
+    return cache_flags(path, shared_weights(), **small)
+
+
+@pytest.fixture(scope="module")
+def untouched(tmp_path_factory):
+    """By backend: the files of a job on a good disk."""
+    place = tmp_path_factory.mktemp("untouched")
+    made = {}
+    for backend in ("webdataset", "zarr"):
+        outcome = Job(words(place / backend, backend), place / backend, place / "log").wait()
+        assert outcome.statuses == [0], outcome.output
+        made[backend] = file_bytes(place / backend)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("trouble", "backend", "operation", "text"),
+    [
+        ("full", "webdataset", 9, "the disk is full"),
+        ("full", "zarr", 9, "the disk is full"),
+        ("read-only", "webdataset", 0, "cannot be written"),
+        ("denied", "webdataset", 0, "cannot be written"),
+        ("denied", "webdataset", 9, "cannot be written"),
+    ],
+)
+def test_a_job_goes_on_when_the_disk_is_mended(trouble, backend, operation, text, untouched, tmp_path):
+    (tmp_path / "disk").mkdir()
+    root = tmp_path / "disk" / "cache"
+    result = on_a_bad_disk(words(root, backend), root, tmp_path / "log", trouble, operation)
+    if result is None:
+        pytest.skip("this machine does not allow a process to mount a disk of its own")
+    (status, output, names), (again, second, _), files = result
+    assert status == 2, output
+    assert text in output
+    assert "Traceback" not in output
+    assert [name for name in names if name.startswith(".tmp-")] == [] or trouble == "denied"
+    assert again == 0, second
+    assert files.keys() == untouched[backend].keys()
+    assert [name for name in files if files[name] != untouched[backend][name]] == []
+
+
+def test_a_file_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("old")
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", str(tmp_path))
+
+    monkeypatch.setattr("scalekd_cache.store.durable_files.fsync", refuse)
+    with pytest.raises(UserError, match=r"cannot be written\n.*Permission denied\n.*\n.*run again"):
+        write_atomically(tmp_path / "file", b"new")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "old"
+
+
+def a_dead_process():
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    return dead.pid
+
+
+def test_what_killed_writers_left_is_removed_and_the_rest_is_named(tmp_path):
+    units, dead = tmp_path / "units", a_dead_process()
+    stale = [
+        units / f".tmp-g000-r00000-{host_tag()}-{dead}-0a1b2c3d",
+        units / f".tmp-g000-r00001-{host_tag()}-{dead}-0a1b2c3d-damaged",
+        tmp_path / f".tmp-manifest.json-{host_tag()}-{dead}-0a1b2c3d",
+    ]
+    mine = temp_beside(units / "g000-r00002")
+    others = [units / f".tmp-g000-r00000-00000000-{dead}-0a1b2c3d", tmp_path / ".tmp-of-somebody"]
+    whole = units / "g000-r00003"
+    for path in (*stale[:2], mine, others[0], whole):
+        path.mkdir(parents=True)
+        (path / "unit.json").write_text("{}")
+    for path in (stale[2], others[1]):
+        path.write_text("x")
+    os.utime(others[0], (0, 0))
+    os.utime(others[1], (2**33, 2**33))  # written by a machine whose clock is ahead
+    found = {leftover.path: leftover.age_s for leftover in remove_stale(tmp_path) + remove_stale(units)}
+    assert found.keys() == set(others)
+    assert found[others[0]] > 10**9
+    assert found[others[1]] == 0.0
+    left = set(tmp_path.iterdir()) | set(units.iterdir())
+    assert left == {units, mine, whole, *others}
+    assert remove_stale(tmp_path / "not there") == []
+
+
+def test_a_job_says_whose_leftovers_it_leaves_alone(tmp_path, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    stale = root / "units" / f".tmp-g000-r00000-{host_tag()}-{a_dead_process()}-0a1b2c3d"
+    other = root / "units" / ".tmp-g000-r00000-00000000-7-0a1b2c3d"
+    for path in (stale, other):
+        path.mkdir()
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert (stale.exists(), other.exists()) == (False, True)
+    output = capsys.readouterr().out
+    assert "1 temporary files or folders of other machines" in output
+    assert f"the oldest is units/{other.name}, last changed 0.0 hours ago" in output
+    assert verify_cache(root, deep=True) == []
+
+
+# Resume accepts only what verifies
+
+
+def test_a_unit_that_lost_its_bytes_but_not_its_length_is_made_again(tmp_path, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    files = unit_files(root)
+    (root / "manifest.json").unlink()
+    tar = unit_folder(root, 0, 2) / "v0001.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))  # what a power cut leaves when the disk did not keep its word
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert f"{tar.parent} is damaged" in capsys.readouterr().out
+    assert unit_files(root) == files
+    assert verify_cache(root, deep=True) == []
+
+
+def test_only_the_units_committed_last_are_hashed_at_a_start(tmp_path, monkeypatch):
+    monkeypatch.setattr(resume, "RECHECKED_UNITS", 1)
+    root = copy_of_cache(tmp_path / "cache")
+    units = read_plan(root).units()
+    for range_id in (0, 1):
+        flip_byte(unit_folder(root, 0, range_id) / "v0000.tar", 700)
+    assert Ledger(root, units).drop_damaged() == []
+    assert {problem.where.split("/")[1] for problem in verify_cache(root, deep=True)} == {"g000-r00000", "g000-r00001"}
+    shutil.rmtree(unit_folder(root, 0, 2))
+    assert Ledger(root, units).drop_damaged() == [unit_folder(root, 0, 1)]
+    assert not unit_committed(root, units[1])
+    assert sorted(path.name for path in (root / "units").iterdir()) == ["g000-r00000"]
+
+
+def test_a_whole_unit_that_came_in_between_is_put_back(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    files = unit_files(root)
+    resume.put_aside(unit_folder(root, 0, 1), resume.files_are_short)
+    assert unit_files(root) == files
+    resume.put_aside(unit_folder(root, 7, 1), resume.files_are_short)  # somebody else removed it
+    assert unit_files(root) == files
+
+
+def test_a_unit_is_looked_at_once(tmp_path, monkeypatch):
+    root = copy_of_cache(tmp_path / "cache")
+    shutil.rmtree(unit_folder(root, 0, 2))
+    ledger = Ledger(root, read_plan(root).units())
+    assert [ledger.committed(0, range_id) for range_id in range(3)] == [True, True, False]
+    monkeypatch.setattr(resume, "unit_committed", lambda *_: pytest.fail("looked at twice"))
+    assert ledger.committed(0, 1)
+
+
+@pytest.mark.parametrize("entries", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
+def test_a_crowded_folder(entries, tmp_path, monkeypatch):
+    """A job reads the folder of units once, not once a unit, and meets nothing there that stops it."""
+    units = tmp_path / "cache" / "units"
+    units.mkdir(parents=True)
+    for number in range(entries):
+        os.mkdir(f"{units}/g007-r{number:05d}")
+    scan, list_, scans = os.scandir, os.listdir, []
+    monkeypatch.setattr(os, "scandir", lambda path=".": (scans.append(str(path)), scan(path))[1])
+    monkeypatch.setattr(os, "listdir", lambda path=".": (scans.append(str(path)), list_(path))[1])
+    assert len(make(tmp_path / "cache", shared_weights())) == SAMPLES
+    assert scans.count(str(units)) == 1
+    shutil.rmtree(units / "g000-r00001")
+    scans.clear()
+    make(tmp_path / "cache", shared_weights())
+    assert scans.count(str(units)) == 1
+    monkeypatch.undo()
+    shutil.rmtree(tmp_path / "cache")
+
+
+def test_a_clock_that_runs_backwards(tmp_path, monkeypatch):
+    """Every look at the clock gives an earlier time, and every file that is there is from the future."""
+    now = itertools.count(2_000_000_000, -3600)
+    monkeypatch.setattr(time, "time", lambda: float(next(now)))
+    root = copy_of_cache(tmp_path / "cache")
+    files = file_bytes(root)
+    (root / "manifest.json").unlink()
+    shutil.rmtree(unit_folder(root, 0, 1))
+    stale = root / "units" / f".tmp-g000-r00001-{host_tag()}-{a_dead_process()}-0a1b2c3d"
+    stale.mkdir()
+    for path in (root, *root.rglob("*")):
+        os.utime(path, (2**33, 2**33))
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert file_bytes(root) == files

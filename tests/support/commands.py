@@ -1,0 +1,125 @@
+"""The commands a user types, run from the tests; and what they leave behind, read back."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+LIMIT_S = max(600.0, float(os.environ.get("TEST_LIMIT_S", "0")))
+"""Seconds after which anything that a test waits for counts as a hang: a process, a state, an answer. Never a measure
+of speed: on a busy machine a command takes ten times as long. TEST_LIMIT_S raises it."""
+TEST_LIMITS = 3
+"""A test, with the fixtures that it is the first to use, may take this many times `LIMIT_S` (conftest.py)."""
+# One PATH for all, as the Makefile has it: two versions of ninja compile DeepSpeed's operator anew in turn.
+PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH}
+# What a launcher around the tests may have set is not for the processes started here.
+for name in (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "MAKEFLAGS",
+    "MAKELEVEL",
+    "CACHE",
+    "DATA",
+):
+    ENV.pop(name, None)
+
+CACHE_OPTIONS = {"data.max_samples": 96, "cache.num_views": 2, "cache.samples_per_shard": 32}
+"""A small cache of the demo set: three units of two views."""
+TRAIN_OPTIONS = {
+    "optim.lr": 1e-4,  # the recipe says 1e-3: AdamW then makes more of rounding between numbers of processes
+    "train.epochs": 2,
+    "train.global_batch_size": 32,
+    "train.micro_batch_size": 16,
+    "train.log_every": 1,
+}
+"""A small run: two epochs of three steps of two micro-batches."""
+STEPS = 6
+STUDENT = "resnet10t"
+TERMS = ("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial", "s4_frequency")
+
+
+def flags(options):
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def execute(*command, status=0):
+    """Run a command in the repository's root; its whole output. A wrong exit status fails with the tail of it."""
+    words = [str(word) for word in command]
+    done = subprocess.run(
+        words, cwd=ROOT, env=ENV, timeout=LIMIT_S, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    if done.returncode != status:
+        raise AssertionError(f"{' '.join(words)}\nexit status {done.returncode}, not {status}:\n{done.stdout[-4000:]}")
+    return done.stdout
+
+
+def launcher(nproc=1):
+    """The words before `pipelines.<name>`, as the Makefile has them: one process as it is, several by torchrun."""
+    here = ["--standalone", "--local-addr", "127.0.0.1"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *here, "--nproc-per-node", nproc, "-m", "--"]
+    return [sys.executable, "-m"] if nproc == 1 else torchrun
+
+
+def run(name, *words, nproc=1, status=0, **options):
+    """`python -m pipelines.<name> ...`; returns its output."""
+    return execute(*launcher(nproc), f"pipelines.{name}", *words, status=status, **options)
+
+
+def make(target, status=0, **variables):
+    """`make <target>` with the interpreter of the tests."""
+    given = [f"{name}={value}" for name, value in variables.items()]
+    return execute("make", target, "VENV=none", f"PYTHON={sys.executable}", "WORKERS=0", *given, status=status)
+
+
+def cache_flags(path, weights, **options):
+    return flags({**CACHE_OPTIONS, "cache.path": path, "teacher.weights": weights, **options})
+
+
+def distill_flags(cache, folder, **options):
+    return flags({"cache": cache, "run": folder, "student.name": STUDENT, **TRAIN_OPTIONS, **options})
+
+
+def read_json(file):
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def metric_lines(folder):
+    """All lines of metrics.jsonl."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def steps_of(folder):
+    """The lines of metrics.jsonl that training steps wrote, in the file's order."""
+    return [line for line in metric_lines(folder) if "loss" in line]
+
+
+def assert_same_losses(folder, expected, relative, steps=None):
+    """Every logged loss term of every step is that of another run."""
+    ours, theirs = steps_of(folder)[:steps], steps_of(expected)[:steps]
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    assert len(ours) == (steps or len(theirs)) > 0
+    for a, b in zip(ours, theirs):
+        for name in (*TERMS, "loss"):
+            difference = abs(a[name] - b[name])
+            assert difference <= relative * abs(b[name]) + 1e-12, (a["step"], name, a[name], b[name])
+
+
+def snapshot(folder):
+    """What tells whether a file was touched: inode, modification time and size, by path."""
+    return {
+        str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def file_bytes(folder):
+    """All files of a folder with their bytes."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}

@@ -1,0 +1,66 @@
+"""A trainer of a tiny student on the tiny cache, and a run folder that keeps its lines in memory."""
+
+import torch
+from small_cache import CPU, shared_cache
+
+from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.loader.order import WINDOW, Order
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.tail_file import load_tail
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.training.checkpoint import latest_checkpoint
+from scalekd_cache.training.run import kept_classifier, make_heads
+from scalekd_cache.training.trainer import DistillModel, Trainer
+
+USED, GLOBAL, MICRO = 48, 16, 8
+STEPS = USED // GLOBAL
+
+
+def config_of(*, train=None, optim=None, student="resnet10t") -> DistillConfig:
+    small = {"epochs": 2, "global_batch_size": GLOBAL, "micro_batch_size": MICRO, "log_every": 1, "shuffle_block": 8}
+    adam = {"name": "adamw", "lr": 1e-3, "base_batch_size": GLOBAL}
+    return DistillConfig(
+        student=StudentConfig(name=student),
+        optim=OptimConfig(**{**adam, **(optim or {})}),
+        train=TrainConfig(**{**small, **(train or {})}),
+    )
+
+
+def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
+    """A trainer at the last checkpoint of a folder, or at the first step."""
+    cache, train = cache or shared_cache(), config.train
+    torch.manual_seed(train.seed)
+    student = build_student(config.student, num_classes=10, image_size=64)
+    tail = heads = None
+    if train.targets != "none":
+        tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+        heads = make_heads(config, student, tail)
+    order = Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
+    loader = CacheLoader(
+        cache, order, epochs=train.epochs, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size
+    )
+    checkpoint = latest_checkpoint(folder)[0] if folder else None
+    model = DistillModel(config, student, heads)
+    classifier = kept_classifier(config, cache, loader.logit_codec, CPU)
+    return Trainer(config, CPU, loader, model, tail, None, loader.codec, checkpoint, classifier)
+
+
+class Lines:
+    """A run folder that keeps the lines."""
+
+    def __init__(self):
+        self.steps, self.lines = [], []
+
+    def log(self, step, values):
+        self.steps.append(step)
+        self.lines.append(dict(values))
+
+    def column(self, name):
+        return [line[name] for line in self.lines]
+
+
+def finish(trainer: Trainer) -> Lines:
+    lines = Lines()
+    list(trainer.train(lines))
+    return lines

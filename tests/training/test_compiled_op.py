@@ -1,0 +1,75 @@
+"""The operator that DeepSpeed compiles: what keeps it from being compiled is a message, never a hang or a traceback."""
+
+import os
+import time
+
+import pytest
+import torch
+
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.training import compiled_op
+from scalekd_cache.training.compiled_op import NAME, prepare_build
+
+CPU = Process(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    (tmp_path / NAME).mkdir()
+    return tmp_path / NAME
+
+
+@pytest.mark.parametrize("variable", ["TORCH_EXTENSIONS_DIR", "HOME"])
+@pytest.mark.parametrize("place", ["nowhere", "file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, variable, place):
+    places = {"nowhere": "/proc/nohome", "file": str(tmp_path / "file"), "read-only": str(tmp_path)}
+    (tmp_path / "file").write_text("")
+    for name in ("TORCH_EXTENSIONS_DIR", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, places[place])
+    if place == "read-only":
+        monkeypatch.setattr(compiled_op.shutil, "which", lambda _: "g++")
+        monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(UserError, match="folder cannot be written") as error:
+        prepare_build(CPU, lambda: None)
+    assert "TORCH_EXTENSIONS_DIR" in str(error.value)
+
+
+def test_a_compiler_that_fails_is_explained(folder):
+    def fail():
+        raise RuntimeError("Error building extension\nfatal error: no space left")
+
+    with pytest.raises(UserError, match="cannot be compiled\n  got: fatal error"):
+        prepare_build(CPU, fail)
+
+
+def test_the_lock_that_a_killed_process_of_ours_left_is_removed_at_once(folder):
+    (folder / "lock").touch()
+    (folder / ".scalekd.lock").write_bytes(b"building")
+    there = []
+    prepare_build(CPU, lambda: there.append((folder / "lock").exists()))
+    assert there == [False]
+    assert (folder / ".scalekd.lock").read_bytes() == b""
+
+
+def test_without_a_compiler(monkeypatch, folder):
+    monkeypatch.setenv("PATH", str(folder))
+    with pytest.raises(UserError, match=r"C\+\+ compiler"):
+        prepare_build(CPU, lambda: None)
+
+
+def test_the_lock_of_a_killed_build_is_removed(folder, capsys):
+    (folder / "lock").touch()
+    os.utime(folder / "lock", (time.time() - 2 * compiled_op.STALE_S,) * 2)
+    prepare_build(CPU, lambda: None)
+    assert not (folder / "lock").exists()
+    assert "killed" in capsys.readouterr().out
+
+
+def test_a_build_that_is_going_is_waited_for(folder, capsys, monkeypatch):
+    (folder / "lock").touch()
+    monkeypatch.setattr(compiled_op.time, "sleep", lambda _: (folder / "lock").unlink())
+    prepare_build(CPU, lambda: None)
+    assert "waiting for another program" in capsys.readouterr().out

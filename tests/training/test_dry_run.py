@@ -1,0 +1,141 @@
+"""Dry runs: the checks of the real thing, a few lines, and nothing written; and the reporting commands' JSON."""
+
+import contextlib
+import fcntl
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+from commands import ENV, LIMIT_S, ROOT, execute
+from small_cache import CPU, options, shared_cache, shared_weights
+
+from pipelines.command import check_cache_place
+from scalekd_cache.caching.job import try_out
+from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig, to_plain
+from scalekd_cache.errors import UserError
+from scalekd_cache.training.dry_run import describe_distill
+from scalekd_cache.training.run_folder import RunFolder, is_going, read_config
+
+
+def tree(folder):
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def config_of(run, **train):
+    small = TrainConfig(**{"epochs": 3, "global_batch_size": 32, "micro_batch_size": 16, **train})
+    return DistillConfig(
+        cache=str(shared_cache().root), run=str(run), student=StudentConfig(name="resnet10t"), train=small
+    )
+
+
+def test_a_training_that_is_not_done(tmp_path):
+    said = "\n".join(describe_distill(config_of(tmp_path / "run"), CPU))
+    assert "3 epochs of 3 steps of 32 images, 2 micro-batches of 16 a process" in said
+    assert "student resnet10t: 4.9" in said
+    assert f"would begin at step 1 in {tmp_path / 'run'}" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_training_would_be_refused_for(tmp_path):
+    run = tmp_path / "run"
+    RunFolder(run, to_plain(config_of(run))).keep_facts({})
+    with pytest.raises(UserError, match="other options"):
+        describe_distill(config_of(run, epochs=4), CPU)
+    with pytest.raises(UserError, match="no model resnet5: did you mean"):
+        describe_distill(DistillConfig(cache=str(shared_cache().root), student=StudentConfig(name="resnet5")), CPU)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="is a file"):
+        describe_distill(config_of(tmp_path / "file"), CPU)
+
+
+def test_a_finished_training(tmp_path):
+    run = tmp_path / "run"
+    RunFolder(run, to_plain(config_of(run))).finish({"top1": 1.0})
+    assert describe_distill(config_of(run), CPU) == [f"{run} is finished; nothing would be done"]
+
+
+def test_a_cache_that_is_not_made(tmp_path, capsys):
+    try_out(options(tmp_path / "cache", shared_weights()), CPU)
+    said = capsys.readouterr().out
+    assert "would make 3 of 3 units, 192 views" in said
+    assert "192 views to make, about" in said
+    try_out(options(tmp_path / "cache", shared_weights(), cache={"codec": "transform"}), CPU)
+    assert "codec transform is fitted when the cache is made" in capsys.readouterr().out
+    try_out(
+        options(tmp_path / "cache", "", teacher={"name": "demo_swin", "weights": None, "weights_dir": str(tmp_path)}),
+        CPU,
+    )
+    assert "would train the demo's teacher first" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_finished_cache_is_left_alone(capsys):
+    before = tree(shared_cache().root)
+    try_out(options(shared_cache().root, shared_weights()), CPU)
+    assert "would make 0 of 3 units, 0 views" in capsys.readouterr().out
+    with pytest.raises(UserError, match="other options"):
+        try_out(options(shared_cache().root, shared_weights(), views={"jpeg_quality": 50}), CPU)
+    assert tree(shared_cache().root) == before
+
+
+def test_the_commands(tmp_path):
+    words = ("VENV=none", f"PYTHON={sys.executable}", "DRY_RUN=1", f"CACHE={shared_cache().root}")
+    said = execute("make", "distill", *words, "STUDENT=resnet10t", f"RUN={tmp_path / 'run'}")
+    assert "this was a dry run, nothing was written" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_paths_that_are_no_caches(tmp_path, monkeypatch):
+    root = shared_cache().root
+    check_cache_place(str(root))
+    check_cache_place("https://host/cache")
+    with pytest.raises(UserError, match="is a file") as error:
+        check_cache_place(str(root / "manifest.json"))
+    assert f"give CACHE={root}" in str(error.value)
+    shutil.copytree(root, tmp_path / "caches" / "digits")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"no cache caches/digit: did you mean caches/digits\?"):
+        check_cache_place("caches/digit")
+
+
+def test_a_mistyped_run_and_one_that_is_going(tmp_path):
+    run = tmp_path / "resnet18"
+    folder = RunFolder(run, {"a": 1})
+    folder.keep_facts({})
+    with pytest.raises(UserError, match=r"no run .*resnet81: did you mean .*resnet18\?"):
+        read_config(tmp_path / "resnet81")
+    assert not is_going(tmp_path / "resnet81")
+    del folder
+    assert not is_going(run)
+    with open(run / ".lock", "w") as lock, contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        script = f"from pathlib import Path; from scalekd_cache.training.run_folder import is_going; print(is_going(Path({str(run)!r})))"
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
+        assert done.stdout.strip() == "True"
+
+
+def command(*words, **options):
+    whole = [sys.executable, "-m", *map(str, words)]
+    return subprocess.run(whole, cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=LIMIT_S, **options)
+
+
+def test_debug_gives_the_traceback_and_nothing_else_does():
+    plain = command("pipelines.inspect_cache", "--cache", "nowhere")
+    debug = command("pipelines.inspect_cache", "--cache", "nowhere", "--debug")
+    assert (plain.returncode, "Traceback" in plain.stderr) == (2, False)
+    assert debug.returncode == 1
+    assert "Traceback" in debug.stderr
+    assert plain.stderr.startswith("error: there is no cache nowhere")
+
+
+def test_json_for_scripts_and_a_closed_pipe():
+    root = shared_cache().root
+    facts = json.loads(command("pipelines.inspect_cache", "--cache", root, "--json").stdout)
+    assert facts["images"] == 96
+    assert json.loads(command("pipelines.verify", "--cache", root, "--json").stdout)["whole"] is True
+    shell = f"{sys.executable} -m pipelines.inspect_cache --cache {root} | head -1"
+    done = subprocess.run(["bash", "-c", shell], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.stderr == ""
+    assert done.stdout == f"cache: {root}\n"

@@ -1,0 +1,77 @@
+"""Starting a run from weights that are there: strictly, or not at all."""
+
+import pytest
+import torch
+from commands import distill_flags, run, steps_of
+from safetensors.torch import save_file
+from small_cache import shared_cache
+from small_trainer import config_of
+
+from scalekd_cache.config import StudentConfig
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.tail_file import load_tail
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.training.init_weights import load_start
+from scalekd_cache.training.run import make_heads
+
+
+def pair(seed, name="resnet10t", classes=10):
+    cache = shared_cache()
+    torch.manual_seed(seed)
+    student = build_student(StudentConfig(name=name), num_classes=classes, image_size=64)
+    tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+    return student, make_heads(config_of(student=name), student, tail)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What import-upstream leaves: student/ and heads.safetensors."""
+    folder = tmp_path_factory.mktemp("start")
+    student, heads = pair(0)
+    export_student(student, StudentConfig(name="resnet10t"), folder / "student", image_size=64, class_names=[])
+    save_file({name: value.clone() for name, value in heads.state_dict().items()}, str(folder / "heads.safetensors"))
+    return folder
+
+
+def same(one, other):
+    ours, theirs = one.state_dict(), other.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_student_and_heads_are_loaded(folder):
+    (wanted, wanted_heads), (student, heads) = pair(0), pair(1)
+    assert not same(student.model, wanted.model)
+    assert not same(heads, wanted_heads)
+    assert len(load_start(folder, student.model, heads)) == 2
+    assert same(student.model, wanted.model)
+    assert same(heads, wanted_heads)
+    alone, _ = pair(2)
+    assert len(load_start(folder / "student", alone.model, None)) == 1
+    assert same(alone.model, wanted.model)
+
+
+@pytest.mark.parametrize(("name", "classes", "named"), [("resnet10t", 7, "fc.weight is"), ("resnet18", 10, "missing")])
+def test_another_model_or_number_of_classes_is_refused(folder, name, classes, named):
+    student, _ = pair(1, name, classes)
+    before = {key: value.clone() for key, value in student.model.state_dict().items()}
+    with pytest.raises(UserError, match=named):
+        load_start(folder, student.model, None)
+    assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
+
+
+def test_a_folder_without_a_student(tmp_path):
+    student, heads = pair(1)
+    with pytest.raises(UserError, match="no student to start from"):
+        load_start(tmp_path, student.model, heads)
+
+
+def test_a_run_starts_from_a_finished_one(cache, finished, tmp_path):
+    """The first loss of a new run is near the last of the old one, not near that of random weights."""
+    options = {"init": finished, "train.epochs": 1}
+    output = run("distill", *distill_flags(cache, tmp_path / "run", **options))
+    assert f"starting from {finished}/export/model.safetensors" in output
+    before = [line["label"] for line in steps_of(finished)]
+    label = [line["label"] for line in steps_of(tmp_path / "run")]
+    assert label[0] < before[0] - 0.5 * (before[0] - before[-1])

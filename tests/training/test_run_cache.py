@@ -1,0 +1,125 @@
+"""What a run reads: while the cache grows, after it grew, and with fewer views than there are."""
+
+import json
+import shutil
+
+import pytest
+from commands import steps_of
+from growing import IMAGES, Writer, make_growing, two_groups
+from small_cache import CPU
+
+from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.store import Cache
+from scalekd_cache.store import growing as follow
+from scalekd_cache.training.finished import evaluate_export
+from scalekd_cache.training.run import distill
+from scalekd_cache.training.run_cache import open_run_cache
+from scalekd_cache.training.run_files import FACTS
+
+
+def config_of(root, run, **changes):
+    train = {"epochs": 3, "global_batch_size": 12, "micro_batch_size": 6, "log_every": 1, "shuffle_block": 8}
+    return DistillConfig(
+        cache=str(root),
+        run=str(run),
+        student=StudentConfig(name="resnet10t"),
+        optim=OptimConfig(name="adamw", lr=1e-3, base_batch_size=12),
+        train=TrainConfig(**{**train, "eval_epochs": 3, **changes.pop("train", {})}),
+        **changes,
+    )
+
+
+def losses(run):
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in steps_of(run)]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """A run of three epochs on the finished cache: views 0, 1, 0."""
+    run = tmp_path_factory.mktemp("reference") / "run"
+    summary = distill(config_of(two_groups().root, run), CPU)
+    assert summary["views"] == 2
+    return run
+
+
+def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(reference, tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(follow, "POLL_S", 0.02)
+    writer = Writer(tmp_path / "cache", two_groups())
+    writer.commit(0)
+    with pytest.raises(UserError, match="FOLLOW=1"):
+        distill(config_of(writer.root, tmp_path / "other"), CPU)
+    run = tmp_path / "run"
+    # Catches up and gives up: what was trained is kept, and the run goes on from there.
+    short = config_of(writer.root, run, follow=True, follow_timeout_minutes=0.01)
+    with pytest.raises(UserError, match="has stopped growing"):
+        distill(short, CPU)
+    assert json.loads((run / FACTS).read_text())["views"] == 2
+    assert (run / "checkpoints" / "step-00000002").is_dir()
+    timer = writer.later(1.0, group=1)
+    summary = distill(config_of(writer.root, run, follow=True), CPU)
+    timer.join()
+    said = capfd.readouterr().out
+    assert "by its plan, it is still growing" in said
+    assert "views 1 to 1 have 0 of 3 units" in said
+    assert "resuming" in said
+    assert losses(run) == losses(reference)
+    assert len(losses(run)) == 6
+    writer.finish()
+    assert distill(config_of(writer.root, run), CPU) == summary
+    shutil.rmtree(writer.root)
+    tally = evaluate_export(run, None, CPU, 0)
+    assert round(tally.top1_percent, 4) == summary["top1"]
+
+
+def test_a_run_keeps_its_views_when_the_cache_grows(reference, tmp_path, monkeypatch, capfd):
+    root, run = tmp_path / "cache", tmp_path / "run"
+    shutil.copytree(two_groups().root, root)
+    config = config_of(root, run)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "scalekd_cache.training.trainer.Trainer._check_finite", lambda self, step, _: stop() if step == 3 else None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            distill(config, CPU)
+    make_growing(root, {"num_views": 3})
+    distill(config, CPU)
+    assert "this run reads the first 2" in capfd.readouterr().out
+    assert losses(run) == losses(reference)  # epoch 2 reads view 0, not the new view 2
+    assert open_run_cache(config_of(root, tmp_path / "new"), tmp_path / "new", CPU).views == 3
+    assert open_run_cache(config_of(root, "x", train={"views": 1}), tmp_path / "new", CPU).views == 1
+    with pytest.raises(UserError, match="fewer views than the run reads") as error:
+        open_run_cache(config_of(root, "x", train={"views": 4}), tmp_path / "new", CPU)
+    assert "VIEWS=4" in str(error.value)
+
+
+def test_a_run_that_followed_does_not_begin_again_with_fewer_views(tmp_path):
+    """Followed to 3 views, then resumed without FOLLOW while the manifest still says 2."""
+    root, run = two_groups().root, tmp_path / "run"
+    run.mkdir()
+    facts = {"fingerprint": two_groups().manifest.fingerprint, "views": 3, "image_size": 64, "class_names": ["a"],
+             "data": {"source": "demo"}}  # fmt: skip
+    (run / FACTS).write_text(json.dumps(facts))
+    with pytest.raises(UserError, match="fewer views than the run reads") as error:
+        open_run_cache(config_of(root, run), run, CPU)
+    assert "FOLLOW=1" in str(error.value)
+
+
+def test_every_process_says_nothing_but_the_first(capfd, tmp_path):
+    open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, Process(1, 2, CPU.device))
+    assert capfd.readouterr().out == ""
+    open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, CPU)
+    assert f"{IMAGES} images x 2 views expected by its manifest" in capfd.readouterr().out
+
+
+def test_asking_for_fewer_views_removes_nothing_and_says_how_to_train_on_them(tmp_path, capfd):
+    root = tmp_path / "cache"
+    shutil.copytree(two_groups().root, root)
+    make_growing(root, {"num_views": 1})
+    assert 'SET="train.views=1"' in capfd.readouterr().out
+    assert Cache.open(root).manifest.num_views == 2

@@ -1,0 +1,158 @@
+"""What a run leaves behind: its lock, its options, metrics over interruptions, the closing table."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from scalekd_cache.config import DistillConfig, TrainConfig, to_plain
+from scalekd_cache.errors import UserError
+from scalekd_cache.training.run_folder import (
+    RunFolder,
+    alone_summary,
+    check_same_cache,
+    closing_table,
+    read_config,
+    read_summary,
+)
+
+SUMMARY = {
+    "student": "resnet18", "teacher": "demo_swin", "targets": "cached", "top1": 91.25, "top5": 99.5,
+    "teacher_top1": 97.0,
+    "epochs": 3, "steps": 66, "seed": 0, "views": 4, "bytes_per_view": 6245.3, "cache_fingerprint": "f" * 64,
+    "images_per_s": 120.4, "minutes": 2.34,
+}  # fmt: skip
+
+
+CACHE_FACTS = {"fingerprint": "a" * 64, "views": 2, "image_size": 64, "class_names": ["a"], "data": {"source": "demo"}}
+
+
+def finished(path, **changes):
+    path.mkdir(parents=True)
+    (path / "summary.json").write_text(json.dumps({**SUMMARY, **changes}))
+    return path
+
+
+def test_one_process_at_a_time(tmp_path):
+    folder = RunFolder(tmp_path / "run", {"a": 1})
+    with pytest.raises(UserError, match="is still going") as error:
+        RunFolder(tmp_path / "run", {"a": 1})
+    assert str(tmp_path / "run") in str(error.value)
+    script = f"""
+from pathlib import Path
+from scalekd_cache.training.run_folder import RunFolder
+RunFolder(Path({str(tmp_path / "run")!r}), {{"a": 1}})
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert "is still going, in another process" in done.stderr
+    del folder
+    RunFolder(tmp_path / "run", {"a": 1})
+
+
+def test_other_options_are_named(tmp_path):
+    path = tmp_path / "run"
+    config = DistillConfig(train=TrainConfig(epochs=3))
+    RunFolder(path, {"a": 1})  # refused before its first step: nothing of it is kept
+    RunFolder(path, to_plain(config)).keep_facts({})
+    assert read_config(path) == to_plain(config) == yaml.safe_load((path / "config.yaml").read_text())
+    RunFolder(path, to_plain(config))
+    with pytest.raises(UserError, match="other options") as error:
+        RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=4, seed=1))))
+    assert "got: train.epochs=4, train.seed=1" in str(error.value)
+    assert "expected: train.epochs=3, train.seed=0" in str(error.value)
+    assert read_config(path) == to_plain(config)
+
+
+def test_folders_that_are_none(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        RunFolder(tmp_path / "file", {})
+    with pytest.raises(UserError, match="no run"):
+        read_config(tmp_path)
+    (tmp_path / "config.yaml").write_text("- 1")
+    with pytest.raises(UserError, match="configuration is damaged"):
+        read_config(tmp_path)
+
+
+def test_metrics_after_an_interruption_have_each_step_once(tmp_path):
+    path = tmp_path / "run"
+    folder = RunFolder(path, {})
+    folder.start_metrics(0)
+    for step in (10, 20, 30, 40):
+        folder.log(step, {"loss": step / 10, "lr": 0.1})
+    folder._events.close()
+    del folder
+    folder = RunFolder(path, {})
+    folder.start_metrics(20)
+    folder.log(30, {"loss": 7.0})
+    assert folder.summary() is None
+    folder.finish(SUMMARY)
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [10, 20, 30]
+    assert lines[0] == {"step": 10, "loss": 1.0, "lr": 0.1}
+    assert lines[2] == {"step": 30, "loss": 7.0}
+    assert folder.summary() == read_summary(path) == SUMMARY
+    assert list((path / "tensorboard").glob("events*"))
+
+
+def test_a_line_that_was_cut_by_the_interruption_is_dropped(tmp_path):
+    folder = RunFolder(tmp_path, {})
+    (tmp_path / "metrics.jsonl").write_text('{"step": 10, "loss": 1.0}\n{"step": 20, "lo')
+    folder.start_metrics(30)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 10, "loss": 1.0}\n'
+
+
+def test_a_damaged_summary_is_reported(tmp_path):
+    assert read_summary(tmp_path) is None
+    (tmp_path / "summary.json").write_text("{")
+    with pytest.raises(UserError, match="summary is damaged"):
+        read_summary(tmp_path)
+
+
+def test_the_closing_table_without_a_run_alone(tmp_path):
+    run = finished(tmp_path / "resnet18")
+    lines = closing_table(run, SUMMARY).splitlines()
+    assert lines[1:-1] == [
+        "teacher  demo_swin, top-1 97.00 %",
+        "student  resnet18, top-1 91.25 %, top-5 99.50 %",
+        "targets  cached",
+        "alone    not run (TARGETS=none)",
+        "epochs   3 (66 steps, 120 images/s)",
+        "minutes  2.3",
+        "cache    4 views, 6,245 bytes a view, pixels included",
+        f"run      {run}",
+        f"export   {run}/export",
+    ]
+    assert set(lines[0]) == set(lines[-1]) == {"-"}
+    nothing = closing_table(run, {**SUMMARY, "top1": None, "top5": None, "teacher_top1": None})
+    assert "student  resnet18, top-1 not measured, top-5 not measured" in nothing
+
+
+def test_the_closing_table_with_a_run_alone(tmp_path):
+    run = finished(tmp_path / "resnet18")
+    alone = finished(tmp_path / "resnet18-none", targets="none", top1=88.0)
+    assert "alone    top-1 88.00 % at equal steps" in closing_table(run, SUMMARY)
+    assert "alone" not in closing_table(alone, {**SUMMARY, "targets": "none"})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"student": "resnet50"}, {"steps": 65}, {"seed": 1}, {"cache_fingerprint": "e" * 64}, {"targets": "live"}],
+)
+def test_only_a_run_that_can_be_compared_is(tmp_path, change):
+    run = finished(tmp_path / "run")
+    finished(tmp_path / "other", **{"targets": "none", **change})
+    assert alone_summary(run, SUMMARY) is None
+
+
+def test_a_run_belongs_to_one_cache(tmp_path):
+    run = tmp_path / "run"
+    check_same_cache(run, "a" * 64, tmp_path / "cache")  # nothing there yet
+    RunFolder(run, {"seed": 0}).keep_facts(CACHE_FACTS)
+    check_same_cache(run, "a" * 64, tmp_path / "cache")
+    with pytest.raises(UserError, match="another cache") as error:
+        check_same_cache(run, "b" * 64, tmp_path / "other")
+    assert "bbbb" in str(error.value)
+    assert "aaaa" in str(error.value)

@@ -1,0 +1,144 @@
+"""A loop of one's own: the same losses as `make distill`, and it resumes; what is no student is refused."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from commands import ROOT
+from small_cache import CPU, shared_cache
+from torch import nn
+
+import scalekd_cache
+from scalekd_cache import Cache, CachedTargets, ScaleKDLoss, timm_student
+from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.training.assembly import cached_targets, make_heads, order_of, tail_of
+from scalekd_cache.training.trainer import DistillModel
+
+GLOBAL = 16
+
+
+class Own(nn.Module):
+    """Two maps and logits, without timm."""
+
+    def __init__(self, classes=10):
+        super().__init__()
+        self.stem, self.last, self.head = nn.Conv2d(3, 8, 8, 8), nn.Conv2d(8, 16, 2, 2), nn.Linear(16, classes)
+
+    def forward(self, images):
+        s3 = self.stem(images)
+        s4 = self.last(s3)
+        return s3, s4, self.head(s4.mean((2, 3)))
+
+
+def test_the_package_imports_fast_and_without_torch():
+    code = """
+import sys, time
+started = time.perf_counter()
+import scalekd_cache
+seconds = time.perf_counter() - started
+assert "torch" not in sys.modules and "numpy" not in sys.modules
+assert {"Cache", "CachedTargets", "ScaleKDLoss"} <= set(dir(scalekd_cache))
+scalekd_cache.Cache
+assert "torch" not in sys.modules
+print(seconds)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert float(done.stdout) < 0.3
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = scalekd_cache.nothing
+
+
+def test_a_record_by_key_and_view():
+    cache = Cache.open(shared_cache().root)
+    for view, position in ((0, 0), (1, 95), (0, 40)):
+        expected = cache.read([position], view)[0]
+        assert cache[expected.key, view] == expected
+        assert cache.position(expected.key, view) == position
+    with pytest.raises(UserError, match="no such sample"):
+        _ = cache["nothing", 0]
+    with pytest.raises(UserError, match="no such view"):
+        _ = cache[expected.key, 7]
+
+
+def small_targets(**options):
+    return CachedTargets(shared_cache(), batch_size=GLOBAL, **options)
+
+
+def test_the_losses_are_those_of_make_distill():
+    cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="resnet10t"))
+    torch.manual_seed(0)
+    student = build_student(config.student, num_classes=10, image_size=64)
+    tail = tail_of(cache, TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+    model = DistillModel(config, student, make_heads(config, student, tail))
+    order = order_of(config.train, cache, CPU)
+    loader = CacheLoader(cache, order, epochs=1, global_batch=GLOBAL, micro_batch=GLOBAL)
+    batch = next(iter(loader))
+    expected = model(batch.images, batch.labels, cached_targets(loader.codec, loader.logit_codec, None, batch), tail)
+    torch.manual_seed(0)
+    targets = small_targets()
+    student = timm_student("resnet10t", targets)
+    loss = ScaleKDLoss(targets, student)
+    images, labels, target = next(iter(targets))
+    assert (images.dtype, images.shape) == (torch.float32, (GLOBAL, 3, 64, 64))
+    assert labels.tolist() == batch.labels.tolist()
+    terms = loss(*student(images), labels, target)
+    torch.testing.assert_close(tuple(terms), tuple(expected), rtol=1e-6, atol=1e-7)
+    assert min(terms) > 0
+    assert set(loss.state_dict()) == {f"heads.{name}" for name in loss.heads.state_dict()}  # the tail is not in it
+    assert sum(parameter.numel() for parameter in loss.parameters()) == sum(p.numel() for p in loss.heads.parameters())
+
+
+def test_a_loop_goes_on_where_it_left_off():
+    whole = [batch.labels.tolist() for batch in small_targets(epochs=2)]
+    assert len(whole) == len(small_targets(epochs=2)) == 2 * 96 // GLOBAL
+    first = small_targets(epochs=2)
+    batches = iter(first)
+    begun = [next(batches).labels.tolist() for _ in range(5)]
+    state = json.loads(json.dumps(first.state_dict()))
+    second = small_targets(epochs=2)
+    second.load_state_dict(state)
+    assert begun + [batch.labels.tolist() for batch in second] == whole
+    with pytest.raises(UserError, match="another order"):
+        small_targets(epochs=2, seed=1).load_state_dict(state)
+
+
+def test_a_student_of_ones_own_learns():
+    torch.manual_seed(0)
+    targets = small_targets(epochs=4)
+    student = Own()
+    loss = ScaleKDLoss(targets, student, ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004,
+                                                       frequency_weight_s4=0.004))  # fmt: skip
+    optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=3e-3)
+    totals = []
+    for images, labels, target in targets:
+        terms = loss(*student(images), labels, target)
+        optimizer.zero_grad()
+        terms.total.backward()
+        optimizer.step()
+        totals.append(terms.total.item())
+    assert sum(totals[-6:]) < 0.9 * sum(totals[:6])
+    assert student.training
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [(nn.Flatten(), "it gives Tensor"), (Own(classes=3), "(1, 3)"), (nn.Identity(), "it gives Tensor")],
+)
+def test_modules_that_are_no_students(module, said):
+    with pytest.raises(UserError, match="no student") as error:
+        ScaleKDLoss(shared_cache(), module)
+    assert said in str(error.value)
+    assert "logits (B, 10)" in str(error.value)
+
+
+def test_bad_batches():
+    with pytest.raises(UserError, match="larger than the cache"):
+        CachedTargets(shared_cache(), batch_size=97)
+    with pytest.raises(UserError, match="no manifest"):
+        CachedTargets("nowhere", batch_size=1)

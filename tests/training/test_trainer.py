@@ -1,0 +1,276 @@
+"""The trainer at ZeRO 0 in this process, and at all stages in another one."""
+
+import dataclasses
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import LIMIT_S
+from safetensors.torch import load_file
+from small_cache import CPU
+from small_trainer import STEPS, Lines, config_of, finish, trainer_of
+from torch import nn
+
+from scalekd_cache.config import to_plain
+from scalekd_cache.errors import UserError
+from scalekd_cache.training.checkpoint import MODEL, OPTIMIZER, STUDENT
+from scalekd_cache.training.finished import consolidated_student
+from scalekd_cache.training.run_folder import RunFolder
+from scalekd_cache.training.trainer import start_processes
+
+
+@pytest.fixture(scope="session")
+def processes():
+    start_processes(CPU)
+
+
+def test_training(processes, tmp_path):
+    """One run, looked at from all sides: students change, tails do not, and nothing frozen is saved."""
+    trainer = trainer_of(config_of(optim={"warmup_epochs": 1}))
+    before = trainer.student_state()
+    tail_before = {name: value.clone() for name, value in trainer.tail.state_dict().items()}
+    lines, steps = Lines(), []
+    for step in trainer.train(lines):
+        steps.append(step)
+        assert trainer.loader.step == step
+    trainer.save(tmp_path / "checkpoints")
+    assert steps == list(range(1, 2 * STEPS + 1))
+    assert lines.steps == list(range(1, 2 * STEPS + 1))
+    assert lines.column("epoch") == [0] * STEPS + [1] * STEPS
+    expected = [0.0, 1e-3 / 3, 2e-3 / 3] + [5e-4 * (1 + math.cos(math.pi * step / 3)) for step in range(3)]
+    assert lines.column("lr") == pytest.approx(expected)
+    terms = [name for name in lines.lines[0] if name not in ("epoch", "lr", "loss", "images_per_s", "data_wait")]
+    assert len(terms) == 6
+    for line in lines.lines:
+        assert line["loss"] == pytest.approx(sum(line[name] for name in terms), rel=1e-5)
+        assert 0 <= line["data_wait"] <= 1
+    assert lines.column("loss")[-1] < lines.column("loss")[0]
+
+    after = trainer.student_state()
+    assert all(
+        not torch.equal(before[name], after[name]) for name in after if name.endswith(("conv1.weight", "fc.bias"))
+    )
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.tail.parameters())
+    assert all(torch.equal(value, trainer.tail.state_dict()[name]) for name, value in tail_before.items())
+
+    trained = set(trainer.engine.module.state_dict())
+    assert {name.partition(".")[0] for name in trained} == {"student", "heads"}
+    assert not [name for name in trained if "tail" in name or "teacher" in name]
+    frozen = {tuple(value.shape): value for value in tail_before.values() if value.ndim > 1}
+    folder = tmp_path / "checkpoints" / f"step-{2 * STEPS:08d}"
+    saved = load_file(folder / MODEL)
+    assert set(saved) == trained
+    optimizer = load_file(folder / OPTIMIZER)
+    assert {name.partition("/")[2] for name in optimizer} == {name for name, _ in trainer.model.named_parameters()}
+    for value in (*saved.values(), *optimizer.values()):
+        assert tuple(value.shape) not in frozen or not torch.equal(value, frozen[tuple(value.shape)])
+    student = load_file(folder / STUDENT)
+    assert student.keys() == after.keys()
+    assert all(torch.equal(student[name], after[name]) for name in after)
+    plain = consolidated_student(trainer.config.student, after, 10, 64)
+    assert not plain.training
+
+
+def test_an_accumulated_gradient_is_the_mean_over_micro_batches(processes):
+    """One SGD step on two micro-batches equals the same step computed by hand."""
+    config = config_of(
+        optim={"name": "sgd", "lr": 0.1, "weight_decay": 0.0, "momentum": 0.0}, train={"targets": "none"}
+    )
+    trainer = trainer_of(config)
+    start = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    batches = list(trainer.loader)[:2]
+    trainer.loader.step = 0
+    steps = trainer.train(Lines())
+    original = trainer._step
+
+    def only_one(step, iterator):
+        if step == 1:
+            raise InterruptedError
+        return original(step, iterator)
+
+    trainer._step = only_one
+    with pytest.raises(InterruptedError):
+        list(steps)
+    moved = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
+    by_hand = trainer_of(config).model
+    for batch in batches:
+        (by_hand(batch.images, batch.labels, None, None).total / 2).backward()
+    for name, parameter in by_hand.named_parameters():
+        assert torch.equal(parameter.detach(), start[name])
+        torch.testing.assert_close(moved[name], start[name] - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_on_a_cpu(processes):
+    trainer = trainer_of(config_of(train={"precision": "bfloat16", "epochs": 1}))
+    seen = []
+    trainer.model.student.model.conv1.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    lines = finish(trainer)
+    assert torch.bfloat16 in seen
+    assert all(math.isfinite(value) for value in lines.column("loss"))
+    norms = [module for module in trainer.model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    for module in norms:
+        assert module.weight.dtype == module.running_mean.dtype == torch.float32
+    state = trainer.student_state()
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
+def test_the_moving_average_is_what_leaves_the_run(processes, tmp_path):
+    config = config_of(train={"ema_decay": 0.7, "epochs": 1, "targets": "none"})
+    trainer = trainer_of(config)
+    average = {name: value.clone() for name, value in trainer.student_state().items()}
+    update = trainer.ema.update
+
+    def follow(model, step):
+        update(model, step)
+        for name, value in model.named_parameters():
+            average[name].lerp_(value.detach(), 0.3 if step > 1 else 1.0)  # timm starts after the first steps
+
+    trainer.ema.update = follow
+    finish(trainer)
+    state, raw = trainer.student_state(), trainer.model.student.model.state_dict()
+    for name, _ in trainer.model.student.model.named_parameters():
+        torch.testing.assert_close(state[name], average[name], rtol=1e-4, atol=1e-6)
+        assert not torch.equal(state[name], raw[name])
+    trainer.save(tmp_path)
+    other = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=2)), tmp_path)
+    assert other.loader.step == STEPS
+    assert all(torch.equal(value, state[name]) for name, value in other.student_state().items())
+
+
+def test_a_resumed_run_goes_on_as_if_nothing_had_happened(processes, tmp_path):
+    config = config_of(train={"epochs": 3, "keep_checkpoints": 2}, optim={"name": "sgd", "lr": 0.01})
+    whole = trainer_of(config)
+    lines, at = Lines(), 2 * STEPS - 1  # not the end of an epoch
+    for step in whole.train(lines):
+        if step in (1, STEPS, at):
+            whole.save(tmp_path)
+    assert sorted(path.name for path in tmp_path.glob("*")) == [f"step-{STEPS:08d}", f"step-{at:08d}"]
+    resumed = trainer_of(dataclasses.replace(config, train=dataclasses.replace(config.train, workers=2)), tmp_path)
+    assert resumed.loader.step == at
+    rest = finish(resumed)
+    assert rest.steps == lines.steps[at:]
+    assert rest.column("lr") == lines.column("lr")[at:]
+    assert rest.column("loss") == pytest.approx(lines.column("loss")[at:], rel=1e-5)
+    expected = whole.student_state()
+    for name, value in resumed.student_state().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_optimizer_on_the_cpu_trains_saves_and_resumes_alike(processes, tmp_path):
+    """ZeRO 2 with a DeepSpeed JSON that offloads the optimizer; what it saved goes on without any ZeRO."""
+    file = tmp_path / "offload.json"
+    file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
+    optim = {"lr": 2e-4}
+    offload = config_of(train={"zero": 2, "deepspeed": str(file)}, optim=optim)
+    expected = finish(trainer_of(config_of(optim=optim))).column("loss")
+    trainer, lines = trainer_of(offload), Lines()
+    for step in trainer.train(lines):
+        if step == STEPS:
+            trainer.save(tmp_path)
+    assert trainer.engine.optimizer.cpu_offload
+    assert lines.column("loss") == pytest.approx(expected, rel=1e-3)
+    for config in (offload, config_of(optim=optim)):
+        assert finish(trainer_of(config, tmp_path)).column("loss") == pytest.approx(
+            lines.column("loss")[STEPS:], rel=1e-5
+        )
+
+
+def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
+    trainer = trainer_of(config_of(train={"epochs": 1, "targets": "none"}))
+    finish(trainer)
+    trainer.save(tmp_path)
+    with pytest.raises(UserError, match="another order"):
+        trainer_of(config_of(train={"epochs": 1, "targets": "none", "shuffle_block": 16}), tmp_path)
+
+
+@pytest.mark.parametrize(("save_every", "named"), [(STEPS, "logit"), (1, "weights")])
+def test_what_is_not_finite_names_where_it_began_and_is_never_saved(processes, tmp_path, save_every, named):
+    """Found when the loss is logged, or when a checkpoint within the epoch would keep it."""
+    trainer = trainer_of(config_of(train={"log_every": 10}))
+    original, calls = trainer._targets, []
+
+    def broken(batch):
+        calls.append(1)
+        targets = original(batch)
+        return targets._replace(logits=targets.logits * float("nan")) if len(calls) == 4 else targets
+
+    trainer._targets = broken
+    folder = RunFolder(tmp_path / "run", to_plain(trainer.config))
+    folder.start_metrics(0)
+
+    def run():
+        for done in trainer.train(folder):
+            if done % save_every == 0:
+                trainer.save(tmp_path)
+
+    with pytest.raises(UserError, match="not finite") as error:
+        run()
+    assert "step 2, process 0, micro-batch 1 (view 0, shards units/g000-r0000" in str(error.value)
+    assert named in str(error.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    whole = [f"step-{number:08d}" for number in range(1, 2) if number % save_every == 0]
+    assert sorted(path.name for path in tmp_path.glob("*step-*")) == whole
+
+
+ZERO = """
+import sys, torch
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from small_cache import CPU
+from small_trainer import config_of, finish, trainer_of
+from scalekd_cache.training.checkpoint import MODEL, OPTIMIZER, STUDENT, latest_checkpoint
+from scalekd_cache.training.trainer import start_processes
+from scalekd_cache.models.student import build_student
+start_processes(CPU)
+results = {{}}
+for stage in (0, 1, 2, 3):
+    config = config_of(train={{"zero": stage, "epochs": 1}}, optim={{"warmup_epochs": 1, "lr": 2e-4}})
+    trainer = trainer_of(config)
+    plain = build_student(config.student, num_classes=10, image_size=64).model.state_dict()
+    shapes = {{name: value.shape for name, value in plain.items()}}
+    lines = finish(trainer)
+    state = trainer.student_state()
+    assert {{name: value.shape for name, value in state.items()}} == shapes, stage
+    assert not [n for n in trainer.engine.module.state_dict() if "tail" in n], stage
+    results[stage] = lines.column("lr"), lines.column("loss"), state
+    trainer.save(Path({folder!r}) / str(stage))
+for stage in (1, 2, 3):
+    assert results[stage][0] == results[0][0] and len(set(results[0][0])) == 3, (stage, results[stage][0])
+    for mine, plain in zip(results[stage][1], results[0][1], strict=True):
+        assert abs(mine - plain) < 1e-3 * abs(plain), (stage, results[stage][1], results[0][1])
+    for name, value in results[stage][2].items():
+        torch.testing.assert_close(value, results[0][2][name], rtol=1e-2, atol=1e-3)
+# What one stage saved, another goes on from: weights and optimizer state come out as they went in.
+for stage in (0, 1, 2, 3):
+    for other in (0, 1, 2, 3):
+        config = config_of(train={{"zero": other, "epochs": 1}}, optim={{"warmup_epochs": 1, "lr": 2e-4}})
+        folder = Path({folder!r}) / str(stage)
+        again = trainer_of(config, folder)
+        again.save(Path({folder!r}) / "again")
+        before, after = (latest_checkpoint(path)[0] for path in (folder, Path({folder!r}) / "again"))
+        assert before.facts["numbers"] == after.facts["numbers"], (stage, other)
+        for name in (STUDENT, MODEL, OPTIMIZER):
+            old, new = before.tensors(name), after.tensors(name)
+            assert old.keys() == new.keys() and len(old) > 9, (stage, other, name)
+            assert all(torch.equal(old[key], new[key]) for key in old), (stage, other, name)
+print("all stages agree")
+"""
+
+
+def test_all_zero_stages_train_alike(tmp_path):
+    script = ZERO.format(tests=str(Path(__file__).parents[1] / "support"), folder=str(tmp_path / "checkpoints"))
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_PORT")
+    }
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=LIMIT_S
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "all stages agree" in done.stdout

@@ -1,0 +1,85 @@
+"""Pixels of a view as bytes: decoded as Pillow decodes them, and nothing decoded whose header says something else."""
+
+import io
+import struct
+
+import numpy as np
+import pytest
+from image_files import encoded, picture
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from scalekd_cache.config import ViewConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.views.pixels import decode_pixels, encode_pixels, jpeg_shape
+
+PHOTOGRAPH = Image.fromarray(load_sample_images().images[0]).crop((100, 50, 324, 274))
+
+
+@pytest.mark.parametrize("subsampling", ["4:2:0", "4:4:4", "4:2:2"])
+@pytest.mark.parametrize(("quality", "size"), [(90, 224), (75, 97), (100, 64), (90, 1)])
+def test_jpeg_is_decoded_as_pillow_does(subsampling, quality, size):
+    image = PHOTOGRAPH.resize((size, size))
+    for options in ({}, {"progressive": True}, {"optimize": True, "exif": Image.Exif(), "icc_profile": b"x" * 300}):
+        data = encoded(image, "JPEG", quality=quality, subsampling=subsampling, **options)
+        found = decode_pixels(memoryview(data), size)
+        assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data))))
+        assert found.flags.c_contiguous
+
+
+def test_what_is_written_is_read():
+    pixels = np.asarray(PHOTOGRAPH)
+    assert np.array_equal(decode_pixels(encode_pixels(pixels, ViewConfig(pixel_format="png")), 224), pixels)
+    jpeg = encode_pixels(pixels, ViewConfig(jpeg_quality=100))
+    assert np.abs(decode_pixels(jpeg, 224).astype(int) - pixels).mean() < 3
+
+
+def test_fill_bytes_before_a_marker():
+    data = encoded(PHOTOGRAPH, "JPEG")
+    assert jpeg_shape(data[:2] + b"\xff\xff" + data[2:]) == jpeg_shape(data) == (224, 224, 3)
+
+
+JPEG = encoded(PHOTOGRAPH, "JPEG", quality=90)
+FRAME = JPEG.index(b"\xff\xc0")
+LARGE = encoded(PHOTOGRAPH.resize((600, 600)), "JPEG")
+
+
+def hidden(marker):
+    """The large image behind a marker that has no length: whoever takes the next two bytes for one (ff fe, 65,534)
+    passes the true header by and lands on a small one, which lies in a comment."""
+    comment = b"\xff\xfe" + struct.pack(">H", 65_000) + bytes(64_998)
+    start = LARGE[:2] + bytes([0xFF, marker]) + comment
+    inside = bytes(4 + 0xFFFE - len(start) - 4) + JPEG[FRAME : FRAME + 19] + bytes(40)
+    data = start + b"\xff\xfe" + struct.pack(">H", len(inside) + 2) + inside + LARGE[2:]
+    assert data[4 + 0xFFFE :].startswith(JPEG[FRAME : FRAME + 19])
+    return data
+
+
+OTHERS = {
+    **{f"marker {marker:02x} without a length": hidden(marker) for marker in (0x00, 0x01, 0xD0, 0xD7, 0xD8)},
+    "nothing": b"",
+    "two bytes": JPEG[:2],
+    "no frame": JPEG[: FRAME + 6],
+    "no scan": JPEG[: FRAME + 40],
+    "half a scan": JPEG[: len(JPEG) // 2],
+    "no end": JPEG[:-2],
+    "another size": encoded(PHOTOGRAPH.resize((225, 224)), "JPEG"),
+    "another size, PNG": encoded(PHOTOGRAPH.resize((224, 225)), "PNG"),
+    "a header of 65,500 x 65,500": JPEG[: FRAME + 5] + struct.pack(">HH", 65_500, 65_500) + JPEG[FRAME + 9 :],
+    "grey": encoded(PHOTOGRAPH.convert("L"), "JPEG"),
+    "four components": encoded(PHOTOGRAPH.convert("CMYK"), "JPEG"),
+    "grey, PNG": encoded(PHOTOGRAPH.convert("L"), "PNG"),
+    "another format": encoded(PHOTOGRAPH, "WEBP", lossless=True),
+    "a segment of length 0": JPEG[:4] + b"\0\0" + JPEG[6:],
+    "noise": np.random.default_rng(0).bytes(20_000),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_anything_else_is_refused(name):
+    with pytest.raises(UserError, match="pixels of a view cannot be decoded"):
+        decode_pixels(OTHERS[name], 224)
+
+
+def test_a_small_png_is_read():
+    assert decode_pixels(encoded(picture(size=(5, 5))), 5).shape == (5, 5, 3)
