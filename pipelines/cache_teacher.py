@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.command import check_recipe_given, parse, recipe_section, run, value_of, without_flag
-from scalekd_cache.config import CacheTeacherConfig, DataConfig, DistillConfig
 from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.order import batches_that_fit
 from scalekd_cache.store.manifest import Manifest, read_manifest
 

@@ -16,7 +16,8 @@ import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from scalekd_cache.caching.agreement import check_recipe
-from scalekd_cache.config import CacheTeacherConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.errors import UserError, mistype, one_of, worker_ended
 from scalekd_cache.stopping import RunStopped
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipelines.command import parse, run
-from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig
 
 INTRODUCTION = """# What each part costs
 

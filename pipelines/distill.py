@@ -12,7 +12,7 @@ from pipelines.command import (
     value_of,
     without_flag,
 )
-from scalekd_cache.config import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.store.path import StoredPath

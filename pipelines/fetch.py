@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipelines.command import parse, run
-from scalekd_cache.config import TeacherConfig
+from scalekd_cache.config.stage1 import TeacherConfig
 
 
 @dataclass(frozen=True, kw_only=True)

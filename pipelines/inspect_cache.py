@@ -9,7 +9,7 @@ from pipelines.command import check_cache_place, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
-    from scalekd_cache.store import Cache
+    from scalekd_cache.store.reader import Cache
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +38,7 @@ def main(argv: list[str]) -> None:
     if config.key is not None and config.index is not None:
         raise UserError("key and index are given", got=f"{config.key} and {config.index}", fix="give one of them")
     from scalekd_cache.audit.describe import describe_cache, describe_record
-    from scalekd_cache.store import Cache
+    from scalekd_cache.store.reader import Cache
 
     check_cache_place(config.cache)
     cache = Cache.open(config.cache)

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 from pipelines.cache_teacher import stage1_section
 from pipelines.command import parse, recipe_section, run, with_flags
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig, require
+from scalekd_cache.config.base import require
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ import json
 from dataclasses import dataclass
 
 from pipelines.command import check_cache_place, parse, recipe_section, run, with_flags
-from scalekd_cache.config import DistillConfig, require
+from scalekd_cache.config.base import require
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
 

@@ -62,7 +62,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
     """Where a cache's report goes by default, and its page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.cache import CacheReport, cache_report
-    from scalekd_cache.store import Cache
+    from scalekd_cache.store.reader import Cache
 
     assert config.cache is not None
     options = CacheReport(

@@ -99,7 +99,7 @@ def line_of(problem: "Problem") -> str:
 
 
 def _fidelity(root: "StoredPath") -> dict[str, Any]:
-    from scalekd_cache.store import read_manifest
+    from scalekd_cache.store.manifest import read_manifest
 
     try:
         return read_manifest(root).fidelity

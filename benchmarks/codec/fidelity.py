@@ -35,7 +35,7 @@ from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.codec.transform import dct_matrix, token_scales
 from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, ROTATED, fit
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 
 RESULTS = Path(__file__).parents[1] / "results"
 LEFT = ("float16", "bfloat16", "fp8")

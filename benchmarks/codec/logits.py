@@ -23,7 +23,7 @@ from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.logits import DenseLogits, kl_divergence, logit_codec_from_config
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.codec.transform_fit import PRESETS, fit
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 
 
 def spread(decoded: np.ndarray) -> np.ndarray:

@@ -31,11 +31,10 @@ def make_cache(root: Path, records: int) -> None:
     sys.path.append(str(ROOT / "tests" / "support"))
     from cache_facts import FINGERPRINT, cache_facts
 
-    from scalekd_cache.store import Manifest, UnitRow, unit_folder, write_manifest
     from scalekd_cache.store.base import FORMAT_VERSION
     from scalekd_cache.store.durable_files import FileFact
-    from scalekd_cache.store.manifest import units_digest
-    from scalekd_cache.store.sidecar import UnitInfo, info_text
+    from scalekd_cache.store.manifest import Manifest, UnitRow, units_digest, write_manifest
+    from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 
     images = max(1, records // VIEWS)
     rows, index_bytes = [], 48 + 40 * IMAGES_PER_UNIT
@@ -74,7 +73,8 @@ def make_cache(root: Path, records: int) -> None:
 def use_cache(root: Path, verify: bool) -> dict[str, float]:
     """What a training process does before its first batch, then the fast check."""
     from scalekd_cache.loader.order import Order, micro_batch_ids
-    from scalekd_cache.store import Cache, verify_cache
+    from scalekd_cache.store.reader import Cache
+    from scalekd_cache.store.verify import verify_cache
 
     seconds, start = {}, time.perf_counter()
     cache = Cache.open(root)

@@ -23,11 +23,11 @@ from torchvision.transforms import v2
 from benchmarks.harness import Figure, in_turn, publish, ratio
 from benchmarks.photographs import write_photographs
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.config import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import Order
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 
 BATCH = 32
 

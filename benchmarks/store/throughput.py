@@ -20,12 +20,13 @@ import numpy as np
 import zarr
 
 from benchmarks.harness import Figure, in_turn, publish, ratio
-from scalekd_cache.store import BACKENDS, CommitQueue, Record, UnitWriter, unit_folder
-from scalekd_cache.store.base import ShardId, shard_reader
+from scalekd_cache.store.base import BACKENDS, Record, ShardId, shard_reader
+from scalekd_cache.store.commit_queue import CommitQueue
 from scalekd_cache.store.durable_files import canonical_json, fact_of
 from scalekd_cache.store.formats.tar_index import load_index
 from scalekd_cache.store.formats.zarr_read import ShardedArray
-from scalekd_cache.store.sidecar import read_keys, read_unit
+from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
+from scalekd_cache.store.unit import UnitWriter
 
 PIECE = 1 << 20
 Measured = tuple[list[Figure], dict[str, list[float]]]

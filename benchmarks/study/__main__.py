@@ -31,8 +31,8 @@ from benchmarks.study.plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_o
 from benchmarks.study.statistics import Line, append_line, read_lines
 from scalekd_cache.errors import UserError
 from scalekd_cache.stopping import RunStopped
-from scalekd_cache.store import Cache
 from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.reader import Cache
 
 RESULTS = Path(__file__).parents[1] / "results" / "study"
 
@@ -175,7 +175,7 @@ def train_teacher(setting: Setting, name: str, places: Places) -> None:
     own = CACHES[name].teacher
     if not own:
         return
-    from scalekd_cache.config import DataConfig
+    from scalekd_cache.config.stage1 import DataConfig
     from scalekd_cache.models.demo_teacher import train_demo_teacher
 
     file = Path(teacher_options(setting, name, places)[1])

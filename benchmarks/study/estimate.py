@@ -27,12 +27,13 @@ def seconds_of(run: Run, lines: Sequence[Line]) -> float | None:
 def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], float]:
     """Seconds of a step by targets, and bytes of a view's features in int8."""
     from pipelines.command import parse, recipe_section
-    from scalekd_cache.config import CacheTeacherConfig, DistillConfig, TeacherConfig
+    from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
+    from scalekd_cache.config.stage2 import DistillConfig
     from scalekd_cache.distributed import this_process
     from scalekd_cache.models.student import build_student
     from scalekd_cache.models.teacher import load_teacher, split_tail
-    from scalekd_cache.scalekd.heads import Targets
-    from scalekd_cache.training.run import make_heads
+    from scalekd_cache.scalekd.losses import Targets
+    from scalekd_cache.training.assembly import make_heads
     from scalekd_cache.training.trainer import DistillModel
 
     device = this_process().device
@@ -74,7 +75,7 @@ def _least(call: Any) -> float:
 
 def images_of(setting: Setting, data: str | None) -> int:
     """Training images of a setting."""
-    from scalekd_cache.config import DataConfig
+    from scalekd_cache.config.stage1 import DataConfig
     from scalekd_cache.data.images import open_source
 
     source = open_source(DataConfig(source=data if setting.given and data else "demo"), "train")

@@ -19,15 +19,9 @@ from scalekd_cache.codec.base import FeatureMap, feature_norms
 from scalekd_cache.codec.dither import dither_seed, dither_table
 from scalekd_cache.codec.transform import TransformCodec
 from scalekd_cache.codec.transform_fit import fit_bases, with_noise
-from scalekd_cache.config import (
-    DistillConfig,
-    OptimConfig,
-    ScaleKDConfig,
-    StudentConfig,
-    TrainConfig,
-    ViewConfig,
-    from_plain,
-)
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.data.images import decode_image, open_source
 from scalekd_cache.distributed import this_process
 from scalekd_cache.loader.loader import data_config
@@ -35,7 +29,7 @@ from scalekd_cache.models.evaluate import ValidationImages
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import LossTerms, Targets
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.checkpoint import MODEL, latest_checkpoint
 from scalekd_cache.training.run_files import read_config
 from scalekd_cache.views.view import apply_view, sample_view
@@ -129,7 +123,8 @@ class Judge:
 
     def __init__(self, cache: Path, weights: str | None, count: int) -> None:
         """`cache`: any of the setting's; `count` held-out images are used."""
-        from scalekd_cache.training.run import live_teacher, tail_of
+        from scalekd_cache.training.assembly import tail_of
+        from scalekd_cache.training.run import live_teacher
 
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
@@ -153,7 +148,7 @@ class Judge:
     @torch.no_grad()
     def losses(self, run: Path) -> dict[str, float]:
         """Mean weighted loss terms of a finished run's student and heads, in eval mode."""
-        from scalekd_cache.training.run import make_heads
+        from scalekd_cache.training.assembly import make_heads
         from scalekd_cache.training.trainer import DistillModel
 
         options = read_config(run)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import ROOT, Figure, in_turn, publish, ratio
-from scalekd_cache.config import ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 

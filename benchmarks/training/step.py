@@ -23,17 +23,18 @@ from benchmarks.harness import Figure, in_turn, peak_memory_bytes, publish, rati
 from benchmarks.photographs import write_photographs
 from benchmarks.store.loader import make_cache
 from scalekd_cache.codec import make_codec
-from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TeacherConfig, TrainConfig
+from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, load_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.planning.costs import pair_costs
-from scalekd_cache.scalekd.heads import Targets
-from scalekd_cache.store import Cache
+from scalekd_cache.scalekd.losses import Targets
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.training.assembly import make_heads, tail_of
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.run import make_heads, tail_of
 from scalekd_cache.training.trainer import DistillModel
 
 PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]

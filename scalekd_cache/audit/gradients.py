@@ -25,7 +25,7 @@ from scalekd_cache.caching.job_plan import library_versions
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.fidelity import Summary, fidelity, summarise
 from scalekd_cache.codec.logits import kl_divergence
-from scalekd_cache.config import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
@@ -34,8 +34,8 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.scalekd.heads import Targets
-from scalekd_cache.store import Cache
+from scalekd_cache.scalekd.losses import Targets
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
 from scalekd_cache.training.assembly import kept_classifier, make_heads, tail_of
 from scalekd_cache.training.init_weights import load_start

@@ -16,13 +16,15 @@ from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
-from scalekd_cache.config import ViewConfig, from_plain
-from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import record_view
-from scalekd_cache.store import Cache, Record
-from scalekd_cache.store.base import ShardId
+from scalekd_cache.store.base import Record, ShardId
 from scalekd_cache.store.path import StoredPath
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify_unit import Finding, Part
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
 from scalekd_cache.views.view import apply_view

@@ -14,11 +14,14 @@ import torch
 
 from scalekd_cache.audit.records import Examiner, decode_features
 from scalekd_cache.codec.fidelity import fidelity, summarise
-from scalekd_cache.config import TeacherConfig, from_plain
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, load_teacher
-from scalekd_cache.store import Cache, Manifest, Record
+from scalekd_cache.store.base import Record
+from scalekd_cache.store.manifest import Manifest
+from scalekd_cache.store.reader import Cache
 
 BATCH = 16
 MARGIN = 0.02

@@ -19,7 +19,8 @@ from scalekd_cache.audit.verify_cache import check_deeply, manifest_or_none
 from scalekd_cache.caching.codec_selection import codec_options, write_mark
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import tidy
-from scalekd_cache.config import CacheTeacherConfig, StoreConfig, ViewConfig, from_plain
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import data_config

@@ -13,14 +13,17 @@ import torch
 from scalekd_cache.audit.records import Examiner
 from scalekd_cache.audit.reinfer import Agreement, is_at_hand, load_cache_teacher, reinfer, teacher_config
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.config import ViewConfig, from_plain
-from scalekd_cache.data.images import Source, open_source
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import data_config
-from scalekd_cache.store import Cache, Manifest, ManifestFacts, UnitRow, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import RemotePath, open_place
 from scalekd_cache.store.shared_pixels import pixels_of, shared_place
 from scalekd_cache.store.verify import Expected, Findings, check_cache, unit_name

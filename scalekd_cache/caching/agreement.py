@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from scalekd_cache.config import flat
+from scalekd_cache.config.base import flat
 from scalekd_cache.errors import UserError
 
 

@@ -20,7 +20,7 @@ from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.codec.recomputed import classifier_bytes
 from scalekd_cache.codec.transform_fit import fit_bases, with_noise
 from scalekd_cache.codec.transform_state import MAX_TOKENS
-from scalekd_cache.config import CodecTarget
+from scalekd_cache.config.target import CodecTarget
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher
 

@@ -19,8 +19,10 @@ from torch import Tensor
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.config import CacheTeacherConfig, StoreConfig, parse_target
-from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
+from scalekd_cache.config.target import parse_target
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.distributed import Peers
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher

@@ -42,8 +42,10 @@ from scalekd_cache.caching.sample_views import Unit, check_workers
 from scalekd_cache.caching.size_probe import probe
 from scalekd_cache.caching.skips import Skips
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig
-from scalekd_cache.data.images import Source, open_source
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import open_source
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, refuse_file
 from scalekd_cache.models.demo_teacher import train_demo_teacher
@@ -52,7 +54,7 @@ from scalekd_cache.models.tail import DEMO_TEACHER
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import check_class_order
 from scalekd_cache.progress import progress
-from scalekd_cache.store import Manifest, read_manifest
+from scalekd_cache.store.manifest import Manifest, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.training.run_folder import teacher_accuracy

@@ -26,27 +26,30 @@ from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.config import CacheTeacherConfig, StoreConfig, fingerprint, to_plain
-from scalekd_cache.data.images import Source, data_facts
+from scalekd_cache.config.base import fingerprint, to_plain
+from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import data_facts
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import likeness
 from scalekd_cache.models.tail_file import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
-from scalekd_cache.store import (
-    Ledger,
+from scalekd_cache.store import plan as plans
+from scalekd_cache.store.durable_files import fact_of, remove_stale, write_atomically
+from scalekd_cache.store.manifest import (
+    CLASSIFIER,
+    TAIL,
     Manifest,
     ManifestFacts,
     build_manifest,
+    kept_files,
     read_manifest,
-    remove_stale,
     write_manifest,
 )
-from scalekd_cache.store import plan as plans
-from scalekd_cache.store.durable_files import fact_of, write_atomically
-from scalekd_cache.store.manifest import CLASSIFIER, TAIL, kept_files
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
+from scalekd_cache.store.resume import Ledger
 from scalekd_cache.store.shared_pixels import shared_with
 
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")

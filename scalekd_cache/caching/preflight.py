@@ -13,14 +13,16 @@ import torch
 
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.config import DistillConfig, TrainConfig, ViewConfig
-from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail
-from scalekd_cache.scalekd.heads import ScaleKDHeads, Targets
-from scalekd_cache.scalekd.losses import distillation_losses
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.views.pixels import decode_pixels
 from scalekd_cache.views.view import apply_view, sample_view
 

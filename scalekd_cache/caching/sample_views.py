@@ -15,11 +15,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.config import ViewConfig
-from scalekd_cache.data.images import SampleRef, Source, UnreadableImage, decode_image, image_digest
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.data.base import SampleRef, Source
+from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.workers import bytes_a_worker, items_of, waiting_items
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Record
+from scalekd_cache.store.base import Record
 from scalekd_cache.store.durable_files import canonical_json
 from scalekd_cache.store.image_digests import ImageFiles
 from scalekd_cache.views.pixels import Pixels, decode_pixels, encode_pixels, pixel_digest

@@ -22,12 +22,13 @@ from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import Drawing, Drawn, Unit, draw_units
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec
-from scalekd_cache.config import CacheTeacherConfig
-from scalekd_cache.data.images import Source
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.data.base import Source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
-from scalekd_cache.store import UnitWriter, read_unit, unit_folder
 from scalekd_cache.store.formats.zarr import padding
+from scalekd_cache.store.sidecar import read_unit, unit_folder
+from scalekd_cache.store.unit import UnitWriter
 
 VIEWS = 48
 """About so many views go through the teacher and the codecs."""

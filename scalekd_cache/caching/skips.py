@@ -10,10 +10,12 @@ from pathlib import Path
 
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import Unit
-from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Ledger, UnitWriter
+from scalekd_cache.store.resume import Ledger
 from scalekd_cache.store.same_images import named
+from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import unit_name
 
 

@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from scalekd_cache.convert.names_torchvision_mmpretrain import CODEBASES, torchvision_twin, transfer_state
 from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.models.student import Student
-from scalekd_cache.store import remove_stale
-from scalekd_cache.store.durable_files import explained, fsync_path, temp_beside
+from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
 
 SUFFIXES = {
     "safetensors": ".safetensors",

@@ -16,14 +16,13 @@ import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import load_weights, stored_shapes
-from scalekd_cache.store import remove_stale
 from scalekd_cache.store.checked_files import check_regular, read_json
-from scalekd_cache.store.durable_files import explained, fsync_path, temp_beside
+from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)

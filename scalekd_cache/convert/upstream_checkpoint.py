@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scalekd_cache.config import ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
 from scalekd_cache.convert.names_upstream import FAMILIES, Family, Mapped, family_of, head_tensors, student_tensors
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.convert.upstream_file import HEADS, LEFT_OUT, read_checkpoint, shown_names, split_parts

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, SampleList, Split, canonical_order, hash_order
 from scalekd_cache.data.folder import LAYOUT, open_folder
 from scalekd_cache.errors import UserError

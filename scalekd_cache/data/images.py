@@ -13,14 +13,15 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, SampleRef, Source, Split
 from scalekd_cache.data.builtin import BUILTIN, open_builtin
 from scalekd_cache.data.classes import in_class_order, same_text
 from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
 from scalekd_cache.data.image_formats import FORMATS
 from scalekd_cache.data.parquet import has_parquet, open_parquet
-from scalekd_cache.data.shards import has_shards, is_pattern, open_shards
+from scalekd_cache.data.patterns import is_pattern
+from scalekd_cache.data.shards import has_shards, open_shards
 from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.store.manifest import classes_digest
 

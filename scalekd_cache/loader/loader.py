@@ -17,15 +17,17 @@ from torch.utils.data import Dataset, get_worker_info
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
-from scalekd_cache.config import DataConfig, ViewConfig, from_plain
-from scalekd_cache.data.images import Source, decode_image, open_source
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import DataConfig, ViewConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import decode_image, open_source
 from scalekd_cache.data.workers import items_of, waiting_items
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
-from scalekd_cache.store import Cache, Record
-from scalekd_cache.store.base import Parts
+from scalekd_cache.store.base import Parts, Record
 from scalekd_cache.store.checked_files import parse_json
 from scalekd_cache.store.growing import GrowingCache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
 from scalekd_cache.views.view import View, apply_view
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import decode_image, open_source
 from scalekd_cache.models.evaluate import evaluate

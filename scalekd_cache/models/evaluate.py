@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scalekd_cache.data.images import Source, UnreadableImage, decode_image
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.data.workers import bytes_a_worker, items_of
 from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view

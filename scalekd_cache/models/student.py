@@ -26,7 +26,7 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import check_tapped, last_called, recompute_blocks
 from scalekd_cache.models.mixer_b14 import mixer_b14_224

@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from scalekd_cache.config import TeacherConfig
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.tail import (
     DEMO_TEACHER,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalekd_cache.config import ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import DEMO_TEACHER, Tail, build_tail, family_of, timm_name
 from scalekd_cache.models.teacher import demo_teacher_args, map_shape, run_with_taps

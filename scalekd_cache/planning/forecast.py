@@ -27,12 +27,15 @@ from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.codec.transform import TransformCodec
 from scalekd_cache.codec.transform_state import state_bytes
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig
-from scalekd_cache.data.images import Source, open_source
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.tail import timm_name
 from scalekd_cache.models.tail_file import tail_tensors
-from scalekd_cache.models.teacher import Teacher, load_teacher, teacher_classes, timm_name
+from scalekd_cache.models.teacher import Teacher, load_teacher, teacher_classes
 from scalekd_cache.models.timm_models import check_name
 from scalekd_cache.planning.costs import meta_teacher, pair_costs
 from scalekd_cache.planning.forecast_folded import Forecast

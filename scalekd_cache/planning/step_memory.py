@@ -7,11 +7,11 @@ Invariant: a tensor that autograd keeps is counted once, whoever keeps it; nothi
 import torch
 from torch import Tensor
 
-from scalekd_cache.config import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning.costs import MetaTeacher
-from scalekd_cache.scalekd.heads import ScaleKDHeads, Targets
-from scalekd_cache.scalekd.losses import distillation_losses
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
 

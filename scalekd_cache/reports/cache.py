@@ -13,7 +13,7 @@ from scalekd_cache import __version__
 from scalekd_cache.audit.records import Examiner
 from scalekd_cache.audit.reinfer import is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.config import require
+from scalekd_cache.config.base import require
 from scalekd_cache.data.images import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -23,8 +23,10 @@ from scalekd_cache.reports.figures import histogram, stacked_bar
 from scalekd_cache.reports.gallery import Gallery, Heard, ask, looks_at
 from scalekd_cache.reports.page import Picture, render
 from scalekd_cache.reports.views import Look, Scan, alike, choose, scan
-from scalekd_cache.store import Cache, Manifest, read_unit, unit_folder
+from scalekd_cache.store.manifest import Manifest
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.training.run_folder import teacher_accuracy
 
 OUTLIERS = 6

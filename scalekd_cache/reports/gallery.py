@@ -18,7 +18,8 @@ from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.reports.colours import Palette, fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture
 from scalekd_cache.reports.views import BATCH, Look, pixels_of_view, read_one, scan
-from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.base import Record
+from scalekd_cache.store.reader import Cache
 
 
 class Card(NamedTuple):

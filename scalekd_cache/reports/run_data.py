@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from scalekd_cache.config import require
+from scalekd_cache.config.base import require
 from scalekd_cache.data.images import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache import __version__
-from scalekd_cache.config import flat
+from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.reports.figures import Series, curves, matrix, scatter

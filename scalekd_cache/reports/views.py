@@ -19,7 +19,8 @@ from scalekd_cache.audit.records import Examiner, decode_features
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import record_view
-from scalekd_cache.store import Cache, Record
+from scalekd_cache.store.base import Record
+from scalekd_cache.store.reader import Cache
 
 BATCH = 32
 POOLED = 2

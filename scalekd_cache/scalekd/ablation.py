@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.models.teacher_spec import Shape
 
 

@@ -11,7 +11,7 @@ from contextlib import nullcontext
 
 from torch import Tensor, nn
 
-from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
 from scalekd_cache.scalekd.ablation import LinearProjector, term_weights

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalekd_cache.config import ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.scalekd.ablation import term_weights
 

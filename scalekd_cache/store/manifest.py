@@ -19,7 +19,8 @@ from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
 from scalekd_cache.codec.fidelity import merge_summaries
-from scalekd_cache.config import DataConfig, TeacherConfig, ViewConfig, fingerprint
+from scalekd_cache.config.base import fingerprint
+from scalekd_cache.config.stage1 import DataConfig, TeacherConfig, ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import (
     BACKENDS,

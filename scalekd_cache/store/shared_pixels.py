@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from scalekd_cache.config import fingerprint
+from scalekd_cache.config.base import fingerprint
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import is_there

@@ -10,7 +10,7 @@ from torch import nn
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
-from scalekd_cache.config import DistillConfig, ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch
@@ -21,9 +21,9 @@ from scalekd_cache.models.tail_file import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets
-from scalekd_cache.store import Cache
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import fact_of
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
 
 

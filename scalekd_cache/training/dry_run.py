@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from scalekd_cache.codec import codec_from_config
-from scalekd_cache.config import DistillConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scalekd_cache.config import DataConfig, StudentConfig
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
 from scalekd_cache.convert.timm_export import DESCRIPTION, WEIGHTS, export_student, load_export
 from scalekd_cache.data.images import open_source
@@ -24,8 +25,8 @@ from scalekd_cache.models.evaluate import Tally, evaluate
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import check_tensors, load_weights, stored_shapes
-from scalekd_cache.store import Manifest, ManifestFacts
 from scalekd_cache.store.checked_files import check_regular, checked, read_json
+from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.training.model_card import card_facts, model_card
 from scalekd_cache.training.run_files import data_of, read_config, read_facts, read_summary, student_options

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from scalekd_cache import __version__
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.training.run_files import text_option
 
 MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})\.")

@@ -15,7 +15,7 @@ from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
-from scalekd_cache.config import DistillConfig, OptimConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
 

@@ -10,9 +10,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from scalekd_cache.config import DistillConfig, TeacherConfig, TrainConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
-from scalekd_cache.data.images import Source, open_source
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader, data_config
@@ -21,8 +24,8 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, load_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.stopping import Stop, stopped
-from scalekd_cache.store import Manifest
 from scalekd_cache.store.growing import read_cache_facts
+from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.assembly import kept_classifier, make_heads, order_of, tail_of
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints

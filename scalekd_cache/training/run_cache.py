@@ -12,11 +12,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from scalekd_cache.config import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, read_manifest
 from scalekd_cache.store.growing import GrowingCache, follow_cache
+from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.store.shared_pixels import pixels_of
 from scalekd_cache.training.run_files import FACTS, read_facts

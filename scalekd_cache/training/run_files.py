@@ -16,7 +16,9 @@ import yaml
 from pydantic import Field
 from typing_extensions import TypedDict
 
-from scalekd_cache.config import DataConfig, StudentConfig, flat
+from scalekd_cache.config.base import flat
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.store.checked_files import checked, open_file, read_checked, read_file, unreadable
 from scalekd_cache.store.durable_files import write_atomically

@@ -15,11 +15,11 @@ from typing import IO, Any
 
 import yaml
 
-from scalekd_cache.config import RemoteConfig, flat
+from scalekd_cache.config.base import flat
+from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, refuse_file
-from scalekd_cache.store import remove_stale
 from scalekd_cache.store.checked_files import check_regular
-from scalekd_cache.store.durable_files import explained, write_atomically
+from scalekd_cache.store.durable_files import explained, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
 from scalekd_cache.training.run_files import (
     FACTS,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from scalekd_cache.codec.logits import logit_codec_from_config
-from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
@@ -21,7 +21,7 @@ from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
 from scalekd_cache.training.assembly import cached_targets, check_logits, kept_classifier, order_of, tail_of
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.config import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
@@ -28,8 +28,8 @@ from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
-from scalekd_cache.scalekd.heads import ScaleKDHeads, Targets
-from scalekd_cache.scalekd.losses import LossTerms, distillation_losses
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
 from scalekd_cache.training.assembly import cached_targets
 from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.training.compiled_op import OPERATOR, prepare_build

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalekd_cache.config import ViewConfig
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
 
 Pixels = NDArray[np.uint8]

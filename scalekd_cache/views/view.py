@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from scalekd_cache.config import ViewConfig, require
+from scalekd_cache.config.base import require
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.views.randaugment import (
     OPERATION_NAMES,

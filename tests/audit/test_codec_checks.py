@@ -16,7 +16,8 @@ from scalekd_cache.audit.describe import describe_record
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import check_deeply
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, verify_cache
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 from scalekd_cache.store.verify_unit import Part
 
 KINDS = {

@@ -13,7 +13,7 @@ from small_cache import make, shared_weights
 
 from pipelines import inspect_cache, report, verify
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.targets import CachedTargets
 
 FILES = {

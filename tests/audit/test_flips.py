@@ -14,10 +14,11 @@ from small_cache import make, reseal, shared_weights
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
-from scalekd_cache.store import BACKENDS, Cache, verify_cache
+from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.plan import read_plan
-from scalekd_cache.store.verify import check_cache, expected_of
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import check_cache, expected_of, verify_cache
 from scalekd_cache.store.verify_unit import unit_problems
 
 SAMPLES, SHARD, VIEWS = 16, 8, 2

@@ -9,9 +9,9 @@ from small_cache import CPU, copy_of_cache, make, shared_cache, shared_weights
 
 from pipelines import prove as command
 from scalekd_cache.audit.gradients import prove_cache
-from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import write_manifest
+from scalekd_cache.store.manifest import write_manifest
 
 TRAIN = TrainConfig(global_batch_size=32, micro_batch_size=8)
 

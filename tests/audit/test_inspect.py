@@ -11,7 +11,8 @@ from small_cache import copy_of_cache, flip_byte, shared_cache
 from pipelines import inspect_cache, repair, verify
 from pipelines.command import with_flags
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, read_manifest
+from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.reader import Cache
 
 
 def output_of(capsys, command, *words):

@@ -8,7 +8,8 @@ from small_cache import CPU, copy_of_cache, flip_byte, reseal, shared_weights, t
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.caching import job
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import read_manifest, verify_cache
+from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.verify import verify_cache
 
 BAD = "units/g000-r00001"
 

@@ -12,10 +12,12 @@ from test_checking import rewrite_unit
 from pipelines import inspect_cache, verify
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import check_deeply
-from scalekd_cache.config import ViewConfig, from_plain
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, read_manifest
+from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import bad_units
 from scalekd_cache.store.verify_unit import Part
 from scalekd_cache.views.pixels import decode_pixels, encode_pixels, pixel_digest

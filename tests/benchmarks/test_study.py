@@ -16,7 +16,7 @@ from benchmarks.study.statistics import append_line, interval, mean_and_std, pai
 from pipelines.command import recipe_file
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.transform_fit import fit
-from scalekd_cache.config import TeacherConfig
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.models.teacher import load_teacher
 
 CPU = torch.device("cpu")

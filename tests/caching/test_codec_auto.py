@@ -10,7 +10,8 @@ from scalekd_cache.caching.codec_choice import choose, table
 from scalekd_cache.caching.codec_selection import codec_options, write_mark
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.codec import classes, codec_from_config
-from scalekd_cache.config import StoreConfig, TeacherConfig, parse_target
+from scalekd_cache.config.stage1 import StoreConfig, TeacherConfig
+from scalekd_cache.config.target import parse_target
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.store.verify import MARK, verify_cache

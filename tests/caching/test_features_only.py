@@ -8,23 +8,14 @@ import torch
 
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.codec.logits import DenseLogits, logit_codec_from_config
-from scalekd_cache.config import (
-    CacheTeacherConfig,
-    DataConfig,
-    DistillConfig,
-    ScaleKDConfig,
-    StoreConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    ViewConfig,
-)
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.scalekd.losses import Targets, distillation_losses, label_loss
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run_folder import closing_table, teacher_accuracy
 
 torch.set_num_threads(1)

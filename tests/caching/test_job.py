@@ -12,9 +12,11 @@ from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, share
 from scalekd_cache.caching import job, preflight
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, read_manifest, verify_cache
+from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 
 
 def everything(root):

@@ -13,7 +13,7 @@ import pytest
 from commands import ENV, ROOT, cache_flags, file_bytes, launcher, run
 from stage1_process import KILLED, Job, phase, warm_up
 
-from scalekd_cache.store import verify_cache
+from scalekd_cache.store.verify import verify_cache
 
 UNITS = 6
 OPTIONS = {"data.max_samples": 48, "cache.samples_per_shard": 8, "teacher.batch_size": 8}

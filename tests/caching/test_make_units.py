@@ -15,7 +15,8 @@ from scalekd_cache.codec import make_codec
 from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
-from scalekd_cache.store import Cache, read_unit, unit_folder
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.sidecar import read_unit, unit_folder
 
 
 def job_of(config):

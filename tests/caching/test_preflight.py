@@ -11,16 +11,9 @@ from small_cache import CPU
 from scalekd_cache.caching import preflight
 from scalekd_cache.caching.agreement import check_plan, check_recipe
 from scalekd_cache.caching.preflight import check_space, check_student, check_teacher, probe_views
-from scalekd_cache.config import (
-    DistillConfig,
-    OptimConfig,
-    ScaleKDConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    ViewConfig,
-    to_plain,
-)
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage1 import TeacherConfig, ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, load_teacher
 

@@ -18,7 +18,10 @@ from scalekd_cache.data.base import ListedSource
 from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
-from scalekd_cache.store import Cache, read_manifest, read_unit, unit_folder, verify_cache
+from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.sidecar import read_unit, unit_folder
+from scalekd_cache.store.verify import verify_cache
 
 NAMES = [f"c{number}/{letter}.png" for number in range(10) for letter in "ab"]
 BAD = "c3/b"

@@ -11,8 +11,11 @@ from scalekd_cache.caching import job
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import plan as plans
-from scalekd_cache.store import read_manifest, resume, unit_folder, verify_cache
+from scalekd_cache.store import resume
+from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.plan import read_plan, write_plan
+from scalekd_cache.store.sidecar import unit_folder
+from scalekd_cache.store.verify import verify_cache
 
 SMALL = {"max_samples": 24}
 LAYOUT = {"samples_per_shard": 12, "views_per_group": 1}

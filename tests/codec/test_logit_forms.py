@@ -10,11 +10,11 @@ from small_trainer import config_of, finish, trainer_of
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.codec.recomputed import FILE, classifier_bytes, load_classifier
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.config import TeacherConfig
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.scalekd.losses import logit_loss, partial_logit_loss
-from scalekd_cache.training.run import kept_classifier
+from scalekd_cache.training.assembly import kept_classifier
 from scalekd_cache.training.trainer import start_processes
 
 

@@ -4,20 +4,9 @@ import dataclasses
 
 import pytest
 
-from scalekd_cache.config import (
-    CacheTeacherConfig,
-    DataConfig,
-    DistillConfig,
-    OptimConfig,
-    ScaleKDConfig,
-    StoreConfig,
-    StudentConfig,
-    TeacherConfig,
-    TrainConfig,
-    ViewConfig,
-    fingerprint,
-    to_plain,
-)
+from scalekd_cache.config.base import fingerprint, to_plain
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 
 CLASSES = [

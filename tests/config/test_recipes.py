@@ -11,7 +11,9 @@ from timm.models import get_pretrained_cfg
 from pipelines import distill as distill_command
 from pipelines.command import RECIPES, parse, recipe_section
 from scalekd_cache.caching.agreement import check_recipe
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig, StudentConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import SHORT_NAMES, build_student
 from scalekd_cache.scalekd.heads import ScaleKDHeads

@@ -15,7 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from scalekd_cache.config import DistillConfig, StudentConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.convert import formats as export_formats
 from scalekd_cache.convert.formats import FORMATS, check_format, export_file
 from scalekd_cache.convert.names_torchvision_mmpretrain import timm_to_unfold, torchvision_twin, transfer_state

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert import timm_export as export
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError

@@ -27,7 +27,7 @@ from upstream_students import (
 )
 
 from pipelines.import_upstream import main
-from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.convert.names_upstream import family_of, student_tensors, unfold_to_timm
 from scalekd_cache.convert.upstream_checkpoint import (
     Problems,

@@ -5,7 +5,7 @@ import pytest
 from image_files import encoded, folder_tree, parquet_file, picture, shard, source_of, write
 from timm.utils import natural_key as natural_key_of_timm
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, SampleList
 from scalekd_cache.data.classes import ORDERS, natural_key
 from scalekd_cache.data.images import open_source

@@ -17,8 +17,8 @@ from image_files import (
 )
 from PIL import features
 
-from scalekd_cache.data.base import encode_key
-from scalekd_cache.data.images import SampleRef, decode_image
+from scalekd_cache.data.base import SampleRef, encode_key
+from scalekd_cache.data.images import decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import check_key
 

@@ -12,7 +12,7 @@ import pytest
 from image_files import encoded, folder_tree, parquet_file, picture, shard, source_of
 from PIL import Image, ImageFile, features
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.images import UnreadableImage, decode_image, listing_digest, open_source
 
 

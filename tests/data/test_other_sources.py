@@ -19,7 +19,7 @@ from image_files import (
     write,
 )
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import builtin
 from scalekd_cache.data.images import decode_image, listing_digest, open_source
 from scalekd_cache.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from scalekd_cache.caching.job import cache_teacher, try_out
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import workers
 from scalekd_cache.data.images import open_source
 from scalekd_cache.data.workers import items_of, waiting_items

@@ -19,7 +19,8 @@ from pipelines.prove import ProveConfig
 from pipelines.repair import RepairConfig
 from pipelines.report import ReportConfig
 from pipelines.verify import VerifyConfig
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig, ScaleKDConfig
+from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig
 
 README = ROOT / "README.md"
 PAGES = [ROOT / "docs" / "METHOD.md", *sorted(RECIPES.glob("*.yaml"))]

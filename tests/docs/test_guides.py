@@ -16,14 +16,15 @@ from timm import create_model
 from upstream_students import paper_student
 
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.config import DataConfig, StudentConfig
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import export_file
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import TailParts, register_family
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
 GUIDE = (ROOT / "docs" / "GUIDES.md").read_text(encoding="utf-8")

@@ -10,10 +10,11 @@ from small_cache import copy_of_cache, reseal, shared_cache
 
 from scalekd_cache.audit.verify_cache import check_deeply
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, Record, UnitWriter
-from scalekd_cache.store.base import NO_LABEL
+from scalekd_cache.store.base import NO_LABEL, Record
 from scalekd_cache.store.durable_files import fact_of
 from scalekd_cache.store.manifest import UnitRow, units_digest
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.training.targets import CachedTargets
 
 

@@ -14,13 +14,13 @@ from small_cache import SAMPLES, VIEWS, copy_of_cache, flip_byte, make, shared_c
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching import sample_views as drawing
 from scalekd_cache.codec.logits import logit_codec_from_config
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import loader
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import Order, epoch_ids, micro_batch_ids
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 
 GLOBAL, MICRO = 32, 16
 MICROS = GLOBAL // MICRO

@@ -7,7 +7,8 @@ from small_cache import make, shared_weights
 
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
-from scalekd_cache.store import BACKENDS, Cache
+from scalekd_cache.store.base import BACKENDS
+from scalekd_cache.store.reader import Cache
 
 COUNTER = Path("/proc/self/io")
 pytestmark = pytest.mark.skipif(not COUNTER.exists(), reason="needs Linux: /proc/self/io")

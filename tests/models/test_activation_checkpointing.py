@@ -8,7 +8,7 @@ from small_cache import CPU
 from small_trainer import config_of, finish, trainer_of
 from torch import nn
 
-from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass
 from scalekd_cache.models.student import build_student

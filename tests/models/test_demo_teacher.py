@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from small_cache import CPU
 
-from scalekd_cache.config import DataConfig, TeacherConfig
+from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
 from scalekd_cache.models import demo_teacher
 from scalekd_cache.models.demo_teacher import _augment, train_demo_teacher
 from scalekd_cache.models.teacher import load_teacher

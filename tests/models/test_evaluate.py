@@ -9,7 +9,8 @@ from image_files import folder_tree, source_of, write
 from PIL import Image
 
 from pipelines.evaluate import main
-from scalekd_cache.config import DataConfig, StudentConfig
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError

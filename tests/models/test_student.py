@@ -4,7 +4,7 @@ import pytest
 import timm
 import torch
 
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 

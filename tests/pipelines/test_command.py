@@ -8,8 +8,9 @@ from commands import execute
 from pipelines import command
 from pipelines.cache_teacher import stage1_section
 from pipelines.command import RECIPES, parse, recipe_file, recipe_section, value_of
-from scalekd_cache.config import CacheTeacherConfig, DistillConfig, ViewConfig
 from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
 
 

@@ -23,7 +23,7 @@ from commands import ROOT, cache_flags, flags
 from image_files import encoded, picture, write
 from test_store import write_cache
 
-from scalekd_cache.store import verify_cache
+from scalekd_cache.store.verify import verify_cache
 
 LIMIT_OF_A_CASE_S = 20.0
 """Of the processor's time, so that a busy machine does not matter; a case that waits has ten times as long."""

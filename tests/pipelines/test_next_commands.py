@@ -7,7 +7,7 @@ import pytest
 from commands import ENV, ROOT, make
 from image_files import folder_tree
 
-from scalekd_cache.store import read_manifest
+from scalekd_cache.store.manifest import read_manifest
 
 NAMES = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(12)]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipelines import costs as costs_command
-from scalekd_cache.config import ScaleKDConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.planning import costs
 
 torch.set_num_threads(1)

@@ -13,7 +13,7 @@ from small_cache import CPU, make, options, shared_weights, write_weights
 from pipelines import plan as command
 from scalekd_cache.caching import job as cache_teacher
 from scalekd_cache.codec import classes
-from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning import forecast as planning

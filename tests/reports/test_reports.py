@@ -15,7 +15,8 @@ from image_files import picture as noise
 from PIL import Image
 from small_cache import CPU, copy_of_cache, make, shared_cache, write_weights
 
-from scalekd_cache.config import DistillConfig, StudentConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.reports.cache import CacheReport, cache_report
@@ -26,7 +27,7 @@ from scalekd_cache.reports.predictions import Verdict, confusion
 from scalekd_cache.reports.run_data import RunReport
 from scalekd_cache.reports.runs import agreement, run_report
 from scalekd_cache.reports.views import Look, Scan, alike
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.finished import export_state, facts_of
 from scalekd_cache.training.run_folder import RunFolder
 

@@ -9,11 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd_cache.config import ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.scalekd.heads import CAP, ScaleKDHeads, choose_heads
+from scalekd_cache.scalekd.heads import ScaleKDHeads, choose_heads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
-from scalekd_cache.scalekd.projectors import Conv3x3, LiteCAP
+from scalekd_cache.scalekd.projectors import CAP, Conv3x3, LiteCAP
 
 
 @pytest.fixture(autouse=True)

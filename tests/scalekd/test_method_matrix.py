@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.config import ScaleKDConfig, StudentConfig, TeacherConfig, TrainConfig
+from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import FAMILIES, build_tail, family_of
 from scalekd_cache.models.teacher import load_teacher, map_shape, run_with_taps, split_tail
 from scalekd_cache.models.timm_models import create_timm_model, default_image_size
 from scalekd_cache.planning.costs import PAPER_STUDENTS, SWIN_L
-from scalekd_cache.scalekd.heads import CAP, ScaleKDHeads
+from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
+from scalekd_cache.scalekd.projectors import CAP
 
 torch.set_num_threads(1)
 # timm name, image size, family, (C3, H3, W3), (C, H, W)

@@ -18,7 +18,7 @@ from upstream_reference import (
     label_smooth_loss,
 )
 
-from scalekd_cache.config import ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.convert.names_upstream import head_tensors
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses

@@ -10,10 +10,11 @@ from test_loader import assert_same_batches, make_loader
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order
-from scalekd_cache.store import Cache, read_manifest
 from scalekd_cache.store import growing as follow
 from scalekd_cache.store.growing import GrowingCache, follow_cache, read_cache_facts
+from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.plan import read_plan, write_plan
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import open_place
 
 

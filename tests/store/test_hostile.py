@@ -22,17 +22,20 @@ from small_cache import copy_of_cache, make, reseal, shared_cache, shared_weight
 import pipelines
 import scalekd_cache
 from scalekd_cache.audit.records import Examiner
-from scalekd_cache.config import ScaleKDConfig, ViewConfig, from_plain, to_plain
+from scalekd_cache.config.base import from_plain, to_plain
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, Record, read_manifest, read_unit, verify_cache
-from scalekd_cache.store.base import ShardId, record_crc
+from scalekd_cache.store.base import Record, ShardId, record_crc
 from scalekd_cache.store.formats.tar_index import HEADER, ROW, load_index, pack_index
 from scalekd_cache.store.formats.zarr_read import ShardedArray, zstd_content_size
-from scalekd_cache.store.manifest import NAME
+from scalekd_cache.store.manifest import NAME, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sealed_json import SEAL, sealed
-from scalekd_cache.store.verify import check_cache
+from scalekd_cache.store.sidecar import read_unit
+from scalekd_cache.store.verify import check_cache, verify_cache
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "_pickle", "torch.hub"}
 bounded = settings(

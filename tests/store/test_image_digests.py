@@ -10,9 +10,9 @@ from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.sample_views import draw_units
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, unit_folder
 from scalekd_cache.store.image_digests import ImageFiles, read_images
-from scalekd_cache.store.sidecar import read_keys, read_unit
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
 
 NAMES = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(10)]
 TEACHER = {"weights": None, "pretrained": False}

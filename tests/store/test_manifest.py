@@ -10,10 +10,11 @@ import pytest
 from small_cache import copy_of_cache, reseal, shared_cache
 
 from scalekd_cache.audit.verify_cache import check_deeply
-from scalekd_cache.config import fingerprint
+from scalekd_cache.config.base import fingerprint
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, verify_cache
 from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 
 Change = Callable[[dict[str, Any]], Any]
 CONTRADICTIONS: dict[str, tuple[Change, str]] = {

@@ -7,8 +7,11 @@ import pytest
 from test_store import backends, facts, make_record, open_unit, write_cache
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, Record, build_manifest, unit_folder, verify_cache, write_manifest
-from scalekd_cache.store.base import NO_LABEL, target_json
+from scalekd_cache.store.base import NO_LABEL, Record, target_json
+from scalekd_cache.store.manifest import build_manifest, write_manifest
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.sidecar import unit_folder
+from scalekd_cache.store.verify import verify_cache
 
 PARTIAL = {
     "no label": {"label": NO_LABEL},

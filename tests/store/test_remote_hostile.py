@@ -6,7 +6,7 @@ from test_remote import ALL, config
 from test_store import expected, write_cache
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 
 TAR = "g000-r00001/v0001.tar"
 

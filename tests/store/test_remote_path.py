@@ -16,9 +16,11 @@ from servers import faulty_server
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
 from torch.utils.data import DataLoader, Dataset
 
-from scalekd_cache.config import RemoteConfig
+from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, Record, verify_cache
+from scalekd_cache.store.base import Record
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 
 ALL = range(NUM_SAMPLES)
 PAYLOAD = {"webdataset": "g000-r00001/v0001.tar", "zarr": "g000-r00001/v0001.zarr/features/c/0"}

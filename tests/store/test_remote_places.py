@@ -8,7 +8,8 @@ import pytest
 from commands import ENV, LIMIT_S, ROOT, snapshot
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
 
-from scalekd_cache.store import Cache, verify_cache
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 
 READER = """
 import os, sys

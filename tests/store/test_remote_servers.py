@@ -10,9 +10,10 @@ from servers import free_port, nginx
 from small_cache import copy_of_cache, shared_cache
 from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
 
-from scalekd_cache.config import RemoteConfig
+from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, verify_cache
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 
 ALL = range(NUM_SAMPLES)
 KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}

@@ -23,12 +23,13 @@ from test_loader import make_loader
 
 from scalekd_cache.caching import pixel_cache
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.config import DistillConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache, verify_cache
 from scalekd_cache.store.growing import follow_cache
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.verify import verify_cache
 from scalekd_cache.training.run_cache import open_run_cache
 
 CPU = Process(0, 1, torch.device("cpu"))

@@ -19,24 +19,16 @@ from cache_facts import FINGERPRINT, cache_facts
 from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import (
-    BACKENDS,
-    Cache,
-    ManifestFacts,
-    Record,
-    UnitWriter,
-    build_manifest,
-    read_manifest,
-    read_unit,
-    unit_committed,
-    unit_folder,
-    verify_cache,
-    write_manifest,
-)
 from scalekd_cache.store import durable_files as store_files
-from scalekd_cache.store.base import record_crc
+from scalekd_cache.store.base import BACKENDS, Record, record_crc
 from scalekd_cache.store.durable_files import canonical_json
+from scalekd_cache.store.manifest import ManifestFacts, build_manifest, read_manifest, write_manifest
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.resume import unit_committed
 from scalekd_cache.store.sealed_json import SEAL, sealed
+from scalekd_cache.store.sidecar import read_unit, unit_folder
+from scalekd_cache.store.unit import UnitWriter
+from scalekd_cache.store.verify import verify_cache
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 GROUPS = [[0, 1], [2]]

@@ -14,9 +14,12 @@ from stage1_process import Job, on_a_bad_disk
 
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Ledger, remove_stale, resume, unit_committed, unit_folder, verify_cache
-from scalekd_cache.store.durable_files import host_tag, temp_beside, write_atomically
+from scalekd_cache.store import resume
+from scalekd_cache.store.durable_files import host_tag, remove_stale, temp_beside, write_atomically
 from scalekd_cache.store.plan import read_plan
+from scalekd_cache.store.resume import Ledger, unit_committed
+from scalekd_cache.store.sidecar import unit_folder
+from scalekd_cache.store.verify import verify_cache
 
 
 def words(path, backend):

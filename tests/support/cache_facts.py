@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from scalekd_cache.config import DataConfig, TeacherConfig, ViewConfig, fingerprint, to_plain
+from scalekd_cache.config.base import fingerprint, to_plain
+from scalekd_cache.config.stage1 import DataConfig, TeacherConfig, ViewConfig
 from scalekd_cache.store.manifest import ManifestFacts, classes_digest
 
 CLASSES = [f"class {number}" for number in range(7)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from small_cache import make, shared_weights
 
-from scalekd_cache.store import Cache
+from scalekd_cache.store.reader import Cache
 
 IMAGES = 24
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from scalekd_cache.config import DataConfig
+from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.images import decode_image, open_source
 
 

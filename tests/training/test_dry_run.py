@@ -13,10 +13,12 @@ from small_cache import CPU, options, shared_cache, shared_weights
 
 from pipelines.command import check_cache_place
 from scalekd_cache.caching.job import try_out
-from scalekd_cache.config import DistillConfig, StudentConfig, TrainConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.dry_run import describe_distill
-from scalekd_cache.training.run_folder import RunFolder, is_going, read_config
+from scalekd_cache.training.run_files import read_config
+from scalekd_cache.training.run_folder import RunFolder, is_going
 
 
 def tree(folder):

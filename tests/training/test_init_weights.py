@@ -7,14 +7,14 @@ from safetensors.torch import save_file
 from small_cache import shared_cache
 from small_trainer import config_of
 
-from scalekd_cache.config import StudentConfig
+from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail_file import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.training.assembly import make_heads
 from scalekd_cache.training.init_weights import load_start
-from scalekd_cache.training.run import make_heads
 
 
 def pair(seed, name="resnet10t", classes=10):

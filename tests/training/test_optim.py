@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from scalekd_cache.config import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student

@@ -9,11 +9,11 @@ from small_cache import CPU, SAMPLES, shared_cache
 from small_trainer import GLOBAL, MICRO, config_of
 from torch import nn
 
-from scalekd_cache.config import OptimConfig
+from scalekd_cache.config.stage2 import OptimConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
-from scalekd_cache.training.trainer import deepspeed_config, make_optimizer, make_schedule, scaled_lr
+from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr
 
 
 @pytest.mark.parametrize(("world_size", "accumulation"), [(1, 32), (2, 16), (16, 2)])

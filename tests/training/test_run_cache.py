@@ -8,11 +8,11 @@ from commands import steps_of
 from growing import IMAGES, Writer, make_growing, two_groups
 from small_cache import CPU
 
-from scalekd_cache.config import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.store import Cache
 from scalekd_cache.store import growing as follow
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.finished import evaluate_export
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_cache import open_run_cache

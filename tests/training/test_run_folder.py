@@ -7,16 +7,11 @@ import sys
 import pytest
 import yaml
 
-from scalekd_cache.config import DistillConfig, TrainConfig, to_plain
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.training.run_folder import (
-    RunFolder,
-    alone_summary,
-    check_same_cache,
-    closing_table,
-    read_config,
-    read_summary,
-)
+from scalekd_cache.training.run_files import read_config, read_summary
+from scalekd_cache.training.run_folder import RunFolder, alone_summary, check_same_cache, closing_table
 
 SUMMARY = {
     "student": "resnet18", "teacher": "demo_swin", "targets": "cached", "top1": 91.25, "top5": 99.5,

@@ -12,7 +12,7 @@ from torch import nn
 
 import scalekd_cache
 from scalekd_cache import Cache, CachedTargets, ScaleKDLoss, timm_student
-from scalekd_cache.config import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student

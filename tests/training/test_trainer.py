@@ -16,7 +16,7 @@ from small_cache import CPU
 from small_trainer import STEPS, Lines, config_of, finish, trainer_of
 from torch import nn
 
-from scalekd_cache.config import to_plain
+from scalekd_cache.config.base import to_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.checkpoint import MODEL, OPTIMIZER, STUDENT
 from scalekd_cache.training.finished import consolidated_student

@@ -9,7 +9,7 @@ from image_files import encoded, picture
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from scalekd_cache.config import ViewConfig
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.views.pixels import decode_pixels, encode_pixels, jpeg_shape
 

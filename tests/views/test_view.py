@@ -17,7 +17,7 @@ from timm.data.random_erasing import RandomErasing
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms import functional as tvf
 
-from scalekd_cache.config import ViewConfig
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.views import randaugment as augment
 from scalekd_cache.views import view as views

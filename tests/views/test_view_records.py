@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from scalekd_cache.config import ViewConfig
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.views import randaugment as augment
 from scalekd_cache.views.pixels import decode_pixels, encode_pixels, pixel_digest
