@@ -15,11 +15,11 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from scalekd_cache.caching.agreement import check_recipe
+from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.distributed import RunStopped
 from scalekd_cache.errors import UserError, mistype, one_of, worker_ended
-from scalekd_cache.stopping import RunStopped
 
 ALWAYS = "Also: --debug (the traceback of an error), --plugin MODULE (import a module of yours first)."
 BAD_VALUE = re.compile(

@@ -40,8 +40,7 @@ def main(argv: list[str]) -> int:
         recipe_section(config.recipe, "distill"), "",
     )  # fmt: skip
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.planning.forecast import forecast
-    from scalekd_cache.planning.forecast_folded import describe
+    from scalekd_cache.planning.forecast import describe, forecast
 
     with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # what a fit says is not JSON
         found = forecast(

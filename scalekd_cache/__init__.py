@@ -12,11 +12,21 @@ if TYPE_CHECKING:
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
     from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
+    from scalekd_cache.versions import __version__
 
-__version__ = "0.1.0"
-__all__ = ["Cache", "CachedTargets", "ScaleKDLoss", "TailParts", "UserError", "register_family", "timm_student"]
+__all__ = [
+    "Cache",
+    "CachedTargets",
+    "ScaleKDLoss",
+    "TailParts",
+    "UserError",
+    "__version__",
+    "register_family",
+    "timm_student",
+]
 
 _HOME = {
+    "__version__": "versions",
     "Cache": "store.reader",
     "CachedTargets": "training.targets",
     "ScaleKDLoss": "training.targets",

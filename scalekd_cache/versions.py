@@ -10,6 +10,18 @@ from types import ModuleType
 
 from scalekd_cache.errors import UserError
 
+__version__ = "0.1.0"
+
+
+def library_versions() -> dict[str, str]:
+    """Versions that explain a digest that differs; they decide nothing."""
+    names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
+    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
+
+
+def _installed(name: str) -> bool:
+    return any(importlib.metadata.distributions(name=name))
+
 
 def import_optional(module: str, need: str, extra: str) -> ModuleType:
     """A module of an optional package.

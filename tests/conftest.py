@@ -32,8 +32,8 @@ def weights(workshop):
     import torch
     from safetensors.torch import save_file
 
-    from scalekd_cache.models.tail import DEMO_TIMM_NAME
     from scalekd_cache.models.teacher import demo_teacher_args
+    from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 
     with torch.random.fork_rng():
         torch.manual_seed(1)

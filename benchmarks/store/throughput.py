@@ -20,8 +20,8 @@ import numpy as np
 import zarr
 
 from benchmarks.harness import Figure, in_turn, publish, ratio
+from scalekd_cache.store.background import CommitQueue
 from scalekd_cache.store.base import BACKENDS, Record, ShardId, shard_reader
-from scalekd_cache.store.commit_queue import CommitQueue
 from scalekd_cache.store.durable_files import canonical_json, fact_of
 from scalekd_cache.store.formats.tar_index import load_index
 from scalekd_cache.store.formats.zarr_read import ShardedArray

@@ -9,8 +9,8 @@ import timm
 from timm.models import register_model
 from torch import nn
 
-from scalekd_cache.models.tail import DEMO_TIMM_NAME
 from scalekd_cache.models.teacher import demo_teacher_args
+from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 
 WIDTHS: dict[str, dict[str, Any]] = {
     "study_swin_16": {"embed_dim": 16, "num_heads": [1, 1, 2]},

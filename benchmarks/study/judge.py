@@ -22,9 +22,8 @@ from scalekd_cache.codec.transform_fit import fit_bases, with_noise
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
-from scalekd_cache.data.images import decode_image, open_source
+from scalekd_cache.data.images import data_config, decode_image, open_source
 from scalekd_cache.distributed import this_process
-from scalekd_cache.loader.loader import data_config
 from scalekd_cache.models.evaluate import ValidationImages
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
@@ -66,7 +65,7 @@ def norms_of_what_is_decoded() -> Iterator[None]:
 @torch.no_grad()
 def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
     """The teacher's maps (N, C, H, W) of first views of a cache's images, float32 on the CPU."""
-    from scalekd_cache.training.run import live_teacher
+    from scalekd_cache.models.teacher import live_teacher
 
     opened = Cache.open(cache)
     device = this_process().device
@@ -123,8 +122,8 @@ class Judge:
 
     def __init__(self, cache: Path, weights: str | None, count: int) -> None:
         """`cache`: any of the setting's; `count` held-out images are used."""
-        from scalekd_cache.training.assembly import tail_of
-        from scalekd_cache.training.run import live_teacher
+        from scalekd_cache.models.teacher import live_teacher
+        from scalekd_cache.training.targets import tail_of
 
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
@@ -148,7 +147,7 @@ class Judge:
     @torch.no_grad()
     def losses(self, run: Path) -> dict[str, float]:
         """Mean weighted loss terms of a finished run's student and heads, in eval mode."""
-        from scalekd_cache.training.assembly import make_heads
+        from scalekd_cache.training.targets import make_heads
         from scalekd_cache.training.trainer import DistillModel
 
         options = read_config(run)

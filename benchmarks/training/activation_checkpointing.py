@@ -17,8 +17,7 @@ import torch
 from benchmarks.harness import peak_memory_bytes
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
-from scalekd_cache.planning.costs import meta_teacher
-from scalekd_cache.planning.step_memory import step_memory
+from scalekd_cache.planning.costs import meta_teacher, step_memory
 
 STUDENTS = ("resnet50", "vit_small")
 TEACHER = "swin_large_patch4_window7_224"

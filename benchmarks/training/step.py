@@ -33,8 +33,8 @@ from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.planning.costs import pair_costs
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.training.assembly import make_heads, tail_of
 from scalekd_cache.training.optim import make_optimizer
+from scalekd_cache.training.targets import make_heads, tail_of
 from scalekd_cache.training.trainer import DistillModel
 
 PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]

@@ -10,14 +10,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.audit.records import Examiner, decode_features
-from scalekd_cache.audit.verify_cache import unit_of
+from scalekd_cache.audit.records import Examiner
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import record_view
+from scalekd_cache.loader.pixels import decode_features, record_view
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.reader import Cache, unit_of
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
 from scalekd_cache.views.view import View

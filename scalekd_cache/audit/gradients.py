@@ -20,10 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalekd_cache import __version__
-from scalekd_cache.caching.job_plan import library_versions
 from scalekd_cache.codec import make_codec
-from scalekd_cache.codec.fidelity import Summary, fidelity, summarise
+from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
@@ -32,15 +30,16 @@ from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
-from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.models.teacher import Teacher, live_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import Targets
+from scalekd_cache.store.fidelity_summary import Summary, summarise
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
-from scalekd_cache.training.assembly import kept_classifier, make_heads, tail_of
 from scalekd_cache.training.init_weights import load_start
-from scalekd_cache.training.run import live_teacher
+from scalekd_cache.training.targets import kept_classifier, make_heads, tail_of
 from scalekd_cache.training.trainer import DistillModel
+from scalekd_cache.versions import __version__, library_versions
 
 TOLERANCE = 0.01
 """How far the 1st percentile of the mean-removed cosine may lie under the one that stage 1 measured."""

@@ -13,21 +13,20 @@ from numpy.typing import NDArray
 
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.base import FeatureCodec, FeatureMap
+from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import UnreadableImage, decode_image
+from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import record_view
+from scalekd_cache.loader.pixels import decode_features, record_view, view_pixels
 from scalekd_cache.store.base import Record, ShardId
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify_unit import Finding, Part
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
-from scalekd_cache.views.view import apply_view
 
 
 class Examiner:
@@ -190,22 +189,3 @@ def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | U
             except UserError as error:
                 found.append(error)
         return found
-
-
-def decode_features(codec: FeatureCodec, records: Sequence[Record]) -> FeatureMap:
-    """Maps (B, C, H, W) and norms (B, 2, H, W) of records; `UserError` for features of another codec."""
-    return codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
-
-
-def view_pixels(
-    record: Record, views: ViewConfig, source: Source | None, index: Mapping[str, int]
-) -> NDArray[np.uint8] | None:
-    """The (size, size, 3) uint8 pixels of a view; drawn again when they are not stored, None without the images."""
-    if views.pixels == "baked":
-        return decode_pixels(record.pixels, views.size)
-    if source is None:
-        return None
-    if record.key not in index:
-        raise UserError("the image of a view is not in the data set", got=record.key, where=source.name)
-    image = decode_image(source.read(index[record.key]), record.key)
-    return apply_view(record_view(record), image, views)

@@ -4,23 +4,19 @@ In: a finished cache, its teacher. Out: how well they agree, and the records tha
 Invariant: only a teacher with the cache's own weights is asked; a seed chooses the records, so a check can be repeated.
 """
 
-import dataclasses
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from scalekd_cache.audit.records import Examiner, decode_features
-from scalekd_cache.codec.fidelity import fidelity, summarise
-from scalekd_cache.config.base import from_plain
-from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.audit.records import Examiner
+from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import Teacher, load_teacher
+from scalekd_cache.loader.pixels import decode_features
+from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.manifest import Manifest
+from scalekd_cache.store.fidelity_summary import summarise
 from scalekd_cache.store.reader import Cache
 
 BATCH = 16
@@ -43,40 +39,6 @@ class Agreement(NamedTuple):
     """Records whose largest logit is the same class; None without a classifier."""
     wrong: list[tuple[int, int, str, str]]
     """(view, position, key, what) of records that are not the teacher's answer."""
-
-
-def teacher_config(facts: Mapping[str, Any], precision: str, weights: str | None) -> TeacherConfig:
-    """The teacher's options as a cache keeps them, with the file of its weights where it lies now."""
-    config = TeacherConfig(**{**from_plain(facts), "precision": precision})
-    if weights is not None and not Path(weights).is_file():
-        raise UserError("no such file of teacher weights", got=weights, fix="correct TEACHER_WEIGHTS=")
-    return dataclasses.replace(config, weights=weights or config.weights)
-
-
-def is_at_hand(config: TeacherConfig) -> bool:
-    """Whether the teacher can be loaded without a network: its file is there, or its weights were random."""
-    return Path(config.weights).is_file() if config.weights else not config.pretrained
-
-
-def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.device) -> Teacher:
-    """The teacher of a cache.
-
-    Raises:
-        UserError: it cannot be loaded, or has other weights than the cache's.
-    """
-    size, classes = manifest.view_recipe["size"], len(manifest.class_names)
-    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does: random weights are the same every time
-    teacher = load_teacher(config, image_size=size, num_classes=classes, device=device)
-    expected = manifest.teacher["spec"]["weights_sha256"]
-    if teacher.spec.weights_sha256 != expected:
-        raise UserError(
-            "these are not the weights of the cache's teacher",
-            got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
-            expected=expected,
-            where=config.weights,
-            fix="give the file the cache was made with as TEACHER_WEIGHTS=",
-        )
-    return teacher
 
 
 def reinfer(cache: Cache, teacher: Teacher, examiner: Examiner, records: int, seed: int = 0) -> Agreement:

@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalekd_cache.audit.reinfer import is_at_hand, teacher_config
 from scalekd_cache.audit.verify_cache import check_deeply, manifest_or_none
 from scalekd_cache.caching.codec_selection import codec_options, write_mark
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import tidy
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
+from scalekd_cache.data.images import data_config
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import data_config
+from scalekd_cache.models.teacher import is_at_hand, teacher_config
 from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import NAME as PLAN

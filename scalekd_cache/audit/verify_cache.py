@@ -11,19 +11,19 @@ from typing import NamedTuple
 import torch
 
 from scalekd_cache.audit.records import Examiner
-from scalekd_cache.audit.reinfer import Agreement, is_at_hand, load_cache_teacher, reinfer, teacher_config
+from scalekd_cache.audit.reinfer import Agreement, reinfer
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.images import data_config, open_source
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import data_config
+from scalekd_cache.models.teacher import is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import Manifest, ManifestFacts, UnitRow, read_manifest
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import read_plan
-from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.reader import Cache, unit_of
 from scalekd_cache.store.remote.remote_path import RemotePath, open_place
 from scalekd_cache.store.shared_pixels import pixels_of, shared_place
 from scalekd_cache.store.verify import Expected, Findings, check_cache, unit_name
@@ -161,14 +161,3 @@ def _problems(agreement: Agreement, manifest: Manifest) -> list[Problem]:
         place = row.group, row.range_id
         problems.append(Problem(f"{unit_name(place)}/v{view:04d}", key, what, Part.UNIT, place))
     return problems
-
-
-def unit_of(manifest: Manifest, view: int, position: int) -> UnitRow:
-    """The unit that holds a position of a view."""
-    group = next(number for number, views in enumerate(manifest.groups) if view in views)
-    for row in manifest.units:
-        if row.group == group:
-            if position < row.count:
-                return row
-            position -= row.count
-    raise AssertionError(f"no position {position} in view {view}")

@@ -50,14 +50,14 @@ from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, refuse_file
 from scalekd_cache.models.demo_teacher import train_demo_teacher
 from scalekd_cache.models.evaluate import evaluate
-from scalekd_cache.models.tail import DEMO_TEACHER
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import check_class_order
+from scalekd_cache.models.teacher_spec import teacher_accuracy
+from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.progress import progress
 from scalekd_cache.store.manifest import Manifest, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
-from scalekd_cache.training.run_folder import teacher_accuracy
 
 CHECKED_IMAGES = 512
 """About so many training images, or validation images of a dry run, show whether the classes are in order."""

@@ -8,15 +8,14 @@ set or layout is an error that names the fields.
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from scalekd_cache.caching.agreement import check_plan
 from scalekd_cache.caching.codec_selection import check_kept_codec
 from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache
@@ -26,14 +25,14 @@ from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.config.base import fingerprint, to_plain
+from scalekd_cache.config.base import fingerprint, flat, to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import data_facts
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import likeness
-from scalekd_cache.models.tail_file import tail_bytes
+from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.durable_files import fact_of, remove_stale, write_atomically
@@ -51,6 +50,55 @@ from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.resume import Ledger
 from scalekd_cache.store.shared_pixels import shared_with
+from scalekd_cache.versions import library_versions
+
+
+def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
+    """A cache is continued only by the job that began it: same teacher, views, codec, data and layout.
+
+    Raises:
+        UserError: naming each field that differs, with both values.
+    """
+    there, here = flat(kept), flat(asked)
+    different = sorted(name for name in there | here if there.get(name) != here.get(name))
+    if different:
+        lines = [f"{name}: {here.get(name)} (asked) / {there.get(name)} (cache)" for name in different]
+        raise UserError(
+            "the cache was made with other options",
+            got="; ".join(lines),
+            where=where,
+            fix="choose another CACHE=, or give the options the cache was made with" + _renamed(different),
+        )
+
+
+def _renamed(different: Sequence[str]) -> str:
+    """What to do when images or labels have changed: a rename must not cost a cache."""
+    if not any(name.endswith("data.listing") for name in different):
+        return ""
+    return (
+        ". Images were added, removed, renamed or labeled differently since: give them back the names in "
+        "units/*/keys.txt to let the cache grow. Training from the views that are there needs no images where "
+        "pixels are baked"
+    )
+
+
+def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
+    """The view recipe of a training recipe is the one in the cache: augmentation lives in the cache.
+
+    The seed and the form in which pixels are kept are the cache's own business.
+    """
+    own = {"seed", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling"}
+    different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
+    if different:
+        raise UserError(
+            f"the cache holds other views than recipe {recipe} trains on",
+            got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
+            expected=", ".join(f"views.{name}={asked[name]}" for name in different),
+            where=where,
+            fix="leave RECIPE= out to train on the cache's own views with the options of the cache's own recipe, "
+            f"or make a cache with RECIPE={recipe} and no views.* options",
+        )
+
 
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
 """What of a plan another job must ask for in the same way."""
@@ -340,13 +388,3 @@ def tidy(root: Path, process: Process) -> None:
             f"again, are left alone; the oldest is {oldest.path.relative_to(root)}, last changed "
             f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
         )
-
-
-def library_versions() -> dict[str, str]:
-    """Versions that explain a digest that differs; they decide nothing."""
-    names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
-    return {name: importlib.metadata.version(name) for name in names if _installed(name)}
-
-
-def _installed(name: str) -> bool:
-    return any(importlib.metadata.distributions(name=name))

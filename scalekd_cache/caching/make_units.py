@@ -18,15 +18,15 @@ from scalekd_cache.caching.sample_views import Drawn, DrawnView, Unit, draw_unit
 from scalekd_cache.caching.skips import Skips
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
-from scalekd_cache.codec.fidelity import fidelity, summarise
+from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
-from scalekd_cache.store.background import Behind
+from scalekd_cache.store.background import Behind, CommitQueue
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.commit_queue import CommitQueue
+from scalekd_cache.store.fidelity_summary import summarise
 from scalekd_cache.store.image_digests import ImageFiles
 from scalekd_cache.store.unit import UnitWriter
 

@@ -4,15 +4,10 @@ In: original and decoded maps (B, C, H, W). Out: cosines a view, and summaries {
 Invariant: merging keeps means exact (weighted by count); merged percentiles are conservative: the worst unit's.
 """
 
-from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, NamedTuple
-
-import numpy as np
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-Summary = dict[str, dict[str, float]]
 
 
 class Fidelity(NamedTuple):
@@ -38,32 +33,3 @@ def _token_cosine(a: "Tensor", b: "Tensor") -> "Tensor":
     cosine = (a * b).sum(1) / norms.clamp_min(1e-300)
     both_zero = (a.abs().amax(1) == 0) & (b.abs().amax(1) == 0)
     return cosine.masked_fill(both_zero, 1.0).mean(dim=(1, 2)).float()
-
-
-def summarise(values: Mapping[str, Iterable[float]]) -> Summary:
-    """Figures a view, by metric -> {metric: {mean, p1, count}}; p1 is the 1st percentile."""
-    summary = {}
-    for name, figures in values.items():
-        array = np.asarray(list(figures), dtype=np.float64)
-        if array.size:
-            p1 = float(np.percentile(array, 1))
-            summary[name] = {"mean": float(array.mean()), "p1": p1, "count": int(array.size)}
-    return summary
-
-
-def merge_summaries(summaries: Iterable[Summary]) -> Summary:
-    """Summaries of several units as one: means weighted by count, the lowest p1, the highest p99 where there is one."""
-    merged: Summary = {}
-    for summary in summaries:
-        for name, row in summary.items():
-            if name not in merged:
-                merged[name] = dict(row)
-                continue
-            into = merged[name]
-            count = into["count"] + row["count"]
-            into["mean"] = (into["mean"] * into["count"] + row["mean"] * row["count"]) / count
-            into["count"] = count
-            for percentile, worst in (("p1", min), ("p99", max)):
-                if percentile in row:
-                    into[percentile] = worst(into.get(percentile, row[percentile]), row[percentile])
-    return merged

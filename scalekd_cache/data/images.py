@@ -6,6 +6,7 @@ Invariant: an image that decodes is whole; anything else is `UnreadableImage`, n
 
 import hashlib
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
 from scalekd_cache.errors import UserError, mistype
 from scalekd_cache.store.manifest import classes_digest
+
+
+def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
+    """The data set of a cache, as its manifest names it or at another place."""
+    return DataConfig(
+        source=source or facts["source"],
+        devkit=facts.get("devkit"),
+        classes=facts.get("classes"),
+        download_dir=facts.get("download_dir", "data"),
+        max_samples=facts.get("max_samples"),
+    )
+
 
 __all__ = [
     "SampleRef",

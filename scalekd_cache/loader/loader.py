@@ -18,18 +18,18 @@ from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.base import from_plain
-from scalekd_cache.config.stage1 import DataConfig, ViewConfig
+from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import decode_image, open_source
+from scalekd_cache.data.images import data_config, decode_image, open_source
 from scalekd_cache.data.workers import items_of, waiting_items
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.loader.pixels import record_view
 from scalekd_cache.store.base import Parts, Record
-from scalekd_cache.store.checked_files import parse_json
 from scalekd_cache.store.growing import GrowingCache
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
-from scalekd_cache.views.view import View, apply_view
+from scalekd_cache.views.view import apply_view
 
 DIGEST_STEPS = 2
 """Steps at the start of a session in which the digest of every stored view is compared."""
@@ -198,22 +198,6 @@ class MicroBatches(Dataset[Batch]):
             )
         image = decode_image(self.source.read(self.source_index[record.key]), record.key)
         return apply_view(record_view(record), image, self.view_config)
-
-
-def record_view(record: Record) -> View:
-    """The view record that a stored record carries."""
-    return View.from_json(parse_json(record.view.encode(), "a view record", record.key))
-
-
-def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
-    """The data set of a cache, as its manifest names it or at another place."""
-    return DataConfig(
-        source=source or facts["source"],
-        devkit=facts.get("devkit"),
-        classes=facts.get("classes"),
-        download_dir=facts.get("download_dir", "data"),
-        max_samples=facts.get("max_samples"),
-    )
 
 
 def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:

@@ -20,8 +20,8 @@ from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import decode_image, open_source
 from scalekd_cache.models.evaluate import evaluate
-from scalekd_cache.models.tail import DEMO_TIMM_NAME
 from scalekd_cache.models.teacher import demo_teacher_args
+from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 from scalekd_cache.progress import progress
 
 EPOCHS = 30

@@ -5,6 +5,7 @@ file. Invariant: always in eval mode, never with gradients; features are those a
 that is for each family), logits are the model's own, both from one pass.
 """
 
+import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -15,22 +16,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.tail import (
-    DEMO_TEACHER,
-    Tail,
-    TailParts,
-    build_tail,
-    family_of,
-    features_of,
-    timm_name,
-    to_map,
-)
-from scalekd_cache.models.tail_file import load_tail, write_tail
+from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, load_tail, to_map, write_tail
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec, weights_digest
-from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
+from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
 from scalekd_cache.models.weights import load_weights, stored_shapes
+from scalekd_cache.store.manifest import Manifest
 
 __all__ = [
     "DEMO_TEACHER", "Tail", "Teacher", "TeacherOutput", "TeacherSpec", "check_tail", "demo_teacher_args", "load_tail",
@@ -294,3 +287,67 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
 def save_tail(teacher: Teacher, path: str | Path) -> str:
     """Write the teacher's tail (safetensors with the specification); returns the sha256 (hex) of the file."""
     return write_tail(split_tail(teacher), teacher.spec, Path(path))
+
+
+def live_teacher(
+    manifest: Manifest, weights: str | None, device: torch.device, precision: str | None = None
+) -> Teacher:
+    """The whole teacher of a cache.
+
+    Args:
+        manifest: the cache's.
+        weights: file of its weights (None: where stage 1 found them).
+        device: where it runs.
+        precision: its arithmetic (None: as stage 1's options say, so `auto` is the device's own).
+
+    Raises:
+        UserError: the weights are not there, or are those of another teacher.
+    """
+    spec, options = TeacherSpec.from_json(manifest.teacher["spec"]), manifest.teacher["config"]
+    options = {**options, "weights": weights or options["weights"], "precision": precision or options["precision"]}
+    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does, for a teacher of random weights
+    teacher = load_teacher(
+        TeacherConfig(**options), image_size=spec.image_size, num_classes=spec.num_classes, device=device
+    )
+    if teacher.spec.weights_sha256 != spec.weights_sha256:
+        raise UserError(
+            "the live teacher is not the teacher of the cache",
+            got=f"weights {teacher.spec.weights_sha256[:16]}",
+            expected=f"weights {spec.weights_sha256[:16]}",
+            fix="give its weights with TEACHER_WEIGHTS=",
+        )
+    return teacher
+
+
+def teacher_config(facts: Mapping[str, Any], precision: str, weights: str | None) -> TeacherConfig:
+    """The teacher's options as a cache keeps them, with the file of its weights where it lies now."""
+    config = TeacherConfig(**{**from_plain(facts), "precision": precision})
+    if weights is not None and not Path(weights).is_file():
+        raise UserError("no such file of teacher weights", got=weights, fix="correct TEACHER_WEIGHTS=")
+    return dataclasses.replace(config, weights=weights or config.weights)
+
+
+def is_at_hand(config: TeacherConfig) -> bool:
+    """Whether the teacher can be loaded without a network: its file is there, or its weights were random."""
+    return Path(config.weights).is_file() if config.weights else not config.pretrained
+
+
+def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.device) -> Teacher:
+    """The teacher of a cache.
+
+    Raises:
+        UserError: it cannot be loaded, or has other weights than the cache's.
+    """
+    size, classes = manifest.view_recipe["size"], len(manifest.class_names)
+    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does: random weights are the same every time
+    teacher = load_teacher(config, image_size=size, num_classes=classes, device=device)
+    expected = manifest.teacher["spec"]["weights_sha256"]
+    if teacher.spec.weights_sha256 != expected:
+        raise UserError(
+            "these are not the weights of the cache's teacher",
+            got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
+            expected=expected,
+            where=config.weights,
+            fix="give the file the cache was made with as TEACHER_WEIGHTS=",
+        )
+    return teacher

@@ -21,6 +21,17 @@ from torch import nn
 
 from scalekd_cache.errors import UserError, mistype
 
+DEMO_TEACHER = "demo_swin"
+
+
+DEMO_TIMM_NAME = "swin_tiny_patch4_window7_224"
+
+
+def timm_name(name: str) -> str:
+    """The timm model behind a teacher's name."""
+    return DEMO_TIMM_NAME if name == DEMO_TEACHER else name
+
+
 RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"} | {"features_only", "device"}
 """Arguments of `timm.create_model` that choose weights or files; never taken from a file or a caller's mapping."""
 

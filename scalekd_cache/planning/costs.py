@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.models.student import Student, build_student
-from scalekd_cache.models.tail import DEMO_TEACHER, Tail, build_tail, family_of, timm_name
+from scalekd_cache.models.tail import Tail, build_tail, family_of
 from scalekd_cache.models.teacher import demo_teacher_args, map_shape, run_with_taps
 from scalekd_cache.models.teacher_spec import Shape
-from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
+from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
 from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
 BATCH = 32
 """Images in the batch that is counted."""
@@ -243,3 +244,47 @@ SUMMARY_HEAD = (
 def _heads_params(costs: PairCosts) -> int:
     """Trainable parameters of the heads: the tail's are frozen."""
     return sum(part.params for part in costs.heads if not part.name.startswith("frozen"))
+
+
+OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
+
+
+def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int) -> dict[str, float]:
+    """Bytes of one training step of a micro-batch in float32: what autograd keeps is counted, tensor by tensor.
+
+    Call it under `torch.device("meta")`: the real student, heads, tail and losses run, and nothing is computed.
+    """
+    student = build_student(training.student, num_classes=num_classes, image_size=size)
+    heads = ScaleKDHeads(training.scalekd, student.tap_shapes, teacher.tail_in, teacher.tail_out, student.layer_norm)
+    if training.student.grad_checkpointing:
+        heads.checkpoint_gradients()
+    trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
+    batch, device = training.train.micro_batch_size, torch.get_default_device()
+    own = {value.untyped_storage()._cdata for module in (student, heads, teacher.tail)
+           for value in (*module.parameters(), *module.buffers())}  # fmt: skip
+    kept: dict[int, int] = {}
+
+    def count(value: Tensor) -> Tensor:
+        storage = value.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = storage.nbytes()
+        return value
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+        s3, s4, logits = student(torch.zeros(batch, 3, size, size, device=device))
+        height, width = teacher.tail_out[1:]
+        targets = Targets(
+            torch.ones(batch, *teacher.tail_out, device=device), torch.ones(batch, 2, height, width, device=device),
+            torch.ones(batch, num_classes, device=device),
+        )  # fmt: skip
+        labels = torch.zeros(batch, dtype=torch.int64, device=device)
+        maps = heads(s3, s4, teacher.tail)
+        total = distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total
+    assert total.requires_grad
+    parts = {
+        "weights": 4.0 * (trained + teacher.tail_params),
+        "gradients": 4.0 * trained,
+        "optimizer": 4.0 * trained * OPTIMIZER_TENSORS[training.optim.name],
+        "activations": float(sum(kept.values())),
+    }
+    return {**parts, "total": sum(parts.values())}

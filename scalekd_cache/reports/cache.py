@@ -9,16 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from scalekd_cache import __version__
 from scalekd_cache.audit.records import Examiner
-from scalekd_cache.audit.reinfer import is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.images import data_config, open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import data_config
-from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.models.teacher import Teacher, is_at_hand, load_cache_teacher, teacher_config
+from scalekd_cache.models.teacher_spec import teacher_accuracy
 from scalekd_cache.reports.figures import histogram, stacked_bar
 from scalekd_cache.reports.gallery import Gallery, Heard, ask, looks_at
 from scalekd_cache.reports.page import Picture, render
@@ -27,7 +25,7 @@ from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
 from scalekd_cache.store.sidecar import read_unit, unit_folder
-from scalekd_cache.training.run_folder import teacher_accuracy
+from scalekd_cache.versions import __version__
 
 OUTLIERS = 6
 """Views of each kind of outlier."""

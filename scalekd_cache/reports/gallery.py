@@ -12,8 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.audit.records import Examiner, decode_features
+from scalekd_cache.audit.records import Examiner
 from scalekd_cache.codec.fidelity import fidelity
+from scalekd_cache.loader.pixels import decode_features
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.reports.colours import Palette, fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture

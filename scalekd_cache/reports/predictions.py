@@ -15,12 +15,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.audit.reinfer import is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.convert.timm_export import WEIGHTS, load_export
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages
+from scalekd_cache.models.teacher import is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.finished import classifier

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache import __version__
 from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -26,6 +25,7 @@ from scalekd_cache.reports.run_data import Run, RunReport, distinct, find_images
 from scalekd_cache.scalekd.losses import LossTerms
 from scalekd_cache.training.run_files import read_facts, text_option
 from scalekd_cache.training.run_folder import alone_summary
+from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
 DETAILED = 4

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from scalekd_cache.audit.describe import in_words, top_logits
-from scalekd_cache.audit.records import Examiner, decode_features
+from scalekd_cache.audit.records import Examiner
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import record_view
+from scalekd_cache.loader.pixels import decode_features, record_view
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache
 

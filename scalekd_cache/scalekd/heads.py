@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
-from scalekd_cache.scalekd.ablation import LinearProjector, term_weights
 from scalekd_cache.scalekd.losses import (
     HeadOutputs,
     LossTerms,
@@ -25,8 +24,9 @@ from scalekd_cache.scalekd.losses import (
     label_loss,
     logit_loss,
     spatial_loss,
+    term_weights,
 )
-from scalekd_cache.scalekd.projectors import CAP, LiteCAP, Shape, lite_width
+from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP, Shape, lite_width
 
 __all__ = [
     "CAP",

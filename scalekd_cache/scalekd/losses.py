@@ -15,7 +15,27 @@ from torch import Tensor
 
 from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.scalekd.ablation import term_weights
+
+
+class TermWeights(NamedTuple):
+    """Weights of the four feature terms."""
+
+    s3_spatial: float
+    s3_frequency: float
+    s4_spatial: float
+    s4_frequency: float
+
+
+def term_weights(config: ScaleKDConfig) -> TermWeights:
+    """The weights that the switches leave."""
+    s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
+    return TermWeights(
+        config.spatial_weight * s3,
+        config.frequency_weight_s3 * s3 * frequency,
+        config.spatial_weight * s4,
+        config.frequency_weight_s4 * s4 * frequency,
+    )
+
 
 NORM_EPS = 1e-12
 """Smallest norm that a token is divided by, as in `F.normalize`."""

@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalekd_cache.models.teacher_spec import Shape
+
 TINY_MAP = 16
 """Positions up to which a convolution on a CPU is a matrix product."""
 LITE_NARROWING = 4
 """Width of the teacher's map over the width in which the lite projector attends."""
-
-Shape = tuple[int, int, int]
-"""(channels, height, width) of a map."""
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -200,3 +199,24 @@ class LiteCAP(nn.Module):
 def lite_width(dim: int) -> int:
     """Channels in which the lite projector attends, for a teacher's map of `dim`."""
     return max(1, dim // LITE_NARROWING)
+
+
+class LinearProjector(nn.Module):
+    """Plain feature distillation: a student map (B, C', h, w), averaged onto the grid of `out`, by a 1x1 convolution.
+
+    Args:
+        in_channels: channels of the student's map.
+        out: (C, H, W) of the output.
+    """
+
+    def __init__(self, in_channels: int, out: Shape) -> None:
+        super().__init__()
+        self.out = out
+        self.proj = nn.Conv2d(in_channels, out[0], 1)
+
+    def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
+        """(B, C', h, w) -> (B, C, H, W); a query is not used."""
+        if x.shape[2:] != self.out[1:]:
+            x = F.adaptive_avg_pool2d(x, self.out[1:])
+        y: Tensor = self.proj(x)
+        return y

@@ -3,8 +3,8 @@
 In: records. Out: the same records, or an error. Invariant: importing this package imports neither torch nor zarr.
 """
 
+from scalekd_cache.store.background import CommitQueue
 from scalekd_cache.store.base import BACKENDS, Record
-from scalekd_cache.store.commit_queue import CommitQueue
 from scalekd_cache.store.durable_files import Leftover, remove_stale
 from scalekd_cache.store.manifest import (
     Manifest,

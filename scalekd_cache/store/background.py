@@ -5,11 +5,13 @@ error reaches the caller at a later call or at the end; leaving the block waits 
 """
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import ParamSpec, Self
+from typing import Any, ParamSpec, Self
+
+from scalekd_cache.store.unit import UnitWriter
 
 P = ParamSpec("P")
 
@@ -57,3 +59,49 @@ class Behind:
                 self.settle()
         finally:
             self._thread.shutdown(cancel_futures=error is not None)
+
+
+class CommitQueue:
+    """A context manager around the making of many units."""
+
+    def __init__(self) -> None:
+        self._behind = Behind("commit", depth=1)
+        self._done: Callable[[], None] = _nothing
+
+    def put(self, writer: UnitWriter, fidelity: Mapping[str, Any], done: Callable[[], None]) -> None:
+        """Commit a filled unit, once the one before it is published. The writer is the queue's from now on.
+
+        Args:
+            writer: every view of it has every image that was not skipped.
+            fidelity: `UnitWriter.commit`'s.
+            done: called from this thread, at the next call or at the end, when the unit is there.
+
+        Raises:
+            UserError: the commit before failed; nothing of either unit is left.
+        """
+        try:
+            self._settle()
+        except BaseException:
+            writer.abort()
+            raise
+        self._behind.put(writer.commit, fidelity)
+        self._done = done
+
+    def _settle(self) -> None:
+        done, self._done = self._done, _nothing
+        self._behind.settle()
+        done()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._behind:
+            if error is None:
+                self._settle()
+
+
+def _nothing() -> None:
+    """Before the first unit."""

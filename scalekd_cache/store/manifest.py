@@ -18,7 +18,6 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from scalekd_cache.codec.fidelity import merge_summaries
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.config.stage1 import DataConfig, TeacherConfig, ViewConfig
 from scalekd_cache.errors import UserError
@@ -33,6 +32,7 @@ from scalekd_cache.store.base import (
 )
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
 from scalekd_cache.store.durable_files import Sha256, canonical_json, write_atomically
+from scalekd_cache.store.fidelity_summary import merge_summaries
 from scalekd_cache.store.image_digests import check_images
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import pin_files

@@ -23,6 +23,18 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
 from scalekd_cache.store.sidecar import read_keys, read_unit, sizes_differ, unit_folder
 
+
+def unit_of(manifest: Manifest, view: int, position: int) -> UnitRow:
+    """The unit that holds a position of a view."""
+    group = next(number for number, views in enumerate(manifest.groups) if view in views)
+    for row in manifest.units:
+        if row.group == group:
+            if position < row.count:
+                return row
+            position -= row.count
+    raise AssertionError(f"no position {position} in view {view}")
+
+
 OPEN_SHARDS = 128
 """Shards whose index is kept; one file descriptor each, about 60 KB for 512 records."""
 

@@ -14,11 +14,11 @@ from typing import Annotated, NotRequired, TypeVar
 from pydantic import Field, FiniteFloat, PlainValidator, TypeAdapter
 from typing_extensions import TypedDict
 
-from scalekd_cache.codec.fidelity import Summary
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, MAX_UNIT_SAMPLES, MAX_VIEWS, REPAIR, check_key, check_version, damaged
 from scalekd_cache.store.checked_files import checked, read_file, read_json
 from scalekd_cache.store.durable_files import FileFact
+from scalekd_cache.store.fidelity_summary import Summary
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import pin_files, size_of
 

@@ -16,7 +16,6 @@ from typing import Any, Self
 
 import numpy as np
 
-from scalekd_cache import __version__
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import (
     FORMAT_VERSION,
@@ -43,6 +42,7 @@ from scalekd_cache.store.image_digests import images_text
 from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
 from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit
+from scalekd_cache.versions import __version__
 
 READ_BACK_RECORDS = 32
 """Records of one call of the reader: a buffer that is freed before the next one stays in the processor's cache."""

@@ -16,12 +16,12 @@ from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.assembly import make_heads, order_of, tail_of
 from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.optim import describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_files import read_summary
 from scalekd_cache.training.run_folder import check_config
+from scalekd_cache.training.targets import make_heads, order_of, tail_of
 
 
 def describe_distill(config: DistillConfig, process: Process) -> list[str]:

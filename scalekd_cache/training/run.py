@@ -11,31 +11,28 @@ import torch
 import torch.distributed as dist
 
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import open_source
-from scalekd_cache.distributed import Process
+from scalekd_cache.data.images import data_config, open_source
+from scalekd_cache.distributed import Process, Stop, stopped
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import CacheLoader, data_config
+from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import Tally, evaluate
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher import Teacher, load_teacher
+from scalekd_cache.models.teacher import live_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.stopping import Stop, stopped
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.training.assembly import kept_classifier, make_heads, order_of, tail_of
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
-from scalekd_cache.training.finished import classifier, consolidated_student, export_state, facts_of
+from scalekd_cache.training.finished import classifier, consolidated_student, export_state, facts_of, model_card
 from scalekd_cache.training.init_weights import load_start
-from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_lr, synchronise_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, Summary, read_summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, closing_table
+from scalekd_cache.training.targets import kept_classifier, make_heads, order_of, tail_of
 from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
 
 
@@ -183,36 +180,6 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     model = DistillModel(config, student, heads)
     classifier = kept_classifier(config, cache, loader.logit_codec, process)
     return Trainer(config, process, loader, model, tail, teacher, loader.codec, checkpoint, classifier)
-
-
-def live_teacher(
-    manifest: Manifest, weights: str | None, device: torch.device, precision: str | None = None
-) -> Teacher:
-    """The whole teacher of a cache.
-
-    Args:
-        manifest: the cache's.
-        weights: file of its weights (None: where stage 1 found them).
-        device: where it runs.
-        precision: its arithmetic (None: as stage 1's options say, so `auto` is the device's own).
-
-    Raises:
-        UserError: the weights are not there, or are those of another teacher.
-    """
-    spec, options = TeacherSpec.from_json(manifest.teacher["spec"]), manifest.teacher["config"]
-    options = {**options, "weights": weights or options["weights"], "precision": precision or options["precision"]}
-    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does, for a teacher of random weights
-    teacher = load_teacher(
-        TeacherConfig(**options), image_size=spec.image_size, num_classes=spec.num_classes, device=device
-    )
-    if teacher.spec.weights_sha256 != spec.weights_sha256:
-        raise UserError(
-            "the live teacher is not the teacher of the cache",
-            got=f"weights {teacher.spec.weights_sha256[:16]}",
-            expected=f"weights {spec.weights_sha256[:16]}",
-            fix="give its weights with TEACHER_WEIGHTS=",
-        )
-    return teacher
 
 
 def judge(

@@ -18,6 +18,7 @@ import yaml
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, refuse_file
+from scalekd_cache.models.teacher_spec import _percent, teacher_accuracy
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import explained, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
@@ -265,14 +266,3 @@ def closing_table(run: Path, summary: Summary) -> str:
     width = max(len(name) for name, _ in rows)
     line = "-" * 72
     return "\n".join([line, *(f"{name:<{width}}  {text}" for name, text in rows), line])
-
-
-def teacher_accuracy(teacher: Mapping[str, Any]) -> str:
-    """A teacher's accuracy in words, from its entry in the manifest."""
-    if not teacher["spec"]["has_classifier"]:
-        return "features only (no classifier)"
-    return f"top-1 {_percent(teacher['top1'])}"
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f} %"

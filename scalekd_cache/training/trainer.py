@@ -30,11 +30,11 @@ from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
-from scalekd_cache.training.assembly import cached_targets
 from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
 from scalekd_cache.training.run_folder import RunFolder
+from scalekd_cache.training.targets import cached_targets
 from scalekd_cache.training.watchdog import Watch
 from scalekd_cache.training.zero_state import gather_state, scatter_state, whole_weights
 

@@ -17,10 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalekd_cache.distributed import Peers, Process
+from scalekd_cache.distributed import EXIT_AGAIN, Peers, Process, RunStopped
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
-from scalekd_cache.stopping import EXIT_AGAIN, RunStopped
 from scalekd_cache.training.run_files import SampleLine, keep_lines
 
 MICROS = 1 << 20

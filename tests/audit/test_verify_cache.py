@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from small_cache import SAMPLES, copy_of_cache, reseal, shared_cache, shared_weights
 
-from scalekd_cache.audit.verify_cache import check_deeply, unit_of
+from scalekd_cache.audit.verify_cache import check_deeply
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.manifest import build_manifest, read_manifest, write_manifest
 from scalekd_cache.store.plan import read_plan
-from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.reader import Cache, unit_of
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify_unit import Part

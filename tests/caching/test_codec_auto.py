@@ -6,8 +6,7 @@ import pytest
 import torch
 from small_cache import CPU, make, options, shared_weights, unit_files
 
-from scalekd_cache.caching.codec_choice import choose, table
-from scalekd_cache.caching.codec_selection import codec_options, write_mark
+from scalekd_cache.caching.codec_selection import choose, codec_options, table, write_mark
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.codec import classes, codec_from_config
 from scalekd_cache.config.stage1 import StoreConfig, TeacherConfig
@@ -84,7 +83,7 @@ def test_the_best_that_meets_is_chosen(teacher, outputs, text):
 
 def test_nobody_is_judged_by_what_it_was_fitted_to(teacher, outputs, monkeypatch):
     fitted = []
-    from scalekd_cache.caching import codec_choice
+    from scalekd_cache.caching import codec_selection as codec_choice
 
     fit = codec_choice.fit_bases
     monkeypatch.setattr(codec_choice, "fit_bases", lambda maps: fitted.append(maps) or fit(maps))

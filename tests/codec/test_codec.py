@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from scalekd_cache.codec import CODECS, codec_from_config, make_codec
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.codec.fidelity import fidelity, merge_summaries, summarise
+from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.groups import round_up_to_float16
 from scalekd_cache.codec.logits import KL_LIMIT, DenseLogits, kl_divergence, logit_codec_from_config
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.fidelity_summary import merge_summaries, summarise
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = [(64, 2, 2), (96, 3, 2), (5, 1, 3), (320, 7, 7)]

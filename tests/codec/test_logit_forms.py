@@ -14,7 +14,7 @@ from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.scalekd.losses import logit_loss, partial_logit_loss
-from scalekd_cache.training.assembly import kept_classifier
+from scalekd_cache.training.targets import kept_classifier
 from scalekd_cache.training.trainer import start_processes
 
 

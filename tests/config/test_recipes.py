@@ -10,7 +10,7 @@ from timm.models import get_pretrained_cfg
 
 from pipelines import distill as distill_command
 from pipelines.command import RECIPES, parse, recipe_section
-from scalekd_cache.caching.agreement import check_recipe
+from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig

@@ -22,10 +22,10 @@ def text_of(name):
 def test_licence_citation_and_version():
     assert "Apache License" in text_of("LICENSE")
     citation = yaml.safe_load(text_of("CITATION.cff"))
-    assert citation["version"] == scalekd_cache.__version__
+    assert citation["version"] == scalekd_cache.versions.__version__
     assert citation["references"][0]["url"] in text_of("README.md")
-    assert f"## {scalekd_cache.__version__}" in text_of("CHANGELOG.md")
-    assert re.fullmatch(r"\d+\.\d+\.\d+", scalekd_cache.__version__)
+    assert f"## {scalekd_cache.versions.__version__}" in text_of("CHANGELOG.md")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", scalekd_cache.versions.__version__)
 
 
 def test_pre_commit_runs_the_checks_of_make_lint():

@@ -12,9 +12,8 @@ import pytest
 import torch
 from commands import LIMIT_S
 
-from scalekd_cache.distributed import Peers, Process, autocast_dtype, this_process
+from scalekd_cache.distributed import EXIT_AGAIN, Peers, Process, RunStopped, autocast_dtype, this_process
 from scalekd_cache.errors import UserError
-from scalekd_cache.stopping import EXIT_AGAIN, RunStopped
 
 CPU = torch.device("cpu")
 

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from scalekd_cache import stopping
-from scalekd_cache.stopping import Stop, stopped
+from scalekd_cache import distributed as stopping
+from scalekd_cache.distributed import Stop, stopped
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])

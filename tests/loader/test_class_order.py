@@ -9,7 +9,7 @@ from small_cache import CPU, make, shared_cache, shared_weights
 
 from scalekd_cache.config.stage2 import TrainConfig
 from scalekd_cache.loader.order import WINDOW, likeness
-from scalekd_cache.training.assembly import order_of
+from scalekd_cache.training.targets import order_of
 
 
 def labels_of(cache):

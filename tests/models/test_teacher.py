@@ -10,10 +10,10 @@ from timm.layers import LayerNorm2d
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models import timm_models as zoo
-from scalekd_cache.models.tail import timm_name
-from scalekd_cache.models.tail_file import load_tail
+from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher import Teacher, check_tail, demo_teacher_args, load_teacher, save_tail, split_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec, weights_digest
+from scalekd_cache.models.timm_models import timm_name
 
 torch.set_num_threads(1)
 TOKENS = {"embed_dim": 48, "depth": 4, "num_heads": 3}

@@ -241,8 +241,8 @@ def small_world(folder: Path) -> World:
     import torch
     from safetensors.torch import save_file
 
-    from scalekd_cache.models.tail import DEMO_TIMM_NAME
     from scalekd_cache.models.teacher import demo_teacher_args
+    from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 
     torch.set_num_threads(1)
     world = World(folder)

@@ -17,9 +17,8 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfi
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning import forecast as planning
-from scalekd_cache.planning.costs import MetaTeacher, meta_teacher
-from scalekd_cache.planning.forecast_folded import describe
-from scalekd_cache.planning.step_memory import step_memory
+from scalekd_cache.planning.costs import MetaTeacher, meta_teacher, step_memory
+from scalekd_cache.planning.forecast import describe
 from scalekd_cache.scalekd import projectors
 
 

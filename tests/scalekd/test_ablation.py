@@ -7,10 +7,9 @@ from torch import Tensor
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.scalekd.ablation import LinearProjector, term_weights
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import Targets, distillation_losses
-from scalekd_cache.scalekd.projectors import CAP, LiteCAP
+from scalekd_cache.scalekd.losses import Targets, distillation_losses, term_weights
+from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP
 
 torch.set_num_threads(1)
 SHAPES = ((6, 4, 4), (8, 2, 2)), (12, 4, 4), (24, 2, 2)

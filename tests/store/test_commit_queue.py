@@ -7,8 +7,8 @@ from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import durable_files as store_files
+from scalekd_cache.store.background import CommitQueue
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.commit_queue import CommitQueue
 from scalekd_cache.store.resume import unit_committed
 from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify_unit import ExpectedUnit

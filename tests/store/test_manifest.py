@@ -73,7 +73,7 @@ def test_a_lie_in_both_places_is_another_cache(tmp_path: Path) -> None:
 
 def test_arguments_of_the_teacher_are_compared_by_verify_and_before_they_are_used(tmp_path: Path) -> None:
     from scalekd_cache.models.teacher_spec import TeacherSpec
-    from scalekd_cache.training.assembly import tail_of
+    from scalekd_cache.training.targets import tail_of
 
     root = copy_of_cache(tmp_path / "cache")
     for depths, words in (([1, 1, 1], "not the tail of the cache's teacher"), ([1, 20_000, 1], "cannot be one")):

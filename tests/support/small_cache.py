@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.distributed import Process
-from scalekd_cache.models.tail import DEMO_TIMM_NAME
 from scalekd_cache.models.teacher import demo_teacher_args
+from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sealed_json import SEAL, sealed
 

@@ -7,10 +7,10 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfi
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import WINDOW, Order
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.tail_file import load_tail
+from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.assembly import kept_classifier, make_heads
 from scalekd_cache.training.checkpoint import latest_checkpoint
+from scalekd_cache.training.targets import kept_classifier, make_heads
 from scalekd_cache.training.trainer import DistillModel, Trainer
 
 USED, GLOBAL, MICRO = 48, 16, 8

@@ -11,10 +11,10 @@ from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.tail_file import load_tail
+from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.assembly import make_heads
 from scalekd_cache.training.init_weights import load_start
+from scalekd_cache.training.targets import make_heads
 
 
 def pair(seed, name="resnet10t", classes=10):

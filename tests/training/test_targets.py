@@ -17,7 +17,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.assembly import cached_targets, make_heads, order_of, tail_of
+from scalekd_cache.training.targets import cached_targets, make_heads, order_of, tail_of
 from scalekd_cache.training.trainer import DistillModel
 
 GLOBAL = 16

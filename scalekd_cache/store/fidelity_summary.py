@@ -1,0 +1,41 @@
+"""TODO docstring of scalekd_cache/store/fidelity_summary.py."""
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    pass
+
+
+Summary = dict[str, dict[str, float]]
+
+
+def summarise(values: Mapping[str, Iterable[float]]) -> Summary:
+    """Figures a view, by metric -> {metric: {mean, p1, count}}; p1 is the 1st percentile."""
+    summary = {}
+    for name, figures in values.items():
+        array = np.asarray(list(figures), dtype=np.float64)
+        if array.size:
+            p1 = float(np.percentile(array, 1))
+            summary[name] = {"mean": float(array.mean()), "p1": p1, "count": int(array.size)}
+    return summary
+
+
+def merge_summaries(summaries: Iterable[Summary]) -> Summary:
+    """Summaries of several units as one: means weighted by count, the lowest p1, the highest p99 where there is one."""
+    merged: Summary = {}
+    for summary in summaries:
+        for name, row in summary.items():
+            if name not in merged:
+                merged[name] = dict(row)
+                continue
+            into = merged[name]
+            count = into["count"] + row["count"]
+            into["mean"] = (into["mean"] * into["count"] + row["mean"] * row["count"]) / count
+            into["count"] = count
+            for percentile, worst in (("p1", min), ("p99", max)):
+                if percentile in row:
+                    into[percentile] = worst(into.get(percentile, row[percentile]), row[percentile])
+    return merged
