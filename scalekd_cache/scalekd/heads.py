@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
+from scalekd_cache.models.teacher_spec import Shape
 from scalekd_cache.scalekd.losses import (
     HeadOutputs,
     LossTerms,
@@ -26,7 +27,7 @@ from scalekd_cache.scalekd.losses import (
     spatial_loss,
     term_weights,
 )
-from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP, Shape, lite_width
+from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP, lite_width
 
 __all__ = [
     "CAP",

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from damage import rewrite_unit
 from servers import faulty_server
 from small_cache import CPU, flip_byte, make, shared_weights, tree
-from test_checking import rewrite_unit
 
 from scalekd_cache.audit.describe import describe_record
 from scalekd_cache.audit.repair import repair_cache

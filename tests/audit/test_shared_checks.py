@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
+from damage import rewrite_unit
 from servers import faulty_server
 from small_cache import CPU, copy_of_cache, flip_byte, make, shared_weights, tree
-from test_checking import rewrite_unit
 
 from pipelines import inspect_cache, verify
 from scalekd_cache.audit.repair import repair_cache

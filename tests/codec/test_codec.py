@@ -1,12 +1,12 @@
 """Codecs: declared bounds hold, old bytes stay readable, bad numbers are refused, logits keep their distribution."""
 
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from codec_maps import SHAPE, cases
+from golden_codes import GOLDEN, golden_input
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +18,6 @@ from scalekd_cache.codec.logits import KL_LIMIT, DenseLogits, kl_divergence, log
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.fidelity_summary import merge_summaries, summarise
 
-GOLDEN = Path(__file__).parents[1] / "golden"
 SHAPES = [(64, 2, 2), (96, 3, 2), (5, 1, 3), (320, 7, 7)]
 
 
@@ -185,15 +184,6 @@ def test_unknown_codec_names_the_nearest():
         codec_from_config({"id": "int8"})
     with pytest.raises(UserError, match="shape"):
         codec_from_config({"id": "int8", "shape": [2**60, 2, 2]})
-
-
-def golden_input(shape: list[int]) -> torch.Tensor:
-    """Exact in every float format, with an empty group, a tiny one and a large one."""
-    count = 2 * int(np.prod(shape))
-    values = torch.tensor([((7 * i) % 31 - 15) * 2.0 ** ((i % 5) - 2) for i in range(count)]).view(2, *shape)
-    values[0, :, 0, 0] = 0
-    values[1, :, 0, 0] *= 2.0**-30
-    return values
 
 
 @pytest.mark.parametrize("name", [*CODECS, "float16_v1", "bfloat16_v1"])

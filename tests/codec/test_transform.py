@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from codec_maps import SHAPE, cases, maps
-from test_codec import GOLDEN, golden_input
+from golden_codes import GOLDEN, golden_input
 
 from scalekd_cache.codec import codec_from_config, make_codec
 from scalekd_cache.codec.base import feature_norms
@@ -138,8 +138,8 @@ def test_dither_is_uniform_and_uncorrelated():
 PROBE = """
 import sys, hashlib, torch
 torch.set_num_threads(int(sys.argv[1]))
-sys.path.insert(0, "tests/support")
-import test_codec_transform as t
+sys.path[:0] = ["tests/support", "tests/codec"]
+import test_transform as t
 coder = t.codec_from_config(t.json.loads(sys.argv[2]), t.Path(sys.argv[3]))
 rows = coder.encode(t.maps(32, seed=21), t.seeds(32)).numpy()
 print(hashlib.sha256(b"".join(coder.pack(rows))).hexdigest())

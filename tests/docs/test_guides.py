@@ -8,10 +8,10 @@ import sys
 import pytest
 import torch
 from commands import ENV, LIMIT_S, ROOT, execute
+from documented import check_make
 from image_files import folder_tree, shard
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, options, shared_cache
-from test_documented_commands import check_make
 from timm import create_model
 from upstream_students import paper_student
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import folder_tree
+from loaders import GLOBAL, MICRO, ORDER, assert_same_batches, make_loader
 from PIL import Image
 from small_cache import SAMPLES, VIEWS, copy_of_cache, flip_byte, make, shared_cache, shared_weights
 
@@ -18,31 +19,11 @@ from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.images import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import loader
-from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import Order, epoch_ids, micro_batch_ids
 from scalekd_cache.store.reader import Cache
 
-GLOBAL, MICRO = 32, 16
 MICROS = GLOBAL // MICRO
 STEPS = SAMPLES // GLOBAL
-ORDER = Order(num_samples=SAMPLES, block=8, window=3, seed=5)
-
-
-def make_loader(cache=None, *, order=ORDER, epochs=2, **changes):
-    sizes = {"global_batch": GLOBAL, "micro_batch": MICRO, **changes}
-    return CacheLoader(cache or shared_cache(), order, epochs=epochs, **sizes)
-
-
-def assert_same(batch: Batch, other: Batch):
-    assert batch.view == other.view
-    for mine, theirs in zip(batch[:-1], other[:-1], strict=True):
-        assert mine.dtype == theirs.dtype
-        assert torch.equal(mine, theirs)
-
-
-def assert_same_batches(batches, others):
-    for batch, other in zip(batches, others, strict=True):
-        assert_same(batch, other)
 
 
 def test_a_batch_is_the_records_of_its_ids():

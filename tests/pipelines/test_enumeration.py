@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 from commands import ROOT, cache_flags, flags
 from image_files import encoded, picture, write
-from test_store import write_cache
+from store_cases import write_cache
 
 from scalekd_cache.store.verify import verify_cache
 

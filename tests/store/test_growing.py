@@ -5,8 +5,8 @@ import json
 
 import pytest
 from growing import IMAGES, Writer, two_groups
+from loaders import assert_same_batches, make_loader
 from small_cache import SAMPLES, copy_of_cache, reseal
-from test_loader import assert_same_batches, make_loader
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import format_reader
 import pytest
-from test_store import backends, facts, make_record, open_unit, write_cache
+from store_cases import backends, facts, make_record, open_unit, write_cache
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import NO_LABEL, Record, target_json

@@ -1,9 +1,9 @@
 """Servers that mean no good: bytes one at a time, redirects to other places."""
 
 import pytest
+from remote_cases import ALL, config
 from servers import faulty_server
-from test_remote import ALL, config
-from test_store import expected, write_cache
+from store_cases import expected, write_cache
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache

@@ -12,17 +12,16 @@ import time
 import numpy as np
 import pytest
 from commands import LIMIT_S
+from remote_cases import ALL, config
 from servers import faulty_server
-from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
+from store_cases import NUM_SAMPLES, expected, write_cache
 from torch.utils.data import DataLoader, Dataset
 
-from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import Record
+from scalekd_cache.store.base import BACKENDS, Record
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
 
-ALL = range(NUM_SAMPLES)
 PAYLOAD = {"webdataset": "g000-r00001/v0001.tar", "zarr": "g000-r00001/v0001.zarr/features/c/0"}
 PASSING = [("503 twice", 503, 2), ("429", 429, 1), ("drop", "drop", 1), ("short", "short", 1),
            ("flipped", "flipped", 1), ("zeros", "zeros", 1), ("slow", "slow", 1)]  # fmt: skip
@@ -49,10 +48,6 @@ def server(whole):
 def tar_server(tar_cache):
     with faulty_server(tar_cache) as running:
         yield running
-
-
-def config(folder, **changes):
-    return RemoteConfig(**{"folder": str(folder), "backoff_s": 0.01, "timeout_s": 0.5, "attempts": 4, **changes})
 
 
 def payload(server):

@@ -6,8 +6,9 @@ import sys
 
 import pytest
 from commands import ENV, LIMIT_S, ROOT, snapshot
-from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
+from store_cases import NUM_SAMPLES, expected, write_cache
 
+from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
 

@@ -8,10 +8,11 @@ import pytest
 from commands import ENV, STUDENT, TRAIN_OPTIONS, assert_same_losses, distill_flags, make, run
 from servers import free_port, nginx
 from small_cache import copy_of_cache, shared_cache
-from test_store import BACKENDS, NUM_SAMPLES, expected, write_cache
+from store_cases import NUM_SAMPLES, expected, write_cache
 
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from growing import Writer
 from image_files import PNG, folder_tree, write
+from loaders import make_loader
 from small_cache import (
     SAMPLES,
     VIEWS,
@@ -19,7 +20,6 @@ from small_cache import (
     shared_weights,
     unit_stats,
 )
-from test_loader import make_loader
 
 from scalekd_cache.caching import pixel_cache
 from scalekd_cache.caching.job import cache_teacher

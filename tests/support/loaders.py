@@ -1,0 +1,29 @@
+"""Loaders over the small cache, and how two runs of batches are compared."""
+
+import torch
+from small_cache import SAMPLES, shared_cache
+
+from scalekd_cache.loader.loader import Batch, CacheLoader
+from scalekd_cache.loader.order import Order
+
+GLOBAL, MICRO = 32, 16
+
+
+ORDER = Order(num_samples=SAMPLES, block=8, window=3, seed=5)
+
+
+def make_loader(cache=None, *, order=ORDER, epochs=2, **changes):
+    sizes = {"global_batch": GLOBAL, "micro_batch": MICRO, **changes}
+    return CacheLoader(cache or shared_cache(), order, epochs=epochs, **sizes)
+
+
+def assert_same(batch: Batch, other: Batch):
+    assert batch.view == other.view
+    for mine, theirs in zip(batch[:-1], other[:-1], strict=True):
+        assert mine.dtype == theirs.dtype
+        assert torch.equal(mine, theirs)
+
+
+def assert_same_batches(batches, others):
+    for batch, other in zip(batches, others, strict=True):
+        assert_same(batch, other)
