@@ -66,9 +66,16 @@ def in_turn(repeats: int, **actions: Callable[[], object]) -> dict[str, list[flo
 
 
 def ratio(
-    what: str, seconds: Mapping[str, Sequence[float]], ours: str, baseline: str, *, amount: float, unit: str,
-    goal: str, gap: str = "",
-) -> Figure:  # fmt: skip
+    what: str,
+    seconds: Mapping[str, Sequence[float]],
+    ours: str,
+    baseline: str,
+    *,
+    amount: float,
+    unit: str,
+    goal: str,
+    gap: str = "",
+) -> Figure:
     """Our rate over the baseline's: the median over the repeats."""
     ratios = [b / a for a, b in zip(seconds[ours], seconds[baseline], strict=True)]
     mine, other = (amount / statistics.median(seconds[name]) for name in (ours, baseline))
@@ -124,8 +131,12 @@ def publish(name: str, figures: Sequence[Figure], raw: Mapping[str, Any], *, not
     before = json.loads(file.read_text()) if file.exists() else {}
     previous = {row["what"]: row["value"] for row in before.get("figures", [])}
     table = _table(figures, facts, previous, before.get("machine", {}), note)
-    content = {"machine": facts, "raw": raw, "figures": [figure._asdict() for figure in figures],
-               "previous": {"machine": before.get("machine"), "figures": previous}}  # fmt: skip
+    content = {
+        "machine": facts,
+        "raw": raw,
+        "figures": [figure._asdict() for figure in figures],
+        "previous": {"machine": before.get("machine"), "figures": previous},
+    }
     file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
     _put_table(name, table)
     print(table, f"\n{file}")
@@ -134,8 +145,10 @@ def publish(name: str, figures: Sequence[Figure], raw: Mapping[str, Any], *, not
 def _table(figures: Sequence[Figure], facts: Mapping[str, Any], previous: Mapping[str, float],
            before: Mapping[str, Any], note: str) -> str:  # fmt: skip
     where = facts["accelerator"] or f"{facts['cores']} cores of {facts['cpu']}"
-    lines = [f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}: {where}, {facts['threads']} threads, "
-             f"load {facts['load'][0]:.1f} at the end."]  # fmt: skip
+    lines = [
+        f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}: {where}, {facts['threads']} threads, "
+        f"load {facts['load'][0]:.1f} at the end."
+    ]
     if previous:
         lines[0] += f" Before: commit {before.get('commit')}, load {before.get('load', ['?'])[0]}."
     lines += ["", "| what | figure (min to max) | before | rates | goal | what is left |", "|---|---|---|---|---|---|"]

@@ -1,7 +1,7 @@
 """Shows that a refactor changed nothing: hashes of cached bytes and the losses of 20 training steps.
 
-In: nothing; the embedded demo images and a teacher with random weights of a fixed seed. Out: one JSON object on standard
-output, to compare before and after (`docs/LOG.md` keeps the pairs). Invariant: only the command line is used, so that
+In: nothing; the embedded demo images and a teacher with random weights of a fixed seed. Out: one JSON object on
+standard output, to compare before and after (`docs/LOG.md` keeps the pairs). Invariant: only the command line is used, so that
 the script outlives any move inside the package.
 
     python -m benchmarks.reference_run [--keep DIR]
@@ -74,11 +74,14 @@ def main() -> None:
                     folder / f"{backend}-{codec}-{processes}", backend, codec, processes
                 )
                 for backend, codec, processes in (
-                    ("webdataset", "int8", 1), ("webdataset", "int8", 2), ("zarr", "int8", 1), ("zarr", "int8", 2),
+                    ("webdataset", "int8", 1),
+                    ("webdataset", "int8", 2),
+                    ("zarr", "int8", 1),
+                    ("zarr", "int8", 2),
                     ("webdataset", "transform", 1),
                 )
             },
-        }  # fmt: skip
+        }
         first = folder / "webdataset-int8-1"
         result["losses"] = {
             "cached": losses(first, folder / "cached"),

@@ -9,7 +9,7 @@ from scalekd_cache import CachedTargets, ScaleKDLoss
 
 
 class MyStudent(nn.Module):
-    """(B, 3, H, W) normalised images -> S3 (B, C3, H3, W3), S4 (B, C4, H4, W4), logits (B, K)."""
+    """(B, 3, H, W) normalized images -> S3 (B, C3, H3, W3), S4 (B, C4, H4, W4), logits (B, K)."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -20,7 +20,7 @@ class MyNet(nn.Module):
         self.norm, self.head = nn.GroupNorm(1, widths[-1]), nn.Linear(widths[-1], num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) normalised images -> (B, K) logits."""
+        """(B, 3, H, W) normalized images -> (B, K) logits."""
         return self.head(self.norm(self.stage4(self.stem(x))).mean((2, 3)))
 
 

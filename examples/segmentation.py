@@ -2,7 +2,7 @@
 
 python examples/segmentation.py runs/resnet18/export [steps]
 
-Scenes are made here: handwritten digits, enlarged, on grey noise; each pixel is to be called background or one of ten
+Scenes are made here: handwritten digits, enlarged, on gray noise; each pixel is to be called background or one of ten
 digits. The exported folder gives the backbone (`features_only`) and its architecture; the head is two convolutions.
 Both networks see the same scenes in the same order. Prints the mean intersection over union (mIoU) of each, percent.
 """
@@ -30,7 +30,7 @@ class Segmenter(nn.Module):
         self.head = nn.Sequential(nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, CLASSES, 1))
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, 3, S, S) normalised -> (B, CLASSES, S, S) logits."""
+        """(B, 3, S, S) normalized -> (B, CLASSES, S, S) logits."""
         maps = [reduce(x) for reduce, x in zip(self.reduce, self.backbone(images)[-4:], strict=True)]
         size = maps[0].shape[2:]
         joined = torch.stack([F.interpolate(x, size, mode="bilinear") for x in maps]).sum(0)
@@ -80,5 +80,5 @@ def train(folder: str, pretrained: bool, steps: int) -> float:
 
 if __name__ == "__main__":
     steps = int(sys.argv[2]) if len(sys.argv) > 2 else 100
-    for name, pretrained in (("random initialisation", False), ("exported student", True)):
+    for name, pretrained in (("random initialization", False), ("exported student", True)):
         print(f"{name}: mIoU {train(sys.argv[1], pretrained, steps):.1f} % after {steps} steps", flush=True)

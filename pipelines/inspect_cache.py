@@ -68,8 +68,11 @@ def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
 
 def _write_pixels(pixels: bytes, path: Path) -> None:
     if not pixels:
-        raise UserError("there are no pixels at hand: they are replayed, or shared with a cache elsewhere", where=path,
-                        fix="for shared ones give PIXELS_FROM=")  # fmt: skip
+        raise UserError(
+            "there are no pixels at hand: they are replayed, or shared with a cache elsewhere",
+            where=path,
+            fix="for shared ones give PIXELS_FROM=",
+        )
     ends = (".png",) if pixels.startswith(b"\x89PNG") else (".jpg", ".jpeg")
     if path.suffix not in ends:
         raise UserError(

@@ -36,9 +36,12 @@ def main(argv: list[str]) -> int:
     section = stage1_section(argv)
     config = parse(PlanConfig, "plan", with_flags(argv, "--json"), section, __doc__ or "")
     training = parse(
-        DistillConfig, "distill", ["--student.name", config.student or "resnet50"],
-        recipe_section(config.recipe, "distill"), "",
-    )  # fmt: skip
+        DistillConfig,
+        "distill",
+        ["--student.name", config.student or "resnet50"],
+        recipe_section(config.recipe, "distill"),
+        "",
+    )
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import describe, forecast
 

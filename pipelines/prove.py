@@ -48,9 +48,14 @@ def main(argv: list[str]) -> int:
     check_cache_place(config.cache)
     recipe = config.recipe or read_manifest(open_place(config.cache)).recipe
     options = {
-        "cache": config.cache, "init": config.init, "teacher_weights": config.teacher_weights, "data": config.data,
-        "pixels_from": config.pixels_from, "student.name": config.student, "train.seed": config.seed,
-    }  # fmt: skip
+        "cache": config.cache,
+        "init": config.init,
+        "teacher_weights": config.teacher_weights,
+        "data": config.data,
+        "pixels_from": config.pixels_from,
+        "student.name": config.student,
+        "train.seed": config.seed,
+    }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     training = parse(DistillConfig, "distill", words, recipe_section(recipe, "distill"), "")
     from scalekd_cache.audit.gradients import prove_cache

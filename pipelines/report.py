@@ -66,9 +66,14 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
 
     assert config.cache is not None
     options = CacheReport(
-        views=config.views, asked=config.asked, images=8 if config.images is None else config.images, seed=config.seed,
-        data=config.data, teacher_weights=config.teacher_weights, pixels_from=config.pixels_from,
-    )  # fmt: skip
+        views=config.views,
+        asked=config.asked,
+        images=8 if config.images is None else config.images,
+        seed=config.seed,
+        data=config.data,
+        teacher_weights=config.teacher_weights,
+        pixels_from=config.pixels_from,
+    )
     check_cache_place(config.cache)
     cache = Cache.open(config.cache)
     page = cache_report(cache, options, this_process(config.device))

@@ -112,8 +112,10 @@ def _print(facts: dict[str, Any], findings: "Findings", agreement: "Agreement | 
         print(line_of(problem))
     for note in findings.notes:
         print(f"note: {note}")
-    figures = "; ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
-                        for name, row in facts["fidelity"].items())  # fmt: skip
+    figures = "; ".join(
+        f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
+        for name, row in facts["fidelity"].items()
+    )
     if figures:
         print(f"fidelity of the stored features when they were written: {figures}")
     if agreement is not None and agreement.records:

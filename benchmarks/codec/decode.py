@@ -26,7 +26,7 @@ GPU_BATCH = 256
 
 
 def made_up(count: int, seed: int) -> torch.Tensor:
-    """(count, 1536, 7, 7) float32: channels mixed from a spectrum that falls, positions averaged with neighbours."""
+    """(count, 1536, 7, 7) float32: channels mixed from a spectrum that falls, positions averaged with neighbors."""
     channels = SHAPE[0]
     mixing = torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)) / channels**0.5
     spectrum = (1 + torch.arange(channels) / 12) ** -0.65
@@ -85,9 +85,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         whole = gpu and part == "decode"
         scale = 1e3 if whole else 1e3 / batch
         goal = {"lossless": "0.1 ms", "decode": "5 ms a batch" if gpu else "", "both": "0.3 ms"}[part]
-        figures.append(Figure(what, statistics.median(values) * scale, (min(values) * scale, max(values) * scale),
-                              f"ms a batch of {batch}" if whole else "ms a view",
-                              f"{sizes[name]:,.0f} bytes a view", goal, ""))  # fmt: skip
+        figures.append(
+            Figure(
+                what,
+                statistics.median(values) * scale,
+                (min(values) * scale, max(values) * scale),
+                f"ms a batch of {batch}" if whole else "ms a view",
+                f"{sizes[name]:,.0f} bytes a view",
+                goal,
+                "",
+            )
+        )
     publish("codec-decode-gpu" if gpu else "codec-decode", figures, {"options": vars(options), "seconds": seconds})
 
 

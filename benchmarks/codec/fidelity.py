@@ -43,7 +43,7 @@ LEFT = ("float16", "bfloat16", "fp8")
 NOISES = (0.0008, 0.005, 0.015)
 TIMED_S = 0.6
 """CPU seconds that a timing is repeated for."""
-COLUMNS = ("codec", "bytes", "of int8", "bytes / R(D), normalised and plain", "cosine mean / p1",
+COLUMNS = ("codec", "bytes", "of int8", "bytes / R(D), normalized and plain", "cosine mean / p1",
            "mean-removed cosine mean / p1", "KL", "same top-1", "encode MB/s", "decode MB/s", "lossless, decode ms",
            "decode of int8")  # fmt: skip
 
@@ -174,8 +174,13 @@ def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, pa
             left = name in LEFT
             shift, side = ((-6, 6), "right") if left else ((6, 5), "left")
             axes.annotate(name, point, textcoords="offset points", xytext=shift, ha=side, fontsize=9)
-    axes.set(yscale="log", xlabel=f"kilobytes a view ({values:,} values), norms and headers included",
-             ylabel="error / variance, tokens divided by their norm", title=title, xlim=(0, None))  # fmt: skip
+    axes.set(
+        yscale="log",
+        xlabel=f"kilobytes a view ({values:,} values), norms and headers included",
+        ylabel="error / variance, tokens divided by their norm",
+        title=title,
+        xlim=(0, None),
+    )
     axes.grid(alpha=0.3)
     axes.legend()
     figure.tight_layout()
@@ -251,13 +256,18 @@ def markdown(table: dict[str, dict]) -> str:
         ratios = "" if row["bound_ratio"] is None else f"{row['bound_ratio_normalised']:.2f} / {row['bound_ratio']:.2f}"
         live = (f"{row['kl']:.1e}", f"{100 * row['top1_agreement']:.1f} %") if "kl" in row else ("", "")
         cells = (
-            name, f"{row['bytes']:,.0f}", f"{row['bytes'] / base['bytes']:.2f}", ratios,
+            name,
+            f"{row['bytes']:,.0f}",
+            f"{row['bytes'] / base['bytes']:.2f}",
+            ratios,
             f"{row['cosine']:.5f} / {row['cosine_p1']:.5f}",
-            f"{row['cosine_mean_removed']:.5f} / {row['cosine_mean_removed_p1']:.5f}", *live,
-            f"{row['encode_mb_per_s']:,.0f}", f"{row['decode_mb_per_s']:,.0f}",
+            f"{row['cosine_mean_removed']:.5f} / {row['cosine_mean_removed_p1']:.5f}",
+            *live,
+            f"{row['encode_mb_per_s']:,.0f}",
+            f"{row['decode_mb_per_s']:,.0f}",
             f"{row['lossless_ms']:.3f}, {row['decode_ms']:.3f}",
             f"{base['decode_mb_per_s'] / row['decode_mb_per_s']:.1f}x",
-        )  # fmt: skip
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

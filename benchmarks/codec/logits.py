@@ -57,8 +57,15 @@ def main() -> None:
     def row(name: str, record_bytes: float, decoded: np.ndarray, original: np.ndarray) -> None:
         kl = kl_divergence(original, decoded)
         same = float((decoded.argmax(1) == original.argmax(1)).mean())
-        rows.append({"kept": name, "bytes": record_bytes, "kl_mean": float(kl.mean()), "kl_max": float(kl.max()),
-                     "top1_agreement": same})  # fmt: skip
+        rows.append(
+            {
+                "kept": name,
+                "bytes": record_bytes,
+                "kl_mean": float(kl.mean()),
+                "kl_max": float(kl.max()),
+                "top1_agreement": same,
+            }
+        )
         print(
             f"{name:34} {record_bytes:7.1f} B   KL mean {kl.mean():.2e} max {kl.max():.2e}   top-1 {100 * same:.1f} %"
         )

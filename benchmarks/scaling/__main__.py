@@ -1,4 +1,7 @@
-"""TODO docstring of benchmarks/scaling/__main__.py."""
+"""Simulated runs of 1 to 1,024 processes: curves, tables and the check against measured runs.
+
+In: options, and with --check a cache and runs made here. Out: `benchmarks/results/`.
+"""
 
 import argparse
 import json
@@ -42,8 +45,11 @@ def curves() -> dict[str, dict[str, Any]]:
         job = replace(imagenet_train(micros=1024), save_every=every)
         cluster = Cluster(link=100e9, storage=1e12, node_mtbf_h=hours)
         result[f"stage 2, global batch 65,536, 100 GB/s, fails every {hours:g} h, saves every {every}"] = (
-            train_job, job, cluster, RANKS,
-        )  # fmt: skip
+            train_job,
+            job,
+            cluster,
+            RANKS,
+        )
     return {
         name: {"job": asdict(job), "cluster": asdict(cluster), "rows": sweep(simulate, job, cluster, ranks)}
         for name, (simulate, job, cluster, ranks) in result.items()
@@ -95,11 +101,13 @@ def main() -> None:
     found = curves()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     content = {
-        "command": f"python -m benchmarks.scaling.simulate{' --check' if options.check else ''} --repeats {options.repeats}",
+        "command": f"python -m benchmarks.scaling{' --check' if options.check else ''} --repeats {options.repeats}",
         "commit": commit.stdout.strip(),
         "machine": {"cpu": platform.machine(), "python": platform.python_version(), "numpy": np.__version__},
-        "draws": DRAWS, "check": check, "curves": found,
-    }  # fmt: skip
+        "draws": DRAWS,
+        "check": check,
+        "curves": found,
+    }
     RESULTS.mkdir(exist_ok=True)
     file.write_text(json.dumps(content, indent=1) + "\n")
     plot(found, RESULTS / "scale-model.png")

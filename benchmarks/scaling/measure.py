@@ -31,9 +31,14 @@ def start(module: str, words: dict[str, Any], processes: int = 1) -> subprocess.
     flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *torchrun, "-m", *(["--"] if torchrun else []), module, *flags], cwd=ROOT, env=environment,
-        text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [sys.executable, *torchrun, "-m", *(["--"] if torchrun else []), module, *flags],
+        cwd=ROOT,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> str:
@@ -51,8 +56,16 @@ def stage1(folder: Path) -> dict[str, Any]:
 
 
 def stage2(cache: Path, folder: Path, global_batch: int, **more: Any) -> dict[str, Any]:
-    return {"cache": cache, "run": folder, "student.name": STUDENT, "train.epochs": EPOCHS, "train.log_every": 1,
-            "train.global_batch_size": global_batch, "train.micro_batch_size": MICRO, **more}  # fmt: skip
+    return {
+        "cache": cache,
+        "run": folder,
+        "student.name": STUDENT,
+        "train.epochs": EPOCHS,
+        "train.log_every": 1,
+        "train.global_batch_size": global_batch,
+        "train.micro_batch_size": MICRO,
+        **more,
+    }
 
 
 def commits(folder: Path) -> np.ndarray:
@@ -129,9 +142,15 @@ def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
         whole = [cache_job(job, still, processes, np.random.default_rng(seed)).seconds for seed in range(50)]
         simulated = float(np.mean(whole)) - job.unit_s  # the first commit comes one unit after the beginning
         measured = float(times[processes][-1] - times[processes][0])
-        rows.append({"what": f"stage 1, {processes} process(es), first to last of {units} commits",
-                     "measured_s": measured, "simulated_s": simulated,
-                     "unit_s": job.unit_s, "unit_spread": job.unit_spread})  # fmt: skip
+        rows.append(
+            {
+                "what": f"stage 1, {processes} process(es), first to last of {units} commits",
+                "measured_s": measured,
+                "simulated_s": simulated,
+                "unit_s": job.unit_s,
+                "unit_spread": job.unit_spread,
+            }
+        )
 
 
 def check_stage2(folder: Path, rows: list[dict[str, Any]]) -> None:
@@ -154,11 +173,16 @@ def check_stage2(folder: Path, rows: list[dict[str, Any]]) -> None:
     cluster = Cluster(slow_share=0.0, storage=1e15, link=gradient_bytes / exchange, latency_s=0.0)
     words = stage2(cache, folder / "two", GLOBAL)
     train([words], 2)
-    rows.append({"what": f"stage 2, 2 processes, a step of {micros} micro-batches",
-                 "measured_s": statistics.median(steps(words["run"])),
-                 "simulated_s": float(np.median(step_seconds(job, cluster, 2, np.random.default_rng(0)))),
-                 "half_step_s": statistics.median(known), "all_reduce_s": exchange,
-                 "gradient_bytes": gradient_bytes})  # fmt: skip
+    rows.append(
+        {
+            "what": f"stage 2, 2 processes, a step of {micros} micro-batches",
+            "measured_s": statistics.median(steps(words["run"])),
+            "simulated_s": float(np.median(step_seconds(job, cluster, 2, np.random.default_rng(0)))),
+            "half_step_s": statistics.median(known),
+            "all_reduce_s": exchange,
+            "gradient_bytes": gradient_bytes,
+        }
+    )
 
 
 def measure(repeats: int) -> dict[str, Any]:

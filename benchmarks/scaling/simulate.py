@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from scalekd_cache.planning.gpus import FORWARD_UTILISATION, GPUS, TRAINING_UTILISATION
+from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, GPUS, TRAINING_UTILIZATION
 
 RESULTS = Path(__file__).parents[1] / "results"
 RANKS = tuple(2**power for power in range(11))
@@ -187,7 +187,7 @@ def train_job(
 def imagenet_cache(gpu: str = "h100") -> CacheJob:
     """ImageNet, 8 views, Swin-L: units of 512 images and 4 views."""
     views = 512 * 4
-    teacher_s = views * 69e9 / (GPUS[gpu].peak_tflops * 1e12 * FORWARD_UTILISATION)
+    teacher_s = views * 69e9 / (GPUS[gpu].peak_tflops * 1e12 * FORWARD_UTILIZATION)
     drawing_s = views * 4e-3 / 12  # 4 ms a view a core (docs/COSTS.md), 12 cores a GPU
     return CacheJob(units=2 * 2503, unit_s=max(teacher_s, drawing_s), unit_spread=0.1, unit_bytes=views * 100_308.0,
                     start_s=60.0, finish_unit_s=0.002)  # fmt: skip
@@ -196,10 +196,19 @@ def imagenet_cache(gpu: str = "h100") -> CacheJob:
 def imagenet_train(micros: int = 32, gpu: str = "h100") -> TrainJob:
     """The advanced recipe of ResNet-50d: 300 epochs, micro-batches of 64, 202 M trained parameters, LAMB."""
     parameters = 202e6
-    micro_s = 64 * 130.6e9 / (GPUS[gpu].peak_tflops * 1e12 * TRAINING_UTILISATION)
-    return TrainJob(steps=300 * 1_281_167 // (64 * micros), micros=micros, micro_s=micro_s, micro_spread=0.05,
-                    update_s=0.003, gradient_bytes=4 * parameters, micro_bytes=64 * 100_308.0, start_s=90.0,
-                    save_s=12 * parameters / 1e9, save_every=500)  # fmt: skip
+    micro_s = 64 * 130.6e9 / (GPUS[gpu].peak_tflops * 1e12 * TRAINING_UTILIZATION)
+    return TrainJob(
+        steps=300 * 1_281_167 // (64 * micros),
+        micros=micros,
+        micro_s=micro_s,
+        micro_spread=0.05,
+        update_s=0.003,
+        gradient_bytes=4 * parameters,
+        micro_bytes=64 * 100_308.0,
+        start_s=90.0,
+        save_s=12 * parameters / 1e9,
+        save_every=500,
+    )
 
 
 def sweep(simulate: Any, job: Any, cluster: Cluster, ranks: Sequence[int]) -> list[dict[str, Any]]:

@@ -64,9 +64,15 @@ def make_cache(root: Path, records: int) -> None:
     facts = cache_facts(backend="webdataset", samples_per_shard=IMAGES_PER_UNIT, groups=[list(range(VIEWS))], ranges=[])
     kept = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts) if field.name != "ranges"}
     manifest = Manifest(
-        format_version=FORMAT_VERSION, num_samples=images, num_views=VIEWS, units=rows, units_digest=units_digest(rows),
-        fidelity={}, bytes_per_view=dict.fromkeys(("pixels", "features", "target", "index", "total"), 0.0), **kept,
-    )  # fmt: skip
+        format_version=FORMAT_VERSION,
+        num_samples=images,
+        num_views=VIEWS,
+        units=rows,
+        units_digest=units_digest(rows),
+        fidelity={},
+        bytes_per_view=dict.fromkeys(("pixels", "features", "target", "index", "total"), 0.0),
+        **kept,
+    )
     write_manifest(root, manifest)
 
 

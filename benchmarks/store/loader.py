@@ -121,10 +121,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         zarr = make_cache(folder / "zarr", data, count, options.teacher, backend="zarr")
         replayed = make_cache(folder / "replayed", data, count, options.teacher, pixels="replayed")
         actions: dict[str, Callable[[], object]] = {
-            "original": originals(data, count), "baked": batches_of(baked), "zarr": batches_of(zarr),
-            "replayed": batches_of(replayed), "features": features_only(baked), "features_zarr": features_only(zarr),
+            "original": originals(data, count),
+            "baked": batches_of(baked),
+            "zarr": batches_of(zarr),
+            "replayed": batches_of(replayed),
+            "features": features_only(baked),
+            "features_zarr": features_only(zarr),
             "bytes": bytes_only(baked),
-        }  # fmt: skip
+        }
         for action in actions.values():
             action()  # warm files, compiled kernels
         seconds = in_turn(options.repeats, **actions)
@@ -141,8 +145,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                (min(share), max(share)), "x", f"{count / statistics.median(seconds['features']):,.0f} samples/s, zarr "
                f"{count / statistics.median(seconds['features_zarr']):,.0f}", "at most 0.25", ""),
     ]  # fmt: skip
-    publish("loader", figures, {"images": count, "teacher": options.teacher, "data": str(options.data or "photographs"),
-            "repeats": options.repeats, "seconds": seconds})  # fmt: skip
+    publish(
+        "loader",
+        figures,
+        {
+            "images": count,
+            "teacher": options.teacher,
+            "data": str(options.data or "photographs"),
+            "repeats": options.repeats,
+            "seconds": seconds,
+        },
+    )
 
 
 if __name__ == "__main__":

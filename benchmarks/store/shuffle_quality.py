@@ -59,13 +59,13 @@ def positions(samples: int = 40_000, epochs: int = 200, chosen: int = 64) -> dic
         places[epoch, epoch_ids(order, epoch, 0, samples)] = np.arange(samples)
     found = places[:, members] / samples
     fair = draw.random(found.shape)
-    neighbours = np.abs(places[:, 1:] - places[:, :-1]).mean() / (samples / 3)
+    neighbors = np.abs(places[:, 1:] - places[:, :-1]).mean() / (samples / 3)
     return {
         "samples": samples, "epochs": epochs, "samples_looked_at": chosen,
         "distance_from_uniform": statistics.median(kolmogorov(column) for column in found.T),
         "distance_of_uniform_numbers": statistics.median(kolmogorov(column) for column in fair.T),
         "correlation_of_successive_epochs": float(np.corrcoef(found[:-1].ravel(), found[1:].ravel())[0, 1]),
-        "distance_of_neighbours_over_that_of_any_two": float(neighbours),
+        "distance_of_neighbors_over_that_of_any_two": float(neighbors),
     }  # fmt: skip
 
 
@@ -196,14 +196,14 @@ def plot(mixed: dict[str, dict[str, float]], labels: Ids, trained: dict[str, dic
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1.3, 1, 1))
-    for (name, (canonical, order)), colour in zip(
+    for (name, (canonical, order)), color in zip(
         orders(labels).items(), ("k", "tab:green", "tab:red", "tab:blue"), strict=True
     ):
         ids = (
             np.random.default_rng(1).permutation(len(labels)) if order is None else epoch_ids(order, 0, 0, 200 * BATCH)
         )
         seen = canonical[ids[: 200 * BATCH]].reshape(200, BATCH)
-        axes[0].plot([len(np.unique(batch)) for batch in seen], color=colour, lw=1, label=name)
+        axes[0].plot([len(np.unique(batch)) for batch in seen], color=color, lw=1, label=name)
     axes[0].set(
         xlabel="step",
         ylabel=f"different classes in a batch of {BATCH}",
@@ -237,8 +237,11 @@ def main() -> None:
         "command": "python -m benchmarks.store.shuffle_quality",
         "commit": commit.stdout.strip(),
         "machine": {"cpu": platform.machine(), "python": platform.python_version(), "numpy": np.__version__},
-        "positions": positions(), "mixing": mixed, "training": trained, "reading": reading(),
-    }  # fmt: skip
+        "positions": positions(),
+        "mixing": mixed,
+        "training": trained,
+        "reading": reading(),
+    }
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "shuffle-quality.json").write_text(json.dumps(content, indent=1) + "\n")
     plot(mixed, labels, trained, RESULTS / "shuffle-quality.png")

@@ -55,8 +55,16 @@ def make_records(count: int) -> list[Record]:
 
 def filled_unit(root: Path, backend: str, records: list[Record], views: int, range_id: int = 0) -> UnitWriter:
     """A unit with all its records, not committed."""
-    writer = UnitWriter(root, backend=backend, group=0, range_id=range_id, start=0, stop=len(records),
-                        views=range(views), fingerprint="0" * 64)  # fmt: skip
+    writer = UnitWriter(
+        root,
+        backend=backend,
+        group=0,
+        range_id=range_id,
+        start=0,
+        stop=len(records),
+        views=range(views),
+        fingerprint="0" * 64,
+    )
     for start in range(0, len(records), 64):
         for view in range(views):
             for record in records[start : start + 64]:
@@ -180,9 +188,17 @@ def random_reads(folder: Path, count: int, repeats: int) -> Measured:
     return [
         ratio("random records webdataset, 64 a call / pread", seconds, "batches", "pread", **one),
         ratio("random records webdataset, 1 a call / pread", seconds, "single", "pread", **one),
-        ratio("blocks of 64 neighbours webdataset / pread", seconds, "blocks", "pread_blocks",
-              amount=info.count, unit="records/s", goal="", gap=gap),
-    ], seconds  # fmt: skip
+        ratio(
+            "blocks of 64 neighbors webdataset / pread",
+            seconds,
+            "blocks",
+            "pread_blocks",
+            amount=info.count,
+            unit="records/s",
+            goal="",
+            gap=gap,
+        ),
+    ], seconds
 
 
 def _batches(reader: Any, rows: Any) -> None:
@@ -232,8 +248,17 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
         bare = len(blob) / 1e9 / statistics.median(seconds["sha256"])
         for name, goal, gap in (("hash", "1 GB/s a core", f"sha256 alone {bare:.2f} GB/s"), ("decode", "", "")):
             rates = [size / 1e9 / value for value in seconds[name]]
-            figures.append(Figure(f"verify {backend}, {name} pass", statistics.median(rates), (min(rates), max(rates)),
-                                  "GB/s", "one core, warm", goal, gap))  # fmt: skip
+            figures.append(
+                Figure(
+                    f"verify {backend}, {name} pass",
+                    statistics.median(rates),
+                    (min(rates), max(rates)),
+                    "GB/s",
+                    "one core, warm",
+                    goal,
+                    gap,
+                )
+            )
         all_seconds |= {f"{backend} {name}": values for name, values in seconds.items()}
     return figures, all_seconds
 

@@ -233,9 +233,13 @@ def machine() -> Line:
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
     return {
-        "machine": device, "threads": torch.get_num_threads(), "commit": commit.stdout.strip(),
-        "python": platform.python_version(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"),
-    }  # fmt: skip
+        "machine": device,
+        "threads": torch.get_num_threads(),
+        "commit": commit.stdout.strip(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 def _cpu_name() -> str:

@@ -24,10 +24,10 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.progress import progress
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
-Labelled = Iterator[tuple[NDArray[np.uint8], int]]
+Labeled = Iterator[tuple[NDArray[np.uint8], int]]
 
 
-def from_pngs(folder: Path, split: str) -> Labelled:
+def from_pngs(folder: Path, split: str) -> Labeled:
     """(32, 32, 3) uint8 and a label an image, in the package's order."""
     names = ["test_batch.png"] if split == "val" else [f"data_batch_{number}.png" for number in range(1, 6)]
     labels = json.loads((folder / ("test_lables.json" if split == "val" else "train_lables.json")).read_text())
@@ -38,7 +38,7 @@ def from_pngs(folder: Path, split: str) -> Labelled:
     Image.MAX_IMAGE_PIXELS = limit
 
 
-def from_torchvision(folder: Path, split: str) -> Labelled:
+def from_torchvision(folder: Path, split: str) -> Labeled:
     """The same from torchvision's data set, downloaded into `folder` when it is not there."""
     from torchvision.datasets import CIFAR10
 
@@ -46,7 +46,7 @@ def from_torchvision(folder: Path, split: str) -> Labelled:
     yield from zip(data.data, data.targets, strict=True)
 
 
-def first_of_each(images: Labelled, total: int | None) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
+def first_of_each(images: Labeled, total: int | None) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
     """Position, image and label of the first `total` / 10 images of each class (None: of all images)."""
     wanted = None if total is None else total // len(CLASSES)
     seen = [0] * len(CLASSES)
@@ -76,7 +76,7 @@ def write(form: str, source: Path, out: Path, sizes: dict[str, int | None]) -> N
     half.rename(out)
 
 
-def progress_of(images: Labelled, split: str) -> Labelled:
+def progress_of(images: Labeled, split: str) -> Labeled:
     """The same images, counted on the terminal."""
     with progress(split, 10_000 if split == "val" else 50_000, "image", rank=0) as bar:
         for item in images:

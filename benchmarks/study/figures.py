@@ -131,7 +131,7 @@ def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> st
 
 
 def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
-    """Accuracy against V, accuracy against bytes (a colour a student), and all paired differences."""
+    """Accuracy against V, accuracy against bytes (a color a student), and all paired differences."""
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -173,15 +173,15 @@ def common_seeds(lines: list[Line]) -> list[Line]:
     return [line for line in lines if line["seed"] in common]
 
 
-def _references(axis: Any, lines: list[Line], colour: str) -> None:
+def _references(axis: Any, lines: list[Line], color: str) -> None:
     for arm, style in (("live", "--"), ("alone", ":")):
         mean, _, count = mean_and_std(lines, arm)
         if count:
-            axis.axhline(mean, color=colour, linestyle=style, label=f"{lines[0]['student']}, {arm} ({count} seeds)")
+            axis.axhline(mean, color=color, linestyle=style, label=f"{lines[0]['student']}, {arm} ({count} seeds)")
 
 
-def _views(axis: Any, lines: list[Line], colour: str) -> None:
-    _references(axis, lines, colour)
+def _views(axis: Any, lines: list[Line], color: str) -> None:
+    _references(axis, lines, color)
     arms = [arm for arm in dict.fromkeys(line["arm"] for line in lines) if arm == "cached" or arm.startswith("V=")]
     points = sorted(
         (next(line["views"] for line in lines if line["arm"] == arm), *mean_and_std(lines, arm)) for arm in arms
@@ -189,17 +189,17 @@ def _views(axis: Any, lines: list[Line], colour: str) -> None:
     if points:
         views, means, spreads, counts = zip(*points, strict=True)
         label = f"{lines[0]['student']}, cached ({counts[0]} seeds)"
-        axis.errorbar(views, means, spreads, marker="o", capsize=3, color=colour, label=label)
+        axis.errorbar(views, means, spreads, marker="o", capsize=3, color=color, label=label)
 
 
-def _bytes(axis: Any, lines: list[Line], colour: str) -> None:
-    _references(axis, lines, colour)
+def _bytes(axis: Any, lines: list[Line], color: str) -> None:
+    _references(axis, lines, color)
     whole = {"cached", "float16", "int4", "transform", "economy"}
     for arm in dict.fromkeys(line["arm"] for line in lines):
         if arm in whole or ("-bit-" in arm and not arm.endswith("norms")):
             mean, spread, _ = mean_and_std(lines, arm)
             size, rounded = next(line["feature_bytes"] for line in lines if line["arm"] == arm), arm.endswith("rounded")
-            axis.errorbar(size, mean, spread, marker="x" if rounded else "o", capsize=3, color=colour)
+            axis.errorbar(size, mean, spread, marker="x" if rounded else "o", capsize=3, color=color)
             name = "int8" if arm == "cached" else arm.partition("-rounded")[0].partition("-dithered")[0]
             place = (5, -12 if rounded else 6)
             axis.annotate(name, (size, mean), textcoords="offset points", xytext=place, fontsize=8)
@@ -219,8 +219,8 @@ def differences_of(setting: Setting, lines: list[Line]) -> list[tuple[str, Diffe
 def _differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
     for place, (_, difference) in enumerate(rows):
         low, high = difference.mean - difference.low, difference.high - difference.mean
-        colour = "tab:green" if difference.inside(MARGIN) else "tab:blue"
-        axis.errorbar(difference.mean, -place, xerr=[[low], [high]], marker="o", capsize=3, color=colour)
+        color = "tab:green" if difference.inside(MARGIN) else "tab:blue"
+        axis.errorbar(difference.mean, -place, xerr=[[low], [high]], marker="o", capsize=3, color=color)
     axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.15)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows], fontsize=8)

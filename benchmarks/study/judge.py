@@ -152,9 +152,11 @@ class Judge:
 
         options = read_config(run)
         config = DistillConfig(
-            student=StudentConfig(**from_plain(options["student"])), optim=OptimConfig(**from_plain(options["optim"])),
-            scalekd=ScaleKDConfig(**from_plain(options["scalekd"])), train=TrainConfig(**from_plain(options["train"])),
-        )  # fmt: skip
+            student=StudentConfig(**from_plain(options["student"])),
+            optim=OptimConfig(**from_plain(options["optim"])),
+            scalekd=ScaleKDConfig(**from_plain(options["scalekd"])),
+            train=TrainConfig(**from_plain(options["train"])),
+        )
         manifest = self.cache.manifest
         size, classes = manifest.view_recipe["size"], len(manifest.class_names)
         student = build_student(config.student, num_classes=classes, image_size=size)

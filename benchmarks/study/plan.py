@@ -3,7 +3,7 @@
 In: the name of a form. Out: `Run`s in order of worth. Invariant: a run has one key, and the same key always means the
 same commands; questions share runs, so that nothing is trained twice.
 
-An arm says what varies; everything else (views, order, initialisation, steps, rate) is that of its setting and seed, so
+An arm says what varies; everything else (views, order, initialization, steps, rate) is that of its setting and seed, so
 two arms of one question are paired by (student, seed).
 """
 

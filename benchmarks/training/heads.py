@@ -3,7 +3,8 @@
     python -m benchmarks.training.heads [--device cuda] [--batch 4] [--repeats 5]
 
 Forward and backward of the heads and losses alone, maps of a ResNet-50 with Swin-L (a smaller teacher on a CPU), same
-dtype, same compile setting, same results (tests/scalekd/test_parity.py). The transcription is tests/support/upstream_reference.py's;
+dtype, same compile setting, same results (tests/scalekd/test_parity.py). The transcription is
+tests/support/upstream_reference.py's;
 the limit is the rate that a plain matrix product reaches in the same run.
 """
 
@@ -147,10 +148,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         ratio(f"heads, ours / transcription ({shapes})", seconds, "ours", "transcription", amount=batch,
               unit="images/s", goal="as fast as can be", gap=f"GFLOP an image, forward and backward: {counts}"),
         ratio("lite heads / faithful ones, without the tail", seconds, "lite", "ours", amount=batch, unit="images/s",
-              goal="4 with the tail", gap="normalisation and losses do not shrink; the tail's one pass is the rest"),
+              goal="4 with the tail", gap="normalization and losses do not shrink; the tail's one pass is the rest"),
         Figure("heads, rate of our FLOPs / that of a plain matrix product", statistics.median(reached),
                (min(reached), max(reached)), "x", f"{peak / 1e9:,.0f} GFLOP/s", "1",
-               "3x3 convolutions, normalisation, softmax; memory traffic between them"),
+               "3x3 convolutions, normalization, softmax; memory traffic between them"),
     ]  # fmt: skip
     publish("heads-gpu" if gpu else "heads", figures, {"options": vars(options), "flops": flops, "seconds": seconds})
 

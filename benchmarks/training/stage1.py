@@ -1,6 +1,7 @@
 """Does stage 1 run at the teacher's rate? Images a second of cache-teacher over the bare forward pass, in one run.
 
-    python -m benchmarks.training.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 80] [--views 2] [--workers 1]
+    python -m benchmarks.training.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 80] [--views 2]
+        [--workers 1]
 
 The bare teacher sees ready uint8 batches of the same shape and precision. Stage 1 decodes photographs, draws views,
 encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Same teacher threads in both.
@@ -85,8 +86,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates_s = [f"{views / statistics.median(seconds[name]):.1f}" for name in ("stage1", "bare")]
     what = f"stage 1 / bare teacher, {options.teacher}, {options.threads} threads, {options.workers} workers"
     gap = "features are encoded and compared on the same cores; workers start anew each round"
-    figure = Figure(what, statistics.median(rates), (min(rates), max(rates)), "x",
-                    f"{rates_s[0]} beside {rates_s[1]} views/s", goal, gap)  # fmt: skip
+    figure = Figure(
+        what,
+        statistics.median(rates),
+        (min(rates), max(rates)),
+        "x",
+        f"{rates_s[0]} beside {rates_s[1]} views/s",
+        goal,
+        gap,
+    )
     publish(
         "stage1-gpu" if device.type == "cuda" else "stage1", [figure], {"options": vars(options), "seconds": seconds}
     )

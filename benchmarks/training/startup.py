@@ -72,10 +72,17 @@ def main(argv: Sequence[str] | None = None) -> None:
                "--cache.num_views", "1", "--data.max_samples", "128")  # fmt: skip
         steps = [first_step(cache, Path(folder) / f"run{number}") for number in range(1 + min(2, repeats))][1:]
     after = [total - imports for total, imports in steps]
-    figures.append(Figure("second `make distill`, ResNet-18, to its first logged step, after imports",
-                          statistics.median(after), (min(after), max(after)), "s",
-                          f"imports {statistics.median([imports for _, imports in steps]):.1f} s more", "15 s",
-                          "the first step itself, and DeepSpeed's engine"))  # fmt: skip
+    figures.append(
+        Figure(
+            "second `make distill`, ResNet-18, to its first logged step, after imports",
+            statistics.median(after),
+            (min(after), max(after)),
+            "s",
+            f"imports {statistics.median([imports for _, imports in steps]):.1f} s more",
+            "15 s",
+            "the first step itself, and DeepSpeed's engine",
+        )
+    )
     publish("startup", figures, {"repeats": repeats, "seconds": seconds, "first_step": steps})
 
 

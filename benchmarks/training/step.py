@@ -38,8 +38,10 @@ from scalekd_cache.training.targets import make_heads, tail_of
 from scalekd_cache.training.trainer import DistillModel
 
 PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]
-GPU_PAIRS = [(student, "swin_large_patch4_window7_224", 256) for student in
-             ("resnet50", "mobilenetv1_100", "vit_small_patch16_224")]  # fmt: skip
+GPU_PAIRS = [
+    (student, "swin_large_patch4_window7_224", 256)
+    for student in ("resnet50", "mobilenetv1_100", "vit_small_patch16_224")
+]
 
 
 KINDS = ("alone", "free", "cached", "live", "teacher")
@@ -75,9 +77,10 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     """One optimizer step of each kind, on one model with heads and one without; and where the cached ones went."""
     manifest = cache.manifest
     config = DistillConfig(
-        student=StudentConfig(name=student_name), optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
+        student=StudentConfig(name=student_name),
+        optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
         train=TrainConfig(global_batch_size=batch, micro_batch_size=batch),
-    )  # fmt: skip
+    )
     classes = len(manifest.class_names)
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail = tail_of(cache, spec).to(device)
@@ -126,9 +129,13 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         if device.type == "cuda":
             torch.cuda.synchronize()
 
-    actions = {"alone": lambda: step(None, first.images, first.labels, Stopwatch(device)),
-               "free": lambda: step(free, first.images, first.labels, Stopwatch(device)),
-               "cached": cached, "live": live, "teacher": forward}  # fmt: skip
+    actions = {
+        "alone": lambda: step(None, first.images, first.labels, Stopwatch(device)),
+        "free": lambda: step(free, first.images, first.labels, Stopwatch(device)),
+        "cached": cached,
+        "live": live,
+        "teacher": forward,
+    }
     return {kind: actions[kind] for kind in kinds}, watch
 
 
@@ -217,8 +224,15 @@ def where_it_goes(pair: str, batch: int, parts: dict[str, float], seconds: dict[
 def memory_row(pair: str, memory: dict[str, int]) -> Figure:
     """Peak memory without and with the teacher."""
     sizes = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in memory.items())
-    return Figure(f"{pair}: peak memory, live / cached", memory["live"] / memory["cached"], None, "x", sizes, "",
-                  "student, heads, their gradients and what autograd keeps are in both")  # fmt: skip
+    return Figure(
+        f"{pair}: peak memory, live / cached",
+        memory["live"] / memory["cached"],
+        None,
+        "x",
+        sizes,
+        "",
+        "student, heads, their gradients and what autograd keeps are in both",
+    )
 
 
 if __name__ == "__main__":

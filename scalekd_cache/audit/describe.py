@@ -110,11 +110,15 @@ def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str,
     shares = np.exp(logits - logits.max())
     shares /= shares.sum() if np.isfinite(logits).all() else np.exp(-logits.max())  # log-probabilities of some
     return [
-        {"class": names[k] if len(names) == len(logits) else None, "index": k, "logit": float(logits[k]),
-         "probability": float(shares[k])}
+        {
+            "class": names[k] if len(names) == len(logits) else None,
+            "index": k,
+            "logit": float(logits[k]),
+            "probability": float(shares[k]),
+        }
         for k in np.argsort(-logits, kind="stable")[:TOP].tolist()
         if np.isfinite(logits[k])
-    ]  # fmt: skip
+    ]
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:

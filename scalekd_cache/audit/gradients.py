@@ -33,7 +33,7 @@ from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import Teacher, live_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import Targets
-from scalekd_cache.store.fidelity_summary import Summary, summarise
+from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
 from scalekd_cache.training.init_weights import load_start
@@ -228,7 +228,7 @@ def _proof(config: DistillConfig, cache: Cache, found: _Comparison, micro: int) 
     bias = min(codec, max(0.0, (count * float(error @ error) - codec) / (count - 1)))
     parts = max(1, config.train.global_batch_size // micro)
     ratio = (parts * bias + codec - bias) / sampling if codec else 0.0
-    close, measured = summarise(found.figures), manifest.fidelity
+    close, measured = summarize(found.figures), manifest.fidelity
     cached = live + error
     return Proof(
         cache=config.cache,

@@ -16,7 +16,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.pixels import decode_features
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.fidelity_summary import summarise
+from scalekd_cache.store.fidelity_summary import summarize
 from scalekd_cache.store.reader import Cache
 
 BATCH = 16
@@ -75,7 +75,7 @@ def reinfer(cache: Cache, teacher: Teacher, examiner: Examiner, records: int, se
                 what = f"the teacher's features now have cosine {cosine:.4f} (mean removed) with those stored"
                 wrong.append((*place, record.key, f"{what}, expected at least {lowest:.4f}"))
     top1 = 100 * float(np.mean(same)) if same else None
-    return Agreement(len(figures.get("cosine", ())), summarise(figures), top1, wrong)
+    return Agreement(len(figures.get("cosine", ())), summarize(figures), top1, wrong)
 
 
 def _choose(cache: Cache, records: int, seed: int) -> list[tuple[Place, Record]]:

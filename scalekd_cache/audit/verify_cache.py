@@ -116,9 +116,12 @@ def _source_for(facts: Manifest | ManifestFacts, data: str | None, notes: list[s
 
 
 def _pixels_for(
-    root: Path | RemotePath, facts: Manifest | ManifestFacts, place: str | None, problems: list[Problem],
+    root: Path | RemotePath,
+    facts: Manifest | ManifestFacts,
+    place: str | None,
+    problems: list[Problem],
     notes: list[str],
-) -> PixelCache | None:  # fmt: skip
+) -> PixelCache | None:
     """The cache whose pixels are shared: a note when it is not there, a problem when it is there and another one."""
     if isinstance(facts, ManifestFacts):
         if facts.pixels_from:
@@ -144,8 +147,10 @@ def _ask_teacher(
 ) -> Agreement | None:  # fmt: skip
     config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
     if not is_at_hand(config):
-        notes.append(f"the teacher was not asked: its weights ({config.weights or 'pretrained'}) are not at hand; "
-                     "give TEACHER_WEIGHTS=file.safetensors")  # fmt: skip
+        notes.append(
+            f"the teacher was not asked: its weights ({config.weights or 'pretrained'}) are not at hand; "
+            "give TEACHER_WEIGHTS=file.safetensors"
+        )
         return None
     if (examiner.shares and examiner.pixels is None) or (examiner.source is None and examiner.views.pixels != "baked"):
         return None  # a note has said why

@@ -91,8 +91,13 @@ def choose(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarg
         UserError: too few views, no codec meets the target, or a KL target with a head that features do not determine.
     """
     if len(features) < MIN_VIEWS:
-        raise UserError("too few images to choose a codec by", got=f"{len(features)} images", expected=MIN_VIEWS,
-                        where="CODEC=auto", fix="name a codec: CODEC=int8")  # fmt: skip
+        raise UserError(
+            "too few images to choose a codec by",
+            got=f"{len(features)} images",
+            expected=MIN_VIEWS,
+            where="CODEC=auto",
+            fix="name a codec: CODEC=int8",
+        )
     judged = torch.arange(len(features)) % 3 == 2
     head = _head(teacher, features[:2], logits[:2], needed=target.metric == "kl")
     held_out = features[judged]
@@ -328,8 +333,12 @@ def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> boo
     if not (root / MARK).exists():
         # A repair takes the file of a damaged state away, and the same fit is made again.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
-            raise UserError("the cache was begun with a codec that is not fitted", got=_preset(config), where=root,
-                            fix="give the CODEC= it was made with, or choose another CACHE=")  # fmt: skip
+            raise UserError(
+                "the cache was begun with a codec that is not fitted",
+                got=_preset(config),
+                where=root,
+                fix="give the CODEC= it was made with, or choose another CACHE=",
+            )
         return False
     kept = read_mark(root)
     return planned or (kept.preset, kept.teacher) == (_preset(config), teacher.spec.weights_sha256)

@@ -216,8 +216,16 @@ def _check_space(config: CacheTeacherConfig, job: Job) -> None:
     missing = sum(map(_views, units))
     if not missing:
         return
-    found = probe(config, stage.source, stage.teacher, stage.codec, stage.logit_codec, stage.device,
-                  num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES)  # fmt: skip
+    found = probe(
+        config,
+        stage.source,
+        stage.teacher,
+        stage.codec,
+        stage.logit_codec,
+        stage.device,
+        num_views=PROBE_IMAGES,
+        pixel_images=4 * PROBE_IMAGES,
+    )
     needed = sum(sum(found.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
     check_space(stage.root, missing, needed)
     print(f"{missing:,} views to make, about {needed / missing:,.0f} bytes each, {needed / 1e9:.2f} GB", flush=True)
@@ -343,8 +351,10 @@ def _teacher_top1(config: CacheTeacherConfig, stage: Stage, sample: int | None =
 
 def _say_what_it_is(root: Path, manifest: Manifest) -> None:
     top1, sizes = teacher_accuracy(manifest.teacher), manifest.bytes_per_view
-    close = "; ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
-                      for name, row in manifest.fidelity.items())  # fmt: skip
+    close = "; ".join(
+        f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
+        for name, row in manifest.fidelity.items()
+    )
     skipped = manifest.fingerprint_fields["data"]["samples"] - manifest.num_samples
     print(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, "

@@ -149,9 +149,18 @@ def make_plan(
         versions=library_versions(),
     )
     stage = Stage(
-        root, config.cache.backend, facts.fingerprint, source, config.views, teacher, codec, logit_codec,
-        config.teacher.batch_size, process.device, library_versions(),
-    )  # fmt: skip
+        root,
+        config.cache.backend,
+        facts.fingerprint,
+        source,
+        config.views,
+        teacher,
+        codec,
+        logit_codec,
+        config.teacher.batch_size,
+        process.device,
+        library_versions(),
+    )
     return joined(_job(stage, Plan(facts=facts)), config.cache)
 
 
@@ -220,7 +229,7 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
 
 
 def _class_likeness(source: Source | PixelCache) -> list[float]:
-    """How often neighbouring images are of one class, and any two (`order.py`): what training mixes against."""
+    """How often neighboring images are of one class, and any two (`order.py`): what training mixes against."""
     if isinstance(source, PixelCache):
         return list(source.cache.manifest.data.get("class_likeness", (1.0, 1.0)))
     found = likeness(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))

@@ -26,7 +26,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.background import Behind, CommitQueue
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.fidelity_summary import summarise
+from scalekd_cache.store.fidelity_summary import summarize
 from scalekd_cache.store.image_digests import ImageFiles
 from scalekd_cache.store.unit import UnitWriter
 
@@ -130,7 +130,7 @@ def fill_unit(
     except BaseException:
         writer.abort()
         raise
-    return writer, summarise(figures)
+    return writer, summarize(figures)
 
 
 def _batches(
@@ -158,9 +158,14 @@ def _on_device(images: Tensor, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def _append_batch(
-    stage: Stage, writer: UnitWriter, number: int, batch: Sequence[Drawn], views: Sequence[DrawnView],
-    output: TeacherOutput, figures: dict[str, list[float]],
-) -> None:  # fmt: skip
+    stage: Stage,
+    writer: UnitWriter,
+    number: int,
+    batch: Sequence[Drawn],
+    views: Sequence[DrawnView],
+    output: TeacherOutput,
+    figures: dict[str, list[float]],
+) -> None:
     """What the teacher said of a view of some images, encoded and appended; `figures` gathers fidelity a view."""
     _check_finite(output.features, output.logits, batch, number)
     seeds = torch.tensor([dither_seed(item.sample.key, number) for item in batch])

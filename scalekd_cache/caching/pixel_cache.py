@@ -80,8 +80,12 @@ def open_pixels(config: CacheTeacherConfig) -> PixelCache:
     assert config.cache.pixels_from is not None
     root = Path(config.cache.pixels_from)
     if root.resolve() == Path(config.cache.path).resolve():
-        raise UserError("a cache cannot share its own pixels", got=f"PIXELS_FROM={root}", where=config.cache.path,
-                        fix="give the new cache a folder of its own with CACHE=")  # fmt: skip
+        raise UserError(
+            "a cache cannot share its own pixels",
+            got=f"PIXELS_FROM={root}",
+            where=config.cache.path,
+            fix="give the new cache a folder of its own with CACHE=",
+        )
     cache = open_pixel_cache(root)
     kept, asked = cache.manifest.view_recipe, to_plain(config.views)
     different = [name for name in asked if kept.get(name) != asked[name]]

@@ -160,7 +160,7 @@ class Drawing(Dataset[Drawn]):
 
 
 class SharedViews(Dataset[list[Drawn]]):
-    """Takes the views of some neighbouring images from another cache; neither images nor augmentation are needed."""
+    """Takes the views of some neighboring images from another cache; neither images nor augmentation are needed."""
 
     def __init__(self, pixels: PixelCache, config: ViewConfig, units: Sequence[Unit]) -> None:
         self.pixels = pixels
@@ -218,7 +218,7 @@ def _places(source: Source, units: Sequence[Unit], claims: Iterator[int]) -> Ite
 
 
 def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:
-    """(unit number, positions in the pixel cache) of the claimed units, some neighbours at a time."""
+    """(unit number, positions in the pixel cache) of the claimed units, some neighbors at a time."""
     for number in claims:
         records = pixels.records(units[number].views[0], units[number].range_id)
         for start in range(records.start, max(records.stop, records.start + 1), span):

@@ -125,8 +125,16 @@ def _small_units(
         writer, figures = fill_unit(stage, unit, iter(drawn))
         writer.commit(figures)
     teacher_s = (time.perf_counter() - started) / (len(drawn) * len(views))
-    with UnitWriter(stage.root, backend=stage.backend, group=0, range_id=1, start=0, stop=1, views=views,
-                    fingerprint=stage.fingerprint) as writer:  # fmt: skip
+    with UnitWriter(
+        stage.root,
+        backend=stage.backend,
+        group=0,
+        range_id=1,
+        start=0,
+        stop=1,
+        views=views,
+        fingerprint=stage.fingerprint,
+    ) as writer:
         writer.skip("none", "none")
         writer.commit({})
     full, full_json = _parts(stage.root, 0)

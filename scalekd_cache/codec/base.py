@@ -35,8 +35,8 @@ class FeatureMap(NamedTuple):
 def feature_norms(features: Tensor) -> Tensor:
     """L2 norms over channels at every position: (B, C, H, W) -> (B, 2, H, W) float32, raw and mean-removed."""
     features = features.float()
-    centred = features - features.mean(dim=(2, 3), keepdim=True)
-    return torch.stack((features.square().sum(1).sqrt(), centred.square().sum(1).sqrt()), dim=1)
+    centered = features - features.mean(dim=(2, 3), keepdim=True)
+    return torch.stack((features.square().sum(1).sqrt(), centered.square().sum(1).sqrt()), dim=1)
 
 
 class FeatureCodec(ABC):

@@ -28,7 +28,7 @@ ESCAPE_BYTES = 6
 
 
 class Segment(NamedTuple):
-    """Neighbouring symbols of one class."""
+    """Neighboring symbols of one class."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
     """Symbols."""

@@ -1,6 +1,6 @@
 """Cuts symbols that are sorted by variance into the classes of `blocks.py`.
 
-In: symbols of some views. Out: classes. Invariant: neighbours share a class where a table of its own costs more than
+In: symbols of some views. Out: classes. Invariant: neighbors share a class where a table of its own costs more than
 it saves; costs are those of Huffman codes, which is what the lossless stage uses.
 """
 
@@ -21,7 +21,7 @@ ESCAPE_BITS = 40
 
 
 def classes(symbols: Tensor) -> list[Segment]:
-    """(N, n) int64 symbols in order -> classes; neighbours merge while a table costs more than it saves."""
+    """(N, n) int64 symbols in order -> classes; neighbors merge while a table costs more than it saves."""
     edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
     bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
     costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}

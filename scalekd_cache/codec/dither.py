@@ -1,4 +1,4 @@
-"""Dither: numbers between -1/2 and 1/2, the same for writer and reader, that make quantisation unbiased.
+"""Dither: numbers between -1/2 and 1/2, the same for writer and reader, that make quantization unbiased.
 
 In: a seed a record. Out: one number a coefficient. Invariant: a function of (seed, position), the same on every
 device; over all seeds each position takes every level of the table equally often, so its mean is zero exactly, and any

@@ -23,8 +23,8 @@ def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:
     """Cosines between two maps (B, C, H, W); a token that is zero in both counts as equal."""
     assert original.shape == decoded.shape, (original.shape, decoded.shape)
     original, decoded = original.double(), decoded.double()
-    centred = [maps - maps.mean(dim=(2, 3), keepdim=True) for maps in (original, decoded)]
-    return Fidelity(_token_cosine(original, decoded), _token_cosine(*centred))
+    centered = [maps - maps.mean(dim=(2, 3), keepdim=True) for maps in (original, decoded)]
+    return Fidelity(_token_cosine(original, decoded), _token_cosine(*centered))
 
 
 def _token_cosine(a: "Tensor", b: "Tensor") -> "Tensor":

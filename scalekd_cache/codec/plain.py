@@ -19,7 +19,7 @@ class _PlainCodec(RowCodec):
     """Whether a value is a difference from the mean of its channel, so that a large mean costs no precision."""
     dtype: torch.dtype
     half_step: float
-    """Half of the distance between neighbours, relative to the value."""
+    """Half of the distance between neighbors, relative to the value."""
     half_subnormal: float
     """Half of the smallest subnormal: the bound next to zero."""
 

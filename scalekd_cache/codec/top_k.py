@@ -2,7 +2,7 @@
 
 In: logits (B, K) float32. Out: a record each: k class numbers (uint32), k log-probabilities (float32), little-endian,
 most probable first. Invariant: what is kept is exact to float32, so the mass of the classes that are not kept is
-1 - sum(exp): a loss compares it with the student's mass on the same classes and never renormalises over fewer.
+1 - sum(exp): a loss compares it with the student's mass on the same classes and never renormalizes over fewer.
 """
 
 from collections.abc import Mapping

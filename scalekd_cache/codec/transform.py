@@ -1,4 +1,4 @@
-"""The transform coder: decorrelate, quantise everything with one step, keep what is left of the entropy.
+"""The transform coder: decorrelate, quantize everything with one step, keep what is left of the entropy.
 
 In and out: see `base.py`; fitted to a teacher by `transform_fit.fit`. A row: seed uint32, step doublings uint8, three
 zero bytes, norms float16 (2, H*W), then the symbols of `blocks.py`.
@@ -7,10 +7,10 @@ dither its mean over seeds is zero, so that gradients are unbiased.
 
 A token is divided by its stored mean-removed norm (the norm the loss divides by), the fitted mean is subtracted, and
 the grid goes through a 2-D DCT, whose frequencies fall into bands of like energy. Then the channels of a band:
-- *rotated*: a Karhunen-Loeve basis, and each coefficient through one uniform quantiser, dithered. Reverse
+- *rotated*: a Karhunen-Loeve basis, and each coefficient through one uniform quantizer, dithered. Reverse
   water-filling falls out: a component below the step costs next to nothing. A reader multiplies by a C x C matrix.
 - *predicted*: what the channels have in common goes into a few factors (whole numbers below 128), from which a matrix
-  of bytes predicts all channels; the difference goes through the quantiser, dithered. Whatever the prediction is, the
+  of bytes predicts all channels; the difference goes through the quantizer, dithered. Whatever the prediction is, the
   mean of what is decoded is the original. More bytes for the same error, but a CPU decodes wide maps much faster.
 Encoding runs on whole numbers carried in float64, where every sum is exact: symbols do not depend on device, batch or
 thread count.
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 HEAD = 8
 """Bytes before the norms."""
 FINE, BASIS, COARSE = 2.0**18, 2.0**20, 2.0**10
-"""Fixed-point steps a unit: of normalised values, of the DCT, and of values and matrix where factors are found."""
+"""Fixed-point steps a unit: of normalized values, of the DCT, and of values and matrix where factors are found."""
 GUARD = 2.0**-6
 """A token is divided by its mean-removed norm, but by no less than this part of its whole norm."""
 MAX_DOUBLINGS = 40
@@ -76,10 +76,17 @@ class TransformCodec(FeatureCodec):
         self._spans = list(itertools.pairwise([0, *state.bands.cumsum(0).tolist()]))
         table = dither_table(self.tokens * channels)
         self._encoding = {
-            "mean": state.mean, "frequencies": state.frequencies, "basis": state.basis, "analysis": state.analysis,
-            "loadings": state.loadings.double(), "units": state.units, "order": state.order, "dither": table,
-            "rows": fixed_point(dct_matrix(height), BASIS), "columns": fixed_point(dct_matrix(width), BASIS),
-        }  # fmt: skip
+            "mean": state.mean,
+            "frequencies": state.frequencies,
+            "basis": state.basis,
+            "analysis": state.analysis,
+            "loadings": state.loadings.double(),
+            "units": state.units,
+            "order": state.order,
+            "dither": table,
+            "rows": fixed_point(dct_matrix(height), BASIS),
+            "columns": fixed_point(dct_matrix(width), BASIS),
+        }
         same = ("basis", "units", "rows", "columns", "dither")
         self._decoding = {name: self._encoding[name].float() for name in same}
         self._decoding |= {
@@ -108,15 +115,15 @@ class TransformCodec(FeatureCodec):
         """As `FeatureCodec.encode`; `seeds` (B,) int64 below 2^32 choose the dither of each row (needed here)."""
         assert seeds is not None, "a dithered codec needs the seeds of its rows"
         halves, seeds = self.checked_norms(features).to(torch.float16), seeds.to(features.device)
-        factors, values = self.analyse(features, token_scales(halves.float()))
+        factors, values = self.analyze(features, token_scales(halves.float()))
         noise = dither(seeds, _on(self._encoding, features.device)["dither"], self.tokens * self.channels).double()
-        symbols, doublings = self._quantise(factors, values, noise)
+        symbols, doublings = self._quantize(factors, values, noise)
         head = torch.zeros(len(features), HEAD, dtype=torch.uint8, device=features.device)
         head[:, :4] = as_bytes(seeds[:, None])[:, :4]
         head[:, 4] = doublings.to(torch.uint8)
         return torch.cat((head, as_bytes(halves.flatten(1)), split_symbols(symbols.long(), self.segments)), dim=1)
 
-    def analyse(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
+    def analyze(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) float32, token scales (B, T) -> factors (B, T * R), and what is dithered (B, T * C), in steps.
 
         float64, exact on a fixed grid. Components, or factors, are in `order`; differences band by band.
@@ -136,7 +143,7 @@ class TransformCodec(FeatureCodec):
         return torch.cat(factors, dim=1).reshape(batch, self.factors)[:, table["order"]], residuals.flatten(1)
 
     def spectrum(self, features: Tensor, scales: Tensor) -> Tensor:
-        """The DCT of normalised tokens less their mean, (B, T, C) float64: [:, 0] is the DC coefficient."""
+        """The DCT of normalized tokens less their mean, (B, T, C) float64: [:, 0] is the DC coefficient."""
         table, batch = _on(self._encoding, features.device), len(features)
         tokens = features.permute(0, 2, 3, 1).reshape(batch, self.tokens, self.channels).double()
         unit = torch.where(scales > 0, scales, 1.0).double()[..., None]
@@ -146,7 +153,7 @@ class TransformCodec(FeatureCodec):
         grid = fixed_point(torch.matmul(table["rows"], grid), FINE).view(batch * self.height, self.width, self.channels)
         return fixed_point(torch.matmul(table["columns"], grid), FINE).view(batch, self.tokens, self.channels)
 
-    def _quantise(self, factors: Tensor, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def _quantize(self, factors: Tensor, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Float64 -> symbols (B, T * R + T * C) and how often the step was doubled (B,)."""
         doublings = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         while True:
@@ -156,7 +163,7 @@ class TransformCodec(FeatureCodec):
             if bool(fit.all()):
                 return symbols, doublings
             doublings += (~fit).long()
-            assert int(doublings.max()) <= MAX_DOUBLINGS, "normalised tokens are bounded"
+            assert int(doublings.max()) <= MAX_DOUBLINGS, "normalized tokens are bounded"
 
     def decode(self, codes: Tensor) -> FeatureMap:
         """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""

@@ -117,9 +117,16 @@ def _start(shape: tuple[int, int, int]) -> TransformState:
     channels, tokens = shape[0], shape[1] * shape[2]
     eye = torch.eye(channels, dtype=torch.float64)[None]
     state = TransformState(
-        mean=eye[0, 0] * 0, frequencies=torch.arange(tokens), bands=torch.tensor([tokens]), basis=eye,
-        analysis=eye, loadings=eye, units=eye, order=eye, segments=eye,
-    )  # fmt: skip
+        mean=eye[0, 0] * 0,
+        frequencies=torch.arange(tokens),
+        bands=torch.tensor([tokens]),
+        basis=eye,
+        analysis=eye,
+        loadings=eye,
+        units=eye,
+        order=eye,
+        segments=eye,
+    )
     return _sized(_empty_factors(state), shape)
 
 
@@ -202,7 +209,7 @@ def _scales(features: Tensor) -> Tensor:
 
 
 def _mean(features: Tensor) -> Tensor:
-    """(C,) float64: mean normalised token."""
+    """(C,) float64: mean normalized token."""
     total, count = torch.zeros(features.shape[1], dtype=torch.float64), 0
     for batch in torch.split(features, BATCH):
         scales = _scales(batch)
@@ -216,7 +223,7 @@ def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
     """The state with components, or frequencies of a band and factors, by falling variance, cut into classes."""
     few = features[:: -(-len(features) // ORDER_VIEWS)]
     state, count = codec.state, codec.tokens * codec.channels
-    found = [codec.analyse(batch, _scales(batch)) for batch in torch.split(few, BATCH)]
+    found = [codec.analyze(batch, _scales(batch)) for batch in torch.split(few, BATCH)]
     factors, values = (torch.cat(part) for part in zip(*found, strict=True))
     seeds = torch.arange(len(few)) * 0x9E3779B1 % 2**32
     noise = dither(seeds, dither_table(count), count)

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
 FILE = "codec.safetensors"
 MAX_STATE_BYTES = 1 << 30
 STORED = {
-    "mean": torch.float32, "frequencies": torch.int32, "bands": torch.int32, "basis": torch.float32,
-    "analysis": torch.float32, "loadings": torch.int8, "units": torch.float32, "order": torch.int32,
+    "mean": torch.float32,
+    "frequencies": torch.int32,
+    "bands": torch.int32,
+    "basis": torch.float32,
+    "analysis": torch.float32,
+    "loadings": torch.int8,
+    "units": torch.float32,
+    "order": torch.int32,
     "segments": torch.int32,
-}  # fmt: skip
+}
 """Tensors of the file, in the order of `TransformState`."""
 MAX_TOKENS = 1024
 """Larger grids would overflow the exact sums."""
@@ -42,7 +48,7 @@ class TransformState(NamedTuple):
     """
 
     mean: Tensor
-    """(C,) float64: mean normalised token, a multiple of 1 / FINE."""
+    """(C,) float64: mean normalized token, a multiple of 1 / FINE."""
     frequencies: Tensor
     """(T,) int64: frequencies (row by row of the DCT's grid) in the order of records, 0 first, bands one by one."""
     bands: Tensor
@@ -54,7 +60,7 @@ class TransformState(NamedTuple):
     loadings: Tensor
     """(G, R, C) int64, -127 to 127: what a factor adds to each channel, in `units`."""
     units: Tensor
-    """(G, C) float64, powers of two, in quantiser steps."""
+    """(G, C) float64, powers of two, in quantizer steps."""
     order: Tensor
     """(T * (P + R),) int64: components or factors (place in `frequencies` * how many + which) by falling variance."""
     segments: Tensor

@@ -1,4 +1,4 @@
-"""Options of stage 2: student, method, optimisation, training.
+"""Options of stage 2: student, method, optimization, training.
 
 In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per owner.
 Invariant: a configuration that exists is valid on its own.
@@ -140,7 +140,7 @@ class TrainConfig:
     label_smoothing: float = 0.0
     """Label smoothing of ce (bce has none)."""
     sync_bn: bool = False
-    """Synchronise the student's BatchNorm over all processes (upstream's traditional ResNet; GPUs only)."""
+    """Synchronize the student's BatchNorm over all processes (upstream's traditional ResNet; GPUs only)."""
     targets: Literal["cached", "live", "none"] = "cached"
     """cached: from the cache; live: from the teacher run beside the student; none: labels only."""
     zero: Literal[0, 1, 2, 3] = 0
@@ -152,11 +152,11 @@ class TrainConfig:
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights; evaluated and exported when on (0: off)."""
     seed: int = 0
-    """Seed of initialisation, order and regularisation."""
+    """Seed of initialization, order and regularization."""
     shuffle_block: int = 64
-    """Neighbouring samples that are read together."""
+    """Neighboring samples that are read together."""
     shuffle_window: int | None = None
-    """Blocks whose samples are mixed with each other (None: 64, more where neighbouring images are of one class)."""
+    """Blocks whose samples are mixed with each other (None: 64, more where neighboring images are of one class)."""
     workers: int = 0
     """Loader worker processes, per rank (0: in the main process)."""
     log_every: int = 10
@@ -175,8 +175,16 @@ class TrainConfig:
     """Epochs between two evaluations (the last epoch is always evaluated)."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "global_batch_size", "micro_batch_size", "shuffle_block", "log_every",
-                     "checkpoint_epochs", "keep_checkpoints", "eval_epochs"):  # fmt: skip
+        for name in (
+            "epochs",
+            "global_batch_size",
+            "micro_batch_size",
+            "shuffle_block",
+            "log_every",
+            "checkpoint_epochs",
+            "keep_checkpoints",
+            "eval_epochs",
+        ):
             require(getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
         for name in ("views", "shuffle_window"):
             require(getattr(self, name) is None or getattr(self, name) > 0, f"train.{name}", getattr(self, name), "> 0")
@@ -230,7 +238,7 @@ class DistillConfig:
         require(self.follow_timeout_minutes > 0, "follow_timeout_minutes", self.follow_timeout_minutes, "> 0")
         if self.student.grad_checkpointing and self.train.sync_bn:
             raise UserError(
-                "synchronised BatchNorm and activation checkpointing do not go together: a recomputation would "
+                "synchronized BatchNorm and activation checkpointing do not go together: a recomputation would "
                 "exchange statistics between processes in the middle of a backward pass",
                 got="train.sync_bn=true with student.grad_checkpointing=true",
                 expected="one of them",

@@ -40,6 +40,11 @@ def parse_target(text: str) -> CodecTarget:
     except ValueError:
         value = math.nan
     if not low < value < high:
-        raise UserError("bad value of a codec target", got=text, expected=f"a number above {low:g} and below {high:g}",
-                        where="cache.codec_target", fix=f"correct TARGET=, as in {example}")  # fmt: skip
+        raise UserError(
+            "bad value of a codec target",
+            got=text,
+            expected=f"a number above {low:g} and below {high:g}",
+            where="cache.codec_target",
+            fix=f"correct TARGET=, as in {example}",
+        )
     return CodecTarget(cast(Literal["ac-cosine", "kl", "bytes"], metric), value)

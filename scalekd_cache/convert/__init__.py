@@ -1,1 +1,1 @@
-"""The room convert."""
+"""Models that leave or enter: timm exports, other formats, upstream checkpoints."""

@@ -158,9 +158,14 @@ def _write_onnx(model: nn.Module, file: Path, images: Tensor) -> Callable[[Tenso
     import onnxruntime
 
     program = torch.onnx.export(
-        model, (images,), dynamo=True, input_names=["images"], output_names=["logits"], verbose=False,
+        model,
+        (images,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["logits"],
+        verbose=False,
         dynamic_shapes=({0: torch.export.Dim("batch", min=1, max=4096)},),
-    )  # fmt: skip
+    )
     assert program is not None
     program.save(str(file), external_data=False)
     onnx.checker.check_model(str(file))

@@ -131,8 +131,14 @@ def import_heads(
     return fit_tensors(mapped, heads.state_dict(), problems)
 
 
-def import_student(family: Family, state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], problems: Problems,
-                   left_out: list[str], prefix: str) -> dict[str, Tensor]:  # fmt: skip
+def import_student(
+    family: Family,
+    state: Mapping[str, Tensor],
+    wanted: Mapping[str, Tensor],
+    problems: Problems,
+    left_out: list[str],
+    prefix: str,
+) -> dict[str, Tensor]:
     """A timm state dict from `backbone.*` and `head.*`; `wanted` is the state dict of the model it goes into."""
     mapped = student_tensors(family, state)
     mapped = mapped._replace(

@@ -1,1 +1,1 @@
-"""The places images come from, one file per kind; `scalekd_cache.data.images` is the door."""
+"""Images and their labels, one file for each kind of source."""

@@ -35,14 +35,14 @@ CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
 class SampleRef(NamedTuple):
-    """One labelled image: its key (no dots, no whitespace, `/` allowed) and the index of its class."""
+    """One labeled image: its key (no dots, no whitespace, `/` allowed) and the index of its class."""
 
     key: str
     label: int
 
 
 class Source(Protocol):
-    """A labelled set of encoded images in a fixed, canonical order."""
+    """A labeled set of encoded images in a fixed, canonical order."""
 
     @property
     def name(self) -> str:

@@ -50,8 +50,8 @@ class DigitReader:
 
     def __call__(self, index: int) -> bytes:
         """PNG bytes of digit `index`."""
-        grey = np.round(self._digits[index] * (255 / 16)).astype(np.uint8)
-        large = Image.fromarray(grey).resize((DEMO_SIZE, DEMO_SIZE), Image.Resampling.BICUBIC)
+        gray = np.round(self._digits[index] * (255 / 16)).astype(np.uint8)
+        large = Image.fromarray(gray).resize((DEMO_SIZE, DEMO_SIZE), Image.Resampling.BICUBIC)
         return _png(large.convert("RGB"))
 
 

@@ -46,9 +46,12 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         text = read_file(path, what, MAX_LIST_BYTES).decode("utf-8-sig")
     except ValueError as error:
         raise UserError(
-            f"{what} cannot be read", got=error, expected="UTF-8, one name per line", where=path,
+            f"{what} cannot be read",
+            got=error,
+            expected="UTF-8, one name per line",
+            where=path,
             fix="write the file again",
-        ) from error  # fmt: skip
+        ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 

@@ -1,7 +1,7 @@
 """Labels of ImageNet's flat val/ folder from its devkit.
 
 In: image names, the sorted class folders of train/, the devkit folder. Out: one label an image.
-Invariant: a label comes from the number in the image's name, so a part of the validation set is labelled right too.
+Invariant: a label comes from the number in the image's name, so a part of the validation set is labeled right too.
 """
 
 import re

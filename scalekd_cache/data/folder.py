@@ -28,9 +28,17 @@ from scalekd_cache.errors import UserError, nearest
 
 LAYOUT = "train/<class>/*.jpg and val/<class>/*.jpg (or png, webp, tif, gif, bmp, ppm, avif, jp2)"
 SYSTEM_NAMES = frozenset(
-    {"__macosx", "@eadir", "thumbs.db", "ehthumbs.db", "desktop.ini", "lost+found", "$recycle.bin",
-     "system volume information"}
-)  # fmt: skip
+    {
+        "__macosx",
+        "@eadir",
+        "thumbs.db",
+        "ehthumbs.db",
+        "desktop.ini",
+        "lost+found",
+        "$recycle.bin",
+        "system volume information",
+    }
+)
 """Files and folders, in lower case, that operating systems add to a data set."""
 
 

@@ -22,8 +22,15 @@ from PIL import (
 
 __all__ = ["FORMATS", "IMAGE_SUFFIXES", "START_BYTES", "is_image_file", "is_image_name", "suffix_of"]
 
-_PLUGINS = (BmpImagePlugin, GifImagePlugin, JpegImagePlugin, PngImagePlugin, PpmImagePlugin, TiffImagePlugin,
-            WebPImagePlugin)  # fmt: skip
+_PLUGINS = (
+    BmpImagePlugin,
+    GifImagePlugin,
+    JpegImagePlugin,
+    PngImagePlugin,
+    PpmImagePlugin,
+    TiffImagePlugin,
+    WebPImagePlugin,
+)
 if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     importlib.import_module("PIL.AvifImagePlugin")
 

@@ -118,9 +118,11 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     for folder in beside:
         if same_text(folder) == same_text(str(root)):
             return UserError(
-                "DATA= names the folder in another Unicode form (NFC or NFD)", got=ascii(name), expected=ascii(folder),
+                "DATA= names the folder in another Unicode form (NFC or NFD)",
+                got=ascii(name),
+                expected=ascii(folder),
                 fix="let the shell complete the name, or rename the folder",
-            )  # fmt: skip
+            )
     return mistype(
         "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
     )
@@ -151,8 +153,8 @@ def image_digest(data: bytes) -> str:
 def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) uint8 RGB.
 
-    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit grey is scaled to 8;
-    CMYK is converted without a colour profile; of several frames the first counts.
+    EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8;
+    CMYK is converted without a color profile; of several frames the first counts.
 
     Raises:
         UnreadableImage: no bytes, not an image, truncated, no defined range of values, over `MAX_PIXELS`.
@@ -196,17 +198,17 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode.startswith("I") or image.mode == "F":
-        return _from_deep_grey(image, key)
+        return _from_deep_gray(image, key)
     if "transparency" in image.info or image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     return image.convert("RGB")
 
 
-def _from_deep_grey(image: Image.Image, key: str) -> Image.Image:
-    """16-bit grey to 8-bit RGB; wider integers and floats have no range that says what white is."""
+def _from_deep_gray(image: Image.Image, key: str) -> Image.Image:
+    """16-bit gray to 8-bit RGB; wider integers and floats have no range that says what white is."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" or low < 0 or high > 65535:
-        raise UnreadableImage(key, f"grey values {low} to {high} in mode {image.mode}, expected 8 or 16 bits")
+        raise UnreadableImage(key, f"gray values {low} to {high} in mode {image.mode}, expected 8 or 16 bits")
     return Image.fromarray(((values.astype(np.uint32) + 128) // 257).astype(np.uint8)).convert("RGB")

@@ -1,4 +1,4 @@
-"""WebDataset shards as a source: samples are neighbouring tar members with one key, an image and a .cls.
+"""WebDataset shards as a source: samples are neighboring tar members with one key, an image and a .cls.
 
 In: a folder with train and val tars, or a brace pattern of the train tars. Out: a `ListedSource` in tar order whose
 work units never span two tars. Invariant: every header is checked once at opening, and a tar that ends early, a
@@ -95,9 +95,11 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
     train_tars, tars = _find(root, "train"), _find(root, split)
     if not tars:
         raise UserError(
-            f"no tars for {split}", expected=f"{LAYOUT}, or a brace pattern with `train` in it", where=root,
+            f"no tars for {split}",
+            expected=f"{LAYOUT}, or a brace pattern with `train` in it",
+            where=root,
             fix=f"add the {split} tars",
-        )  # fmt: skip
+        )
     others: Counter[str] = Counter()
     samples = [_read_samples(tar, others) for tar in tars]
     _check_unique(tars, samples)
@@ -178,10 +180,10 @@ def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember])
     if not whole:
         what = "no .cls" if len(images) == 1 else f"{len(images)} images"
         raise _bad_sample(tar, stem, f"{what} among its members: {', '.join(sorted(members))}")
-    return _labelled(tar, descriptor, stem, members[images[0]], members["cls"])
+    return _labeled(tar, descriptor, stem, members[images[0]], members["cls"])
 
 
-def _labelled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMember) -> ShardSample:
+def _labeled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMember) -> ShardSample:
     text = _pread(descriptor, min(cls.size, MAX_CLS_BYTES + 1), cls.offset).strip()
     if not text.isdigit() or cls.size > MAX_CLS_BYTES or int(text) >= 2**31:
         raise _bad_sample(tar, stem, f"label {text!r}")
@@ -202,9 +204,9 @@ def _dotted(tar: str, stem: str, extension: str) -> UserError:
 
 def _bad_sample(tar: str, stem: str, got: str) -> UserError:
     return UserError(
-        f"a sample of a shard is not a labelled image: {stem}",
+        f"a sample of a shard is not a labeled image: {stem}",
         got=got,
-        expected="neighbouring members with one image (.jpg, .png, .webp, ...) and one .cls, a whole number in ASCII",
+        expected="neighboring members with one image (.jpg, .png, .webp, ...) and one .cls, a whole number in ASCII",
         where=tar,
         fix="write the shard again, with the members of a sample next to each other",
     )

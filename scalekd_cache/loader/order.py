@@ -3,7 +3,7 @@
 In: (num_samples, block, window, seed) and an epoch, a step, a rank. Out: positions in a view's canonical order.
 Invariant: pure functions. The global batch of a step does not depend on ranks, workers or on where training resumed.
 
-An epoch is a block shuffle: the blocks of `block` neighbouring samples are permuted, then the samples of every
+An epoch is a block shuffle: the blocks of `block` neighboring samples are permuted, then the samples of every
 `window` successive blocks are permuted together. Reads stay close together (a block is one contiguous read), a sample
 travels anywhere, and no array of the data set's size is made: memory is O(num_samples / block + block * window).
 """
@@ -20,9 +20,9 @@ from scalekd_cache.errors import UserError
 
 Ids = NDArray[np.int64]
 WINDOW = 64
-"""Blocks of a window where neighbouring samples have nothing to do with each other."""
-NEIGHBOURS = 64
-"""Samples that are closer than this count as neighbours."""
+"""Blocks of a window where neighboring samples have nothing to do with each other."""
+NEIGHBORS = 64
+"""Samples that are closer than this count as neighbors."""
 EXCESS = 0.1
 """How much more often than by chance two samples of a window may be of one class."""
 
@@ -34,33 +34,33 @@ class Order:
     num_samples: int
     """Samples of one view."""
     block: int
-    """Neighbouring samples that travel together between windows."""
+    """Neighboring samples that travel together between windows."""
     window: int
     """Blocks whose samples are mixed with each other."""
     seed: int
 
 
 class Likeness(NamedTuple):
-    """How much alike neighbouring samples are."""
+    """How much alike neighboring samples are."""
 
-    neighbours: float
-    """Share of pairs of neighbours that are of one class."""
+    neighbors: float
+    """Share of pairs of neighbors that are of one class."""
     chance: float
     """The same of any two samples."""
 
 
 def likeness(labels: Ids) -> Likeness:
-    """Classes of neighbours in a canonical order; labels (N,) int64.
+    """Classes of neighbors in a canonical order; labels (N,) int64.
 
-    Pairs count as often as a block of `NEIGHBOURS` samples holds their distance.
+    Pairs count as often as a block of `NEIGHBORS` samples holds their distance.
     """
     count = len(labels)
     if count < 2:
         return Likeness(1.0, 1.0)
     sizes = np.bincount(labels).astype(np.float64)
     chance = float((sizes * (sizes - 1)).sum() / (count * (count - 1.0)))
-    distances = range(1, min(NEIGHBOURS, count))
-    weights = [NEIGHBOURS - distance for distance in distances]
+    distances = range(1, min(NEIGHBORS, count))
+    weights = [NEIGHBORS - distance for distance in distances]
     same = [float(np.mean(labels[distance:] == labels[:-distance])) for distance in distances]
     return Likeness(float(np.average(same, weights=weights)), chance)
 
@@ -68,13 +68,13 @@ def likeness(labels: Ids) -> Likeness:
 def mixing_window(num_samples: int, block: int, found: Likeness) -> int:
     """Blocks of a window, at least `WINDOW`, so that its samples are of one class hardly more often than by chance.
 
-    Of two samples of a window of w blocks of b, (b - 1) / (w b - 1) come from one block, where `found.neighbours` are
+    Of two samples of a window of w blocks of b, (b - 1) / (w b - 1) come from one block, where `found.neighbors` are
     of one class. Windows are of equal size, because a short one at the end would be mixed less; the whole data set is
     one window where that is not enough.
     """
     if found.chance == 0:
         return WINDOW
-    excess = max(0.0, found.neighbours - found.chance) / found.chance
+    excess = max(0.0, found.neighbors - found.chance) / found.chance
     needed = math.ceil((1 + (block - 1) * excess / EXCESS) / block)
     if needed <= WINDOW:
         return WINDOW

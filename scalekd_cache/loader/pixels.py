@@ -1,4 +1,8 @@
-"""TODO docstring of scalekd_cache/loader/pixels.py."""
+"""Pixels and features of one stored record.
+
+In: a record of a cache. Out: its uint8 pixels, decoded or replayed; its feature map, decoded.
+Invariant: nothing is returned that does not belong to the record.
+"""
 
 from collections.abc import Mapping, Sequence
 

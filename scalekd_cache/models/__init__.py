@@ -1,1 +1,1 @@
-"""The room models."""
+"""Teachers and their tails, students, weights, evaluation."""

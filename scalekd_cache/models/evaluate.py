@@ -49,7 +49,7 @@ class Tally(NamedTuple):
 
 
 class ValidationImages(Dataset[Example]):
-    """Centre views (3, size, size) uint8 with labels; None for an image that cannot be decoded."""
+    """Center views (3, size, size) uint8 with labels; None for an image that cannot be decoded."""
 
     def __init__(self, source: Source, size: int) -> None:
         self.source = source
@@ -110,7 +110,7 @@ def evaluate(
     Args:
         predict: (B, 3, size, size) uint8 on `device` -> logits (B, K).
         source: the validation split.
-        size: side of the centre view, pixels.
+        size: side of the center view, pixels.
         device: where `predict` runs.
         rank: this process.
         world_size: processes that share the work; the caller adds their tallies.

@@ -1,13 +1,13 @@
 """The student: any timm model, with its two last feature maps taken out of one plain pass.
 
-In: a `StudentConfig`; images (B, 3, H, W), float, already normalised. Out: `StudentOutput` (S3, S4, logits).
+In: a `StudentConfig`; images (B, 3, H, W), float, already normalized. Out: `StudentOutput` (S3, S4, logits).
 Invariant: logits are exactly `model(images)`, and `Student.model` is an untouched timm module: its state dict is what
 is exported.
 
 S3 and S4. Models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin): the ends of their last two stages, as timm's
 `feature_info` names them. Models of one resolution (ViT): the block that ends the third quarter and the last block,
 patch tokens only. Mixer: the third block from the end and the last. S4 of ViT, Swin and ConvNeXt is taken after the
-model's final norm (on every position, where timm normalises after pooling); all else is taken without a norm. These
+model's final norm (on every position, where timm normalizes after pooling); all else is taken without a norm. These
 are upstream's choices where its code shows them (docs/METHOD.md).
 
 The maps are picked up by hooks while the model is called as a whole. Calling its parts by hand would miss what ZeRO 3
@@ -34,11 +34,11 @@ from scalekd_cache.models.teacher_spec import Shape
 from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
 
 POOLED_VIT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-"""No class token; the final norm on every token, then their mean (timm's default pools first, then normalises)."""
+"""No class token; the final norm on every token, then their mean (timm's default pools first, then normalizes)."""
 MOBILENET_FORM: dict[str, Any] = {"act_layer": "relu"}
 """ReLU, where timm's default is ReLU6."""
 CONVNEXT_FORM: dict[str, Any] = {"head_norm_first": True}
-"""The final norm on every position, then their mean (timm's default pools first, then normalises)."""
+"""The final norm on every position, then their mean (timm's default pools first, then normalizes)."""
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv1": ("mobilenetv1_100", MOBILENET_FORM),
     "resnet50": ("resnet50", {}),
@@ -159,7 +159,7 @@ class Student(nn.Module):
         self.tap_shapes = self._probe(image_size)
 
     def forward(self, images: Tensor) -> StudentOutput:
-        """(B, 3, H, W) normalised images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
+        """(B, 3, H, W) normalized images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
         with self._first_pass() if self._first_pass is not None else nullcontext():
             s3, s4, logits = self._tapped(images)
         if self._first_pass is not None:

@@ -4,7 +4,7 @@ In: a timm model of a known family. Out: a `Tail`, (B, C3, H3, W3) ->
 (B, C, H, W). Invariant: fed with the teacher's own stage-3 map (and prefix tokens), a tail gives the teacher's
 features; its parameters never change and it never leaves eval mode.
 
-The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalise after pooling: `norm` is the identity
+The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalize after pooling: `norm` is the identity
 and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT and Hiera: `head.norm` at
 every position. The logits are the model's own in all cases.
 """

@@ -62,7 +62,7 @@ def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor) -> Taps:
 
 
 class Teacher(nn.Module):
-    """A frozen timm model with its normalisation.
+    """A frozen timm model with its normalization.
 
     Args:
         model: timm model of a family in `tail.FAMILIES`.
@@ -86,7 +86,7 @@ class Teacher(nn.Module):
         """Stays in eval mode: a target must not depend on the teacher's drop path."""
         return self
 
-    def normalise(self, images: Tensor) -> Tensor:
+    def normalize(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 to float32 with the teacher's own mean and standard deviation, on the teacher's device."""
         size = self.spec.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
@@ -102,7 +102,7 @@ class Teacher(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
         """(B, 3, H, W) uint8 images to features and logits, float32."""
-        x = self.normalise(images)
+        x = self.normalize(images)
         half = self.precision == "bfloat16" or (self.precision == "auto" and x.is_cuda)
         with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
             taps = run_with_taps(self.model, self.parts, x)
@@ -274,7 +274,7 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
         images: (B, 3, H, W) uint8.
     """
     spec, parts = teacher.spec, teacher.parts
-    x = teacher.normalise(images)
+    x = teacher.normalize(images)
     with torch.autocast(x.device.type, enabled=False):
         taps = run_with_taps(teacher.model, parts, x)
         expected = features_of(parts, taps.after, spec.feature_shape[1:])

@@ -55,9 +55,13 @@ def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence
         best = _assigned(labels, guesses, len(class_names))
         named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
         raise _other_order(
-            teacher, hits, int(fitted.sum()), count, f"an order that fits half of the images ({named:.100} ...)",
+            teacher,
+            hits,
+            int(fitted.sum()),
+            count,
+            f"an order that fits half of the images ({named:.100} ...)",
             "SET=data.classes=FILE with one class name per line, in the order the teacher was trained with",
-        )  # fmt: skip
+        )
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
             "the teacher's accuracy is near chance",

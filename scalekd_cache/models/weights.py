@@ -39,8 +39,11 @@ def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
     wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if not (missing or surplus or wrong):
         return
-    lines = [f"{len(names)} {what}: {', '.join(names[:8])}" for what, names in
-             (("missing", missing), ("surplus", surplus)) if names]  # fmt: skip
+    lines = [
+        f"{len(names)} {what}: {', '.join(names[:8])}"
+        for what, names in (("missing", missing), ("surplus", surplus))
+        if names
+    ]
     lines += [f"{name} is {found[name]}, the model has {wanted[name]}" for name in wrong[:8]]
     raise UserError(
         "the weights in this file do not fit the model",

@@ -1,1 +1,1 @@
-"""The room planning."""
+"""Forecasts of bytes, time, memory and FLOPs before anything is made."""

@@ -215,8 +215,11 @@ def report(costs: PairCosts) -> str:
     for part in (costs.student, *costs.heads, costs.teacher):
         figures = (part.params / 1e6, part.forward / 1e9, part.backward / 1e9, part.total / 1e9)
         lines.append(f"| {part.name} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |")
-    lines += ["", f"heads together {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
-              f"parameters; offline over online at most {costs.ceiling:.2f}x"]  # fmt: skip
+    lines += [
+        "",
+        f"heads together {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
+        f"parameters; offline over online at most {costs.ceiling:.2f}x",
+    ]
     return "\n".join(lines)
 
 
@@ -274,9 +277,10 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         s3, s4, logits = student(torch.zeros(batch, 3, size, size, device=device))
         height, width = teacher.tail_out[1:]
         targets = Targets(
-            torch.ones(batch, *teacher.tail_out, device=device), torch.ones(batch, 2, height, width, device=device),
+            torch.ones(batch, *teacher.tail_out, device=device),
+            torch.ones(batch, 2, height, width, device=device),
             torch.ones(batch, num_classes, device=device),
-        )  # fmt: skip
+        )
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         maps = heads(s3, s4, teacher.tail)
         total = distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total

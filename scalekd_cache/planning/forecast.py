@@ -2,7 +2,7 @@
 
 In: options of stage 1 and of training, how many students, a kind of GPU. Out: a `Forecast`.
 Invariant: bytes are measured on a small real unit (`probe.py`), FLOPs and the memory of a step are counted on the real
-modules (meta device); what is assumed (utilisation) or not at hand (a teacher's weights) is said beside the figure.
+modules (meta device); what is assumed (utilization) or not at hand (a teacher's weights) is said beside the figure.
 """
 
 import dataclasses
@@ -37,7 +37,7 @@ from scalekd_cache.models.tail import tail_tensors
 from scalekd_cache.models.teacher import Teacher, load_teacher, teacher_classes
 from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.planning.costs import meta_teacher, pair_costs, step_memory
-from scalekd_cache.planning.gpus import FORWARD_UTILISATION, TRAINING_UTILISATION, Gpu, gpu_of
+from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +63,7 @@ class Forecast:
     free_bytes: int
     gpu: str
     teacher_gpu_hours: float
-    """Stage 1, from FLOPs, the table of GPUs and the assumed utilisation."""
+    """Stage 1, from FLOPs, the table of GPUs and the assumed utilization."""
     teacher_s_per_view_here: float | None
     """Measured on this machine: teacher, codec and store (None: the teacher is not at hand)."""
     draw_s_per_view: float
@@ -130,7 +130,7 @@ def describe(plan: Forecast) -> str:
         *(f"  {row['change']:<30}{_size(row['bytes']):>14}{row['gpu_hours']:>12.3g}" for row in plan.alternatives),
         "",
         f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet), of which "
-        f"the teacher is assumed to reach {FORWARD_UTILISATION:.0%} and training {TRAINING_UTILISATION:.0%}; "
+        f"the teacher is assumed to reach {FORWARD_UTILIZATION:.0%} and training {TRAINING_UTILIZATION:.0%}; "
         "FLOPs as in docs/COSTS.md",
     ]
     if plan.teacher_s_per_view_here is not None:
@@ -236,8 +236,8 @@ def forecast(
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
         assumptions={
             "peak_tflops": card.peak_tflops,
-            "forward_utilisation": FORWARD_UTILISATION,
-            "training_utilisation": TRAINING_UTILISATION,
+            "forward_utilization": FORWARD_UTILIZATION,
+            "training_utilization": TRAINING_UTILIZATION,
         },
     )
 
@@ -262,8 +262,8 @@ def _times(
 ) -> _Times:
     """What GPUs take, from FLOPs."""
     costs = pair_costs(config.teacher.name, training.student.name, training.scalekd, config.views.size, classes)
-    forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILISATION)
-    step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILISATION)
+    forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILIZATION)
+    step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILIZATION)
     student_h = sizes.images * epochs * step_s / 3600
     return _Times(
         forward_s=forward_s,

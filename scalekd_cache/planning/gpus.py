@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 from scalekd_cache.errors import mistype
 
-FORWARD_UTILISATION = 0.35
+FORWARD_UTILIZATION = 0.35
 """Assumed share of the peak that a teacher's forward pass reaches."""
-TRAINING_UTILISATION = 0.25
+TRAINING_UTILIZATION = 0.25
 """Assumed share of the peak that a training step reaches."""
 
 

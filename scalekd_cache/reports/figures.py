@@ -1,7 +1,7 @@
 """The figures of reports: numbers in, SVG out.
 
 In: series, counts, matrices. Out: `Picture`s with a text for those who do not see them.
-Invariant: the same numbers give the same bytes; series differ by colour (Okabe and Ito's, which colour-blind readers
+Invariant: the same numbers give the same bytes; series differ by color (Okabe and Ito's, which color-blind readers
 can tell apart), by line style and by their names.
 """
 
@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scalekd_cache.reports.page import Picture, data_uri
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 MAX_POINTS = 400
 """Points of a curve; longer ones are averaged."""
@@ -48,7 +48,7 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
     for number, one in enumerate(series):
         x, y = _thinned(one.x), _thinned(one.y)
         marker = "o" if len(x) < 12 else None
-        axes.plot(x, y, color=COLOURS[number % 7], linestyle=STYLES[number % 7], label=plain(one.name), marker=marker,
+        axes.plot(x, y, color=COLORS[number % 7], linestyle=STYLES[number % 7], label=plain(one.name), marker=marker,
                   markersize=3.5, linewidth=1.6)  # fmt: skip
     axes.set_xlabel(x_name)
     axes.set_ylabel(y_name)
@@ -67,13 +67,13 @@ def histogram(
     """How values are distributed, with one of them marked by name."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     figure, axes = _axes(2.6)
-    axes.hist(data, bins=min(40, max(8, len(data) // 8)), color=COLOURS[0], edgecolor="white", linewidth=0.4)
+    axes.hist(data, bins=min(40, max(8, len(data) // 8)), color=COLORS[0], edgecolor="white", linewidth=0.4)
     axes.locator_params(axis="x", nbins=3)
     axes.ticklabel_format(useOffset=False, axis="x")
     axes.set_xlabel(x_name)
     axes.set_ylabel(y_name)
     if mark is not None:
-        axes.axvline(mark[1], color=COLOURS[1], linestyle="--", label=f"{mark[0]} {mark[1]:.5f}")
+        axes.axvline(mark[1], color=COLORS[1], linestyle="--", label=f"{mark[0]} {mark[1]:.5f}")
         axes.legend(fontsize=9, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     text = f"{title}: {len(data)} values from {data.min():.5f} to {data.max():.5f}, median {np.median(data):.5f}."
     return _svg(figure, text, title)
@@ -84,8 +84,15 @@ def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Picture:
     figure, axes = _axes(1.7)
     left = 0.0
     for number, (name, size) in enumerate(parts.items()):
-        axes.barh(0, size, left=left, color=COLOURS[number % 7], edgecolor="white", label=f"{name} {size:,.0f}",
-                  hatch=("", "//", "..", "xx")[number % 4])  # fmt: skip
+        axes.barh(
+            0,
+            size,
+            left=left,
+            color=COLORS[number % 7],
+            edgecolor="white",
+            label=f"{name} {size:,.0f}",
+            hatch=("", "//", "..", "xx")[number % 4],
+        )
         left += size
     axes.set_yticks([])
     axes.set_xlabel(unit)
@@ -119,8 +126,16 @@ def scatter(points: Sequence[tuple[str, float, float]], x_name: str, y_name: str
     """Named points."""
     figure, axes = _axes(3.0)
     for number, (name, x, y) in enumerate(points):
-        axes.plot(x, y, marker="osD^vP*"[number % 7], color=COLOURS[number % 7], markersize=8, linestyle="",
-                  label=plain(name), alpha=0.8)  # fmt: skip
+        axes.plot(
+            x,
+            y,
+            marker="osD^vP*"[number % 7],
+            color=COLORS[number % 7],
+            markersize=8,
+            linestyle="",
+            label=plain(name),
+            alpha=0.8,
+        )
     axes.margins(0.25)
     axes.legend(fontsize=9, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.set_xlabel(x_name)
@@ -148,7 +163,7 @@ def _svg(figure: Any, alt: str, caption: str) -> Picture:
 
 
 def _thinned(values: Sequence[float]) -> NDArray[np.float64]:
-    """At most `MAX_POINTS` values: means of neighbours."""
+    """At most `MAX_POINTS` values: means of neighbors."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if len(data) <= MAX_POINTS:
         return data

@@ -1,6 +1,6 @@
-"""Views as cards: pixels, the stored map as colours, the teacher's own map beside it where it was asked.
+"""Views as cards: pixels, the stored map as colors, the teacher's own map beside it where it was asked.
 
-In: an open cache, views. Out: `Card`s for the page, all in the same colours.
+In: an open cache, views. Out: `Card`s for the page, all in the same colors.
 Invariant: what the teacher is shown is what the cache holds.
 """
 
@@ -16,7 +16,7 @@ from scalekd_cache.audit.records import Examiner
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.loader.pixels import decode_features
 from scalekd_cache.models.teacher import Teacher
-from scalekd_cache.reports.colours import Palette, fit_palette, overlay, paint
+from scalekd_cache.reports.colors import Palette, fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture
 from scalekd_cache.reports.views import BATCH, Look, pixels_of_view, read_one, scan
 from scalekd_cache.store.base import Record
@@ -29,9 +29,9 @@ class Card(NamedTuple):
     look: Look
     pixels: Picture | None
     stored: Picture
-    """The decoded map as colours over the pixels."""
+    """The decoded map as colors over the pixels."""
     fresh: Picture | None
-    """The teacher's own map, in the same colours."""
+    """The teacher's own map, in the same colors."""
     note: str
     """Why it is here, or how close the two maps are."""
 
@@ -72,7 +72,7 @@ def ask(
 
 
 class Gallery:
-    """Makes cards; all of a report in the same colours."""
+    """Makes cards; all of a report in the same colors."""
 
     def __init__(self, cache: Cache, examiner: Examiner, places: Sequence[tuple[int, int]], heard: Heard) -> None:
         self.cache, self.examiner, self.heard = cache, examiner, heard
@@ -97,8 +97,8 @@ class Gallery:
         fresh = self.heard.maps.get(look.place)
         return Card(
             look,
-            None if pixels is None else picture(pixels, f"The view {what}, labelled {look.label_name}: {look.words}"),
-            self._painted(self._map(look), pixels, f"The stored feature map of {what} as colours over its picture"),
+            None if pixels is None else picture(pixels, f"The view {what}, labeled {look.label_name}: {look.words}"),
+            self._painted(self._map(look), pixels, f"The stored feature map of {what} as colors over its picture"),
             None if fresh is None else self._painted(fresh, pixels, f"The teacher's own feature map of {what}"),
             note,
         )

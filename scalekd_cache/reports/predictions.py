@@ -135,8 +135,11 @@ def teacher_of_run(run: Path, weights: str | None, process: Process) -> Predict:
     manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
     config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
     if not is_at_hand(config) or not manifest.teacher["spec"]["has_classifier"]:
-        raise UserError("the teacher's weights are not at hand, or it has no classifier", where=config.weights,
-                        fix="give TEACHER_WEIGHTS=")  # fmt: skip
+        raise UserError(
+            "the teacher's weights are not at hand, or it has no classifier",
+            where=config.weights,
+            fix="give TEACHER_WEIGHTS=",
+        )
     teacher = load_cache_teacher(manifest, config, process.device)
     return lambda images: teacher(images).logits
 

@@ -196,7 +196,7 @@ def _differing(student: Verdict, teacher: Verdict, images: Images, names: list[s
         words = [
             f"{_name(names, verdict.classes[row])} ({verdict.percent[row]:.1f} %)" for verdict in (student, teacher)
         ]
-        shown = picture(images.pixels(row), f"The validation image {key}, labelled {label}")
+        shown = picture(images.pixels(row), f"The validation image {key}, labeled {label}")
         found.append(Differing(shown, key, label, *words))
     return found
 

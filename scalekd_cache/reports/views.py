@@ -122,11 +122,16 @@ def _look(record: Record, place: tuple[int, int], logits: NDArray[np.float32], n
     top = top_logits(logits, names)
     answers = [Answer(row["class"] or f"class {row['index']}", 100 * row["probability"]) for row in top]
     return Look(
-        key=record.key, view=place[0], position=place[1], label=record.label,
-        label_name=names[record.label] if known else f"class {record.label}", answers=answers,
+        key=record.key,
+        view=place[0],
+        position=place[1],
+        label=record.label,
+        label_name=names[record.label] if known else f"class {record.label}",
+        answers=answers,
         answered=top[0]["index"] if top and len(logits) == len(names) else None,
-        words=in_words(record_view(record)), digest=record.digest,
-    )  # fmt: skip
+        words=in_words(record_view(record)),
+        digest=record.digest,
+    )
 
 
 def pixels_of_view(examiner: Examiner, record: Record, place: tuple[int, int]) -> NDArray[np.uint8] | None:

@@ -1,1 +1,1 @@
-"""The room scalekd."""
+"""The method: projectors, heads and losses of ScaleKD."""

@@ -107,9 +107,15 @@ class ScaleKDHeads(nn.Module):
             if config.projector == "linear":
                 return LinearProjector(tap[0], out)
             return (LiteCAP if self.lite else CAP)(
-                tap[0], tap[1:], out[1:], out[0], num_heads=num_heads, attention_scale=config.attention_scale,
-                learned_query=learned_query, layer_norm=layer_norm,
-            )  # fmt: skip
+                tap[0],
+                tap[1:],
+                out[1:],
+                out[0],
+                num_heads=num_heads,
+                attention_scale=config.attention_scale,
+                learned_query=learned_query,
+                layer_norm=layer_norm,
+            )
 
         self.s3, self.s4 = nn.ModuleDict(), nn.ModuleDict()
         on = term_weights(config)

@@ -130,7 +130,7 @@ def feature_loss(prediction: Tensor, target: Tensor, norms: Tensor, weight: floa
 def spatial_loss(
     prediction: Tensor, features: Tensor, norms: Tensor, *, weight: float = 1.0, grid_scaling: bool = True
 ) -> Tensor:
-    """The spatial view of dual-view feature mimicking (DFM): direct comparison of normalised tokens.
+    """The spatial view of dual-view feature mimicking (DFM): direct comparison of normalized tokens.
 
     prediction, features (B, C, H, W); norms (B, 2, H, W), of which [:, 0] is used; any float dtype -> scalar float32
     (float64 for float64 inputs). Raises UserError for a 1x1 map. Source: ScaleKD, `get_spat_loss`.
@@ -177,7 +177,7 @@ def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, wei
 
     student_logits (B, K); log_probabilities (B, K), -inf where not known -> scalar float32. The classes that are not
     known are one event: the teacher's mass on them is compared with the student's mass on them. Nothing is
-    renormalised. Temperature 1 only: at another one the mass of the others is not known.
+    renormalized. Temperature 1 only: at another one the mass of the others is not known.
     """
     with full_precision(student_logits):
         known = log_probabilities > float("-inf")

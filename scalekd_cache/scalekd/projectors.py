@@ -1,8 +1,8 @@
 """The cross attention projectors (CAP) from a student's map to a grid of the teacher's: as published, and a cheap one.
 
 In: a student's map and a query, learned or handed in. Out: a map (B, C, H, W) on the teacher's grid.
-Invariant: `CAP` computes what upstream's `AttentionProjector` does (tests/scalekd/test_parity.py) and has its parameters;
-every parameter is used only inside the forward pass of the module that owns it; a learned query is projected once.
+Invariant: `CAP` computes what upstream's `AttentionProjector` does (tests/scalekd/test_parity.py) and has its
+parameters; every parameter is used only inside the forward pass of the module that owns it; a learned query is projected once.
 """
 
 import torch
@@ -18,10 +18,10 @@ LITE_NARROWING = 4
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer normalisation over the channels of a map, (B, C, H, W) -> same; epsilon 1e-5, as upstream's projectors."""
+    """Layer normalization over the channels of a map, (B, C, H, W) -> same; epsilon 1e-5, as upstream's projectors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise every position on its own."""
+        """Normalize every position on its own."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

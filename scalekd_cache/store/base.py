@@ -29,7 +29,7 @@ MAX_UNIT_SAMPLES = 65_536
 MAX_VIEWS = 10_000
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
-"""Neighbouring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
+"""Neighboring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
 CRC: Callable[[int, Any], int] = google_crc32c.extend
 UINT32 = struct.Struct("<I").pack
 INT64 = struct.Struct("<q").pack
@@ -83,7 +83,7 @@ class Record(NamedTuple):
 
 
 class ShardId(NamedTuple):
-    """Which shard this is; written into it, so that a shard under another's name is recognised."""
+    """Which shard this is; written into it, so that a shard under another's name is recognized."""
 
     group: int
     range_id: int
@@ -149,8 +149,13 @@ class ShardReader(ABC):
         """UserError unless the crc32c of a record that was read is the one in the index."""
         stored = int(self.crcs[row])
         if found != stored:
-            raise damaged("a record does not match its checksum", f"crc32c {found:08x}", f"{stored:08x}", self.where,
-                          self.keys[row])  # fmt: skip
+            raise damaged(
+                "a record does not match its checksum",
+                f"crc32c {found:08x}",
+                f"{stored:08x}",
+                self.where,
+                self.keys[row],
+            )
 
 
 def shard_writer(backend: str, folder: Path, shard: ShardId) -> ShardWriter:
@@ -248,8 +253,9 @@ def cut_target(text: bytes, where: object) -> Target:
             where=where,
             fix="use the version of scalekd-cache that wrote the cache",
         )
-    return Target(digest, view, Parts(int(flags)), NO_LABEL if label is None else int(label), int(features or 0),
-                  int(second or 0))  # fmt: skip
+    return Target(
+        digest, view, Parts(int(flags)), NO_LABEL if label is None else int(label), int(features or 0), int(second or 0)
+    )
 
 
 def check_parts(record: Record, parts: Parts) -> Record:

@@ -53,8 +53,9 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
     kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
     if kind != stat.S_IFREG:
         os.close(descriptor)
-        raise UserError(f"{what} is not a file", got=KINDS.get(kind, "something else"), expected="a regular file",
-                        where=path)  # fmt: skip
+        raise UserError(
+            f"{what} is not a file", got=KINDS.get(kind, "something else"), expected="a regular file", where=path
+        )
     return descriptor
 
 

@@ -1,4 +1,8 @@
-"""TODO docstring of scalekd_cache/store/fidelity_summary.py."""
+"""How close decoded features are to the teacher's, over many views.
+
+In: figures of single views. Out: mean and 1st percentile of a unit, and of a cache from those of its units.
+Invariant: merging summaries weights them by their number of views.
+"""
 
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
@@ -12,7 +16,7 @@ if TYPE_CHECKING:
 Summary = dict[str, dict[str, float]]
 
 
-def summarise(values: Mapping[str, Iterable[float]]) -> Summary:
+def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
     """Figures a view, by metric -> {metric: {mean, p1, count}}; p1 is the 1st percentile."""
     summary = {}
     for name, figures in values.items():

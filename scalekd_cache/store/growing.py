@@ -84,8 +84,12 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, say: Say)
     if not follow:
         return read_manifest(root)
     if not isinstance(root, Path):
-        raise UserError("only a cache in a folder can be followed", got=root, expected="a folder",
-                        fix="leave FOLLOW out, or give a folder as CACHE=")  # fmt: skip
+        raise UserError(
+            "only a cache in a folder can be followed",
+            got=root,
+            expected="a folder",
+            fix="leave FOLLOW out, or give a folder as CACHE=",
+        )
     if (root / MANIFEST).exists() and not (root / plans.NAME).exists():
         return read_manifest(root)
     started, said = time.monotonic(), -SAY_S

@@ -100,7 +100,7 @@ class Cache:
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
         """Records at these positions (integers from 0 to len(cache) - 1) of a view, in this order.
 
-        Cheapest where neighbouring positions are asked for in one call (zarr decodes each chunk once a call).
+        Cheapest where neighboring positions are asked for in one call (zarr decodes each chunk once a call).
 
         Raises:
             UserError: no such view; or a shard is missing, short, another one, or a record does not match its checksum.
@@ -127,8 +127,13 @@ class Cache:
         if record.label == NO_LABEL or 0 <= record.label < len(self.manifest.class_names):
             return record
         where = f"{self.root}/{self.shard_at(position, view)}"
-        raise damaged("the label of a record is outside the classes", record.label,
-                      f"0 to {len(self.manifest.class_names) - 1}", where, record.key)  # fmt: skip
+        raise damaged(
+            "the label of a record is outside the classes",
+            record.label,
+            f"0 to {len(self.manifest.class_names) - 1}",
+            where,
+            record.key,
+        )
 
     def shard_at(self, position: int, view: int) -> str:
         """The shard that holds a position of a view, relative to the cache, without its ending."""

@@ -79,14 +79,18 @@ def pixels_of(cache: Cache, place: str | None, views: int, remote: RemoteConfig 
     manifest = cache.manifest
     if not manifest.pixels_from:
         if place is not None:
-            raise UserError("this cache has pixels of its own", got=f"PIXELS_FROM={place}", where=cache.root,
-                            fix="leave PIXELS_FROM out")  # fmt: skip
+            raise UserError(
+                "this cache has pixels of its own",
+                got=f"PIXELS_FROM={place}",
+                where=cache.root,
+                fix="leave PIXELS_FROM out",
+            )
         return None
     root = open_place(place, remote) if place is not None else shared_place(cache.root, manifest)
     if root is None or not is_there(root / "manifest.json"):
         raise UserError(
             "the cache whose pixels are shared is not there",
-            got="nothing, a URL has no neighbours" if root is None else f"no manifest in {root}",
+            got="nothing, a URL has no neighbors" if root is None else f"no manifest in {root}",
             expected=f"the cache with the pixels of {cache.root}",
             where=cache.root,
             fix="bring it there, or say where it is with PIXELS_FROM=",

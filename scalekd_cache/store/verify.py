@@ -216,9 +216,15 @@ def expected_of(manifest: Manifest | None, plan: Plan | None) -> Expected | None
         for row in manifest.units:
             planned = units.get(row[:2])
             units[row[:2]] = ExpectedUnit(
-                row.group, row.range_id, manifest.fingerprint, manifest.backend, manifest.groups[row.group],
-                planned.bounds if planned else None, row.count, row.sha256,
-            )  # fmt: skip
+                row.group,
+                row.range_id,
+                manifest.fingerprint,
+                manifest.backend,
+                manifest.groups[row.group],
+                planned.bounds if planned else None,
+                row.count,
+                row.sha256,
+            )
         in_turn = [units[place] for place in sorted(units)]
         return Expected(manifest.fingerprint_fields, in_turn, manifest.tail_sha256, True)
     if plan is None:

@@ -1,1 +1,1 @@
-"""The room training."""
+"""Stage 2: a student is trained from a cache under DeepSpeed."""

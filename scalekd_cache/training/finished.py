@@ -58,7 +58,7 @@ import timm
 model = timm.create_model({place}, pretrained=True)  # features_only=True for a backbone
 ```
 
-Images are {size} x {size} pixels, RGB on a scale of 0 to 1, normalised with mean {mean} and standard deviation {std}.
+Images are {size} x {size} pixels, RGB on a scale of 0 to 1, normalized with mean {mean} and standard deviation {std}.
 Class names stand in config.json. Made by scalekd-cache {version}; the method is ScaleKD, https://arxiv.org/abs/2411.06786.
 """
 

@@ -1,4 +1,4 @@
-"""What a recipe says about optimisation, as timm and DeepSpeed take it.
+"""What a recipe says about optimization, as timm and DeepSpeed take it.
 
 In: a `DistillConfig`. Out: optimizer, schedule, DeepSpeed's configuration. Invariant: a DeepSpeed JSON of the user adds
 to a recipe and never contradicts it. deepspeed itself is not imported here.
@@ -106,7 +106,7 @@ def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
     return step // epoch * epoch
 
 
-def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:
+def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
     """The model with BatchNorm layers that share their statistics over all processes.
 
     Raises:
@@ -114,12 +114,12 @@ def synchronise_batchnorm(model: nn.Module, process: Process) -> nn.Module:
     """
     if process.device.type != "cuda":
         raise UserError(
-            "BatchNorm cannot be synchronised here: PyTorch's SyncBatchNorm runs on GPUs alone",
+            "BatchNorm cannot be synchronized here: PyTorch's SyncBatchNorm runs on GPUs alone",
             got=f"train.sync_bn=true on {process.device}",
             fix='set SET="train.sync_bn=false": BatchNorm then sees micro-batches, the same on any number of processes',
         )
-    synchronised: nn.Module = convert_sync_batchnorm(model)
-    return synchronised
+    synchronized: nn.Module = convert_sync_batchnorm(model)
+    return synchronized
 
 
 def scaled_lr(config: DistillConfig) -> float:

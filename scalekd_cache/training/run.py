@@ -28,7 +28,7 @@ from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
 from scalekd_cache.training.finished import classifier, consolidated_student, export_state, facts_of, model_card
 from scalekd_cache.training.init_weights import load_start
-from scalekd_cache.training.optim import describe_lr, synchronise_batchnorm
+from scalekd_cache.training.optim import describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, Summary, read_summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, closing_table
@@ -148,7 +148,7 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
         config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
     )
     if train.sync_bn:
-        student.model = synchronise_batchnorm(student.model, process)
+        student.model = synchronize_batchnorm(student.model, process)
     process.say(describe_lr(config))
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail, teacher, heads = None, None, None

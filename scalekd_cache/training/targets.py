@@ -79,12 +79,12 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
 
 
 def order_of(train: TrainConfig, cache: Cache, process: Process) -> Order:
-    """The order of a run; where neighbouring images are of one class, it mixes wider."""
+    """The order of a run; where neighboring images are of one class, it mixes wider."""
     found = Likeness(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
         process.say(
-            f"the cache holds images of one class side by side ({found.neighbours:.0%} of neighbours, "
+            f"the cache holds images of one class side by side ({found.neighbors:.0%} of neighbors, "
             f"{found.chance:.1%} by chance), so windows of {window:,} blocks = {window * train.shuffle_block:,} images "
             f"are mixed instead of {WINDOW}; read with more seeks, and from a URL with more copies (docs/SCALE.md)"
         )
@@ -104,7 +104,7 @@ class CachedBatch(NamedTuple):
     """What a loop gets."""
 
     images: Tensor
-    """(B, 3, H, W) float32, normalised."""
+    """(B, 3, H, W) float32, normalized."""
     labels: Tensor
     """(B,) int64."""
     targets: Targets
@@ -190,7 +190,7 @@ class ScaleKDLoss(nn.Module):
 
     Args:
         targets: a cache, or the `CachedTargets` of one: the teacher's frozen tail comes from there.
-        student: a module, (B, 3, H, W) normalised images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
+        student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
             `timm_student` makes one of a timm name. It is called once, in eval mode, for the shapes.
         config: the method's constants (None: as published).
         label_loss: ce or bce.

@@ -1,1 +1,1 @@
-"""The room views."""
+"""Augmented views as explicit records, and their pixels as bytes."""

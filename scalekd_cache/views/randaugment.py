@@ -14,7 +14,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scalekd_cache.errors import UserError, nearest
 
 FILL = (124, 116, 104)
-"""Colour (RGB) that a geometric operation brings in from outside the image: ImageNet's mean, as upstream."""
+"""Color (RGB) that a geometric operation brings in from outside the image: ImageNet's mean, as upstream."""
 
 RECORD_FIX = "the record is damaged or from another version: verify the cache, or make it again"
 """What to do about a bad view record."""

@@ -156,7 +156,7 @@ def _log_between(uniform: float, bounds: tuple[float, float]) -> float:
 
 
 def _sample_crop(config: ViewConfig, uniform: Sequence[float], width: int, height: int) -> Box:
-    """RandomResizedCrop's box: the first of ten tries that fits, else the largest centred one with an allowed ratio."""
+    """RandomResizedCrop's box: the first of ten tries that fits, else the largest centered one of an allowed ratio."""
     for i in range(0, len(uniform), 4):
         area = width * height * _between(uniform[i], config.crop_scale)
         ratio = _log_between(uniform[i + 1], config.crop_ratio)

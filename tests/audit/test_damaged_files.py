@@ -18,13 +18,22 @@ from scalekd_cache.training.targets import CachedTargets
 
 FILES = {
     "webdataset": [
-        "manifest.json", "plan.json", "codec.json", "tail.safetensors", "codec.safetensors", "classifier.safetensors",
-        "units/g000-r00001/unit.json", "units/g000-r00001/keys.txt", "units/g000-r00001/v0000.tar",
+        "manifest.json",
+        "plan.json",
+        "codec.json",
+        "tail.safetensors",
+        "codec.safetensors",
+        "classifier.safetensors",
+        "units/g000-r00001/unit.json",
+        "units/g000-r00001/keys.txt",
+        "units/g000-r00001/v0000.tar",
         "units/g000-r00001/v0000.idx",
     ],
-    "zarr": [f"units/g000-r00001/v0000.zarr/{name}" for name in
-             ("zarr.json", "features/zarr.json", "features/c/0", "labels/c/0")],
-}  # fmt: skip
+    "zarr": [
+        f"units/g000-r00001/v0000.zarr/{name}"
+        for name in ("zarr.json", "features/zarr.json", "features/c/0", "labels/c/0")
+    ],
+}
 PLACES = [(backend, name) for backend, names in FILES.items() for name in names]
 
 

@@ -172,8 +172,12 @@ def test_tar_members_and_zarr_chunks_that_are_cut_off(backend, cache):
 def test_strange_files_and_folders_are_reported(backend, cache, what):
     root, _ = cache
     unit = root / "units/g000-r00001"
-    path = {"unit": unit / "v0002.tar", "shard": unit / "v0000.zarr/extra/c", "group": root / "units/g000-r00002",
-            "top": root / "views.csv"}[what]  # fmt: skip
+    path = {
+        "unit": unit / "v0002.tar",
+        "shard": unit / "v0000.zarr/extra/c",
+        "group": root / "units/g000-r00002",
+        "top": root / "views.csv",
+    }[what]
     shutil.copytree(unit, path) if what == "group" else (path.mkdir(parents=True) if what == "shard" else path.touch())
     for deep in (False, True):
         problems = verify_cache(root, deep=deep)

@@ -67,7 +67,7 @@ def test_targets_of_other_views_do_not_hold(proofs):
 
 
 def test_targets_that_were_changed_are_found(tmp_path, monkeypatch):
-    """A cache whose features are those of the neighbours, under good checksums."""
+    """A cache whose features are those of the neighbors, under good checksums."""
     from scalekd_cache.codec.int8 import Int8Codec
 
     encode = Int8Codec.encode

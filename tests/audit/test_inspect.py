@@ -53,8 +53,16 @@ def test_a_cache_in_short(capsys):
         assert part in text
 
 
-@pytest.mark.parametrize("words", [["--index", 96], ["--view", 2, "--index", 0], ["--key", "nobody"],
-                                   ["--key", "a", "--index", 1], ["--index", 0, "--out", "view.png"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--index", 96],
+        ["--view", 2, "--index", 0],
+        ["--key", "nobody"],
+        ["--key", "a", "--index", 1],
+        ["--index", 0, "--out", "view.png"],
+    ],
+)
 def test_what_is_not_there_is_said(words):
     with pytest.raises(UserError):
         inspect_cache.main(["--cache", str(shared_cache().root), *map(str, words)])
@@ -102,8 +110,7 @@ def test_flags_may_stand_alone():
     assert with_flags(["--deep"], "--deep") == ["--deep", "true"]
 
 
-@pytest.mark.parametrize("words", ["repair --help", "verify --cache {root}", "inspect_cache --cache {root}"
-])  # fmt: skip
+@pytest.mark.parametrize("words", ["repair --help", "verify --cache {root}", "inspect_cache --cache {root}"])
 def test_commands_import_no_more_than_they_need(words):
     name, *rest = words.format(root=shared_cache().root).split()
     code = (

@@ -63,7 +63,7 @@ def test_contents_that_lie_under_right_checksums_are_found(tmp_path, name):
     assert all(text in problem.what for problem in problems if problem.key), problems
 
 
-def test_the_teacher_recognises_its_own_answers():
+def test_the_teacher_recognizes_its_own_answers():
     root = shared_cache().root
     report = check_deeply(root, records=20, seed=3)
     assert report.findings.problems == report.findings.notes == []
@@ -75,7 +75,7 @@ def test_the_teacher_recognises_its_own_answers():
     assert check_deeply(root, records=0).agreement is None
 
 
-def test_answers_of_another_view_are_recognised_as_wrong(tmp_path):
+def test_answers_of_another_view_are_recognized_as_wrong(tmp_path):
     root = copy_of_cache(tmp_path / "cache")
     rows = [record.features for record in Cache.open(root).read(range(32), 0)]
     others = iter([*rows[1:], rows[0]] * 2)

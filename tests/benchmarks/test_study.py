@@ -27,8 +27,15 @@ def line(arm, seed, top1, student="a", **more):
 
 
 def test_pairs_share_student_and_seed():
-    lines = [line("live", 0, 90.0), line("live", 1, 80.0), line("live", 3, 10.0), line("live", 1, 70.0, student="b"),
-             line("cached", 1, 82.0), line("cached", 0, 91.0), line("cached", 2, 50.0)]  # fmt: skip
+    lines = [
+        line("live", 0, 90.0),
+        line("live", 1, 80.0),
+        line("live", 3, 10.0),
+        line("live", 1, 70.0, student="b"),
+        line("cached", 1, 82.0),
+        line("cached", 0, 91.0),
+        line("cached", 2, 50.0),
+    ]
     assert paired(lines, "cached", "live") == [1.0, 2.0]  # by seed; seeds 2 and 3 and student b have no partner
     assert paired(lines, "cached", "live", "held_out_loss") == []
 

@@ -106,8 +106,9 @@ def test_what_cannot_be_chosen_is_said(teacher, outputs):
     assert "transform" in str(error.value)
     with pytest.raises(UserError, match="too few images"):
         choose(outputs.features[:5], outputs.logits[:5], teacher, parse_target("kl:0.01"))
-    vit = load_teacher(TeacherConfig(name="vit_tiny_patch16_224", pretrained=False), image_size=64, num_classes=10,
-                       device=CPU.device)  # fmt: skip
+    vit = load_teacher(
+        TeacherConfig(name="vit_tiny_patch16_224", pretrained=False), image_size=64, num_classes=10, device=CPU.device
+    )
     images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(UserError, match="cannot be measured through this teacher's head"):
         choose(*vit(images), vit, parse_target("kl:0.01"))

@@ -39,8 +39,13 @@ def test_units_cover_every_image_and_view_once():
     source = open_source(options("x", "y").data, "train")
     units = plan_units(source, [[0, 1], [2]], 40)
     assert [(unit.group, unit.range_id, unit.views) for unit in units] == [
-        (0, 0, (0, 1)), (0, 1, (0, 1)), (0, 2, (0, 1)), (1, 0, (2,)), (1, 1, (2,)), (1, 2, (2,)),
-    ]  # fmt: skip
+        (0, 0, (0, 1)),
+        (0, 1, (0, 1)),
+        (0, 2, (0, 1)),
+        (1, 0, (2,)),
+        (1, 1, (2,)),
+        (1, 2, (2,)),
+    ]
     assert [unit.positions for unit in units[:3]] == [range(0, 40), range(40, 80), range(80, 96)]
 
 

@@ -16,7 +16,7 @@ from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.groups import round_up_to_float16
 from scalekd_cache.codec.logits import KL_LIMIT, DenseLogits, kl_divergence, logit_codec_from_config
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.fidelity_summary import merge_summaries, summarise
+from scalekd_cache.store.fidelity_summary import merge_summaries, summarize
 
 SHAPES = [(64, 2, 2), (96, 3, 2), (5, 1, 3), (320, 7, 7)]
 
@@ -140,8 +140,8 @@ def test_the_gradient_of_a_codec_whose_means_are_large(name, most):
     decoded = codec.decode(codec.encode(features))
 
     def gradient(target: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:  # of the frequency view, up to a factor
-        centred = target.double() - target.double().mean((2, 3), keepdim=True)
-        return centred / norms[:, 1:].double()
+        centered = target.double() - target.double().mean((2, 3), keepdim=True)
+        return centered / norms[:, 1:].double()
 
     exact, got = gradient(features, feature_norms(features)), gradient(*decoded)
     assert float((got - exact).norm() / exact.norm()) < most
@@ -150,9 +150,9 @@ def test_the_gradient_of_a_codec_whose_means_are_large(name, most):
 def test_norms_are_those_of_the_loss():
     features = heavy_tailed((2, 64, 3, 3)).double()
     norms = feature_norms(features.float())
-    centred = features - features.mean(dim=(2, 3), keepdim=True)
+    centered = features - features.mean(dim=(2, 3), keepdim=True)
     assert torch.allclose(norms[:, 0].double(), features.norm(dim=1), rtol=1e-6)
-    assert torch.allclose(norms[:, 1].double(), centred.norm(dim=1), rtol=1e-5)
+    assert torch.allclose(norms[:, 1].double(), centered.norm(dim=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", CODECS)
@@ -266,8 +266,8 @@ def test_fidelity_and_its_summaries():
     figures = fidelity(features, codec.decode(codec.encode(features)).features)
     assert float(figures.cosine_mean_removed.min()) > 0.999
     assert float(fidelity(features, -features).cosine.max()) < -0.999
-    first = summarise({"cosine": figures.cosine[:2].tolist()})
-    second = summarise({"cosine": figures.cosine[2:].tolist()})
+    first = summarize({"cosine": figures.cosine[:2].tolist()})
+    second = summarize({"cosine": figures.cosine[2:].tolist()})
     merged = merge_summaries([first, second])["cosine"]
     assert merged["count"] == 8
     assert merged["mean"] == pytest.approx(float(figures.cosine.double().mean()))

@@ -63,7 +63,7 @@ def test_the_loss_is_the_cross_entropy_of_the_events(keep):
         dense = logits_of(6, 12, 2.0, seed=1).requires_grad_()
         logit_loss(dense, teacher, weight=0.5).backward()
         assert torch.allclose(student.grad, dense.grad, atol=1e-6)
-    # A student that has the teacher's own probabilities is at the minimum: renormalising would move it.
+    # A student that has the teacher's own probabilities is at the minimum: renormalizing would move it.
     best = teacher.clone().requires_grad_()
     partial_logit_loss(best, target).backward()
     assert float(best.grad.abs().max()) < 1e-6
@@ -125,7 +125,7 @@ def test_caches_without_dense_logits_train(tmp_path):
         load_classifier(kept.manifest.logit_codec, kept.root)
 
 
-def test_a_teacher_that_normalises_after_pooling_is_refused():
+def test_a_teacher_that_normalizes_after_pooling_is_refused():
     config = TeacherConfig(name="vit_tiny_patch16_224", pretrained=False)
     teacher = load_teacher(config, image_size=64, num_classes=5, device=torch.device("cpu"))
     output = teacher(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))

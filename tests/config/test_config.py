@@ -10,9 +10,17 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.errors import UserError
 
 CLASSES = [
-    DataConfig, ViewConfig, TeacherConfig, StoreConfig, CacheTeacherConfig, StudentConfig, ScaleKDConfig, OptimConfig,
-    TrainConfig, DistillConfig,
-]  # fmt: skip
+    DataConfig,
+    ViewConfig,
+    TeacherConfig,
+    StoreConfig,
+    CacheTeacherConfig,
+    StudentConfig,
+    ScaleKDConfig,
+    OptimConfig,
+    TrainConfig,
+    DistillConfig,
+]
 REFUSED = [
     (DataConfig, "data", "max_samples", [0, -1], [1, None]),
     (ViewConfig, "views", "size", [7, 4097], [8, 4096]),

@@ -96,9 +96,13 @@ def test_upstreams_augmentation():
     magnitudes = {name: (row["randaugment_magnitude"], row["randaugment_magnitude_std"]) for name, row in rows.items()}
     of_8, of_10, of_15 = (pytest.approx((10 * m / t, 5 / t)) for m, t in ((7, 8), (9, 10), (12, 15)))
     assert magnitudes == {
-        "advanced": of_8, "advanced-mobilenet": of_8, "advanced-mixer": of_15,
-        "advanced-vit": of_10, "advanced-swin": of_10, "advanced-convnext": of_10,
-    }  # fmt: skip
+        "advanced": of_8,
+        "advanced-mobilenet": of_8,
+        "advanced-mixer": of_15,
+        "advanced-vit": of_10,
+        "advanced-swin": of_10,
+        "advanced-convnext": of_10,
+    }
     for name, row in rows.items():
         assert (row["randaugment_ops"], row["interpolation"]) == (2, "bicubic")
         assert row["erase_probability"] == (0 if name == "advanced-mobilenet" else 0.25)

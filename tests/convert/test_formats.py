@@ -36,7 +36,7 @@ def student_of(name, size=64, classes=5, **args):
     student = build_student(StudentConfig(name=name), num_classes=classes, image_size=size, args=args).eval()
     generator = torch.Generator().manual_seed(1)
     for value in student.model.state_dict().values():
-        if value.is_floating_point() and value.ndim == 1:  # statistics and zero-initialised scales
+        if value.is_floating_point() and value.ndim == 1:  # statistics and zero-initialized scales
             value.copy_(value + 0.05 * torch.rand(value.shape, generator=generator))
     return student
 
@@ -243,8 +243,15 @@ def run(tmp_path_factory):
     """A run with a checkpoint of a student of random weights."""
     folder = tmp_path_factory.mktemp("run") / "first"
     run = RunFolder(folder, to_plain(DistillConfig(student=StudentConfig(name="resnet10t"))))
-    run.keep_facts({"fingerprint": "f" * 64, "views": 2, "image_size": 64, "class_names": ["a|b\n# c", "b", "c"],
-                    "data": {"source": "pets`|x"}})  # fmt: skip
+    run.keep_facts(
+        {
+            "fingerprint": "f" * 64,
+            "views": 2,
+            "image_size": 64,
+            "class_names": ["a|b\n# c", "b", "c"],
+            "data": {"source": "pets`|x"},
+        }
+    )
     state = student_of("resnet10t", classes=3).model.state_dict()
     files = {STUDENT: dict(state), MODEL: {}, OPTIMIZER: {}}
     commit_checkpoint(run.checkpoints, 5, files, {"loader": {}}, 1)

@@ -20,7 +20,7 @@ def student_of(name, seed=0):
     student = build_student(StudentConfig(name=name), num_classes=3, image_size=64)
     generator = torch.Generator().manual_seed(seed)
     for value in student.model.state_dict().values():
-        if value.is_floating_point():  # statistics and zero-initialised scales too
+        if value.is_floating_point():  # statistics and zero-initialized scales too
             value.copy_(value + 0.05 * torch.rand(value.shape, generator=generator))
     return student
 

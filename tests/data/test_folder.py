@@ -219,8 +219,16 @@ def test_image_removed_after_listing(tmp_path):
 
 
 def devkit(folder, truth, synsets=((1, "n02", 0), (2, "n01", 0), (3, "n00", 2), (4, "n03", 0))):
-    kinds = [("ILSVRC2012_ID", "O"), ("WNID", "O"), ("words", "O"), ("gloss", "O"), ("num_children", "O"),
-             ("children", "O"), ("wordnet_height", "O"), ("num_train_images", "O")]  # fmt: skip
+    kinds = [
+        ("ILSVRC2012_ID", "O"),
+        ("WNID", "O"),
+        ("words", "O"),
+        ("gloss", "O"),
+        ("num_children", "O"),
+        ("children", "O"),
+        ("wordnet_height", "O"),
+        ("num_train_images", "O"),
+    ]
     rows = np.zeros((len(synsets), 1), dtype=kinds)
     for row, (number, wnid, children) in enumerate(synsets):
         below = np.arange(1, children + 1, dtype=np.uint8).reshape(1, -1)

@@ -78,14 +78,14 @@ def test_decode_rgb_is_exact_and_writable():
     assert pixels.flags.writeable
 
 
-def test_decode_grey_and_bilevel():
-    grey = picture().convert("L")
-    assert (decoded(grey) == np.asarray(grey)[..., None]).all()
-    assert set(np.unique(decoded(grey.convert("1")))) <= {0, 255}
+def test_decode_gray_and_bilevel():
+    gray = picture().convert("L")
+    assert (decoded(gray) == np.asarray(gray)[..., None]).all()
+    assert set(np.unique(decoded(gray.convert("1")))) <= {0, 255}
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_decode_16_bit_grey(kind):
+def test_decode_16_bit_gray(kind):
     values = np.array([[0, 257, 128 * 257, 65535, 65406]], dtype=np.uint16)
     assert decoded(Image.fromarray(values), kind)[0, :, 0].tolist() == [0, 1, 128, 255, 254]
 
@@ -118,8 +118,8 @@ def test_decode_palette_with_and_without_transparency():
     assert decoded(palette).tolist() == [[[10, 20, 30], [40, 50, 60]]]
     assert decoded(palette, transparency=0).tolist() == [[[255, 255, 255], [40, 50, 60]]]
     assert decoded(palette, "GIF", transparency=1).tolist() == [[[10, 20, 30], [255, 255, 255]]]
-    colour_key = Image.new("RGB", (1, 1), (1, 2, 3))
-    assert decoded(colour_key, transparency=(1, 2, 3)).tolist() == [[[255, 255, 255]]]
+    color_key = Image.new("RGB", (1, 1), (1, 2, 3))
+    assert decoded(color_key, transparency=(1, 2, 3)).tolist() == [[[255, 255, 255]]]
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])

@@ -126,11 +126,13 @@ def test_a_fifo_in_the_place_of_a_tar_is_refused(tmp_path):
         ([("k1.png", PNG), ("k1.cls", b"\xb2")], "(?s)k1.*label"),
         ([("k1.png", PNG), ("k1.cls", b"1" * 5000)], "(?s)k1.*label"),
         ([("k1.png", PNG), ("k1.png", PNG), ("k1.cls", b"0")], "(?s)k1.*two members"),
-        ([("k1.png", PNG), ("k1.cls", b"0"), ("k2.png", PNG), ("k2.cls", b"0"), ("k1.png", PNG), ("k1.cls", b"0")],
-         "same key: k1"),
+        (
+            [("k1.png", PNG), ("k1.cls", b"0"), ("k2.png", PNG), ("k2.cls", b"0"), ("k1.png", PNG), ("k1.cls", b"0")],
+            "same key: k1",
+        ),
         ([], "no samples"),
     ],
-)  # fmt: skip
+)
 def test_bad_samples_name_tar_and_key(tmp_path, members, message):
     write(tmp_path / "train/bad-7.tar", tar_bytes(members))
     with pytest.raises(UserError, match=message) as caught:

@@ -194,7 +194,14 @@ def test_commands_in_a_container_of_little_shared_memory(tmp_path, size, status)
     script = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && {stage1} CACHE={tmp_path / 'cache'}"
     if status == 0:
         script += f" && {words.replace(' RECIPE=demo', '')} CACHE={tmp_path / 'cache'}"
-    done = subprocess.run(["unshare", "-m", "bash", "-c", script], cwd=ROOT, env=ENV, text=True, timeout=LIMIT_S,
-                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)  # fmt: skip
+    done = subprocess.run(
+        ["unshare", "-m", "bash", "-c", script],
+        cwd=ROOT,
+        env=ENV,
+        text=True,
+        timeout=LIMIT_S,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == status, done.stdout[-3000:]
     assert status == 0 or ("error: shared memory is too small" in done.stdout and "Traceback" not in done.stdout)

@@ -110,8 +110,12 @@ def test_folders_and_tars_of_the_guide(tmp_path):
         shard(tmp_path / "pets-wds" / name / "000000.tar", ["a", "b"], [0, 1])
     for number in range(16):
         shard(tmp_path / f"pets-{number:06d}.tar", [f"a{number}"], [0])
-    for source, split, count in (("pets", "train", 2), ("pets", "val", 2), ("pets-wds", "train", 2),
-                                 ("pets-{000000..000015}.tar", "train", 16)):  # fmt: skip
+    for source, split, count in (
+        ("pets", "train", 2),
+        ("pets", "val", 2),
+        ("pets-wds", "train", 2),
+        ("pets-{000000..000015}.tar", "train", 16),
+    ):
         assert len(open_source(DataConfig(source=str(tmp_path / source)), split).samples) == count
 
 
@@ -157,6 +161,6 @@ def test_the_downstream_example(tmp_path):
         student, StudentConfig(name="resnet10t"), tmp_path / "export", image_size=64, class_names=list("0123456789")
     )
     said = execute(sys.executable, ROOT / "examples" / "segmentation.py", tmp_path / "export", 3)
-    figures = re.findall(r"(random initialisation|exported student): mIoU ([\d.]+) % after 3 steps", said)
-    assert [name for name, _ in figures] == ["random initialisation", "exported student"]
+    figures = re.findall(r"(random initialization|exported student): mIoU ([\d.]+) % after 3 steps", said)
+    assert [name for name, _ in figures] == ["random initialization", "exported student"]
     assert all(0 < float(value) < 100 for _, value in figures)

@@ -19,7 +19,7 @@ def text_of(name):
     return (ROOT / name).read_text(encoding="utf-8")
 
 
-def test_licence_citation_and_version():
+def test_license_citation_and_version():
     assert "Apache License" in text_of("LICENSE")
     citation = yaml.safe_load(text_of("CITATION.cff"))
     assert citation["version"] == scalekd_cache.versions.__version__
@@ -36,8 +36,12 @@ def test_pre_commit_runs_the_checks_of_make_lint():
 
 def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
     scripts = (ROOT / "benchmarks").glob("*.py")
-    names = {name for file in scripts for line in re.findall(r"publish\((.*)", file.read_text(encoding="utf-8"))
-             for name in re.findall(r'"([a-z0-9-]+)"', line.partition("figures")[0])} - {"cuda"}  # fmt: skip
+    names = {
+        name
+        for file in scripts
+        for line in re.findall(r"publish\((.*)", file.read_text(encoding="utf-8"))
+        for name in re.findall(r'"([a-z0-9-]+)"', line.partition("figures")[0])
+    } - {"cuda"}
     assert {"store", "heads-gpu", "codec-decode"} <= names
     page = tmp_path / "page.md"
     shutil.copyfile(measure.PAGE, page)

@@ -9,9 +9,14 @@ MODELS = ["resnet18", "resnet50", "resnet50d", "vit_small_patch16_224", "gcvit_s
 
 @pytest.mark.parametrize(
     ("typed", "first"),
-    [("resnet5", "resnet50"), ("resent50", "resnet50"), ("vit_small", "vit_small_patch16_224"),
-     ("swin_large", "swin_large_patch4_window7_224"), ("gcvit", "gcvit_small")],
-)  # fmt: skip
+    [
+        ("resnet5", "resnet50"),
+        ("resent50", "resnet50"),
+        ("vit_small", "vit_small_patch16_224"),
+        ("swin_large", "swin_large_patch4_window7_224"),
+        ("gcvit", "gcvit_small"),
+    ],
+)
 def test_the_nearest_comes_first(typed, first):
     assert nearest(typed, MODELS).startswith(first)
 

@@ -39,8 +39,12 @@ def test_a_host_name_that_does_not_resolve(nproc, launcher, tmp_path):
     shell = f"hostname node-17.invalid; exec {' '.join(map(str, words))}"
     done = subprocess.run(
         ["unshare", "-u", "bash", "-c", shell],
-        cwd=ROOT, env={**ENV, "PYTHONPATH": f"{ROOT}:{tmp_path}"}, timeout=LIMIT_S, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**ENV, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        timeout=LIMIT_S,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     assert done.returncode == 0, done.stdout[-4000:]
     assert done.stdout.count(f"sum of ranks: {nproc * (nproc + 1) // 2}") == nproc

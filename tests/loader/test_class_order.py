@@ -26,11 +26,11 @@ def sorted_tars(tmp_path_factory):
     return make(root / "cache", shared_weights(), data={"source": str(root / "images"), "max_samples": None})
 
 
-def test_stage_1_keeps_how_often_neighbours_are_of_one_class(sorted_tars):
+def test_stage_1_keeps_how_often_neighbors_are_of_one_class(sorted_tars):
     for cache, alike in ((sorted_tars, True), (shared_cache(), False)):
-        neighbours, chance = cache.manifest.data["class_likeness"]
-        assert (neighbours, chance) == pytest.approx(likeness(labels_of(cache)))
-        assert (neighbours > 2 * chance) is alike
+        neighbors, chance = cache.manifest.data["class_likeness"]
+        assert (neighbors, chance) == pytest.approx(likeness(labels_of(cache)))
+        assert (neighbors > 2 * chance) is alike
 
 
 def test_stage_2_mixes_wider_and_says_so(capsys):
@@ -42,6 +42,6 @@ def test_stage_2_mixes_wider_and_says_so(capsys):
     )
     order = order_of(TrainConfig(), cache, CPU)
     assert order.window == 10_010
-    assert "98% of neighbours, 0.1% by chance" in capsys.readouterr().out
+    assert "98% of neighbors, 0.1% by chance" in capsys.readouterr().out
     assert order_of(TrainConfig(shuffle_window=7), cache, CPU).window == 7
     assert capsys.readouterr().out == ""

@@ -197,9 +197,12 @@ def replayed(tmp_path_factory):
         append(stage, writer, number, batch, views, output, figures)
 
     recipe = {
-        "pixels": "replayed", "flip_probability": 0.5, "randaugment_ops": 2, "erase_probability": 0.5,
+        "pixels": "replayed",
+        "flip_probability": 0.5,
+        "randaugment_ops": 2,
+        "erase_probability": 0.5,
         "interpolation": "bicubic",
-    }  # fmt: skip
+    }
     teacher = {"weights": None, "pretrained": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(caching, "_append_batch", spy)

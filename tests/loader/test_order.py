@@ -102,26 +102,26 @@ def test_windows_of_class_sorted_samples_are_as_mixed_as_promised(classes: int, 
     blocks = -(-len(labels) // block)
     assert blocks % window in (0, *range(window - blocks // window, window)), "a short window at the end"
     same = (block - 1) / (window * block - 1)
-    assert same * found.neighbours + (1 - same) * found.chance <= 1.1 * found.chance
+    assert same * found.neighbors + (1 - same) * found.chance <= 1.1 * found.chance
 
 
 def test_the_window_grows_with_likeness_alone() -> None:
     """ImageNet's numbers: shuffled, sorted by class, and sorted with nothing to gain (one class)."""
     labels = np.repeat(np.arange(1000), 1281)
     found = likeness(labels)
-    assert found.neighbours > 0.97
+    assert found.neighbors > 0.97
     assert found.chance == pytest.approx(0.001, rel=1e-2)
     assert mixing_window(len(labels), 64, found) == 10_008  # half of the data set's 20,016 blocks
     assert mixing_window(len(labels), 1, found) == WINDOW
     mixed = likeness(np.random.default_rng(0).permutation(labels))
-    assert mixed.neighbours == pytest.approx(mixed.chance, rel=0.02)
+    assert mixed.neighbors == pytest.approx(mixed.chance, rel=0.02)
     assert mixing_window(len(labels), 64, mixed) == WINDOW
     assert mixing_window(10**6, 64, likeness(np.zeros(1000, np.int64))) == WINDOW
     assert mixing_window(1, 64, Likeness(1.0, 1.0)) == WINDOW
 
 
 def test_a_class_sorted_folder_is_mixed_before_it_is_cached(tmp_path) -> None:
-    """The canonical order of a folder is that of hashed keys: its neighbours are of one class by chance alone."""
+    """The canonical order of a folder is that of hashed keys: its neighbors are of one class by chance alone."""
     for split, each in (("train", 300), ("val", 1)):
         for label in range(10):
             folder = tmp_path / split / f"class{label}"
@@ -131,8 +131,8 @@ def test_a_class_sorted_folder_is_mixed_before_it_is_cached(tmp_path) -> None:
     source = open_source(DataConfig(source=str(tmp_path)), "train")
     labels = np.array([sample.label for sample in source.samples])
     found = likeness(labels)
-    assert likeness(np.sort(labels)).neighbours > 0.9
-    assert found.neighbours == pytest.approx(found.chance, abs=0.01)
+    assert likeness(np.sort(labels)).neighbors > 0.9
+    assert found.neighbors == pytest.approx(found.chance, abs=0.01)
     assert mixing_window(len(labels), 64, found) == WINDOW
 
 

@@ -42,9 +42,14 @@ def test_a_rank_reads_its_share(root, world_size):
     for rank in range(world_size):
         cache = Cache.open(root)
         loader = CacheLoader(
-            cache, Order(num_samples=len(cache), block=8, window=64, seed=1),
-            epochs=1, global_batch=24, micro_batch=2, rank=rank, world_size=world_size,
-        )  # fmt: skip
+            cache,
+            Order(num_samples=len(cache), block=8, window=64, seed=1),
+            epochs=1,
+            global_batch=24,
+            micro_batch=2,
+            rank=rank,
+            world_size=world_size,
+        )
         before = bytes_read()
         ids = [int(position) for batch in loader for position in batch.ids]
         share = (bytes_read() - before) / whole

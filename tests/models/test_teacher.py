@@ -72,7 +72,7 @@ def views(size: int, batch: int = 2) -> torch.Tensor:
 
 
 def scramble(teacher: Teacher) -> Teacher:
-    """Random values everywhere: at initialisation many biases, scales and position tables are zero or one."""
+    """Random values everywhere: at initialization many biases, scales and position tables are zero or one."""
     generator = torch.Generator().manual_seed(2)
     for value in teacher.model.parameters():
         value += 0.1 * torch.randn(value.shape, generator=generator)
@@ -89,7 +89,7 @@ def test_families(case, tmp_path):
     assert output.features.shape == (2, *feature_shape)
     assert output.features.dtype == output.logits.dtype == torch.float32
     with torch.no_grad():
-        x = teacher.normalise(images)
+        x = teacher.normalize(images)
         if spec.has_classifier:
             assert torch.equal(output.logits, teacher.model(x))
         else:

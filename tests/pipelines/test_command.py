@@ -144,9 +144,13 @@ def test_value_of():
 
 @pytest.mark.parametrize(
     ("raised", "status", "text"),
-    [(UserError("it broke", fix="mend it"), 2, "error: it broke\n  what to do: mend it\n"),
-     (KeyboardInterrupt(), 130, "stopped; run the same command again to go on\n"), (None, 0, ""), (1, 1, "")],
-)  # fmt: skip
+    [
+        (UserError("it broke", fix="mend it"), 2, "error: it broke\n  what to do: mend it\n"),
+        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on\n"),
+        (None, 0, ""),
+        (1, 1, ""),
+    ],
+)
 def test_the_exit_status(monkeypatch, capsys, raised, status, text):
     def main(argv):
         assert argv == ["--x"]

@@ -285,10 +285,13 @@ def test_something_else_in_the_place_of_a_units_file_is_a_finding(name, kind, tm
 
 
 @pytest.mark.ci_slow
-@pytest.mark.parametrize("command", [
-    pytest.param(name, marks=() if name in MEASURED else pytest.mark.xfail(reason="not all mended", strict=False))
-    for name in COMMANDS
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=() if name in MEASURED else pytest.mark.xfail(reason="not all mended", strict=False))
+        for name in COMMANDS
+    ],
+)
 def test_a_file_in_any_state_gives_a_message(command, world):
     red = RED.get(command)
     assert [fault for fault in faults(command, world) if not (red and re.match(red, fault))] == []

@@ -27,8 +27,13 @@ from safetensors.torch import load_file
 
 pytestmark = pytest.mark.slow
 PORT = 29611
-IMAGES = {"data.max_samples": 400, "cache.samples_per_shard": 4, "cache.num_views": 2, "teacher.batch_size": 4,
-          "teacher.check_classes": "false"}  # fmt: skip
+IMAGES = {
+    "data.max_samples": 400,
+    "cache.samples_per_shard": 4,
+    "cache.num_views": 2,
+    "teacher.batch_size": 4,
+    "teacher.check_classes": "false",
+}
 """100 units of two views of four images."""
 
 

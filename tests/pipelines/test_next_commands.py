@@ -27,9 +27,11 @@ def typed(command, status=0):
 
 @pytest.mark.parametrize(
     ("variables", "views"),
-    [({"SET": "views.flip_probability=0.5 cache.samples_per_shard=8"}, {"flip_probability": 0.5}),
-     ({"SET": "views.size=96 views.randaugment_ops=1", "PIXELS": "replayed"}, {"size": 96, "randaugment_ops": 1})],
-)  # fmt: skip
+    [
+        ({"SET": "views.flip_probability=0.5 cache.samples_per_shard=8"}, {"flip_probability": 0.5}),
+        ({"SET": "views.size=96 views.randaugment_ops=1", "PIXELS": "replayed"}, {"size": 96, "randaugment_ops": 1}),
+    ],
+)
 def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables, views):
     """Fewer images than the recipe's batch, view options that the recipe has otherwise, a student that was tried."""
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"

@@ -64,11 +64,13 @@ def test_cache_that_is_a_file_names_the_folder(command, cache):
 
 @pytest.mark.parametrize(
     ("words", "answer"),
-    [(["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill?"),
-     (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
-     (["cache-teacher", "LR=0.1"], "there is no variable LR (make help; other options: SET="),
-     (["distill"], "give STUDENT=, for example make distill STUDENT=resnet50")],
-)  # fmt: skip
+    [
+        (["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill?"),
+        (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
+        (["cache-teacher", "LR=0.1"], "there is no variable LR (make help; other options: SET="),
+        (["distill"], "give STUDENT=, for example make distill STUDENT=resnet50"),
+    ],
+)
 def test_words_that_make_does_not_know(words, answer):
     output = execute("make", *words, status=2)
     assert sum("error: " in line for line in output.splitlines()) == 1, output

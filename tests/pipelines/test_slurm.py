@@ -73,8 +73,10 @@ def slurm(tmp_path):
         return done.stdout
 
     try:
-        daemons[0].until(lambda: "idle" in subprocess.run(
-            ["sinfo", "-h"], env=environment, text=True, capture_output=True).stdout, 60)  # fmt: skip
+        daemons[0].until(
+            lambda: "idle" in subprocess.run(["sinfo", "-h"], env=environment, text=True, capture_output=True).stdout,
+            60,
+        )
         yield client
     finally:
         subprocess.run(["scancel", "--full", "--signal=KILL", "--state=RUNNING"], env=environment, capture_output=True)

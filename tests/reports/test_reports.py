@@ -20,7 +20,7 @@ from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.reports.cache import CacheReport, cache_report
-from scalekd_cache.reports.colours import fit_palette, overlay, paint
+from scalekd_cache.reports.colors import fit_palette, overlay, paint
 from scalekd_cache.reports.figures import Series, curves, histogram, matrix, plain
 from scalekd_cache.reports.page import MAX_BYTES, picture, write_page
 from scalekd_cache.reports.predictions import Verdict, confusion
@@ -204,17 +204,17 @@ def test_figures_are_the_same_every_time_and_have_words():
     assert len(long.source) < 100_000
 
 
-def test_colours_tell_tokens_apart_and_are_the_same_for_equal_ones():
+def test_colors_tell_tokens_apart_and_are_the_same_for_equal_ones():
     maps = torch.zeros(2, 8, 2, 2)
     maps[:, 0, 0, 0], maps[:, 1, 1, 1], maps[1, 2, 0, 1] = 5, -3, 1
     palette = fit_palette(maps)
-    colours = paint(palette, maps[0])
-    assert colours.shape == (2, 2, 3)
-    assert (colours[0, 1] == colours[1, 0]).all()
-    assert len({tuple(token) for token in colours.reshape(-1, 3).tolist()}) == 3
-    assert (paint(palette, maps[0]) == colours).all()
+    colors = paint(palette, maps[0])
+    assert colors.shape == (2, 2, 3)
+    assert (colors[0, 1] == colors[1, 0]).all()
+    assert len({tuple(token) for token in colors.reshape(-1, 3).tolist()}) == 3
+    assert (paint(palette, maps[0]) == colors).all()
     assert paint(fit_palette(torch.zeros(1, 4, 2, 2)), torch.zeros(4, 2, 2)).shape == (2, 2, 3)
-    assert overlay(None, colours, 10).shape == (10, 10, 3)
+    assert overlay(None, colors, 10).shape == (10, 10, 3)
 
 
 def test_views_that_look_alike_are_found():
@@ -260,8 +260,14 @@ def test_a_run_that_is_still_going(tmp_path):
 def test_several_runs_are_compared(done, tmp_path):
     other = changed(done, tmp_path / "second", "summary.json", "50.0", "60.0")
     page = Page(run_report([done, other, done], RunReport(images=20), CPU))
-    for words in ("Runs first, second", "training images/s", "forward images/s here", "60.00 %", "Accuracy and size",
-                  "Share of images with the same answer"):  # fmt: skip
+    for words in (
+        "Runs first, second",
+        "training images/s",
+        "forward images/s here",
+        "60.00 %",
+        "Accuracy and size",
+        "Share of images with the same answer",
+    ):
         assert words in page.text
     assert page.text.count("What was run") == 2
 

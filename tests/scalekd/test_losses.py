@@ -91,7 +91,7 @@ def test_seven_by_seven_needs_no_scaling() -> None:
 
 @pytest.mark.parametrize("loss", [spatial_loss, frequency_loss])
 def test_noisy_targets_with_stored_norms_are_unbiased(loss) -> None:
-    """Mean gradient over dithers: equal to the exact one with stored norms, shrunk with re-normalised targets."""
+    """Mean gradient over dithers: equal to the exact one with stored norms, shrunk with re-normalized targets."""
     draws, channels, grid = 4000, 16, (3, 3)
     prediction = torch.randn(1, channels, *grid, dtype=torch.float64)
     exact = torch.randn(1, channels, *grid, dtype=torch.float64) + 0.5
@@ -109,8 +109,8 @@ def test_noisy_targets_with_stored_norms_are_unbiased(loss) -> None:
     assert error.abs().max() < 5
     assert error.square().mean() < 1.5  # about one when only sampling noise is left
     assert (stored.mean(0) * want[0]).sum() / want.square().sum() == pytest.approx(1, abs=0.005)
-    renormalised = gradients(noisy, norms_of(noisy))
-    assert (renormalised.mean(0) * want[0]).sum() / want.square().sum() < 0.98
+    renormalized = gradients(noisy, norms_of(noisy))
+    assert (renormalized.mean(0) * want[0]).sum() / want.square().sum() < 0.98
     # Linear: half of one target and half of another give half of each gradient.
     norms, two = norms_of(exact), noisy[:2]
     both = gradients(two, norms.expand(2, -1, -1, -1)).mean(0)

@@ -120,7 +120,7 @@ def test_real_students_run_forward_and_backward(name, students):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the dtypes that normalisations and squares see."""
+    """Notes the dtypes that normalizations and squares see."""
 
     NAMES = ("aten::linalg_vector_norm", "aten::pow", "aten::mean", "aten::_log_softmax", "aten::_softmax")
 

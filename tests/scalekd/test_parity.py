@@ -134,16 +134,22 @@ def test_losses_and_gradients_are_upstreams(setting: Setting, dtype: torch.dtype
     inputs = [torch.randn(BATCH, *S3), torch.randn(BATCH, *setting.s4), 3 * torch.randn(BATCH, CLASSES)]
     features, teacher_logits = 2 * torch.randn(BATCH, *TAIL_OUT, dtype=dtype) + 0.5, torch.randn(BATCH, CLASSES)
     teacher_logits, labels = 3 * teacher_logits.to(dtype), torch.tensor([0, 4, 10])
-    centred = features - features.mean((2, 3), keepdim=True)
-    targets = Targets(features, torch.stack([features.norm(dim=1), centred.norm(dim=1)], 1), teacher_logits)
+    centered = features - features.mean((2, 3), keepdim=True)
+    targets = Targets(features, torch.stack([features.norm(dim=1), centered.norm(dim=1)], 1), teacher_logits)
 
     for kind, (label_loss, train) in LABELS.items():
         theirs = [x.to(dtype).requires_grad_() for x in inputs]
         logits = (theirs[2], teacher_logits) if setting.kd else None
         want = distiller_losses(
-            upstream, theirs[0], theirs[1], features, stage_4, label_loss(theirs[2], labels), logits,
+            upstream,
+            theirs[0],
+            theirs[1],
+            features,
+            stage_4,
+            label_loss(theirs[2], labels),
+            logits,
             hand_over=not setting.self_query_s4,
-        )  # fmt: skip
+        )
         mine = [x.to(dtype).requires_grad_() for x in inputs]
         maps = ours(mine[0], mine[1], as_tail(stage_4))
         got = distillation_losses(setting.config, train, mine[2], labels, maps, targets)
@@ -175,8 +181,8 @@ def test_parameter_gradients_are_upstreams() -> None:
     upstream, ours = build(setting, dtype)
     stage_4 = Stage4().to(dtype)
     s3, s4, features = (torch.randn(BATCH, *shape, dtype=dtype) for shape in (S3, S4, TAIL_OUT))
-    centred = features - features.mean((2, 3), keepdim=True)
-    norms = torch.stack([features.norm(dim=1), centred.norm(dim=1)], 1)
+    centered = features - features.mean((2, 3), keepdim=True)
+    norms = torch.stack([features.norm(dim=1), centered.norm(dim=1)], 1)
     logits, labels = torch.randn(BATCH, CLASSES, dtype=dtype), torch.tensor([0, 4, 10])
     terms = distiller_losses(
         upstream, s3, s4, features, stage_4, cross_entropy(logits, labels), (logits, logits), hand_over=True

@@ -17,8 +17,16 @@ FINGERPRINT = "0" * 64
 
 
 def filled(root, number):
-    writer = UnitWriter(root, backend="webdataset", group=0, range_id=number, start=number, stop=number + 1,
-                        views=[0], fingerprint=FINGERPRINT)  # fmt: skip
+    writer = UnitWriter(
+        root,
+        backend="webdataset",
+        group=0,
+        range_id=number,
+        start=number,
+        stop=number + 1,
+        views=[0],
+        fingerprint=FINGERPRINT,
+    )
     writer.append(0, Record(f"image{number}", 0, "{}", "0" * 16, b"", b"features", b"logits"))
     return writer
 

@@ -31,8 +31,15 @@ CASES = [
 
 @pytest.mark.parametrize(("backend", "codec", "pixels", "kept"), CASES)
 def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels, kept):
-    layout = {"backend": backend, "codec": codec, "samples_per_shard": 20, "num_views": 3, "views_per_group": 2,
-              "logits": kept, "top_k": 4}  # fmt: skip
+    layout = {
+        "backend": backend,
+        "codec": codec,
+        "samples_per_shard": 20,
+        "num_views": 3,
+        "views_per_group": 2,
+        "logits": kept,
+        "top_k": 4,
+    }
     cache = make(tmp_path / "c", shared_weights(), data={"max_samples": 37}, cache=layout, views={"pixels": pixels})
     views = format_reader.read_cache(tmp_path / "c")
     assert sorted(views) == [0, 1, 2]

@@ -148,11 +148,18 @@ def test_plan_and_manifest_say_the_same(tmp_path):
 @pytest.mark.parametrize(
     "change",
     [
-        {"groups": [[1], [0]]}, {"groups": [[0], []]}, {"groups": []}, {"ranges": [[0, 8], [9, 24]]},
-        {"ranges": []}, {"samples_per_shard": 0}, {"backend": "hdf5"}, {"fingerprint": "x"}, {"more": 1},
+        {"groups": [[1], [0]]},
+        {"groups": [[0], []]},
+        {"groups": []},
+        {"ranges": [[0, 8], [9, 24]]},
+        {"ranges": []},
+        {"samples_per_shard": 0},
+        {"backend": "hdf5"},
+        {"fingerprint": "x"},
+        {"more": 1},
         {"class_names": "a"},
     ],
-)  # fmt: skip
+)
 def test_a_plan_that_contradicts_itself_is_refused(tmp_path, change):
     writer = Writer(tmp_path, two_groups())
     file = writer.root / "plan.json"

@@ -39,9 +39,12 @@ from scalekd_cache.store.verify import check_cache, verify_cache
 
 FORBIDDEN = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "_pickle", "torch.hub"}
 bounded = settings(
-    max_examples=40, deadline=None, derandomize=True, database=None,
+    max_examples=40,
+    deadline=None,
+    derandomize=True,
+    database=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.filter_too_much],
-)  # fmt: skip
+)
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**70), 2**70) | st.floats(allow_nan=False, allow_infinity=False)
     | st.text(max_size=8),
@@ -171,14 +174,17 @@ def peak_bytes(action):
         tracemalloc.stop()
 
 
-@pytest.mark.parametrize("change", [
-    lambda f: f.update(num_samples=2**60),
-    lambda f: f.update(num_views=2**60),
-    lambda f: (f.update(num_samples=2**60), [row.__setitem__(2, 2**60) for row in f["units"]]),
-    lambda f: f["groups"][0].append(2**60),
-    lambda f: f["units"].append([0, 2**60, 1, "0" * 64]),
-    lambda f: f["units"].append([2**60, 0, 1, "0" * 64]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.update(num_samples=2**60),
+        lambda f: f.update(num_views=2**60),
+        lambda f: (f.update(num_samples=2**60), [row.__setitem__(2, 2**60) for row in f["units"]]),
+        lambda f: f["groups"][0].append(2**60),
+        lambda f: f["units"].append([0, 2**60, 1, "0" * 64]),
+        lambda f: f["units"].append([2**60, 0, 1, "0" * 64]),
+    ],
+)
 def test_a_manifest_that_claims_the_world_costs_nothing(tmp_path, change):
     root = copy_of_cache(tmp_path / "cache")
     reseal(root / NAME, change)
@@ -222,11 +228,16 @@ def test_a_zstd_frame_that_claims_300_megabytes_is_not_decoded(tmp_path):
     codec = {"name": "bytes", "configuration": {"endian": "little"}}
     inner = {"chunk_shape": [64], "codecs": [codec, {"name": "zstd"}], "index_codecs": [codec, {"name": "crc32c"}]}
     meta = {
-        "zarr_format": 3, "node_type": "array", "shape": [64], "data_type": "uint8", "fill_value": 0, "attributes": {},
+        "zarr_format": 3,
+        "node_type": "array",
+        "shape": [64],
+        "data_type": "uint8",
+        "fill_value": 0,
+        "attributes": {},
         "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [64]}},
         "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
         "codecs": [{"name": "sharding_indexed", "configuration": inner}],
-    }  # fmt: skip
+    }
     (folder / "zarr.json").write_text(json.dumps(meta))
     array = ShardedArray(folder, "uint8", 64)
 
@@ -315,10 +326,15 @@ def test_any_index(tmp_path_factory, at, value, size):
 
 
 records = st.builds(
-    Record, key=st.text(max_size=9), label=st.integers(-(2**63), 2**63 - 1),
-    view=st.text(max_size=9) | json_values.map(json.dumps), digest=st.text(max_size=16),
-    pixels=st.binary(max_size=40), features=st.binary(max_size=40), logits=st.binary(max_size=40),
-)  # fmt: skip
+    Record,
+    key=st.text(max_size=9),
+    label=st.integers(-(2**63), 2**63 - 1),
+    view=st.text(max_size=9) | json_values.map(json.dumps),
+    digest=st.text(max_size=16),
+    pixels=st.binary(max_size=40),
+    features=st.binary(max_size=40),
+    logits=st.binary(max_size=40),
+)
 
 
 @bounded

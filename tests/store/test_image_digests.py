@@ -129,8 +129,13 @@ def test_a_damaged_list_is_named(folder):
 def test_caches_without_lists_grow_as_before(folder):
     """Units of other versions, and those whose views come from another cache."""
     cache_teacher(job(folder, 1), CPU)
-    shared = options(folder / "other", shared_weights(), data={"source": str(folder / "data"), "max_samples": None},
-                     cache={"num_views": 1, "pixels_from": str(folder / "cache")}, teacher=TEACHER)  # fmt: skip
+    shared = options(
+        folder / "other",
+        shared_weights(),
+        data={"source": str(folder / "data"), "max_samples": None},
+        cache={"num_views": 1, "pixels_from": str(folder / "cache")},
+        teacher=TEACHER,
+    )
     cache_teacher(shared, CPU)
     assert not [name for name in unit_files(folder / "other") if name.endswith("images.txt")]
     assert ImageFiles(folder / "other", [(0, 0), (0, 1), (0, 9)]).change("ant/1", "0" * 16) is None

@@ -101,8 +101,13 @@ def test_a_fault_that_stays_is_an_error_that_names_the_file(server, tmp_path, ki
     assert f"{server.url}/units/{payload(server)}" in text
     assert "2 of 2 attempts" in text
     assert "what to do" in text
-    assert {503: "status 503", "short": "should have", "flipped": "sha256", "zeros": "sha256",
-            "endless": "more than the expected"}.get(kind, "") in text  # fmt: skip
+    assert {
+        503: "status 503",
+        "short": "should have",
+        "flipped": "sha256",
+        "zeros": "sha256",
+        "endless": "more than the expected",
+    }.get(kind, "") in text
     assert server.gets(payload(server)) == 2
     assert leftovers(tmp_path) == []
     assert cache.read(ALL, 2) == expected(2)  # other shards are not affected
@@ -288,8 +293,10 @@ def test_a_file_url_is_a_folder(whole, tmp_path):
     assert verify_cache(f"file://{whole}", deep=True) == []
 
 
-@pytest.mark.parametrize(("url", "module", "extra"), [("s3://b/c", "s3fs", "remote"), ("gs://b/c", "gcsfs", "gcs"),
-                                                      ("https://h/c", "aiohttp", "remote")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("url", "module", "extra"),
+    [("s3://b/c", "s3fs", "remote"), ("gs://b/c", "gcsfs", "gcs"), ("https://h/c", "aiohttp", "remote")],
+)
 def test_a_missing_package_is_named_with_the_command(url, module, extra, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     fsspec_registry = importlib.import_module("fsspec.registry")  # fsspec.registry is a mapping

@@ -153,7 +153,7 @@ def test_large_arrays_span_shard_files(tmp_path, backend, monkeypatch):
 
 
 @pytest.mark.parametrize("run_bytes", [1, 2_000, 5_000, 1 << 20])
-def test_neighbours_are_read_at_once_and_cut_rightly(whole, run_bytes, monkeypatch):
+def test_neighbors_are_read_at_once_and_cut_rightly(whole, run_bytes, monkeypatch):
     """Runs end at `RUN_BYTES`, at the end of a unit and where rows do not follow each other; chunks are crossed."""
     for module in ("webdataset", "zarr_read"):
         monkeypatch.setattr(f"scalekd_cache.store.{module}.RUN_BYTES", run_bytes)
@@ -611,14 +611,17 @@ def test_a_stale_unit_that_is_whole_in_itself_is_not_the_one_in_the_manifest(cop
     assert verify_cache(copy)
 
 
-@pytest.mark.parametrize("change", [
-    lambda f: f.update(count=2**60),
-    lambda f: f.update(stop=2**60, count=2**60 - 21),
-    lambda f: f["files"].update({"../../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}),
-    lambda f: f.update(format=7),
-    lambda f: f.update(views=[0, 0]),
-    lambda f: f.update(files=[]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda f: f.update(count=2**60),
+        lambda f: f.update(stop=2**60, count=2**60 - 21),
+        lambda f: f["files"].update({"../../../etc/passwd": {"bytes": 1, "sha256": "0" * 64}}),
+        lambda f: f.update(format=7),
+        lambda f: f.update(views=[0, 0]),
+        lambda f: f.update(files=[]),
+    ],
+)
 def test_a_sidecar_that_lies_is_refused(copy, change):
     path = unit_folder(copy, 0, 1) / "unit.json"
     fields = json.loads(path.read_text())

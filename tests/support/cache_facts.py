@@ -21,10 +21,17 @@ FINGERPRINT = fingerprint(FIELDS)
 def cache_facts(**changes: Any) -> ManifestFacts:
     """Facts that hold together, but for `changes`; backend, groups and ranges are among those."""
     values = {
-        "fingerprint": FINGERPRINT, "fingerprint_fields": FIELDS, "recipe": "demo", "samples_per_shard": 21,
-        "class_names": CLASSES, "tail_sha256": "", "view_recipe": FIELDS["views"],
+        "fingerprint": FINGERPRINT,
+        "fingerprint_fields": FIELDS,
+        "recipe": "demo",
+        "samples_per_shard": 21,
+        "class_names": CLASSES,
+        "tail_sha256": "",
+        "view_recipe": FIELDS["views"],
         "teacher": {"spec": FIELDS["teacher"], "config": to_plain(TeacherConfig()), "top1": None},
-        "codec": FIELDS["codec"], "logit_codec": FIELDS["logit_codec"],
-        "data": {**to_plain(DataConfig()), **FIELDS["data"]}, "versions": {"torch": "2"},
-    }  # fmt: skip
+        "codec": FIELDS["codec"],
+        "logit_codec": FIELDS["logit_codec"],
+        "data": {**to_plain(DataConfig()), **FIELDS["data"]},
+        "versions": {"torch": "2"},
+    }
     return ManifestFacts(**{**values, **changes})

@@ -18,9 +18,15 @@ def rewrite_unit(root, change, range_id=0):
     records = {view: cache.read(range(start, start + info.count), view) for view in info.views}
     shutil.rmtree(folder)
     with UnitWriter(
-        root, backend=info.backend, group=0, range_id=range_id, start=info.start, stop=info.stop, views=info.views,
+        root,
+        backend=info.backend,
+        group=0,
+        range_id=range_id,
+        start=info.start,
+        stop=info.stop,
+        views=info.views,
         fingerprint=info.fingerprint,
-    ) as writer:  # fmt: skip
+    ) as writer:
         for view, rows in records.items():
             for record in rows:
                 owned = {name: bytes(getattr(record, name)) for name in ("pixels", "features", "logits")}

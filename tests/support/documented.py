@@ -26,10 +26,16 @@ SECTIONS = {
 
 
 OTHERS = {
-    "pipelines.evaluate": EvaluateConfig, "pipelines.export": ExportConfig, "pipelines.report": ReportConfig,
-    "pipelines.verify": VerifyConfig, "pipelines.inspect_cache": InspectConfig, "pipelines.prove": ProveConfig,
-    "pipelines.fetch": FetchConfig, "pipelines.repair": RepairConfig, "pipelines.import_upstream": ImportConfig,
-}  # fmt: skip
+    "pipelines.evaluate": EvaluateConfig,
+    "pipelines.export": ExportConfig,
+    "pipelines.report": ReportConfig,
+    "pipelines.verify": VerifyConfig,
+    "pipelines.inspect_cache": InspectConfig,
+    "pipelines.prove": ProveConfig,
+    "pipelines.fetch": FetchConfig,
+    "pipelines.repair": RepairConfig,
+    "pipelines.import_upstream": ImportConfig,
+}
 """Commands without a recipe."""
 
 

@@ -42,8 +42,16 @@ def order(group: int) -> np.ndarray:
 
 def open_unit(root: Path, backend: str, group: int = 0, range_id: int = 0, **changes) -> UnitWriter:
     start, stop = RANGES[range_id]
-    arguments = {"backend": backend, "group": group, "range_id": range_id, "start": start, "stop": stop,
-                 "views": GROUPS[group], "fingerprint": FINGERPRINT, "versions": {"zarr": "3"}}  # fmt: skip
+    arguments = {
+        "backend": backend,
+        "group": group,
+        "range_id": range_id,
+        "start": start,
+        "stop": stop,
+        "views": GROUPS[group],
+        "fingerprint": FINGERPRINT,
+        "versions": {"zarr": "3"},
+    }
     return UnitWriter(root, **{**arguments, **changes})
 
 

@@ -3,7 +3,7 @@
 A transcription of what the public ScaleKD code computes (`FreqMaskingDistillLossv2`, `FreqMaskingDistillLossConvNext`,
 `KDLoss`, the order of calls in `ClassificationDistiller.loss`, mmcv's `FFN`, mmcls's classification losses), in words
 of our own and as literal as can be: tokens (B, N, C), queries repeated for every sample, an explicit softmax, a real
-DCT and its inverse, targets normalised by their own norms. It shares no code with `scalekd_cache`.
+DCT and its inverse, targets normalized by their own norms. It shares no code with `scalekd_cache`.
 """
 
 import math
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def dct_matrix(size: int) -> Tensor:
-    """DCT-II without normalisation: y_k = 2 sum_n x_n cos(pi k (2n + 1) / (2 size)), (size, size) float64."""
+    """DCT-II without normalization: y_k = 2 sum_n x_n cos(pi k (2n + 1) / (2 size)), (size, size) float64."""
     k = torch.arange(size, dtype=torch.float64)[:, None]
     n = torch.arange(size, dtype=torch.float64)[None, :]
     return 2 * torch.cos(math.pi * k * (2 * n + 1) / (2 * size))
@@ -94,9 +94,18 @@ class AttentionProjector(nn.Module):
 
 
 class FreqMaskingDistillLoss(nn.Module):
-    def __init__(self, alpha: tuple[float, float], student_dim: int, teacher_dim: int, query_hw: tuple[int, int],
-                 pos_hw: tuple[int, int], self_query: bool, heads: int, softmax_scale: float = 5.0,
-                 layer_norm: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        alpha: tuple[float, float],
+        student_dim: int,
+        teacher_dim: int,
+        query_hw: tuple[int, int],
+        pos_hw: tuple[int, int],
+        self_query: bool,
+        heads: int,
+        softmax_scale: float = 5.0,
+        layer_norm: bool = False,
+    ) -> None:
         super().__init__()
         self.alpha = alpha
         options = (student_dim, teacher_dim, query_hw, pos_hw, self_query, softmax_scale, heads, layer_norm)

@@ -2,7 +2,7 @@
 
 Transcribed from what the public ScaleKD code (its mmpretrain and mmcv) builds for its student configurations, without
 a look at timm or at the importer: the names and shapes are those modules', and so is what they compute. Drop path and
-initialisation are left out. Every student is `backbone`, global average pooling, `head.fc`.
+initialization are left out. Every student is `backbone`, global average pooling, `head.fc`.
 """
 
 from collections.abc import Sequence
@@ -98,9 +98,13 @@ class MobileNetV1(nn.Module):
 
         def separable(inputs: int, outputs: int, stride: int) -> nn.Module:
             return nn.Sequential(
-                nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False), nn.BatchNorm2d(inputs), nn.ReLU(),
-                nn.Conv2d(inputs, outputs, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU(),
-            )  # fmt: skip
+                nn.Conv2d(inputs, inputs, 3, stride, 1, groups=inputs, bias=False),
+                nn.BatchNorm2d(inputs),
+                nn.ReLU(),
+                nn.Conv2d(inputs, outputs, 1, bias=False),
+                nn.BatchNorm2d(outputs),
+                nn.ReLU(),
+            )
 
         self.s1 = nn.Sequential(plain(3, 32, 2), separable(32, 64, 1), separable(64, 128, 2), separable(128, 128, 1))
         self.s2 = nn.Sequential(

@@ -113,7 +113,10 @@ def test_a_mistyped_run_and_one_that_is_going(tmp_path):
     assert not is_going(run)
     with open(run / ".lock", "w") as lock, contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX)
-        script = f"from pathlib import Path; from scalekd_cache.training.run_folder import is_going; print(is_going(Path({str(run)!r})))"
+        script = (
+            "from pathlib import Path; from scalekd_cache.training.run_folder import is_going; "
+            f"print(is_going(Path({str(run)!r})))"
+        )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
         assert done.stdout.strip() == "True"
 

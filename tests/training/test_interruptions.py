@@ -26,8 +26,13 @@ def samples(folder):
 def start(words, nproc=1):
     return subprocess.Popen(
         [*map(str, launcher(nproc)), "pipelines.distill", *words],
-        cwd=ROOT, env=ENV, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=ENV,
+        start_new_session=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
 
 
 @pytest.mark.timeout(6 * LIMIT_S)

@@ -1,4 +1,4 @@
-"""Optimisation: what decays, how the rate moves, how it is scaled, and what is refused."""
+"""Optimization: what decays, how the rate moves, how it is scaled, and what is refused."""
 
 import math
 
@@ -18,7 +18,7 @@ from scalekd_cache.training.optim import (
     parameter_groups,
     scaled_lr,
     schedule_step,
-    synchronise_batchnorm,
+    synchronize_batchnorm,
 )
 
 torch.set_num_threads(1)
@@ -111,5 +111,5 @@ def test_learning_rate_is_scaled_and_said():
 def test_sync_bn_is_refused_on_a_cpu():
     model = nn.Sequential(nn.BatchNorm2d(3))
     with pytest.raises(UserError, match=r"runs on GPUs alone[\s\S]*sync_bn=false"):
-        synchronise_batchnorm(model, Process(0, 1, torch.device("cpu")))
-    assert isinstance(synchronise_batchnorm(model, Process(0, 1, torch.device("cuda", 0)))[0], nn.SyncBatchNorm)
+        synchronize_batchnorm(model, Process(0, 1, torch.device("cpu")))
+    assert isinstance(synchronize_batchnorm(model, Process(0, 1, torch.device("cuda", 0)))[0], nn.SyncBatchNorm)

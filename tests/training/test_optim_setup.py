@@ -117,6 +117,10 @@ def test_the_learning_rate_is_scaled_to_the_batch():
 def test_micro_batches_must_be_shared_evenly():
     with pytest.raises(UserError, match="cannot be shared evenly"):
         CacheLoader(
-            shared_cache(), Order(num_samples=SAMPLES, block=8, window=8, seed=0), epochs=1, global_batch=32,
-            micro_batch=16, world_size=3,
-        )  # fmt: skip
+            shared_cache(),
+            Order(num_samples=SAMPLES, block=8, window=8, seed=0),
+            epochs=1,
+            global_batch=32,
+            micro_batch=16,
+            world_size=3,
+        )

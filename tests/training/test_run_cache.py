@@ -102,8 +102,13 @@ def test_a_run_that_followed_does_not_begin_again_with_fewer_views(tmp_path):
     """Followed to 3 views, then resumed without FOLLOW while the manifest still says 2."""
     root, run = two_groups().root, tmp_path / "run"
     run.mkdir()
-    facts = {"fingerprint": two_groups().manifest.fingerprint, "views": 3, "image_size": 64, "class_names": ["a"],
-             "data": {"source": "demo"}}  # fmt: skip
+    facts = {
+        "fingerprint": two_groups().manifest.fingerprint,
+        "views": 3,
+        "image_size": 64,
+        "class_names": ["a"],
+        "data": {"source": "demo"},
+    }
     (run / FACTS).write_text(json.dumps(facts))
     with pytest.raises(UserError, match="fewer views than the run reads") as error:
         open_run_cache(config_of(root, run), run, CPU)

@@ -112,8 +112,9 @@ def test_a_student_of_ones_own_learns():
     torch.manual_seed(0)
     targets = small_targets(epochs=4)
     student = Own()
-    loss = ScaleKDLoss(targets, student, ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004,
-                                                       frequency_weight_s4=0.004))  # fmt: skip
+    loss = ScaleKDLoss(
+        targets, student, ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004, frequency_weight_s4=0.004)
+    )
     optimizer = torch.optim.AdamW([*student.parameters(), *loss.parameters()], lr=3e-3)
     totals = []
     for images, labels, target in targets:

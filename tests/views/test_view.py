@@ -141,8 +141,12 @@ def test_crops_follow_torchvision():
     theirs = np.array([RandomResizedCrop.get_params(torch.empty(3, 75, 100), [0.08, 1.0], [3 / 4, 4 / 3])
                        for _ in range(3000)])[:, [1, 0, 3, 2]]  # fmt: skip
     ours = np.array([view.crop for view in draw(PLAIN, 3000)])
-    for column in (lambda c: c[:, 2] * c[:, 3] / 7500, lambda c: c[:, 0] / 100, lambda c: c[:, 1] / 75,
-                   lambda c: np.log(c[:, 2] / c[:, 3])):  # fmt: skip
+    for column in (
+        lambda c: c[:, 2] * c[:, 3] / 7500,
+        lambda c: c[:, 0] / 100,
+        lambda c: c[:, 1] / 75,
+        lambda c: np.log(c[:, 2] / c[:, 3]),
+    ):
         a, b = column(ours), column(theirs)
         assert abs(a.mean() - b.mean()) < 4.5 * math.sqrt((a.var() + b.var()) / 3000)
         assert np.abs(np.quantile(a, [0.1, 0.5, 0.9]) - np.quantile(b, [0.1, 0.5, 0.9])).max() < 0.05
@@ -188,7 +192,7 @@ def test_boxes_are_always_inside(width, height, key, number, full):
 @pytest.mark.parametrize(("width", "height", "crop"), [
     (1, 1000, (0, 499, 1, 1)), (1000, 1, (499, 0, 1, 1)), (10, 1000, (0, 493, 10, 13)), (1000, 10, (493, 0, 13, 10)),
 ])  # fmt: skip
-def test_fallback_crop_is_centred(width, height, crop):
+def test_fallback_crop_is_centered(width, height, crop):
     whole = dataclasses.replace(PLAIN, crop_scale=(1.0, 1.0))
     assert sample_view(whole, "a", 0, width, height).crop == crop
 
@@ -227,13 +231,19 @@ def test_stages_are_applied_in_order():
     step[2:22, 1:11] = pixels[2:22, 1:11]
     np.testing.assert_array_equal(pixels, step)
     reverse = dataclasses.replace(view, operations=view.operations[::-1])
-    assert (apply_view(reverse, image, PLAIN) != pixels).any()  # grey is brought in before or after the inversion
+    assert (apply_view(reverse, image, PLAIN) != pixels).any()  # gray is brought in before or after the inversion
 
 
-@pytest.mark.parametrize("change", [
-    {}, {"flip": True}, {"crop": (5, 6, 50, 40)}, {"erase": (3, 4, 9, 11), "noise_seed": 2**53 - 1},
-    *({"operations": ((name, augment.resolve_argument(name, 7.3, True)),)} for name in augment.OPERATION_NAMES),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"flip": True},
+        {"crop": (5, 6, 50, 40)},
+        {"erase": (3, 4, 9, 11), "noise_seed": 2**53 - 1},
+        *({"operations": ((name, augment.resolve_argument(name, 7.3, True)),)} for name in augment.OPERATION_NAMES),
+    ],
+)
 def test_replay_through_json_equals_the_original(change):
     image = photo()
     kept = image.copy()
@@ -294,7 +304,7 @@ def test_a_view_that_does_not_fit_is_refused():
 
 
 @pytest.mark.parametrize("shape", [(75, 100), (100, 75), (20, 20), (64, 300), (11, 17)])
-def test_eval_view_equals_resize_and_centre_crop(shape):
+def test_eval_view_equals_resize_and_center_crop(shape):
     image = photo(*shape[::-1])
     expected = tvf.center_crop(tvf.resize(Image.fromarray(image), 37, InterpolationMode.BICUBIC), [32, 32])
     pixels = eval_view(image, 32, crop_share=0.875)

@@ -110,11 +110,11 @@ def test_any_value_in_a_record_is_taken_or_refused_cleanly(field, value):
 @pytest.mark.parametrize(("options", "limit"), [
     ({"pixel_format": "png"}, 0), ({"jpeg_quality": 95, "jpeg_subsampling": "4:4:4"}, 6), ({"jpeg_quality": 90}, 30),
 ])  # fmt: skip
-@pytest.mark.parametrize("grey", [False, True])
-def test_pixels_round_trip(options, limit, grey):
+@pytest.mark.parametrize("gray", [False, True])
+def test_pixels_round_trip(options, limit, gray):
     config = ViewConfig(size=32, **options)
     pixels = photo(32, 32)
-    pixels = np.repeat(pixels[..., :1], 3, axis=2) if grey else pixels
+    pixels = np.repeat(pixels[..., :1], 3, axis=2) if gray else pixels
     data = encode_pixels(pixels, config)
     assert data == encode_pixels(pixels.copy(), config)
     decoded = decode_pixels(data, 32)
@@ -129,11 +129,19 @@ def encode(image, format):
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("data", [
-    b"", b"junk", encode(Image.new("RGB", (32, 31)), "PNG"), encode(Image.new("RGB", (64, 64)), "JPEG"),
-    encode(Image.new("L", (32, 32)), "PNG"), encode(Image.new("RGB", (32, 32)), "BMP"),
-    encode(Image.fromarray(photo(32, 32)), "JPEG")[:300], encode(Image.fromarray(photo(32, 32)), "PNG")[:300],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"",
+        b"junk",
+        encode(Image.new("RGB", (32, 31)), "PNG"),
+        encode(Image.new("RGB", (64, 64)), "JPEG"),
+        encode(Image.new("L", (32, 32)), "PNG"),
+        encode(Image.new("RGB", (32, 32)), "BMP"),
+        encode(Image.fromarray(photo(32, 32)), "JPEG")[:300],
+        encode(Image.fromarray(photo(32, 32)), "PNG")[:300],
+    ],
+)
 def test_other_or_damaged_pixels_are_refused(data):
     with pytest.raises(UserError, match="cannot be decoded"):
         decode_pixels(data, 32)

@@ -1,1 +1,1 @@
-"""The room formats."""
+"""The two file formats of a shard: tar with an index, and Zarr."""

@@ -66,7 +66,7 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
 
 
 def _check_order(rows: NDArray[np.void], path: StoredPath) -> None:
-    """So that a record, or a run of neighbours, is one stretch of the tar."""
+    """So that a record, or a run of neighbors, is one stretch of the tar."""
     json_end, pixels_end = (rows[f"{member}_offset"] + rows[f"{member}_bytes"] for member in ("json", "pixels"))
     pixels_end = np.where(rows["pixels_bytes"] > 0, pixels_end, json_end)
     features_end = rows["features_offset"] + rows["features_bytes"]

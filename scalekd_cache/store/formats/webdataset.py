@@ -96,7 +96,7 @@ class Writer(ShardWriter):
 
 
 class Reader(ShardReader):
-    """One pread a record, or a run of neighbours: their members lie together."""
+    """One pread a record, or a run of neighbors: their members lie together."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
@@ -137,7 +137,7 @@ class Reader(ShardReader):
             while done < len(wanted):
                 begun, done = done, done + 1
                 start, end = self._stretch(wanted[begun])
-                while done < len(wanted) and wanted[done] == wanted[done - 1] + 1:  # neighbours lie together
+                while done < len(wanted) and wanted[done] == wanted[done - 1] + 1:  # neighbors lie together
                     _, further = self._stretch(wanted[done])
                     if further - start > RUN_BYTES:
                         break
@@ -177,12 +177,15 @@ class Reader(ShardReader):
                 if logits_at > end:
                     raise ValueError(f"{logits_at - features_at} bytes of features in a member of {features_bytes}")
                 record = Record(
-                    key, target.label, target.view.decode(), target.digest.decode(),
+                    key,
+                    target.label,
+                    target.view.decode(),
+                    target.digest.decode(),
                     pixels=shown[pixels_at : pixels_at + pixels_bytes],
                     features=shown[features_at:second_at],
                     logits=shown[logits_at:end],
                     second=shown[second_at:logits_at],
-                )  # fmt: skip
+                )
                 records.append(check_parts(record, target.parts))
             except ValueError as error:
                 raise damaged(

@@ -91,8 +91,12 @@ class ShardedArray:
         whole = self.chunk_rows > 0 and self.shard_rows % self.chunk_rows == 0
         self.shard_chunks = self.shard_rows // self.chunk_rows if whole else 0
         if not (0 < self.shard_chunks <= MAX_SHARD_CHUNKS and 0 < self.chunk_bytes <= MAX_CHUNK_BYTES):
-            raise damaged("chunks of a zarr array are out of range", {"chunk": chunk, "shard": shard, "shape": shape},
-                          f"whole chunks of at most {MAX_CHUNK_BYTES} bytes", self.folder)  # fmt: skip
+            raise damaged(
+                "chunks of a zarr array are out of range",
+                {"chunk": chunk, "shard": shard, "shape": shape},
+                f"whole chunks of at most {MAX_CHUNK_BYTES} bytes",
+                self.folder,
+            )
 
     def all(self) -> NDArray[Any]:
         """The whole of a one-dimensional array (only for those whose length is a number of records)."""
@@ -103,7 +107,7 @@ class ShardedArray:
         return self._plain_spans(spans) if self.plain else self._decoded_spans(spans)
 
     def _plain_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Neighbours are read at once, up to `RUN_BYTES`."""
+        """Neighbors are read at once, up to `RUN_BYTES`."""
         files: dict[int, int] = {}
         cut: list[memoryview] = []
         row, done = self.row_bytes, 0
@@ -162,7 +166,7 @@ class ShardedArray:
             )
 
     def _decoded_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Views of one buffer, in which the chunks of a span are neighbours."""
+        """Views of one buffer, in which the chunks of a span are neighbors."""
         needed: set[int] = set()
         for start, stop in spans:
             if stop > start:

@@ -1,1 +1,1 @@
-"""The room remote."""
+"""Caches behind URLs: paths, transfers, verified local copies."""

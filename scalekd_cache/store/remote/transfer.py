@@ -56,8 +56,11 @@ def is_url(place: str) -> bool:
             fix="for a folder with a colon in its name write ./ before it",
         )
     if url.query or url.fragment or (scheme == "file" and url.netloc not in ("", "localhost")):
-        raise UserError("a cache's URL cannot have a query, a fragment or a file host", got=shown(place),
-                        expected="scheme://place/folder")  # fmt: skip
+        raise UserError(
+            "a cache's URL cannot have a query, a fragment or a file host",
+            got=shown(place),
+            expected="scheme://place/folder",
+        )
     return True
 
 
@@ -258,8 +261,11 @@ def _failed(url: str, error: Exception, status: int | None, attempts: int, confi
     elif type(error).__name__ == "NoCredentialsError":
         fix = FIXES[401]
     else:
-        fix = FIXES.get(status or 0, f"see whether the server is up; allow more with remote.attempts={config.attempts}"
-                        f" and remote.timeout_s={config.timeout_s:g}")  # fmt: skip
+        fix = FIXES.get(
+            status or 0,
+            f"see whether the server is up; allow more with remote.attempts={config.attempts}"
+            f" and remote.timeout_s={config.timeout_s:g}",
+        )
     return kind(
         "a file cannot be fetched",
         got=f"{f'status {status}, ' if status else ''}{reason} ({attempts} of {config.attempts} attempts)",

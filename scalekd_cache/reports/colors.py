@@ -1,7 +1,7 @@
-"""Feature maps as colours: equal colours where the teacher sees the same thing.
+"""Feature maps as colors: equal colors where the teacher sees the same thing.
 
 In: maps (B, C, H, W) and pixels. Out: uint8 pictures. Invariant: pictures made with one `Palette` can be compared.
-The first principal component is brightness and the second runs from blue to yellow, which colour-blind readers can tell
+The first principal component is brightness and the second runs from blue to yellow, which color-blind readers can tell
 apart; the third, from green to purple, adds what is left.
 """
 
@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 OPACITY = 0.65
-"""Of the colours over the picture."""
+"""Of the colors over the picture."""
 MIX = np.array([[0.8, 0.8, 0.8], [0.25, 0.25, -0.5], [0.2, -0.2, 0.2]])
 """Red, green and blue of the three components."""
 
@@ -45,19 +45,19 @@ def fit_palette(maps: Tensor) -> Palette:
 
 
 def paint(palette: Palette, features: Tensor) -> NDArray[np.uint8]:
-    """(C, H, W) to (H, W, 3) uint8 colours."""
+    """(C, H, W) to (H, W, 3) uint8 colors."""
     tokens = features.permute(1, 2, 0).double()
     spread = (palette.high - palette.low).clamp_min(1e-12)
     values = (((tokens - palette.mean) @ palette.basis - palette.low) / spread).clamp(0, 1).numpy()
     mixed = 0.1 + values[..., :1] * MIX[0] + np.tensordot(values[..., 1:] - 0.5, MIX[1 : values.shape[-1]], 1)
-    colours: NDArray[np.uint8] = (mixed.clip(0, 1) * 255).round().astype(np.uint8)
-    return colours
+    colors: NDArray[np.uint8] = (mixed.clip(0, 1) * 255).round().astype(np.uint8)
+    return colors
 
 
-def overlay(pixels: NDArray[np.uint8] | None, colours: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Colours (h, w, 3), enlarged, over a grey copy of the pixels; alone where there are none."""
-    large = Image.fromarray(colours).resize((side, side), Image.Resampling.NEAREST)
+def overlay(pixels: NDArray[np.uint8] | None, colors: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """Colors (h, w, 3), enlarged, over a gray copy of the pixels; alone where there are none."""
+    large = Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST)
     if pixels is None:
         return np.array(large)
-    grey = Image.fromarray(pixels).convert("L").convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
-    return np.array(Image.blend(grey, large, OPACITY))
+    gray = Image.fromarray(pixels).convert("L").convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+    return np.array(Image.blend(gray, large, OPACITY))
