@@ -1,8 +1,8 @@
 """Shows that a refactor changed nothing: hashes of cached bytes and the losses of 20 training steps.
 
 In: nothing; the embedded demo images and a teacher with random weights of a fixed seed. Out: one JSON object on
-standard output, to compare before and after (`docs/LOG.md` keeps the pairs). Invariant: only the command line is used, so that
-the script outlives any move inside the package.
+standard output, to compare before and after (`docs/LOG.md` keeps the pairs). Invariant: only the command line is
+used, so that the script outlives any move inside the package.
 
     python -m benchmarks.reference_run [--keep DIR]
 """

@@ -1,8 +1,9 @@
 """Mixer-B/14, the one student of the paper that timm does not have, made known to timm.
 
 In: `import scalekd_cache.models.mixer_b14` (importing `scalekd_cache.models.student` does it). Out: `mixer_b14_224`
-is a name like any other of timm's, with random weights. Invariant: the module is timm's own `MlpMixer`, tensors have timm's names.
-A process that loads an exported one with `timm.create_model("local-dir:...")` imports this module first.
+is a name like any other of timm's, with random weights. Invariant: the module is timm's own `MlpMixer`, tensors have
+timm's names. A process that loads an exported one with `timm.create_model("local-dir:...")` imports this module
+first.
 """
 
 from typing import Any

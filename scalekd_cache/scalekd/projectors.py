@@ -2,7 +2,8 @@
 
 In: a student's map and a query, learned or handed in. Out: a map (B, C, H, W) on the teacher's grid.
 Invariant: `CAP` computes what upstream's `AttentionProjector` does (tests/scalekd/test_parity.py) and has its
-parameters; every parameter is used only inside the forward pass of the module that owns it; a learned query is projected once.
+parameters; every parameter is used only inside the forward pass of the module that owns it; a learned query is
+projected once.
 """
 
 import torch
