@@ -76,7 +76,7 @@ def _least(call: Any) -> float:
 def images_of(setting: Setting, data: str | None) -> int:
     """Training images of a setting."""
     from scalekd_cache.config.stage1 import DataConfig
-    from scalekd_cache.data.images import open_source
+    from scalekd_cache.data.source import open_source
 
     source = open_source(DataConfig(source=data if setting.given and data else "demo"), "train")
     limits = [int(option.partition("=")[2]) for option in setting.stage1 if option.startswith("data.max_samples=")]

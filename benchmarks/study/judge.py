@@ -22,7 +22,8 @@ from scalekd_cache.codec.transform_fit import fit_bases, with_noise
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
-from scalekd_cache.data.images import data_config, decode_image, open_source
+from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import this_process
 from scalekd_cache.models.evaluate import ValidationImages
 from scalekd_cache.models.student import build_student
@@ -70,7 +71,7 @@ def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
     opened = Cache.open(cache)
     device = this_process().device
     teacher = live_teacher(opened.manifest, weights, device)
-    source = open_source(data_config(opened.manifest.data, None), "train")
+    source = open_cache_source(opened.manifest.data, None, "train")
     recipe = view_config(opened.manifest.view_recipe)
     maps = []
     for index in torch.linspace(0, len(source.samples) - 1, min(count, len(source.samples))).long().tolist():
@@ -128,7 +129,7 @@ class Judge:
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
         teacher = live_teacher(manifest, weights, self.device)
-        source = open_source(data_config(manifest.data, None), "val")
+        source = open_cache_source(manifest.data, None, "val")
         order = torch.randperm(len(source.samples), generator=torch.Generator().manual_seed(0)).tolist()[:count]
         images = ValidationImages(source, manifest.view_recipe["size"])
         examples = [example for index in order if (example := images[index]) is not None]

@@ -23,7 +23,7 @@ from scalekd_cache.caching.job_plan import make_plan
 from scalekd_cache.caching.make_units import make_units
 from scalekd_cache.codec import make_codec
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.models.teacher import load_teacher
 

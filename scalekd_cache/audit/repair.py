@@ -20,7 +20,7 @@ from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import tidy
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
-from scalekd_cache.data.images import data_config
+from scalekd_cache.data.source import data_config
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import is_at_hand, teacher_config

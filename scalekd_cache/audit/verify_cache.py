@@ -16,7 +16,7 @@ from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import data_config, open_source
+from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.store.manifest import NAME as MANIFEST
@@ -109,7 +109,7 @@ def _source_for(facts: Manifest | ManifestFacts, data: str | None, notes: list[s
     if ViewConfig(**from_plain(facts.view_recipe)).pixels == "baked":
         return None
     try:
-        return open_source(data_config(facts.data, data), "train")
+        return open_cache_source(facts.data, data, "train")
     except UserError as error:
         notes.append(f"pixels were not looked at: views are replayed from images that are not here\n{error}")
         return None

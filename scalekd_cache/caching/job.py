@@ -45,7 +45,7 @@ from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, refuse_file
 from scalekd_cache.models.demo_teacher import train_demo_teacher

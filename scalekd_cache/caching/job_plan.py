@@ -28,7 +28,7 @@ from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.config.base import fingerprint, flat, to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import data_facts
+from scalekd_cache.data.source import data_facts
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import likeness

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.data.images import data_facts, open_source
+from scalekd_cache.data.source import data_facts, open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_pixel_cache

@@ -20,8 +20,6 @@ from PIL import (
     WebPImagePlugin,
 )
 
-__all__ = ["FORMATS", "IMAGE_SUFFIXES", "START_BYTES", "is_image_file", "is_image_name", "suffix_of"]
-
 _PLUGINS = (
     BmpImagePlugin,
     GifImagePlugin,

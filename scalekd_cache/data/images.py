@@ -1,53 +1,17 @@
-"""Images: open a source by name or path, decode one image, digest a listing.
+"""Decodes one image file.
 
-In: `DataConfig` and a split. Out: a `Source` (keys, labels, encoded bytes) and uint8 RGB arrays.
-Invariant: an image that decodes is whole; anything else is `UnreadableImage`, never a crash and never zero-filled.
+In: the bytes of an image file. Out: (H, W, 3) uint8 RGB.
+Invariant: an image that decodes is complete; anything else is `UnreadableImage`, never a crash and never zero-filled.
 """
 
 import hashlib
 import io
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFile, UnidentifiedImageError
 
-from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.data.base import ListedSource, SampleRef, Source, Split
-from scalekd_cache.data.builtin import BUILTIN, open_builtin
-from scalekd_cache.data.classes import in_class_order, same_text
-from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
 from scalekd_cache.data.image_formats import FORMATS
-from scalekd_cache.data.parquet import has_parquet, open_parquet
-from scalekd_cache.data.patterns import is_pattern
-from scalekd_cache.data.shards import has_shards, open_shards
-from scalekd_cache.errors import UserError, mistype
-from scalekd_cache.store.manifest import classes_digest
-
-
-def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
-    """The data set of a cache, as its manifest names it or at another place."""
-    return DataConfig(
-        source=source or facts["source"],
-        devkit=facts.get("devkit"),
-        classes=facts.get("classes"),
-        download_dir=facts.get("download_dir", "data"),
-        max_samples=facts.get("max_samples"),
-    )
-
-
-__all__ = [
-    "SampleRef",
-    "Source",
-    "Split",
-    "UnreadableImage",
-    "data_facts",
-    "decode_image",
-    "listing_digest",
-    "open_source",
-]
 
 MAX_PIXELS = 178_956_970
 """Largest image that is decoded, pixels: twice Pillow's default, where Pillow itself refuses."""
@@ -73,76 +37,6 @@ class UnreadableImage(Exception):  # noqa: N818 (it names the image, as the skip
 
     def __str__(self) -> str:
         return f"image {self.key} cannot be decoded: {self.reason}"
-
-
-def open_source(config: DataConfig, split: Split) -> Source:
-    """List a data set.
-
-    Args:
-        config: `source` is demo, cifar10, imagenette, a folder (class folders, WebDataset tars or parquet files) or a
-            brace pattern of tars; `max_samples` keeps the first of the canonical order.
-        split: train or val. Class names come from train in both cases.
-
-    Raises:
-        UserError: an unknown name, a missing or damaged data set, a failed download.
-    """
-    assert split in ("train", "val"), split
-    return in_class_order(_open(config, split), config.classes).first(config.max_samples)
-
-
-def _open(config: DataConfig, split: Split) -> ListedSource:
-    name = config.source
-    if name in BUILTIN:
-        return open_builtin(name, config, split)
-    if "://" in name or name.startswith("pipe:"):
-        raise UserError(
-            "data.source is a URL", got=name, expected="a local or mounted path", fix="copy or mount the data first"
-        )
-    if is_pattern(name):
-        return open_shards(name, name, split)
-    root = Path(name).expanduser()
-    if not root.is_dir():
-        raise _not_a_folder(name, root)
-    has_classes = any(path.is_dir() and not is_system_name(path.name) for path in (root / "train").glob("*"))
-    if not has_classes and has_shards(root):
-        return open_shards(name, str(root), split)
-    if not has_classes and has_parquet(root):
-        return open_parquet(name, root, split)
-    return open_folder(name, root, split, config.devkit, classes_file=config.classes is None)
-
-
-def _not_a_folder(name: str, root: Path) -> UserError:
-    if root.is_file():
-        return UserError(f"DATA={name} is a file: give the folder with {LAYOUT}, WebDataset tars or parquet files")
-    beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
-    for folder in beside:
-        if same_text(folder) == same_text(str(root)):
-            return UserError(
-                "DATA= names the folder in another Unicode form (NFC or NFD)",
-                got=ascii(name),
-                expected=ascii(folder),
-                fix="let the shell complete the name, or rename the folder",
-            )
-    return mistype(
-        "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
-    )
-
-
-def data_facts(source: Source) -> dict[str, Any]:
-    """What a cache's fingerprint says of its data set."""
-    return {
-        "listing": listing_digest(source),
-        "samples": len(source.samples),
-        "class_names": classes_digest(source.class_names),
-    }
-
-
-def listing_digest(source: Source) -> str:
-    """The sha256 (hex) of keys and labels in canonical order: what a cache was made from."""
-    digest = hashlib.sha256()
-    for key, label in source.samples:
-        digest.update(f"{key}\0{label}\n".encode())
-    return digest.hexdigest()
 
 
 def image_digest(data: bytes) -> str:

@@ -20,8 +20,6 @@ from scalekd_cache.data.patterns import expand_braces, is_pattern, sibling_glob,
 from scalekd_cache.data.tarscan import TarMember, scan_tar, split_name
 from scalekd_cache.errors import UserError
 
-__all__ = ["has_shards", "is_pattern", "open_shards"]
-
 IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 MAX_CLS_BYTES = 20
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation")}

@@ -20,7 +20,8 @@ from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import data_config, decode_image, open_source
+from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import items_of, waiting_items
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
@@ -102,7 +103,7 @@ class MicroBatches(Dataset[Batch]):
         self.source: Source | None = None
         self.source_index: dict[str, int] = {}
         if self.view_config.pixels == "replayed":
-            self.source = open_source(data_config(manifest.data, data), "train")
+            self.source = open_cache_source(manifest.data, data, "train")
             self.source_index = {sample.key: index for index, sample in enumerate(self.source.samples)}
 
     def __getitem__(self, slot: Slot) -> Batch:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import decode_image, open_source
+from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import open_source
 from scalekd_cache.models.evaluate import evaluate
 from scalekd_cache.models.teacher import demo_teacher_args
 from scalekd_cache.models.timm_models import DEMO_TIMM_NAME

@@ -12,7 +12,7 @@ import numpy as np
 from scalekd_cache.audit.records import Examiner
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
-from scalekd_cache.data.images import data_config, open_source
+from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, is_at_hand, load_cache_teacher, teacher_config
@@ -108,7 +108,7 @@ def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> Examiner:
             other = pixels_of(cache, options.pixels_from, manifest.num_views)
             shared = PixelCache(other) if other is not None else None
         elif manifest.view_recipe["pixels"] == "replayed":
-            source = open_source(data_config(manifest.data, options.data), "train")
+            source = open_cache_source(manifest.data, options.data, "train")
     except UserError as error:
         if options.pixels_from or options.data:
             raise

@@ -20,7 +20,7 @@ from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
 from scalekd_cache.convert.timm_export import DESCRIPTION, WEIGHTS, export_student, load_export
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import Tally, evaluate

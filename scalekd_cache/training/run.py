@@ -14,7 +14,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import data_config, open_source
+from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import Process, Stop, stopped
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
@@ -134,7 +134,7 @@ def _evaluates(train: TrainConfig, step: int, loader: CacheLoader) -> bool:
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
     """The validation images; their absence is said at the start, not after hours."""
     try:
-        return open_source(data_config(manifest.data, data), "val")
+        return open_cache_source(manifest.data, data, "val")
     except UserError as error:
         process.say(f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
         return None

@@ -12,7 +12,7 @@ from scalekd_cache.caching import sample_views as drawing
 from scalekd_cache.caching.job_plan import extended_groups, make_plan
 from scalekd_cache.caching.make_units import make_units, plan_units
 from scalekd_cache.codec import make_codec
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.store.reader import Cache

@@ -15,7 +15,7 @@ from scalekd_cache.caching.job_plan import make_plan
 from scalekd_cache.caching.make_units import make_units
 from scalekd_cache.codec import make_codec
 from scalekd_cache.data.base import ListedSource
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.store.manifest import read_manifest

@@ -8,7 +8,7 @@ from timm.utils import natural_key as natural_key_of_timm
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, SampleList
 from scalekd_cache.data.classes import ORDERS, natural_key
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 
 FOLDERS = ("Zebra", "ant", "n10", "n2")

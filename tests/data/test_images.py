@@ -13,7 +13,8 @@ from image_files import encoded, folder_tree, parquet_file, picture, shard, sour
 from PIL import Image, ImageFile, features
 
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.data.images import UnreadableImage, decode_image, listing_digest, open_source
+from scalekd_cache.data.images import UnreadableImage, decode_image
+from scalekd_cache.data.source import listing_digest, open_source
 
 
 def test_order_is_a_permutation_keyed_by_group():

@@ -21,7 +21,8 @@ from image_files import (
 
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import builtin
-from scalekd_cache.data.images import decode_image, listing_digest, open_source
+from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import listing_digest, open_source
 from scalekd_cache.errors import UserError
 
 

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from scalekd_cache.caching.job import cache_teacher, try_out
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import workers
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.data.workers import items_of, waiting_items
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, worker_ended

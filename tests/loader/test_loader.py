@@ -16,7 +16,7 @@ from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching import sample_views as drawing
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader import loader
 from scalekd_cache.loader.order import Order, epoch_ids, micro_batch_ids

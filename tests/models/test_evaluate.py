@@ -12,7 +12,7 @@ from pipelines.evaluate import main
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.timm_export import export_student
-from scalekd_cache.data.images import open_source
+from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import Tally, evaluate, tally
 from scalekd_cache.models.student import build_student

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.data.images import decode_image, open_source
+from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import open_source
 
 
 def picture(number=0, size=(12, 9)):
