@@ -26,11 +26,11 @@ def main(argv: list[str]) -> None:
     if config.student:
         training = recipe_section(config.recipe, "distill")
         student = parse(DistillConfig, "distill", ["--student.name", config.student], training, "")
-    from scalekd_cache.caching.job import cache_teacher, try_out
+    from scalekd_cache.caching.job import cache_teacher, dry_run
     from scalekd_cache.distributed import this_process
 
     if dry:
-        try_out(config, this_process(config.device), student)
+        dry_run(config, this_process(config.device), student)
         return
     process = this_process(config.device)
     manifest = cache_teacher(config, process, student)

@@ -198,31 +198,30 @@ class Peers:
         with self._exchange():
             return int(self._store.add(name, amount))
 
-    def tell(self, name: str, value: str) -> None:
-        """Leave a word for the others."""
-        if self._store is not None:
-            self._store.set(name, value)
+    def publish(self, name: str, value: str = "1") -> None:
+        """Set a value that the other processes can read with `get`, or wait for with `wait`.
 
-    def told(self, name: str) -> str | None:
-        """What a peer has left; None when it left nothing, or the one who keeps the words is gone."""
+        Raises:
+            RunStopped: the process that keeps the store is gone.
+        """
+        if self._store is not None:
+            with self._exchange():
+                self._store.set(name, value)
+
+    def get(self, name: str) -> str | None:
+        """A value that some process has published; None when there is none, or the store does not answer."""
         try:
             there = self._store is not None and self._store.check([name])
             return self._store.get(name).decode() if there else None
         except RuntimeError:  # torch's DistStoreError and DistNetworkError
             return None
 
-    def announce(self, name: str) -> None:
-        """Say that a milestone is reached; `RunStopped` when the process that keeps the words is gone."""
-        if self._store is not None:
-            with self._exchange():
-                self._store.set(name, "1")
-
     def wait(self, name: str, by: int = 0, meanwhile: Callable[[], None] = lambda: None) -> bool:
-        """Wait until process `by` has announced a milestone.
+        """Wait until process `by` has published a name.
 
         Args:
-            name: the milestone.
-            by: who announces it.
+            name: what it publishes.
+            by: rank of the process that publishes it.
             meanwhile: called now and then.
 
         Returns:

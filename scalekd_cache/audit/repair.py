@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from scalekd_cache.audit.verify_cache import check_deeply, manifest_or_none
 from scalekd_cache.caching.codec_selection import codec_options, write_mark
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.caching.job_plan import tidy
+from scalekd_cache.caching.job_plan import remove_stale_files
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
 from scalekd_cache.data.source import data_config
@@ -75,7 +75,7 @@ def repair_cache(
         UserError: the options cannot be read from the cache, or the teacher or data are not those it was made from.
             The cache is then as it was.
     """
-    tidy(root, process)
+    remove_stale_files(root, process)
     check = functools.partial(check_deeply, root, data=data, weights=weights, pixels_from=pixels_from)
     found = check(device=process.device, progress=progress).findings
     problems = found.problems

@@ -47,7 +47,7 @@ BATCH = 64
 MIN_VIEWS = 8
 
 
-class Row(NamedTuple):
+class CodecMeasurement(NamedTuple):
     """A codec, measured on views that it was not fitted to."""
 
     codec: str
@@ -69,16 +69,16 @@ class Row(NamedTuple):
         return self._asdict()
 
 
-class Choice(NamedTuple):
+class CodecChoice(NamedTuple):
     """What was chosen, and from what."""
 
     codec: FeatureCodec
-    rows: list[Row]
+    rows: list[CodecMeasurement]
     """By rising bytes."""
-    chosen: Row
+    chosen: CodecMeasurement
 
 
-def choose(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarget) -> Choice:
+def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarget) -> CodecChoice:
     """The smallest codec that meets a target; for a target in bytes the closest to the original that meets it.
 
     Args:
@@ -99,19 +99,19 @@ def choose(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarg
             fix="name a codec: CODEC=int8",
         )
     judged = torch.arange(len(features)) % 3 == 2
-    head = _head(teacher, features[:2], logits[:2], needed=target.metric == "kl")
+    head = _readable_head(teacher, features[:2], logits[:2], needed=target.metric == "kl")
     held_out = features[judged]
     tried = {name: make_codec(name, teacher.spec.feature_shape) for name in CODECS}
-    found = [(codec, _row(codec, held_out, head, target)) for codec in tried.values()]
+    found = [(codec, _measure(codec, held_out, head, target)) for codec in tried.values()]
     if held_out.shape[2] * held_out.shape[3] <= MAX_TOKENS:
-        found += _transforms(features[~judged].contiguous(), held_out, head, target)
+        found += _measure_transforms(features[~judged].contiguous(), held_out, head, target)
     found.sort(key=lambda pair: pair[1].bytes)
     rows = [row for _, row in found]
     fitting = [pair for pair in found if pair[1].meets]
     if not fitting:
         raise UserError(
             "no codec meets the target",
-            got=f"{target.text}\n{table(rows, None)}",
+            got=f"{target.text}\n{codec_table(rows, None)}",
             where="CODEC=auto",
             fix="ask for less, or for fewer things: TARGET=",
         )
@@ -119,19 +119,19 @@ def choose(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarg
         codec, chosen = max(fitting, key=lambda pair: (pair[1].cosine_p1, -pair[1].bytes))
     else:
         codec, chosen = fitting[0]
-    return Choice(codec, rows, chosen)
+    return CodecChoice(codec, rows, chosen)
 
 
-def _transforms(
+def _measure_transforms(
     features: Tensor, held_out: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
-) -> list[tuple[FeatureCodec, Row]]:
+) -> list[tuple[FeatureCodec, CodecMeasurement]]:
     """The transform coder at the noises of a binary search for where it just meets the target."""
     state = fit_bases(features)
-    found: list[tuple[FeatureCodec, Row]] = []
+    found: list[tuple[FeatureCodec, CodecMeasurement]] = []
 
     def attempt(noise: float) -> bool:
         codec = with_noise(state, features, noise)
-        found.append((codec, _row(codec, held_out, head, target)))
+        found.append((codec, _measure(codec, held_out, head, target)))
         return found[-1][1].meets
 
     fine_meets = target.metric != "bytes"  # else it is the coarse end that does
@@ -145,7 +145,7 @@ def _transforms(
     return found
 
 
-def _head(teacher: Teacher, features: Tensor, logits: Tensor, needed: bool) -> "torch.nn.Linear | None":
+def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: bool) -> "torch.nn.Linear | None":
     """The teacher's classifier, where it reads the mean of the features."""
     model: Any = teacher.model
     device = next(model.parameters()).device
@@ -165,7 +165,9 @@ def _head(teacher: Teacher, features: Tensor, logits: Tensor, needed: bool) -> "
 
 
 @torch.no_grad()
-def _row(codec: FeatureCodec, maps: Tensor, head: "torch.nn.Linear | None", target: CodecTarget) -> Row:
+def _measure(
+    codec: FeatureCodec, maps: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
+) -> CodecMeasurement:
     """Measure a codec on maps (N, C, H, W)."""
     sizes: list[int] = []
     cosines: list[float] = []
@@ -189,7 +191,7 @@ def _row(codec: FeatureCodec, maps: Tensor, head: "torch.nn.Linear | None", targ
         "ac-cosine": p1 >= target.value,
         "kl": kl_p99 is not None and kl_p99 <= target.value,
     }
-    return Row(
+    return CodecMeasurement(
         codec=codec.id,
         noise=float(getattr(codec, "noise", 0.0)),
         bytes=size,
@@ -202,7 +204,7 @@ def _row(codec: FeatureCodec, maps: Tensor, head: "torch.nn.Linear | None", targ
     )
 
 
-def table(rows: Sequence[Row], chosen: Row | None) -> str:
+def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | None) -> str:
     """The rows for people; an arrow marks the one that was chosen."""
     lines = [
         f"  {'codec':<12}{'noise':>9}{'bytes':>11}{'ac-cosine':>11}{'p1':>9}{'KL':>10}{'p99':>10}{'top-1':>9}  meets"
@@ -223,14 +225,14 @@ CALIBRATION_VIEWS = 512
 AUTO = "auto"
 
 
-class Settled(NamedTuple):
+class SelectedCodec(NamedTuple):
     """A codec, and the table it was chosen from when the options left the choice open."""
 
     codec: FeatureCodec
     rows: list[dict[str, Any]]
 
 
-def calibrated_codec(
+def load_or_select_codec(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher
 ) -> FeatureCodec:
     """The codec that the options name; rank 0 fits or chooses it when that is needed and the cache has none yet.
@@ -243,13 +245,13 @@ def calibrated_codec(
     if name not in (*FITTED, AUTO):
         return make_codec(name, teacher.spec.feature_shape)
     if peers.process.rank == 0:
-        if not _is_settled(config, root, teacher):
-            settled = settle(config, source, teacher, peers.process.device)
+        if not _is_selected(config, root, teacher):
+            settled = select_codec(config, source, teacher, peers.process.device)
             root.mkdir(parents=True, exist_ok=True)
             with changing_plan(root):
-                if not _is_settled(config, root, teacher):  # another job may have settled it in the meantime
+                if not _is_selected(config, root, teacher):  # another job may have settled it in the meantime
                     _keep(config, root, settled, teacher)
-        peers.announce("codec")
+        peers.publish("codec")
     peers.wait("codec")
     kept, asked = read_mark(root), _preset(config)
     if kept.preset != asked:
@@ -263,7 +265,7 @@ def calibrated_codec(
     return codec_from_config(kept.codec, root)
 
 
-def check_kept_codec(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
+def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
     """Before the plan: the codec's files are those of this job; without a fit, those of a job without a plan go.
 
     Raises:
@@ -327,7 +329,7 @@ def _preset(config: CacheTeacherConfig) -> str:
     return f"{config.cache.codec}, noise {noise:g}" if noise else config.cache.codec
 
 
-def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
+def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
     """Whether the cache has its codec; until there is a plan, that of another preset or teacher is replaced."""
     planned = (root / PLAN).exists()
     if not (root / MARK).exists():
@@ -344,7 +346,9 @@ def _is_settled(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> boo
     return planned or (kept.preset, kept.teacher) == (_preset(config), teacher.spec.weights_sha256)
 
 
-def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device) -> Settled:
+def select_codec(
+    config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device
+) -> SelectedCodec:
     """Fit, or choose, the codec on first views of images spread over the data set; nothing is written."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
@@ -355,17 +359,17 @@ def settle(config: CacheTeacherConfig, source: Source | PixelCache, teacher: Tea
     features = torch.cat([output.features.cpu() for output in outputs])
     if config.cache.codec_target is None:
         rotated = True if name == ALWAYS_ROTATED else None
-        return Settled(fit(features, config.cache.codec_noise or PRESETS[name], rotated=rotated), [])
+        return SelectedCodec(fit(features, config.cache.codec_noise or PRESETS[name], rotated=rotated), [])
     pass
 
     target = parse_target(config.cache.codec_target)
-    choice = choose(features, torch.cat([output.logits.cpu() for output in outputs]), teacher, target)
+    choice = choose_codec(features, torch.cat([output.logits.cpu() for output in outputs]), teacher, target)
     print(f"target {target.text}, measured on images that no codec was fitted to:", flush=True)
-    print(table(choice.rows, choice.chosen), flush=True)
-    return Settled(choice.codec, [row.to_json() for row in choice.rows])
+    print(codec_table(choice.rows, choice.chosen), flush=True)
+    return SelectedCodec(choice.codec, [row.to_json() for row in choice.rows])
 
 
-def _keep(config: CacheTeacherConfig, root: Path, settled: Settled, teacher: Teacher) -> None:
+def _keep(config: CacheTeacherConfig, root: Path, settled: SelectedCodec, teacher: Teacher) -> None:
     """Write the state, then the file that names it: a job killed between the two fits again."""
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes

@@ -13,34 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scalekd_cache.caching.codec_selection import AUTO, calibrated_codec
+from scalekd_cache.caching.codec_selection import AUTO, load_or_select_codec
 from scalekd_cache.caching.job_plan import (
     Job,
-    begin,
     check_before_teacher,
-    committed,
-    drop_apart,
-    finish,
-    finished,
-    joined,
+    create_or_join_plan,
+    drop_damaged_units,
+    drop_mismatched_units,
+    finished_manifest,
+    is_committed,
+    join_plan,
     make_plan,
     open_folder,
-    take_over,
-    tidy,
+    remove_stale_files,
+    write_final_manifest,
 )
 from scalekd_cache.caching.make_units import Stage, make_units
-from scalekd_cache.caching.pixel_cache import PixelCache, open_pixels
+from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
 from scalekd_cache.caching.preflight import (
     PROBE_IMAGES,
     check_batches,
-    check_space,
+    check_disk_space,
     check_student,
     check_teacher,
     probe_views,
 )
-from scalekd_cache.caching.sample_views import Unit, check_workers
-from scalekd_cache.caching.size_probe import probe
-from scalekd_cache.caching.skips import Skips
+from scalekd_cache.caching.sample_views import Unit, check_worker_memory
+from scalekd_cache.caching.size_probe import measure_sizes
+from scalekd_cache.caching.skips import SkipPolicy
 from scalekd_cache.codec import FITTED, codec_from_config, make_codec
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
@@ -84,23 +84,23 @@ def _cache_teacher(
     root = Path(config.cache.path)
     refuse_file(root, "CACHE")
     if process.rank == 0:
-        tidy(root, process)
+        remove_stale_files(root, process)
     source = _source(config, process)
     config = dataclasses.replace(config, teacher=_with_weights(config, peers))
     teacher = _teacher(config, process, source)
-    job = make_plan(config, process, source, teacher, calibrated_codec(config, peers, source, teacher))
+    job = make_plan(config, process, source, teacher, load_or_select_codec(config, peers, source, teacher))
     _say_more_views(config, process, job)
-    if finished(job) is not None:
+    if finished_manifest(job) is not None:
         return _say_complete(process, peers, job)
     _check(config, process, job, student)
     job = _begin(config, peers, job)
-    if finished(job) is not None:  # by another job, in the meantime
+    if finished_manifest(job) is not None:  # by another job, in the meantime
         return _say_complete(process, peers, job)
     _make(config, peers, job)
     return _finish(process, peers, job)
 
 
-def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> None:
+def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> None:
     """Say what `cache_teacher` would do, after all its checks; nothing is written.
 
     Raises:
@@ -125,11 +125,11 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
         process.say(f"codec {name} is fitted when the cache is made; sizes here are those of int8")
         codec = make_codec("int8", shape)
     job = make_plan(config, process, source, teacher, codec)
-    if finished(job) is None:
+    if finished_manifest(job) is None:
         _check(config, process, job, student)
         if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
             _teacher_top1(config, job.stage, CHECKED_IMAGES)
-    units = [unit for unit in job.units if not committed(job, unit)]
+    units = [unit for unit in job.units if not is_committed(job, unit)]
     process.say(
         f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
         "this was a dry run, nothing was written"
@@ -139,7 +139,7 @@ def try_out(config: CacheTeacherConfig, process: Process, student: DistillConfig
 def _source(config: CacheTeacherConfig, process: Process) -> Source | PixelCache:
     """The images, or the cache that has their pixels; what is not taken is reported."""
     if config.cache.pixels_from:
-        return open_pixels(config)
+        return open_shared_views(config)
     source = open_source(config.data, "train")
     for sentence in source.left_out:
         process.say(sentence)
@@ -177,7 +177,7 @@ def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
         if peers.process.rank == 0:
             if not file.exists():
                 train_demo_teacher(file, config.data)
-            peers.announce("demo teacher")
+            peers.publish("demo teacher")
         peers.wait("demo teacher")
     return dataclasses.replace(teacher, weights=str(file)) if file.exists() else teacher
 
@@ -185,7 +185,7 @@ def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
 def _say_complete(process: Process, peers: Peers, job: Job) -> Manifest:
     """The manifest of a finished cache."""
     manifest = read_manifest(job.stage.root)
-    peers.announce(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
+    peers.publish(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
     images = f"{manifest.num_samples:,} images x {manifest.num_views} views"
     process.say(f"{job.stage.root} is complete: {images}; nothing to do")
     return manifest
@@ -194,7 +194,7 @@ def _say_complete(process: Process, peers: Peers, job: Job) -> Manifest:
 def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
     """What would otherwise go wrong hours later (`preflight.py`)."""
     stage = job.stage
-    check_workers(job.units, stage.views, config.workers)
+    check_worker_memory(job.units, stage.views, config.workers)
     pixels = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
     if not stage.teacher.spec.has_classifier:
@@ -212,11 +212,11 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
 
 def _check_space(config: CacheTeacherConfig, job: Job) -> None:
     """What is missing fits on the disk: measured as `make plan` measures it, on fewer images."""
-    stage, units = job.stage, [unit for unit in job.units if not committed(job, unit)]
+    stage, units = job.stage, [unit for unit in job.units if not is_committed(job, unit)]
     missing = sum(map(_views, units))
     if not missing:
         return
-    found = probe(
+    found = measure_sizes(
         config,
         stage.source,
         stage.teacher,
@@ -227,7 +227,7 @@ def _check_space(config: CacheTeacherConfig, job: Job) -> None:
         pixel_images=4 * PROBE_IMAGES,
     )
     needed = sum(sum(found.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
-    check_space(stage.root, missing, needed)
+    check_disk_space(stage.root, missing, needed)
     print(f"{missing:,} views to make, about {needed / missing:,.0f} bytes each, {needed / 1e9:.2f} GB", flush=True)
 
 
@@ -239,11 +239,11 @@ def _begin(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
     if peers.process.rank == 0:
         open_folder(job.stage.root)
         top1 = job.plan.facts.teacher["top1"]
-        job = begin(job, config.cache, _teacher_top1(config, job.stage) if top1 is None else top1)
-        take_over(job, peers.process)
-        peers.announce("planned")
+        job = create_or_join_plan(job, config.cache, _teacher_top1(config, job.stage) if top1 is None else top1)
+        drop_damaged_units(job, peers.process)
+        peers.publish("planned")
     peers.wait("planned")
-    return job if peers.process.rank == 0 else joined(job, config.cache)
+    return job if peers.process.rank == 0 else join_plan(job, config.cache)
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
@@ -253,9 +253,9 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
     (`skips.py`).
     """
     stage, rank = job.stage, peers.process.rank
-    skips = Skips(stage.root, stage.source, job.ledger)
+    skips = SkipPolicy(stage.root, stage.source, job.ledger)
     total = sum(_views(unit) for unit in job.units)
-    there = sum(_views(unit) for unit in job.units if committed(job, unit)) if rank == 0 else 0
+    there = sum(_views(unit) for unit in job.units if is_committed(job, unit)) if rank == 0 else 0
     bar = progress("cache", total, "view", rank=rank, initial=there)
 
     def show() -> None:
@@ -267,7 +267,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
 
     with torch.no_grad():
         make_units(stage, job.units, _claims(peers, job), config.workers, count, skips)
-        peers.announce(f"rank {rank} has no more units")
+        peers.publish(f"rank {rank} has no more units")
         if rank == 0:
             for peer in range(1, peers.process.world_size):
                 if not peers.wait(f"rank {peer} has no more units", peer, show):
@@ -276,8 +276,8 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
             skips.last_try()
             for first in (True, False):  # the first view group decides what the others leave out
                 if not first:
-                    drop_apart(job, peers.process)
-                left = [n for n, u in enumerate(job.units) if (u.group == 0) is first and not committed(job, u)]
+                    drop_mismatched_units(job, peers.process)
+                left = [n for n, u in enumerate(job.units) if (u.group == 0) is first and not is_committed(job, u)]
                 if left:
                     make_units(stage, job.units, iter(left), config.workers, count, skips)
             skips.check()
@@ -292,7 +292,7 @@ def _views(unit: Unit) -> int:
 def _claims(peers: Peers, job: Job) -> Iterator[int]:
     """Numbers of units that this process claims, one at a time; units that are there already are passed over."""
     while (number := peers.add("claims", 1) - 1) < len(job.units):
-        if not committed(job, job.units[number]):
+        if not is_committed(job, job.units[number]):
             yield number
 
 
@@ -300,8 +300,8 @@ def _finish(process: Process, peers: Peers, job: Job) -> Manifest:
     """Rank 0: the manifest."""
     root = job.stage.root
     if process.rank == 0:
-        manifest = finish(job)
-        peers.announce("manifest")
+        manifest = write_final_manifest(job)
+        peers.publish("manifest")
         _say_what_it_is(root, manifest)
     peers.wait("manifest")
     return read_manifest(root)

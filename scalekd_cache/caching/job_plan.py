@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from scalekd_cache.caching.codec_selection import check_kept_codec
+from scalekd_cache.caching.codec_selection import check_codec_files
 from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import Unit
@@ -120,7 +120,7 @@ def make_plan(
 ) -> Job:
     """Everything that decides the cached bytes, and the units they come in."""
     root = Path(config.cache.path)
-    logit_codec = logit_codec_of(config.cache, teacher, exact=codec.id == "float32")
+    logit_codec = make_logit_codec(config.cache, teacher, exact=codec.id == "float32")
     fields = {
         **_known_fields(config, process, source),
         "teacher": teacher.spec.to_json(),
@@ -161,7 +161,7 @@ def make_plan(
         process.device,
         library_versions(),
     )
-    return joined(_job(stage, Plan(facts=facts)), config.cache)
+    return join_plan(_job(stage, Plan(facts=facts)), config.cache)
 
 
 def _job(stage: Stage, plan: Plan) -> Job:
@@ -169,7 +169,7 @@ def _job(stage: Stage, plan: Plan) -> Job:
     return Job(stage, plan, units, Ledger(stage.root, plan.units()))
 
 
-def joined(job: Job, options: StoreConfig) -> Job:
+def join_plan(job: Job, options: StoreConfig) -> Job:
     """The job as a part of the cache that is there by now: its plan, extended by the view groups that this job adds.
 
     What an earlier or another job has measured is kept.
@@ -236,7 +236,7 @@ def _class_likeness(source: Source | PixelCache) -> list[float]:
     return [round(share, 9) for share in found]
 
 
-def logit_codec_of(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
+def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
     """How logits are kept; a teacher without a classifier has none to keep."""
     classes = teacher.spec.num_classes
     if classes == 0 or config.logits == "dense":
@@ -278,11 +278,11 @@ def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
 
 def _groups(groups: list[list[int]], config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
     if isinstance(source, PixelCache):
-        return source.extended_groups(groups, config.num_views)
-    return extended_groups(groups, config.num_views, config.views_per_group)
+        return source.extend_groups(groups, config.num_views)
+    return extend_groups(groups, config.num_views, config.views_per_group)
 
 
-def extended_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
+def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
     """View groups of a cache of at least `num_views` views that begins with `groups`: what is there stays."""
     groups = [list(group) for group in groups]
     first = sum(len(group) for group in groups)
@@ -291,7 +291,7 @@ def extended_groups(groups: list[list[int]], num_views: int, views_per_group: in
     return groups
 
 
-def begin(job: Job, options: StoreConfig, top1: float | None) -> Job:
+def create_or_join_plan(job: Job, options: StoreConfig, top1: float | None) -> Job:
     """Rank 0: create plan.json, or join the plan that another job has made in the meantime; then the files it names.
 
     The plan comes first: whoever is refused has touched nothing, and two jobs that are not refused write equal files.
@@ -301,8 +301,8 @@ def begin(job: Job, options: StoreConfig, top1: float | None) -> Job:
     """
     root = job.stage.root
     with plans.changing_plan(root):
-        job = joined(job, options)
-        if finished(job) is not None:
+        job = join_plan(job, options)
+        if finished_manifest(job) is not None:
             return job
         facts, tail = job.plan.facts, None
         if facts.teacher["top1"] is None:
@@ -315,13 +315,13 @@ def begin(job: Job, options: StoreConfig, top1: float | None) -> Job:
             if plan != read_plan(root):
                 write_plan(root, plan)
         else:
-            check_kept_codec(options, root, job.stage.codec)
+            check_codec_files(options, root, job.stage.codec)
             for unit in job.units:  # units of another cache, whose plan is lost, are refused here
-                committed(job, unit)
+                is_committed(job, unit)
             try:
                 write_plan(root, plan, create=True)
             except FileExistsError:  # by a job on another machine, where the file system has no locks
-                return begin(job, options, top1)
+                return create_or_join_plan(job, options, top1)
         classifier = kept_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
             write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))
@@ -334,17 +334,17 @@ def _is_there(path: Path, sha256: str) -> bool:
     return path.is_file() and fact_of(path).sha256 == sha256
 
 
-def finished(job: Job) -> Manifest | None:
+def finished_manifest(job: Job) -> Manifest | None:
     """The manifest of a cache that has all that is asked for."""
     root = job.stage.root
     if not (root / MANIFEST).exists() or not (root / TAIL).exists():
         return None
     manifest = read_manifest(root)
-    whole = manifest.groups == job.plan.facts.groups and all(committed(job, unit) for unit in job.units)
+    whole = manifest.groups == job.plan.facts.groups and all(is_committed(job, unit) for unit in job.units)
     return manifest if whole else None
 
 
-def finish(job: Job) -> Manifest:
+def write_final_manifest(job: Job) -> Manifest:
     """Rank 0: write the manifest, unless another job has let the cache grow beyond this job's plan and finished it."""
     root, groups = job.stage.root, job.plan.facts.groups
     with plans.changing_plan(root):
@@ -369,25 +369,25 @@ def open_folder(root: Path) -> None:
         ) from error
 
 
-def committed(job: Job, unit: Unit) -> bool:
+def is_committed(job: Job, unit: Unit) -> bool:
     """Whether a unit is in the cache already."""
     return job.ledger.committed(unit.group, unit.range_id)
 
 
-def take_over(job: Job, process: Process) -> None:
+def drop_damaged_units(job: Job, process: Process) -> None:
     """Rank 0: remove units that cannot stay, and name them (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
         process.say(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
-    drop_apart(job, process)
+    drop_mismatched_units(job, process)
 
 
-def drop_apart(job: Job, process: Process) -> None:
+def drop_mismatched_units(job: Job, process: Process) -> None:
     """Rank 0: remove units that do not hold the images of the first view group, and name them."""
-    for folder, wrong in job.ledger.drop_apart().items():
+    for folder, wrong in job.ledger.drop_mismatched_units().items():
         process.say(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
 
 
-def tidy(root: Path, process: Process) -> None:
+def remove_stale_files(root: Path, process: Process) -> None:
     """Rank 0: remove what killed writers left, and name what may belong to living ones elsewhere."""
     others = [*remove_stale(root), *remove_stale(root / "units")]
     if others:

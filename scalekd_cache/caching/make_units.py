@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.caching.sample_views import Drawn, DrawnView, Unit, draw_units
-from scalekd_cache.caching.skips import Skips
+from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit, views_of_units
+from scalekd_cache.caching.skips import SkipPolicy
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.fidelity import fidelity
@@ -69,7 +69,7 @@ class Stage(NamedTuple):
 
 def make_units(
     stage: Stage, units: Sequence[Unit], claims: Iterator[int], workers: int, done: Callable[[Unit], None],
-    skips: Skips | None = None,
+    skips: SkipPolicy | None = None,
 ) -> None:  # fmt: skip
     """Make the claimed units and commit each, while the next one is being made.
 
@@ -82,7 +82,7 @@ def make_units(
         skips: decides which images are left out and which units are put off (None: whatever cannot be decoded).
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
-    drawn_in_turn = draw_units(stage.source, stage.views, units, claims, workers, first)
+    drawn_in_turn = views_of_units(stage.source, stage.views, units, claims, workers, first)
     with CommitQueue() as commits:
         for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
             left_out = skips.before(units[number]) if skips else {}
@@ -94,7 +94,7 @@ def make_units(
 
 
 def fill_unit(
-    stage: Stage, unit: Unit, drawn: Iterator[Drawn], left_out: Mapping[str, str] = NOTHING
+    stage: Stage, unit: Unit, drawn: Iterator[SampledViews], left_out: Mapping[str, str] = NOTHING
 ) -> tuple[UnitWriter, dict[str, Any]]:
     """Run one unit through the teacher and the codecs into a writer; codecs and writer work behind the teacher.
 
@@ -134,10 +134,10 @@ def fill_unit(
 
 
 def _batches(
-    stage: Stage, writer: UnitWriter, drawn: Iterator[Drawn], left_out: Mapping[str, str]
-) -> Iterator[list[Drawn]]:
+    stage: Stage, writer: UnitWriter, drawn: Iterator[SampledViews], left_out: Mapping[str, str]
+) -> Iterator[list[SampledViews]]:
     """Teacher batches of the unit's images; those left out or that could not be decoded are skipped in the writer."""
-    batch: list[Drawn] = []
+    batch: list[SampledViews] = []
     for item in drawn:
         reason = left_out.get(item.sample.key, item.reason)
         if reason:
@@ -161,8 +161,8 @@ def _append_batch(
     stage: Stage,
     writer: UnitWriter,
     number: int,
-    batch: Sequence[Drawn],
-    views: Sequence[DrawnView],
+    batch: Sequence[SampledViews],
+    views: Sequence[EncodedView],
     output: TeacherOutput,
     figures: dict[str, list[float]],
 ) -> None:
@@ -187,7 +187,7 @@ def _append_batch(
         writer.append(number, record, item.image)
 
 
-def _check_finite(features: Tensor, logits: Tensor, batch: Sequence[Drawn], view: int) -> None:
+def _check_finite(features: Tensor, logits: Tensor, batch: Sequence[SampledViews], view: int) -> None:
     finite = features.flatten(1).isfinite().all(1) & logits.isfinite().all(1)
     if not bool(finite.all()):
         bad = [item.sample.key for item, ok in zip(batch, finite.tolist(), strict=True) if not ok]

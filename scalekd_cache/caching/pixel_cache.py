@@ -47,7 +47,7 @@ class PixelCache:
         """Images of a range that have no records: {key, reason}."""
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
-    def extended_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
+    def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
         """View groups of a cache of at least `num_views` views that begins with `groups`; none spans two of ours.
 
         Raises:
@@ -71,7 +71,7 @@ class PixelCache:
         return unit_folder(self.cache.root, group, range_id)
 
 
-def open_pixels(config: CacheTeacherConfig) -> PixelCache:
+def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
     """The cache named by `cache.pixels_from`, once it is clear that it holds the views that are asked for.
 
     Raises:

@@ -84,7 +84,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
         )
 
 
-def check_space(path: Path, views: int, needed: float) -> None:
+def check_disk_space(path: Path, views: int, needed: float) -> None:
     """The `needed` bytes of `views` views fit on the disk."""
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     free = shutil.disk_usage(folder).free

@@ -1,8 +1,7 @@
-"""The views of a work unit, ready for the teacher: drawn from images, or taken from a cache that has them.
+"""The views of a work unit, ready for the teacher: sampled from images, or read from another cache.
 
-In: a data set or a `PixelCache`, work units. Out: `Drawn` items, unit by unit, by worker processes when there are some.
-Invariant: what the teacher is shown is what the student will be shown: decoded from the stored bytes when pixels are
-baked, whichever cache stores them.
+In: a data set or a `PixelCache`, work units. Out: `SampledViews`, unit by unit, made by worker processes if configured.
+Invariant: teacher and student see the same pixels. When pixels are baked, both see the decoded stored bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -44,7 +43,7 @@ class Unit:
     """View numbers of the group."""
 
 
-class DrawnView(NamedTuple):
+class EncodedView(NamedTuple):
     """One view of one image, ready for the store."""
 
     encoded: bytes
@@ -55,7 +54,7 @@ class DrawnView(NamedTuple):
     """Digest of the pixels."""
 
 
-class Drawn(NamedTuple):
+class SampledViews(NamedTuple):
     """All views of a unit's group of one image; `reason` says why there are none."""
 
     unit: int
@@ -64,18 +63,18 @@ class Drawn(NamedTuple):
     """Digest of the image file; empty when the views come from another cache."""
     pixels: Tensor
     """(V, 3, size, size) uint8: what the teacher sees; decoded from stored bytes when pixels are baked."""
-    views: list[DrawnView]
+    views: list[EncodedView]
     reason: str
 
 
-def draw_units(
+def views_of_units(
     source: Source | PixelCache,
     config: ViewConfig,
     units: Sequence[Unit],
     claims: Iterator[int],
     workers: int,
     first: ImageFiles | None = None,
-) -> Iterator[Drawn]:
+) -> Iterator[SampledViews]:
     """The images of the claimed units with their views, in order; a unit is claimed when it is needed, not before.
 
     Args:
@@ -95,26 +94,26 @@ def draw_units(
     if isinstance(source, PixelCache):
         span = max(1, min(SPAN, bytes_a_worker(workers) // (2 * one)))
         dataset, places, size, waiting = (
-            SharedViews(source, config, units),
+            SharedViewDataset(source, config, units),
             _spans(source, units, claims, span),
             span * one,
             2,
         )
     else:
         dataset, places, size, waiting = (
-            Drawing(source, config, units, first),
+            ViewDataset(source, config, units, first),
             _places(source, units, claims),
             one,
             SPAN,
         )
     for item in items_of(dataset, places, workers=workers, item_bytes=size, most_waiting=waiting):
-        if isinstance(item, Drawn):
+        if isinstance(item, SampledViews):
             yield item
         else:
             yield from item
 
 
-def check_workers(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
+def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
     """`UserError` when the views that the workers draw have no room on their way."""
     waiting_items(workers, _image_bytes(units, config), SPAN)
 
@@ -124,7 +123,7 @@ def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
     return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
 
 
-class Drawing(Dataset[Drawn]):
+class ViewDataset(Dataset[SampledViews]):
     """Draws the views of one image: what a stage-1 worker process does."""
 
     def __init__(
@@ -135,7 +134,7 @@ class Drawing(Dataset[Drawn]):
         self.units = units
         self.first = first
 
-    def __getitem__(self, place: tuple[int, int]) -> Drawn:
+    def __getitem__(self, place: tuple[int, int]) -> SampledViews:
         number, index = place
         sample = self.source.samples[index]
         data = self.source.read(index)
@@ -149,17 +148,17 @@ class Drawing(Dataset[Drawn]):
         drawn = [self._draw(image, sample.key, view) for view in self.units[number].views]
         return _drawn(number, sample, digest, drawn)
 
-    def _draw(self, image: Pixels, key: str, number: int) -> tuple[Pixels, DrawnView]:
+    def _draw(self, image: Pixels, key: str, number: int) -> tuple[Pixels, EncodedView]:
         view = sample_view(self.config, key, number, image.shape[1], image.shape[0])
         pixels = apply_view(view, image, self.config)
         encoded = b""
         if self.config.pixels == "baked":
             encoded = encode_pixels(pixels, self.config)
             pixels = decode_pixels(encoded, self.config.size)
-        return pixels, DrawnView(encoded, canonical_json(view.to_json()), pixel_digest(pixels))
+        return pixels, EncodedView(encoded, canonical_json(view.to_json()), pixel_digest(pixels))
 
 
-class SharedViews(Dataset[list[Drawn]]):
+class SharedViewDataset(Dataset[list[SampledViews]]):
     """Takes the views of some neighboring images from another cache; neither images nor augmentation are needed."""
 
     def __init__(self, pixels: PixelCache, config: ViewConfig, units: Sequence[Unit]) -> None:
@@ -167,7 +166,7 @@ class SharedViews(Dataset[list[Drawn]]):
         self.config = config
         self.units = units
 
-    def __getitem__(self, place: tuple[int, range]) -> list[Drawn]:
+    def __getitem__(self, place: tuple[int, range]) -> list[SampledViews]:
         number, positions = place
         unit = self.units[number]
         rows = zip(*(self.pixels.cache.read(positions, view) for view in unit.views), strict=True)
@@ -176,7 +175,7 @@ class SharedViews(Dataset[list[Drawn]]):
             for records in rows
         ] + self._skipped(number, positions)
 
-    def _view(self, record: Record) -> tuple[Pixels, DrawnView]:
+    def _view(self, record: Record) -> tuple[Pixels, EncodedView]:
         pixels = decode_pixels(record.pixels, self.config.size)
         if pixel_digest(pixels) != record.digest:
             raise UserError(
@@ -186,9 +185,9 @@ class SharedViews(Dataset[list[Drawn]]):
                 where=f"{record.key} in {self.pixels.cache.root}",
                 fix="use the Pillow of that cache: " + self.pixels.cache.manifest.versions.get("pillow", "unknown"),
             )
-        return pixels, DrawnView(b"", record.view, record.digest)
+        return pixels, EncodedView(b"", record.view, record.digest)
 
-    def _skipped(self, number: int, positions: range) -> list[Drawn]:
+    def _skipped(self, number: int, positions: range) -> list[SampledViews]:
         """What the other cache skipped in this unit is skipped here; said with the unit's first images."""
         unit = self.units[number]
         if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
@@ -197,13 +196,13 @@ class SharedViews(Dataset[list[Drawn]]):
         return [_skipped(number, SampleRef(row["key"], -1), row["reason"]) for row in skipped]
 
 
-def _drawn(number: int, sample: SampleRef, image: str, views: Sequence[tuple[Pixels, DrawnView]]) -> Drawn:
+def _drawn(number: int, sample: SampleRef, image: str, views: Sequence[tuple[Pixels, EncodedView]]) -> SampledViews:
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in views])).permute(0, 3, 1, 2).contiguous()
-    return Drawn(number, sample, image, pixels, [view for _, view in views], "")
+    return SampledViews(number, sample, image, pixels, [view for _, view in views], "")
 
 
-def _skipped(number: int, sample: SampleRef, reason: str) -> Drawn:
-    return Drawn(number, sample, "", torch.empty(0, dtype=torch.uint8), [], reason)
+def _skipped(number: int, sample: SampleRef, reason: str) -> SampledViews:
+    return SampledViews(number, sample, "", torch.empty(0, dtype=torch.uint8), [], reason)
 
 
 def _places(source: Source, units: Sequence[Unit], claims: Iterator[int]) -> Iterator[tuple[int, int]]:

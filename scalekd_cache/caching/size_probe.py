@@ -1,6 +1,6 @@
 """What a cache is going to take, measured on a small one.
 
-In: options of stage 1, a data set, the teacher or, without one, the shape of its features. Out: `Sizes`, `Probe`.
+In: options of stage 1, a data set, the teacher or, without one, the shape of its features. Out: `Sizes`, `SizeProbe`.
 Invariant: every byte is one that stage 1's own code wrote: a unit of a few real images, and a unit of none, whose
 files tell what an image costs from what a shard costs. The folder they are written to is removed.
 """
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from scalekd_cache.caching.make_units import Stage, fill_unit, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.caching.sample_views import Drawing, Drawn, Unit, draw_units
+from scalekd_cache.caching.sample_views import SampledViews, Unit, ViewDataset, views_of_units
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config.stage1 import CacheTeacherConfig
@@ -38,7 +38,7 @@ PARTS = ("features", "target", "pixels", "index")
 
 
 @dataclass(frozen=True)
-class StandIn:
+class PlaceholderTeacher:
     """In place of a teacher that is not at hand: made-up features of its shape. Sizes of fixed-size codecs hold."""
 
     feature_shape: tuple[int, int, int]
@@ -51,7 +51,7 @@ class StandIn:
         return TeacherOutput(features, torch.randn(len(images), self.num_classes, generator=generator))
 
 
-class Probe(NamedTuple):
+class SizeProbe(NamedTuple):
     """What a small unit showed."""
 
     per_view: dict[str, float]
@@ -71,17 +71,17 @@ class Probe(NamedTuple):
         return {part: num_views * (images * self.per_view[part] + len(ranges) * self.per_shard[part]) for part in PARTS}
 
 
-def probe(
+def measure_sizes(
     config: CacheTeacherConfig,
     source: Source | PixelCache,
-    teacher: Teacher | StandIn,
+    teacher: Teacher | PlaceholderTeacher,
     codec: FeatureCodec,
     logit_codec: LogitCodec,
     device: torch.device,
     *,
     num_views: int = VIEWS,
     pixel_images: int = PIXEL_IMAGES,
-) -> Probe:
+) -> SizeProbe:
     """Make a small unit and an empty one where temporary files go, and measure them.
 
     Args:
@@ -112,11 +112,11 @@ def probe(
     per_view = {part: (full[part] - empty[part]) / count for part in PARTS}
     if per_view["pixels"]:
         per_view["pixels"] *= pixels / float(np.mean([len(view.encoded) for item in drawn for view in item.views]))
-    return Probe(per_view, {part: empty[part] / len(views) for part in PARTS}, draw_s, teacher_s, len(drawn), count)
+    return SizeProbe(per_view, {part: empty[part] / len(views) for part in PARTS}, draw_s, teacher_s, len(drawn), count)
 
 
 def _small_units(
-    stage: Stage, drawn: Sequence[Drawn], views: tuple[int, ...]
+    stage: Stage, drawn: Sequence[SampledViews], views: tuple[int, ...]
 ) -> tuple[dict[str, float], dict[str, float], float]:
     """Write a unit of these views and one of none: bytes of each by part, and seconds of a view of the first."""
     started = time.perf_counter()
@@ -157,16 +157,16 @@ def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
 
 def _drawn(
     config: CacheTeacherConfig, source: Source | PixelCache, views: tuple[int, ...], num_views: int
-) -> list[Drawn]:
+) -> list[SampledViews]:
     """Some images spread over the data set, with the views of a group, as stage 1 draws them."""
     images = max(4, -(-num_views // len(views)))
     if isinstance(source, PixelCache):
         ranges = unit_ranges(source, config.cache.samples_per_shard)
         unit = Unit(group=0, range_id=0, positions=ranges[0], views=views)
-        items = draw_units(source, config.views, [unit], iter([0]), 0)
+        items = views_of_units(source, config.views, [unit], iter([0]), 0)
     else:
         unit = Unit(group=0, range_id=0, positions=range(len(source.samples)), views=views)
-        drawing = Drawing(source, config.views, [unit])
+        drawing = ViewDataset(source, config.views, [unit])
         spread = np.linspace(0, len(source.samples) - 1, min(2 * images, len(source.samples))).astype(int)
         # Twice as many as are wanted, in an order that stays spread: some may be unreadable.
         items = (drawing[0, int(index)] for index in [*spread[::2], *spread[1::2]])
@@ -177,12 +177,12 @@ def _drawn(
 
 
 def _pixel_bytes(
-    config: CacheTeacherConfig, source: Source | PixelCache, drawn: Sequence[Drawn], pixel_images: int
+    config: CacheTeacherConfig, source: Source | PixelCache, drawn: Sequence[SampledViews], pixel_images: int
 ) -> float:
     """Mean bytes of a view's stored pixels, over many more images than go through the teacher."""
     if isinstance(source, PixelCache) or config.views.pixels != "baked":
         return 0.0
-    drawing = Drawing(source, config.views, [Unit(group=0, range_id=0, positions=range(1), views=(0,))])
+    drawing = ViewDataset(source, config.views, [Unit(group=0, range_id=0, positions=range(1), views=(0,))])
     count = min(pixel_images, len(source.samples))
     items = (drawing[0, int(index)] for index in np.linspace(0, len(source.samples) - 1, count).astype(int))
     sizes = [len(item.views[0].encoded) for item in items if not item.reason]

@@ -19,7 +19,7 @@ from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import unit_name
 
 
-class Skips:
+class SkipPolicy:
     """Decides what is left out, and keeps the units that were put off.
 
     Args:

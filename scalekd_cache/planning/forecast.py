@@ -1,8 +1,8 @@
-"""What a cache and its students are going to cost, before anything runs.
+"""Forecast of what a cache and its students cost, before anything runs.
 
-In: options of stage 1 and of training, how many students, a kind of GPU. Out: a `Forecast`.
-Invariant: bytes are measured on a small real unit (`probe.py`), FLOPs and the memory of a step are counted on the real
-modules (meta device); what is assumed (utilization) or not at hand (a teacher's weights) is said beside the figure.
+In: options of stage 1 and of training, the number of students, a GPU model. Out: a `Forecast`.
+Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted on the
+real modules (meta device). Assumptions (utilization) and missing teacher weights are reported next to the figures.
 """
 
 import dataclasses
@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scalekd_cache.caching.codec_selection import AUTO, CALIBRATION_VIEWS, check_codec_options, settle
-from scalekd_cache.caching.job_plan import logit_codec_of
+from scalekd_cache.caching.codec_selection import AUTO, CALIBRATION_VIEWS, check_codec_options, select_codec
+from scalekd_cache.caching.job_plan import make_logit_codec
 from scalekd_cache.caching.make_units import unit_ranges
-from scalekd_cache.caching.pixel_cache import PixelCache, open_pixels
-from scalekd_cache.caching.size_probe import Probe, StandIn, probe
+from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
+from scalekd_cache.caching.size_probe import PlaceholderTeacher, SizeProbe, measure_sizes
 from scalekd_cache.codec import FITTED, make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
@@ -153,7 +153,7 @@ MAX_EXTRA_S = 60.0
 class _Teacher:
     """What is known of the teacher."""
 
-    live: Teacher | StandIn
+    live: Teacher | PlaceholderTeacher
     shape: tuple[int, int, int]
     classes: int
 
@@ -196,11 +196,11 @@ def forecast(
     """
     card = gpu_of(gpu)
     check_codec_options(config)
-    source = open_pixels(config) if config.cache.pixels_from else open_source(config.data, "train")
+    source = open_shared_views(config) if config.cache.pixels_from else open_source(config.data, "train")
     teacher = _teacher(config, len(source.class_names), process)
     codec = _codec(config, source, teacher, process)
     logits = _logits(config, teacher, codec)
-    found = probe(config, source, teacher.live, codec, logits, process.device)
+    found = measure_sizes(config, source, teacher.live, codec, logits, process.device)
     sizes = _sizes(config, source, teacher, codec, found)
     times = _times(config, training, card, sizes, epochs, len(source.class_names))
     at_hand = isinstance(teacher.live, Teacher)
@@ -243,7 +243,7 @@ def forecast(
 
 
 def _sizes(
-    config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: Probe
+    config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: SizeProbe
 ) -> _Sizes:
     """What the cache takes, from a small unit of it."""
     ranges, views = unit_ranges(source, config.cache.samples_per_shard), config.cache.num_views
@@ -298,7 +298,7 @@ def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) ->
     classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, data_classes)
     with torch.device("meta"):
         meta = meta_teacher(options.name, size, data_classes)
-    return _Teacher(StandIn(meta.tail_out, classes), meta.tail_out, classes)
+    return _Teacher(PlaceholderTeacher(meta.tail_out, classes), meta.tail_out, classes)
 
 
 def _codec(
@@ -313,13 +313,13 @@ def _codec(
             fix=f"run `make fetch TEACHER={config.teacher.name}` where there is a network, give TEACHER_WEIGHTS=, "
             "or plan with CODEC=int8",
         )
-    return settle(config, source, teacher.live, process.device).codec
+    return select_codec(config, source, teacher.live, process.device).codec
 
 
 def _logits(config: CacheTeacherConfig, teacher: _Teacher, codec: FeatureCodec) -> LogitCodec:
     exact = codec.id == "float32"
     if isinstance(teacher.live, Teacher):
-        return logit_codec_of(config.cache, teacher.live, exact=exact)
+        return make_logit_codec(config.cache, teacher.live, exact=exact)
     if teacher.classes == 0 or config.cache.logits == "dense":
         return DenseLogits(teacher.classes, exact=exact)
     if config.cache.logits == "top_k":
@@ -347,7 +347,7 @@ def _alternatives(
     source: Source | PixelCache,
     teacher: _Teacher,
     codec: FeatureCodec,
-    found: Probe,
+    found: SizeProbe,
     process: Process,
     once: int,
     stage_1: float,
@@ -368,7 +368,7 @@ def _alternatives(
         started = time.perf_counter()
         for name in FITTED[:2]:
             store = dataclasses.replace(config.cache, codec=name, codec_target=None)
-            fitted = settle(dataclasses.replace(config, cache=store), source, teacher.live, process.device)
+            fitted = select_codec(dataclasses.replace(config, cache=store), source, teacher.live, process.device)
             records[name] = fitted.codec.record_bytes
             if time.perf_counter() - started > MAX_EXTRA_S / 2:
                 break

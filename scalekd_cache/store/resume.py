@@ -19,7 +19,7 @@ from pathlib import Path
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.durable_files import fact_of, temp_beside
-from scalekd_cache.store.same_images import left_out, named, units_apart
+from scalekd_cache.store.same_images import left_out, mismatched_units, named
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
@@ -118,7 +118,7 @@ class Ledger:
                 damaged.append(folder)
         return damaged
 
-    def drop_apart(self) -> dict[Path, str]:
+    def drop_mismatched_units(self) -> dict[Path, str]:
         """Remove units that leave out other images than the first view group (`same_images.py`), once that is whole.
 
         Returns:
@@ -128,7 +128,7 @@ class Ledger:
             return {}
         there = [self._whole[place] for place in self._units if self.committed(*place)]
         dropped = {}
-        for place, wrong in units_apart(self._root, there).items():
+        for place, wrong in mismatched_units(self._root, there).items():
             self._drop(place, lambda _: True)
             dropped[unit_folder(self._root, *place)] = named(wrong)
         return dropped

@@ -19,7 +19,7 @@ def left_out(infos: Iterable[UnitInfo]) -> dict[str, str]:
     return {row["key"]: row["reason"] for info in infos for row in info.skipped}
 
 
-def units_apart(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
+def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
     """Units of later groups that disagree with the first group.
 
     Args:

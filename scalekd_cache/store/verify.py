@@ -19,7 +19,7 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan
 from scalekd_cache.store.remote.remote_path import RemotePath, open_anew
-from scalekd_cache.store.same_images import units_apart
+from scalekd_cache.store.same_images import mismatched_units
 from scalekd_cache.store.sealed_json import unsealed
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify_unit import (
@@ -134,7 +134,7 @@ def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]
     if any(unit.group == 0 and unit.place not in places for unit in expected.units):
         return
     infos = [read_unit(unit_folder(root, *place))[0] for place in places]
-    for place, wrong in units_apart(root, infos).items():
+    for place, wrong in mismatched_units(root, infos).items():
         for key, what in list(wrong.items())[:MAX_NAMED]:
             yield Problem(f"{unit_name(place)}/unit.json", key, f"the image is {what}", Part.UNIT, place)
 

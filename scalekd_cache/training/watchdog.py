@@ -49,7 +49,7 @@ class Watch:
     def step_begins(self, step: int) -> None:
         """Tell the other processes how far this one is."""
         self._alive_at = time.monotonic()
-        self._peers.tell(f"step of {self.process.rank}", str(step))
+        self._peers.publish(f"step of {self.process.rank}", str(step))
 
     def micro_batch_done(self, step: int, micro: int, batch: Batch, terms: Tensor) -> None:
         """Note the first micro-batch whose loss `terms` (any shape, on the device) are not finite."""
@@ -120,7 +120,7 @@ class Watch:
 
     def _behind(self, got: str) -> UserError:
         """Which processes are furthest behind, by their last word."""
-        at = {rank: self._peers.told(f"step of {rank}") for rank in range(self.process.world_size)}
+        at = {rank: self._peers.get(f"step of {rank}") for rank in range(self.process.world_size)}
         known = {rank: int(step) for rank, step in at.items() if step is not None}
         step = min(known.values(), default=self.loader.step)
         late = [f"process {rank}, {self.loader.describe(step, rank)}" for rank, its in known.items() if its == step]

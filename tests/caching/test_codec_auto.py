@@ -6,7 +6,7 @@ import pytest
 import torch
 from small_cache import CPU, make, options, shared_weights, unit_files
 
-from scalekd_cache.caching.codec_selection import choose, codec_options, table, write_mark
+from scalekd_cache.caching.codec_selection import choose_codec, codec_options, codec_table, write_mark
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.codec import classes, codec_from_config
 from scalekd_cache.config.stage1 import StoreConfig, TeacherConfig
@@ -57,7 +57,7 @@ def test_targets_are_read_and_mistypes_named():
 @pytest.mark.parametrize("text", ["ac-cosine:0.995", "kl:0.0001", "bytes:1500"])
 def test_the_best_that_meets_is_chosen(teacher, outputs, text):
     target = parse_target(text)
-    choice = choose(outputs.features, outputs.logits, teacher, target)
+    choice = choose_codec(outputs.features, outputs.logits, teacher, target)
     rows = choice.rows
     assert [row.bytes for row in rows] == sorted(row.bytes for row in rows)
     assert {"int8", "int4", "fp8", "float16", "bfloat16", "float32", "transform"} == {row.codec for row in rows}
@@ -76,7 +76,7 @@ def test_the_best_that_meets_is_chosen(teacher, outputs, text):
         # the search went to the very next noise
         assert min(row.noise / choice.chosen.noise for row in rows if row.noise > choice.chosen.noise) < 1.1
     assert choice.codec.get_config()["id"] == choice.chosen.codec
-    lines = table(rows, choice.chosen).splitlines()
+    lines = codec_table(rows, choice.chosen).splitlines()
     assert len(lines) == len(rows) + 1
     assert [line for line in lines if line.startswith("->")] == [lines[1 + rows.index(choice.chosen)]]
 
@@ -91,8 +91,8 @@ def test_nobody_is_judged_by_what_it_was_fitted_to(teacher, outputs, monkeypatch
     measure = codec_choice.fidelity
     monkeypatch.setattr(codec_choice, "fidelity", lambda a, b: judged.append(a) or measure(a, b))
     target = parse_target("ac-cosine:0.99")
-    choice = choose(outputs.features, outputs.logits, teacher, target)
-    assert choose(outputs.features, outputs.logits, teacher, target).chosen == choice.chosen
+    choice = choose_codec(outputs.features, outputs.logits, teacher, target)
+    assert choose_codec(outputs.features, outputs.logits, teacher, target).chosen == choice.chosen
     del fitted[1:]
     of = {maps.numpy().tobytes(): number for number, maps in enumerate(outputs.features)}
     first, second = ({of[m.numpy().tobytes()] for maps in part for m in maps} for part in (fitted, judged))
@@ -102,16 +102,16 @@ def test_nobody_is_judged_by_what_it_was_fitted_to(teacher, outputs, monkeypatch
 
 def test_what_cannot_be_chosen_is_said(teacher, outputs):
     with pytest.raises(UserError, match="no codec meets the target") as error:
-        choose(outputs.features, outputs.logits, teacher, parse_target("bytes:10"))
+        choose_codec(outputs.features, outputs.logits, teacher, parse_target("bytes:10"))
     assert "transform" in str(error.value)
     with pytest.raises(UserError, match="too few images"):
-        choose(outputs.features[:5], outputs.logits[:5], teacher, parse_target("kl:0.01"))
+        choose_codec(outputs.features[:5], outputs.logits[:5], teacher, parse_target("kl:0.01"))
     vit = load_teacher(
         TeacherConfig(name="vit_tiny_patch16_224", pretrained=False), image_size=64, num_classes=10, device=CPU.device
     )
     images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
     with pytest.raises(UserError, match="cannot be measured through this teacher's head"):
-        choose(*vit(images), vit, parse_target("kl:0.01"))
+        choose_codec(*vit(images), vit, parse_target("kl:0.01"))
 
 
 def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
@@ -126,7 +126,7 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     before = unit_files(root)
     from scalekd_cache.caching import codec_selection as calibration
 
-    monkeypatch.setattr(calibration, "settle", None)  # nobody chooses again
+    monkeypatch.setattr(calibration, "select_codec", None)  # nobody chooses again
     grown = make(root, shared_weights(), cache={**auto, "codec_target": "ac-cosine:0.990", "num_views": 2})
     assert before.items() <= unit_files(root).items()
     assert grown.manifest.codec == cache.manifest.codec

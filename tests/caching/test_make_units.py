@@ -9,7 +9,7 @@ from image_files import PNG, folder_tree, write
 from small_cache import CPU, copy_of_cache, make, options, shared_weights, unit_files, unit_stats
 
 from scalekd_cache.caching import sample_views as drawing
-from scalekd_cache.caching.job_plan import extended_groups, make_plan
+from scalekd_cache.caching.job_plan import extend_groups, make_plan
 from scalekd_cache.caching.make_units import make_units, plan_units
 from scalekd_cache.codec import make_codec
 from scalekd_cache.data.source import open_source
@@ -121,11 +121,11 @@ def test_an_error_of_a_drawing_process_reaches_the_main_process(tmp_path, monkey
 
 
 def test_groups_are_extended_and_never_changed():
-    assert extended_groups([], 5, 2) == [[0, 1], [2, 3], [4]]
-    assert extended_groups([[0, 1], [2]], 8, 4) == [[0, 1], [2], [3, 4, 5, 6], [7]]
-    assert extended_groups([[0, 1, 2]], 2, 4) == [[0, 1, 2]]
+    assert extend_groups([], 5, 2) == [[0, 1], [2, 3], [4]]
+    assert extend_groups([[0, 1], [2]], 8, 4) == [[0, 1], [2], [3, 4, 5, 6], [7]]
+    assert extend_groups([[0, 1, 2]], 2, 4) == [[0, 1, 2]]
     given = [[0]]
-    extended_groups(given, 4, 2)
+    extend_groups(given, 4, 2)
     assert given == [[0]]
 
 
@@ -155,7 +155,7 @@ def test_drawn_views_are_what_is_stored(tmp_path):
     """The teacher sees the decoded bytes, not the view before encoding."""
     config = options(tmp_path, shared_weights(), views={"jpeg_quality": 20})
     source = open_source(config.data, "train")
-    draw = drawing.Drawing(source, config.views, plan_units(source, [[0, 1]], 32))
+    draw = drawing.ViewDataset(source, config.views, plan_units(source, [[0, 1]], 32))
     drawn = draw[0, 7]
     assert drawn.sample == source.samples[7]
     assert len(drawn.views) == 2

@@ -10,7 +10,7 @@ from small_cache import CPU
 
 from scalekd_cache.caching import preflight
 from scalekd_cache.caching.job_plan import check_plan, check_recipe
-from scalekd_cache.caching.preflight import check_space, check_student, check_teacher, probe_views
+from scalekd_cache.caching.preflight import check_disk_space, check_student, check_teacher, probe_views
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
@@ -88,9 +88,9 @@ def test_space_is_asked_where_the_cache_will_be(tmp_path, monkeypatch):
     asked = []
     usage = preflight.shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: asked.append(path) or usage)
-    check_space(tmp_path / "not" / "yet", 10, 1000.0)
+    check_disk_space(tmp_path / "not" / "yet", 10, 1000.0)
     with pytest.raises(UserError, match="does not fit") as error:
-        check_space(tmp_path / "not" / "yet", 11, 1100.0)
+        check_disk_space(tmp_path / "not" / "yet", 11, 1100.0)
     assert set(asked) == {tmp_path}
     assert "11 views" in str(error.value)
 

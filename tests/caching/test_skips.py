@@ -215,7 +215,7 @@ def test_a_later_group_waits_for_the_first(tmp_path, data, capsys):
     source = open_source(config.data, "train")
     teacher = load_teacher(config.teacher, image_size=64, num_classes=10, device=CPU.device)
     job = make_plan(config, CPU, source, teacher, make_codec("int8", teacher.spec.feature_shape))
-    policy = skips.Skips(job.stage.root, source, job.ledger)
+    policy = skips.SkipPolicy(job.stage.root, source, job.ledger)
     with torch.no_grad():
         make_units(job.stage, job.units, iter([7, 6, 5, 4, 0, 1, 2, 3]), 0, lambda _: None, policy)
     assert len(list((tmp_path / "cache" / "units").glob("g001-*"))) == 3

@@ -229,14 +229,14 @@ def test_a_codec_is_not_fitted_over_that_of_a_plan(tmp_path, monkeypatch):
     """The second job fits its codec while the first one begins and ends."""
     root = tmp_path / "cache"
     first, second = (asked(root, cache={"codec": "transform", "codec_noise": noise}) for noise in (0.3, 0.5))
-    real = calibration.settle
+    real = calibration.select_codec
 
     def settle(*args):
-        monkeypatch.setattr(calibration, "settle", real)
+        monkeypatch.setattr(calibration, "select_codec", real)
         cache_teacher(first, CPU)
         return real(*args)
 
-    monkeypatch.setattr(calibration, "settle", settle)
+    monkeypatch.setattr(calibration, "select_codec", settle)
     with pytest.raises(UserError, match="fitted for another preset"):
         cache_teacher(second, CPU)
     assert verify_cache(root, deep=True) == []

@@ -15,7 +15,7 @@ from small_cache import SAMPLES, copy_of_cache, options, shared_cache, shared_we
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from scalekd_cache.caching.job import cache_teacher, try_out
+from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import workers
 from scalekd_cache.data.source import open_source
@@ -171,7 +171,7 @@ def test_both_stages_refuse_before_they_start(tmp_path, monkeypatch):
 
     monkeypatch.setattr(workers, "_free_bytes", lambda: 10_000)
     with pytest.raises(UserError, match="shared memory is too small"):
-        try_out(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
+        dry_run(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
     with pytest.raises(UserError, match="shared memory is too small"):
         cache_teacher(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
     assert not (tmp_path / "cache").exists()

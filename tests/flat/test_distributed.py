@@ -69,7 +69,7 @@ def test_a_process_alone_waits_for_nobody():
     assert [peers.add("claims", 1) for _ in range(3)] == [1, 2, 3]
     assert peers.add("other", 5) == 5
     assert peers.wait("never announced")
-    peers.announce("x")
+    peers.publish("x")
 
 
 TWO = """
@@ -79,7 +79,7 @@ with Peers(this_process("cpu")) as peers:
     rank = peers.process.rank
     if rank == 0:
         time.sleep(0.5)
-        peers.announce("go")
+        peers.publish("go")
     peers.wait("go")
     mine = []
     while (number := peers.add("claims", 1) - 1) < 100:
@@ -128,7 +128,7 @@ def peers_of(rank, silent_s=1.0):
 
 def test_a_slow_process_is_waited_for(store):
     with peers_of(0) as slow, peers_of(1) as other:
-        later = threading.Timer(2.5, slow.announce, ("planned",))
+        later = threading.Timer(2.5, slow.publish, ("planned",))
         later.start()
         seen = []
         assert other.wait("planned", 0, lambda: seen.append(1))
@@ -139,7 +139,7 @@ def test_a_slow_process_is_waited_for(store):
 def test_a_process_without_a_sign_of_life_is_given_up(store):
     with peers_of(0) as first:
         with peers_of(1) as second:
-            second.announce("here")
+            second.publish("here")
             assert first.wait("here", 1)
         begun = time.monotonic()
         assert not first.wait("never", 1)
@@ -154,8 +154,8 @@ def test_without_a_store_a_process_ends_and_asks_for_a_restart(store):
     peers = peers_of(1)
     assert peers.add("claims", 1) == 1
     store.clear()
-    for call in (lambda: peers.add("claims", 1), lambda: peers.announce("x"), lambda: peers.wait("x")):
+    for call in (lambda: peers.add("claims", 1), lambda: peers.publish("x"), lambda: peers.wait("x")):
         with pytest.raises(RunStopped, match="run the same command again") as stop:
             call()
         assert stop.value.status == EXIT_AGAIN
-    assert peers.told("x") is None
+    assert peers.get("x") is None

@@ -5,7 +5,7 @@ import pytest
 from small_cache import CPU, options, shared_weights
 
 from scalekd_cache.caching import job
-from scalekd_cache.caching.job import cache_teacher, try_out
+from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.data.classes import natural_key
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher_classes import check_class_order
@@ -75,7 +75,7 @@ def test_near_chance_is_stopped_when_images_are_enough():
     check_class_order(np.zeros(0, np.int64), np.zeros(0, np.int64), names, "t")
 
 
-@pytest.mark.parametrize("call", [cache_teacher, try_out])
+@pytest.mark.parametrize("call", [cache_teacher, dry_run])
 def test_stage_1_stops_before_the_first_unit(tmp_path, call):
     config = options(
         tmp_path / "cache",

@@ -72,7 +72,7 @@ def test_bytes_on_the_demo(tmp_path, cache):
 @pytest.mark.parametrize("codec", ["int8", "transform"])
 def test_stage_1_measures_the_space_it_needs_in_the_same_way(tmp_path, monkeypatch, codec):
     asked = []
-    monkeypatch.setattr(cache_teacher, "check_space", lambda path, views, needed: asked.append((views, needed)))
+    monkeypatch.setattr(cache_teacher, "check_disk_space", lambda path, views, needed: asked.append((views, needed)))
     cache = make(tmp_path / "cache", shared_weights(), cache={"codec": codec, "num_views": 2})
     files = cache.manifest.bytes_per_view["total"] * cache.manifest.num_samples * 2
     assert asked == [(cache.manifest.num_samples * 2, pytest.approx(files, rel=0.05))]

@@ -8,7 +8,7 @@ from small_cache import CPU, flip_byte, options, shared_weights, unit_files
 
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.caching.sample_views import draw_units
+from scalekd_cache.caching.sample_views import views_of_units
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.image_digests import ImageFiles, read_images
 from scalekd_cache.store.reader import Cache
@@ -88,12 +88,12 @@ def test_a_file_that_changes_within_one_job_is_found_before_the_manifest(folder,
     """A process whose first group was not finished when it began to draw the second."""
 
     def late(source, config, units, claims, workers, first):
-        for item in draw_units(source, config, units, claims, workers):
+        for item in views_of_units(source, config, units, claims, workers):
             if units[item.unit].group == 0 and item.sample.key == "ant/0":
                 replace(folder, "ant/0")
             yield item
 
-    monkeypatch.setattr(caching, "draw_units", late)
+    monkeypatch.setattr(caching, "views_of_units", late)
     with pytest.raises(UserError, match="images changed while the cache was made") as error:
         cache_teacher(job(folder, 2), CPU)
     assert "1 images; the first is ant/0, in units/g000-r0000" in str(error.value)

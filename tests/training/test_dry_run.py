@@ -12,7 +12,7 @@ from commands import ENV, LIMIT_S, ROOT, execute
 from small_cache import CPU, options, shared_cache, shared_weights
 
 from pipelines.command import check_cache_place
-from scalekd_cache.caching.job import try_out
+from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
@@ -59,13 +59,13 @@ def test_a_finished_training(tmp_path):
 
 
 def test_a_cache_that_is_not_made(tmp_path, capsys):
-    try_out(options(tmp_path / "cache", shared_weights()), CPU)
+    dry_run(options(tmp_path / "cache", shared_weights()), CPU)
     said = capsys.readouterr().out
     assert "would make 3 of 3 units, 192 views" in said
     assert "192 views to make, about" in said
-    try_out(options(tmp_path / "cache", shared_weights(), cache={"codec": "transform"}), CPU)
+    dry_run(options(tmp_path / "cache", shared_weights(), cache={"codec": "transform"}), CPU)
     assert "codec transform is fitted when the cache is made" in capsys.readouterr().out
-    try_out(
+    dry_run(
         options(tmp_path / "cache", "", teacher={"name": "demo_swin", "weights": None, "weights_dir": str(tmp_path)}),
         CPU,
     )
@@ -75,10 +75,10 @@ def test_a_cache_that_is_not_made(tmp_path, capsys):
 
 def test_a_finished_cache_is_left_alone(capsys):
     before = tree(shared_cache().root)
-    try_out(options(shared_cache().root, shared_weights()), CPU)
+    dry_run(options(shared_cache().root, shared_weights()), CPU)
     assert "would make 0 of 3 units, 0 views" in capsys.readouterr().out
     with pytest.raises(UserError, match="other options"):
-        try_out(options(shared_cache().root, shared_weights(), views={"jpeg_quality": 50}), CPU)
+        dry_run(options(shared_cache().root, shared_weights(), views={"jpeg_quality": 50}), CPU)
     assert tree(shared_cache().root) == before
 
 
