@@ -22,6 +22,8 @@ OPERATOR, NAME = "ShareMemCommBuilder", "deepspeed_shm_comm"
 STALE_S = 300.0
 """A build in which nothing changes for so long is dead: a whole build takes about a minute."""
 POLL_S = 0.5
+LOCK_IS_A_FILE = hasattr(cpp_extension, "FileBaton")
+"""Whether the lock file's existence is torch's lock. Newer versions lock the file itself (filelock), and leave it."""
 
 
 def prepare_build(process: Process, load: Callable[[], object]) -> None:
@@ -47,9 +49,9 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
     folder = _build_folder()
     with open_lock(folder / ".scalekd.lock") as ours:
         lock(ours, folder / ".scalekd.lock")
-        if ours.read(1):
+        if LOCK_IS_A_FILE and ours.read(1):
             (folder / "lock").unlink(missing_ok=True)
-        else:
+        elif LOCK_IS_A_FILE:
             _wait_for_others(folder, process)
         ours.write(b"building")
         try:

@@ -45,6 +45,27 @@ def test_a_compiler_that_fails_is_explained(folder):
         prepare_build(CPU, fail)
 
 
+@pytest.fixture
+def baton(monkeypatch):
+    """torch as it was until 2.13: the existence of the lock file is the lock."""
+    monkeypatch.setattr(compiled_op, "LOCK_IS_A_FILE", True)
+
+
+def test_a_lock_file_that_newer_versions_of_torch_leave_is_no_lock(folder, monkeypatch, capsys):
+    monkeypatch.setattr(compiled_op, "LOCK_IS_A_FILE", False)
+    (folder / "lock").touch()
+    prepare_build(CPU, lambda: None)
+    assert (folder / "lock").exists()
+    assert "waiting" not in capsys.readouterr().out
+
+
+def test_what_is_known_of_the_installed_torch_is_true():
+    from torch.utils import cpp_extension
+
+    assert compiled_op.LOCK_IS_A_FILE != hasattr(cpp_extension, "FileLock")
+
+
+@pytest.mark.usefixtures("baton")
 def test_the_lock_that_a_killed_process_of_ours_left_is_removed_at_once(folder):
     (folder / "lock").touch()
     (folder / ".scalekd.lock").write_bytes(b"building")
@@ -60,6 +81,7 @@ def test_without_a_compiler(monkeypatch, folder):
         prepare_build(CPU, lambda: None)
 
 
+@pytest.mark.usefixtures("baton")
 def test_the_lock_of_a_killed_build_is_removed(folder, capsys):
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - 2 * compiled_op.STALE_S,) * 2)
@@ -68,6 +90,7 @@ def test_the_lock_of_a_killed_build_is_removed(folder, capsys):
     assert "killed" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("baton")
 def test_a_build_that_is_going_is_waited_for(folder, capsys, monkeypatch):
     (folder / "lock").touch()
     monkeypatch.setattr(compiled_op.time, "sleep", lambda _: (folder / "lock").unlink())
