@@ -33,10 +33,10 @@ VARIABLES = ALL ARGS BENCHES CACHE CHECK CKPT CLASSES CODEC DATA DEEP DRY_RUN EP
 COMMA := ,
 typed = $(foreach name,$(.VARIABLES),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 unknown := $(firstword $(filter-out $(VARIABLES) MAKE%,$(typed)))
-mistype = $(shell $(PYTHON) -c 'import sys; from scalekd_cache.errors import mistype; what, where, got, *known = sys.argv[1:]; \
-  print(mistype(what, got, known, where, 1))' $(1))
+unknown_name = $(shell $(PYTHON) -c 'import sys; from scalekd_cache.errors import unknown_name; what, where, got, *known = sys.argv[1:]; \
+  print(unknown_name(what, got, known, where, 1))' $(1))
 ifneq ($(unknown),)
-$(error error: $(call mistype,variable "make help; other options: SET=$(COMMA) environment variables: before make" $(unknown) $(VARIABLES)))
+$(error error: $(call unknown_name,variable "make help; other options: SET=$(COMMA) environment variables: before make" $(unknown) $(VARIABLES)))
 endif
 
 # ---- environment --------------------------------------------------------------------------------------------------
@@ -257,7 +257,7 @@ MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_c
 
 targets = $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LIST)))
 .DEFAULT:
-	@echo 'error: $(call mistype,target "make help" $@ $(targets))' >&2; exit 2
+	@echo 'error: $(call unknown_name,target "make help" $@ $(targets))' >&2; exit 2
 
 clean: ## Remove the environment and tool caches (never caches/, runs/ or teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -34,7 +34,7 @@ def main(argv: list[str]) -> None:
         return
     process = this_process(config.device)
     manifest = cache_teacher(config, process, student)
-    process.say(f"next: {next_command(config, manifest)}")
+    process.print_rank0(f"next: {next_command(config, manifest)}")
 
 
 def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:

@@ -18,8 +18,8 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.distributed import RunStopped
-from scalekd_cache.errors import UserError, mistype, one_of, worker_ended
+from scalekd_cache.distributed import RunInterrupted
+from scalekd_cache.errors import UserError, join_or, unknown_name, worker_failure
 
 ALWAYS = "Also: --debug (the traceback of an error), --plugin MODULE (import a module of yours first)."
 BAD_VALUE = re.compile(
@@ -48,12 +48,12 @@ def misunderstood(message: str, options: Sequence[str]) -> UserError:
     if value:
         option, kind, got = value["option"], value["kind"], value["got"]
         known = re.findall(r"[^\s',]+", kind.partition("Literal[")[2].rstrip("]"))
-        expected = one_of(known) if known else kind.removeprefix("<class '").removesuffix("'>")
+        expected = join_or(known) if known else kind.removeprefix("<class '").removesuffix("'>")
         return UserError(f"{option} cannot be {got}: expected {expected} (--help)")
     unknown = UNKNOWN_OPTION.search(message)
     if unknown and "expected" not in message:
         name = unknown["typed"] or ".".join(filter(None, unknown.group("group", "written")))
-        return mistype("option", f"--{name}", options, "--help lists all")
+        return unknown_name("option", f"--{name}", options, "--help lists all")
     return UserError(f"the command line is not understood: {' '.join(message.split())} (--help)")
 
 
@@ -66,7 +66,7 @@ def recipe_file(name: str) -> Path:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
         known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise mistype("recipe", name, known, "RECIPE=, or a YAML file of your own")
+        raise unknown_name("recipe", name, known, "RECIPE=, or a YAML file of your own")
     return file
 
 
@@ -138,7 +138,7 @@ def check_cache_place(place: str) -> None:
         raise UserError(f"{place} is a file, no cache: give {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    raise mistype("cache", place, there, f"CACHE=; `make cache-teacher CACHE={place}` makes it")
+    raise unknown_name("cache", place, there, f"CACHE=; `make cache-teacher CACHE={place}` makes it")
 
 
 def without_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
@@ -186,11 +186,11 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(2)
-    except RunStopped as stop:
+    except RunInterrupted as stop:
         print(stop, file=sys.stderr, flush=True)
-        _exit(stop.status)
+        _exit(stop.exit_code)
     except RuntimeError as error:
-        ended = worker_ended(error)  # the only RuntimeError that a user can do something about
+        ended = worker_failure(error)  # the only RuntimeError that a user can do something about
         if debug or ended is None:
             raise
         print(f"error: {ended}", file=sys.stderr, flush=True)
@@ -199,7 +199,7 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)
     except KeyboardInterrupt:
-        print("stopped; run the same command again to go on", file=sys.stderr, flush=True)
+        print("interrupted; rerun the same command to resume", file=sys.stderr, flush=True)
         _exit(130)
     sys.exit(status if isinstance(status, int) else 0)
 

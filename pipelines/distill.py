@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
         from scalekd_cache.training.dry_run import describe_distill
 
         process = this_process(config.device)
-        process.say("\n".join(describe_distill(config, process)))
+        process.print_rank0("\n".join(describe_distill(config, process)))
         return
     from scalekd_cache.training.run import distill
 

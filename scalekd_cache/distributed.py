@@ -1,7 +1,8 @@
-"""Who this process is among its peers, as its launcher says (torchrun, deepspeed, or nobody).
+"""Rank, world size and device of this process; coordination between the ranks of stage 1; signal handling.
 
-In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE. Out: `Process` and `Peers`.
-Invariant: no process group is started here; stage 2's is DeepSpeed's (`engine.py`).
+In: the environment variables that a launcher sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+Out: `Process`, `Peers`, `SignalHandler`.
+Invariant: no process group is initialized here. Stage 2 gets its process group from DeepSpeed.
 """
 
 import contextlib
@@ -21,84 +22,87 @@ import torch.distributed
 
 from scalekd_cache.errors import UserError
 
-EXIT_AGAIN = 75
-"""Exit status that asks for a restart (sysexits' EX_TEMPFAIL)."""
-EXIT_STOPPED = 130
-"""Exit status after Ctrl-C."""
-SAME_PRESS_S = 3.0
-"""A launcher passes on the Ctrl-C that the terminal has sent already: what comes within this time is the same one."""
+EXIT_RESUMABLE = 75
+"""Exit code: state is saved, rerun the command to resume (EX_TEMPFAIL of sysexits)."""
+EXIT_INTERRUPTED = 130
+"""Exit code after Ctrl-C."""
+DUPLICATE_SIGINT_S = 3.0
+"""Terminal and launcher both deliver the same Ctrl-C: a second SIGINT within this time is ignored, seconds."""
+HEARTBEAT_S = 2.0
+"""Interval between two heartbeats of a rank, seconds."""
+POLL_S = 0.8
+"""Longest interval between two polls while waiting for another rank, seconds."""
 
 
-class RunStopped(Exception):  # noqa: N818 - nothing went wrong
-    """The run has been saved and ends here."""
+class RunInterrupted(Exception):  # noqa: N818 - not an error
+    """The run stopped early and can be resumed.
 
-    def __init__(self, text: str, status: int) -> None:
+    Args:
+        text: the message for the user.
+        exit_code: the exit code of the process.
+    """
+
+    def __init__(self, text: str, exit_code: int) -> None:
         super().__init__(text)
-        self.status = status
+        self.exit_code = exit_code
 
 
-class Stop:
-    """Notes signals while it is entered. A context manager, for the main thread."""
+class SignalHandler:
+    """Records SIGTERM, SIGUSR1 and SIGINT instead of ending the process. A context manager for the main thread."""
 
     def __init__(self) -> None:
-        self.wanted = 0
-        """Number of the signal that came, 0 for none."""
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
+        self.received = 0
+        """Number of the first signal received, 0 for none."""
+        self._received_at = 0.0
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-            self._before[number] = signal.signal(number, self._note)
+            self._previous[number] = signal.signal(number, self._record)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._previous.items():
             signal.signal(number, handler)
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _record(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
-        if number == signal.SIGINT and self.wanted == signal.SIGINT and now - self._since > SAME_PRESS_S:
+        if number == signal.SIGINT and self.received == signal.SIGINT and now - self._received_at > DUPLICATE_SIGINT_S:
             raise KeyboardInterrupt
-        if not self.wanted:
-            self.wanted, self._since = number, now
+        if not self.received:
+            self.received, self._received_at = number, now
 
 
-def stopped(number: int, step: int, total: int) -> RunStopped:
-    """What ends a run after a signal, once it is saved."""
+def interrupted_by(number: int, step: int, total: int) -> RunInterrupted:
+    """The exception that ends a run after signal `number`, once its checkpoint of `step` is saved."""
     name = signal.Signals(number).name
-    status = EXIT_STOPPED if number == signal.SIGINT else EXIT_AGAIN
-    return RunStopped(f"{name}: saved at step {step} of {total}; run the same command again to go on", status)
-
-
-BEAT_S = 2.0
-"""Seconds between two signs of life of a process."""
-POLL_S = 0.8
-"""Seconds between two looks at what a process waits for, once it has waited a little."""
+    exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RESUMABLE
+    return RunInterrupted(f"{name}: checkpoint saved at step {step} of {total}; rerun to resume", exit_code)
 
 
 class Process(NamedTuple):
-    """One process of a job."""
+    """One process of a job: its rank, the world size and its device."""
 
     rank: int
-    """Number of this process in the job."""
+    """Rank of this process, 0 to world_size - 1."""
     world_size: int
-    """Processes in the job."""
+    """Number of processes in the job."""
     device: torch.device
-    """Where this process computes."""
+    """Device that this process computes on."""
 
-    def say(self, text: str) -> None:
-        """Print for the whole job, once."""
+    def print_rank0(self, text: str) -> None:
+        """Print on rank 0 only."""
         if self.rank == 0:
             print(text, flush=True)
 
 
 def this_process(device: str = "auto") -> Process:
-    """Read the launcher's variables; without a launcher the job is this process alone.
+    """This process, from the launcher's environment variables. Without a launcher: rank 0 of 1.
 
     Raises:
-        UserError: when the device does not exist here.
+        UserError: the device does not exist on this node.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -110,172 +114,175 @@ def _device(name: str, local_rank: int) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = name.partition(":")
     if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UserError("unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="change device")
+        raise UserError(
+            "unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="set device to one of these"
+        )
     if kind == "cpu":
         return torch.device("cpu")
     index = int(number) if number else local_rank
     if index >= torch.cuda.device_count():
         raise UserError(
-            "the CUDA device is not there",
+            "the CUDA device does not exist",
             got=f"cuda:{index}",
-            expected=f"one of {torch.cuda.device_count()} devices",
-            fix="lower NPROC, or set device=cpu",
+            expected=f"one of the {torch.cuda.device_count()} devices of this node",
+            fix="decrease NPROC, or set device=cpu",
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The arithmetic that "auto" means on a device: bfloat16 on a GPU, float32 on a CPU."""
+    """The autocast dtype of a precision option; "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 class Peers:
-    """What the processes of a job tell each other: claims, counts, milestones, and that they are alive.
+    """Coordinates the ranks of a job: shared counters, published values and heartbeats.
 
-    A key-value store carries it: torchrun's, or one that process 0 keeps; a process alone needs none. There is no
-    barrier: a process may start late, be slow or be gone. A context manager: within it a thread gives a sign of life.
+    Uses torchrun's key-value store, or one hosted by rank 0; a single process needs none. There are no barriers: a
+    rank may start late, be slow or be lost. As a context manager it sends heartbeats from a thread.
 
     Args:
         process: this process.
-        silent_s: a process without a sign of life for this long counts as gone, seconds.
+        heartbeat_timeout_s: a rank without a heartbeat for this long is considered lost, seconds.
     """
 
-    def __init__(self, process: Process, silent_s: float = 60.0) -> None:
+    def __init__(self, process: Process, heartbeat_timeout_s: float = 60.0) -> None:
         self.process = process
-        self.silent_s = silent_s
+        self.heartbeat_timeout_s = heartbeat_timeout_s
         self._counts: dict[str, int] = {}
-        self._heard: dict[int, tuple[int, float]] = {}  # by process: its sign of life, and when it changed
-        self._lived_at = 0.0
-        self._over = threading.Event()
-        self._keeps_store = False
+        self._heartbeats: dict[int, tuple[int, float]] = {}  # by rank: its last heartbeat, and when that arrived
+        self._last_sent_at = 0.0
+        self._closed = threading.Event()
+        self._hosts_store = False
         self._store: Any = None
         if process.world_size > 1:
             distributed: Any = torch.distributed
-            self._keeps_store = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+            self._hosts_store = process.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
             store = distributed.TCPStore(
                 os.environ["MASTER_ADDR"],
                 int(os.environ["MASTER_PORT"]),
-                is_master=self._keeps_store,
+                is_master=self._hosts_store,
                 timeout=timedelta(minutes=5),
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-            # Counters of a job that torchrun restarted begin anew.
+            # After a restart by torchrun, counters start from 0 again.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = distributed.PrefixStore(f"scalekd_cache/{attempt}", store)
 
     def __enter__(self) -> Self:
         if self._store is not None:
-            self._lived_at = time.monotonic()
-            for task in (self._live, self._end_when_cut_off):
+            self._last_sent_at = time.monotonic()
+            for task in (self._send_heartbeats, self._exit_when_disconnected):
                 threading.Thread(target=task, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Leave; the process that keeps the store stays until the others have left it or are gone."""
-        self._over.set()
+        """Disconnect. The rank that hosts the store waits until the others have disconnected or are lost."""
+        self._closed.set()
         if self._store is None or error is not None:
             return
-        with contextlib.suppress(RuntimeError):  # the store's keeper is gone; this process is done anyway
-            self._store.set(f"process {self.process.rank} left", "1")
-        for rank in range(1, self.process.world_size) if self._keeps_store else ():
-            self.wait(f"process {rank} left", rank)
+        with contextlib.suppress(RuntimeError):  # the store's host is lost; this process has finished anyway
+            self._store.set(f"rank {self.process.rank} left", "1")
+        for rank in range(1, self.process.world_size) if self._hosts_store else ():
+            self.wait(f"rank {rank} left", rank)
 
     def add(self, name: str, amount: int) -> int:
-        """Add to a shared counter; returns the new value.
+        """Add to a shared counter and return its new value.
 
         Raises:
-            RunStopped: the process that keeps the counters is gone.
+            RunInterrupted: the store cannot be reached.
         """
         if self._store is None:
             self._counts[name] = self._counts.get(name, 0) + amount
             return self._counts[name]
-        with self._exchange():
+        with self._connected():
             return int(self._store.add(name, amount))
 
     def publish(self, name: str, value: str = "1") -> None:
-        """Set a value that the other processes can read with `get`, or wait for with `wait`.
+        """Store a value that other ranks can read with `get` or wait for with `wait`.
 
         Raises:
-            RunStopped: the process that keeps the store is gone.
+            RunInterrupted: the store cannot be reached.
         """
         if self._store is not None:
-            with self._exchange():
+            with self._connected():
                 self._store.set(name, value)
 
     def get(self, name: str) -> str | None:
-        """A value that some process has published; None when there is none, or the store does not answer."""
+        """The value published under `name`; None when there is none or the store cannot be reached."""
         try:
             there = self._store is not None and self._store.check([name])
             return self._store.get(name).decode() if there else None
         except RuntimeError:  # torch's DistStoreError and DistNetworkError
             return None
 
-    def wait(self, name: str, by: int = 0, meanwhile: Callable[[], None] = lambda: None) -> bool:
-        """Wait until process `by` has published a name.
+    def wait(self, name: str, rank: int = 0, on_poll: Callable[[], None] = lambda: None) -> bool:
+        """Wait until `rank` has published a name.
 
         Args:
-            name: what it publishes.
-            by: rank of the process that publishes it.
-            meanwhile: called now and then.
+            name: the name.
+            rank: the rank that publishes it.
+            on_poll: called after every poll.
 
         Returns:
-            False when that process gives no sign of life any more.
+            False when that rank is lost (heartbeat timeout).
 
         Raises:
-            RunStopped: process 0, without which the job does not go on, is gone.
+            RunInterrupted: rank 0 is lost or the store cannot be reached.
         """
-        if self._store is None or by == self.process.rank:
+        if self._store is None or rank == self.process.rank:
             return True
-        pause, begun = POLL_S / 16, time.monotonic()
+        pause, started = POLL_S / 16, time.monotonic()
         while True:
-            with self._exchange():
+            with self._connected():
                 if self._store.check([name]):
                     return True
-                beat = int(self._store.add(f"sign of life of {by}", 0))
+                heartbeat = int(self._store.add(f"heartbeat of rank {rank}", 0))
             now = time.monotonic()
-            if self._heard.get(by, (-1, begun))[0] != beat:
-                self._heard[by] = (beat, now)
-            if now - max(self._heard[by][1], begun) > self.silent_s:
-                if by == 0:
-                    raise gone(f"process 0 has given no sign of life for {self.silent_s:.0f} s")
+            if self._heartbeats.get(rank, (-1, started))[0] != heartbeat:
+                self._heartbeats[rank] = (heartbeat, now)
+            if now - max(self._heartbeats[rank][1], started) > self.heartbeat_timeout_s:
+                if rank == 0:
+                    raise connection_lost(f"no heartbeat from rank 0 for {self.heartbeat_timeout_s:.0f} s")
                 return False
-            meanwhile()
+            on_poll()
             time.sleep(pause)
             pause = min(POLL_S, 2 * pause)
 
-    def _live(self) -> None:
-        """Give signs of life until the end, or until there is nobody to give them to."""
-        pause_s = min(BEAT_S, self.silent_s / 8)
-        with contextlib.suppress(RuntimeError):  # the main thread finds out, and says it
-            while not self._over.wait(pause_s):
-                self._store.add(f"sign of life of {self.process.rank}", 1)
-                self._lived_at = time.monotonic()
+    def _send_heartbeats(self) -> None:
+        """Send heartbeats until the end, or until the store is lost."""
+        pause_s = min(HEARTBEAT_S, self.heartbeat_timeout_s / 8)
+        with contextlib.suppress(RuntimeError):  # the main thread gets the same error and reports it
+            while not self._closed.wait(pause_s):
+                self._store.add(f"heartbeat of rank {self.process.rank}", 1)
+                self._last_sent_at = time.monotonic()
 
-    def _end_when_cut_off(self) -> None:
-        """End this process when the store has not taken a sign of life for too long: calls to a machine that has
-        lost its power or its network block for a quarter of an hour."""
-        while not self._over.wait(min(1.0, self.silent_s / 8)):
-            if time.monotonic() - self._lived_at > self.silent_s:
-                print(gone(f"no answer from its store for {self.silent_s:.0f} s"), file=sys.stderr, flush=True)
-                os._exit(EXIT_AGAIN)
+    def _exit_when_disconnected(self) -> None:
+        """End this process when no heartbeat could be sent within the timeout.
+
+        A call to a node that lost power or network blocks for about 15 minutes, so the main thread cannot do this.
+        """
+        while not self._closed.wait(min(1.0, self.heartbeat_timeout_s / 8)):
+            if time.monotonic() - self._last_sent_at > self.heartbeat_timeout_s:
+                lost = connection_lost(f"no answer from the store for {self.heartbeat_timeout_s:.0f} s")
+                print(lost, file=sys.stderr, flush=True)
+                os._exit(EXIT_RESUMABLE)
 
     @contextmanager
-    def _exchange(self) -> Iterator[None]:
+    def _connected(self) -> Iterator[None]:
         try:
             yield
         except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
-            raise gone(f"the job's store does not answer ({str(error).splitlines()[0][:200]})") from error
+            raise connection_lost(f"the store cannot be reached ({str(error).splitlines()[0][:200]})") from error
 
 
-def gone(got: str) -> RunStopped:
-    """What ends a process of stage 1 when the job has lost the one that it cannot do without."""
-    text = (
-        f"the job has lost a process or a machine: {got}; what is finished is kept, run the same command again to go on"
-    )
-    return RunStopped(text, EXIT_AGAIN)
+def connection_lost(reason: str) -> RunInterrupted:
+    """The exception that ends a process of stage 1 that lost rank 0 or the store."""
+    text = f"lost a process or a node: {reason}; finished work is kept, rerun the same command to resume"
+    return RunInterrupted(text, EXIT_RESUMABLE)

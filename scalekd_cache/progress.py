@@ -1,6 +1,6 @@
-"""One progress bar a stage: a moving bar in a terminal, a line now and then in a log.
+"""Progress bars: a moving bar in a terminal, one line every 15 seconds in a log.
 
-In: a total and a unit. Out: a tqdm bar with rate and time left. Invariant: only rank 0 shows one.
+In: a total and a unit. Out: a tqdm bar with rate and remaining time. Invariant: only rank 0 prints.
 """
 
 import sys
@@ -9,11 +9,11 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_SECONDS = 15.0
-"""Seconds between two lines when the output is no terminal."""
+"""Interval between two lines when the output is not a terminal, seconds."""
 
 
 def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0) -> "tqdm[Any]":
-    """A bar on standard error that counts to `total` of `unit`."""
+    """A progress bar on standard error that counts to `total` in `unit`s."""
     terminal = sys.stderr.isatty()
     line = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} done, {remaining} left, {rate_fmt}{postfix}\n"
     return tqdm(

@@ -1,7 +1,7 @@
-"""The packages beside this one: optional ones are imported when something needs them.
+"""Library versions, and imports of optional packages.
 
-In: a module's name. Out: the module, or an error that names its package. Invariant: a package that is missing or broken
-ends only what needs it.
+In: a module's name. Out: the module, or an error that names its package and how to install it.
+Invariant: a missing or broken optional package affects only the feature that needs it.
 """
 
 import importlib
@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions that explain a digest that differs; they decide nothing."""
+    """Versions of the libraries that can change cached bytes. Recorded for diagnosis only, never compared."""
     names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
     return {name: importlib.metadata.version(name) for name in names if _installed(name)}
 
@@ -24,12 +24,12 @@ def _installed(name: str) -> bool:
 
 
 def import_optional(module: str, need: str, extra: str) -> ModuleType:
-    """A module of an optional package.
+    """Import a module of an optional package.
 
     Args:
-        module: its name.
-        need: what needs it, for the message: "parquet files need pyarrow".
-        extra: the extra of this package that installs it.
+        module: the module's name.
+        need: the feature and what it needs, for the message: "parquet files need pyarrow".
+        extra: the extra of scalekd-cache that installs it.
 
     Raises:
         UserError: the package is not installed, or its import fails in any way.
@@ -39,18 +39,18 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         raise UserError(f"{need}, which is not installed", got=error, fix=install) from error
-    except Exception as error:  # a broken package raises whatever its author did not think of
+    except Exception as error:  # a broken package can raise anything
         package = module.partition(".")[0]
         raise UserError(
             f"{need}, which is installed but cannot be imported",
             got=f"{type(error).__name__}: {error}",
             where=_installed_as(package),
-            fix=f"install {package} again, in a version that fits the other packages: {install}",
+            fix=f"reinstall {package} in a version compatible with the other packages: {install}",
         ) from error
 
 
 def _installed_as(package: str) -> str:
-    """A package with its version, where it is known."""
+    """A package with its version, if that is known."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:

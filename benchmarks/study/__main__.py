@@ -29,7 +29,7 @@ import torch
 from benchmarks.study.demo_teachers import WIDTHS
 from benchmarks.study.plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
-from scalekd_cache.distributed import RunStopped
+from scalekd_cache.distributed import RunInterrupted
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
@@ -322,6 +322,6 @@ if __name__ == "__main__":
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except RunStopped as stop:
+    except RunInterrupted as stop:
         print(f"{stop}\nthe same command goes on with the study", file=sys.stderr)
-        sys.exit(stop.status)
+        sys.exit(stop.exit_code)

@@ -47,7 +47,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Peers, Process
-from scalekd_cache.errors import UserError, refuse_file
+from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
 from scalekd_cache.models.evaluate import evaluate
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
@@ -82,7 +82,7 @@ def _cache_teacher(
     config: CacheTeacherConfig, process: Process, peers: Peers, student: DistillConfig | None
 ) -> Manifest:
     root = Path(config.cache.path)
-    refuse_file(root, "CACHE")
+    require_folder(root, "CACHE")
     if process.rank == 0:
         remove_stale_files(root, process)
     source = _source(config, process)
@@ -107,13 +107,13 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
         UserError: whatever `cache_teacher` would refuse before its first unit.
     """
     root, asked = Path(config.cache.path), config.teacher
-    refuse_file(root, "CACHE")
+    require_folder(root, "CACHE")
     source = _source(config, process)
     file = Path(asked.weights_dir) / f"{asked.name}.safetensors"
     if asked.pretrained and not asked.weights and file.exists():
         config = dataclasses.replace(config, teacher=dataclasses.replace(asked, weights=str(file)))
     elif asked.pretrained and not asked.weights and asked.name == DEMO_TEACHER:
-        process.say(f"would train the demo's teacher first (about a minute), into {file}; nothing was written")
+        process.print_rank0(f"would train the demo's teacher first (about a minute), into {file}; nothing was written")
         return
     teacher = _teacher(config, process, source)
     name, shape = config.cache.codec, teacher.spec.feature_shape
@@ -122,7 +122,7 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
     elif (root / PLAN).exists():
         codec = codec_from_config(read_plan(root).facts.codec, root)
     else:
-        process.say(f"codec {name} is fitted when the cache is made; sizes here are those of int8")
+        process.print_rank0(f"codec {name} is fitted when the cache is made; sizes here are those of int8")
         codec = make_codec("int8", shape)
     job = make_plan(config, process, source, teacher, codec)
     if finished_manifest(job) is None:
@@ -130,7 +130,7 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
         if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
             _teacher_top1(config, job.stage, CHECKED_IMAGES)
     units = [unit for unit in job.units if not is_committed(job, unit)]
-    process.say(
+    process.print_rank0(
         f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
         "this was a dry run, nothing was written"
     )
@@ -142,7 +142,7 @@ def _source(config: CacheTeacherConfig, process: Process) -> Source | PixelCache
         return open_shared_views(config)
     source = open_source(config.data, "train")
     for sentence in source.left_out:
-        process.say(sentence)
+        process.print_rank0(sentence)
     return source
 
 
@@ -161,7 +161,7 @@ def _teacher(config: CacheTeacherConfig, process: Process, source: Source | Pixe
 def _say_more_views(config: CacheTeacherConfig, process: Process, job: Job) -> None:
     if config.cache.num_views < job.plan.num_views:
         asked, there = config.cache.num_views, job.plan.num_views
-        process.say(
+        process.print_rank0(
             f"asked for {asked} views; {job.stage.root} has, or will have, {there}, and nothing is removed. "
             f'To train on the first {asked}: make distill ... SET="train.views={asked}"'
         )
@@ -187,7 +187,7 @@ def _say_complete(process: Process, peers: Peers, job: Job) -> Manifest:
     manifest = read_manifest(job.stage.root)
     peers.publish(f"rank {process.rank} has no more units")  # a repair may have ended before this rank looked
     images = f"{manifest.num_samples:,} images x {manifest.num_views} views"
-    process.say(f"{job.stage.root} is complete: {images}; nothing to do")
+    process.print_rank0(f"{job.stage.root} is complete: {images}; nothing to do")
     return manifest
 
 
@@ -198,7 +198,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
     pixels = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
     if not stage.teacher.spec.has_classifier:
-        process.say(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
+        process.print_rank0(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
         _check_space(config, job)
         if student is not None:
@@ -271,8 +271,8 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
         if rank == 0:
             for peer in range(1, peers.process.world_size):
                 if not peers.wait(f"rank {peer} has no more units", peer, show):
-                    lost = f"process {peer} has given no sign of life for {peers.silent_s:.0f} s"
-                    peers.process.say(f"{lost}; its unit is made here")
+                    lost = f"no heartbeat from rank {peer} for {peers.heartbeat_timeout_s:.0f} s"
+                    peers.process.print_rank0(f"{lost}; its unit is made here")
             skips.last_try()
             for first in (True, False):  # the first view group decides what the others leave out
                 if not first:

@@ -377,14 +377,14 @@ def is_committed(job: Job, unit: Unit) -> bool:
 def drop_damaged_units(job: Job, process: Process) -> None:
     """Rank 0: remove units that cannot stay, and name them (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
-        process.say(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
+        process.print_rank0(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
     drop_mismatched_units(job, process)
 
 
 def drop_mismatched_units(job: Job, process: Process) -> None:
     """Rank 0: remove units that do not hold the images of the first view group, and name them."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
-        process.say(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
+        process.print_rank0(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
 
 
 def remove_stale_files(root: Path, process: Process) -> None:
@@ -392,7 +392,7 @@ def remove_stale_files(root: Path, process: Process) -> None:
     others = [*remove_stale(root), *remove_stale(root / "units")]
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
-        process.say(
+        process.print_rank0(
             f"{root}: {len(others)} temporary files or folders of other machines, or of this one before it was started "
             f"again, are left alone; the oldest is {oldest.path.relative_to(root)}, last changed "
             f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."

@@ -8,7 +8,7 @@ import importlib
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 
 if TYPE_CHECKING:
     from scalekd_cache.codec.base import FeatureCodec
@@ -38,7 +38,7 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
         UserError: no such codec (with the nearest names), or a shape that is not three positive integers.
     """
     if name not in CODECS:
-        raise mistype("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
+        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
     _check_shape(name, shape)
     return _built(CODECS[name], shape)
 

@@ -6,7 +6,7 @@ In: text such as ac-cosine:0.999. Out: a checked `CodecTarget`. Invariant: equal
 import math
 from typing import Literal, NamedTuple, cast
 
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 
 RANGES: dict[str, tuple[float, float]] = {"ac-cosine": (0.0, 1.0), "kl": (0.0, math.inf), "bytes": (0.0, math.inf)}
 """Metrics, and what their values lie between (both ends excluded)."""
@@ -33,7 +33,7 @@ def parse_target(text: str) -> CodecTarget:
     metric, _, number = text.partition(":")
     example = "ac-cosine:0.999, bytes:20000 or kl:0.01"
     if metric not in RANGES:
-        raise mistype("codec target", metric, RANGES, f"TARGET=, cache.codec_target, as in {example}")
+        raise unknown_name("codec target", metric, RANGES, f"TARGET=, cache.codec_target, as in {example}")
     low, high = RANGES[metric]
     try:
         value = float(number)

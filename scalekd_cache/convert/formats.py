@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalekd_cache.convert.names_torchvision_mmpretrain import CODEBASES, torchvision_twin, transfer_state
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.models.student import Student
 from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
 
@@ -37,7 +37,7 @@ RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 
 def check_format(name: str) -> str:
     """The name itself; `UserError` with the nearest ones when there is no such form, or what it needs is missing."""
     if name not in FORMATS:
-        raise mistype("form of export", name, FORMATS, "FORMAT=")
+        raise unknown_name("form of export", name, FORMATS, "FORMAT=")
     if name == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             try:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from scalekd_cache.data.base import ListedSource
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, closest_names
 from scalekd_cache.store.checked_files import read_file
 
 MAX_LIST_BYTES = 1 << 26
@@ -94,7 +94,7 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
     if missing:
         found.append(f"{len(missing)} classes of the data set are not in the list, such as {missing[0]}")
     if unknown:
-        near = nearest(unknown[0], names)
+        near = closest_names(unknown[0], names)
         found.append(f"{len(unknown)} names are not classes of the data set, such as {unknown[0]} (near: {near})")
     if twice:
         found.append(f"{twice[0]} is listed more than once")

@@ -24,7 +24,7 @@ from scalekd_cache.data.base import (
 from scalekd_cache.data.classes import in_class_order, read_class_names, same_text
 from scalekd_cache.data.devkit import flat_labels
 from scalekd_cache.data.image_formats import IMAGE_SUFFIXES, START_BYTES, is_image_file, is_image_name, suffix_of
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, closest_names
 
 LAYOUT = "train/<class>/*.jpg and val/<class>/*.jpg (or png, webp, tif, gif, bmp, ppm, avif, jp2)"
 SYSTEM_NAMES = frozenset(
@@ -157,7 +157,7 @@ def _list_validation(
         raise UserError(
             "val/ has a class that train/ does not have",
             got=", ".join(unknown[:5]) + f" ({len(unknown)} such classes)",
-            expected=f"class folders of train/, such as {nearest(unknown[0], class_names)}",
+            expected=f"class folders of train/, such as {closest_names(unknown[0], class_names)}",
             where=folder / unknown[0],
             fix="rename or remove that folder",
         )

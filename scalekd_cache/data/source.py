@@ -18,7 +18,7 @@ from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
 from scalekd_cache.data.parquet import has_parquet, open_parquet
 from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.store.manifest import classes_digest
 
 
@@ -86,7 +86,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
                 expected=ascii(folder),
                 fix="let the shell complete the name, or rename the folder",
             )
-    return mistype(
+    return unknown_name(
         "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
     )
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scalekd_cache.errors import UserError, worker_ended
+from scalekd_cache.errors import UserError, worker_failure
 
 SHARED_MEMORY = Path("/dev/shm")
 WAITING_BYTES = 2 << 30
@@ -110,7 +110,7 @@ def items_of(
         for item in received:
             yield item.received() if isinstance(item, _Sent) else item
     except RuntimeError as error:
-        raise (worker_ended(error) or error) from error
+        raise (worker_failure(error) or error) from error
     finally:  # now: as long as a traceback keeps the iterator, torch raises for its dead workers anywhere
         if workers:
             with contextlib.suppress(RuntimeError):  # the same error once more; torch clears up all the same

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 
 DEMO_TEACHER = "demo_swin"
 
@@ -60,10 +60,10 @@ def check_name(name: str, option: str) -> str:
     elif not timm.is_model(name):
         where = f"{option}; python -c 'import timm; print(timm.list_models())' lists those of timm {timm.__version__}"
         page = HUB_PREFIX.sub("", name, count=1)
-        raise mistype("model", name, [page] if timm.is_model(page) else timm.list_models(), where)
+        raise unknown_name("model", name, [page] if timm.is_model(page) else timm.list_models(), where)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
     if tag and tag not in tags:
-        raise mistype(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which can be left out")
+        raise unknown_name(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which can be left out")
     return name
 
 

@@ -6,7 +6,7 @@ measured.
 
 from typing import NamedTuple
 
-from scalekd_cache.errors import mistype
+from scalekd_cache.errors import unknown_name
 
 FORWARD_UTILIZATION = 0.35
 """Assumed share of the peak that a teacher's forward pass reaches."""
@@ -41,5 +41,5 @@ GPUS = {
 def gpu_of(name: str) -> Gpu:
     """UserError with the nearest names for one that is not in the table."""
     if name.lower() not in GPUS:
-        raise mistype("GPU", name.lower(), GPUS, "GPU=; give one of like speed")
+        raise unknown_name("GPU", name.lower(), GPUS, "GPU=; give one of like speed")
     return GPUS[name.lower()]

@@ -19,7 +19,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.store.durable_files import Written
 from scalekd_cache.store.path import StoredPath
 
@@ -174,7 +174,7 @@ def shard_reader(backend: str, folder: StoredPath, shard: ShardId, keys: list[st
 def check_backend(backend: str) -> str:
     """The name itself; UserError with the nearest ones when there is no such backend."""
     if backend not in BACKENDS:
-        raise mistype("store", backend, BACKENDS, "STORE=, cache.backend, or backend in a manifest")
+        raise unknown_name("store", backend, BACKENDS, "STORE=, cache.backend, or backend in a manifest")
     return backend
 
 

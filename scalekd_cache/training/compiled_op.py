@@ -45,7 +45,7 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
             got="no g++",
             fix="install g++ (build-essential)",
         )
-    process.say("starting DeepSpeed (the first start on a machine compiles a small operator, about a minute)")
+    process.print_rank0("starting DeepSpeed (the first start on a machine compiles a small operator, about a minute)")
     folder = _build_folder()
     with open_lock(folder / ".scalekd.lock") as ours:
         lock(ours, folder / ".scalekd.lock")
@@ -86,9 +86,11 @@ def _wait_for_others(folder: Path, process: Process) -> None:
     while theirs.exists():
         changed = [path.stat().st_mtime for path in folder.iterdir() if path.name != ".scalekd.lock"]
         if time.time() - max(changed, default=0.0) > STALE_S:
-            process.say(f"{theirs} was left by a build that was killed: removed")
+            process.print_rank0(f"{theirs} was left by a build that was killed: removed")
             theirs.unlink(missing_ok=True)
         elif not said:
             said = True
-            process.say(f"waiting for another program that compiles the operator ({theirs}), at most {STALE_S:.0f} s")
+            process.print_rank0(
+                f"waiting for another process to compile the operator ({theirs}), at most {STALE_S:.0f} s"
+            )
         time.sleep(POLL_S)

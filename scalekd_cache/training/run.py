@@ -15,7 +15,7 @@ from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
-from scalekd_cache.distributed import Process, Stop, stopped
+from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import Tally, evaluate
@@ -43,7 +43,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
     if finished is not None:
         _check_finished(config, run, finished, folder, process)
-        process.say(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
+        process.print_rank0(f"{run} is finished; nothing to do\n{closing_table(run, finished)}")
         return finished
     check_export_place(run / "export")
     reads = open_run_cache(config, run, process)
@@ -52,24 +52,24 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     checkpoint = _checkpoint(run, process)
     trainer = _make_trainer(config, process, reads, checkpoint)
     if trainer.loader.step:
-        process.say(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
+        process.print_rank0(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
         folder.keep_facts(facts_of(cache.manifest, reads.views))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(trainer.loader.step)
         if damaged:
-            process.say(f"{damaged} damaged lines of {run / METRICS} are left out")
+            process.print_rank0(f"{damaged} damaged lines of {run / METRICS} are left out")
     first, started, tally = trainer.loader.step, time.perf_counter(), None
     if config.train.log_samples:
         trainer.watch.log_samples(run)
-    with Stop() as stop, trainer.watch.guard(60 * config.train.timeout_minutes):
+    with SignalHandler() as signals, trainer.watch.guard(60 * config.train.timeout_minutes):
         for step in trainer.train(folder):
-            signal = trainer.strongest(stop.wanted)
+            signal = trainer.strongest(signals.received)
             if signal or _saves(config.train, step, trainer.loader):
                 trainer.save(run / "checkpoints")
             if signal:
                 dist.barrier()  # a launcher ends all processes once one has ended, and process 0 is still writing
-                raise stopped(signal, step, trainer.loader.total_steps)
+                raise interrupted_by(signal, step, trainer.loader.total_steps)
             if _evaluates(config.train, step, trainer.loader):
                 tally = judge(config, cache.manifest, trainer.student_state(), validation, process)
                 if folder is not None and tally is not None:
@@ -86,7 +86,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         card = model_card(config.student, to_plain(config), kept, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, kept, export, card)
         folder.finish(summary)  # the last thing: a run with a summary is whole
-        process.say(closing_table(run, summary))
+        process.print_rank0(closing_table(run, summary))
     dist.barrier()
     return summary
 
@@ -96,7 +96,7 @@ def _check_finished(
 ) -> None:
     """A finished run is of this cache; files of it that were removed because they were damaged are written again."""
     root = open_place(config.cache, config.remote)
-    facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.say)
+    facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.print_rank0)
     check_same_cache(run, facts.fingerprint, root)
     there = all((run / name).exists() for name in (OPTIONS, FACTS))
     if folder is not None and not there and facts.fingerprint == summary["cache_fingerprint"]:
@@ -107,7 +107,7 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
     """Where the run goes on; a damaged checkpoint is said, and the one before is taken."""
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:
-        process.say(f"not used: {problem}")
+        process.print_rank0(f"not used: {problem}")
     if problems and checkpoint is None:
         raise UserError(
             "no checkpoint of this run is whole",
@@ -136,7 +136,7 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
     try:
         return open_cache_source(manifest.data, data, "val")
     except UserError as error:
-        process.say(f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
+        process.print_rank0(f"no validation images here, so accuracy will not be measured (give DATA=):\n{error}")
         return None
 
 
@@ -149,7 +149,7 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     )
     if train.sync_bn:
         student.model = synchronize_batchnorm(student.model, process)
-    process.say(describe_lr(config))
+    process.print_rank0(describe_lr(config))
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
     tail, teacher, heads = None, None, None
     if train.targets != "none":
@@ -158,7 +158,7 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
     if config.init is not None and checkpoint is None:
-        process.say("starting from " + ", ".join(load_start(config.init, student.model, heads)))
+        process.print_rank0("starting from " + ", ".join(load_start(config.init, student.model, heads)))
     if train.targets == "live":
         teacher = live_teacher(manifest, config.teacher_weights, process.device)
     loader = CacheLoader(

@@ -44,14 +44,14 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     """
     root = open_place(config.cache, config.remote)
     if config.follow:
-        cache = follow_cache(root, 60 * config.follow_timeout_minutes, process.say)
+        cache = follow_cache(root, 60 * config.follow_timeout_minutes, process.print_rank0)
     else:
         cache = Cache(root, read_manifest(root))
     manifest = cache.manifest
     check_same_cache(run, manifest.fingerprint, root)
     views = _views(config, run, cache)
     pixels = pixels_of(cache, config.pixels_from, views, config.remote)
-    process.say(
+    process.print_rank0(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views expected "
         + ("by its plan, it is still growing" if isinstance(cache, GrowingCache) else "by its manifest")
         + ("" if views == manifest.num_views else f"; this run reads the first {views}")

@@ -19,7 +19,7 @@ from typing_extensions import TypedDict
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import StudentConfig
-from scalekd_cache.errors import UserError, mistype
+from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.store.checked_files import checked, open_file, read_checked, read_file, unreadable
 from scalekd_cache.store.durable_files import write_atomically
 
@@ -184,7 +184,7 @@ def no_run(run: Path, name: str) -> UserError:
     if run.is_file():
         return UserError(f"{run} is a file, no run: give the folder of a run (RUN=)")
     there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
-    return mistype("run", str(run), there, f"RUN=, a folder with {name}")
+    return unknown_name("run", str(run), there, f"RUN=, a folder with {name}")
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:

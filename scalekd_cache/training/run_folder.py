@@ -17,7 +17,7 @@ import yaml
 
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError, refuse_file
+from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.teacher_spec import _percent, teacher_accuracy
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import explained, remove_stale, write_atomically
@@ -58,7 +58,7 @@ class RunFolder:
         """
         self.path = path
         self._events: EventFile | None = None
-        refuse_file(path, "RUN")
+        require_folder(path, "RUN")
         with explained(path, 0):
             path.mkdir(parents=True, exist_ok=True)
             check_places(path)
@@ -185,7 +185,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: a file, or a run with other options.
     """
-    refuse_file(run, "RUN")
+    require_folder(run, "RUN")
     if not os.path.lexists(run / OPTIONS):
         return
     kept, asked = flat(read_config(run)), flat(config)

@@ -83,7 +83,7 @@ def order_of(train: TrainConfig, cache: Cache, process: Process) -> Order:
     found = Likeness(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
-        process.say(
+        process.print_rank0(
             f"the cache holds images of one class side by side ({found.neighbors:.0%} of neighbors, "
             f"{found.chance:.1%} by chance), so windows of {window:,} blocks = {window * train.shuffle_block:,} images "
             f"are mixed instead of {WINDOW}; read with more seeks, and from a URL with more copies (docs/SCALE.md)"

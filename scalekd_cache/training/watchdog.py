@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalekd_cache.distributed import EXIT_AGAIN, Peers, Process, RunStopped
+from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, RunInterrupted
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.training.run_files import SampleLine, keep_lines
@@ -72,7 +72,7 @@ class Watch:
     def guard(self, timeout_s: float) -> Iterator[None]:
         """Around training: what other processes do to this one ends in words, and never in a wait without end.
 
-        A failed exchange becomes a `RunStopped` that asks for a restart. When no step has been finished for
+        A failed exchange becomes a `RunInterrupted` that asks for a restart. When no step has been finished for
         `timeout_s`, the process ends at once, whatever call it is blocked in: the time-outs of backends do not reach
         DeepSpeed's own groups.
         """
@@ -84,7 +84,7 @@ class Watch:
         except RuntimeError as error:
             if not self._is_lost_peer(error):
                 raise
-            raise RunStopped(f"error: {self._behind(str(error).splitlines()[0][:300])}", EXIT_AGAIN) from error
+            raise RunInterrupted(f"error: {self._behind(str(error).splitlines()[0][:300])}", EXIT_RESUMABLE) from error
         finally:
             over.set()
 
@@ -102,7 +102,7 @@ class Watch:
             silent_s = time.monotonic() - self._alive_at
             if silent_s > timeout_s:
                 print(f"error: {self._behind(f'no step finished for {silent_s:.0f} s')}", file=sys.stderr, flush=True)
-                os._exit(EXIT_AGAIN)
+                os._exit(EXIT_RESUMABLE)
 
     def _is_lost_peer(self, error: RuntimeError) -> bool:
         text = str(error).lower()

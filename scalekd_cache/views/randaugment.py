@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from scalekd_cache.errors import UserError, nearest
+from scalekd_cache.errors import UserError, closest_names
 
 FILL = (124, 116, 104)
 """Color (RGB) that a geometric operation brings in from outside the image: ImageNet's mean, as upstream."""
@@ -129,7 +129,7 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
         raise UserError(
             "a view record names an unknown operation",
             got=repr(name),
-            expected=f"one of {nearest(str(name), OPERATIONS)}",
+            expected=f"one of {closest_names(str(name), OPERATIONS)}",
             fix=RECORD_FIX,
         )
     operation = OPERATIONS[name]

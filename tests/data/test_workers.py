@@ -21,7 +21,7 @@ from scalekd_cache.data import workers
 from scalekd_cache.data.source import open_source
 from scalekd_cache.data.workers import items_of, waiting_items
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError, worker_ended
+from scalekd_cache.errors import UserError, worker_failure
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.evaluate import evaluate
@@ -124,8 +124,8 @@ def test_a_worker_that_ends_or_cannot_send_is_an_error_at_once(does):
     started = time.monotonic()
     with pytest.raises((UserError, RuntimeError)) as caught:  # torch's, where its signal arrives between two items
         list(received(Items(bad=7, does=does)))
-    error = worker_ended(caught.value) or caught.value
-    assert "a worker process of the loader ended" in str(error)
+    error = worker_failure(caught.value) or caught.value
+    assert "a data loader worker died" in str(error)
     assert time.monotonic() - started < LIMIT_S / 10
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import LIMIT_S
 
-from scalekd_cache.distributed import EXIT_AGAIN, Peers, Process, RunStopped, autocast_dtype, this_process
+from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, RunInterrupted, autocast_dtype, this_process
 from scalekd_cache.errors import UserError
 
 CPU = torch.device("cpu")
@@ -42,9 +42,9 @@ def test_devices(monkeypatch):
     assert this_process("cuda").device == torch.device("cuda", 1)
     assert this_process("cuda:0").device == torch.device("cuda", 0)
     assert chosen == [1, 0]
-    with pytest.raises(UserError, match="not there") as error:
+    with pytest.raises(UserError, match="does not exist") as error:
         this_process("cuda:2")
-    assert "one of 2 devices" in str(error.value)
+    assert "one of the 2 devices" in str(error.value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert this_process("auto").device == CPU
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -68,7 +68,7 @@ def test_a_process_alone_waits_for_nobody():
     peers = Peers(Process(0, 1, CPU))
     assert [peers.add("claims", 1) for _ in range(3)] == [1, 2, 3]
     assert peers.add("other", 5) == 5
-    assert peers.wait("never announced")
+    assert peers.wait("never published")
     peers.publish("x")
 
 
@@ -122,8 +122,8 @@ def store(monkeypatch):
     return kept
 
 
-def peers_of(rank, silent_s=1.0):
-    return Peers(Process(rank, 2, CPU), silent_s)
+def peers_of(rank, timeout_s=1.0):
+    return Peers(Process(rank, 2, CPU), timeout_s)
 
 
 def test_a_slow_process_is_waited_for(store):
@@ -133,7 +133,7 @@ def test_a_slow_process_is_waited_for(store):
         seen = []
         assert other.wait("planned", 0, lambda: seen.append(1))
         assert len(seen) > 2
-        assert slow.wait("never announced", 0)  # nobody waits for himself
+        assert slow.wait("never published", 0)  # nobody waits for himself
 
 
 def test_a_process_without_a_sign_of_life_is_given_up(store):
@@ -145,9 +145,9 @@ def test_a_process_without_a_sign_of_life_is_given_up(store):
         assert not first.wait("never", 1)
         assert 0.9 < time.monotonic() - begun < 10
         assert first.wait("here", 1)  # what it said still counts
-    with peers_of(1) as second, pytest.raises(RunStopped, match="process 0 has given no sign of life") as stop:
+    with peers_of(1) as second, pytest.raises(RunInterrupted, match="no heartbeat from rank 0") as stop:
         second.wait("never")
-    assert stop.value.status == EXIT_AGAIN
+    assert stop.value.exit_code == EXIT_RESUMABLE
 
 
 def test_without_a_store_a_process_ends_and_asks_for_a_restart(store):
@@ -155,7 +155,7 @@ def test_without_a_store_a_process_ends_and_asks_for_a_restart(store):
     assert peers.add("claims", 1) == 1
     store.clear()
     for call in (lambda: peers.add("claims", 1), lambda: peers.publish("x"), lambda: peers.wait("x")):
-        with pytest.raises(RunStopped, match="run the same command again") as stop:
+        with pytest.raises(RunInterrupted, match="rerun the same command") as stop:
             call()
-        assert stop.value.status == EXIT_AGAIN
+        assert stop.value.exit_code == EXIT_RESUMABLE
     assert peers.get("x") is None

@@ -2,7 +2,7 @@
 
 import pytest
 
-from scalekd_cache.errors import UserError, mistype, nearest, one_of
+from scalekd_cache.errors import UserError, closest_names, join_or, unknown_name
 
 MODELS = ["resnet18", "resnet50", "resnet50d", "vit_small_patch16_224", "gcvit_small", "swin_large_patch4_window7_224"]
 
@@ -18,18 +18,20 @@ MODELS = ["resnet18", "resnet50", "resnet50d", "vit_small_patch16_224", "gcvit_s
     ],
 )
 def test_the_nearest_comes_first(typed, first):
-    assert nearest(typed, MODELS).startswith(first)
+    assert closest_names(typed, MODELS).startswith(first)
 
 
 def test_lists_in_words():
-    assert [one_of(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a or b", "a, b or c"]
-    assert nearest("zzz", ["b", "a"]) == "a or b", "none is close: all of them"
+    assert [join_or(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a or b", "a, b or c"]
+    assert closest_names("zzz", ["b", "a"]) == "a or b", "none is close: all of them"
 
 
 def test_a_mistype_is_one_line():
-    error = mistype("model", "resnet5", MODELS, "STUDENT=")
+    error = unknown_name("model", "resnet5", MODELS, "STUDENT=")
     assert isinstance(error, UserError)
     assert str(error) == "there is no model resnet5: did you mean resnet50, resnet50d or resnet18? (STUDENT=)"
-    assert str(mistype("cache", "x", [], "CACHE=")) == "there is no cache x (CACHE=)"
+    assert str(unknown_name("cache", "x", [], "CACHE=")) == "there is no cache x (CACHE=)"
     many = [f"name{number}" for number in range(100)]
-    assert str(mistype("model", "zzz", many, "STUDENT=")) == "there is no model zzz (STUDENT=)", "a hundred are no help"
+    assert str(unknown_name("model", "zzz", many, "STUDENT=")) == "there is no model zzz (STUDENT=)", (
+        "a hundred are no help"
+    )

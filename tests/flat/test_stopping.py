@@ -5,31 +5,31 @@ import signal
 
 import pytest
 
-from scalekd_cache import distributed as stopping
-from scalekd_cache.distributed import Stop, stopped
+from scalekd_cache import distributed
+from scalekd_cache.distributed import SignalHandler, interrupted_by
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
 def test_a_signal_is_noted_and_says_how_to_go_on(number, status):
     before = signal.getsignal(number)
-    with Stop() as stop:
-        assert stop.wanted == 0
+    with SignalHandler() as signals:
+        assert signals.received == 0
         os.kill(os.getpid(), number)
-        assert stop.wanted == number
+        assert signals.received == number
         os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
-        assert stop.wanted == number
+        assert signals.received == number
     assert signal.getsignal(number) is before
-    end = stopped(stop.wanted, 7, 90)
-    assert end.status == status
+    end = interrupted_by(signals.received, 7, 90)
+    assert end.exit_code == status
     assert "step 7 of 90" in str(end)
-    assert "again" in str(end)
+    assert "rerun" in str(end)
 
 
 def test_a_second_press_interrupts_and_a_passed_on_one_does_not(monkeypatch):
-    with Stop() as stop:
+    with SignalHandler() as signals:
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
-        assert stop.wanted == signal.SIGINT
-        monkeypatch.setattr(stopping, "SAME_PRESS_S", -1.0)
+        assert signals.received == signal.SIGINT
+        monkeypatch.setattr(distributed, "DUPLICATE_SIGINT_S", -1.0)
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)

@@ -146,7 +146,7 @@ def test_value_of():
     ("raised", "status", "text"),
     [
         (UserError("it broke", fix="mend it"), 2, "error: it broke\n  what to do: mend it\n"),
-        (KeyboardInterrupt(), 130, "stopped; run the same command again to go on\n"),
+        (KeyboardInterrupt(), 130, "interrupted; rerun the same command to resume\n"),
         (None, 0, ""),
         (1, 1, ""),
     ],

@@ -111,7 +111,7 @@ def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tm
     until(lambda: "queued again (restart 1)" in log.read_text())
     stopped = done()
     assert stopped < STEPS
-    assert f"SIGUSR1: saved at step {stopped}" in log.read_text()
+    assert f"SIGUSR1: checkpoint saved at step {stopped}" in log.read_text()
     until(lambda: (folder / "summary.json").exists())
     assert f"resuming {folder} at step {stopped + 1} of {STEPS}" in log.read_text()
     assert [line["step"] for line in steps_of(folder)] == list(range(1, STEPS + 1))
