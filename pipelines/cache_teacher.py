@@ -9,8 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import check_recipe_given, parse, recipe_section, run, value_of, without_flag
+from pipelines.command import check_recipe_given, parse, run, value_of, without_flag
 from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.order import batches_that_fit

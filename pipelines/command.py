@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-import yaml
 from jsonargparse import ArgumentParser, set_parsing_settings
 
 from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.distributed import RunInterrupted
 from scalekd_cache.errors import UserError, join_or, unknown_name, worker_failure
@@ -27,7 +27,6 @@ BAD_VALUE = re.compile(
 )
 UNKNOWN_OPTION = re.compile(r"--(?P<typed>[\w.-]+)|(?:Group '(?P<group>[\w.-]+)' .*)?[Oo]ption '(?P<written>[\w.-]+)'")
 """On a command line, or in a recipe."""
-RECIPES = Path(__file__).parent / "recipes"
 Config = TypeVar("Config")
 
 
@@ -55,35 +54,6 @@ def misunderstood(message: str, options: Sequence[str]) -> UserError:
         name = unknown["typed"] or ".".join(filter(None, unknown.group("group", "written")))
         return unknown_name("option", f"--{name}", options, "--help lists all")
     return UserError(f"the command line is not understood: {' '.join(message.split())} (--help)")
-
-
-def recipe_file(name: str) -> Path:
-    """The YAML file of a recipe, by name or path.
-
-    Raises:
-        UserError: with the nearest names.
-    """
-    file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
-    if not file.is_file():
-        known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise unknown_name("recipe", name, known, "RECIPE=, or a YAML file of your own")
-    return file
-
-
-def recipe_section(name: str, section: str) -> dict[str, Any]:
-    """One section, `cache` or `distill`, of a recipe."""
-    file = recipe_file(name)
-    try:
-        recipe = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
-        raise UserError("the recipe is not YAML", got=error, where=file, fix="mend the file") from error
-    if not isinstance(recipe, dict) or not set(recipe) <= {"cache", "distill"}:
-        got = list(recipe) if isinstance(recipe, dict) else type(recipe).__name__
-        raise UserError("a recipe has two sections", got=got, expected="cache: and distill:", where=file)
-    options = recipe.get(section) or {}
-    if not isinstance(options, dict):
-        raise UserError(f"the section {section} of a recipe is no mapping", got=options, where=file)
-    return options
 
 
 def check_recipe_given(argv: Sequence[str], kept: Mapping[str, Any], where: object) -> None:

@@ -3,15 +3,8 @@
 import dataclasses
 import os
 
-from pipelines.command import (
-    check_cache_place,
-    check_recipe_given,
-    parse,
-    recipe_section,
-    run,
-    value_of,
-    without_flag,
-)
+from pipelines.command import check_cache_place, check_recipe_given, parse, run, value_of, without_flag
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts

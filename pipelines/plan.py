@@ -6,8 +6,9 @@ import sys
 from dataclasses import dataclass
 
 from pipelines.cache_teacher import stage1_section
-from pipelines.command import parse, recipe_section, run, with_flags
+from pipelines.command import parse, run, with_flags
 from scalekd_cache.config.base import require
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 

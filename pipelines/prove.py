@@ -3,8 +3,9 @@
 import json
 from dataclasses import dataclass
 
-from pipelines.command import check_cache_place, parse, recipe_section, run, with_flags
+from pipelines.command import check_cache_place, parse, run, with_flags
 from scalekd_cache.config.base import require
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place

@@ -26,7 +26,8 @@ def seconds_of(run: Run, lines: Sequence[Line]) -> float | None:
 
 def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], float]:
     """Seconds of a step by targets, and bytes of a view's features in int8."""
-    from pipelines.command import parse, recipe_section
+    from pipelines.command import parse
+    from scalekd_cache.config.recipes import recipe_section
     from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
     from scalekd_cache.config.stage2 import DistillConfig
     from scalekd_cache.distributed import this_process
@@ -85,7 +86,7 @@ def images_of(setting: Setting, data: str | None) -> int:
 
 def print_estimate(settings: Sequence[Setting], places: Any) -> None:
     """The table, a line a setting, and the sum."""
-    from pipelines.command import recipe_section
+    from scalekd_cache.config.recipes import recipe_section
 
     total = 0.0
     for setting in settings:

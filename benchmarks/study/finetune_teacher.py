@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from pipelines import cache_teacher, distill
-    from pipelines.command import recipe_section
+    from scalekd_cache.config.recipes import recipe_section
 
     label = f"{options.name}-{Path(options.data).name}"
     out = options.out or Path("teachers") / f"{label}.safetensors"

@@ -13,9 +13,9 @@ from benchmarks.study.finetune_teacher import timm_name_of
 from benchmarks.study.judge import noise_for_bytes, norms_of_what_is_decoded, without_dither
 from benchmarks.study.plan import ARMS, CACHES, CIFAR, DEMO, DEMO_SHORT, FORMS, Question, Run, runs_of
 from benchmarks.study.statistics import append_line, interval, mean_and_std, paired, read_lines
-from pipelines.command import recipe_file
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.transform_fit import fit
+from scalekd_cache.config.recipes import recipe_file
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.models.teacher import load_teacher
 

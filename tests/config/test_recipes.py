@@ -9,9 +9,10 @@ import torch
 from timm.models import get_pretrained_cfg
 
 from pipelines import distill as distill_command
-from pipelines.command import RECIPES, parse, recipe_section
+from pipelines.command import parse
 from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.recipes import RECIPE_BYTES, RECIPES, recipe_file, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
@@ -161,3 +162,46 @@ def test_pixels_and_seed_are_the_caches_own_business():
     kept = json.loads(json.dumps(views("advanced")))
     kept |= {"seed": 7, "pixels": "replayed", "jpeg_quality": 95}
     check_recipe(kept, "advanced", views("advanced"), Path("cache"))
+
+
+def test_unknown_recipes_are_named(tmp_path):
+    with pytest.raises(UserError, match="no recipe advansed: did you mean advanced, "):
+        recipe_file("advansed")
+    with pytest.raises(UserError, match="no recipe"):
+        recipe_file(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("cache: [", "not valid YAML"),
+        ("- 1", "two sections"),
+        ("views: {}", "two sections"),
+        ("", "two sections"),
+        ("cache: !!python/object/apply:os.getcwd []", "not valid YAML"),
+        ("cache: {name: \udcff}", "not valid YAML"),
+        ("[" * 100_000, "not valid YAML"),
+        ("# long\n" + " " * RECIPE_BYTES, "too large"),
+    ],
+)
+def test_invalid_recipes_are_refused(tmp_path, text, message):
+    file = tmp_path / "mine.yaml"
+    file.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=message) as error:
+        recipe_section(str(file), "cache")
+    assert str(file) in str(error.value)
+
+
+@pytest.mark.parametrize("section", ["[1, 2]", "7", "text"])
+def test_a_section_must_be_a_mapping(tmp_path, section):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"cache: {section}")
+    with pytest.raises(UserError, match="section cache of the recipe is not a mapping"):
+        recipe_section(str(file), "cache")
+
+
+def test_a_custom_recipe(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("cache:\n  views: {size: 72}\n")
+    assert recipe_section(str(file), "cache") == {"views": {"size": 72}}
+    assert recipe_section(str(file), "distill") == {}

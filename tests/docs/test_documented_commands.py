@@ -9,7 +9,8 @@ from commands import ROOT
 from documented import check, check_make
 from torch.distributed.run import get_args_parser
 
-from pipelines.command import RECIPES, parse
+from pipelines.command import parse
+from scalekd_cache.config.recipes import RECIPES
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig
 
 README = ROOT / "README.md"

@@ -7,8 +7,9 @@ from commands import execute
 
 from pipelines import command
 from pipelines.cache_teacher import stage1_section
-from pipelines.command import RECIPES, parse, recipe_file, recipe_section, value_of
+from pipelines.command import parse, value_of
 from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.recipes import RECIPES, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
@@ -95,41 +96,6 @@ def test_values_out_of_range_keep_their_message(argv, recipe):
 def test_options_that_clash_keep_their_message():
     with pytest.raises(UserError, match="LAMB under ZeRO"):
         distill_options(["--optim.name=lamb", "--train.zero=1"])
-
-
-def test_unknown_recipes_are_named(tmp_path):
-    with pytest.raises(UserError, match="no recipe advansed: did you mean advanced, "):
-        recipe_file("advansed")
-    with pytest.raises(UserError, match="no recipe"):
-        recipe_file(str(tmp_path / "mine.yaml"))
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("cache: [", "not YAML"), ("- 1", "two sections"), ("views: {}", "two sections"), ("", "two sections"),
-     ("cache: !!python/object/apply:os.getcwd []", "not YAML")],
-)  # fmt: skip
-def test_recipes_that_are_none_are_refused(tmp_path, text, message):
-    file = tmp_path / "mine.yaml"
-    file.write_text(text)
-    with pytest.raises(UserError, match=message) as error:
-        recipe_section(str(file), "cache")
-    assert str(file) in str(error.value)
-
-
-@pytest.mark.parametrize("section", ["[1, 2]", "7", "text"])
-def test_a_section_that_is_no_mapping_is_refused(tmp_path, section):
-    file = tmp_path / "mine.yaml"
-    file.write_text(f"cache: {section}")
-    with pytest.raises(UserError, match="section cache of a recipe is no mapping"):
-        recipe_section(str(file), "cache")
-
-
-def test_a_recipe_of_ones_own(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("cache:\n  views: {size: 72}\n")
-    assert recipe_section(str(file), "cache") == {"views": {"size": 72}}
-    assert recipe_section(str(file), "distill") == {}
 
 
 def test_value_of():

@@ -4,7 +4,7 @@ import shlex
 
 from commands import execute
 
-from pipelines.command import parse, recipe_section, value_of, with_flags
+from pipelines.command import parse, value_of, with_flags
 from pipelines.evaluate import EvaluateConfig
 from pipelines.export import ExportConfig
 from pipelines.fetch import FetchConfig
@@ -15,6 +15,7 @@ from pipelines.prove import ProveConfig
 from pipelines.repair import RepairConfig
 from pipelines.report import ReportConfig
 from pipelines.verify import VerifyConfig
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 
