@@ -62,7 +62,7 @@ def test_a_lock_file_that_newer_versions_of_torch_leave_is_no_lock(folder, monke
 def test_what_is_known_of_the_installed_torch_is_true():
     from torch.utils import cpp_extension
 
-    assert compiled_op.LOCK_IS_A_FILE != hasattr(cpp_extension, "FileLock")
+    assert hasattr(cpp_extension, "FileLock") != compiled_op.LOCK_IS_A_FILE
 
 
 @pytest.mark.usefixtures("baton")
