@@ -59,10 +59,10 @@ def main(argv: list[str]) -> int:
     }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
     training = parse(DistillConfig, "distill", words, recipe_section(recipe, "distill"), "")
-    from scalekd_cache.audit.gradients import prove_cache
+    from scalekd_cache.audit.gradients import compare_gradients
     from scalekd_cache.distributed import this_process
 
-    proof = prove_cache(training, this_process(config.device), config.views)
+    proof = compare_gradients(training, this_process(config.device), config.views)
     if not config.json:
         print(proof.sentence())
     print(json.dumps(proof.to_json()))

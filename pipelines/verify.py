@@ -10,7 +10,7 @@ from pipelines.command import check_cache_place, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
-    from scalekd_cache.audit.reinfer import Agreement
+    from scalekd_cache.audit.reinfer import TeacherAgreement
     from scalekd_cache.store.path import StoredPath
     from scalekd_cache.store.verify import Findings
     from scalekd_cache.store.verify_unit import Problem
@@ -62,13 +62,13 @@ def check_folder(root: Path) -> None:
     check_cache_place(str(root))
 
 
-def _check(config: VerifyConfig) -> "tuple[Findings, Agreement | None]":
+def _check(config: VerifyConfig) -> "tuple[Findings, TeacherAgreement | None]":
     """The fast check needs no torch, so it is not imported for it."""
     if not config.deep:
         from scalekd_cache.store.verify import check_cache
 
         return check_cache(config.cache), None
-    from scalekd_cache.audit.verify_cache import check_deeply
+    from scalekd_cache.audit.verify_cache import verify_deep
     from scalekd_cache.distributed import this_process
     from scalekd_cache.progress import progress
 
@@ -78,7 +78,7 @@ def _check(config: VerifyConfig) -> "tuple[Findings, Agreement | None]":
         bar.total = units
         bar.update(done - bar.n)
 
-    report = check_deeply(
+    report = verify_deep(
         config.cache,
         data=config.data,
         weights=config.teacher_weights,
@@ -107,7 +107,7 @@ def _fidelity(root: "StoredPath") -> dict[str, Any]:
         return {}
 
 
-def _print(facts: dict[str, Any], findings: "Findings", agreement: "Agreement | None") -> None:
+def _print(facts: dict[str, Any], findings: "Findings", agreement: "TeacherAgreement | None") -> None:
     for problem in findings.problems:
         print(line_of(problem))
     for note in findings.notes:
@@ -128,7 +128,7 @@ def _print(facts: dict[str, Any], findings: "Findings", agreement: "Agreement | 
 
 
 def _as_json(
-    config: VerifyConfig, fidelity: dict[str, Any], findings: "Findings", agreement: "Agreement | None"
+    config: VerifyConfig, fidelity: dict[str, Any], findings: "Findings", agreement: "TeacherAgreement | None"
 ) -> dict[str, Any]:
     return {
         "cache": config.cache,

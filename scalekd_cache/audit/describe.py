@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.audit.records import Examiner
+from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.pixels import decode_features, record_view
@@ -36,8 +36,8 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
     record = cache.read([position], view)[0]  # an error when its checksum differs
     manifest = cache.manifest
     names = manifest.class_names
-    examiner = Examiner(manifest.fingerprint_fields, cache.root, len(names))
-    decoded = decode_features(examiner.codec, [record])
+    checker = RecordChecker(manifest.fingerprint_fields, cache.root, len(names))
+    decoded = decode_features(checker.codec, [record])
     return {
         "key": record.key,
         "position": position,
@@ -47,11 +47,11 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         "where": _place(cache, view, position),
         "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits")},
         "view_record": record_view(record).to_json(),
-        "view_in_words": in_words(record_view(record)),
+        "view_in_words": describe_view_record(record_view(record)),
         "digest": record.digest,
         "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
-        "features": _features(examiner.codec, decoded),
-        "top_logits": top_logits(examiner.logits([record], decoded.features)[0], names),
+        "features": _features(checker.codec, decoded),
+        "top_logits": top_logits(checker.logits([record], decoded.features)[0], names),
     }
 
 
@@ -64,7 +64,7 @@ def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
     return {"shard": str(shard), "row": position - before}
 
 
-def in_words(view: View) -> str:
+def describe_view_record(view: View) -> str:
     """A view record as a sentence."""
     left, top, width, height = view.crop
     words = [f"crop {width} x {height} at ({left}, {top})", "flipped" if view.flip else "not flipped"]

@@ -1,14 +1,17 @@
-"""What a cache's targets are worth: its teacher is asked again, and a student's gradients are compared.
+"""Measures what the cached targets do to a student's gradients (`make prove`).
 
-In: a finished cache, its teacher, training options. Out: a `Proof`: how close the stored targets are to the live ones,
-and what the difference does to the gradient, beside the noise that the gradient has anyway.
-Invariant: nothing is written; both gradients come from the same images, weights, random numbers and BatchNorm groups,
-so that they differ by the targets alone.
+The cache's teacher is re-run on a sample of its views. One student's gradients from the stored targets are compared
+with those from the live targets.
 
-Gradients of micro-batch i are g_i (live targets) and g_i + e_i (cached ones), of the whole loss over the student's
-parameters. Sampling noise s^2 is the variance of g_i over micro-batches; the mean of |e_i|^2 splits into a part that is
-the same every time (bias) and one that averages out. A batch of k micro-batches has noise s^2 / k from sampling and
-bias^2 + variance / k from the codec; their ratio is what bits can be planned against.
+In: a finished cache, its teacher, training options. Out: a `GradientComparison`: fidelity of the stored targets, and
+the gradient error next to the sampling noise that the gradient has anyway.
+Invariant: nothing is written. Both gradients use the same images, weights, random numbers and BatchNorm groups, so
+they differ only by the targets.
+
+The gradients of micro-batch i are g_i (live targets) and g_i + e_i (cached targets), of the whole loss over the
+student's parameters. The sampling noise s^2 is the variance of g_i over micro-batches. The mean of |e_i|^2 splits into
+a constant part (bias) and a part that averages out (variance). A batch of k micro-batches has sampling noise s^2 / k
+and codec noise bias^2 + variance / k. Their ratio says how many bits the targets need.
 """
 
 import dataclasses
@@ -46,7 +49,7 @@ TOLERANCE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
-class Proof:
+class GradientComparison:
     """What was found, as it goes into JSON."""
 
     cache: str
@@ -105,7 +108,7 @@ class Proof:
         )
 
 
-def prove_cache(config: DistillConfig, process: Process, views: int) -> Proof:
+def compare_gradients(config: DistillConfig, process: Process, views: int) -> GradientComparison:
     """Ask the teacher of a cache about some of its views again, and compare targets and gradients.
 
     Args:
@@ -141,7 +144,7 @@ def prove_cache(config: DistillConfig, process: Process, views: int) -> Proof:
         )
     model, tail = _student(config, cache, device)
     classifier = kept_classifier(config, cache, data.logit_codec, process)
-    compare = _Comparison(model, tail, teacher, data, classifier, config.train.seed)
+    compare = _GradientSums(model, tail, teacher, data, classifier, config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
     return _proof(config, cache, compare, micro)
@@ -161,7 +164,7 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
     return DistillModel(config, student, heads).to(device), tail
 
 
-class _Comparison:
+class _GradientSums:
     """Running sums over micro-batches: vectors of the size of the student, never one a micro-batch."""
 
     def __init__(
@@ -219,7 +222,7 @@ class _Comparison:
             self.figures.setdefault(name, []).extend(values.tolist())
 
 
-def _proof(config: DistillConfig, cache: Cache, found: _Comparison, micro: int) -> Proof:
+def _proof(config: DistillConfig, cache: Cache, found: _GradientSums, micro: int) -> GradientComparison:
     manifest, count = cache.manifest, len(found.squares)
     squares = np.array(found.squares)
     live, error = found.live / count, found.error / count
@@ -230,7 +233,7 @@ def _proof(config: DistillConfig, cache: Cache, found: _Comparison, micro: int) 
     ratio = (parts * bias + codec - bias) / sampling if codec else 0.0
     close, measured = summarize(found.figures), manifest.fidelity
     cached = live + error
-    return Proof(
+    return GradientComparison(
         cache=config.cache,
         fingerprint=manifest.fingerprint,
         codec=manifest.codec,

@@ -29,7 +29,7 @@ from scalekd_cache.store.verify_unit import Finding, Part
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
 
 
-class Examiner:
+class RecordChecker:
     """Decodes records as a training run does, and compares what can be compared.
 
     Args:

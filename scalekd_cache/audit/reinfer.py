@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from scalekd_cache.audit.records import Examiner
+from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
@@ -29,7 +29,7 @@ Place = tuple[int, int]
 """(view, position) of a record."""
 
 
-class Agreement(NamedTuple):
+class TeacherAgreement(NamedTuple):
     """What the teacher said when it was asked again."""
 
     records: int
@@ -41,13 +41,13 @@ class Agreement(NamedTuple):
     """(view, position, key, what) of records that are not the teacher's answer."""
 
 
-def reinfer(cache: Cache, teacher: Teacher, examiner: Examiner, records: int, seed: int = 0) -> Agreement:
+def reinfer(cache: Cache, teacher: Teacher, checker: RecordChecker, records: int, seed: int = 0) -> TeacherAgreement:
     """Ask the teacher about `records` views drawn at random; records that cannot be read are left to other checks.
 
     Args:
         cache: a finished cache.
         teacher: its teacher.
-        examiner: of this cache; it knows where the pixels are.
+        checker: of this cache; it knows where the pixels are.
         records: how many views, at most.
         seed: of the choice.
     """
@@ -58,24 +58,24 @@ def reinfer(cache: Cache, teacher: Teacher, examiner: Examiner, records: int, se
     wrong: list[tuple[int, int, str, str]] = []
     lowest = manifest.fidelity.get("cosine_mean_removed", {}).get("p1", 1.0) - MARGIN
     for start in range(0, len(chosen), BATCH):
-        places, batch, pixels = _load(chosen[start : start + BATCH], examiner)
+        places, batch, pixels = _load(chosen[start : start + BATCH], checker)
         if not batch:
             continue
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
         output = teacher(images.to(teacher.mean.device))
-        features = decode_features(examiner.codec, batch).features
+        features = decode_features(checker.codec, batch).features
         close = fidelity(output.features.cpu(), features)
         for name, values in close._asdict().items():
             figures.setdefault(name, []).extend(values.tolist())
         if teacher.spec.has_classifier:
-            stored = examiner.logits(batch, features).argmax(1)
+            stored = checker.logits(batch, features).argmax(1)
             same += (output.logits.argmax(1).cpu().numpy() == stored).tolist()
         for place, record, cosine in zip(places, batch, close.cosine_mean_removed.tolist(), strict=True):
             if not cosine >= lowest:
                 what = f"the teacher's features now have cosine {cosine:.4f} (mean removed) with those stored"
                 wrong.append((*place, record.key, f"{what}, expected at least {lowest:.4f}"))
     top1 = 100 * float(np.mean(same)) if same else None
-    return Agreement(len(figures.get("cosine", ())), summarize(figures), top1, wrong)
+    return TeacherAgreement(len(figures.get("cosine", ())), summarize(figures), top1, wrong)
 
 
 def _choose(cache: Cache, records: int, seed: int) -> list[tuple[Place, Record]]:
@@ -92,15 +92,15 @@ def _choose(cache: Cache, records: int, seed: int) -> list[tuple[Place, Record]]
     return chosen
 
 
-def _load(chosen: list[tuple[Place, Record]], examiner: Examiner) -> tuple[list[Place], list[Record], list[Any]]:
+def _load(chosen: list[tuple[Place, Record]], checker: RecordChecker) -> tuple[list[Place], list[Record], list[Any]]:
     """Places, records and pixels of those that can be decoded."""
     places, records, pixels = [], [], []
     for place, record in chosen:
         try:
-            picture = examiner.picture(record, *place)
+            picture = checker.picture(record, *place)
         except (UserError, UnreadableImage):
             continue
-        if picture is not None and examiner.usable(record):
+        if picture is not None and checker.usable(record):
             places.append(place)
             records.append(record)
             pixels.append(picture)

@@ -1,6 +1,6 @@
 """Makes the damaged parts of a cache again: exactly the bad units, the tail, the manifest, the plan.
 
-In: a cache's folder, its data and its teacher; every other option is read from the cache. Out: `Repaired`.
+In: a cache's folder, its data and its teacher; every other option is read from the cache. Out: `RepairResult`.
 Invariant: a bad unit is put aside, never deleted, until the new one is committed; what is whole is not touched; without
 the cache's own teacher, views, codec and data nothing is made.
 """
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalekd_cache.audit.verify_cache import check_deeply, manifest_or_none
+from scalekd_cache.audit.verify_cache import manifest_or_none, verify_deep
 from scalekd_cache.caching.codec_selection import codec_options, write_mark
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import remove_stale_files
@@ -39,7 +39,7 @@ FILES = (Part.MANIFEST, Part.TAIL, Part.KEPT)
 """What lies beside the units and is made by stage 1."""
 
 
-class Repaired(NamedTuple):
+class RepairResult(NamedTuple):
     """What a repair has done."""
 
     found: list[Problem]
@@ -59,7 +59,7 @@ def repair_cache(
     pixels_from: str | None = None,
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
-) -> Repaired:
+) -> RepairResult:
     """Check a cache deeply and make what is damaged again.
 
     Args:
@@ -76,7 +76,7 @@ def repair_cache(
             The cache is then as it was.
     """
     remove_stale_files(root, process)
-    check = functools.partial(check_deeply, root, data=data, weights=weights, pixels_from=pixels_from)
+    check = functools.partial(verify_deep, root, data=data, weights=weights, pixels_from=pixels_from)
     found = check(device=process.device, progress=progress).findings
     problems = found.problems
     parts = {problem.part for problem in problems}
@@ -88,7 +88,9 @@ def repair_cache(
     if Part.MARK in parts:
         write_mark(root, facts.fingerprint_fields)
     if parts & {Part.UNIT, Part.TAIL, Part.KEPT, Part.MANIFEST, Part.UNFINISHED}:
-        config = config_of(facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers)
+        config = stage1_config(
+            facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers
+        )
         _check_at_hand(config, root)
         files = [problem.where for problem in problems if problem.part in FILES]
         files += [MARK] if STATE in files else []  # without it stage 1 fits the codec again
@@ -96,13 +98,13 @@ def repair_cache(
         with _put_aside(root, [*dict.fromkeys(files), *(unit_name(unit) for unit in units)]):
             cache_teacher(config, process)
     for aside, successor in _asides(root):
-        _return_strangers(aside, successor)
+        _restore_unknown_files(aside, successor)
     left = check(records=0).findings.problems if problems else []
     _remove_asides(root, left)
-    return Repaired(problems, units, left)
+    return RepairResult(problems, units, left)
 
 
-def config_of(
+def stage1_config(
     facts: ManifestFacts,
     root: Path,
     process: Process,
@@ -240,15 +242,15 @@ def _asides(root: Path) -> list[tuple[Path, Path]]:
     return [(aside, successor) for aside, successor in pairs if successor.exists()]
 
 
-def _strangers(aside: Path, successor: Path) -> list[Path]:
+def _unknown_files(aside: Path, successor: Path) -> list[Path]:
     """Files in a unit that was put aside which have no namesake in the new one: they are not the cache's."""
     files = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_symlink() or path.is_file()]
     return [name for name in files if not (successor / name).exists()]
 
 
-def _return_strangers(aside: Path, successor: Path) -> None:
+def _restore_unknown_files(aside: Path, successor: Path) -> None:
     """Bring them to where they were, to be reported; what cannot be brought stays aside."""
-    for name in _strangers(aside, successor):
+    for name in _unknown_files(aside, successor):
         with contextlib.suppress(FileExistsError, NotADirectoryError):
             (successor / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).rename(successor / name)
@@ -259,5 +261,5 @@ def _remove_asides(root: Path, left: list[Problem]) -> None:
     bad = {unit_name(problem.unit) for problem in left if problem.part is Part.UNIT and problem.unit is not None}
     bad |= {problem.where for problem in left if problem.part in FILES}
     for aside, successor in _asides(root):
-        if successor.relative_to(root).as_posix() not in bad and not _strangers(aside, successor):
+        if successor.relative_to(root).as_posix() not in bad and not _unknown_files(aside, successor):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

@@ -1,6 +1,6 @@
 """A whole check of a cache as one job: files and records, then what the teacher says of some of them.
 
-In: a cache's folder or URL, and where its data and its teacher's weights lie now. Out: a `Report`.
+In: a cache's folder or URL, and where its data and its teacher's weights lie now. Out: a `VerifyResult`.
 Invariant: what cannot be looked at here (no teacher, no images, no pixels) is said, never counted as whole in silence.
 """
 
@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from scalekd_cache.audit.records import Examiner
-from scalekd_cache.audit.reinfer import Agreement, reinfer
+from scalekd_cache.audit.records import RecordChecker
+from scalekd_cache.audit.reinfer import TeacherAgreement, reinfer
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
@@ -30,15 +30,15 @@ from scalekd_cache.store.verify import Expected, Findings, check_cache, unit_nam
 from scalekd_cache.store.verify_unit import Part, Problem
 
 
-class Report(NamedTuple):
+class VerifyResult(NamedTuple):
     """What a deep check has found."""
 
     findings: Findings
-    agreement: Agreement | None
+    agreement: TeacherAgreement | None
     """What the teacher said; None where it was not asked (a note says why)."""
 
 
-def check_deeply(
+def verify_deep(
     place: Path | str,
     *,
     data: str | None = None,
@@ -48,7 +48,7 @@ def check_deeply(
     seed: int = 0,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> VerifyResult:
     """Read every byte, decode every record, and ask the teacher about some of them when it is at hand.
 
     Args:
@@ -72,21 +72,19 @@ def check_deeply(
     pixels = None if facts is None else _pixels_for(root, facts, pixels_from, problems, notes)
     classes = None if facts is None else len(facts.class_names)
 
-    def examiner(expected: Expected) -> Examiner:
-        return Examiner(expected.fields, root, classes, source, pixels)
+    def checker(expected: Expected) -> RecordChecker:
+        return RecordChecker(expected.fields, root, classes, source, pixels)
 
-    findings = check_cache(root, deep=True, examiner=examiner, progress=progress)
+    findings = check_cache(root, deep=True, make_checker=checker, progress=progress)
     findings.problems.extend(problems)
     findings.notes.extend(notes)
     lost = any(problem.part is Part.KEPT for problem in findings.problems)
     if manifest is None or records == 0 or findings.expected is None or lost:
-        return Report(findings, None)
-    agreement = _ask_teacher(
-        root, manifest, examiner(findings.expected), weights, records, seed, device, findings.notes
-    )
+        return VerifyResult(findings, None)
+    agreement = _ask_teacher(root, manifest, checker(findings.expected), weights, records, seed, device, findings.notes)
     if agreement is not None:
         findings.problems.extend(_problems(agreement, manifest))
-    return Report(findings, agreement)
+    return VerifyResult(findings, agreement)
 
 
 def manifest_or_none(root: StoredPath) -> Manifest | None:
@@ -142,9 +140,9 @@ def _pixels_for(
 
 
 def _ask_teacher(
-    root: Path | RemotePath, manifest: Manifest, examiner: Examiner, weights: str | None, records: int, seed: int,
+    root: Path | RemotePath, manifest: Manifest, checker: RecordChecker, weights: str | None, records: int, seed: int,
     device: torch.device | None, notes: list[str],
-) -> Agreement | None:  # fmt: skip
+) -> TeacherAgreement | None:  # fmt: skip
     config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
     if not is_at_hand(config):
         notes.append(
@@ -152,13 +150,13 @@ def _ask_teacher(
             "give TEACHER_WEIGHTS=file.safetensors"
         )
         return None
-    if (examiner.shares and examiner.pixels is None) or (examiner.source is None and examiner.views.pixels != "baked"):
+    if (checker.shares and checker.pixels is None) or (checker.source is None and checker.views.pixels != "baked"):
         return None  # a note has said why
     teacher = load_cache_teacher(manifest, config, device or torch.device("cpu"))
-    return reinfer(Cache(root, manifest), teacher, examiner, records, seed)
+    return reinfer(Cache(root, manifest), teacher, checker, records, seed)
 
 
-def _problems(agreement: Agreement, manifest: Manifest) -> list[Problem]:
+def _problems(agreement: TeacherAgreement, manifest: Manifest) -> list[Problem]:
     """The records that are not the teacher's answer, with the unit that holds them."""
     problems = []
     for view, position, key, what in agreement.wrong:

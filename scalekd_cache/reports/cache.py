@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from scalekd_cache.audit.records import Examiner
+from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
 from scalekd_cache.data.source import open_cache_source
@@ -18,9 +18,9 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, is_at_hand, load_cache_teacher, teacher_config
 from scalekd_cache.models.teacher_spec import teacher_accuracy
 from scalekd_cache.reports.figures import histogram, stacked_bar
-from scalekd_cache.reports.gallery import Gallery, Heard, ask, looks_at
+from scalekd_cache.reports.gallery import Gallery, TeacherOutputs, ask, load_views
 from scalekd_cache.reports.page import Picture, render
-from scalekd_cache.reports.views import Look, Scan, alike, choose, scan
+from scalekd_cache.reports.views import Look, Scan, choose, closest_pairs, scan
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
@@ -67,17 +67,17 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         UserError: a cache of another version, or a codec's file that is damaged.
     """
     notes: list[str] = []
-    examiner = _examiner(cache, options, notes)
+    checker = _examiner(cache, options, notes)
     teacher = _teacher(cache.manifest, options, process, notes) if options.asked else None
-    found = scan(cache, examiner, choose(cache, options.views, options.seed))
+    found = scan(cache, checker, choose(cache, options.views, options.seed))
     places = _gallery_places(cache, options)
     asked = _spread([look.place for look in found.looks], options.asked)
-    heard = ask(cache, examiner, teacher, [*places, *asked], set(places)) if teacher else Heard({}, {})
-    gallery = Gallery(cache, examiner, places, heard)
-    worst = sorted(heard.cosines, key=lambda place: heard.cosines[place])[:OUTLIERS]
+    outputs = ask(cache, checker, teacher, [*places, *asked], set(places)) if teacher else TeacherOutputs({}, {})
+    gallery = Gallery(cache, checker, places, outputs)
+    worst = sorted(outputs.cosines, key=lambda place: outputs.cosines[place])[:OUTLIERS]
     pairs = [
         (gallery.cards([(found.looks[pair.first], ""), (found.looks[pair.second], "")]), pair)
-        for pair in alike(found, OUTLIERS // 2)
+        for pair in closest_pairs(found, OUTLIERS // 2)
     ]
     shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are none
     return render(
@@ -86,21 +86,21 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         version=__version__,
         facts=facts_of_cache(cache),
         sizes=_sizes(cache.manifest),
-        fidelity=_fidelity(cache, heard, len(asked)),
+        fidelity=_fidelity(cache, outputs, len(asked)),
         notes=[*notes, *found.unreadable[:20]],
-        gallery=gallery.cards([(look, _closeness(heard, look)) for look in gallery.looks]),
+        gallery=gallery.cards([(look, _closeness(outputs, look)) for look in gallery.looks]),
         scanned=len(found.looks),
         disagreeing=sum(look.disagrees for look in found.looks),
         judged=sum(look.answered is not None for look in found.looks),
         disagreements=gallery.cards([(look, "") for look in _surest_disagreements(found)]),
-        lowest=gallery.cards([(look, _closeness(heard, look)) for look in looks_at(cache, examiner, worst)]),
+        lowest=gallery.cards([(look, _closeness(outputs, look)) for look in load_views(cache, checker, worst)]),
         has_teacher=teacher is not None,
         pairs=shown,
         same_pixels=sum(pair.same_pixels for _, pair in shown),
     )
 
 
-def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> Examiner:
+def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
     """Decodes records; finds their pixels where they are, and says where they are not."""
     manifest, source, shared = cache.manifest, None, None
     try:
@@ -113,7 +113,7 @@ def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> Examiner:
         if options.pixels_from or options.data:
             raise
         notes.append(f"The views' pixels are not shown: {str(error).splitlines()[0]}")
-    return Examiner(manifest.fingerprint_fields, cache.root, len(manifest.class_names), source, shared)
+    return RecordChecker(manifest.fingerprint_fields, cache.root, len(manifest.class_names), source, shared)
 
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
@@ -154,8 +154,8 @@ def _surest_disagreements(found: Scan) -> list[Look]:
     return sorted(wrong, key=lambda look: -look.answers[0].percent)[:OUTLIERS]
 
 
-def _closeness(heard: Heard, look: Look) -> str:
-    cosine = heard.cosines.get(look.place)
+def _closeness(outputs: TeacherOutputs, look: Look) -> str:
+    cosine = outputs.cosines.get(look.place)
     return "" if cosine is None else f"cosine of stored and fresh map, mean removed: {cosine:.5f}"
 
 
@@ -169,7 +169,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _fidelity(cache: Cache, heard: Heard, asked: int) -> dict[str, Any]:
+def _fidelity(cache: Cache, outputs: TeacherOutputs, asked: int) -> dict[str, Any]:
     """Figures of stage 1, over units, and of the teacher asked again."""
     manifest, pictures = cache.manifest, list[Picture]()
     rows = manifest.units[:: max(1, len(manifest.units) // UNITS)][:UNITS]
@@ -178,11 +178,11 @@ def _fidelity(cache: Cache, heard: Heard, asked: int) -> dict[str, Any]:
     if len(worst) > 1:
         title = "1st percentile of each unit, measured when it was written"
         pictures.append(histogram(worst, "mean-removed cosine, 1st percentile of a unit", "units", title))
-    if len(heard.cosines) > 1:
+    if len(outputs.cosines) > 1:
         p1 = manifest.fidelity.get("cosine_mean_removed", {}).get("p1")
         mark = None if p1 is None else ("1st percentile at stage 1", p1)
         text = "Stored maps against the teacher's own, asked again now"
-        pictures.append(histogram(list(heard.cosines.values()), "mean-removed cosine of a view", "views", text, mark))
+        pictures.append(histogram(list(outputs.cosines.values()), "mean-removed cosine of a view", "views", text, mark))
     return {"rows": manifest.fidelity, "pictures": pictures, "asked": asked}
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.audit.records import Examiner
+from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.loader.pixels import decode_features
 from scalekd_cache.models.teacher import Teacher
@@ -36,7 +36,7 @@ class Card(NamedTuple):
     """Why it is here, or how close the two maps are."""
 
 
-class Heard(NamedTuple):
+class TeacherOutputs(NamedTuple):
     """What the teacher says when it sees views again."""
 
     cosines: dict[tuple[int, int], float]
@@ -46,37 +46,43 @@ class Heard(NamedTuple):
 
 
 def ask(
-    cache: Cache, examiner: Examiner, teacher: Teacher, places: Sequence[tuple[int, int]], keep: set[tuple[int, int]]
-) -> Heard:
+    cache: Cache,
+    checker: RecordChecker,
+    teacher: Teacher,
+    places: Sequence[tuple[int, int]],
+    keep: set[tuple[int, int]],
+) -> TeacherOutputs:
     """Show views to the teacher again; views without pixels here are left out."""
-    heard = Heard({}, {})
+    outputs = TeacherOutputs({}, {})
     wanted = sorted(set(places))
     for start in range(0, len(wanted), BATCH):
         batch: list[tuple[tuple[int, int], Record, NDArray[np.uint8]]] = []
         for place in wanted[start : start + BATCH]:
-            record, _ = read_one(cache, examiner, *place)
-            pixels = None if record is None else pixels_of_view(examiner, record, place)
+            record, _ = read_one(cache, checker, *place)
+            pixels = None if record is None else pixels_of_view(checker, record, place)
             if record is not None and pixels is not None:
                 batch.append((place, record, pixels))
         if not batch:
             continue
         images = torch.from_numpy(np.stack([pixels for *_, pixels in batch])).permute(0, 3, 1, 2).contiguous()
         fresh = teacher(images).features.cpu()
-        stored = decode_features(examiner.codec, [record for _, record, _ in batch]).features
+        stored = decode_features(checker.codec, [record for _, record, _ in batch]).features
         close = fidelity(fresh, stored).cosine_mean_removed.tolist()
         for (place, *_), cosine, features in zip(batch, close, fresh, strict=True):
-            heard.cosines[place] = cosine
+            outputs.cosines[place] = cosine
             if place in keep:
-                heard.maps[place] = features
-    return heard
+                outputs.maps[place] = features
+    return outputs
 
 
 class Gallery:
     """Makes cards; all of a report in the same colors."""
 
-    def __init__(self, cache: Cache, examiner: Examiner, places: Sequence[tuple[int, int]], heard: Heard) -> None:
-        self.cache, self.examiner, self.heard = cache, examiner, heard
-        self.looks = looks_at(cache, examiner, places)
+    def __init__(
+        self, cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]], outputs: TeacherOutputs
+    ) -> None:
+        self.cache, self.checker, self.outputs = cache, checker, outputs
+        self.looks = load_views(cache, checker, places)
         maps = [self._map(look) for look in self.looks]
         self.palette: Palette | None = fit_palette(torch.stack(maps)) if maps else None
 
@@ -84,7 +90,7 @@ class Gallery:
         return self.cache.read([look.position], look.view)[0]
 
     def _map(self, look: Look) -> Tensor:
-        return decode_features(self.examiner.codec, [self._record(look)]).features[0]
+        return decode_features(self.checker.codec, [self._record(look)]).features[0]
 
     def cards(self, looks: Sequence[tuple[Look, str]]) -> list[Card]:
         """A card for each view, with its note."""
@@ -92,9 +98,9 @@ class Gallery:
 
     def _card(self, look: Look, note: str) -> Card:
         assert self.palette is not None
-        pixels = pixels_of_view(self.examiner, self._record(look), look.place)
+        pixels = pixels_of_view(self.checker, self._record(look), look.place)
         what = f"{look.key}, view {look.view}"
-        fresh = self.heard.maps.get(look.place)
+        fresh = self.outputs.maps.get(look.place)
         return Card(
             look,
             None if pixels is None else picture(pixels, f"The view {what}, labeled {look.label_name}: {look.words}"),
@@ -108,6 +114,6 @@ class Gallery:
         return picture(overlay(pixels, paint(self.palette, features), SIDE), alt)
 
 
-def looks_at(cache: Cache, examiner: Examiner, places: Sequence[tuple[int, int]]) -> list[Look]:
+def load_views(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> list[Look]:
     """The looks of these views that can be read."""
-    return scan(cache, examiner, places).looks
+    return scan(cache, checker, places).looks

@@ -1,6 +1,6 @@
 """What classifiers say of validation images: a run's student, and the teacher of its cache.
 
-In: a run folder, a validation source. Out: a `Verdict` an image and classifier.
+In: a run folder, a validation source. Out: a `Predictions` an image and classifier.
 Invariant: the same images for everybody; an image that cannot be decoded is left out for all.
 """
 
@@ -50,7 +50,7 @@ class Images(NamedTuple):
         return self.dataset.source.samples[self.indices[row]].key
 
 
-class Verdict(NamedTuple):
+class Predictions(NamedTuple):
     """What a classifier says of every image."""
 
     classes: NDArray[np.int64]
@@ -75,7 +75,7 @@ def validation_images(source: Source, size: int, count: int) -> Images:
     return Images(dataset, indices, np.asarray(labels, dtype=np.int64))
 
 
-def judge_images(predict: Predict, images: Images, device: torch.device) -> Verdict:
+def predict_images(predict: Predict, images: Images, device: torch.device) -> Predictions:
     """What `predict` says of them."""
     rows = []
     for start in range(0, len(images.indices), BATCH):
@@ -85,10 +85,10 @@ def judge_images(predict: Predict, images: Images, device: torch.device) -> Verd
             rows.append(predict(pixels.to(device)).float().softmax(1).cpu())
     chances = torch.cat(rows).double()
     best = chances.max(1)
-    return Verdict(best.indices.numpy(), 100 * best.values.numpy())
+    return Predictions(best.indices.numpy(), 100 * best.values.numpy())
 
 
-class StudentAtHand(NamedTuple):
+class RunStudent(NamedTuple):
     """A run's exported student."""
 
     predict: Predict
@@ -99,7 +99,7 @@ class StudentAtHand(NamedTuple):
     """Forward passes of `BATCH` images, this machine, this device, float32."""
 
 
-def student_of_run(run: Path, size: int, process: Process) -> StudentAtHand | None:
+def load_run_student(run: Path, size: int, process: Process) -> RunStudent | None:
     """The exported student; None where the run has none yet.
 
     Raises:
@@ -112,7 +112,7 @@ def student_of_run(run: Path, size: int, process: Process) -> StudentAtHand | No
     model = load_export(folder, size).to(process.device)
     predict = classifier(model, options.mean, options.std)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    return StudentAtHand(predict, parameters, (folder / WEIGHTS).stat().st_size, _speed(predict, size, process.device))
+    return RunStudent(predict, parameters, (folder / WEIGHTS).stat().st_size, _speed(predict, size, process.device))
 
 
 def _speed(predict: Predict, size: int, device: torch.device) -> float:
@@ -126,7 +126,7 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
     return BATCH / float(np.median(seconds[1:]))
 
 
-def teacher_of_run(run: Path, weights: str | None, process: Process) -> Predict:
+def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
     """The teacher of a run's cache, when cache and weights are at hand.
 
     Raises:
@@ -144,9 +144,9 @@ def teacher_of_run(run: Path, weights: str | None, process: Process) -> Predict:
     return lambda images: teacher(images).logits
 
 
-def confusion(labels: Sequence[int] | NDArray[np.int64], verdict: Verdict, classes: int) -> NDArray[np.int64]:
+def confusion(labels: Sequence[int] | NDArray[np.int64], predictions: Predictions, classes: int) -> NDArray[np.int64]:
     """(classes, classes) counts: rows are labels, columns answers."""
     counts = np.zeros((classes, classes), dtype=np.int64)
-    inside = verdict.classes < classes
-    np.add.at(counts, (np.asarray(labels)[inside], verdict.classes[inside]), 1)
+    inside = predictions.classes < classes
+    np.add.at(counts, (np.asarray(labels)[inside], predictions.classes[inside]), 1)
     return counts

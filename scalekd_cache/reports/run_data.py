@@ -16,11 +16,11 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.reports.figures import Series
 from scalekd_cache.reports.predictions import (
     Images,
-    StudentAtHand,
-    Verdict,
-    judge_images,
-    student_of_run,
-    teacher_of_run,
+    Predictions,
+    RunStudent,
+    load_run_student,
+    load_run_teacher,
+    predict_images,
     validation_images,
 )
 from scalekd_cache.training.run_files import (
@@ -62,8 +62,8 @@ class Run(NamedTuple):
     """metrics.jsonl"""
     summary: Summary | None
     """None while the run is going."""
-    student: StudentAtHand | None
-    verdict: Verdict | None
+    student: RunStudent | None
+    predictions: Predictions | None
 
     def series(self, name: str, label: str | None = None) -> Series:
         """The values of a metric over steps."""
@@ -71,7 +71,7 @@ class Run(NamedTuple):
         return Series(label or self.name, [step for step, _ in rows], [value for _, value in rows])
 
 
-def distinct(paths: Sequence[Path]) -> list[Path]:
+def unique_paths(paths: Sequence[Path]) -> list[Path]:
     """The folders, each once."""
     return list(dict.fromkeys(path.resolve() for path in paths)) if len(paths) > 1 else list(paths)
 
@@ -80,11 +80,11 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     """One run, with its student's answers where they mean the same as those of the `first` run's facts."""
     options, facts = read_config(path), read_facts(path)
     summary = _or_note(lambda: read_summary(path), path, notes)
-    student = _or_note(lambda: student_of_run(path, facts["image_size"], process), path, notes)
+    student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
     if damaged:
         notes.append(f"{path.name}: {damaged} damaged lines of {METRICS} are left out.")
-    verdict = None
+    predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
         notes.append(f"{path.name} has no exported student yet: its answers are left out.")
@@ -93,10 +93,10 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
             f"{path.name} has other classes or another image size than the first run: its answers are left out."
         )
     elif images is not None:
-        verdict = judge_images(student.predict, images, process.device)
+        predictions = predict_images(student.predict, images, process.device)
     if summary is None:
         notes.append(f"{path.name} is not finished: the report shows how far it has come.")
-    return Run(path, path.name, options, facts, lines, summary, student, verdict)
+    return Run(path, path.name, options, facts, lines, summary, student, predictions)
 
 
 def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
@@ -108,7 +108,7 @@ def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
         return None
 
 
-def find_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
+def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
     """The validation images of a run; None, with a note, where they are not at hand."""
     try:
         source = open_source(data_of(run, report.data), "val")
@@ -121,14 +121,14 @@ def find_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list
     return images if images.indices else None
 
 
-def hear_teacher(
+def teacher_predictions(
     run: Run, images: Images | None, report: RunReport, process: Process, notes: list[str]
-) -> Verdict | None:
+) -> Predictions | None:
     """What the teacher of a run's cache says of the images; None, with a note, where it is not at hand."""
     if images is None:
         return None
     try:
-        return judge_images(teacher_of_run(run.path, report.teacher_weights, process), images, process.device)
+        return predict_images(load_run_teacher(run.path, report.teacher_weights, process), images, process.device)
     except UserError as error:
         if report.teacher_weights:
             raise

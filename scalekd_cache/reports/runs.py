@@ -18,10 +18,17 @@ from scalekd_cache.reports.figures import Series, curves, matrix, scatter
 from scalekd_cache.reports.page import Picture, picture, render
 from scalekd_cache.reports.predictions import (
     Images,
-    Verdict,
+    Predictions,
     confusion,
 )
-from scalekd_cache.reports.run_data import Run, RunReport, distinct, find_images, hear_teacher, read_run
+from scalekd_cache.reports.run_data import (
+    Run,
+    RunReport,
+    load_validation_images,
+    read_run,
+    teacher_predictions,
+    unique_paths,
+)
 from scalekd_cache.scalekd.losses import LossTerms
 from scalekd_cache.training.run_files import read_facts, text_option
 from scalekd_cache.training.run_folder import alone_summary
@@ -56,9 +63,9 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
         raise UserError("a report shows some runs", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct RUNS=")
     notes: list[str] = []
     first = read_facts(paths[0])
-    images = find_images(paths[0], first, options, notes) if options.images else None
-    runs = [read_run(path, images, first, process, notes) for path in distinct(paths)]
-    teacher = hear_teacher(runs[0], images, options, process, notes)
+    images = load_validation_images(paths[0], first, options, notes) if options.images else None
+    runs = [read_run(path, images, first, process, notes) for path in unique_paths(paths)]
+    teacher = teacher_predictions(runs[0], images, options, process, notes)
     names = first["class_names"]
     sections = [_section(run, teacher, images, names) for run in runs[: DETAILED if len(runs) > 1 else 1]]
     title = f"Run {runs[0].name}" if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
@@ -73,11 +80,11 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
     )
 
 
-def _section(run: Run, teacher: Verdict | None, images: Images | None, names: list[str]) -> dict[str, Any]:
+def _section(run: Run, teacher: Predictions | None, images: Images | None, names: list[str]) -> dict[str, Any]:
     """What the page shows of one run."""
     matrices: list[Picture] = []
-    if images is not None and run.verdict is not None:
-        matrices.append(_matrix(run.verdict, images, names, f"What {run.name} answers"))
+    if images is not None and run.predictions is not None:
+        matrices.append(_matrix(run.predictions, images, names, f"What {run.name} answers"))
         if teacher is not None:
             matrices.append(_matrix(teacher, images, names, "What the teacher answers"))
     return {
@@ -86,14 +93,14 @@ def _section(run: Run, teacher: Verdict | None, images: Images | None, names: li
         "big": _big(run),
         "curves": _curves(run),
         "matrices": matrices,
-        **_beside_teacher(run.verdict, teacher, images, names),
+        **_beside_teacher(run.predictions, teacher, images, names),
     }
 
 
 def _beside_teacher(
-    student: Verdict | None, teacher: Verdict | None, images: Images | None, names: list[str]
+    student: Predictions | None, teacher: Predictions | None, images: Images | None, names: list[str]
 ) -> dict[str, Any]:
-    """How a student and the teacher get on, where both were heard."""
+    """How a student and the teacher get on, where both have predictions."""
     if student is None or teacher is None or images is None:
         return {"agreement": None, "differing": []}
     return {
@@ -157,10 +164,10 @@ def _curves(run: Run) -> list[Picture]:
     return found
 
 
-def _matrix(verdict: Verdict, images: Images, names: list[str], title: str) -> Picture:
-    counts = confusion(images.labels, verdict, len(names))
+def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Picture:
+    counts = confusion(images.labels, predictions, len(names))
     chosen = np.arange(len(names))
-    accuracy = f"{verdict.accuracy(images.labels):.2f} % of {len(images.labels):,} images are right"
+    accuracy = f"{predictions.accuracy(images.labels):.2f} % of {len(images.labels):,} images are right"
     if len(names) > MATRIX_CLASSES:
         mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
         chosen = np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX_CLASSES])
@@ -179,14 +186,14 @@ class Agreement(NamedTuple):
     both_wrong: float
 
 
-def agreement(student: Verdict, teacher: Verdict, labels: NDArray[np.int64]) -> Agreement:
+def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int64]) -> Agreement:
     """Shares of the images."""
     s, t = student.classes == labels, teacher.classes == labels
     shares = (student.classes == teacher.classes, s & t, ~s & t, s & ~t, ~s & ~t)
     return Agreement(*(100 * float(share.mean()) for share in shares))
 
 
-def _differing(student: Verdict, teacher: Verdict, images: Images, names: list[str]) -> list[Differing]:
+def _differing(student: Predictions, teacher: Predictions, images: Images, names: list[str]) -> list[Differing]:
     """The images on which both are surest of different classes."""
     rows = np.flatnonzero(student.classes != teacher.classes)
     rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DIFFERING]
@@ -194,7 +201,8 @@ def _differing(student: Verdict, teacher: Verdict, images: Images, names: list[s
     for row in rows.tolist():
         label, key = _name(names, images.labels[row]), images.key(row)
         words = [
-            f"{_name(names, verdict.classes[row])} ({verdict.percent[row]:.1f} %)" for verdict in (student, teacher)
+            f"{_name(names, predictions.classes[row])} ({predictions.percent[row]:.1f} %)"
+            for predictions in (student, teacher)
         ]
         shown = picture(images.pixels(row), f"The validation image {key}, labeled {label}")
         found.append(Differing(shown, key, label, *words))
@@ -205,9 +213,9 @@ def _name(names: Sequence[str], number: Any) -> str:
     return names[int(number)] if 0 <= int(number) < len(names) else f"class {int(number)}"
 
 
-def _comparison(runs: list[Run], teacher: Verdict | None, images: Images | None) -> dict[str, Any]:
+def _comparison(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
     """Students beside each other."""
-    judged = [run for run in runs if run.verdict is not None]
+    judged = [run for run in runs if run.predictions is not None]
     figures = [
         curves([run.series("loss") for run in runs if run.lines], "step", "weighted loss", "Loss"),
         curves([run.series("images_per_s") for run in runs if run.lines], "step", "images a second", "Throughput"),
@@ -224,8 +232,8 @@ def _comparison(runs: list[Run], teacher: Verdict | None, images: Images | None)
         figures.append(scatter(speeds, "images a second, forward", "top-1, percent", "Accuracy and speed here"))
     if images is not None and len(judged) > 1:
         names = [run.name for run in judged] + (["teacher"] if teacher else [])
-        verdicts = [run.verdict for run in judged if run.verdict] + ([teacher] if teacher else [])
-        shares = np.array([[float((a.classes == b.classes).mean()) for b in verdicts] for a in verdicts])
+        predictions = [run.predictions for run in judged if run.predictions] + ([teacher] if teacher else [])
+        shares = np.array([[float((a.classes == b.classes).mean()) for b in predictions] for a in predictions])
         figures.append(matrix(shares, names, names, ("", ""), "Share of images with the same answer"))
     return {"rows": [_row(run) for run in runs], "figures": figures}
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
-from scalekd_cache.audit.describe import in_words, top_logits
-from scalekd_cache.audit.records import Examiner
+from scalekd_cache.audit.describe import describe_view_record, top_logits
+from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.pixels import decode_features, record_view
@@ -80,21 +80,21 @@ def choose(cache: Cache, count: int, seed: int) -> list[tuple[int, int]]:
     return [divmod(int(place), len(cache)) for place in np.sort(chosen)]
 
 
-def scan(cache: Cache, examiner: Examiner, places: Sequence[tuple[int, int]]) -> Scan:
+def scan(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> Scan:
     """Look at these views."""
     looks, vectors, unreadable = list[Look](), list[torch.Tensor](), list[str]()
     for start in range(0, len(places), BATCH):
         batch = []
         for view, position in places[start : start + BATCH]:
-            record, what = read_one(cache, examiner, view, position)
+            record, what = read_one(cache, checker, view, position)
             if record is None:
                 unreadable.append(what)
             else:
                 batch.append(((view, position), record))
         if not batch:
             continue
-        features = decode_features(examiner.codec, [record for _, record in batch]).features
-        logits = examiner.logits([record for _, record in batch], features)
+        features = decode_features(checker.codec, [record for _, record in batch]).features
+        logits = checker.logits([record for _, record in batch], features)
         looks += [
             _look(record, place, row, cache.manifest.class_names)
             for (place, record), row in zip(batch, logits, strict=True)
@@ -107,14 +107,14 @@ def scan(cache: Cache, examiner: Examiner, places: Sequence[tuple[int, int]]) ->
     return Scan(looks, unit, unreadable)
 
 
-def read_one(cache: Cache, examiner: Examiner, view: int, position: int) -> tuple[Record | None, str]:
+def read_one(cache: Cache, checker: RecordChecker, view: int, position: int) -> tuple[Record | None, str]:
     """A record that can be decoded, or why there is none."""
     try:
         record = cache.read([position], view)[0]
         record_view(record)
     except UserError as error:
         return None, f"view {view}, position {position}: {str(error).splitlines()[0]}"
-    return (record, "") if examiner.usable(record) else (None, f"view {view}, {record.key}: it cannot be decoded")
+    return (record, "") if checker.usable(record) else (None, f"view {view}, {record.key}: it cannot be decoded")
 
 
 def _look(record: Record, place: tuple[int, int], logits: NDArray[np.float32], names: Sequence[str]) -> Look:
@@ -129,15 +129,15 @@ def _look(record: Record, place: tuple[int, int], logits: NDArray[np.float32], n
         label_name=names[record.label] if known else f"class {record.label}",
         answers=answers,
         answered=top[0]["index"] if top and len(logits) == len(names) else None,
-        words=in_words(record_view(record)),
+        words=describe_view_record(record_view(record)),
         digest=record.digest,
     )
 
 
-def pixels_of_view(examiner: Examiner, record: Record, place: tuple[int, int]) -> NDArray[np.uint8] | None:
+def pixels_of_view(checker: RecordChecker, record: Record, place: tuple[int, int]) -> NDArray[np.uint8] | None:
     """The pixels of a view, None where they are not at hand or damaged."""
     try:
-        return examiner.picture(record, *place)
+        return checker.picture(record, *place)
     except (UserError, UnreadableImage):
         return None
 
@@ -152,7 +152,7 @@ class Pair(NamedTuple):
     same_pixels: bool
 
 
-def alike(found: Scan, count: int) -> list[Pair]:
+def closest_pairs(found: Scan, count: int) -> list[Pair]:
     """The `count` closest pairs, closest first; every view is in one of them at most."""
     if len(found.looks) < 2:
         return []

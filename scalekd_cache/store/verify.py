@@ -24,7 +24,7 @@ from scalekd_cache.store.sealed_json import unsealed
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify_unit import (
     MAX_NAMED,
-    Examine,
+    CheckRecords,
     ExpectedUnit,
     Part,
     Problem,
@@ -90,7 +90,7 @@ def check_cache(
     place: Path | str | RemotePath,
     *,
     deep: bool = False,
-    examiner: Callable[[Expected], Examine] | None = None,
+    make_checker: Callable[[Expected], CheckRecords] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Findings:
     """Check a cache, or as much of one as there is.
@@ -98,14 +98,14 @@ def check_cache(
     Args:
         place: the cache's folder or URL; of a URL every file is fetched anew.
         deep: read every file and record too.
-        examiner: makes the function that looks into records (`examine.py`), once it is known what to expect.
+        make_checker: makes the function that looks into records (`audit/records.py`), once it is known what to expect.
         progress: called with (units done, units in all).
     """
     root = open_anew(place)
     problems, notes = list[Problem](), list[str]()
     expected = _expected(root, problems, notes)
     if isinstance(root, Path):
-        problems += _strangers(root, expected, notes)
+        problems += _unknown_files(root, expected, notes)
     else:
         notes.append("a server has no list of its files: only those of the cache were looked at")
     if expected is None:
@@ -116,11 +116,11 @@ def check_cache(
     if lost:
         notes.append(f"records are not decoded: {', '.join(lost)} cannot be used")
     problems += kept
-    examine = examiner(expected) if examiner is not None and deep and not lost else None
+    check_records = make_checker(expected) if make_checker is not None and deep and not lost else None
     there = [unit for unit in expected.units if _is_there(root, unit)]
     problems += _missing(expected, there, notes)
     for number, unit in enumerate(there):
-        problems += unit_problems(root, unit, deep=deep, examine=examine)
+        problems += unit_problems(root, unit, deep=deep, check_records=check_records)
         if progress is not None:
             progress(number + 1, len(there))
     if isinstance(root, Path):
@@ -252,7 +252,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
             yield Problem(MARK, None, str(error), Part.MARK)
 
 
-def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
+def _unknown_files(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
     """Files and folders that no writer of this cache has made; unfinished work is only noted."""
     known = {MANIFEST, PLAN, UNITS}
     if expected is None or expected.tail_sha256 != "":
@@ -266,7 +266,7 @@ def _strangers(root: Path, expected: Expected | None, notes: list[str]) -> Itera
             if path.name.startswith((".tmp-", ".aside-")):
                 notes.append(f"{where}: unfinished or damaged work; readers ignore it")
             elif names is not None and path.name not in names:
-                yield Problem(where, None, "not of this cache: nobody reads it; remove it", Part.STRANGER)
+                yield Problem(where, None, "not of this cache: nobody reads it; remove it", Part.UNKNOWN_FILE)
 
 
 def _listing(folder: Path, notes: list[str]) -> list[Path]:

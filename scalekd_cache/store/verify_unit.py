@@ -43,7 +43,7 @@ class Part(Enum):
     """Go on with stage 1."""
     PIXELS = "pixels"
     """Repair the cache whose pixels are shared."""
-    STRANGER = "stranger"
+    UNKNOWN_FILE = "stranger"
     """Nothing of the cache's own: whoever put it there takes it away."""
 
 
@@ -69,7 +69,7 @@ class Finding(NamedTuple):
     part: Part = Part.UNIT
 
 
-Examine = Callable[[list[Record], ShardId, list[int]], list[Finding]]
+CheckRecords = Callable[[list[Record], ShardId, list[int]], list[Finding]]
 """Looks into whole records: some of a shard, with their rows in it."""
 
 
@@ -95,7 +95,7 @@ class ExpectedUnit(NamedTuple):
 
 
 def unit_problems(
-    root: StoredPath, unit: ExpectedUnit, *, deep: bool, examine: Examine | None = None
+    root: StoredPath, unit: ExpectedUnit, *, deep: bool, check_records: CheckRecords | None = None
 ) -> Iterator[Problem]:
     """Check one unit.
 
@@ -103,7 +103,7 @@ def unit_problems(
         root: the cache's folder or URL.
         unit: what it must be.
         deep: read every file and record too.
-        examine: looks into the records whose checksum is right.
+        check_records: looks into the records whose checksum is right.
     """
     folder = unit_folder(root, unit.group, unit.range_id)
     name = folder.relative_to(root).as_posix()
@@ -123,7 +123,7 @@ def unit_problems(
             yield found("unit.json", f"{field} is {got}, should be {wanted}")
     wrong = sizes_differ(folder, info.files)
     yield from (found(file, what) for file, what in wrong)
-    yield from (found(file, "not of this unit", part=Part.STRANGER) for file in _strangers(folder, info))
+    yield from (found(file, "not of this unit", part=Part.UNKNOWN_FILE) for file in _unknown_files(folder, info))
     if deep:
         short = {file for file, _ in wrong}
         for file, fact in info.files.items():
@@ -136,7 +136,7 @@ def unit_problems(
         return
     if deep:
         for view in info.views:
-            for finding in _record_problems(folder, info, view, keys, examine):
+            for finding in _record_problems(folder, info, view, keys, check_records):
                 yield found(f"v{view:04d}", finding.what, finding.key, finding.part)
 
 
@@ -169,7 +169,7 @@ def _facts(info: UnitInfo, unit: ExpectedUnit) -> list[tuple[str, object, object
     ]
 
 
-def _strangers(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
+def _unknown_files(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
     """Files that the sidecar does not list, and folders that hold none that it does; a server has no lists."""
     if not isinstance(folder, Path):
         return
@@ -189,7 +189,7 @@ def _inside(folder: Path) -> list[Path]:
 
 
 def _record_problems(
-    folder: StoredPath, info: UnitInfo, view: int, keys: list[str], examine: Examine | None
+    folder: StoredPath, info: UnitInfo, view: int, keys: list[str], check_records: CheckRecords | None
 ) -> Iterator[Finding]:
     """What is wrong with the records of a shard."""
     try:
@@ -200,7 +200,7 @@ def _record_problems(
     bad = dict.fromkeys(Part, 0)
     for start in range(0, info.count, BATCH_RECORDS):
         rows = np.arange(start, min(start + BATCH_RECORDS, info.count))
-        for finding in _batch_problems(reader, rows, examine):
+        for finding in _batch_problems(reader, rows, check_records):
             bad[finding.part] += 1
             if bad[finding.part] <= MAX_NAMED:
                 yield finding
@@ -210,7 +210,9 @@ def _record_problems(
     reader.close()
 
 
-def _batch_problems(reader: ShardReader, rows: NDArray[np.int64], examine: Examine | None) -> Iterator[Finding]:
+def _batch_problems(
+    reader: ShardReader, rows: NDArray[np.int64], check_records: CheckRecords | None
+) -> Iterator[Finding]:
     good: list[int] = rows.tolist()
     try:
         records = reader.read(rows)
@@ -222,5 +224,5 @@ def _batch_problems(reader: ShardReader, rows: NDArray[np.int64], examine: Exami
                 good.append(row)
             except (UserError, OSError) as error:
                 yield Finding(reader.keys[row], str(error))
-    if records and examine is not None:
-        yield from examine(records, reader.shard, good)
+    if records and check_records is not None:
+        yield from check_records(records, reader.shard, good)

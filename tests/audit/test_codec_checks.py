@@ -14,7 +14,7 @@ from small_cache import CPU, flip_byte, make, shared_weights, tree
 
 from scalekd_cache.audit.describe import describe_record
 from scalekd_cache.audit.repair import repair_cache
-from scalekd_cache.audit.verify_cache import check_deeply
+from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
@@ -47,7 +47,7 @@ def root(kind, tmp_path):
 @kinds
 def test_whole(kind):
     root = pristine(kind)
-    report = check_deeply(root, records=12)
+    report = verify_deep(root, records=12)
     assert report.findings.problems == report.findings.notes == []
     assert report.agreement.records == 12
     assert report.agreement.top1_percent >= (
@@ -68,14 +68,14 @@ def test_files_of_the_codecs_are_checked_and_made_again(root, kind, name, gone):
     if name.startswith("classifier") and kind == "transform":
         assert not (root / name).exists()
         (root / name).touch()
-        assert [problem.part for problem in verify_cache(root)] == [Part.STRANGER]
+        assert [problem.part for problem in verify_cache(root)] == [Part.UNKNOWN_FILE]
         return
     original = tree(root)
     if gone:
         (root / name).unlink()
     else:
         flip_byte(root / name, (root / name).stat().st_size // 2)
-    report = check_deeply(root)
+    report = verify_deep(root)
     assert {(problem.where, problem.part) for problem in report.findings.problems} == {
         (name, Part.MARK if name == "codec.json" else Part.KEPT)
     }
@@ -121,7 +121,7 @@ def test_records_that_the_codecs_never_wrote(tmp_path, name):
     change, text = LIES[name]
     key = Cache.open(root).read([30], 0)[0].key
     rewrite_unit(root, lambda record: change(record) if record.key == key else record, 1)
-    problems = check_deeply(root, records=96).findings.problems
+    problems = verify_deep(root, records=96).findings.problems
     assert {problem.key for problem in problems} == {key}
     assert all(text in problem.what for problem in problems)
 
@@ -129,7 +129,7 @@ def test_records_that_the_codecs_never_wrote(tmp_path, name):
 def test_the_codecs_files_of_a_url_are_verified_copies(tmp_path, monkeypatch):
     monkeypatch.setenv("SCALEKD_CACHE_DIR", str(tmp_path))
     with faulty_server(pristine("economy")) as server:
-        report = check_deeply(server.url, records=4)
+        report = verify_deep(server.url, records=4)
         assert report.findings.problems == []
         assert report.agreement.records == 4
         assert np.isfinite(report.agreement.figures["cosine"]["mean"])

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from small_cache import CPU, copy_of_cache, make, shared_cache, shared_weights
 
 from pipelines import prove as command
-from scalekd_cache.audit.gradients import prove_cache
+from scalekd_cache.audit.gradients import compare_gradients
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.manifest import write_manifest
@@ -18,7 +18,7 @@ TRAIN = TrainConfig(global_batch_size=32, micro_batch_size=8)
 
 def prove(root, views=64, **changes):
     config = DistillConfig(cache=str(root), student=StudentConfig(name="resnet10t"), train=TRAIN, **changes)
-    return prove_cache(config, CPU, views)
+    return compare_gradients(config, CPU, views)
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_damage_is_refused(tmp_path):
 def test_one_micro_batch_says_nothing():
     config = DistillConfig(cache=str(shared_cache().root), train=TRAIN)
     with pytest.raises(UserError, match="from one micro-batch"):
-        prove_cache(config, CPU, 1)
+        compare_gradients(config, CPU, 1)
 
 
 def test_the_command_prints_a_sentence_and_json(capsys):

@@ -114,7 +114,7 @@ def test_wrong_numbers_under_right_checksums_are_made_again(tmp_path, quick):
     """A unit that is whole in itself, but holds what the teacher never said: only the teacher notices."""
     root = copy_of_cache(tmp_path / "cache")
     manifest = read_manifest(root)
-    from test_checking import rewrite_unit
+    from damage import rewrite_unit
 
     rewrite_unit(root, lambda record: record._replace(features=record.features[::-1]))
     assert verify_cache(root, deep=True) == []

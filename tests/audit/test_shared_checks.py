@@ -11,7 +11,7 @@ from small_cache import CPU, copy_of_cache, flip_byte, make, shared_weights, tre
 
 from pipelines import inspect_cache, verify
 from scalekd_cache.audit.repair import repair_cache
-from scalekd_cache.audit.verify_cache import check_deeply
+from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
@@ -61,7 +61,7 @@ def darker(root):
 
 
 def test_a_whole_pair_is_whole(made):
-    report = check_deeply(made / "second", records=12)
+    report = verify_deep(made / "second", records=12)
     assert report.findings.problems == report.findings.notes == []
     assert (report.agreement.records, report.agreement.top1_percent) == (12, 100)
 
@@ -69,13 +69,13 @@ def test_a_whole_pair_is_whole(made):
 def test_damage_of_the_other_cache_is_not_this_ones(pair):
     first, second = pair
     key, before = flip_in_pixels(first), tree(second)
-    problems = check_deeply(second, records=0).findings.problems
+    problems = verify_deep(second, records=0).findings.problems
     assert [(problem.key, problem.part, problem.where) for problem in problems] == [(key, Part.PIXELS, f"{UNIT}/v0001")]
     done = repair_cache(second, CPU)
     assert (done.units, [problem.part for problem in done.left]) == ([], [Part.PIXELS])
     assert tree(second) == before
     assert repair_cache(first, CPU).units == [(0, 1)]
-    assert check_deeply(second, records=0).findings.problems == []
+    assert verify_deep(second, records=0).findings.problems == []
 
 
 @pytest.mark.parametrize("field", ["pixels", "label", "view"])
@@ -88,7 +88,7 @@ def test_targets_of_other_pixels_labels_or_views_are_found_and_made_again(pair, 
     }[field]
     key = Cache.open(first).read([33], 0)[0].key
     rewrite_unit(first, lambda record: shift(record) if record.key == key else record, 1)
-    problems = check_deeply(second, records=0).findings.problems
+    problems = verify_deep(second, records=0).findings.problems
     assert {(problem.key, problem.part) for problem in problems} == {(key, Part.UNIT)}
     assert {problem.where for problem in problems} == {f"{UNIT}/v0000", f"{UNIT}/v0001"}
     assert all(("digest" if field == "pixels" else field) in problem.what for problem in problems)
@@ -109,11 +109,11 @@ def test_a_repaired_sharing_cache_is_the_original(pair):
 def test_pixels_that_are_elsewhere(pair, tmp_path):
     first, second = pair
     moved = first.rename(tmp_path / "moved")
-    report = check_deeply(second, records=4)
+    report = verify_deep(second, records=4)
     assert report.findings.problems == []
     assert report.agreement is None
     assert "shared pixels were not looked at" in report.findings.notes[0]
-    findings = check_deeply(second, pixels_from=str(moved), records=4).findings
+    findings = verify_deep(second, pixels_from=str(moved), records=4).findings
     assert findings.problems == findings.notes == []
     flip_byte(second / UNIT / "v0001.tar", 5000)
     before = tree(second)
@@ -130,20 +130,20 @@ def test_another_cache_in_the_place_of_the_pixels(pair, tmp_path):
     first, second = pair
     shutil.rmtree(first)
     make(first, shared_weights(), views={"seed": 5}, cache={"num_views": 1})
-    problems = check_deeply(second, records=0).findings.problems
+    problems = verify_deep(second, records=0).findings.problems
     assert [(problem.part, problem.where) for problem in problems] == [(Part.PIXELS, "manifest.json")]
     assert "other pixels" in problems[0].what
     assert bad_units(problems) == []
     with pytest.raises(UserError, match="other pixels"):
-        check_deeply(second, pixels_from=str(first))
+        verify_deep(second, pixels_from=str(first))
     with pytest.raises(UserError, match="pixels of its own"):
-        check_deeply(first, pixels_from=str(second))
+        verify_deep(first, pixels_from=str(second))
 
 
 def test_an_unfinished_sharing_cache(pair):
     _, second = pair
     (second / "manifest.json").unlink()
-    findings = check_deeply(second).findings
+    findings = verify_deep(second).findings
     assert [problem.part for problem in findings.problems] == [Part.UNFINISHED]
     assert "shared pixels were not looked at" in findings.notes[0]
 

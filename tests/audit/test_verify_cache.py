@@ -9,7 +9,7 @@ import pytest
 from damage import rewrite_unit
 from small_cache import SAMPLES, copy_of_cache, reseal, shared_cache, shared_weights
 
-from scalekd_cache.audit.verify_cache import check_deeply
+from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache, unit_of
 from scalekd_cache.store.sidecar import unit_folder
@@ -54,7 +54,7 @@ def test_contents_that_lie_under_right_checksums_are_found(tmp_path, name):
     root = copy_of_cache(tmp_path / "cache")
     keys = (root / "units/g000-r00001/keys.txt").read_text().splitlines()
     rewrite_unit(root, lambda record: change(record) if record.key == keys[5] else record, 1)
-    problems = check_deeply(root, records=0).findings.problems
+    problems = verify_deep(root, records=0).findings.problems
     assert {problem.unit for problem in problems} == {(0, 1)}
     assert {problem.part for problem in problems} == {Part.UNIT}
     assert {problem.where for problem in problems} == {f"units/g000-r00001/v000{view}" for view in (0, 1)}
@@ -65,14 +65,14 @@ def test_contents_that_lie_under_right_checksums_are_found(tmp_path, name):
 
 def test_the_teacher_recognizes_its_own_answers():
     root = shared_cache().root
-    report = check_deeply(root, records=20, seed=3)
+    report = verify_deep(root, records=20, seed=3)
     assert report.findings.problems == report.findings.notes == []
     agreement = report.agreement
     assert agreement.records == 20
     assert agreement.top1_percent == 100
     assert agreement.figures["cosine_mean_removed"]["mean"] > 0.999
-    assert check_deeply(root, records=20, seed=3).agreement == agreement
-    assert check_deeply(root, records=0).agreement is None
+    assert verify_deep(root, records=20, seed=3).agreement == agreement
+    assert verify_deep(root, records=0).agreement is None
 
 
 def test_answers_of_another_view_are_recognized_as_wrong(tmp_path):
@@ -80,7 +80,7 @@ def test_answers_of_another_view_are_recognized_as_wrong(tmp_path):
     rows = [record.features for record in Cache.open(root).read(range(32), 0)]
     others = iter([*rows[1:], rows[0]] * 2)
     rewrite_unit(root, lambda record: record._replace(features=next(others)))
-    problems = check_deeply(root, records=2 * SAMPLES).findings.problems
+    problems = verify_deep(root, records=2 * SAMPLES).findings.problems
     assert {problem.unit for problem in problems} == {(0, 0)}
     assert len(problems) >= 48
     record = Cache.open(root).read([7], 1)[0]
@@ -98,27 +98,27 @@ def test_positions_belong_to_units():
 def test_a_teacher_that_is_not_at_hand_is_said(tmp_path):
     root = shared_cache().root
     with pytest.raises(UserError, match="no such file"):
-        check_deeply(root, weights=str(tmp_path / "absent.safetensors"))
+        verify_deep(root, weights=str(tmp_path / "absent.safetensors"))
     weights = tmp_path / "moved.safetensors"
     weights.write_bytes(shared_weights().read_bytes())
-    assert check_deeply(root, weights=str(weights), records=4).agreement.records == 4
+    assert verify_deep(root, weights=str(weights), records=4).agreement.records == 4
     copy = copy_of_cache(tmp_path / "cache")
     gone = str(tmp_path / "gone.safetensors")
     reseal(copy / "manifest.json", lambda fields: fields["teacher"]["config"].update(weights=gone))
-    report = check_deeply(copy)
+    report = verify_deep(copy)
     assert report.agreement is None
     assert "gone.safetensors" in report.findings.notes[0]
 
 
 def test_replayed_views_need_the_images(tmp_path):
     root = copy_of_cache(tmp_path / "cache", "replayed")
-    assert check_deeply(root, records=4).agreement.records == 4
-    report = check_deeply(root, data=str(tmp_path / "nowhere"))
+    assert verify_deep(root, records=4).agreement.records == 4
+    report = verify_deep(root, data=str(tmp_path / "nowhere"))
     assert report.findings.problems == []
     assert "pixels were not looked at" in report.findings.notes[0]
     key = Cache.open(root).read([3], 0)[0].key
     rewrite_unit(root, lambda r: r._replace(digest=hashlib.sha256().hexdigest()[:16]) if r.key == key else r)
-    assert {problem.key for problem in check_deeply(root, records=0).findings.problems} == {key}
+    assert {problem.key for problem in verify_deep(root, records=0).findings.problems} == {key}
 
 
 def test_figures_are_sane():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from small_cache import copy_of_cache, reseal, shared_cache
 
-from scalekd_cache.audit.verify_cache import check_deeply
+from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import NO_LABEL, Record
 from scalekd_cache.store.durable_files import fact_of
@@ -51,14 +51,14 @@ def test_labels_outside_the_classes(tmp_path: Path, label: int) -> None:
             use()
         assert key in str(caught.value)
         assert "units/g000-r00000/v0000" in str(caught.value)
-    problems = check_deeply(cache.root, records=0).findings.problems
+    problems = verify_deep(cache.root, records=0).findings.problems
     assert [(problem.where, problem.key) for problem in problems] == [("units/g000-r00000/v0000", key)]
 
 
 def test_a_record_without_a_label_can_be_read_and_not_trained_from(tmp_path: Path) -> None:
     cache = with_label(tmp_path / "cache", NO_LABEL)
     assert cache.read([3], 0)[0].label == NO_LABEL
-    assert [problem.what for problem in check_deeply(cache.root, records=0).findings.problems] == [
+    assert [problem.what for problem in verify_deep(cache.root, records=0).findings.problems] == [
         "label -1 of 10 classes"
     ]
     with pytest.raises(UserError, match="holds no label"):

@@ -23,10 +23,10 @@ from scalekd_cache.reports.cache import CacheReport, cache_report
 from scalekd_cache.reports.colors import fit_palette, overlay, paint
 from scalekd_cache.reports.figures import Series, curves, histogram, matrix, plain
 from scalekd_cache.reports.page import MAX_BYTES, picture, write_page
-from scalekd_cache.reports.predictions import Verdict, confusion
+from scalekd_cache.reports.predictions import Predictions, confusion
 from scalekd_cache.reports.run_data import RunReport
 from scalekd_cache.reports.runs import agreement, run_report
-from scalekd_cache.reports.views import Look, Scan, alike
+from scalekd_cache.reports.views import Look, Scan, closest_pairs
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.finished import export_state, facts_of
 from scalekd_cache.training.run_folder import RunFolder
@@ -223,16 +223,16 @@ def test_views_that_look_alike_are_found():
         Look(key=str(n), view=0, position=n, label=0, label_name="a", answers=[], answered=None, words="", digest=d)
         for n, d in enumerate(["p", "q", "p", "r", "s"])
     ]
-    pairs = alike(Scan(looks, vectors, []), 2)
+    pairs = closest_pairs(Scan(looks, vectors, []), 2)
     assert (pairs[0].first, pairs[0].second, pairs[0].same_pixels) == (0, 2, True)
     assert pairs[0].cosine > 0.99 > pairs[1].cosine
-    assert alike(Scan(looks[:1], vectors[:1], []), 2) == []
+    assert closest_pairs(Scan(looks[:1], vectors[:1], []), 2) == []
 
 
 def test_confusion_and_agreement_by_hand():
     labels = np.array([0, 0, 1, 1])
-    student = Verdict(np.array([0, 1, 1, 1]), np.array([50.0, 60, 70, 80]))
-    teacher = Verdict(np.array([0, 0, 1, 0]), np.array([50.0, 60, 70, 80]))
+    student = Predictions(np.array([0, 1, 1, 1]), np.array([50.0, 60, 70, 80]))
+    teacher = Predictions(np.array([0, 0, 1, 0]), np.array([50.0, 60, 70, 80]))
     assert confusion(labels, student, 2).tolist() == [[1, 1], [0, 2]]
     assert student.accuracy(labels) == 75
     assert agreement(student, teacher, labels) == (50, 50, 25, 25, 0)

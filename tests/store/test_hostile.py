@@ -21,7 +21,7 @@ from small_cache import copy_of_cache, make, reseal, shared_cache, shared_weight
 
 import pipelines
 import scalekd_cache
-from scalekd_cache.audit.records import Examiner
+from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.config.base import from_plain, to_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.config.stage2 import ScaleKDConfig
@@ -99,7 +99,7 @@ class Bomb:
 
 def read_everything(root):
     """What any command does with a cache: check it, read it, decode it."""
-    findings = check_cache(root, deep=True, examiner=lambda expected: Examiner(expected.fields, root, None))
+    findings = check_cache(root, deep=True, make_checker=lambda expected: RecordChecker(expected.fields, root, None))
     try:
         cache = Cache.open(root)
         for view in range(cache.manifest.num_views):
@@ -341,7 +341,7 @@ records = st.builds(
 @given(record=records, other=records)
 def test_any_record_is_examined_and_has_its_own_checksum(record, other):
     cache = shared_cache()
-    findings = Examiner(cache.manifest.fingerprint_fields, cache.root, 10)([record], ShardId(0, 0, 0), [0])
+    findings = RecordChecker(cache.manifest.fingerprint_fields, cache.root, 10)([record], ShardId(0, 0, 0), [0])
     assert findings
     assert {finding.key for finding in findings} == {record.key}
     try:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_cache import copy_of_cache, reseal, shared_cache
 
-from scalekd_cache.audit.verify_cache import check_deeply
+from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.plan import read_plan
@@ -127,7 +127,7 @@ def test_a_sidecar_with_other_fields_is_a_finding(tmp_path: Path, case: str) -> 
     reseal(root / "manifest.json", change)
     with pytest.raises(UserError):
         Cache.open(root).read([0], 0)
-    assert [problem.where for problem in check_deeply(root, records=0).findings.problems] == [
+    assert [problem.where for problem in verify_deep(root, records=0).findings.problems] == [
         "units/g000-r00000/unit.json"
     ]
 
