@@ -47,11 +47,13 @@ def worker_failure(error: BaseException) -> UserError | None:
     Torch raises that report in the main thread, at whatever line it happens to be.
     """
     text = str(error)
-    if not text.startswith("DataLoader worker (pid") and "Communication with the workers" not in text:
+    # The pipe to a worker that has exited; an error raised in a worker begins with "Caught".
+    closed = type(error) in (EOFError, ConnectionResetError) and not text.startswith("Caught ")
+    if not closed and not text.startswith("DataLoader worker (pid") and "Communication with the workers" not in text:
         return None
     return UserError(
         "a data loader worker died",
-        got=text.splitlines()[0].strip(),
+        got="its pipe is closed" if closed else text.splitlines()[0].strip(),
         fix="see the worker's own message above; one killed by signal 9 ran out of memory: use fewer WORKERS",
     )
 

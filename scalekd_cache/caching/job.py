@@ -141,8 +141,8 @@ def _source(config: CacheTeacherConfig, process: Process) -> Source | PixelCache
     if config.cache.pixels_from:
         return open_shared_views(config)
     source = open_source(config.data, "train")
-    for sentence in source.left_out:
-        process.print_rank0(sentence)
+    for message in source.ignored:
+        process.print_rank0(message)
     return source
 
 

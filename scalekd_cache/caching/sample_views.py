@@ -17,7 +17,7 @@ from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import SampleRef, Source
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
-from scalekd_cache.data.workers import bytes_a_worker, items_of, waiting_items
+from scalekd_cache.data.workers import bytes_per_worker, load_items, prefetch_count
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.durable_files import canonical_json
@@ -92,7 +92,7 @@ def views_of_units(
     places: Iterator[Any]
     one = _image_bytes(units, config)
     if isinstance(source, PixelCache):
-        span = max(1, min(SPAN, bytes_a_worker(workers) // (2 * one)))
+        span = max(1, min(SPAN, bytes_per_worker(workers) // (2 * one)))
         dataset, places, size, waiting = (
             SharedViewDataset(source, config, units),
             _spans(source, units, claims, span),
@@ -106,7 +106,7 @@ def views_of_units(
             one,
             SPAN,
         )
-    for item in items_of(dataset, places, workers=workers, item_bytes=size, most_waiting=waiting):
+    for item in load_items(dataset, places, workers=workers, item_bytes=size, max_prefetch=waiting):
         if isinstance(item, SampledViews):
             yield item
         else:
@@ -115,7 +115,7 @@ def views_of_units(
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
     """`UserError` when the views that the workers draw have no room on their way."""
-    waiting_items(workers, _image_bytes(units, config), SPAN)
+    prefetch_count(workers, _image_bytes(units, config), SPAN)
 
 
 def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:

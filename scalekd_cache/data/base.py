@@ -1,9 +1,9 @@
-"""What every image source is made of: sample keys, the canonical order, and one source class with a reader inside.
+"""The parts of every image source: sample keys, the canonical order, and `ListedSource`.
 
 In: keys, labels and a reader that returns the encoded bytes of sample i. Out: a `ListedSource`.
-Invariant: keys are unique, hold neither dots nor whitespace, and their order depends on the keys (or on the order
-inside the user's tar and parquet files) alone: never on the file system, the rank or the number of workers. Every label
-is an index into the class names.
+Invariant: keys are unique and contain neither dots nor whitespace. Their order depends only on the keys (or on the
+order inside the tar and parquet files), not on the file system, the rank or the number of workers. Every label is an
+index into the class names.
 """
 
 import copy
@@ -26,11 +26,11 @@ IntArray = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
 
 MAX_KEY_BYTES = 1024
-"""Longest key that a cache stores (`store/base.py`); longer ones are cut and end in a hash of the whole key."""
+"""Maximum key length in a cache (`store/base.py`); longer keys are truncated and end in a hash of the full key."""
 MAX_IMAGE_BYTES = 1 << 31
-"""Longest image file that is read."""
+"""Maximum size of an image file."""
 MAX_UNNAMED_CLASSES = 100_000
-"""Labels without a list of class names reach this far, or as far as there are images."""
+"""Without a list of class names, labels must be below this number or below the number of images."""
 CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
@@ -46,7 +46,7 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """What the user asked for: demo, cifar10, imagenette or a path."""
+        """As the user gave it: demo, cifar10, imagenette or a path."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -57,28 +57,28 @@ class Source(Protocol):
         """All samples in canonical order."""
 
     @property
-    def left_out(self) -> tuple[str, ...]:
-        """One sentence for each kind of file or row that is not among the samples."""
+    def ignored(self) -> tuple[str, ...]:
+        """One message for each kind of file or row that was ignored."""
 
     def ranges(self, samples_per_shard: int) -> list[range]:
-        """Cut the canonical order into contiguous work units of at most `samples_per_shard` samples."""
+        """Split the canonical order into contiguous work units of at most `samples_per_shard` samples."""
 
     def order(self, group: int) -> IntArray:
         """The permutation of sample indices, (N,) int64, in which view group `group` is stored."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image file of sample `index`; opens what it needs lazily, in any process."""
+        """The encoded image file of sample `index`. Files are opened lazily; works in any process."""
 
 
 class Reader(Protocol):
-    """Returns the encoded bytes of sample `index`. Pickles without open handles."""
+    """Returns the encoded bytes of sample `index`. Can be pickled; holds no open files."""
 
     def __call__(self, index: int) -> bytes:
         """Read one image file."""
 
 
 class PackedStrings:
-    """Many strings in one block of bytes: cheap to pickle, and forked workers share it without touching refcounts."""
+    """Many strings in one block of bytes: cheap to pickle; forked workers share it without copies."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
@@ -133,7 +133,7 @@ class SampleList(Sequence[SampleRef]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ListedSource:
-    """The one implementation of `Source`: a listing, and a reader that knows where the bytes are.
+    """The only implementation of `Source`: a list of samples and a reader of their bytes.
 
     `file_starts`, (files,) int64, is the index of the first sample of every tar or parquet file, for sources that are
     read in file order; None for sources whose canonical order is a hash of the keys.
@@ -144,7 +144,7 @@ class ListedSource:
     samples: SampleList
     reader: Reader
     file_starts: IntArray | None = None
-    left_out: tuple[str, ...] = ()
+    ignored: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         check_labels(self.samples.labels, len(self.class_names), f"the data set {self.name}", self.name)
@@ -167,13 +167,13 @@ class ListedSource:
         return hash_order((sample.key for sample in self.samples), b"scalekd-cache view group %d" % group)
 
     def read(self, index: int) -> bytes:
-        """Encoded bytes of sample `index`; IndexError outside 0..N-1, UserError when the data has changed or gone."""
+        """Encoded bytes of sample `index`. IndexError outside 0..N-1; UserError for a changed or missing file."""
         if not 0 <= index < len(self.samples):
             raise IndexError(f"sample {index} of {len(self.samples)}")
         return self.reader(index)
 
     def first(self, count: int | None) -> "ListedSource":
-        """The same source cut to the first `count` samples of the canonical order (None: all)."""
+        """The first `count` samples of the canonical order (None: all)."""
         if count is None or count >= len(self.samples):
             return self
         starts = None if self.file_starts is None else self.file_starts[self.file_starts < count]
@@ -183,10 +183,10 @@ class ListedSource:
 
 
 def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
-    """A relative path (without its extension) as a sample key: `/` stays, dots and odd characters become %XX.
+    """A relative path (without its extension) as a sample key: `/` is kept, dots and special characters become %XX.
 
-    A leading double underscore is encoded too: WebDataset readers skip members whose names look like `__meta__`.
-    A key of more than `limit` bytes keeps its beginning and ends in a hash of the whole.
+    A leading double underscore is encoded too: WebDataset readers skip members with names like `__meta__`.
+    A key of more than `limit` bytes is truncated and ends in a hash of the full key.
     """
     parts = [quote(os.fsencode(part), safe="").replace(".", "%2E") for part in path.split("/") if part not in ("", ".")]
     key = "/".join("%5F" + part[1:] if part.startswith("__") else part for part in parts)
@@ -205,22 +205,24 @@ def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
 
 
 def canonical_order(keys: Sequence[str]) -> IntArray:
-    """(N,) int64, indices of `keys` in canonical order: that of a hash, whatever order the keys were listed in."""
+    """(N,) int64, indices of `keys` in canonical order: sorted by a hash, independent of the order of `keys`."""
     by_name = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return by_name[hash_order((keys[index] for index in by_name), CANONICAL_ORDER)]
 
 
 def read_listed_file(path: str, key: str) -> bytes:
-    """Bytes of a regular file that was there when the source was listed."""
+    """Bytes of a regular file that was found when the source was listed."""
     what = f"image {key}, which was listed when the data set was opened,"
-    return read_file(path, what, MAX_IMAGE_BYTES, "put the file back, then start again")
+    return read_file(path, what, MAX_IMAGE_BYTES, "restore the file, then rerun")
 
 
-def missing_folder(what: str, folder: str | Path, expected: str, fix: str) -> UserError:
-    """The error for a folder that is not there, with what its parent holds instead."""
+def missing_folder_error(what: str, folder: str | Path, expected: str, fix: str) -> UserError:
+    """The error for a missing folder; it lists what the parent folder contains."""
     parent = Path(folder).parent
     names = sorted(entry.name for entry in parent.iterdir())[:8] if parent.is_dir() else []
-    got = f"{parent} holds {', '.join(names) or 'nothing'}" if parent.is_dir() else f"{parent} is not a folder either"
+    got = (
+        f"{parent} contains {', '.join(names) or 'nothing'}" if parent.is_dir() else f"{parent} is not a folder either"
+    )
     return UserError(what, got=got, expected=expected, where=folder, fix=fix)
 
 
@@ -228,22 +230,22 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
     """Class names "0".."max" of a data set without a list of names.
 
     Raises:
-        UserError: labels that are no class numbers, such as ids: the list would be longer than anything it is for.
+        UserError: a label is too large to be a class number (for example an id).
     """
     highest = int(labels.max(initial=-1))
     if highest >= max(MAX_UNNAMED_CLASSES, len(labels)):
         raise UserError(
             "a label is too large for a class number",
             got=f"label {highest} at position {int(labels.argmax())} of {len(labels)} training images",
-            expected=f"0 to {MAX_UNNAMED_CLASSES - 1} where no list of class names says otherwise",
+            expected=f"0 to {MAX_UNNAMED_CLASSES - 1}, unless there is a list of class names",
             where=where,
-            fix="number the classes from 0 (a label may be an id here), or add the list of class names",
+            fix="number the classes from 0 (is the label an id?), or add a list of class names",
         )
     return tuple(str(label) for label in range(highest + 1))
 
 
 def check_labels(labels: IntArray, num_classes: int, describe: str, where: object) -> None:
-    """Refuse labels outside 0..num_classes-1, naming the first one."""
+    """UserError for labels outside 0..num_classes-1; it names the first one."""
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(wrong):
         raise UserError(
@@ -253,5 +255,5 @@ def check_labels(labels: IntArray, num_classes: int, describe: str, where: objec
             if num_classes
             else "at least one class",
             where=where,
-            fix="mend the labels, or the list of class names; leave images without a label out",
+            fix="correct the labels or the list of class names; remove images without a label",
         )

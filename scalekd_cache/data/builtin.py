@@ -1,6 +1,6 @@
 """Data sets by name: the embedded demo digits, and torchvision's cifar10 and imagenette downloads.
 
-In: `DataConfig` and a split. Out: a `ListedSource`; images that are arrays at their origin are given out as PNG bytes.
+In: `DataConfig` and a split. Out: a `ListedSource`; images stored as arrays are returned as PNG bytes.
 Invariant: the train and val splits are disjoint and the same on every machine.
 """
 
@@ -35,7 +35,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 def open_builtin(name: str, config: DataConfig, split: Split) -> ListedSource:
-    """Open demo, cifar10 or imagenette; the last two are downloaded into `config.download_dir` when missing."""
+    """Open demo, cifar10 or imagenette; the last two are downloaded into `config.download_dir` if missing."""
     folder = Path(config.download_dir).expanduser()
     if name == "demo":
         return _open_demo(split)
@@ -43,7 +43,7 @@ def open_builtin(name: str, config: DataConfig, split: Split) -> ListedSource:
 
 
 class DigitReader:
-    """Shows 8x8 digits, (N, 8, 8) uint8 in 0..16, as RGB PNG files of `DEMO_SIZE` pixels."""
+    """Returns 8x8 digits, (N, 8, 8) uint8 in 0..16, as RGB PNG files of `DEMO_SIZE` pixels."""
 
     def __init__(self, digits: Pixels) -> None:
         self._digits = digits
@@ -77,7 +77,7 @@ def _open_demo(split: Split) -> ListedSource:
 
 
 class Cifar10Reader:
-    """Gives CIFAR-10 images as PNG files. Forked workers share the array, spawned ones load it on first use."""
+    """Returns CIFAR-10 images as PNG files. Forked workers share the array; spawned workers load it on first use."""
 
     def __init__(self, folder: Path, split: Split, images: Pixels, order: npt.NDArray[np.int64]) -> None:
         self._folder = folder
@@ -109,12 +109,12 @@ def _open_cifar10(folder: Path, split: Split) -> ListedSource:
 
 
 def _load_cifar10(folder: Path, split: Split, *, download: bool) -> Any:
-    """torchvision's data set: .data (N, 32, 32, 3) uint8, .targets, .classes. It compares MD5 sums before it loads."""
+    """torchvision's data set: .data (N, 32, 32, 3) uint8, .targets, .classes. MD5 sums are checked first."""
     return _torchvision_datasets().CIFAR10(str(folder), train=split == "train", download=download)
 
 
 def _open_imagenette(folder: Path, split: Split) -> ListedSource:
-    """imagenette2, shorter side 320 pixels. Unpacked beside its final place: a kill leaves no half data set."""
+    """imagenette2, shorter side 320 pixels. Unpacked into a temporary folder, then renamed."""
     final = folder / IMAGENETTE_FOLDER
     with _download("imagenette", folder):
         if not final.is_dir():
@@ -129,7 +129,7 @@ def _open_imagenette(folder: Path, split: Split) -> ListedSource:
 
 @contextmanager
 def _download(name: str, folder: Path) -> Iterator[None]:
-    """One process at a time downloads; what goes wrong is told with the way around it."""
+    """Only one process downloads at a time; errors explain what to do without a download."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f".{name}.lock"
@@ -140,9 +140,9 @@ def _download(name: str, folder: Path) -> Iterator[None]:
         raise UserError(
             f"{name} could not be downloaded or unpacked",
             got=f"{type(error).__name__}: {error}",
-            expected="a network connection and room on the disk, or the data set in place already",
+            expected="a network connection and free disk space, or an existing copy of the data set",
             where=folder.absolute(),
-            fix=f"try again, or get the images another way and set data.source to a folder with {LAYOUT}; "
+            fix=f"rerun, or get the images another way and set data.source to a folder with {LAYOUT}; "
             "data.source=demo needs no network",
         ) from error
 

@@ -1,8 +1,8 @@
-"""The order of the classes: what a label of 0, 1, 2 means, chosen to be the order of the teacher's outputs.
+"""The order of the classes: it must be the order of the teacher's outputs.
 
-In: a source, and `data.classes`: the name of an order or a file of class names. Out: the same source with its labels
-numbered in that order. Invariant: every image keeps its class; a list that does not name exactly the classes of the
-data set is an error.
+In: a source, and `data.classes`: the name of an order or a file of class names. Out: the same source, labels renumbered
+in that order. Invariant: every image keeps its class; a list that does not contain exactly the classes of the data set
+is an error.
 """
 
 import dataclasses
@@ -22,24 +22,24 @@ MAX_LIST_BYTES = 1 << 26
 
 
 def natural_key(name: str) -> list[Any]:
-    """Sorts as timm's image folders do: numbers by value, upper and lower case alike."""
+    """The sort key of timm's image folders: numbers by value, case-insensitive."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 ORDERS: dict[str, Callable[[str], Any]] = {"sorted": lambda name: name, "natural": natural_key, "caseless": str.lower}
-"""Named orders: by code point as torchvision's image folders, as timm's, and as many file managers list folders."""
+"""Named orders: by code point as in torchvision's image folders, natural as in timm's, case-insensitive."""
 
 
-def same_text(name: str) -> str:
-    """A name in one Unicode form (NFC): macOS may store its accents as characters of their own (NFD)."""
+def normalize_name(name: str) -> str:
+    """A name in Unicode form NFC; macOS may store accents as separate characters (NFD)."""
     return unicodedata.normalize("NFC", name)
 
 
 def read_class_names(path: Path) -> tuple[str, ...]:
-    """The lines of a class list that hold something.
+    """The non-empty lines of a class list.
 
     Raises:
-        UserError: no such file, not UTF-8, longer than any class list.
+        UserError: no such file, not UTF-8, too large.
     """
     what = "the list of class names"
     try:
@@ -50,18 +50,18 @@ def read_class_names(path: Path) -> tuple[str, ...]:
             got=error,
             expected="UTF-8, one name per line",
             where=path,
-            fix="write the file again",
+            fix="rewrite the file",
         ) from error
     return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
-def in_class_order(source: ListedSource, classes: str | None) -> ListedSource:
+def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
     """The source with its classes in the order of `classes`: one of `ORDERS`, a file, or None for the source's own.
 
-    A file that lists other names for a source whose names are mere numbers gives the classes those names.
+    If the classes of the source are only numbered, a file with other names gives them these names.
 
     Raises:
-        UserError: the file cannot be read, or does not list the classes of the data set.
+        UserError: the file cannot be read, or its names are not the classes of the data set.
     """
     if classes is None:
         return source
@@ -69,8 +69,8 @@ def in_class_order(source: ListedSource, classes: str | None) -> ListedSource:
     if classes in ORDERS:
         return _renumbered(source, sorted(names, key=lambda name: (ORDERS[classes](name), name)))
     listed = read_class_names(Path(classes).expanduser())
-    by_text = {same_text(name): name for name in names}
-    wanted = [by_text.get(same_text(name), name) for name in listed]
+    by_text = {normalize_name(name): name for name in names}
+    wanted = [by_text.get(normalize_name(name), name) for name in listed]
     if sorted(wanted) == sorted(names):
         return _renumbered(source, wanted)
     numbered = names == tuple(map(str, range(len(names))))

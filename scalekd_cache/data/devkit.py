@@ -1,7 +1,7 @@
 """Labels of ImageNet's flat val/ folder from its devkit.
 
-In: image names, the sorted class folders of train/, the devkit folder. Out: one label an image.
-Invariant: a label comes from the number in the image's name, so a part of the validation set is labeled right too.
+In: image names, the sorted class folders of train/, the devkit folder. Out: one label per image.
+Invariant: a label comes from the number in the file name, so a subset of the validation set is labeled correctly too.
 """
 
 import re
@@ -9,19 +9,19 @@ from pathlib import Path
 
 import scipy.io
 
-from scalekd_cache.data.base import missing_folder
+from scalekd_cache.data.base import missing_folder_error
 from scalekd_cache.errors import UserError
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
-def flat_labels(root: Path, images: list[str], class_names: list[str], devkit: str | None) -> list[int]:
+def flat_val_labels(root: Path, images: list[str], class_names: list[str], devkit: str | None) -> list[int]:
     """Labels of `images`, named like ILSVRC2012_val_00000001.JPEG.
 
     Raises:
-        UserError: no devkit, a file of it that cannot be understood, an image without a number or beyond the ground
-            truth, a class (WordNet id) that train/ does not have.
+        UserError: no devkit or a damaged one, an image without a number or beyond the ground truth, a class (WordNet
+            id) that train/ does not have.
     """
     data = _devkit_data(root, devkit)
     wnids = _read_wnids(data / "meta.mat")
@@ -46,7 +46,7 @@ def flat_labels(root: Path, images: list[str], class_names: list[str], devkit: s
                 got=f"{image} is {wnid}",
                 expected=f"one of the {len(class_names)} folders of train/, such as {class_names[0]}",
                 where=root / "val",
-                fix="complete train/, or remove the images of classes that you do not use",
+                fix="add the class to train/, or remove the images of unused classes from val/",
             )
         labels.append(number[wnid])
     return labels
@@ -57,8 +57,8 @@ def _devkit_data(root: Path, devkit: str | None) -> Path:
     for data in (folder / "data", folder):
         if (data / "meta.mat").is_file() and (data / TRUTH).is_file():
             return data
-    raise missing_folder(
-        "val/ is flat, and the ImageNet devkit that would label it is not there",
+    raise missing_folder_error(
+        "val/ is flat, and the ImageNet devkit with its labels is missing",
         folder,
         f"data/meta.mat and data/{TRUTH}",
         f"unpack {DEVKIT}.tar.gz next to val/, or set data.devkit, or move the images into class folders",
@@ -71,7 +71,7 @@ def _read_wnids(path: Path) -> dict[int, str]:
         synsets = scipy.io.loadmat(path, squeeze_me=True)["synsets"]
         rows = zip(synsets["ILSVRC2012_ID"].flat, synsets["WNID"].flat, synsets["num_children"].flat)
         return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
-    except Exception as error:  # scipy raises many kinds on a damaged file; all mean the same to the user
+    except Exception as error:  # scipy raises many exception types on a damaged file
         raise UserError(
             "the devkit's meta.mat cannot be read",
             got=f"{type(error).__name__}: {error}",
@@ -89,7 +89,7 @@ def _read_truth(path: Path) -> list[int]:
         raise UserError(
             "the devkit's ground truth cannot be read",
             got=error,
-            expected="one number a line",
+            expected="one number per line",
             where=path,
             fix="unpack the devkit again",
         ) from error

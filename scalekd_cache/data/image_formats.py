@@ -1,8 +1,8 @@
-"""Which image formats are taken, and how a file of one is known by its name or its first bytes.
+"""Supported image formats, and how a file is recognized by its name or its first bytes.
 
-In: names, first bytes. Out: yes or no. Invariant: only formats whose damaged files are refused by Pillow are taken, and
-none that runs other programs (EPS). Of Pillow only the plugins of these formats are imported: a broken plugin of
-another format ends nothing.
+In: file names, first bytes. Out: whether it is a supported image. Invariant: only formats for which Pillow raises on
+damaged files, and none that runs other programs (EPS). Only the Pillow plugins of these formats are imported, so a
+broken plugin of another format does no harm.
 """
 
 import importlib
@@ -33,7 +33,7 @@ if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     importlib.import_module("PIL.AvifImagePlugin")
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")
-"""What is decoded, whatever the file's name says. Not JPEG 2000: Pillow decodes some files that are cut short."""
+"""Formats that are decoded, whatever the file name. Not JPEG 2000: Pillow decodes some truncated files."""
 IMAGE_SUFFIXES = frozenset(
     [
         ".jpg",
@@ -57,23 +57,23 @@ IMAGE_SUFFIXES = frozenset(
     ]
 )
 START_BYTES = 16
-"""First bytes by which Pillow knows a format."""
+"""Number of first bytes from which Pillow recognizes a format."""
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-"""Raw camera files begin like this too, so it makes an image only of a file without a suffix."""
+"""Raw camera files start with these bytes too, so they count only for a file without a suffix."""
 
 
 def suffix_of(name: str) -> str:
-    """The suffix of a file name in lower case, without the query string that a download may have left behind it."""
+    """The suffix of a file name in lower case, without a query string (left by some downloads)."""
     return os.path.splitext(name.partition("?")[0])[1].lower()
 
 
 def is_image_name(name: str) -> bool:
-    """Whether a name ends as the images do that are taken."""
+    """Whether a name has the suffix of a supported image format."""
     return suffix_of(name) in IMAGE_SUFFIXES
 
 
 def is_image_file(path: str, start: bytes) -> bool:
-    """Whether a file with another suffix, or none, is an image that is taken: by its first bytes and its header."""
+    """Whether a file with another suffix, or none, is a supported image, by its first bytes and its header."""
     if len(start) < START_BYTES or (start.startswith(TIFF_STARTS) and suffix_of(os.path.basename(path))):
         return False
     accepts = (Image.OPEN[kind][1] for kind in FORMATS if kind in Image.OPEN and kind != "DIB")  # DIB has no magic
@@ -82,5 +82,5 @@ def is_image_file(path: str, start: bytes) -> bool:
     try:
         with Image.open(path, formats=FORMATS):
             return True
-    except Exception:  # Pillow raises many kinds on what only looked like an image
+    except Exception:  # Pillow raises many exception types on files that are not images
         return False

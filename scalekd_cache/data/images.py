@@ -14,7 +14,7 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from scalekd_cache.data.image_formats import FORMATS
 
 MAX_PIXELS = 178_956_970
-"""Largest image that is decoded, pixels: twice Pillow's default, where Pillow itself refuses."""
+"""Maximum image size, pixels: twice Pillow's default, the size at which Pillow itself raises."""
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -27,8 +27,8 @@ TRANSPOSES = {
 }
 
 
-class UnreadableImage(Exception):  # noqa: N818 (it names the image, as the skip list does)
-    """One image that cannot be decoded: a fact about the data that the caller records before it goes on."""
+class UnreadableImage(Exception):  # noqa: N818 (not a program error)
+    """An image that cannot be decoded. The caller records it and continues with the next image."""
 
     def __init__(self, key: str, reason: str) -> None:
         super().__init__(key, reason)
@@ -40,7 +40,7 @@ class UnreadableImage(Exception):  # noqa: N818 (it names the image, as the skip
 
 
 def image_digest(data: bytes) -> str:
-    """16 hex characters: blake2b of an image file, by which a file that was replaced is noticed."""
+    """16 hex characters: blake2b of an image file, used to detect a replaced file."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -48,22 +48,24 @@ def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) uint8 RGB.
 
     EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8;
-    CMYK is converted without a color profile; of several frames the first counts.
+    CMYK is converted without a color profile; of several frames the first is used.
 
     Raises:
         UnreadableImage: no bytes, not an image, truncated, no defined range of values, over `MAX_PIXELS`.
     """
     if not data:
         raise UnreadableImage(key, "zero bytes")
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # process-wide; other libraries set it and would get us zero-filled images
+    ImageFile.LOAD_TRUNCATED_IMAGES = (
+        False  # process-wide; when another library sets it, truncated images are zero-filled
+    )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, key)
             image.load()
             pixels = np.array(_to_rgb(_upright(image), key))
-    except (UnreadableImage, MemoryError):  # out of memory says something about the machine, not about the image
+    except (UnreadableImage, MemoryError):  # MemoryError is a fact about the machine, not the image
         raise
-    except Exception as error:  # Pillow raises many kinds on damaged bytes
+    except Exception as error:  # Pillow raises many exception types on damaged bytes
         reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else str(error)
         raise UnreadableImage(key, reason or type(error).__name__) from error
     assert pixels.ndim == 3, pixels.shape
@@ -79,10 +81,10 @@ def _check_size(image: Image.Image, key: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image turned as its EXIF orientation says."""
+    """The image rotated by its EXIF orientation."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
-    except Exception:  # the pixels are whole; a damaged EXIF block holds no orientation to apply
+    except Exception:  # the pixels are complete; only the EXIF block is damaged
         return image
     method = TRANSPOSES.get(orientation) if isinstance(orientation, int) else None
     return image if method is None else image.transpose(method)
@@ -100,7 +102,7 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
 
 
 def _from_deep_gray(image: Image.Image, key: str) -> Image.Image:
-    """16-bit gray to 8-bit RGB; wider integers and floats have no range that says what white is."""
+    """16-bit gray to 8-bit RGB; for wider integers and floats the value of white is unknown."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" or low < 0 or high > 65535:

@@ -1,8 +1,8 @@
-"""Parquet files of images as Hugging Face data sets lay them out: a column of images and a column of labels.
+"""Parquet files in the layout of Hugging Face data sets: a column of images and a column of labels.
 
 In: a folder with train/ and val/ (validation/, test/) parquet files, or data/train-*.parquet and its like.
-Out: a `ListedSource` in file order (a row group is the smallest thing that can be read, so a hashed order would read
-every group once a sample). Invariant: row i of a file is one sample, key `<file>/<row>`.
+Out: a `ListedSource` in file order (only whole row groups can be read, so a hashed order would read a group for every
+sample). Invariant: row i of a file is one sample, key `<file>/<row>`.
 """
 
 import json
@@ -34,8 +34,8 @@ LAYOUT = "train/*.parquet and val/*.parquet, or data/train-*.parquet and data/va
 
 
 class ParquetFacts(NamedTuple):
-    """What opening a file tells: rows of each row group, labels (rows,) int64, class names when declared, and how many
-    rows have neither bytes nor a path."""
+    """Facts of a file: rows of each row group, labels (rows,) int64, class names if declared, and the number of rows
+    with neither bytes nor a path."""
 
     path: str
     image_column: str
@@ -46,11 +46,11 @@ class ParquetFacts(NamedTuple):
 
 
 class ParquetReader:
-    """Reads image bytes by row group and keeps the latest one. Pickles without it; holds no open file.
+    """Reads image bytes and caches the last row group (not pickled). Holds no open file.
 
     Args:
-        files: what opening them told.
-        root: where paths of images may begin, beside the folders of the files.
+        files: the facts of the files.
+        root: image paths may be relative to it or to the folder of their file.
     """
 
     def __init__(self, files: list[ParquetFacts], root: Path) -> None:
@@ -62,7 +62,7 @@ class ParquetReader:
         self._latest: tuple[int, Any] | None = None
 
     def __call__(self, index: int) -> bytes:
-        """Bytes of row `index`, counted over all files, or of the file it names; b"" for a null."""
+        """Bytes of row `index`, counted over all files, or of the file that it names; b"" for a null."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         latest = self._latest
         if latest is None or latest[0] != group:
@@ -82,11 +82,11 @@ class ParquetReader:
         try:
             with parquet.ParquetFile(path) as file:
                 values = file.read_row_group(group_in_file, columns=[column], use_threads=False).column(column)
-        except Exception as error:  # pyarrow raises several kinds on a damaged file
+        except Exception as error:  # pyarrow raises several exception types on a damaged file
             raise _damaged(path, error) from error
         expected = int(self._starts[group + 1] - self._starts[group])
         if len(values) != expected:
-            raise _damaged(path, f"row group {group_in_file} has {len(values)} rows, {expected} when it was opened")
+            raise _damaged(path, f"row group {group_in_file} has {len(values)} rows, expected {expected}")
         return values
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,15 +94,15 @@ class ParquetReader:
 
 
 def has_parquet(root: Path) -> bool:
-    """Whether `root` has training parquet files where they are looked for."""
+    """Whether `root` has training parquet files in the expected layout."""
     return bool(_find(root, "train"))
 
 
 def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
-    """List a folder of parquet files; class names are those declared in the training files, else "0".."max".
+    """List a folder of parquet files. Class names are those declared in the files, otherwise "0".."max".
 
     Raises:
-        UserError: pyarrow is missing, no files, columns or labels that are not as expected, a damaged file.
+        UserError: pyarrow is missing, no files, unexpected columns or labels, a damaged file.
     """
     paths = {part: _find(root, part) for part in ("train", split)}
     for part in ("train", split):
@@ -128,7 +128,7 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
         ),
         reader=ParquetReader(files, root),
         file_starts=np.cumsum([0, *(len(facts.labels) for facts in files[:-1])], dtype=np.int64),
-        left_out=(f"{empty_rows:,} rows have no image: neither bytes nor a path",) if empty_rows else (),
+        ignored=(f"ignored: {empty_rows:,} rows without an image (neither bytes nor a path)",) if empty_rows else (),
     )
 
 
@@ -147,7 +147,7 @@ def _find(root: Path, split: str) -> list[Path]:
 
 
 def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
-    """What a file holds; with `images`, whether every image has bytes or a file."""
+    """The facts of a file; with `images`, checks that every image has bytes or an existing file."""
     parquet = _pyarrow_parquet()
     check_regular(path, "a parquet file")
     try:
@@ -159,7 +159,7 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
             empty_rows = _check_images(file, column, path, root) if images else 0
     except UserError:
         raise
-    except Exception as error:  # pyarrow raises several kinds on a damaged file
+    except Exception as error:  # pyarrow raises several exception types on a damaged file
         raise _damaged(path, error) from error
     if labels.null_count:
         raise _wrong_columns(path, f"{labels.null_count} rows without a label")
@@ -171,23 +171,23 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
 
 
 def _parts(value: Any) -> tuple[bytes, str]:
-    """Bytes and path of an image as a row has it: bytes, a path, or a struct of both."""
+    """Bytes and path of the image in a row, which holds bytes, a path or a struct of both."""
     if isinstance(value, dict):
         return value.get("bytes") or b"", value.get("path") or ""
     return (b"", value) if isinstance(value, str) else (value or b"", "")
 
 
 def _place_of(path: str, file: Path, root: Path) -> Path | None:
-    """Where the file of a path is: as it is written, beside the parquet file, or below the data set's folder."""
-    places = (folder / path for folder in (file.parent, root))  # an absolute path stays as it is
+    """The file of a path that is absolute, relative to the parquet file, or relative to the data set."""
+    places = (folder / path for folder in (file.parent, root))  # an absolute path is kept
     return next((place for place in places if place.is_file()), None)
 
 
 def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
-    """How many rows have neither bytes nor a path; only row groups that have images without bytes are read.
+    """The number of rows with neither bytes nor a path; reads only row groups with images that have no bytes.
 
     Raises:
-        UserError: rows whose path leads to no file.
+        UserError: the file of a path does not exist.
     """
     first, empty, example = 0, 0, ""
     lost: list[int] = []
@@ -206,17 +206,17 @@ def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
         first += rows
     if lost:
         raise UserError(
-            "a parquet file names images by their path, and there is no file at that path",
+            "a parquet file refers to images by path, and there is no file at that path",
             got=f"column {column}: {len(lost)} of {first} rows, the first is row {lost[0]} with path {example}",
-            expected=f"image bytes, or a path that begins at /, at {path.parent} or at {root}",
+            expected=f"image bytes, an absolute path, or a path relative to {path.parent} or {root}",
             where=path,
-            fix="put the images where the paths say, or write the data set with its images embedded",
+            fix="put the images at these paths, or write the data set with embedded images",
         )
     return empty
 
 
 def _has_nulls(group: Any, column: str) -> bool:
-    """Whether a row group may have images without bytes, as far as its statistics tell."""
+    """Whether a row group may have images without bytes, by its statistics."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     found = [chunk.statistics for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes")]
     return not found or found[0] is None or found[0].null_count != 0
@@ -246,7 +246,7 @@ def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[
         names = json.loads(text)["info"]["features"][LABEL_COLUMN].get("names")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise _damaged(path, f"huggingface metadata: {error!r}") from error
-    if isinstance(names, dict):  # an older way of writing the list: {"0": "cat", "1": "dog"}
+    if isinstance(names, dict):  # older format: {"0": "cat", "1": "dog"}
         names = [names.get(str(number)) for number in range(len(names))]
     return tuple(str(name) for name in names) if names else None
 
@@ -281,7 +281,7 @@ def _damaged(path: str | Path, error: object) -> UserError:
     return UserError(
         "a parquet file cannot be read",
         got=error,
-        expected="a whole parquet file",
+        expected="a complete parquet file",
         where=path,
         fix="copy or download the file again",
     )

@@ -1,7 +1,7 @@
 """Brace patterns of file names: `train-{000..146}.tar`, `{a,b}.tar`.
 
-In: a pattern. Out: the names it stands for, or the validation files beside it.
-Invariant: a training pattern means exactly the files it names; one that is missing is found out when it is opened.
+In: a pattern. Out: the file names it expands to, or the matching validation files.
+Invariant: a training pattern means exactly the files it names; a missing one is an error when it is opened.
 """
 
 import glob
@@ -20,7 +20,7 @@ def is_pattern(text: str) -> bool:
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names a pattern stands for, in its order; zeros in front of the first number of a range are kept."""
+    """All names a pattern expands to, in order; leading zeros of a range are kept."""
     pieces = BRACES.split(pattern)  # text, inside, text, inside, ..., text
     choices = [_choices(piece, pattern) if number % 2 else [piece] for number, piece in enumerate(pieces)]
     total = 1
@@ -32,12 +32,12 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def word(name: str) -> re.Pattern[str]:
-    """Finds `name` where no letter stands before or after it: val in x-val-0.tar, not in validation.tar."""
+    """Matches `name` as a whole word: val in x-val-0.tar, not in validation.tar."""
     return re.compile(rf"(?<![A-Za-z]){name}(?![A-Za-z])")
 
 
-def sibling_glob(pattern: str, names: tuple[str, ...]) -> list[str]:
-    """Files that are there when the last word `train` of the pattern becomes one of `names`, numbers left open."""
+def find_val_tars(pattern: str, names: tuple[str, ...]) -> list[str]:
+    """Existing files for the pattern with its last word `train` replaced by one of `names`, with any numbers."""
     words = list(word("train").finditer(pattern))
     if not words:
         return []
@@ -64,7 +64,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 def _bad_pattern(pattern: str, got: str) -> UserError:
     return UserError(
-        "a pattern of shards cannot be understood",
+        "invalid pattern of shards",
         got=got,
         expected="{000..146} with the lower number first, or {a,b,c}",
         where=pattern,

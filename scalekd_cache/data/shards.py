@@ -1,8 +1,8 @@
 """WebDataset shards as a source: samples are neighboring tar members with one key, an image and a .cls.
 
 In: a folder with train and val tars, or a brace pattern of the train tars. Out: a `ListedSource` in tar order whose
-work units never span two tars. Invariant: every header is checked once at opening, and a tar that ends early, a
-sample without image or label and a key seen twice are errors; nothing is ever extracted.
+work units never span two tars. Invariant: every header is checked once at opening; a truncated tar, a sample without
+image or label and a duplicate key are errors; nothing is extracted.
 """
 
 import os
@@ -16,7 +16,7 @@ import numpy as np
 from scalekd_cache.data.base import ListedSource, SampleList, Split, check_labels, encode_key, numbered_classes
 from scalekd_cache.data.classes import read_class_names
 from scalekd_cache.data.image_formats import IMAGE_SUFFIXES
-from scalekd_cache.data.patterns import expand_braces, is_pattern, sibling_glob, word
+from scalekd_cache.data.patterns import expand_braces, find_val_tars, is_pattern, word
 from scalekd_cache.data.tarscan import TarMember, scan_tar, split_name
 from scalekd_cache.errors import UserError
 
@@ -27,7 +27,7 @@ LAYOUT = "train/*.tar and val/*.tar, or *train*.tar and *val*.tar"
 
 
 class ShardSample(NamedTuple):
-    """Where the image of a sample lies in its tar: offset and size in bytes."""
+    """Position of a sample's image in its tar: offset and size in bytes."""
 
     key: str
     label: int
@@ -36,7 +36,7 @@ class ShardSample(NamedTuple):
 
 
 class TarReader:
-    """Reads images from tars by offset. Holds names and numbers only: each read opens and closes its tar."""
+    """Reads images from tars by offset. Holds no open files: each read opens and closes its tar."""
 
     def __init__(self, tars: list[str], samples: list[list[ShardSample]]) -> None:
         self._tars = tars
@@ -60,13 +60,13 @@ class TarReader:
                 got=f"{now} bytes",
                 expected=f"{self._tar_bytes[number]} bytes",
                 where=tar,
-                fix="leave shards alone while they are used, and start again",
+                fix="do not change shards while they are in use; rerun",
             )
         return data
 
 
 def _pread(descriptor: int, size: int, offset: int) -> bytes:
-    """`os.pread` that goes on after a short read; shorter than `size` only at the end of the file."""
+    """`os.pread` that continues after a short read; returns less than `size` only at the end of the file."""
     data = os.pread(descriptor, size, offset)
     while len(data) < size:
         more = os.pread(descriptor, size - len(data), offset + len(data))
@@ -77,18 +77,18 @@ def _pread(descriptor: int, size: int, offset: int) -> bytes:
 
 
 def has_shards(root: Path) -> bool:
-    """Whether `root` has training tars where they are looked for."""
+    """Whether `root` has training tars in the expected layout."""
     return bool(_find(str(root), "train"))
 
 
 def open_shards(name: str, root: str, split: Split) -> ListedSource:
     """List WebDataset tars; `root` is a folder or a brace pattern of the training tars.
 
-    Class names are the lines of classes.txt beside the tars or one folder up, else "0".."max" of the training labels
-    (then opening val reads the training headers too).
+    Class names are the lines of classes.txt next to the tars or one folder up, otherwise "0".."max" of the training
+    labels (then opening val also reads the training headers).
 
     Raises:
-        UserError: no tars, a damaged tar, a sample without image or label, a key seen twice, a label outside the list.
+        UserError: no tars, a damaged tar, a sample without image or label, a duplicate key, a label outside the list.
     """
     train_tars, tars = _find(root, "train"), _find(root, split)
     if not tars:
@@ -120,14 +120,14 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
         samples=SampleList((sample.key for sample in flat), [sample.label for sample in flat]),
         reader=TarReader(tars, samples),
         file_starts=np.cumsum([0, *(len(many) for many in samples[:-1])], dtype=np.int64),
-        left_out=tuple(f"left out: {count:,} members of tars that are {kind}" for kind, count in others.items()),
+        ignored=tuple(f"ignored: {count:,} tar members: {kind}" for kind, count in others.items()),
     )
 
 
 def _find(root: str, split: str) -> list[str]:
-    """Tars of a split in order; an empty list when there are none."""
+    """Tars of a split in order; empty if there are none."""
     if is_pattern(root):
-        return expand_braces(root) if split == "train" else sibling_glob(root, SPLIT_NAMES["val"])
+        return expand_braces(root) if split == "train" else find_val_tars(root, SPLIT_NAMES["val"])
     for part in SPLIT_NAMES[split]:
         found = sorted(Path(root, part).glob("*.tar")) or sorted(
             path for path in Path(root).glob("*.tar") if word(part).search(path.name)
@@ -138,7 +138,7 @@ def _find(root: str, split: str) -> list[str]:
 
 
 def _class_names_beside(tar: str) -> tuple[str, ...] | None:
-    """Lines of classes.txt in the folder of a training tar, or above it where that folder is the split's own."""
+    """Lines of classes.txt in the folder of a training tar, or in its parent if the folder is train/."""
     folder = Path(tar).parent
     for path in (folder / "classes.txt", folder.parent / "classes.txt"):
         if path.is_file() and (path.parent == folder or folder.name == "train"):
@@ -147,12 +147,12 @@ def _class_names_beside(tar: str) -> tuple[str, ...] | None:
 
 
 def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
-    """All samples of one tar, in its order; members that belong to no sample are counted in `others`."""
+    """All samples of one tar, in order; members of no sample are counted in `others`."""
     groups: list[tuple[str, dict[str, TarMember]]] = []
     for member in scan_tar(tar, others):
         parts = split_name(member.name)
         if parts is None:
-            others["hidden, or have no suffix or a name like __this__"] += 1
+            others["hidden, without a suffix, or named like __this__"] += 1
             continue
         stem, extension = parts
         if not groups or groups[-1][0] != stem:
@@ -172,7 +172,7 @@ def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember])
     whole = len(images) == 1 and "cls" in members
     dotted = sorted(name for name in members if "." in name and name.rpartition(".")[2] in {*IMAGE_EXTENSIONS, "cls"})
     pairs = {name.rpartition(".")[0] for name in dotted if name.endswith(".cls")}
-    # An extension of several parts is WebDataset's for more data of a sample (seg.png); a label makes it a sample.
+    # WebDataset uses extensions such as seg.png for further data of a sample; with a label it is a sample by itself.
     if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
         raise _dotted(tar, stem, dotted[0])
     if not whole:
@@ -191,12 +191,12 @@ def _labeled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMem
 def _dotted(tar: str, stem: str, extension: str) -> UserError:
     base = stem.rpartition("/")[2]
     return UserError(
-        "the sample keys of a shard have dots in them",
+        "the sample keys of a shard contain dots",
         got=f"{base}.{extension}",
         expected=f"names without a dot before the extension: WebDataset takes {base} as the key of this member and "
         f".{extension} as its extension",
         where=tar,
-        fix="replace the dots in the keys, by underscores for example, when the shard is written",
+        fix="write the shard with other characters instead of dots in the keys, for example underscores",
     )
 
 

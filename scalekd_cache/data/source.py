@@ -13,7 +13,7 @@ from typing import Any
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, Source, Split
 from scalekd_cache.data.builtin import BUILTIN, open_builtin
-from scalekd_cache.data.classes import in_class_order, same_text
+from scalekd_cache.data.classes import normalize_name, reorder_classes
 from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
 from scalekd_cache.data.parquet import has_parquet, open_parquet
 from scalekd_cache.data.patterns import is_pattern
@@ -27,14 +27,14 @@ def open_source(config: DataConfig, split: Split) -> Source:
 
     Args:
         config: `source` is demo, cifar10, imagenette, a folder (class folders, WebDataset tars or parquet files) or a
-            brace pattern of tars; `max_samples` keeps the first of the canonical order.
+            brace pattern of tars; `max_samples` keeps only the first samples of the canonical order.
         split: train or val. Class names come from train in both cases.
 
     Raises:
         UserError: an unknown name, a missing or damaged data set, a failed download.
     """
     assert split in ("train", "val"), split
-    return in_class_order(_open(config, split), config.classes).first(config.max_samples)
+    return reorder_classes(_open(config, split), config.classes).first(config.max_samples)
 
 
 def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split) -> Source:
@@ -76,15 +76,15 @@ def _open(config: DataConfig, split: Split) -> ListedSource:
 
 def _not_a_folder(name: str, root: Path) -> UserError:
     if root.is_file():
-        return UserError(f"DATA={name} is a file: give the folder with {LAYOUT}, WebDataset tars or parquet files")
+        return UserError(f"DATA={name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files")
     beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
     for folder in beside:
-        if same_text(folder) == same_text(str(root)):
+        if normalize_name(folder) == normalize_name(str(root)):
             return UserError(
                 "DATA= names the folder in another Unicode form (NFC or NFD)",
                 got=ascii(name),
                 expected=ascii(folder),
-                fix="let the shell complete the name, or rename the folder",
+                fix="use the shell's tab completion for the name, or rename the folder",
             )
     return unknown_name(
         "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
@@ -92,7 +92,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
 
 
 def data_facts(source: Source) -> dict[str, Any]:
-    """What a cache's fingerprint says of its data set."""
+    """The data set's part of a cache fingerprint."""
     return {
         "listing": listing_digest(source),
         "samples": len(source.samples),
@@ -101,7 +101,7 @@ def data_facts(source: Source) -> dict[str, Any]:
 
 
 def listing_digest(source: Source) -> str:
-    """The sha256 (hex) of keys and labels in canonical order: what a cache was made from."""
+    """sha256 (hex) over keys and labels in canonical order."""
     digest = hashlib.sha256()
     for key, label in source.samples:
         digest.update(f"{key}\0{label}\n".encode())

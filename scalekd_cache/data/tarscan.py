@@ -1,8 +1,8 @@
-"""One pass over the headers of a tar that comes from elsewhere.
+"""Scans the headers of an untrusted tar.
 
 In: a path. Out: name, offset and size of every regular member.
-Invariant: every member lies wholly inside the file, the tar has its end mark and nothing behind it; links, devices
-and sparse files are left out; nothing is allocated from a size that the tar claims.
+Invariant: every member lies completely inside the file; the tar has its end mark and nothing after it; links, devices
+and sparse files are ignored; no allocation depends on a size from a header.
 """
 
 import io
@@ -27,7 +27,7 @@ class TarMember(NamedTuple):
 
 
 class _HeaderFile(io.FileIO):
-    """A file that refuses reads no honest tar header needs, before memory is taken for them."""
+    """A file that rejects reads larger than any valid tar header, before memory is allocated."""
 
     def read(self, size: int | None = -1, /) -> bytes:
         if size is None or not 0 <= size <= MAX_HEADER_BYTES:
@@ -36,7 +36,7 @@ class _HeaderFile(io.FileIO):
 
 
 def split_name(name: str) -> tuple[str, str] | None:
-    """A member's name as WebDataset reads it: (key, extension in lower case); None for names that are no samples."""
+    """A member's name as WebDataset splits it: (key, extension in lower case); None if it is not a sample."""
     folder, _, base = name.rpartition("/")
     stem, dot, extension = base.partition(".")
     if not stem or not dot or (stem.startswith("__") and stem.endswith("__")):
@@ -45,10 +45,10 @@ def split_name(name: str) -> tuple[str, str] | None:
 
 
 def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
-    """All regular members in order; links and other members that hold no bytes are counted in `others`.
+    """All regular members in order; links and other members without data are counted in `others`.
 
     Raises:
-        UserError: no such file, not an uncompressed tar, cut short, damaged, data behind the end mark.
+        UserError: no such file, not an uncompressed tar, truncated, damaged, data after the end mark.
     """
     members: list[TarMember] = []
     last = "none"
@@ -70,8 +70,8 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
     except SCAN_ERRORS as error:
         key = (split_name(last) or (last, ""))[0]
         raise UserError(
-            f"a shard is cut short or damaged; the last sample found is {key}",
-            got=f"{error} (last whole header: {last})",
+            f"a shard is truncated or damaged; the last sample found is {key}",
+            got=f"{error} (last complete header: {last})",
             expected="an uncompressed tar with its end-of-archive mark",
             where=path,
             fix="copy or write the shard again",
@@ -80,12 +80,12 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
 
 
 def _check_end(file: io.FileIO, position: int) -> None:
-    """After the last member: at least one block of zeros, and nothing but zeros up to the end of the file."""
+    """Checks that only zeros follow the last member, at least one block."""
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
         raise tarfile.ReadError("the tar ends without its end-of-archive mark")
     while block:
         if any(block):
-            raise tarfile.ReadError(f"a damaged header, or data behind the end mark, near byte {file.tell()}")
+            raise tarfile.ReadError(f"a damaged header, or data after the end mark, near byte {file.tell()}")
         block = file.read(MAX_HEADER_BYTES)

@@ -1,9 +1,9 @@
-"""Worker processes of a loader: how much they keep waiting, how it reaches the main process, and what ends them.
+"""Loads items in worker processes: prefetch limits, transfer through shared memory, errors of workers.
 
-In: a data set, the order of its items, the bytes of one item. Out: the items, in that order.
-Invariant: the tensors of an item cross in one block of shared memory, so with one file descriptor, and are copied out
-of it on arrival. What waits is bounded by the free shared memory and by the limit of open files. A worker that cannot
-send an item ends, and a worker that ends is an error.
+In: a data set, the order of its items, the size of one item in bytes. Out: the items, in that order.
+Invariant: all tensors of an item are sent in one block of shared memory (one file descriptor) and copied out of it when
+received. Prefetching is limited by the free shared memory and the open-file limit. A worker that cannot send an item
+exits, and a worker that exits raises an error. Every worker runs one thread.
 """
 
 import contextlib
@@ -22,35 +22,36 @@ from torch.utils.data import DataLoader, Dataset
 from scalekd_cache.errors import UserError, worker_failure
 
 SHARED_MEMORY = Path("/dev/shm")
-WAITING_BYTES = 2 << 30
-"""Most bytes that wait in the shared memory of one loader, however much is free."""
+SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host), or use fewer WORKERS (or 0)"
+MAX_PREFETCH_BYTES = 2 << 30
+"""Maximum prefetched bytes of one loader in shared memory, even if more is free."""
 ALIGNMENT = 64
-"""Tensors in a block begin at multiples of this many bytes."""
-OTHER_FILES = 64
-"""Descriptors that are left for everything else a process opens."""
-FILES_A_WORKER = 6
-"""Descriptors of the main process for the pipes and the handle of one worker."""
+"""Alignment of tensors in a block, bytes."""
+RESERVED_FILES = 64
+"""File descriptors reserved for everything else in the process."""
+FILES_PER_WORKER = 6
+"""File descriptors that one worker takes in the main process: pipes and process handle."""
 
 
-def bytes_a_worker(workers: int) -> int:
-    """Bytes that each of some workers may keep waiting: together half of the shared memory that is free now.
+def bytes_per_worker(workers: int) -> int:
+    """Bytes that each worker may prefetch: all workers together use half of the free shared memory.
 
-    The other half is for a second loader (an evaluation within training). Processes on one machine share it evenly.
+    The other half is for a second loader (evaluation during training). Processes on one machine share it evenly.
     """
     free = _free_bytes()
-    share = WAITING_BYTES if free is None else free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return min(WAITING_BYTES, share) // max(1, workers)
+    share = MAX_PREFETCH_BYTES if free is None else free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return min(MAX_PREFETCH_BYTES, share) // max(1, workers)
 
 
-def waiting_items(workers: int, item_bytes: int, most: int) -> int:
-    """Items that each worker may keep waiting, 1 to `most`; 0 without workers.
+def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
+    """Items that each worker may prefetch, 1 to `most`; 0 without workers.
 
     Raises:
-        UserError: there is no room for one item a worker, in shared memory or in the table of open files.
+        UserError: shared memory or the open-file limit does not allow one item per worker.
     """
     if not workers:
         return 0
-    fits = bytes_a_worker(workers) // (item_bytes + 4096)  # whole pages
+    fits = bytes_per_worker(workers) // (item_bytes + 4096)  # whole pages
     if fits < 1:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         raise UserError(
@@ -59,61 +60,62 @@ def waiting_items(workers: int, item_bytes: int, most: int) -> int:
             expected=f"twice {workers} workers x {item_bytes / 1e6:,.1f} MB"
             + ("" if ranks == "1" else f" x {ranks} processes on this machine"),
             where=SHARED_MEMORY,
-            fix="give the container more (docker run --shm-size=8g, or --ipc=host), or use fewer WORKERS (0: none)",
+            fix=SHARED_MEMORY_FIX,
         )
     open_files = _open_files()
-    left = (open_files.limit - open_files.now - OTHER_FILES) // workers - FILES_A_WORKER
+    left = (open_files.limit - open_files.now - RESERVED_FILES) // workers - FILES_PER_WORKER
     if left < 1:
+        needed = open_files.now + RESERVED_FILES + workers * (FILES_PER_WORKER + 1)
         raise UserError(
-            "the limit of open files is too low for the loader's worker processes",
-            got=f"{open_files.limit} files (ulimit -n), {open_files.now} of them open",
-            expected=f"at least {open_files.now + OTHER_FILES + workers * (FILES_A_WORKER + 1)} for {workers} workers",
-            fix="raise it (ulimit -n 65536; docker run --ulimit nofile=65536), or use fewer WORKERS (0: none)",
+            "the open-file limit is too low for the loader's worker processes",
+            got=f"limit {open_files.limit} (ulimit -n), {open_files.now} files open",
+            expected=f"at least {needed} for {workers} workers",
+            fix="raise the limit (ulimit -n 65536; docker run --ulimit nofile=65536), or use fewer WORKERS (or 0)",
         )
     return min(most, fits, left)
 
 
-def items_of(
+def load_items(
     dataset: Dataset[Any],
     order: Iterator[Any],
     *,
     workers: int,
     item_bytes: int,
-    most_waiting: int,
+    max_prefetch: int,
     pin_memory: bool = False,
 ) -> Iterator[Any]:
-    """`dataset[place]` for each place of `order`, which is asked for a place when a worker needs one.
+    """Yields `dataset[index]` for each index of `order`; `order` is advanced only when a worker needs an index.
 
     Args:
-        dataset: items are tensors, or lists, tuples and named tuples that hold tensors and small values.
-        order: places in the data set.
-        workers: processes that make items (0: this one).
-        item_bytes: about the bytes of the tensors of one item.
-        most_waiting: most items that each worker keeps waiting.
-        pin_memory: give tensors in page-locked memory.
+        dataset: its items are tensors, or lists, tuples and named tuples of tensors and small values.
+        order: indices into the data set.
+        workers: worker processes (0: load in this process).
+        item_bytes: approximate size of the tensors of one item.
+        max_prefetch: maximum number of items that each worker prefetches.
+        pin_memory: return tensors in page-locked memory.
 
     Raises:
-        UserError: no room for what the workers send, or a worker that ended.
+        UserError: too little shared memory or file descriptors, or a worker that exited.
     """
     loader = DataLoader(
-        _Sending(dataset) if workers else dataset,
+        _SharedMemoryItems(dataset) if workers else dataset,
         batch_size=None,
-        sampler=_Order(order),
-        collate_fn=_as_it_is,
+        sampler=_LazySampler(order),
+        collate_fn=_identity,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=waiting_items(workers, item_bytes, most_waiting) or None,
-        worker_init_fn=_begin,
+        prefetch_factor=prefetch_count(workers, item_bytes, max_prefetch) or None,
+        worker_init_fn=_init_worker,
     )
     received = iter(loader)
     try:
         for item in received:
-            yield item.received() if isinstance(item, _Sent) else item
-    except RuntimeError as error:
-        raise (worker_failure(error) or error) from error
-    finally:  # now: as long as a traceback keeps the iterator, torch raises for its dead workers anywhere
+            yield item.received() if isinstance(item, _SharedItem) else item
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        raise ((worker_failure(error) if workers else None) or error) from error
+    finally:  # shut down now: while a traceback keeps the iterator alive, torch may raise for dead workers anywhere
         if workers:
-            with contextlib.suppress(RuntimeError):  # the same error once more; torch clears up all the same
+            with contextlib.suppress(RuntimeError):  # the same error again; torch cleans up anyway
                 received._shutdown_workers()  # type: ignore[attr-defined]
 
 
@@ -127,12 +129,12 @@ def _open_files() -> _OpenFiles:
     try:
         now = len(os.listdir("/proc/self/fd"))
     except OSError:
-        now = OTHER_FILES
+        now = RESERVED_FILES
     return _OpenFiles(now, 1 << 20 if limit == resource.RLIM_INFINITY else limit)
 
 
 def _free_bytes() -> int | None:
-    """Free bytes of shared memory; None where it is no file system (macOS)."""
+    """Free bytes of shared memory; None on systems without /dev/shm (macOS)."""
     try:
         facts = os.statvfs(SHARED_MEMORY)
     except OSError:
@@ -140,8 +142,8 @@ def _free_bytes() -> int | None:
     return facts.f_bavail * facts.f_frsize
 
 
-class _Place(NamedTuple):
-    """Where a tensor lies in a block."""
+class _TensorSlot(NamedTuple):
+    """Position of a tensor in a block."""
 
     start: int
     dtype: torch.dtype
@@ -149,83 +151,83 @@ class _Place(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Sent:
-    """An item on its way: its tensors in one block, the rest with a `_Place` for each."""
+class _SharedItem:
+    """An item in transfer: its tensors in one block; in `rest` each tensor is replaced by its `_TensorSlot`."""
 
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""
     rest: Any
 
-    def pin_memory(self) -> "_Sent":
-        """What DataLoader's pinning thread calls: a copy, after which the shared block is given back."""
-        return _Sent(self.block.pin_memory(), self.rest)
+    def pin_memory(self) -> "_SharedItem":
+        """Called by DataLoader's pinning thread: a pinned copy, so that the shared block is freed."""
+        return _SharedItem(self.block.pin_memory(), self.rest)
 
     def received(self) -> Any:
-        """The item. The shared block is copied: its descriptor is closed now, not when the last tensor goes."""
+        """The item. The shared block is copied, so its file descriptor is closed now."""
         block = self.block if self.block.is_pinned() else self.block.clone()
 
-        def tensor(place: _Place) -> Tensor:
+        def tensor(place: _TensorSlot) -> Tensor:
             count = place.dtype.itemsize * torch.Size(place.shape).numel()
             return block[place.start : place.start + count].view(place.dtype).view(place.shape)
 
-        return _replaced(self.rest, _Place, tensor)
+        return _map_structure(self.rest, _TensorSlot, tensor)
 
 
-class _Sending(Dataset[_Sent]):
-    """A data set in a worker: its items, ready to be sent.
+class _SharedMemoryItems(Dataset[_SharedItem]):
+    """Wraps a data set in a worker: items with their tensors in shared memory.
 
-    The shared memory is taken here and not by the thread that sends, where an error would be lost and waited for.
+    Shared memory is allocated here: an error in the sending thread would be lost, and the main process would hang.
     """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, place: Any) -> _Sent:
-        tensors: list[tuple[_Place, Tensor]] = []
+    def __getitem__(self, place: Any) -> _SharedItem:
+        tensors: list[tuple[_TensorSlot, Tensor]] = []
         end = 0
 
-        def placed(tensor: Tensor) -> _Place:
+        def placed(tensor: Tensor) -> _TensorSlot:
             nonlocal end
-            place = _Place(end, tensor.dtype, tuple(tensor.shape))
+            place = _TensorSlot(end, tensor.dtype, tuple(tensor.shape))
             tensors.append((place, tensor))
             end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
             return place
 
-        rest = _replaced(self.dataset[place], Tensor, placed)
+        rest = _map_structure(self.dataset[place], Tensor, placed)
         block = _shared_block(max(end, ALIGNMENT))
         for place_of, tensor in tensors:
             block[place_of.start : place_of.start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-        return _Sent(block, rest)
+        return _SharedItem(block, rest)
 
 
 def _shared_block(size: int) -> Tensor:
-    """(size,) uint8 in shared memory, as torch's own collation takes it."""
+    """(size,) uint8 in shared memory, allocated as torch's default collation does."""
     try:
         storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
-    except RuntimeError as error:  # in C++; the last part is what the system said
+    except RuntimeError as error:
         raise UserError(
             "a worker process of the loader found no shared memory",
             got=f"{error}".splitlines()[0],
             expected=f"{size / 1e6:.1f} MB; {(_free_bytes() or 0) / 1e6:,.1f} MB are free",
             where=SHARED_MEMORY,
-            fix="give the container more (docker run --shm-size=8g, or --ipc=host), or use fewer WORKERS (0: none)",
+            fix=SHARED_MEMORY_FIX,
         ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 
 
-def _replaced(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The item with everything of a kind in it changed."""
+def _map_structure(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
+    """The item with `change` applied to every part of type `kind`."""
     if isinstance(item, kind):
         return change(item)
     if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(_replaced(part, kind, change) for part in item))
+        return type(item)(*(_map_structure(part, kind, change) for part in item))
     if isinstance(item, list | tuple):
-        return type(item)(_replaced(part, kind, change) for part in item)
+        return type(item)(_map_structure(part, kind, change) for part in item)
     return item
 
 
-class _Order:
-    """A sampler over places that are made as they are needed."""
+class _LazySampler:
+    """A sampler that takes indices from an iterator on demand."""
 
     def __init__(self, places: Iterator[Any]) -> None:
         self._places = places
@@ -234,17 +236,17 @@ class _Order:
         return self._places
 
 
-def _as_it_is(item: Any) -> Any:
+def _identity(item: Any) -> Any:
     return item
 
 
-def _begin(_: int) -> None:
-    """In a worker, before its first item."""
+def _init_worker(_: int) -> None:
+    """Runs in each worker process before its first item."""
     torch.set_num_threads(1)
-    # Python prints what its sending thread cannot send, and drops it: the main process would wait for it without end.
-    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end)  # type: ignore[attr-defined]
+    # By default Python prints an item that cannot be pickled and drops it: the main process would hang.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_send_error)  # type: ignore[attr-defined]
 
 
-def _end(error: BaseException, _: object) -> None:
+def _exit_on_send_error(error: BaseException, _: object) -> None:
     print(f"error: a worker process cannot send an item: {type(error).__name__}: {error}", flush=True)
     os._exit(1)

@@ -22,7 +22,7 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_cache_source
-from scalekd_cache.data.workers import items_of, waiting_items
+from scalekd_cache.data.workers import load_items, prefetch_count
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.loader.pixels import record_view
@@ -206,7 +206,7 @@ def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: 
     manifest = cache.manifest
     pixels, logits = 3 * int(manifest.view_recipe["size"]) ** 2, 4 * len(manifest.class_names)
     size = micro_batch * (pixels + codec.bytes_per_view + logits + 16)
-    waiting_items(workers, size, MOST_WAITING)
+    prefetch_count(workers, size, MOST_WAITING)
     return size
 
 
@@ -278,12 +278,12 @@ class CacheLoader:
                 yield Slot(epoch, step_in_epoch, micro, step - first < DIGEST_STEPS)
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = items_of(
+        batches = load_items(
             self._dataset,
             self._slots(),
             workers=self._workers,
             item_bytes=self._batch_bytes,
-            most_waiting=MOST_WAITING,
+            max_prefetch=MOST_WAITING,
             pin_memory=self._pin_memory,
         )
         for count, batch in enumerate(batches, start=1):

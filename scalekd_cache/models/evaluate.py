@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
-from scalekd_cache.data.workers import bytes_a_worker, items_of
+from scalekd_cache.data.workers import bytes_per_worker, load_items
 from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view
 
@@ -121,13 +121,13 @@ def evaluate(
     """
     share = range(rank, len(source.samples), world_size)
     if workers:  # a whole batch a worker where there is room for two of them, else a part of one
-        batch_size = max(1, min(batch_size, bytes_a_worker(workers) // (2 * 3 * size**2)))
-    loader = items_of(
+        batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
+    loader = load_items(
         _Batches(ValidationImages(source, size)),
         (share[start : start + batch_size] for start in range(0, len(share), batch_size)),
         workers=workers,
         item_bytes=batch_size * 3 * size**2,
-        most_waiting=2,
+        max_prefetch=2,
     )
     total = Tally(0, 0, 0, 0)
     with progress(title, len(share), "image", rank=rank) as bar:

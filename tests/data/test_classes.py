@@ -58,7 +58,7 @@ def test_a_list_of_other_names_beside_folders_is_named(tmp_path):
     write_list(tree(tmp_path) / "classes.txt", ["1 ant", "2 bee"])
     source = source_of(tmp_path)
     assert source.class_names == FOLDERS
-    assert "classes.txt, which does not list the 4 class folders" in " ".join(source.left_out)
+    assert "classes.txt, which does not list the 4 class folders" in " ".join(source.ignored)
 
 
 @pytest.mark.parametrize(

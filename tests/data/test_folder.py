@@ -66,7 +66,7 @@ def test_every_image_that_can_be_decoded_is_taken(tmp_path, name, kind, split):
     taken = [index for index, sample in enumerate(source.samples) if sample.key.startswith("ant/more/")]
     assert len(taken) == 1
     assert decode_image(source.read(taken[0]), "k").shape == (9, 12, 3)
-    assert source.left_out == ()
+    assert source.ignored == ()
 
 
 def test_avif_images_are_taken(tmp_path):
@@ -91,11 +91,11 @@ def test_what_is_not_taken_is_counted_and_named(tmp_path):
     os.mkfifo(root / "train/bee/pipe")
     source = source_of(root)
     assert len(source.samples) == 4
-    text = "\n".join(source.left_out)
+    text = "\n".join(source.ignored)
     assert "5 files that are not images of a known format (2 .txt, " in text
     assert "5 hidden or system files and folders" in text
     assert "2 broken links or special files (2 no suffix), such as bee/" in text
-    assert source_of(root, "val").left_out == ()
+    assert source_of(root, "val").ignored == ()
 
 
 def test_keys_of_files_without_an_image_suffix_keep_their_whole_name(tmp_path):
@@ -258,7 +258,7 @@ def test_flat_val_takes_labels_from_the_devkit(tmp_path, beside):
 
 def test_flat_val_errors(tmp_path):
     root = imagenet_tree(tmp_path)
-    with pytest.raises(UserError, match="devkit that would label"):
+    with pytest.raises(UserError, match="devkit with its labels"):
         source_of(root, "val")
     kit = root / "ILSVRC2012_devkit_t12"
     devkit(kit, [1, 2, 1])

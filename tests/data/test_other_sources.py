@@ -86,7 +86,7 @@ def test_parquet_errors(tmp_path):
         source_of(tmp_path, "val")
     source = source_of(tmp_path)
     parquet_file(train, [0, 1, 0, 1], ["a", "b"], rows=1)
-    with pytest.raises(UserError, match="1 rows, 2 when it was opened"):
+    with pytest.raises(UserError, match="1 rows, expected 2"):
         source.read(0)
     parquet_file(tmp_path / "data/val-0.parquet", [0], ["a", "c"])
     with pytest.raises(UserError, match="different class names"):
@@ -142,7 +142,7 @@ def test_parquet_rows_that_name_a_file(tmp_path, kind, place):
         write(tmp_path / "a.png", PNG)
     source = source_of(tmp_path)
     assert [source.read(index) for index in range(3)] == [embedded or PNG, PNG, encoded(picture(1))]
-    assert source.left_out == ()
+    assert source.ignored == ()
 
 
 @pytest.mark.parametrize("kind", ["struct", "string"])
@@ -153,7 +153,7 @@ def test_parquet_rows_whose_file_is_gone_are_refused_at_opening(tmp_path, kind):
         source_of(tmp_path)
     if kind == "struct":
         path_rows(tmp_path, [(PNG, "gone.png"), (PNG, None), (None, None)])
-        assert source_of(tmp_path).left_out == ("1 rows have no image: neither bytes nor a path",)
+        assert source_of(tmp_path).ignored == ("ignored: 1 rows without an image (neither bytes nor a path)",)
 
 
 def test_a_broken_optional_package_is_named(tmp_path, monkeypatch):
@@ -234,5 +234,5 @@ def test_a_mistyped_folder_names_the_one_beside_it(tmp_path):
         open_source(DataConfig(source=str(tmp_path / "imagnet")), "train")
     assert "\n" not in str(error.value)
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="is a file: give the folder"):
+    with pytest.raises(UserError, match="is a file: give a folder"):
         open_source(DataConfig(source=str(tmp_path / "file")), "train")

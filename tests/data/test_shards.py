@@ -81,8 +81,8 @@ def test_links_and_foreign_members_are_left_out(tmp_path):
             tar.addfile(tarfile.TarInfo(name))
     source = source_of(tmp_path)
     assert [s.key for s in source.samples] == ["a"]
-    assert "3 members of tars that are links, sparse or special files" in " ".join(source.left_out)
-    assert "3 members of tars that are hidden" in " ".join(source.left_out)
+    assert "3 tar members: links, sparse or special files" in " ".join(source.ignored)
+    assert "3 tar members: hidden" in " ".join(source.ignored)
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "GIF", "PPM", "BMP"])
@@ -99,7 +99,7 @@ def test_images_of_every_format_are_taken(tmp_path, kind):
 def test_keys_with_dots_are_refused_as_such(tmp_path, names):
     members = [(name, b"0" if name.endswith("cls") else PNG) for name in names]
     write(tmp_path / "train/0.tar", tar_bytes(members))
-    with pytest.raises(UserError, match=r"(?s)keys of a shard have dots.*0\.tar.*replace the dots"):
+    with pytest.raises(UserError, match=r"(?s)keys of a shard contain dots.*0\.tar.*instead of dots"):
         source_of(tmp_path)
 
 
@@ -168,14 +168,14 @@ def test_concatenated_or_damaged_tars_are_errors(tmp_path):
     shard(path, ["a", "b"], [0, 1])
     whole = path.read_bytes()
     path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="behind the end mark"):
+    with pytest.raises(UserError, match="after the end mark"):
         source_of(tmp_path)
     second = whole.index(b"b.png")
     path.write_bytes(whole[:second] + b"X" + whole[second + 1 :])  # the header's checksum fails
     with pytest.raises(UserError, match="damaged"):
         source_of(tmp_path)
     path.write_bytes(b"not a tar" * 100)
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         source_of(tmp_path)
 
 
@@ -186,7 +186,7 @@ def test_absurd_sizes_in_headers(tmp_path, size, kind):
     header[124:136], header[156:157], header[148:156] = size, kind, b" " * 8
     header[148:156] = b"%06o\0 " % sum(header)
     write(tmp_path / "train/0.tar", bytes(header) + b"\0" * 10240)
-    with pytest.raises(UserError, match="cut short or damaged"):
+    with pytest.raises(UserError, match="truncated or damaged"):
         source_of(tmp_path)
 
 

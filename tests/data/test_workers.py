@@ -19,7 +19,7 @@ from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import workers
 from scalekd_cache.data.source import open_source
-from scalekd_cache.data.workers import items_of, waiting_items
+from scalekd_cache.data.workers import load_items, prefetch_count
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, worker_failure
 from scalekd_cache.loader.loader import CacheLoader
@@ -51,8 +51,8 @@ class Items(Dataset[Item]):
 
 
 def received(dataset, count=20, **changes):
-    settings = {"workers": 2, "item_bytes": 1000, "most_waiting": 4, **changes}
-    return items_of(dataset, iter(range(count)), **settings)
+    settings = {"workers": 2, "item_bytes": 1000, "max_prefetch": 4, **changes}
+    return load_items(dataset, iter(range(count)), **settings)
 
 
 def test_items_cross_as_they_are():
@@ -86,13 +86,13 @@ def test_items_that_are_kept_hold_no_descriptors():
 def test_what_waits_fits_the_shared_memory(monkeypatch, free, workers_, item, ranks, waiting):
     monkeypatch.setattr(workers, "_free_bytes", lambda: free)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    assert waiting_items(workers_, item, 32) == waiting
+    assert prefetch_count(workers_, item, 32) == waiting
 
 
 def test_no_room_for_one_item_a_worker_is_refused(monkeypatch):
     monkeypatch.setattr(workers, "_free_bytes", lambda: 64 * MB)
     with pytest.raises(UserError, match="shared memory is too small") as error:
-        waiting_items(8, 20 * MB, 4)
+        prefetch_count(8, 20 * MB, 4)
     assert "64 MB free" in str(error.value)
     assert "twice 8 workers x 20.0 MB" in str(error.value)
     assert "--shm-size" in str(error.value)
@@ -100,10 +100,10 @@ def test_no_room_for_one_item_a_worker_is_refused(monkeypatch):
 
 def test_descriptors_bound_what_waits(monkeypatch):
     monkeypatch.setattr(workers, "_open_files", lambda: workers._OpenFiles(100, 1024))
-    assert waiting_items(32, 1000, 32) == (1024 - 100 - 64) // 32 - 6
+    assert prefetch_count(32, 1000, 32) == (1024 - 100 - 64) // 32 - 6
     monkeypatch.setattr(workers, "_open_files", lambda: workers._OpenFiles(100, 256))
-    with pytest.raises(UserError, match="limit of open files is too low") as error:
-        waiting_items(16, 1000, 32)
+    with pytest.raises(UserError, match="open-file limit is too low") as error:
+        prefetch_count(16, 1000, 32)
     assert "at least 276 for 16 workers" in str(error.value)
 
 
