@@ -66,11 +66,12 @@ def norms_of_what_is_decoded() -> Iterator[None]:
 @torch.no_grad()
 def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
     """The teacher's maps (N, C, H, W) of first views of a cache's images, float32 on the CPU."""
-    from scalekd_cache.models.teacher import live_teacher
+    from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 
     opened = Cache.open(cache)
     device = this_process().device
-    teacher = live_teacher(opened.manifest, weights, device)
+    options = cache_teacher_config(opened.manifest.teacher["config"], weights)
+    teacher = load_cache_teacher(opened.manifest, options, device)
     source = open_cache_source(opened.manifest.data, None, "train")
     recipe = view_config(opened.manifest.view_recipe)
     maps = []
@@ -123,12 +124,13 @@ class Judge:
 
     def __init__(self, cache: Path, weights: str | None, count: int) -> None:
         """`cache`: any of the setting's; `count` held-out images are used."""
-        from scalekd_cache.models.teacher import live_teacher
+        from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
         from scalekd_cache.training.targets import tail_of
 
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
-        teacher = live_teacher(manifest, weights, self.device)
+        options = cache_teacher_config(manifest.teacher["config"], weights)
+        teacher = load_cache_teacher(manifest, options, self.device)
         source = open_cache_source(manifest.data, None, "val")
         order = torch.randperm(len(source.samples), generator=torch.Generator().manual_seed(0)).tolist()[:count]
         images = ValidationImages(source, manifest.view_recipe["size"])

@@ -33,7 +33,7 @@ from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
-from scalekd_cache.models.teacher import Teacher, live_teacher
+from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
@@ -122,7 +122,8 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     cache = Cache.open(config.cache, config.remote)
     manifest, device = cache.manifest, process.device
     precision = manifest.fingerprint_fields["precision"]
-    teacher = live_teacher(manifest, config.teacher_weights, device, precision)
+    options = cache_teacher_config(manifest.teacher["config"], config.teacher_weights, precision)
+    teacher = load_cache_teacher(manifest, options, device)
     micro = min(config.train.micro_batch_size, len(cache), max(1, views // 2))
     data = MicroBatches(
         cache,

@@ -62,7 +62,7 @@ def reinfer(cache: Cache, teacher: Teacher, checker: RecordChecker, records: int
         if not batch:
             continue
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-        output = teacher(images.to(teacher.mean.device))
+        output = teacher(images.to(teacher.device))
         features = decode_features(checker.codec, batch).features
         close = fidelity(output.features.cpu(), features)
         for name, values in close._asdict().items():

@@ -23,7 +23,8 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewCon
 from scalekd_cache.data.source import data_config
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import is_at_hand, teacher_config
+from scalekd_cache.models.teacher import cache_teacher_config
+from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import NAME as PLAN
@@ -125,7 +126,7 @@ def stage1_config(
         recipe=facts.recipe,
         data=data_config(facts.data, data),
         views=ViewConfig(**from_plain(fields["views"])),
-        teacher=teacher_config(teacher, precision, weights),
+        teacher=cache_teacher_config(teacher, weights, precision),
         cache=StoreConfig(
             path=str(root),
             backend=facts.backend,  # type: ignore[arg-type]  # one of the two, or the plan is not read
@@ -154,7 +155,7 @@ def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
 def _check_at_hand(config: CacheTeacherConfig, root: Path) -> None:
     """Before anything is put aside: the teacher and the pixels are there."""
-    if not is_at_hand(config.teacher):
+    if not weights_available(config.teacher):
         raise UserError(
             "the teacher's weights are not at hand",
             got=config.teacher.weights or "timm's pretrained weights, which would have to be fetched",

@@ -18,7 +18,8 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import is_at_hand, load_cache_teacher, teacher_config
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.path import StoredPath
@@ -143,8 +144,8 @@ def _ask_teacher(
     root: Path | RemotePath, manifest: Manifest, checker: RecordChecker, weights: str | None, records: int, seed: int,
     device: torch.device | None, notes: list[str],
 ) -> TeacherAgreement | None:  # fmt: skip
-    config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
-    if not is_at_hand(config):
+    config = cache_teacher_config(manifest.teacher["config"], weights, manifest.fingerprint_fields["precision"])
+    if not weights_available(config):
         notes.append(
             f"the teacher was not asked: its weights ({config.weights or 'pretrained'}) are not at hand; "
             "give TEACHER_WEIGHTS=file.safetensors"

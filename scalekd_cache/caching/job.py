@@ -49,11 +49,11 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
-from scalekd_cache.models.evaluate import evaluate
+from scalekd_cache.models.evaluate import evaluate, teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import check_class_order
-from scalekd_cache.models.teacher_spec import teacher_accuracy
 from scalekd_cache.models.timm_models import DEMO_TEACHER
+from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import progress
 from scalekd_cache.store.manifest import Manifest, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
@@ -109,10 +109,9 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
     root, asked = Path(config.cache.path), config.teacher
     require_folder(root, "CACHE")
     source = _source(config, process)
-    file = Path(asked.weights_dir) / f"{asked.name}.safetensors"
-    if asked.pretrained and not asked.weights and file.exists():
-        config = dataclasses.replace(config, teacher=dataclasses.replace(asked, weights=str(file)))
-    elif asked.pretrained and not asked.weights and asked.name == DEMO_TEACHER:
+    config = dataclasses.replace(config, teacher=find_weights(asked))
+    if asked.name == DEMO_TEACHER and asked.pretrained and not config.teacher.weights:
+        file = weights_file(asked.weights_dir, asked.name)
         process.print_rank0(f"would train the demo's teacher first (about a minute), into {file}; nothing was written")
         return
     teacher = _teacher(config, process, source)
@@ -170,16 +169,14 @@ def _say_more_views(config: CacheTeacherConfig, process: Process, job: Job) -> N
 def _with_weights(config: CacheTeacherConfig, peers: Peers) -> Any:
     """The teacher's options with the file of its weights, where there is one; the demo's teacher is trained first."""
     teacher = config.teacher
-    if teacher.weights or not teacher.pretrained:
-        return teacher
-    file = Path(teacher.weights_dir) / f"{teacher.name}.safetensors"
-    if teacher.name == DEMO_TEACHER:
+    if teacher.name == DEMO_TEACHER and teacher.pretrained and not teacher.weights:
         if peers.process.rank == 0:
+            file = weights_file(teacher.weights_dir, teacher.name)
             if not file.exists():
                 train_demo_teacher(file, config.data)
             peers.publish("demo teacher")
         peers.wait("demo teacher")
-    return dataclasses.replace(teacher, weights=str(file)) if file.exists() else teacher
+    return find_weights(teacher)
 
 
 def _say_complete(process: Process, peers: Peers, job: Job) -> Manifest:

@@ -21,6 +21,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_source
 from scalekd_cache.models.evaluate import evaluate
+from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.teacher import demo_teacher_args
 from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 from scalekd_cache.progress import progress
@@ -63,7 +64,7 @@ def train_demo_teacher(
     pixels, labels = _images(open_source(DataConfig(source="demo", download_dir=data.download_dir), "train"))
     args = {**demo_teacher_args(), **(model_args or {})}
     model = timm.create_model(DEMO_TIMM_NAME, num_classes=10, drop_path_rate=0.1, **args)
-    mean, std = (torch.tensor(model.pretrained_cfg[name]).view(1, 3, 1, 1) for name in ("mean", "std"))
+    normalize = Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     steps = epochs * (len(labels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.2)
@@ -73,7 +74,7 @@ def train_demo_teacher(
         for at in range(0, len(labels) // BATCH_SIZE * BATCH_SIZE, BATCH_SIZE):
             ids = order[at : at + BATCH_SIZE]
             images = _augment(pixels[ids].float() / 255, generator)
-            loss = F.cross_entropy(model((images - mean) / std), labels[ids], label_smoothing=0.1)
+            loss = F.cross_entropy(model(normalize.standardize(images)), labels[ids], label_smoothing=0.1)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -83,7 +84,7 @@ def train_demo_teacher(
     bar.close()
     model.eval()
     held_out = open_source(DataConfig(source="demo", download_dir=data.download_dir), "val")
-    tally = evaluate(lambda x: model((x.float() / 255 - mean) / std), held_out, 64, torch.device("cpu"))
+    tally = evaluate(lambda x: model(normalize(x)), held_out, 64, torch.device("cpu"))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(temporary))

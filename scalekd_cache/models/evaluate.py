@@ -5,8 +5,8 @@ Invariant: every readable validation image counts exactly once whatever the numb
 unreadable, not forgotten.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,18 @@ from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view
 
 Example = tuple[Tensor, int] | None
+
+
+def percent(value: float | None) -> str:
+    """An accuracy in percent as text."""
+    return "not measured" if value is None else f"{value:.2f} %"
+
+
+def teacher_accuracy(teacher: Mapping[str, Any]) -> str:
+    """A teacher's accuracy as text, from its entry in the manifest."""
+    if not teacher["spec"]["has_classifier"]:
+        return "features only (no classifier)"
+    return f"top-1 {percent(teacher['top1'])}"
 
 
 class Tally(NamedTuple):

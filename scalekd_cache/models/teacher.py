@@ -5,7 +5,6 @@ file. Invariant: always in eval mode, never with gradients; features are those a
 that is for each family), logits are the model's own, both from one pass.
 """
 
-import dataclasses
 import json
 import math
 from collections.abc import Mapping
@@ -19,16 +18,12 @@ from torch import Tensor, nn
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, load_tail, to_map, write_tail
+from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map, write_tail
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec, weights_digest
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
 from scalekd_cache.models.weights import load_weights, stored_shapes
 from scalekd_cache.store.manifest import Manifest
-
-__all__ = [
-    "DEMO_TEACHER", "Tail", "Teacher", "TeacherOutput", "TeacherSpec", "check_tail", "demo_teacher_args", "load_tail",
-    "load_teacher", "save_tail", "split_tail", "timm_name", "weights_digest",
-]  # fmt: skip
 
 
 class TeacherOutput(NamedTuple):
@@ -70,17 +65,18 @@ class Teacher(nn.Module):
         precision: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, float32 on a CPU.
     """
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, model: nn.Module, spec: TeacherSpec, precision: str = "auto") -> None:
         super().__init__()
         self.model, self.spec, self.precision = model, spec, precision
         self.parts = family_of(model, spec.name).parts(model)
-        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self._normalize = Normalize(spec.mean, spec.std)
         self.requires_grad_(False)
         super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self._normalize.mean.device
 
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode: a target must not depend on the teacher's drop path."""
@@ -96,7 +92,8 @@ class Teacher(nn.Module):
                 expected=f"torch.uint8 (B, 3, {size}, {size})",
                 fix="make views.size the teacher's image size",
             )
-        return (images.to(self.mean.device).float() / 255 - self.mean) / self.std
+        normalized: Tensor = self._normalize(images.to(self.device))
+        return normalized
 
     # no_grad, not inference_mode: TinyViT keeps tensors of a pass, and inference tensors could never meet autograd
     @torch.no_grad()
@@ -289,57 +286,38 @@ def save_tail(teacher: Teacher, path: str | Path) -> str:
     return write_tail(split_tail(teacher), teacher.spec, Path(path))
 
 
-def live_teacher(
-    manifest: Manifest, weights: str | None, device: torch.device, precision: str | None = None
-) -> Teacher:
-    """The whole teacher of a cache.
+def cache_teacher_config(
+    options: Mapping[str, Any], weights: str | None, precision: str | None = None
+) -> TeacherConfig:
+    """The teacher's options as a cache records them, with the file of its weights as it is now.
 
     Args:
-        manifest: the cache's.
-        weights: file of its weights (None: where stage 1 found them).
-        device: where it runs.
-        precision: its arithmetic (None: as stage 1's options say, so `auto` is the device's own).
+        options: `teacher["config"]` of a manifest or plan.
+        weights: file of the weights (None: the file stage 1 used).
+        precision: arithmetic of the forward pass (None: as recorded, so `auto` follows the device).
 
     Raises:
-        UserError: the weights are not there, or are those of another teacher.
+        UserError: no such file.
     """
-    spec, options = TeacherSpec.from_json(manifest.teacher["spec"]), manifest.teacher["config"]
-    options = {**options, "weights": weights or options["weights"], "precision": precision or options["precision"]}
-    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does, for a teacher of random weights
-    teacher = load_teacher(
-        TeacherConfig(**options), image_size=spec.image_size, num_classes=spec.num_classes, device=device
-    )
-    if teacher.spec.weights_sha256 != spec.weights_sha256:
-        raise UserError(
-            "the live teacher is not the teacher of the cache",
-            got=f"weights {teacher.spec.weights_sha256[:16]}",
-            expected=f"weights {spec.weights_sha256[:16]}",
-            fix="give its weights with TEACHER_WEIGHTS=",
-        )
-    return teacher
-
-
-def teacher_config(facts: Mapping[str, Any], precision: str, weights: str | None) -> TeacherConfig:
-    """The teacher's options as a cache keeps them, with the file of its weights where it lies now."""
-    config = TeacherConfig(**{**from_plain(facts), "precision": precision})
     if weights is not None and not Path(weights).is_file():
         raise UserError("no such file of teacher weights", got=weights, fix="correct TEACHER_WEIGHTS=")
-    return dataclasses.replace(config, weights=weights or config.weights)
-
-
-def is_at_hand(config: TeacherConfig) -> bool:
-    """Whether the teacher can be loaded without a network: its file is there, or its weights were random."""
-    return Path(config.weights).is_file() if config.weights else not config.pretrained
+    fields = dict(from_plain(options))
+    return TeacherConfig(
+        **{**fields, "weights": weights or fields["weights"], "precision": precision or fields["precision"]}
+    )
 
 
 def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.device) -> Teacher:
-    """The teacher of a cache.
+    """The whole teacher of a cache; `config` comes from `cache_teacher_config`.
+
+    It is built with the arguments stage 1 used: the size of the views, the classes of the data set, the views' seed
+    for random weights.
 
     Raises:
-        UserError: it cannot be loaded, or has other weights than the cache's.
+        UserError: it cannot be loaded, or its weights differ from those of the cache's teacher.
     """
     size, classes = manifest.view_recipe["size"], len(manifest.class_names)
-    torch.manual_seed(manifest.view_recipe["seed"])  # as stage 1 does: random weights are the same every time
+    torch.manual_seed(manifest.view_recipe["seed"])
     teacher = load_teacher(config, image_size=size, num_classes=classes, device=device)
     expected = manifest.teacher["spec"]["weights_sha256"]
     if teacher.spec.weights_sha256 != expected:

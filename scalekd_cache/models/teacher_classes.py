@@ -13,6 +13,7 @@ from scipy.stats import binom
 
 from scalekd_cache.data.classes import ORDERS
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import percent
 
 IntArray = npt.NDArray[np.int64]
 Hits = npt.NDArray[np.bool_]
@@ -65,7 +66,7 @@ def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
             "the teacher's accuracy is near chance",
-            got=f"top-1 {_percent(hits, count)} on {count:,} labeled images",
+            got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images",
             expected=f"a teacher that was trained on these {len(class_names)} classes",
             where=teacher,
             fix="give the right TEACHER_WEIGHTS=, or SET=data.classes=FILE with the classes in the teacher's order; "
@@ -110,15 +111,11 @@ def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, in
     return {out: label for out, label in zip(outputs.tolist(), best.tolist(), strict=True) if counts[out, label]}
 
 
-def _percent(hits: int, count: int) -> str:
-    return f"{100 * hits / count:.1f} %"
-
-
 def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
     return UserError(
         "the teacher's classes are in another order than those of the data set",
-        got=f"top-1 {_percent(hits, count)} on {count:,} labeled images in the order of the data set",
-        expected=f"{_percent(better, count)} with {order}",
+        got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images in the order of the data set",
+        expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,
         fix=f"{fix}; {GO_ON}",
     )

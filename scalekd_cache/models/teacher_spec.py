@@ -21,18 +21,6 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import checked_value
 from scalekd_cache.store.durable_files import Sha256
 
-
-def teacher_accuracy(teacher: Mapping[str, Any]) -> str:
-    """A teacher's accuracy in words, from its entry in the manifest."""
-    if not teacher["spec"]["has_classifier"]:
-        return "features only (no classifier)"
-    return f"top-1 {_percent(teacher['top1'])}"
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f} %"
-
-
 Side = Annotated[int, Field(gt=0, le=1 << 16)]
 Shape = tuple[int, int, int]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]

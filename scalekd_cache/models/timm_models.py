@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.models.weights import weights_file
 
 DEMO_TEACHER = "demo_swin"
 
@@ -167,7 +168,7 @@ def fetch_weights(name: str, folder: Path) -> Path:
             fix="run this where there is a network, and share the folder with the other machines",
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
-    file, temporary = folder / f"{name}.safetensors", folder / f".{name}.{os.getpid()}.tmp"
+    file, temporary = weights_file(folder, name), folder / f".{name}.{os.getpid()}.tmp"
     save_file({key: value.contiguous() for key, value in model.state_dict().items()}, str(temporary))
     os.replace(temporary, file)
     return file

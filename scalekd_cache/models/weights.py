@@ -4,12 +4,32 @@ In: a .safetensors path and a timm model. Out: the loaded model. Invariant: no p
 part, and nothing that is not finite.
 """
 
+import dataclasses
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
+
+
+def weights_file(folder: str | Path, name: str) -> Path:
+    """Where the weights of a teacher lie in a folder of weights (`teacher.weights_dir`, `make fetch`)."""
+    return Path(folder) / f"{name}.safetensors"
+
+
+def find_weights(config: TeacherConfig) -> TeacherConfig:
+    """The options with the file in `weights_dir` as `weights`, where pretrained weights are asked for and it exists."""
+    file = weights_file(config.weights_dir, config.name)
+    if config.weights or not config.pretrained or not file.exists():
+        return config
+    return dataclasses.replace(config, weights=str(file))
+
+
+def weights_available(config: TeacherConfig) -> bool:
+    """Whether the teacher loads without a network: its file exists, or its weights are random."""
+    return Path(config.weights).is_file() if config.weights else not config.pretrained
 
 
 def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:

@@ -36,6 +36,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.tail import tail_tensors
 from scalekd_cache.models.teacher import Teacher, load_teacher, teacher_classes
 from scalekd_cache.models.timm_models import check_name, timm_name
+from scalekd_cache.models.weights import find_weights
 from scalekd_cache.planning.costs import meta_teacher, pair_costs, step_memory
 from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of
 
@@ -284,10 +285,7 @@ def _step_memory(
 
 def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:
     """The teacher as stage 1 would load it; a stand-in of its shape where there are no weights."""
-    options, size = config.teacher, config.views.size
-    file = Path(options.weights_dir) / f"{options.name}.safetensors"
-    if options.weights is None and options.pretrained and file.exists():
-        options = dataclasses.replace(options, weights=str(file))
+    options, size = find_weights(config.teacher), config.views.size
     torch.manual_seed(config.views.seed)
     try:
         teacher = load_teacher(options, image_size=size, num_classes=data_classes, device=process.device)

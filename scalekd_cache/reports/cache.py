@@ -15,8 +15,9 @@ from scalekd_cache.config.base import require
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import Teacher, is_at_hand, load_cache_teacher, teacher_config
-from scalekd_cache.models.teacher_spec import teacher_accuracy
+from scalekd_cache.models.evaluate import teacher_accuracy
+from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.weights import weights_available
 from scalekd_cache.reports.figures import histogram, stacked_bar
 from scalekd_cache.reports.gallery import Gallery, TeacherOutputs, ask, load_views
 from scalekd_cache.reports.page import Picture, render
@@ -118,10 +119,10 @@ def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChe
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
     """The teacher, when it can be had without a network."""
-    config = teacher_config(
-        manifest.teacher["config"], manifest.fingerprint_fields["precision"], options.teacher_weights
+    config = cache_teacher_config(
+        manifest.teacher["config"], options.teacher_weights, manifest.fingerprint_fields["precision"]
     )
-    if not is_at_hand(config):
+    if not weights_available(config):
         notes.append(
             "The teacher's weights are not at hand, so stored maps are not compared with its own "
             f"(looked for {config.weights or 'a file'}; give TEACHER_WEIGHTS=)."

@@ -20,7 +20,8 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages
-from scalekd_cache.models.teacher import is_at_hand, load_cache_teacher, teacher_config
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.finished import classifier
@@ -133,8 +134,8 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
         UserError: they are not, or are another teacher's.
     """
     manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
-    config = teacher_config(manifest.teacher["config"], manifest.fingerprint_fields["precision"], weights)
-    if not is_at_hand(config) or not manifest.teacher["spec"]["has_classifier"]:
+    config = cache_teacher_config(manifest.teacher["config"], weights, manifest.fingerprint_fields["precision"])
+    if not weights_available(config) or not manifest.teacher["spec"]["has_classifier"]:
         raise UserError(
             "the teacher's weights are not at hand, or it has no classifier",
             where=config.weights,

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import percent
 from scalekd_cache.reports.figures import Series, curves, matrix, scatter
 from scalekd_cache.reports.page import Picture, picture, render
 from scalekd_cache.reports.predictions import (
@@ -134,15 +135,11 @@ def _big(run: Run) -> list[tuple[str, str]]:
         last = run.lines[-1] if run.lines else {"step": 0}
         return [(f"{last['step']}", "steps so far")]
     alone = alone_summary(run.path, summary) if summary["targets"] != "none" else None
-    rows = [(_percent(summary["top1"]), "top-1"), (_percent(summary["top5"]), "top-5")]
-    rows.append((_percent(summary["teacher_top1"]), "teacher's top-1"))
+    rows = [(percent(summary["top1"]), "top-1"), (percent(summary["top5"]), "top-5")]
+    rows.append((percent(summary["teacher_top1"]), "teacher's top-1"))
     if alone:
-        rows.append((_percent(alone["top1"]), "top-1 of the same student alone"))
+        rows.append((percent(alone["top1"]), "top-1 of the same student alone"))
     return [*rows, (f"{summary['images_per_s']:,.0f}", "images a second"), (f"{summary['minutes']:.1f}", "minutes")]
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f} %"
 
 
 def _curves(run: Run) -> list[Picture]:
@@ -244,8 +241,8 @@ def _row(run: Run) -> dict[str, str]:
         "run": run.name,
         "student": text_option(run.options, "student.name"),
         "targets": text_option(run.options, "train.targets"),
-        "top-1": "still going" if summary is None else _percent(summary["top1"]),
-        "top-5": "" if summary is None else _percent(summary["top5"]),
+        "top-1": "still going" if summary is None else percent(summary["top1"]),
+        "top-5": "" if summary is None else percent(summary["top5"]),
         "parameters": "" if student is None else f"{student.parameters / 1e6:.2f} M",
         "weights": "" if student is None else f"{student.bytes / 1e6:.1f} MB",
         "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import yaml
 from torch import Tensor, nn
 
@@ -23,7 +22,8 @@ from scalekd_cache.convert.timm_export import DESCRIPTION, WEIGHTS, export_stude
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.evaluate import Tally, evaluate
+from scalekd_cache.models.evaluate import Tally, evaluate, percent
+from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import check_tensors, load_weights, stored_shapes
@@ -104,9 +104,9 @@ def card_facts(
     rows = {
         "student": text_option(options, "student.name"),
         "teacher": summary["teacher"] if summary else "see the cache",
-        "teacher's top-1": _percent(summary["teacher_top1"]) if summary else "not known yet",
-        "top-1": _percent(summary["top1"]) if summary else "the run is not finished",
-        "top-5": _percent(summary["top5"]) if summary else "the run is not finished",
+        "teacher's top-1": percent(summary["teacher_top1"]) if summary else "not known yet",
+        "top-1": percent(summary["top1"]) if summary else "the run is not finished",
+        "top-5": percent(summary["top5"]) if summary else "the run is not finished",
         "validation images": summary.get("val_images", 0) if summary else 0,
         "targets": text_option(options, "train.targets"),
         "recipe": text_option(options, "recipe"),
@@ -126,11 +126,7 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
     teacher = _text(str(summary["teacher"]))
     how = "trained on labels alone" if summary["targets"] == "none" else f"trained on targets of {teacher}"
     images = f"{summary.get('val_images', 0):,} validation images"
-    return f"{_text(student)}, {how}; top-1 {_percent(summary['top1'])} on {images}."
-
-
-def _percent(value: float | None) -> str:
-    return "not measured" if value is None else f"{value:.2f} %"
+    return f"{_text(student)}, {how}; top-1 {percent(summary['top1'])} on {images}."
 
 
 def _plain(value: str) -> str:
@@ -181,8 +177,8 @@ def consolidated_student(config: StudentConfig, state: State, num_classes: int, 
 def classifier(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
     """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
     device = next(model.parameters()).device
-    shift, scale = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (mean, std))
-    return lambda images: model((images.float() / 255 - shift) / scale)
+    normalize = Normalize(mean, std).to(device)
+    return lambda images: model(normalize(images))
 
 
 def export_state(

@@ -20,7 +20,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import Tally, evaluate
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher import live_teacher
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest
@@ -160,7 +160,8 @@ def _make_trainer(config: DistillConfig, process: Process, reads: RunCache, chec
     if config.init is not None and checkpoint is None:
         process.print_rank0("starting from " + ", ".join(load_start(config.init, student.model, heads)))
     if train.targets == "live":
-        teacher = live_teacher(manifest, config.teacher_weights, process.device)
+        options = cache_teacher_config(manifest.teacher["config"], config.teacher_weights)
+        teacher = load_cache_teacher(manifest, options, process.device)
     loader = CacheLoader(
         cache,
         order_of(train, cache, process),

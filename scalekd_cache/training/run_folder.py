@@ -18,7 +18,7 @@ import yaml
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, require_folder
-from scalekd_cache.models.teacher_spec import _percent, teacher_accuracy
+from scalekd_cache.models.evaluate import percent, teacher_accuracy
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import explained, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
@@ -252,9 +252,9 @@ def closing_table(run: Path, summary: Summary) -> str:
     teacher = teacher_accuracy(facts)
     rows = [
         ("teacher", f"{summary['teacher']}, {teacher}"),
-        ("student", f"{summary['student']}, top-1 {_percent(summary['top1'])}, top-5 {_percent(summary['top5'])}"),
+        ("student", f"{summary['student']}, top-1 {percent(summary['top1'])}, top-5 {percent(summary['top5'])}"),
         ("targets", str(summary["targets"])),
-        ("alone", f"top-1 {_percent(alone['top1'])} at equal steps" if alone else "not run (TARGETS=none)"),
+        ("alone", f"top-1 {percent(alone['top1'])} at equal steps" if alone else "not run (TARGETS=none)"),
         ("epochs", f"{summary['epochs']} ({summary['steps']} steps, {summary['images_per_s']:.0f} images/s)"),
         ("minutes", f"{summary['minutes']:.1f}"),
         ("cache", f"{summary['views']} views, {summary['bytes_per_view']:,.0f} bytes a view, pixels included"),

@@ -19,6 +19,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import WINDOW, Likeness, Order, mixing_window
+from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
@@ -162,7 +163,7 @@ class CachedTargets:
             pin_memory=self.device.type == "cuda",
         )
         self._classifier = kept_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
-        self._mean, self._std = (torch.tensor(v, device=self.device).view(1, 3, 1, 1) * 255 for v in (mean, std))
+        self._normalize = Normalize(mean, std, folded=True).to(self.device)
 
     def __len__(self) -> int:
         """Batches from the first to the last epoch."""
@@ -174,7 +175,7 @@ class CachedTargets:
 
     def _deliver(self, batch: Batch) -> CachedBatch:
         targets = cached_targets(self.loader.codec, self.loader.logit_codec, self._classifier, batch)
-        return CachedBatch((batch.images.float() - self._mean) / self._std, batch.labels, targets)
+        return CachedBatch(self._normalize(batch.images), batch.labels, targets)
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches that were handed out, and what must be equal for it to mean the same."""

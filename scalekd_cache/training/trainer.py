@@ -24,6 +24,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
+from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import Teacher
@@ -47,21 +48,16 @@ import deepspeed
 class DistillModel(nn.Module):
     """What DeepSpeed trains: the student and, when there are targets, the ScaleKD heads."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, config: DistillConfig, student: Student, heads: ScaleKDHeads | None) -> None:
         super().__init__()
         self.config = config
         self.student = student
         self.heads = heads
-        mean, std = (torch.tensor(v).view(1, 3, 1, 1) * 255 for v in (config.student.mean, config.student.std))
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.normalize = Normalize(config.student.mean, config.student.std, folded=True)
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
         """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
-        pixels = (images.float() - self.mean) / self.std
+        pixels = self.normalize(images)
         if pixels.is_cuda:  # a CPU's kernels are slower so (docs/LOG.md)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         s3, s4, logits = self.student(pixels)

@@ -86,7 +86,7 @@ def test_another_teacher_is_refused(tmp_path):
     state["head.fc.bias"] += 1
     other = tmp_path / "other.safetensors"
     save_file(state, str(other))
-    with pytest.raises(UserError, match="not the teacher of the cache"):
+    with pytest.raises(UserError, match="not the weights of the cache's teacher"):
         prove(shared_cache().root, teacher_weights=str(other))
 
 

@@ -14,7 +14,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
-from scalekd_cache.models.teacher_spec import teacher_accuracy
+from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.scalekd.losses import Targets, distillation_losses, label_loss
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run_folder import closing_table

@@ -1,0 +1,40 @@
+"""Pixel normalization: uint8 images to what a model takes.
+
+In: images (B, 3, H, W) and a model's channel means and standard deviations. Out: float32 of the same shape.
+Invariant: each model keeps one order of operations, because another order rounds differently: the bytes of caches and
+the losses of a fixed seed depend on it.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+class Normalize(nn.Module):
+    """Subtracts channel means and divides by channel standard deviations, both on a scale of 0 to 1.
+
+    Args:
+        mean: three channel means.
+        std: three channel standard deviations.
+        folded: fold the factor 255 into the constants, (x - 255 mean) / (255 std), which saves one pass over the
+            images (training); otherwise (x / 255 - mean) / std.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float], *, folded: bool = False) -> None:
+        super().__init__()
+        self.folded = folded
+        for name, values in (("mean", mean), ("std", std)):
+            constants = torch.tensor(values).view(1, 3, 1, 1) * (255 if folded else 1)
+            self.register_buffer(name, constants, persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 on the constants' device -> float32."""
+        return self.standardize(images.float() if self.folded else images.float() / 255)
+
+    def standardize(self, x: Tensor) -> Tensor:
+        """(B, 3, H, W) float32, on the scale of the constants -> float32."""
+        return (x - self.mean) / self.std
