@@ -4,7 +4,6 @@ In: a student in eval mode on the CPU. Out: a file. Invariant: the file appears 
 from it has given the student's logits, to within the tolerance of its form, before this returns.
 """
 
-import importlib
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -20,6 +19,7 @@ from scalekd_cache.convert.names_torchvision_mmpretrain import CODEBASES, torchv
 from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.models.student import Student
 from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
+from scalekd_cache.versions import import_optional
 
 SUFFIXES = {
     "safetensors": ".safetensors",
@@ -40,14 +40,7 @@ def check_format(name: str) -> str:
         raise unknown_name("form of export", name, FORMATS, "FORMAT=")
     if name == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise UserError(
-                    "an export to ONNX needs onnx, onnxscript and onnxruntime",
-                    got=error,
-                    fix="pip install 'scalekd-cache[export]'",
-                ) from error
+            import_optional(module, f"an export to ONNX needs {module}", "export")
     return name
 
 

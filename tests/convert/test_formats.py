@@ -82,14 +82,20 @@ def test_onnx(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]  # weights inside
 
 
-def test_onnx_without_its_packages(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(UserError, match="needs onnx") as error:
-        export_file(student_of("resnet10t"), "onnx", tmp_path / "a.onnx", image_size=64, facts={})
+@pytest.mark.parametrize("fault", ["missing", "broken"])
+@pytest.mark.parametrize("module", ["onnx", "onnxruntime"])
+def test_onnx_with_a_package_that_is_missing_or_broken(module, fault, monkeypatch, tmp_path):
+    (tmp_path / f"{module}.py").write_text("raise ValueError('invalid literal for int(): post0')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    if fault == "missing":
+        monkeypatch.setitem(sys.modules, module, None)
+    expected = rf"needs {module}, which is not installed" if fault == "missing" else "cannot be imported(?s:.*)post0"
+    with pytest.raises(UserError, match=expected) as error:
+        check_format("onnx")
     assert "scalekd-cache[export]" in str(error.value)
     with pytest.raises(UserError, match=r"no form of export onx: did you mean onnx\?"):
         check_format("onx")
-    assert not list(tmp_path.iterdir())
 
 
 def test_a_file_that_answers_differently_is_not_kept(tmp_path, monkeypatch):

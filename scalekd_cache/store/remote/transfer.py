@@ -18,9 +18,17 @@ from urllib.parse import urljoin, urlsplit
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.durable_files import is_disk_full
+from scalekd_cache.versions import import_optional
 
 SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs"}
 """Schemes of remote caches, and the extra of setup.cfg that brings what they need; `file` is a folder."""
+PACKAGES = {
+    "http": ("aiohttp",),
+    "https": ("aiohttp",),
+    "s3": ("s3fs", "botocore", "aiohttp"),
+    "gs": ("gcsfs", "aiohttp"),
+}
+"""What fsspec needs for each scheme."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 MAX_WAIT_S = 30.0
 PASSING_STATUS = {408, 425, 429}
@@ -107,20 +115,17 @@ def remote_size(url: str, config: RemoteConfig) -> int | None:
 def _filesystem(url: str, config: RemoteConfig) -> Any:
     """The fsspec implementation of a URL. fsspec keeps instances by process and thread, so none crosses a fork."""
     scheme = urlsplit(url).scheme
-    try:
-        import fsspec
-
-        system = fsspec.filesystem(scheme, **_options(scheme, config))
-    except ImportError as error:
-        raise UserError(
-            f"a package that reads {scheme}:// is not installed",
-            got=error,
-            where=shown(url),
-            fix=f'pip install "scalekd-cache[{SCHEMES[scheme]}]"',
-        ) from error
+    for name in PACKAGES[scheme]:
+        _package(name, scheme)
+    system = _package("fsspec", scheme).filesystem(scheme, **_options(scheme, config))
     if hasattr(system, "retries"):
         system.retries = 1  # attempts are counted here, not multiplied
     return system
+
+
+def _package(module: str, scheme: str) -> Any:
+    """A module that reading a scheme needs; UserError when it is missing or broken."""
+    return import_optional(module, f"{scheme}:// URLs need {module.partition('.')[0]}", SCHEMES[scheme])
 
 
 def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
@@ -212,15 +217,11 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T]) -> T:
 
 def _failures(scheme: str) -> tuple[type[Exception], ...]:
     """What a transfer may raise when the network or the server is the reason."""
+    errors = [OSError, TimeoutError, _package("aiohttp", scheme).ClientError]
     if scheme == "s3":
-        from botocore.exceptions import BotoCoreError, ClientError
-
-        return (OSError, BotoCoreError, ClientError, *_failures("http"))
-    try:
-        from aiohttp import ClientError as HttpError
-    except ImportError:  # `_filesystem` says so
-        return (OSError,)
-    return (OSError, TimeoutError, HttpError)
+        boto = _package("botocore.exceptions", scheme)
+        errors += [boto.BotoCoreError, boto.ClientError]
+    return tuple(errors)
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:
