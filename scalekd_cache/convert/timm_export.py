@@ -21,7 +21,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import load_weights, stored_shapes
-from scalekd_cache.store.checked_files import check_regular, read_json
+from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
@@ -163,7 +163,6 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
     """
     file = folder / WEIGHTS
     try:
-        check_regular(file, "the weights of an exported student")
         shapes = stored_shapes(str(file))
         fields, _ = read_json(folder / DESCRIPTION, "the description of an exported student")
         name, args = fields.get("architecture"), fields.get("model_args", {})

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import check_regular
 
 HEADS = "distill_losses."
 STUDENT = "student."
@@ -46,6 +47,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: a file that is not there or damaged, or that calls functions when it is read.
     """
+    check_regular(path, "the checkpoint")  # torch.load would wait for a FIFO
     found = _load_inert(path)
     state = found.get("state_dict", found) if isinstance(found, Mapping) else found
     if not isinstance(state, Mapping) or not all(

@@ -192,8 +192,8 @@ def _list_classes(
 def _entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[str]]:
     """Names of the class folders, and of the images directly in `folder`; both sorted."""
     entries = _scan(folder, f"{folder.name}/", ignored)
-    folders = sorted(entry.name for entry in entries if entry.is_dir())
-    images = sorted(entry.name for entry in entries if not entry.is_dir() and _is_image(entry, folder.name, ignored))
+    folders = sorted(entry.name for entry in entries if _is_folder(entry))
+    images = sorted(entry.name for entry in entries if not _is_folder(entry) and _is_image(entry, folder.name, ignored))
     return folders, images
 
 
@@ -205,7 +205,7 @@ def _images_below(folder: Path, prefix: str, above: frozenset[tuple[int, int]], 
         raise UserError("a symbolic link leads back to a folder above it", where=folder, fix="remove the link")
     for entry in _scan(folder, f"{prefix}/", ignored):
         path = f"{prefix}/{entry.name}"
-        if entry.is_dir():
+        if _is_folder(entry):
             yield from _images_below(folder / entry.name, path, above | {here}, ignored)
         elif _is_image(entry, prefix, ignored):
             yield path
@@ -228,10 +228,26 @@ def _scan(folder: Path, prefix: str, ignored: IgnoredFiles) -> list[os.DirEntry[
     return found
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder, or a link to one; a link loop is not."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a file, or a link to one; a link loop is not."""
+    try:
+        return entry.is_file()
+    except OSError:
+        return False
+
+
 def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bool:
     """Whether a file is an image: by its suffix, otherwise by its first bytes."""
     named = is_image_name(entry.name)
-    if not entry.is_file():
+    if not _is_file(entry):
         if not named:
             ignored.add("broken links or special files", f"{prefix}/{entry.name}")
             return False

@@ -32,7 +32,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.models.weights import check_tensors
-from scalekd_cache.store.checked_files import check_regular
+from scalekd_cache.store.checked_files import check_safetensors
 from scalekd_cache.store.durable_files import write_atomically
 
 
@@ -311,7 +311,7 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
         UserError: no such file, damaged, of another teacher, or with missing, surplus or misshapen tensors.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
-    check_regular(path, "the tail's file")
+    check_safetensors(path, "the tail's file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             _check_spec((file.metadata() or {}).get("spec"), spec, path)  # before anything is built by it

@@ -12,6 +12,7 @@ from torch import nn
 
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import check_safetensors
 
 
 def weights_file(folder: str | Path, name: str) -> Path:
@@ -42,6 +43,7 @@ def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
             fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'weights.safetensors')",
         )
     try:
+        check_safetensors(path, "the file of weights")
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:

@@ -25,6 +25,8 @@ JSON_BYTES = 1 << 26
 JSON_VALUES = 1 << 22
 """Most values in one: each takes some 100 bytes of memory or more, however short its text."""
 PIECE_BYTES = 1 << 20
+TENSOR_HEADER_BYTES = 100_000_000
+"""Longest header of a .safetensors file: the limit of the safetensors library."""
 KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -80,6 +82,37 @@ def check_regular(path: Path | str, what: str = "a file") -> int:
         return os.fstat(descriptor).st_size
     finally:
         os.close(descriptor)
+
+
+def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
+    """The length of a .safetensors file, compared with the length that its header gives; no tensor is read.
+
+    Raises:
+        UserError: as `check_regular`, the header is damaged, or the file has another length.
+    """
+    size = check_regular(path, what)
+    descriptor = open_regular(path, what)
+    try:
+        header_bytes = int.from_bytes(read_at(descriptor, 8, 0, path), "little")
+        if not 2 <= header_bytes <= min(TENSOR_HEADER_BYTES, size - 8):
+            raise UserError(
+                f"{what} is damaged",
+                got="no header of tensors",
+                expected="a .safetensors file (renaming a pickle does not make it one)",
+                where=path,
+            )
+        entries = parse_json(read_at(descriptor, header_bytes, 8, path), f"the header of {what}", path)
+    finally:
+        os.close(descriptor)
+    try:
+        ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise UserError(f"{what} is damaged", got="tensors without offsets", where=path) from error
+    expected = 8 + header_bytes + max(ends, default=0)
+    if size != expected:
+        got, wanted = f"{size:,} bytes", f"{expected:,} bytes, as its header says"
+        raise UserError(f"{what} has the wrong length", got=got, expected=wanted, where=path)
+    return size
 
 
 def is_there(path: StoredPath) -> bool:

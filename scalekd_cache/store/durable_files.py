@@ -25,7 +25,7 @@ import numpy as np
 from pydantic import Field
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.checked_files import open_file, unreadable
+from scalekd_cache.store.checked_files import check_safetensors, is_there, open_file, unreadable
 from scalekd_cache.store.path import StoredPath
 
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -196,7 +196,14 @@ def _publish_new(temp: Path, path: Path) -> None:
 
 
 def fact_of(path: StoredPath) -> FileFact:
-    """Length and sha256 of a regular file. UserError when it cannot be read, FileNotFoundError without one."""
+    """Length and sha256 of a regular file; of tensors once the length is that of their header, so that it is bounded.
+
+    Raises:
+        FileNotFoundError: there is none.
+        UserError: it cannot be read, or the header and the length of a .safetensors file differ.
+    """
+    if isinstance(path, Path) and path.suffix == ".safetensors" and is_there(path):
+        check_safetensors(path)
     with open_file(path) as file:
         try:
             digest = hashlib.file_digest(file, "sha256")  # type: ignore[arg-type]

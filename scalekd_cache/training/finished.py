@@ -27,7 +27,7 @@ from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import check_tensors, load_weights, stored_shapes
-from scalekd_cache.store.checked_files import check_regular, checked, read_json
+from scalekd_cache.store.checked_files import checked, read_json
 from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.training.run_files import (
@@ -298,7 +298,6 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
         raise UserError("an exported student does not say where its images are", where=folder, fix="give DATA=folder")
     shown = _read_description(folder / DESCRIPTION)
     name = check_name(shown.architecture, str(folder / DESCRIPTION))
-    check_regular(folder / WEIGHTS, "the weights of an exported student")
     shapes = stored_shapes(str(folder / WEIGHTS))
     model, _ = create_timm_model(name, {"num_classes": shown.num_classes, **shown.model_args})
     load_weights(model, str(folder / WEIGHTS), shapes)

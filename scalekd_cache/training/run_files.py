@@ -36,6 +36,8 @@ LINES_BYTES = 1 << 30
 SHOWN_BYTES = 1 << 27
 """Longest metrics that a report shows."""
 LINE_BYTES = 1 << 20
+WRITTEN_OPTIONS = ("cache", "student", "train", "device")
+"""Some of the options that every config.yaml has, the last one among them."""
 AGAIN = "remove this file and rerun `make distill` with the options of this run: it is written again"
 T = TypeVar("T")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -106,11 +108,13 @@ def read_config(run: Path) -> dict[str, Any]:
         raise no_run(run, OPTIONS)
     data = read_file(file, "a run's configuration", OPTIONS_BYTES)
     try:
-        config = yaml.load(data, _NoAliases)  # noqa: S506 - a SafeLoader
+        config = _NoAliases(data).get_single_data()
     except Exception as error:  # PyYAML's constructors raise errors of many kinds
         raise UserError("a run's configuration is damaged", got=error, where=file, fix=AGAIN) from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise UserError("a run's configuration is damaged", got=type(config).__name__, where=file, fix=AGAIN)
+    if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a file that ends early is YAML too
+        raise UserError("a run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
     return config
 
 

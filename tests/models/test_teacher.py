@@ -175,7 +175,7 @@ def test_wrong_images(value, message):
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),
         ({"pretrained": True}, "make fetch TEACHER=demo_swin"),
         ({"weights": "weights.pth"}, "pickle"),
-        ({"weights": "missing.safetensors"}, "cannot read"),
+        ({"weights": "missing.safetensors"}, "weights is missing"),
     ],
 )
 def test_refused(options, message):
@@ -296,7 +296,7 @@ def test_tail_of_another_teacher_or_damaged(tmp_path):
     with pytest.raises(UserError, match="another type"):
         load_tail(path, teacher.spec)
     path.write_bytes(path.read_bytes()[:-7])
-    with pytest.raises(UserError, match="cannot read the tail"):
+    with pytest.raises(UserError, match="the tail's file has the wrong length"):
         load_tail(path, teacher.spec)
 
 
