@@ -29,10 +29,10 @@ def main(argv: list[str]) -> None:
     from scalekd_cache.distributed import this_process
 
     if dry:
-        from scalekd_cache.training.dry_run import describe_distill
+        from scalekd_cache.training.dry_run import plan_distill
 
         process = this_process(config.device)
-        process.print_rank0("\n".join(describe_distill(config, process)))
+        process.print_rank0("\n".join(plan_distill(config, process)))
         return
     from scalekd_cache.training.run import distill
 

@@ -28,13 +28,13 @@ def main(argv: list[str]) -> None:
     """Evaluate the exported student; print a sentence and a line of JSON."""
     config = parse(EvaluateConfig, "evaluate", with_flags(argv, "--json"), {}, __doc__ or "")
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.training.finished import evaluate_export, evaluate_folder, exported_folder
+    from scalekd_cache.training.run_evaluation import evaluate_folder, evaluate_run, find_exported_folder
 
-    process, folder = this_process(config.device), exported_folder(Path(config.run))
+    process, folder = this_process(config.device), find_exported_folder(Path(config.run))
     if folder is not None:
         tally = evaluate_folder(folder, config.data, process, config.workers)
     else:
-        tally = evaluate_export(Path(config.run), config.data, process, config.workers)
+        tally = evaluate_run(Path(config.run), config.data, process, config.workers)
     if tally.images == 0:
         raise UserError("no validation image could be read", where=config.data or config.run, fix="check DATA=")
     if not config.json:

@@ -22,7 +22,7 @@ class ExportConfig:
 def main(argv: list[str]) -> None:
     """Export the last checkpoint's student and say what was checked."""
     config = parse(ExportConfig, "export", argv, {}, __doc__ or "")
-    from scalekd_cache.training.finished import export_run
+    from scalekd_cache.training.run_export import export_run
 
     path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
     how = f"timm.create_model('local-dir:{path}', pretrained=True)" if config.format == "timm" else config.format

@@ -125,7 +125,7 @@ class Judge:
     def __init__(self, cache: Path, weights: str | None, count: int) -> None:
         """`cache`: any of the setting's; `count` held-out images are used."""
         from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
-        from scalekd_cache.training.targets import tail_of
+        from scalekd_cache.training.targets import load_cache_tail
 
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
@@ -145,7 +145,7 @@ class Judge:
                 targets = Targets(*exact.decode(exact.encode(features)), logits)
             self.batches.append((pixels.to(self.device), labels.to(self.device), targets))
         spec = TeacherSpec.from_json(manifest.teacher["spec"])
-        self.tail = tail_of(self.cache, spec).to(self.device)
+        self.tail = load_cache_tail(self.cache, spec).to(self.device)
 
     @torch.no_grad()
     def losses(self, run: Path) -> dict[str, float]:

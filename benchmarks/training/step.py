@@ -34,7 +34,7 @@ from scalekd_cache.planning.costs import pair_costs
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.targets import make_heads, tail_of
+from scalekd_cache.training.targets import load_cache_tail, make_heads
 from scalekd_cache.training.trainer import DistillModel
 
 PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]
@@ -83,7 +83,7 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     )
     classes = len(manifest.class_names)
     spec = TeacherSpec.from_json(manifest.teacher["spec"])
-    tail = tail_of(cache, spec).to(device)
+    tail = load_cache_tail(cache, spec).to(device)
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
     exact = make_codec("float32", spec.feature_shape)
     both, watch = {}, Stopwatch(device)

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config.stage2 import DistillConfig
@@ -39,8 +38,8 @@ from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
-from scalekd_cache.training.init_weights import load_start
-from scalekd_cache.training.targets import kept_classifier, make_heads, tail_of
+from scalekd_cache.training.init_weights import load_init_weights
+from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads
 from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.versions import __version__, library_versions
 
@@ -144,7 +143,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
             fix="give more VIEWS=, or a smaller train.micro_batch_size",
         )
     model, tail = _student(config, cache, device)
-    classifier = kept_classifier(config, cache, data.logit_codec, process)
+    classifier = load_cache_classifier(config, cache, data.logit_codec, process)
     compare = _GradientSums(model, tail, teacher, data, classifier, config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
@@ -158,10 +157,10 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
     student = build_student(
         config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
     )
-    tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"])).to(device)
+    tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.teacher["spec"])).to(device)
     heads = make_heads(config, student, tail)
     if config.init is not None:
-        load_start(config.init, student.model, heads)
+        load_init_weights(config.init, student.model, heads)
     return DistillModel(config, student, heads).to(device), tail
 
 
@@ -177,8 +176,9 @@ class _GradientSums:
         classifier: nn.Linear | None,
         seed: int,
     ) -> None:
-        self.model, self.tail, self.teacher, self.data = model, tail, teacher, data
-        self.classifier, self.seed = classifier, seed
+        self.model, self.tail, self.seed = model, tail, seed
+        self.cached_source = TargetSource(data.codec, data.logit_codec, classifier)
+        self.live_source = TargetSource(data.codec, data.logit_codec, teacher=teacher)
         self.parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() for parameter in self.parameters)
         device = self.parameters[0].device
@@ -189,14 +189,7 @@ class _GradientSums:
 
     def add(self, batch: Batch) -> None:
         """One micro-batch."""
-        with torch.no_grad():
-            features, logits = self.teacher(batch.images)
-            exact = make_codec("float32", self.data.codec.shape)  # as live targets are in training
-            live = Targets(*exact.decode(exact.encode(features)), logits)
-            decoded = self.data.codec.decode(batch.codes)
-            cached = Targets(*decoded, batch.logits, self.data.logit_codec.partial)
-            if self.classifier is not None:
-                cached = Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
+        live, cached = self.live_source(batch), self.cached_source(batch)
         self._targets(live, cached)
         one, other = self._gradient(batch, live), self._gradient(batch, cached)
         error = other - one

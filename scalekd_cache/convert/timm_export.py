@@ -5,9 +5,11 @@ Invariant: the folder is complete or absent, and `timm.create_model("local-dir:D
 same logits before this returns.
 """
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import load_weights, stored_shapes
-from scalekd_cache.store.checked_files import read_json
+from scalekd_cache.store.checked_files import checked, read_json
 from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
@@ -149,10 +151,41 @@ def _compare(student: Student, folder: Path, image_size: int) -> float:
     return difference
 
 
-def load_export(folder: Path, image_size: int) -> nn.Module:
-    """The model of an exported student, in eval mode; what `timm.create_model("local-dir:...", pretrained=True)` gives.
+@dataclass(frozen=True)
+class ImageConfig:
+    """The part of timm's `pretrained_cfg` that describes the model's input."""
 
-    timm itself would take a pickle from the folder where model.safetensors is missing.
+    input_size: tuple[int, int, int]
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class ExportDescription:
+    """The fields of an export's config.json that are read; timm writes more."""
+
+    architecture: str
+    num_classes: int
+    pretrained_cfg: ImageConfig
+    model_args: dict[str, Any] = field(default_factory=dict)
+    label_names: list[str] = field(default_factory=list)
+
+
+def read_description(folder: Path) -> ExportDescription:
+    """The description of an exported student, checked; `UserError` when it is missing or damaged."""
+    file, what = folder / DESCRIPTION, "the description of an exported student"
+    fields, _ = read_json(file, what)
+    images = fields.get("pretrained_cfg")
+    if isinstance(images, dict):
+        fields["pretrained_cfg"] = {key: images[key] for key in ImageConfig.__annotations__ if key in images}
+    known = {key: fields[key] for key in ExportDescription.__annotations__ if key in fields}
+    return checked(json.dumps(known), ExportDescription, what, file)
+
+
+def load_export(folder: Path, image_size: int) -> nn.Module:
+    """The model of an exported student, in eval mode; equal to `timm.create_model("local-dir:...", pretrained=True)`.
+
+    timm itself would load a pickle from the folder where model.safetensors is missing.
 
     Args:
         folder: the export.
@@ -164,17 +197,15 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
     file = folder / WEIGHTS
     try:
         shapes = stored_shapes(str(file))
-        fields, _ = read_json(folder / DESCRIPTION, "the description of an exported student")
-        name, args = fields.get("architecture"), fields.get("model_args", {})
-        if not isinstance(name, str) or not isinstance(args, dict):
-            raise UserError("the description of an exported student is damaged", where=folder / DESCRIPTION)
-        _check_depth(args, len(shapes), folder / DESCRIPTION)
-        check_name(name, str(folder / DESCRIPTION))
-        model, _ = create_timm_model(name, {"num_classes": fields.get("num_classes"), **args})
+        description = read_description(folder)
+        _check_depth(description.model_args, len(shapes), folder / DESCRIPTION)
+        name = check_name(description.architecture, str(folder / DESCRIPTION))
+        model, _ = create_timm_model(name, {"num_classes": description.num_classes, **description.model_args})
         load_weights(model, str(file), shapes)
         _try(model.eval(), image_size, folder)
     except UserError as error:
-        fix = f"write the export again: make export RUN={folder.parent}"
+        in_run = (folder.parent / "config.yaml").exists()
+        fix = f"write the export again: make export RUN={folder.parent}" if in_run else "export or import it again"
         raise UserError(f"the exported student cannot be loaded: {error}", fix=fix) from error
     return model
 

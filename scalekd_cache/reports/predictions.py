@@ -24,7 +24,7 @@ from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teache
 from scalekd_cache.models.weights import weights_available
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.training.finished import classifier
+from scalekd_cache.training.run_evaluation import make_predictor
 from scalekd_cache.training.run_files import read_config, student_options
 
 BATCH = 32
@@ -111,7 +111,7 @@ def load_run_student(run: Path, size: int, process: Process) -> RunStudent | Non
         return None
     options = student_options(run)
     model = load_export(folder, size).to(process.device)
-    predict = classifier(model, options.mean, options.std)
+    predict = make_predictor(model, options.mean, options.std)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return RunStudent(predict, parameters, (folder / WEIGHTS).stat().st_size, _speed(predict, size, process.device))
 

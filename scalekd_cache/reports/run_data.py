@@ -23,13 +23,13 @@ from scalekd_cache.reports.predictions import (
     predict_images,
     validation_images,
 )
+from scalekd_cache.training.metrics import read_metrics
 from scalekd_cache.training.run_files import (
     METRICS,
     Summary,
     data_of,
     read_config,
     read_facts,
-    read_metrics,
     read_summary,
 )
 

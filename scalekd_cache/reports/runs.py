@@ -32,7 +32,7 @@ from scalekd_cache.reports.run_data import (
 )
 from scalekd_cache.scalekd.losses import LossTerms
 from scalekd_cache.training.run_files import read_facts, text_option
-from scalekd_cache.training.run_folder import alone_summary
+from scalekd_cache.training.run_summary import baseline_summary
 from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
@@ -134,7 +134,7 @@ def _big(run: Run) -> list[tuple[str, str]]:
     if summary is None:
         last = run.lines[-1] if run.lines else {"step": 0}
         return [(f"{last['step']}", "steps so far")]
-    alone = alone_summary(run.path, summary) if summary["targets"] != "none" else None
+    alone = baseline_summary(run.path, summary) if summary["targets"] != "none" else None
     rows = [(percent(summary["top1"]), "top-1"), (percent(summary["top5"]), "top-5")]
     rows.append((percent(summary["teacher_top1"]), "teacher's top-1"))
     if alone:

@@ -1,9 +1,9 @@
-"""Checkpoints of a run: whole tensors in safetensors, committed as shards are.
+"""Checkpoints of a run: unsharded tensors in safetensors, committed by rename as shards are.
 
-In: tensors by file and a few facts. Out: `checkpoints/step-00000123/`, and the newest one that is whole.
-Invariant: a checkpoint's folder appears under its name in one rename, after everything in it was fsynced, and is used
-only when its files are, by sha256, what was written. A kill while saving leaves the one before. A checkpoint leaves
-its name in one rename too, and only when enough newer or equally new ones are whole. No pickles.
+In: tensors by file and a few facts. Out: `checkpoints/step-00000123/`, and the newest undamaged one.
+Invariant: a checkpoint gets its name in one rename, after all its files were fsynced. It is used only when the sha256
+of every file matches. A kill while saving leaves the previous one. Removal starts with a rename too, and only when
+enough undamaged checkpoints remain. No pickles.
 """
 
 import contextlib
@@ -25,12 +25,12 @@ from scalekd_cache.store.durable_files import canonical_json, explained, fact_of
 FACTS_FILE = "checkpoint.json"
 NAME = re.compile(r"step-(\d{8,12})")
 STUDENT, MODEL, OPTIMIZER, AVERAGE = (f"{name}.safetensors" for name in ("student", "model", "optimizer", "average"))
-"""Files of a checkpoint: the student as it is exported, all weights and statistics, the optimizer's state, and the
-moving average where there is one."""
+"""Files of a checkpoint: the student as exported, all weights and statistics, the optimizer state, and the moving
+average if there is one."""
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that was found whole."""
+    """A checkpoint whose digests match."""
 
     folder: Path
     facts: dict[str, Any]
@@ -44,17 +44,17 @@ class Checkpoint(NamedTuple):
 def commit_checkpoint(
     folder: Path, step: int, files: Mapping[str, Mapping[str, Tensor]], facts: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write a checkpoint and remove those that are not kept any more (`prune_checkpoints`).
+    """Write a checkpoint, then remove old ones (`prune_checkpoints`).
 
     Args:
         folder: the run's folder of checkpoints.
         step: optimizer steps done.
         files: tensors of each file.
-        facts: anything JSON holds; read again as `Checkpoint.facts`.
-        keep: whole checkpoints that stay, this one among them.
+        facts: JSON values; read back as `Checkpoint.facts`.
+        keep: undamaged checkpoints to keep, this one included.
 
     Raises:
-        UserError: the disk is full or fails, or the folder cannot be written; the older checkpoints are still there.
+        UserError: the disk is full or fails, or the folder cannot be written. Older checkpoints remain.
     """
     final = folder / f"step-{step:08d}"
     temporary = temp_beside(final)
@@ -82,11 +82,10 @@ def commit_checkpoint(
 
 
 def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
-    """Keep `newest` and the `keep - 1` newest others that are whole. Remove the rest and all temporary files.
+    """Keep `newest` and the `keep - 1` newest undamaged others. Remove the rest and all temporary files.
 
-    A damaged checkpoint never takes the place of a whole one, whatever its step: those newer than `newest` were
-    refused when the run resumed. The run's folder is locked, so temporary files here belong to nobody, also those
-    that a session on another host left. `newest` is None where there is no checkpoint yet.
+    A damaged checkpoint never counts as kept, whatever its step. The run's folder is locked, so temporary files here
+    are stale, including those of another host. `newest` is None before the first checkpoint.
     """
     kept = 1
     for path in reversed(_checkpoints(folder)):
@@ -101,14 +100,14 @@ def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint: renamed first, so that a kill leaves no half of one under its name."""
+    """Remove a checkpoint. It is renamed first, so a kill never leaves a partial one under its name."""
     temporary = temp_beside(path)
     os.rename(path, temporary)
     _remove_tree(temporary)
 
 
 def _remove_tree(path: Path) -> None:
-    """Remove a temporary folder, or what is in the place of one; what stays is tried again with the next checkpoint."""
+    """Remove a temporary folder or file. What cannot be removed is tried again at the next checkpoint."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -116,7 +115,7 @@ def _remove_tree(path: Path) -> None:
 
 
 def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint whose files are what was written, and what is wrong with newer ones."""
+    """The newest undamaged checkpoint, and what is wrong with newer ones."""
     problems: list[str] = []
     for path in reversed(_checkpoints(folder)):
         try:
@@ -127,7 +126,7 @@ def latest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    """Everything with the name of a checkpoint, by step."""
+    """All paths that are named like a checkpoint, by step."""
     found = [(NAME.fullmatch(path.name), path) for path in folder.glob("step-*")]
     return [path for _, path in sorted((int(name[1]), path) for name, path in found if name is not None)]
 
@@ -152,13 +151,13 @@ def _checked(path: Path) -> Checkpoint:
     for name, written in files.items():
         if Path(name).name != name or _fact(path / name) != written:
             raise UserError(
-                "a checkpoint is damaged", where=path / name, fix="rerun: the newest whole one before it is used"
+                "a checkpoint is damaged", where=path / name, fix="rerun: it resumes from the newest undamaged one"
             )
     return Checkpoint(path, facts)
 
 
 def _fact(file: Path) -> dict[str, Any] | None:
-    """Length and sha256 of a file; None for one that cannot be read."""
+    """Length and sha256 of a file; None if it cannot be read."""
     try:
         return fact_of(file)._asdict()
     except (FileNotFoundError, UserError):

@@ -1,7 +1,8 @@
-"""What a training run would do, without doing it.
+"""The dry run of stage 2.
 
-In: a `DistillConfig`. Out: a few lines. Invariant: what can be refused before the first step is refused here too;
-nothing is written, no process group and no training engine is started.
+In: a `DistillConfig`. Out: lines of text.
+Invariant: everything that a run checks before its first step is checked here. Nothing is written; no process group
+and no DeepSpeed engine is started.
 """
 
 from pathlib import Path
@@ -21,20 +22,20 @@ from scalekd_cache.training.optim import describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_files import read_summary
 from scalekd_cache.training.run_folder import check_config
-from scalekd_cache.training.targets import make_heads, order_of, tail_of
+from scalekd_cache.training.targets import load_cache_tail, make_heads, make_order
 
 
-def describe_distill(config: DistillConfig, process: Process) -> list[str]:
-    """What `make distill` would do, a line each.
+def plan_distill(config: DistillConfig, process: Process) -> list[str]:
+    """What `make distill` would do, one line per fact.
 
     Raises:
-        UserError: whatever the run would be refused for before its first step.
+        UserError: as the run would before its first step.
     """
     run, train = Path(config.run or "runs/student"), config.train
     check_config(run, to_plain(config))
     reads = open_run_cache(config, run, process)
     if read_summary(run) is not None:
-        return [f"{run} is finished; nothing would be done"]
+        return [f"{run} is finished; nothing to do"]
     cache, manifest = reads.cache, reads.cache.manifest
     with torch.device("cpu"):
         student = build_student(
@@ -42,9 +43,9 @@ def describe_distill(config: DistillConfig, process: Process) -> list[str]:
         )
     lines = [f"student {config.student.name}: {_millions(student.model)} M parameters"]
     if train.targets != "none":
-        tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
+        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
         lines.append(f"projectors: {_millions(make_heads(config, student, tail))} M parameters, not exported")
-    order_of(train, cache, process)
+    make_order(train, cache, process)
     check_workers(cache, codec_from_config(manifest.codec, cache.root), train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(len(cache), train.global_batch_size)
@@ -53,9 +54,9 @@ def describe_distill(config: DistillConfig, process: Process) -> list[str]:
         f"{len(micros)} micro-batches of {train.micro_batch_size} a process"
     )
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
-    begins = f"go on at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "begin at step 1"
-    lines += [describe_lr(config), *(f"not used: {problem}" for problem in problems)]
-    return [*lines, f"would {begins} in {run}; this was a dry run, nothing was written"]
+    start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"
+    lines += [describe_lr(config), *(f"skipped: {problem}" for problem in problems)]
+    return [*lines, f"would {start} in {run}; dry run: nothing was written"]
 
 
 def _millions(module: torch.nn.Module) -> str:

@@ -1,7 +1,7 @@
-"""Where a student's training starts from: the weights of another run or of an imported checkpoint.
+"""Initial weights of a student: from another run or an imported checkpoint.
 
-In: a folder that `export` or `import-upstream` wrote. Out: the student's weights and, where the folder has them, the
-ScaleKD heads', loaded strictly. Invariant: all of a file fits, or nothing of it is used.
+In: a folder that `export` or `import-upstream` wrote. Out: the student with its weights and, if the folder has them,
+the ScaleKD heads with theirs. Invariant: weights are loaded strictly; a partial match is an error.
 """
 
 from pathlib import Path
@@ -12,32 +12,32 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.weights import load_weights, stored_shapes
 
 STUDENT_FILES = ("student/model.safetensors", "model.safetensors", "export/model.safetensors")
-"""Where a student's weights may lie: in a folder of `import-upstream`, an exported folder, a run's folder."""
+"""Possible paths of the student's weights: in a folder of `import-upstream`, an exported folder, a run's folder."""
 HEADS_FILE = "heads.safetensors"
 
 
-def load_start(folder: Path | str, student: nn.Module, heads: nn.Module | None) -> list[str]:
+def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module | None) -> list[str]:
     """Load weights into a student and its heads.
 
     Args:
-        folder: an exported student, a run with one, or what `import-upstream` wrote.
+        folder: an exported student, a run with an export, or a folder that `import-upstream` wrote.
         student: the plain timm model.
-        heads: the heads of this run (None: a run without a teacher; their file is not looked at then).
+        heads: the heads of this run (None: no teacher; a file of heads is ignored).
 
     Returns:
         The files that were loaded.
 
     Raises:
-        UserError: no weights there, or weights of another model, size, number of classes or teacher.
+        UserError: no weights, or weights of another model, size, number of classes or teacher.
     """
     folder = Path(folder)
     file = next((folder / name for name in STUDENT_FILES if (folder / name).is_file()), None)
     if file is None:
         raise UserError(
-            "no student to start from",
+            "no initial weights in this folder",
             expected="a folder with " + ", or ".join(STUDENT_FILES),
             where=folder,
-            fix="give INIT= a folder written by make export or make import-upstream",
+            fix="set INIT= to a folder written by make export or make import-upstream",
         )
     load_weights(student, str(file), stored_shapes(str(file)))
     loaded = [str(file)]

@@ -1,7 +1,7 @@
-"""What a recipe says about optimization, as timm and DeepSpeed take it.
+"""Optimizer, schedule and DeepSpeed configuration of a recipe.
 
-In: a `DistillConfig`. Out: optimizer, schedule, DeepSpeed's configuration. Invariant: a DeepSpeed JSON of the user adds
-to a recipe and never contradicts it. deepspeed itself is not imported here.
+In: a `DistillConfig`. Out: timm's optimizer and schedule, DeepSpeed's configuration.
+Invariant: the user's DeepSpeed JSON adds to a recipe and never contradicts it. deepspeed is not imported here.
 """
 
 import json
@@ -24,7 +24,7 @@ POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
 
 
 def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
-    """The DeepSpeed configuration of a run: the user's JSON below, what the recipe fixes on top."""
+    """The DeepSpeed configuration of a run: the user's JSON, overridden by the recipe."""
     train = config.train
     given: dict[str, Any] = {}
     if train.deepspeed:
@@ -107,28 +107,28 @@ def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
 
 
 def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
-    """The model with BatchNorm layers that share their statistics over all processes.
+    """The model with BatchNorm synchronized over all ranks.
 
     Raises:
         UserError: on a CPU.
     """
     if process.device.type != "cuda":
         raise UserError(
-            "BatchNorm cannot be synchronized here: PyTorch's SyncBatchNorm runs on GPUs alone",
+            "BatchNorm cannot be synchronized here: PyTorch's SyncBatchNorm needs GPUs",
             got=f"train.sync_bn=true on {process.device}",
-            fix='set SET="train.sync_bn=false": BatchNorm then sees micro-batches, the same on any number of processes',
+            fix='set SET="train.sync_bn=false": BatchNorm then uses micro-batches, at any world size',
         )
     synchronized: nn.Module = convert_sync_batchnorm(model)
     return synchronized
 
 
 def scaled_lr(config: DistillConfig) -> float:
-    """The learning rate at the actual global batch (linear scaling)."""
+    """The learning rate scaled linearly to the global batch size."""
     return config.optim.lr * config.train.global_batch_size / config.optim.base_batch_size
 
 
 def describe_lr(config: DistillConfig) -> str:
-    """The scaling of the learning rate in one line, for the start of a run."""
+    """The scaled learning rate, as one line of text."""
     optim, batch = config.optim, config.train.global_batch_size
     return (
         f"{optim.name}: learning rate {optim.lr:g} x {batch} / {optim.base_batch_size} = {scaled_lr(config):g} "

@@ -1,8 +1,7 @@
-"""What a run reads: the cache, how many of its views, and whose pixels.
+"""The cache of a run: targets, number of views, pixels.
 
-In: a `DistillConfig`, the run's folder, this process. Out: a `RunCache`, the same on every process.
-Invariant: epoch e of a run reads view e mod V from its first session to its last: V is fixed when the run starts,
-whatever the cache grows to.
+In: a `DistillConfig`, the run's folder, this process. Out: a `RunCache`, the same on every rank.
+Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if the cache grows later.
 """
 
 import hashlib
@@ -20,27 +19,28 @@ from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.run_files import FACTS, read_facts
 from scalekd_cache.training.run_folder import check_same_cache
 
 
 class RunCache(NamedTuple):
-    """What a run reads."""
+    """An open cache, as one run reads it."""
 
     cache: Cache
     """Targets, labels, view records; pixels too, unless they are shared."""
     views: int
-    """V: views of the cycle of epochs."""
+    """V: number of views that the epochs cycle through."""
     pixels: Cache | None
-    """The cache that holds the pixels, when it is another one."""
+    """The cache with the pixels, if they are in another one."""
 
 
 def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCache:
-    """Open what a run reads; with `follow`, wait until it can begin.
+    """Open the cache of a run; with `follow`, wait until the first views are ready.
 
     Raises:
-        UserError: not finished and not followed; another cache than the run began with; fewer views than it needs;
-            or the pixels that the cache shares are not there.
+        UserError: the cache is not finished and not followed; the run started with another cache; the cache has too
+            few views; or the cache that its pixels are shared from is missing.
     """
     root = open_place(config.cache, config.remote)
     if config.follow:
@@ -53,7 +53,7 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     pixels = pixels_of(cache, config.pixels_from, views, config.remote)
     process.print_rank0(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views expected "
-        + ("by its plan, it is still growing" if isinstance(cache, GrowingCache) else "by its manifest")
+        + ("by its plan, still growing" if isinstance(cache, GrowingCache) else "by its manifest")
         + ("" if views == manifest.num_views else f"; this run reads the first {views}")
         + ("" if pixels is None else f"; pixels from {pixels.root}")
     )
@@ -61,39 +61,48 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
 
 
 def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
-    """V: of a run that has begun, what it began with; else as asked, or all."""
-    there, asked = cache.manifest.num_views, config.train.views
-    begun = read_facts(run).get("views") if (run / FACTS).exists() else None
-    views: int = begun or asked or there
-    if views > there:
+    """V: the value the run started with; for a new run `train.views`, or all views."""
+    available, requested = cache.manifest.num_views, config.train.views
+    started = _views_of_started_run(run)
+    views: int = started or requested or available
+    if views > available:
         raise UserError(
-            "the cache has fewer views than the run reads",
-            got=f"{there} views in its manifest",
-            expected=f"{views} views, " + ("as when the run began" if begun else "as train.views asks for"),
+            "the cache has fewer views than the run needs",
+            got=f"{available} views in its manifest",
+            expected=f"{views} views, " + ("as when the run started" if started else "as set by train.views"),
             where=cache.root,
             fix="wait for the writer with FOLLOW=1, or add views: make cache-teacher VIEWS=" + str(views),
         )
     return views
 
 
-def check_ranks_agree(reads: RunCache, process: Process) -> None:
-    """All processes read the same cache in the same state: one that grows may be met in two.
+def _views_of_started_run(run: Path) -> int | None:
+    """V of a run that was started before: from cache.json or, where that is gone, from its newest checkpoint."""
+    if (run / FACTS).exists():
+        return int(read_facts(run)["views"])
+    checkpoint, _ = latest_checkpoint(run / "checkpoints")
+    views = checkpoint.facts["loader"].get("views") if checkpoint else None
+    return views if isinstance(views, int) else None
+
+
+def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
+    """Check that all ranks opened the cache in the same state; a growing cache may differ.
 
     Raises:
-        UserError: on every process, when they do not.
+        UserError: on every rank, when they differ.
     """
     if process.world_size == 1:
         return
-    pixels = reads.pixels.manifest.fingerprint if reads.pixels is not None else ""
-    manifest = reads.cache.manifest
-    text = f"{manifest.fingerprint} {manifest.num_samples} {manifest.groups} {reads.views} {pixels}"
-    mine = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(process.device)
-    all_of_them = [torch.empty_like(mine) for _ in range(process.world_size)]
-    dist.all_gather(all_of_them, mine)
-    if not all(torch.equal(mine, theirs) for theirs in all_of_them):
+    pixels = run_cache.pixels.manifest.fingerprint if run_cache.pixels is not None else ""
+    manifest = run_cache.cache.manifest
+    text = f"{manifest.fingerprint} {manifest.num_samples} {manifest.groups} {run_cache.views} {pixels}"
+    digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(process.device)
+    gathered = [torch.empty_like(digest) for _ in range(process.world_size)]
+    dist.all_gather(gathered, digest)
+    if not all(torch.equal(digest, other) for other in gathered):
         raise UserError(
-            "the processes see the cache in different states",
-            got=f"process {process.rank}: {manifest.num_views} views, of which it reads {reads.views}",
-            where=reads.cache.root,
-            fix="it grew while they started: start again",
+            "the ranks opened the cache in different states",
+            got=f"rank {process.rank}: {manifest.num_views} views, {run_cache.views} of them used",
+            where=run_cache.cache.root,
+            fix="the cache grew while the ranks started: rerun",
         )

@@ -1,7 +1,8 @@
-"""The cache in a training loop of one's own: batches with their targets, and the ScaleKD loss as a module.
+"""Distillation targets: from a cache or a live teacher; and the cache in a custom training loop.
 
-In: a finished cache, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, for its loss.
-Invariant: samples, order, checks, decoding and losses are those of `make distill`; nothing here trains anything.
+In: a finished cache, a student. Out: `TargetSource`, targets of a batch; `CachedTargets`, an iterable of batches;
+`ScaleKDLoss`, the loss as a module.
+Invariant: samples, order, checks, decoding and losses are those of `make distill`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
@@ -22,6 +24,7 @@ from scalekd_cache.loader.order import WINDOW, Likeness, Order, mixing_window
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, load_tail
+from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
@@ -32,35 +35,35 @@ from scalekd_cache.store.remote.remote_path import local_path
 from scalekd_cache.store.shared_pixels import pixels_of
 
 
-def check_logits(config: ScaleKDConfig, cache: Cache, kept: LogitCodec) -> None:
-    """`UserError` for a loss that the kept logits cannot give."""
-    if kept.partial and config.temperature != 1 and config.logit_weight > 0:
+def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None:
+    """`UserError` for a temperature that the stored logits do not support."""
+    if codec.partial and config.temperature != 1 and config.logit_weight > 0:
         raise UserError(
-            "the cache keeps the mass of its less probable classes at temperature 1 only",
+            "the cache stores top-k logits, which support temperature 1 only",
             got=f"scalekd.temperature={config.temperature}",
-            expected="1, or a cache with all logits",
+            expected="1, or a cache with dense logits",
             where=cache.root,
             fix='set SET="scalekd.temperature=1", or make a cache with cache.logits=dense',
         )
 
 
-def kept_classifier(config: DistillConfig, cache: Cache, kept: LogitCodec, process: Process) -> nn.Linear | None:
-    """The teacher's classifier where the cache has it in place of logits; what the kept logits cannot do is refused."""
-    check_logits(config.scalekd, cache, kept)
-    if not isinstance(kept, RecomputedLogits) or config.train.targets != "cached":
+def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec, process: Process) -> nn.Linear | None:
+    """The teacher's classifier if the cache stores it instead of logits; checks the temperature (`check_logits`)."""
+    check_logits(config.scalekd, cache, codec)
+    if not isinstance(codec, RecomputedLogits) or config.train.targets != "cached":
         return None
-    return load_classifier(kept.get_config(), cache.root).to(process.device)
+    return load_classifier(codec.get_config(), cache.root).to(process.device)
 
 
-def tail_of(cache: Cache, spec: TeacherSpec) -> Tail:
-    """The teacher's tail, byte for byte the one the cache was made with."""
+def load_cache_tail(cache: Cache, spec: TeacherSpec) -> Tail:
+    """The teacher's tail, with its sha256 checked against the manifest."""
     file = cache.root / "tail.safetensors"
     if not is_there(file) or fact_of(file).sha256 != cache.manifest.tail_sha256:
         raise UserError(
             "the teacher's tail is missing or damaged",
             expected=f"sha256 {cache.manifest.tail_sha256[:16]}",
             where=file,
-            fix="restore the file, or delete the manifest and run make cache-teacher again: it keeps the units",
+            fix="restore the file, or delete the manifest and rerun make cache-teacher: it reuses the units",
         )
     return load_tail(local_path(file), spec)
 
@@ -79,30 +82,46 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
     return heads
 
 
-def order_of(train: TrainConfig, cache: Cache, process: Process) -> Order:
-    """The order of a run; where neighboring images are of one class, it mixes wider."""
+def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
+    """The sample order of a run; with class-sorted images the shuffle window is larger."""
     found = Likeness(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
         process.print_rank0(
-            f"the cache holds images of one class side by side ({found.neighbors:.0%} of neighbors, "
-            f"{found.chance:.1%} by chance), so windows of {window:,} blocks = {window * train.shuffle_block:,} images "
-            f"are mixed instead of {WINDOW}; read with more seeks, and from a URL with more copies (docs/SCALE.md)"
+            f"the cache is sorted by class ({found.neighbors:.0%} of neighbors share a class, {found.chance:.1%} by "
+            f"chance): shuffle window {window:,} blocks = {window * train.shuffle_block:,} images instead of {WINDOW} "
+            f"blocks; this needs more seeks, and more local copies for a URL (docs/SCALE.md)"
         )
     return Order(num_samples=len(cache), block=train.shuffle_block, window=window, seed=train.seed)
 
 
-@torch.no_grad()
-def cached_targets(codec: FeatureCodec, logit_codec: LogitCodec, classifier: nn.Linear | None, batch: Batch) -> Targets:
-    """The targets of a batch, decoded on its device; `classifier` is `kept_classifier`'s."""
-    decoded = codec.decode(batch.codes)
-    if classifier is not None:
-        return Targets(*decoded, classifier(decoded.features.mean((2, 3))))
-    return Targets(*decoded, batch.logits, logit_codec.partial)
+class TargetSource(NamedTuple):
+    """Where the targets of a batch come from: the cache, or a live teacher. All training and auditing code uses it."""
+
+    codec: FeatureCodec
+    """Of the cache's features."""
+    logit_codec: LogitCodec
+    """Of the cache's logits."""
+    classifier: nn.Linear | None = None
+    """The teacher's classifier, for a cache that stores it instead of logits (`load_cache_classifier`)."""
+    teacher: Teacher | None = None
+    """The live teacher; None: targets are decoded from the batch."""
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Targets:
+        """The targets of a batch, computed on its device."""
+        if self.teacher is not None:
+            features, logits = self.teacher(batch.images)
+            exact = make_codec("float32", self.codec.shape)  # same path and memory layout as a lossless cache
+            return Targets(*exact.decode(exact.encode(features)), logits)
+        decoded = self.codec.decode(batch.codes)
+        if self.classifier is not None:
+            return Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
+        return Targets(*decoded, batch.logits, self.logit_codec.partial)
 
 
 class CachedBatch(NamedTuple):
-    """What a loop gets."""
+    """One batch of `CachedTargets`."""
 
     images: Tensor
     """(B, 3, H, W) float32, normalized."""
@@ -113,22 +132,22 @@ class CachedBatch(NamedTuple):
 
 
 class CachedTargets:
-    """The batches of some epochs; epoch e reads view e mod V. Iterating goes on where `state_dict` left off.
+    """The batches of some epochs; epoch e reads view e mod V. Iteration continues from the saved position.
 
     Args:
         cache: a finished cache, or its folder or URL.
-        batch_size: samples a batch, whole batches only (also the group that BatchNorm sees).
+        batch_size: samples per batch (also the BatchNorm group); a partial last batch is dropped.
         epochs: passes over the data.
-        seed: of the order.
-        workers: processes that read and decode pixels.
-        device: where batches are delivered and features are decoded.
-        mean: channel means that the student subtracts, on a scale of 0 to 1.
-        std: channel standard deviations.
-        pixels_from: folder or URL of the cache whose pixels are shared (None: where it was).
-        data: where the images are, for a cache without pixels (None: where stage 1 found them).
+        seed: of the sample order.
+        workers: loader processes.
+        device: where features are decoded and batches are returned.
+        mean: the student's channel means, on a scale of 0 to 1.
+        std: its channel standard deviations.
+        pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
+        data: the images, for a cache without pixels (None: where stage 1 read them).
 
     Raises:
-        UserError: no finished cache, a damaged one, or fewer samples than a batch.
+        UserError: the cache is not finished, is damaged, or has fewer samples than a batch.
     """
 
     def __init__(
@@ -153,7 +172,7 @@ class CachedTargets:
         self.num_classes, self.image_size = len(manifest.class_names), int(manifest.view_recipe["size"])
         self.loader = CacheLoader(
             self.cache,
-            order_of(TrainConfig(seed=seed), self.cache, process),
+            make_order(TrainConfig(seed=seed), self.cache, process),
             epochs=epochs,
             global_batch=batch_size,
             micro_batch=batch_size,
@@ -162,11 +181,12 @@ class CachedTargets:
             data=data,
             pin_memory=self.device.type == "cuda",
         )
-        self._classifier = kept_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
+        classifier = load_cache_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
+        self._source = TargetSource(self.loader.codec, self.loader.logit_codec, classifier)
         self._normalize = Normalize(mean, std, folded=True).to(self.device)
 
     def __len__(self) -> int:
-        """Batches from the first to the last epoch."""
+        """Number of batches in all epochs."""
         return self.loader.total_steps
 
     def __iter__(self) -> Iterator[CachedBatch]:
@@ -174,31 +194,30 @@ class CachedTargets:
             yield self._deliver(batch.to(self.device))
 
     def _deliver(self, batch: Batch) -> CachedBatch:
-        targets = cached_targets(self.loader.codec, self.loader.logit_codec, self._classifier, batch)
-        return CachedBatch(self._normalize(batch.images), batch.labels, targets)
+        return CachedBatch(self._normalize(batch.images), batch.labels, self._source(batch))
 
     def state_dict(self) -> dict[str, Any]:
-        """The position after the batches that were handed out, and what must be equal for it to mean the same."""
+        """The position after the batches returned so far, and the options that must match to resume."""
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on at a saved position; `UserError` when it belongs to another order of samples."""
+        """Resume from a saved position; `UserError` when it belongs to another sample order."""
         self.loader.load_state_dict(state)
 
 
 class ScaleKDLoss(nn.Module):
-    """The ScaleKD heads of a student with their losses. Its parameters are trained together with the student's.
+    """The ScaleKD heads of a student and their losses. Train its parameters together with the student's.
 
     Args:
-        targets: a cache, or the `CachedTargets` of one: the teacher's frozen tail comes from there.
+        targets: a cache or its `CachedTargets`; provides the teacher's frozen tail.
         student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
-            `timm_student` makes one of a timm name. It is called once, in eval mode, for the shapes.
+            `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
         config: the method's constants (None: as published).
         label_loss: ce or bce.
-        label_smoothing: of ce.
+        label_smoothing: for ce.
 
     Raises:
-        UserError: no whole tail in the cache, or a student that gives something else.
+        UserError: the cache's tail is missing or damaged, or the student has other outputs.
     """
 
     def __init__(
@@ -216,10 +235,10 @@ class ScaleKDLoss(nn.Module):
         self.config = config or ScaleKDConfig()
         self.train_config = TrainConfig(label_loss=label_loss, label_smoothing=label_smoothing)  # type: ignore[arg-type]
         check_logits(self.config, cache, logit_codec_from_config(manifest.logit_codec))
-        tail = tail_of(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
+        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
         if self.config.tail_drop_path:
             tail.enable_drop_path()
-        shapes = shapes_of(student, int(manifest.view_recipe["size"]), len(manifest.class_names))
+        shapes = student_shapes(student, int(manifest.view_recipe["size"]), len(manifest.class_names))
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = ScaleKDHeads(
             self.config,
@@ -228,28 +247,29 @@ class ScaleKDLoss(nn.Module):
             tail_out_shape=tail.out_shape,
             layer_norm=layer_norm,
         )
-        self._tail: list[Tail] = [tail]  # in a list: not a part of the module, so in no state dict and no optimizer
+        self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
 
     def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
-        """The six terms, weighted; `.total` is what is differentiated. Everything is on one device."""
+        """The six weighted terms; differentiate `.total`. All inputs are on one device."""
         tail = self._tail[0] = self._tail[0].to(s4.device)
         maps = self.heads(s3, s4, tail)
         return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
 
 
 def timm_student(name: str, targets: CachedTargets) -> Student:
-    """A timm model (or a short name) with random weights, for the classes and image size of a cache; `.model` is plain
-    timm."""
+    """A timm model (timm or short name) with random weights, for a cache's classes and image size.
+
+    `.model` is the plain timm model."""
     config = StudentConfig(name=name)
     return build_student(config, num_classes=targets.num_classes, image_size=targets.image_size).to(targets.device)
 
 
 @torch.no_grad()
-def shapes_of(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape]:
+def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape]:
     """(C, H, W) of S3 and S4.
 
     Raises:
-        UserError: the module gives something else than two maps and logits of these classes.
+        UserError: the outputs are not two feature maps and logits of these classes.
     """
     mode = student.training
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
@@ -258,8 +278,8 @@ def shapes_of(student: nn.Module, image_size: int, num_classes: int) -> tuple[Sh
     shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
     if [len(shape) for shape in shapes] != [4, 4, 2] or shapes[2][1] != num_classes:
         raise UserError(
-            "this module is no student",
-            got=f"it gives {', '.join(map(str, shapes))}",
+            "the student must return (S3, S4, logits)",
+            got=", ".join(map(str, shapes)),
             expected=f"S3 (B, C, H, W), S4 (B, C, H, W), logits (B, {num_classes})",
             where=type(student).__name__,
             fix='see "My student" in docs/GUIDES.md',

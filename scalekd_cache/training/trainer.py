@@ -1,8 +1,8 @@
 """The training loop under DeepSpeed; the only file that imports deepspeed.
 
-In: a cache, a `DistillConfig`. Out: a run folder with metrics, checkpoints, a summary and the exported student.
+In: batches of a cache, a model, a `DistillConfig`. Out: trained weights, metrics, checkpoints.
 Invariant: the teacher and its tail are outside the engine's module tree: not trained, not partitioned, not saved.
-The samples, the BatchNorm groups and the random numbers of a step depend on the seed and the step alone.
+The samples, BatchNorm groups and random numbers of a step depend only on the seed and the step.
 """
 
 import os
@@ -18,8 +18,6 @@ import torch.distributed as dist
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from scalekd_cache.codec import make_codec
-from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -27,7 +25,6 @@ from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail
-from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
@@ -35,18 +32,18 @@ from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT
 from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
 from scalekd_cache.training.run_folder import RunFolder
-from scalekd_cache.training.targets import cached_targets
-from scalekd_cache.training.watchdog import Watch
-from scalekd_cache.training.zero_state import gather_state, scatter_state, whole_weights
+from scalekd_cache.training.targets import TargetSource
+from scalekd_cache.training.watchdog import Watchdog
+from scalekd_cache.training.zero_state import gather_state, gather_weights, scatter_state
 
-if not torch.cuda.is_available():  # DeepSpeed looks for its accelerator when it is imported, and warns without a GPU
+if not torch.cuda.is_available():  # DeepSpeed detects its accelerator at import, and warns without a GPU
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import deepspeed
 
 
 class DistillModel(nn.Module):
-    """What DeepSpeed trains: the student and, when there are targets, the ScaleKD heads."""
+    """The trained model: the student and, when there are targets, the ScaleKD heads."""
 
     def __init__(self, config: DistillConfig, student: Student, heads: ScaleKDHeads | None) -> None:
         super().__init__()
@@ -58,7 +55,7 @@ class DistillModel(nn.Module):
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
         """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
         pixels = self.normalize(images)
-        if pixels.is_cuda:  # a CPU's kernels are slower so (docs/LOG.md)
+        if pixels.is_cuda:  # slower on a CPU (docs/LOG.md)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         s3, s4, logits = self.student(pixels)
         maps = None
@@ -70,10 +67,10 @@ class DistillModel(nn.Module):
 
 
 def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
-    """Join the job's processes; a job of one process joins itself. An exchange that takes longer ends the run.
+    """Initialize torch.distributed, also for one process. A collective that exceeds the timeout ends the run.
 
     Raises:
-        UserError: DeepSpeed's communication operator cannot be compiled here.
+        UserError: DeepSpeed's communication operator cannot be compiled.
     """
     if process.device.type == "cpu":
         prepare_build(process, lambda: deepspeed.accelerator.get_accelerator().create_op_builder(OPERATOR).load(False))
@@ -89,7 +86,7 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
 
 
 class Trainer:
-    """One training run: the engine and what is beside it."""
+    """One training run: the DeepSpeed engine, the frozen tail, the targets, the schedule."""
 
     def __init__(
         self,
@@ -98,26 +95,29 @@ class Trainer:
         loader: CacheLoader,
         model: DistillModel,
         tail: Tail | None,
-        teacher: Teacher | None,
-        codec: FeatureCodec,
+        targets: TargetSource | None,
         checkpoint: Checkpoint | None = None,
-        classifier: nn.Linear | None = None,
     ) -> None:
-        """Build the engine; with a checkpoint, at its step: any number of processes and any ZeRO stage may go on.
+        """Build the engine; with a checkpoint, at its step, whatever its number of processes and ZeRO stage.
 
-        `classifier` is the teacher's, where a cache keeps it in place of logits.
+        Args:
+            config: the options of the run.
+            process: this process.
+            loader: batches of the cache.
+            model: the student, with heads unless `targets` is None.
+            tail: the teacher's frozen tail (None: no targets).
+            targets: where targets come from (None: train on labels only).
+            checkpoint: where to resume.
         """
         self.config = config
         self.process = process
         self.loader = loader
         self.model = model.to(process.device)
         self.tail = tail
-        self.teacher = teacher
-        self.codec = codec
-        self.classifier = classifier
-        self.watch = Watch(process, loader)
+        self.targets = targets
+        self.watchdog = Watchdog(process, loader)
         lr = scaled_lr(config)
-        # Weights are loaded and the average starts before the engine, which may partition the weights.
+        # Load weights and create the moving average before the engine, which may partition the weights.
         if checkpoint is not None:
             self._resume_weights(checkpoint)
         ema = config.train.ema_decay
@@ -131,20 +131,19 @@ class Trainer:
             self._resume_optimizer(checkpoint)
 
     def train(self, folder: RunFolder | None) -> Iterator[int]:
-        """Train from the loader's position to the end; yields after every step the number of steps done."""
+        """Train from the loader's position to the end; yields the number of finished steps after each step."""
         log_every, first = self.config.train.log_every, self.loader.step
         per_epoch, total = self.loader.steps_per_epoch, self.loader.total_steps
         batches = iter(self.loader)
         sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
-        watch = self.watch
         bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
         for step in range(first, total):
-            watch.step_begins(step)
+            self.watchdog.start_step(step)
             terms, wait = self._step(step, batches)
             bar.update()
             waited, steps = waited + wait, steps + 1
             sums = [a + b for a, b in zip(sums, terms, strict=True)]
-            # An epoch's end too: what is not finite must not reach a checkpoint.
+            # Also at the end of an epoch: NaN or Inf must not reach a checkpoint.
             if (step + 1) % log_every == 0 or (step + 1) % per_epoch == 0:
                 seconds = time.perf_counter() - started
                 values = self._average(sums, steps)
@@ -163,34 +162,25 @@ class Trainer:
         bar.close()
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
-        """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of waiting."""
+        """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of data wait."""
         self.schedule.step_update(schedule_step(self.config.optim, step, self.loader.steps_per_epoch))
         wait, rows = 0.0, []
         for micro in self.loader.micros:
             asked = time.perf_counter()
-            with self.watch.data_may_wait() if self.config.follow else nullcontext():
+            with self.watchdog.pause_timeout() if self.config.follow else nullcontext():
                 batch = next(batches)
             wait += time.perf_counter() - asked
             batch = batch.to(self.process.device)
             torch.manual_seed((self.config.train.seed * 1_000_003 + step) * 65_536 + micro)
-            terms = self.engine(batch.images, batch.labels, self._targets(batch), self.tail)
+            targets = self.targets(batch) if self.targets is not None else None
+            terms = self.engine(batch.images, batch.labels, targets, self.tail)
             self.engine.backward(terms.total)
             self.engine.step()
             rows.append(torch.stack([term.detach() for term in terms]))
-            self.watch.micro_batch_done(step, micro, batch, rows[-1])
+            self.watchdog.micro_batch_done(step, micro, batch, rows[-1])
         if self.ema is not None:
             self.ema.update(self.model.student.model, step)
         return torch.stack(rows).mean(0), wait
-
-    @torch.no_grad()
-    def _targets(self, batch: Batch) -> Targets | None:
-        if self.config.train.targets == "none":
-            return None
-        if self.teacher is not None:
-            features, logits = self.teacher(batch.images)
-            exact = make_codec("float32", self.codec.shape)  # the path of a lossless cache, down to the memory layout
-            return Targets(*exact.decode(exact.encode(features)), logits)
-        return cached_targets(self.codec, self.loader.logit_codec, self.classifier, batch)
 
     def _lr(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])
@@ -205,25 +195,24 @@ class Trainer:
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
-        first = self.watch.first_bad()
+        first = self.watchdog.first_nonfinite()
         if bad or first is not None:
             got = ", ".join(f"{name}={values[name]}" for name in bad) or "a micro-batch's loss"
-            raise not_finite(got, first or f"step {step + 1}")
+            raise diverged(got, first or f"step {step + 1}")
 
-    def strongest(self, signal: int) -> int:
-        """The largest of a number over all ranks: what one rank was asked to do, all do at the same step."""
+    def max_over_ranks(self, number: int) -> int:
+        """The maximum over all ranks, so that a signal received by one rank stops all ranks at the same step."""
         if self.process.world_size == 1:
-            return signal
-        number = torch.tensor(signal, device=self.process.device)
-        dist.all_reduce(number, op=dist.ReduceOp.MAX)
-        return int(number)
+            return number
+        largest = torch.tensor(number, device=self.process.device)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return int(largest)
 
     @torch.no_grad()
     def student_state(self) -> dict[str, Tensor]:
-        """The student's whole state dict on the CPU, the same on every rank.
+        """The student's full state dict on the CPU, the same on every rank.
 
-        The moving average when there is one. BatchNorm statistics, which each rank gathered from its own
-        micro-batches, are merged by their mean.
+        The moving average if there is one. BatchNorm statistics, which differ between ranks, are averaged.
         """
         model = self.ema.module if self.ema is not None else self.model.student.model
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self.config.train.zero == 3):
@@ -235,17 +224,17 @@ class Trainer:
         return {name: value.cpu() for name, value in state.items()}
 
     def save(self, folder: Path) -> None:
-        """Commit a checkpoint of this step and drop the oldest beyond `keep_checkpoints` (`checkpoint.py`).
+        """Commit a checkpoint of this step and remove the oldest beyond `keep_checkpoints` (`checkpoint.py`).
 
         Raises:
-            UserError: weights that are not finite; the disk is full. The checkpoints before stay.
+            UserError: weights are NaN or Inf, or the disk is full. Earlier checkpoints remain.
         """
         zero, device, module = self.config.train.zero, self.process.device, self.model
-        weights = whole_weights(self.engine, module, zero, device)
+        weights = gather_weights(self.engine, module, zero, device)
         bad = [name for name, value in weights.items() if not value.isfinite().all()]
         if bad:
-            got = f"{len(bad)} weights, the first is {bad[0]}"
-            raise not_finite(got, self.watch.first_bad() or f"step {self.loader.step}")
+            got = f"{len(bad)} weight tensors with NaN or Inf, first {bad[0]}"
+            raise diverged(got, self.watchdog.first_nonfinite() or f"step {self.loader.step}")
         tensors, numbers, counts = gather_state(self.engine, module, zero, device)
         files = {STUDENT: self.student_state(), MODEL: {**weights, **self._statistics(module)}, OPTIMIZER: tensors}
         if self.ema is not None:
@@ -255,7 +244,7 @@ class Trainer:
             commit_checkpoint(folder, self.loader.step, files, facts, self.config.train.keep_checkpoints)
 
     def _statistics(self, module: nn.Module) -> dict[str, Tensor]:
-        """The buffers of a module, BatchNorm statistics merged over processes by their mean."""
+        """The buffers of a module, with BatchNorm statistics averaged over ranks."""
         saved = module.state_dict().keys()
         buffers = {name: value.detach().clone() for name, value in module.named_buffers() if name in saved}
         for value in buffers.values():
@@ -265,7 +254,7 @@ class Trainer:
         return {name: value.cpu() for name, value in buffers.items()}
 
     def _resume_weights(self, checkpoint: Checkpoint) -> None:
-        """Before the engine partitions them: position, weights, statistics."""
+        """Restore position, weights and statistics; called before the engine partitions the weights."""
         self.loader.load_state_dict(checkpoint.facts["loader"])
         self.model.load_state_dict(checkpoint.tensors(MODEL))
 
@@ -276,11 +265,11 @@ class Trainer:
             self.ema.module.load_state_dict(checkpoint.tensors(AVERAGE))
 
 
-def not_finite(got: str, where: str) -> UserError:
-    """The error of a run that has diverged."""
+def diverged(got: str, where: str) -> UserError:
+    """The error of a diverged run."""
     return UserError(
-        "the run is not finite any more",
+        "the loss or the weights became NaN or Inf",
         got=got,
         where=where,
-        fix="lower optim.lr or set optim.clip_norm in another RUN=; the last checkpoint of this one is whole",
+        fix="lower optim.lr or set optim.clip_norm and use another RUN=; the last checkpoint of this run is intact",
     )

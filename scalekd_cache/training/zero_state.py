@@ -1,8 +1,8 @@
-"""A sharded optimizer's state as whole tensors, one a parameter, and back.
+"""Gather a sharded optimizer's state into full tensors, one per parameter, and scatter it back.
 
 In: a DeepSpeed engine at any ZeRO stage. Out: `{"exp_avg/<parameter>": tensor of the parameter's shape}`, and numbers.
-Invariant: what is gathered from any number of processes at any stage can be scattered to any other. DeepSpeed's own
-checkpoints cannot: theirs hold one part a process, and are pickles.
+Invariant: state gathered at any world size and ZeRO stage can be scattered to any other. DeepSpeed's own checkpoints
+hold one part per process and are pickles.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,23 +13,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Numbers = dict[str, float]
-"""What an optimizer counts, the same for every parameter: the number of its steps."""
+"""Scalars of an optimizer that are equal for all parameters: its number of steps."""
 
 
 class Fragment(NamedTuple):
-    """A stretch of one parameter that this process's optimizer holds."""
+    """A contiguous part of one parameter in this rank's optimizer."""
 
     flat: Tensor
-    """The tensor under which the optimizer keeps its state: the parameter, or a partition of many."""
+    """The tensor that keys the optimizer's state: the parameter, or a flat partition of several."""
     start: int
-    """Where the stretch begins in `flat`."""
+    """Offset of the part in `flat`."""
     offset: int
-    """Where it begins in the flattened parameter."""
+    """Its offset in the flattened parameter."""
     length: int
 
 
 def fragments(engine: Any, parameter: nn.Parameter, zero: int) -> Iterator[Fragment]:
-    """The stretches of a parameter in this process's part of the optimizer; at most one."""
+    """The part of a parameter in this rank's optimizer; none or one."""
     optimizer = engine.optimizer
     if zero == 0:
         yield Fragment(parameter, 0, 0, parameter.numel())
@@ -54,8 +54,8 @@ def base_optimizer(engine: Any) -> torch.optim.Optimizer:
     return optimizer
 
 
-def whole_weights(engine: Any, model: nn.Module, zero: int, device: torch.device) -> dict[str, Tensor]:
-    """Every trainable parameter in float32 on the CPU, the same on every process."""
+def gather_weights(engine: Any, model: nn.Module, zero: int, device: torch.device) -> dict[str, Tensor]:
+    """Every trainable parameter in float32 on the CPU, the same on every rank."""
     named = [(name, value) for name, value in model.named_parameters() if value.requires_grad]
     if zero < 3:
         return {name: value.detach().cpu().clone() for name, value in named}
@@ -65,7 +65,7 @@ def whole_weights(engine: Any, model: nn.Module, zero: int, device: torch.device
 def gather_state(
     engine: Any, model: nn.Module, zero: int, device: torch.device
 ) -> tuple[dict[str, Tensor], Numbers, Numbers]:
-    """The optimizer's state: tensors by `key/parameter` on the CPU, its numbers, and those of its parameter groups."""
+    """The optimizer's state: tensors by `key/parameter` on the CPU, its scalars, and those of its parameter groups."""
     base = base_optimizer(engine)
     known: dict[str, Any] = next(iter(base.state.values()), {})
     keys = [name for name, value in known.items() if torch.is_tensor(value) and value.ndim > 0]
@@ -81,7 +81,7 @@ def gather_state(
 
 
 def _gathered(engine: Any, parameter: nn.Parameter, zero: int, device: torch.device, key: str | None) -> Tensor:
-    """One tensor of the optimizer's state (None: the weights it steps), put together from all processes."""
+    """One full tensor of the optimizer's state (None: its weights), gathered from all ranks."""
     shape = parameter.ds_shape if zero == 3 else parameter.shape  # type: ignore[attr-defined]
     whole = torch.zeros(int(torch.Size(shape).numel()), device=device)
     state = base_optimizer(engine).state
@@ -97,7 +97,7 @@ def _gathered(engine: Any, parameter: nn.Parameter, zero: int, device: torch.dev
 def scatter_state(
     engine: Any, model: nn.Module, zero: int, tensors: Mapping[str, Tensor], numbers: Numbers, counts: Numbers
 ) -> None:
-    """Give a new engine's optimizer the state that `gather_state` returned."""
+    """Load the state that `gather_state` returned into a new engine's optimizer."""
     base = base_optimizer(engine)
     keys = sorted({name.partition("/")[0] for name in tensors})
     for name, parameter in model.named_parameters():

@@ -17,7 +17,7 @@ from scalekd_cache.loader.order import Order
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.scalekd.losses import Targets, distillation_losses, label_loss
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.training.run_folder import closing_table
+from scalekd_cache.training.run_summary import summary_table
 
 torch.set_num_threads(1)
 PROCESS = Process(0, 1, torch.device("cpu"))
@@ -76,9 +76,9 @@ def test_the_closing_table_says_so(tmp_path):
         "has_classifier": False, "epochs": 1, "steps": 1, "images_per_s": 1.0, "minutes": 0.1, "views": 1,
         "bytes_per_view": 1, "seed": 0, "cache_fingerprint": "",
     }  # fmt: skip
-    assert "dino, features only (no classifier)" in closing_table(tmp_path / "run", summary)
+    assert "dino, features only (no classifier)" in summary_table(tmp_path / "run", summary)
     known = {**summary, "has_classifier": True, "teacher_top1": 81.25}
-    assert "dino, top-1 81.25 %" in closing_table(tmp_path / "run", known)
+    assert "dino, top-1 81.25 %" in summary_table(tmp_path / "run", known)
 
 
 def test_classes_below_zero_are_refused():

@@ -14,7 +14,7 @@ from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.scalekd.losses import logit_loss, partial_logit_loss
-from scalekd_cache.training.targets import kept_classifier
+from scalekd_cache.training.targets import load_cache_classifier
 from scalekd_cache.training.trainer import start_processes
 
 
@@ -119,7 +119,7 @@ def test_caches_without_dense_logits_train(tmp_path):
     assert losses["top"] == pytest.approx(losses["dense"], rel=1e-5)  # nine of ten: the tenth is the rest
     sharp = dataclasses.replace(config, scalekd=dataclasses.replace(config.scalekd, temperature=2.0))
     with pytest.raises(UserError, match="temperature 1 only"):
-        kept_classifier(sharp, top, logit_codec_from_config(top.manifest.logit_codec), CPU)
+        load_cache_classifier(sharp, top, logit_codec_from_config(top.manifest.logit_codec), CPU)
     (kept.root / FILE).write_bytes(b"other")
     with pytest.raises(UserError, match="classifier is damaged"):
         load_classifier(kept.manifest.logit_codec, kept.root)

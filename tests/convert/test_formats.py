@@ -24,7 +24,7 @@ from scalekd_cache.convert.names_upstream import unfold_to_timm
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.training.checkpoint import MODEL, OPTIMIZER, STUDENT, commit_checkpoint
-from scalekd_cache.training.finished import export_run
+from scalekd_cache.training.run_export import export_run
 from scalekd_cache.training.run_folder import RunFolder
 
 SWIN = {"depths": (1, 2, 1, 1), "embed_dim": 24, "num_heads": (1, 2, 2, 4)}
@@ -249,7 +249,7 @@ def run(tmp_path_factory):
     """A run with a checkpoint of a student of random weights."""
     folder = tmp_path_factory.mktemp("run") / "first"
     run = RunFolder(folder, to_plain(DistillConfig(student=StudentConfig(name="resnet10t"))))
-    run.keep_facts(
+    run.write_facts(
         {
             "fingerprint": "f" * 64,
             "views": 2,
@@ -308,7 +308,7 @@ def test_the_model_card(run):
     export_run(run, None)
     text = (run / "export" / "README.md").read_text()
     (run / "summary.json").unlink()
-    assert "trained on targets of demo_swin; top-1 91.50 % on 1,234 validation images" in text
+    assert "distilled from demo_swin; top-1 91.50 % on 1,234 validation images" in text
     assert "| top-5 | `not measured` |" in text
 
 

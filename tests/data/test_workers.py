@@ -25,7 +25,7 @@ from scalekd_cache.errors import UserError, worker_failure
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.evaluate import evaluate
-from scalekd_cache.training.dry_run import describe_distill
+from scalekd_cache.training.dry_run import plan_distill
 
 CPU = Process(0, 1, torch.device("cpu"))
 MB = 1_000_000
@@ -176,7 +176,7 @@ def test_both_stages_refuse_before_they_start(tmp_path, monkeypatch):
         cache_teacher(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
     assert not (tmp_path / "cache").exists()
     with pytest.raises(UserError, match="shared memory is too small"):
-        describe_distill(config_of(tmp_path / "run", workers=2), CPU)
+        plan_distill(config_of(tmp_path / "run", workers=2), CPU)
 
 
 @pytest.mark.slow

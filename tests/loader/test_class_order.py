@@ -9,7 +9,7 @@ from small_cache import CPU, make, shared_cache, shared_weights
 
 from scalekd_cache.config.stage2 import TrainConfig
 from scalekd_cache.loader.order import WINDOW, likeness
-from scalekd_cache.training.targets import order_of
+from scalekd_cache.training.targets import make_order
 
 
 def labels_of(cache):
@@ -35,13 +35,13 @@ def test_stage_1_keeps_how_often_neighbors_are_of_one_class(sorted_tars):
 
 def test_stage_2_mixes_wider_and_says_so(capsys):
     cache, train = shared_cache(), TrainConfig(shuffle_block=1)
-    assert order_of(train, cache, CPU).window == WINDOW
+    assert make_order(train, cache, CPU).window == WINDOW
     assert capsys.readouterr().out == ""
     cache.manifest = dataclasses.replace(
         cache.manifest, data={**cache.manifest.data, "class_likeness": [0.98, 0.001]}, num_samples=1_281_167
     )
-    order = order_of(TrainConfig(), cache, CPU)
+    order = make_order(TrainConfig(), cache, CPU)
     assert order.window == 10_010
     assert "98% of neighbors, 0.1% by chance" in capsys.readouterr().out
-    assert order_of(TrainConfig(shuffle_window=7), cache, CPU).window == 7
+    assert make_order(TrainConfig(shuffle_window=7), cache, CPU).window == 7
     assert capsys.readouterr().out == ""

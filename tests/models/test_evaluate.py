@@ -111,7 +111,7 @@ def test_exported_students_that_cannot_be_judged(tmp_path):
     with pytest.raises(UserError, match=r"DATA=folder"):
         main(["--run", str(folder)])
     for number, classes in enumerate(("abd", "ab")):
-        with pytest.raises(UserError, match="classes of the data set"):
+        with pytest.raises(UserError, match="different classes"):
             main(["--run", str(folder), "--data", str(pictures(tmp_path / str(number), classes))])
     data = str(pictures(tmp_path / "data", "abc"))
     description = (folder / "config.json").read_text()

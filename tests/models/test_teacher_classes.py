@@ -20,7 +20,7 @@ def answers(count, classes, accuracy, order=None, seed=0):
     return labels, output[right]
 
 
-def order_of(names, key):
+def make_order(names, key):
     return [names.index(name) for name in sorted(names, key=key)]
 
 
@@ -34,7 +34,7 @@ CASES = sorted(["Abyssinian", "beagle", "Bengal", "boxer", "Birman", "pug", "Sph
 )
 @pytest.mark.parametrize("count", [40, 3000])
 def test_the_order_that_fits_is_named(names, key, name, count):
-    labels, guesses = answers(count, len(names), 0.97, order_of(names, key))
+    labels, guesses = answers(count, len(names), 0.97, make_order(names, key))
     with pytest.raises(UserError, match="another order") as error:
         check_class_order(labels, guesses, names, "t")
     assert f"in {name} order" in str(error.value)
@@ -45,7 +45,7 @@ def test_the_order_that_fits_is_named(names, key, name, count):
 def test_numbered_tars_of_a_teacher_that_sorted_them_as_text():
     names = [str(number) for number in range(100)]
     with pytest.raises(UserError, match="in sorted order"):
-        check_class_order(*answers(2000, 100, 0.9, order_of(names, str)), names, "t")
+        check_class_order(*answers(2000, 100, 0.9, make_order(names, str)), names, "t")
 
 
 def test_any_other_order_is_found_when_there_are_images_enough():

@@ -127,7 +127,7 @@ def test_run_in_a_folder_in_use_is_refused(copy_of_run, cache):
     with open(copy_of_run / ".lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         output = one_line("distill", *distill_flags(cache, copy_of_run))
-    assert f"the run {copy_of_run} is still going, in another process" in output
+    assert f"another process is training in {copy_of_run}" in output
 
 
 def test_no_whole_global_batch_is_refused(cache, tmp_path):

@@ -28,7 +28,7 @@ from scalekd_cache.reports.run_data import RunReport
 from scalekd_cache.reports.runs import agreement, run_report
 from scalekd_cache.reports.views import Look, Scan, closest_pairs
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.training.finished import export_state, facts_of
+from scalekd_cache.training.run_export import export_state, facts_of
 from scalekd_cache.training.run_folder import RunFolder
 
 SMALL = CacheReport(views=40, asked=8, images=3)
@@ -61,7 +61,7 @@ def start_run(folder):
     """A run folder in the middle of training."""
     cache = shared_cache()
     run = RunFolder(folder, to_plain(DistillConfig(cache=str(cache.root), student=StudentConfig(name="resnet10t"))))
-    run.keep_facts(facts_of(cache.manifest, 2))
+    run.write_facts(facts_of(cache.manifest, 2))
     run.start_metrics(0)
     for step in range(1, 30):
         terms = dict.fromkeys(("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial"), 1 / step)

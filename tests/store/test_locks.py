@@ -16,7 +16,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store import locks
 from scalekd_cache.store.durable_files import temp_beside
 from scalekd_cache.store.remote.local_copies import Copies
-from scalekd_cache.training.run_folder import RunFolder, is_going
+from scalekd_cache.training.run_folder import RunFolder, is_locked
 
 DATA = bytes(range(256)) * 64
 SHA256 = hashlib.sha256(DATA).hexdigest()
@@ -34,7 +34,7 @@ def no_flock(request, monkeypatch):
 
 def test_a_run_folder_without_locks(tmp_path, no_flock, capsys):
     folder = RunFolder(tmp_path, {"a": 1})
-    assert not is_going(tmp_path)
+    assert not is_locked(tmp_path)
     assert RunFolder(tmp_path, {"a": 1}).path == folder.path  # nobody can see that the first one is there
     assert capsys.readouterr().err.count("warning: the file system of ") == 1
 
@@ -91,7 +91,7 @@ def _loop(path):
 def test_something_else_in_the_place_of_a_lock(tmp_path, put):
     """Opening a FIFO would wait for ever."""
     put(tmp_path / ".lock")
-    for call in (lambda: RunFolder(tmp_path, {}), lambda: is_going(tmp_path)):
+    for call in (lambda: RunFolder(tmp_path, {}), lambda: is_locked(tmp_path)):
         with pytest.raises(UserError, match="a lock file is not a regular file"):
             call()
 

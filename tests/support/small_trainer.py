@@ -10,7 +10,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.training.checkpoint import latest_checkpoint
-from scalekd_cache.training.targets import kept_classifier, make_heads
+from scalekd_cache.training.targets import TargetSource, load_cache_classifier, make_heads
 from scalekd_cache.training.trainer import DistillModel, Trainer
 
 USED, GLOBAL, MICRO = 48, 16, 8
@@ -42,8 +42,9 @@ def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
     )
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
-    classifier = kept_classifier(config, cache, loader.logit_codec, CPU)
-    return Trainer(config, CPU, loader, model, tail, None, loader.codec, checkpoint, classifier)
+    classifier = load_cache_classifier(config, cache, loader.logit_codec, CPU)
+    source = TargetSource(loader.codec, loader.logit_codec, classifier) if train.targets != "none" else None
+    return Trainer(config, CPU, loader, model, tail, source, checkpoint)
 
 
 class Lines:

@@ -67,7 +67,7 @@ def _kill_group(*_) -> None:
     os.killpg(os.getpgrp(), signal.SIGKILL)
 
 
-def _command(words, environment, log, root, operation, act=_kill_group, command="cache_teacher") -> None:
+def run_command(words, environment, log, root, operation, act=_kill_group, command="cache_teacher") -> None:
     """The body of a forked process."""
     os.setpgid(0, 0)
     multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; here it would be forkserver
@@ -105,7 +105,7 @@ class Job:
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else environment
             hit = operation if rank == ranks - 1 else 0
             arguments = (words, own, str(log), root, hit, _kill_group, command)
-            self.processes.append(FORKING.Process(target=_command, args=arguments))
+            self.processes.append(FORKING.Process(target=run_command, args=arguments))
             self.processes[-1].start()
 
     def kill(self) -> None:
@@ -175,7 +175,7 @@ def _bad_disk(words, root, log, trouble, operation, sender) -> None:
         child = os.fork()
         if child == 0:
             try:
-                _command(words, {}, log, root, hit, begin)
+                run_command(words, {}, log, root, hit, begin)
             except SystemExit as end:
                 os._exit(end.code or 0)
             finally:  # an exception that nobody expected

@@ -1,4 +1,4 @@
-"""Checkpoints: committed in one rename, believed only when whole."""
+"""Checkpoints: committed in one rename, used only when undamaged."""
 
 import errno
 import hashlib
@@ -56,7 +56,7 @@ def test_the_newest_comes_back_and_the_oldest_go(tmp_path):
 
 @pytest.mark.parametrize("name", [STUDENT, MODEL, OPTIMIZER, "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove"])
-def test_a_damaged_one_is_said_and_the_one_before_is_taken(tmp_path, name, damage):
+def test_a_damaged_one_is_reported_and_the_previous_one_is_used(tmp_path, name, damage):
     commit(tmp_path, 1)
     file = commit(tmp_path, 2) / name
     data = bytearray(file.read_bytes())
@@ -71,7 +71,7 @@ def test_a_damaged_one_is_said_and_the_one_before_is_taken(tmp_path, name, damag
     assert "step-00000002" in problems[0]
 
 
-def test_a_description_that_leads_elsewhere_is_refused(tmp_path):
+def test_a_description_with_outside_paths_is_refused(tmp_path):
     commit(tmp_path, 1)
     outside = tmp_path / "outside.safetensors"
     outside.write_bytes((tmp_path / "step-00000001" / MODEL).read_bytes())
@@ -103,7 +103,7 @@ def test_a_failure_while_saving_leaves_what_was_there(tmp_path, monkeypatch, whe
 
 @pytest.mark.parametrize("text", ["Error while serializing: I/O error: No space left on device (os error 28)"])
 def test_a_disk_that_is_full_for_safetensors_is_explained(tmp_path, monkeypatch, text):
-    """safetensors writes in Rust: its error is no OSError, and names the system's number in its text."""
+    """safetensors writes in Rust: its error is not an OSError; the error number is in its text."""
     commit(tmp_path, 1)
 
     def full(*_):
@@ -118,7 +118,7 @@ def test_a_disk_that_is_full_for_safetensors_is_explained(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 @pytest.mark.parametrize("bad", [(30,), (20, 30), (10, 30), (10, 20), (10, 20, 30), (25,)])
-def test_damaged_ones_never_take_the_place_of_whole_ones(tmp_path, keep, bad):
+def test_damaged_ones_never_displace_undamaged_ones(tmp_path, keep, bad):
     """After a fall back to an older checkpoint the new one has a lower step than the damaged ones."""
     for step in (5, 10, 20, 25, 30):
         commit(tmp_path, step, keep=9)
@@ -159,7 +159,7 @@ def test_a_kill_while_an_old_one_is_removed_leaves_no_damaged_one(tmp_path, monk
     assert names(tmp_path) == ["step-00000002"]
 
 
-def test_what_a_session_on_another_host_left_is_removed(tmp_path):
+def test_temporary_files_of_another_host_are_removed(tmp_path):
     (tmp_path / ".tmp-step-00000001-00000000-7-0a1b2c3d").mkdir()
     (tmp_path / ".tmp-step-00000002-00000000-7-0a1b2c3d").write_text("")
     commit(tmp_path, 3)
@@ -168,7 +168,7 @@ def test_what_a_session_on_another_host_left_is_removed(tmp_path):
 
 @pytest.mark.parametrize("kind", ["folder", "link loop", "named pipe", "unreadable"])
 @pytest.mark.parametrize("name", [MODEL, "checkpoint.json"])
-def test_what_is_no_file_is_a_damaged_checkpoint(tmp_path, monkeypatch, name, kind):
+def test_a_special_file_is_a_damaged_checkpoint(tmp_path, monkeypatch, name, kind):
     commit(tmp_path, 1)
     file = commit(tmp_path, 2) / name
     if kind == "unreadable":

@@ -1,4 +1,4 @@
-"""The operator that DeepSpeed compiles: what keeps it from being compiled is a message, never a hang or a traceback."""
+"""The operator that DeepSpeed compiles: whatever prevents the build is one message, never a hang or a traceback."""
 
 import os
 import time
@@ -41,7 +41,7 @@ def test_a_compiler_that_fails_is_explained(folder):
     def fail():
         raise RuntimeError("Error building extension\nfatal error: no space left")
 
-    with pytest.raises(UserError, match="cannot be compiled\n  got: fatal error"):
+    with pytest.raises(UserError, match="failed to compile\n  got: fatal error"):
         prepare_build(CPU, fail)
 
 
@@ -51,7 +51,7 @@ def baton(monkeypatch):
     monkeypatch.setattr(compiled_op, "LOCK_IS_A_FILE", True)
 
 
-def test_a_lock_file_that_newer_versions_of_torch_leave_is_no_lock(folder, monkeypatch, capsys):
+def test_the_lock_file_of_newer_versions_of_torch_is_ignored(folder, monkeypatch, capsys):
     monkeypatch.setattr(compiled_op, "LOCK_IS_A_FILE", False)
     (folder / "lock").touch()
     prepare_build(CPU, lambda: None)
@@ -59,14 +59,14 @@ def test_a_lock_file_that_newer_versions_of_torch_leave_is_no_lock(folder, monke
     assert "waiting" not in capsys.readouterr().out
 
 
-def test_what_is_known_of_the_installed_torch_is_true():
+def test_the_kind_of_lock_of_the_installed_torch():
     from torch.utils import cpp_extension
 
     assert hasattr(cpp_extension, "FileLock") != compiled_op.LOCK_IS_A_FILE
 
 
 @pytest.mark.usefixtures("baton")
-def test_the_lock_that_a_killed_process_of_ours_left_is_removed_at_once(folder):
+def test_a_stale_lock_of_our_own_build_is_removed_at_once(folder):
     (folder / "lock").touch()
     (folder / ".scalekd.lock").write_bytes(b"building")
     there = []
@@ -82,7 +82,7 @@ def test_without_a_compiler(monkeypatch, folder):
 
 
 @pytest.mark.usefixtures("baton")
-def test_the_lock_of_a_killed_build_is_removed(folder, capsys):
+def test_a_stale_lock_of_another_build_is_removed(folder, capsys):
     (folder / "lock").touch()
     os.utime(folder / "lock", (time.time() - 2 * compiled_op.STALE_S,) * 2)
     prepare_build(CPU, lambda: None)
@@ -91,7 +91,7 @@ def test_the_lock_of_a_killed_build_is_removed(folder, capsys):
 
 
 @pytest.mark.usefixtures("baton")
-def test_a_build_that_is_going_is_waited_for(folder, capsys, monkeypatch):
+def test_a_running_build_is_waited_for(folder, capsys, monkeypatch):
     (folder / "lock").touch()
     monkeypatch.setattr(compiled_op.time, "sleep", lambda _: (folder / "lock").unlink())
     prepare_build(CPU, lambda: None)

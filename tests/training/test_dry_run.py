@@ -1,4 +1,4 @@
-"""Dry runs: the checks of the real thing, a few lines, and nothing written; and the reporting commands' JSON."""
+"""Dry runs: the checks of the real run, nothing written; and the JSON of the reporting commands."""
 
 import contextlib
 import fcntl
@@ -10,15 +10,16 @@ import sys
 import pytest
 from commands import ENV, LIMIT_S, ROOT, execute
 from small_cache import CPU, options, shared_cache, shared_weights
+from small_run import SUMMARY
 
 from pipelines.command import check_cache_place
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.training.dry_run import describe_distill
+from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run_files import read_config
-from scalekd_cache.training.run_folder import RunFolder, is_going
+from scalekd_cache.training.run_folder import RunFolder, is_locked
 
 
 def tree(folder):
@@ -32,33 +33,33 @@ def config_of(run, **train):
     )
 
 
-def test_a_training_that_is_not_done(tmp_path):
-    said = "\n".join(describe_distill(config_of(tmp_path / "run"), CPU))
+def test_a_dry_run_of_training(tmp_path):
+    said = "\n".join(plan_distill(config_of(tmp_path / "run"), CPU))
     assert "3 epochs of 3 steps of 32 images, 2 micro-batches of 16 a process" in said
     assert "student resnet10t: 4.9" in said
-    assert f"would begin at step 1 in {tmp_path / 'run'}" in said
+    assert f"would start at step 1 in {tmp_path / 'run'}" in said
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_training_would_be_refused_for(tmp_path):
+def test_a_dry_run_refuses_what_training_refuses(tmp_path):
     run = tmp_path / "run"
-    RunFolder(run, to_plain(config_of(run))).keep_facts({})
+    RunFolder(run, to_plain(config_of(run))).write_facts({})
     with pytest.raises(UserError, match="other options"):
-        describe_distill(config_of(run, epochs=4), CPU)
+        plan_distill(config_of(run, epochs=4), CPU)
     with pytest.raises(UserError, match="no model resnet5: did you mean"):
-        describe_distill(DistillConfig(cache=str(shared_cache().root), student=StudentConfig(name="resnet5")), CPU)
+        plan_distill(DistillConfig(cache=str(shared_cache().root), student=StudentConfig(name="resnet5")), CPU)
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
-        describe_distill(config_of(tmp_path / "file"), CPU)
+        plan_distill(config_of(tmp_path / "file"), CPU)
 
 
 def test_a_finished_training(tmp_path):
     run = tmp_path / "run"
-    RunFolder(run, to_plain(config_of(run))).finish({"top1": 1.0})
-    assert describe_distill(config_of(run), CPU) == [f"{run} is finished; nothing would be done"]
+    RunFolder(run, to_plain(config_of(run))).finish(SUMMARY)
+    assert plan_distill(config_of(run), CPU) == [f"{run} is finished; nothing to do"]
 
 
-def test_a_cache_that_is_not_made(tmp_path, capsys):
+def test_a_dry_run_of_stage_1(tmp_path, capsys):
     dry_run(options(tmp_path / "cache", shared_weights()), CPU)
     said = capsys.readouterr().out
     assert "would make 3 of 3 units, 192 views" in said
@@ -85,11 +86,11 @@ def test_a_finished_cache_is_left_alone(capsys):
 def test_the_commands(tmp_path):
     words = ("VENV=none", f"PYTHON={sys.executable}", "DRY_RUN=1", f"CACHE={shared_cache().root}")
     said = execute("make", "distill", *words, "STUDENT=resnet10t", f"RUN={tmp_path / 'run'}")
-    assert "this was a dry run, nothing was written" in said
+    assert "dry run: nothing was written" in said
     assert not (tmp_path / "run").exists()
 
 
-def test_paths_that_are_no_caches(tmp_path, monkeypatch):
+def test_paths_without_a_cache(tmp_path, monkeypatch):
     root = shared_cache().root
     check_cache_place(str(root))
     check_cache_place("https://host/cache")
@@ -102,20 +103,20 @@ def test_paths_that_are_no_caches(tmp_path, monkeypatch):
         check_cache_place("caches/digit")
 
 
-def test_a_mistyped_run_and_one_that_is_going(tmp_path):
+def test_a_mistyped_run_and_one_that_is_locked(tmp_path):
     run = tmp_path / "resnet18"
     folder = RunFolder(run, {"a": 1})
-    folder.keep_facts({})
+    folder.write_facts({})
     with pytest.raises(UserError, match=r"no run .*resnet81: did you mean .*resnet18\?"):
         read_config(tmp_path / "resnet81")
-    assert not is_going(tmp_path / "resnet81")
+    assert not is_locked(tmp_path / "resnet81")
     del folder
-    assert not is_going(run)
+    assert not is_locked(run)
     with open(run / ".lock", "w") as lock, contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_EX)
         script = (
-            "from pathlib import Path; from scalekd_cache.training.run_folder import is_going; "
-            f"print(is_going(Path({str(run)!r})))"
+            "from pathlib import Path; from scalekd_cache.training.run_folder import is_locked; "
+            f"print(is_locked(Path({str(run)!r})))"
         )
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT)
         assert done.stdout.strip() == "True"

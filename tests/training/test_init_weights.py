@@ -1,4 +1,4 @@
-"""Starting a run from weights that are there: strictly, or not at all."""
+"""Initial weights of a run: loaded strictly, or refused."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import load_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.init_weights import load_start
+from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.targets import make_heads
 
 
@@ -27,7 +27,7 @@ def pair(seed, name="resnet10t", classes=10):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What import-upstream leaves: student/ and heads.safetensors."""
+    """What import-upstream writes: student/ and heads.safetensors."""
     folder = tmp_path_factory.mktemp("start")
     student, heads = pair(0)
     export_student(student, StudentConfig(name="resnet10t"), folder / "student", image_size=64, class_names=[])
@@ -44,11 +44,11 @@ def test_student_and_heads_are_loaded(folder):
     (wanted, wanted_heads), (student, heads) = pair(0), pair(1)
     assert not same(student.model, wanted.model)
     assert not same(heads, wanted_heads)
-    assert len(load_start(folder, student.model, heads)) == 2
+    assert len(load_init_weights(folder, student.model, heads)) == 2
     assert same(student.model, wanted.model)
     assert same(heads, wanted_heads)
     alone, _ = pair(2)
-    assert len(load_start(folder / "student", alone.model, None)) == 1
+    assert len(load_init_weights(folder / "student", alone.model, None)) == 1
     assert same(alone.model, wanted.model)
 
 
@@ -57,14 +57,14 @@ def test_another_model_or_number_of_classes_is_refused(folder, name, classes, na
     student, _ = pair(1, name, classes)
     before = {key: value.clone() for key, value in student.model.state_dict().items()}
     with pytest.raises(UserError, match=named):
-        load_start(folder, student.model, None)
+        load_init_weights(folder, student.model, None)
     assert all(torch.equal(value, before[key]) for key, value in student.model.state_dict().items())
 
 
 def test_a_folder_without_a_student(tmp_path):
     student, heads = pair(1)
-    with pytest.raises(UserError, match="no student to start from"):
-        load_start(tmp_path, student.model, heads)
+    with pytest.raises(UserError, match="no initial weights"):
+        load_init_weights(tmp_path, student.model, heads)
 
 
 def test_a_run_starts_from_a_finished_one(cache, finished, tmp_path):

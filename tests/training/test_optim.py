@@ -1,4 +1,4 @@
-"""Optimization: what decays, how the rate moves, how it is scaled, and what is refused."""
+"""Optimization: weight decay groups, schedules, learning rate scaling, and what is refused."""
 
 import math
 
@@ -97,7 +97,7 @@ def test_cosine_by_step_and_steps_of_ten():
     assert stairs == pytest.approx([1.0] * 8 + [0.1] * 8 + [0.01] * 4)
 
 
-def test_learning_rate_is_scaled_and_said():
+def test_learning_rate_is_scaled_and_reported():
     config = DistillConfig(
         optim=OptimConfig(name="lamb", lr=5e-3, base_batch_size=2048),
         train=TrainConfig(global_batch_size=512, micro_batch_size=64),

@@ -1,4 +1,4 @@
-"""What sets the engine up: DeepSpeed's configuration, optimizer, schedule (the trainer is in test_trainer.py)."""
+"""Setup of the engine: DeepSpeed's configuration, optimizer, schedule (the trainer is in test_trainer.py)."""
 
 import json
 import math
@@ -54,7 +54,7 @@ def test_keys_that_the_recipe_decides_are_refused(tmp_path, given):
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", None])
-def test_a_deepspeed_file_that_is_none_is_refused(tmp_path, text):
+def test_an_invalid_deepspeed_file_is_refused(tmp_path, text):
     file = tmp_path / "ds.json"
     if text is not None:
         file.write_text(text)

@@ -1,4 +1,4 @@
-"""What a run reads: while the cache grows, after it grew, and with fewer views than there are."""
+"""The cache of a run: while it grows, after it grew, and with fewer views than it has."""
 
 import json
 import shutil
@@ -13,9 +13,9 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import growing as follow
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.training.finished import evaluate_export
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_cache import open_run_cache
+from scalekd_cache.training.run_evaluation import evaluate_run
 from scalekd_cache.training.run_files import FACTS
 
 
@@ -51,7 +51,7 @@ def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(referenc
     with pytest.raises(UserError, match="FOLLOW=1"):
         distill(config_of(writer.root, tmp_path / "other"), CPU)
     run = tmp_path / "run"
-    # Catches up and gives up: what was trained is kept, and the run goes on from there.
+    # Times out after catching up; the trained steps are kept, and the run resumes from there.
     short = config_of(writer.root, run, follow=True, follow_timeout_minutes=0.01)
     with pytest.raises(UserError, match="has stopped growing"):
         distill(short, CPU)
@@ -61,7 +61,7 @@ def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(referenc
     summary = distill(config_of(writer.root, run, follow=True), CPU)
     timer.join()
     said = capfd.readouterr().out
-    assert "by its plan, it is still growing" in said
+    assert "by its plan, still growing" in said
     assert "views 1 to 1 have 0 of 3 units" in said
     assert "resuming" in said
     assert losses(run) == losses(reference)
@@ -69,7 +69,7 @@ def test_a_run_that_follows_has_the_losses_of_one_on_the_finished_cache(referenc
     writer.finish()
     assert distill(config_of(writer.root, run), CPU) == summary
     shutil.rmtree(writer.root)
-    tally = evaluate_export(run, None, CPU, 0)
+    tally = evaluate_run(run, None, CPU, 0)
     assert round(tally.top1_percent, 4) == summary["top1"]
 
 
@@ -88,17 +88,19 @@ def test_a_run_keeps_its_views_when_the_cache_grows(reference, tmp_path, monkeyp
         with pytest.raises(KeyboardInterrupt):
             distill(config, CPU)
     make_growing(root, {"num_views": 3})
+    assert open_run_cache(config, run, CPU).views == 2
+    (run / FACTS).unlink()  # the number of views is then read from the newest checkpoint
     distill(config, CPU)
     assert "this run reads the first 2" in capfd.readouterr().out
     assert losses(run) == losses(reference)  # epoch 2 reads view 0, not the new view 2
     assert open_run_cache(config_of(root, tmp_path / "new"), tmp_path / "new", CPU).views == 3
     assert open_run_cache(config_of(root, "x", train={"views": 1}), tmp_path / "new", CPU).views == 1
-    with pytest.raises(UserError, match="fewer views than the run reads") as error:
+    with pytest.raises(UserError, match="fewer views than the run needs") as error:
         open_run_cache(config_of(root, "x", train={"views": 4}), tmp_path / "new", CPU)
     assert "VIEWS=4" in str(error.value)
 
 
-def test_a_run_that_followed_does_not_begin_again_with_fewer_views(tmp_path):
+def test_a_run_that_followed_does_not_resume_with_fewer_views(tmp_path):
     """Followed to 3 views, then resumed without FOLLOW while the manifest still says 2."""
     root, run = two_groups().root, tmp_path / "run"
     run.mkdir()
@@ -110,12 +112,12 @@ def test_a_run_that_followed_does_not_begin_again_with_fewer_views(tmp_path):
         "data": {"source": "demo"},
     }
     (run / FACTS).write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="fewer views than the run reads") as error:
+    with pytest.raises(UserError, match="fewer views than the run needs") as error:
         open_run_cache(config_of(root, run), run, CPU)
     assert "FOLLOW=1" in str(error.value)
 
 
-def test_every_process_says_nothing_but_the_first(capfd, tmp_path):
+def test_only_rank_0_prints(capfd, tmp_path):
     open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, Process(1, 2, CPU.device))
     assert capfd.readouterr().out == ""
     open_run_cache(config_of(two_groups().root, tmp_path), tmp_path, CPU)

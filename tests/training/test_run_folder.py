@@ -1,4 +1,4 @@
-"""What a run leaves behind: its lock, its options, metrics over interruptions, the closing table."""
+"""The folder of a run: its lock, its options, metrics over interruptions, the summary table."""
 
 import json
 import subprocess
@@ -6,22 +6,14 @@ import sys
 
 import pytest
 import yaml
+from small_run import FACTS, SUMMARY
 
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.run_files import read_config, read_summary
-from scalekd_cache.training.run_folder import RunFolder, alone_summary, check_same_cache, closing_table
-
-SUMMARY = {
-    "student": "resnet18", "teacher": "demo_swin", "targets": "cached", "top1": 91.25, "top5": 99.5,
-    "teacher_top1": 97.0,
-    "epochs": 3, "steps": 66, "seed": 0, "views": 4, "bytes_per_view": 6245.3, "cache_fingerprint": "f" * 64,
-    "images_per_s": 120.4, "minutes": 2.34,
-}  # fmt: skip
-
-
-CACHE_FACTS = {"fingerprint": "a" * 64, "views": 2, "image_size": 64, "class_names": ["a"], "data": {"source": "demo"}}
+from scalekd_cache.training.run_folder import RunFolder, check_same_cache
+from scalekd_cache.training.run_summary import baseline_summary, summary_table
 
 
 def finished(path, **changes):
@@ -32,7 +24,7 @@ def finished(path, **changes):
 
 def test_one_process_at_a_time(tmp_path):
     folder = RunFolder(tmp_path / "run", {"a": 1})
-    with pytest.raises(UserError, match="is still going") as error:
+    with pytest.raises(UserError, match="another process is training") as error:
         RunFolder(tmp_path / "run", {"a": 1})
     assert str(tmp_path / "run") in str(error.value)
     script = f"""
@@ -41,7 +33,7 @@ from scalekd_cache.training.run_folder import RunFolder
 RunFolder(Path({str(tmp_path / "run")!r}), {{"a": 1}})
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert "is still going, in another process" in done.stderr
+    assert "another process is training in" in done.stderr
     del folder
     RunFolder(tmp_path / "run", {"a": 1})
 
@@ -50,7 +42,7 @@ def test_other_options_are_named(tmp_path):
     path = tmp_path / "run"
     config = DistillConfig(train=TrainConfig(epochs=3))
     RunFolder(path, {"a": 1})  # refused before its first step: nothing of it is kept
-    RunFolder(path, to_plain(config)).keep_facts({})
+    RunFolder(path, to_plain(config)).write_facts({})
     assert read_config(path) == to_plain(config) == yaml.safe_load((path / "config.yaml").read_text())
     RunFolder(path, to_plain(config))
     with pytest.raises(UserError, match="other options") as error:
@@ -60,7 +52,7 @@ def test_other_options_are_named(tmp_path):
     assert read_config(path) == to_plain(config)
 
 
-def test_folders_that_are_none(tmp_path):
+def test_folders_without_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
         RunFolder(tmp_path / "file", {})
@@ -106,48 +98,48 @@ def test_a_damaged_summary_is_reported(tmp_path):
         read_summary(tmp_path)
 
 
-def test_the_closing_table_without_a_run_alone(tmp_path):
+def test_the_summary_table_without_a_baseline(tmp_path):
     run = finished(tmp_path / "resnet18")
-    lines = closing_table(run, SUMMARY).splitlines()
+    lines = summary_table(run, SUMMARY).splitlines()
     assert lines[1:-1] == [
-        "teacher  demo_swin, top-1 97.00 %",
-        "student  resnet18, top-1 91.25 %, top-5 99.50 %",
-        "targets  cached",
-        "alone    not run (TARGETS=none)",
-        "epochs   3 (66 steps, 120 images/s)",
-        "minutes  2.3",
-        "cache    4 views, 6,245 bytes a view, pixels included",
-        f"run      {run}",
-        f"export   {run}/export",
+        "teacher   demo_swin, top-1 97.00 %",
+        "student   resnet18, top-1 91.25 %, top-5 99.50 %",
+        "targets   cached",
+        "baseline  not run (TARGETS=none)",
+        "epochs    3 (66 steps, 120 images/s)",
+        "minutes   2.3",
+        "cache     4 views, 6,245 bytes per view, including pixels",
+        f"run       {run}",
+        f"export    {run}/export",
     ]
     assert set(lines[0]) == set(lines[-1]) == {"-"}
-    nothing = closing_table(run, {**SUMMARY, "top1": None, "top5": None, "teacher_top1": None})
-    assert "student  resnet18, top-1 not measured, top-5 not measured" in nothing
+    nothing = summary_table(run, {**SUMMARY, "top1": None, "top5": None, "teacher_top1": None})
+    assert "student   resnet18, top-1 not measured, top-5 not measured" in nothing
 
 
-def test_the_closing_table_with_a_run_alone(tmp_path):
+def test_the_summary_table_with_a_baseline(tmp_path):
     run = finished(tmp_path / "resnet18")
     alone = finished(tmp_path / "resnet18-none", targets="none", top1=88.0)
-    assert "alone    top-1 88.00 % at equal steps" in closing_table(run, SUMMARY)
-    assert "alone" not in closing_table(alone, {**SUMMARY, "targets": "none"})
+    assert "baseline  top-1 88.00 % at equal steps" in summary_table(run, SUMMARY)
+    assert "baseline" not in summary_table(alone, {**SUMMARY, "targets": "none"})
 
 
 @pytest.mark.parametrize(
     "change",
     [{"student": "resnet50"}, {"steps": 65}, {"seed": 1}, {"cache_fingerprint": "e" * 64}, {"targets": "live"}],
 )
-def test_only_a_run_that_can_be_compared_is(tmp_path, change):
+def test_only_a_comparable_run_is_the_baseline(tmp_path, change):
     run = finished(tmp_path / "run")
     finished(tmp_path / "other", **{"targets": "none", **change})
-    assert alone_summary(run, SUMMARY) is None
+    assert baseline_summary(run, SUMMARY) is None
 
 
 def test_a_run_belongs_to_one_cache(tmp_path):
     run = tmp_path / "run"
-    check_same_cache(run, "a" * 64, tmp_path / "cache")  # nothing there yet
-    RunFolder(run, {"seed": 0}).keep_facts(CACHE_FACTS)
-    check_same_cache(run, "a" * 64, tmp_path / "cache")
+    check_same_cache(run, "f" * 64, tmp_path / "cache")  # nothing there yet
+    RunFolder(run, {"seed": 0}).write_facts(FACTS)
+    check_same_cache(run, "f" * 64, tmp_path / "cache")
     with pytest.raises(UserError, match="another cache") as error:
         check_same_cache(run, "b" * 64, tmp_path / "other")
     assert "bbbb" in str(error.value)
-    assert "aaaa" in str(error.value)
+    assert "ffff" in str(error.value)

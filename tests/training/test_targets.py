@@ -1,4 +1,4 @@
-"""A loop of one's own: the same losses as `make distill`, and it resumes; what is no student is refused."""
+"""Custom loops: the losses of `make distill`, resuming, and students with wrong outputs."""
 
 import json
 import subprocess
@@ -17,13 +17,13 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.targets import cached_targets, make_heads, order_of, tail_of
+from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_heads, make_order
 from scalekd_cache.training.trainer import DistillModel
 
 GLOBAL = 16
 
 
-class Own(nn.Module):
+class CustomStudent(nn.Module):
     """Two maps and logits, without timm."""
 
     def __init__(self, classes=10):
@@ -74,12 +74,12 @@ def test_the_losses_are_those_of_make_distill():
     cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="resnet10t"))
     torch.manual_seed(0)
     student = build_student(config.student, num_classes=10, image_size=64)
-    tail = tail_of(cache, TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+    tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.teacher["spec"]))
     model = DistillModel(config, student, make_heads(config, student, tail))
-    order = order_of(config.train, cache, CPU)
+    order = make_order(config.train, cache, CPU)
     loader = CacheLoader(cache, order, epochs=1, global_batch=GLOBAL, micro_batch=GLOBAL)
     batch = next(iter(loader))
-    expected = model(batch.images, batch.labels, cached_targets(loader.codec, loader.logit_codec, None, batch), tail)
+    expected = model(batch.images, batch.labels, TargetSource(loader.codec, loader.logit_codec)(batch), tail)
     torch.manual_seed(0)
     targets = small_targets()
     student = timm_student("resnet10t", targets)
@@ -94,7 +94,7 @@ def test_the_losses_are_those_of_make_distill():
     assert sum(parameter.numel() for parameter in loss.parameters()) == sum(p.numel() for p in loss.heads.parameters())
 
 
-def test_a_loop_goes_on_where_it_left_off():
+def test_a_custom_loop_resumes():
     whole = [batch.labels.tolist() for batch in small_targets(epochs=2)]
     assert len(whole) == len(small_targets(epochs=2)) == 2 * 96 // GLOBAL
     first = small_targets(epochs=2)
@@ -108,10 +108,10 @@ def test_a_loop_goes_on_where_it_left_off():
         small_targets(epochs=2, seed=1).load_state_dict(state)
 
 
-def test_a_student_of_ones_own_learns():
+def test_a_custom_student_learns():
     torch.manual_seed(0)
     targets = small_targets(epochs=4)
-    student = Own()
+    student = CustomStudent()
     loss = ScaleKDLoss(
         targets, student, ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004, frequency_weight_s4=0.004)
     )
@@ -129,10 +129,10 @@ def test_a_student_of_ones_own_learns():
 
 @pytest.mark.parametrize(
     ("module", "said"),
-    [(nn.Flatten(), "it gives Tensor"), (Own(classes=3), "(1, 3)"), (nn.Identity(), "it gives Tensor")],
+    [(nn.Flatten(), "got: Tensor"), (CustomStudent(classes=3), "(1, 3)"), (nn.Identity(), "got: Tensor")],
 )
-def test_modules_that_are_no_students(module, said):
-    with pytest.raises(UserError, match="no student") as error:
+def test_students_with_wrong_outputs(module, said):
+    with pytest.raises(UserError, match="must return") as error:
         ScaleKDLoss(shared_cache(), module)
     assert said in str(error.value)
     assert "logits (B, 10)" in str(error.value)

@@ -1,4 +1,4 @@
-"""The trainer at ZeRO 0 in this process, and at all stages in another one."""
+"""The trainer at ZeRO 0 in this process, and at all ZeRO stages in a subprocess."""
 
 import dataclasses
 import json
@@ -19,7 +19,7 @@ from torch import nn
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.checkpoint import MODEL, OPTIMIZER, STUDENT
-from scalekd_cache.training.finished import consolidated_student
+from scalekd_cache.training.run_export import consolidated_student
 from scalekd_cache.training.run_folder import RunFolder
 from scalekd_cache.training.trainer import start_processes
 
@@ -30,7 +30,7 @@ def processes():
 
 
 def test_training(processes, tmp_path):
-    """One run, looked at from all sides: students change, tails do not, and nothing frozen is saved."""
+    """One run: the student changes, the tail does not, and nothing frozen is saved."""
     trainer = trainer_of(config_of(optim={"warmup_epochs": 1}))
     before = trainer.student_state()
     tail_before = {name: value.clone() for name, value in trainer.tail.state_dict().items()}
@@ -120,7 +120,7 @@ def test_bfloat16_on_a_cpu(processes):
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
 
 
-def test_the_moving_average_is_what_leaves_the_run(processes, tmp_path):
+def test_the_moving_average_is_exported(processes, tmp_path):
     config = config_of(train={"ema_decay": 0.7, "epochs": 1, "targets": "none"})
     trainer = trainer_of(config)
     average = {name: value.clone() for name, value in trainer.student_state().items()}
@@ -143,7 +143,7 @@ def test_the_moving_average_is_what_leaves_the_run(processes, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in other.student_state().items())
 
 
-def test_a_resumed_run_goes_on_as_if_nothing_had_happened(processes, tmp_path):
+def test_a_resumed_run_equals_an_undisturbed_one(processes, tmp_path):
     config = config_of(train={"epochs": 3, "keep_checkpoints": 2}, optim={"name": "sgd", "lr": 0.01})
     whole = trainer_of(config)
     lines, at = Lines(), 2 * STEPS - 1  # not the end of an epoch
@@ -163,7 +163,7 @@ def test_a_resumed_run_goes_on_as_if_nothing_had_happened(processes, tmp_path):
 
 
 def test_the_optimizer_on_the_cpu_trains_saves_and_resumes_alike(processes, tmp_path):
-    """ZeRO 2 with a DeepSpeed JSON that offloads the optimizer; what it saved goes on without any ZeRO."""
+    """ZeRO 2 with a DeepSpeed JSON that offloads the optimizer; its checkpoint resumes without ZeRO."""
     file = tmp_path / "offload.json"
     file.write_text(json.dumps({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}))
     optim = {"lr": 2e-4}
@@ -190,17 +190,17 @@ def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
 
 
 @pytest.mark.parametrize(("save_every", "named"), [(STEPS, "logit"), (1, "weights")])
-def test_what_is_not_finite_names_where_it_began_and_is_never_saved(processes, tmp_path, save_every, named):
-    """Found when the loss is logged, or when a checkpoint within the epoch would keep it."""
+def test_nan_names_its_first_micro_batch_and_is_never_saved(processes, tmp_path, save_every, named):
+    """Found when the loss is logged, or when a checkpoint within the epoch would save it."""
     trainer = trainer_of(config_of(train={"log_every": 10}))
-    original, calls = trainer._targets, []
+    original, calls = trainer.targets, []
 
     def broken(batch):
         calls.append(1)
         targets = original(batch)
         return targets._replace(logits=targets.logits * float("nan")) if len(calls) == 4 else targets
 
-    trainer._targets = broken
+    trainer.targets = broken
     folder = RunFolder(tmp_path / "run", to_plain(trainer.config))
     folder.start_metrics(0)
 
@@ -209,9 +209,9 @@ def test_what_is_not_finite_names_where_it_began_and_is_never_saved(processes, t
             if done % save_every == 0:
                 trainer.save(tmp_path)
 
-    with pytest.raises(UserError, match="not finite") as error:
+    with pytest.raises(UserError, match="became NaN or Inf") as error:
         run()
-    assert "step 2, process 0, micro-batch 1 (view 0, shards units/g000-r0000" in str(error.value)
+    assert "step 2, rank 0, micro-batch 1 (view 0, shards units/g000-r0000" in str(error.value)
     assert named in str(error.value)
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
     whole = [f"step-{number:08d}" for number in range(1, 2) if number % save_every == 0]
@@ -246,7 +246,7 @@ for stage in (1, 2, 3):
         assert abs(mine - plain) < 1e-3 * abs(plain), (stage, results[stage][1], results[0][1])
     for name, value in results[stage][2].items():
         torch.testing.assert_close(value, results[0][2][name], rtol=1e-2, atol=1e-3)
-# What one stage saved, another goes on from: weights and optimizer state come out as they went in.
+# A checkpoint of one stage resumes at any other: weights and optimizer state come out as they went in.
 for stage in (0, 1, 2, 3):
     for other in (0, 1, 2, 3):
         config = config_of(train={{"zero": other, "epochs": 1}}, optim={{"warmup_epochs": 1, "lr": 2e-4}})

@@ -1,0 +1,124 @@
+"""The model card of an exported student: README.md.
+
+In: the options of a run, its facts of the cache, its summary. Out: the text of the card.
+Invariant: quoted values are escaped: a name from a file shows as text, never as markup, a link or HTML.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.models.evaluate import percent
+from scalekd_cache.training.run_files import text_option
+from scalekd_cache.versions import __version__
+
+MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})\.")
+"""Characters that Markdown renderers interpret."""
+TEMPLATE = """---
+{header}---
+# {title}, distilled with ScaleKD
+
+{sentence}
+
+| | |
+|---|---|
+{table}
+
+```python
+import timm
+model = timm.create_model({place}, pretrained=True)  # features_only=True for a backbone
+```
+
+Images are {size} x {size} pixels, RGB on a scale of 0 to 1, normalized with mean {mean} and standard deviation {std}.
+Class names are in config.json. Made by scalekd-cache {version}; the method is ScaleKD, https://arxiv.org/abs/2411.06786.
+"""
+
+
+def model_card(
+    student: StudentConfig,
+    options: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    summary: Mapping[str, Any] | None,
+    folder: Path,
+) -> str:
+    """The text of README.md.
+
+    Args:
+        student: the student's options.
+        options: all options of the run.
+        facts: the run's facts of its cache.
+        summary: the run's summary (None: not finished).
+        folder: of the exported student.
+    """
+    header = {
+        "library_name": "timm",
+        "pipeline_tag": "image-classification",
+        "tags": ["image-classification", "timm", "knowledge-distillation", "scalekd"],
+    }
+    return TEMPLATE.format(
+        header=yaml.safe_dump(header, sort_keys=False),
+        title=_text(student.name),
+        sentence=_sentence(student.name, summary),
+        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in card_facts(options, facts, summary).items()),
+        place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
+        size=facts["image_size"],
+        mean=_numbers(student.mean),
+        std=_numbers(student.std),
+        version=__version__,
+    )
+
+
+def card_facts(
+    options: Mapping[str, Any], facts: Mapping[str, Any], summary: Mapping[str, Any] | None
+) -> dict[str, str]:
+    """The provenance of a student, as text."""
+    rows = {
+        "student": text_option(options, "student.name"),
+        "teacher": summary["teacher"] if summary else "see the cache",
+        "teacher's top-1": percent(summary["teacher_top1"]) if summary else "not known yet",
+        "top-1": percent(summary["top1"]) if summary else "the run is not finished",
+        "top-5": percent(summary["top5"]) if summary else "the run is not finished",
+        "validation images": summary.get("val_images", 0) if summary else 0,
+        "targets": text_option(options, "train.targets"),
+        "recipe": text_option(options, "recipe"),
+        "epochs": text_option(options, "train.epochs"),
+        "seed": text_option(options, "train.seed"),
+        "cache fingerprint": facts["fingerprint"],
+        "views per image": facts["views"],
+        "data set": facts["data"].get("source"),
+        "classes": len(facts["class_names"]),
+    }
+    return {name: str(value) for name, value in rows.items()}
+
+
+def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
+    if summary is None:
+        return f"A checkpoint of a run that is not finished: {_text(student)}."
+    teacher = _text(str(summary["teacher"]))
+    how = "trained on labels only" if summary["targets"] == "none" else f"distilled from {teacher}"
+    images = f"{summary.get('val_images', 0):,} validation images"
+    return f"{_text(student)}, {how}; top-1 {percent(summary['top1'])} on {images}."
+
+
+def _plain(value: str) -> str:
+    """One line of printable characters."""
+    return " ".join("".join(char if char.isprintable() else " " for char in value).split())
+
+
+def _text(value: str) -> str:
+    """Text escaped for Markdown: no link, image, emphasis or HTML."""
+    return MARKUP.sub(r"\\\g<0>", _plain(value))
+
+
+def _cell(value: str) -> str:
+    """Text as code in a table cell."""
+    plain = _plain(value).replace("`", "'").replace("|", "/")
+    return f"`{plain}`"
+
+
+def _numbers(values: Any) -> str:
+    return ", ".join(f"{value:g}" for value in values)

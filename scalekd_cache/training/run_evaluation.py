@@ -1,0 +1,110 @@
+"""Accuracy of a student on validation images: during a run, of a finished run, or of an exported folder.
+
+In: weights or an exported folder, and a data set. Out: a `Tally`.
+Invariant: no cache is needed, and deepspeed is not imported.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.convert.timm_export import DESCRIPTION, load_export, read_description
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.source import open_source
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import Tally, evaluate
+from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.store.manifest import Manifest
+from scalekd_cache.training.run_export import State, consolidated_student
+from scalekd_cache.training.run_files import OPTIONS, data_of, read_facts, student_options
+from scalekd_cache.training.run_folder import is_locked
+
+
+def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
+    """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
+    device = next(model.parameters()).device
+    normalize = Normalize(mean, std).to(device)
+    return lambda images: model(normalize(images))
+
+
+def evaluate_state(
+    config: DistillConfig, manifest: Manifest, state: State, validation: Source | None, process: Process
+) -> Tally | None:
+    """Accuracy of the student with these weights; the validation images are split over all ranks.
+
+    Returns:
+        None without validation images.
+    """
+    if validation is None:
+        return None
+    size = manifest.view_recipe["size"]
+    student = consolidated_student(config.student, state, len(manifest.class_names), size)
+    share = evaluate(
+        make_predictor(student.model.to(process.device), config.student.mean, config.student.std),
+        validation,
+        size,
+        process.device,
+        rank=process.rank,
+        world_size=process.world_size,
+        workers=config.train.workers,
+    )
+    counts = torch.tensor(share, device=process.device)
+    dist.all_reduce(counts)
+    return Tally(*counts.tolist())
+
+
+def evaluate_run(run: Path, data: str | None, process: Process, workers: int) -> Tally:
+    """The accuracy of a finished run's exported student.
+
+    Raises:
+        UserError: no exported student, a damaged one, or no validation images.
+    """
+    student, facts, source = student_options(run), read_facts(run), data_of(run, data)
+    folder = run / "export"
+    if not os.path.lexists(folder):
+        state = "is still running" if is_locked(run) else "is not finished"
+        raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: make export RUN={run}")
+    model = load_export(folder, facts["image_size"]).to(process.device)
+    predict = make_predictor(model, student.mean, student.std)
+    return evaluate(predict, open_source(source, "val"), facts["image_size"], process.device, workers=workers)
+
+
+def find_exported_folder(place: Path) -> Path | None:
+    """An exported or imported student without a run: the folder itself, or its student/; None for anything else."""
+    if (place / OPTIONS).exists():
+        return None
+    found = (folder for folder in (place, place / "student") if (folder / DESCRIPTION).exists())
+    return next(found, None)
+
+
+def evaluate_folder(folder: Path, data: str | None, process: Process, workers: int) -> Tally:
+    """The accuracy of an exported or imported student without a run. config.json gives model, size, mean, std.
+
+    Raises:
+        UserError: no data set is given, a file is damaged, or data set and student have different classes.
+    """
+    if data is None:
+        raise UserError("an exported student does not know its images", where=folder, fix="give DATA=folder")
+    description = read_description(folder)
+    images = description.pretrained_cfg
+    size = images.input_size[-1]
+    model = load_export(folder, size).to(process.device)
+    source = open_source(DataConfig(source=data), "val")
+    named = bool(description.label_names) and description.label_names != list(source.class_names)
+    if named or len(source.class_names) != description.num_classes:
+        raise UserError(
+            "the data set and the student have different classes",
+            got=f"{len(source.class_names)}: {', '.join(source.class_names[:5])} ...",
+            expected=f"{description.num_classes}: {', '.join(description.label_names[:5]) or 'without names'} ...",
+            where=data,
+            fix="give the data set it was trained on; classes.txt in the data set's folder sets the order of classes",
+        )
+    predict = make_predictor(model, images.mean, images.std)
+    return evaluate(predict, source, size, process.device, workers=workers)

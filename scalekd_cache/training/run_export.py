@@ -1,0 +1,93 @@
+"""Export the student of a run. No training engine and no cache are needed.
+
+In: a run folder, or a consolidated state dict. Out: a folder that plain timm loads, or a file in another format.
+Invariant: weights are read from a checkpoint whose digests match, and the export replaces an older one in one rename.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.models.weights import check_tensors
+from scalekd_cache.store.manifest import Manifest, ManifestFacts
+from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
+from scalekd_cache.training.model_card import card_facts, model_card
+from scalekd_cache.training.run_files import read_config, read_facts, read_summary, student_options
+
+State = dict[str, Tensor]
+
+
+def facts_of(manifest: Manifest | ManifestFacts, views: int) -> dict[str, Any]:
+    """A run's facts of its cache, for resuming and for export; `views` is the number it uses."""
+    return {
+        "fingerprint": manifest.fingerprint,
+        "views": views,
+        "image_size": manifest.view_recipe["size"],
+        "class_names": manifest.class_names,
+        "data": manifest.data,
+    }
+
+
+def consolidated_student(config: StudentConfig, state: State, num_classes: int, image_size: int) -> Student:
+    """A student with these weights, in eval mode."""
+    student = build_student(config, num_classes=num_classes, image_size=image_size)
+    found, wanted = (
+        {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, student.model.state_dict())
+    )
+    check_tensors(found, wanted, f"{config.name} with {num_classes} classes")
+    student.model.load_state_dict(state)
+    return student.eval()
+
+
+def export_state(
+    config: StudentConfig, state: State, facts: dict[str, Any], folder: Path, card: str | None = None
+) -> float:
+    """Export a student with its model card; returns the largest difference of a reloaded logit."""
+    size, names = facts["image_size"], facts["class_names"]
+    student = consolidated_student(config, state, len(names), size)
+    return export_student(student, config, folder, image_size=size, class_names=names, card=card)
+
+
+class Exported(NamedTuple):
+    """A finished export."""
+
+    path: Path
+    """The folder (timm) or file (other formats)."""
+    difference: float | None
+    """Largest difference of a reloaded logit; None if the target library is not installed."""
+
+
+def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
+    """Export the student of a run's last checkpoint; the run need not be finished.
+
+    Args:
+        run: its folder.
+        out: folder (timm) or file to write (None: <run>/export, or <run>/<student><suffix of the format>).
+        form: one of `formats.FORMATS`.
+
+    Raises:
+        UserError: no run, no checkpoint yet, or a format that does not support the student.
+    """
+    check_format(form)
+    options, facts = read_config(run), read_facts(run)
+    checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    if checkpoint is None:
+        where, fix = run / "checkpoints", "wait for the first one; make report RUN= shows the progress"
+        raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
+    state, config = checkpoint.tensors(STUDENT), student_options(run)
+    if form == "timm":
+        folder = out or run / "export"
+        card = model_card(config, options, facts, read_summary(run), folder)
+        return Exported(folder, export_state(config, state, facts, folder, card))
+    student = consolidated_student(config, state, len(facts["class_names"]), facts["image_size"])
+    file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
+    if file.is_dir():
+        raise UserError("OUT= is a folder", where=file, expected="a file name", fix="set OUT= to a file name")
+    about = card_facts(options, facts, read_summary(run))
+    return Exported(file, export_file(student, form, file, image_size=facts["image_size"], facts=about))

@@ -1,0 +1,80 @@
+"""The summary of a finished run: its fields, and the table that is printed at the end.
+
+In: options, cache, accuracies. Out: a `Summary` for summary.json; a table of text.
+"""
+
+from pathlib import Path
+
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.models.evaluate import Tally, percent, teacher_accuracy
+from scalekd_cache.training.run_cache import RunCache
+from scalekd_cache.training.run_files import SUMMARY, Summary, read_summary
+
+
+def make_summary(
+    config: DistillConfig, reads: RunCache, loader: CacheLoader, world_size: int, tally: Tally | None
+) -> Summary:
+    """The fields that are known when training ends; `tally` is None without validation images."""
+    manifest = reads.cache.manifest
+    return {
+        "student": config.student.name,
+        "teacher": manifest.teacher["spec"]["name"],
+        "targets": config.train.targets,
+        "top1": round(tally.top1_percent, 4) if tally else None,
+        "top5": round(tally.top5_percent, 4) if tally else None,
+        "val_images": tally.images if tally else 0,
+        "teacher_top1": manifest.teacher["top1"],
+        "has_classifier": manifest.teacher["spec"]["has_classifier"],
+        "epochs": config.train.epochs,
+        "steps": loader.total_steps,
+        "seed": config.train.seed,
+        "zero": config.train.zero,
+        "world_size": world_size,
+        "views": reads.views,
+        "codec": loader.codec.id,
+        "bytes_per_view": manifest.bytes_per_view["total"],
+        "cache_fingerprint": manifest.fingerprint,
+    }
+
+
+def baseline_summary(run: Path, summary: Summary) -> Summary | None:
+    """The summary of the baseline: a finished neighboring run of the same student, TARGETS=none, equal steps.
+
+    A neighboring run that cannot be read is skipped.
+    """
+    for folder in sorted(run.absolute().parent.glob(f"*/{SUMMARY}")):
+        try:
+            other = read_summary(folder.parent)
+        except UserError:
+            continue
+        same = ("student", "steps", "seed", "cache_fingerprint")
+        if other and other.get("targets") == "none" and all(other.get(name) == summary.get(name) for name in same):
+            return other
+    return None
+
+
+def summary_table(run: Path, summary: Summary) -> str:
+    """The table printed at the end of a run."""
+    baseline = baseline_summary(run, summary) if summary["targets"] != "none" else None
+    facts = {"spec": {"has_classifier": summary.get("has_classifier", True)}, "top1": summary["teacher_top1"]}
+    teacher = teacher_accuracy(facts)
+    top1, top5 = percent(summary["top1"]), percent(summary["top5"])
+    baseline_text = f"top-1 {percent(baseline['top1'])} at equal steps" if baseline else "not run (TARGETS=none)"
+    rows = [
+        ("teacher", f"{summary['teacher']}, {teacher}"),
+        ("student", f"{summary['student']}, top-1 {top1}, top-5 {top5}"),
+        ("targets", str(summary["targets"])),
+        ("baseline", baseline_text),
+        ("epochs", f"{summary['epochs']} ({summary['steps']} steps, {summary['images_per_s']:.0f} images/s)"),
+        ("minutes", f"{summary['minutes']:.1f}"),
+        ("cache", f"{summary['views']} views, {summary['bytes_per_view']:,.0f} bytes per view, including pixels"),
+        ("run", str(run)),
+        ("export", str(run / "export")),
+    ]
+    if summary["targets"] == "none":
+        rows = [row for row in rows if row[0] != "baseline"]
+    width = max(len(name) for name, _ in rows)
+    line = "-" * 72
+    return "\n".join([line, *(f"{name:<{width}}  {text}" for name, text in rows), line])

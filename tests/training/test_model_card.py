@@ -1,0 +1,39 @@
+"""The model card shows quoted names as text."""
+
+from pathlib import Path
+
+import yaml
+
+from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.training.model_card import model_card
+
+HOSTILE = "x](http://evil) ![i](u) <script>alert(1)</script> | `a` **b**\n---\n# title\n{0}"
+FACTS = {
+    "fingerprint": "f" * 64,
+    "views": 2,
+    "image_size": 64,
+    "class_names": [HOSTILE],
+    "data": {"source": HOSTILE},
+}
+
+
+def test_quoted_names_are_escaped():
+    summary = {"teacher": HOSTILE, "teacher_top1": 1.0, "top1": 2.0, "top5": None, "targets": "cached"}
+    options = {"student": {"name": HOSTILE}, "train": {"targets": HOSTILE, "epochs": 1, "seed": 0}, "recipe": HOSTILE}
+    text = model_card(StudentConfig(name=HOSTILE), options, FACTS, summary, Path("/run/`a`'b"))
+    header, body = text.split("---\n")[1], text.split("---\n", 2)[2]
+    assert yaml.safe_load(header)["library_name"] == "timm"
+    assert [line for line in body.splitlines() if line.startswith("#")] == [body.splitlines()[0]]
+    lines = body.splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert all(row.count("|") == 3 for row in rows)  # a cell stays a cell
+    cells = [row for row in rows if "evil" in row]
+    assert len(cells) >= 4
+    assert all(row.count("`") == 2 for row in cells)  # as code
+    prose = [line for line in lines if "evil" in line and not line.startswith("|")]
+    assert prose
+    for line in prose:
+        assert "\\<script\\>" in line
+        assert "\\]\\(http" in line
+        assert "\\!\\[i\\]" in line
+    assert sum(line.startswith("```") for line in lines) == 2
