@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import decode_features, record_view
+from scalekd_cache.loader.pixels import decode_features, record_view, wrong_digest
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache, unit_of
 from scalekd_cache.store.sidecar import unit_folder
-from scalekd_cache.views.pixels import decode_pixels, pixel_digest
+from scalekd_cache.views.pixels import decode_pixels
 from scalekd_cache.views.view import View
 
 TOP = 5
@@ -84,7 +84,7 @@ def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
     """None when there are no pixels at hand."""
     if not encoded:
         return None
-    return pixel_digest(decode_pixels(encoded, cache.manifest.view_recipe["size"])) == record.digest
+    return wrong_digest(record, decode_pixels(encoded, cache.manifest.view_recipe["size"])) is None
 
 
 def _features(codec: FeatureCodec, decoded: FeatureMap) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import decode_features, record_view, view_pixels
+from scalekd_cache.loader.pixels import RecordPixels, decode_features, record_view, wrong_digest
 from scalekd_cache.store.base import Record, ShardId
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify_unit import Finding, Part
-from scalekd_cache.views.pixels import decode_pixels, pixel_digest
+from scalekd_cache.views.pixels import decode_pixels
 
 
 class RecordChecker:
@@ -58,7 +58,7 @@ class RecordChecker:
         self.views = ViewConfig(**from_plain(fields["views"]))
         self.num_classes, self.source, self.pixels = num_classes, source, pixels
         self.shares = "pixels" in fields
-        self.index = {} if source is None else {sample.key: at for at, sample in enumerate(source.samples)}
+        self.record_pixels = RecordPixels(self.views, source)
 
     def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[Finding]:
         """Every finding in the records that stand in these rows of a shard."""
@@ -83,7 +83,7 @@ class RecordChecker:
             UserError: they are damaged.
         """
         if self.pixels is None:
-            return None if self.shares else view_pixels(record, self.views, self.source, self.index)
+            return None if self.shares else self.record_pixels(record)
         other = self.pixels.cache.read([position], view)[0]
         return decode_pixels(other.pixels, self.views.size)
 
@@ -102,10 +102,9 @@ class RecordChecker:
         return None if number == view else f"the view record is that of view {number}, not {view}"
 
     def _pixels(self, record: Record, _: int) -> str | None:
-        pixels = view_pixels(record, self.views, self.source, self.index)
-        if pixels is None or pixel_digest(pixels) == record.digest:
-            return None
-        return f"pixels have digest {pixel_digest(pixels)}, the teacher saw {record.digest}"
+        pixels = self.record_pixels(record)
+        wrong = None if pixels is None else wrong_digest(record, pixels)
+        return None if wrong is None else f"pixels have digest {wrong}, the teacher saw {record.digest}"
 
     def _shared(self, pixels: PixelCache, records: list[Record], shard: ShardId, rows: list[int]) -> Iterator[Finding]:
         """Compare with the records of the cache that holds the pixels."""
@@ -130,10 +129,10 @@ class RecordChecker:
     def _own_digest(self, record: Record) -> str | None:
         """What is wrong with the pixels of a record that holds some."""
         try:
-            digest = pixel_digest(decode_pixels(record.pixels, self.views.size))
+            wrong = wrong_digest(record, decode_pixels(record.pixels, self.views.size))
         except (UserError, UnreadableImage) as error:
             return str(error)
-        return None if digest == record.digest else f"pixels have digest {digest}, their record says {record.digest}"
+        return None if wrong is None else f"pixels have digest {wrong}, their record says {record.digest}"
 
     def _features(self, records: list[Record]) -> list[Finding]:
         found, whole = list[Finding](), list[Record]()

@@ -19,6 +19,7 @@ from scalekd_cache.data.base import SampleRef, Source
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.workers import bytes_per_worker, load_items, prefetch_count
 from scalekd_cache.errors import UserError
+from scalekd_cache.loader.pixels import wrong_digest
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.durable_files import canonical_json
 from scalekd_cache.store.image_digests import ImageFiles
@@ -177,10 +178,11 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
 
     def _view(self, record: Record) -> tuple[Pixels, EncodedView]:
         pixels = decode_pixels(record.pixels, self.config.size)
-        if pixel_digest(pixels) != record.digest:
+        wrong = wrong_digest(record, pixels)
+        if wrong is not None:
             raise UserError(
                 "stored pixels decode to other values here than where they were made",
-                got=f"digest {pixel_digest(pixels)}",
+                got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"{record.key} in {self.pixels.cache.root}",
                 fix="use the Pillow of that cache: " + self.pixels.cache.manifest.versions.get("pillow", "unknown"),

@@ -20,17 +20,14 @@ from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items, prefetch_count
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
-from scalekd_cache.loader.pixels import record_view
+from scalekd_cache.loader.pixels import RecordPixels, wrong_digest
 from scalekd_cache.store.base import Parts, Record
 from scalekd_cache.store.growing import GrowingCache
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.views.pixels import decode_pixels, pixel_digest
-from scalekd_cache.views.view import apply_view
 
 DIGEST_STEPS = 2
 """Steps at the start of a session in which the digest of every stored view is compared."""
@@ -99,12 +96,11 @@ class MicroBatches(Dataset[Batch]):
         self.micro_batch = micro_batch
         self.codec: FeatureCodec = codec_from_config(manifest.codec, cache.root)
         self.logit_codec = logit_codec_from_config(manifest.logit_codec)
-        self.view_config = ViewConfig(**from_plain(manifest.view_recipe))
-        self.source: Source | None = None
-        self.source_index: dict[str, int] = {}
-        if self.view_config.pixels == "replayed":
-            self.source = open_cache_source(manifest.data, data, "train")
-            self.source_index = {sample.key: index for index, sample in enumerate(self.source.samples)}
+        views_config = ViewConfig(**from_plain(manifest.view_recipe))
+        source: Source | None = None
+        if views_config.pixels == "replayed":
+            source = open_cache_source(manifest.data, data, "train")
+        self.record_pixels = RecordPixels(views_config, source)
 
     def __getitem__(self, slot: Slot) -> Batch:
         view = slot.epoch % self.views
@@ -120,7 +116,7 @@ class MicroBatches(Dataset[Batch]):
         )
         records = self._with_pixels(self.cache.read(ids, view), ids, view)
         self._check_parts(records, view)
-        always, turn = slot.check_all or self.source is not None, slot.epoch // self.views
+        always, turn = slot.check_all or self.record_pixels.source is not None, slot.epoch // self.views
         images = [
             self._pixels(record, view, check=always or (position + turn) % DIGEST_EVERY == 0)
             for record, position in zip(records, ids.tolist(), strict=True)
@@ -171,34 +167,21 @@ class MicroBatches(Dataset[Batch]):
         return whole
 
     def _pixels(self, record: Record, view: int, *, check: bool) -> NDArray[np.uint8]:
-        """The view's uint8 pixels (size, size, 3): stored ones decoded, or the view drawn again from its record."""
-        if self.source is None:
-            pixels = decode_pixels(record.pixels, self.view_config.size)
-        else:
-            pixels = self._replay(record)
-        if check and pixel_digest(pixels) != record.digest:
+        """The view's uint8 pixels (size, size, 3), compared with the digest of what the teacher saw if `check`."""
+        pixels, replayed = self.record_pixels(record), self.record_pixels.source is not None
+        assert pixels is not None
+        wrong = wrong_digest(record, pixels) if check else None
+        if wrong is not None:
             raise UserError(
                 "a view's pixels are not those the teacher saw",
-                got=f"digest {pixel_digest(pixels)}",
+                got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"view {view} of {record.key} in {self.cache.root}",
-                fix=("" if self.source is None else "restore the image if it was replaced after stage 1, or ")
+                fix=("restore the image if it was replaced after stage 1, or " if replayed else "")
                 + "train with the library versions that wrote the cache: "
                 + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.versions.items()),
             )
         return pixels
-
-    def _replay(self, record: Record) -> NDArray[np.uint8]:
-        assert self.source is not None
-        if record.key not in self.source_index:
-            raise UserError(
-                "the cache holds replayed views, but an image is not in the data set",
-                got=f"no sample {record.key}",
-                where=self.source.name,
-                fix="give the folder the cache was made from with DATA=",
-            )
-        image = decode_image(self.source.read(self.source_index[record.key]), record.key)
-        return apply_view(record_view(record), image, self.view_config)
 
 
 def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:

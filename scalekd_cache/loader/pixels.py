@@ -1,14 +1,13 @@
 """Pixels and features of one stored record.
 
-In: a record of a cache. Out: its uint8 pixels, decoded or replayed; its feature map, decoded.
+In: a record of a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they have the
+record's digest; its feature map, decoded.
 Invariant: nothing is returned that does not belong to the record.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.config.stage1 import ViewConfig
@@ -17,7 +16,7 @@ from scalekd_cache.data.images import decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.checked_files import parse_json
-from scalekd_cache.views.pixels import decode_pixels
+from scalekd_cache.views.pixels import Pixels, decode_pixels, pixel_digest
 from scalekd_cache.views.view import View, apply_view
 
 
@@ -31,15 +30,41 @@ def decode_features(codec: FeatureCodec, records: Sequence[Record]) -> FeatureMa
     return codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
 
 
-def view_pixels(
-    record: Record, views: ViewConfig, source: Source | None, index: Mapping[str, int]
-) -> NDArray[np.uint8] | None:
-    """The (size, size, 3) uint8 pixels of a view; drawn again when they are not stored, None without the images."""
-    if views.pixels == "baked":
-        return decode_pixels(record.pixels, views.size)
-    if source is None:
-        return None
-    if record.key not in index:
-        raise UserError("the image of a view is not in the data set", got=record.key, where=source.name)
-    image = decode_image(source.read(index[record.key]), record.key)
-    return apply_view(record_view(record), image, views)
+class RecordPixels:
+    """Gives the pixels of records: decodes stored ones, or generates the view again from its image (replayed views).
+
+    Args:
+        views: view recipe of the cache.
+        source: the data set, for replayed views (None: not available).
+    """
+
+    def __init__(self, views: ViewConfig, source: Source | None = None) -> None:
+        self.views, self.source = views, source
+        self._index = {} if source is None else {sample.key: at for at, sample in enumerate(source.samples)}
+
+    def __call__(self, record: Record) -> Pixels | None:
+        """(size, size, 3) uint8; None for a replayed view without the data set.
+
+        Raises:
+            UserError: damaged pixels, or an image that the data set does not have.
+            UnreadableImage: the image cannot be decoded.
+        """
+        if self.views.pixels == "baked":
+            return decode_pixels(record.pixels, self.views.size)
+        if self.source is None:
+            return None
+        if record.key not in self._index:
+            raise UserError(
+                "the image of a replayed view is not in the data set",
+                got=f"no sample {record.key}",
+                where=self.source.name,
+                fix="give the data set the cache was made from with DATA=",
+            )
+        image = decode_image(self.source.read(self._index[record.key]), record.key)
+        return apply_view(record_view(record), image, self.views)
+
+
+def wrong_digest(record: Record, pixels: Pixels) -> str | None:
+    """The digest of the pixels where it differs from the record's; None where they are equal."""
+    found = pixel_digest(pixels)
+    return None if found == record.digest else found
