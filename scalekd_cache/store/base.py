@@ -27,6 +27,8 @@ FORMAT_VERSION = 2
 MAX_UNIT_SAMPLES = 65_536
 """Most records in a shard; a file that claims more is refused before anything is allocated."""
 MAX_VIEWS = 10_000
+MAX_RECORD_BYTES = 1 << 28
+"""Most bytes of a record; an index that claims more is refused before anything is allocated."""
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
 """Neighboring records are read at once up to this size; larger runs leave the processor's cache and were slower."""

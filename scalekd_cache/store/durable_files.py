@@ -287,13 +287,14 @@ def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> No
         ) from error
     what = {
         **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the folder cannot be written"),
+        **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "something else is in the place of a file"),
         **dict.fromkeys((errno.EIO, errno.ESTALE), "the disk fails"),
     }.get(number or 0)
     if what is not None:
         raise UserError(
             what,
             got=os.strerror(number or 0),
-            where=getattr(error, "filename", None) or folder,
+            where=getattr(error, "filename2", None) or getattr(error, "filename", None) or folder,
             fix="correct permissions, mount or disk, or use another folder, then run again: what is committed stays",
         ) from error
 

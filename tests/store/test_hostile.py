@@ -33,6 +33,7 @@ from scalekd_cache.store.manifest import NAME, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.remote.local_copies import Copies
 from scalekd_cache.store.sealed_json import SEAL, sealed
 from scalekd_cache.store.sidecar import read_unit
 from scalekd_cache.store.verify import check_cache, verify_cache
@@ -323,6 +324,32 @@ def test_any_index(tmp_path_factory, at, value, size):
     path.write_bytes(good[:size])
     if size < len(good):
         assert right_or_refused(lambda: load_index(path, SHARD, 2, 10_240)) is None
+
+
+@pytest.mark.parametrize("member", ["json", "pixels", "features"])
+def test_a_record_that_claims_gigabytes_is_refused_before_they_are_allocated(member, tmp_path):
+    rows, tar_bytes = ROWS.copy(), 64 << 30
+    rows[f"{member}_bytes"][1] = (1 << 32) - 1
+    rows["pixels_offset"][1], rows["features_offset"][1] = 10 << 30, 20 << 30  # a gap between members counts too
+    path = tmp_path / "v0003.idx"
+    path.write_bytes(pack_index(rows, SHARD, tar_bytes))
+    with pytest.raises(UserError, match=r"too large(?s:.*)268,435,456"):
+        load_index(path, SHARD, 2, tar_bytes)
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
+def test_something_else_in_the_place_of_a_local_copy_is_an_error(kind, tmp_path):
+    copies = Copies(tmp_path, 1 << 20)
+    path = copies.path("ab" * 32)
+    path.parent.mkdir()
+    if kind == "fifo":
+        os.mkfifo(path)
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to(path.name)
+    with pytest.raises(UserError, match="a local copy"):
+        copies.open("ab" * 32, 3, lambda target: target.write_bytes(b"abc"))
 
 
 records = st.builds(

@@ -10,7 +10,7 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.store.base import MAX_UNIT_SAMPLES, REPAIR, ShardId, damaged
+from scalekd_cache.store.base import MAX_RECORD_BYTES, MAX_UNIT_SAMPLES, REPAIR, ShardId, damaged
 from scalekd_cache.store.checked_files import read_file
 from scalekd_cache.store.path import StoredPath
 
@@ -75,3 +75,7 @@ def _check_order(rows: NDArray[np.void], path: StoredPath) -> None:
     wrong[1:] |= rows["json_offset"][1:] < features_end[:-1]
     if wrong.any():
         raise damaged("members of the index are not in order", f"row {int(wrong.argmax())}", "ascending offsets", path)
+    stretches = features_end - rows["json_offset"]
+    if len(rows) and stretches.max() > MAX_RECORD_BYTES:
+        got = f"row {int(stretches.argmax())}: {int(stretches.max()):,} bytes"
+        raise damaged("a record of the index is too large", got, f"at most {MAX_RECORD_BYTES:,} bytes", path)

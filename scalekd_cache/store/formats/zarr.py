@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.store.base import (
     FORMAT_VERSION,
+    MAX_RECORD_BYTES,
     NO_LABEL,
     Parts,
     Payload,
@@ -116,6 +117,9 @@ class Reader(ShardReader):
             offsets = ShardedArray(self.where / f"{name}_offsets", "uint64", count + 1).all()
             if offsets[0] != 0 or (offsets[1:] < offsets[:-1]).any() or offsets[-1] >= 2**62:
                 raise damaged(f"offsets of {name} do not ascend from 0", offsets[:4], "0 <= ...", self.where)
+            if count and np.diff(offsets).max() > MAX_RECORD_BYTES:
+                largest = f"{int(np.diff(offsets).max()):,} bytes"
+                raise damaged(f"{name} of a record are too large", largest, f"at most {MAX_RECORD_BYTES:,}", self.where)
             self._offsets[name] = offsets.tolist()
             self._flat[name] = ShardedArray(self.where / name, "uint8", int(offsets[-1]), plain=True)
 

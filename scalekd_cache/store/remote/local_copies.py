@@ -19,6 +19,7 @@ from typing import IO, NamedTuple
 
 from scalekd_cache.config.remote import FOLDER_VARIABLE, LIMIT_VARIABLE
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import open_regular
 from scalekd_cache.store.durable_files import fsync, is_disk_full, remove_stale, temp_beside
 from scalekd_cache.store.locks import lock, open_lock
 
@@ -68,7 +69,7 @@ class Copies:
 
     def _existing(self, sha256: str, size: int | None) -> int | None:
         try:
-            descriptor = os.open(self.path(sha256), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = open_regular(self.path(sha256), "a local copy")
         except FileNotFoundError:
             return None
         if size is not None and os.fstat(descriptor).st_size != size:
@@ -94,7 +95,7 @@ class Copies:
                 if size is not None:
                     self._reserve(reservation, size)
                 fetch(data)
-                descriptor = os.open(data, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_regular(data, "a local copy")
                 fsync(descriptor)
                 if size is None:
                     self._reserve(reservation, os.fstat(descriptor).st_size)
