@@ -99,7 +99,10 @@ def read_config(run: Path) -> dict[str, Any]:
     file = run / OPTIONS
     if not os.path.lexists(file):
         raise missing_run(run, OPTIONS)
-    data = read_file(file, "a run's configuration", OPTIONS_BYTES)
+    try:
+        data = read_file(file, "a run's configuration", OPTIONS_BYTES)
+    except UserError as error:
+        raise _with_fix(error) from error
     try:
         config = _NoAliases(data).get_single_data()
     except Exception as error:  # PyYAML's constructors raise errors of many kinds
@@ -109,6 +112,11 @@ def read_config(run: Path) -> dict[str, Any]:
     if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a file that ends early is YAML too
         raise UserError("a run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
     return config
+
+
+def _with_fix(error: UserError) -> UserError:
+    """The error with `AGAIN` as what to do, unless it has its own."""
+    return UserError(str(error), fix=None if "what to do: " in str(error) else AGAIN)
 
 
 def student_options(run: Path) -> StudentConfig:
@@ -137,7 +145,7 @@ def read_facts(run: Path) -> dict[str, Any]:
     try:
         return dict(read_checked(file, CacheFacts, "a run's facts of its cache", FACTS_BYTES))
     except UserError as error:
-        raise UserError(str(error), fix=AGAIN) from error
+        raise _with_fix(error) from error
 
 
 def data_of(run: Path, source: str | None) -> DataConfig:

@@ -42,7 +42,7 @@ DAMAGE = {
     "empty": lambda path: path.touch(),
     "cut": lambda path: path.write_text('{"step": 1, "loss'),
     "another type": lambda path: path.write_text("[1]\n"),
-    "not a number": lambda path: path.write_text(json.dumps({**FACTS, **SUMMARY, "views": float("nan")})),
+    "not a number": lambda path: path.write_text(json.dumps({**FACTS, **SUMMARY, "views": float("nan")}) + "\n"),
     "not text": lambda path: path.write_bytes(b"\xff\x00\xfe"),
     "directory": lambda path: path.mkdir(),
     "loop of links": lambda path: path.symlink_to(path.name),
