@@ -16,16 +16,16 @@ DATA ?= demo
 RECIPE_OF_DATA = $(if $(filter demo,$(DATA)),demo,traditional)
 CORES := $(shell nproc 2>/dev/null || sysctl -n hw.ncpu 2>/dev/null || echo 1)
 THREADS ?= $(shell echo $$(( $(CORES) / $(NPROC) > 0 ? $(CORES) / $(NPROC) : 1 )))
-# On a machine of few cores the loader's work is done between the steps; a worker would only take a core from them.
+# With few cores, loading runs in the main process between the steps: a worker would only take a core from training.
 WORKERS ?= $(shell [ $(CORES) -gt 4 ] && echo $(THREADS) || echo 0)
-# Test processes side by side, of one thread each.
+# Parallel test processes, of one thread each.
 JOBS ?= 2
 CACHE_GIVEN := $(CACHE)
 ifeq ($(CACHE),)
 CACHE := $(if $(filter-out demo,$(DATA)),$(shell $(PYTHON) scalekd_cache/config/places.py '$(subst ','\'',$(DATA))'),caches/demo)
 endif
 
-# A mistyped variable would be no error to make, and a training with the default instead of it.
+# Make itself ignores a mistyped variable and would train with the default instead.
 VARIABLES = ALL ARGS BENCHES CACHE CHECK CKPT CLASSES CODEC DATA DEEP DRY_RUN EPOCHS FEATURES FOLLOW FORM FORMAT GPU \
   GPU_BENCHES HEAD HEADS HOSTFILE HOURS IDS INDEX INIT JOB JOBS JSON KEY LAUNCHER LOCAL_ADDR MASTER_ADDR MASTER_PORT \
   NAME NNODES NODE_RANK NPROC OMP_NUM_THREADS OUT PIXELS PIXELS_FROM PLAN PLUGIN PRETRAINED PYTHON RECIPE RESTARTS RESULTS RUN \
@@ -53,33 +53,33 @@ endif
 export OMP_NUM_THREADS ?= $(THREADS)
 export PYTHONUNBUFFERED = 1
 
-# One process runs as it is; several are started by torchrun, or by the deepspeed launcher (docs/SCALE.md).
+# A single process is started directly, several by torchrun or by the deepspeed launcher (docs/SCALE.md).
 several = $(HOSTFILE)$(filter-out 1,$(NPROC) $(NNODES))
 LAUNCH = $(if $(several),$(if $(filter deepspeed,$(LAUNCHER)),$(DEEPSPEED),$(TORCHRUN)),$(PY) -m)
-# The -- keeps torchrun from taking our --run for a short form of its own --run-path.
+# Without the --, torchrun would read our --run as an abbreviation of its --run-path.
 TORCHRUN = $(PY) -m torch.distributed.run $(TORCHRUN_NODES) --nproc-per-node $(NPROC) -m --
 elastic = $(findstring :,$(NNODES))
-# One machine talks to itself, whatever its host name resolves to.
+# A single machine uses the loopback address, however its host name resolves.
 TORCHRUN_NODES = $(if $(filter 1,$(NNODES)),--standalone --local-addr 127.0.0.1,$(if $(elastic),$(ELASTIC_NODES),$(FIXED_NODES)))
 FIXED_NODES = --nnodes $(NNODES) --node-rank $(call needed,NODE_RANK) --master-addr $(call needed,MASTER_ADDR) \
   --master-port $(MASTER_PORT)
-# Machines may join and leave; the one that MASTER_ADDR names (NODE_RANK=0) keeps the list of them.
+# Elastic: nodes may join and leave. The node MASTER_ADDR (NODE_RANK=0) hosts the rendezvous.
 ELASTIC_NODES = --nnodes $(NNODES) --max-restarts $(or $(RESTARTS),10) --rdzv-backend c10d --rdzv-id $(or $(JOB),scalekd) \
   --rdzv-endpoint $(call needed,MASTER_ADDR):$(MASTER_PORT) --rdzv-conf is_host=$(if $(filter 0,$(NODE_RANK)),1,0) \
   $(call option,LOCAL_ADDR,local-addr)
 DEEPSPEED = deepspeed $(if $(HOSTFILE),$(DEEPSPEED_NODES),--num_gpus $(NPROC)) --module
 DEEPSPEED_NODES = --hostfile "$(HOSTFILE)" --master_port $(MASTER_PORT) $(call option,MASTER_ADDR,master_addr) \
   $(if $(NODE_RANK),--no_ssh --node_rank $(NODE_RANK))
-needed = $(or $($(1)),$(error give $(1)=: with NNODES=$(NNODES) every machine says NODE_RANK= and MASTER_ADDR=))
-# torchrun: a fresh store for every start of the processes (a shared one keeps the words of the start before); the
-# signals of schedulers reach the processes, and they have five minutes to save.
+needed = $(or $($(1)),$(error error: give $(1)=: with NNODES=$(NNODES) every node needs NODE_RANK= and MASTER_ADDR=))
+# torchrun: a new key-value store for every start of the processes (a shared one keeps the values of the previous
+# start); the signals of schedulers are forwarded to the processes, which have five minutes to save.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE ?= 1
 export PET_SIGNALS_TO_HANDLE ?= SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT ?= 300
-# Two makes on one machine and one folder wait for each other, where the file system has locks. The lock is held by
-# descriptor 9 until the recipe's line ends.
+# Two makes on one node and one folder run one after the other, if the file system supports locks. Descriptor 9 holds
+# the lock until the recipe's line ends.
 waiting = $(if $(shell command -v flock),{ mkdir -p "$$(dirname "$(1)")" && exec 9>"$(1).$$(uname -n).lock" && flock 9; } 2>/dev/null || \
-  echo "warning: no file lock beside $(1): do not run two commands that write there at the same time" >&2;)
+  echo "warning: no file lock next to $(1): do not run two commands that write there at the same time" >&2;)
 
 option = $(if $(strip $($(1))),--$(2) "$($(1))")
 SET_OPTIONS = $(foreach pair,$(SET),--$(pair))
@@ -91,52 +91,52 @@ help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/\1 \2/' | while read -r name text; do printf '  make %-16s %s\n' "$$name" "$$text"; done
 	@echo
 	@echo "Variables of cache-teacher:"
-	@echo "  DATA=demo|cifar10|imagenette|/path   images with train/ and val/ (folders, tars or parquet); default demo"
-	@echo "  TEACHER=name                         timm model; default the recipe's (demo_swin, or Swin-L)"
-	@echo "  TEACHER_WEIGHTS=file.safetensors     its weights; default timm's pretrained ones (PRETRAINED=0: random)"
-	@echo "  RECIPE=name                          views and training (pipelines/recipes); default demo, or traditional"
-	@echo "  VIEWS=n  CODEC=int8|transform|...   views an image, feature codec (docs/CODECS.md)"
-	@echo "  CODEC=auto TARGET=ac-cosine:0.999    the smallest codec that meets it; or TARGET=bytes:20000, kl:0.01"
+	@echo "  DATA=demo|cifar10|imagenette|/path   images in train/ and val/ (folders, tars or parquet); default demo"
+	@echo "  TEACHER=name                         timm model; default: the recipe's (demo_swin, or Swin-L)"
+	@echo "  TEACHER_WEIGHTS=file.safetensors     its weights; default: timm's pretrained ones (PRETRAINED=0: random)"
+	@echo "  RECIPE=name                          views and training (pipelines/recipes); default: demo or traditional"
+	@echo "  VIEWS=n  CODEC=int8|transform|...    views per image, feature codec (docs/CODECS.md)"
+	@echo "  CODEC=auto TARGET=ac-cosine:0.999    the smallest codec that meets the target; also bytes:20000, kl:0.01"
 	@echo "  STORE=webdataset|zarr  PIXELS=baked|replayed"
-	@echo "  PIXELS_FROM=dir                      share the pixels of that cache: store another codec's or teacher's targets only"
+	@echo "  PIXELS_FROM=dir                      use the pixels of that cache and store only new features and logits"
 	@echo "  CACHE=dir                            default caches/<data>"
-	@echo "  STUDENT=name                         also try one real step of this student before the work starts"
+	@echo "  STUDENT=name                         also run one real training step of this student before stage 1 starts"
 	@echo "Variables of distill:"
-	@echo "  STUDENT=name                         timm model (needed); TARGETS=cached|live|none; EPOCHS=n"
-	@echo "  CACHE=dir|URL  RUN=dir               default caches/<data> (made when absent), runs/<student>"
-	@echo "  INIT=dir                             start from an exported or imported student (and its heads)"
-	@echo "  FOLLOW=1                             train while the cache grows, wait where it is not there yet"
-	@echo "  PIXELS_FROM=dir                      where shared pixels are now (default: where they were, beside CACHE)"
-	@echo "  HEADS=cap|lite                       projectors as published, or cheap ones (docs/METHOD.md)"
+	@echo "  STUDENT=name                         timm model (required); TARGETS=cached|live|none; EPOCHS=n"
+	@echo "  CACHE=dir|URL  RUN=dir               default caches/<data> (created if missing), runs/<student>"
+	@echo "  INIT=dir                             initialize from an exported or imported student (and its heads)"
+	@echo "  FOLLOW=1                             train while the cache is being written; wait for missing views"
+	@echo "  PIXELS_FROM=dir                      the cache with the shared pixels (default: as recorded, relative to CACHE)"
+	@echo "  HEADS=cap|lite                       projectors as published, or cheaper ones (docs/METHOD.md)"
 	@echo "  ZERO=0..3                            DeepSpeed ZeRO stage; LAUNCHER=torchrun|deepspeed"
 	@echo "Variables of both:"
-	@echo "  NPROC=n                              processes on this machine; THREADS=n each; WORKERS=n loaders each"
-	@echo "  NNODES=n NODE_RANK=i MASTER_ADDR=host  several machines by torchrun, said on each; NNODES=1:16: they may come and go"
-	@echo "  HOSTFILE=file                        several machines by deepspeed and ssh (with NODE_RANK=i: without ssh, on each)"
-	@echo "  DRY_RUN=1                            say what would be done, after all checks, and stop"
-	@echo "  PLUGIN=module                        Python module that makes models of yours known (docs/GUIDES.md)"
+	@echo "  NPROC=n                              processes on this node; THREADS=n and WORKERS=n (data loading) per process"
+	@echo "  NNODES=n NODE_RANK=i MASTER_ADDR=host  several nodes with torchrun, run on each; NNODES=1:16: elastic"
+	@echo "  HOSTFILE=file                        several nodes with deepspeed over ssh (with NODE_RANK=i: without ssh, run on each)"
+	@echo "  DRY_RUN=1                            run all checks, print what would be done and stop"
+	@echo "  PLUGIN=module                        Python module that registers custom models (docs/GUIDES.md)"
 	@echo '  SET="dotted.key=value ..."           any other option; python -m pipelines.distill --help lists them'
-	@echo "Environment: PYTHON=python3 chooses the interpreter, VENV=dir the environment (VENV=none: the one at hand)"
+	@echo "Environment: PYTHON=python3 sets the interpreter, VENV=dir the environment (VENV=none: the active one)"
 
 # ---- environment --------------------------------------------------------------------------------------------------
-install: $(BASE) ## Make .venv and install, once
+install: $(BASE) ## Create .venv and install the package
 
 $(VENV)/bin/python:
-	@$(call waiting,$(VENV)) $(SHELL) -c 'test -x $@ || { echo "making $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }'
+	@$(call waiting,$(VENV)) $(SHELL) -c 'test -x $@ || { echo "creating $(VENV) with $(PYTHON)"; $(PYTHON) -m venv $(VENV); }'
 
 $(VENV)/.installed: setup.cfg pyproject.toml | $(VENV)/bin/python
-	@$(call waiting,$(VENV)) $(SHELL) -c 'test $@ -nt setup.cfg || { echo "installing into $(VENV) (several GB with PyTorch, some minutes)"; \
+	@$(call waiting,$(VENV)) $(SHELL) -c 'test $@ -nt setup.cfg || { echo "installing into $(VENV) (several GB with PyTorch, takes minutes)"; \
 	  $(PY) -m pip install --quiet --disable-pip-version-check -e . && touch $@; }'
 
 $(VENV)/.installed-test: $(VENV)/.installed
-	@$(call waiting,$(VENV)) $(SHELL) -c 'test $@ -nt setup.cfg || { echo "installing what the tests need"; \
+	@$(call waiting,$(VENV)) $(SHELL) -c 'test $@ -nt setup.cfg || { echo "installing the test dependencies"; \
 	  $(PY) -m pip install --quiet --disable-pip-version-check -e .[test] && touch $@; }'
 
 # ---- commands -----------------------------------------------------------------------------------------------------
-cache-teacher: $(BASE) ## Stage 1: run the teacher once, keep views, features and logits
+cache-teacher: $(BASE) ## Stage 1: run the teacher once, store views, features and logits
 	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1) $(if $(DRY_RUN),--dry-run)
 
-plan: $(BASE) ## What a cache and its students will cost: DATA= TEACHER= VIEWS= CODEC= STUDENTS=8 EPOCHS=300 GPU=h100 JSON=1
+plan: $(BASE) ## Forecast the cost of a cache and its students: DATA= TEACHER= VIEWS= CODEC= STUDENTS=8 EPOCHS=300 GPU=h100 JSON=1
 	@$(PY) -m pipelines.plan $(STAGE1) $(call option,STUDENTS,students) $(call option,EPOCHS,epochs) \
 	  $(call option,GPU,gpu) $(if $(JSON),--json true)
 
@@ -147,14 +147,14 @@ STAGE1 = $(call option,PLUGIN,plugin) $(STAGE1_OF) --cache.path "$(CACHE)" --wor
 	  $(call option,STORE,cache.backend) $(call option,PIXELS,views.pixels) $(call option,STUDENT,student) $(CACHE_SET)
 
 cache-teacher plan: CACHE_SET = $(SET_OPTIONS)
-# A cache that shares pixels takes data set and recipe from the one that holds them, where they are not given.
+# A cache with shared pixels takes data set and recipe from the cache that holds them, unless they are given.
 STAGE1_OF = $(if $(PIXELS_FROM),$(call option,RECIPE,recipe) $(call option,DATA_GIVEN,data.source),\
   --recipe "$(or $(RECIPE),$(RECIPE_OF_DATA))" --data.source "$(DATA)")
 
-# A cache that is followed is made by somebody else, now.
+# With FOLLOW=1 another job is writing the cache.
 FOLLOWS = $(filter-out 0 false no,$(FOLLOW))
 
-distill: $(BASE) ## Stage 2: train STUDENT from a cache (made first when absent)
+distill: $(BASE) ## Stage 2: train STUDENT from a cache (created first if missing)
 	@test -n "$(STUDENT)" || { echo 'error: give STUDENT=, for example make distill STUDENT=resnet50' >&2; exit 2; }
 ifeq ($(CACHE_GIVEN),)
 	@test -n "$(FOLLOWS)" -o -f "$(CACHE)/manifest.json" || $(MAKE) cache-teacher SET= PIXELS_FROM=
@@ -165,23 +165,23 @@ endif
 	  $(if $(FOLLOWS),--follow true) $(call option,PIXELS_FROM,pixels_from) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
-evaluate: $(BASE) ## Measure a run's student again, or an exported or imported one: RUN=dir [DATA= JSON=1]
+evaluate: $(BASE) ## Measure the accuracy of a run's student, or of an exported or imported one: RUN=dir [DATA= JSON=1]
 	@$(PY) -m pipelines.evaluate --run "$(RUN)" $(if $(JSON),--json) $(if $(filter-out demo,$(DATA)),--data "$(DATA)")
 
-export: $(BASE) ## Write a run's student: RUN=dir [OUT=place FORMAT=timm|safetensors|onnx|torch-export|torchvision|mmpretrain]
+export: $(BASE) ## Export a run's student: RUN=dir [OUT=place FORMAT=timm|safetensors|onnx|torch-export|torchvision|mmpretrain]
 	@$(PY) -m pipelines.export $(call option,PLUGIN,plugin) --run "$(RUN)" $(call option,OUT,out) $(call option,FORMAT,format)
 
-import-upstream: $(BASE) ## Bring a published ScaleKD checkpoint to timm: CKPT=file.pth OUT=dir [STUDENT=name CLASSES=n]
+import-upstream: $(BASE) ## Convert a published ScaleKD checkpoint to timm: CKPT=file.pth OUT=dir [STUDENT=name CLASSES=n]
 	@test -n "$(CKPT)" -a -n "$(OUT)" || { echo 'error: give CKPT=file.pth and OUT=dir' >&2; exit 2; }
 	@$(PY) -m pipelines.import_upstream --ckpt "$(CKPT)" --out "$(OUT)" $(call option,STUDENT,student) \
 	  $(call option,CLASSES,classes) $(call option,S4_QUERY,s4_query)
 
-verify: $(BASE) ## Check a cache: CACHE=dir or URL, DEEP=1 reads every byte and asks the teacher, JSON=1 for scripts
+verify: $(BASE) ## Check a cache: CACHE=dir or URL; DEEP=1 checks all bytes and re-runs the teacher on a sample; JSON=1 for scripts
 	@$(PY) -m pipelines.verify $(call option,PLUGIN,plugin) --cache "$(CACHE)" $(if $(DEEP),--deep true) $(if $(JSON),--json true) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
 	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
-repair: $(BASE) ## Make the damaged units of a cache again: CACHE=dir [DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
+repair: $(BASE) ## Rebuild the damaged units of a cache: CACHE=dir [DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
 	@$(PY) -m pipelines.repair $(call option,PLUGIN,plugin) --cache "$(CACHE)" --workers $(WORKERS) \
 	  $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
 	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
@@ -190,68 +190,68 @@ inspect: $(BASE) ## Show a cache or a record: CACHE=dir [KEY=key|INDEX=n] [VIEW=
 	@$(PY) -m pipelines.inspect_cache --cache "$(CACHE)" $(call option,KEY,key) $(call option,INDEX,index) \
 	  $(call option,VIEW,view) $(call option,PIXELS_FROM,pixels_from) $(call option,OUT,out) $(if $(JSON),--json true)
 
-prove: $(BASE) ## Ask the cache's teacher again, and compare gradients: CACHE=dir [STUDENT=name INIT=dir VIEWS=256]
+prove: $(BASE) ## Re-run the teacher on cached views and compare gradients: CACHE=dir [STUDENT=name INIT=dir VIEWS=256]
 	@$(PY) -m pipelines.prove $(call option,PLUGIN,plugin) --cache "$(CACHE)" $(call option,STUDENT,student) $(call option,INIT,init) \
 	  $(call option,VIEWS,views) $(call option,RECIPE,recipe) $(call option,TEACHER_WEIGHTS,teacher_weights) \
 	  $(call option,PIXELS_FROM,pixels_from) $(if $(JSON),--json) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
 .PHONY: report
-report: $(BASE) ## One HTML file: CACHE=dir, RUN=dir or RUNS="dir dir" [OUT=file DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
+report: $(BASE) ## Write a report as one HTML file: CACHE=dir, RUN=dir or RUNS="dir dir" [OUT=file DATA= TEACHER_WEIGHTS= PIXELS_FROM=]
 	@$(PY) -m pipelines.report $(call option,PLUGIN,plugin) $(if $(RUN)$(RUNS),,--cache "$(CACHE)") $(call option,RUN,run) $(call option,RUNS,runs) \
 	  $(call option,OUT,out) $(call option,TEACHER_WEIGHTS,teacher_weights) $(call option,PIXELS_FROM,pixels_from) \
 	  $(if $(filter-out demo,$(DATA)),--data "$(DATA)") $(SET_OPTIONS)
 
-fetch: $(BASE) ## Bring pretrained weights to teachers/: TEACHER=name
+fetch: $(BASE) ## Download pretrained weights to teachers/: TEACHER=name
 	@$(PY) -m pipelines.fetch --teacher "$(TEACHER)"
 
-costs: $(BASE) ## FLOPs and parameters of a pair: TEACHER=name STUDENT=name, ALL=1 for the paper's pairs
+costs: $(BASE) ## FLOPs and parameters of a teacher-student pair: TEACHER=name STUDENT=name; ALL=1: all pairs of the paper
 	@$(PY) -m pipelines.costs $(call option,TEACHER,teacher) $(call option,STUDENT,student) $(if $(ALL),--all true)
 
-bench-codec: $(BASE) ## Codecs on real features: CACHE=dir of a float32 cache, or FEATURES=maps.npy IDS=images.npy; NAME=name
+bench-codec: $(BASE) ## Benchmark codecs on real features: CACHE=dir of a float32 cache, or FEATURES=maps.npy IDS=images.npy; NAME=name
 	@$(PY) -m benchmarks.codec.fidelity $(if $(FEATURES),--features "$(FEATURES)" $(call option,IDS,ids),--cache "$(CACHE)") \
 	  $(call option,HEAD,head) --name "$(or $(NAME),demo)"
 
 BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 store.loader training.step training.break_even
 GPU_BENCHES = training.heads training.stage1 training.step codec.decode
 
-bench: $(BASE) ## What docs/BENCHMARKS.md shows, measured here (20 minutes on 2 cores); BENCHES="store.throughput ..."
+bench: $(BASE) ## Run the benchmarks of docs/BENCHMARKS.md (20 minutes on 2 cores); BENCHES="store.throughput ..."
 	@for bench in $(BENCHES); do OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$bench || exit 1; done
 
-bench-gpu: $(BASE) ## The figures that need an accelerator
+bench-gpu: $(BASE) ## Run the benchmarks that need a GPU
 	@for bench in $(GPU_BENCHES); do $(PY) -m benchmarks.$$bench --device cuda || exit 1; done
 
-bench-scale: $(BASE) ## Simulate 1 to 1,024 processes: CHECK=1 measures the demo on one and two first
+bench-scale: $(BASE) ## Simulate 1 to 1,024 processes; CHECK=1 first measures the demo on 1 and 2 processes
 	@$(PY) -m benchmarks.scaling $(if $(CHECK),--check)
 
-bench-shuffle: $(BASE) ## How well the order mixes, and what a process reads for it
+bench-shuffle: $(BASE) ## Measure how well samples are shuffled and how much each process reads
 	@$(PY) -m benchmarks.store.shuffle_quality
 
-study: $(BASE) ## Offline against online: FORM=cpu|cpu-long|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 RESULTS=dir; resumable
+study: $(BASE) ## Compare cached with live training: FORM=cpu|cpu-long|full DATA= TEACHER_WEIGHTS= HOURS=1.5 PLAN=1 RESULTS=dir; resumable
 	@$(PY) -m benchmarks.study $(call option,FORM,form) $(if $(filter-out demo,$(DATA)),--data "$(DATA)") \
 	  $(call option,TEACHER_WEIGHTS,teacher-weights) $(call option,TEACHER,teacher) $(call option,HOURS,hours) \
 	  $(call option,RESULTS,results) $(if $(PLAN),--plan)
 
-study-figures: $(BASE) ## Figures and tables of the study from its JSON lines
+study-figures: $(BASE) ## Make the figures and tables of the study from its JSON lines
 	@$(PY) -m benchmarks.study.figures
 
 # ---- development --------------------------------------------------------------------------------------------------
-test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n at a time
+test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n in parallel
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "not slow and not gpu" $(ARGS)
 
-test-ci: $(TESTS) ## The slow tests that continuous integration runs: kills, damage, replaced files
+test-ci: $(TESTS) ## Run the slow tests of continuous integration: kills, damage, replaced files
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) -m "ci_slow and not gpu" $(ARGS)
 
-test-all: $(TESTS) ## Run the slow tests too
+test-all: $(TESTS) ## Run all tests, slow ones included
 	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) $(ARGS)
 
-lint: $(TESTS) ## Check format, lint and types
+lint: $(TESTS) ## Check formatting, lint and types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
 
 format: $(TESTS) ## Format the code
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
 .PHONY: docs
-docs: $(TESTS) ## Pages of the Python API from its docstrings, into build/docs
+docs: $(TESTS) ## Build the API reference from the docstrings, into build/docs
 	@$(PY) -m pdoc --docformat google --output-directory build/docs $(MODULES) && echo "build/docs/index.html"
 MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_cache/*.py scalekd_cache/*/*.py scalekd_cache/*/*/*.py))))
 
@@ -259,5 +259,5 @@ targets = $(shell sed -nE 's/^([a-z-]+):.*\#\#.*/\1/p' $(firstword $(MAKEFILE_LI
 .DEFAULT:
 	@echo 'error: $(call unknown_name,target "make help" $@ $(targets))' >&2; exit 2
 
-clean: ## Remove the environment and tool caches (never caches/, runs/ or teachers/)
+clean: ## Remove the environment and tool caches (keeps caches/, runs/ and teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

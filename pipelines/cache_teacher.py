@@ -1,6 +1,6 @@
-"""Stage 1: run the teacher once over augmented views and keep what students need (`make cache-teacher`).
+"""Stage 1: run the teacher once over augmented views and store what students need (`make cache-teacher`).
 
-With --dry-run it says what would be done, after all checks, and writes nothing.
+--dry-run runs all checks, prints what would be done and writes nothing.
 """
 
 import os
@@ -19,7 +19,7 @@ from scalekd_cache.store.manifest import Manifest, read_manifest
 
 
 def main(argv: list[str]) -> None:
-    """Parse the options of stage 1 and run it; `--dry-run` says what would be done."""
+    """Parse the options of stage 1 and run it, or only its checks (`--dry-run`)."""
     argv, dry = without_flag(argv, "--dry-run")
     section = stage1_section(argv)
     config = parse(CacheTeacherConfig, "cache_teacher", argv, section, __doc__ or "")
@@ -39,9 +39,9 @@ def main(argv: list[str]) -> None:
 
 
 def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
-    """The command that trains a student from this cache as it is, to be typed in the folder where this one was.
+    """The `make distill` command for this cache, for the folder in which this command was run.
 
-    Smaller batches are part of it where the recipe's do not fit the data set.
+    It sets smaller batches if the recipe's global batch is larger than the data set.
     """
     recipe = {**recipe_section(config.recipe, "distill"), "recipe": config.recipe}
     train = parse(DistillConfig, "distill", [], recipe, "").train
@@ -50,14 +50,14 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
     words += [f"PLUGIN={plugin}"] if plugin else []
     if manifest.num_samples < train.global_batch_size:
         words.append(f"SET={batches_that_fit(manifest.num_samples, train.micro_batch_size)}")
-    # The interpreter and environment that make was told of; it leaves them in MAKEFLAGS.
+    # VENV= and PYTHON= of this make; make passes them on in MAKEFLAGS.
     given = shlex.split(os.environ.get("MAKEFLAGS", ""))
     words += [word for word in given if word.startswith(("VENV=", "PYTHON="))]
     return shlex.join(words)
 
 
 def stage1_section(argv: list[str]) -> dict[str, Any]:
-    """The recipe's options of stage 1, with those of the cache whose pixels are shared."""
+    """The recipe's options of stage 1, with views and data set of the cache whose pixels are shared, if any."""
     pixels_from = value_of(argv, "--cache.pixels_from")
     shared = read_manifest(Path(pixels_from)) if pixels_from else None
     recipe = value_of(argv, "--recipe") or (shared.recipe if shared else "demo")
@@ -71,7 +71,7 @@ def stage1_section(argv: list[str]) -> dict[str, Any]:
 
 
 def _of_pixels(section: dict[str, Any], shared: Manifest) -> dict[str, Any]:
-    """A recipe's options with the views and the data set of the cache whose pixels are shared."""
+    """A recipe's options with views and data set replaced by those of the cache whose pixels are shared."""
     data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
     views = {"num_views": shared.num_views}
     return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}

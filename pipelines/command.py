@@ -1,6 +1,7 @@
-"""From what a user types to a checked configuration; shared by the commands of this folder.
+"""Command line parsing and exit codes, shared by all commands of this folder.
 
-In: argv and a recipe. Out: a configuration dataclass; for whatever the user can put right, one message and status 2.
+In: argv and a recipe. Out: a configuration dataclass.
+Invariant: an error that the user can fix prints one message without a traceback and exits with code 2.
 """
 
 import importlib
@@ -21,7 +22,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.distributed import RunInterrupted
 from scalekd_cache.errors import UserError, join_or, unknown_name, worker_failure
 
-ALWAYS = "Also: --debug (the traceback of an error), --plugin MODULE (import a module of yours first)."
+ALWAYS = "Also: --debug (print the traceback of an error), --plugin MODULE (import this Python module first)."
 BAD_VALUE = re.compile(
     r'Parser key "(?P<option>.+?)":\s+Expected (?:an? )?(?P<kind>.+?)\. Got value: (?P<got>.*)', re.DOTALL
 )
@@ -34,15 +35,15 @@ class Parser(ArgumentParser):
     """A parser whose errors are `UserError`s of one line."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """Turn a mistype into one clear message."""
+        """Raise jsonargparse's error as a `UserError` of one line."""
         if isinstance(ex, UserError):
             raise ex
         options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        raise misunderstood(message, options)
+        raise option_error(message, options)
 
 
-def misunderstood(message: str, options: Sequence[str]) -> UserError:
-    """What jsonargparse says of an option, in one line with the nearest right thing; `options` begin with --."""
+def option_error(message: str, options: Sequence[str]) -> UserError:
+    """jsonargparse's error message in one line, with the closest valid option; `options` start with --."""
     value = BAD_VALUE.search(message)
     if value:
         option, kind, got = value["option"], value["kind"], value["got"]
@@ -53,16 +54,16 @@ def misunderstood(message: str, options: Sequence[str]) -> UserError:
     if unknown and "expected" not in message:
         name = unknown["typed"] or ".".join(filter(None, unknown.group("group", "written")))
         return unknown_name("option", f"--{name}", options, "--help lists all")
-    return UserError(f"the command line is not understood: {' '.join(message.split())} (--help)")
+    return UserError(f"invalid command line: {' '.join(message.split())} (--help)")
 
 
 def check_recipe_given(argv: Sequence[str], kept: Mapping[str, Any], where: object) -> None:
-    """A recipe that is named (RECIPE=) must have the views `kept` in a cache; without a name the cache's views count.
+    """A recipe given by RECIPE= must have the view options `kept` of the cache; without RECIPE= there is no check.
 
-    A cache may hold other views than its own recipe, set by `views.*` options of stage 1.
+    The views of a cache may differ from its recipe, through `views.*` options of stage 1.
 
     Raises:
-        UserError: naming each view option that differs.
+        UserError: view options differ; the message names each.
     """
     recipe = value_of(argv, "--recipe")
     if recipe:
@@ -71,9 +72,9 @@ def check_recipe_given(argv: Sequence[str], kept: Mapping[str, Any], where: obje
 
 
 def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe: dict[str, Any], about: str) -> Config:
-    """A configuration from its defaults, then the recipe, then the command line.
+    """A configuration: defaults, overridden by the recipe, overridden by the command line.
 
-    Every field of the dataclass is a typed option with its docstring as help. Unknown keys, in either, are errors.
+    Every field of the dataclass is a typed option with its docstring as help. Unknown keys are errors.
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = Parser(prog=f"python -m pipelines.{command}", description=f"{about} {ALWAYS}")
@@ -83,11 +84,11 @@ def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe:
         options = parser.instantiate(parser.parse_args(list(argv), namespace=base))
         return config_class(**{name: getattr(options, name) for name in config_class.__dataclass_fields__})  # type: ignore[attr-defined]
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError("the configuration is not understood", got=error, fix="see --help") from error
+        raise UserError("invalid configuration", got=error, fix="see --help") from error
 
 
 def value_of(argv: Sequence[str], option: str) -> str | None:
-    """The value of one option on the command line, before everything is parsed."""
+    """The value of one option, before the command line is parsed."""
     for index, word in enumerate(argv):
         if word == option and index + 1 < len(argv):
             return argv[index + 1]
@@ -96,28 +97,28 @@ def value_of(argv: Sequence[str], option: str) -> str | None:
     return None
 
 
-def check_cache_place(place: str) -> None:
-    """A mistyped path is no unfinished cache: `UserError` for a file, or for nothing, with the nearest caches."""
+def check_cache_path(place: str) -> None:
+    """`UserError` if `place` is a file or does not exist; the message names similar caches. URLs are not checked."""
     path = Path(place)
     if "://" in place or path.is_dir():
         return
     if path.is_file():
         folder = path.parent
         holds = (folder / "manifest.json").exists()
-        fix = f"CACHE={folder}" if holds else "the folder of a cache (CACHE=)"
-        raise UserError(f"{place} is a file, no cache: give {fix}")
+        fix = f"CACHE={folder}" if holds else "a cache folder (CACHE=)"
+        raise UserError(f"{place} is a file, not a cache: give {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    raise unknown_name("cache", place, there, f"CACHE=; `make cache-teacher CACHE={place}` makes it")
+    raise unknown_name("cache", place, there, f"CACHE=; create it with `make cache-teacher CACHE={place}`")
 
 
 def without_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
-    """A command line without a flag of its own, and whether it was there."""
+    """A command line without `flag`, and whether it had it."""
     return [word for word in argv if word != flag], flag in argv
 
 
 def with_flags(argv: Sequence[str], *options: str) -> list[str]:
-    """A command line in which these options may stand without a value, which then is true."""
+    """A command line in which each of these options without a value gets the value true."""
     words: list[str] = []
     for word, following in zip(argv, [*argv[1:], ""], strict=True):
         words.append(word)
@@ -126,8 +127,8 @@ def with_flags(argv: Sequence[str], *options: str) -> list[str]:
     return words
 
 
-def with_plugin(argv: list[str]) -> list[str]:
-    """The command line without `--plugin module`, whose module is imported: teachers and students of one's own."""
+def import_plugin(argv: list[str]) -> list[str]:
+    """The command line without `--plugin MODULE`, after importing that module (custom teachers and students)."""
     name = value_of(argv, "--plugin")
     if name is None:
         return argv
@@ -135,21 +136,24 @@ def with_plugin(argv: list[str]) -> list[str]:
     try:
         importlib.import_module(name)
     except ImportError as error:
-        fix = "give the name of a Python module that can be imported here, such as examples.my_teacher"
+        fix = "the name of a Python module that can be imported from this folder, such as examples.my_teacher"
         raise UserError("the plugin cannot be imported", got=error, expected=fix, where=f"PLUGIN={name}") from error
     index = argv.index("--plugin") if "--plugin" in argv else argv.index(f"--plugin={name}")
     return argv[:index] + argv[index + (2 if "--plugin" in argv else 1) :]
 
 
 def run(main: Callable[[list[str]], object]) -> NoReturn:
-    """Run a command: 0 done, 1 checked and found wanting, 2 something to put right, 75 saved and to be started again,
-    130 stopped by the user, 141 nobody reads the output any more."""
+    """Run a command and exit.
+
+    Exit codes: 0 success, 1 check failed, 2 usage error or invalid input, 75 checkpointed: rerun to resume,
+    130 interrupted, 141 the reader of the output closed the pipe.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # DeepSpeed's launcher adds --local_rank; it says the same in the environment, where `processes.py` reads it.
+    # DeepSpeed's launcher adds --local_rank. `distributed.py` reads the same value from the environment.
     argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
     debug = "--debug" in argv
     try:
-        status = main(with_plugin([word for word in argv if word != "--debug"]))
+        status = main(import_plugin([word for word in argv if word != "--debug"]))
         sys.stdout.flush()
     except UserError as error:
         if debug:
@@ -160,12 +164,12 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
         print(stop, file=sys.stderr, flush=True)
         _exit(stop.exit_code)
     except RuntimeError as error:
-        ended = worker_failure(error)  # the only RuntimeError that a user can do something about
+        ended = worker_failure(error)  # the only RuntimeError that a user can fix
         if debug or ended is None:
             raise
         print(f"error: {ended}", file=sys.stderr, flush=True)
         _exit(2)
-    except BrokenPipeError:  # what reads our output (head, less) has had enough
+    except BrokenPipeError:  # the reader of our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)
     except KeyboardInterrupt:
@@ -175,7 +179,7 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
 
 
 def _exit(status: int) -> NoReturn:
-    """Leave at once: peers and loader workers must not keep a failed process waiting."""
+    """Exit without waiting for other ranks or for loader workers."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

@@ -1,9 +1,9 @@
-"""Stage 2: train a student from a cache (`make distill STUDENT=resnet50`); --dry-run says what would be done."""
+"""Stage 2: train a student from a cache (`make distill STUDENT=resnet50`); --dry-run runs the checks only."""
 
 import dataclasses
 import os
 
-from pipelines.command import check_cache_place, check_recipe_given, parse, run, value_of, without_flag
+from pipelines.command import check_cache_path, check_recipe_given, parse, run, value_of, without_flag
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.growing import read_cache_facts
@@ -13,7 +13,7 @@ from scalekd_cache.store.remote.remote_path import open_place
 
 
 def main(argv: list[str]) -> None:
-    """Parse the options of stage 2, compare RECIPE= with the cache, and train; or say what would be done."""
+    """Parse the options of stage 2, compare RECIPE= with the cache, then train or print the dry run."""
     argv, dry = without_flag(argv, "--dry-run")
     cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
     manifest = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
@@ -40,13 +40,15 @@ def main(argv: list[str]) -> None:
 
 
 def _facts(cache: StoredPath, argv: list[str]) -> Manifest | ManifestFacts:
-    """What the cache is; one that is followed is waited for, even if nobody has begun it yet."""
+    """The facts of the cache. With --follow, wait for a cache that no writer has started yet."""
     follow = value_of(argv, "--follow") in ("true", "True", "yes", "1")
     if not follow:
-        check_cache_place(value_of(argv, "--cache") or DistillConfig().cache)
+        check_cache_path(value_of(argv, "--cache") or DistillConfig().cache)
     minutes = value_of(argv, "--follow_timeout_minutes") or str(DistillConfig().follow_timeout_minutes)
     quiet = os.environ.get("RANK", "0") != "0"
-    timeout_s = 60 * float(minutes) if minutes.replace(".", "", 1).isdigit() else 0.0  # the parser says what is wrong
+    timeout_s = (
+        60 * float(minutes) if minutes.replace(".", "", 1).isdigit() else 0.0
+    )  # the parser reports an invalid value
     return read_cache_facts(cache, follow, timeout_s, lambda text: None if quiet else print(text, flush=True))
 
 

@@ -1,4 +1,4 @@
-"""Measure the accuracy of a run's exported student again, or of an exported folder (`make evaluate RUN=dir`)."""
+"""Measure the accuracy of a run's student, or of an exported folder (`make evaluate RUN=dir`)."""
 
 import json
 from dataclasses import dataclass
@@ -15,13 +15,13 @@ class EvaluateConfig:
     run: str
     """Folder of a finished run, or of an exported or imported student (with `data`)."""
     data: str | None = None
-    """Where the validation images are (None: where stage 1 found them; an exported student does not say it)."""
+    """Data set with the validation images (None: the one of stage 1; required for an exported student)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0
-    """Processes that decode images."""
+    """Worker processes that decode images (0: the main process)."""
     json: bool = False
-    """Print the line of JSON alone."""
+    """Print only the line of JSON."""
 
 
 def main(argv: list[str]) -> None:

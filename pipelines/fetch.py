@@ -1,4 +1,4 @@
-"""Bring pretrained weights to a folder that nodes without a network can read (`make fetch TEACHER=name`)."""
+"""Download pretrained weights to a local folder, for nodes without a network (`make fetch TEACHER=name`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,12 @@ class FetchConfig:
 
 
 def main(argv: list[str]) -> None:
-    """Fetch and save as safetensors."""
+    """Download the weights and save them as safetensors."""
     config = parse(FetchConfig, "fetch", argv, {}, __doc__ or "")
     from scalekd_cache.models.timm_models import fetch_weights
 
     file = fetch_weights(config.teacher, Path(config.weights_dir))
-    print(f"{file}: used by `make cache-teacher TEACHER={config.teacher}` from now on")
+    print(f"{file}: `make cache-teacher TEACHER={config.teacher}` will use this file")
 
 
 if __name__ == "__main__":

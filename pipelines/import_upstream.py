@@ -1,4 +1,4 @@
-"""Bring a published ScaleKD checkpoint to timm (`make import-upstream CKPT=file.pth OUT=dir`)."""
+"""Convert a published ScaleKD checkpoint to timm (`make import-upstream CKPT=file.pth OUT=dir`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,21 +12,21 @@ class ImportConfig:
     """Options of `import_upstream`."""
 
     ckpt: str
-    """A .pth file of upstream's distiller, or a student that its transfer script wrote."""
+    """A .pth file: a checkpoint of the published distiller, or a student written by its transfer script."""
     out: str
-    """Folder to write: student/ for timm, and heads.safetensors."""
+    """Output folder: student/ for timm, and heads.safetensors."""
     student: str | None = None
-    """Short name or timm name of the student in it (None: the paper's student that it fits)."""
+    """Short name or timm name of the student (None: the student of the paper that fits)."""
     classes: int | None = None
-    """Classes of its head (None: those of the checkpoint)."""
+    """Number of classes (None: as in the checkpoint)."""
     image_size: int | None = None
-    """Side of its images, pixels (None: timm's for this name)."""
+    """Image size, pixels (None: timm's default for this model)."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """learned takes S4's own queries; upstream's distiller does not use them when it has S3's projectors."""
+    """learned: import S4's learned queries. The published distiller does not use them when S3 has projectors."""
 
 
 def main(argv: list[str]) -> None:
-    """Import a checkpoint and say what was taken and what was left."""
+    """Import a checkpoint; print what was imported and what was skipped."""
     config = parse(ImportConfig, "import_upstream", argv, {}, __doc__ or "")
     from scalekd_cache.convert.upstream_checkpoint import import_checkpoint, summary
 
@@ -44,10 +44,10 @@ def main(argv: list[str]) -> None:
         f"largest logit difference {report.logit_difference:.2g}"
     )
     if report.heads is None:
-        print("no projectors in this checkpoint")
+        print("this checkpoint has no projectors")
     else:
-        print(f"{report.heads}: {report.head_tensors} tensors of the projectors, S4's query: {report.s4_query}")
-    print(f"left in the checkpoint: {', '.join(summary(report.left_out)) or 'nothing'}")
+        print(f"{report.heads}: {report.head_tensors} projector tensors, S4 query: {report.s4_query}")
+    print(f"not imported: {', '.join(summary(report.left_out)) or 'nothing'}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import check_cache_place, parse, run, with_flags
+from pipelines.command import check_cache_path, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -19,28 +19,28 @@ class InspectConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     key: str | None = None
-    """Key of the sample (a line of keys.txt); without key and index, the cache itself is shown."""
+    """Sample key (a line of keys.txt). Without key and index, the cache itself is shown."""
     index: int | None = None
-    """Position of the record in the view's canonical order, instead of a key."""
+    """Position of the record in the canonical order of the view, instead of a key."""
     view: int = 0
     """View number."""
     pixels_from: str | None = None
-    """Folder or URL of the cache whose pixels are shared (None: where it was)."""
+    """Folder or URL of the cache whose pixels are shared (None: as recorded)."""
     out: str | None = None
-    """Also write the view's pixels to this file, as they are stored (.jpg or .png)."""
+    """Also write the stored pixels of the view to this file (.jpg or .png)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
 
 def main(argv: list[str]) -> None:
-    """Print what the cache or the record is."""
+    """Print the facts of the cache or of one record."""
     config = parse(InspectConfig, "inspect_cache", with_flags(argv, "--json"), {}, __doc__ or "")
     if config.key is not None and config.index is not None:
-        raise UserError("key and index are given", got=f"{config.key} and {config.index}", fix="give one of them")
+        raise UserError("key and index are both given", got=f"{config.key} and {config.index}", fix="give one")
     from scalekd_cache.audit.describe import describe_cache, describe_record
     from scalekd_cache.store.reader import Cache
 
-    check_cache_place(config.cache)
+    check_cache_path(config.cache)
     cache = Cache.open(config.cache)
     if config.key is None and config.index is None:
         facts = describe_cache(cache)
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> None:
 
 
 def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
-    """The cache that holds the pixels, if it is another one and at hand."""
+    """The other cache that holds the pixels, if there is one and it is available."""
     from scalekd_cache.store.shared_pixels import pixels_of
 
     try:
@@ -69,20 +69,20 @@ def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
 def _write_pixels(pixels: bytes, path: Path) -> None:
     if not pixels:
         raise UserError(
-            "there are no pixels at hand: they are replayed, or shared with a cache elsewhere",
+            "no pixels available: they are replayed, or shared with another cache",
             where=path,
-            fix="for shared ones give PIXELS_FROM=",
+            fix="for shared pixels, give PIXELS_FROM=",
         )
     ends = (".png",) if pixels.startswith(b"\x89PNG") else (".jpg", ".jpeg")
     if path.suffix not in ends:
         raise UserError(
-            "the pixels are stored in another format", got=path.name, expected=f"a name ending in {ends[0]}"
+            "the pixels are stored in another format", got=path.name, expected=f"a file name ending in {ends[0]}"
         )
     path.write_bytes(pixels)
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """One line a fact."""
+    """One line for each fact."""
     lines = []
     for name, value in facts.items():
         title = indent + name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""What a cache and its students will cost, before anything runs (`make plan DATA= TEACHER= VIEWS= CODEC=`)."""
+"""Forecast the cost of a cache and its students, before anything runs (`make plan DATA= TEACHER= VIEWS= CODEC=`)."""
 
 import contextlib
 import json
@@ -15,14 +15,14 @@ from scalekd_cache.config.stage2 import DistillConfig
 
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig(CacheTeacherConfig):
-    """Options of `plan`: all of stage 1's, and these."""
+    """Options of `plan`: all options of stage 1, and these."""
 
     students: int = 8
-    """Students that are going to be trained from the cache."""
+    """Number of students to be trained from the cache."""
     epochs: int | None = None
-    """Passes over the data for each (None: the recipe's)."""
+    """Training epochs of each student (None: as in the recipe)."""
     gpu: str = "h100"
-    """Kind of GPU that hours are given for: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
+    """GPU model for the GPU-hours: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
     json: bool = False
     """Print JSON."""
 
@@ -33,7 +33,7 @@ class PlanConfig(CacheTeacherConfig):
 
 
 def main(argv: list[str]) -> int:
-    """Print the forecast; exit status 1 when the cache does not fit on the disk."""
+    """Print the forecast; exit code 1 when the cache does not fit on the disk."""
     section = stage1_section(argv)
     config = parse(PlanConfig, "plan", with_flags(argv, "--json"), section, __doc__ or "")
     training = parse(
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import describe, forecast
 
-    with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # what a fit says is not JSON
+    with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting prints too
         found = forecast(
             config,
             training,

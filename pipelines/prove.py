@@ -1,9 +1,9 @@
-"""Ask a cache's teacher again, and compare a student's gradients (`make prove CACHE=dir [STUDENT=name]`)."""
+"""Re-run the teacher on cached views and compare a student's gradients (`make prove CACHE=dir [STUDENT=name]`)."""
 
 import json
 from dataclasses import dataclass
 
-from pipelines.command import check_cache_place, parse, run, with_flags
+from pipelines.command import check_cache_path, parse, run, with_flags
 from scalekd_cache.config.base import require
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
@@ -18,25 +18,25 @@ class ProveConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     student: str = "resnet18"
-    """The student whose gradients are compared: a short name or a timm name."""
+    """Student whose gradients are compared: a short name or a timm name."""
     init: str | None = None
-    """Folder with a student that has learned already (None: random weights)."""
+    """Folder with a trained student (None: random weights)."""
     recipe: str | None = None
-    """Recipe of the training (None: the one the cache was made with)."""
+    """Training recipe (None: the recipe of the cache)."""
     views: int = 256
-    """Views that the teacher sees again."""
+    """Number of views on which the teacher is re-run."""
     seed: int = 0
-    """Chooses the views, and the weights of the student."""
+    """Seed for the choice of views and the student's weights."""
     teacher_weights: str | None = None
-    """The teacher's weights (None: where stage 1 found them)."""
+    """File with the teacher's weights (None: as in stage 1)."""
     pixels_from: str | None = None
-    """Folder of the cache whose pixels this one shares (None: where it was at stage 1)."""
+    """Folder of the cache whose pixels are shared (None: as in stage 1)."""
     data: str | None = None
-    """Where the images are, for a cache without pixels (None: where stage 1 found them)."""
+    """Path of the data set, for a cache without pixels (None: as in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False
-    """Print the line of JSON alone."""
+    """Print only the line of JSON."""
 
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")
@@ -44,9 +44,9 @@ class ProveConfig:
 
 
 def main(argv: list[str]) -> int:
-    """Print a sentence and a line of JSON; exit status 1 when the teacher says something else than the cache."""
+    """Print a sentence and a line of JSON; exit code 1 when cached targets do not match the teacher's outputs."""
     config = parse(ProveConfig, "prove", with_flags(argv, "--json"), {}, __doc__ or "")
-    check_cache_place(config.cache)
+    check_cache_path(config.cache)
     recipe = config.recipe or read_manifest(open_place(config.cache)).recipe
     options = {
         "cache": config.cache,

@@ -1,4 +1,4 @@
-"""Make the damaged parts of a cache again, and nothing else (`make repair CACHE=dir`)."""
+"""Rebuild the damaged parts of a cache, and nothing else (`make repair CACHE=dir`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,24 +8,24 @@ from pipelines.command import parse, run
 
 @dataclass(frozen=True, kw_only=True)
 class RepairConfig:
-    """Options of `repair`; all others stand in the cache."""
+    """Options of `repair`; all others are read from the cache."""
 
     cache: str = "caches/demo"
     """Folder of the cache."""
     data: str | None = None
-    """Where the data set lies now (None: where it was)."""
+    """Path of the data set (None: as recorded in the cache)."""
     teacher_weights: str | None = None
-    """File of the teacher's weights (None: where it was)."""
+    """File with the teacher's weights (None: as recorded)."""
     pixels_from: str | None = None
-    """Where the cache lies whose pixels are shared (None: where it was)."""
+    """Folder of the cache whose pixels are shared (None: as recorded)."""
     workers: int = 0
-    """Worker processes that decode images and draw views (0: in the main process)."""
+    """Worker processes that decode images and sample views (0: the main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
 
 def main(argv: list[str]) -> int:
-    """Say what was damaged, what was made again, and what is left; exit status 1 when something is left."""
+    """Print what was damaged, rebuilt and not repaired; exit code 1 when problems remain."""
     config = parse(RepairConfig, "repair", argv, {}, __doc__ or "")
     root = Path(config.cache)
     from pipelines.verify import check_folder, line_of
@@ -43,16 +43,16 @@ def main(argv: list[str]) -> int:
         workers=config.workers,
     )
     if not done.found:
-        print(f"{root}: whole, nothing to do")
+        print(f"{root}: no problems, nothing to do")
         return 0
-    print(f"{len(done.found)} problems were found:")
+    print(f"{len(done.found)} problems found:")
     for problem in done.found:
         print("  " + line_of(problem).replace("\n", "\n  "))
     names = ", ".join(f"g{group:03d}-r{range_id:05d}" for group, range_id in done.units)
-    print(f"units made again: {names or 'none'}")
+    print(f"units rebuilt: {names or 'none'}")
     for problem in done.left:
-        print(f"left: {line_of(problem)}")
-    print(f"{root}: {len(done.left)} problems left" if done.left else f"{root}: whole (every byte checked)")
+        print(f"not repaired: {line_of(problem)}")
+    print(f"{root}: {len(done.left)} problems remain" if done.left else f"{root}: no problems (every byte checked)")
     return 1 if done.left else 0
 
 

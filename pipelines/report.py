@@ -3,36 +3,36 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import check_cache_place, parse, run
+from pipelines.command import check_cache_path, parse, run
 from scalekd_cache.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    """Options of `report`: one of `cache`, `run` and `runs`, and what is looked at."""
+    """Options of `report`: one of `cache`, `run` and `runs`, and what to sample."""
 
     cache: str | None = None
     """Folder or URL of a finished cache."""
     run: str | None = None
-    """Folder of a run, finished or still going."""
+    """Folder of a run, finished or in progress."""
     runs: str | None = None
-    """Folders of several runs, separated by spaces, to be compared."""
+    """Folders of runs to compare, separated by spaces."""
     out: str | None = None
-    """File to write (None: beside the cache, in the run's folder, or beside the first of several runs)."""
+    """Output file (None: next to the cache, in the run folder, or next to the first of several runs)."""
     views: int = 1000
-    """Cache: views that are read to find outliers."""
+    """Cache: number of views sampled to find outliers."""
     asked: int = 64
-    """Cache: of those, how many the teacher is shown again when it is at hand (0: none)."""
+    """Cache: number of those on which the teacher is re-run, if its weights are available (0: none)."""
     images: int | None = None
-    """Cache: images in the gallery (None: 8). Runs: validation images that are judged (None: 1000; 0: none)."""
+    """Cache: images in the gallery (None: 8). Runs: validation images evaluated (None: 1000; 0: none)."""
     seed: int = 0
-    """Chooses them."""
+    """Seed of these random samples."""
     data: str | None = None
-    """Where the data set lies now (None: where it was)."""
+    """Path of the data set (None: as recorded)."""
     teacher_weights: str | None = None
-    """File of the teacher's weights (None: where it was)."""
+    """File with the teacher's weights (None: as recorded)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache whose pixels are shared (None: where it was)."""
+    """Folder or URL of the cache whose pixels are shared (None: as recorded)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -40,26 +40,25 @@ class ReportConfig:
         given = [name for name in ("cache", "run", "runs") if getattr(self, name)]
         if len(given) != 1:
             raise UserError(
-                "a report is of one thing",
+                "give exactly one of cache, run and runs",
                 got=" and ".join(given) or "nothing",
-                expected="one of cache, run and runs",
                 fix='give CACHE=dir, RUN=dir or RUNS="dir dir"',
             )
 
 
 def main(argv: list[str]) -> None:
-    """Write the report and say where it is."""
+    """Write the report and print its path."""
     config = parse(ReportConfig, "report", argv, {}, __doc__ or "")
     from scalekd_cache.reports.page import write_page
 
     path, page = _of_cache(config) if config.cache else _of_runs(config)
     path = Path(config.out) if config.out else path
     size = write_page(path, page)
-    print(f"{path}: {size / 1e6:.1f} MB, opens in any browser without a network")
+    print(f"{path}: {size / 1e6:.1f} MB, open it in any browser; it needs no network")
 
 
 def _of_cache(config: ReportConfig) -> tuple[Path, str]:
-    """Where a cache's report goes by default, and its page."""
+    """Default output file of a cache's report, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.cache import CacheReport, cache_report
     from scalekd_cache.store.reader import Cache
@@ -74,7 +73,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
         teacher_weights=config.teacher_weights,
         pixels_from=config.pixels_from,
     )
-    check_cache_place(config.cache)
+    check_cache_path(config.cache)
     cache = Cache.open(config.cache)
     page = cache_report(cache, options, this_process(config.device))
     folder = cache.root.parent if isinstance(cache.root, Path) else Path()
@@ -82,7 +81,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
 
 
 def _of_runs(config: ReportConfig) -> tuple[Path, str]:
-    """Where the report of a run, or of several, goes by default, and its page."""
+    """Default output file of the report of one or more runs, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.run_data import RunReport
     from scalekd_cache.reports.runs import run_report

@@ -1,4 +1,4 @@
-"""Check a cache: sizes and fingerprints, or every byte and record (`make verify CACHE=dir|URL [DEEP=1] [JSON=1]`)."""
+"""Check a cache: sizes and fingerprints, or all bytes and records (`make verify CACHE=dir|URL [DEEP=1] [JSON=1]`)."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import check_cache_place, parse, run, with_flags
+from pipelines.command import check_cache_path, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,25 +23,25 @@ class VerifyConfig:
     cache: str = "caches/demo"
     """Folder or URL of the cache."""
     deep: bool = False
-    """Also hash every file, check and decode every record, and ask the teacher about some of them."""
+    """Also hash all files, decode all records, and re-run the teacher on a random sample."""
     json: bool = False
     """Print one JSON object instead of text."""
     records: int = 16
-    """With deep: views, drawn at random, that the teacher is shown again when it is at hand (0: none)."""
+    """With deep: number of random views on which the teacher is re-run, if available (0: none)."""
     seed: int = 0
-    """Of that choice."""
+    """Seed of that random sample."""
     data: str | None = None
-    """Where the data set lies now (None: where it was); needed for replayed views only."""
+    """Path of the data set (None: as recorded); needed for replayed views only."""
     teacher_weights: str | None = None
-    """File of the teacher's weights (None: where it was)."""
+    """File with the teacher's weights (None: as recorded)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache whose pixels are shared (None: where it was)."""
+    """Folder or URL of the cache whose pixels are shared (None: as recorded)."""
     device: str = "auto"
     """Where the teacher runs: auto, cpu, cuda or cuda:N."""
 
 
 def main(argv: list[str]) -> int:
-    """Print every problem with its place; exit status 0 for a whole cache, 1 when there are problems."""
+    """Print every problem with its location; exit code 0 without problems, else 1."""
     config = parse(VerifyConfig, "verify", with_flags(argv, "--deep", "--json"), {}, __doc__ or "")
     from scalekd_cache.store.remote.remote_path import open_place
 
@@ -58,12 +58,12 @@ def main(argv: list[str]) -> int:
 
 
 def check_folder(root: Path) -> None:
-    """A mistyped path is not a damaged cache."""
-    check_cache_place(str(root))
+    """`UserError` if the folder does not exist, so that a mistyped path is not reported as a damaged cache."""
+    check_cache_path(str(root))
 
 
 def _check(config: VerifyConfig) -> "tuple[Findings, TeacherAgreement | None]":
-    """The fast check needs no torch, so it is not imported for it."""
+    """Run the check. Torch is imported for the deep check only."""
     if not config.deep:
         from scalekd_cache.store.verify import check_cache
 
@@ -93,7 +93,7 @@ def _check(config: VerifyConfig) -> "tuple[Findings, TeacherAgreement | None]":
 
 
 def line_of(problem: "Problem") -> str:
-    """A problem in a line: where, what, which sample."""
+    """A problem in one line: location, problem, sample."""
     named = f" (sample {problem.key})" if problem.key and problem.key not in problem.what else ""
     return f"{problem.where}: {problem.what}{named}"
 
@@ -117,13 +117,13 @@ def _print(facts: dict[str, Any], findings: "Findings", agreement: "TeacherAgree
         for name, row in facts["fidelity"].items()
     )
     if figures:
-        print(f"fidelity of the stored features when they were written: {figures}")
+        print(f"fidelity of the stored features, measured by stage 1: {figures}")
     if agreement is not None and agreement.records:
         again = ", ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}" for name, row in agreement.figures.items())
-        top1 = "" if agreement.top1_percent is None else f", the same top-1 for {agreement.top1_percent:.1f} %"
-        print(f"asked again, the teacher agrees on {agreement.records} views: {again}{top1}")
+        top1 = "" if agreement.top1_percent is None else f", same top-1 for {agreement.top1_percent:.1f} %"
+        print(f"teacher re-run on {agreement.records} views: {again}{top1}")
     depth = "every byte" if facts["deep"] else "sizes and fingerprints"
-    state = f"{len(findings.problems)} problems" if findings.problems else "whole"
+    state = f"{len(findings.problems)} problems" if findings.problems else "no problems"
     print(f"{facts['cache']}: {state} ({depth} checked, {findings.units} units)")
 
 

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Either stage as a SLURM job that goes on after preemption, time limit and lost nodes (docs/SCALE.md).
+# Either stage as a SLURM job that resumes after preemption, time limit and lost nodes (docs/SCALE.md).
 #
 #   sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12 --time 24:00:00 \
 #     pipelines/launch/slurm.sh distill --student.name resnet50 --cache /shared/caches/imagenet --run /shared/runs/r50
 #
-# Words after the script are those of `python -m pipelines.<command>`. PYTHON= chooses the interpreter, MAX_RESTARTS=
-# how often the job may be queued again. srun starts the processes itself: torchrun would turn their exit status into 1.
+# Arguments after the script are those of `python -m pipelines.<command>`. PYTHON= sets the interpreter, MAX_RESTARTS=
+# the number of times the job may be requeued. srun starts the processes: torchrun would turn their exit code into 1.
 #SBATCH --job-name=scalekd
 #SBATCH --requeue
 #SBATCH --open-mode=append
@@ -13,15 +13,15 @@
 set -uo pipefail
 
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-[ "${SLURM_JOB_NUM_NODES:-0}" = 1 ] && MASTER_ADDR=127.0.0.1  # whatever its host name resolves to
+[ "${SLURM_JOB_NUM_NODES:-0}" = 1 ] && MASTER_ADDR=127.0.0.1  # does not depend on how the host name resolves
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}} PYTHONUNBUFFERED=1
 
-# Stage 1 goes on without a process that is lost; stage 2 cannot.
+# Stage 1 continues without a lost process; stage 2 cannot.
 kill=1
 [ "${1:-}" = cache_teacher ] && kill=0
 
-# USR1, five minutes before the end, goes to the processes: stage 2 saves and ends with 75, stage 1 just ends (138).
+# Five minutes before the time limit the processes get USR1: stage 2 saves and exits with 75, stage 1 exits (138).
 srun --kill-on-bad-exit=$kill bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
   exec "$PYTHON" -m "pipelines.$@"' run "$@"
@@ -30,7 +30,7 @@ status=$?
 case $status in
   75 | 138 | 143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
-      echo "status $status: queued again (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
+      echo "exit code $status: requeued (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
       scontrol requeue "$SLURM_JOB_ID"
     fi
     ;;

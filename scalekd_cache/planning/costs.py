@@ -218,7 +218,7 @@ def report(costs: PairCosts) -> str:
     lines += [
         "",
         f"heads together {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
-        f"parameters; offline over online at most {costs.ceiling:.2f}x",
+        f"parameters; maximum speedup {costs.ceiling:.2f}x",
     ]
     return "\n".join(lines)
 
@@ -239,7 +239,7 @@ def summary_row(costs: PairCosts) -> str:
 
 SUMMARY_HEAD = (
     "| teacher | student | teacher, M | teacher forward, GFLOP | student, M | student forward + backward, GFLOP "
-    "| heads, M | heads forward + backward, GFLOP | offline over online, at most |\n"
+    "| heads, M | heads forward + backward, GFLOP | maximum speedup |\n"
     "|---|---|---:|---:|---:|---:|---:|---:|---:|"
 )
 

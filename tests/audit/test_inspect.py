@@ -88,13 +88,13 @@ def test_repair_as_a_command(tmp_path, capsys):
     (root / "units/g000-r00002/v0001.idx").unlink()
     text, status = output_of(capsys, repair, "--cache", root)
     assert status == 0
-    assert "units made again: g000-r00002" in text
-    assert "whole (every byte checked" in text
+    assert "units rebuilt: g000-r00002" in text
+    assert "no problems (every byte checked" in text
     text, status = output_of(capsys, verify, "--cache", root, "--deep")
     assert status == 0
     assert "fidelity of the stored features" in text
     assert "cosine mean removed 0.999" in text
-    assert "asked again, the teacher agrees on 16 views" in text
+    assert "teacher re-run on 16 views" in text
     assert output_of(capsys, repair, "--cache", root)[0].endswith("nothing to do\n")
 
 

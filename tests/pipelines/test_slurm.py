@@ -108,7 +108,7 @@ def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tm
 
     until(lambda: done() >= 2)
     slurm("scancel", "--signal=USR1", job)
-    until(lambda: "queued again (restart 1)" in log.read_text())
+    until(lambda: "requeued (restart 1)" in log.read_text())
     stopped = done()
     assert stopped < STEPS
     assert f"SIGUSR1: checkpoint saved at step {stopped}" in log.read_text()

@@ -12,7 +12,7 @@ from commands import ENV, LIMIT_S, ROOT, execute
 from small_cache import CPU, options, shared_cache, shared_weights
 from small_run import SUMMARY
 
-from pipelines.command import check_cache_place
+from pipelines.command import check_cache_path
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
@@ -92,15 +92,15 @@ def test_the_commands(tmp_path):
 
 def test_paths_without_a_cache(tmp_path, monkeypatch):
     root = shared_cache().root
-    check_cache_place(str(root))
-    check_cache_place("https://host/cache")
+    check_cache_path(str(root))
+    check_cache_path("https://host/cache")
     with pytest.raises(UserError, match="is a file") as error:
-        check_cache_place(str(root / "manifest.json"))
+        check_cache_path(str(root / "manifest.json"))
     assert f"give CACHE={root}" in str(error.value)
     shutil.copytree(root, tmp_path / "caches" / "digits")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no cache caches/digit: did you mean caches/digits\?"):
-        check_cache_place("caches/digit")
+        check_cache_path("caches/digit")
 
 
 def test_a_mistyped_run_and_one_that_is_locked(tmp_path):
