@@ -11,8 +11,8 @@ import pytest
 import yaml
 from commands import LIMIT_S, ROOT, execute
 
-import scalekd_cache
 from benchmarks import harness as measure
+from scalekd_cache.versions import __version__
 
 
 def text_of(name):
@@ -22,10 +22,10 @@ def text_of(name):
 def test_license_citation_and_version():
     assert "Apache License" in text_of("LICENSE")
     citation = yaml.safe_load(text_of("CITATION.cff"))
-    assert citation["version"] == scalekd_cache.versions.__version__
+    assert citation["version"] == __version__
     assert citation["references"][0]["url"] in text_of("README.md")
-    assert f"## {scalekd_cache.versions.__version__}" in text_of("CHANGELOG.md")
-    assert re.fullmatch(r"\d+\.\d+\.\d+", scalekd_cache.versions.__version__)
+    assert f"## {__version__}" in text_of("CHANGELOG.md")
+    assert re.fullmatch(r"\d+\.\d+\.\d+", __version__)
 
 
 def test_pre_commit_runs_the_checks_of_make_lint():
@@ -35,7 +35,7 @@ def test_pre_commit_runs_the_checks_of_make_lint():
 
 
 def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
-    scripts = (ROOT / "benchmarks").glob("*.py")
+    scripts = (ROOT / "benchmarks").rglob("*.py")
     names = {
         name
         for file in scripts
