@@ -87,8 +87,8 @@ def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.opt
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
     """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch).
 
-    The cosine begins at the whole rate where the warm-up ends, as upstream's does; steps fall at multiples of
-    `step_epochs` whatever the warm-up.
+    The cosine starts at the full rate after the warm-up, as upstream's does. The steps of a step schedule are at
+    multiples of `step_epochs`, with or without warm-up.
     """
     warm = min(round(optim.warmup_epochs * epoch), steps - 1)
     warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}

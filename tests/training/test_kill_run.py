@@ -15,7 +15,7 @@ from commands import LIMIT_S, assert_same_losses, cache_flags, distill_flags
 from run_states import record_states
 from stage1_process import FORKING, Job
 
-MOST = 90
+MOST = 60
 OPTIONS = {
     "train.epochs": 2,
     "train.global_batch_size": 16,
