@@ -11,6 +11,7 @@ import torch
 
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.fidelity import fidelity
+from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.pixels import decode_features
@@ -81,9 +82,8 @@ def reinfer(cache: Cache, teacher: Teacher, checker: RecordChecker, records: int
 def _choose(cache: Cache, records: int, seed: int) -> list[tuple[Place, Record]]:
     """Records at random, without repeats."""
     total = len(cache) * cache.manifest.num_views
-    places = np.random.default_rng(seed).choice(total, size=min(records, total), replace=False)
     chosen = []
-    for place in sorted(places.tolist()):
+    for place in sample_indices(total, records, seed=seed):
         view, position = divmod(place, len(cache))
         try:
             chosen.append(((view, position), cache.read([position], view)[0]))

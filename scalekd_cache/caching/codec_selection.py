@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.caching.pixel_cache import PixelCache
+from scalekd_cache.caching.sample_views import spread_views
 from scalekd_cache.codec import CODECS, FITTED, codec_from_config, make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
@@ -28,7 +28,6 @@ from scalekd_cache.codec.transform_state import MAX_TOKENS
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.config.target import CodecTarget, parse_target
 from scalekd_cache.data.base import Source
-from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.distributed import Peers
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher
@@ -38,8 +37,6 @@ from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import changing_plan, read_plan
 from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import MARK, read_mark
-from scalekd_cache.views.pixels import decode_pixels, encode_pixels
-from scalekd_cache.views.view import apply_view, sample_view
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
 """Noises of the transform coder: 0.0001 to 0.075, each 7 % above the one before."""
@@ -233,26 +230,38 @@ class SelectedCodec(NamedTuple):
 
 
 def load_or_select_codec(
-    config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher
+    config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher, *, dry_run: bool = False
 ) -> FeatureCodec:
-    """The codec that the options name; rank 0 fits or chooses it when that is needed and the cache has none yet.
+    """The codec of a cache: the one it has, or a new one. Rank 0 fits or selects it if needed.
+
+    A dry run fits nothing. Where a codec would be fitted, int8 replaces it, and that is reported.
 
     Raises:
-        UserError: no such codec, a target that none meets, or a state in the cache that is damaged or of other options.
+        UserError: no such codec, a target that no codec meets, or the cache's codec file is damaged or was made with
+            other options.
     """
     check_codec_options(config)
     name, root = config.cache.codec, Path(config.cache.path)
     if name not in (*FITTED, AUTO):
         return make_codec(name, teacher.spec.feature_shape)
-    if peers.process.rank == 0:
+    if dry_run:
         if not _is_selected(config, root, teacher):
-            settled = select_codec(config, source, teacher, peers.process.device)
+            if (root / PLAN).exists():
+                return codec_from_config(read_plan(root).facts.codec, root)
+            peers.process.print_rank0(
+                f"codec {name} is fitted when the cache is made; sizes here are estimated with int8"
+            )
+            return make_codec("int8", teacher.spec.feature_shape)
+    else:
+        if peers.process.rank == 0 and not _is_selected(config, root, teacher):
+            selected = select_codec(config, source, teacher, peers.process.device)
             root.mkdir(parents=True, exist_ok=True)
             with changing_plan(root):
-                if not _is_selected(config, root, teacher):  # another job may have settled it in the meantime
-                    _keep(config, root, settled, teacher)
-        peers.publish("codec")
-    peers.wait("codec")
+                if not _is_selected(config, root, teacher):  # another job may have selected one in the meantime
+                    _write_codec(config, root, selected, teacher)
+        if peers.process.rank == 0:
+            peers.publish("codec")
+        peers.wait("codec")
     kept, asked = read_mark(root), _preset(config)
     if kept.preset != asked:
         raise UserError(
@@ -349,67 +358,40 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
 def select_codec(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device
 ) -> SelectedCodec:
-    """Fit, or choose, the codec on first views of images spread over the data set; nothing is written."""
+    """Fit or select the codec on view 0 of images that are spread over the data set; nothing is written."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
     name = config.cache.codec
-    print(f"{'choosing a codec by' if name == AUTO else f'fitting codec {name} to'} the teacher's features", flush=True)
+    print(
+        f"{'selecting a codec for' if name == AUTO else f'fitting codec {name} to'} the teacher's features", flush=True
+    )
     with torch.no_grad():
-        outputs = [teacher(batch.to(device)) for batch in _views(config, source)]
+        outputs = [teacher(batch.to(device)) for batch in _calibration_batches(config, source)]
     features = torch.cat([output.features.cpu() for output in outputs])
     if config.cache.codec_target is None:
         rotated = True if name == ALWAYS_ROTATED else None
         return SelectedCodec(fit(features, config.cache.codec_noise or PRESETS[name], rotated=rotated), [])
-    pass
-
     target = parse_target(config.cache.codec_target)
     choice = choose_codec(features, torch.cat([output.logits.cpu() for output in outputs]), teacher, target)
-    print(f"target {target.text}, measured on images that no codec was fitted to:", flush=True)
+    print(f"target {target.text}, measured on held-out images:", flush=True)
     print(codec_table(choice.rows, choice.chosen), flush=True)
     return SelectedCodec(choice.codec, [row.to_json() for row in choice.rows])
 
 
-def _keep(config: CacheTeacherConfig, root: Path, settled: SelectedCodec, teacher: Teacher) -> None:
+def _calibration_batches(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
+    """View 0 of the calibration images, (B, 3, S, S) uint8, as the teacher will see them."""
+    images = spread_views(source, config.views, (0,), CALIBRATION_VIEWS)
+    while batch := [item.pixels for item in islice(images, config.teacher.batch_size)]:
+        yield torch.cat(batch)
+
+
+def _write_codec(config: CacheTeacherConfig, root: Path, selected: SelectedCodec, teacher: Teacher) -> None:
     """Write the state, then the file that names it: a job killed between the two fits again."""
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes
 
-    if isinstance(settled.codec, TransformCodec):
-        write_atomically(root / FILE, state_bytes(settled.codec.state))
+    if isinstance(selected.codec, TransformCodec):
+        write_atomically(root / FILE, state_bytes(selected.codec.state))
     else:
         (root / FILE).unlink(missing_ok=True)  # of a fit for other options that never got a plan
-    _write_mark(root, _preset(config), teacher.spec.weights_sha256, settled.codec.get_config(), settled.rows)
-
-
-def _views(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
-    """View 0 of images spread over the data set, (B, 3, S, S) uint8, as the teacher will see them."""
-    drawn = _stored(config, source) if isinstance(source, PixelCache) else _drawn(config, source)
-    pixels: list[Tensor] = []
-    for view in islice(drawn, CALIBRATION_VIEWS):
-        pixels.append(torch.from_numpy(view).permute(2, 0, 1))
-        if len(pixels) == config.teacher.batch_size:
-            yield torch.stack(pixels)
-            pixels = []
-    if pixels:
-        yield torch.stack(pixels)
-
-
-def _stored(config: CacheTeacherConfig, source: PixelCache) -> Iterator[NDArray[np.uint8]]:
-    """Views (S, S, 3) from another cache."""
-    for position in range(0, len(source.cache), max(1, len(source.cache) // CALIBRATION_VIEWS)):
-        yield decode_pixels(source.cache.read([position], 0)[0].pixels, config.views.size)
-
-
-def _drawn(config: CacheTeacherConfig, source: Source) -> Iterator[NDArray[np.uint8]]:
-    """Views (S, S, 3) drawn from the images."""
-    order = source.order(0)
-    for index in order[:: max(1, len(order) // CALIBRATION_VIEWS)].tolist():
-        key = source.samples[index].key
-        try:
-            image = decode_image(source.read(index), key)
-        except UnreadableImage:
-            continue  # stage 1 itself records what it leaves out
-        view = apply_view(sample_view(config.views, key, 0, image.shape[1], image.shape[0]), image, config.views)
-        if config.views.pixels == "baked":
-            view = decode_pixels(encode_pixels(view, config.views), config.views.size)
-        yield view
+    _write_mark(root, _preset(config), teacher.spec.weights_sha256, selected.codec.get_config(), selected.rows)

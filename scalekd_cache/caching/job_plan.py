@@ -148,20 +148,33 @@ def make_plan(
         pixels_from=shared_with(root, source.cache) if isinstance(source, PixelCache) else {},
         versions=library_versions(),
     )
-    stage = Stage(
-        root,
-        config.cache.backend,
-        facts.fingerprint,
-        source,
-        config.views,
-        teacher,
-        codec,
-        logit_codec,
-        config.teacher.batch_size,
-        process.device,
-        library_versions(),
-    )
+    stage = make_stage(config, process, source, teacher, codec, logit_codec, facts.fingerprint)
     return join_plan(_job(stage, Plan(facts=facts)), config.cache)
+
+
+def make_stage(
+    config: CacheTeacherConfig,
+    process: Process,
+    source: Source | PixelCache,
+    teacher: Teacher,
+    codec: FeatureCodec,
+    logit_codec: LogitCodec,
+    fingerprint: str,
+) -> Stage:
+    """What every unit is made with."""
+    return Stage(
+        root=Path(config.cache.path),
+        backend=config.cache.backend,
+        fingerprint=fingerprint,
+        source=source,
+        views=config.views,
+        teacher=teacher,
+        codec=codec,
+        logit_codec=logit_codec,
+        batch_size=config.teacher.batch_size,
+        device=process.device,
+        versions=library_versions(),
+    )
 
 
 def _job(stage: Stage, plan: Plan) -> Job:
@@ -192,11 +205,12 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
             fix="use the tar or parquet files that the cache was made from, or choose another CACHE=",
         )
     groups = _groups(kept.facts.groups, options, job.stage.source)
+    top1 = kept.facts.teacher.get("top1")
     there = dataclasses.replace(
         facts,
         groups=groups,
         ranges=[facts.ranges[0] for _ in groups],
-        teacher={**facts.teacher, "top1": kept.facts.teacher.get("top1")},
+        teacher=facts.teacher if top1 is None else {**facts.teacher, "top1": top1},
         tail_sha256=kept.facts.tail_sha256,
     )
     return _job(job.stage, Plan(facts=there))
@@ -291,7 +305,13 @@ def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int)
     return groups
 
 
-def create_or_join_plan(job: Job, options: StoreConfig, top1: float | None) -> Job:
+def with_teacher_top1(job: Job, top1: float | None) -> Job:
+    """The job with the teacher's accuracy, percent, in the facts of its plan."""
+    facts = job.plan.facts
+    return job._replace(plan=Plan(facts=dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1})))
+
+
+def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
     """Rank 0: create plan.json, or join the plan that another job has made in the meantime; then the files it names.
 
     The plan comes first: whoever is refused has touched nothing, and two jobs that are not refused write equal files.
@@ -305,8 +325,6 @@ def create_or_join_plan(job: Job, options: StoreConfig, top1: float | None) -> J
         if finished_manifest(job) is not None:
             return job
         facts, tail = job.plan.facts, None
-        if facts.teacher["top1"] is None:
-            facts = dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1})
         if not _is_there(root / TAIL, facts.tail_sha256):
             tail = tail_bytes(split_tail(job.stage.teacher), job.stage.teacher.spec)
             facts = dataclasses.replace(facts, tail_sha256=hashlib.sha256(tail).hexdigest())
@@ -321,7 +339,7 @@ def create_or_join_plan(job: Job, options: StoreConfig, top1: float | None) -> J
             try:
                 write_plan(root, plan, create=True)
             except FileExistsError:  # by a job on another machine, where the file system has no locks
-                return create_or_join_plan(job, options, top1)
+                return create_or_join_plan(job, options)
         classifier = kept_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
             write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))

@@ -1,38 +1,42 @@
-"""Stage 1: images and a teacher -> committed work units and a manifest.
+"""Work units: sampled views go through the teacher and the codecs into committed units.
 
-In: a `CacheTeacherConfig`. Out: a complete cache. Invariant: a unit's bytes depend on its images, the view recipe, the
-teacher and the codec, never on which rank made it; what is committed is never touched again.
+In: a `Stage` and the units to make. Out: committed units.
+Invariant: a unit's bytes depend on its images, the view recipe, the teacher and the codec, never on the rank that made
+it. A committed unit is never changed. Every view group holds the same images as the first one (`SkipPolicy`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit, views_of_units
-from scalekd_cache.caching.skips import SkipPolicy
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.background import Behind, CommitQueue
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.fidelity_summary import summarize
 from scalekd_cache.store.image_digests import ImageFiles
+from scalekd_cache.store.resume import Ledger, some_keys
 from scalekd_cache.store.unit import UnitWriter
+from scalekd_cache.store.verify import unit_name
 
-NOTHING: Mapping[str, str] = {}
-BATCHES_BEHIND = 2
-"""Batches that wait to be encoded and appended, or are: with two a GPU has the next one's work when it ends one."""
+NO_SKIPS: Mapping[str, str] = {}
+QUEUED_BATCHES = 2
+"""Batches that are queued to be encoded and appended. With two, a GPU does not wait between batches."""
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
@@ -50,7 +54,8 @@ def plan_units(source: Source | PixelCache, groups: Sequence[Sequence[int]], sam
     ]
 
 
-class Stage(NamedTuple):
+@dataclass(frozen=True, kw_only=True)
+class Stage:
     """What every unit is made with."""
 
     root: Path
@@ -67,25 +72,105 @@ class Stage(NamedTuple):
     """Library versions, kept in every unit."""
 
 
+class SkipPolicy:
+    """Decides which images a unit skips, and defers units that cannot follow the rule yet.
+
+    The rule: every view group skips the images that the first group skips, because one of its images could not be
+    decoded. A unit that breaks it is not committed. It is made again at the end of the job, when the image may be
+    readable; if it still breaks the rule, `check` raises.
+
+    Args:
+        root: the cache's folder.
+        source: the images. A `PixelCache` skips the same images in every group already.
+        ledger: the units of the cache.
+    """
+
+    def __init__(self, root: Path, source: Source | PixelCache, ledger: Ledger) -> None:
+        self._root, self._source, self._ledger = root, source, ledger
+        self._deferred: dict[tuple[int, int], dict[str, str]] = {}
+        self._last_pass = False
+
+    def required_skips(self, unit: Unit) -> Mapping[str, str]:
+        """Sample keys that a unit skips even if they can be decoded, with the reasons."""
+        return {} if unit.group == 0 else self._ledger.left_out() or {}
+
+    def accepts(self, unit: Unit, writer: UnitWriter) -> bool:
+        """Whether a filled unit may be committed; otherwise it is deferred."""
+        wrong = {} if isinstance(self._source, PixelCache) else self._wrong_skips(unit, writer)
+        if wrong:
+            place = unit.group, unit.range_id
+            self._deferred[place] = wrong
+            if not self._last_pass:
+                print(f"{unit_name(place)} is made again at the end of this job: {some_keys(wrong)}", flush=True)
+        return not wrong
+
+    def start_last_pass(self) -> None:
+        """From now on, `check` raises for every deferred unit."""
+        self._deferred, self._last_pass = {}, True
+
+    def check(self) -> None:
+        """Raise UserError if units of the last pass were deferred."""
+        if not self._deferred:
+            return
+        keys = {key for wrong in self._deferred.values() for key in wrong}
+        held = ", ".join(unit_name(place) for place in self._ledger.holding(keys))
+        raise UserError(
+            "images that the first view group holds cannot be decoded now",
+            got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
+            expected="the same images in every view group",
+            where=self._root,
+            fix="restore these image files and rerun: only these units are missing. If a file is lost, remove the "
+            f"units that hold its image ({held}) and rerun: the image is then left out of every view",
+        )
+
+    def _wrong_skips(self, unit: Unit, writer: UnitWriter) -> dict[str, str]:
+        if unit.group == 0:
+            readable = [] if self._last_pass else self._readable_now(unit, writer.skipped)
+            return {key: f"{writer.skipped[key]}; it can be decoded now" for key in readable}
+        first = self._ledger.left_out()
+        if first is None:  # the first group is incomplete: it may or may not hold these images
+            return dict(writer.skipped)
+        wrong = {key: reason for key, reason in writer.skipped.items() if key not in first}
+        return wrong | dict.fromkeys(writer.keys & first.keys(), "left out of view group 0")
+
+    def _readable_now(self, unit: Unit, skipped: Mapping[str, str]) -> Iterator[str]:
+        """Skipped images that can be decoded at a second try."""
+        assert not isinstance(self._source, PixelCache)
+        order = self._source.order(unit.group)
+        for position in unit.positions if skipped else []:
+            index = int(order[position])
+            key = self._source.samples[index].key
+            if key in skipped:
+                try:
+                    decode_image(self._source.read(index), key)
+                except UnreadableImage:
+                    continue
+                yield key
+
+
 def make_units(
-    stage: Stage, units: Sequence[Unit], claims: Iterator[int], workers: int, done: Callable[[Unit], None],
+    stage: Stage,
+    units: Sequence[Unit],
+    claims: Iterator[int],
+    workers: int,
+    done: Callable[[Unit], None],
     skips: SkipPolicy | None = None,
-) -> None:  # fmt: skip
-    """Make the claimed units and commit each, while the next one is being made.
+) -> None:
+    """Make the claimed units. Each is committed while the next one is being made.
 
     Args:
         stage: what units are made with.
         units: all units of the cache.
-        claims: numbers of the units that this process shall make; asked for one at a time, as late as possible.
-        workers: processes that draw views.
-        done: called after a unit is committed, with the one after it filled.
-        skips: decides which images are left out and which units are put off (None: whatever cannot be decoded).
+        claims: numbers of the units that this process makes; the next number is taken as late as possible.
+        workers: processes that sample views.
+        done: called after a unit is committed, when the next one is already filled.
+        skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
-    drawn_in_turn = views_of_units(stage.source, stage.views, units, claims, workers, first)
+    all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
     with CommitQueue() as commits:
-        for number, drawn in groupby(drawn_in_turn, key=lambda item: item.unit):
-            left_out = skips.before(units[number]) if skips else {}
+        for number, drawn in groupby(all_views, key=lambda item: item.unit):
+            left_out = skips.required_skips(units[number]) if skips else {}
             writer, figures = fill_unit(stage, units[number], drawn, left_out)
             if skips and not skips.accepts(units[number], writer):
                 writer.abort()
@@ -94,9 +179,9 @@ def make_units(
 
 
 def fill_unit(
-    stage: Stage, unit: Unit, drawn: Iterator[SampledViews], left_out: Mapping[str, str] = NOTHING
+    stage: Stage, unit: Unit, drawn: Iterator[SampledViews], left_out: Mapping[str, str] = NO_SKIPS
 ) -> tuple[UnitWriter, dict[str, Any]]:
-    """Run one unit through the teacher and the codecs into a writer; codecs and writer work behind the teacher.
+    """Run one unit through the teacher and the codecs into a writer. Codecs and writer run in a background thread.
 
     Args:
         stage: what units are made with.
@@ -105,7 +190,7 @@ def fill_unit(
         left_out: sample keys that are skipped in any case, with the reasons.
 
     Returns:
-        The writer and the unit's fidelity: `writer.commit(fidelity)` is left to do. After an error nothing is there.
+        The writer and the unit's fidelity; the caller runs `writer.commit(fidelity)`. After an error, nothing is left.
     """
     figures: dict[str, list[float]] = {}
     writer = UnitWriter(
@@ -120,7 +205,7 @@ def fill_unit(
         versions=stage.versions,
     )
     try:
-        with Behind("encode", BATCHES_BEHIND) as behind:
+        with Behind("encode", QUEUED_BATCHES) as behind:
             for batch in _batches(stage, writer, drawn, left_out):
                 for column, number in enumerate(unit.views):
                     views = [item.views[column] for item in batch]
@@ -152,7 +237,7 @@ def _batches(
 
 
 def _on_device(images: Tensor, device: torch.device) -> Tensor:
-    """A copy that a GPU makes on its own, while this thread goes on."""
+    """The images on the device; the copy to a GPU is asynchronous."""
     return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
 
 
@@ -166,7 +251,7 @@ def _append_batch(
     output: TeacherOutput,
     figures: dict[str, list[float]],
 ) -> None:
-    """What the teacher said of a view of some images, encoded and appended; `figures` gathers fidelity a view."""
+    """Encode and append the teacher's outputs for one view of a batch; fidelity per view is added to `figures`."""
     _check_finite(output.features, output.logits, batch, number)
     seeds = torch.tensor([dither_seed(item.sample.key, number) for item in batch])
     codes = stage.codec.encode(output.features, seeds)

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.stage1 import ViewConfig
-from scalekd_cache.data.base import SampleRef, Source
+from scalekd_cache.data.base import SampleRef, Source, sample_indices
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.workers import bytes_per_worker, load_items, prefetch_count
 from scalekd_cache.errors import UserError
@@ -112,6 +112,42 @@ def views_of_units(
             yield item
         else:
             yield from item
+
+
+def spread_views(
+    source: Source | PixelCache, config: ViewConfig, views: tuple[int, ...], count: int
+) -> Iterator[SampledViews]:
+    """Views of `count` images that are evenly spaced over the data set, as stage 1 stores them.
+
+    Args:
+        source: images, or another cache's views of them.
+        config: the view recipe.
+        views: view numbers.
+        count: images wanted; fewer where unreadable ones take their place, or the data set is smaller.
+
+    Raises:
+        UserError: none of the images can be decoded.
+    """
+    unit = Unit(group=0, range_id=0, positions=range(1), views=views)
+    items: Iterator[SampledViews]
+    if isinstance(source, PixelCache):
+        shared = SharedViewDataset(source, config, [unit])
+        items = (shared[0, range(at, at + 1)][0] for at in sample_indices(len(source.cache), count))
+    else:
+        dataset, order = ViewDataset(source, config, [unit]), source.order(0)
+        items = (dataset[0, int(order[at])] for at in sample_indices(len(order), count))
+    found, reason = 0, ""
+    for item in items:
+        if item.reason:
+            reason = f"{item.sample.key}: {item.reason}"
+            continue
+        yield item
+        found += 1
+        if found == count:
+            return
+    if not found:
+        where = source.cache.root if isinstance(source, PixelCache) else source.name
+        raise UserError("no image of the data set could be decoded", got=reason, where=where, fix="check DATA=")
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:

@@ -210,6 +210,21 @@ def canonical_order(keys: Sequence[str]) -> IntArray:
     return by_name[hash_order((keys[index] for index in by_name), CANONICAL_ORDER)]
 
 
+def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequence[int]:
+    """Indices of a part of `total` items, in rising order.
+
+    Args:
+        total: number of items.
+        count: items wanted; all are taken when there are fewer.
+        seed: None for evenly spaced items, at least `count` and fewer than twice as many: a caller that stops at
+            `count` can pass over unreadable ones. Otherwise the seed of a random sample of `count` items.
+    """
+    if seed is None:
+        return range(0, total, max(1, total // count))
+    chosen: list[int] = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False).tolist()
+    return sorted(chosen)
+
+
 def read_listed_file(path: str, key: str) -> bytes:
     """Bytes of a regular file that was found when the source was listed."""
     what = f"image {key}, which was listed when the data set was opened,"

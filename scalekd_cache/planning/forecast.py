@@ -11,12 +11,12 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from scalekd_cache.caching.codec_selection import AUTO, CALIBRATION_VIEWS, check_codec_options, select_codec
-from scalekd_cache.caching.job_plan import make_logit_codec
+from scalekd_cache.caching.job_plan import make_logit_codec, make_stage
 from scalekd_cache.caching.make_units import unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
 from scalekd_cache.caching.size_probe import PlaceholderTeacher, SizeProbe, measure_sizes
@@ -201,7 +201,8 @@ def forecast(
     teacher = _teacher(config, len(source.class_names), process)
     codec = _codec(config, source, teacher, process)
     logits = _logits(config, teacher, codec)
-    found = measure_sizes(config, source, teacher.live, codec, logits, process.device)
+    stage = make_stage(config, process, source, cast(Teacher, teacher.live), codec, logits, fingerprint="")
+    found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
     times = _times(config, training, card, sizes, epochs, len(source.class_names))
     at_hand = isinstance(teacher.live, Teacher)

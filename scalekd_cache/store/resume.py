@@ -14,17 +14,19 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.durable_files import fact_of, temp_beside
-from scalekd_cache.store.same_images import left_out, mismatched_units, named
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 RECHECKED_UNITS = 8
 """Units hashed at a start: with the default sizes (200 MB each) more than a disk's own cache holds, about a second."""
+
+NAMED_KEYS = 5
+"""Sample keys of a unit that an error lists; the rest is counted."""
 
 
 def unit_committed(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
@@ -119,7 +121,7 @@ class Ledger:
         return damaged
 
     def drop_mismatched_units(self) -> dict[Path, str]:
-        """Remove units that leave out other images than the first view group (`same_images.py`), once that is whole.
+        """Remove units that leave out other images than the first view group (`mismatched_units`), once that is whole.
 
         Returns:
             The folders, with what was wrong; they are gone now, and will be made again.
@@ -130,7 +132,7 @@ class Ledger:
         dropped = {}
         for place, wrong in mismatched_units(self._root, there).items():
             self._drop(place, lambda _: True)
-            dropped[unit_folder(self._root, *place)] = named(wrong)
+            dropped[unit_folder(self._root, *place)] = some_keys(wrong)
         return dropped
 
     def _drop(self, place: tuple[int, int], damaged: Callable[[Path], bool]) -> None:
@@ -161,3 +163,45 @@ def put_aside(folder: Path, damaged: Callable[[Path], bool]) -> None:
         with contextlib.suppress(OSError):  # there is a third one already
             os.rename(aside, folder)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def left_out(infos: Iterable[UnitInfo]) -> dict[str, str]:
+    """Sample keys that these units skipped, with the reasons."""
+    return {row["key"]: row["reason"] for info in infos for row in info.skipped}
+
+
+def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
+    """Units of later groups that disagree with the first group.
+
+    Args:
+        root: the cache's folder.
+        infos: the sidecars of committed units, among them all of group 0.
+
+    Returns:
+        For (group, range) of each such unit: its sample keys, each with what is wrong.
+
+    Raises:
+        UserError: the keys of a unit cannot be read.
+    """
+    groups: dict[int, list[UnitInfo]] = {}
+    for info in infos:
+        groups.setdefault(info.group, []).append(info)
+    first, apart = left_out(groups.pop(0, [])), dict[tuple[int, int], dict[str, str]]()
+    for units in groups.values():
+        here = left_out(units)
+        surplus, missing = here.keys() - first.keys(), first.keys() - here.keys()
+        for info in units if surplus or missing else []:
+            skipped = [row["key"] for row in info.skipped]
+            wrong = {key: "left out here, but not in view group 0" for key in skipped if key in surplus}
+            if missing:  # they may lie in units that are not made yet
+                keys = read_keys(unit_folder(root, info.group, info.range_id), info)
+                wrong |= {key: "in this unit, but left out of view group 0" for key in keys if key in missing}
+            if wrong:
+                apart[info.group, info.range_id] = wrong
+    return apart
+
+
+def some_keys(wrong: Mapping[str, str]) -> str:
+    """Some of the keys with what is wrong, in one line."""
+    some = "; ".join(f"{key}: {what}" for key, what in list(wrong.items())[:NAMED_KEYS])
+    return some + (f"; and {len(wrong) - NAMED_KEYS} more images" if len(wrong) > NAMED_KEYS else "")

@@ -19,7 +19,7 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan
 from scalekd_cache.store.remote.remote_path import RemotePath, open_anew
-from scalekd_cache.store.same_images import mismatched_units
+from scalekd_cache.store.resume import mismatched_units
 from scalekd_cache.store.sealed_json import unsealed
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify_unit import (

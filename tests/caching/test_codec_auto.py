@@ -167,7 +167,7 @@ def test_before_the_plan_a_choice_for_other_options_is_replaced(tmp_path, monkey
     from scalekd_cache.caching import job as stage
 
     with monkeypatch.context() as patch:
-        patch.setattr(stage, "_begin", None)  # stops after the codec
+        patch.setattr(stage, "_start", None)  # stops after the codec
         with pytest.raises(TypeError):
             make(root, shared_weights(), cache={"codec": "transform-economy"})
     first = json.loads((root / MARK).read_text())

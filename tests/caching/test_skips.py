@@ -9,10 +9,9 @@ from image_files import PNG, encoded, folder_tree, picture, write
 from small_cache import CPU, options, shared_weights, tree
 
 from scalekd_cache.audit.repair import repair_cache
-from scalekd_cache.caching import skips
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import make_plan
-from scalekd_cache.caching.make_units import make_units
+from scalekd_cache.caching.make_units import SkipPolicy, make_units
 from scalekd_cache.codec import make_codec
 from scalekd_cache.data.base import ListedSource
 from scalekd_cache.data.source import open_source
@@ -215,7 +214,7 @@ def test_a_later_group_waits_for_the_first(tmp_path, data, capsys):
     source = open_source(config.data, "train")
     teacher = load_teacher(config.teacher, image_size=64, num_classes=10, device=CPU.device)
     job = make_plan(config, CPU, source, teacher, make_codec("int8", teacher.spec.feature_shape))
-    policy = skips.SkipPolicy(job.stage.root, source, job.ledger)
+    policy = SkipPolicy(job.stage.root, source, job.ledger)
     with torch.no_grad():
         make_units(job.stage, job.units, iter([7, 6, 5, 4, 0, 1, 2, 3]), 0, lambda _: None, policy)
     assert len(list((tmp_path / "cache" / "units").glob("g001-*"))) == 3

@@ -35,10 +35,10 @@ def meanwhile(monkeypatch):
     real = job._teacher_top1
 
     def arrange(act):
-        def measure(config, stage):
+        def measure(config, stage, sample):
             monkeypatch.setattr(job, "_teacher_top1", real)
             act()
-            return real(config, stage)
+            return real(config, stage, sample)
 
         monkeypatch.setattr(job, "_teacher_top1", measure)
 
@@ -231,12 +231,12 @@ def test_a_codec_is_not_fitted_over_that_of_a_plan(tmp_path, monkeypatch):
     first, second = (asked(root, cache={"codec": "transform", "codec_noise": noise}) for noise in (0.3, 0.5))
     real = calibration.select_codec
 
-    def settle(*args):
+    def select(*args):
         monkeypatch.setattr(calibration, "select_codec", real)
         cache_teacher(first, CPU)
         return real(*args)
 
-    monkeypatch.setattr(calibration, "select_codec", settle)
+    monkeypatch.setattr(calibration, "select_codec", select)
     with pytest.raises(UserError, match="fitted for another preset"):
         cache_teacher(second, CPU)
     assert verify_cache(root, deep=True) == []

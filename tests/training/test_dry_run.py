@@ -70,7 +70,7 @@ def test_a_dry_run_of_stage_1(tmp_path, capsys):
         options(tmp_path / "cache", "", teacher={"name": "demo_swin", "weights": None, "weights_dir": str(tmp_path)}),
         CPU,
     )
-    assert "would train the demo's teacher first" in capsys.readouterr().out
+    assert "would first train the demo teacher" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
 
