@@ -1,9 +1,7 @@
-"""Which codec a cache gets: named, fitted to its teacher, or chosen by a target.
+"""Selects a cache's codec: by name, fitted to its teacher, or the best one that meets a target.
 
-In: options, source, teacher. Out: the codec; codec.json in the cache's folder, and codec.safetensors for one
-that is fitted.
-Invariant: one process fits or chooses, once a cache: a job that continues takes what is there, so that all units of a
-cache have one codec.
+In: options, data set, teacher. Out: the codec; codec.json in the cache's folder, and codec.safetensors if it is fitted.
+Invariant: all units of a cache have one codec. One process fits or selects it, once; a resumed job loads it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,24 +37,24 @@ from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import MARK, read_mark
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
-"""Noises of the transform coder: 0.0001 to 0.075, each 7 % above the one before."""
+"""Noise levels of the transform coder: 0.0001 to 0.075, each 7 % above the one before."""
 BATCH = 64
 MIN_VIEWS = 8
 
 
 class CodecMeasurement(NamedTuple):
-    """A codec, measured on views that it was not fitted to."""
+    """A codec, measured on held-out views."""
 
     codec: str
     noise: float
-    """Of the transform coder, else 0."""
+    """Noise of the transform coder; 0 for other codecs."""
     bytes: float
     """Mean bytes of a record, norms included."""
     cosine_mean: float
     """Of mean-removed features."""
     cosine_p1: float
     kl_mean: float | None
-    """Nats, through the teacher's own head; None where the head does not read the mean of the features."""
+    """Nats, through the teacher's own head; None if the head does not read the mean of the features."""
     kl_p99: float | None
     top1_agreement: float | None
     meets: bool
@@ -67,29 +65,29 @@ class CodecMeasurement(NamedTuple):
 
 
 class CodecChoice(NamedTuple):
-    """What was chosen, and from what."""
+    """The chosen codec, and all that were measured."""
 
     codec: FeatureCodec
     rows: list[CodecMeasurement]
-    """By rising bytes."""
+    """In order of bytes, the smallest first."""
     chosen: CodecMeasurement
 
 
 def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarget) -> CodecChoice:
-    """The smallest codec that meets a target; for a target in bytes the closest to the original that meets it.
+    """The smallest codec that meets a target; for a target in bytes, the most accurate one that meets it.
 
     Args:
-        features: (N, C, H, W) float32 on the CPU, a view of each of N images; a third of them judges.
+        features: (N, C, H, W) float32 on the CPU, one view of each of N images; a third of them is held out.
         logits: (N, K) float32, the teacher's.
-        teacher: whose head gives the KL.
-        target: cosine and KL have to be met by 99 % of the views, bytes in the mean.
+        teacher: its head gives the KL.
+        target: 99 % of the views must meet a cosine or KL; the mean must meet a size in bytes.
 
     Raises:
-        UserError: too few views, no codec meets the target, or a KL target with a head that features do not determine.
+        UserError: too few views, no codec meets the target, or a KL target for a head that does not read the features.
     """
     if len(features) < MIN_VIEWS:
         raise UserError(
-            "too few images to choose a codec by",
+            "too few images to select a codec",
             got=f"{len(features)} images",
             expected=MIN_VIEWS,
             where="CODEC=auto",
@@ -110,7 +108,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
             "no codec meets the target",
             got=f"{target.text}\n{codec_table(rows, None)}",
             where="CODEC=auto",
-            fix="ask for less, or for fewer things: TARGET=",
+            fix="relax TARGET=",
         )
     if target.metric == "bytes":
         codec, chosen = max(fitting, key=lambda pair: (pair[1].cosine_p1, -pair[1].bytes))
@@ -122,7 +120,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
 def _measure_transforms(
     features: Tensor, held_out: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
 ) -> list[tuple[FeatureCodec, CodecMeasurement]]:
-    """The transform coder at the noises of a binary search for where it just meets the target."""
+    """The transform coder at the noise levels of a binary search for the one that just meets the target."""
     state = fit_bases(features)
     found: list[tuple[FeatureCodec, CodecMeasurement]] = []
 
@@ -131,9 +129,9 @@ def _measure_transforms(
         found.append((codec, _measure(codec, held_out, head, target)))
         return found[-1][1].meets
 
-    fine_meets = target.metric != "bytes"  # else it is the coarse end that does
+    fine_meets = target.metric != "bytes"  # a target in bytes is met at the coarse end
     low, high = 0, len(NOISES)
-    while low < high:  # the first noise of the other kind is in [low, high]
+    while low < high:  # the first noise on the other side is in [low, high]
         middle = (low + high) // 2
         if attempt(NOISES[middle]) == fine_meets:
             low = middle + 1
@@ -151,13 +149,13 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
         try:
             classifier_bytes(model, features.to(device), logits.to(device))
         except UserError:
-            reason = "its classifier does not read the mean of the last map after its norm, as Swin's does"
+            reason = "its classifier does not read the mean of the normalized last map, as Swin's does"
         else:
             linear: torch.nn.Linear = model.get_classifier()
             return linear
     if needed:
-        raise UserError("a KL cannot be measured through this teacher's head", got=f"{teacher.spec.name}: {reason}",
-                        where="TARGET=kl:...", fix="give a target of ac-cosine:... or bytes:...")  # fmt: skip
+        raise UserError("the KL cannot be measured through this teacher's head", got=f"{teacher.spec.name}: {reason}",
+                        where="TARGET=kl:...", fix="use TARGET=ac-cosine:... or TARGET=bytes:...")  # fmt: skip
     return None
 
 
@@ -202,7 +200,7 @@ def _measure(
 
 
 def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | None) -> str:
-    """The rows for people; an arrow marks the one that was chosen."""
+    """The measurements as text; an arrow marks the chosen codec."""
     lines = [
         f"  {'codec':<12}{'noise':>9}{'bytes':>11}{'ac-cosine':>11}{'p1':>9}{'KL':>10}{'p99':>10}{'top-1':>9}  meets"
     ]
@@ -218,12 +216,12 @@ def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | Non
 
 
 CALIBRATION_VIEWS = 512
-"""First views that a codec is fitted to."""
+"""Views that a codec is fitted to: view 0 of this many images."""
 AUTO = "auto"
 
 
 class SelectedCodec(NamedTuple):
-    """A codec, and the table it was chosen from when the options left the choice open."""
+    """A codec, and the measurements it was selected from (none for a named codec)."""
 
     codec: FeatureCodec
     rows: list[dict[str, Any]]
@@ -275,28 +273,28 @@ def load_or_select_codec(
 
 
 def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
-    """Before the plan: the codec's files are those of this job; without a fit, those of a job without a plan go.
+    """Before the plan is written: the codec's files belong to this job; files of a job without a plan are removed.
 
     Raises:
-        UserError: another job has put its codec in the place of this one.
+        UserError: another job has written a different codec.
     """
     if options.codec not in (*FITTED, AUTO):
         for name in (MARK, STATE):
             (root / name).unlink(missing_ok=True)
     elif read_mark(root).codec != codec.get_config():
         raise UserError(
-            "another job writes to this cache with another teacher or codec",
+            "another job is writing this cache with another teacher or codec",
             where=root,
-            fix="choose another CACHE= for one of them",
+            fix="use another CACHE= for one of the jobs",
         )
 
 
 def check_codec_options(config: CacheTeacherConfig) -> None:
-    """UserError for a noise that is out of range or that the codec has no use for."""
+    """UserError if the noise is out of range, or the codec takes none."""
     name, noise = config.cache.codec, config.cache.codec_noise
     if not 0 <= noise <= 1 or (noise and name not in FITTED):
         raise UserError(
-            "bad noise of a codec",
+            "invalid codec noise",
             got=f"{noise} for codec {name}",
             expected=f"0 to 1, and 0 for codecs other than {', '.join(FITTED)}",
             where="cache.codec_noise",
@@ -304,7 +302,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
 
 
 def codec_options(root: Path) -> dict[str, Any]:
-    """The options of stage 1 that a cache's codec was fitted or chosen by, as codec.json has them."""
+    """The options of stage 1 that a cache's codec was fitted or selected with, from codec.json."""
     preset = read_mark(root).preset
     if preset.startswith(f"{AUTO}, "):
         return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
@@ -313,11 +311,11 @@ def codec_options(root: Path) -> dict[str, Any]:
 
 
 def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
-    """codec.json again, from the fields of a cache's fingerprint: the preset is the one of the codec's noise."""
+    """Rewrite codec.json from the fields of a cache's fingerprint; the preset follows from the codec's noise."""
     from scalekd_cache.codec.transform_fit import preset_of
 
     codec = fields["codec"]
-    if "noise" not in codec:  # one that was chosen and is not fitted: its name is enough
+    if "noise" not in codec:  # selected by a target but not fitted: its name is enough
         (root / MARK).unlink(missing_ok=True)
         return
     preset = preset_of(codec)
@@ -339,16 +337,16 @@ def _preset(config: CacheTeacherConfig) -> str:
 
 
 def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
-    """Whether the cache has its codec; until there is a plan, that of another preset or teacher is replaced."""
+    """Whether the cache has its codec. Before there is a plan, a codec of another preset or teacher is replaced."""
     planned = (root / PLAN).exists()
     if not (root / MARK).exists():
-        # A repair takes the file of a damaged state away, and the same fit is made again.
+        # A repair removes a damaged state, and the same fit is made again.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
-                "the cache was begun with a codec that is not fitted",
+                "the cache was started with a codec that is not fitted",
                 got=_preset(config),
                 where=root,
-                fix="give the CODEC= it was made with, or choose another CACHE=",
+                fix="use the CODEC= the cache was made with, or another CACHE=",
             )
         return False
     kept = read_mark(root)
@@ -386,12 +384,12 @@ def _calibration_batches(config: CacheTeacherConfig, source: Source | PixelCache
 
 
 def _write_codec(config: CacheTeacherConfig, root: Path, selected: SelectedCodec, teacher: Teacher) -> None:
-    """Write the state, then the file that names it: a job killed between the two fits again."""
+    """Write the state, then codec.json: a job that is killed in between fits again."""
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes
 
     if isinstance(selected.codec, TransformCodec):
         write_atomically(root / FILE, state_bytes(selected.codec.state))
     else:
-        (root / FILE).unlink(missing_ok=True)  # of a fit for other options that never got a plan
+        (root / FILE).unlink(missing_ok=True)  # left by a fit with other options, without a plan
     _write_mark(root, _preset(config), teacher.spec.weights_sha256, selected.codec.get_config(), selected.rows)

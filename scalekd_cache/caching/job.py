@@ -8,6 +8,7 @@ A dry run stops after `prepare`, which writes nothing then.
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +62,14 @@ CHECKED_IMAGES = 512
 dry run."""
 
 
+class Prepared(NamedTuple):
+    """A job that is ready to start."""
+
+    job: Job
+    manifest: Manifest | None
+    """The manifest of a complete cache: there is nothing to do."""
+
+
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
     """Make a cache, or what is missing of it.
 
@@ -77,9 +86,9 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         require_folder(root, "CACHE")
         if process.rank == 0:
             remove_stale_files(root, process)
-        job = prepare(config, peers, student)
-        assert job is not None  # None: a dry run only
-        manifest = finished_manifest(job)
+        prepared = prepare(config, peers, student)
+        assert prepared is not None  # None: a dry run only
+        job, manifest = prepared
         if manifest is None:
             job = _start(config, peers, job)
             manifest = finished_manifest(job)  # another job may have finished it in the meantime
@@ -98,8 +107,9 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
     root = Path(config.cache.path)
     with Peers(process, 60 * config.peer_timeout_minutes) as peers:
         require_folder(root, "CACHE")
-        job = prepare(config, peers, student, dry_run=True)
-    if job is not None:
+        prepared = prepare(config, peers, student, dry_run=True)
+    if prepared is not None:
+        job = prepared.job
         units = [unit for unit in job.units if not is_committed(job, unit)]
         process.print_rank0(
             f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
@@ -109,7 +119,7 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
 
 def prepare(
     config: CacheTeacherConfig, peers: Peers, student: DistillConfig | None = None, *, dry_run: bool = False
-) -> Job | None:
+) -> Prepared | None:
     """Open the data set, load the teacher, get the codec, plan the units, and run all checks.
 
     Args:
@@ -120,7 +130,7 @@ def prepare(
             teacher's accuracy is measured on about `CHECKED_IMAGES` images.
 
     Returns:
-        The job; None for a dry run whose demo teacher is not trained yet.
+        The job, and the manifest if the cache is complete; None for a dry run whose demo teacher is not trained yet.
 
     Raises:
         UserError: any problem that would otherwise show up hours later.
@@ -135,12 +145,13 @@ def prepare(
     codec = load_or_select_codec(config, peers, source, teacher, dry_run=dry_run)
     job = make_plan(config, process, source, teacher, codec)
     _report_kept_views(config, process, job)
-    if finished_manifest(job) is None:
+    manifest = finished_manifest(job)
+    if manifest is None:
         _check(config, process, job, student)
         if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
             top1 = _teacher_top1(config, job.stage, CHECKED_IMAGES if dry_run else None)
             job = with_teacher_top1(job, top1)
-    return job
+    return Prepared(job, manifest)
 
 
 def _open_images(config: CacheTeacherConfig, process: Process) -> Source | PixelCache:

@@ -1,8 +1,8 @@
-"""What a cache is going to be: its fingerprint, its view groups and its work units.
+"""The plan of a cache: its fingerprint, view groups and work units.
 
 In: a `CacheTeacherConfig`, images and a teacher. Out: a `Job`, and plan.json in the cache's folder.
-Invariant: a plan that is there is extended by view groups and otherwise kept: another teacher, view recipe, codec, data
-set or layout is an error that names the fields.
+Invariant: an existing plan is only extended by view groups. Another teacher, view recipe, codec, data set or layout is
+an error that names the fields.
 """
 
 import contextlib
@@ -54,7 +54,7 @@ from scalekd_cache.versions import library_versions
 
 
 def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
-    """A cache is continued only by the job that began it: same teacher, views, codec, data and layout.
+    """A cache is resumed only with the same teacher, views, codec, data and layout.
 
     Raises:
         UserError: naming each field that differs, with both values.
@@ -67,25 +67,24 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
             "the cache was made with other options",
             got="; ".join(lines),
             where=where,
-            fix="choose another CACHE=, or give the options the cache was made with" + _renamed(different),
+            fix="use another CACHE=, or the options the cache was made with" + _renamed(different),
         )
 
 
 def _renamed(different: Sequence[str]) -> str:
-    """What to do when images or labels have changed: a rename must not cost a cache."""
+    """What to do if images or labels have changed: renamed files must not cost a cache."""
     if not any(name.endswith("data.listing") for name in different):
         return ""
     return (
-        ". Images were added, removed, renamed or labeled differently since: give them back the names in "
-        "units/*/keys.txt to let the cache grow. Training from the views that are there needs no images where "
-        "pixels are baked"
+        ". Images were added, removed, renamed or relabeled since then. To grow the cache, restore the names in "
+        "units/*/keys.txt. Training from the existing views needs no images if pixels are baked"
     )
 
 
 def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
-    """The view recipe of a training recipe is the one in the cache: augmentation lives in the cache.
+    """The view recipe of a training recipe must be that of the cache, because augmentation happens in stage 1.
 
-    The seed and the form in which pixels are kept are the cache's own business.
+    The seed and the pixel format may differ.
     """
     own = {"seed", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling"}
     different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
@@ -95,13 +94,13 @@ def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any],
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=where,
-            fix="leave RECIPE= out to train on the cache's own views with the options of the cache's own recipe, "
+            fix="remove RECIPE= to train with the recipe of the cache, "
             f"or make a cache with RECIPE={recipe} and no views.* options",
         )
 
 
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
-"""What of a plan another job must ask for in the same way."""
+"""Fields of a plan that must be the same in every job on the cache."""
 
 
 class Job(NamedTuple):
@@ -109,16 +108,16 @@ class Job(NamedTuple):
 
     stage: Stage
     plan: Plan
-    """Facts of the cache that are known before the first unit is made; they go into the manifest."""
+    """Facts of the cache that are known before the first unit; they go into the manifest."""
     units: list[Unit]
     ledger: Ledger
-    """Which of them are in the cache already."""
+    """Which units are in the cache already."""
 
 
 def make_plan(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, teacher: Teacher, codec: FeatureCodec
 ) -> Job:
-    """Everything that decides the cached bytes, and the units they come in."""
+    """Everything that determines the cached bytes, and the work units. An existing plan is extended (`join_plan`)."""
     root = Path(config.cache.path)
     logit_codec = make_logit_codec(config.cache, teacher, exact=codec.id == "float32")
     fields = {
@@ -183,12 +182,12 @@ def _job(stage: Stage, plan: Plan) -> Job:
 
 
 def join_plan(job: Job, options: StoreConfig) -> Job:
-    """The job as a part of the cache that is there by now: its plan, extended by the view groups that this job adds.
+    """The job with the plan that is in the cache now, extended by the view groups that this job adds.
 
-    What an earlier or another job has measured is kept.
+    The teacher's accuracy that an earlier or another job has measured is kept.
 
     Raises:
-        UserError: the plan is damaged, or it is that of another cache.
+        UserError: the plan is damaged, or belongs to another cache.
     """
     root, facts = job.stage.root, job.plan.facts
     if not (root / plans.NAME).exists():
@@ -198,11 +197,11 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     check_plan(_kept_fields(kept, layout), layout, root)
     if kept.facts.ranges[0] != facts.ranges[0]:
         raise UserError(
-            "the data set is cut into other ranges of images than those of the cache",
+            "the data set is split into other ranges of images than the cache",
             got=f"{len(facts.ranges[0])} ranges",
             expected=f"{len(kept.facts.ranges[0])} ranges, as in plan.json",
             where=root,
-            fix="use the tar or parquet files that the cache was made from, or choose another CACHE=",
+            fix="use the tar or parquet files that the cache was made from, or another CACHE=",
         )
     groups = _groups(kept.facts.groups, options, job.stage.source)
     top1 = kept.facts.teacher.get("top1")
@@ -217,7 +216,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
-    """Hold what is known without the teacher against the plan that is there: its errors tell more than a teacher's."""
+    """Compare the options, as far as they are known without the teacher, with an existing plan."""
     root = Path(config.cache.path)
     if (root / plans.NAME).exists():
         asked = {**_layout(config, source), "fingerprint_fields": _known_fields(config, process, source)}
@@ -243,7 +242,7 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
 
 
 def _class_likeness(source: Source | PixelCache) -> list[float]:
-    """How often neighboring images are of one class, and any two (`order.py`): what training mixes against."""
+    """How often neighboring images have the same class, and any two (`order.py`); it decides how training shuffles."""
     if isinstance(source, PixelCache):
         return list(source.cache.manifest.data.get("class_likeness", (1.0, 1.0)))
     found = likeness(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
@@ -251,7 +250,7 @@ def _class_likeness(source: Source | PixelCache) -> list[float]:
 
 
 def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
-    """How logits are kept; a teacher without a classifier has none to keep."""
+    """The codec of logits. A teacher without a classifier has no logits."""
     classes = teacher.spec.num_classes
     if classes == 0 or config.logits == "dense":
         return DenseLogits(classes, exact=exact)
@@ -261,14 +260,14 @@ def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> L
 
 
 def _classifier(teacher: Teacher) -> bytes:
-    """The teacher's classifier as a file, tried on noise."""
+    """The teacher's classifier as the bytes of a file, tested on noise."""
     size = teacher.spec.image_size
     noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     return recomputed.classifier_bytes(teacher.model, *teacher(noise))
 
 
 def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str, Any]:
-    """How the cache lies on disk; one that shares pixels has the ranges of the one that holds them."""
+    """The cache's layout on disk. With shared pixels, the ranges are those of the cache that holds them."""
     shard = config.cache.samples_per_shard
     if isinstance(source, PixelCache):
         shard = max(len(positions) for positions in source.ranges())
@@ -276,7 +275,7 @@ def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str
 
 
 def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
-    """What a plan says of the same things as `asked`."""
+    """The fields of a plan that correspond to `asked`."""
     there = {
         "backend": kept.facts.backend,
         "samples_per_shard": kept.facts.samples_per_shard,
@@ -297,7 +296,7 @@ def _groups(groups: list[list[int]], config: StoreConfig, source: Source | Pixel
 
 
 def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
-    """View groups of a cache of at least `num_views` views that begins with `groups`: what is there stays."""
+    """View groups of a cache of at least `num_views` views; the first ones are `groups`, unchanged."""
     groups = [list(group) for group in groups]
     first = sum(len(group) for group in groups)
     for start in range(first, num_views, views_per_group):
@@ -312,12 +311,12 @@ def with_teacher_top1(job: Job, top1: float | None) -> Job:
 
 
 def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
-    """Rank 0: create plan.json, or join the plan that another job has made in the meantime; then the files it names.
+    """Rank 0: create plan.json, or join the plan that another job has written in the meantime; then write its files.
 
-    The plan comes first: whoever is refused has touched nothing, and two jobs that are not refused write equal files.
+    The plan is written first: a job that is refused has changed nothing, and two accepted jobs write the same files.
 
     Raises:
-        UserError: the folder cannot be written, or the cache is another one by now.
+        UserError: the folder cannot be written, or another job has written a different plan.
     """
     root = job.stage.root
     with plans.changing_plan(root):
@@ -334,11 +333,11 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 write_plan(root, plan)
         else:
             check_codec_files(options, root, job.stage.codec)
-            for unit in job.units:  # units of another cache, whose plan is lost, are refused here
+            for unit in job.units:  # units of another cache whose plan was lost are refused here
                 is_committed(job, unit)
             try:
                 write_plan(root, plan, create=True)
-            except FileExistsError:  # by a job on another machine, where the file system has no locks
+            except FileExistsError:  # by a job on another machine, if the file system has no locks
                 return create_or_join_plan(job, options)
         classifier = kept_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
@@ -353,7 +352,7 @@ def _is_there(path: Path, sha256: str) -> bool:
 
 
 def finished_manifest(job: Job) -> Manifest | None:
-    """The manifest of a cache that has all that is asked for."""
+    """The manifest, if the cache is complete for this job; else None."""
     root = job.stage.root
     if not (root / MANIFEST).exists() or not (root / TAIL).exists():
         return None
@@ -363,10 +362,10 @@ def finished_manifest(job: Job) -> Manifest | None:
 
 
 def write_final_manifest(job: Job) -> Manifest:
-    """Rank 0: write the manifest, unless another job has let the cache grow beyond this job's plan and finished it."""
+    """Rank 0: write the manifest, unless another job has added view groups and finished the cache."""
     root, groups = job.stage.root, job.plan.facts.groups
     with plans.changing_plan(root):
-        with contextlib.suppress(UserError):  # there is none, or one that is replaced now
+        with contextlib.suppress(UserError):  # absent, or replaced now
             there = read_manifest(root)
             if there.fingerprint == job.stage.fingerprint and len(there.groups) > len(groups):
                 return there
@@ -388,30 +387,30 @@ def open_folder(root: Path) -> None:
 
 
 def is_committed(job: Job, unit: Unit) -> bool:
-    """Whether a unit is in the cache already."""
+    """Whether a unit is in the cache."""
     return job.ledger.committed(unit.group, unit.range_id)
 
 
 def drop_damaged_units(job: Job, process: Process) -> None:
-    """Rank 0: remove units that cannot stay, and name them (`store/resume.py`)."""
+    """Rank 0: remove damaged and mismatched units, and report them (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
-        process.print_rank0(f"{folder} is damaged (its files have their lengths, not their sha256): it is made again")
+        process.print_rank0(f"{folder} is damaged (right file sizes, wrong sha256): it is made again")
     drop_mismatched_units(job, process)
 
 
 def drop_mismatched_units(job: Job, process: Process) -> None:
-    """Rank 0: remove units that do not hold the images of the first view group, and name them."""
+    """Rank 0: remove units that do not hold the images of the first view group, and report them."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
         process.print_rank0(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
 
 
 def remove_stale_files(root: Path, process: Process) -> None:
-    """Rank 0: remove what killed writers left, and name what may belong to living ones elsewhere."""
+    """Rank 0: remove temporary files of killed writers; report those that may belong to running ones."""
     others = [*remove_stale(root), *remove_stale(root / "units")]
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
         process.print_rank0(
-            f"{root}: {len(others)} temporary files or folders of other machines, or of this one before it was started "
-            f"again, are left alone; the oldest is {oldest.path.relative_to(root)}, last changed "
+            f"{root}: {len(others)} temporary files or folders were written by other machines, or before the last "
+            f"boot of this one, and are kept; the oldest is {oldest.path.relative_to(root)}, last changed "
             f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
         )

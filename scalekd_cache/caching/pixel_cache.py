@@ -1,6 +1,6 @@
-"""A finished cache as the source of another one's views.
+"""A finished cache as the source of another cache's views.
 
-In: its folder, and the options of the new cache. Out: a `PixelCache`: the same units, images, views and skips.
+In: its folder, and the options of the new cache. Out: a `PixelCache` with the same units, images, views and skips.
 Invariant: position p of view v is the same view of the same image in both caches.
 """
 
@@ -18,7 +18,7 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 
 
 class PixelCache:
-    """Where the pixels, view records, labels and digests of a new cache come from."""
+    """A finished cache that provides pixels, view records, labels and digests for a new one."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -39,7 +39,7 @@ class PixelCache:
         return [range(info.start, info.stop) for info in infos]
 
     def records(self, view: int, range_id: int) -> range:
-        """Positions, in the view's canonical order, of the records of a range."""
+        """Positions of a range's records in the view's canonical order."""
         starts = self._starts[self._group_of[view]]
         return range(starts[range_id], starts[range_id + 1])
 
@@ -48,10 +48,12 @@ class PixelCache:
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
     def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
-        """View groups of a cache of at least `num_views` views that begins with `groups`; none spans two of ours.
+        """View groups of a cache of at least `num_views` views, the first ones `groups`.
+
+        A new group never spans two groups of this cache.
 
         Raises:
-            UserError: there are fewer views here.
+            UserError: this cache has fewer views.
         """
         manifest = self.cache.manifest
         if num_views > manifest.num_views:
@@ -60,7 +62,7 @@ class PixelCache:
                 got=f"{manifest.num_views} views",
                 expected=f"at least {num_views}",
                 where=self.cache.root,
-                fix=f"let it grow first: make cache-teacher CACHE={self.cache.root} VIEWS={num_views}",
+                fix=f"add views to it first: make cache-teacher CACHE={self.cache.root} VIEWS={num_views}",
             )
         first = sum(len(group) for group in groups)
         new = [[view for view in group if first <= view < num_views] for group in manifest.groups]
@@ -72,7 +74,7 @@ class PixelCache:
 
 
 def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
-    """The cache named by `cache.pixels_from`, once it is clear that it holds the views that are asked for.
+    """Open the cache named by `cache.pixels_from`, and check that it holds the requested views.
 
     Raises:
         UserError: another view recipe, another data set, no pixels, or the new cache's own folder.
@@ -84,25 +86,25 @@ def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
             "a cache cannot share its own pixels",
             got=f"PIXELS_FROM={root}",
             where=config.cache.path,
-            fix="give the new cache a folder of its own with CACHE=",
+            fix="give the new cache its own folder with CACHE=",
         )
     cache = open_pixel_cache(root)
     kept, asked = cache.manifest.view_recipe, to_plain(config.views)
     different = [name for name in asked if kept.get(name) != asked[name]]
     if different:
         raise UserError(
-            "the cache whose pixels are shared holds other views than are asked for",
+            "the cache whose pixels are shared holds other views than requested",
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=root,
-            fix="give that cache's RECIPE and views.* options, or leave PIXELS_FROM out",
+            fix="use that cache's RECIPE and views.* options, or remove PIXELS_FROM",
         )
     _check_data(config, cache)
     return PixelCache(cache)
 
 
 def _check_data(config: CacheTeacherConfig, cache: Cache) -> None:
-    """The data set asked for is the one of the cache; it is opened only when it goes by another name."""
+    """The requested data set is that of the cache. It is opened only if its name or options differ."""
     kept, asked = cache.manifest.data, to_plain(config.data)
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return
@@ -115,5 +117,5 @@ def _check_data(config: CacheTeacherConfig, cache: Cache) -> None:
             got=f"{source.name}: {got['samples']} images, listing {got['listing'][:16]}",
             expected=f"{kept.get('source')}: {expected['samples']} images, listing {expected['listing'][:16]}",
             where=cache.root,
-            fix="give the same DATA= and data.max_samples, or leave PIXELS_FROM out",
+            fix="use the same DATA= and data.max_samples, or remove PIXELS_FROM",
         )

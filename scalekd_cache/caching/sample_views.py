@@ -27,12 +27,12 @@ from scalekd_cache.views.pixels import Pixels, decode_pixels, encode_pixels, pix
 from scalekd_cache.views.view import apply_view, sample_view
 
 SPAN = 32
-"""Most images that a worker keeps waiting; records of a pixel cache that are read in one call."""
+"""Prefetch limit of a worker, images; also the records of a pixel cache that are read in one call."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A piece of work: some images, some view numbers."""
+    """A work unit: a range of images and a group of views."""
 
     group: int
     """Number of the view group."""
@@ -56,14 +56,14 @@ class EncodedView(NamedTuple):
 
 
 class SampledViews(NamedTuple):
-    """All views of a unit's group of one image; `reason` says why there are none."""
+    """All views of one image in a unit; for a skipped image there are none, and `reason` is set."""
 
     unit: int
     sample: SampleRef
     image: str
     """Digest of the image file; empty when the views come from another cache."""
     pixels: Tensor
-    """(V, 3, size, size) uint8: what the teacher sees; decoded from stored bytes when pixels are baked."""
+    """(V, 3, size, size) uint8: the teacher's input; decoded from the stored bytes when pixels are baked."""
     views: list[EncodedView]
     reason: str
 
@@ -76,18 +76,18 @@ def views_of_units(
     workers: int,
     first: ImageFiles | None = None,
 ) -> Iterator[SampledViews]:
-    """The images of the claimed units with their views, in order; a unit is claimed when it is needed, not before.
+    """The views of all images of the claimed units, in order. A unit is claimed only when it is needed.
 
     Args:
         source: images, or another cache's views of them.
         config: the view recipe.
         units: all units.
-        claims: numbers of the units to draw.
-        workers: processes that draw.
-        first: the image files that the first group of views was made from; later groups are made from the same.
+        claims: numbers of the units to sample.
+        workers: processes that sample views.
+        first: digests of the image files of the first view group; later groups must have the same.
 
     Raises:
-        UserError: an image is another one than before, or the workers have no room.
+        UserError: an image file has changed, or there is too little shared memory for the workers.
     """
     dataset: Dataset[Any]
     places: Iterator[Any]
@@ -151,7 +151,7 @@ def spread_views(
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
-    """`UserError` when the views that the workers draw have no room on their way."""
+    """`UserError` if shared memory is too small for the views of the workers."""
     prefetch_count(workers, _image_bytes(units, config), SPAN)
 
 
@@ -161,7 +161,7 @@ def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
 
 
 class ViewDataset(Dataset[SampledViews]):
-    """Draws the views of one image: what a stage-1 worker process does."""
+    """Samples the views of one image, in a worker process of stage 1."""
 
     def __init__(
         self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
@@ -182,10 +182,10 @@ class ViewDataset(Dataset[SampledViews]):
         digest = image_digest(data)
         if self.first is not None and self.units[number].group > 0:
             self.first.check(sample.key, digest)
-        drawn = [self._draw(image, sample.key, view) for view in self.units[number].views]
-        return _drawn(number, sample, digest, drawn)
+        views = [self._sample(image, sample.key, view) for view in self.units[number].views]
+        return _sampled(number, sample, digest, views)
 
-    def _draw(self, image: Pixels, key: str, number: int) -> tuple[Pixels, EncodedView]:
+    def _sample(self, image: Pixels, key: str, number: int) -> tuple[Pixels, EncodedView]:
         view = sample_view(self.config, key, number, image.shape[1], image.shape[0])
         pixels = apply_view(view, image, self.config)
         encoded = b""
@@ -196,7 +196,7 @@ class ViewDataset(Dataset[SampledViews]):
 
 
 class SharedViewDataset(Dataset[list[SampledViews]]):
-    """Takes the views of some neighboring images from another cache; neither images nor augmentation are needed."""
+    """Reads the views of neighboring images from another cache; no image is opened and nothing is augmented."""
 
     def __init__(self, pixels: PixelCache, config: ViewConfig, units: Sequence[Unit]) -> None:
         self.pixels = pixels
@@ -208,7 +208,9 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         unit = self.units[number]
         rows = zip(*(self.pixels.cache.read(positions, view) for view in unit.views), strict=True)
         return [
-            _drawn(number, SampleRef(records[0].key, records[0].label), "", [self._view(record) for record in records])
+            _sampled(
+                number, SampleRef(records[0].key, records[0].label), "", [self._view(record) for record in records]
+            )
             for records in rows
         ] + self._skipped(number, positions)
 
@@ -217,16 +219,17 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         wrong = wrong_digest(record, pixels)
         if wrong is not None:
             raise UserError(
-                "stored pixels decode to other values here than where they were made",
+                "stored pixels decode to other values than when the cache was made",
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"{record.key} in {self.pixels.cache.root}",
-                fix="use the Pillow of that cache: " + self.pixels.cache.manifest.versions.get("pillow", "unknown"),
+                fix="install the Pillow version of that cache: "
+                + self.pixels.cache.manifest.versions.get("pillow", "unknown"),
             )
         return pixels, EncodedView(b"", record.view, record.digest)
 
     def _skipped(self, number: int, positions: range) -> list[SampledViews]:
-        """What the other cache skipped in this unit is skipped here; said with the unit's first images."""
+        """Images that the other cache skipped in this unit; returned with the first images of the unit."""
         unit = self.units[number]
         if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
             return []
@@ -234,7 +237,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         return [_skipped(number, SampleRef(row["key"], -1), row["reason"]) for row in skipped]
 
 
-def _drawn(number: int, sample: SampleRef, image: str, views: Sequence[tuple[Pixels, EncodedView]]) -> SampledViews:
+def _sampled(number: int, sample: SampleRef, image: str, views: Sequence[tuple[Pixels, EncodedView]]) -> SampledViews:
     pixels = torch.from_numpy(np.stack([pixels for pixels, _ in views])).permute(0, 3, 1, 2).contiguous()
     return SampledViews(number, sample, image, pixels, [view for _, view in views], "")
 

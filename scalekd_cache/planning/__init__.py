@@ -1,1 +1,6 @@
-"""Forecasts of bytes, time, memory and FLOPs before anything is made."""
+"""Forecasts: what a cache and its students cost in bytes, GPU hours and memory, before anything runs.
+
+In: options of stage 1 and stage 2, a GPU model. Out: a `Forecast`, and tables of FLOPs and parameters.
+`forecast.py` combines a measured small unit with FLOPs; `costs.py` counts FLOPs and step memory on the meta device with
+PyTorch's own counter; `gpus.py` lists GPUs with the figures of their data sheets.
+"""

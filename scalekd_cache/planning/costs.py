@@ -1,9 +1,9 @@
-"""What a pair of teacher and student costs: FLOPs and parameters, counted on the meta device.
+"""FLOPs, parameters and step memory of a teacher and student, counted on the meta device.
 
 In: names of timm models, a `ScaleKDConfig`. Out: one `Part` for the student, each head, the tail and the teacher.
-Invariant: nothing is allocated and nothing is computed; PyTorch's counter counts two FLOPs for a multiply and add, in
-matrix products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected
-once a batch).
+Invariant: nothing is allocated or computed. PyTorch's counter counts a multiply and an add as two FLOPs, in matrix
+products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected once a
+batch).
 """
 
 import math
@@ -28,7 +28,7 @@ BATCH = 32
 CLASSES = 1000
 SWIN_L = "swin_large_patch4_window7_224"
 BEIT_L = "eva_large_patch14_196"
-"""What the paper calls BEiT-L/14: pre-trained by EVA, 304 M parameters, run at 224 px."""
+"""The paper's BEiT-L/14: pre-trained by EVA, 304 M parameters, run at 224 px."""
 PAPER_STUDENTS = (
     "mobilenetv1",
     "resnet50",
@@ -48,7 +48,7 @@ PAPER_PAIRS = (
     (BEIT_L, "mixer_b16"),
     (BEIT_L, "vit_base_14"),
 )
-"""The pairs the paper reports and releases. Its Mixer-B/14 has no timm name: Mixer-B/16 stands in its row."""
+"""The pairs that the paper reports and releases. Its Mixer-B/14 has no timm name; Mixer-B/16 replaces it."""
 IMAGE_SIZE = 224
 
 
@@ -57,11 +57,11 @@ class Part(NamedTuple):
 
     name: str
     params: int
-    """Parameters; frozen ones count too."""
+    """Parameters, frozen ones included."""
     forward: float
     """FLOPs per image."""
     backward: float
-    """FLOPs per image, 0 for what is never differentiated."""
+    """FLOPs per image; 0 without a backward pass."""
 
     @property
     def total(self) -> float:
@@ -76,7 +76,7 @@ class PairCosts(NamedTuple):
     student_name: str
     student: Part
     heads: list[Part]
-    """Projectors of both taps, and the passes through the frozen tail."""
+    """Projectors of both taps, and passes through the frozen tail."""
     teacher: Part
 
     @property
@@ -86,7 +86,7 @@ class PairCosts(NamedTuple):
 
     @property
     def ceiling(self) -> float:
-        """Most that offline can gain over online: (student + heads + teacher forward) / (student + heads)."""
+        """Largest speedup of offline over online: (student + heads + teacher forward) / (student + heads)."""
         offline = self.student.total + self.heads_total
         return (offline + self.teacher.forward) / offline
 
@@ -112,7 +112,7 @@ def pair_costs(
     """Count one pair.
 
     Raises:
-        UserError: names, families or image sizes that stage 1 or 2 would refuse.
+        UserError: a name, family or image size that stage 1 or 2 refuses.
     """
     config = config or ScaleKDConfig()
     with torch.device("meta"):
@@ -130,7 +130,7 @@ def pair_costs(
 
 
 def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
-    """A teacher of these classes; call it under `torch.device("meta")`."""
+    """A teacher with this many classes; call it under `torch.device("meta")`."""
     timm = check_name(timm_name(name), "teacher")
     args: dict[str, Any] = demo_teacher_args() if name == DEMO_TEACHER else {}
     optional = {"img_size": image_size} if image_size != default_image_size(timm) else {}
@@ -157,11 +157,11 @@ def _flops(run: Callable[[], object]) -> float:
 
 
 def _conv_backward(grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a convolution's gradients, each as many as its forward pass.
+    """FLOPs of a convolution's gradients; each costs as much as the forward pass.
 
-    PyTorch's own count ignores groups in the weight's gradient: ten times too much for MobileNet.
+    PyTorch's own count ignores groups in the weight gradient, which gives ten times too much for MobileNet.
     """
-    mask = args[-1]  # which gradients are asked for: input, weight, bias
+    mask = args[-1]  # which gradients are needed: input, weight, bias
     return 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight) * sum(map(int, mask[:2]))
 
 
@@ -172,16 +172,16 @@ def _no_grad(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _student_cost(student: Student, images: Tensor) -> Part:
-    """The student alone: its images need no gradient."""
+    """Cost of the student; its images need no gradient."""
     outputs: list[Tensor] = []
     forward = _flops(lambda: outputs.extend(student(images)))
-    # Every map is used, as it is when the losses are summed.
+    # All outputs are used, as in the sum of the losses.
     backward = _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
     return Part("student", _params(student), forward, backward)
 
 
 def _map_cost(name: str, params: int, run: Callable[..., Tensor], *inputs: Tensor) -> Part:
-    """A part between maps: gradients reach its inputs and its trainable parameters."""
+    """Cost of a module between maps: gradients reach its inputs and its trainable parameters."""
     outputs: list[Tensor] = []
     forward = _flops(lambda: outputs.append(run(*inputs)))
     return Part(name, params, forward, _flops(lambda: outputs[0].sum().backward()))  # type: ignore[no-untyped-call]
@@ -205,7 +205,7 @@ def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTea
 
 
 def report(costs: PairCosts) -> str:
-    """One pair as a Markdown table, a row a part."""
+    """One pair as a Markdown table, one row per part."""
     lines = [
         f"{costs.teacher_name} -> {costs.student_name}",
         "",
@@ -245,7 +245,7 @@ SUMMARY_HEAD = (
 
 
 def _heads_params(costs: PairCosts) -> int:
-    """Trainable parameters of the heads: the tail's are frozen."""
+    """Trainable parameters of the heads, without the frozen tail."""
     return sum(part.params for part in costs.heads if not part.name.startswith("frozen"))
 
 
@@ -253,9 +253,9 @@ OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
 
 
 def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int) -> dict[str, float]:
-    """Bytes of one training step of a micro-batch in float32: what autograd keeps is counted, tensor by tensor.
+    """Memory of a training step of one micro-batch in float32, bytes; tensors saved by autograd are counted one by one.
 
-    Call it under `torch.device("meta")`: the real student, heads, tail and losses run, and nothing is computed.
+    Call it under `torch.device("meta")`: the real student, heads, tail and losses run, without computing.
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
     heads = ScaleKDHeads(training.scalekd, student.tap_shapes, teacher.tail_in, teacher.tail_out, student.layer_norm)

@@ -43,7 +43,7 @@ from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATIO
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """What was found out; bytes are decimal (1 GB = 1e9)."""
+    """The result; bytes are decimal (1 GB = 1e9)."""
 
     cache: str
     data: str
@@ -51,39 +51,39 @@ class Forecast:
     views: int
     teacher: str
     teacher_at_hand: bool
-    """False: sizes come from made-up features of the teacher's shape."""
+    """False: the weights are not available, and sizes come from random features of the teacher's shape."""
     student: str
     codec: str
     bytes_per_view: dict[str, float]
     """features, target (label, view record, digest, logits), pixels, index, total: as in a manifest."""
     logit_bytes: int
-    """Of target: a record of the logit codec."""
+    """Bytes of the logits of a view, part of target."""
     once_bytes: int
     """Tail and codec state."""
     total_bytes: float
     free_bytes: int
     gpu: str
     teacher_gpu_hours: float
-    """Stage 1, from FLOPs, the table of GPUs and the assumed utilization."""
+    """Stage 1, from FLOPs, the GPU table and the assumed utilization."""
     teacher_s_per_view_here: float | None
-    """Measured on this machine: teacher, codec and store (None: the teacher is not at hand)."""
+    """Measured on this machine: teacher, codec and store (None: no weights)."""
     draw_s_per_view: float
-    """Measured on one core of this machine."""
+    """Time to sample a view, measured on one core of this machine."""
     cores_per_gpu: float
-    """That stage 1 wants: views that the GPU takes a second x draw_s_per_view."""
+    """CPU cores that stage 1 needs per GPU: views/s of the GPU x draw_s_per_view."""
     student_gpu_hours: float
     """One student from the cache."""
     online_gpu_hours: float
-    """One student with the teacher beside it."""
+    """One student, with the teacher run in every step."""
     students: int
     epochs: int
     saved_gpu_hours: float
-    """All students: online less cached, stage 1 included."""
+    """For all students: online minus cached, stage 1 included."""
     pays_after_students: int
     images_per_s: float
-    """Of one GPU that trains."""
+    """Training throughput of one GPU."""
     read_mb_per_s: float
-    """That one such GPU reads."""
+    """Read rate of one training GPU."""
     step_memory: dict[str, float]
     """Bytes of a step of one micro-batch on one GPU: weights, gradients, optimizer, activations, total."""
     alternatives: list[dict[str, Any]]
@@ -102,7 +102,7 @@ def _size(number: float) -> str:
 
 
 def describe(plan: Forecast) -> str:
-    """The forecast for people."""
+    """The forecast as text."""
     one, memory, total = plan.bytes_per_view, plan.step_memory, plan.images * plan.views
     logits = f"target (logits {plan.logit_bytes:,}, label, view record)"
     names = {"features": f"features ({plan.codec})", "target": logits, "pixels": "pixels", "index": "index, headers"}
@@ -110,49 +110,49 @@ def describe(plan: Forecast) -> str:
     lines = [
         f"{plan.images:,} images of {plan.data} x {plan.views} views, teacher {plan.teacher}, student {plan.student}",
         "",
-        f"  {'bytes a view':<48}{'':>10}{'in all':>14}",
+        f"  {'bytes per view':<48}{'':>10}{'total':>14}",
         *(f"  {name:<48}{one[part]:>10,.0f}{_size(one[part] * total):>14}" for part, name in names.items()),
         f"  {'tail and codec, once':<48}{'':>10}{_size(plan.once_bytes):>14}",
         f"  {'total':<48}{one['total']:>10,.0f}{_size(plan.total_bytes):>14}",
-        f"  {'free at ' + plan.cache:<58}{_size(plan.free_bytes):>14}{'  IT DOES NOT FIT' if short else ''}",
+        f"  {'free at ' + plan.cache:<58}{_size(plan.free_bytes):>14}{'  DOES NOT FIT' if short else ''}",
         "",
         f"  stage 1 on one {plan.gpu}: {plan.teacher_gpu_hours:.3g} GPU-hours, {plan.cores_per_gpu:.0f} CPU cores "
-        f"to keep a GPU busy ({plan.draw_s_per_view * 1e3:.1f} ms a view on a core here)",
+        f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
         f"  one student from the cache, {plan.epochs} epochs: {plan.student_gpu_hours:.3g} GPU-hours; "
-        f"with the teacher beside it: {plan.online_gpu_hours:.3g}",
-        f"  the cache has paid for itself with student {plan.pays_after_students}; {plan.students} students save "
+        f"with the teacher in every step: {plan.online_gpu_hours:.3g}",
+        f"  the cache breaks even with student {plan.pays_after_students}; {plan.students} students save "
         f"{plan.saved_gpu_hours:.3g} GPU-hours",
-        f"  a training {plan.gpu} takes {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
-        f"  memory of a step of one micro-batch in float32: {_size(memory['total'])} "
+        f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
+        f"  memory of a step, one micro-batch in float32: {_size(memory['total'])} "
         f"(weights {_size(memory['weights'])}, gradients {_size(memory['gradients'])}, "
         f"optimizer {_size(memory['optimizer'])}, activations {_size(memory['activations'])})",
         "",
-        f"  {'instead':<30}{'in all':>14}{'GPU-hours':>12}",
+        f"  {'alternative':<30}{'total':>14}{'GPU-hours':>12}",
         *(f"  {row['change']:<30}{_size(row['bytes']):>14}{row['gpu_hours']:>12.3g}" for row in plan.alternatives),
         "",
-        f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet), of which "
-        f"the teacher is assumed to reach {FORWARD_UTILIZATION:.0%} and training {TRAINING_UTILIZATION:.0%}; "
+        f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); assumed utilization "
+        f"{FORWARD_UTILIZATION:.0%} for the teacher and {TRAINING_UTILIZATION:.0%} for training; "
         "FLOPs as in docs/COSTS.md",
     ]
     if plan.teacher_s_per_view_here is not None:
         lines.append(
-            f"  measured here: {plan.teacher_s_per_view_here * 1e3:.1f} ms a view for teacher, codec and store"
+            f"  measured here: {plan.teacher_s_per_view_here * 1e3:.1f} ms per view for teacher, codec and store"
         )
     else:
         lines.append(
-            "  THE TEACHER'S WEIGHTS ARE NOT AT HAND: sizes come from made-up features of its shape; they hold for "
-            "codecs of fixed size in tars"
+            "  NO TEACHER WEIGHTS: sizes come from random features of its shape; they are exact for codecs of fixed "
+            "size in tars"
         )
     return "\n".join(lines)
 
 
 MAX_EXTRA_S = 60.0
-"""Longest time that a codec which was not asked for is worth, seconds."""
+"""Time limit for fitting codecs that were not requested, seconds."""
 
 
 @dataclass(frozen=True)
 class _Teacher:
-    """What is known of the teacher."""
+    """The teacher, or a placeholder without weights."""
 
     live: Teacher | PlaceholderTeacher
     shape: tuple[int, int, int]
@@ -170,7 +170,7 @@ class _Sizes(NamedTuple):
 
 
 class _Times(NamedTuple):
-    """Seconds an image and GPU, GPU-hours in all."""
+    """Seconds per image on one GPU, and total GPU-hours."""
 
     forward_s: float
     step_s: float
@@ -182,18 +182,18 @@ class _Times(NamedTuple):
 def forecast(
     config: CacheTeacherConfig, training: DistillConfig, process: Process, *, students: int, epochs: int, gpu: str
 ) -> Forecast:
-    """Measure and count.
+    """Measure the sizes and count the FLOPs of a cache and its students.
 
     Args:
-        config: all options of stage 1, as `cache_teacher` would get them.
+        config: all options of stage 1.
         training: the recipe's training options with the student.
         process: this process.
-        students: students that are going to be trained.
-        epochs: passes over the data for each.
+        students: number of students to train.
+        epochs: epochs per student.
         gpu: a name of `gpus.GPUS`.
 
     Raises:
-        UserError: whatever stage 1 would refuse here; a codec that has to be fitted without the teacher.
+        UserError: any option that stage 1 refuses; a codec that must be fitted, without teacher weights.
     """
     card = gpu_of(gpu)
     check_codec_options(config)
@@ -247,7 +247,7 @@ def forecast(
 def _sizes(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: SizeProbe
 ) -> _Sizes:
-    """What the cache takes, from a small unit of it."""
+    """Size of the cache, from a small unit."""
     ranges, views = unit_ranges(source, config.cache.samples_per_shard), config.cache.num_views
     images, parts = sum(map(len, ranges)), found.bytes_of(ranges, views)
     per_view = {part: round(value / (images * views), 1) for part, value in parts.items()}
@@ -262,7 +262,7 @@ def _sizes(
 def _times(
     config: CacheTeacherConfig, training: DistillConfig, card: Gpu, sizes: _Sizes, epochs: int, classes: int
 ) -> _Times:
-    """What GPUs take, from FLOPs."""
+    """GPU time, from FLOPs."""
     costs = pair_costs(config.teacher.name, training.student.name, training.scalekd, config.views.size, classes)
     forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILIZATION)
     step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILIZATION)
@@ -285,7 +285,7 @@ def _step_memory(
 
 
 def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:
-    """The teacher as stage 1 would load it; a stand-in of its shape where there are no weights."""
+    """The teacher as stage 1 loads it; a placeholder of its shape if there are no weights."""
     options, size = find_weights(config.teacher), config.views.size
     torch.manual_seed(config.views.seed)
     try:
@@ -307,7 +307,7 @@ def _codec(
         return make_codec(config.cache.codec, teacher.shape)
     if not isinstance(teacher.live, Teacher):
         raise UserError(
-            "this codec's size depends on the teacher's features, and its weights are not at hand",
+            "this codec's size depends on the teacher's features, and its weights are not available",
             got=f"CODEC={config.cache.codec}, teacher {config.teacher.name}",
             fix=f"run `make fetch TEACHER={config.teacher.name}` where there is a network, give TEACHER_WEIGHTS=, "
             "or plan with CODEC=int8",
@@ -331,13 +331,13 @@ def _name(codec: FeatureCodec) -> str:
 
 
 def _free(path: Path) -> int:
-    """Free bytes where the cache is going to be."""
+    """Free bytes on the disk of the cache."""
     folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     return shutil.disk_usage(folder).free
 
 
 def _shared_pixels(source: PixelCache) -> float:
-    """A record of shared pixels is read whole, its own features too."""
+    """Bytes read per view of shared pixels: whole records, with their features."""
     return float(source.cache.manifest.bytes_per_view["total"])
 
 
@@ -351,7 +351,7 @@ def _alternatives(
     once: int,
     stage_1: float,
 ) -> list[dict[str, Any]]:
-    """What fewer or more views, and other codecs, would change: bytes in all, teacher GPU-hours."""
+    """Total bytes and teacher GPU-hours with fewer or more views, and with other codecs."""
     ranges = unit_ranges(source, config.cache.samples_per_shard)
     views, images = config.cache.num_views, sum(map(len, ranges))
     rows: list[dict[str, Any]] = []

@@ -1,7 +1,7 @@
-"""GPUs by name: what their vendors say, and what share of it is assumed to be reached.
+"""GPUs by name: peak throughput and memory from data sheets, and assumed utilization.
 
-In: a name. Out: a `Gpu`. Invariant: peaks are dense bfloat16 with float32 sums, from the documents named; none is
-measured.
+In: a name. Out: a `Gpu`.
+Invariant: peaks are dense bfloat16 with float32 accumulation, from the documents named; none is measured.
 """
 
 from typing import NamedTuple
@@ -15,13 +15,13 @@ TRAINING_UTILIZATION = 0.25
 
 
 class Gpu(NamedTuple):
-    """One kind."""
+    """One GPU model."""
 
     peak_tflops: float
     """Dense bfloat16, TFLOP/s."""
     memory_gb: float
     source: str
-    """Where the vendor says so; sheets that give twice as much give it "with sparsity"."""
+    """The vendor's document. Data sheets often give twice the peak, "with sparsity"."""
 
 
 GPUS = {
@@ -39,7 +39,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """UserError with the nearest names for one that is not in the table."""
+    """The GPU of a name; UserError with the nearest names if it is not in the table."""
     if name.lower() not in GPUS:
-        raise unknown_name("GPU", name.lower(), GPUS, "GPU=; give one of like speed")
+        raise unknown_name("GPU", name.lower(), GPUS, "GPU=; use one of similar speed")
     return GPUS[name.lower()]

@@ -103,7 +103,7 @@ def test_a_teacher_that_is_not_at_hand(tmp_path, monkeypatch):
     found = plan_of(config)
     assert not found.teacher_at_hand
     assert found.teacher_s_per_view_here is None
-    assert "WEIGHTS ARE NOT AT HAND" in describe(found)
+    assert "NO TEACHER WEIGHTS" in describe(found)
     real = plan_of(options(tmp_path / "cache", shared_weights()))
     assert found.bytes_per_view["total"] == pytest.approx(real.bytes_per_view["total"], rel=0.005)
     for codec in ({"codec": "transform"}, {"codec": "auto", "codec_target": "kl:0.1"}):
@@ -171,4 +171,4 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
     for words in ("features (int8)", "CPU cores", "GPU-hours", "images/s", "memory of a step", "data sheet", "VIEWS=4"):
         assert words in text
     assert "DOES NOT FIT" not in text
-    assert "IT DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))
+    assert "DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))
