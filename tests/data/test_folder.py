@@ -174,6 +174,10 @@ def break_link(root):
     (root / "train/ant/3.png").symlink_to(root / "gone")
 
 
+def break_link_loop(root):
+    (root / "train/ant/3.png").symlink_to("3.png")
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -182,6 +186,7 @@ def break_link(root):
         (break_no_classes, "no class folders"),
         (break_stray, "outside of class folders"),
         (break_link, "not a file"),
+        (break_link_loop, "not a file"),
     ],
 )
 def test_damaged_train_folder(tmp_path, damage, message):

@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import numpy as np
 import pytest
 from pydantic import Field
+from safetensors.numpy import save_file
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import (
     JSON_BYTES,
     check_regular,
+    check_safetensors,
     checked,
     open_regular,
     read_at,
@@ -86,6 +89,21 @@ def test_hashing_and_libraries_meet_regular_files_only(tmp_path: Path, kind: str
     for reader in (fact_of, check_regular, open_regular):
         with pytest.raises(UserError, match=words):
             reader(tmp_path / "file")
+
+
+@pytest.mark.parametrize("change", ["longer", "shorter", "sparse", "no header", "empty"])
+def test_a_file_of_tensors_has_the_length_that_its_header_gives(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"x": np.zeros((3, 5), np.float32), "y": np.ones(1, np.uint8)}, path, metadata={"spec": "{}"})
+    size = path.stat().st_size
+    assert check_safetensors(path) == fact_of(path).bytes == size
+    if change == "no header":
+        path.write_bytes(b"\xff" * 100)
+    else:
+        os.truncate(path, {"longer": size + 1, "shorter": size - 1, "sparse": 64 << 30, "empty": 0}[change])
+    for reader in (check_safetensors, fact_of):
+        with pytest.raises(UserError, match="damaged" if change in ("no header", "empty") else "wrong length"):
+            reader(path)
 
 
 def test_missing_is_left_to_the_caller_of_open_regular(tmp_path: Path) -> None:

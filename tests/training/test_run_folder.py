@@ -58,9 +58,10 @@ def test_folders_without_a_run(tmp_path):
         RunFolder(tmp_path / "file", {})
     with pytest.raises(UserError, match="no run"):
         read_config(tmp_path)
-    (tmp_path / "config.yaml").write_text("- 1")
-    with pytest.raises(UserError, match="configuration is damaged"):
-        read_config(tmp_path)
+    for text in ("- 1", "cache: caches/a\nstudent:\n  name: resnet50\ntrain:\n  epochs: 3\n"):  # the second one is half
+        (tmp_path / "config.yaml").write_text(text)
+        with pytest.raises(UserError, match="configuration is damaged"):
+            read_config(tmp_path)
 
 
 def test_metrics_after_an_interruption_have_each_step_once(tmp_path):
