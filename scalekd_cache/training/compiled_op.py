@@ -73,7 +73,7 @@ def _build_folder() -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
         raise UserError(
-            "the folder in which DeepSpeed compiles an operator cannot be written",
+            "the build folder of DeepSpeed's operator cannot be written",
             got=error.strerror,
             where=error.filename,
             fix="set TORCH_EXTENSIONS_DIR or HOME to a folder that only you can write",

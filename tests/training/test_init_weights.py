@@ -71,7 +71,7 @@ def test_a_run_starts_from_a_finished_one(cache, finished, tmp_path):
     """The first loss of a new run is near the last of the old one, not near that of random weights."""
     options = {"init": finished, "train.epochs": 1}
     output = run("distill", *distill_flags(cache, tmp_path / "run", **options))
-    assert f"starting from {finished}/export/model.safetensors" in output
+    assert f"initial weights: {finished}/export/model.safetensors" in output
     before = [line["label"] for line in steps_of(finished)]
     label = [line["label"] for line in steps_of(tmp_path / "run")]
     assert label[0] < before[0] - 0.5 * (before[0] - before[-1])
