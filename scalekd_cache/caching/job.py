@@ -353,7 +353,7 @@ def _teacher_top1(config: CacheTeacherConfig, stage: Stage, sample: int | None =
         world_size=every,  # one rank of `every`: each n-th image
         workers=config.workers,
         title=title,
-        seen=keep,
+        on_batch=keep,
     )
     trained = config.teacher.pretrained or config.teacher.weights is not None
     if pairs and trained:

@@ -1,7 +1,7 @@
 """The demo's teacher: a small Swin, trained once on the digits when its weights are missing.
 
 In: the demo's training images. Out: a safetensors file of the timm model's state dict.
-Invariant: the file appears complete or not at all; the same machine and thread count give the same weights.
+Invariant: the file is written atomically; the same machine and thread count give the same weights.
 """
 
 import os
@@ -32,7 +32,7 @@ PEAK_LR = 2e-3
 
 
 def _images(source: Source) -> tuple[Tensor, Tensor]:
-    """All images (N, 3, 64, 64) uint8 and labels (N,) int64: the set is small."""
+    """All images (N, 3, 64, 64) uint8 and labels (N,) int64."""
     arrays = [decode_image(source.read(i), sample.key) for i, sample in enumerate(source.samples)]
     labels = torch.tensor([sample.label for sample in source.samples])
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous(), labels
@@ -54,7 +54,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_demo_teacher(
     path: Path, data: DataConfig, *, epochs: int = EPOCHS, seed: int = 0, model_args: Mapping[str, Any] | None = None
 ) -> float:
-    """Train the demo's teacher and save it; `model_args` make another Swin of it (beyond `demo_teacher_args`).
+    """Train the demo's teacher and save it; `model_args` override `demo_teacher_args`.
 
     Returns:
         Its top-1 accuracy on the demo's held-out images, percent.

@@ -1,8 +1,8 @@
-"""Accuracy of a classifier, teacher or student, on the validation images.
+"""Accuracy of a classifier (teacher or student) on the validation images.
 
 In: a function from uint8 pixels to logits, a validation source, this rank's share. Out: a `Tally`.
-Invariant: every readable validation image counts exactly once whatever the number of ranks; the rest are counted as
-unreadable, not forgotten.
+Invariant: every readable validation image counts exactly once whatever the number of ranks; the others
+are counted as unreadable.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,19 +34,19 @@ def teacher_accuracy(teacher: Mapping[str, Any]) -> str:
 
 
 class Tally(NamedTuple):
-    """Counts over validation images; tallies of disjoint shares add up."""
+    """Counts over validation images; tallies of disjoint shares can be added."""
 
     top1: int
     """Images whose label has the largest logit."""
     top5: int
     """Images whose label is among the five largest (all classes, when there are fewer)."""
     images: int
-    """Images that were judged."""
+    """Images that were evaluated."""
     unreadable: int
     """Images that could not be decoded."""
 
     def plus(self, other: "Tally") -> "Tally":
-        """The tally of both shares."""
+        """The sum of two tallies."""
         return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
 
     @property
@@ -115,9 +115,9 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 0,
     title: str = "evaluate",
-    seen: Callable[[Tensor, Tensor], None] | None = None,
+    on_batch: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Tally:
-    """Judge `predict` on validation images rank, rank + world_size, ...
+    """Evaluate `predict` on validation images rank, rank + world_size, ...
 
     Args:
         predict: (B, 3, size, size) uint8 on `device` -> logits (B, K).
@@ -128,11 +128,11 @@ def evaluate(
         world_size: processes that share the work; the caller adds their tallies.
         batch_size: most images per call of `predict`.
         workers: processes that decode images.
-        title: what the progress bar says.
-        seen: is given the logits (B, K) and labels (B,) of every batch.
+        title: title of the progress bar.
+        on_batch: called with the logits (B, K) and labels (B,) of every batch.
     """
     share = range(rank, len(source.samples), world_size)
-    if workers:  # a whole batch a worker where there is room for two of them, else a part of one
+    if workers:  # a whole batch per worker if two fit into shared memory, else a part of one
         batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
     loader = load_items(
         _Batches(ValidationImages(source, size)),
@@ -148,7 +148,7 @@ def evaluate(
             if images is not None:
                 logits = predict(images.to(device)).float()
                 total = total.plus(tally(logits, labels.to(device)))
-                if seen is not None:
-                    seen(logits, labels)
+                if on_batch is not None:
+                    on_batch(logits, labels)
             bar.update(len(labels) + unreadable)
     return total

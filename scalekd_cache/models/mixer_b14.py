@@ -1,9 +1,8 @@
-"""Mixer-B/14, the one student of the paper that timm does not have, made known to timm.
+"""Mixer-B/14, the one student of the paper that timm does not have, registered with timm.
 
-In: `import scalekd_cache.models.mixer_b14` (importing `scalekd_cache.models.student` does it). Out: `mixer_b14_224`
-is a name like any other of timm's, with random weights. Invariant: the module is timm's own `MlpMixer`, tensors have
-timm's names. A process that loads an exported one with `timm.create_model("local-dir:...")` imports this module
-first.
+In: `import scalekd_cache.models.mixer_b14` (`scalekd_cache.models.student` does this). Out: `mixer_b14_224` becomes a
+timm model name, with random weights. Invariant: the module is timm's `MlpMixer`, with timm's tensor names. Import this
+module before loading an exported Mixer-B/14 with `timm.create_model("local-dir:...")`.
 """
 
 from typing import Any
@@ -25,7 +24,7 @@ default_cfgs = generate_default_cfgs(
         }
     }
 )
-"""As timm's of its other Mixers; there are no weights."""
+"""Like timm's other Mixers; there are no pretrained weights."""
 
 
 @register_model  # type: ignore[untyped-decorator]

@@ -1,17 +1,17 @@
-"""The student: any timm model, with its two last feature maps taken out of one plain pass.
+"""The student: any timm model, with its two last feature maps taken from one plain forward pass.
 
 In: a `StudentConfig`; images (B, 3, H, W), float, already normalized. Out: `StudentOutput` (S3, S4, logits).
-Invariant: logits are exactly `model(images)`, and `Student.model` is an untouched timm module: its state dict is what
+Invariant: logits are exactly `model(images)`, and `Student.model` is an untouched timm module: its state dict
 is exported.
 
 S3 and S4. Models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin): the ends of their last two stages, as timm's
 `feature_info` names them. Models of one resolution (ViT): the block that ends the third quarter and the last block,
 patch tokens only. Mixer: the third block from the end and the last. S4 of ViT, Swin and ConvNeXt is taken after the
-model's final norm (on every position, where timm normalizes after pooling); all else is taken without a norm. These
-are upstream's choices where its code shows them (docs/METHOD.md).
+model's final norm (on every position, where timm normalizes after pooling); all others are taken without a norm.
+These are upstream's choices where its code shows them (docs/METHOD.md).
 
-The maps are picked up by hooks while the model is called as a whole. Calling its parts by hand would miss what ZeRO 3
-does on a module's call: its parameters are gathered only then.
+The maps are recorded by hooks while the whole model is called. ZeRO 3 gathers parameters only when a module is called,
+so its parts are not called by hand.
 """
 
 import math
@@ -42,17 +42,17 @@ CONVNEXT_FORM: dict[str, Any] = {"head_norm_first": True}
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv1": ("mobilenetv1_100", MOBILENET_FORM),
     "resnet50": ("resnet50", {}),
-    "resnet50d": ("resnet50d", {}),  # what upstream's advanced "ResNet-50" recipe really builds
+    "resnet50d": ("resnet50d", {}),  # what upstream's advanced "ResNet-50" recipe builds
     "convnext_tiny": ("convnext_tiny", CONVNEXT_FORM),
     "mixer_s16": ("mixer_s16_224", {}),
     "mixer_b16": ("mixer_b16_224", {}),
-    "mixer_b14": (mixer_b14_224.__name__, {}),  # which `mixer_b14` makes known to timm
+    "mixer_b14": (mixer_b14_224.__name__, {}),  # registered with timm by `mixer_b14`
     "vit_small": ("vit_small_patch16_224", POOLED_VIT),
     "vit_base": ("vit_base_patch16_224", POOLED_VIT),
-    "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # beside a teacher with such patches
+    "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # for a teacher with 14-pixel patches
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
 }
-"""The paper's students by short name: timm's name, and arguments under which it computes what upstream's model does.
+"""The paper's students by short name: timm's name, and the arguments that make it compute what upstream's model does.
 Other names keep timm's defaults."""
 
 
@@ -61,7 +61,7 @@ FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (SwinTransformerV2, ("norm",)),
     (ConvNeXt, ("norm_pre", "head.norm")),
 )
-"""Models whose maps shrink and end in a norm: where it is. The first that is not an identity goes on S4."""
+"""Final norms of models whose maps shrink. The first that is not an identity is applied to S4."""
 TOKEN_NORMS = ("norm", "fc_norm")
 """The same for models of one resolution."""
 
@@ -87,11 +87,11 @@ class TapPlan(NamedTuple):
     reduction: int | None
     """Pixels per token of models of one resolution, None for maps that shrink."""
     norm: str | None
-    """Module put on S4, None for none."""
+    """Module applied to S4, None for none."""
 
 
 class _Tap:
-    """A forward hook that keeps a module's output while `armed`; `model(x)` on its own keeps nothing alive."""
+    """A forward hook that records a module's output while `armed`; a plain `model(x)` keeps no tensor alive."""
 
     def __init__(self) -> None:
         self.armed = False
@@ -106,11 +106,11 @@ def plan_taps(model: Any, name: str) -> TapPlan:
     """Choose S3 and S4 from timm's `feature_info`; `UserError` when the model has none or fewer than two maps."""
     info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
     if len(info) < 2 or not all("module" in entry for entry in info):
-        raise _unfit(name, "timm does not say where its feature maps are")
+        raise _unfit(name, "timm does not list its feature maps")
     known = {module for module, _ in model.named_modules()}
     absent = [entry["module"] for entry in info if entry["module"] not in known]
-    if absent:  # Twins and MViT name modules that they do not have
-        raise _unfit(name, f"timm says that its feature maps come from {absent[-1]}, which it does not have")
+    if absent:  # Twins and MViT list modules that do not exist
+        raise _unfit(name, f"timm lists a feature map of {absent[-1]}, which the model does not have")
     last = info[-1]
     shallower = [entry for entry in info if entry["reduction"] != last["reduction"]]
     reduction = None
@@ -133,14 +133,14 @@ def _is_norm(model: nn.Module, name: str) -> bool:
 
 
 class Student(nn.Module):
-    """A timm model and the hooks on it.
+    """A timm model with hooks on its two last feature maps.
 
     Args:
         model: The timm model.
         name: Its timm name, kept as `model_name`.
         args: The arguments that built it, kept as `model_args`.
         image_size: Side of the images, pixels.
-        grad_checkpointing: Compute blocks again in the backward pass (`recompute.py`).
+        grad_checkpointing: Recompute blocks in the backward pass (`activation_checkpointing.py`).
     """
 
     def __init__(
@@ -150,7 +150,7 @@ class Student(nn.Module):
         self.model, self.model_name, self.model_args = model, name, args
         self.plan = plan_taps(model, name)
         self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-        self.prefix = 0  # tokens before the patch tokens; the probe finds it
+        self.prefix = 0  # tokens before the patch tokens, set by `_probe`
         self._first_pass = recompute_blocks(model, name) if grad_checkpointing else None
         self._taps = (_Tap(), _Tap())
         for module, tap in zip(self.plan.modules, self._taps, strict=True):
@@ -176,9 +176,9 @@ class Student(nn.Module):
             tap.armed, tap.value = False, None
         for module, value in zip(self.plan.modules, (s3, s4), strict=True):
             if value is None:
-                raise _unfit(self.model_name, f"its forward pass does not call {module}, which holds its feature map")
+                raise _unfit(self.model_name, f"its forward pass does not call {module}, the module of a feature map")
             if not isinstance(value, Tensor):
-                raise _unfit(self.model_name, f"{module} gives a {type(value).__name__}, not one feature map")
+                raise _unfit(self.model_name, f"{module} returns a {type(value).__name__} instead of one feature map")
         assert s3 is not None
         assert s4 is not None
         return StudentOutput(s3, s4, logits)
@@ -199,26 +199,28 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _probe(self, image_size: int) -> tuple[Shape, Shape]:
-        """Run one image of noise for the shapes, and check that the hooks give what timm's own method gives."""
+        """Run one noise image to get the shapes, and compare the hooked maps with `forward_intermediates`."""
         mode = self.model.training
         self.model.eval()
         x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = x.to(next(self.model.parameters()).device)  # on the meta device only shapes are found
+        x = x.to(next(self.model.parameters()).device)  # on the meta device only shapes are known
         try:
             raw = self._tapped(x)
-            if self.plan.reduction is not None and raw.s3.ndim == 3:  # CaiT and XCiT get their class token later
+            if self.plan.reduction is not None and raw.s3.ndim == 3:  # CaiT and XCiT add their class token later
                 self.prefix = raw.s3.shape[1] - (image_size // self.plan.reduction) ** 2
             maps = [self._to_map(raw.s3), self._to_map(raw.s4)]
             method: Any = getattr(self.model, "forward_intermediates", None)
             known = method(x, indices=list(self.plan.indices), intermediates_only=True) if method else maps
         except (AssertionError, RuntimeError) as error:
-            raise _unfit(self.model_name, f"it does not run on images of {image_size} pixels: {error}") from error
+            raise _unfit(
+                self.model_name, f"it failed on images of {image_size} x {image_size} pixels: {error}"
+            ) from error
         finally:
             self.model.train(mode)
         for got, expected, channels in zip(maps, known, self.plan.channels, strict=True):
             same = got.shape == expected.shape and (got.is_meta or torch.allclose(got, expected, rtol=1e-3, atol=1e-4))
             if not same or got.shape[1] != channels:
-                raise _unfit(self.model_name, "its stages do not give plain feature maps")
+                raise _unfit(self.model_name, "its stages do not return plain feature maps")
         shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
         return shapes[0], shapes[1]
 
@@ -241,11 +243,11 @@ def build_student(
     Args:
         config: Name, drop path rate, activation checkpointing.
         num_classes: Width of its classifier.
-        image_size: Side of its images, pixels; given to models that are built for one size.
-        args: More arguments of the timm model, over those of the short name.
+        image_size: Side of its images, pixels; passed to models that are built for one size.
+        args: Further arguments of the timm model; they override those of the short name.
 
     Raises:
-        UserError: an unknown name, a model without two usable maps at this size, or one that cannot recompute.
+        UserError: an unknown name, no two usable maps at this size, or no support for activation checkpointing.
     """
     name, known = SHORT_NAMES.get(config.name, (config.name, {}))
     name = check_name(name, "student.name")

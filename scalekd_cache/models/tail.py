@@ -1,8 +1,8 @@
 """The tail: the frozen end of a teacher, from its stage-3 map to the features after the final norm.
 
-In: a timm model of a known family. Out: a `Tail`, (B, C3, H3, W3) ->
-(B, C, H, W). Invariant: fed with the teacher's own stage-3 map (and prefix tokens), a tail gives the teacher's
-features; its parameters never change and it never leaves eval mode.
+In: a timm model of a known family. Out: a `Tail`, (B, C3, H3, W3) -> (B, C, H, W).
+Invariant: from the teacher's own stage-3 map (and prefix tokens) a tail computes the teacher's features; its parameters
+never change and it stays in eval mode.
 
 The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalize after pooling: `norm` is the identity
 and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT and Hiera: `head.norm` at
@@ -33,22 +33,21 @@ from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.models.weights import check_tensors
 from scalekd_cache.store.checked_files import check_safetensors
-from scalekd_cache.store.durable_files import write_atomically
 
 
 class TailParts(NamedTuple):
-    """The modules of a model that make its tail; `body` runs first to last."""
+    """The modules that form a model's tail; `body` runs in order."""
 
     body: list[nn.Module]
     norm: nn.Module
     layout: str
-    """nhwc, nchw, tokens or unrolled (Hiera's order of tokens): what goes in and out of `body`, and into `norm`."""
+    """nhwc, nchw, tokens or unrolled (Hiera's token order): layout of `body`'s input and output and `norm`'s input."""
     prefix: int = 0
     """Tokens before the patch tokens (class, distillation, registers)."""
     position: nn.Module | None = None
-    """What gives positions to the attention of all blocks: shared relative bias (BEiT) or rotary embedding (EVA)."""
+    """Position module shared by all blocks: relative position bias (BEiT) or rotary embedding (EVA)."""
     unrolled: tuple[int, int] = (0, 0)
-    """How often the tokens that enter and leave `body` are unrolled (Hiera)."""
+    """Number of unrolls of `body`'s input and output tokens (Hiera)."""
 
 
 class Family(NamedTuple):
@@ -71,7 +70,7 @@ def _last_quarter(model: Any) -> list[nn.Module]:
 
 
 def _hiera(model: Any) -> TailParts:
-    """The last stage. Its tokens are in the order of as many unrolls as poolings are still to come."""
+    """The last stage. Its tokens have one unroll for each pooling that follows."""
     last, ends = len(model.blocks) - 1, model.stage_ends
     first = ends[-2] + 1
     before, after = (len(model.reroll.schedule[number][0]) for number in (first - 1, last))
@@ -106,27 +105,29 @@ FAMILIES = (
         ),
     ),
 )
-"""The supported teachers: the one place to add a family to (with a case in tests/models/test_teacher.py)."""
+"""The supported teachers. Add a family here, with a case in tests/models/test_teacher.py."""
 
 _ADDED: list[Family] = []
 
 
 def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], TailParts]) -> None:
-    """Make modules of a class teachers, as a row of `FAMILIES` does (docs/GUIDES.md, "My teacher").
+    """Register a class of models as a teacher family, like a row of `FAMILIES` (docs/GUIDES.md).
 
     Args:
-        name: of the family; it is written into caches, and reading one needs it registered again.
+        name: of the family; caches record it, and reading such a cache requires registering it again.
         kind: the class.
-        parts: finds the modules of the tail in a model of this class.
+        parts: returns the tail's modules of a model of this class.
 
     Raises:
-        UserError: another class has this name already.
+        UserError: the name is registered for another class.
     """
     for family in (*FAMILIES, *_ADDED):
         if family.name == name:
             if family.classes == (kind,):
                 return
-            raise UserError("two families of teachers have one name", got=name, fix="choose another name")
+            raise UserError(
+                "a teacher family with this name is already registered", got=name, fix="choose another name"
+            )
     _ADDED.append(Family(name, (kind,), parts))
 
 
@@ -136,15 +137,15 @@ def family_of(model: nn.Module, name: str) -> Family:
         if isinstance(model, family.classes) and not getattr(model, "rope_mixed", False):
             return family
     raise UserError(
-        "this model cannot be a teacher: it is of no supported transformer family",
+        "this model cannot be a teacher: its architecture is not supported",
         got=f"{name}, a {type(model).__name__}",
         expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
-        fix="choose such a model, or make it known with register_family (docs/GUIDES.md)",
+        fix="choose a supported model, or register its family with register_family (docs/GUIDES.md)",
     )
 
 
 def unroll(x: Tensor, times: int) -> Tensor:
-    """(B, C, H, W) to Hiera's tokens (B, H W, C): each unroll moves the place within a 2x2 patch to the front."""
+    """(B, C, H, W) to Hiera's tokens (B, H W, C): an unroll moves the position within a 2x2 patch to the front."""
     batch, channels, height, width = x.shape
     for _ in range(times):
         height, width = height // 2, width // 2
@@ -165,7 +166,7 @@ def reroll(x: Tensor, times: int, grid: tuple[int, int]) -> Tensor:
 
 
 def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled: int = 0) -> Tensor:
-    """A model's own layout, prefix tokens dropped, to (B, C, H, W)."""
+    """From a model's own layout to (B, C, H, W), without prefix tokens."""
     if layout == "unrolled":
         return reroll(x, unrolled, grid)
     if layout == "tokens":
@@ -174,19 +175,19 @@ def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled:
 
 
 def features_of(parts: TailParts, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The final norm on what `parts.body` gave, as (B, C, H, W)."""
+    """The final norm on the output of `parts.body`, as (B, C, H, W)."""
     return to_map(parts.norm(x), parts.layout, parts.prefix, grid, parts.unrolled[1])
 
 
 class Tail(nn.Module):
     """The frozen end of a teacher (ScaleKD's teacher parameter perception, TPP, runs student features through it).
 
-    Gradients reach the input; parameters are frozen; `train()` changes nothing. For token models the tail runs on
-    patch tokens alone: where positions are counted with prefix tokens (BEiT, EVA) it puts zeros in their place and
-    hides them from the attention.
+    Gradients flow to the input; parameters are frozen; `train()` has no effect. For token models the tail runs on
+    patch tokens only: where positions include prefix tokens (BEiT, EVA), zeros replace them and attention masks
+    them.
 
     Args:
-        parts: Modules; they are used as they are (copy them first when the model lives on).
+        parts: Modules, used without a copy (copy them first if the model is still needed).
         family: Name of the family.
         in_shape: (C3, H3, W3).
         out_shape: (C, H, W).
@@ -203,11 +204,11 @@ class Tail(nn.Module):
         super().train(False)
 
     def train(self, mode: bool = True) -> "Tail":
-        """Stays in eval mode: drop path in the teacher's tail would be noise in its targets."""
+        """Keep eval mode: drop path in the tail would add noise."""
         return self
 
     def enable_drop_path(self) -> None:
-        """Switch the tail's drop path on for good (`scalekd.tail_drop_path`, an ablation)."""
+        """Enable the tail's drop path permanently (`scalekd.tail_drop_path`, an ablation)."""
         for module in self.modules():
             if isinstance(module, DropPath):
                 module.training = True
@@ -223,7 +224,7 @@ class Tail(nn.Module):
             (B, C, H, W) after the final norm.
         """
         if x.shape[1:] != self.in_shape:
-            raise UserError("the tail got a map of another shape", got=tuple(x.shape[1:]), expected=self.in_shape)
+            raise UserError("the tail's input has the wrong shape", got=tuple(x.shape[1:]), expected=self.in_shape)
         grid = (self.out_shape[1], self.out_shape[2])
         parts = TailParts([], self.norm, self.layout, self.prefix, unrolled=self.unrolled)
         if self.layout == "tokens":
@@ -271,50 +272,44 @@ def build_tail(model: nn.Module, name: str, in_shape: Shape, out_shape: Shape) -
     tail = Tail(copy.deepcopy(family.parts(model)), family.name, in_shape, out_shape)
     for module in tail.modules():
         if "attention_bias_cache" in vars(module):
-            vars(module)["attention_bias_cache"] = {}  # TinyViT fills it in eval mode, with what was current then
+            vars(module)["attention_bias_cache"] = {}  # TinyViT fills it in eval mode from the weights of that moment
     return tail
 
 
 def tail_tensors(tail: Tail) -> dict[str, Tensor]:
-    """Parameters and all buffers by name, those included that a state dict leaves out (position indices, masks)."""
+    """Parameters and all buffers by name, including those that a state dict omits (position indices, masks)."""
     return dict(tail.named_parameters()) | dict(tail.named_buffers())
 
 
-def write_tail(tail: Tail, spec: TeacherSpec, path: Path) -> str:
-    """Write a tail (safetensors, via a temporary file in the same folder); returns the file's sha256 (hex)."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    return write_atomically(path, tail_bytes(tail, spec)).sha256
-
-
 def tail_bytes(tail: Tail, spec: TeacherSpec) -> bytes:
-    """The file of a tail; equal tails give equal bytes."""
+    """The content of a tail's file (safetensors with the specification); equal tails give equal bytes."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
-    # one metadata key only: safetensors does not fix the order of several, and equal tails give equal files
+    # one metadata key only: safetensors does not fix the order of several keys
     data: bytes = save(tensors, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
     return data
 
 
 def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
-    """Read a tail without the rest of its teacher in memory.
+    """Read a tail without loading the rest of its teacher.
 
-    The architecture is built by timm on the meta device, which allocates nothing; the tail's tensors, all buffers
-    included, come from the file.
+    timm builds the architecture on the meta device, without allocation; all tensors, buffers included, come from the
+    file.
 
     Args:
-        path: File of `teacher.save_tail`.
+        path: A file written from `tail_bytes`.
         spec: The teacher it must belong to.
 
     Returns:
         The tail, on the CPU.
 
     Raises:
-        UserError: no such file, damaged, of another teacher, or with missing, surplus or misshapen tensors.
+        UserError: the file is missing, damaged or of another teacher, or its tensors are missing, extra or misshapen.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
     check_safetensors(path, "the tail's file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # before anything is built by it
+            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # before a model is built from it
             with torch.device("meta"):
                 model, _ = create_timm_model(name, spec.model_args)
             tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)
@@ -328,7 +323,9 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
         owner = tail.get_submodule(name.rpartition(".")[0])
         key = name.rpartition(".")[2]
         if value.dtype != wanted[name].dtype:
-            raise UserError(f"tensor {name} has another type", got=value.dtype, expected=wanted[name].dtype, where=path)
+            raise UserError(
+                f"tensor {name} has the wrong dtype", got=value.dtype, expected=wanted[name].dtype, where=path
+            )
         if key in owner._parameters:
             owner._parameters[key] = nn.Parameter(value, requires_grad=False)
         else:
@@ -345,9 +342,9 @@ def _check_spec(text: str | None, spec: TeacherSpec, path: str | Path) -> None:
     if found != expected:
         names = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
         raise UserError(
-            "this tail is not the tail of the cache's teacher",
+            "this tail belongs to another teacher than the cache's",
             got=f"other values for {', '.join(names) or 'unknown fields'}",
             expected=f"teacher {spec.name}, weights {spec.weights_sha256[:16]}",
             where=path,
-            fix="use the tail.safetensors that was written with this cache",
+            fix="use the tail.safetensors of this cache",
         )

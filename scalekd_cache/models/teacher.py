@@ -1,8 +1,8 @@
-"""The frozen teacher: a timm transformer that turns uint8 views into features and logits; its end can be split off.
+"""The frozen teacher: a timm transformer that maps uint8 views to features and logits.
 
-In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail` and its
-file. Invariant: always in eval mode, never with gradients; features are those after the final norm (`tail.py` says what
-that is for each family), logits are the model's own, both from one pass.
+In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail`.
+Invariant: always in eval mode, without gradients. Features are taken after the final norm (`tail.py` defines it for
+each family). Features and logits come from one forward pass.
 """
 
 import json
@@ -19,7 +19,7 @@ from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.normalize import Normalize
-from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map, write_tail
+from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map
 from scalekd_cache.models.teacher_spec import Shape, TeacherSpec, weights_digest
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
 from scalekd_cache.models.weights import load_weights, stored_shapes
@@ -27,7 +27,7 @@ from scalekd_cache.store.manifest import Manifest
 
 
 class TeacherOutput(NamedTuple):
-    """What the teacher says of a batch."""
+    """Features and logits of a batch."""
 
     features: Tensor
     """(B, C, H, W) float32, after the final norm."""
@@ -36,7 +36,7 @@ class TeacherOutput(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """One pass of the model: what enters the tail's first module and leaves its last, in the model's own layout."""
+    """One forward pass: input of the tail's first module, output of its last (model's own layout), logits."""
 
     before: Tensor
     after: Tensor
@@ -44,7 +44,7 @@ class Taps(NamedTuple):
 
 
 def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor) -> Taps:
-    """One plain `model(x)`, with the maps before and after the tail's body picked up on the way."""
+    """Call `model(x)` and record the maps before and after the tail's body with hooks."""
     seen: dict[str, Tensor] = {}
     first = parts.body[0].register_forward_pre_hook(lambda _, args: seen.__setitem__("before", args[0]))
     last = parts.body[-1].register_forward_hook(lambda _module, _args, out: seen.__setitem__("after", out))
@@ -79,7 +79,7 @@ class Teacher(nn.Module):
         return self._normalize.mean.device
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in eval mode: a target must not depend on the teacher's drop path."""
+        """Keep eval mode: targets must not depend on the teacher's drop path."""
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
@@ -87,15 +87,15 @@ class Teacher(nn.Module):
         size = self.spec.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
             raise UserError(
-                "the teacher got images of another kind",
+                "the teacher's input has the wrong dtype or shape",
                 got=f"{images.dtype} {tuple(images.shape)}",
                 expected=f"torch.uint8 (B, 3, {size}, {size})",
-                fix="make views.size the teacher's image size",
+                fix="set views.size to the teacher's image size",
             )
         normalized: Tensor = self._normalize(images.to(self.device))
         return normalized
 
-    # no_grad, not inference_mode: TinyViT keeps tensors of a pass, and inference tensors could never meet autograd
+    # no_grad, not inference_mode: TinyViT caches tensors of a pass, and inference tensors cannot be used with autograd
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
         """(B, 3, H, W) uint8 images to features and logits, float32."""
@@ -146,7 +146,7 @@ def load_teacher(
     demo = config.name == DEMO_TEACHER
     name = check_name(timm_name(config.name), "teacher.name")
     if config.weights is None and config.pretrained and demo:
-        raise _no_weights(config.name, "demo_swin is no published model; the pipeline trains it")
+        raise _no_weights(config.name, "demo_swin is not a published model; stage 1 trains it")
     shapes = stored_shapes(config.weights) if config.weights is not None else None
     args: dict[str, Any] = {**(demo_teacher_args() if demo else {}), **(model_args or {})}
     optional = {}
@@ -160,7 +160,7 @@ def load_teacher(
         model, used = create_timm_model(name, json.loads(json.dumps(args)), optional, pretrained=fetch)
     except UserError:
         raise
-    except Exception as error:  # hub clients raise errors of many kinds; all of them mean that there are no weights
+    except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         if not fetch:
             raise
         raise _no_weights(config.name, f"{type(error).__name__}: {error}") from error
@@ -174,27 +174,27 @@ def load_teacher(
 def _no_weights(name: str, reason: str) -> UserError:
     return UserError(
         f"no weights for the teacher {name}: {reason}",
-        expected="a weights file, or a network to fetch timm's weights",
-        fix=f"run `make fetch TEACHER={name}` where there is a network, or give TEACHER_WEIGHTS=file.safetensors, "
-        "or PRETRAINED=0 for random weights (to try things out)",
+        expected="a weights file, or a network connection to download timm's weights",
+        fix=f"run `make fetch TEACHER={name}` on a machine with a network, set TEACHER_WEIGHTS=file.safetensors, "
+        "or set PRETRAINED=0 for random weights (for testing only)",
     )
 
 
 def teacher_classes(
     config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int
 ) -> int:
-    """Width of the classifier: what the weights have, else the configuration's number, else the data set's.
+    """Width of the classifier: that of the weights, else the configured number, else the data set's.
 
-    `name` is timm's own of today (`check_name`): only under that does timm know the classes of the weights.
+    `name` is timm's current name (`check_name`): timm knows the classes of pretrained weights under that name only.
     """
     known = timm.get_pretrained_cfg(name)
-    if known is None:  # a model that a plugin made known: which of its tensors is the classifier is not said
+    if known is None:  # a model registered by a plugin: its classifier tensor is not known
         return data_classes if config.num_classes is None else config.num_classes
     if shapes is not None:
         heads = known.classifier
         head = f"{heads[0] if isinstance(heads, list | tuple) else heads}.weight"
         stored = shapes[head][0] if shapes.get(head) else 0
-    elif config.pretrained and config.name != DEMO_TEACHER:  # whose weights are never timm's
+    elif config.pretrained and config.name != DEMO_TEACHER:  # its weights never come from timm
         stored = known.num_classes
     elif known.num_classes == 0:
         return config.num_classes or 0
@@ -202,17 +202,17 @@ def teacher_classes(
         return data_classes if config.num_classes is None else config.num_classes
     if config.num_classes not in (None, stored):
         raise UserError(
-            "the teacher's weights have a head for another number of classes",
+            "the teacher's weights have a classifier for a different number of classes",
             got=f"teacher.num_classes={config.num_classes}",
             expected=stored,
             where=config.weights or f"timm's weights of {name}",
-            fix="leave teacher.num_classes out, or give weights that were tuned for these classes",
+            fix="omit teacher.num_classes, or use weights that were fine-tuned for these classes",
         )
     return int(stored)
 
 
 def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> TeacherSpec:
-    """Run one black image through the model for its shapes, and write down what it is."""
+    """Run one black image through the model to get its shapes, and build its specification."""
     family = family_of(model, name)
     parts = family.parts(model)
     try:
@@ -220,14 +220,14 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
             taps = run_with_taps(model, parts, torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
         raise UserError(
-            f"the teacher does not run on images of {image_size} pixels: {error}",
+            f"the teacher failed on images of {image_size} x {image_size} pixels: {error}",
             got=name,
             fix="choose another views.size or another teacher",
         ) from error
     feature_shape = map_shape(taps.after, parts, parts.unrolled[1])
     if feature_shape[1:] == (1, 1):
         raise UserError(
-            "the teacher's last map is 1x1: without a grid there is nothing spatial to mimic",
+            "the teacher's last map is 1x1: feature distillation needs a spatial grid",
             got=f"{name} at {image_size} pixels",
             expected="at least 2x2",
             fix="choose a larger views.size",
@@ -251,20 +251,20 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
 
 
 def map_shape(x: Tensor, parts: TailParts, unrolled: int = 0) -> Shape:
-    """(C, H, W) of a tap; token grids are square because images are."""
+    """(C, H, W) of a tapped map; token grids are square because images are square."""
     side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
     _, channels, height, width = to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape
     return channels, height, width
 
 
 def split_tail(teacher: Teacher) -> Tail:
-    """A copy of the teacher's end, on the teacher's device."""
+    """A copy of the teacher's tail, on the teacher's device."""
     return build_tail(teacher.model, teacher.spec.name, teacher.spec.tail_shape, teacher.spec.feature_shape)
 
 
 @torch.no_grad()
 def check_tail(teacher: Teacher, images: Tensor) -> float:
-    """Largest difference between the tail's and the teacher's features, over the largest feature; in float32.
+    """Largest difference between the tail's and the teacher's features, relative to the largest feature, in float32.
 
     Args:
         teacher: Teacher to check.
@@ -279,11 +279,6 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
         before = to_map(taps.before, parts.layout, parts.prefix, spec.tail_shape[1:], parts.unrolled[0])
         got = split_tail(teacher)(before, prefix)
     return float((got - expected).abs().max() / expected.abs().max())
-
-
-def save_tail(teacher: Teacher, path: str | Path) -> str:
-    """Write the teacher's tail (safetensors with the specification); returns the sha256 (hex) of the file."""
-    return write_tail(split_tail(teacher), teacher.spec, Path(path))
 
 
 def cache_teacher_config(

@@ -1,7 +1,7 @@
-"""Whether the teacher's outputs are in the order of the data set's classes, by its accuracy on labeled images.
+"""Checks by accuracy on labeled images whether the teacher's outputs are in the order of the data set's classes.
 
-In: what the teacher guesses of images, and their labels. Out: an error that names the order that fits, or nothing.
-Invariant: an order is judged on images that it was not fitted to; a difference that chance may explain stops nothing.
+In: the teacher's predictions and the labels. Out: an error that names the matching order, or nothing.
+Invariant: an order is evaluated on held-out images; a difference within chance is not an error.
 """
 
 from collections.abc import Sequence
@@ -18,17 +18,17 @@ from scalekd_cache.models.evaluate import percent
 IntArray = npt.NDArray[np.int64]
 Hits = npt.NDArray[np.bool_]
 LEAST_IMAGES = 100
-"""Fewer images do not show that a teacher is near chance."""
+"""Minimum number of images to decide that a teacher is near chance."""
 LEAST_GAIN = 0.02
-"""Share of the images that another order has to get right in addition."""
+"""Minimum gain in accuracy of another order, as a share of the images."""
 UNLIKELY = 1e-3
 MAX_FITTED = 4096
-"""Most classes for which an order is fitted."""
+"""Maximum number of classes for which an order is fitted."""
 GO_ON = "to continue anyway: SET=teacher.check_classes=false"
 
 
 def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence[str], teacher: str) -> None:
-    """Refuse a teacher that guesses the classes of the data set in another order, or at random.
+    """Raise `UserError` for a teacher whose classes are in another order, or whose accuracy is near chance.
 
     Args:
         labels: (N,) int64.
@@ -67,15 +67,14 @@ def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence
         raise UserError(
             "the teacher's accuracy is near chance",
             got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images",
-            expected=f"a teacher that was trained on these {len(class_names)} classes",
+            expected=f"a teacher trained on these {len(class_names)} classes",
             where=teacher,
-            fix="give the right TEACHER_WEIGHTS=, or SET=data.classes=FILE with the classes in the teacher's order; "
-            + GO_ON,
+            fix="correct TEACHER_WEIGHTS=, or SET=data.classes=FILE with the classes in the teacher's order; " + GO_ON,
         )
 
 
 def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
-    """Whether as many hits are likely by chance, and unlikely for a teacher halfway between chance and perfection."""
+    """Whether this accuracy is likely by chance, and unlikely for a teacher halfway between chance and 100 %."""
     count, hits = len(labels), int((labels == guesses).sum())
     shares = [np.bincount(values, minlength=classes) / max(count, 1) for values in (labels, guesses)]
     chance = float(shares[0] @ shares[1])
@@ -84,13 +83,13 @@ def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
 
 
 def far_above(better: Hits, hits: Hits) -> bool:
-    """Whether another order gets clearly more images right: by three standard deviations, and by `LEAST_GAIN`."""
+    """Whether another order is clearly better: by three standard deviations, and by `LEAST_GAIN`."""
     gain, differing = int(better.sum()) - int(hits.sum()), int((better != hits).sum())
     return gain > 3 * differing**0.5 and gain >= LEAST_GAIN * len(hits)
 
 
 def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits:
-    """(N,) bool: right in the order that fits best, fitted to the other half of the images."""
+    """(N,) bool: correct under the best order, fitted on the other half of the images."""
     right = np.zeros(len(labels), np.bool_)
     for half in (0, 1):
         mine = np.arange(len(labels)) % 2 == half
@@ -102,7 +101,7 @@ def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits
 
 
 def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, int]:
-    """The class that fits each of the teacher's outputs best, one class an output."""
+    """The best class of each of the teacher's outputs, one to one."""
     if classes > MAX_FITTED:
         return {}
     counts = np.zeros((classes, classes), np.int32)
@@ -113,7 +112,7 @@ def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, in
 
 def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
     return UserError(
-        "the teacher's classes are in another order than those of the data set",
+        "the teacher's classes are in another order than the data set's",
         got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images in the order of the data set",
         expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,

@@ -1,7 +1,7 @@
-"""What has to be known of a teacher without having it: `TeacherSpec`, and the digest of its weights.
+"""`TeacherSpec`, the description of a teacher that a cache stores, and the digest of its weights.
 
-In: a loaded teacher, or JSON out of a manifest. Out: a frozen, checked description that rebuilds its architecture.
-Invariant: `TeacherSpec.from_json(spec.to_json()) == spec`, and nothing else than a complete specification is accepted.
+In: a loaded teacher, or JSON from a manifest. Out: a frozen, validated description that rebuilds the architecture.
+Invariant: `TeacherSpec.from_json(spec.to_json()) == spec`; an incomplete or unknown field is an error.
 """
 
 import dataclasses
@@ -27,27 +27,27 @@ Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DEPTH = re.compile("depth|layer|block")
 MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
-"""Of the arguments of a model: number of its layers, length of a list, any other number."""
+"""Limits of model arguments: number of layers, length of a list, any other number."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherSpec:
-    """A teacher, described."""
+    """Description of a teacher."""
 
     name: str
     """timm model name, or demo_swin."""
     timm_version: str
-    """timm that built it (recorded, not compared)."""
+    """timm version that built it (recorded, not compared)."""
     model_args: dict[str, Any]
-    """Arguments `timm.create_model` got, JSON values."""
+    """Arguments of `timm.create_model`, JSON values."""
     family: str
     """Family in `tail.FAMILIES`."""
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
     """Width of the logits, 0 without a classifier."""
     image_size: Side
-    """Side of the images it takes, pixels."""
+    """Side of its input images, pixels."""
     mean: Triple
-    """Channel means it subtracts, on a scale of 0 to 1."""
+    """Channel means, on a scale of 0 to 1."""
     std: tuple[Spread, Spread, Spread]
     """Channel standard deviations, on a scale of 0 to 1."""
     feature_shape: tuple[Side, Side, Side]
@@ -57,7 +57,7 @@ class TeacherSpec:
     weights_sha256: Sha256
     """`weights_digest` of the state dict."""
     has_classifier: bool
-    """Whether the logits mean anything."""
+    """False: the teacher has no classifier, only features are used."""
 
     def to_json(self) -> dict[str, Any]:
         """All fields as JSON values."""
@@ -70,17 +70,17 @@ class TeacherSpec:
         spec = checked_value(value, TeacherSpec, "the teacher's description", where)
         if not all(_is_plain(name, argument) for name, argument in spec.model_args.items()):
             raise UserError(
-                "the teacher's description: model_args ask for a model that cannot be one",
+                "the teacher's description: model_args are out of range",
                 got=repr(spec.model_args)[:300],
                 expected=f"plain arguments, depths of at most {MAX_DEPTH}, lists of at most {MAX_LENGTH}",
                 where=where,
-                fix="make the cache anew with this version, or restore the file",
+                fix="restore the file, or rebuild the cache with this version",
             )
         return spec
 
 
 def _is_plain(name: str, value: object, inside: int = 0) -> bool:
-    """Whether an argument has a size that a model can have: a hostile one could ask for 20,000 layers."""
+    """Whether an argument is within the limits: a crafted file could ask for 20,000 layers."""
     if isinstance(value, list | tuple):
         return inside < 3 and len(value) <= MAX_LENGTH and all(_is_plain(name, item, inside + 1) for item in value)
     if isinstance(value, int | float) and type(value) is not bool:

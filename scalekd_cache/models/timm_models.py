@@ -1,9 +1,9 @@
-"""timm models by name: checks the name, builds the model with the options it takes.
+"""timm models by name: checks the name, builds the model with the arguments it accepts.
 
-In: a model name as a user types it and keyword arguments. Out: a timm module and the arguments that built it.
-Invariant: old names are resolved before anything is asked about them. A pretrained model's classifier comes from its
-weights or is not there. Only names of timm's own registry are built. `local-dir:` and `hf-hub:` names are refused:
-without `pretrained=True` timm gives them random weights without a word, and with it they may load a pickle.
+In: a model name as typed and keyword arguments. Out: a timm module and the arguments that built it.
+Invariant: deprecated names are resolved first. A pretrained model's classifier comes from its weights or is removed.
+Only names in timm's registry are built. `local-dir:` and `hf-hub:` names are refused: without `pretrained=True` timm
+silently gives them random weights, and with it they may load a pickle.
 """
 
 import inspect
@@ -34,21 +34,21 @@ def timm_name(name: str) -> str:
 
 
 RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"} | {"features_only", "device"}
-"""Arguments of `timm.create_model` that choose weights or files; never taken from a file or a caller's mapping."""
+"""Arguments of `timm.create_model` that choose weights or files; never accepted from a file or a caller's mapping."""
 
 
 HUB_PREFIX = re.compile(r"(https?://)?(huggingface\.co/|hf[-_]hub:)?(timm/)?")
-"""What stands before a model's name on its page and in the code shown there."""
+"""Prefixes of a model's name on its hub page and in the code shown there."""
 
 
 def check_name(name: str, option: str) -> str:
-    """The name under which timm has this model today, with the tag of its weights where an old name means one.
+    """timm's current name of this model, with the tag of the weights that a deprecated name implies.
 
-    timm maps old names (`vit_base_patch16_224_in21k`) when it builds a model, but knows their classes, image size and
-    weights under the new ones alone (`vit_base_patch16_224.augreg_in21k`).
+    timm maps deprecated names (`vit_base_patch16_224_in21k`) when it builds a model, but knows classes, image size and
+    weights under the current name only (`vit_base_patch16_224.augreg_in21k`).
 
     Raises:
-        UserError: no architecture (or tag) of timm's registry; it names the nearest ones.
+        UserError: no architecture or tag in timm's registry; the message names the nearest ones.
     """
     stem, _, tag = name.partition(".")
     old = timm.models.get_deprecated_models()
@@ -64,12 +64,12 @@ def check_name(name: str, option: str) -> str:
         raise unknown_name("model", name, [page] if timm.is_model(page) else timm.list_models(), where)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
     if tag and tag not in tags:
-        raise unknown_name(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which can be left out")
+        raise unknown_name(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which is optional")
     return name
 
 
 def default_image_size(name: str) -> int:
-    """Side (pixels) of the images that timm builds this model for."""
+    """Side (pixels) of the images timm builds this model for by default."""
     config = timm.get_pretrained_cfg(name)
     return int(config.input_size[-1]) if config is not None else 224
 
@@ -82,19 +82,19 @@ def create_timm_model(
     Args:
         name: A name that `check_name` accepts.
         args: Arguments the model must take.
-        optional: Arguments that are left out when the model's constructor does not know them.
-        pretrained: Load timm's weights. A classifier that is not among them is removed, never left at random values.
+        optional: Arguments that are dropped if the model's constructor does not accept them.
+        pretrained: Load timm's weights. A classifier without pretrained weights is removed, never left random.
 
     Returns:
         The model and the arguments that build it (without `pretrained`).
 
     Raises:
-        UserError: an argument that chooses weights or files, one the model does not know, or an image size it refuses.
+        UserError: an argument that selects weights or files or that the model rejects, or an unsupported image size.
     """
     reserved = sorted(RESERVED_ARGS & {*args, *(optional or {})})
     if reserved:
         raise UserError(
-            "these model arguments are not allowed: they choose weights or files",
+            "these model arguments are not allowed: they select weights or files",
             got=", ".join(reserved),
             expected="arguments of the model's constructor",
             where=f"model {name}",
@@ -115,9 +115,9 @@ def create_timm_model(
                 raise
             if found[1] not in extra:
                 raise UserError(
-                    f"model {name} does not take the argument {found[1]}",
+                    f"model {name} does not accept the argument {found[1]}",
                     got=f"{found[1]}={used[found[1]]!r}",
-                    fix=f"leave {found[1]} out",
+                    fix=f"remove {found[1]}",
                 ) from error
             del extra[found[1]]
         except AssertionError as error:
@@ -129,14 +129,14 @@ def create_timm_model(
 
 
 def _random_head(name: str, model: Any, args: Mapping[str, Any], generator: torch.Tensor) -> bool:
-    """Whether a pretrained model has a classifier that its weights do not hold; `generator` is the state before it."""
+    """Whether a pretrained model's classifier is random; `generator` is the RNG state from before it was built."""
     config, head = timm.get_pretrained_cfg(name), _head_tensors(model)
     if not head:
         return False
     if config is not None and config.num_classes != model.num_classes:
-        return True  # timm leaves the head of the weights out
+        return True  # timm drops the pretrained head
     if config is not None and not config.custom_load:
-        return False  # timm has loaded all tensors strictly
+        return False  # timm loaded all tensors strictly
     after = torch.get_rng_state()
     torch.set_rng_state(generator)
     fresh = _head_tensors(timm.create_model(name, pretrained=False, **args))
@@ -145,27 +145,27 @@ def _random_head(name: str, model: Any, args: Mapping[str, Any], generator: torc
 
 
 def _head_tensors(model: Any) -> list[torch.Tensor]:
-    """Weights of the classifier, or of both of a distilled model; biases may be zero in trained heads too."""
+    """Weights of the classifier (two for distilled models), without biases: those may be zero in trained heads too."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else None
     heads = found if isinstance(found, tuple | list) else (found,)
     return [value for head in heads if isinstance(head, nn.Module) for value in head.parameters() if value.ndim > 1]
 
 
 def fetch_weights(name: str, folder: Path) -> Path:
-    """Bring timm's pretrained weights of a model to `folder`/<name>.safetensors, which appears whole or not at all.
+    """Download timm's pretrained weights of a model to `folder`/<name>.safetensors, written atomically.
 
     Raises:
-        UserError: an unknown name, or weights that cannot be had here.
+        UserError: an unknown name, or weights that cannot be downloaded.
     """
     current = check_name(name, "teacher")
     try:
         model, _ = create_timm_model(current, {}, pretrained=True)
-    except Exception as error:  # hub clients raise errors of many kinds; all of them mean that there are no weights
+    except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         raise UserError(
-            "the pretrained weights cannot be fetched",
+            "the pretrained weights cannot be downloaded",
             got=f"{type(error).__name__}: {error}",
             where=name,
-            fix="run this where there is a network, and share the folder with the other machines",
+            fix="run this on a machine with a network, and copy the folder to the other machines",
         ) from error
     folder.mkdir(parents=True, exist_ok=True)
     file, temporary = weights_file(folder, name), folder / f".{name}.{os.getpid()}.tmp"

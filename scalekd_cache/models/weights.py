@@ -1,7 +1,7 @@
-"""A weights file: read its header, compare it with a model, load it strictly.
+"""Weights files: where a teacher's file is; read a header, compare it with a model, load it strictly.
 
-In: a .safetensors path and a timm model. Out: the loaded model. Invariant: no pickle is opened; nothing is loaded in
-part, and nothing that is not finite.
+In: teacher options, or a .safetensors path and a timm model. Out: the file, or the loaded model.
+Invariant: no pickle is opened; loading is all or nothing, and NaN or Inf is an error.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from scalekd_cache.store.checked_files import check_safetensors
 
 
 def weights_file(folder: str | Path, name: str) -> Path:
-    """Where the weights of a teacher lie in a folder of weights (`teacher.weights_dir`, `make fetch`)."""
+    """File of a teacher's weights in a folder of weights (`teacher.weights_dir`, `make fetch`)."""
     return Path(folder) / f"{name}.safetensors"
 
 
@@ -37,10 +37,10 @@ def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes in a .safetensors file, from its header."""
     if Path(path).suffix != ".safetensors":
         raise UserError(
-            "weights are read from .safetensors files only: other checkpoints are pickles, which run code",
+            "weights are read from .safetensors files only: other checkpoints are pickles, which can run code",
             got=path,
             expected="a .safetensors file with the state dict of the timm model",
-            fix="convert it where you trust it: safetensors.torch.save_file(state_dict, 'weights.safetensors')",
+            fix="convert a file you trust: safetensors.torch.save_file(state_dict, 'weights.safetensors')",
         )
     try:
         check_safetensors(path, "the file of weights")
@@ -56,7 +56,7 @@ def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
 
 
 def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str | Path) -> None:
-    """`UserError` naming missing and surplus tensors and differing shapes, unless a file fits a model exactly."""
+    """Raise `UserError` naming missing and extra tensors and wrong shapes, unless a file fits a model exactly."""
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if not (missing or surplus or wrong):
@@ -72,12 +72,12 @@ def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
         got="; ".join(lines),
         expected=f"exactly the model's {len(wanted)} tensors",
         where=where,
-        fix="give the name, image size and number of classes that the file was trained with",
+        fix="use the model name, image size and number of classes that the file was trained with",
     )
 
 
 def load_weights(model: nn.Module, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Strictly load a .safetensors state dict whose header was read."""
+    """Load a .safetensors state dict strictly; `shapes` is its header (`stored_shapes`)."""
     check_tensors(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, path)
     with safe_open(path, framework="pt", device="cpu") as file:
         state = {name: file.get_tensor(name) for name in shapes}

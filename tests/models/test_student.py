@@ -157,5 +157,5 @@ def test_mixer_b14_is_a_model_of_timm():
 
 
 def test_size_that_does_not_fit():
-    with pytest.raises(UserError, match="does not run on images of 64 pixels"):
+    with pytest.raises(UserError, match="failed on images of 64 x 64 pixels"):
         make("efficientformer_l1")

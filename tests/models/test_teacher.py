@@ -10,8 +10,8 @@ from timm.layers import LayerNorm2d
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models import timm_models as zoo
-from scalekd_cache.models.tail import load_tail
-from scalekd_cache.models.teacher import Teacher, check_tail, demo_teacher_args, load_teacher, save_tail, split_tail
+from scalekd_cache.models.tail import load_tail, tail_bytes
+from scalekd_cache.models.teacher import Teacher, check_tail, demo_teacher_args, load_teacher, split_tail
 from scalekd_cache.models.teacher_spec import TeacherSpec, weights_digest
 from scalekd_cache.models.timm_models import timm_name
 
@@ -98,8 +98,9 @@ def test_families(case, tmp_path):
     assert check_tail(teacher, images) <= 1e-5
 
     split = split_tail(teacher)
-    digest = save_tail(teacher, tmp_path / "tail.safetensors")
-    assert save_tail(teacher, tmp_path / "again.safetensors") == digest
+    data = tail_bytes(split, teacher.spec)
+    assert tail_bytes(split_tail(teacher), teacher.spec) == data
+    (tmp_path / "tail.safetensors").write_bytes(data)
     loaded = load_tail(tmp_path / "tail.safetensors", TeacherSpec.from_json(json.loads(json.dumps(spec.to_json()))))
     assert not any(value.is_meta for value in [*loaded.parameters(), *loaded.buffers()])
     x3 = torch.randn(2, *tail_shape, requires_grad=True)
@@ -282,7 +283,7 @@ def test_weights_without_a_head(tmp_path):
 def test_tail_of_another_teacher_or_damaged(tmp_path):
     path = tmp_path / "tail.safetensors"
     teacher = make()
-    save_tail(teacher, path)
+    path.write_bytes(tail_bytes(split_tail(teacher), teacher.spec))
     other = dataclasses.replace(teacher.spec, weights_sha256="0" * 64)
     with pytest.raises(UserError, match="other values for weights_sha256"):
         load_tail(path, other)
@@ -293,7 +294,7 @@ def test_tail_of_another_teacher_or_damaged(tmp_path):
     with pytest.raises(UserError, match=r"1 missing: norm\.weight"):
         load_tail(path, teacher.spec)
     save_file({**tensors, "norm.weight": torch.zeros(128, dtype=torch.float16)}, path, metadata=metadata)
-    with pytest.raises(UserError, match="another type"):
+    with pytest.raises(UserError, match="wrong dtype"):
         load_tail(path, teacher.spec)
     path.write_bytes(path.read_bytes()[:-7])
     with pytest.raises(UserError, match="the tail's file has the wrong length"):
