@@ -28,8 +28,8 @@ from scalekd_cache.loader.order import (
     WINDOW,
     Ids,
     Order,
+    class_correlation,
     epoch_ids,
-    likeness,
     micro_batch_ids,
     micro_batches_of_rank,
     mixing_window,
@@ -88,7 +88,7 @@ def mixing(labels: Ids, order: Order | None, batches: int = 200) -> dict[str, fl
 def orders(labels: Ids) -> dict[str, tuple[Ids, Order | None]]:
     """What is compared: (labels in canonical order, order)."""
     hashed = np.random.default_rng(2).permutation(labels)
-    wide = mixing_window(len(labels), 64, likeness(labels))
+    wide = mixing_window(len(labels), 64, class_correlation(labels))
     plain = {"num_samples": len(labels), "block": 64, "seed": 0}
     return {
         "full permutation": (labels, None),
@@ -138,7 +138,7 @@ def training() -> dict[str, dict[str, Any]]:
     kept = rest[np.argsort(digits.target[rest], kind="stable")]
     train, test = (pixels[kept], digits.target[kept]), (pixels[held_out], digits.target[held_out])
     count, block = len(kept), 16
-    wide = mixing_window(count, block, likeness(train[1]))
+    wide = mixing_window(count, block, class_correlation(train[1]))
 
     def windowed(window: int) -> Any:
         return lambda epoch, seed: epoch_ids(

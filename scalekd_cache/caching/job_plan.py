@@ -31,7 +31,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import data_facts
 from scalekd_cache.distributed import Process, autocast_dtype
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.order import likeness
+from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
 from scalekd_cache.store import plan as plans
@@ -245,7 +245,7 @@ def _class_likeness(source: Source | PixelCache) -> list[float]:
     """How often neighboring images have the same class, and any two (`order.py`); it decides how training shuffles."""
     if isinstance(source, PixelCache):
         return list(source.cache.manifest.data.get("class_likeness", (1.0, 1.0)))
-    found = likeness(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
+    found = class_correlation(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
     return [round(share, 9) for share in found]
 
 

@@ -1,8 +1,8 @@
-"""Order + store -> batches on the training side.
+"""Training batches from a cache, in the order of `order.py`.
 
 In: an open cache, an order, this rank's share. Out: `Batch`es of one micro-batch each, in the order of the run.
-Invariant: a batch is either complete and verified or an error that names the record; the position is the step number,
-so a resumed loader goes on with the next sample whatever the number of workers.
+Invariant: a batch is complete and verified, or an error names the record. The position is the step number, so a
+resumed loader continues with the next sample for any number of workers.
 """
 
 from collections.abc import Iterator, Mapping
@@ -30,10 +30,10 @@ from scalekd_cache.store.growing import GrowingCache
 from scalekd_cache.store.reader import Cache
 
 DIGEST_STEPS = 2
-"""Steps at the start of a session in which the digest of every stored view is compared."""
+"""Steps at the start of a session in which the digests of all stored views are compared."""
 DIGEST_EVERY = 16
-"""After that, one stored view in this many, other ones each time the views come around. Views that are drawn again from
-an image are always compared: the image may have been replaced, and the digest is 9 % of drawing one (docs/LOG.md)."""
+"""After that, one stored view in this many, different ones each time a view is used. Replayed views are always
+compared: the image may have been replaced, and the digest costs 9 % of generating a view (docs/LOG.md)."""
 
 MOST_WAITING = 4
 """Most micro-batches that a worker keeps waiting."""
@@ -49,7 +49,7 @@ class Batch(NamedTuple):
     codes: Tensor
     """(B, bytes_per_view) uint8: rows of the feature codec, decoded on the training device."""
     logits: Tensor
-    """(B, K) float32: what the logit codec gives (K = 0 where it keeps nothing)."""
+    """(B, K) float32: decoded logits (K = 0 if the logit codec stores none)."""
     ids: Tensor
     """(B,) int64: positions in the view's canonical order."""
     view: int
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Which micro-batch of the run: the index that loader workers are given."""
+    """A micro-batch of the run: the index passed to loader workers."""
 
     epoch: int
     step: int
@@ -72,7 +72,7 @@ class Slot(NamedTuple):
 
 
 class MicroBatches(Dataset[Batch]):
-    """Micro-batches by `Slot`; what a loader worker holds."""
+    """Micro-batches by `Slot`; runs in a loader worker."""
 
     def __init__(
         self,
@@ -84,13 +84,13 @@ class MicroBatches(Dataset[Batch]):
         views: int | None = None,
         pixels: Cache | None = None,
         data: str | None = None,
-        talks: bool = True,
+        verbose: bool = True,
     ) -> None:
         manifest = cache.manifest
         self.cache = cache
         self.pixels = pixels
         self.views = views or manifest.num_views
-        self.talks = talks
+        self.verbose = verbose
         self.order = order
         self.global_batch = global_batch
         self.micro_batch = micro_batch
@@ -105,7 +105,7 @@ class MicroBatches(Dataset[Batch]):
     def __getitem__(self, slot: Slot) -> Batch:
         view = slot.epoch % self.views
         if isinstance(self.cache, GrowingCache):
-            self.cache.wait_for(view, self._say)
+            self.cache.wait_for(view, self._print_once)
         ids = micro_batch_ids(
             self.order,
             epoch=slot.epoch,
@@ -132,24 +132,24 @@ class MicroBatches(Dataset[Batch]):
         )
 
     def _check_parts(self, records: list[Record], view: int) -> None:
-        """UserError for a record without label or features; `Cache.read` has compared labels with the classes."""
+        """Raise `UserError` for a record without label or features; `Cache.read` checks labels against the classes."""
         for record in records:
             if not {Parts.LABEL, Parts.FEATURES} <= set(record.parts):
                 raise UserError(
-                    "a record holds no label or no features",
+                    "a record has no label or no features",
                     got=repr(record.parts),
-                    expected="both: training takes a label and the teacher's features of every image",
+                    expected="both: training needs a label and the teacher's features of every image",
                     where=f"view {view} of {record.key} in {self.cache.root}",
                 )
 
-    def _say(self, text: str) -> None:
-        """Say what is being waited for, once a job: several worker processes may wait."""
+    def _print_once(self, text: str) -> None:
+        """Print what the loader waits for, from one worker only."""
         worker = get_worker_info()
-        if self.talks and (worker is None or worker.id == 0):
+        if self.verbose and (worker is None or worker.id == 0):
             print(text, flush=True)
 
     def _with_pixels(self, records: list[Record], ids: NDArray[np.int64], view: int) -> list[Record]:
-        """The records with the pixels of the cache that holds them, when it is another one."""
+        """The records, with pixels from the cache whose pixels are shared, if any."""
         if self.pixels is None:
             return records
         whole = []
@@ -161,7 +161,7 @@ class MicroBatches(Dataset[Batch]):
                     got=f"{other.key}, digest {other.digest}",
                     expected=f"{record.key}, digest {record.digest}",
                     where=f"view {view} of {self.pixels.root}, for {self.cache.root}",
-                    fix="give the cache that PIXELS_FROM named when this one was made",
+                    fix="use the cache that PIXELS_FROM named when this cache was made",
                 )
             whole.append(record._replace(pixels=other.pixels))
         return whole
@@ -173,7 +173,7 @@ class MicroBatches(Dataset[Batch]):
         wrong = wrong_digest(record, pixels) if check else None
         if wrong is not None:
             raise UserError(
-                "a view's pixels are not those the teacher saw",
+                "a view's pixels differ from those the teacher saw",
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"view {view} of {record.key} in {self.cache.root}",
@@ -223,7 +223,7 @@ class CacheLoader:
         self.step = 0
         self._fingerprint = cache.manifest.fingerprint
         self._dataset = MicroBatches(
-            cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, talks=rank == 0
+            cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, verbose=rank == 0
         )
         self.codec = self._dataset.codec
         self.logit_codec = self._dataset.logit_codec
@@ -237,7 +237,7 @@ class CacheLoader:
         return self.epochs * self.steps_per_epoch
 
     def describe(self, step: int, micro: int) -> str:
-        """Where a micro-batch of a step comes from, in words: its shards and first sample."""
+        """The view and shards that a micro-batch of a step comes from, as text."""
         data = self._dataset
         epoch, inside = divmod(step, self.steps_per_epoch)
         ids = micro_batch_ids(
@@ -270,19 +270,19 @@ class CacheLoader:
             pin_memory=self._pin_memory,
         )
         for count, batch in enumerate(batches, start=1):
-            if count % len(self.micros) == 0:  # before handing out a step's last batch: a checkpoint after it is right
+            if count % len(self.micros) == 0:  # before the yield, so that a checkpoint after it counts this step
                 self.step += 1
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what must be equal for it to mean the same samples."""
+        """The position, and the options that determine the order of samples."""
         return {"step": self.step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on at a saved position.
+        """Continue at a saved position.
 
         Raises:
-            UserError: when the run would meet other samples than the one that saved it.
+            UserError: the saved position belongs to another order of samples.
         """
         identity = self._identity()
         different = [name for name in identity if state.get(name) != identity[name]]

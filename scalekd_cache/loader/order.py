@@ -1,11 +1,11 @@
-"""Which sample is seen when: the only place that decides order.
+"""The order of samples; no other module decides it.
 
 In: (num_samples, block, window, seed) and an epoch, a step, a rank. Out: positions in a view's canonical order.
-Invariant: pure functions. The global batch of a step does not depend on ranks, workers or on where training resumed.
+Invariant: pure functions. The global batch of a step does not depend on ranks, workers or resumption.
 
 An epoch is a block shuffle: the blocks of `block` neighboring samples are permuted, then the samples of every
-`window` successive blocks are permuted together. Reads stay close together (a block is one contiguous read), a sample
-travels anywhere, and no array of the data set's size is made: memory is O(num_samples / block + block * window).
+`window` successive blocks are permuted together. Reads stay contiguous (a block is one read), any sample can
+land anywhere, and no array of the data set's size is allocated: memory is O(num_samples / block + block * window).
 """
 
 import math
@@ -20,11 +20,11 @@ from scalekd_cache.errors import UserError
 
 Ids = NDArray[np.int64]
 WINDOW = 64
-"""Blocks of a window where neighboring samples have nothing to do with each other."""
+"""Minimum number of blocks in a window; used where neighboring samples are unrelated."""
 NEIGHBORS = 64
-"""Samples that are closer than this count as neighbors."""
+"""Samples closer than this count as neighbors."""
 EXCESS = 0.1
-"""How much more often than by chance two samples of a window may be of one class."""
+"""Maximum excess over chance of two samples of a window having the same class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,43 +34,43 @@ class Order:
     num_samples: int
     """Samples of one view."""
     block: int
-    """Neighboring samples that travel together between windows."""
+    """Neighboring samples that stay together in one window."""
     window: int
-    """Blocks whose samples are mixed with each other."""
+    """Blocks whose samples are shuffled together."""
     seed: int
 
 
-class Likeness(NamedTuple):
-    """How much alike neighboring samples are."""
+class ClassCorrelation(NamedTuple):
+    """How often neighboring samples have the same class."""
 
     neighbors: float
-    """Share of pairs of neighbors that are of one class."""
+    """Share of pairs of neighbors with the same class."""
     chance: float
-    """The same of any two samples."""
+    """The same for two random samples."""
 
 
-def likeness(labels: Ids) -> Likeness:
-    """Classes of neighbors in a canonical order; labels (N,) int64.
+def class_correlation(labels: Ids) -> ClassCorrelation:
+    """Class correlation of neighbors in a canonical order; labels (N,) int64.
 
-    Pairs count as often as a block of `NEIGHBORS` samples holds their distance.
+    A distance is weighted by the number of pairs at this distance in a block of `NEIGHBORS` samples.
     """
     count = len(labels)
     if count < 2:
-        return Likeness(1.0, 1.0)
+        return ClassCorrelation(1.0, 1.0)
     sizes = np.bincount(labels).astype(np.float64)
     chance = float((sizes * (sizes - 1)).sum() / (count * (count - 1.0)))
     distances = range(1, min(NEIGHBORS, count))
     weights = [NEIGHBORS - distance for distance in distances]
     same = [float(np.mean(labels[distance:] == labels[:-distance])) for distance in distances]
-    return Likeness(float(np.average(same, weights=weights)), chance)
+    return ClassCorrelation(float(np.average(same, weights=weights)), chance)
 
 
-def mixing_window(num_samples: int, block: int, found: Likeness) -> int:
-    """Blocks of a window, at least `WINDOW`, so that its samples are of one class hardly more often than by chance.
+def mixing_window(num_samples: int, block: int, found: ClassCorrelation) -> int:
+    """Blocks of a window, at least `WINDOW`, so that two of its samples share a class at most `EXCESS` above chance.
 
-    Of two samples of a window of w blocks of b, (b - 1) / (w b - 1) come from one block, where `found.neighbors` are
-    of one class. Windows are of equal size, because a short one at the end would be mixed less; the whole data set is
-    one window where that is not enough.
+    Of two samples of a window of w blocks of b, (b - 1) / (w b - 1) come from one block, where a share
+    `found.neighbors` has the same class. Windows have equal sizes, because a short last one would be mixed less; the
+    whole data set is one window if that is not enough.
     """
     if found.chance == 0:
         return WINDOW
@@ -88,7 +88,7 @@ def _generator(*key: int) -> np.random.Generator:
 
 @lru_cache(maxsize=2)
 def _block_order(order: Order, epoch: int) -> tuple[Ids, Ids]:
-    """Block numbers in the epoch's order, and the position at which each begins (one more entry: the end)."""
+    """Block numbers in the epoch's order, and the start position of each (plus one entry: the end)."""
     num_blocks = -(-order.num_samples // order.block)
     blocks = _generator(order.seed, epoch).permutation(num_blocks).astype(np.int64)
     sizes = np.minimum(order.block, order.num_samples - blocks * order.block)
@@ -123,10 +123,10 @@ def epoch_ids(order: Order, epoch: int, start: int, stop: int) -> Ids:
 
 
 def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
-    """Whole global batches in an epoch. The rest (other samples every epoch) is left out.
+    """Whole global batches in an epoch. The last partial batch (different samples each epoch) is dropped.
 
     Raises:
-        UserError: when not even one global batch fits.
+        UserError: the data set is smaller than one global batch.
     """
     steps = num_samples // global_batch_size
     if steps == 0:
@@ -140,7 +140,7 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """Options of stage 2 for the largest global batch of a small data set, with micro-batches of at most this size."""
+    """Stage-2 options of the largest global batch for a small data set, with micro-batches of at most this size."""
     micro = min(micro_batch_size, num_samples)
     return f"train.global_batch_size={num_samples // micro * micro} train.micro_batch_size={micro}"
 
@@ -154,10 +154,10 @@ def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_b
 def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
     """The micro-batch numbers of a global batch that a rank computes, in order.
 
-    The micro-batch is the group that BatchNorm sees, so it stays as it is and ranks share whole micro-batches.
+    The micro-batch is the group of BatchNorm statistics, so its size is fixed and ranks share whole micro-batches.
 
     Raises:
-        UserError: when they cannot be shared evenly, with the nearest possible numbers.
+        UserError: they cannot be divided evenly; the message names the nearest possible numbers.
     """
     count = global_batch // micro_batch
     assert count * micro_batch == global_batch
@@ -165,7 +165,7 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
         possible = [n for n in range(1, count + 1) if count % n == 0]
         near = sorted(possible, key=lambda n: abs(n - world_size))[:3]
         raise UserError(
-            "the micro-batches of a global batch cannot be shared evenly",
+            "the micro-batches of a global batch cannot be divided evenly among the processes",
             got=f"{count} micro-batches (global {global_batch} / micro {micro_batch}) on {world_size} processes",
             expected=f"a number of processes that divides {count}: {', '.join(map(str, sorted(near)))}",
             fix="change NPROC, train.global_batch_size or train.micro_batch_size",

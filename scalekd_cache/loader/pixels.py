@@ -2,7 +2,7 @@
 
 In: a record of a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they have the
 record's digest; its feature map, decoded.
-Invariant: nothing is returned that does not belong to the record.
+Invariant: damaged or missing data is an error, never a substitute.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from scalekd_cache.views.view import View, apply_view
 
 
 def record_view(record: Record) -> View:
-    """The view record that a stored record carries."""
+    """The view of a stored record."""
     return View.from_json(parse_json(record.view.encode(), "a view record", record.key))
 
 

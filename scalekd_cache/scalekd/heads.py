@@ -1,9 +1,9 @@
-"""The trainable heads of ScaleKD: which projectors there are, and the way of the student's maps through them.
+"""The trainable heads of ScaleKD: the projectors of both maps, and the forward pass through them and the tail.
 
-In: the student's two last maps S3 and S4 and the teacher's frozen tail, handed in as a callable.
-Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py` (re-exported here).
-Invariant: the tail is never registered here, so it is in no state dict, no optimizer and no ZeRO partition; every
-parameter is used only inside the forward pass of the module that owns it; a learned query is projected once a batch.
+In: the student's two last maps S3 and S4 and the teacher's frozen tail, passed as a callable.
+Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py`.
+Invariant: the tail is not a submodule, so it is in no state dict, optimizer or ZeRO partition; every parameter is
+used only in the forward pass of its own module; a learned query is projected once per batch.
 """
 
 from collections.abc import Callable
@@ -15,53 +15,29 @@ from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
 from scalekd_cache.models.teacher_spec import Shape
-from scalekd_cache.scalekd.losses import (
-    HeadOutputs,
-    LossTerms,
-    Targets,
-    check_grid,
-    distillation_losses,
-    frequency_loss,
-    label_loss,
-    logit_loss,
-    spatial_loss,
-    term_weights,
-)
+from scalekd_cache.scalekd.losses import HeadOutputs, check_grid, term_weights
 from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP, lite_width
 
-__all__ = [
-    "CAP",
-    "HeadOutputs",
-    "LossTerms",
-    "ScaleKDHeads",
-    "Targets",
-    "distillation_losses",
-    "frequency_loss",
-    "label_loss",
-    "logit_loss",
-    "spatial_loss",
-]
-
 WIDTH_PER_HEAD_S3 = 48
-"""Channels a head of the S3 projector by default: 16 heads for Swin-L's 768."""
+"""Default channels per attention head of the S3 projector: 16 heads for Swin-L's 768."""
 WIDTH_PER_HEAD_S4 = 64
-"""Channels a head of the S4 projector by default: 24 heads for Swin-L's 1536."""
+"""Default channels per attention head of the S4 projector: 24 heads for Swin-L's 1536."""
 
 
 def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) -> int:
     """The number of attention heads: `given`, or the largest divisor of `dim` that is at most dim // width_per_head.
 
-    Raises UserError for a given number that does not divide dim.
+    Raises UserError if `given` does not divide `dim`.
     """
     if given is None:
         most = max(1, dim // width_per_head)
         return max(heads for heads in range(1, most + 1) if dim % heads == 0)
     if given < 1 or dim % given:
         raise UserError(
-            f"option scalekd.{option} does not divide the width of attention",
+            f"scalekd.{option} does not divide the attention width",
             got=given,
             expected=f"a divisor of {dim}",
-            fix=f"change scalekd.{option}, or leave it out",
+            fix=f"change or omit scalekd.{option}",
         )
     return given
 
@@ -69,18 +45,18 @@ def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) 
 class ScaleKDHeads(nn.Module):
     """The projectors of both taps and both views (dual-view feature mimicking, DFM).
 
-    Projectors that no loss of `config` asks for are not built, so no parameter stays without a gradient. Lite ones
-    serve both views of a tap: one map, one pass through the tail, compared in both ways.
+    Projectors that no loss of `config` uses are not built, so every parameter gets a gradient. Lite projectors serve
+    both views of a tap: one map and one pass through the tail, used by both losses.
 
     Args:
-        config: weights, head counts, attention scale, where S4's query comes from.
+        config: loss weights, head counts, attention scale, source of S4's query.
         tap_shapes: (C, h, w) of S3 and of S4.
-        tail_in_shape: (C3, H3, W3), what the teacher's tail takes.
+        tail_in_shape: (C3, H3, W3), input of the teacher's tail.
         tail_out_shape: (C, H, W) of the teacher's last map.
-        layer_norm: the student is of a layer-norm family; what `config.cap_norm` = auto follows.
+        layer_norm: the student has no batch norm; used by `config.cap_norm` = auto.
 
     Raises:
-        UserError: head counts that do not divide the teacher's widths, or a teacher map of one position.
+        UserError: head counts do not divide the teacher's widths, or the teacher's map has one position.
     """
 
     def __init__(
@@ -130,15 +106,15 @@ class ScaleKDHeads(nn.Module):
         self._first_pass: FirstPass | None = None
 
     def checkpoint_gradients(self) -> None:
-        """From now on projectors and tail are computed again in the backward pass (`recompute.py`)."""
+        """Recompute projectors and tail in the backward pass (`activation_checkpointing.py`)."""
         self._first_pass = FirstPass(self, "the ScaleKD heads")
 
     def forward(self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor]) -> HeadOutputs:
         """S3 (B, C3', h3, w3) and S4 (B, C4', h4, w4) of the student -> maps (B, C, H, W) on the teacher's last grid.
 
         Teacher parameter perception (TPP): S3's projection passes through the frozen `tail`, (B, C3, H3, W3) ->
-        (B, C, H, W), and the gradient comes back through it. With s4_query = s3 that map is also S4's query; it is not
-        detached, so S4's losses train S3's projector too.
+        (B, C, H, W), and the gradient flows back through it. With s4_query = s3 that map is also S4's query; it is
+        not detached, so S4's losses train S3's projector too.
         """
         with self._first_pass() if self._first_pass is not None else nullcontext():
             if self.lite:

@@ -1,9 +1,9 @@
-"""The losses of ScaleKD as pure functions, and the tuples that travel between student, heads and engine.
+"""The losses of ScaleKD as pure functions, and the tuples passed between student, heads and trainer.
 
 In: projected student maps, the teacher's targets (decoded map, stored token norms, logits), student logits, labels.
-Out: six scalar terms, already weighted; their sum is what is differentiated.
-Invariant: everything here is computed in float32 or wider, whatever autocast is on, and every gradient with respect
-to a student map is linear in the decoded target map: targets are divided by stored norms, never by their own.
+Out: six weighted scalar terms; their sum is the training loss.
+Invariant: all losses are computed in float32 or float64, even under autocast. Every gradient with respect to a
+student map is linear in the decoded target map: targets are divided by stored norms, not by their own.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ class TermWeights(NamedTuple):
 
 
 def term_weights(config: ScaleKDConfig) -> TermWeights:
-    """The weights that the switches leave."""
+    """Weights of the feature terms; 0 for terms that are switched off."""
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
     return TermWeights(
         config.spatial_weight * s3,
@@ -38,27 +38,27 @@ def term_weights(config: ScaleKDConfig) -> TermWeights:
 
 
 NORM_EPS = 1e-12
-"""Smallest norm that a token is divided by, as in `F.normalize`."""
+"""Lower bound of the norm a token is divided by, as in `F.normalize`."""
 REFERENCE_POSITIONS = 49
-"""Positions of the 7x7 grid that upstream's loss weights were chosen on."""
+"""Positions of the 7x7 grid for which upstream's loss weights were chosen."""
 
 
 class Targets(NamedTuple):
-    """What the teacher gives for a batch, decoded from the cache or computed live."""
+    """The teacher's targets of a batch, decoded from the cache or computed live."""
 
     features: Tensor
-    """(B, C, H, W) float32: last-stage map after the final norm, in its own scale."""
+    """(B, C, H, W) float32: last-stage map after the final norm, not normalized."""
     norms: Tensor
     """(B, 2, H, W) float32: exact L2 norm of every token, [:, 0] raw, [:, 1] with each channel's mean removed."""
     logits: Tensor
-    """(B, K) float32; K = 0 for a teacher without a classifier. Logits, or log-probabilities of some classes and -inf
-    for the others, of which only the mass in all is known (`partial_logit_loss`)."""
+    """(B, K) float32; K = 0 for a teacher without a classifier. Logits; or, if `partial`, log-probabilities of some
+    classes and -inf for the others, of which only the total probability is known (`partial_logit_loss`)."""
     partial: bool = False
-    """Which of the two `logits` are."""
+    """Whether `logits` holds log-probabilities of some classes only."""
 
 
 class HeadOutputs(NamedTuple):
-    """The projected student maps, each (B, C, H, W) on the teacher's last grid; None where no loss asks for it."""
+    """The projected student maps, each (B, C, H, W) on the teacher's last grid; None where no loss uses it."""
 
     s3_spatial: Tensor | None
     s3_frequency: Tensor | None
@@ -67,7 +67,7 @@ class HeadOutputs(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Scalar float32 terms, each already weighted; a term that is switched off is a constant 0."""
+    """Weighted scalar float32 terms; a term that is switched off is a constant 0."""
 
     label: Tensor
     logit: Tensor
@@ -78,44 +78,44 @@ class LossTerms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Their sum, the scalar that is differentiated."""
+        """Their sum, the training loss."""
         return torch.stack(tuple(self)).sum()
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32, or in float64 if it is that already (gradient checks)."""
+    """The tensor in float32; float64 stays float64 (gradient checks)."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def full_precision(x: Tensor) -> torch.autocast:
-    """A context in which autocast is off on the device of `x`."""
+    """A context that disables autocast on the device of `x`."""
     return torch.autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False)
 
 
 def remove_spatial_mean(x: Tensor) -> Tensor:
     """Subtract each channel's mean over positions: (B, C, H, W) -> same.
 
-    Equal to what upstream runs: a 2-D DCT-II, the coefficient (0, 0) set to zero, and the inverse transform.
+    Equal to upstream's 2-D DCT-II with coefficient (0, 0) set to zero, followed by the inverse transform.
     """
     return x - x.mean(dim=(2, 3), keepdim=True)
 
 
 def check_grid(height: int, width: int) -> None:
-    """Refuse a teacher map of one position: its mean-removed view is zero, and its one token is the pooled feature."""
+    """Raise `UserError` for a teacher map of one position: its mean-removed map is zero."""
     if height * width < 2:
         raise UserError(
             "the teacher's last map has one position, the feature losses need a grid",
             got=f"{height}x{width}",
             expected="at least two positions",
-            fix="cache a teacher that keeps a spatial map, or larger views (views.size)",
+            fix="use a teacher with a spatial map, or larger views (views.size)",
         )
 
 
 def feature_loss(prediction: Tensor, target: Tensor, norms: Tensor, weight: float, grid_scaling: bool) -> Tensor:
     """weight * sum((P / ||P|| - F / n)^2) / B, with norms over channels; P, F (B, C, H, W), n (B, H, W) -> scalar.
 
-    n belongs to the exact F: dividing a noisy decoded F by its own norm would shrink the gradient, dividing by n keeps
-    it linear in F. A token whose n is 0 has no direction: its target is 0, not the decoder's noise blown up.
+    n is the norm of the exact F: dividing a noisy decoded F by its own norm would shrink the gradient; dividing by n
+    keeps it linear in F. A token with n = 0 has no direction: its target is 0, not amplified decoding noise.
     """
     assert prediction.shape == target.shape, (prediction.shape, target.shape)
     batch, _, height, width = target.shape
@@ -158,11 +158,11 @@ def logit_loss(
 ) -> Tensor:
     """weight * T^2 * cross entropy of softmax(student / T) under softmax(teacher / T), averaged over samples.
 
-    Both (B, K) -> scalar float32. Raises UserError when the numbers of classes differ. Source: ScaleKD, `KDLoss`.
+    Both (B, K) -> scalar float32. Raises UserError if the numbers of classes differ. Source: ScaleKD, `KDLoss`.
     """
     if student_logits.shape != teacher_logits.shape:
         raise UserError(
-            "student and teacher do not have the same classes",
+            "student and teacher have different numbers of classes",
             got=f"student logits {tuple(student_logits.shape)}, teacher logits {tuple(teacher_logits.shape)}",
             expected="the same shape",
             fix="set scalekd.logit_weight=0, or train the student on the teacher's classes",
@@ -173,11 +173,11 @@ def logit_loss(
 
 
 def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight * cross entropy where the teacher's probabilities are known for some classes, and in sum for the others.
+    """weight * cross entropy with teacher probabilities of some classes, and the total probability of the others.
 
-    student_logits (B, K); log_probabilities (B, K), -inf where not known -> scalar float32. The classes that are not
-    known are one event: the teacher's mass on them is compared with the student's mass on them. Nothing is
-    renormalized. Temperature 1 only: at another one the mass of the others is not known.
+    student_logits (B, K); log_probabilities (B, K), -inf where unknown -> scalar float32. The unknown classes count as
+    one event: the teacher's total probability on them is compared with the student's. Nothing is renormalized.
+    Temperature 1 only: at other temperatures the total of the unknown classes is not known.
     """
     with full_precision(student_logits):
         known = log_probabilities > float("-inf")
@@ -193,8 +193,8 @@ def label_loss(
 ) -> Tensor:
     """The loss against labels: (B, K) logits, (B,) int64 labels -> scalar float32.
 
-    ce: cross entropy with label smoothing, averaged over samples. bce: one binary cross entropy a class, summed over
-    classes and averaged over samples (the mean over classes would weigh K times less).
+    ce: cross entropy with label smoothing, averaged over samples. bce: one binary cross entropy per class, summed over
+    classes and averaged over samples (a mean over classes would be K times smaller).
     """
     assert kind in ("ce", "bce"), kind
     with full_precision(student_logits):
@@ -213,10 +213,10 @@ def distillation_losses(
     maps: HeadOutputs | None,
     targets: Targets | None,
 ) -> LossTerms:
-    """All terms of a batch: student_logits (B, K), labels (B,) int64; maps and targets None when on labels alone.
+    """All terms of a batch: student_logits (B, K), labels (B,) int64; maps and targets are None without distillation.
 
-    The label term weighs 1 - logit_weight beside a logit term, and 1 without one (no targets, or a teacher without a
-    classifier). Terms of weight 0 are not computed.
+    The label term has weight 1 - logit_weight next to a logit term, and 1 without one (no targets, or a teacher without
+    a classifier). Terms of weight 0 are not computed.
     """
     assert maps is None or targets is not None, "projected maps without targets"
     zero = torch.zeros((), dtype=wide(student_logits).dtype, device=student_logits.device)

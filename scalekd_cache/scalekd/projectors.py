@@ -1,9 +1,9 @@
-"""The cross attention projectors (CAP) from a student's map to a grid of the teacher's: as published, and a cheap one.
+"""The cross attention projectors (CAP) from a student's map to the teacher's grid: as published, and a cheap variant.
 
-In: a student's map and a query, learned or handed in. Out: a map (B, C, H, W) on the teacher's grid.
+In: a student's map and a query, learned or passed in. Out: a map (B, C, H, W) on the teacher's grid.
 Invariant: `CAP` computes what upstream's `AttentionProjector` does (tests/scalekd/test_parity.py) and has its
-parameters; every parameter is used only inside the forward pass of the module that owns it; a learned query is
-projected once.
+parameters; every parameter is used only in the forward pass of its own module; a learned query is projected once
+per batch.
 """
 
 import torch
@@ -13,24 +13,24 @@ from torch import Tensor, nn
 from scalekd_cache.models.teacher_spec import Shape
 
 TINY_MAP = 16
-"""Positions up to which a convolution on a CPU is a matrix product."""
+"""Maximum number of positions for which a convolution on a CPU runs as a matrix product."""
 LITE_NARROWING = 4
-"""Width of the teacher's map over the width in which the lite projector attends."""
+"""Width of the teacher's map divided by the attention width of the lite projector."""
 
 
 class ChannelLayerNorm(nn.LayerNorm):
     """Layer normalization over the channels of a map, (B, C, H, W) -> same; epsilon 1e-5, as upstream's projectors."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalize every position on its own."""
+        """Normalize each position separately."""
         return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the map's size, with `nn.Conv2d`'s parameters.
 
-    On a CPU and tiny maps it is computed as one matrix product: the library's kernels are made for large maps, and
-    take twice as long on 2048 channels at 2x2 (docs/LOG.md). Equal to within rounding.
+    On a CPU, small maps are computed as one matrix product: the library's kernels take twice as long on 2048 channels
+    at 2x2 (docs/LOG.md). Results are equal to within rounding.
     """
 
     def __init__(self, channels: int) -> None:
@@ -61,7 +61,7 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, query: Tensor) -> Tensor:
-        """proj(softmax(scale * q k^T) v); one query for all samples is projected once and read through a view."""
+        """proj(softmax(scale * q k^T) v); a query shared by all samples is projected once and expanded."""
 
         def split(x: Tensor) -> Tensor:  # (b, n, dim) -> (b, heads, n, dim // heads)
             return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
@@ -73,8 +73,8 @@ class CrossAttention(nn.Module):
 
 
 def query_tokens(learned: Tensor | None, given: Tensor | None, shape: Shape) -> Tensor:
-    """The one query there is: learned (H W, C) -> (1, H W, C), or given (B, C, H, W) -> (B, H W, C)."""
-    assert (given is None) == (learned is not None), "exactly one query: learned or handed in"
+    """The query: learned (H W, C) -> (1, H W, C), or given (B, C, H, W) -> (B, H W, C)."""
+    assert (given is None) == (learned is not None), "exactly one query: learned or passed in"
     if learned is not None:
         return learned.unsqueeze(0)
     assert given is not None
@@ -83,7 +83,7 @@ def query_tokens(learned: Tensor | None, given: Tensor | None, shape: Shape) -> 
 
 
 def as_map(tokens: Tensor, shape: Shape) -> Tensor:
-    """(B, H W, C) -> (B, C, H, W), a view: channels-last for what follows."""
+    """(B, H W, C) -> (B, C, H, W), a view that is channels-last in memory."""
     return tokens.transpose(1, 2).view(len(tokens), -1, *shape[1:])
 
 
@@ -101,8 +101,8 @@ class CAP(nn.Module):
         query_dim: channels of the query (None: dim).
         num_heads: attention heads, a divisor of dim.
         attention_scale: factor on head_dim^-0.5.
-        learned_query: own a query, one vector a position; otherwise forward takes one.
-        layer_norm: channel layer norm in place of batch norm (students that have no batch norm).
+        learned_query: learn a query, one vector per position; otherwise forward takes one.
+        layer_norm: channel layer norm instead of batch norm (students without batch norm).
     """
 
     def __init__(
@@ -138,21 +138,20 @@ class CAP(nn.Module):
             self.query = nn.Parameter(torch.randn(query_grid[0] * query_grid[1], query_dim))
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """Project x (B, in_channels, h, w) with the own query, or with the one handed in, (B, query_dim, H, W)."""
+        """Project x (B, in_channels, h, w) with the learned query, or with `query` (B, query_dim, H, W)."""
         assert x.shape[1:] == self.in_shape, (tuple(x.shape), self.in_shape)  # pos_embed would broadcast silently
         asked = query_tokens(self.query, query, self.query_shape)
         tokens = (self.proj_student(x) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h w, in_channels)
         y = self.norm(self.pos_attention(tokens, self.proj_pos(asked)))
-        out: Tensor = (y + self.ffn(y)).transpose(1, 2)  # (B, dim, H W), a view: channels-last for what follows
-        return out.view(*out.shape[:2], *self.query_shape[1:])
+        return as_map(y + self.ffn(y), self.query_shape)
 
 
 class LiteCAP(nn.Module):
     """A cheap cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W).
 
-    CAP in a quarter of the width: the student's map is brought to dim / 4 channels first, convolution and attention
-    work there, the FFN is dim / 2 wide. Same order of operations, same scale of attention; not in the paper. One
-    serves both views.
+    CAP at a quarter of the width: the student's map is reduced to dim / 4 channels for convolution and attention, the
+    FFN is dim / 2 wide. Same order of operations and attention scale as CAP; not in the paper. One projector serves
+    both views.
 
     Args: as of `CAP`; num_heads divides dim // 4 (`lite_width`).
     """
@@ -198,12 +197,12 @@ class LiteCAP(nn.Module):
 
 
 def lite_width(dim: int) -> int:
-    """Channels in which the lite projector attends, for a teacher's map of `dim`."""
+    """Attention width (channels) of the lite projector for a teacher map with `dim` channels."""
     return max(1, dim // LITE_NARROWING)
 
 
 class LinearProjector(nn.Module):
-    """Plain feature distillation: a student map (B, C', h, w), averaged onto the grid of `out`, by a 1x1 convolution.
+    """Plain feature distillation: a student map (B, C', h, w), pooled to the grid of `out`, then a 1x1 convolution.
 
     Args:
         in_channels: channels of the student's map.
@@ -216,7 +215,7 @@ class LinearProjector(nn.Module):
         self.proj = nn.Conv2d(in_channels, out[0], 1)
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """(B, C', h, w) -> (B, C, H, W); a query is not used."""
+        """(B, C', h, w) -> (B, C, H, W); the query is ignored."""
         if x.shape[2:] != self.out[1:]:
             x = F.adaptive_avg_pool2d(x, self.out[1:])
         y: Tensor = self.proj(x)

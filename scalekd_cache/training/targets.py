@@ -20,7 +20,7 @@ from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentCon
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
-from scalekd_cache.loader.order import WINDOW, Likeness, Order, mixing_window
+from scalekd_cache.loader.order import WINDOW, ClassCorrelation, Order, mixing_window
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, load_tail
@@ -84,7 +84,7 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
 
 def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
     """The sample order of a run; with class-sorted images the shuffle window is larger."""
-    found = Likeness(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
+    found = ClassCorrelation(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
         process.print_rank0(

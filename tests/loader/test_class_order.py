@@ -8,7 +8,7 @@ from image_files import shard
 from small_cache import CPU, make, shared_cache, shared_weights
 
 from scalekd_cache.config.stage2 import TrainConfig
-from scalekd_cache.loader.order import WINDOW, likeness
+from scalekd_cache.loader.order import WINDOW, class_correlation
 from scalekd_cache.training.targets import make_order
 
 
@@ -29,7 +29,7 @@ def sorted_tars(tmp_path_factory):
 def test_stage_1_keeps_how_often_neighbors_are_of_one_class(sorted_tars):
     for cache, alike in ((sorted_tars, True), (shared_cache(), False)):
         neighbors, chance = cache.manifest.data["class_likeness"]
-        assert (neighbors, chance) == pytest.approx(likeness(labels_of(cache)))
+        assert (neighbors, chance) == pytest.approx(class_correlation(labels_of(cache)))
         assert (neighbors > 2 * chance) is alike
 
 

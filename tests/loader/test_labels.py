@@ -61,5 +61,5 @@ def test_a_record_without_a_label_can_be_read_and_not_trained_from(tmp_path: Pat
     assert [problem.what for problem in verify_deep(cache.root, records=0).findings.problems] == [
         "label -1 of 10 classes"
     ]
-    with pytest.raises(UserError, match="holds no label"):
+    with pytest.raises(UserError, match="has no label"):
         list(CachedTargets(cache.root, batch_size=16))

@@ -10,10 +10,10 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import (
     WINDOW,
-    Likeness,
+    ClassCorrelation,
     Order,
+    class_correlation,
     epoch_ids,
-    likeness,
     micro_batch_ids,
     micro_batches_of_rank,
     mixing_window,
@@ -95,7 +95,7 @@ def test_a_resumed_run_sees_the_rest(order: Order, global_batch: int, epoch: int
 def test_windows_of_class_sorted_samples_are_as_mixed_as_promised(classes: int, each: int, block: int) -> None:
     """At most a tenth more pairs of one class in a window than by chance, or the data set is one window."""
     labels = np.repeat(np.arange(classes), each)
-    found = likeness(labels)
+    found = class_correlation(labels)
     window = mixing_window(len(labels), block, found)
     if window * block >= len(labels):
         return
@@ -108,16 +108,16 @@ def test_windows_of_class_sorted_samples_are_as_mixed_as_promised(classes: int, 
 def test_the_window_grows_with_likeness_alone() -> None:
     """ImageNet's numbers: shuffled, sorted by class, and sorted with nothing to gain (one class)."""
     labels = np.repeat(np.arange(1000), 1281)
-    found = likeness(labels)
+    found = class_correlation(labels)
     assert found.neighbors > 0.97
     assert found.chance == pytest.approx(0.001, rel=1e-2)
     assert mixing_window(len(labels), 64, found) == 10_008  # half of the data set's 20,016 blocks
     assert mixing_window(len(labels), 1, found) == WINDOW
-    mixed = likeness(np.random.default_rng(0).permutation(labels))
+    mixed = class_correlation(np.random.default_rng(0).permutation(labels))
     assert mixed.neighbors == pytest.approx(mixed.chance, rel=0.02)
     assert mixing_window(len(labels), 64, mixed) == WINDOW
-    assert mixing_window(10**6, 64, likeness(np.zeros(1000, np.int64))) == WINDOW
-    assert mixing_window(1, 64, Likeness(1.0, 1.0)) == WINDOW
+    assert mixing_window(10**6, 64, class_correlation(np.zeros(1000, np.int64))) == WINDOW
+    assert mixing_window(1, 64, ClassCorrelation(1.0, 1.0)) == WINDOW
 
 
 def test_a_class_sorted_folder_is_mixed_before_it_is_cached(tmp_path) -> None:
@@ -130,8 +130,8 @@ def test_a_class_sorted_folder_is_mixed_before_it_is_cached(tmp_path) -> None:
                 (folder / f"{number:05d}.jpg").write_bytes(b"not read here")
     source = open_source(DataConfig(source=str(tmp_path)), "train")
     labels = np.array([sample.label for sample in source.samples])
-    found = likeness(labels)
-    assert likeness(np.sort(labels)).neighbors > 0.9
+    found = class_correlation(labels)
+    assert class_correlation(np.sort(labels)).neighbors > 0.9
     assert found.neighbors == pytest.approx(found.chance, abs=0.01)
     assert mixing_window(len(labels), 64, found) == WINDOW
 

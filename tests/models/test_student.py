@@ -120,7 +120,7 @@ def test_unknown_name(name):
 
 
 def test_maps_in_another_order_are_refused():
-    with pytest.raises(UserError, match="do not give plain feature maps"):
+    with pytest.raises(UserError, match="do not return plain feature maps"):
         make("hiera_tiny_224")
 
 

@@ -172,7 +172,7 @@ def test_wrong_images(value, message):
         ({"name": "vit_tiny_patch16_224.nosuchtag"}, "augreg_in21k"),
         ({"name": "resnet18"}, "families swin, hiera, tiny_vit, vit"),
         ({"name": "vit_tiny_patch16_224", "size": 16}, "1x1"),
-        ({"name": "vit_tiny_patch16_224", "args": {"nonsense": 1}}, "does not take the argument nonsense"),
+        ({"name": "vit_tiny_patch16_224", "args": {"nonsense": 1}}, "does not accept the argument nonsense"),
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),
         ({"pretrained": True}, "make fetch TEACHER=demo_swin"),
         ({"weights": "weights.pth"}, "pickle"),
@@ -302,7 +302,7 @@ def test_tail_of_another_teacher_or_damaged(tmp_path):
 
 
 def test_tail_refuses_another_grid():
-    with pytest.raises(UserError, match="another shape"):
+    with pytest.raises(UserError, match="wrong shape"):
         split_tail(make())(torch.zeros(1, 64, 7, 7))
 
 

@@ -115,7 +115,7 @@ def test_the_learning_rate_is_scaled_to_the_batch():
 
 
 def test_micro_batches_must_be_shared_evenly():
-    with pytest.raises(UserError, match="cannot be shared evenly"):
+    with pytest.raises(UserError, match="cannot be divided evenly"):
         CacheLoader(
             shared_cache(),
             Order(num_samples=SAMPLES, block=8, window=8, seed=0),
