@@ -1,10 +1,11 @@
-"""What the benchmarks share: timing in turn, ratios inside one run, results that keep the figures before them.
+"""Shared by the benchmarks: interleaved timing, subprocesses, results files, the tables of docs/BENCHMARKS.md.
 
 In: functions to time. Out: benchmarks/results/<name>.json, and its table in docs/BENCHMARKS.md between
-`<!-- <name> -->` and `<!-- end -->`. Invariant: a ratio compares two things done in turn, so that a busy moment hits
-both; the figures of the run before stay beside the new ones.
+`<!-- <name> -->` and `<!-- end -->`. Invariant: a ratio compares two actions that were timed alternately, so that load
+on the machine affects both; the results of the previous run are kept next to the new ones.
 """
 
+import argparse
 import importlib.metadata
 import json
 import os
@@ -25,25 +26,59 @@ PAGE = ROOT / "docs" / "BENCHMARKS.md"
 PACKAGES = ("torch", "timm", "deepspeed", "webdataset", "zarr", "numcodecs", "numpy", "pillow")
 
 
-class Figure(NamedTuple):
-    """One measured line of a table."""
+class Measurement(NamedTuple):
+    """One row of a table."""
 
     what: str
     value: float
     spread: tuple[float, float] | None
-    """Smallest and largest of the repeats."""
+    """Minimum and maximum over the repeats."""
     unit: str
     """`x` for a ratio."""
     rates: str
-    """The absolute figures behind it, in words; they depend on the machine."""
+    """The absolute rates, as text; they depend on the machine."""
     goal: str
-    """What it is compared with."""
+    """The target value, as text."""
     gap: str
-    """Why it is not better; empty where nothing is left."""
+    """What limits it; may be empty."""
+
+
+def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
+    """A parser whose `--help` starts with the docstring of the script."""
+    return argparse.ArgumentParser(description=docstring, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def option_words(options: Mapping[str, object]) -> list[str]:
+    """{"train.epochs": 2} -> ["--train.epochs", "2"]."""
+    return [word for name, value in options.items() for word in (f"--{name}", str(value))]
+
+
+def run_python(*arguments: str) -> str:
+    """Run `python *arguments` from the root of the repository; returns its standard output.
+
+    Raises:
+        RuntimeError: it failed; the message is the end of its output.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(arguments)}: exit code {done.returncode}\n{(done.stdout + done.stderr)[-3000:]}")
+    return done.stdout
+
+
+def pyplot() -> Any:
+    """matplotlib.pyplot, drawing to files without a display."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    return plt
 
 
 def peak_memory_bytes() -> int:
-    """The most memory this process has had resident; getrusage would hand down the peak of the one that started it."""
+    """Peak resident memory of this process; getrusage would include the peak of its parent process."""
     status = Path("/proc/self/status")
     found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text(encoding="utf-8")) if status.exists() else None
     return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
@@ -56,8 +91,8 @@ def timed(action: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def in_turn(repeats: int, **actions: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each action, one after another in every repeat."""
+def time_interleaved(repeats: int, **actions: Callable[[], object]) -> dict[str, list[float]]:
+    """Seconds of each action; every repeat runs all actions once, in order."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
@@ -75,21 +110,20 @@ def ratio(
     unit: str,
     goal: str,
     gap: str = "",
-) -> Figure:
-    """Our rate over the baseline's: the median over the repeats."""
+) -> Measurement:
+    """Our rate divided by the baseline's: the median over the repeats."""
     ratios = [b / a for a, b in zip(seconds[ours], seconds[baseline], strict=True)]
     mine, other = (amount / statistics.median(seconds[name]) for name in (ours, baseline))
-    return Figure(what, statistics.median(ratios), (min(ratios), max(ratios)), "x",
-                  f"{mine:,.4g} {unit} beside {other:,.4g}", goal, gap)  # fmt: skip
+    rates = f"{mine:,.4g} {unit} vs {other:,.4g}"
+    return Measurement(what, statistics.median(ratios), (min(ratios), max(ratios)), "x", rates, goal, gap)
 
 
 def machine() -> dict[str, Any]:
-    """Where and with what a figure was measured."""
+    """The hardware, software versions, commit and command of this run."""
     import torch
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    head = ["git", "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(head, cwd=ROOT, capture_output=True, text=True, check=False)
     versions = {}
     for package in PACKAGES:
         try:
@@ -117,41 +151,57 @@ def _cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def publish(name: str, figures: Sequence[Figure], raw: Mapping[str, Any], *, note: str = "") -> None:
-    """Write the results and their table, and print the table.
+def write_results(name: str, content: Mapping[str, Any], *, allow_nan: bool = False) -> Path:
+    """Write `content` and the machine it was measured on to benchmarks/results/<name>.json; returns the file."""
+    RESULTS.mkdir(exist_ok=True)
+    file = RESULTS / f"{name}.json"
+    text = json.dumps({"machine": machine(), **content}, indent=1, allow_nan=allow_nan)
+    file.write_text(text + "\n", encoding="utf-8")
+    return file
+
+
+def publish_table(name: str, figures: Sequence[Measurement], raw: Mapping[str, Any], *, note: str = "") -> None:
+    """Write the results file, put the table into docs/BENCHMARKS.md and print it.
 
     Args:
-        name: of the file and of the place in docs/BENCHMARKS.md.
-        figures: the table's rows.
-        raw: options, seconds: what the figures were made of.
-        note: a sentence under the table.
+        name: name of the results file and of the marker in docs/BENCHMARKS.md.
+        figures: rows of the table.
+        raw: options and raw timings.
+        note: a sentence below the table.
     """
-    RESULTS.mkdir(exist_ok=True)
     file, facts = RESULTS / f"{name}.json", machine()
     before = json.loads(file.read_text()) if file.exists() else {}
     previous = {row["what"]: row["value"] for row in before.get("figures", [])}
     table = _table(figures, facts, previous, before.get("machine", {}), note)
     content = {
-        "machine": facts,
         "raw": raw,
         "figures": [figure._asdict() for figure in figures],
         "previous": {"machine": before.get("machine"), "figures": previous},
     }
-    file.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n")
+    write_results(name, content)
     _put_table(name, table)
     print(table, f"\n{file}")
 
 
-def _table(figures: Sequence[Figure], facts: Mapping[str, Any], previous: Mapping[str, float],
-           before: Mapping[str, Any], note: str) -> str:  # fmt: skip
+def _table(
+    figures: Sequence[Measurement],
+    facts: Mapping[str, Any],
+    previous: Mapping[str, float],
+    before: Mapping[str, Any],
+    note: str,
+) -> str:
     where = facts["accelerator"] or f"{facts['cores']} cores of {facts['cpu']}"
     lines = [
         f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}: {where}, {facts['threads']} threads, "
         f"load {facts['load'][0]:.1f} at the end."
     ]
     if previous:
-        lines[0] += f" Before: commit {before.get('commit')}, load {before.get('load', ['?'])[0]}."
-    lines += ["", "| what | figure (min to max) | before | rates | goal | what is left |", "|---|---|---|---|---|---|"]
+        lines[0] += f" Previous: commit {before.get('commit')}, load {before.get('load', ['?'])[0]}."
+    lines += [
+        "",
+        "| what | result (min to max) | previous | rates | goal | remaining cost |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in figures:
         spread = f" ({row.spread[0]:.3g} to {row.spread[1]:.3g})" if row.spread else ""
         old = f"{previous[row.what]:.3g}" if row.what in previous else ""
@@ -165,8 +215,8 @@ def _put_table(name: str, table: str) -> None:
     text = PAGE.read_text()
     start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
     head, found, rest = text.partition(start)
-    assert found, f"{PAGE} has no place for {name}: add {start!r} and {end!r}"
+    assert found, f"{PAGE} has no marker for {name}: add {start!r} and {end!r}"
     old, found, tail = rest.partition(end)
-    assert found, f"the place for {name} in {PAGE} has no end"
-    assert "<!--" not in old, f"the place for {name} in {PAGE} has no line of its own before its end"
+    assert found, f"the marker for {name} in {PAGE} has no end"
+    assert "<!--" not in old, f"the end marker for {name} in {PAGE} must be on a line of its own"
     PAGE.write_text(head + start + table + end + tail)

@@ -7,14 +7,13 @@ that width (docs/CODECS.md: 34 KB a view under `transform`, these 39). The lossl
 a row, decoding is what turns rows into float32 maps and norms.
 """
 
-import argparse
 import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
 
-from benchmarks.harness import Figure, in_turn, publish
+from benchmarks.harness import Measurement, argument_parser, publish_table, time_interleaved
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
@@ -48,7 +47,7 @@ def codecs() -> dict[str, FeatureCodec]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--batch", type=int, help=f"views decoded at once (default 32, {GPU_BATCH} on a GPU)")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--device", default="cpu")
@@ -74,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         actions[f"{name}, decode"] = decode
         actions[f"{name}, lossless"] = partial(codec.unpack, records)
         decode()
-    seconds = in_turn(options.repeats, **actions)  # all in turn: a phase in which the machine is slow meets all
+    seconds = time_interleaved(options.repeats, **actions)
     if not gpu:
         for name in sizes:
             pairs = zip(seconds[f"{name}, lossless"], seconds[f"{name}, decode"], strict=True)
@@ -86,7 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         scale = 1e3 if whole else 1e3 / batch
         goal = {"lossless": "0.1 ms", "decode": "5 ms a batch" if gpu else "", "both": "0.3 ms"}[part]
         figures.append(
-            Figure(
+            Measurement(
                 what,
                 statistics.median(values) * scale,
                 (min(values) * scale, max(values) * scale),
@@ -96,7 +95,9 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "",
             )
         )
-    publish("codec-decode-gpu" if gpu else "codec-decode", figures, {"options": vars(options), "seconds": seconds})
+    publish_table(
+        "codec-decode-gpu" if gpu else "codec-decode", figures, {"options": vars(options), "seconds": seconds}
+    )
 
 
 if __name__ == "__main__":

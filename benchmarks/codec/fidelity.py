@@ -12,12 +12,7 @@ Times depend on what else the machine does: the load is printed, and each is giv
 Writes benchmarks/results/codecs-<name>.json and .png.
 """
 
-import argparse
-import json
 import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from benchmarks.harness import RESULTS, argument_parser, pyplot, write_results
 from scalekd_cache.codec import CODECS, codec_from_config, make_codec
 from scalekd_cache.codec.base import FeatureCodec, feature_norms
 from scalekd_cache.codec.dither import dither_seed
@@ -37,7 +33,6 @@ from scalekd_cache.codec.transform import dct_matrix, token_scales
 from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, ROTATED, fit
 from scalekd_cache.store.reader import Cache
 
-RESULTS = Path(__file__).parents[1] / "results"
 LEFT = ("float16", "bfloat16", "fp8")
 """Names that stand on the left of their points."""
 NOISES = (0.0008, 0.005, 0.015)
@@ -148,10 +143,7 @@ def live_head(weights: Path | None) -> tuple[Tensor, Tensor] | None:
 
 def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, path: Path, title: str) -> None:
     """Bytes a view against the error that the losses see, with the bound."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(7.5, 5))
     lossy = {name: row for name, row in table.items() if row["mse_normalised"] > 0}
@@ -189,7 +181,7 @@ def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, pa
 
 def main() -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--features", type=Path)
     parser.add_argument("--ids", type=Path)
@@ -231,21 +223,13 @@ def main() -> None:
 
 def write(name: str, shape: tuple[int, int, int], views: tuple[int, int, int], table: dict[str, dict]) -> None:
     """The results as JSON, with what they were measured on."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     content = {
-        "command": " ".join(["python", "-m", "benchmarks.codec.fidelity", *(Path(word).name for word in sys.argv[1:])]),
-        "commit": commit.stdout.strip(),
-        "machine": {
-            "cpu": platform.machine(), "cores": os.cpu_count(), "load_average": os.getloadavg()[0],
-            "instructions": torch.backends.cpu.get_cpu_capability(),
-            "python": platform.python_version(), "torch": torch.__version__,
-        },
+        "instructions": torch.backends.cpu.get_cpu_capability(),
         "timing": f"CPU time of one thread, least of runs over {TIMED_S:g} s, 32 views, warm",
         "shape": shape, "views_fitted": views[0], "views_measured": views[1], "views_of_bound": views[2],
         "codecs": table,
     }  # fmt: skip
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"codecs-{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_results(f"codecs-{name}", content)
 
 
 def markdown(table: dict[str, dict]) -> str:

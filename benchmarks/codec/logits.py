@@ -9,15 +9,13 @@ given it loses nothing. Codecs are fitted on half of the views and measured on t
 Writes benchmarks/results/logits-<name>.json.
 """
 
-import argparse
-import json
-import platform
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
+from benchmarks.harness import argument_parser, write_results
 from scalekd_cache.codec import codec_from_config, make_codec
 from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.logits import DenseLogits, kl_divergence, logit_codec_from_config
@@ -35,7 +33,7 @@ def spread(decoded: np.ndarray) -> np.ndarray:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--cache", type=Path, required=True)
     parser.add_argument("--head", type=Path, required=True)
     parser.add_argument("--name", default="demo")
@@ -82,15 +80,11 @@ def main() -> None:
         again = torch.nn.functional.linear(features.mean((2, 3)), weight, bias).numpy()
         row(f"recomputed from {name}", 0.0, again, logits[half:])
     result = {
-        "command": f"python benchmarks/codec/logits.py --cache ... --head ... --views {options.views}",
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
         "teacher": cache.manifest.teacher["spec"]["name"],
         "classes": classes,
         "rows": rows,
     }
-    file = Path(__file__).parents[1] / "results" / f"logits-{options.name}.json"
-    file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(write_results(f"logits-{options.name}", result))
 
 
 if __name__ == "__main__":

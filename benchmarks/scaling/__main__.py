@@ -3,20 +3,15 @@
 In: options, and with --check a cache and runs made here. Out: `benchmarks/results/`.
 """
 
-import argparse
 import json
-import platform
-import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.harness import RESULTS, argument_parser, pyplot, write_results
 from benchmarks.scaling.simulate import (
     DRAWS,
     RANKS,
-    RESULTS,
     Cluster,
     cache_job,
     imagenet_cache,
@@ -58,10 +53,7 @@ def curves() -> dict[str, dict[str, Any]]:
 
 def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
     """Efficiency and lost work of both stages over the number of processes."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(2, 2, figsize=(13, 9))
     panels = (
@@ -88,7 +80,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
 
 def main() -> None:
     """Simulate, check, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="measure the demo on one and two processes")
     parser.add_argument("--repeats", type=int, default=1)
     options = parser.parse_args()
@@ -99,17 +91,12 @@ def main() -> None:
 
         check = measure(options.repeats)
     found = curves()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     content = {
-        "command": f"python -m benchmarks.scaling{' --check' if options.check else ''} --repeats {options.repeats}",
-        "commit": commit.stdout.strip(),
-        "machine": {"cpu": platform.machine(), "python": platform.python_version(), "numpy": np.__version__},
         "draws": DRAWS,
         "check": check,
         "curves": found,
     }
-    RESULTS.mkdir(exist_ok=True)
-    file.write_text(json.dumps(content, indent=1) + "\n")
+    write_results("scale-model", content, allow_nan=True)  # a cluster without failures: Infinity
     plot(found, RESULTS / "scale-model.png")
     for name, curve in found.items():
         print(name, " ".join(f"{row['ranks']}: {row['useful']:.2f}/{row['lost']:.3f}" for row in curve["rows"]))

@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+from benchmarks.harness import ROOT, option_words, run_python
+
 IMAGES, SHARD, VIEWS = 768, 16, 2
 MICRO, GLOBAL, EPOCHS = 16, 64, 2
 STUDENT = "resnet10t"
-Words = list[str]
 
 
 def start(module: str, words: dict[str, Any], processes: int = 1) -> subprocess.Popen[str]:
@@ -28,10 +28,9 @@ def start(module: str, words: dict[str, Any], processes: int = 1) -> subprocess.
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
-    flags = [word for name, value in words.items() for word in (f"--{name}", str(value))]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, *torchrun, "-m", *(["--"] if torchrun else []), module, *flags],
+        [sys.executable, *torchrun, "-m", *(["--"] if torchrun else []), module, *option_words(words)],
         cwd=ROOT,
         env=environment,
         text=True,
@@ -109,18 +108,8 @@ def all_reduce_seconds(count: int, folder: Path) -> float:
     """A sum of `count` bytes of float32 over two processes."""
     file = folder / "all_reduce.py"
     file.write_text(ALL_REDUCE)
-    words = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        str(file),
-        str(count),
-    ]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    return float(done.stdout.split("seconds")[1])
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    return float(run_python(*torchrun, str(file), str(count)).split("seconds")[1])
 
 
 def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:

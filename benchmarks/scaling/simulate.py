@@ -1,6 +1,6 @@
 """How far do both stages scale? A simulation of 1 to 1,024 processes, checked against runs of one and two.
 
-    python benchmarks/scaling/simulate.py [--check] [--repeats 3]
+    python -m benchmarks.scaling [--check] [--repeats 3]
 
 `--check` measures the demo first (`scale_measure.py`, some minutes on two cores) and holds the simulation against
 it; without it the check of the results file stays. Stage 1 is simulated unit by unit, stage 2 step by step
@@ -12,14 +12,12 @@ Writes benchmarks/results/scale-model.json and .png.
 import heapq
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, GPUS, TRAINING_UTILIZATION
 
-RESULTS = Path(__file__).parents[1] / "results"
 RANKS = tuple(2**power for power in range(11))
 DRAWS = {"cache_job": 10, "train_job": 100}
 """Simulations a point; the mean is shown."""

@@ -11,7 +11,6 @@ import dataclasses
 import hashlib
 import json
 import resource
-import subprocess
 import sys
 import tempfile
 import time
@@ -19,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.harness import ROOT, Figure, publish
+from benchmarks.harness import ROOT, Measurement, argument_parser, publish_table, run_python
 
 IMAGES_PER_UNIT, VIEWS = 512, 8
 SHARD_BYTES = 97_000 * IMAGES_PER_UNIT
@@ -106,16 +105,14 @@ def measure(records: int, folder: Path) -> dict[str, Any]:
     start = time.perf_counter()
     make_cache(root, records)
     made = time.perf_counter() - start
-    command = [sys.executable, "-m", "benchmarks.store.growth", "--use", str(root)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    figures = json.loads(run_python("-m", "benchmarks.store.growth", "--use", str(root)))
     manifest_bytes = (root / "manifest.json").stat().st_size
-    return {"records": records, "made_s": made, "manifest_bytes": manifest_bytes, **json.loads(done.stdout)}
+    return {"records": records, "made_s": made, "manifest_bytes": manifest_bytes, **figures}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[4, 6, 8], help="powers of ten")
     parser.add_argument("--folder", type=Path, help="where (default: the temporary folder); 10^8 makes 420,000 files")
     parser.add_argument("--use", type=Path, help=argparse.SUPPRESS)
@@ -131,14 +128,14 @@ def main(argv: Sequence[str] | None = None) -> None:
             start = row["open"] + row["order"]
             goal = "5 s, 1 GB" if power == 8 else ""
             figures.append(
-                Figure(
+                Measurement(
                     f"10^{power} records: open the cache, first batch's positions", start, None, "s", rates, goal, ""
                 )
             )
             per_unit = row["verify"] / max(1, -(-row["records"] // (IMAGES_PER_UNIT * VIEWS)))
             what, rates = f"10^{power} records: `make verify`, fast", f"{1e3 * per_unit:.2f} ms a unit of 18 files"
-            figures.append(Figure(what, row["verify"], None, "s", rates, "linear", "a stat of every file"))
-    publish("growth", figures, {"sizes": raw, "images_per_unit": IMAGES_PER_UNIT, "views": VIEWS})
+            figures.append(Measurement(what, row["verify"], None, "s", rates, "linear", "a stat of every file"))
+    publish_table("growth", figures, {"sizes": raw, "images_per_unit": IMAGES_PER_UNIT, "views": VIEWS})
 
 
 if __name__ == "__main__":

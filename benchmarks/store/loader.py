@@ -7,7 +7,6 @@ Photographs of 500x375 and 224 px views; features of Swin-T's size by default. O
 (b) read the cache's bytes and do nothing else. The feature part is timed by leaving pixels out and in.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -20,7 +19,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from benchmarks.harness import Figure, in_turn, publish, ratio
+from benchmarks.harness import Measurement, argument_parser, publish_table, ratio, time_interleaved
 from benchmarks.photographs import write_photographs
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
@@ -106,7 +105,7 @@ def bytes_only(cache: Cache) -> Callable[[], None]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", default="swin_tiny_patch4_window7_224")
@@ -131,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         }
         for action in actions.values():
             action()  # warm files, compiled kernels
-        seconds = in_turn(options.repeats, **actions)
+        seconds = time_interleaved(options.repeats, **actions)
     unit = {"amount": count, "unit": "samples/s"}
     share = [a / b for a, b in zip(seconds["features"], seconds["baked"], strict=True)]
     jpeg = "JPEG decoding of the view and its digest"
@@ -141,11 +140,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         ratio("replayed / original JPEG + torchvision", seconds, "replayed", "original", goal="", **unit,
               gap="the whole image is decoded; crop and resize in Pillow"),
         ratio("baked, tar / its bytes read, nothing else", seconds, "baked", "bytes", goal="", gap=jpeg, **unit),
-        Figure("features and logits, checked and decoded: share of the loader's time", statistics.median(share),
+        Measurement("features and logits, checked and decoded: share of the loader's time", statistics.median(share),
                (min(share), max(share)), "x", f"{count / statistics.median(seconds['features']):,.0f} samples/s, zarr "
                f"{count / statistics.median(seconds['features_zarr']):,.0f}", "at most 0.25", ""),
     ]  # fmt: skip
-    publish(
+    publish_table(
         "loader",
         figures,
         {

@@ -11,9 +11,7 @@ Writes benchmarks/results/shuffle-quality.json and .png. Takes about a minute.
 """
 
 import json
-import platform
 import statistics
-import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
+from benchmarks.harness import RESULTS, pyplot, write_results
 from benchmarks.store.throughput import make_records, write_unit
 from scalekd_cache.loader.order import (
     WINDOW,
@@ -37,7 +36,6 @@ from scalekd_cache.loader.order import (
 from scalekd_cache.store.base import ShardId, shard_reader
 from scalekd_cache.store.sidecar import read_keys, read_unit
 
-RESULTS = Path(__file__).parents[1] / "results"
 CLASSES, EACH, BATCH, MICRO = 1000, 1281, 256, 32
 """ImageNet's shape and the traditional recipe's batches."""
 SEEDS = range(8)
@@ -190,10 +188,7 @@ def reading(records: int = 512, ranks: tuple[int, ...] = (1, 2, 4, 8)) -> list[d
 
 def plot(mixed: dict[str, dict[str, float]], labels: Ids, trained: dict[str, dict[str, Any]], path: Path) -> None:
     """Classes a batch along an epoch, and what a small network learns."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1.3, 1, 1))
     for (name, (canonical, order)), color in zip(
@@ -231,19 +226,14 @@ def main() -> None:
     torch.set_num_threads(1)
     labels = np.repeat(np.arange(CLASSES), EACH)
     mixed = {name: mixing(*pair) for name, pair in orders(labels).items()}
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     trained = training()
     content = {
-        "command": "python -m benchmarks.store.shuffle_quality",
-        "commit": commit.stdout.strip(),
-        "machine": {"cpu": platform.machine(), "python": platform.python_version(), "numpy": np.__version__},
         "positions": positions(),
         "mixing": mixed,
         "training": trained,
         "reading": reading(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "shuffle-quality.json").write_text(json.dumps(content, indent=1) + "\n")
+    write_results("shuffle-quality", content)
     plot(mixed, labels, trained, RESULTS / "shuffle-quality.png")
     print(json.dumps(content, indent=1))
 

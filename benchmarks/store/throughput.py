@@ -6,7 +6,6 @@ Records as a default cache has them: 224 px JPEG of about 16 KB, 79,708 bytes of
 logits, a view record. Every ratio compares things done in turn in each repeat. Half a minute, 2 GB of disk.
 """
 
-import argparse
 import hashlib
 import os
 import shutil
@@ -19,7 +18,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from benchmarks.harness import Figure, in_turn, publish, ratio
+from benchmarks.harness import Measurement, argument_parser, publish_table, ratio, time_interleaved
 from scalekd_cache.store.background import CommitQueue
 from scalekd_cache.store.base import BACKENDS, Record, ShardId, shard_reader
 from scalekd_cache.store.durable_files import canonical_json, fact_of
@@ -29,7 +28,7 @@ from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 PIECE = 1 << 20
-Measured = tuple[list[Figure], dict[str, list[float]]]
+Measured = tuple[list[Measurement], dict[str, list[float]]]
 """Rows of the table, and the seconds that they were made of."""
 SIDECARS = (".json", ".txt", ".idx")
 UNITS = 6
@@ -125,7 +124,7 @@ def writing(root: Path, backend: str, records: list[Record], views: int, repeats
 
     seconds: dict[str, list[float]] = {}
     for _ in range(repeats):
-        turn = in_turn(
+        turn = time_interleaved(
             1,
             units=fresh(lambda folder: write_units(folder, backend, records, views)),
             copies=copies(read_back=False),
@@ -174,7 +173,7 @@ def random_reads(folder: Path, count: int, repeats: int) -> Measured:
             for start, size in zip(firsts[block].tolist(), lengths[block].tolist(), strict=True):
                 os.pread(descriptor, size, start)
 
-    seconds = in_turn(
+    seconds = time_interleaved(
         repeats,
         batches=lambda: _batches(reader, rows),
         single=ours,
@@ -215,7 +214,7 @@ def sequential_zarr(folder: Path, repeats: int) -> Measured:
     ours = ShardedArray(path / "features", "uint8", count * row, plain=True)
     bounds = [(start, min(start + 64, count)) for start in range(0, count, 64)]
     reader = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
-    seconds = in_turn(
+    seconds = time_interleaved(
         repeats,
         ours=lambda: [ours.spans([(at * row, (at + 1) * row) for at in range(*bound)]) for bound in bounds],
         zarr=lambda: [plain[start * row : stop * row] for start, stop in bounds],
@@ -237,7 +236,7 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
         size = sum(fact.bytes for fact in info.files.values())
         keys, blob = read_keys(folder, info), os.urandom(1 << 24)
         readers = [shard_reader(backend, folder, ShardId(0, 0, view), keys) for view in info.views]
-        seconds = in_turn(
+        seconds = time_interleaved(
             repeats,
             hash=lambda folder=folder, info=info: [fact_of(folder / name) for name in info.files],  # type: ignore[misc]
             decode=lambda readers=readers, count=info.count: [  # type: ignore[misc]
@@ -249,7 +248,7 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
         for name, goal, gap in (("hash", "1 GB/s a core", f"sha256 alone {bare:.2f} GB/s"), ("decode", "", "")):
             rates = [size / 1e9 / value for value in seconds[name]]
             figures.append(
-                Figure(
+                Measurement(
                     f"verify {backend}, {name} pass",
                     statistics.median(rates),
                     (min(rates), max(rates)),
@@ -263,19 +262,19 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
     return figures, all_seconds
 
 
-def overhead(backend: str, folder: Path) -> Figure:
+def overhead(backend: str, folder: Path) -> Measurement:
     """Headers, padding, index and sidecars of a unit, in percent of all its bytes."""
     info, _ = read_unit(folder)
     total = sum(path.stat().st_size for path in files_of(folder))
     sidecars = sum(path.stat().st_size for path in files_of(folder) if path.suffix in SIDECARS)
     share = 100 * (total - sum(info.payload_bytes.values())) / total
     rates = f"of {total / info.count / len(info.views):,.0f} bytes a view, sidecars {100 * sidecars / total:.2f} %"
-    return Figure(f"not payload, {backend}", share, None, "%", rates, "8 %", "")
+    return Measurement(f"not payload, {backend}", share, None, "%", rates, "8 %", "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--records", type=int, default=512)
     parser.add_argument("--views", type=int, default=4)
@@ -295,7 +294,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = [figure for rows, _ in measured for figure in rows]
         figures += [overhead(backend, folder) for backend, folder in folders.items()]
     sizes = {"records": options.records, "views": options.views, "repeats": options.repeats}
-    publish("store", figures, {**sizes, "seconds": [seconds for _, seconds in measured]})
+    publish_table("store", figures, {**sizes, "seconds": [seconds for _, seconds in measured]})
 
 
 if __name__ == "__main__":

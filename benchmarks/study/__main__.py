@@ -10,13 +10,9 @@ process to save their start. Invariant: a line is written when its run is finish
 again, goes on with the run it was in, from its last checkpoint. The folder of a run that has its line is removed.
 """
 
-import argparse
 import json
-import os
-import platform
 import shlex
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -26,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from benchmarks.harness import RESULTS, argument_parser, machine
 from benchmarks.study.demo_teachers import WIDTHS
 from benchmarks.study.plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
@@ -34,7 +31,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 
-RESULTS = Path(__file__).parents[1] / "results" / "study"
+STUDY_RESULTS = RESULTS / "study"
 
 
 FROM_SUMMARY = (
@@ -164,7 +161,8 @@ def make_cache(setting: Setting, name: str, places: Places) -> Path:
             "fidelity": manifest.fidelity, "teacher": manifest.teacher["spec"]["name"],
             "teacher_top1": manifest.teacher["top1"], "weights_sha256": manifest.teacher["spec"]["weights_sha256"],
             "feature_shape": manifest.teacher["spec"]["feature_shape"], "fingerprint": manifest.fingerprint,
-            "command": shlex.join(["python", "-m", "pipelines.cache_teacher", *argv]), **clock.seconds, **machine(),
+            "command": shlex.join(["python", "-m", "pipelines.cache_teacher", *argv]),
+            **clock.seconds, **machine_facts(),
         },
     )  # fmt: skip
     return root
@@ -223,29 +221,19 @@ def train(setting: Setting, run: Run, places: Places, judges: dict[str, Any]) ->
         "feature_bytes": read_manifest(cache).bytes_per_view["features"],
         "train_loss": round(sum(last) / len(last), 5) if last else None, "held_out": held_out,
         "held_out_loss": round(sum(held_out.values()), 5) if held_out else None,
-        "resumed": resumed, **clock.seconds, **machine(),
+        "resumed": resumed, **clock.seconds, **machine_facts(),
         "command": shlex.join(["python", "-m", "pipelines.distill", *argv]),
     }  # fmt: skip
 
 
-def machine() -> Line:
-    """Where and with what."""
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu_name()
+def machine_facts() -> Line:
+    """The machine, versions and commit of a result line."""
+    facts = machine()
     return {
-        "machine": device,
-        "threads": torch.get_num_threads(),
-        "commit": commit.stdout.strip(),
-        "python": platform.python_version(),
+        "machine": facts["accelerator"] or f"{facts['cpu']}, {facts['cores']} cores",
+        **{name: facts[name] for name in ("threads", "commit", "python", "date")},
         "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    names = [line for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
-    return f"{names[0].partition(':')[2].strip() if names else platform.machine()}, {os.cpu_count()} cores"
 
 
 def go(settings: list[Setting], places: Places, budget_s: float) -> bool:
@@ -281,7 +269,7 @@ def pending(setting: Setting, places: Places) -> list[Run]:
 
 def main() -> None:
     """Parse, estimate, run, draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--form", choices=("auto", *FORMS), default="auto", help="auto: full with a GPU, else cpu")
     parser.add_argument("--settings", nargs="+", help="only these settings of the form, in this order")
     parser.add_argument(
@@ -290,7 +278,7 @@ def main() -> None:
     parser.add_argument("--teacher-weights", help="its teacher (benchmarks/study/finetune_teacher.py)")
     parser.add_argument("--teacher", help="its timm name, where it is not the recipe's (then give --work, --results)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="caches and runs")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=STUDY_RESULTS)
     parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run that would end later")
     parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
     options = parser.parse_args()

@@ -10,7 +10,6 @@ Out: train/<class>/<number>.png and val/<class>/<number>.png, lossless; numbers 
 Invariant: a subset has the first images of every class, as many of each; the folder appears when it is complete.
 """
 
-import argparse
 import json
 import os
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from benchmarks.harness import argument_parser
 from scalekd_cache.errors import UserError
 from scalekd_cache.progress import progress
 
@@ -86,7 +86,7 @@ def progress_of(images: Labeled, split: str) -> Labeled:
 
 def main() -> None:
     """Parse and write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--form", choices=("png", "torchvision"), default="torchvision")
     parser.add_argument("--source", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, required=True)

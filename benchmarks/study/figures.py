@@ -7,12 +7,12 @@ paired differences with 95 % intervals), and tables.md, which is printed too. In
 or follows from lines by mean, standard deviation, sum or a paired interval.
 """
 
-import argparse
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.harness import RESULTS, argument_parser, pyplot
 from benchmarks.study.plan import ARMS, FORMS, Question, Setting, canonical
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired, read_lines
 
@@ -132,10 +132,7 @@ def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> st
 
 def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     """Accuracy against V, accuracy against bytes (a color a student), and all paired differences."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     rows = differences_of(setting, lines)
     figure, axes = plt.subplots(
@@ -243,8 +240,8 @@ def draw(results: Path) -> None:
 
 def main() -> None:
     """Parse and draw."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=Path(__file__).parents[1] / "results" / "study")
+    parser = argument_parser(__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "study")
     draw(parser.parse_args().results)
 
 

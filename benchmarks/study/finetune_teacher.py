@@ -10,7 +10,6 @@ Steps: a cache of views (with the demo's small teacher, whose targets nobody rea
 INIT= on those views, and the exported weights. Invariant: the file appears when the training is finished.
 """
 
-import argparse
 import json
 import re
 import shutil
@@ -21,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from benchmarks.harness import RESULTS, argument_parser
 from scalekd_cache.models.timm_models import default_image_size
 
 ENCODER = "image_encoder."
@@ -68,7 +68,7 @@ def write_start(name: str, file: Path, classes: int, size: int, folder: Path) ->
 
 def main() -> None:
     """Parse and train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--name", default="tiny_vit_5m_224", help="timm model")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", required=True, help="image folder with train/ and val/")
@@ -99,7 +99,7 @@ def main() -> None:
     shutil.copyfile(run / "export" / "model.safetensors", out)
     summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
     kept = {name: value for name, value in summary.items() if name not in ("teacher", "teacher_top1", "targets")}
-    file = Path(__file__).parents[1] / "results" / "study" / f"teacher-{label}.json"
+    file = RESULTS / "study" / f"teacher-{label}.json"
     file.write_text(json.dumps({**kept, "weights": options.weights.name, "lr": options.lr}, indent=1) + "\n")
     print(f"{out}: top-1 {summary['top1']} % ({file})")
 

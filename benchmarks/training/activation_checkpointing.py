@@ -8,13 +8,11 @@ process that only builds it, and the seconds of the second step. Prints a Markdo
 """
 
 import argparse
-import subprocess
-import sys
 import time
 
 import torch
 
-from benchmarks.harness import peak_memory_bytes
+from benchmarks.harness import argument_parser, peak_memory_bytes, run_python
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning.costs import meta_teacher, step_memory
@@ -40,18 +38,9 @@ def measured(name: str, on: bool, batch: int) -> tuple[float, float]:
     """The same in processes of their own: seconds, and bytes over those of the model alone."""
     found = []
     for count in (0, 2):
-        words = [
-            sys.executable,
-            "-m",
-            "benchmarks.training.activation_checkpointing",
-            "--one",
-            name,
-            str(int(on)),
-            str(batch),
-            str(count),
-        ]
-        done = subprocess.run(words, capture_output=True, text=True, check=True)
-        found.append([float(word) for word in done.stdout.split()])
+        module = ("-m", "benchmarks.training.activation_checkpointing")
+        output = run_python(*module, "--one", name, str(int(on)), str(batch), str(count))
+        found.append([float(word) for word in output.split()])
     return found[1][0], found[1][1] - found[0][1]
 
 
@@ -66,7 +55,7 @@ def counted(name: str, on: bool, batch: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()

@@ -6,16 +6,21 @@ Measured: whole commands on the same data, in wall time: one `cache-teacher` and
 `distill TARGETS=live` a student. Extrapolated: ImageNet with Swin-L, from FLOPs (`make costs`) at one assumed rate.
 """
 
-import argparse
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.harness import RESULTS, ROOT, Figure, publish, timed
+from benchmarks.harness import (
+    RESULTS,
+    Measurement,
+    argument_parser,
+    option_words,
+    publish_table,
+    pyplot,
+    run_python,
+    timed,
+)
 from benchmarks.photographs import write_photographs
 from scalekd_cache.planning.costs import pair_costs
 
@@ -29,13 +34,7 @@ RATE = 200e12
 
 def command(name: str, options: Mapping[str, object]) -> None:
     """One whole command, quiet."""
-    words = [word for option, value in options.items() for word in (f"--{option}", str(value))]
-    arguments, environment = (
-        [sys.executable, "-m", f"pipelines.{name}", *words],
-        {**os.environ, "PYTHONPATH": str(ROOT)},
-    )
-    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
+    run_python("-m", f"pipelines.{name}", *option_words(options))
 
 
 def measure(folder: Path, data: Path, students: Sequence[str], epochs: int, batch: int) -> dict[str, float]:
@@ -97,10 +96,7 @@ def imagenet() -> list[dict[str, float]]:
 
 def chart(rows: list[dict[str, float]], file: Path) -> None:
     """GPU-hours against the number of students."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(6.4, 4))
     numbers = [row["students"] for row in rows]
@@ -122,7 +118,7 @@ def chart(rows: list[dict[str, float]], file: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, extrapolate, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--students", nargs="+", default=STUDENTS)
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--images", type=int, default=48)
@@ -145,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     gains = [a / b for a, b in zip(live, cached, strict=True)]
     size = f"{options.epochs} epochs of {options.images} images, {options.epochs} views"
     figures = [
-        Figure(
+        Measurement(
             f"{len(live)} students: live / one cache and students from it, wall time",
             sum(live) / total,
             None,
@@ -154,8 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "",
             "imports, evaluation, export are in both; every epoch has a view of its own: one student reuses nothing",
         ),
-        Figure("median student: live / from the cache", statistics.median(gains), None, "x", each, "", ""),
-        Figure(
+        Measurement("median student: live / from the cache", statistics.median(gains), None, "x", each, "", ""),
+        Measurement(
             "extrapolated: 8 students on ImageNet with Swin-L, live / cached",
             many["live_gpu_hours"] / many["cached_gpu_hours"],
             None,
@@ -166,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     ]
     raw = {"options": {name: str(value) for name, value in vars(options).items()}, "seconds": seconds, "imagenet": rows}
-    publish("whole-job", figures, raw, note="![GPU-hours](../benchmarks/results/whole-job.png)")
+    publish_table("whole-job", figures, raw, note="![GPU-hours](../benchmarks/results/whole-job.png)")
 
 
 if __name__ == "__main__":

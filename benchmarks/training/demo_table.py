@@ -5,18 +5,14 @@
 Uses the commands a user types. Writes benchmarks/results/demo-<student>.json and prints a Markdown table.
 """
 
-import argparse
 import json
-import os
-import platform
 import shlex
 import statistics
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-RESULTS = Path(__file__).parents[1] / "results"
+from benchmarks.harness import argument_parser, write_results
 
 
 def run(student: str, targets: str, seed: int, epochs: int, cache: str, folder: Path) -> dict[str, object]:
@@ -42,7 +38,7 @@ def row(name: str, runs: list[dict[str, float]]) -> str:
 
 def main() -> None:
     """Run, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argument_parser(__doc__)
     parser.add_argument("--student", default="resnet18")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, default=3)
@@ -54,18 +50,7 @@ def main() -> None:
         for targets, summaries in table.items():
             folder = options.runs / f"{options.student}-{targets}-{options.epochs}-{seed}"
             summaries.append(run(options.student, targets, seed, options.epochs, options.cache, folder))
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": os.environ.get("OMP_NUM_THREADS"),
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-    RESULTS.mkdir(exist_ok=True)
-    file = RESULTS / f"demo-{options.student}.json"
-    file.write_text(json.dumps({"machine": machine, "runs": table}, indent=1) + "\n")
+    file = write_results(f"demo-{options.student}", {"runs": table})
     print("| targets | top-1 % | std | each seed | steps | images/s |\n|---|---|---|---|---|---|")
     print(row(f"{options.student}, labels only (`TARGETS=none`)", table["none"]))  # type: ignore[arg-type]
     print(row(f"{options.student}, distilled from the cache", table["cached"]))  # type: ignore[arg-type]

@@ -8,7 +8,6 @@ tests/support/upstream_reference.py's;
 the limit is the rate that a plain matrix product reaches in the same run.
 """
 
-import argparse
 import statistics
 import sys
 from collections.abc import Callable, Sequence
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.harness import ROOT, Figure, in_turn, publish, ratio
+from benchmarks.harness import ROOT, Measurement, argument_parser, publish_table, ratio, time_interleaved
 from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
@@ -90,7 +89,7 @@ class Merge(torch.nn.Module):
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, help="default 4 on a CPU, 128 on a GPU")
     parser.add_argument(
@@ -139,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             torch.cuda.synchronize()
 
     product()
-    seconds = in_turn(options.repeats, **{name: step(run) for name, run in passes.items()}, product=product)
+    seconds = time_interleaved(options.repeats, **{name: step(run) for name, run in passes.items()}, product=product)
     peak = 4 * 2 * len(a) * PRODUCT**2 / statistics.median(seconds["product"])
     reached = [flops["ours"] / value / peak for value in seconds["ours"]]
     shapes = f"ResNet-50 maps, teacher {out[0]}x7x7, batch {batch}"
@@ -149,11 +148,13 @@ def main(argv: Sequence[str] | None = None) -> None:
               unit="images/s", goal="as fast as can be", gap=f"GFLOP an image, forward and backward: {counts}"),
         ratio("lite heads / faithful ones, without the tail", seconds, "lite", "ours", amount=batch, unit="images/s",
               goal="4 with the tail", gap="normalization and losses do not shrink; the tail's one pass is the rest"),
-        Figure("heads, rate of our FLOPs / that of a plain matrix product", statistics.median(reached),
+        Measurement("heads, rate of our FLOPs / that of a plain matrix product", statistics.median(reached),
                (min(reached), max(reached)), "x", f"{peak / 1e9:,.0f} GFLOP/s", "1",
                "3x3 convolutions, normalization, softmax; memory traffic between them"),
     ]  # fmt: skip
-    publish("heads-gpu" if gpu else "heads", figures, {"options": vars(options), "flops": flops, "seconds": seconds})
+    publish_table(
+        "heads-gpu" if gpu else "heads", figures, {"options": vars(options), "flops": flops, "seconds": seconds}
+    )
 
 
 if __name__ == "__main__":

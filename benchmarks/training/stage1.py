@@ -7,7 +7,6 @@ The bare teacher sees ready uint8 batches of the same shape and precision. Stage
 encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Same teacher threads in both.
 """
 
-import argparse
 import os
 import statistics
 import tempfile
@@ -17,7 +16,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import Figure, in_turn, publish
+from benchmarks.harness import Measurement, argument_parser, publish_table, time_interleaved
 from benchmarks.photographs import write_photographs
 from scalekd_cache.caching.job_plan import make_plan
 from scalekd_cache.caching.make_units import make_units
@@ -38,7 +37,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     for name, (cpu, gpu) in DEFAULTS.items():
         parser.add_argument(f"--{name}", type=type(cpu), help=f"default {cpu}, on a GPU {gpu}")
@@ -79,14 +78,14 @@ def main(argv: Sequence[str] | None = None) -> None:
                 torch.cuda.synchronize()
 
         bare()
-        seconds = in_turn(options.repeats, stage1=stage1, bare=bare)
+        seconds = time_interleaved(options.repeats, stage1=stage1, bare=bare)
     views = options.images * options.views
     rates = [b / a for a, b in zip(seconds["stage1"], seconds["bare"], strict=True)]
     goal = "0.97" if device.type == "cuda" else "0.93"
     rates_s = [f"{views / statistics.median(seconds[name]):.1f}" for name in ("stage1", "bare")]
     what = f"stage 1 / bare teacher, {options.teacher}, {options.threads} threads, {options.workers} workers"
     gap = "features are encoded and compared on the same cores; workers start anew each round"
-    figure = Figure(
+    figure = Measurement(
         what,
         statistics.median(rates),
         (min(rates), max(rates)),
@@ -95,7 +94,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         goal,
         gap,
     )
-    publish(
+    publish_table(
         "stage1-gpu" if device.type == "cuda" else "stage1", [figure], {"options": vars(options), "seconds": seconds}
     )
 

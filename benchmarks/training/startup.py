@@ -5,8 +5,6 @@
 Whole processes, in turn with a bare interpreter. Uses a cache and a run of the demo in a temporary folder.
 """
 
-import argparse
-import os
 import statistics
 import subprocess
 import sys
@@ -15,22 +13,21 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.harness import ROOT, Figure, in_turn, publish
+from benchmarks.harness import (
+    ROOT,
+    Measurement,
+    argument_parser,
+    option_words,
+    publish_table,
+    run_python,
+    time_interleaved,
+)
 
 LIGHT = {
     "plan --help": ["-m", "pipelines.plan", "--help"],
     "verify --help": ["-m", "pipelines.verify", "--help"],
     "distill --help": ["-m", "pipelines.distill", "--help"],
 }
-
-
-def python(*arguments: str) -> None:
-    """One quiet process."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def first_step(cache: Path, run: Path) -> tuple[float, float]:
@@ -47,33 +44,39 @@ def first_step(cache: Path, run: Path) -> tuple[float, float]:
     process.terminate()
     process.wait()
     started = time.perf_counter()
-    python("-c", "import scalekd_cache.training.run")
+    run_python("-c", "import scalekd_cache.training.run")
     return seconds, time.perf_counter() - started
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args(argv).repeats
-    actions = {"bare": lambda: python("-c", "pass"), "package": lambda: python("-c", "import scalekd_cache")}
-    actions |= {name: (lambda arguments=arguments: python(*arguments)) for name, arguments in LIGHT.items()}  # type: ignore[misc]
-    seconds = in_turn(repeats, **actions)
+    actions = {"bare": lambda: run_python("-c", "pass"), "package": lambda: run_python("-c", "import scalekd_cache")}
+    actions |= {name: (lambda arguments=arguments: run_python(*arguments)) for name, arguments in LIGHT.items()}  # type: ignore[misc]
+    seconds = time_interleaved(repeats, **actions)
     figures = []
     for name in ("package", *LIGHT):
         spent = [a - b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
         goal = "0.3 s, without torch" if name == "package" else "without torch and deepspeed"
         what = "import scalekd_cache" if name == "package" else name
         rates = f"over an empty interpreter of {statistics.median(seconds['bare']):.2f} s"
-        figures.append(Figure(what, statistics.median(spent), (min(spent), max(spent)), "s", rates, goal, ""))
+        figures.append(Measurement(what, statistics.median(spent), (min(spent), max(spent)), "s", rates, goal, ""))
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
-        python("-m", "pipelines.cache_teacher", "--recipe", "demo", "--data.source", "demo", "--cache.path", str(cache),
-               "--cache.num_views", "1", "--data.max_samples", "128")  # fmt: skip
+        options = {
+            "recipe": "demo",
+            "data.source": "demo",
+            "cache.path": cache,
+            "cache.num_views": 1,
+            "data.max_samples": 128,
+        }
+        run_python("-m", "pipelines.cache_teacher", *option_words(options))
         steps = [first_step(cache, Path(folder) / f"run{number}") for number in range(1 + min(2, repeats))][1:]
     after = [total - imports for total, imports in steps]
     figures.append(
-        Figure(
+        Measurement(
             "second `make distill`, ResNet-18, to its first logged step, after imports",
             statistics.median(after),
             (min(after), max(after)),
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             "the first step itself, and DeepSpeed's engine",
         )
     )
-    publish("startup", figures, {"repeats": repeats, "seconds": seconds, "first_step": steps})
+    publish_table("startup", figures, {"repeats": repeats, "seconds": seconds, "first_step": steps})
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ Peak memory is that of a fresh process that makes two steps of one kind: its res
 only), what PyTorch allocated on a GPU.
 """
 
-import argparse
 import multiprocessing
 import statistics
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.harness import Figure, in_turn, peak_memory_bytes, publish, ratio
+from benchmarks.harness import Measurement, argument_parser, peak_memory_bytes, publish_table, ratio, time_interleaved
 from benchmarks.photographs import write_photographs
 from benchmarks.store.loader import make_cache
 from scalekd_cache.codec import make_codec
@@ -164,7 +163,7 @@ def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure, write, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argument_parser(__doc__)
     parser.add_argument("--pair", nargs=3, action="append", metavar=("STUDENT", "TEACHER", "BATCH"))
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=4)
@@ -173,7 +172,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     device = torch.device(options.device)
     pairs = [(s, t, int(b)) for s, t, b in options.pair or []] or (GPU_PAIRS if device.type == "cuda" else PAIRS)
-    figures: list[Figure] = []
+    figures: list[Measurement] = []
     raw = {}
     for student, teacher, batch in pairs:
         with tempfile.TemporaryDirectory() as name:
@@ -185,27 +184,29 @@ def main(argv: Sequence[str] | None = None) -> None:
             actions, watch = steps(student, teacher, batch, cache, device, options.workers)
             for action in actions.values():
                 action()
-            seconds = in_turn(options.repeats, **actions)
+            seconds = time_interleaved(options.repeats, **actions)
         parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
         raw[f"{student} {teacher}"] = {**seconds, "parts of cached": watch.seconds, "peak_bytes": memory}
         ceiling = pair_costs(teacher, student).ceiling
         pair = f"{student}, {teacher.partition('_patch')[0]}"
         figures += figures_of(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
         figures += [where_it_goes(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
-    publish("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
+    publish_table("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
 
 
-def figures_of(pair: str, batch: int, seconds: dict[str, list[float]], ceiling: float, *, gpu: bool) -> list[Figure]:
+def figures_of(
+    pair: str, batch: int, seconds: dict[str, list[float]], ceiling: float, *, gpu: bool
+) -> list[Measurement]:
     """The table's rows of a pair."""
     cost = {name: statistics.median(values) for name, values in seconds.items()}
     over = [a / b for a, b in zip(seconds["cached"], seconds["free"], strict=True)]
     parts = ", ".join(f"{name} {1e3 * value / batch:.1f}" for name, value in cost.items())
     limit = (cost["free"] + cost["teacher"]) / cost["free"]
     gain = [a / b for a, b in zip(seconds["live"], seconds["cached"], strict=True)]
-    rows = [Figure(f"{pair}: cached / free targets", statistics.median(over), (min(over), max(over)), "x",
+    rows = [Measurement(f"{pair}: cached / free targets", statistics.median(over), (min(over), max(over)), "x",
                    f"ms an image: {parts}", "at most 1.02" if gpu else "at most 1.05",
                    "JPEG decoding in the same process"),
-            Figure(f"{pair}: live / cached", statistics.median(gain), (min(gain), max(gain)), "x",
+            Measurement(f"{pair}: live / cached", statistics.median(gain), (min(gain), max(gain)), "x",
                    f"limit of this run {limit:.2f}, by FLOPs {ceiling:.2f}", f"at least {0.95 * limit:.2f}", ""),
             ]  # fmt: skip
     what, gap = f"{pair}: the student alone / free targets", "heads and tail: `make costs`"
@@ -213,18 +214,18 @@ def figures_of(pair: str, batch: int, seconds: dict[str, list[float]], ceiling: 
     return rows
 
 
-def where_it_goes(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Figure:
+def where_it_goes(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Measurement:
     """What a cached step is made of, and how much of it a student alone would take."""
     total, alone = sum(parts.values()), statistics.median(seconds["alone"])
     shares = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
-    return Figure(f"{pair}: a cached step", 1e3 * total / batch, None, "ms an image", shares, "",
+    return Measurement(f"{pair}: a cached step", 1e3 * total / batch, None, "ms an image", shares, "",
                   f"the student alone {100 * alone / total:.0f} % of it, the rest heads, tail and losses")  # fmt: skip
 
 
-def memory_row(pair: str, memory: dict[str, int]) -> Figure:
+def memory_row(pair: str, memory: dict[str, int]) -> Measurement:
     """Peak memory without and with the teacher."""
     sizes = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in memory.items())
-    return Figure(
+    return Measurement(
         f"{pair}: peak memory, live / cached",
         memory["live"] / memory["cached"],
         None,
