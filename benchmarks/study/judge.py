@@ -18,7 +18,7 @@ from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureMap, feature_norms
 from scalekd_cache.codec.dither import dither_seed, dither_table
 from scalekd_cache.codec.transform import TransformCodec
-from scalekd_cache.codec.transform_fit import fit_bases, with_noise
+from scalekd_cache.codec.transform_fit import codec_for_noise, fit_moments
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
@@ -95,11 +95,11 @@ def noise_for_bytes(features: Tensor, wanted: float) -> float:
     (or so many) that no noise below 1 (from 1e-4 on) gives them.
     """
     fitted, counted = features[::2].contiguous(), features[1::2].contiguous()
-    state = fit_bases(fitted)
+    state = fit_moments(fitted)
     seeds = torch.tensor([dither_seed(str(number), 0) for number in range(len(counted))])
 
     def size(noise: float) -> float:
-        codec = with_noise(state, fitted, noise)
+        codec = codec_for_noise(state, fitted, noise)
         return sum(map(len, codec.pack(codec.encode(counted, seeds).numpy()))) / len(counted)
 
     low, high = 1e-4, 1.0

@@ -21,7 +21,7 @@ from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.codec.recomputed import classifier_bytes
-from scalekd_cache.codec.transform_fit import fit_bases, with_noise
+from scalekd_cache.codec.transform_fit import codec_for_noise, fit_moments
 from scalekd_cache.codec.transform_state import MAX_TOKENS
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.config.target import CodecTarget, parse_target
@@ -121,11 +121,11 @@ def _measure_transforms(
     features: Tensor, held_out: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
 ) -> list[tuple[FeatureCodec, CodecMeasurement]]:
     """The transform coder at the noise levels of a binary search for the one that just meets the target."""
-    state = fit_bases(features)
+    state = fit_moments(features)
     found: list[tuple[FeatureCodec, CodecMeasurement]] = []
 
     def attempt(noise: float) -> bool:
-        codec = with_noise(state, features, noise)
+        codec = codec_for_noise(state, features, noise)
         found.append((codec, _measure(codec, held_out, head, target)))
         return found[-1][1].meets
 
@@ -312,13 +312,13 @@ def codec_options(root: Path) -> dict[str, Any]:
 
 def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
     """Rewrite codec.json from the fields of a cache's fingerprint; the preset follows from the codec's noise."""
-    from scalekd_cache.codec.transform_fit import preset_of
+    from scalekd_cache.codec.transform_fit import preset_name
 
     codec = fields["codec"]
     if "noise" not in codec:  # selected by a target but not fitted: its name is enough
         (root / MARK).unlink(missing_ok=True)
         return
-    preset = preset_of(codec)
+    preset = preset_name(codec)
     _write_mark(root, preset, fields["teacher"]["weights_sha256"], codec, [])
 
 

@@ -1,7 +1,9 @@
-"""The registry of feature codecs.
+"""Codecs: teacher feature maps and logits to bytes and back. This file is the registry of feature codecs.
 
-In: a codec's name or the JSON config that a manifest carries. Out: the codec.
-Invariant: importing this package does not import torch; a codec's module is imported when it is asked for.
+In: a codec's name, or the JSON config in a manifest. Out: the codec (the contract is in `base.py`).
+Invariant: importing this package does not import torch; a codec's module is imported on demand.
+Written here although numcodecs exists: a feature codec needs token norms, an error bound, dither and decoding on a GPU.
+The lossless stage is zstd.
 """
 
 import importlib
@@ -26,9 +28,9 @@ OLDER: dict[tuple[str, int], tuple[str, str]] = {
     ("float16", 1): ("scalekd_cache.codec.plain", "Float16CodecV1"),
     ("bfloat16", 1): ("scalekd_cache.codec.plain", "BFloat16CodecV1"),
 }
-"""Layouts of earlier versions that are still read, by id and version."""
+"""Layouts of earlier versions that can still be read, by id and version."""
 FITTED = ("transform", "transform-economy", "transform-rotated")
-"""Presets of the transform coder, which is fitted to a teacher first (`transform_fit.fit`)."""
+"""Presets of the transform coder, which must be fitted to a teacher (`transform_fit.fit`)."""
 
 
 def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
@@ -40,19 +42,19 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
     if name not in CODECS:
         raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
     _check_shape(name, shape)
-    return _built(CODECS[name], shape)
+    return _instantiate(CODECS[name], shape)
 
 
-def _built(place: tuple[str, str], shape: tuple[int, int, int]) -> "FeatureCodec":
+def _instantiate(place: tuple[str, str], shape: tuple[int, int, int]) -> "FeatureCodec":
     codec: FeatureCodec = getattr(importlib.import_module(place[0]), place[1])(shape)
     return codec
 
 
 def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = None) -> "FeatureCodec":
-    """The codec that wrote a cache, from the config in its manifest; `folder` is the cache, with a fitted one's state.
+    """The codec of a cache, from the config in its manifest; `folder` is the cache (for the state of a fitted codec).
 
     Raises:
-        UserError: an unknown id, or parameters that this version of the codec does not read.
+        UserError: an unknown id, or parameters that this version cannot read.
     """
     name, shape = config.get("id"), config.get("shape")
     if not isinstance(name, str) or not isinstance(shape, (list, tuple)):
@@ -62,19 +64,19 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
             expected="id (text) and shape [C, H, W]",
             where="codec in the manifest",
         )
-    codec = _made(name, (*shape,), config, folder)  # type: ignore[arg-type]
+    codec = _from_config(name, (*shape,), config, folder)  # type: ignore[arg-type]
     if codec.get_config() != {**config, "shape": list(shape)}:
         raise UserError(
-            "the cache was written with codec parameters that this version does not read",
+            "the cache was written with codec parameters that this version cannot read",
             got=dict(config),
             expected=codec.get_config(),
             where="codec in the manifest",
-            fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
+            fix="use the version of scalekd-cache that wrote the cache, or rebuild the cache",
         )
     return codec
 
 
-def _made(
+def _from_config(
     name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: "StoredPath | None"
 ) -> "FeatureCodec":
     version = config.get("version")
@@ -83,7 +85,7 @@ def _made(
         return make_codec(name, shape)
     _check_shape(name, shape)
     if older is not None:
-        return _built(older, shape)
+        return _instantiate(older, shape)
     from scalekd_cache.codec.transform import load_transform
 
     return load_transform(config, shape, folder)

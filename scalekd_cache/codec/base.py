@@ -1,7 +1,7 @@
-"""The contract of a feature codec, and the token norms that records carry beside lossy features.
+"""The contract of a feature codec, and the token norms stored with lossy features.
 
 In: teacher maps (B, C, H, W) float32 after the final norm. Out: rows of fixed size, uint8 (B, bytes_per_view), on the
-device of the maps, and back; `pack` makes of rows what is stored, `unpack` undoes it, both on the CPU.
+device of the maps, and back; `pack` turns rows into stored records, `unpack` inverts it, both on the CPU.
 Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value, and its norms are those of x
 to float16 precision whatever the codec, so that a loss that divides by them is linear in the decoded map.
 """
@@ -24,7 +24,7 @@ FLOAT16_MAX = 65504.0
 
 
 class FeatureMap(NamedTuple):
-    """What a row decodes to."""
+    """A decoded batch."""
 
     features: Tensor
     """(B, C, H, W) float32, channels-last in memory."""
@@ -40,15 +40,15 @@ def feature_norms(features: Tensor) -> Tensor:
 
 
 class FeatureCodec(ABC):
-    """Rows for maps of one shape. As in numcodecs a codec has an `id` and a JSON config that rebuilds it."""
+    """Encodes maps of one shape as rows. As in numcodecs, a codec has an `id` and a JSON config that rebuilds it."""
 
     id: ClassVar[str]
     version: ClassVar[int] = 1
-    """Of the layout of a row: another one for bytes that are read in another way."""
+    """Version of the row layout."""
     dithered: ClassVar[bool] = False
     """Whether `encode` needs seeds (`dither.dither_seed`)."""
     bytes_per_view: int
-    """Bytes of a row; a record, which is what is stored, may have another length."""
+    """Bytes of a row; a stored record may have another length."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape
@@ -57,17 +57,17 @@ class FeatureCodec(ABC):
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a stored record, or what they were on average when the codec was fitted."""
+        """Bytes of a stored record; for a fitted codec, the mean over the calibration views."""
         return self.bytes_per_view
 
     @abstractmethod
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """(B, C, H, W) float32 on any device -> uint8 (B, bytes_per_view) on the same device.
 
-        `seeds` (B,) int64 choose the dither of a codec that is `dithered`; others ignore them.
+        `seeds` (B,) int64 select the dither if the codec is `dithered`; other codecs ignore them.
 
         Raises:
-            UserError: rows with NaN, infinity, or magnitudes that the codec cannot hold.
+            UserError: rows with NaN, infinity, or magnitudes that the codec cannot represent.
         """
 
     @abstractmethod
@@ -76,29 +76,29 @@ class FeatureCodec(ABC):
 
     @abstractmethod
     def error_bound(self, features: Tensor) -> Tensor:
-        """The largest |decoded - original| that may occur: (B, C, H, W) float32, one bound a value."""
+        """Upper bound of |decoded - original|: (B, C, H, W) float32, one bound per value."""
 
     def get_config(self) -> dict[str, Any]:
-        """JSON that rebuilds this codec; it travels in the manifest and enters the fingerprint."""
+        """JSON that rebuilds this codec; it is stored in the manifest and is part of the fingerprint."""
         return {"id": self.id, "version": self.version, "shape": list(self.shape)}
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """(B, bytes_per_view) uint8 -> the records that are stored, one a row; here the rows themselves."""
+        """(B, bytes_per_view) uint8 -> stored records, one per row; by default the rows themselves."""
         return [row.tobytes() for row in rows]
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Records -> (B, bytes_per_view) uint8, a fresh array. UserError for records of another codec."""
+        """Records -> (B, bytes_per_view) uint8, a new array. UserError for records of another codec."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
             raise damaged_record(f"a record of {wrong[0]} bytes", f"{self.bytes_per_view} bytes, codec {self.id}")
         return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes_per_view).copy()
 
     def largest(self) -> float:
-        """The largest magnitude of a value or norm that a row can hold."""
+        """Largest magnitude of a value or norm that a row can represent."""
         return FLOAT16_MAX
 
     def checked_norms(self, features: Tensor) -> Tensor:
-        """Norms of maps that can be stored, (B, 2, H, W) float32. UserError names the rows that cannot."""
+        """Norms of the maps, (B, 2, H, W) float32. UserError for rows that cannot be stored."""
         assert features.dtype == torch.float32, features.dtype
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         norms = feature_norms(features)
@@ -109,7 +109,7 @@ class FeatureCodec(ABC):
             raise UserError(
                 "teacher features cannot be stored",
                 got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
-                expected="finite values, with token norms that the codec can hold",
+                expected="finite values, and token norms that the codec can represent",
                 where=f"codec {self.id}",
                 fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
             )
@@ -117,7 +117,7 @@ class FeatureCodec(ABC):
 
 
 class RowCodec(FeatureCodec):
-    """A codec without a lossless stage. A subclass sets `id` and writes its values between the two hooks.
+    """A codec without a lossless stage. A subclass sets `id` and implements `encode_values` and `decode_values`.
 
     A row is `value_bytes` of values, token-major (position after position, row by row of the grid, all channels of a
     position together), then, where `stores_norms`, 2 x H x W float16 norms (raw, then mean-removed).
@@ -154,24 +154,25 @@ class RowCodec(FeatureCodec):
         assert codes.dtype == torch.uint8, codes.dtype
         assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
         batch = len(codes)
-        values = self.decode_values(fresh(codes[:, : self.value_bytes]))
+        values = self.decode_values(contiguous_copy(codes[:, : self.value_bytes]))
         features = values.view(batch, self.height, self.width, self.channels).permute(0, 3, 1, 2)
         if not self.stores_norms:
             return FeatureMap(features, feature_norms(features))
-        norms = fresh(codes[:, self.value_bytes :]).view(torch.float16).float()
+        norms = contiguous_copy(codes[:, self.value_bytes :]).view(torch.float16).float()
         return FeatureMap(features, norms.view(batch, 2, self.height, self.width))
 
 
 def channel_means(values: Tensor) -> Tensor:
-    """The mean of every channel over positions, as it is stored: (B, T, C) float32 -> (B, 1, C) float16.
+    """The mean of every channel over positions, as stored: (B, T, C) float32 -> (B, 1, C) float16.
 
-    It is most of a map of a plain ViT, and no loss looks at it: a codec keeps it apart and spends its bits on the rest.
+    In a plain ViT the means are the largest part of a map, and no loss uses them. A codec stores them separately and
+    spends its bits on the differences.
     """
     return values.mean(1, keepdim=True).to(torch.float16)
 
 
 def damaged_record(got: object, expected: object) -> UserError:
-    """The error of a record that is not one of its codec."""
+    """The error for a record that the codec did not write."""
     return UserError(
         "damaged features",
         got=got,
@@ -186,6 +187,6 @@ def as_bytes(values: Tensor) -> Tensor:
     return values.contiguous().view(torch.uint8)
 
 
-def fresh(codes: Tensor) -> Tensor:
-    """A contiguous copy at offset 0, which can be viewed as a wider dtype wherever `codes` began."""
+def contiguous_copy(codes: Tensor) -> Tensor:
+    """A contiguous copy at offset 0, which can be viewed as a wider dtype for any alignment of `codes`."""
     return codes.clone(memory_format=torch.contiguous_format)

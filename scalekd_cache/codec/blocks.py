@@ -1,12 +1,12 @@
-"""The lossless stage of the transform coder: symbols in classes of like variance, one zstd block a class.
+"""The lossless stage of the transform coder: symbols in classes of similar variance, one zstd block per class.
 
 In: rows of fixed size (a head, a plane of packed symbols, a list of escapes). Out: records of any length, and back.
-Invariant: `unpack(pack(rows))` is `rows`; a record that declares another size is refused before anything is allocated.
+Invariant: `unpack(pack(rows))` is `rows`; a record that declares another size is an error before anything is allocated.
 
-A zstd block carries one Huffman table, so a block holds symbols of one class; ending the block there is all it takes. A
-Huffman code spends at least one bit a byte, so classes of little entropy put two or four symbols into one byte first;
-one of large values takes two bytes a symbol. The few symbols beyond the range of their class are escapes: zero in the
-plane, position and value in the list. Any zstd decoder reads the frame: one call a record.
+A zstd block has one Huffman table, so the encoder ends a block at the end of each class. A Huffman code takes at least
+one bit per byte, so classes of low entropy pack two or four symbols into a byte; classes of large values take two bytes
+per symbol. The few symbols beyond the range of their class are escapes: zero in the plane, position and value in the
+list. Any zstd decoder reads the frame, one call per record.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ import zstandard
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.codec.base import as_bytes, damaged_record, fresh
+from scalekd_cache.codec.base import as_bytes, contiguous_copy, damaged_record
 
 LEVEL = 1
 LARGEST = {16: 32767, 8: 127, 4: 7, 2: 1}
@@ -30,7 +30,7 @@ ESCAPE_BYTES = 6
 class Segment(NamedTuple):
     """Neighboring symbols of one class."""
 
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
     """Symbols."""
     bits: int
     """Bits of the plane that a symbol takes: 16, 8, 4 or 2."""
@@ -42,11 +42,11 @@ class Segment(NamedTuple):
 
 
 def escape_count(count: int) -> int:
-    """Escapes that a row of `count` symbols has room for."""
+    """Maximum number of escapes in a row of `count` symbols."""
     return min(count, max(64, count // 32))
 
 
-def split_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
+def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
     """(B, n) int64 symbols that fit -> (B, plane + list) uint8: the packed plane, then positions, then values."""
     beyond = symbols.abs() > _limits(segments, symbols.device)
     # A stable sort brings the escapes to the front, in the order of positions.
@@ -73,8 +73,8 @@ def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
     return torch.cat(parts, dim=1)
 
 
-def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -> None:
-    """What `split_symbols` made -> `symbols`, (B, n) of a type that holds 16-bit numbers."""
+def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -> None:
+    """What `pack_symbols` made -> `symbols`, (B, n) of a type that holds 16-bit numbers."""
     start, low = 0, 0
     for segment in segments:
         part, into = planes[:, low : low + segment.bytes], symbols[:, start : start + segment.count]
@@ -94,9 +94,9 @@ def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -
                 piece.copy_(digit.view(torch.int8).sub_(offset))
     assert symbols.shape[1] == start, (symbols.shape, start)
     split = low + 4 * escape_count(start)
-    places = fresh(planes[:, low:split]).view(torch.int32)
-    values = fresh(planes[:, split:]).view(torch.int16)
-    if planes.device.type == "cpu":  # most of the list is empty; a GPU would have to be waited for
+    places = contiguous_copy(planes[:, low:split]).view(torch.int32)
+    values = contiguous_copy(planes[:, split:]).view(torch.int16)
+    if planes.device.type == "cpu":  # most of the list is empty; on a GPU this would synchronize
         taken = values.any(0).nonzero()
         used = int(taken[-1]) + 1 if len(taken) else 0
         places, values = places[:, :used], values[:, :used]
@@ -104,7 +104,7 @@ def join_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -
 
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(B, n) float64 symbols -> (B,) bool: whether a row can hold them."""
+    """(B, n) float64 symbols -> (B,) bool: whether they can be stored in a row."""
     beyond = (symbols.abs() > _limits(segments, symbols.device)).sum(1)
     return (beyond <= escape_count(symbols.shape[1])) & (symbols.abs().amax(1) <= LARGEST[16])
 
@@ -117,7 +117,7 @@ def _limits(segments: Sequence[Segment], device: torch.device) -> Tensor:
 
 
 class BlockPacker:
-    """Rows <-> records: `head` bytes as they are, then one zstd frame of plane and list, a block a class."""
+    """Rows <-> records: `head` bytes unchanged, then one zstd frame of plane and list, one block per class."""
 
     def __init__(self, segments: Sequence[Segment], head: int) -> None:
         self.head = head
@@ -127,7 +127,7 @@ class BlockPacker:
         self.row_bytes = head + self._cuts[-1]
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """(B, row_bytes) uint8 -> a record each."""
+        """(B, row_bytes) uint8 -> one record per row."""
         return [self._pack_one(np.ascontiguousarray(row)) for row in rows]
 
     def _pack_one(self, row: NDArray[np.uint8]) -> bytes:
@@ -139,7 +139,7 @@ class BlockPacker:
         return b"".join((*parts, compressor.flush()))
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Records -> (B, row_bytes) uint8. UserError for a record that is not one of this codec."""
+        """Records -> (B, row_bytes) uint8. UserError for a record that this codec did not write."""
         rows = np.empty((len(records), self.row_bytes), np.uint8)
         decompressor = zstandard.ZstdDecompressor()
         for row, record in zip(rows, records, strict=True):
@@ -157,5 +157,5 @@ class BlockPacker:
 
 
 def _parts(segment: Segment) -> list[int]:
-    """Bytes of a class's blocks: low and high bytes of wide symbols are as unlike as two classes."""
+    """Block sizes of a class: low and high bytes of 16-bit symbols differ as much as two classes."""
     return [segment.count] * 2 if segment.bits == 16 else [segment.bytes]

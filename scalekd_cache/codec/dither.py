@@ -1,12 +1,12 @@
-"""Dither: numbers between -1/2 and 1/2, the same for writer and reader, that make quantization unbiased.
+"""Dither: numbers between -1/2 and 1/2, equal for writer and reader, that make quantization unbiased.
 
-In: a seed a record. Out: one number a coefficient. Invariant: a function of (seed, position), the same on every
+In: one seed per record. Out: one number per coefficient. Invariant: a function of (seed, position), the same on every
 device; over all seeds each position takes every level of the table equally often, so its mean is zero exactly, and any
 two positions are uncorrelated.
 
 Rounding x + u and subtracting u again leaves an error that is uniform and independent of x (Schuchman 1964), so the
-mean over seeds of what a reader decodes is x itself. A record's dither is a window of one table that goes round: a
-reader copies it instead of computing it.
+mean of the decoded value over seeds is x. A record's dither is a window of one cyclic table: a reader copies it instead
+of computing it.
 """
 
 import hashlib

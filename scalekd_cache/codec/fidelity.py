@@ -1,7 +1,7 @@
-"""How close decoded features are to the originals, as figures that travel with a unit and add up over units.
+"""Similarity of decoded features and originals.
 
-In: original and decoded maps (B, C, H, W). Out: cosines a view, and summaries {metric: {mean, p1, count}}.
-Invariant: merging keeps means exact (weighted by count); merged percentiles are conservative: the worst unit's.
+In: original and decoded maps (B, C, H, W). Out: two cosines per view (`store/fidelity_summary.py` summarizes them).
+Invariant: computed in float64, so that a cosine near 1 is accurate.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Fidelity(NamedTuple):
-    """Figures for every view of a batch."""
+    """Cosines for every view of a batch."""
 
     cosine: "Tensor"
     """(B,) float32: cosine between original and decoded tokens, averaged over positions."""
     cosine_mean_removed: "Tensor"
-    """(B,) float32: the same after each channel's spatial mean is removed from both maps (what the loss compares)."""
+    """(B,) float32: the same after each channel's spatial mean is removed from both maps (as in the loss)."""
 
 
 def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:

@@ -1,4 +1,4 @@
-"""Features as small codes: differences from the channel's mean, one float16 scale for every 128 channels of a position.
+"""Features as small codes: differences from the channel mean, one float16 scale per 128 channels of a position.
 
 In and out: see `base.py`. A row: means float16 (C), scales float16 (H*W, ceil(C/128)), codes (H*W, C),
 norms float16 (2, H*W).
@@ -11,7 +11,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec.base import RowCodec, as_bytes, channel_means, fresh
+from scalekd_cache.codec.base import RowCodec, as_bytes, channel_means, contiguous_copy
 
 GROUP = 128
 """Channels that share a scale."""
@@ -26,7 +26,7 @@ def round_up_to_float16(values: Tensor) -> Tensor:
 
 
 class GroupScaledCodec(RowCodec):
-    """A subclass says how large a code may be, and turns values in units of the scale into bytes and back."""
+    """A subclass sets the largest code and converts values in units of the scale to bytes and back."""
 
     largest_code: ClassVar[float]
 
@@ -70,8 +70,10 @@ class GroupScaledCodec(RowCodec):
     def decode_values(self, codes: Tensor) -> Tensor:
         batch, start = len(codes), 2 * self.channels
         split = start + 2 * self.tokens * self.groups
-        means = fresh(codes[:, :start]).view(torch.float16).float()
-        scales = fresh(codes[:, start:split]).view(torch.float16).float().view(batch, self.tokens, self.groups)
+        means = contiguous_copy(codes[:, :start]).view(torch.float16).float()
+        scales = (
+            contiguous_copy(codes[:, start:split]).view(torch.float16).float().view(batch, self.tokens, self.groups)
+        )
         values = self.unpack_codes(codes[:, split:]).view(batch, self.tokens, self.channels)
         if self.channels % GROUP == 0:
             values.view(batch, self.tokens, self.groups, GROUP).mul_(scales[..., None])

@@ -1,13 +1,13 @@
 """Teacher logits as bytes, one record at a time.
 
-In: logits (B, K) float32. Out: a record each, its first byte saying how it is held, and float32 (K,) back.
-(`DenseLogits`; `top_k.py` and `recomputed.py` keep less. `logit_codec_from_config` makes the one of a manifest.)
-Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is kept exactly. With a
-limit of 0 every record is exact (mode 2): what a cache of float32 features holds.
+In: logits (B, K) float32. Out: one record per row, its first byte is the mode; decoding gives float32 (K,).
+(`DenseLogits`; `top_k.py` and `recomputed.py` store less. `logit_codec_from_config` builds the codec of a manifest.)
+Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is exact. With a
+limit of 0 every record is exact (mode 2), as in a cache of float32 features.
 A record: mode uint8, largest logit float32, then
   mode 0: step float32, K codes uint8; logit = largest - step x code
   mode 1: K float16 distances;         logit = largest - distance
-  mode 2: K float32 logits (the largest is there twice), for what neither of the others can hold.
+  mode 2: K float32 logits (the largest is stored twice), if neither of the others is accurate enough.
 For a teacher without a classifier K is 0 and a record is empty.
 """
 
@@ -47,7 +47,7 @@ def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 class DenseLogits:
-    """Logits of `num_classes` classes: 9 + K bytes a record as a rule, 5 + 2 K where int8 would be too coarse."""
+    """Logits of `num_classes` classes: usually 9 + K bytes per record, 5 + 2 K if int8 is too coarse."""
 
     id = "logits-int8"
     partial = False
@@ -59,7 +59,7 @@ class DenseLogits:
         self.num_classes = num_classes
         self.kl_limit = 0.0 if exact else KL_LIMIT
         self.record_bytes = 0 if num_classes == 0 else 5 + 4 * num_classes if exact else 9 + num_classes
-        """Bytes of a record as a rule."""
+        """Usual bytes of a record."""
 
     def get_config(self) -> dict[str, Any]:
         """JSON that rebuilds this codec."""
@@ -71,7 +71,7 @@ class DenseLogits:
         return cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
+        """(B, K) float32 on any device -> one record per row. UserError for NaN or infinity; it names the rows."""
         values: NDArray[np.float32] = logits.detach().float().cpu().numpy()
         assert values.shape[1:] == (self.num_classes,), (values.shape, self.num_classes)
         if self.num_classes == 0:
@@ -155,15 +155,15 @@ LOGIT_CODECS: dict[str, type[LogitCodec]] = {kind.id: kind for kind in (DenseLog
 
 
 def logit_codec_from_config(config: Mapping[str, Any]) -> LogitCodec:
-    """The codec that wrote a cache, from its manifest; UserError when this version does not read it."""
+    """The codec that wrote a cache, from its manifest; UserError if this version cannot read it."""
     kind = LOGIT_CODECS.get(config.get("id", ""))
     codec = kind.from_config(config) if kind is not None else None
     if codec is None or codec.get_config() != config:
         raise UserError(
-            "the cache was written with a logit codec that this version does not read",
+            "the cache was written with a logit codec that this version cannot read",
             got=dict(config),
             expected=codec.get_config() if codec is not None else ", ".join(LOGIT_CODECS),
             where="logit_codec in the manifest",
-            fix="use the version of scalekd-cache that wrote the cache, or make the cache again",
+            fix="use the version of scalekd-cache that wrote the cache, or rebuild the cache",
         )
     return codec

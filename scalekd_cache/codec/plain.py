@@ -1,6 +1,6 @@
-"""Features as plain floating-point numbers: the reference codecs.
+"""Features as floating-point numbers: the reference codecs.
 
-In and out: see `base.py`. A row: means float16 (C), where they are stored, values (H*W, C) or their differences from
+In and out: see `base.py`. A row: means float16 (C) if stored, values (H*W, C) or their differences from
 the means, norms float16 (2, H*W). Invariant: float32 is exact; float16 and bfloat16 round once, to nearest even.
 """
 
@@ -9,17 +9,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec.base import FLOAT16_MAX, RowCodec, as_bytes, channel_means, fresh
+from scalekd_cache.codec.base import FLOAT16_MAX, RowCodec, as_bytes, channel_means, contiguous_copy
 
 FLOAT32_NORM_MAX = 1.8e19  # the square of a larger value is infinite in float32
 
 
 class _PlainCodec(RowCodec):
     stores_means: ClassVar[bool] = False
-    """Whether a value is a difference from the mean of its channel, so that a large mean costs no precision."""
+    """Whether values are differences from the channel mean, so that a large mean costs no precision."""
     dtype: torch.dtype
     half_step: float
-    """Half of the distance between neighbors, relative to the value."""
+    """Half of the distance between neighboring floats, relative to the value."""
     half_subnormal: float
     """Half of the smallest subnormal: the bound next to zero."""
 
@@ -40,11 +40,11 @@ class _PlainCodec(RowCodec):
         return torch.cat((as_bytes(means.flatten(1)), as_bytes(differences.flatten(1))), dim=1)
 
     def decode_values(self, codes: Tensor) -> Tensor:
-        stored = fresh(codes[:, self.mean_bytes :]).view(self.dtype).float()
+        stored = contiguous_copy(codes[:, self.mean_bytes :]).view(self.dtype).float()
         values = stored.view(len(codes), self.tokens, self.channels)
         if not self.stores_means:
             return values
-        means = fresh(codes[:, : self.mean_bytes]).view(torch.float16).float()
+        means = contiguous_copy(codes[:, : self.mean_bytes]).view(torch.float16).float()
         return values.add_(means[:, None])
 
     def error_bound(self, features: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class _PlainCodec(RowCodec):
 
 
 class Float32Codec(_PlainCodec):
-    """Exact; norms are computed again from the values instead of being stored."""
+    """Exact; norms are computed from the values instead of being stored."""
 
     id = "float32"
     stores_norms = False
@@ -95,14 +95,14 @@ class BFloat16Codec(_PlainCodec):
 
 
 class Float16CodecV1(Float16Codec):
-    """Without means: read, and written into caches that have it."""
+    """Version 1, without means: for existing caches, which can be read and grown."""
 
     version = 1
     stores_means = False
 
 
 class BFloat16CodecV1(BFloat16Codec):
-    """The same."""
+    """Version 1, without means."""
 
     version = 1
     stores_means = False

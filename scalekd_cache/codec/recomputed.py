@@ -1,4 +1,4 @@
-"""No logits in the records: the teacher's classifier is kept once, and reads the decoded features.
+"""No logits in the records: the teacher's classifier is stored once and applied to the decoded features.
 
 In: a teacher's classifier on the mean of its last map. Out: empty records; `classifier.safetensors` in the cache.
 Invariant: a cache of this kind exists only where classifier(mean of F) is the teacher's own output (to 1e-4 of the
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 FILE = "classifier.safetensors"
 MAX_BYTES = 1 << 30
-RESTORE = "restore the file from where the cache was made"
+RESTORE = "restore the file from the original cache"
 TOLERANCE = 1e-4
 
 
 class RecomputedLogits:
-    """Nothing a record; `sha256` is that of the classifier's file."""
+    """Empty records; `sha256` is that of the classifier's file."""
 
     id = "logits-recomputed"
     partial = False
@@ -56,7 +56,7 @@ class RecomputedLogits:
 
 
 def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor") -> bytes:
-    """What the file of a teacher's classifier holds, once it was seen to give the teacher's logits.
+    """The file of a teacher's classifier, after a check that it reproduces the teacher's logits.
 
     Args:
         model: the timm model.

@@ -1,8 +1,9 @@
-"""The teacher's most probable classes, and the mass of all others.
+"""Logits as the top-k classes; the probability mass of the other classes follows from them.
 
-In: logits (B, K) float32. Out: a record each: k class numbers (uint32), k log-probabilities (float32), little-endian,
-most probable first. Invariant: what is kept is exact to float32, so the mass of the classes that are not kept is
-1 - sum(exp): a loss compares it with the student's mass on the same classes and never renormalizes over fewer.
+In: logits (B, K) float32. Out: one record per row: k class numbers (uint32), k log-probabilities (float32),
+little-endian, most probable first.
+Invariant: stored values are exact to float32, so the mass of the other classes is 1 - sum(exp). A loss compares it with
+the student's mass on the same classes and never renormalizes over the stored classes.
 """
 
 from collections.abc import Mapping
@@ -31,9 +32,9 @@ class TopKLogits:
             raise UserError(
                 "bad number of classes to keep",
                 got=f"{k} of {num_classes}",
-                expected="at least 1, and fewer than there are",
+                expected="at least 1, and fewer than the number of classes",
                 where="cache.top_k",
-                fix="lower cache.top_k, or keep all with cache.logits=dense",
+                fix="lower cache.top_k, or store all logits with cache.logits=dense",
             )
         self.num_classes, self.k = num_classes, k
         self.record_bytes = 8 * k
@@ -48,7 +49,7 @@ class TopKLogits:
         return cls(config.get("num_classes", -1), config.get("k", -1))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """(B, K) float32 on any device -> a record each. UserError for NaN or infinity, naming the rows."""
+        """(B, K) float32 on any device -> one record per row. UserError for NaN or infinity; it names the rows."""
         if not bool(logits.isfinite().all()):
             bad = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
             raise UserError("teacher logits cannot be stored", got=f"NaN or infinity in rows {bad[:16]}")

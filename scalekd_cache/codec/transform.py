@@ -26,8 +26,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.codec.base import FeatureCodec, FeatureMap, as_bytes, feature_norms, fresh
-from scalekd_cache.codec.blocks import BlockPacker, Segment, fits, join_symbols, split_symbols
+from scalekd_cache.codec.base import FeatureCodec, FeatureMap, as_bytes, contiguous_copy, feature_norms
+from scalekd_cache.codec.blocks import BlockPacker, Segment, fits, pack_symbols, unpack_symbols
 from scalekd_cache.codec.dither import dither, dither_table, subtract_dither
 from scalekd_cache.codec.transform_state import TransformState, check_state, read_state
 from scalekd_cache.errors import UserError
@@ -121,7 +121,7 @@ class TransformCodec(FeatureCodec):
         head = torch.zeros(len(features), HEAD, dtype=torch.uint8, device=features.device)
         head[:, :4] = as_bytes(seeds[:, None])[:, :4]
         head[:, 4] = doublings.to(torch.uint8)
-        return torch.cat((head, as_bytes(halves.flatten(1)), split_symbols(symbols.long(), self.segments)), dim=1)
+        return torch.cat((head, as_bytes(halves.flatten(1)), pack_symbols(symbols.long(), self.segments)), dim=1)
 
     def analyze(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, H, W) float32, token scales (B, T) -> factors (B, T * R), and what is dithered (B, T * C), in steps.
@@ -170,7 +170,9 @@ class TransformCodec(FeatureCodec):
         assert codes.dtype == torch.uint8, codes.dtype
         assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
         table, batch, split = _on(self._decoding, codes.device), len(codes), HEAD + 4 * self.tokens
-        norms = fresh(codes[:, HEAD:split]).view(torch.float16).float().view(batch, 2, self.height, self.width)
+        norms = (
+            contiguous_copy(codes[:, HEAD:split]).view(torch.float16).float().view(batch, 2, self.height, self.width)
+        )
         scales = token_scales(norms)[..., None] * self.step
         values = torch.empty(batch, self.tokens, self.channels, device=codes.device)
         part = CPU_VIEWS if codes.device.type == "cpu" else max(1, batch)
@@ -180,7 +182,7 @@ class TransformCodec(FeatureCodec):
         with torch.autocast(codes.device.type, enabled=False):
             for rows, scale, into in zip(*(torch.split(all_, part) for all_ in (codes, scales, values)), strict=True):
                 joined, other = symbols[: len(rows)], spare[: len(rows)]
-                join_symbols(rows[:, split:], self.segments, joined)
+                unpack_symbols(rows[:, split:], self.segments, joined)
                 subtract_dither(joined[:, self.factors :], _seeds(rows), table["dither"])
                 grid = joined[:, self.factors :].view(into.shape)
                 if codes.device.type != "cpu" or rows[:, 4].any():  # hardly ever; a GPU would have to be waited for
@@ -203,7 +205,7 @@ class TransformCodec(FeatureCodec):
         factors = factors.index_select(1, table["inverse"]).view(batch, self.tokens, -1)
         for band, (start, stop) in enumerate(self._spans):
             predicted = other.view(batch * self.tokens, -1)[: batch * (stop - start)]
-            whole_product(factors[:, start:stop].flatten(0, 1), table["loadings"][band], predicted)
+            integer_matmul(factors[:, start:stop].flatten(0, 1), table["loadings"][band], predicted)
             predicted, difference = predicted.view(batch, stop - start, -1), grid[:, start:stop]
             torch.addcmul(difference, predicted, table["units"][band], out=into[:, start:stop])
 
@@ -247,7 +249,7 @@ class TransformCodec(FeatureCodec):
 
 def _seeds(rows: Tensor) -> Tensor:
     """The seeds in the heads of rows, (B,) int64."""
-    return fresh(rows[:, :4]).view(torch.int32).long().view(len(rows)) & (2**32 - 1)
+    return contiguous_copy(rows[:, :4]).view(torch.int32).long().view(len(rows)) & (2**32 - 1)
 
 
 def token_scales(norms: Tensor) -> Tensor:
@@ -269,7 +271,7 @@ def fixed_point(values: Tensor, fine: float) -> Tensor:
     return torch.round(values * fine) / fine
 
 
-def whole_product(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
+def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
     """(n, R) float32 whole numbers and (R, C) int8, all at most 127 -> into (n, C) float32, exact on every device.
 
     Processors multiply bytes four times as fast as floats; elsewhere sums below 2^24 are exact in float32 (and in

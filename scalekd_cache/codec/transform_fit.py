@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.codec.classes import classes
 from scalekd_cache.codec.dither import dither, dither_table
 from scalekd_cache.codec.transform import (
     BASIS,
@@ -24,6 +23,7 @@ from scalekd_cache.codec.transform import (
     token_scales,
 )
 from scalekd_cache.codec.transform_state import TransformState, state_bytes
+from scalekd_cache.codec.variance_classes import variance_classes
 from scalekd_cache.errors import UserError
 
 PRESETS = {"transform": 0.0018, "transform-economy": 0.06, "transform-rotated": 0.0018}
@@ -44,7 +44,7 @@ ORDER_VIEWS = 128
 """Views that decide order and classes; the bases take all."""
 
 
-def preset_of(config: Mapping[str, Any]) -> str:
+def preset_name(config: Mapping[str, Any]) -> str:
     """The preset and noise that give a coder of this config, as stage 1's options have them."""
     always = config["shape"][0] > ROTATED and config["channels"] == "rotated"
     names = {noise: name for name, noise in PRESETS.items() if (name == ALWAYS_ROTATED) == always}
@@ -73,10 +73,10 @@ def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> Trans
     Raises:
         UserError: too few views, or values that cannot be stored.
     """
-    return with_noise(fit_bases(features, rotated=rotated), features, noise)
+    return codec_for_noise(fit_moments(features, rotated=rotated), features, noise)
 
 
-def fit_bases(features: Tensor, *, rotated: bool | None = None) -> Moments:
+def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
     """What does not depend on the noise; its errors are those of `fit`."""
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError("features cannot calibrate a codec", got=f"{len(features)} views", expected=">= 2, all finite")
@@ -101,7 +101,7 @@ def fit_bases(features: Tensor, *, rotated: bool | None = None) -> Moments:
     return Moments(_empty_factors(start._replace(basis=basis)), [])
 
 
-def with_noise(moments: Moments, features: Tensor, noise: float) -> TransformCodec:
+def codec_for_noise(moments: Moments, features: Tensor, noise: float) -> TransformCodec:
     """The coder of a noise, for the maps that the moments are from."""
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     state = _sized(_predicting(moments, noise) if moments.seconds else moments.start, shape)
@@ -229,7 +229,7 @@ def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
     noise = dither(seeds, dither_table(count), count)
     if not codec.factors:
         order = values.square().sum(0).sort(descending=True, stable=True).indices
-        segments = classes(torch.round(values[:, order] + noise).long())
+        segments = variance_classes(torch.round(values[:, order] + noise).long())
         return state._replace(order=order, segments=torch.tensor(segments))
     values = values.view(len(few), codec.tokens, codec.channels)
     energy = torch.split(values.square().mean((0, 2)), state.bands.tolist())
@@ -240,5 +240,5 @@ def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
     factors = factors.view(len(few), codec.tokens, -1)[:, places].flatten(1)
     order = factors.square().sum(0).sort(descending=True, stable=True).indices
     symbols = torch.round(values[:, places].flatten(1) + noise).long()
-    segments = [*classes(factors[:, order].long()), *classes(symbols)]
+    segments = [*variance_classes(factors[:, order].long()), *variance_classes(symbols)]
     return state._replace(frequencies=state.frequencies[places], order=order, segments=torch.tensor(segments))

@@ -1,4 +1,4 @@
-"""The pixels of a view as bytes: encoded, decoded, and their digest.
+"""Pixels of a view: encoding, decoding, digest.
 
 In: (size, size, 3) uint8 pixels, or the bytes of a cache. Out: a JPEG or PNG file, pixels, 16 hex characters.
 Invariant: the header of stored bytes is checked before anything is decoded or allocated; JPEG is always decoded by the
@@ -42,7 +42,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
         if jpeg_shape(data) == (size, size, 3):
             pixels = _decode_jpeg(data)
             if pixels.shape != (size, size, 3):
-                raise ValueError(f"{pixels.shape}, not what its header says")
+                raise ValueError(f"{pixels.shape}, which differs from the header")
             return pixels
         with Image.open(io.BytesIO(data), formats=("JPEG", "PNG")) as picture:
             got = f"{picture.format}, {picture.mode}, {picture.width} x {picture.height} pixels"
@@ -54,7 +54,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
         "the pixels of a view cannot be decoded",
         got=got,
         expected=f"a JPEG or PNG file, RGB, {size} x {size} pixels",
-        fix="the cache is damaged: verify it, and make the shard again",
+        fix="the cache is damaged: run `make verify`, then `make repair`",
     )
 
 

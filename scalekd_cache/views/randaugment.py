@@ -1,9 +1,9 @@
 """RandAugment's fifteen operations (timm's "increasing" set): from magnitude to argument, from argument to pixels.
 
-In: an operation's name with a magnitude (0 to 10) and a sign, or with the argument they gave, and a PIL image.
+In: an operation's name with a magnitude (0 to 10) and a sign, or with a resolved argument, and a PIL image.
 Out: the argument, a plain number that a view record keeps, and the changed image.
 Invariant: the argument alone decides the pixels; nothing here draws random numbers. Names, ranges and results are those
-of `timm.data.auto_augment`; the order of `OPERATIONS` is part of how views are drawn and never changes.
+of `timm.data.auto_augment`; the order of `OPERATIONS` is part of how views are sampled and never changes.
 """
 
 from collections.abc import Callable
@@ -14,17 +14,17 @@ from PIL import Image, ImageEnhance, ImageOps
 from scalekd_cache.errors import UserError, closest_names
 
 FILL = (124, 116, 104)
-"""Color (RGB) that a geometric operation brings in from outside the image: ImageNet's mean, as upstream."""
+"""Fill color (RGB) of geometric operations: ImageNet's mean, as upstream."""
 
-RECORD_FIX = "the record is damaged or from another version: verify the cache, or make it again"
-"""What to do about a bad view record."""
+RECORD_FIX = "the record is damaged or from another version: verify the cache, or rebuild it"
+"""The fix for an invalid view record."""
 
 MAGNITUDE_MAX = 10.0
 """The strongest magnitude; `level` below is magnitude over this, 0 to 1."""
 
 
 class Operation(NamedTuple):
-    """One operation: how its argument comes about, what the argument may be, and what it does."""
+    """One operation: how its argument is computed, its valid range, and how it is applied."""
 
     resolve: Callable[[float, int], float]
     """(level, sign) -> argument, in the unit named beside the operation."""
@@ -124,7 +124,7 @@ def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
 
 
 def check_operation(name: object, argument: object) -> tuple[str, float]:
-    """The operation if it is one of the fifteen with an argument in its range; UserError otherwise."""
+    """The operation, if it is one of the fifteen and its argument is in range; UserError otherwise."""
     if not isinstance(name, str) or name not in OPERATIONS:
         raise UserError(
             "a view record names an unknown operation",

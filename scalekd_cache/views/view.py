@@ -1,9 +1,9 @@
-"""Views: drawing one, applying it to an image, and its JSON record.
+"""Views: sampling, applying to an image, JSON records.
 
-In: the view recipe, a sample key with its image size and a view number, or a record of a view that was drawn earlier.
-Out: `View` records and (size, size, 3) uint8 pixels, which `stored_pixels.py` turns into bytes.
+In: the view recipe, a sample key with its image size and a view number; or the record of an earlier view.
+Out: `View` records and (size, size, 3) uint8 pixels, which `pixels.py` encodes.
 Invariant: a view is a pure function of (recipe, seed, key, number, image size), and its pixels are a pure function of
-(view, image, recipe): no global state, so rank, worker and order never matter. All pixels are uint8.
+(view, image, recipe). No global state: rank, worker and order have no effect. All pixels are uint8.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ _FIELDS = ("number", "crop", "flip", "operations", "erase", "noise_seed")
 
 @dataclass(frozen=True, kw_only=True)
 class View:
-    """One augmented view, explicit enough to be applied without drawing anything."""
+    """One augmented view with all its parameters; applying it needs no random numbers."""
 
     number: int
     crop: Box
@@ -60,14 +60,14 @@ class View:
     flip: bool
     """Mirrored left to right."""
     operations: tuple[tuple[str, float], ...]
-    """RandAugment operations that are applied, in order, each with its argument (`augment.py` gives the units)."""
+    """RandAugment operations that are applied, in order, each with its argument (units: `randaugment.py`)."""
     erase: Box | None
     """Box of the view that is overwritten with noise, or None."""
     noise_seed: int
     """Seed of that noise, 0 to 2^53 - 1."""
 
     def to_json(self) -> dict[str, Any]:
-        """The record as JSON values; `from_json` gives an equal view back."""
+        """The record as JSON values; `from_json` inverts it."""
         return {
             "number": self.number,
             "crop": list(self.crop),
@@ -121,10 +121,10 @@ def _box(record: dict[str, Any], name: str) -> Box:
 
 
 def sample_view(config: ViewConfig, key: str, number: int, width: int, height: int) -> View:
-    """Draw view `number` of the image `key`, which is `width` x `height` pixels.
+    """Sample view `number` of the image `key`, which is `width` x `height` pixels.
 
-    A Philox generator keyed by a hash of (config.seed, key, number) gives a fixed row of 143 uniform values, of which
-    every stage owns its own part whether it is on or off, so switching one augmentation changes no other:
+    A Philox generator keyed by a hash of (config.seed, key, number) gives 143 uniform values. Every
+    augmentation has its own values, whether it is enabled or not, so disabling one does not change the others:
     40 crop (10 tries of area, ratio, left, top), 1 flip, 60 RandAugment (15 operations of kind, applied or not,
     magnitude, sign), 1 erase or not, 40 erase box (as the crop), 1 noise seed. Only the generator's raw output is used:
     numpy keeps that stable over versions.
@@ -197,9 +197,9 @@ def _sample_erase(config: ViewConfig, uniform: Sequence[float]) -> Box | None:
 def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     """The view of an (H, W, 3) uint8 image: crop, resize, flip, RandAugment, erase; (size, size, 3) uint8.
 
-    The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside it plays a part.
+    The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside it has an effect.
     Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped. Raises
-    UserError when the view does not fit the image or the recipe's size.
+    UserError if the view does not fit the image or the recipe's size.
     """
     _assert_pixels(image)
     left, top, width, height = view.crop
@@ -257,7 +257,7 @@ def eval_view(image: Pixels, size: int, crop_share: float = 0.875) -> Pixels:
     """The validation view of an (H, W, 3) uint8 image: shorter side to round(size / crop_share), bicubic, then the
     central size x size; (size, size, 3) uint8. Images smaller than that are enlarged.
 
-    Only the central part is ever computed, so a long thin image costs no more than any other.
+    Only the central part is computed, so a long thin image costs no more than any other.
     """
     _assert_pixels(image)
     require(0 < crop_share <= 1, "crop_share", crop_share, "above 0, at most 1")

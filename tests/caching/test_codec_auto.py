@@ -85,8 +85,8 @@ def test_nobody_is_judged_by_what_it_was_fitted_to(teacher, outputs, monkeypatch
     fitted = []
     from scalekd_cache.caching import codec_selection as codec_choice
 
-    fit = codec_choice.fit_bases
-    monkeypatch.setattr(codec_choice, "fit_bases", lambda maps: fitted.append(maps) or fit(maps))
+    fit = codec_choice.fit_moments
+    monkeypatch.setattr(codec_choice, "fit_moments", lambda maps: fitted.append(maps) or fit(maps))
     judged = []
     measure = codec_choice.fidelity
     monkeypatch.setattr(codec_choice, "fidelity", lambda a, b: judged.append(a) or measure(a, b))

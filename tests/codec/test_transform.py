@@ -15,11 +15,11 @@ from golden_codes import GOLDEN, golden_input
 
 from scalekd_cache.codec import codec_from_config, make_codec
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.codec.blocks import BlockPacker, Segment, join_symbols, split_symbols
+from scalekd_cache.codec.blocks import BlockPacker, Segment, pack_symbols, unpack_symbols
 from scalekd_cache.codec.dither import dither, dither_seed, dither_table
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.transform import TransformCodec, token_scales
-from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, FACTORS, PRESETS, fit, preset_of
+from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, FACTORS, PRESETS, fit, preset_name
 from scalekd_cache.codec.transform_state import FILE, TransformState, state_bytes
 from scalekd_cache.errors import UserError
 from scalekd_cache.scalekd.losses import frequency_loss, spatial_loss
@@ -228,9 +228,9 @@ def test_classes_hold_any_symbol():
     segments = [Segment(10, 16), Segment(11, 8), Segment(8, 4), Segment(13, 2), Segment(1, 4)]
     generator = np.random.default_rng(0)
     symbols = torch.from_numpy(generator.integers(-32767, 32768, (50, 43)) >> generator.integers(0, 16, (50, 43)))
-    planes = split_symbols(symbols, segments)
+    planes = pack_symbols(symbols, segments)
     joined = torch.empty(symbols.shape)
-    join_symbols(planes, segments, joined)
+    unpack_symbols(planes, segments, joined)
     assert torch.equal(joined.long(), symbols)
     packer = BlockPacker(segments, head=0)
     assert packer.row_bytes == planes.shape[1] == 20 + 11 + 4 + 4 + 1 + 43 * 6
@@ -296,8 +296,8 @@ def test_channels_are_rotated_up_to_512():
     assert wide.get_config()["channels"] == "predicted"
     always = fit(torch.randn(4, 528, 1, 2), PRESETS[ALWAYS_ROTATED], rotated=True)
     assert always.factors == 0
-    assert preset_of(always.get_config()) == ALWAYS_ROTATED
-    assert preset_of(wide.get_config()) == "transform, noise 0.01"
+    assert preset_name(always.get_config()) == ALWAYS_ROTATED
+    assert preset_name(wide.get_config()) == "transform, noise 0.01"
 
 
 def golden_content(kind: str) -> dict[str, object]:

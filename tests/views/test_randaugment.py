@@ -54,4 +54,4 @@ def test_operations_are_timms_increasing_set():
 
 def test_a_mistyped_operation_names_the_nearest():
     with pytest.raises(UserError, match="SolarizeAdd"):
-        augment.check_operation("SolarizeAdd", 3.0)
+        augment.check_operation("SolarizedAdd", 3.0)

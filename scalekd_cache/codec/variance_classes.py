@@ -1,7 +1,7 @@
-"""Cuts symbols that are sorted by variance into the classes of `blocks.py`.
+"""Groups symbols that are sorted by variance into the classes of `blocks.py`.
 
-In: symbols of some views. Out: classes. Invariant: neighbors share a class where a table of its own costs more than
-it saves; costs are those of Huffman codes, which is what the lossless stage uses.
+In: symbols of some views. Out: classes. Invariant: neighbors share a class where a separate table costs more than it
+saves; costs are those of Huffman codes, which the lossless stage uses.
 """
 
 import heapq
@@ -13,14 +13,14 @@ from torch import Tensor
 from scalekd_cache.codec.blocks import LARGEST, Segment, pack_plane
 
 BINS = 64
-"""Finest classes that are looked at."""
+"""Number of classes before merging."""
 TABLE_BITS = 8 * 80
-"""About what a zstd block with its Huffman table costs."""
+"""Approximate cost of a zstd block with its Huffman table."""
 ESCAPE_BITS = 40
-"""About what a symbol outside the range of its class costs."""
+"""Approximate cost of a symbol outside the range of its class."""
 
 
-def classes(symbols: Tensor) -> list[Segment]:
+def variance_classes(symbols: Tensor) -> list[Segment]:
     """(N, n) int64 symbols in order -> classes; neighbors merge while a table costs more than it saves."""
     edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
     bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
@@ -39,12 +39,12 @@ def classes(symbols: Tensor) -> list[Segment]:
 
 
 def _cheapest(symbols: Tensor) -> tuple[float, int]:
-    """Bits a view that a class takes, and the bits a symbol in the plane that it takes them with."""
+    """Lowest cost of a class in bits per view, and the bits per symbol in the plane that give it."""
     return min((_bits(symbols, bits), bits) for bits in LARGEST)
 
 
 def _bits(symbols: Tensor, bits: int) -> float:
-    """Bits a view: a Huffman code over the bytes of the plane, and escapes."""
+    """Bits per view: a Huffman code over the bytes of the plane, and escapes."""
     segment, beyond = Segment(symbols.shape[1], bits), symbols.abs() > LARGEST[bits]
     escapes = ESCAPE_BITS * float(beyond.double().sum()) / len(symbols)
     plane = pack_plane(symbols.masked_fill(beyond, 0), [segment])
