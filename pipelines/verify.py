@@ -120,7 +120,10 @@ def _print(facts: dict[str, Any], findings: "Findings", agreement: "TeacherAgree
         print(f"fidelity of the stored features, measured by stage 1: {figures}")
     if agreement is not None and agreement.records:
         again = ", ".join(f"{name.replace('_', ' ')} {row['mean']:.5f}" for name, row in agreement.figures.items())
-        top1 = "" if agreement.top1_percent is None else f", same top-1 for {agreement.top1_percent:.1f} %"
+        from scalekd_cache.models.evaluate import percent
+
+        same = agreement.top1_percent
+        top1 = "" if same is None else f", same top-1 for {percent(same)}"
         print(f"teacher re-run on {agreement.records} views: {again}{top1}")
     depth = "every byte" if facts["deep"] else "sizes and fingerprints"
     state = f"{len(findings.problems)} problems" if findings.problems else "no problems"

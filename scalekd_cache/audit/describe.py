@@ -1,7 +1,7 @@
-"""One record of a cache, as facts for a reader: what it is, what it holds, where it lies, and whether it is right.
+"""Facts about a cache or one of its records, for `inspect`: sizes, shapes, labels, place on disk, digest check.
 
-In: an open cache, a view and a key or position. Out: plain JSON values.
-Invariant: nothing is written, and a record that cannot be used is an error that names shard and key.
+In: an open cache, a view and a position. Out: JSON values.
+Invariant: nothing is written. A record that cannot be used is an error that names its shard and key.
 """
 
 from collections.abc import Sequence
@@ -25,15 +25,15 @@ TOP = 5
 
 
 def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:
-    """Everything there is to say about a record; `pixels` is the cache that holds its pixels, if it is another one."""
+    """All facts about a record; `pixels` is the cache that holds its pixels, if that is another cache."""
     if view not in range(cache.manifest.num_views) or position not in range(len(cache)):
         raise UserError(
-            "no such record",
+            "no such record in the cache",
             got=f"view {view}, position {position}",
             expected=f"views 0 to {cache.manifest.num_views - 1}, positions 0 to {len(cache) - 1}",
             where=cache.root,
         )
-    record = cache.read([position], view)[0]  # an error when its checksum differs
+    record = cache.read([position], view)[0]  # raises if its checksum differs
     manifest = cache.manifest
     names = manifest.class_names
     checker = RecordChecker(manifest.fingerprint_fields, cache.root, len(names))
@@ -56,7 +56,7 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
 
 
 def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
-    """The shard and the row in it."""
+    """The shard file and the row in it."""
     row = unit_of(cache.manifest, view, position)
     before = sum(r.count for r in cache.manifest.units if r.group == row.group and r.range_id < row.range_id)
     end = "tar" if cache.manifest.backend == "webdataset" else "zarr"
@@ -65,7 +65,7 @@ def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
 
 
 def describe_view_record(view: View) -> str:
-    """A view record as a sentence."""
+    """A view record as text."""
     left, top, width, height = view.crop
     words = [f"crop {width} x {height} at ({left}, {top})", "flipped" if view.flip else "not flipped"]
     words += [f"{name} {argument:g}" for name, argument in view.operations]
@@ -76,12 +76,12 @@ def describe_view_record(view: View) -> str:
 
 
 def encoded_pixels(record: Record, view: int, position: int, pixels: Cache | None) -> bytes:
-    """The stored pixels of a record, here or in the cache that holds them; empty when there are none."""
+    """The encoded pixels of a record, from the cache that holds them; empty if none are stored."""
     return bytes((record if pixels is None else pixels.read([position], view)[0]).pixels)
 
 
 def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
-    """None when there are no pixels at hand."""
+    """Whether the pixels match the record's digest; None if no pixels are available."""
     if not encoded:
         return None
     return wrong_digest(record, decode_pixels(encoded, cache.manifest.view_recipe["size"])) is None
@@ -108,7 +108,7 @@ def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str,
         return []
     logits = row.astype(np.float64)
     shares = np.exp(logits - logits.max())
-    shares /= shares.sum() if np.isfinite(logits).all() else np.exp(-logits.max())  # log-probabilities of some
+    shares /= shares.sum() if np.isfinite(logits).all() else np.exp(-logits.max())  # top-k: log-probabilities
     return [
         {
             "class": names[k] if len(names) == len(logits) else None,
@@ -122,7 +122,7 @@ def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str,
 
 
 def describe_cache(cache: Cache) -> dict[str, Any]:
-    """What a cache is, from its manifest alone."""
+    """Facts about a cache, from its manifest."""
     manifest = cache.manifest
     spec = TeacherSpec.from_json(manifest.teacher["spec"], str(cache.root))
     return {

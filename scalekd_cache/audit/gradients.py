@@ -30,6 +30,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import Order
+from scalekd_cache.models.evaluate import percent
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
@@ -44,12 +45,12 @@ from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.versions import __version__, library_versions
 
 TOLERANCE = 0.01
-"""How far the 1st percentile of the mean-removed cosine may lie under the one that stage 1 measured."""
+"""How far the 1st percentile of the mean-removed cosine may be below the value measured in stage 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientComparison:
-    """What was found, as it goes into JSON."""
+    """Targets and gradients compared; the fields are the JSON output."""
 
     cache: str
     fingerprint: str
@@ -57,31 +58,31 @@ class GradientComparison:
     teacher: str
     student: str
     start: str | None
-    """Folder of the student's weights (None: random ones)."""
+    """Folder of the student's weights (None: random weights)."""
     views: int
-    """Views that the teacher saw again."""
+    """Views that the teacher was re-run on."""
     micro_batches: int
     micro_batch_size: int
     global_batch_size: int
     fidelity: Summary
-    """Cosines of decoded features, KL and top-1 agreement of stored logits, all with the teacher as it answers now."""
+    """Cosines of decoded features, KL and top-1 agreement of stored logits, all against the live teacher."""
     as_cached: Summary
-    """What stage 1 measured."""
+    """The same, measured in stage 1."""
     holds: bool
     """Whether the two agree to within `TOLERANCE`."""
     gradient_cosine: float
-    """Of the gradients over all views together, from cached and from live targets."""
+    """Cosine of the gradients from cached and live targets, over all views."""
     gradient_relative_error: float
-    """Norm of their difference over that of the live one."""
+    """Norm of their difference over the norm of the live gradient."""
     micro_batch_cosine: float
-    """The same of one micro-batch, mean."""
+    """Cosine over one micro-batch, mean."""
     micro_batch_relative_error: float
     noise_ratio: float
-    """Variance that the codec adds to the gradient of a global batch, over the variance of sampling."""
+    """Variance that the codec adds to the gradient of a global batch, over the sampling variance."""
     noise_ratio_db: float | None
-    """Sampling noise over codec noise in decibels (None: the codec adds none)."""
+    """Sampling noise over codec noise in decibels (None: no codec noise)."""
     bias_share: float
-    """Part of the codec's error in a micro-batch that is the same in all of them (0 for unbiased targets)."""
+    """Share of the codec's error that is the same in all micro-batches (0 for unbiased targets)."""
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -89,34 +90,34 @@ class GradientComparison:
         return dataclasses.asdict(self)
 
     def sentence(self) -> str:
-        """The finding for people."""
+        """The result as one sentence."""
         cosine = self.fidelity["cosine_mean_removed"]
-        start = f"{self.cache}: {self.views} views seen again by {self.teacher} have mean-removed cosine "
+        start = f"{self.cache}: {self.views} views re-run through {self.teacher}; mean-removed cosine "
         if not self.holds:
             before = self.as_cached["cosine_mean_removed"]["p1"]
             return (
-                f"{start}{cosine['p1']:.5f} (1st percentile), not the {before:.5f} "
-                "that was measured when the cache was made: these targets are not what this teacher says here"
+                f"{start}{cosine['p1']:.5f} (1st percentile), {before:.5f} in stage 1: "
+                "cached targets do not match this teacher's outputs"
             )
         batch = 100 / (1 + self.noise_ratio)
-        noise = "none" if self.noise_ratio_db is None else f"{self.noise_ratio_db:.1f} dB under the noise of the batch"
+        noise = "none" if self.noise_ratio_db is None else f"{self.noise_ratio_db:.1f} dB below sampling noise"
         return (
-            f"{start}{cosine['mean']:.5f}; the gradient of {self.student} from cached targets has cosine "
-            f"{self.gradient_cosine:.6f} and relative error {self.gradient_relative_error:.2g} to the live one; noise "
-            f"from the codec: {noise}, as if a batch of {self.global_batch_size} had {batch:.2f} % of its images"
+            f"{start}{cosine['mean']:.5f}; gradient of {self.student}, cached compared with live targets: cosine "
+            f"{self.gradient_cosine:.6f}, relative error {self.gradient_relative_error:.2g}; codec noise: {noise}, "
+            f"equivalent to {percent(batch)} of a batch of {self.global_batch_size}"
         )
 
 
 def compare_gradients(config: DistillConfig, process: Process, views: int) -> GradientComparison:
-    """Ask the teacher of a cache about some of its views again, and compare targets and gradients.
+    """Re-run the teacher of a cache on a sample of its views and compare targets and gradients.
 
     Args:
-        config: training options: cache, student, method, micro-batch, `init` for a student that has learned already.
-        process: this process, alone.
-        views: views to look at, drawn by `train.seed`; less when the cache has fewer.
+        config: training options: cache, student, method, micro-batch, `init` for a trained student.
+        process: this process (one rank).
+        views: number of views, sampled with `train.seed`; fewer if the cache has fewer.
 
     Raises:
-        UserError: no finished cache, a damaged one, another teacher, or fewer than two micro-batches.
+        UserError: the cache is unfinished or damaged, the teacher differs, or there are fewer than two micro-batches.
     """
     cache = Cache.open(config.cache, config.remote)
     manifest, device = cache.manifest, process.device
@@ -136,22 +137,22 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     count = min(views // micro, manifest.num_views * each)
     if count < 2:
         raise UserError(
-            "the noise of a gradient cannot be told from one micro-batch",
+            "gradient noise cannot be estimated from one micro-batch",
             got=f"{count} micro-batches of {micro} views",
             expected="at least 2",
             where=config.cache,
-            fix="give more VIEWS=, or a smaller train.micro_batch_size",
+            fix="increase VIEWS= or reduce train.micro_batch_size",
         )
     model, tail = _student(config, cache, device)
     classifier = load_cache_classifier(config, cache, data.logit_codec, process)
     compare = _GradientSums(model, tail, teacher, data, classifier, config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
-    return _proof(config, cache, compare, micro)
+    return _summarize(config, cache, compare, micro)
 
 
 def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple[DistillModel, Tail]:
-    """What is trained, as stage 2 builds it."""
+    """The model and the tail, as stage 2 builds them."""
     manifest = cache.manifest
     torch.manual_seed(config.train.seed)
     student = build_student(
@@ -165,7 +166,7 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
 
 
 class _GradientSums:
-    """Running sums over micro-batches: vectors of the size of the student, never one a micro-batch."""
+    """Running sums over micro-batches, so memory does not grow with their number."""
 
     def __init__(
         self,
@@ -188,9 +189,9 @@ class _GradientSums:
         self.figures: dict[str, list[float]] = {}
 
     def add(self, batch: Batch) -> None:
-        """One micro-batch."""
+        """Add one micro-batch."""
         live, cached = self.live_source(batch), self.cached_source(batch)
-        self._targets(live, cached)
+        self._add_fidelity(live, cached)
         one, other = self._gradient(batch, live), self._gradient(batch, cached)
         error = other - one
         cosine = float((one @ other) / (one.norm() * other.norm()).clamp_min(1e-300))
@@ -205,18 +206,18 @@ class _GradientSums:
         parts = torch.autograd.grad(terms.total, self.parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten().double() for part in parts])
 
-    def _targets(self, live: Targets, cached: Targets) -> None:
+    def _add_fidelity(self, live: Targets, cached: Targets) -> None:
         close = fidelity(live.features, cached.features)._asdict()
         if live.logits.shape[1]:
-            said, kept = live.logits.cpu().numpy(), cached.logits.cpu().numpy()
-            if not cached.partial:  # of the classes that are not kept only the mass is known
-                close["logit_kl"] = kl_divergence(said, kept)
-            close["logit_top1_agreement"] = (said.argmax(1) == kept.argmax(1)).astype(np.float64)
+            fresh, stored = live.logits.cpu().numpy(), cached.logits.cpu().numpy()
+            if not cached.partial:  # top-k logits have no values for the other classes
+                close["logit_kl"] = kl_divergence(fresh, stored)
+            close["logit_top1_agreement"] = (fresh.argmax(1) == stored.argmax(1)).astype(np.float64)
         for name, values in close.items():
             self.figures.setdefault(name, []).extend(values.tolist())
 
 
-def _proof(config: DistillConfig, cache: Cache, found: _GradientSums, micro: int) -> GradientComparison:
+def _summarize(config: DistillConfig, cache: Cache, found: _GradientSums, micro: int) -> GradientComparison:
     manifest, count = cache.manifest, len(found.squares)
     squares = np.array(found.squares)
     live, error = found.live / count, found.error / count

@@ -1,7 +1,7 @@
-"""Looks into records whose checksum is right: can everything in them be used, and is it what the teacher saw?
+"""Checks the contents of records whose checksums are correct: decoding, finite values, labels, views, pixels.
 
-In: records of a shard, and what the cache was made with. Out: findings, each with what mends it.
-Invariant: whatever a record holds, the outcome is a finding, never an exception; nothing larger than a batch is held.
+In: records of a shard, and the settings of the cache. Out: findings, each with the part of the cache to repair.
+Invariant: no content of a record raises an exception; every error is a finding. At most one batch is in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -30,17 +30,17 @@ from scalekd_cache.views.pixels import decode_pixels
 
 
 class RecordChecker:
-    """Decodes records as a training run does, and compares what can be compared.
+    """Decodes records as training does and checks what they hold.
 
     Args:
         fields: `fingerprint_fields` of a manifest or plan.
         root: the cache, for the state of a fitted codec and the teacher's classifier.
-        num_classes: classes of the data set, where they are known.
-        source: the images, to draw replayed views again; without them their pixels are not looked at.
-        pixels: of a cache that shares pixels, the one that holds them; without it they are not looked at.
+        num_classes: number of classes of the data set, if known.
+        source: the images, to recompute replayed views; without them their pixels are not checked.
+        pixels: for a cache that shares pixels, the cache that holds them; without it they are not checked.
 
     Raises:
-        UserError: a codec or view recipe that this version does not know, or a codec's file that is damaged.
+        UserError: this version does not know the codec or view recipe, or a file of the codec is damaged.
     """
 
     def __init__(
@@ -61,13 +61,13 @@ class RecordChecker:
         self.record_pixels = RecordPixels(self.views, source)
 
     def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[Finding]:
-        """Every finding in the records that stand in these rows of a shard."""
+        """All findings in these records, which are in these rows of a shard."""
         found: list[Finding] = []
-        looks = (self._label, self._logits, self._view, *(() if self.shares else (self._pixels,)))
+        checks = (self._label, self._logits, self._view, *(() if self.shares else (self._pixels,)))
         for record in records:
-            for look in looks:
+            for check in checks:
                 try:
-                    what = look(record, shard.view)
+                    what = check(record, shard.view)
                 except (UserError, UnreadableImage, ValueError) as error:
                     what = str(error)
                 if what is not None:
@@ -77,10 +77,10 @@ class RecordChecker:
         return found + self._features(records)
 
     def picture(self, record: Record, view: int, position: int) -> NDArray[np.uint8] | None:
-        """The (size, size, 3) uint8 pixels of a record at a position of a view; None where they cannot be had here.
+        """The (size, size, 3) uint8 pixels of a record; None if they are not available.
 
         Raises:
-            UserError: they are damaged.
+            UserError: the pixels are damaged.
         """
         if self.pixels is None:
             return None if self.shares else self.record_pixels(record)
@@ -89,7 +89,7 @@ class RecordChecker:
 
     def _label(self, record: Record, _: int) -> str | None:
         if record.label < 0 or (self.num_classes is not None and record.label >= self.num_classes):
-            return f"label {record.label} of {self.num_classes} classes"
+            return f"label {record.label} is out of range for {self.num_classes} classes"
         return None
 
     def _logits(self, record: Record, _: int) -> str | None:
@@ -99,40 +99,40 @@ class RecordChecker:
 
     def _view(self, record: Record, view: int) -> str | None:
         number = record_view(record).number
-        return None if number == view else f"the view record is that of view {number}, not {view}"
+        return None if number == view else f"the view record belongs to view {number}, expected view {view}"
 
     def _pixels(self, record: Record, _: int) -> str | None:
         pixels = self.record_pixels(record)
         wrong = None if pixels is None else wrong_digest(record, pixels)
-        return None if wrong is None else f"pixels have digest {wrong}, the teacher saw {record.digest}"
+        return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
     def _shared(self, pixels: PixelCache, records: list[Record], shard: ShardId, rows: list[int]) -> Iterator[Finding]:
-        """Compare with the records of the cache that holds the pixels."""
+        """Compare these records with those of the cache that holds the pixels."""
         try:
             places = pixels.records(shard.view, shard.range_id)
         except (KeyError, IndexError):
             places = range(0)
         there = [(record, places[row]) for record, row in zip(records, rows, strict=True) if row < len(places)]
         for record in records[len(there) :]:
-            yield Finding(record.key, f"the cache whose pixels are shared, {pixels.cache.root}, has no such record")
+            yield Finding(record.key, f"the pixel cache {pixels.cache.root} has no such record")
         others = _read_each(pixels.cache, [position for _, position in there], shard.view)
         for (record, _), other in zip(there, others, strict=True):
             what = str(other) if isinstance(other, UserError) else self._own_digest(other)
             if what is not None:
-                yield Finding(record.key, f"in {pixels.cache.root}, whose pixels are shared: {what}", Part.PIXELS)
+                yield Finding(record.key, f"in the pixel cache {pixels.cache.root}: {what}", Part.PIXELS)
                 continue
             for name in ("key", "label", "view", "digest"):
                 mine, theirs = getattr(record, name), getattr(other, name)
                 if mine != theirs:
-                    yield Finding(record.key, f"{name} is {mine}, in the cache whose pixels are shared {theirs}")
+                    yield Finding(record.key, f"{name} is {mine}, but {theirs} in the pixel cache")
 
     def _own_digest(self, record: Record) -> str | None:
-        """What is wrong with the pixels of a record that holds some."""
+        """The problem with the pixels stored in a record, or None."""
         try:
             wrong = wrong_digest(record, decode_pixels(record.pixels, self.views.size))
         except (UserError, UnreadableImage) as error:
             return str(error)
-        return None if wrong is None else f"pixels have digest {wrong}, their record says {record.digest}"
+        return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
     def _features(self, records: list[Record]) -> list[Finding]:
         found, whole = list[Finding](), list[Record]()
@@ -153,7 +153,7 @@ class RecordChecker:
         return found
 
     def _unpacking(self, record: Record) -> str | None:
-        """Why the codec does not take a record's features."""
+        """Why the codec cannot unpack a record's features, or None."""
         try:
             self.codec.unpack([record.features])
         except UserError as error:
@@ -161,7 +161,7 @@ class RecordChecker:
         return None
 
     def logits(self, records: Sequence[Record], features: torch.Tensor) -> NDArray[np.float32]:
-        """(B, K) logits of records with these decoded maps (B, C, H, W); -inf for classes that are not kept."""
+        """(B, K) logits of records with these decoded maps (B, C, H, W); -inf for classes that are not stored."""
         if self.classifier is not None:
             recomputed: NDArray[np.float32] = self.classifier(features.mean((2, 3))).numpy()
             return recomputed
@@ -177,7 +177,7 @@ class RecordChecker:
 
 
 def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | UserError]:
-    """Records, or why they cannot be read; one call when all is well."""
+    """Each record, or the error of reading it; a single read when nothing is damaged."""
     try:
         return list(cache.read(positions, view))
     except UserError:

@@ -1,29 +1,34 @@
-"""Shows some stored views to the teacher again and compares its answers with those in the cache.
+"""Re-runs the teacher on stored views and compares its outputs with the stored targets.
 
-In: a finished cache, its teacher. Out: how well they agree, and the records that do not.
-Invariant: only a teacher with the cache's own weights is asked; a seed chooses the records, so a check can be repeated.
+This is the only check that finds wrong targets under correct checksums.
+
+In: a finished cache, its teacher. Out: fidelity figures, and the records whose targets do not match.
+Invariant: the teacher has the weights the cache was made with. A seed selects the records, so a check can be repeated.
 """
 
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.codec.fidelity import fidelity
+from scalekd_cache.codec.fidelity import Fidelity, fidelity
 from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.pixels import decode_features
-from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.fidelity_summary import summarize
 from scalekd_cache.store.reader import Cache
 
 BATCH = 16
 MARGIN = 0.02
-"""How far below the codec's own first percentile a cosine may fall: other hardware rounds differently, another teacher
-or another view is much further off."""
+"""How far a cosine may fall below the codec's own 1st percentile. Other hardware rounds differently; another teacher
+or another view gives a much lower cosine."""
 
 
 Place = tuple[int, int]
@@ -31,77 +36,93 @@ Place = tuple[int, int]
 
 
 class TeacherAgreement(NamedTuple):
-    """What the teacher said when it was asked again."""
+    """How well the stored targets match the teacher's outputs."""
 
     records: int
     figures: dict[str, dict[str, float]]
-    """{cosine, cosine_mean_removed: {mean, p1, count}} between fresh and decoded features."""
+    """{cosine, cosine_mean_removed: {mean, p1, count}} between live and decoded features."""
     top1_percent: float | None
     """Records whose largest logit is the same class; None without a classifier."""
     wrong: list[tuple[int, int, str, str]]
-    """(view, position, key, what) of records that are not the teacher's answer."""
+    """(view, position, key, what) of records that do not match the teacher."""
 
 
-def reinfer(cache: Cache, teacher: Teacher, checker: RecordChecker, records: int, seed: int = 0) -> TeacherAgreement:
-    """Ask the teacher about `records` views drawn at random; records that cannot be read are left to other checks.
+class RerunBatch(NamedTuple):
+    """Some stored views and the teacher's outputs for them."""
+
+    places: list[Place]
+    records: list[Record]
+    output: TeacherOutput
+    """The teacher's outputs now, on the CPU."""
+    decoded: Tensor
+    """(B, C, H, W) float32 features as the cache stores them."""
+    close: Fidelity
+    """Cosines of `output.features` and `decoded`, one value a view."""
+
+
+def sample_places(cache: Cache, count: int, seed: int) -> list[Place]:
+    """(view, position) of at most `count` records: a random sample without repeats, in reading order."""
+    total = len(cache) * cache.manifest.num_views
+    return [divmod(place, len(cache)) for place in sample_indices(total, count, seed=seed)]
+
+
+def rerun_teacher(
+    cache: Cache, teacher: Teacher, checker: RecordChecker, places: Sequence[Place]
+) -> Iterator[RerunBatch]:
+    """Run the teacher on stored views, batch by batch; records that cannot be used are skipped."""
+    for start in range(0, len(places), BATCH):
+        loaded = [
+            (place, record, pixels)
+            for place in places[start : start + BATCH]
+            for record, pixels in _load(cache, checker, place)
+        ]
+        if not loaded:
+            continue
+        kept, records, pixels = map(list, zip(*loaded, strict=True))
+        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
+        output = TeacherOutput(*(part.cpu() for part in teacher(images.to(teacher.device))))
+        decoded = decode_features(checker.codec, records).features
+        yield RerunBatch(kept, records, output, decoded, fidelity(output.features, decoded))
+
+
+def _load(cache: Cache, checker: RecordChecker, place: Place) -> Iterator[tuple[Record, NDArray[np.uint8]]]:
+    """The record and its pixels; nothing when they cannot be read or decoded."""
+    view, position = place
+    try:
+        record = cache.read([position], view)[0]
+        pixels = checker.picture(record, view, position)
+    except (UserError, UnreadableImage):
+        return
+    if pixels is not None and checker.usable(record):
+        yield record, pixels
+
+
+def check_targets(
+    cache: Cache, teacher: Teacher, checker: RecordChecker, records: int, seed: int = 0
+) -> TeacherAgreement:
+    """Compare stored targets with the teacher's outputs on a random sample of the readable records.
 
     Args:
         cache: a finished cache.
         teacher: its teacher.
         checker: of this cache; it knows where the pixels are.
-        records: how many views, at most.
-        seed: of the choice.
+        records: number of views, at most.
+        seed: of the sample.
     """
-    manifest = cache.manifest
-    chosen = _choose(cache, records, seed)
     figures: dict[str, list[float]] = {}
     same: list[bool] = []
     wrong: list[tuple[int, int, str, str]] = []
-    lowest = manifest.fidelity.get("cosine_mean_removed", {}).get("p1", 1.0) - MARGIN
-    for start in range(0, len(chosen), BATCH):
-        places, batch, pixels = _load(chosen[start : start + BATCH], checker)
-        if not batch:
-            continue
-        images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
-        output = teacher(images.to(teacher.device))
-        features = decode_features(checker.codec, batch).features
-        close = fidelity(output.features.cpu(), features)
-        for name, values in close._asdict().items():
+    lowest = cache.manifest.fidelity.get("cosine_mean_removed", {}).get("p1", 1.0) - MARGIN
+    for batch in rerun_teacher(cache, teacher, checker, sample_places(cache, records, seed)):
+        for name, values in batch.close._asdict().items():
             figures.setdefault(name, []).extend(values.tolist())
         if teacher.spec.has_classifier:
-            stored = checker.logits(batch, features).argmax(1)
-            same += (output.logits.argmax(1).cpu().numpy() == stored).tolist()
-        for place, record, cosine in zip(places, batch, close.cosine_mean_removed.tolist(), strict=True):
+            stored = checker.logits(batch.records, batch.decoded).argmax(1)
+            same += (batch.output.logits.argmax(1).numpy() == stored).tolist()
+        cosines = batch.close.cosine_mean_removed.tolist()
+        for place, record, cosine in zip(batch.places, batch.records, cosines, strict=True):
             if not cosine >= lowest:
-                what = f"the teacher's features now have cosine {cosine:.4f} (mean removed) with those stored"
-                wrong.append((*place, record.key, f"{what}, expected at least {lowest:.4f}"))
+                what = f"stored and live features: mean-removed cosine {cosine:.4f}, expected >= {lowest:.4f}"
+                wrong.append((*place, record.key, what))
     top1 = 100 * float(np.mean(same)) if same else None
     return TeacherAgreement(len(figures.get("cosine", ())), summarize(figures), top1, wrong)
-
-
-def _choose(cache: Cache, records: int, seed: int) -> list[tuple[Place, Record]]:
-    """Records at random, without repeats."""
-    total = len(cache) * cache.manifest.num_views
-    chosen = []
-    for place in sample_indices(total, records, seed=seed):
-        view, position = divmod(place, len(cache))
-        try:
-            chosen.append(((view, position), cache.read([position], view)[0]))
-        except UserError:
-            continue
-    return chosen
-
-
-def _load(chosen: list[tuple[Place, Record]], checker: RecordChecker) -> tuple[list[Place], list[Record], list[Any]]:
-    """Places, records and pixels of those that can be decoded."""
-    places, records, pixels = [], [], []
-    for place, record in chosen:
-        try:
-            picture = checker.picture(record, *place)
-        except (UserError, UnreadableImage):
-            continue
-        if picture is not None and checker.usable(record):
-            places.append(place)
-            records.append(record)
-            pixels.append(picture)
-    return places, records, pixels

@@ -1,8 +1,9 @@
-"""Makes the damaged parts of a cache again: exactly the bad units, the tail, the manifest, the plan.
+"""Repairs a cache: regenerates damaged units, tail, manifest and plan, and nothing else.
 
-In: a cache's folder, its data and its teacher; every other option is read from the cache. Out: `RepairResult`.
-Invariant: a bad unit is put aside, never deleted, until the new one is committed; what is whole is not touched; without
-the cache's own teacher, views, codec and data nothing is made.
+In: the folder of a cache, its data set and its teacher; all other options are read from the cache.
+Out: a `RepairResult`.
+Invariant: a damaged unit is moved aside and deleted only after the new one is committed. Intact files are not changed.
+Repair needs the same teacher, views, codec and data that the cache was made with.
 """
 
 import contextlib
@@ -35,20 +36,20 @@ from scalekd_cache.store.verify import MARK, UNITS, Findings, bad_units, unit_na
 from scalekd_cache.store.verify_unit import Part, Problem
 
 ASIDE = ".aside-"
-"""Beginning of the names of what was put aside; readers and writers ignore such names."""
+"""Name prefix of files and folders that were moved aside; readers and writers ignore them."""
 FILES = (Part.MANIFEST, Part.TAIL, Part.KEPT)
-"""What lies beside the units and is made by stage 1."""
+"""Files next to the units that stage 1 writes."""
 
 
 class RepairResult(NamedTuple):
-    """What a repair has done."""
+    """Result of a repair."""
 
     found: list[Problem]
-    """Before."""
+    """Problems before the repair."""
     units: list[tuple[int, int]]
-    """(group, range) of the units that were made again."""
+    """(group, range) of the regenerated units."""
     left: list[Problem]
-    """After: what a repair does not mend, such as files that are not the cache's."""
+    """Problems after the repair, such as unknown files, which a repair does not touch."""
 
 
 def repair_cache(
@@ -61,20 +62,20 @@ def repair_cache(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> RepairResult:
-    """Check a cache deeply and make what is damaged again.
+    """Run the deep check and regenerate what is damaged.
 
     Args:
-        root: the cache's folder.
-        process: this process; a repair has no peers.
-        data: where the data set lies now (None: where it was).
-        weights: the teacher's weights (None: where they were).
-        pixels_from: where the cache lies whose pixels are shared (None: where it was).
-        workers: processes that draw views.
-        progress: of the check.
+        root: folder of the cache.
+        process: this process; a repair runs in one process.
+        data: current path of the data set (None: as recorded in the cache).
+        weights: file of the teacher's weights (None: as recorded in the cache).
+        pixels_from: path of the cache that holds the pixels (None: as recorded).
+        workers: worker processes that generate views.
+        progress: called by the check with (units done, total units).
 
     Raises:
-        UserError: the options cannot be read from the cache, or the teacher or data are not those it was made from.
-            The cache is then as it was.
+        UserError: the options cannot be read from the cache, or the teacher or data differ from the recorded ones.
+            The cache is then unchanged.
     """
     remove_stale_files(root, process)
     check = functools.partial(verify_deep, root, data=data, weights=weights, pixels_from=pixels_from)
@@ -82,9 +83,9 @@ def repair_cache(
     problems = found.problems
     parts = {problem.part for problem in problems}
     if found.expected is None:
-        raise _no_options(root, problems)
+        raise _options_unreadable(root, problems)
     if Part.PLAN in parts or not (root / PLAN).exists():
-        _write_plan_again(root, found)
+        _rebuild_plan(root, found)
     units, facts = bad_units(problems), read_plan(root).facts
     if Part.MARK in parts:
         write_mark(root, facts.fingerprint_fields)
@@ -92,16 +93,16 @@ def repair_cache(
         config = stage1_config(
             facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers
         )
-        _check_at_hand(config, root)
+        _require_inputs(config, root)
         files = [problem.where for problem in problems if problem.part in FILES]
-        files += [MARK] if STATE in files else []  # without it stage 1 fits the codec again
-        files += [MANIFEST] if CLASSIFIER in files else []  # without it stage 1 begins once more
-        with _put_aside(root, [*dict.fromkeys(files), *(unit_name(unit) for unit in units)]):
+        files += [MARK] if STATE in files else []  # otherwise stage 1 keeps the old codec state
+        files += [MANIFEST] if CLASSIFIER in files else []  # otherwise stage 1 regards the cache as finished
+        with _moved_aside(root, [*dict.fromkeys(files), *(unit_name(unit) for unit in units)]):
             cache_teacher(config, process)
-    for aside, successor in _asides(root):
+    for aside, successor in _set_aside(root):
         _restore_unknown_files(aside, successor)
     left = check(records=0).findings.problems if problems else []
-    _remove_asides(root, left)
+    _remove_set_aside(root, left)
     return RepairResult(problems, units, left)
 
 
@@ -115,11 +116,11 @@ def stage1_config(
     pixels_from: str | None = None,
     workers: int = 0,
 ) -> CacheTeacherConfig:
-    """The options of stage 1 that a cache was made with, from its plan; data, weights and pixels where they lie now."""
+    """The stage 1 options of a cache, from its plan, with the current places of data, weights and pixels."""
     fields, teacher = facts.fingerprint_fields, facts.teacher["config"]
     precision = teacher["precision"]
     if str(autocast_dtype(precision, process.device)).removeprefix("torch.") != fields["precision"]:
-        precision = fields["precision"]  # "auto" means something else on this machine than where the cache was made
+        precision = fields["precision"]  # "auto" resolves differently on this machine
     if facts.pixels_from and pixels_from is None:
         pixels_from = str(shared_place(root, facts))
     return CacheTeacherConfig(
@@ -129,7 +130,7 @@ def stage1_config(
         teacher=cache_teacher_config(teacher, weights, precision),
         cache=StoreConfig(
             path=str(root),
-            backend=facts.backend,  # type: ignore[arg-type]  # one of the two, or the plan is not read
+            backend=facts.backend,  # type: ignore[arg-type]  # checked when the plan was read
             **_codec_options(fields, root),
             num_views=sum(len(group) for group in facts.groups),
             views_per_group=max(len(group) for group in facts.groups),
@@ -141,7 +142,7 @@ def stage1_config(
 
 
 def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """The options that name a cache's codecs; a fitted one's preset stands beside its state."""
+    """The options of the codecs; the preset of a fitted codec is stored next to its state."""
     logits = fields["logit_codec"]
     kept = {
         "logits-top-k": {"logits": "top_k", "top_k": logits.get("k")},
@@ -153,44 +154,44 @@ def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
     return options
 
 
-def _check_at_hand(config: CacheTeacherConfig, root: Path) -> None:
-    """Before anything is put aside: the teacher and the pixels are there."""
+def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
+    """Check that teacher and pixels are available before anything is moved."""
     if not weights_available(config.teacher):
         raise UserError(
-            "the teacher's weights are not at hand",
-            got=config.teacher.weights or "timm's pretrained weights, which would have to be fetched",
+            "the teacher's weights are not available",
+            got=config.teacher.weights or "timm's pretrained weights, which need a download",
             where=root,
-            fix="give TEACHER_WEIGHTS=file.safetensors, the file the cache was made with",
+            fix="set TEACHER_WEIGHTS=file.safetensors to the file that the cache was made with",
         )
     pixels = config.cache.pixels_from
     if pixels is not None and not (Path(pixels) / MANIFEST).exists():
         raise UserError(
-            "the cache whose pixels are shared is not there",
+            "the cache that holds the pixels is missing",
             got=f"no manifest in {pixels}",
             where=root,
-            fix="bring it there, or say where it is with PIXELS_FROM=",
+            fix="move it there, or give its path with PIXELS_FROM=",
         )
 
 
-def _no_options(root: Path, problems: list[Problem]) -> UserError:
+def _options_unreadable(root: Path, problems: list[Problem]) -> UserError:
     if not (root / UNITS).is_dir():
         return UserError("this is not a cache", where=root, fix="check the path (CACHE=...)")
     return UserError(
-        "neither manifest.json nor plan.json can be read, so the options the cache was made with are not known",
+        "neither manifest.json nor plan.json can be read, so the options of the cache are unknown",
         got="; ".join(
             problem.what.splitlines()[0] for problem in problems if problem.part in (Part.PLAN, Part.MANIFEST)
         ),
         where=root,
-        fix="delete both files and run `make cache-teacher` with the options of the first time: it keeps the units "
-        "that have the same fingerprint and refuses others; then run `make verify CACHE=... DEEP=1`",
+        fix="delete both files and run `make cache-teacher` with the original options: it keeps the units "
+        "with the same fingerprint and refuses others; then run `make verify CACHE=... DEEP=1`",
     )
 
 
-def _write_plan_again(root: Path, found: Findings) -> None:
-    """plan.json from the manifest and the ranges in the sidecars of any one group that is there in full."""
+def _rebuild_plan(root: Path, found: Findings) -> None:
+    """Write plan.json from the manifest and the ranges in the sidecars of any complete group."""
     manifest = manifest_or_none(root)
     if manifest is None:
-        raise _no_options(root, found.problems)
+        raise _options_unreadable(root, found.problems)
     for group in range(len(manifest.groups)):
         ranges = []
         for row in manifest.units:
@@ -206,17 +207,17 @@ def _write_plan_again(root: Path, found: Findings) -> None:
             write_plan(root, Plan(facts=ManifestFacts(**known, ranges=[ranges for _ in manifest.groups])))
             return
     raise UserError(
-        "plan.json is damaged, and no group of views has all its sidecars to write it again",
+        "plan.json is damaged and cannot be rebuilt: no group of views has all its sidecars",
         where=root / PLAN,
-        fix="delete plan.json and the damaged units, then run `make cache-teacher` with the options of the first time",
+        fix="delete plan.json and the damaged units, then run `make cache-teacher` with the original options",
     )
 
 
 @contextlib.contextmanager
-def _put_aside(root: Path, names: list[str]) -> Iterator[None]:
-    """Rename what is bad; on an error everything that was not made again gets its name back.
+def _moved_aside(root: Path, names: list[str]) -> Iterator[None]:
+    """Move damaged files and units aside; after an error, move back everything that was not regenerated.
 
-    A codec that was fitted again before the error is another one (it is in the fingerprint): that one goes.
+    After an error a newly fitted codec is deleted: it may differ from the one in the fingerprint.
     """
     moved: list[tuple[Path, Path]] = []
     try:
@@ -236,31 +237,31 @@ def _put_aside(root: Path, names: list[str]) -> Iterator[None]:
         raise
 
 
-def _asides(root: Path) -> list[tuple[Path, Path]]:
-    """What was put aside, by this repair or one that was killed, with what has taken its place."""
+def _set_aside(root: Path) -> list[tuple[Path, Path]]:
+    """(moved aside, replacement) of this repair and of repairs that were killed."""
     found = [*root.glob(f"{ASIDE}*"), *(root / UNITS).glob(f"{ASIDE}*")]
     pairs = [(aside, aside.with_name(aside.name.removeprefix(ASIDE).rpartition("-")[0])) for aside in found]
     return [(aside, successor) for aside, successor in pairs if successor.exists()]
 
 
 def _unknown_files(aside: Path, successor: Path) -> list[Path]:
-    """Files in a unit that was put aside which have no namesake in the new one: they are not the cache's."""
+    """Files in a unit that was moved aside that the new unit does not have: they do not belong to the cache."""
     files = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_symlink() or path.is_file()]
     return [name for name in files if not (successor / name).exists()]
 
 
 def _restore_unknown_files(aside: Path, successor: Path) -> None:
-    """Bring them to where they were, to be reported; what cannot be brought stays aside."""
+    """Move unknown files back to their place, to be reported; what cannot be moved stays aside."""
     for name in _unknown_files(aside, successor):
         with contextlib.suppress(FileExistsError, NotADirectoryError):
             (successor / name).parent.mkdir(parents=True, exist_ok=True)
             (aside / name).rename(successor / name)
 
 
-def _remove_asides(root: Path, left: list[Problem]) -> None:
-    """Delete what was put aside where its successor is whole."""
+def _remove_set_aside(root: Path, left: list[Problem]) -> None:
+    """Delete what was moved aside if its replacement is intact."""
     bad = {unit_name(problem.unit) for problem in left if problem.part is Part.UNIT and problem.unit is not None}
     bad |= {problem.where for problem in left if problem.part in FILES}
-    for aside, successor in _asides(root):
+    for aside, successor in _set_aside(root):
         if successor.relative_to(root).as_posix() not in bad and not _unknown_files(aside, successor):
             shutil.rmtree(aside) if aside.is_dir() else aside.unlink()

@@ -1,7 +1,8 @@
-"""A whole check of a cache as one job: files and records, then what the teacher says of some of them.
+"""The deep check of a cache: files (`store/verify.py`), then records, then the teacher re-run on a random sample.
 
-In: a cache's folder or URL, and where its data and its teacher's weights lie now. Out: a `VerifyResult`.
-Invariant: what cannot be looked at here (no teacher, no images, no pixels) is said, never counted as whole in silence.
+In: the folder or URL of a cache; optionally the new places of its data set and its teacher's weights.
+Out: a `VerifyResult`.
+Invariant: what cannot be checked here (no teacher, no images, no pixels) is reported as a note.
 """
 
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.audit.reinfer import TeacherAgreement, reinfer
+from scalekd_cache.audit.reinfer import TeacherAgreement, check_targets
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
@@ -32,11 +33,11 @@ from scalekd_cache.store.verify_unit import Part, Problem
 
 
 class VerifyResult(NamedTuple):
-    """What a deep check has found."""
+    """Result of a deep check."""
 
     findings: Findings
     agreement: TeacherAgreement | None
-    """What the teacher said; None where it was not asked (a note says why)."""
+    """Stored targets compared with the teacher's outputs; None if the teacher was not run (a note says why)."""
 
 
 def verify_deep(
@@ -50,25 +51,25 @@ def verify_deep(
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> VerifyResult:
-    """Read every byte, decode every record, and ask the teacher about some of them when it is at hand.
+    """Check every byte and record, and re-run the teacher on a random sample if its weights are available.
 
     Args:
         place: the cache's folder or URL.
-        data: where the data set lies now (None: where it was); needed for replayed views only.
-        weights: the teacher's weights (None: where they were).
-        pixels_from: folder or URL of the cache whose pixels are shared (None: where it was).
-        records: views that the teacher is shown again (0: none).
-        seed: of the choice of those.
-        device: where the teacher runs.
-        progress: called with (units done, units in all).
+        data: current path of the data set (None: as recorded in the cache); needed for replayed views only.
+        weights: file of the teacher's weights (None: as recorded in the cache).
+        pixels_from: folder or URL of the cache that holds the pixels (None: as recorded).
+        records: number of views to re-run the teacher on (0: none).
+        seed: of that random sample.
+        device: device of the teacher.
+        progress: called with (units done, total units).
 
     Raises:
-        UserError: `weights` or `pixels_from` are not there or not those of the cache.
+        UserError: `weights` or `pixels_from` do not exist or do not belong to this cache.
     """
     root = open_place(place)
     notes, problems = list[str](), list[Problem]()
     manifest = manifest_or_none(root)
-    facts = manifest or _planned(root)
+    facts = manifest or _plan_facts(root)
     source = None if facts is None else _source_for(facts, data, notes)
     pixels = None if facts is None else _pixels_for(root, facts, pixels_from, problems, notes)
     classes = None if facts is None else len(facts.class_names)
@@ -82,21 +83,23 @@ def verify_deep(
     lost = any(problem.part is Part.KEPT for problem in findings.problems)
     if manifest is None or records == 0 or findings.expected is None or lost:
         return VerifyResult(findings, None)
-    agreement = _ask_teacher(root, manifest, checker(findings.expected), weights, records, seed, device, findings.notes)
+    agreement = _rerun_teacher(
+        root, manifest, checker(findings.expected), weights, records, seed, device, findings.notes
+    )
     if agreement is not None:
         findings.problems.extend(_problems(agreement, manifest))
     return VerifyResult(findings, agreement)
 
 
 def manifest_or_none(root: StoredPath) -> Manifest | None:
-    """The manifest, None when there is none that can be read (which `check_cache` reports)."""
+    """The manifest; None if it cannot be read (`check_cache` reports why)."""
     try:
         return read_manifest(root)
     except UserError:
         return None
 
 
-def _planned(root: StoredPath) -> ManifestFacts | None:
+def _plan_facts(root: StoredPath) -> ManifestFacts | None:
     try:
         return read_plan(root).facts
     except UserError:
@@ -104,13 +107,13 @@ def _planned(root: StoredPath) -> ManifestFacts | None:
 
 
 def _source_for(facts: Manifest | ManifestFacts, data: str | None, notes: list[str]) -> Source | None:
-    """The images of a replayed cache; a note when they are not there."""
+    """The images of a cache with replayed views; a note if they are not available."""
     if ViewConfig(**from_plain(facts.view_recipe)).pixels == "baked":
         return None
     try:
         return open_cache_source(facts.data, data, "train")
     except UserError as error:
-        notes.append(f"pixels were not looked at: views are replayed from images that are not here\n{error}")
+        notes.append(f"pixels were not checked: the images of the replayed views are not available\n{error}")
         return None
 
 
@@ -121,44 +124,51 @@ def _pixels_for(
     problems: list[Problem],
     notes: list[str],
 ) -> PixelCache | None:
-    """The cache whose pixels are shared: a note when it is not there, a problem when it is there and another one."""
+    """The cache that holds the pixels: a note if it is missing, a problem if it is a different cache."""
     if isinstance(facts, ManifestFacts):
         if facts.pixels_from:
-            notes.append("shared pixels were not looked at: the cache is not finished")
+            notes.append("shared pixels were not checked: the cache is not finished")
         return None
     try:
         pixels = pixels_of(Cache(root, facts), place, facts.num_views)
     except UserError as error:
         if place is not None:
             raise
-        there = shared_place(root, facts)
-        if there is not None and (there / MANIFEST).exists():
+        found = shared_place(root, facts)
+        if found is not None and (found / MANIFEST).exists():
             problems.append(Problem(MANIFEST, None, f"pixels_from: {error}", Part.PIXELS))
         else:
-            notes.append(f"shared pixels were not looked at\n{error}")
+            notes.append(f"shared pixels were not checked\n{error}")
         return None
     return None if pixels is None else PixelCache(pixels)
 
 
-def _ask_teacher(
-    root: Path | RemotePath, manifest: Manifest, checker: RecordChecker, weights: str | None, records: int, seed: int,
-    device: torch.device | None, notes: list[str],
-) -> TeacherAgreement | None:  # fmt: skip
+def _rerun_teacher(
+    root: Path | RemotePath,
+    manifest: Manifest,
+    checker: RecordChecker,
+    weights: str | None,
+    records: int,
+    seed: int,
+    device: torch.device | None,
+    notes: list[str],
+) -> TeacherAgreement | None:
+    """Compare a random sample with the teacher; None, with a note, if its weights or the pixels are not available."""
     config = cache_teacher_config(manifest.teacher["config"], weights, manifest.fingerprint_fields["precision"])
     if not weights_available(config):
         notes.append(
-            f"the teacher was not asked: its weights ({config.weights or 'pretrained'}) are not at hand; "
+            f"the teacher was not run: its weights ({config.weights or 'pretrained'}) are not available; "
             "give TEACHER_WEIGHTS=file.safetensors"
         )
         return None
     if (checker.shares and checker.pixels is None) or (checker.source is None and checker.views.pixels != "baked"):
-        return None  # a note has said why
+        return None  # a note reports why
     teacher = load_cache_teacher(manifest, config, device or torch.device("cpu"))
-    return reinfer(Cache(root, manifest), teacher, checker, records, seed)
+    return check_targets(Cache(root, manifest), teacher, checker, records, seed)
 
 
 def _problems(agreement: TeacherAgreement, manifest: Manifest) -> list[Problem]:
-    """The records that are not the teacher's answer, with the unit that holds them."""
+    """The records that do not match the teacher, with their units."""
     problems = []
     for view, position, key, what in agreement.wrong:
         row = unit_of(manifest, view, position)

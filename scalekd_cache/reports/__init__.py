@@ -1,5 +1,7 @@
-"""Reports: what a cache or a run is, as one HTML file that a browser opens without a network.
+"""Reports: a cache or runs as one HTML file that a browser opens offline.
 
-In: a finished cache, or folders of runs. Out: HTML. Invariant: nothing that was read is changed, and every text that
-came from a data set (keys, class names) is escaped before it reaches the page.
+In: a finished cache, or folders of runs. Out: HTML with all figures embedded.
+Nothing that is read is changed. Text from data sets (keys, class names) is escaped by the template engine.
+Hand-written although libraries exist: the colors of feature maps (`colors.py`), because a PCA fitted for one report
+is a few lines of torch and scikit-learn is not a dependency.
 """

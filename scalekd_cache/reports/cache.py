@@ -1,7 +1,7 @@
-"""The report of a cache: what it is, its sizes and fidelity, a gallery of views, and outliers.
+"""The report of a cache: summary, sizes, fidelity, a gallery of views, and outliers.
 
-In: a finished cache, and its teacher where it is at hand. Out: HTML.
-Invariant: what cannot be shown here (pixels that are elsewhere, a teacher that is not at hand) is said on the page.
+In: a finished cache, and its teacher if available. Out: HTML.
+Invariant: what cannot be shown (missing pixels, no teacher weights) is reported on the page.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from scalekd_cache.audit.records import RecordChecker
+from scalekd_cache.audit.reinfer import sample_places
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
 from scalekd_cache.data.source import open_cache_source
@@ -19,9 +20,9 @@ from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.weights import weights_available
 from scalekd_cache.reports.figures import histogram, stacked_bar
-from scalekd_cache.reports.gallery import Gallery, TeacherOutputs, ask, load_views
+from scalekd_cache.reports.gallery import Gallery, TeacherOutputs, load_views, rerun_on_views
 from scalekd_cache.reports.page import Picture, render
-from scalekd_cache.reports.views import Look, Scan, choose, closest_pairs, scan
+from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, read_sample
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixels_of
@@ -29,7 +30,7 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.versions import __version__
 
 OUTLIERS = 6
-"""Views of each kind of outlier."""
+"""Views shown for each type of outlier."""
 GALLERY_VIEWS = 2
 UNITS = 500
 """Units whose fidelity is plotted, at most."""
@@ -37,22 +38,22 @@ UNITS = 500
 
 @dataclass(frozen=True, kw_only=True)
 class CacheReport:
-    """What is looked at."""
+    """Options of the report."""
 
     views: int = 1000
-    """Views that are read to find outliers, drawn at random."""
+    """Size of the random sample of views that is searched for outliers."""
     asked: int = 64
-    """Of those, how many are shown to the teacher again when it is at hand (0: none)."""
+    """Views of that sample to re-run the teacher on, if its weights are available (0: none)."""
     images: int = 8
     """Images in the gallery, each with up to two views."""
     seed: int = 0
-    """Chooses them."""
+    """Seed of the samples."""
     data: str | None = None
-    """Where the images are, for a cache without pixels (None: where stage 1 found them)."""
+    """Path of the images, for a cache without pixels (None: as recorded in the cache)."""
     teacher_weights: str | None = None
-    """The teacher's weights (None: where stage 1 found them)."""
+    """File of the teacher's weights (None: as recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache whose pixels are shared (None: where it was)."""
+    """Folder or URL of the cache that holds the pixels (None: as recorded)."""
 
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")
@@ -65,22 +66,24 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     """The page of a finished cache.
 
     Raises:
-        UserError: a cache of another version, or a codec's file that is damaged.
+        UserError: the cache has another format version, or a file of the codec is damaged.
     """
     notes: list[str] = []
     checker = _examiner(cache, options, notes)
     teacher = _teacher(cache.manifest, options, process, notes) if options.asked else None
-    found = scan(cache, checker, choose(cache, options.views, options.seed))
+    sample = read_sample(cache, checker, sample_places(cache, options.views, options.seed))
     places = _gallery_places(cache, options)
-    asked = _spread([look.place for look in found.looks], options.asked)
-    outputs = ask(cache, checker, teacher, [*places, *asked], set(places)) if teacher else TeacherOutputs({}, {})
+    asked = _spread([info.place for info in sample.views], options.asked)
+    outputs = (
+        rerun_on_views(cache, checker, teacher, [*places, *asked], set(places)) if teacher else TeacherOutputs({}, {})
+    )
     gallery = Gallery(cache, checker, places, outputs)
     worst = sorted(outputs.cosines, key=lambda place: outputs.cosines[place])[:OUTLIERS]
     pairs = [
-        (gallery.cards([(found.looks[pair.first], ""), (found.looks[pair.second], "")]), pair)
-        for pair in closest_pairs(found, OUTLIERS // 2)
+        (gallery.cards([(sample.views[pair.first], ""), (sample.views[pair.second], "")]), pair)
+        for pair in closest_pairs(sample, OUTLIERS // 2)
     ]
-    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are none
+    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are no cards
     return render(
         "cache.html",
         title=f"Cache {cache.root.name}",
@@ -88,13 +91,13 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         facts=facts_of_cache(cache),
         sizes=_sizes(cache.manifest),
         fidelity=_fidelity(cache, outputs, len(asked)),
-        notes=[*notes, *found.unreadable[:20]],
-        gallery=gallery.cards([(look, _closeness(outputs, look)) for look in gallery.looks]),
-        scanned=len(found.looks),
-        disagreeing=sum(look.disagrees for look in found.looks),
-        judged=sum(look.answered is not None for look in found.looks),
-        disagreements=gallery.cards([(look, "") for look in _surest_disagreements(found)]),
-        lowest=gallery.cards([(look, _closeness(outputs, look)) for look in load_views(cache, checker, worst)]),
+        notes=[*notes, *sample.unreadable[:20]],
+        gallery=gallery.cards([(info, _closeness(outputs, info)) for info in gallery.views]),
+        scanned=len(sample.views),
+        disagreeing=sum(info.disagrees for info in sample.views),
+        judged=sum(info.predicted is not None for info in sample.views),
+        disagreements=gallery.cards([(info, "") for info in _top_disagreements(sample)]),
+        lowest=gallery.cards([(info, _closeness(outputs, info)) for info in load_views(cache, checker, worst)]),
         has_teacher=teacher is not None,
         pairs=shown,
         same_pixels=sum(pair.same_pixels for _, pair in shown),
@@ -102,7 +105,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
 
 
 def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
-    """Decodes records; finds their pixels where they are, and says where they are not."""
+    """A checker with access to the pixels; a note if they are not available."""
     manifest, source, shared = cache.manifest, None, None
     try:
         if manifest.pixels_from:
@@ -113,19 +116,19 @@ def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChe
     except UserError as error:
         if options.pixels_from or options.data:
             raise
-        notes.append(f"The views' pixels are not shown: {str(error).splitlines()[0]}")
+        notes.append(f"Pixels are not shown: {str(error).splitlines()[0]}")
     return RecordChecker(manifest.fingerprint_fields, cache.root, len(manifest.class_names), source, shared)
 
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
-    """The teacher, when it can be had without a network."""
+    """The teacher, if it can be loaded without a network; else None and a note."""
     config = cache_teacher_config(
         manifest.teacher["config"], options.teacher_weights, manifest.fingerprint_fields["precision"]
     )
     if not weights_available(config):
         notes.append(
-            "The teacher's weights are not at hand, so stored maps are not compared with its own "
-            f"(looked for {config.weights or 'a file'}; give TEACHER_WEIGHTS=)."
+            "The teacher's weights are not available, so stored maps are not compared with live maps "
+            f"(weights file: {config.weights or 'none recorded'}; set TEACHER_WEIGHTS=)."
         )
         return None
     try:
@@ -133,12 +136,12 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
     except UserError as error:
         if options.teacher_weights:
             raise
-        notes.append(f"The teacher was not asked: {str(error).splitlines()[0]}")
+        notes.append(f"The teacher was not run: {str(error).splitlines()[0]}")
         return None
 
 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
-    """Some images, spread over the data set; views of one group, in which an image keeps its place."""
+    """A random sample of images; views of one group, in which an image has the same position."""
     views = cache.manifest.groups[0][:GALLERY_VIEWS]
     count = min(options.images, len(cache))
     positions = np.random.default_rng(options.seed).choice(len(cache), size=count, replace=False)
@@ -149,62 +152,62 @@ def _spread(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     return places[:: max(1, len(places) // count)][:count] if count else []
 
 
-def _surest_disagreements(found: Scan) -> list[Look]:
-    """Views whose teacher names another class than the label, the surest first."""
-    wrong = [look for look in found.looks if look.disagrees]
-    return sorted(wrong, key=lambda look: -look.answers[0].percent)[:OUTLIERS]
+def _top_disagreements(sample: ViewSample) -> list[ViewInfo]:
+    """Views whose predicted class is not the label, highest probability first."""
+    wrong = [info for info in sample.views if info.disagrees]
+    return sorted(wrong, key=lambda info: -info.top_classes[0].percent)[:OUTLIERS]
 
 
-def _closeness(outputs: TeacherOutputs, look: Look) -> str:
-    cosine = outputs.cosines.get(look.place)
-    return "" if cosine is None else f"cosine of stored and fresh map, mean removed: {cosine:.5f}"
+def _closeness(outputs: TeacherOutputs, info: ViewInfo) -> str:
+    cosine = outputs.cosines.get(info.place)
+    return "" if cosine is None else f"cosine of stored and live map, mean removed: {cosine:.5f}"
 
 
 def _sizes(manifest: Manifest) -> dict[str, Any]:
     parts = {name: size for name, size in manifest.bytes_per_view.items() if name != "total"}
     total = manifest.bytes_per_view["total"] * manifest.num_samples * manifest.num_views
     return {
-        "figure": stacked_bar(parts, "bytes a view", "What a view takes on disk"),
+        "figure": stacked_bar(parts, "bytes per view", "Disk size of a view"),
         "bytes_per_view": manifest.bytes_per_view["total"],
         "total_mb": total / 1e6,
     }
 
 
 def _fidelity(cache: Cache, outputs: TeacherOutputs, asked: int) -> dict[str, Any]:
-    """Figures of stage 1, over units, and of the teacher asked again."""
+    """Fidelity measured in stage 1, by unit, and by re-running the teacher."""
     manifest, pictures = cache.manifest, list[Picture]()
     rows = manifest.units[:: max(1, len(manifest.units) // UNITS)][:UNITS]
     units = [read_unit(unit_folder(cache.root, row.group, row.range_id))[0].fidelity for row in rows]
     worst = [unit["cosine_mean_removed"]["p1"] for unit in units if "cosine_mean_removed" in unit]
     if len(worst) > 1:
-        title = "1st percentile of each unit, measured when it was written"
-        pictures.append(histogram(worst, "mean-removed cosine, 1st percentile of a unit", "units", title))
+        title = "1st percentile of each unit, measured in stage 1"
+        pictures.append(histogram(worst, "mean-removed cosine, 1st percentile", "units", title))
     if len(outputs.cosines) > 1:
         p1 = manifest.fidelity.get("cosine_mean_removed", {}).get("p1")
-        mark = None if p1 is None else ("1st percentile at stage 1", p1)
-        text = "Stored maps against the teacher's own, asked again now"
+        mark = None if p1 is None else ("1st percentile in stage 1", p1)
+        text = "Stored maps compared with live maps"
         pictures.append(histogram(list(outputs.cosines.values()), "mean-removed cosine of a view", "views", text, mark))
     return {"rows": manifest.fidelity, "pictures": pictures, "asked": asked}
 
 
 def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
-    """What the cache is, a line each."""
+    """Facts about the cache, as rows of a table."""
     manifest = cache.manifest
     spec, recipe = manifest.teacher["spec"], manifest.view_recipe
     codec = ", ".join(f"{name} {value}" for name, value in manifest.codec.items() if name != "id" and _short(value))
     views = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in recipe.items())
     return [
-        ("place", str(cache.root)),
+        ("path", str(cache.root)),
         (
             "images",
             f"{manifest.num_samples:,} of {len(manifest.class_names):,} classes, {manifest.num_views} views each",
         ),
         ("data set", str(manifest.data.get("source"))),
         ("teacher", f"{spec['name']}, {teacher_accuracy(manifest.teacher)}"),
-        ("teacher's map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
+        ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
         ("feature codec", f"{manifest.codec['id']} ({codec})"),
         ("logits", str(manifest.logit_codec.get("id"))),
-        ("pixels", "shared with another cache" if manifest.pixels_from else str(recipe["pixels"])),
+        ("pixels", "in another cache" if manifest.pixels_from else str(recipe["pixels"])),
         ("views", views),
         ("recipe", manifest.recipe),
         ("store", f"{manifest.backend}, {len(manifest.units)} units, format version {manifest.format_version}"),

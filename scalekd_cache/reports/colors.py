@@ -1,8 +1,8 @@
-"""Feature maps as colors: equal colors where the teacher sees the same thing.
+"""Feature maps as colors: similar features get similar colors.
 
-In: maps (B, C, H, W) and pixels. Out: uint8 pictures. Invariant: pictures made with one `Palette` can be compared.
-The first principal component is brightness and the second runs from blue to yellow, which color-blind readers can tell
-apart; the third, from green to purple, adds what is left.
+In: maps (B, C, H, W) and pixels. Out: uint8 images. Invariant: images made with one `Palette` are comparable.
+The first principal component sets the brightness. The second runs from blue to yellow, which color-blind readers can
+distinguish; the third runs from green to purple.
 """
 
 from typing import NamedTuple
@@ -14,13 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 OPACITY = 0.65
-"""Of the colors over the picture."""
+"""Opacity of the colors over the gray image."""
 MIX = np.array([[0.8, 0.8, 0.8], [0.25, 0.25, -0.5], [0.2, -0.2, 0.2]])
-"""Red, green and blue of the three components."""
+"""(component, RGB) weights."""
 
 
 class Palette(NamedTuple):
-    """Principal components of some maps' tokens."""
+    """Principal components of the tokens of some maps."""
 
     mean: Tensor
     """(C,)"""
@@ -39,7 +39,7 @@ def fit_palette(maps: Tensor) -> Palette:
     count = min(3, *tokens.shape)
     _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))
     basis = vectors[:, -count:].flip(1)
-    basis = basis * basis.sum(0).sign().where(basis.sum(0) != 0, 1)  # a sign that does not depend on the library
+    basis = basis * basis.sum(0).sign().where(basis.sum(0) != 0, 1)  # eigenvectors have no fixed sign: set it
     values = (tokens - mean) @ basis
     return Palette(mean, basis, values.quantile(0.02, 0), values.quantile(0.98, 0))
 
@@ -55,7 +55,7 @@ def paint(palette: Palette, features: Tensor) -> NDArray[np.uint8]:
 
 
 def overlay(pixels: NDArray[np.uint8] | None, colors: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Colors (h, w, 3), enlarged, over a gray copy of the pixels; alone where there are none."""
+    """Colors (h, w, 3), enlarged, over a gray copy of the pixels; without pixels, only the colors."""
     large = Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST)
     if pixels is None:
         return np.array(large)

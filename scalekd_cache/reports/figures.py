@@ -1,8 +1,8 @@
-"""The figures of reports: numbers in, SVG out.
+"""The figures of reports, as SVG.
 
-In: series, counts, matrices. Out: `Picture`s with a text for those who do not see them.
-Invariant: the same numbers give the same bytes; series differ by color (Okabe and Ito's, which color-blind readers
-can tell apart), by line style and by their names.
+In: series, counts, matrices. Out: `Picture`s with an alternative text for screen readers.
+Invariant: the same numbers give the same bytes. Series differ by color (the Okabe-Ito palette, safe for color-blind
+readers), line style and name.
 """
 
 import io
@@ -20,9 +20,9 @@ from scalekd_cache.reports.page import Picture, data_uri
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 STYLES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)), (0, (3, 1, 1, 1)))
 MAX_POINTS = 400
-"""Points of a curve; longer ones are averaged."""
+"""Maximum points of a curve; longer curves are averaged."""
 WIDTH = 4.8
-"""Inches, for letters that can be read on a phone."""
+"""Inches; text stays readable on a phone."""
 MAX_NAME = 24
 """Characters of a name in a figure."""
 
@@ -36,17 +36,17 @@ class Series(NamedTuple):
 
 
 def plain(name: str) -> str:
-    """A name from a data set as a figure takes it: short, printable, and no formula."""
+    """A name from a data set, made safe for a figure: short, printable, not parsed as a formula."""
     printable = "".join(character if character.isprintable() else "?" for character in name)
     short = printable if len(printable) <= MAX_NAME else printable[: MAX_NAME - 1] + "…"
-    return f" {short}".replace("$", r"\$")  # the space: matplotlib leaves out names that begin with "_"
+    return f" {short}".replace("$", r"\$")  # leading space: matplotlib hides names that begin with "_"
 
 
 def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, percent: bool = False) -> Picture:
-    """Curves over a common axis, with zero in view; `percent` writes shares as percent."""
+    """Curves with a common x axis; the y axis includes zero; `percent` shows shares as percent."""
     figure, axes = _axes(3.0)
     for number, one in enumerate(series):
-        x, y = _thinned(one.x), _thinned(one.y)
+        x, y = _downsampled(one.x), _downsampled(one.y)
         marker = "o" if len(x) < 12 else None
         axes.plot(x, y, color=COLORS[number % 7], linestyle=STYLES[number % 7], label=plain(one.name), marker=marker,
                   markersize=3.5, linewidth=1.6)  # fmt: skip
@@ -64,7 +64,7 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
 def histogram(
     values: ArrayLike, x_name: str, y_name: str, title: str, mark: tuple[str, float] | None = None
 ) -> Picture:
-    """How values are distributed, with one of them marked by name."""
+    """Histogram of values, with an optional named vertical line."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     figure, axes = _axes(2.6)
     axes.hist(data, bins=min(40, max(8, len(data) // 8)), color=COLORS[0], edgecolor="white", linewidth=0.4)
@@ -80,7 +80,7 @@ def histogram(
 
 
 def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Picture:
-    """Parts of a whole, side by side in one bar."""
+    """Parts of a total as one stacked bar."""
     figure, axes = _axes(1.7)
     left = 0.0
     for number, (name, size) in enumerate(parts.items()):
@@ -104,7 +104,7 @@ def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Picture:
 def matrix(
     counts: NDArray[Any], rows: Sequence[str], columns: Sequence[str], names: tuple[str, str], title: str
 ) -> Picture:
-    """A matrix of counts or shares, with numbers where there is room; names are of its rows and columns."""
+    """A matrix of counts or shares, with numbers if it is small; `names` label its rows and columns."""
     side = len(columns)
     figure, axes = _axes(4.8 if side > 6 else 3.2)
     axes.imshow(counts, cmap="cividis", aspect="auto")
@@ -154,7 +154,7 @@ def _axes(height: float) -> tuple[Any, Any]:
 
 def _svg(figure: Any, alt: str, caption: str) -> Picture:
     buffer = io.BytesIO()
-    # Letters stay letters: the browser has fonts for scripts that matplotlib's own font lacks.
+    # Text stays text: browsers have fonts for scripts that matplotlib's font lacks.
     options = {"svg.hashsalt": "scalekd-cache", "svg.fonttype": "none"}
     with matplotlib.rc_context(options), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
@@ -162,8 +162,8 @@ def _svg(figure: Any, alt: str, caption: str) -> Picture:
     return Picture(data_uri(buffer.getvalue(), "image/svg+xml"), alt, caption)
 
 
-def _thinned(values: Sequence[float]) -> NDArray[np.float64]:
-    """At most `MAX_POINTS` values: means of neighbors."""
+def _downsampled(values: Sequence[float]) -> NDArray[np.float64]:
+    """At most `MAX_POINTS` values: means of consecutive values."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if len(data) <= MAX_POINTS:
         return data

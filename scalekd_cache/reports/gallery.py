@@ -1,7 +1,7 @@
-"""Views as cards: pixels, the stored map as colors, the teacher's own map beside it where it was asked.
+"""Cards of views: pixels, the stored feature map as colors, and the live map next to it if the teacher was run.
 
-In: an open cache, views. Out: `Card`s for the page, all in the same colors.
-Invariant: what the teacher is shown is what the cache holds.
+In: an open cache, views. Out: `Card`s for the page, all with one palette.
+Invariant: the teacher runs on the pixels that the cache holds.
 """
 
 from collections.abc import Sequence
@@ -13,62 +13,46 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.codec.fidelity import fidelity
+from scalekd_cache.audit.reinfer import Place, rerun_teacher
 from scalekd_cache.loader.pixels import decode_features
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.reports.colors import Palette, fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture
-from scalekd_cache.reports.views import BATCH, Look, pixels_of_view, read_one, scan
+from scalekd_cache.reports.views import ViewInfo, pixels_of_view, read_sample
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache
 
 
 class Card(NamedTuple):
-    """A view, as the page shows it."""
+    """One view on the page."""
 
-    look: Look
+    info: ViewInfo
     pixels: Picture | None
     stored: Picture
     """The decoded map as colors over the pixels."""
     fresh: Picture | None
-    """The teacher's own map, in the same colors."""
+    """The live map, in the same colors."""
     note: str
-    """Why it is here, or how close the two maps are."""
+    """The cosine of the two maps, or empty."""
 
 
 class TeacherOutputs(NamedTuple):
-    """What the teacher says when it sees views again."""
+    """Results of re-running the teacher on views."""
 
-    cosines: dict[tuple[int, int], float]
-    """Mean-removed cosine of fresh and stored maps, by (view, position)."""
-    maps: dict[tuple[int, int], Tensor]
-    """Fresh maps (C, H, W) of the views that were asked to be kept."""
+    cosines: dict[Place, float]
+    """Mean-removed cosine of live and stored maps, by (view, position)."""
+    maps: dict[Place, Tensor]
+    """Live maps (C, H, W) of the views in the gallery."""
 
 
-def ask(
-    cache: Cache,
-    checker: RecordChecker,
-    teacher: Teacher,
-    places: Sequence[tuple[int, int]],
-    keep: set[tuple[int, int]],
+def rerun_on_views(
+    cache: Cache, checker: RecordChecker, teacher: Teacher, places: Sequence[Place], keep: set[Place]
 ) -> TeacherOutputs:
-    """Show views to the teacher again; views without pixels here are left out."""
+    """Re-run the teacher on views; keeps the live maps of those in `keep`. Views without pixels are left out."""
     outputs = TeacherOutputs({}, {})
-    wanted = sorted(set(places))
-    for start in range(0, len(wanted), BATCH):
-        batch: list[tuple[tuple[int, int], Record, NDArray[np.uint8]]] = []
-        for place in wanted[start : start + BATCH]:
-            record, _ = read_one(cache, checker, *place)
-            pixels = None if record is None else pixels_of_view(checker, record, place)
-            if record is not None and pixels is not None:
-                batch.append((place, record, pixels))
-        if not batch:
-            continue
-        images = torch.from_numpy(np.stack([pixels for *_, pixels in batch])).permute(0, 3, 1, 2).contiguous()
-        fresh = teacher(images).features.cpu()
-        stored = decode_features(checker.codec, [record for _, record, _ in batch]).features
-        close = fidelity(fresh, stored).cosine_mean_removed.tolist()
-        for (place, *_), cosine, features in zip(batch, close, fresh, strict=True):
+    for batch in rerun_teacher(cache, teacher, checker, sorted(set(places))):
+        cosines = batch.close.cosine_mean_removed.tolist()
+        for place, cosine, features in zip(batch.places, cosines, batch.output.features, strict=True):
             outputs.cosines[place] = cosine
             if place in keep:
                 outputs.maps[place] = features
@@ -76,36 +60,36 @@ def ask(
 
 
 class Gallery:
-    """Makes cards; all of a report in the same colors."""
+    """Makes all cards of a report, with one palette."""
 
     def __init__(
         self, cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]], outputs: TeacherOutputs
     ) -> None:
         self.cache, self.checker, self.outputs = cache, checker, outputs
-        self.looks = load_views(cache, checker, places)
-        maps = [self._map(look) for look in self.looks]
+        self.views = load_views(cache, checker, places)
+        maps = [self._map(info) for info in self.views]
         self.palette: Palette | None = fit_palette(torch.stack(maps)) if maps else None
 
-    def _record(self, look: Look) -> Record:
-        return self.cache.read([look.position], look.view)[0]
+    def _record(self, info: ViewInfo) -> Record:
+        return self.cache.read([info.position], info.view)[0]
 
-    def _map(self, look: Look) -> Tensor:
-        return decode_features(self.checker.codec, [self._record(look)]).features[0]
+    def _map(self, info: ViewInfo) -> Tensor:
+        return decode_features(self.checker.codec, [self._record(info)]).features[0]
 
-    def cards(self, looks: Sequence[tuple[Look, str]]) -> list[Card]:
-        """A card for each view, with its note."""
-        return [self._card(look, note) for look, note in looks] if self.palette is not None else []
+    def cards(self, views: Sequence[tuple[ViewInfo, str]]) -> list[Card]:
+        """One card for each view, with its note."""
+        return [self._card(info, note) for info, note in views] if self.palette is not None else []
 
-    def _card(self, look: Look, note: str) -> Card:
+    def _card(self, info: ViewInfo, note: str) -> Card:
         assert self.palette is not None
-        pixels = pixels_of_view(self.checker, self._record(look), look.place)
-        what = f"{look.key}, view {look.view}"
-        fresh = self.outputs.maps.get(look.place)
+        pixels = pixels_of_view(self.checker, self._record(info), info.place)
+        what = f"{info.key}, view {info.view}"
+        fresh = self.outputs.maps.get(info.place)
         return Card(
-            look,
-            None if pixels is None else picture(pixels, f"The view {what}, labeled {look.label_name}: {look.words}"),
-            self._painted(self._map(look), pixels, f"The stored feature map of {what} as colors over its picture"),
-            None if fresh is None else self._painted(fresh, pixels, f"The teacher's own feature map of {what}"),
+            info,
+            None if pixels is None else picture(pixels, f"The view {what}, labeled {info.label_name}: {info.words}"),
+            self._painted(self._map(info), pixels, f"Stored feature map of {what} as colors over its pixels"),
+            None if fresh is None else self._painted(fresh, pixels, f"Live feature map of {what}"),
             note,
         )
 
@@ -114,6 +98,6 @@ class Gallery:
         return picture(overlay(pixels, paint(self.palette, features), SIDE), alt)
 
 
-def load_views(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> list[Look]:
-    """The looks of these views that can be read."""
-    return scan(cache, checker, places).looks
+def load_views(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> list[ViewInfo]:
+    """The views at these places that can be read."""
+    return read_sample(cache, checker, places).views

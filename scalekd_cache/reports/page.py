@@ -1,7 +1,7 @@
-"""The page around a report: templates, pictures, and the one file that is written.
+"""The HTML page of a report: templates, embedded images, and the output file.
 
-In: a template and values. Out: HTML of one file. Invariant: the page has no script and fetches nothing (its content
-security policy says so to the browser too), texts are escaped by the template engine, and its size is bounded.
+In: a template and values. Out: HTML in one file. Invariant: the page has no script and loads nothing (its content
+security policy enforces this), the template engine escapes all text, and the size is bounded.
 """
 
 import base64
@@ -18,24 +18,24 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.durable_files import write_atomically
 
 MAX_BYTES = 5_000_000
-"""Most bytes of a report."""
+"""Maximum size of a report."""
 SIDE = 160
-"""Pictures are shown at about this side, pixels; smaller ones are enlarged by the browser, larger ones made smaller."""
+"""Images are shown at about this side length, pixels. Browsers enlarge smaller ones; larger ones are reduced here."""
 
 
 class Picture(NamedTuple):
-    """A picture as a template shows it."""
+    """An image for a template."""
 
     source: str
     """A data URI."""
     alt: str
-    """What it shows, for those who do not see it."""
+    """Alternative text for screen readers."""
     caption: str = ""
-    """What is written under it."""
+    """Caption; may be empty."""
 
 
 def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
-    """(H, W, 3) uint8 pixels: PNG where they are small, else JPEG at `SIDE`."""
+    """(H, W, 3) uint8 pixels as PNG if small, else as JPEG of side `SIDE`."""
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if max(image.size) <= SIDE // 2:
@@ -47,12 +47,12 @@ def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
 
 
 def data_uri(data: bytes, kind: str) -> str:
-    """Bytes as a URI that needs no fetching."""
+    """Bytes as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
 def render(template: str, **values: Any) -> str:
-    """A page from a template of this package."""
+    """Fill in a template of this package."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -64,11 +64,13 @@ def render(template: str, **values: Any) -> str:
 
 
 def write_page(path: Path, html: str) -> int:
-    """Write a report in one step; returns its size in bytes."""
+    """Write a report atomically; returns its size in bytes."""
     data = html.encode()
     assert len(data) <= MAX_BYTES, f"a report of {len(data)} bytes"
     if path.is_dir():
-        raise UserError("the report's place is a folder", where=path, expected="a file name", fix="correct OUT=")
+        raise UserError(
+            "the output path of the report is a folder", where=path, expected="a file name", fix="correct OUT="
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)
     return len(data)

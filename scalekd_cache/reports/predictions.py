@@ -1,7 +1,7 @@
-"""What classifiers say of validation images: a run's student, and the teacher of its cache.
+"""Predictions on validation images: a run's student, and the teacher of its cache.
 
-In: a run folder, a validation source. Out: a `Predictions` an image and classifier.
-Invariant: the same images for everybody; an image that cannot be decoded is left out for all.
+In: a run folder, a validation source. Out: `Predictions` of each classifier.
+Invariant: all classifiers get the same images; an image that cannot be decoded is left out for all.
 """
 
 import os
@@ -29,7 +29,7 @@ from scalekd_cache.training.run_files import read_config, student_options
 
 BATCH = 32
 REPEATS = 5
-"""Passes of a batch that the speed is the median of."""
+"""Forward passes timed; the speed is their median."""
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -41,25 +41,25 @@ class Images(NamedTuple):
     labels: NDArray[np.int64]
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
-        """(size, size, 3) uint8 of one of them."""
+        """(size, size, 3) uint8 pixels of image `row`."""
         example = self.dataset[self.indices[row]]
         assert example is not None
         return example[0].permute(1, 2, 0).numpy()
 
     def key(self, row: int) -> str:
-        """Its key."""
+        """Sample key of image `row`."""
         return self.dataset.source.samples[self.indices[row]].key
 
 
 class Predictions(NamedTuple):
-    """What a classifier says of every image."""
+    """The predicted class of every image."""
 
     classes: NDArray[np.int64]
     percent: NDArray[np.float64]
-    """Probability of that class."""
+    """Its probability, percent."""
 
     def accuracy(self, labels: NDArray[np.int64]) -> float:
-        """Share of right answers, percent."""
+        """Top-1 accuracy, percent."""
         return 100 * float((self.classes == labels).mean())
 
 
@@ -77,34 +77,34 @@ def validation_images(source: Source, size: int, count: int) -> Images:
 
 
 def predict_images(predict: Predict, images: Images, device: torch.device) -> Predictions:
-    """What `predict` says of them."""
+    """Run a classifier on the images."""
     rows = []
     for start in range(0, len(images.indices), BATCH):
         batch = [images.dataset[index] for index in images.indices[start : start + BATCH]]
         pixels = torch.stack([example[0] for example in batch if example is not None])
         with torch.no_grad():
             rows.append(predict(pixels.to(device)).float().softmax(1).cpu())
-    chances = torch.cat(rows).double()
-    best = chances.max(1)
+    probabilities = torch.cat(rows).double()
+    best = probabilities.max(1)
     return Predictions(best.indices.numpy(), 100 * best.values.numpy())
 
 
 class RunStudent(NamedTuple):
-    """A run's exported student."""
+    """A run's exported student, loaded."""
 
     predict: Predict
     parameters: int
     bytes: int
-    """Of its weights file."""
+    """Size of its weights file."""
     images_per_s: float
-    """Forward passes of `BATCH` images, this machine, this device, float32."""
+    """Forward passes with batches of `BATCH`, float32, on this device."""
 
 
 def load_run_student(run: Path, size: int, process: Process) -> RunStudent | None:
-    """The exported student; None where the run has none yet.
+    """The exported student; None if the run has none yet.
 
     Raises:
-        UserError: it is damaged.
+        UserError: the export is damaged.
     """
     folder = run / "export"
     if not os.path.lexists(folder):
@@ -128,25 +128,25 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
 
 
 def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
-    """The teacher of a run's cache, when cache and weights are at hand.
+    """The teacher of a run's cache.
 
     Raises:
-        UserError: they are not, or are another teacher's.
+        UserError: the cache or the weights are not available, or the weights are of another teacher.
     """
     manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
     config = cache_teacher_config(manifest.teacher["config"], weights, manifest.fingerprint_fields["precision"])
     if not weights_available(config) or not manifest.teacher["spec"]["has_classifier"]:
         raise UserError(
-            "the teacher's weights are not at hand, or it has no classifier",
+            "the teacher's weights are not available, or it has no classifier",
             where=config.weights,
-            fix="give TEACHER_WEIGHTS=",
+            fix="set TEACHER_WEIGHTS=",
         )
     teacher = load_cache_teacher(manifest, config, process.device)
     return lambda images: teacher(images).logits
 
 
 def confusion(labels: Sequence[int] | NDArray[np.int64], predictions: Predictions, classes: int) -> NDArray[np.int64]:
-    """(classes, classes) counts: rows are labels, columns answers."""
+    """(classes, classes) counts: rows are labels, columns are predictions."""
     counts = np.zeros((classes, classes), dtype=np.int64)
     inside = predictions.classes < classes
     np.add.at(counts, (np.asarray(labels)[inside], predictions.classes[inside]), 1)

@@ -1,7 +1,7 @@
-"""What the report of runs reads: folders, validation images, answers.
+"""Inputs of the report of runs: run folders, validation images, predictions.
 
-In: run folders, finished or still going. Out: `Run`s, and what the teacher says of the same images.
-Invariant: runs are only read; what is missing becomes a note for the page, unless somebody asked for it by name.
+In: run folders, finished or in progress. Out: `Run`s, and the teacher's predictions on the same images.
+Invariant: runs are only read. Missing inputs become notes on the page; missing inputs that an option names are errors.
 """
 
 from collections.abc import Callable, Sequence
@@ -38,21 +38,21 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """What is looked at."""
+    """Options of the report."""
 
     images: int = 1000
-    """Validation images that students and teacher judge, spread evenly (0: none, so no data is needed)."""
+    """Validation images to predict, evenly spaced over the data set (0: none; no data set is needed)."""
     data: str | None = None
-    """Where the validation images are (None: where stage 1 found them)."""
+    """Path of the validation images (None: as recorded in the cache)."""
     teacher_weights: str | None = None
-    """The teacher's weights (None: where stage 1 found them)."""
+    """File of the teacher's weights (None: as recorded in the cache)."""
 
     def __post_init__(self) -> None:
         require(self.images >= 0, "images", self.images, ">= 0")
 
 
 class Run(NamedTuple):
-    """One run, as its folder tells it."""
+    """One run, read from its folder."""
 
     path: Path
     name: str
@@ -61,7 +61,7 @@ class Run(NamedTuple):
     lines: list[dict[str, Any]]
     """metrics.jsonl"""
     summary: Summary | None
-    """None while the run is going."""
+    """None while the run is in progress."""
     student: RunStudent | None
     predictions: Predictions | None
 
@@ -77,7 +77,7 @@ def unique_paths(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
-    """One run, with its student's answers where they mean the same as those of the `first` run's facts."""
+    """One run, with its student's predictions if classes and image size are those of the `first` run."""
     options, facts = read_config(path), read_facts(path)
     summary = _or_note(lambda: read_summary(path), path, notes)
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
@@ -87,20 +87,20 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
-        notes.append(f"{path.name} has no exported student yet: its answers are left out.")
+        notes.append(f"{path.name} has no exported student yet: its predictions are left out.")
     elif not same:
         notes.append(
-            f"{path.name} has other classes or another image size than the first run: its answers are left out."
+            f"{path.name} has other classes or another image size than the first run: its predictions are left out."
         )
     elif images is not None:
         predictions = predict_images(student.predict, images, process.device)
     if summary is None:
-        notes.append(f"{path.name} is not finished: the report shows how far it has come.")
+        notes.append(f"{path.name} is not finished: the report shows the steps so far.")
     return Run(path, path.name, options, facts, lines, summary, student, predictions)
 
 
 def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
-    """What `read` gives; None, with a note, where a file of the run is damaged."""
+    """The result of `read`; None, with a note, if a file of the run is damaged."""
     try:
         return read()
     except UserError as error:
@@ -109,13 +109,15 @@ def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
 
 
 def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
-    """The validation images of a run; None, with a note, where they are not at hand."""
+    """The validation images of a run; None, with a note, if they are not available."""
     try:
         source = open_source(data_of(run, report.data), "val")
     except UserError as error:
         if report.data:
             raise
-        notes.append(f"No validation images here, so no answers are compared: {str(error).splitlines()[0]}")
+        notes.append(
+            f"No validation images are available, so predictions are not compared: {str(error).splitlines()[0]}"
+        )
         return None
     images = validation_images(source, facts["image_size"], report.images)
     return images if images.indices else None
@@ -124,7 +126,7 @@ def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, 
 def teacher_predictions(
     run: Run, images: Images | None, report: RunReport, process: Process, notes: list[str]
 ) -> Predictions | None:
-    """What the teacher of a run's cache says of the images; None, with a note, where it is not at hand."""
+    """Predictions of the teacher of a run's cache; None, with a note, if it is not available."""
     if images is None:
         return None
     try:
@@ -132,5 +134,5 @@ def teacher_predictions(
     except UserError as error:
         if report.teacher_weights:
             raise
-        notes.append(f"The teacher's answers are left out: {str(error).splitlines()[0]}")
+        notes.append(f"The teacher is left out: {str(error).splitlines()[0]}")
         return None

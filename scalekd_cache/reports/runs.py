@@ -1,7 +1,7 @@
-"""The report of runs: curves over time, what student and teacher get wrong, and how several students compare.
+"""The report of runs: curves over time, errors of student and teacher, and a comparison of several students.
 
-In: run folders, finished or still going. Out: HTML.
-Invariant: what is not there yet, or not at hand, is said on the page; the runs are only read.
+In: run folders, finished or in progress. Out: HTML.
+Invariant: runs are only read; what is missing is reported on the page.
 """
 
 from collections.abc import Sequence
@@ -37,14 +37,14 @@ from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
 DETAILED = 4
-"""Runs of a comparison that get their own section."""
+"""Maximum runs with their own section."""
 MATRIX_CLASSES = 30
-"""Classes of a confusion matrix; of more, those with most mistakes."""
-DIFFERING = 8
-"""Images on which student and teacher differ that are shown."""
+"""Maximum classes of a confusion matrix: those with the most errors."""
+DISAGREEMENTS = 8
+"""Maximum images shown on which student and teacher differ."""
 
 
-class Differing(NamedTuple):
+class Disagreement(NamedTuple):
     """An image on which student and teacher differ."""
 
     picture: Picture
@@ -55,13 +55,15 @@ class Differing(NamedTuple):
 
 
 def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> str:
-    """The page of one run, or of several beside each other.
+    """The page of one run, or of several compared.
 
     Raises:
-        UserError: a folder that holds no run that has begun, or too many of them.
+        UserError: a folder holds no run, or there are too many runs.
     """
     if not 1 <= len(paths) <= MAX_RUNS:
-        raise UserError("a report shows some runs", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct RUNS=")
+        raise UserError(
+            "wrong number of runs for a report", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct RUNS="
+        )
     notes: list[str] = []
     first = read_facts(paths[0])
     images = load_validation_images(paths[0], first, options, notes) if options.images else None
@@ -82,31 +84,31 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
 
 
 def _section(run: Run, teacher: Predictions | None, images: Images | None, names: list[str]) -> dict[str, Any]:
-    """What the page shows of one run."""
+    """The section of one run."""
     matrices: list[Picture] = []
     if images is not None and run.predictions is not None:
-        matrices.append(_matrix(run.predictions, images, names, f"What {run.name} answers"))
+        matrices.append(_matrix(run.predictions, images, names, f"Predictions of {run.name}"))
         if teacher is not None:
-            matrices.append(_matrix(teacher, images, names, "What the teacher answers"))
+            matrices.append(_matrix(teacher, images, names, "Predictions of the teacher"))
     return {
         "name": run.name,
         "facts": _facts(run),
-        "big": _big(run),
+        "big": _headline(run),
         "curves": _curves(run),
         "matrices": matrices,
-        **_beside_teacher(run.predictions, teacher, images, names),
+        **_teacher_comparison(run.predictions, teacher, images, names),
     }
 
 
-def _beside_teacher(
+def _teacher_comparison(
     student: Predictions | None, teacher: Predictions | None, images: Images | None, names: list[str]
 ) -> dict[str, Any]:
-    """How a student and the teacher get on, where both have predictions."""
+    """Student compared with the teacher, if both have predictions."""
     if student is None or teacher is None or images is None:
         return {"agreement": None, "differing": []}
     return {
         "agreement": agreement(student, teacher, images.labels),
-        "differing": _differing(student, teacher, images, names),
+        "differing": _disagreements(student, teacher, images, names),
     }
 
 
@@ -128,18 +130,18 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     return rows
 
 
-def _big(run: Run) -> list[tuple[str, str]]:
-    """The figures people look for first."""
+def _headline(run: Run) -> list[tuple[str, str]]:
+    """The headline numbers."""
     summary = run.summary
     if summary is None:
         last = run.lines[-1] if run.lines else {"step": 0}
         return [(f"{last['step']}", "steps so far")]
-    alone = baseline_summary(run.path, summary) if summary["targets"] != "none" else None
+    baseline = baseline_summary(run.path, summary) if summary["targets"] != "none" else None
     rows = [(percent(summary["top1"]), "top-1"), (percent(summary["top5"]), "top-5")]
     rows.append((percent(summary["teacher_top1"]), "teacher's top-1"))
-    if alone:
-        rows.append((percent(alone["top1"]), "top-1 of the same student alone"))
-    return [*rows, (f"{summary['images_per_s']:,.0f}", "images a second"), (f"{summary['minutes']:.1f}", "minutes")]
+    if baseline:
+        rows.append((percent(baseline["top1"]), "top-1 without distillation"))
+    return [*rows, (f"{summary['images_per_s']:,.0f}", "images/s"), (f"{summary['minutes']:.1f}", "minutes")]
 
 
 def _curves(run: Run) -> list[Picture]:
@@ -150,8 +152,8 @@ def _curves(run: Run) -> list[Picture]:
     found = [
         curves(shown, "step", "weighted loss", "Loss terms"),
         curves([run.series("lr", "learning rate")], "step", "learning rate", "Learning rate"),
-        curves([run.series("images_per_s", "images/s")], "step", "images a second", "Throughput"),
-        curves([run.series("data_wait", "waiting")], "step", "share of the time", "Waiting for data", percent=True),
+        curves([run.series("images_per_s", "images/s")], "step", "images/s", "Throughput"),
+        curves([run.series("data_wait", "waiting")], "step", "share of time", "Waiting for data", percent=True),
     ]
     accuracy = run.series("top1", "top-1")
     if run.summary is not None and run.summary["top1"] is not None:
@@ -164,17 +166,17 @@ def _curves(run: Run) -> list[Picture]:
 def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Picture:
     counts = confusion(images.labels, predictions, len(names))
     chosen = np.arange(len(names))
-    accuracy = f"{predictions.accuracy(images.labels):.2f} % of {len(images.labels):,} images are right"
+    accuracy = f"{predictions.accuracy(images.labels):.2f} % of {len(images.labels):,} images are correct"
     if len(names) > MATRIX_CLASSES:
-        mistakes = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
-        chosen = np.sort(np.argsort(-mistakes, kind="stable")[:MATRIX_CLASSES])
-        accuracy += f"; the {MATRIX_CLASSES} classes with most mistakes"
+        errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
+        chosen = np.sort(np.argsort(-errors, kind="stable")[:MATRIX_CLASSES])
+        accuracy += f"; the {MATRIX_CLASSES} classes with the most errors"
     shown = [names[number] for number in chosen]
-    return matrix(counts[np.ix_(chosen, chosen)], shown, shown, ("label", "answer"), f"{title}: {accuracy}")
+    return matrix(counts[np.ix_(chosen, chosen)], shown, shown, ("label", "prediction"), f"{title}: {accuracy}")
 
 
-class Agreement(NamedTuple):
-    """How student and teacher get on, percent of the images."""
+class PredictionAgreement(NamedTuple):
+    """PredictionAgreement of student and teacher, percent of the images."""
 
     same: float
     both_right: float
@@ -183,17 +185,17 @@ class Agreement(NamedTuple):
     both_wrong: float
 
 
-def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int64]) -> Agreement:
-    """Shares of the images."""
+def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int64]) -> PredictionAgreement:
+    """PredictionAgreement of student and teacher on the same images."""
     s, t = student.classes == labels, teacher.classes == labels
     shares = (student.classes == teacher.classes, s & t, ~s & t, s & ~t, ~s & ~t)
-    return Agreement(*(100 * float(share.mean()) for share in shares))
+    return PredictionAgreement(*(100 * float(share.mean()) for share in shares))
 
 
-def _differing(student: Predictions, teacher: Predictions, images: Images, names: list[str]) -> list[Differing]:
-    """The images on which both are surest of different classes."""
+def _disagreements(student: Predictions, teacher: Predictions, images: Images, names: list[str]) -> list[Disagreement]:
+    """The images with different predictions and the highest probabilities."""
     rows = np.flatnonzero(student.classes != teacher.classes)
-    rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DIFFERING]
+    rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DISAGREEMENTS]
     found = []
     for row in rows.tolist():
         label, key = _name(names, images.labels[row]), images.key(row)
@@ -202,7 +204,7 @@ def _differing(student: Predictions, teacher: Predictions, images: Images, names
             for predictions in (student, teacher)
         ]
         shown = picture(images.pixels(row), f"The validation image {key}, labeled {label}")
-        found.append(Differing(shown, key, label, *words))
+        found.append(Disagreement(shown, key, label, *words))
     return found
 
 
@@ -211,11 +213,11 @@ def _name(names: Sequence[str], number: Any) -> str:
 
 
 def _comparison(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
-    """Students beside each other."""
-    judged = [run for run in runs if run.predictions is not None]
+    """The comparison of several runs."""
+    predicted = [run for run in runs if run.predictions is not None]
     figures = [
         curves([run.series("loss") for run in runs if run.lines], "step", "weighted loss", "Loss"),
-        curves([run.series("images_per_s") for run in runs if run.lines], "step", "images a second", "Throughput"),
+        curves([run.series("images_per_s") for run in runs if run.lines], "step", "images/s", "Throughput"),
     ]
     measured = [
         (run.name, run.student, float(run.summary["top1"]))
@@ -226,12 +228,12 @@ def _comparison(runs: list[Run], teacher: Predictions | None, images: Images | N
         sizes = [(name, student.parameters / 1e6, top1) for name, student, top1 in measured]
         speeds = [(name, student.images_per_s, top1) for name, student, top1 in measured]
         figures.append(scatter(sizes, "million parameters", "top-1, percent", "Accuracy and size"))
-        figures.append(scatter(speeds, "images a second, forward", "top-1, percent", "Accuracy and speed here"))
-    if images is not None and len(judged) > 1:
-        names = [run.name for run in judged] + (["teacher"] if teacher else [])
-        predictions = [run.predictions for run in judged if run.predictions] + ([teacher] if teacher else [])
+        figures.append(scatter(speeds, "images/s, forward", "top-1, percent", "Accuracy and inference speed"))
+    if images is not None and len(predicted) > 1:
+        names = [run.name for run in predicted] + (["teacher"] if teacher else [])
+        predictions = [run.predictions for run in predicted if run.predictions] + ([teacher] if teacher else [])
         shares = np.array([[float((a.classes == b.classes).mean()) for b in predictions] for a in predictions])
-        figures.append(matrix(shares, names, names, ("", ""), "Share of images with the same answer"))
+        figures.append(matrix(shares, names, names, ("", ""), "Share of images with the same prediction"))
     return {"rows": [_row(run) for run in runs], "figures": figures}
 
 
@@ -241,11 +243,11 @@ def _row(run: Run) -> dict[str, str]:
         "run": run.name,
         "student": text_option(run.options, "student.name"),
         "targets": text_option(run.options, "train.targets"),
-        "top-1": "still going" if summary is None else percent(summary["top1"]),
+        "top-1": "in progress" if summary is None else percent(summary["top1"]),
         "top-5": "" if summary is None else percent(summary["top5"]),
         "parameters": "" if student is None else f"{student.parameters / 1e6:.2f} M",
         "weights": "" if student is None else f"{student.bytes / 1e6:.1f} MB",
         "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
-        "forward images/s here": "" if student is None else f"{student.images_per_s:,.0f}",
+        "inference images/s": "" if student is None else f"{student.images_per_s:,.0f}",
         "minutes": "" if summary is None else f"{summary['minutes']:.1f}",
     }

@@ -1,8 +1,7 @@
-"""Some views of a cache, looked at closely: what a report shows and what it searches for outliers.
+"""Reads a sample of a cache's views and searches it for outliers.
 
-In: a finished cache. Out: `Look`s: record, pixels, the teacher's stored answer, a small vector to compare maps by.
-Invariant: a seed chooses the views; a record that cannot be read is named, not left out in silence; memory is that of
-one batch and of the vectors.
+In: a finished cache, places of views. Out: `ViewInfo`s with label and stored predictions, and a vector of each map.
+Invariant: a record that cannot be read is reported by name. Memory is one batch plus the vectors.
 """
 
 from collections.abc import Sequence
@@ -24,19 +23,19 @@ from scalekd_cache.store.reader import Cache
 
 BATCH = 32
 POOLED = 2
-"""Maps are compared by their means over a grid of this side."""
+"""Maps are compared by their means over a grid of this side length."""
 PALETTE_VIEWS = 24
 
 
-class Answer(NamedTuple):
-    """One of the classes that the teacher gives a view."""
+class ClassProbability(NamedTuple):
+    """One of the classes the teacher predicts for a view."""
 
     name: str
     percent: float
 
 
 @dataclass(frozen=True, kw_only=True)
-class Look:
+class ViewInfo:
     """One view."""
 
     key: str
@@ -44,12 +43,12 @@ class Look:
     position: int
     label: int
     label_name: str
-    answers: list[Answer]
+    top_classes: list[ClassProbability]
     """The largest logits; empty for a teacher without a classifier."""
-    answered: int | None
+    predicted: int | None
     """Class of the largest logit."""
     words: str
-    """The augmentation in words."""
+    """The view record as text."""
     digest: str
 
     @property
@@ -59,30 +58,23 @@ class Look:
 
     @property
     def disagrees(self) -> bool:
-        """Whether the teacher says something else than the label."""
-        return self.answered is not None and self.answered != self.label
+        """Whether the teacher predicts another class than the label."""
+        return self.predicted is not None and self.predicted != self.label
 
 
-class Scan(NamedTuple):
-    """Many views."""
+class ViewSample(NamedTuple):
+    """The views of a sample."""
 
-    looks: list[Look]
+    views: list[ViewInfo]
     vectors: NDArray[np.float32]
     """(N, D) unit vectors of their maps."""
     unreadable: list[str]
-    """What cannot be read, in words."""
+    """Records that cannot be read, with the reason."""
 
 
-def choose(cache: Cache, count: int, seed: int) -> list[tuple[int, int]]:
-    """(view, position) of at most `count` views, drawn without repeats and in reading order."""
-    total = len(cache) * cache.manifest.num_views
-    chosen = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False)
-    return [divmod(int(place), len(cache)) for place in np.sort(chosen)]
-
-
-def scan(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> Scan:
-    """Look at these views."""
-    looks, vectors, unreadable = list[Look](), list[torch.Tensor](), list[str]()
+def read_sample(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> ViewSample:
+    """Read and decode these views."""
+    views, vectors, unreadable = list[ViewInfo](), list[torch.Tensor](), list[str]()
     for start in range(0, len(places), BATCH):
         batch = []
         for view, position in places[start : start + BATCH]:
@@ -95,20 +87,20 @@ def scan(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]
             continue
         features = decode_features(checker.codec, [record for _, record in batch]).features
         logits = checker.logits([record for _, record in batch], features)
-        looks += [
-            _look(record, place, row, cache.manifest.class_names)
+        views += [
+            _view_info(record, place, row, cache.manifest.class_names)
             for (place, record), row in zip(batch, logits, strict=True)
         ]
         vectors.append(F.adaptive_avg_pool2d(features, POOLED).flatten(1))
     if not vectors:
-        return Scan([], np.zeros((0, 1), np.float32), unreadable)
+        return ViewSample([], np.zeros((0, 1), np.float32), unreadable)
     joined = torch.cat(vectors)
     unit: NDArray[np.float32] = F.normalize(joined - joined.mean(0), dim=1).numpy()
-    return Scan(looks, unit, unreadable)
+    return ViewSample(views, unit, unreadable)
 
 
 def read_one(cache: Cache, checker: RecordChecker, view: int, position: int) -> tuple[Record | None, str]:
-    """A record that can be decoded, or why there is none."""
+    """A record that can be decoded, or None and the reason."""
     try:
         record = cache.read([position], view)[0]
         record_view(record)
@@ -117,25 +109,25 @@ def read_one(cache: Cache, checker: RecordChecker, view: int, position: int) -> 
     return (record, "") if checker.usable(record) else (None, f"view {view}, {record.key}: it cannot be decoded")
 
 
-def _look(record: Record, place: tuple[int, int], logits: NDArray[np.float32], names: Sequence[str]) -> Look:
+def _view_info(record: Record, place: tuple[int, int], logits: NDArray[np.float32], names: Sequence[str]) -> ViewInfo:
     known = 0 <= record.label < len(names)
     top = top_logits(logits, names)
-    answers = [Answer(row["class"] or f"class {row['index']}", 100 * row["probability"]) for row in top]
-    return Look(
+    top_classes = [ClassProbability(row["class"] or f"class {row['index']}", 100 * row["probability"]) for row in top]
+    return ViewInfo(
         key=record.key,
         view=place[0],
         position=place[1],
         label=record.label,
         label_name=names[record.label] if known else f"class {record.label}",
-        answers=answers,
-        answered=top[0]["index"] if top and len(logits) == len(names) else None,
+        top_classes=top_classes,
+        predicted=top[0]["index"] if top and len(logits) == len(names) else None,
         words=describe_view_record(record_view(record)),
         digest=record.digest,
     )
 
 
 def pixels_of_view(checker: RecordChecker, record: Record, place: tuple[int, int]) -> NDArray[np.uint8] | None:
-    """The pixels of a view, None where they are not at hand or damaged."""
+    """The pixels of a view; None if they are not available or damaged."""
     try:
         return checker.picture(record, *place)
     except (UserError, UnreadableImage):
@@ -147,22 +139,22 @@ class Pair(NamedTuple):
 
     first: int
     second: int
-    """Their places in the scan."""
+    """Indices into `ViewSample.views`."""
     cosine: float
     same_pixels: bool
 
 
-def closest_pairs(found: Scan, count: int) -> list[Pair]:
+def closest_pairs(sample: ViewSample, count: int) -> list[Pair]:
     """The `count` closest pairs, closest first; every view is in one of them at most."""
-    if len(found.looks) < 2:
+    if len(sample.views) < 2:
         return []
-    cosine = found.vectors @ found.vectors.T
+    cosine = sample.vectors @ sample.vectors.T
     rows, columns = np.triu_indices(len(cosine), 1)
     order = np.argsort(-cosine[rows, columns], kind="stable")[: 20 * count]
     used, pairs = set[int](), list[Pair]()
     for first, second in zip(rows[order].tolist(), columns[order].tolist(), strict=True):
         if len(pairs) < count and not used & {first, second}:
             used |= {first, second}
-            same = found.looks[first].digest == found.looks[second].digest
+            same = sample.views[first].digest == sample.views[second].digest
             pairs.append(Pair(first, second, float(cosine[first, second]), same))
     return pairs

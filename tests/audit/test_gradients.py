@@ -57,13 +57,13 @@ def test_coarser_codecs_make_more_noise(proofs):
             proof.as_cached["cosine_mean_removed"]["p1"], abs=3e-3
         )
         assert proof.fidelity["cosine"]["count"] == 64
-        assert "dB under the noise of the batch" in proof.sentence() or proof.noise_ratio_db is None
+        assert "dB below sampling noise" in proof.sentence() or proof.noise_ratio_db is None
 
 
 def test_targets_of_other_views_do_not_hold(proofs):
     wrong = {**proofs["int8"].fidelity, "cosine_mean_removed": {"mean": 0.6, "p1": 0.5, "count": 64}}
     proof = dataclasses.replace(proofs["int8"], fidelity=wrong, holds=False)
-    assert "not what this teacher says here" in proof.sentence()
+    assert "cached targets do not match" in proof.sentence()
 
 
 def test_targets_that_were_changed_are_found(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_the_command_prints_a_sentence_and_json(capsys):
     assert command.main(words) == 0
     sentence, line = capsys.readouterr().out.splitlines()[-2:]
     fields = json.loads(line)
-    assert sentence.startswith(f"{root}: 32 views seen again by demo_swin")
+    assert sentence.startswith(f"{root}: 32 views re-run through demo_swin")
     assert fields["fingerprint"] == shared_cache().manifest.fingerprint
     assert {"torch", "timm", "scalekd_cache"} <= set(fields["versions"])
     assert fields["student"] == "resnet10t"

@@ -193,7 +193,7 @@ def test_moved_data_and_weights_are_found(tmp_path, quick):
         reseal(root / name, lambda fields: fields["teacher"]["config"].update(weights="gone.safetensors"))
     units = {path: data for path, data in tree(root).items() if path.startswith("units/")}
     damage_record(root)
-    with pytest.raises(UserError, match=r"not at hand(.|\n)*TEACHER_WEIGHTS"):
+    with pytest.raises(UserError, match=r"not available(.|\n)*TEACHER_WEIGHTS"):
         repair_cache(root, CPU)
     assert repair_cache(root, CPU, weights=str(shared_weights()), data="demo").left == []
     assert {path: data for path, data in tree(root).items() if path.startswith("units/")} == units

@@ -112,7 +112,7 @@ def test_pixels_that_are_elsewhere(pair, tmp_path):
     report = verify_deep(second, records=4)
     assert report.findings.problems == []
     assert report.agreement is None
-    assert "shared pixels were not looked at" in report.findings.notes[0]
+    assert "shared pixels were not checked" in report.findings.notes[0]
     findings = verify_deep(second, pixels_from=str(moved), records=4).findings
     assert findings.problems == findings.notes == []
     flip_byte(second / UNIT / "v0001.tar", 5000)
@@ -145,7 +145,7 @@ def test_an_unfinished_sharing_cache(pair):
     (second / "manifest.json").unlink()
     findings = verify_deep(second).findings
     assert [problem.part for problem in findings.problems] == [Part.UNFINISHED]
-    assert "shared pixels were not looked at" in findings.notes[0]
+    assert "shared pixels were not checked" in findings.notes[0]
 
 
 def test_inspecting_shared_pixels(pair, tmp_path, capsys):

@@ -38,11 +38,11 @@ LIES = {
     "NaN logits": (lambda r: r._replace(logits=r.logits[:1] + b"\xff\xff\xff\x7f" + r.logits[5:]), "not finite"),
     "logits of another mode": (lambda r: r._replace(logits=b"\x09" + r.logits[1:]), "damaged logits"),
     "no logits": (lambda r: r._replace(logits=b""), "damaged logits"),
-    "label": (lambda r: r._replace(label=10), "label 10 of 10 classes"),
+    "label": (lambda r: r._replace(label=10), "label 10 is out of range for 10 classes"),
     "negative label": (lambda r: r._replace(label=-1), "label -1"),
     "view number": (view_field("number", 7), "view 7"),
     "view field": (view_field("crop", [0, 0, 0, 0]), "crop"),
-    "digest": (lambda r: r._replace(digest="0" * 16), "the teacher saw 0000000000000000"),
+    "digest": (lambda r: r._replace(digest="0" * 16), "expected 0000000000000000"),
     "no pixels": (lambda r: r._replace(pixels=b""), "cannot be decoded"),
     "other pixels": (lambda r: r._replace(pixels=b"\x80\x04cos\nsystem\n."), "cannot be decoded"),
 }
@@ -115,7 +115,7 @@ def test_replayed_views_need_the_images(tmp_path):
     assert verify_deep(root, records=4).agreement.records == 4
     report = verify_deep(root, data=str(tmp_path / "nowhere"))
     assert report.findings.problems == []
-    assert "pixels were not looked at" in report.findings.notes[0]
+    assert "pixels were not checked" in report.findings.notes[0]
     key = Cache.open(root).read([3], 0)[0].key
     rewrite_unit(root, lambda r: r._replace(digest=hashlib.sha256().hexdigest()[:16]) if r.key == key else r)
     assert {problem.key for problem in verify_deep(root, records=0).findings.problems} == {key}

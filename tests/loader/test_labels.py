@@ -59,7 +59,7 @@ def test_a_record_without_a_label_can_be_read_and_not_trained_from(tmp_path: Pat
     cache = with_label(tmp_path / "cache", NO_LABEL)
     assert cache.read([3], 0)[0].label == NO_LABEL
     assert [problem.what for problem in verify_deep(cache.root, records=0).findings.problems] == [
-        "label -1 of 10 classes"
+        "label -1 is out of range for 10 classes"
     ]
     with pytest.raises(UserError, match="has no label"):
         list(CachedTargets(cache.root, batch_size=16))

@@ -26,7 +26,7 @@ from scalekd_cache.reports.page import MAX_BYTES, picture, write_page
 from scalekd_cache.reports.predictions import Predictions, confusion
 from scalekd_cache.reports.run_data import RunReport
 from scalekd_cache.reports.runs import agreement, run_report
-from scalekd_cache.reports.views import Look, Scan, closest_pairs
+from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run_export import export_state, facts_of
 from scalekd_cache.training.run_folder import RunFolder
@@ -122,8 +122,8 @@ def test_a_cache_report_says_what_the_cache_is(cache_page):
     assert f"{manifest.fidelity['cosine_mean_removed']['p1']:.6f}" in text
     assert "crop " in text
     assert text.count("stored map") >= 6
-    assert text.count("teacher's map") >= 6  # the teacher's weights are at hand
-    assert "cosine of stored and fresh map" in text
+    assert text.count("live map") >= 6  # the teacher's weights are at hand
+    assert "cosine of stored and live map" in text
     assert re.search(r"\d+ of 40 views \(\d+\.\d %\)", text)  # where the teacher disagrees with the label
 
 
@@ -142,8 +142,8 @@ def test_the_gallery_shows_the_pixels_that_are_stored(cache_page):
 def test_without_the_teacher_it_is_said(tmp_path):
     folder = copy_of_cache(tmp_path / "cache")
     page = Page(cache_report(Cache.open(folder), CacheReport(views=10, asked=0, images=1), CPU)).text
-    assert "The teacher was not asked again." in page
-    assert "cosine of stored and fresh map" not in page
+    assert "The teacher was not re-run." in page
+    assert "cosine of stored and live map" not in page
     assert "stored map" not in page  # one map is just the map
     with pytest.raises(UserError, match="teacher weights"):
         cache_report(Cache.open(folder), CacheReport(teacher_weights=str(tmp_path / "none")), CPU)
@@ -158,7 +158,7 @@ def test_damaged_records_are_named_and_left_out(tmp_path):
     page = Page(cache_report(Cache.open(folder), CacheReport(views=192, asked=0, images=2), CPU)).text
     assert "view 0, position" in page
     assert "damaged cache" in page
-    assert "Among 192 views" not in page
+    assert "random sample of 192 views" not in page
 
 
 @pytest.fixture(scope="module")
@@ -219,14 +219,16 @@ def test_colors_tell_tokens_apart_and_are_the_same_for_equal_ones():
 
 def test_views_that_look_alike_are_found():
     vectors = np.array([[1, 0], [0, 1], [1, 0.01], [0, -1], [-1, 0]], np.float32)
-    looks = [
-        Look(key=str(n), view=0, position=n, label=0, label_name="a", answers=[], answered=None, words="", digest=d)
+    views = [
+        ViewInfo(
+            key=str(n), view=0, position=n, label=0, label_name="a", top_classes=[], predicted=None, words="", digest=d
+        )
         for n, d in enumerate(["p", "q", "p", "r", "s"])
     ]
-    pairs = closest_pairs(Scan(looks, vectors, []), 2)
+    pairs = closest_pairs(ViewSample(views, vectors, []), 2)
     assert (pairs[0].first, pairs[0].second, pairs[0].same_pixels) == (0, 2, True)
     assert pairs[0].cosine > 0.99 > pairs[1].cosine
-    assert closest_pairs(Scan(looks[:1], vectors[:1], []), 2) == []
+    assert closest_pairs(ViewSample(views[:1], vectors[:1], []), 2) == []
 
 
 def test_confusion_and_agreement_by_hand():
@@ -240,8 +242,8 @@ def test_confusion_and_agreement_by_hand():
 
 def test_a_run_report(run_page):
     page = Page(run_page)
-    for words in ("50.00 %", "Loss terms", "Learning rate", "Throughput", "Waiting for data", "What first answers",
-                  "What the teacher answers", "give the same answer", "both wrong", "they differ"):  # fmt: skip
+    for words in ("50.00 %", "Loss terms", "Learning rate", "Throughput", "Waiting for data", "Predictions of first",
+                  "Predictions of the teacher", "same prediction", "both wrong", "they differ"):  # fmt: skip
         assert words in page.text
     assert not any("s4 frequency" in image["alt"] for image in page.images)  # a term that is always 0
     assert any("label goes from 1 to" in image["alt"] for image in page.images)
@@ -252,7 +254,7 @@ def test_a_run_that_is_still_going(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"step": 30, "lo')
     text = Page(run_report([run], RunReport(images=10), CPU)).text
-    assert "going is not finished: the report shows how far it has come." in text
+    assert "going is not finished: the report shows the steps so far." in text
     assert re.search(r"29\s*steps so far", text)
     assert "going has no exported student yet" in text
 
@@ -263,28 +265,28 @@ def test_several_runs_are_compared(done, tmp_path):
     for words in (
         "Runs first, second",
         "training images/s",
-        "forward images/s here",
+        "inference images/s",
         "60.00 %",
         "Accuracy and size",
-        "Share of images with the same answer",
+        "Share of images with the same prediction",
     ):
         assert words in page.text
-    assert page.text.count("What was run") == 2
+    assert page.text.count("Options") == 2
 
 
 def test_a_run_without_its_data_and_its_cache(done, tmp_path):
     run = changed(done, tmp_path / "run", "cache.json", '"source": "demo"', '"source": "gone"')
     text = Page(run_report([run], RunReport(), CPU)).text
-    assert "No validation images here" in text
+    assert "No validation images are available" in text
     assert "Loss terms" in text
     other = changed(done, tmp_path / "other", "config.yaml", str(shared_cache().root), str(tmp_path / "no-cache"))
-    assert "The teacher's answers are left out: no manifest" in Page(run_report([other], RunReport(images=5), CPU)).text
+    assert "The teacher is left out: no manifest" in Page(run_report([other], RunReport(images=5), CPU)).text
 
 
 def test_folders_that_are_no_runs(tmp_path):
     with pytest.raises(UserError, match="no run"):
         run_report([tmp_path], RunReport(), CPU)
-    with pytest.raises(UserError, match="some runs"):
+    with pytest.raises(UserError, match="number of runs"):
         run_report([], RunReport(), CPU)
     with pytest.raises(UserError, match="is a folder"):
         write_page(tmp_path, "page")
