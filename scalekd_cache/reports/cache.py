@@ -69,7 +69,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         UserError: the cache has another format version, or a file of the codec is damaged.
     """
     notes: list[str] = []
-    checker = _examiner(cache, options, notes)
+    checker = _record_checker(cache, options, notes)
     teacher = _teacher(cache.manifest, options, process, notes) if options.asked else None
     sample = read_sample(cache, checker, sample_places(cache, options.views, options.seed))
     places = _gallery_places(cache, options)
@@ -104,7 +104,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     )
 
 
-def _examiner(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
+def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
     """A checker with access to the pixels; a note if they are not available."""
     manifest, source, shared = cache.manifest, None, None
     try:
