@@ -66,7 +66,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
     assert config.cache is not None
     options = CacheReport(
         views=config.views,
-        asked=config.asked,
+        teacher_views=config.asked,
         images=8 if config.images is None else config.images,
         seed=config.seed,
         data=config.data,

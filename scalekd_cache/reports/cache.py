@@ -42,7 +42,7 @@ class CacheReport:
 
     views: int = 1000
     """Size of the random sample of views that is searched for outliers."""
-    asked: int = 64
+    teacher_views: int = 64
     """Views of that sample to re-run the teacher on, if its weights are available (0: none)."""
     images: int = 8
     """Images in the gallery, each with up to two views."""
@@ -58,7 +58,7 @@ class CacheReport:
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")
         require(1 <= self.images <= 24, "images", self.images, "1 to 24")
-        require(self.asked >= 0, "asked", self.asked, ">= 0")
+        require(self.teacher_views >= 0, "asked", self.teacher_views, ">= 0")
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
 
@@ -70,12 +70,12 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     """
     notes: list[str] = []
     checker = _record_checker(cache, options, notes)
-    teacher = _teacher(cache.manifest, options, process, notes) if options.asked else None
+    teacher = _teacher(cache.manifest, options, process, notes) if options.teacher_views else None
     sample = read_sample(cache, checker, sample_places(cache, options.views, options.seed))
     places = _gallery_places(cache, options)
-    asked = _spread([info.place for info in sample.views], options.asked)
+    rerun = _spread([info.place for info in sample.views], options.teacher_views)
     outputs = (
-        rerun_on_views(cache, checker, teacher, [*places, *asked], set(places)) if teacher else TeacherOutputs({}, {})
+        rerun_on_views(cache, checker, teacher, [*places, *rerun], set(places)) if teacher else TeacherOutputs({}, {})
     )
     gallery = Gallery(cache, checker, places, outputs)
     worst = sorted(outputs.cosines, key=lambda place: outputs.cosines[place])[:OUTLIERS]
@@ -90,7 +90,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         version=__version__,
         facts=facts_of_cache(cache),
         sizes=_sizes(cache.manifest),
-        fidelity=_fidelity(cache, outputs, len(asked)),
+        fidelity=_fidelity(cache, outputs),
         notes=[*notes, *sample.unreadable[:20]],
         gallery=gallery.cards([(info, _closeness(outputs, info)) for info in gallery.views]),
         scanned=len(sample.views),
@@ -173,7 +173,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _fidelity(cache: Cache, outputs: TeacherOutputs, asked: int) -> dict[str, Any]:
+def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
     """Fidelity measured in stage 1, by unit, and by re-running the teacher."""
     manifest, pictures = cache.manifest, list[Picture]()
     rows = manifest.units[:: max(1, len(manifest.units) // UNITS)][:UNITS]
@@ -187,7 +187,7 @@ def _fidelity(cache: Cache, outputs: TeacherOutputs, asked: int) -> dict[str, An
         mark = None if p1 is None else ("1st percentile in stage 1", p1)
         text = "Stored maps compared with live maps"
         pictures.append(histogram(list(outputs.cosines.values()), "mean-removed cosine of a view", "views", text, mark))
-    return {"rows": manifest.fidelity, "pictures": pictures, "asked": asked}
+    return {"rows": manifest.fidelity, "pictures": pictures}
 
 
 def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:

@@ -31,7 +31,7 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run_export import export_state, facts_of
 from scalekd_cache.training.run_folder import RunFolder
 
-SMALL = CacheReport(views=40, asked=8, images=3)
+SMALL = CacheReport(views=40, teacher_views=8, images=3)
 HOSTILE = '"><script>window.hacked=1</script>$\\frac{1}'
 
 
@@ -141,7 +141,7 @@ def test_the_gallery_shows_the_pixels_that_are_stored(cache_page):
 
 def test_without_the_teacher_it_is_said(tmp_path):
     folder = copy_of_cache(tmp_path / "cache")
-    page = Page(cache_report(Cache.open(folder), CacheReport(views=10, asked=0, images=1), CPU)).text
+    page = Page(cache_report(Cache.open(folder), CacheReport(views=10, teacher_views=0, images=1), CPU)).text
     assert "The teacher was not re-run." in page
     assert "cosine of stored and live map" not in page
     assert "stored map" not in page  # one map is just the map
@@ -155,7 +155,7 @@ def test_damaged_records_are_named_and_left_out(tmp_path):
     data = bytearray(shard.read_bytes())
     data[len(data) // 3 : len(data) // 3 + 4096] = bytes(4096)
     shard.write_bytes(data)
-    page = Page(cache_report(Cache.open(folder), CacheReport(views=192, asked=0, images=2), CPU)).text
+    page = Page(cache_report(Cache.open(folder), CacheReport(views=192, teacher_views=0, images=2), CPU)).text
     assert "view 0, position" in page
     assert "damaged cache" in page
     assert "random sample of 192 views" not in page
@@ -176,7 +176,7 @@ def hostile_cache(tmp_path_factory):
 
 
 def test_names_from_data_sets_are_escaped(hostile_cache, tmp_path):
-    page = cache_report(hostile_cache, CacheReport(views=24, asked=4, images=2), CPU)
+    page = cache_report(hostile_cache, CacheReport(views=24, teacher_views=4, images=2), CPU)
     parsed = Page(page)
     assert "<script" not in page
     assert "script" not in parsed.tags
@@ -295,7 +295,7 @@ def test_folders_that_are_no_runs(tmp_path):
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1100])
 def test_a_browser_shows_it_at_any_width(cache_page, run_page, hostile_cache, tmp_path, width):
-    hostile = cache_report(hostile_cache, CacheReport(views=24, asked=0, images=2), CPU)
+    hostile = cache_report(hostile_cache, CacheReport(views=24, teacher_views=0, images=2), CPU)
     for page in (cache_page, hostile, run_page):
         found = measure(page, width, tmp_path)
         assert found["images"] > 5
