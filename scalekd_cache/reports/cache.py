@@ -7,12 +7,11 @@ Invariant: what cannot be shown (missing pixels, no teacher weights) is reported
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.audit.reinfer import sample_places
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
+from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -73,7 +72,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     teacher = _teacher(cache.manifest, options, process, notes) if options.teacher_views else None
     sample = read_sample(cache, checker, sample_places(cache, options.views, options.seed))
     places = _gallery_places(cache, options)
-    rerun = _spread([info.place for info in sample.views], options.teacher_views)
+    rerun = _evenly_spaced([info.place for info in sample.views], options.teacher_views)
     outputs = (
         rerun_on_views(cache, checker, teacher, [*places, *rerun], set(places)) if teacher else TeacherOutputs({}, {})
     )
@@ -143,13 +142,13 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
     """A random sample of images; views of one group, in which an image has the same position."""
     views = cache.manifest.groups[0][:GALLERY_VIEWS]
-    count = min(options.images, len(cache))
-    positions = np.random.default_rng(options.seed).choice(len(cache), size=count, replace=False)
-    return [(view, int(position)) for position in np.sort(positions) for view in views]
+    positions = sample_indices(len(cache), options.images, seed=options.seed)
+    return [(view, position) for position in positions for view in views]
 
 
-def _spread(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    return places[:: max(1, len(places) // count)][:count] if count else []
+def _evenly_spaced(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """At most `count` places, evenly spaced."""
+    return [places[index] for index in sample_indices(len(places), count)[:count]] if count else []
 
 
 def _top_disagreements(sample: ViewSample) -> list[ViewInfo]:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.convert.timm_export import WEIGHTS, load_export
-from scalekd_cache.data.base import Source
+from scalekd_cache.data.base import Source, sample_indices
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages
@@ -66,9 +66,8 @@ class Predictions(NamedTuple):
 def validation_images(source: Source, size: int, count: int) -> Images:
     """At most `count` images, spread evenly over the data set."""
     dataset = ValidationImages(source, size)
-    step = max(1, len(dataset) // count)
     indices, labels = list[int](), list[int]()
-    for index in range(0, len(dataset), step)[:count]:
+    for index in sample_indices(len(dataset), count)[:count]:
         example = dataset[index]
         if example is not None:
             indices.append(index)
