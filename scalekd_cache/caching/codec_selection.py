@@ -154,8 +154,12 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
             linear: torch.nn.Linear = model.get_classifier()
             return linear
     if needed:
-        raise UserError("the KL cannot be measured through this teacher's head", got=f"{teacher.spec.name}: {reason}",
-                        where="TARGET=kl:...", fix="use TARGET=ac-cosine:... or TARGET=bytes:...")  # fmt: skip
+        raise UserError(
+            "the KL cannot be measured through this teacher's head",
+            got=f"{teacher.spec.name}: {reason}",
+            where="TARGET=kl:...",
+            fix="use TARGET=ac-cosine:... or TARGET=bytes:...",
+        )
     return None
 
 

@@ -169,9 +169,9 @@ def make_units(
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
     with CommitQueue() as commits:
-        for number, drawn in groupby(all_views, key=lambda item: item.unit):
+        for number, sampled in groupby(all_views, key=lambda item: item.unit):
             left_out = skips.required_skips(units[number]) if skips else {}
-            writer, figures = fill_unit(stage, units[number], drawn, left_out)
+            writer, figures = fill_unit(stage, units[number], sampled, left_out)
             if skips and not skips.accepts(units[number], writer):
                 writer.abort()
                 continue
@@ -179,14 +179,14 @@ def make_units(
 
 
 def fill_unit(
-    stage: Stage, unit: Unit, drawn: Iterator[SampledViews], left_out: Mapping[str, str] = NO_SKIPS
+    stage: Stage, unit: Unit, sampled: Iterator[SampledViews], left_out: Mapping[str, str] = NO_SKIPS
 ) -> tuple[UnitWriter, dict[str, Any]]:
     """Run one unit through the teacher and the codecs into a writer. Codecs and writer run in a background thread.
 
     Args:
         stage: what units are made with.
         unit: the unit.
-        drawn: its images with their views.
+        sampled: its images with their views.
         left_out: sample keys that are skipped in any case, with the reasons.
 
     Returns:
@@ -206,7 +206,7 @@ def fill_unit(
     )
     try:
         with Behind("encode", QUEUED_BATCHES) as behind:
-            for batch in _batches(stage, writer, drawn, left_out):
+            for batch in _batches(stage, writer, sampled, left_out):
                 for column, number in enumerate(unit.views):
                     views = [item.views[column] for item in batch]
                     pixels = torch.stack([item.pixels[column] for item in batch])
@@ -219,11 +219,11 @@ def fill_unit(
 
 
 def _batches(
-    stage: Stage, writer: UnitWriter, drawn: Iterator[SampledViews], left_out: Mapping[str, str]
+    stage: Stage, writer: UnitWriter, sampled: Iterator[SampledViews], left_out: Mapping[str, str]
 ) -> Iterator[list[SampledViews]]:
     """Teacher batches of the unit's images; those left out or that could not be decoded are skipped in the writer."""
     batch: list[SampledViews] = []
-    for item in drawn:
+    for item in sampled:
         reason = left_out.get(item.sample.key, item.reason)
         if reason:
             writer.skip(item.sample.key, reason)

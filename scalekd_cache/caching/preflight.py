@@ -4,7 +4,6 @@ In: the data set, teacher, student and folder of a job. Out: nothing, or an erro
 Invariant: nothing is left on the disk.
 """
 
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
+from scalekd_cache.store.durable_files import existing_folder, free_bytes
 
 TAIL_TOLERANCE = 1e-5
 """Largest relative difference between the teacher's features and its tail run on what comes before."""
@@ -69,7 +69,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
 def check_writable(root: Path) -> None:
     """The cache's folder, or the nearest folder above it that exists, can be written; nothing is left there."""
     try:
-        with tempfile.TemporaryFile(dir=_existing_parent(root)):
+        with tempfile.TemporaryFile(dir=existing_folder(root)):
             pass
     except OSError as error:
         raise UserError(
@@ -79,20 +79,15 @@ def check_writable(root: Path) -> None:
 
 def check_disk_space(path: Path, views: int, needed: float) -> None:
     """The `needed` bytes of `views` views fit on the disk."""
-    folder = _existing_parent(path)
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(path)
     if needed > free:
         raise UserError(
             "the cache does not fit on the disk",
             got=f"{free / 1e9:.2f} GB free",
             expected=f"{needed / 1e9:.2f} GB: {views:,} views of about {needed / views:,.0f} bytes",
-            where=folder,
+            where=existing_folder(path),
             fix="use fewer VIEWS, another CODEC, or CACHE= on a larger disk",
         )
-
-
-def _existing_parent(path: Path) -> Path:
-    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
 
 
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:

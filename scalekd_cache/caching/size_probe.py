@@ -53,7 +53,7 @@ class SizeProbe(NamedTuple):
     """Bytes of a view, by part, without those of a shard."""
     per_shard: dict[str, float]
     """Bytes of a shard and its share of its unit, by part."""
-    draw_s: float
+    sample_s: float
     """Seconds of one core for a view: reading, decoding, sampling, encoding."""
     teacher_s: float
     """Seconds of the teacher, codec and store for a view on this machine."""
@@ -84,7 +84,7 @@ def measure_sizes(
     started = time.perf_counter()
     images = list(spread_views(stage.source, stage.views, views, max(4, -(-num_views // len(views)))))
     count = len(images) * len(views)
-    draw_s = (time.perf_counter() - started) / count
+    sample_s = (time.perf_counter() - started) / count
     with tempfile.TemporaryDirectory(prefix="scalekd-plan-") as folder:
         small = dataclasses.replace(stage, root=Path(folder), fingerprint="0" * 64)
         full, empty, teacher_s = _small_units(small, images, views)
@@ -93,7 +93,7 @@ def measure_sizes(
         of_these = float(np.mean([len(view.encoded) for item in images for view in item.views]))
         per_view["pixels"] *= _pixel_bytes(stage, images, pixel_images) / of_these
     return SizeProbe(
-        per_view, {part: empty[part] / len(views) for part in PARTS}, draw_s, teacher_s, len(images), count
+        per_view, {part: empty[part] / len(views) for part in PARTS}, sample_s, teacher_s, len(images), count
     )
 
 

@@ -263,8 +263,8 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         heads.checkpoint_gradients()
     trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
     batch, device = training.train.micro_batch_size, torch.get_default_device()
-    own = {value.untyped_storage()._cdata for module in (student, heads, teacher.tail)
-           for value in (*module.parameters(), *module.buffers())}  # fmt: skip
+    modules = (student, heads, teacher.tail)
+    own = {x.untyped_storage()._cdata for module in modules for x in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
 
     def count(value: Tensor) -> Tensor:

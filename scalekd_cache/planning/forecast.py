@@ -7,7 +7,6 @@ real modules (meta device). Assumptions (utilization) and missing teacher weight
 
 import dataclasses
 import math
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
 from scalekd_cache.planning.costs import meta_teacher, pair_costs, step_memory
 from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of
+from scalekd_cache.store.durable_files import free_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,12 +220,12 @@ def forecast(
         logit_bytes=logits.record_bytes,
         once_bytes=sizes.once,
         total_bytes=sizes.total,
-        free_bytes=_free(Path(config.cache.path)),
+        free_bytes=free_bytes(Path(config.cache.path)),
         gpu=gpu.lower(),
         teacher_gpu_hours=times.stage_1_h,
         teacher_s_per_view_here=found.teacher_s if at_hand else None,
-        draw_s_per_view=found.draw_s,
-        cores_per_gpu=found.draw_s / times.forward_s,
+        draw_s_per_view=found.sample_s,
+        cores_per_gpu=found.sample_s / times.forward_s,
         student_gpu_hours=times.student_h,
         online_gpu_hours=times.online_h,
         students=students,
@@ -236,12 +236,16 @@ def forecast(
         read_mb_per_s=read_bytes / times.step_s / 1e6,
         step_memory=_step_memory(config, training, teacher, len(source.class_names)),
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
-        assumptions={
-            "peak_tflops": card.peak_tflops,
-            "forward_utilization": FORWARD_UTILIZATION,
-            "training_utilization": TRAINING_UTILIZATION,
-        },
+        assumptions=_assumptions(card),
     )
+
+
+def _assumptions(card: Gpu) -> dict[str, float]:
+    return {
+        "peak_tflops": card.peak_tflops,
+        "forward_utilization": FORWARD_UTILIZATION,
+        "training_utilization": TRAINING_UTILIZATION,
+    }
 
 
 def _sizes(
@@ -328,12 +332,6 @@ def _logits(config: CacheTeacherConfig, teacher: _Teacher, codec: FeatureCodec) 
 
 def _name(codec: FeatureCodec) -> str:
     return f"{codec.id}, noise {codec.noise:g}" if isinstance(codec, TransformCodec) else codec.id
-
-
-def _free(path: Path) -> int:
-    """Free bytes on the disk of the cache."""
-    folder = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    return shutil.disk_usage(folder).free
 
 
 def _shared_pixels(source: PixelCache) -> float:

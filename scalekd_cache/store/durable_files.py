@@ -265,6 +265,16 @@ def is_disk_full(error: BaseException) -> bool:
     return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
+def existing_folder(path: Path) -> Path:
+    """The path, or its nearest parent that exists."""
+    return next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+
+
+def free_bytes(path: Path) -> int:
+    """Free bytes on the disk of a path, which need not exist yet."""
+    return shutil.disk_usage(existing_folder(path)).free
+
+
 def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> None:
     """Raise the user's error for what a disk can do to a writer; return for anything else.
 
@@ -277,10 +287,9 @@ def raise_explained(error: BaseException, folder: Path, needed_bytes: int) -> No
         return
     number = error_number(error)
     if is_disk_full(error):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
         raise UserError(
             "the disk is full",
-            got=f"{shutil.disk_usage(existing).free:,} bytes free, now that the unfinished files are removed",
+            got=f"{free_bytes(folder):,} bytes free, now that the unfinished files are removed",
             expected=f"at least {needed_bytes:,} bytes free for this one",
             where=folder,
             fix="free space or use another disk, then run again: what is committed stays",

@@ -166,6 +166,7 @@ def test_before_the_plan_a_choice_for_other_options_is_replaced(tmp_path, monkey
     root = tmp_path / "cache"
     from scalekd_cache.caching import job as stage
 
+    shared_weights()  # made by stage 1 too, if this is the first test
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_start", None)  # stops after the codec
         with pytest.raises(TypeError):

@@ -9,7 +9,7 @@ import subprocess
 import pytest
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, shared_weights, unit_files, write_weights
 
-from scalekd_cache.caching import job, preflight
+from scalekd_cache.caching import job
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
@@ -214,7 +214,7 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path):
 def test_a_disk_that_is_too_small_is_refused(tmp_path, monkeypatch):
     root = tmp_path / "cache"
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     text = refused(root, options(root, shared_weights()), "does not fit on the disk")
     assert "192 views" in text
     grown = copy_of_cache(tmp_path / "whole")

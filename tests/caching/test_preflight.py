@@ -1,6 +1,7 @@
 """Checks before the work: teacher, disk, student, and whether options agree with a cache."""
 
 import dataclasses
+import shutil
 from pathlib import Path
 
 import pytest
@@ -86,8 +87,8 @@ def test_probing_passes_over_unreadable_images(tmp_path):
 
 def test_space_is_asked_where_the_cache_will_be(tmp_path, monkeypatch):
     asked = []
-    usage = preflight.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: asked.append(path) or usage)
     check_disk_space(tmp_path / "not" / "yet", 10, 1000.0)
     with pytest.raises(UserError, match="does not fit") as error:
         check_disk_space(tmp_path / "not" / "yet", 11, 1100.0)
