@@ -45,7 +45,7 @@ def test_a_fit_is_made_once(tmp_path):
         cache_teacher(options(root, shared_weights(), cache={"codec": "transform-economy"}), CPU)
     with pytest.raises(UserError, match="another preset"):
         cache_teacher(options(root, shared_weights(), cache={"codec": "transform", "codec_noise": 0.01}), CPU)
-    with pytest.raises(UserError, match="bad noise"):
+    with pytest.raises(UserError, match="invalid codec noise"):
         cache_teacher(options(root, shared_weights(), cache={"codec": "int8", "codec_noise": 0.01}), CPU)
     again = tmp_path / "again"
     make(again, shared_weights(), cache={"codec": "transform", "num_views": 1})

@@ -253,7 +253,7 @@ def test_a_codec_that_another_job_has_replaced_stops_the_job_before_its_plan(tmp
             cache_teacher(second, CPU)
 
     meanwhile(replace_codec)
-    with pytest.raises(UserError, match="another job writes to this cache"):
+    with pytest.raises(UserError, match="another job is writing this cache"):
         cache_teacher(first, CPU)
     assert not (root / "plan.json").exists()
     cache_teacher(first, CPU)

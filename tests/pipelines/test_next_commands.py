@@ -45,7 +45,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     command += f" RUN={tmp_path / 'run'}"
     assert "top-1" in typed(command)
     assert "is finished; nothing to do" in typed(command)
-    assert "leave RECIPE= out" in typed(f"{command} RECIPE=demo", status=2)
+    assert "remove RECIPE= to train" in typed(f"{command} RECIPE=demo", status=2)
 
 
 def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
