@@ -1,7 +1,7 @@
-"""A trained student in other forms than timm's folder: one file each, loaded again and compared before it is kept.
+"""Export formats other than timm's folder: one file each, reloaded and compared before it is kept.
 
-In: a student in eval mode on the CPU. Out: a file. Invariant: the file appears whole or not at all, and what was loaded
-from it has given the student's logits, to within the tolerance of its form, before this returns.
+In: a student in eval mode on the CPU. Out: a file. Invariant: the file is written atomically, and the model loaded from
+it gives the student's logits within the format's tolerance.
 """
 
 import os
@@ -28,14 +28,14 @@ SUFFIXES = {
     "torchvision": "-torchvision.safetensors",
     "mmpretrain": "-mmpretrain.safetensors",
 }
-"""What the file's name ends in, by form."""
+"""Ending of the file name of each format."""
 FORMATS = ("timm", *SUFFIXES)
 RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 1e-4, "onnx": 1e-3}
-"""Largest difference of a logit over the largest logit: the same module, the same operators, other implementations."""
+"""Maximum difference of a logit relative to the largest logit, by format."""
 
 
 def check_format(name: str) -> str:
-    """The name itself; `UserError` with the nearest ones when there is no such form, or what it needs is missing."""
+    """The name itself; `UserError` for an unknown format (with the nearest names) or missing packages."""
     if name not in FORMATS:
         raise unknown_name("form of export", name, FORMATS, "FORMAT=")
     if name == "onnx":
@@ -45,20 +45,20 @@ def check_format(name: str) -> str:
 
 
 def export_file(student: Student, form: str, file: Path, *, image_size: int, facts: Mapping[str, str]) -> float | None:
-    """Write a student in one of the forms of `SUFFIXES`, load it back and compare.
+    """Write a student in one of the formats of `SUFFIXES`, reload it and compare the logits.
 
     Args:
         student: in eval mode, on the CPU.
-        form: which.
-        file: where.
+        form: name of the format.
+        file: file to write.
         image_size: side of its images, pixels.
-        facts: texts that go into the file where the form has a place for them.
+        facts: metadata, written if the format supports it.
 
     Returns:
-        The largest difference of a logit; None where the codebase is not installed, so names alone were checked.
+        The largest difference of a logit; None if the codebase is not installed and only names were checked.
 
     Raises:
-        UserError: what the form needs is missing, the architecture does not fit it, or the logits differ.
+        UserError: a required package is missing, the architecture is not supported, or the logits differ.
     """
     check_format(form)
     model = student.model.eval()
@@ -73,7 +73,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
             folder.mkdir()
             load = _write(student, form, temporary, images, facts)
             difference = None if load is None else _difference(model, load, images, form, file)
-            temporary.chmod(0o644)  # safetensors writes files that only their owner reads
+            temporary.chmod(0o644)  # safetensors creates files that only their owner can read
             fsync_path(temporary)
             os.replace(temporary, file)
             fsync_path(file.parent)
@@ -83,20 +83,20 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
 
 
 @torch.no_grad()
-def _difference(model: nn.Module, answer: Callable[[Tensor], Tensor], images: Tensor, form: str, file: Path) -> float:
-    """The largest over batches of two sizes: the batch must not have become a constant."""
+def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, form: str, file: Path) -> float:
+    """The largest difference over two batch sizes: the exported batch dimension must be dynamic."""
     largest = 0.0
     for batch in (images, torch.cat([images, images.flip(3), images[:1]])):
-        expected, got = model(batch), answer(batch)
+        expected, got = model(batch), predict(batch)
         difference = float((got - expected).abs().max()) if got.shape == expected.shape else float("inf")
         limit = RELATIVE_TOLERANCE[form] * max(1.0, float(expected.abs().max()))
         if not difference <= limit:
             raise UserError(
-                "the exported model does not give the student's logits",
+                "the exported model's logits differ from the student's",
                 got=f"difference {difference:.3g}",
                 expected=f"at most {limit:.3g}",
                 where=file,
-                fix="report this with the student's name and the versions of torch and timm",
+                fix="report this issue with the student's name and the versions of torch and timm",
             )
         largest = max(largest, difference)
     return largest
@@ -105,7 +105,7 @@ def _difference(model: nn.Module, answer: Callable[[Tensor], Tensor], images: Te
 def _write(
     student: Student, form: str, file: Path, images: Tensor, facts: Mapping[str, str]
 ) -> Callable[[Tensor], Tensor] | None:
-    """Write the file; a function that answers as what was loaded from it, None where that cannot be had here."""
+    """Write the file; return a predict function of the reloaded model, None if it cannot be loaded here."""
     model: nn.Module = student.model
     metadata = {**facts, "format": "pt"}
     if form == "onnx":
@@ -127,17 +127,17 @@ def _torchvision(model: nn.Module, file: Path, image_size: int) -> nn.Module:
         twin.load_state_dict(load_file(file))
     except RuntimeError as error:
         raise UserError(
-            "torchvision's module of this architecture has other tensors",
+            "torchvision's module of this architecture has different tensors",
             got=str(error).splitlines()[1].strip() if "\n" in str(error) else error,
             where=type(model).__name__,
-            fix="take FORMAT=timm; variants (deep stems, other windows at small images) are timm's own",
+            fix="use FORMAT=timm; some variants (deep stems, other windows for small images) exist in timm only",
         ) from error
     plain: nn.Module = twin.eval()
     return plain
 
 
 def _write_program(model: nn.Module, file: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """torch.export's program, free of Python code of ours."""
+    """torch.export's program, which needs no Python code of this package."""
     batch = torch.export.Dim("batch", min=1, max=4096)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))

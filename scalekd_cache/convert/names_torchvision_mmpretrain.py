@@ -1,8 +1,8 @@
-"""A student's state dict under the names of other codebases, for those who take it on to detection or segmentation.
+"""A student's state dict under the names of torchvision or mmpretrain, for example for detection or segmentation.
 
-In: a timm model, and the side of its images. Out: the same tensors as torchvision's or mmpretrain's module of that
-architecture names them. Invariant: pure renaming and reordering; a tensor that no rule knows is an error, and so is a
-form that the codebase's module does not compute: what comes out loads strictly and gives the same logits.
+In: a timm model, and the side of its images. Out: the same tensors under the names of torchvision's or mmpretrain's
+module. Invariant: renaming and reordering only. A tensor without a rule is an error, and so is a variant that the
+codebase does not have: the result loads strictly and gives the same logits.
 """
 
 import math
@@ -45,12 +45,12 @@ class Codebase(NamedTuple):
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
     """From timm's layout, by timm's name."""
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
-    """Buffers that the codebase keeps and timm computes."""
+    """Buffers that the codebase stores and timm computes."""
 
 
 def timm_to_unfold(name: str, value: Tensor) -> Tensor:
     """Reorder the inputs of Swin's patch merging, (.., 4 C), from timm's (column, row, channel) to the order of
-    mmpretrain's `Unfold` (channel, row, column): the inverse of `upstream_names.unfold_to_timm`."""
+    mmpretrain's `Unfold` (channel, row, column): the inverse of `names_upstream.unfold_to_timm`."""
     if ".downsample." not in name:
         return value
     split = value.reshape(*value.shape[:-1], 2, 2, -1)
@@ -195,11 +195,11 @@ def _plain_mobilenet(net: Any) -> Any:
 
 
 class Twin(NamedTuple):
-    """An architecture that mmpretrain has too."""
+    """An architecture that mmpretrain has."""
 
     pairs: Callable[[Any], tuple[Pair, ...]]
     plain: Callable[[Any], Any]
-    """timm's module of the same sizes in the one form that mmpretrain's computes; a variant differs from it."""
+    """timm's module of the same sizes in the variant that mmpretrain has."""
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
 
@@ -229,7 +229,7 @@ def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str
     """The state dict of a timm model under the names of a codebase.
 
     Raises:
-        UserError: an architecture, or a form of it, that the codebase has no module for.
+        UserError: the codebase does not have this architecture or this variant of it.
     """
     if codebase == "mmpretrain":
         twin = MMPRETRAIN.get(type(model))
@@ -258,9 +258,9 @@ def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str
 
 @torch.no_grad()
 def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
-    """UserError unless the plain form of the architecture takes all tensors and gives the same logits.
+    """Raise `UserError` unless the plain variant of the architecture loads all tensors and gives the same logits.
 
-    Names alone do not tell: an anti-aliased ResNet has the tensors of a plain one and computes something else.
+    Names are not enough: an anti-aliased ResNet has the same tensors as a plain one but computes something else.
     """
     kind = type(model).__name__
     try:
@@ -268,12 +268,12 @@ def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
         plain.load_state_dict(model.state_dict())
     except (RuntimeError, AttributeError, TypeError, AssertionError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines()]
-        raise _unfit(f"{kind} of another form: {lines[1] if len(lines) > 1 else lines[0]}", "mmpretrain") from error
+        raise _unfit(f"another variant of {kind}: {lines[1] if len(lines) > 1 else lines[0]}", "mmpretrain") from error
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    for strength in (1, 50):  # a cap at 6 changes nothing while activations are small
+    for strength in (1, 50):  # ReLU6 differs from ReLU for large activations only
         expected, got = model(strength * images), plain(strength * images)
         if not float((got - expected).abs().max()) <= 1e-3 * float(expected.abs().max()):
-            raise _unfit(f"{kind} that computes something else (pooling, activation, norms)", "mmpretrain")
+            raise _unfit(f"{kind} with different operations (pooling, activation, norms)", "mmpretrain")
 
 
 def torchvision_twin(model: nn.Module, image_size: int) -> nn.Module:
@@ -330,5 +330,5 @@ def _unfit(got: str, codebase: str) -> UserError:
         f"this student has no counterpart in {codebase}",
         got=got,
         expected=EXPECTED[codebase],
-        fix="take FORMAT=timm, safetensors, onnx or torch-export",
+        fix="use FORMAT=timm, safetensors, onnx or torch-export",
     )

@@ -1,11 +1,11 @@
-"""From the parameter names of upstream's distiller checkpoints to timm's and to ours.
+"""Tables of parameter names: upstream's distiller checkpoints (mmpretrain) to timm and `ScaleKDHeads`.
 
 In: a state dict with upstream's names (`student.*` and `distill_losses.*` without those prefixes). Out: `Mapped`: the
-tensors under our names, in our layout, what has no counterpart, and what is not known.
-Invariant: pure renaming and reordering, no number is changed; a name no rule knows is never dropped silently.
+tensors under our names and in our layout, the unused tensors, and the unknown names.
+Invariant: renaming and reordering only, no value changes; an unknown name is reported, never dropped silently.
 
 The students are mmpretrain's modules as upstream's repository has them; docs/METHOD.md shows the tables, and
-`transfer_names.py` reads them the other way.
+`names_torchvision_mmpretrain.py` uses them in the other direction.
 """
 
 import itertools
@@ -18,10 +18,10 @@ from torch import Tensor
 from scalekd_cache.models.student import CONVNEXT_FORM, MOBILENET_FORM, POOLED_VIT
 
 Rule = tuple[str, str]
-"""A regular expression for the beginning of a name, and what stands there in its place."""
+"""A regular expression for the beginning of a name, and its replacement."""
 Pair = tuple[str, str]
-"""The beginning of a name, mmpretrain's and timm's: one table for both directions. `{}` is one part of a name (no dot)
-and comes as often, and in the same order, on both sides."""
+"""Beginnings of a name, mmpretrain's and timm's: one table for both directions. `{}` is one part of a name (no dot)
+and appears equally often, in the same order, on both sides."""
 
 
 def import_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
@@ -47,16 +47,16 @@ class Mapped(NamedTuple):
     sources: dict[str, str]
     """Our name -> upstream's, for messages."""
     dead: list[str]
-    """Upstream's names of tensors that its own forward pass does not read, or that can be computed."""
+    """Upstream's names of tensors that its forward pass does not use, or that can be computed."""
     unknown: list[str]
 
 
 class Family(NamedTuple):
-    """How one of upstream's backbones becomes a timm model."""
+    """How one of upstream's backbones maps to a timm model."""
 
     title: str
     mark: str
-    """A name that only this family has."""
+    """A tensor name that only this family has."""
     rules: tuple[Rule, ...]
     args: dict[str, Any] = {}
     """timm arguments under which the model computes what upstream's does."""
@@ -198,16 +198,16 @@ HEAD_RULES: tuple[Rule, ...] = tuple(
     )
 )
 DEAD_S4_QUERY = r"loss_fmd_s4\.projector_[01]\.query\.weight"
-"""Not read by upstream's projector when a query is handed in."""
+"""Not used by upstream's projector if a query is passed in."""
 
 
 def family_of(state: Mapping[str, Tensor]) -> Family | None:
-    """The family a student's state dict belongs to; None for one that is not among the documented ones."""
+    """The family of a student's state dict; None if it is not supported."""
     return next((family for family in FAMILIES if family.mark in state), None)
 
 
 def rename(name: str, rules: tuple[Rule, ...]) -> str | None:
-    """A name after the first rule that knows it."""
+    """The name after the first matching rule; None if no rule matches."""
     for pattern, replacement in rules:
         renamed, count = re.subn(f"^{pattern}", replacement, name)
         if count:
@@ -221,7 +221,7 @@ def map_names(
     dead: str = r"(?!)",
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> Mapped:
-    """Rename a state dict; two names that meet in one are both reported as unknown."""
+    """Rename a state dict; a second source of the same name is reported as unknown."""
     mapped = Mapped({}, {}, [], [])
     for name, value in state.items():
         if re.fullmatch(dead, name):

@@ -1,8 +1,8 @@
-"""A trained student as plain timm takes it.
+"""A trained student as a folder that plain timm loads.
 
 In: a student and its consolidated state. Out: a folder with model.safetensors and config.json.
-Invariant: the folder is complete or absent, and `timm.create_model("local-dir:DIR", pretrained=True)` has given the
-same logits before this returns.
+Invariant: the folder is complete or absent, and `timm.create_model("local-dir:DIR", pretrained=True)` gives the
+student's logits.
 """
 
 import json
@@ -30,27 +30,27 @@ WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)
 """All files of an export."""
 LOGIT_TOLERANCE = 1e-5
-"""Largest difference of a reloaded logit, relative to the largest logit."""
+"""Maximum difference of a reloaded logit, relative to the largest logit."""
 
 
 def check_export_place(folder: Path) -> None:
-    """An export replaces its folder, so that may hold nothing but an export.
+    """Check that the folder, which an export replaces, holds nothing but an export.
 
     Raises:
-        UserError: a file, or a folder with other files in it.
+        UserError: it is a file, or a folder with other files.
     """
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise UserError("the place of the export is a file", where=folder, expected="a folder", fix="correct OUT=")
+        raise UserError("the export path is a file", where=folder, expected="a folder", fix="correct OUT=")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
     if others:
         raise UserError(
-            "the folder of the export holds other files, which an export would remove",
+            "the export folder contains other files, which the export would delete",
             got=", ".join(others[:8]),
             expected=f"nothing, or only {', '.join(FILES)}",
             where=folder,
-            fix="move them away, or choose another folder (OUT=)",
+            fix="move them, or choose another folder (OUT=)",
         )
 
 
@@ -63,12 +63,12 @@ def export_student(
     class_names: Sequence[str],
     card: str | None = None,
 ) -> float:
-    """Write the student for timm, load it back and compare; the folder appears with all its files in one rename.
+    """Write the student for timm, reload it and compare; one rename creates the complete folder.
 
     Args:
         student: the student.
         config: its options.
-        folder: where; an export that is there is replaced.
+        folder: folder to write; an existing export is replaced.
         image_size: side of its images, pixels.
         class_names: names of its classes, in the order of the logits.
         card: text of the model card (None: without one).
@@ -77,8 +77,8 @@ def export_student(
         The largest difference between the logits of the student and of the reloaded model.
 
     Raises:
-        UserError: the reloaded model answers differently, the folder holds other files, or the disk is full; what
-            was there is still there then.
+        UserError: the reloaded model's logits differ, the folder contains other files, or the disk is full. An
+            existing export is then unchanged.
     """
     check_export_place(folder)
     folder = folder.resolve()
@@ -123,7 +123,7 @@ def _write(
             "crop_pct": 0.875,
         },
     )
-    (folder / WEIGHTS).chmod(0o644)  # safetensors writes files that only their owner reads
+    (folder / WEIGHTS).chmod(0o644)  # safetensors creates files that only their owner can read
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in folder.iterdir():
@@ -142,11 +142,11 @@ def _compare(student: Student, folder: Path, image_size: int) -> float:
     limit = LOGIT_TOLERANCE * max(1.0, float(expected.abs().max()))
     if device.type == "cpu" and difference > limit:
         raise UserError(
-            "the exported model does not give the student's logits",
+            "the exported model's logits differ from the student's",
             got=f"difference {difference:.3g}",
             expected=f"at most {limit:.3g}",
             where=folder,
-            fix="report this with the student's name and timm's version",
+            fix="report this issue with the student's name and timm's version",
         )
     return difference
 
@@ -189,10 +189,10 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
 
     Args:
         folder: the export.
-        image_size: side of the images that the model will see, pixels; tried once.
+        image_size: side of the model's images, pixels; one forward pass checks it.
 
     Raises:
-        UserError: a file is missing or damaged, or they do not fit each other; `make export` writes them again.
+        UserError: a file is missing or damaged, or the files do not match; `make export` rewrites them.
     """
     file = folder / WEIGHTS
     try:
@@ -205,7 +205,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         _try(model.eval(), image_size, folder)
     except UserError as error:
         in_run = (folder.parent / "config.yaml").exists()
-        fix = f"write the export again: make export RUN={folder.parent}" if in_run else "export or import it again"
+        fix = f"rewrite the export: make export RUN={folder.parent}" if in_run else "export or import it again"
         raise UserError(f"the exported student cannot be loaded: {error}", fix=fix) from error
     return model
 
@@ -216,11 +216,11 @@ def _try(model: nn.Module, image_size: int, folder: Path) -> None:
         model(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
         got = f"{image_size} x {image_size} pixels: {error}"
-        raise UserError("the model does not take images of this size", got=got, where=folder) from error
+        raise UserError("the model does not accept images of this size", got=got, where=folder) from error
 
 
 def _check_depth(args: Mapping[str, Any], tensors: int, where: Path) -> None:
-    """Numbers of blocks are bounded by the file of weights before anything is built."""
+    """Check, before building the model, that it has no more blocks than the weights file has tensors."""
     for name, value in args.items():
         values = value if isinstance(value, list) else [value]
         numbers = [number for number in values if isinstance(number, int)]

@@ -1,8 +1,8 @@
-"""Checkpoints of upstream's distiller, brought to timm's and to our names.
+"""Imports checkpoints of upstream's distiller under timm's names and the names of `ScaleKDHeads`.
 
-In: a .pth file as mmengine writes it. Out: the student as plain timm loads it, the projectors as heads.safetensors.
-Invariant: every tensor that the models have comes from the file and fits; every tensor of the file is used, or is of
-a kind that upstream is known to carry without using it, and listed.
+In: a .pth file as mmengine writes it. Out: a student folder for plain timm, and the projectors as heads.safetensors.
+Invariant: every tensor of the models comes from the file and fits; every tensor of the file is used, or is known to
+be unused by upstream and listed.
 """
 
 from collections import Counter
@@ -30,7 +30,7 @@ OUTPUTS = {"student", "heads.safetensors"}
 
 @dataclass(kw_only=True)
 class Problems:
-    """What keeps a checkpoint from being taken, collected over its parts."""
+    """Problems that prevent an import, collected over the parts of a checkpoint."""
 
     missing: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
@@ -42,17 +42,17 @@ class Problems:
         lines = [f"{len(names)} {what}: {shown_names(names)}" for what, names in groups if names]
         if lines:
             raise UserError(
-                "this checkpoint does not hold exactly what the student and the projectors need",
+                "this checkpoint does not match the student and the projectors",
                 got="; ".join(lines),
                 expected=f"upstream's {title} and projectors, as docs/METHOD.md lists them (missing: our names)",
                 where=where,
-                fix="give the STUDENT and CLASSES it was trained with",
+                fix="set STUDENT and CLASSES to those it was trained with",
             )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImportReport:
-    """What was taken from a checkpoint and what was left in it."""
+    """What was imported from a checkpoint, and what was not."""
 
     family: str
     student_name: str
@@ -68,7 +68,7 @@ class ImportReport:
 
 
 def fit_tensors(mapped: Mapped, wanted: Mapping[str, Tensor], problems: Problems) -> dict[str, Tensor]:
-    """The tensors that `wanted` asks for, with 1x1 convolutions and linear layers brought to each other's shape."""
+    """The tensors named in `wanted`; 1x1 convolutions and linear layers are reshaped into each other."""
     problems.surplus += mapped.unknown + [mapped.sources[name] for name in mapped.tensors if name not in wanted]
     problems.missing += [name for name in wanted if name not in mapped.tensors]
     fitted = {}
@@ -94,23 +94,25 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 
 
 def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problems) -> ScaleKDHeads | None:
-    """Projectors of the shapes that a state dict tells, without memory; None when those that tell are missing."""
+    """Projectors with the shapes of a state dict, on the meta device; None if tensors that define them are missing."""
     first = {f"s{tap}": f"loss_fmd_s{tap}.projector_0." for tap in (3, 4)}
-    tell = [first["s3"] + "query.weight", first["s4"] + "pos_attention.proj.weight"]
-    tell += [prefix + "pos_embed" for prefix in first.values()]
+    shape_sources = [first["s3"] + "query.weight", first["s4"] + "pos_attention.proj.weight"]
+    shape_sources += [prefix + "pos_embed" for prefix in first.values()]
     if s4_query == "learned":
-        tell.append(first["s4"] + "query.weight")
-    untold = [HEADS + name for name in tell if name not in state or state[name].ndim < 2]
-    if untold:
-        problems.missing += untold
+        shape_sources.append(first["s4"] + "query.weight")
+    absent = [HEADS + name for name in shape_sources if name not in state or state[name].ndim < 2]
+    if absent:
+        problems.missing += absent
         return None
-    positions, width = state[tell[0]].shape
-    s4_positions = len(state[tell[4]]) if s4_query == "learned" else 2  # a query that is handed in has no parameter
-    shapes = [(x.shape[1], *x.shape[2:]) for x in (state[tell[2]], state[tell[3]])]
+    positions, width = state[shape_sources[0]].shape
+    s4_positions = (
+        len(state[shape_sources[4]]) if s4_query == "learned" else 2
+    )  # a query that is handed in has no parameter
+    shapes = [(x.shape[1], *x.shape[2:]) for x in (state[shape_sources[2]], state[shape_sources[3]])]
     config = ScaleKDConfig(s4_query="learned" if s4_query == "learned" else "s3", heads_s3=1, heads_s4=1)
     layer_norm = first["s3"] + "proj_student.1.running_mean" not in state
     with torch.device("meta"):
-        tail_out = (len(state[tell[1]]), s4_positions, 1)
+        tail_out = (len(state[shape_sources[1]]), s4_positions, 1)
         return ScaleKDHeads(config, (shapes[0], shapes[1]), (width, positions, 1), tail_out, layer_norm)  # type: ignore[arg-type]
 
 
@@ -161,19 +163,21 @@ def import_checkpoint(
     """Write `out`/student, a folder for timm, and `out`/heads.safetensors, if the checkpoint has projectors.
 
     Args:
-        path: The checkpoint.
-        out: A folder that is new, empty, or of an earlier import.
-        student_name: timm name or short name of the student (None: the paper's student that it fits).
+        path: The checkpoint file.
+        out: A new or empty folder, or one of an earlier import.
+        student_name: timm name or short name of the student (None: the matching student of the paper).
         num_classes: Width of the classifier (None: the checkpoint's).
         image_size: Side of the images, pixels (None: timm's for this name).
-        s4_query: s3 where S4's query was handed over from S3, as upstream's distiller does whenever it has S3's
-            projectors: an own one is dead then, and left out; learned to take it.
+        s4_query: s3 if S4's query came from S3, as in upstream's distiller whenever it has S3's projectors (the stored
+            query is unused then and not imported); learned to import it.
 
     Raises:
-        UserError: naming what is missing, surplus or of another shape; nothing is written then.
+        UserError: tensors are missing, extra or of another shape; nothing is written then.
     """
     if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
-        raise UserError("the folder for the import is in use", where=out, expected="a new folder", fix="change OUT")
+        raise UserError(
+            "the import folder already contains other files", where=out, expected="a new folder", fix="change OUT"
+        )
     if student_name is not None and student_name not in SHORT_NAMES:
         student_name = check_name(student_name, "student")
     student_state, prefix, head_state, left_out, unknown = split_parts(read_checkpoint(path), path)
@@ -211,7 +215,7 @@ def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
     family = family_of(state)
     if family is None:
         raise UserError(
-            "the student of this checkpoint is of no documented family",
+            "the architecture of this checkpoint's student is not supported",
             got=shown_names([prefix + name for name in state]),
             expected=", ".join(f"{known.title} ({prefix}{known.mark})" for known in FAMILIES),
             where=path,
@@ -220,7 +224,7 @@ def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
 
 
 def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path | None:
-    """heads.safetensors, that of an earlier import removed; None where the checkpoint has no projectors."""
+    """Write heads.safetensors, replacing that of an earlier import; None if the checkpoint has no projectors."""
     file = out / "heads.safetensors"
     file.unlink(missing_ok=True)
     if not heads:
@@ -232,7 +236,7 @@ def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path 
 
 
 def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int, path: Path) -> str:
-    """The paper's student whose tensors these are, found by comparing names and shapes without memory."""
+    """The paper's student with these tensors, found by comparing names and shapes on the meta device."""
     for short in PAPER_STUDENTS:
         name, args = SHORT_NAMES.get(short, (short, {}))
         if not args.items() >= family.args.items():
@@ -244,10 +248,10 @@ def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int,
         if problems == Problems():
             return short
     raise UserError(
-        f"this {family.title} is none of the paper's students",
+        f"this {family.title} is not one of the paper's students",
         expected=", ".join(PAPER_STUDENTS),
         where=path,
-        fix="say which model it is: STUDENT=name; what does not fit is named then",
+        fix="set STUDENT=name of the model; the error then names the tensors that do not match",
     )
 
 
@@ -259,6 +263,6 @@ def _classes(state: Mapping[str, Tensor], prefix: str, path: Path) -> int:
 
 
 def summary(names: list[str]) -> list[str]:
-    """Names by their first part with their number ("teacher.* (329)"); one that stands alone is given whole."""
+    """Names by their first part with their number ("teacher.* (329)"); a single name is given in full."""
     groups = Counter(name.partition(".")[0] + "." if name.startswith(LEFT_OUT) else name for name in names)
     return [f"{group}* ({count})" if group.endswith(".") else group for group, count in groups.items()]

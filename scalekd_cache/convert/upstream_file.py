@@ -1,8 +1,8 @@
-"""What a checkpoint of upstream's distiller holds, by upstream's own names.
+"""Reads a checkpoint of upstream's distiller, under upstream's names.
 
-In: a .pth file as mmengine writes it. Out: its tensors, and which of them are student, projectors, or not wanted.
-Invariant: the file is opened with weights only. Objects of unknown classes become inert stand-ins; a file that would
-call a function is refused.
+In: a .pth file as mmengine writes it. Out: its tensors, split into student, projectors and unused parts.
+Invariant: the file is opened with `weights_only`. Objects of unknown classes become inert placeholders; a file that
+would call a function is an error.
 """
 
 import pickle
@@ -20,19 +20,19 @@ from scalekd_cache.store.checked_files import check_regular
 HEADS = "distill_losses."
 STUDENT = "student."
 LEFT_OUT = ("teacher.", "linear.", "data_preprocessor.")
-"""Parts of a checkpoint that are not wanted; `linear` is a layer that upstream's forward pass never calls."""
+"""Unused parts of a checkpoint; `linear` is a layer that upstream's forward pass never calls."""
 NAMES_SHOWN = 8
 MOST_CLASSES = 64
-"""Unknown classes in one file; mmengine's checkpoints have about ten."""
+"""Maximum number of unknown classes in one file; mmengine's checkpoints have about ten."""
 INERT_CALLS = frozenset(
     ["builtins.getattr", "numpy.dtype", "copyreg._reconstructor"]
     + [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
 )
-"""Functions that pickle itself calls for data: arrays, scalars, methods by name. None of them runs here."""
+"""Functions that pickles call to build data (arrays, scalars, methods by name). None of them runs here."""
 
 
 def shown_names(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
+    """The first names of a list, and the number of the others."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + more
 
@@ -40,12 +40,12 @@ def shown_names(names: list[str]) -> str:
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
     """The tensors of a checkpoint by upstream's names.
 
-    Takes {"state_dict": ...} or the state dict itself, with or without the `module.` of a parallel wrapper. mmengine
-    puts a moving average, where the run had one, into "state_dict" itself and the plain weights into
-    "ema_state_dict": the average is what is taken.
+    Accepts {"state_dict": ...} or a plain state dict, with or without the `module.` prefix of a parallel wrapper. If
+    the run had a moving average, mmengine stores it in "state_dict" and the plain weights in "ema_state_dict": the
+    average is used.
 
     Raises:
-        UserError: a file that is not there or damaged, or that calls functions when it is read.
+        UserError: the file is missing or damaged, or calls functions when it is read.
     """
     check_regular(path, "the checkpoint")  # torch.load would wait for a FIFO
     found = _load_inert(path)
@@ -54,7 +54,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
         raise UserError(
-            "this checkpoint holds no state dict",
+            "this checkpoint has no state dict",
             got=", ".join(map(str, found)) if isinstance(found, Mapping) else type(found).__name__,
             expected="{'state_dict': {name: tensor, ...}}, or {name: tensor, ...}",
             where=path,
@@ -64,14 +64,14 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 class _Refusing(type):
-    """A class that cannot be called: pickle's own way to an object (`NEWOBJ`) does not call it."""
+    """Metaclass of classes that cannot be called; pickle's `NEWOBJ` creates objects without a call."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise pickle.UnpicklingError(f"Trying to call {cls.__name__}")
 
 
 class _Inert(metaclass=_Refusing):
-    """Stands for an object of a class that is not known here: takes any state and keeps nothing."""
+    """Placeholder for an object of an unknown class: accepts any state and stores nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return object.__new__(cls)
@@ -81,12 +81,12 @@ class _Inert(metaclass=_Refusing):
 
 
 def _inert(path: str) -> Callable[..., Any]:
-    """What the file gets in place of `path`: a class without behavior, or a function that gives an object of one."""
+    """Replacement for the class or function `path`: a class without behavior, or a function that returns its object."""
     return (lambda *args: _Inert.__new__(_Inert)) if path in INERT_CALLS else _Refusing(path, (_Inert,), {})
 
 
 def _load_inert(path: Path) -> Any:
-    """Open a file with weights only; objects of other classes, such as mmengine's logs, become `_Inert`."""
+    """Open a file with `weights_only`; objects of other classes, such as mmengine's logs, become `_Inert`."""
     own = f"{__name__}._Inert"
     stand_ins: dict[str, tuple[Callable[..., Any], str]] = {own: (_Inert, own)}
     while True:
@@ -95,9 +95,9 @@ def _load_inert(path: Path) -> Any:
                 return torch.load(path, map_location="cpu", weights_only=True)
         except OSError as error:
             raise UserError(
-                "cannot read the checkpoint", got=error, where=path, fix="give CKPT a readable file"
+                "cannot read the checkpoint", got=error, where=path, fix="set CKPT to a readable file"
             ) from error
-        except Exception as error:  # a damaged or hostile pickle fails in many ways
+        except Exception as error:  # damaged and malicious pickles fail in many ways
             unknown = re.search(r"Unsupported global: GLOBAL ([\w.]+)", str(error))
             name = unknown[1] if unknown else ""
             name = f"builtins.{name}" if unknown and "." not in name else name
@@ -111,17 +111,17 @@ def _unreadable(path: Path, error: Exception) -> UserError:
     called = re.search(r"(?:GLOBAL:?|Trying to call(?: reduce for unrecognized function)?) ([^\s]+)", str(error))
     if called is None:
         return UserError(
-            "this file is damaged, or torch.save did not write it",
+            "this file is damaged or was not written by torch.save",
             got=f"{type(error).__name__}: {' '.join(str(error).split())[:200]}",
             where=path,
-            fix="fetch it again, and compare its size and checksum",
+            fix="download it again, and compare its size and checksum",
         )
     return UserError(
-        "this checkpoint cannot be opened with weights only: it calls functions, which can run any code",
+        "this checkpoint cannot be opened with weights_only: it calls functions, which can run any code",
         got=called[1],
-        expected="tensors, plain containers and objects that are data, such as mmengine's logs (they are left out)",
+        expected="tensors, plain containers and objects that are data, such as mmengine's logs (they are skipped)",
         where=path,
-        fix="copy its state dict into a file of its own where you trust it: torch.save({'state_dict': ...}, 'new.pth')",
+        fix="if you trust it, save its state dict to a separate file: torch.save({'state_dict': ...}, 'new.pth')",
     )
 
 
@@ -131,7 +131,7 @@ class Parts(NamedTuple):
     student: dict[str, Tensor]
     """`backbone.*` and `head.*`, without the prefix."""
     prefix: str
-    """What stood before them: "student.", or nothing."""
+    """The removed prefix: "student.", or nothing."""
     heads: dict[str, Tensor]
     """`loss_fmd_s3.*` and `loss_fmd_s4.*`, without `distill_losses.`."""
     left_out: list[str]
@@ -139,9 +139,9 @@ class Parts(NamedTuple):
 
 
 def split_parts(state: Mapping[str, Tensor], path: Path) -> Parts:
-    """Sort the tensors of a checkpoint.
+    """Split the tensors of a checkpoint by part.
 
-    A file without `student.` that has `backbone.*` is a student on its own, as upstream's transfer script writes it.
+    A file with `backbone.*` but without `student.` is a plain student, as upstream's transfer script writes it.
     """
     prefix = STUDENT if any(name.startswith(STUDENT) for name in state) else ""
     student: dict[str, Tensor] = {}
@@ -157,10 +157,10 @@ def split_parts(state: Mapping[str, Tensor], path: Path) -> Parts:
             (left_out if name.startswith(LEFT_OUT) else unknown).append(name)
     if not student:
         raise UserError(
-            "this checkpoint holds no student",
+            "this checkpoint has no student",
             got=shown_names(sorted({name.partition(".")[0] for name in state})) or "nothing",
             expected="names that begin with student.backbone., or backbone.",
             where=path,
-            fix="give a checkpoint of upstream's distiller",
+            fix="use a checkpoint of upstream's distiller",
         )
     return Parts(student, prefix, heads, left_out, unknown)
