@@ -84,6 +84,8 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
     if damaged:
         notes.append(f"{path.name}: {damaged} damaged lines of {METRICS} are left out.")
+    if summary is not None and not lines:
+        notes.append(f"{path.name} has no lines in {METRICS}: its curves are left out.")
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
