@@ -1,1 +1,1 @@
-"""Benchmarks: one script a question, in the folder of the room that it measures; `harness.py` is shared."""
+"""Benchmarks: one script per question, in a folder per room; `harness.py` is shared. Run with `python -m`."""

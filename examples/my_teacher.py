@@ -1,4 +1,4 @@
-"""A teacher of one's own: any `nn.Module` whose end can be named (PLUGIN=examples.my_teacher TEACHER=my_net)."""
+"""A custom teacher: any `nn.Module` whose last part can be named (PLUGIN=examples.my_teacher TEACHER=my_net)."""
 
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,7 @@ from scalekd_cache import TailParts, register_family
 
 
 class MyNet(nn.Module):
-    """Stands for a network of yours: four stages, a norm, a classifier."""
+    """Stands for your network: four stages, a norm, a classifier."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()
@@ -27,7 +27,7 @@ class MyNet(nn.Module):
 # The adapter.
 @register_model
 def my_net(pretrained: bool = False, num_classes: int = 1000, **_: Any) -> MyNet:
-    """Make it known to timm by a name; weights come from TEACHER_WEIGHTS=."""
+    """Register the model with timm; weights come from TEACHER_WEIGHTS=."""
     model = MyNet(num_classes)
     model.num_classes, model.get_classifier = num_classes, lambda: model.head
     model.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

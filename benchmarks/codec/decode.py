@@ -46,7 +46,7 @@ def codecs() -> dict[str, FeatureCodec]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--batch", type=int, help=f"views decoded at once (default 32, {GPU_BATCH} on a GPU)")
     parser.add_argument("--repeats", type=int, default=30)

@@ -1,7 +1,7 @@
 """What does each codec keep of real features, in how many bytes, at what speed?
 
-    python benchmarks/codec/fidelity.py --cache DIR [--head teacher.safetensors] [--name demo] [--views 512]
-    python benchmarks/codec/fidelity.py --features maps.npy --ids images.npy [--name tinyvit]
+    python -m benchmarks.codec.fidelity --cache DIR [--head teacher.safetensors] [--name demo] [--views 512]
+    python -m benchmarks.codec.fidelity --features maps.npy --ids images.npy [--name tinyvit]
 
 Features come from a cache of float32 or float16 features, or from a file of maps (N, C, H, W) float32 with one number
 an image beside it. Codecs are fitted on half of the images and measured on the other half. The bound is Gaussian
@@ -180,7 +180,7 @@ def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, pa
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--cache", type=Path)
     parser.add_argument("--features", type=Path)

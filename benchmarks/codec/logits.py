@@ -1,6 +1,6 @@
 """What do the ways of keeping a teacher's logits lose, and what do they cost?
 
-    python benchmarks/codec/logits.py --cache DIR --head teacher.safetensors [--views 512] [--top-k 3]
+    python -m benchmarks.codec.logits --cache DIR --head teacher.safetensors [--views 512] [--top-k 3]
 
 The cache holds float32 features, beside which logits are exact; the head file has the teacher's `head.fc.weight` and
 `.bias` on the mean of its last map. For top-k the kept classes are exact and the mass of the others is known: the

@@ -1,4 +1,4 @@
-"""Runs of the demo on one and two processes, beside what the simulation of `scale_model.py` says of them.
+"""Runs of the demo on one and two processes, beside what the simulation of `simulate.py` says of them.
 
 In: this machine. Out: rows of (what, measured seconds, simulated seconds). Invariant: what is simulated was not used
 to set the simulation. Durations come from two jobs of one process side by side, so that sharing the machine is in

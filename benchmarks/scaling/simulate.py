@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--check] [--repeats 3]
 
-`--check` measures the demo first (`scale_measure.py`, some minutes on two cores) and holds the simulation against
+`--check` measures the demo first (`measure.py`, some minutes on two cores) and holds the simulation against
 it; without it the check of the results file stays. Stage 1 is simulated unit by unit, stage 2 step by step
 between failures. The clusters are assumptions, written into the results: durations follow from FLOPs (docs/COSTS.md)
 at the shares of a GPU's peak that `make plan` assumes, bytes are those of a default cache (docs/BENCHMARKS.md).

@@ -111,7 +111,7 @@ def measure(records: int, folder: Path) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[4, 6, 8], help="powers of ten")
     parser.add_argument("--folder", type=Path, help="where (default: the temporary folder); 10^8 makes 420,000 files")

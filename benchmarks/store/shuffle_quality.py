@@ -1,6 +1,6 @@
 """How well does the order of training shuffle, and how much does a process read for it?
 
-    python benchmarks/store/shuffle_quality.py
+    python -m benchmarks.store.shuffle_quality
 
 Positions: where samples stand in an epoch, over many epochs, beside independent uniform numbers. Mixing: different
 classes in a batch, and pairs of one class within 16 batches, of a data set that is sorted by class (tars written class
@@ -92,7 +92,10 @@ def orders(labels: Ids) -> dict[str, tuple[Ids, Order | None]]:
         "full permutation": (labels, None),
         "image folder (hashed), 64 blocks of 64": (hashed, Order(window=WINDOW, **plain)),
         "class-sorted tars, 64 blocks of 64": (labels, Order(window=WINDOW, **plain)),
-        f"class-sorted tars, {wide:,} blocks of 64 (chosen by likeness)": (labels, Order(window=wide, **plain)),
+        f"class-sorted tars, {wide:,} blocks of 64 (chosen by likeness)": (
+            labels,
+            Order(window=wide, **plain),
+        ),
     }
 
 
@@ -222,7 +225,7 @@ def plot(mixed: dict[str, dict[str, float]], labels: Ids, trained: dict[str, dic
 
 
 def main() -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     torch.set_num_threads(1)
     labels = np.repeat(np.arange(CLASSES), EACH)
     mixed = {name: mixing(*pair) for name, pair in orders(labels).items()}

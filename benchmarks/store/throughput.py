@@ -273,7 +273,7 @@ def overhead(backend: str, folder: Path) -> Measurement:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one)")
     parser.add_argument("--records", type=int, default=512)

@@ -1,10 +1,10 @@
 """The whole study: is offline as good as online? Resumable run by run, with an estimate first.
 
     make study [FORM=cpu|cpu-long|full] [DATA=data/cifar10-small TEACHER_WEIGHTS=teachers/file.safetensors] [HOURS=1.5]
-    python -m benchmarks.study.__main__ --form cpu --plan            # the estimate alone
+    python -m benchmarks.study --form cpu --plan            # the estimate alone
 
-In: the plan in `study_plan.py`. Out: a JSON line a run in benchmarks/results/study/<setting>.jsonl, and a line a cache
-in <setting>-caches.jsonl; then the figures and tables of `study_figures.py`.
+In: the plan in `plan.py`. Out: a JSON line a run in benchmarks/results/study/<setting>.jsonl, and a line a cache
+in <setting>-caches.jsonl; then the figures and tables of `figures.py`.
 Everything is done by the project's own commands (`pipelines.cache_teacher`, `pipelines.distill`), called in this
 process to save their start. Invariant: a line is written when its run is finished and judged; a killed study, started
 again, goes on with the run it was in, from its last checkpoint. The folder of a run that has its line is removed.
@@ -42,7 +42,7 @@ FROM_SUMMARY = (
 
 
 class Places(NamedTuple):
-    """Where things are."""
+    """Paths and teacher of a study."""
 
     work: Path
     """Caches and runs."""
@@ -104,7 +104,7 @@ def run_folder(run: Run, places: Places) -> Path:
 
 @contextmanager
 def reading(arm: Arm) -> Iterator[None]:
-    """The ways of making and reading that no option of the commands offers (`study_judge.py`)."""
+    """The ways of making and reading that no option of the commands offers (`judge.py`)."""
     from benchmarks.study.judge import norms_of_what_is_decoded, without_dither
 
     with ExitStack() as stack:
@@ -247,7 +247,9 @@ def go(settings: list[Setting], places: Places, budget_s: float) -> bool:
         spent = time.monotonic() - started
         ahead = [seconds_of(later, read_lines(places.results / f"{one.name}.jsonl")) for one, later in todo[number:]]
         if spent + (ahead[0] or 0) > budget_s:
-            print(f"time is used up: {len(todo) - number} runs are left, the same command goes on", flush=True)
+            print(
+                f"time limit reached: {len(todo) - number} runs remain; rerun the same command to continue", flush=True
+            )
             return False
         line = train(setting, run, places, judges)
         append_line(places.results / f"{setting.name}.jsonl", line)
@@ -279,7 +281,9 @@ def main() -> None:
     parser.add_argument("--teacher", help="its timm name, where it is not the recipe's (then give --work, --results)")
     parser.add_argument("--work", type=Path, default=Path("runs/study"), help="caches and runs")
     parser.add_argument("--results", type=Path, default=STUDY_RESULTS)
-    parser.add_argument("--hours", type=float, default=float("inf"), help="begin no run that would end later")
+    parser.add_argument(
+        "--hours", type=float, default=float("inf"), help="start no run that would end after this many hours"
+    )
     parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
     options = parser.parse_args()
     from benchmarks.study.estimate import print_estimate
@@ -292,9 +296,9 @@ def main() -> None:
     without = [setting.name for setting in settings if setting.given and not (places.data and places.teacher_weights)]
     settings = [setting for setting in settings if setting.name not in without]
     for name in without:
-        print(f"{name} is left out: give DATA= and TEACHER_WEIGHTS= (pipelines/recipes/{name}.yaml says how)")
+        print(f"{name} is skipped: give DATA= and TEACHER_WEIGHTS= (pipelines/recipes/{name}.yaml says how)")
     if places.data and not any(setting.given for setting in known.values()):
-        print(f"form {form} is the demo alone: DATA= is for FORM=cpu-long and FORM=full")
+        print(f"form {form} uses only the demo: DATA= is for FORM=cpu-long and FORM=full")
     print(f"form {form}; results in {places.results}")
     print_estimate(settings, places)
     if options.plan:
@@ -311,5 +315,5 @@ if __name__ == "__main__":
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunInterrupted as stop:
-        print(f"{stop}\nthe same command goes on with the study", file=sys.stderr)
+        print(f"{stop}\nrerun the same command to resume the study", file=sys.stderr)
         sys.exit(stop.exit_code)

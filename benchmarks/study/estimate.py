@@ -1,4 +1,4 @@
-"""What a study is going to take, before it begins.
+"""Estimates the time and disk space of a study.
 
 In: settings and what is done of them. Out: a table: runs, minutes, disk. Invariant: times come from finished runs of
 the same kind where there are any, else from real steps of the student with its heads, measured with random weights.
@@ -112,14 +112,14 @@ def print_estimate(settings: Sequence[Setting], places: Any) -> None:
         disk = sum(views * (values + rest) for rest in own.values())
         print(
             f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs to do, {steps} steps each, {images} images, "
-            f"about {minutes:.0f} min of this machine as it is now;\n  {len(caches)} caches of {views} views, at most "
-            f"{disk / 1e9:.2f} GB (and one run's checkpoint)"
+            f"about {minutes:.0f} min on this machine under its current load;\n"
+            f"  {len(caches)} caches of {views} views, at most {disk / 1e9:.2f} GB (and one run's checkpoint)"
         )
         for student, kinds in measured.items():
             each = ", ".join(f"{kind} {1000 * value:.0f} ms" for kind, value in kinds.items())
             print(f"  a step of {student}, measured: {each}")
         total += minutes
-    print(f"in all about {total:.0f} min; stop it whenever you like, the same command goes on", flush=True)
+    print(f"in all about {total:.0f} min; interrupt it at any time, rerun to resume", flush=True)
 
 
 def _train_options(setting: Setting) -> dict[str, str]:

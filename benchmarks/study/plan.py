@@ -16,7 +16,7 @@ class OwnTeacher(NamedTuple):
     epochs: int = 30
     """Of its training."""
     name: str = "demo_swin"
-    """Of its model (`study_swin.py`)."""
+    """Of its model (`demo_teachers.py`)."""
 
 
 class CacheSpec(NamedTuple):

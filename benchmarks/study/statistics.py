@@ -1,7 +1,7 @@
 """Paired differences and their intervals, from the study's result lines.
 
-In: lines as `study.py` writes them. Out: numbers. Invariant: two runs are compared only when student and seed agree and
-both were made with the same views; one arm's missing seeds drop out of the other's too.
+In: lines as `__main__.py` writes them. Out: numbers. Invariant: two runs are compared only when student and seed agree
+and both were made with the same views; one arm's missing seeds drop out of the other's too.
 """
 
 import json

@@ -2,7 +2,7 @@
 
     python -m benchmarks.training.activation_checkpointing [--batch 16]
 
-Counted: what autograd keeps in a step of student, heads and Swin-L's tail (`step_memory.py`, the meta device).
+Counted: what autograd keeps in a step of student, heads and Swin-L's tail (`planning/costs.py`, meta device).
 Measured: peak memory of a process that makes two steps of the student alone at 224 px in float32, over that of a
 process that only builds it, and the seconds of the second step. Prints a Markdown table.
 """

@@ -1,6 +1,6 @@
 """What does distillation give on the demo? A student distilled against the same student alone, at equal steps.
 
-    python benchmarks/training/demo_table.py [--student resnet18] [--seeds 0 1 2] [--epochs 3]
+    python -m benchmarks.training.demo_table [--student resnet18] [--seeds 0 1 2] [--epochs 3]
 
 Uses the commands a user types. Writes benchmarks/results/demo-<student>.json and prints a Markdown table.
 """

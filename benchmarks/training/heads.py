@@ -88,7 +88,7 @@ class Merge(torch.nn.Module):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, help="default 4 on a CPU, 128 on a GPU")

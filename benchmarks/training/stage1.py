@@ -36,7 +36,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     for name, (cpu, gpu) in DEFAULTS.items():

@@ -49,7 +49,7 @@ def first_step(cache: Path, run: Path) -> tuple[float, float]:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--repeats", type=int, default=5)
     repeats = parser.parse_args(argv).repeats

@@ -162,7 +162,7 @@ def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure, write, print."""
+    """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--pair", nargs=3, action="append", metavar=("STUDENT", "TEACHER", "BATCH"))
     parser.add_argument("--images", type=int, default=64)
