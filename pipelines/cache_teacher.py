@@ -15,7 +15,7 @@ from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.order import batches_that_fit
-from scalekd_cache.store.manifest import Manifest, read_manifest
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 
 
 def main(argv: list[str]) -> None:
@@ -59,7 +59,7 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
 def stage1_section(argv: list[str]) -> dict[str, Any]:
     """The recipe's options of stage 1, with views and data set of the cache whose pixels are shared, if any."""
     pixels_from = value_of(argv, "--cache.pixels_from")
-    shared = read_manifest(Path(pixels_from)) if pixels_from else None
+    shared = read_manifest(Path(pixels_from)).facts if pixels_from else None
     recipe = value_of(argv, "--recipe") or (shared.recipe if shared else "demo")
     section = {**recipe_section(recipe, "cache"), "recipe": recipe}
     if shared is not None and pixels_from is not None:
@@ -70,7 +70,7 @@ def stage1_section(argv: list[str]) -> dict[str, Any]:
     return section
 
 
-def _of_pixels(section: dict[str, Any], shared: Manifest) -> dict[str, Any]:
+def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
     """A recipe's options with views and data set replaced by those of the cache whose pixels are shared."""
     data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
     views = {"num_views": shared.num_views}

@@ -7,7 +7,7 @@ from pipelines.command import check_cache_path, check_recipe_given, parse, run, 
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.growing import read_cache_facts
-from scalekd_cache.store.manifest import Manifest, ManifestFacts
+from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import open_place
 
@@ -16,13 +16,13 @@ def main(argv: list[str]) -> None:
     """Parse the options of stage 2, compare RECIPE= with the cache, then train or print the dry run."""
     argv, dry = without_flag(argv, "--dry-run")
     cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
-    manifest = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
-    recipe = value_of(argv, "--recipe") or (manifest.recipe if manifest else "demo")
+    facts = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
+    recipe = value_of(argv, "--recipe") or (facts.recipe if facts else "demo")
     config = parse(
         DistillConfig, "distill", argv, {**recipe_section(recipe, "distill"), "recipe": recipe}, __doc__ or ""
     )
-    assert manifest is not None
-    check_recipe_given(argv, manifest.view_recipe, cache)
+    assert facts is not None
+    check_recipe_given(argv, facts.view_recipe, cache)
     if config.run is None:
         suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
         config = dataclasses.replace(config, run=f"runs/{config.student.name}{suffix}")
@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
     distill(config, this_process(config.device))
 
 
-def _facts(cache: StoredPath, argv: list[str]) -> Manifest | ManifestFacts:
+def _facts(cache: StoredPath, argv: list[str]) -> ManifestFacts:
     """The facts of the cache. With --follow, wait for a cache that no writer has started yet."""
     follow = value_of(argv, "--follow") in ("true", "True", "yes", "1")
     if not follow:

@@ -56,10 +56,10 @@ def main(argv: list[str]) -> None:
 
 def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
     """The other cache that holds the pixels, if there is one and it is available."""
-    from scalekd_cache.store.shared_pixels import pixels_of
+    from scalekd_cache.store.shared_pixels import open_shared_pixels
 
     try:
-        return pixels_of(cache, config.pixels_from, 1)
+        return open_shared_pixels(cache, config.pixels_from, 1)
     except UserError:
         if config.pixels_from is not None:
             raise

@@ -12,7 +12,7 @@ from scalekd_cache.errors import UserError
 if TYPE_CHECKING:
     from scalekd_cache.audit.reinfer import TeacherAgreement
     from scalekd_cache.store.path import StoredPath
-    from scalekd_cache.store.verify import Findings
+    from scalekd_cache.store.verify import CheckResult
     from scalekd_cache.store.verify_unit import Problem
 
 
@@ -62,7 +62,7 @@ def check_folder(root: Path) -> None:
     check_cache_path(str(root))
 
 
-def _check(config: VerifyConfig) -> "tuple[Findings, TeacherAgreement | None]":
+def _check(config: VerifyConfig) -> "tuple[CheckResult, TeacherAgreement | None]":
     """Run the check. Torch is imported for the deep check only."""
     if not config.deep:
         from scalekd_cache.store.verify import check_cache
@@ -107,7 +107,7 @@ def _fidelity(root: "StoredPath") -> dict[str, Any]:
         return {}
 
 
-def _print(facts: dict[str, Any], findings: "Findings", agreement: "TeacherAgreement | None") -> None:
+def _print(facts: dict[str, Any], findings: "CheckResult", agreement: "TeacherAgreement | None") -> None:
     for problem in findings.problems:
         print(line_of(problem))
     for note in findings.notes:
@@ -131,7 +131,7 @@ def _print(facts: dict[str, Any], findings: "Findings", agreement: "TeacherAgree
 
 
 def _as_json(
-    config: VerifyConfig, fidelity: dict[str, Any], findings: "Findings", agreement: "TeacherAgreement | None"
+    config: VerifyConfig, fidelity: dict[str, Any], findings: "CheckResult", agreement: "TeacherAgreement | None"
 ) -> dict[str, Any]:
     return {
         "cache": config.cache,

@@ -46,7 +46,7 @@ COLUMNS = ("codec", "bytes", "of int8", "bytes / R(D), normalized and plain", "c
 def from_cache(root: Path, views: int) -> tuple[Tensor, np.ndarray]:
     """Maps of view 0 of a lossless cache, a number an image."""
     cache = Cache.open(root)
-    codec = codec_from_config(cache.manifest.codec, cache.root)
+    codec = codec_from_config(cache.manifest.facts.codec, cache.root)
     if codec.id not in ("float32", "float16"):
         raise SystemExit(f"{root} holds {codec.id} features; make a cache with CODEC=float32")
     count = min(views, len(cache))

@@ -43,7 +43,10 @@ def main() -> None:
     torch.set_num_threads(1)
     cache = Cache.open(options.cache)
     records = cache.read(np.linspace(0, len(cache) - 1, min(options.views, len(cache))).astype(np.int64), 0)
-    exact, kept = codec_from_config(cache.manifest.codec), logit_codec_from_config(cache.manifest.logit_codec)
+    exact, kept = (
+        codec_from_config(cache.manifest.facts.codec),
+        logit_codec_from_config(cache.manifest.facts.logit_codec),
+    )
     maps = exact.decode(torch.from_numpy(exact.unpack([record.features for record in records]))).features.contiguous()
     logits = np.stack([kept.decode(record.logits) for record in records])
     head = load_file(options.head)
@@ -80,7 +83,7 @@ def main() -> None:
         again = torch.nn.functional.linear(features.mean((2, 3)), weight, bias).numpy()
         row(f"recomputed from {name}", 0.0, again, logits[half:])
     result = {
-        "teacher": cache.manifest.teacher["spec"]["name"],
+        "teacher": cache.manifest.facts.teacher["spec"]["name"],
         "classes": classes,
         "rows": rows,
     }

@@ -7,7 +7,6 @@ and 8 views a unit. Each size runs in a process of its own, which reports second
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import resource
@@ -31,27 +30,27 @@ def make_cache(root: Path, records: int) -> None:
     from cache_facts import FINGERPRINT, cache_facts
 
     from scalekd_cache.store.base import FORMAT_VERSION
-    from scalekd_cache.store.durable_files import FileFact
+    from scalekd_cache.store.durable_files import FileHash
     from scalekd_cache.store.manifest import Manifest, UnitRow, units_digest, write_manifest
-    from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
+    from scalekd_cache.store.sidecar import UnitInfo, sidecar_text, unit_folder
 
     images = max(1, records // VIEWS)
     rows, index_bytes = [], 48 + 40 * IMAGES_PER_UNIT
     for number, start in enumerate(range(0, images, IMAGES_PER_UNIT)):
         count = min(IMAGES_PER_UNIT, images - start)
         keys = "".join(f"n{number % 1000:08d}/ILSVRC2012_{start + row:08d}\n" for row in range(count))
-        files = {"keys.txt": FileFact(len(keys), hashlib.sha256(keys.encode()).hexdigest())}
+        files = {"keys.txt": FileHash(len(keys), hashlib.sha256(keys.encode()).hexdigest())}
         for view in range(VIEWS):
             files |= {
-                f"v{view:04d}.tar": FileFact(SHARD_BYTES, ZEROS),
-                f"v{view:04d}.idx": FileFact(index_bytes, ZEROS),
+                f"v{view:04d}.tar": FileHash(SHARD_BYTES, ZEROS),
+                f"v{view:04d}.idx": FileHash(index_bytes, ZEROS),
             }
         info = UnitInfo(
             format=FORMAT_VERSION, fingerprint=FINGERPRINT, backend="webdataset", group=0, range_id=number, start=start,
             stop=start + count, views=list(range(VIEWS)), count=count, skipped=[], files=files,
             payload_bytes={"pixels": 0, "features": 0, "target": 0}, fidelity={}, versions={},
         )  # fmt: skip
-        folder, text = unit_folder(root, 0, number), info_text(info).encode()
+        folder, text = unit_folder(root, 0, number), sidecar_text(info).encode()
         folder.mkdir(parents=True)
         (folder / "unit.json").write_bytes(text)
         (folder / "keys.txt").write_text(keys)
@@ -60,17 +59,16 @@ def make_cache(root: Path, records: int) -> None:
                 with (folder / name).open("wb") as file:
                     file.truncate(fact.bytes)
         rows.append(UnitRow(0, number, count, hashlib.sha256(text).hexdigest()))
-    facts = cache_facts(backend="webdataset", samples_per_shard=IMAGES_PER_UNIT, groups=[list(range(VIEWS))], ranges=[])
-    kept = {field.name: getattr(facts, field.name) for field in dataclasses.fields(facts) if field.name != "ranges"}
+    facts = cache_facts(backend="webdataset", samples_per_shard=IMAGES_PER_UNIT, groups=[list(range(VIEWS))])
     manifest = Manifest(
         format_version=FORMAT_VERSION,
+        facts=facts,
         num_samples=images,
         num_views=VIEWS,
         units=rows,
         units_digest=units_digest(rows),
         fidelity={},
         bytes_per_view=dict.fromkeys(("pixels", "features", "target", "index", "total"), 0.0),
-        **kept,
     )
     write_manifest(root, manifest)
 

@@ -21,7 +21,7 @@ import zarr
 from benchmarks.harness import Measurement, argument_parser, publish_table, ratio, time_interleaved
 from scalekd_cache.store.background import CommitQueue
 from scalekd_cache.store.base import BACKENDS, Record, ShardId, shard_reader
-from scalekd_cache.store.durable_files import canonical_json, fact_of
+from scalekd_cache.store.durable_files import canonical_json, hash_file
 from scalekd_cache.store.formats.tar_index import load_index
 from scalekd_cache.store.formats.zarr_read import ShardedArray
 from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder
@@ -238,7 +238,7 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
         readers = [shard_reader(backend, folder, ShardId(0, 0, view), keys) for view in info.views]
         seconds = time_interleaved(
             repeats,
-            hash=lambda folder=folder, info=info: [fact_of(folder / name) for name in info.files],  # type: ignore[misc]
+            hash=lambda folder=folder, info=info: [hash_file(folder / name) for name in info.files],  # type: ignore[misc]
             decode=lambda readers=readers, count=info.count: [  # type: ignore[misc]
                 _batches(reader, np.arange(count)) for reader in readers
             ],

@@ -156,11 +156,12 @@ def make_cache(setting: Setting, name: str, places: Places) -> Path:
     append_line(
         file,
         {
-            "cache": name, "codec": manifest.codec, "options": list(options), "dither": CACHES[name].dither,
+            "cache": name, "codec": manifest.facts.codec, "options": list(options), "dither": CACHES[name].dither,
             "bytes_per_view": manifest.bytes_per_view, "views": manifest.num_views, "images": len(Cache.open(root)),
-            "fidelity": manifest.fidelity, "teacher": manifest.teacher["spec"]["name"],
-            "teacher_top1": manifest.teacher["top1"], "weights_sha256": manifest.teacher["spec"]["weights_sha256"],
-            "feature_shape": manifest.teacher["spec"]["feature_shape"], "fingerprint": manifest.fingerprint,
+            "fidelity": manifest.fidelity, "teacher": manifest.facts.teacher["spec"]["name"],
+            "teacher_top1": manifest.facts.teacher["top1"],
+            "weights_sha256": manifest.facts.teacher["spec"]["weights_sha256"],
+            "feature_shape": manifest.facts.teacher["spec"]["feature_shape"], "fingerprint": manifest.facts.fingerprint,
             "command": shlex.join(["python", "-m", "pipelines.cache_teacher", *argv]),
             **clock.seconds, **machine_facts(),
         },

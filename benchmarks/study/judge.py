@@ -70,10 +70,10 @@ def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
 
     opened = Cache.open(cache)
     device = this_process().device
-    options = cache_teacher_config(opened.manifest.teacher["config"], weights)
+    options = cache_teacher_config(opened.manifest.facts.teacher["config"], weights)
     teacher = load_cache_teacher(opened.manifest, options, device)
-    source = open_cache_source(opened.manifest.data, None, "train")
-    recipe = view_config(opened.manifest.view_recipe)
+    source = open_cache_source(opened.manifest.facts.data, None, "train")
+    recipe = view_config(opened.manifest.facts.view_recipe)
     maps = []
     for index in torch.linspace(0, len(source.samples) - 1, min(count, len(source.samples))).long().tolist():
         sample = source.samples[index]
@@ -129,11 +129,11 @@ class Judge:
 
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
-        options = cache_teacher_config(manifest.teacher["config"], weights)
+        options = cache_teacher_config(manifest.facts.teacher["config"], weights)
         teacher = load_cache_teacher(manifest, options, self.device)
-        source = open_cache_source(manifest.data, None, "val")
+        source = open_cache_source(manifest.facts.data, None, "val")
         order = torch.randperm(len(source.samples), generator=torch.Generator().manual_seed(0)).tolist()[:count]
-        images = ValidationImages(source, manifest.view_recipe["size"])
+        images = ValidationImages(source, manifest.facts.view_recipe["size"])
         examples = [example for index in order if (example := images[index]) is not None]
         exact = make_codec("float32", teacher.spec.feature_shape)
         self.batches = []
@@ -144,7 +144,7 @@ class Judge:
                 features, logits = teacher(pixels.to(self.device))
                 targets = Targets(*exact.decode(exact.encode(features)), logits)
             self.batches.append((pixels.to(self.device), labels.to(self.device), targets))
-        spec = TeacherSpec.from_json(manifest.teacher["spec"])
+        spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
         self.tail = load_cache_tail(self.cache, spec).to(self.device)
 
     @torch.no_grad()
@@ -161,7 +161,7 @@ class Judge:
             train=TrainConfig(**from_plain(options["train"])),
         )
         manifest = self.cache.manifest
-        size, classes = manifest.view_recipe["size"], len(manifest.class_names)
+        size, classes = manifest.facts.view_recipe["size"], len(manifest.facts.class_names)
         student = build_student(config.student, num_classes=classes, image_size=size)
         model = DistillModel(config, student, make_heads(config, student, self.tail))
         checkpoint, problems = latest_checkpoint(run / "checkpoints")

@@ -80,14 +80,14 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
         train=TrainConfig(global_batch_size=batch, micro_batch_size=batch),
     )
-    classes = len(manifest.class_names)
-    spec = TeacherSpec.from_json(manifest.teacher["spec"])
+    classes = len(manifest.facts.class_names)
+    spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
     tail = load_cache_tail(cache, spec).to(device)
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
     exact = make_codec("float32", spec.feature_shape)
     both, watch = {}, Stopwatch(device)
     for with_heads in {kind != "alone" for kind in kinds}:
-        student = build_student(config.student, num_classes=classes, image_size=manifest.view_recipe["size"])
+        student = build_student(config.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
         heads = make_heads(config, student, tail) if with_heads else None
         model = DistillModel(config, student, heads).to(device).train()
         both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))

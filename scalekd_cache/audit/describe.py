@@ -16,7 +16,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.pixels import decode_features, record_view, wrong_digest
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.reader import Cache, unit_of
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.views.pixels import decode_pixels
 from scalekd_cache.views.view import View
@@ -35,8 +35,8 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         )
     record = cache.read([position], view)[0]  # raises if its checksum differs
     manifest = cache.manifest
-    names = manifest.class_names
-    checker = RecordChecker(manifest.fingerprint_fields, cache.root, len(names))
+    names = manifest.facts.class_names
+    checker = RecordChecker(manifest.facts.fingerprint_fields, cache.root, len(names))
     decoded = decode_features(checker.codec, [record])
     return {
         "key": record.key,
@@ -57,11 +57,10 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
 
 def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
     """The shard file and the row in it."""
-    row = unit_of(cache.manifest, view, position)
-    before = sum(r.count for r in cache.manifest.units if r.group == row.group and r.range_id < row.range_id)
-    end = "tar" if cache.manifest.backend == "webdataset" else "zarr"
-    shard = unit_folder(cache.root, row.group, row.range_id) / f"v{view:04d}.{end}"
-    return {"shard": str(shard), "row": position - before}
+    unit, row = cache.locate(position, view)
+    end = "tar" if cache.manifest.facts.backend == "webdataset" else "zarr"
+    shard = unit_folder(cache.root, unit.group, unit.range_id) / f"v{view:04d}.{end}"
+    return {"shard": str(shard), "row": row}
 
 
 def describe_view_record(view: View) -> str:
@@ -84,7 +83,7 @@ def _digest_ok(cache: Cache, record: Record, encoded: bytes) -> bool | None:
     """Whether the pixels match the record's digest; None if no pixels are available."""
     if not encoded:
         return None
-    return wrong_digest(record, decode_pixels(encoded, cache.manifest.view_recipe["size"])) is None
+    return wrong_digest(record, decode_pixels(encoded, cache.manifest.facts.view_recipe["size"])) is None
 
 
 def _features(codec: FeatureCodec, decoded: FeatureMap) -> dict[str, Any]:
@@ -124,21 +123,25 @@ def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str,
 def describe_cache(cache: Cache) -> dict[str, Any]:
     """Facts about a cache, from its manifest."""
     manifest = cache.manifest
-    spec = TeacherSpec.from_json(manifest.teacher["spec"], str(cache.root))
+    spec = TeacherSpec.from_json(manifest.facts.teacher["spec"], str(cache.root))
     return {
         "cache": str(cache.root),
         "images": manifest.num_samples,
         "views": manifest.num_views,
         "units": len(manifest.units),
-        "backend": manifest.backend,
-        "recipe": manifest.recipe,
-        "fingerprint": manifest.fingerprint,
-        "teacher": {"name": spec.name, "feature_shape": list(spec.feature_shape), "top1": manifest.teacher["top1"]},
-        "classes": len(manifest.class_names),
-        "codec": manifest.codec,
-        "view_recipe": manifest.view_recipe,
-        "data": manifest.data,
+        "backend": manifest.facts.backend,
+        "recipe": manifest.facts.recipe,
+        "fingerprint": manifest.facts.fingerprint,
+        "teacher": {
+            "name": spec.name,
+            "feature_shape": list(spec.feature_shape),
+            "top1": manifest.facts.teacher["top1"],
+        },
+        "classes": len(manifest.facts.class_names),
+        "codec": manifest.facts.codec,
+        "view_recipe": manifest.facts.view_recipe,
+        "data": manifest.facts.data,
         "bytes_per_view": manifest.bytes_per_view,
         "fidelity": manifest.fidelity,
-        "versions": manifest.versions,
+        "versions": manifest.facts.versions,
     }

@@ -38,7 +38,7 @@ from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads
 from scalekd_cache.training.trainer import DistillModel
@@ -121,8 +121,8 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     """
     cache = Cache.open(config.cache, config.remote)
     manifest, device = cache.manifest, process.device
-    precision = manifest.fingerprint_fields["precision"]
-    options = cache_teacher_config(manifest.teacher["config"], config.teacher_weights, precision)
+    precision = manifest.facts.fingerprint_fields["precision"]
+    options = cache_teacher_config(manifest.facts.teacher["config"], config.teacher_weights, precision)
     teacher = load_cache_teacher(manifest, options, device)
     micro = min(config.train.micro_batch_size, len(cache), max(1, views // 2))
     data = MicroBatches(
@@ -130,7 +130,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
         Order(num_samples=len(cache), block=1, window=len(cache), seed=config.train.seed),
         micro,
         micro,
-        pixels=pixels_of(cache, config.pixels_from, manifest.num_views, config.remote),
+        pixels=open_shared_pixels(cache, config.pixels_from, manifest.num_views, config.remote),
         data=config.data,
     )
     each = len(cache) // micro
@@ -156,9 +156,9 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
     manifest = cache.manifest
     torch.manual_seed(config.train.seed)
     student = build_student(
-        config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+        config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
     )
-    tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.teacher["spec"])).to(device)
+    tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"])).to(device)
     heads = make_heads(config, student, tail)
     if config.init is not None:
         load_init_weights(config.init, student.model, heads)
@@ -230,9 +230,9 @@ def _summarize(config: DistillConfig, cache: Cache, found: _GradientSums, micro:
     cached = live + error
     return GradientComparison(
         cache=config.cache,
-        fingerprint=manifest.fingerprint,
-        codec=manifest.codec,
-        teacher=manifest.teacher["spec"]["name"],
+        fingerprint=manifest.facts.fingerprint,
+        codec=manifest.facts.codec,
+        teacher=manifest.facts.teacher["spec"]["name"],
         student=config.student.name,
         start=config.init,
         views=count * micro,

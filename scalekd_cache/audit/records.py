@@ -25,7 +25,7 @@ from scalekd_cache.loader.pixels import RecordPixels, decode_features, record_vi
 from scalekd_cache.store.base import Record, ShardId
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.verify_unit import Finding, Part
+from scalekd_cache.store.verify_unit import Part, RecordProblem
 from scalekd_cache.views.pixels import decode_pixels
 
 
@@ -60,9 +60,9 @@ class RecordChecker:
         self.shares = "pixels" in fields
         self.record_pixels = RecordPixels(self.views, source)
 
-    def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[Finding]:
+    def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[RecordProblem]:
         """All findings in these records, which are in these rows of a shard."""
-        found: list[Finding] = []
+        found: list[RecordProblem] = []
         checks = (self._label, self._logits, self._view, *(() if self.shares else (self._pixels,)))
         for record in records:
             for check in checks:
@@ -71,7 +71,7 @@ class RecordChecker:
                 except (UserError, UnreadableImage, ValueError) as error:
                     what = str(error)
                 if what is not None:
-                    found.append(Finding(record.key, what))
+                    found.append(RecordProblem(record.key, what))
         if self.pixels is not None:
             found += self._shared(self.pixels, records, shard, rows)
         return found + self._features(records)
@@ -106,7 +106,9 @@ class RecordChecker:
         wrong = None if pixels is None else wrong_digest(record, pixels)
         return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
-    def _shared(self, pixels: PixelCache, records: list[Record], shard: ShardId, rows: list[int]) -> Iterator[Finding]:
+    def _shared(
+        self, pixels: PixelCache, records: list[Record], shard: ShardId, rows: list[int]
+    ) -> Iterator[RecordProblem]:
         """Compare these records with those of the cache that holds the pixels."""
         try:
             places = pixels.records(shard.view, shard.range_id)
@@ -114,17 +116,17 @@ class RecordChecker:
             places = range(0)
         there = [(record, places[row]) for record, row in zip(records, rows, strict=True) if row < len(places)]
         for record in records[len(there) :]:
-            yield Finding(record.key, f"the pixel cache {pixels.cache.root} has no such record")
+            yield RecordProblem(record.key, f"the pixel cache {pixels.cache.root} has no such record")
         others = _read_each(pixels.cache, [position for _, position in there], shard.view)
         for (record, _), other in zip(there, others, strict=True):
             what = str(other) if isinstance(other, UserError) else self._own_digest(other)
             if what is not None:
-                yield Finding(record.key, f"in the pixel cache {pixels.cache.root}: {what}", Part.PIXELS)
+                yield RecordProblem(record.key, f"in the pixel cache {pixels.cache.root}: {what}", Part.PIXELS)
                 continue
             for name in ("key", "label", "view", "digest"):
                 mine, theirs = getattr(record, name), getattr(other, name)
                 if mine != theirs:
-                    yield Finding(record.key, f"{name} is {mine}, but {theirs} in the pixel cache")
+                    yield RecordProblem(record.key, f"{name} is {mine}, but {theirs} in the pixel cache")
 
     def _own_digest(self, record: Record) -> str | None:
         """The problem with the pixels stored in a record, or None."""
@@ -134,19 +136,19 @@ class RecordChecker:
             return str(error)
         return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
-    def _features(self, records: list[Record]) -> list[Finding]:
-        found, whole = list[Finding](), list[Record]()
+    def _features(self, records: list[Record]) -> list[RecordProblem]:
+        found, whole = list[RecordProblem](), list[Record]()
         for record in records:
             what = self._unpacking(record)
             if what is None:
                 whole.append(record)
             else:
-                found.append(Finding(record.key, what))
+                found.append(RecordProblem(record.key, what))
         if whole:
             decoded = decode_features(self.codec, whole)
             finite = decoded.features.flatten(1).isfinite().all(1) & decoded.norms.flatten(1).isfinite().all(1)
             found += [
-                Finding(record.key, "features are not finite")
+                RecordProblem(record.key, "features are not finite")
                 for record, ok in zip(whole, finite.tolist(), strict=True)
                 if not ok
             ]

@@ -7,7 +7,6 @@ Repair needs the same teacher, views, codec and data that the cache was made wit
 """
 
 import contextlib
-import dataclasses
 import functools
 import secrets
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from scalekd_cache.audit.verify_cache import manifest_or_none, verify_deep
-from scalekd_cache.caching.codec_selection import codec_options, write_mark
+from scalekd_cache.caching.codec_selection import codec_options, write_codec_choice
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.caching.job_plan import remove_stale_files
 from scalekd_cache.config.base import from_plain
@@ -30,14 +29,14 @@ from scalekd_cache.store.manifest import CLASSIFIER, STATE, ManifestFacts
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
-from scalekd_cache.store.shared_pixels import shared_place
+from scalekd_cache.store.shared_pixels import shared_pixels_path
 from scalekd_cache.store.sidecar import read_unit, unit_folder
-from scalekd_cache.store.verify import MARK, UNITS, Findings, bad_units, unit_name
+from scalekd_cache.store.verify import CODEC_FILE, UNITS, CheckResult, bad_units, unit_name
 from scalekd_cache.store.verify_unit import Part, Problem
 
 ASIDE = ".aside-"
 """Name prefix of files and folders that were moved aside; readers and writers ignore them."""
-FILES = (Part.MANIFEST, Part.TAIL, Part.KEPT)
+FILES = (Part.MANIFEST, Part.TAIL, Part.CODEC_STATE)
 """Files next to the units that stage 1 writes."""
 
 
@@ -87,15 +86,15 @@ def repair_cache(
     if Part.PLAN in parts or not (root / PLAN).exists():
         _rebuild_plan(root, found)
     units, facts = bad_units(problems), read_plan(root).facts
-    if Part.MARK in parts:
-        write_mark(root, facts.fingerprint_fields)
-    if parts & {Part.UNIT, Part.TAIL, Part.KEPT, Part.MANIFEST, Part.UNFINISHED}:
+    if Part.CODEC_CHOICE in parts:
+        write_codec_choice(root, facts.fingerprint_fields)
+    if parts & {Part.UNIT, Part.TAIL, Part.CODEC_STATE, Part.MANIFEST, Part.UNFINISHED}:
         config = stage1_config(
             facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers
         )
         _require_inputs(config, root)
         files = [problem.where for problem in problems if problem.part in FILES]
-        files += [MARK] if STATE in files else []  # otherwise stage 1 keeps the old codec state
+        files += [CODEC_FILE] if STATE in files else []  # otherwise stage 1 keeps the old codec state
         files += [MANIFEST] if CLASSIFIER in files else []  # otherwise stage 1 regards the cache as finished
         with _moved_aside(root, [*dict.fromkeys(files), *(unit_name(unit) for unit in units)]):
             cache_teacher(config, process)
@@ -122,7 +121,7 @@ def stage1_config(
     if str(autocast_dtype(precision, process.device)).removeprefix("torch.") != fields["precision"]:
         precision = fields["precision"]  # "auto" resolves differently on this machine
     if facts.pixels_from and pixels_from is None:
-        pixels_from = str(shared_place(root, facts))
+        pixels_from = str(shared_pixels_path(root, facts))
     return CacheTeacherConfig(
         recipe=facts.recipe,
         data=data_config(facts.data, data),
@@ -187,12 +186,12 @@ def _options_unreadable(root: Path, problems: list[Problem]) -> UserError:
     )
 
 
-def _rebuild_plan(root: Path, found: Findings) -> None:
+def _rebuild_plan(root: Path, found: CheckResult) -> None:
     """Write plan.json from the manifest and the ranges in the sidecars of any complete group."""
     manifest = manifest_or_none(root)
     if manifest is None:
         raise _options_unreadable(root, found.problems)
-    for group in range(len(manifest.groups)):
+    for group in range(len(manifest.facts.groups)):
         ranges = []
         for row in manifest.units:
             if row.group == group:
@@ -202,9 +201,7 @@ def _rebuild_plan(root: Path, found: Findings) -> None:
                     break
                 ranges.append([info.start, info.stop])
         else:
-            names = [field.name for field in dataclasses.fields(ManifestFacts) if field.name != "ranges"]
-            known = {name: getattr(manifest, name) for name in names}
-            write_plan(root, Plan(facts=ManifestFacts(**known, ranges=[ranges for _ in manifest.groups])))
+            write_plan(root, Plan(facts=manifest.facts, ranges=ranges))
             return
     raise UserError(
         "plan.json is damaged and cannot be rebuilt: no group of views has all its sidecars",
@@ -229,7 +226,7 @@ def _moved_aside(root: Path, names: list[str]) -> Iterator[None]:
                 moved.append((aside, path))
         yield
     except BaseException:
-        for name in {STATE, MARK} & set(names):
+        for name in {STATE, CODEC_FILE} & set(names):
             (root / name).unlink(missing_ok=True)
         for aside, path in moved:
             if not path.exists():

@@ -25,17 +25,17 @@ from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import read_plan
-from scalekd_cache.store.reader import Cache, unit_of
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import RemotePath, open_place
-from scalekd_cache.store.shared_pixels import pixels_of, shared_place
-from scalekd_cache.store.verify import Expected, Findings, check_cache, unit_name
+from scalekd_cache.store.shared_pixels import open_shared_pixels, shared_pixels_path
+from scalekd_cache.store.verify import CheckResult, Expected, check_cache, unit_name
 from scalekd_cache.store.verify_unit import Part, Problem
 
 
 class VerifyResult(NamedTuple):
     """Result of a deep check."""
 
-    findings: Findings
+    findings: CheckResult
     agreement: TeacherAgreement | None
     """Stored targets compared with the teacher's outputs; None if the teacher was not run (a note says why)."""
 
@@ -69,9 +69,9 @@ def verify_deep(
     root = open_place(place)
     notes, problems = list[str](), list[Problem]()
     manifest = manifest_or_none(root)
-    facts = manifest or _plan_facts(root)
+    facts = manifest.facts if manifest else _plan_facts(root)
     source = None if facts is None else _source_for(facts, data, notes)
-    pixels = None if facts is None else _pixels_for(root, facts, pixels_from, problems, notes)
+    pixels = None if facts is None else _pixels_for(root, facts, manifest, pixels_from, problems, notes)
     classes = None if facts is None else len(facts.class_names)
 
     def checker(expected: Expected) -> RecordChecker:
@@ -80,14 +80,14 @@ def verify_deep(
     findings = check_cache(root, deep=True, make_checker=checker, progress=progress)
     findings.problems.extend(problems)
     findings.notes.extend(notes)
-    lost = any(problem.part is Part.KEPT for problem in findings.problems)
+    lost = any(problem.part is Part.CODEC_STATE for problem in findings.problems)
     if manifest is None or records == 0 or findings.expected is None or lost:
         return VerifyResult(findings, None)
     agreement = _rerun_teacher(
         root, manifest, checker(findings.expected), weights, records, seed, device, findings.notes
     )
     if agreement is not None:
-        findings.problems.extend(_problems(agreement, manifest))
+        findings.problems.extend(_problems(agreement, Cache(root, manifest)))
     return VerifyResult(findings, agreement)
 
 
@@ -106,7 +106,7 @@ def _plan_facts(root: StoredPath) -> ManifestFacts | None:
         return None
 
 
-def _source_for(facts: Manifest | ManifestFacts, data: str | None, notes: list[str]) -> Source | None:
+def _source_for(facts: ManifestFacts, data: str | None, notes: list[str]) -> Source | None:
     """The images of a cache with replayed views; a note if they are not available."""
     if ViewConfig(**from_plain(facts.view_recipe)).pixels == "baked":
         return None
@@ -119,22 +119,23 @@ def _source_for(facts: Manifest | ManifestFacts, data: str | None, notes: list[s
 
 def _pixels_for(
     root: Path | RemotePath,
-    facts: Manifest | ManifestFacts,
+    facts: ManifestFacts,
+    manifest: Manifest | None,
     place: str | None,
     problems: list[Problem],
     notes: list[str],
 ) -> PixelCache | None:
     """The cache that holds the pixels: a note if it is missing, a problem if it is a different cache."""
-    if isinstance(facts, ManifestFacts):
+    if manifest is None:
         if facts.pixels_from:
             notes.append("shared pixels were not checked: the cache is not finished")
         return None
     try:
-        pixels = pixels_of(Cache(root, facts), place, facts.num_views)
+        pixels = open_shared_pixels(Cache(root, manifest), place, manifest.num_views)
     except UserError as error:
         if place is not None:
             raise
-        found = shared_place(root, facts)
+        found = shared_pixels_path(root, facts)
         if found is not None and (found / MANIFEST).exists():
             problems.append(Problem(MANIFEST, None, f"pixels_from: {error}", Part.PIXELS))
         else:
@@ -154,7 +155,9 @@ def _rerun_teacher(
     notes: list[str],
 ) -> TeacherAgreement | None:
     """Compare a random sample with the teacher; None, with a note, if its weights or the pixels are not available."""
-    config = cache_teacher_config(manifest.teacher["config"], weights, manifest.fingerprint_fields["precision"])
+    config = cache_teacher_config(
+        manifest.facts.teacher["config"], weights, manifest.facts.fingerprint_fields["precision"]
+    )
     if not weights_available(config):
         notes.append(
             f"the teacher was not run: its weights ({config.weights or 'pretrained'}) are not available; "
@@ -167,11 +170,11 @@ def _rerun_teacher(
     return check_targets(Cache(root, manifest), teacher, checker, records, seed)
 
 
-def _problems(agreement: TeacherAgreement, manifest: Manifest) -> list[Problem]:
+def _problems(agreement: TeacherAgreement, cache: Cache) -> list[Problem]:
     """The records that do not match the teacher, with their units."""
     problems = []
     for view, position, key, what in agreement.wrong:
-        row = unit_of(manifest, view, position)
+        row, _ = cache.locate(position, view)
         place = row.group, row.range_id
         problems.append(Problem(f"{unit_name(place)}/v{view:04d}", key, what, Part.UNIT, place))
     return problems

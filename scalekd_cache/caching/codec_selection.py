@@ -32,9 +32,9 @@ from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.store.manifest import STATE
 from scalekd_cache.store.plan import NAME as PLAN
-from scalekd_cache.store.plan import changing_plan, read_plan
+from scalekd_cache.store.plan import locked_plan, read_plan
 from scalekd_cache.store.sealed_json import sealed
-from scalekd_cache.store.verify import MARK, read_mark
+from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
 """Noise levels of the transform coder: 0.0001 to 0.075, each 7 % above the one before."""
@@ -258,13 +258,13 @@ def load_or_select_codec(
         if peers.process.rank == 0 and not _is_selected(config, root, teacher):
             selected = select_codec(config, source, teacher, peers.process.device)
             root.mkdir(parents=True, exist_ok=True)
-            with changing_plan(root):
+            with locked_plan(root):
                 if not _is_selected(config, root, teacher):  # another job may have selected one in the meantime
                     _write_codec(config, root, selected, teacher)
         if peers.process.rank == 0:
             peers.publish("codec")
         peers.wait("codec")
-    kept, asked = read_mark(root), _preset(config)
+    kept, asked = read_codec_choice(root), _preset(config)
     if kept.preset != asked:
         raise UserError(
             "this cache's codec was fitted for another preset",
@@ -283,9 +283,9 @@ def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> 
         UserError: another job has written a different codec.
     """
     if options.codec not in (*FITTED, AUTO):
-        for name in (MARK, STATE):
+        for name in (CODEC_FILE, STATE):
             (root / name).unlink(missing_ok=True)
-    elif read_mark(root).codec != codec.get_config():
+    elif read_codec_choice(root).codec != codec.get_config():
         raise UserError(
             "another job is writing this cache with another teacher or codec",
             where=root,
@@ -307,20 +307,20 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
 
 def codec_options(root: Path) -> dict[str, Any]:
     """The options of stage 1 that a cache's codec was fitted or selected with, from codec.json."""
-    preset = read_mark(root).preset
+    preset = read_codec_choice(root).preset
     if preset.startswith(f"{AUTO}, "):
         return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
     name, _, noise = preset.partition(", noise ")
     return {"codec": name, "codec_noise": float(noise or 0)}
 
 
-def write_mark(root: Path, fields: Mapping[str, Any]) -> None:
+def write_codec_choice(root: Path, fields: Mapping[str, Any]) -> None:
     """Rewrite codec.json from the fields of a cache's fingerprint; the preset follows from the codec's noise."""
     from scalekd_cache.codec.transform_fit import preset_name
 
     codec = fields["codec"]
     if "noise" not in codec:  # selected by a target but not fitted: its name is enough
-        (root / MARK).unlink(missing_ok=True)
+        (root / CODEC_FILE).unlink(missing_ok=True)
         return
     preset = preset_name(codec)
     _write_mark(root, preset, fields["teacher"]["weights_sha256"], codec, [])
@@ -330,7 +330,7 @@ def _write_mark(
     root: Path, preset: str, teacher: str, codec: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]
 ) -> None:
     content = {"preset": preset, "teacher": teacher, "codec": dict(codec), "chosen_from": list(rows)}
-    write_atomically(root / MARK, sealed(content))
+    write_atomically(root / CODEC_FILE, sealed(content))
 
 
 def _preset(config: CacheTeacherConfig) -> str:
@@ -343,7 +343,7 @@ def _preset(config: CacheTeacherConfig) -> str:
 def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
     """Whether the cache has its codec. Before there is a plan, a codec of another preset or teacher is replaced."""
     planned = (root / PLAN).exists()
-    if not (root / MARK).exists():
+    if not (root / CODEC_FILE).exists():
         # A repair removes a damaged state, and the same fit is made again.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
@@ -353,7 +353,7 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
                 fix="use the CODEC= the cache was made with, or another CACHE=",
             )
         return False
-    kept = read_mark(root)
+    kept = read_codec_choice(root)
     return planned or (kept.preset, kept.teacher) == (_preset(config), teacher.spec.weights_sha256)
 
 

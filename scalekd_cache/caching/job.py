@@ -369,8 +369,8 @@ def _teacher_top1(config: CacheTeacherConfig, stage: Stage, sample: int | None =
 
 def _report_cache(root: Path, manifest: Manifest) -> None:
     sizes = manifest.bytes_per_view
-    shared = f", shared with {manifest.pixels_from['path']}" if manifest.pixels_from else ""
-    skipped = manifest.fingerprint_fields["data"]["samples"] - manifest.num_samples
+    shared = f", shared with {manifest.facts.pixels_from['path']}" if manifest.facts.pixels_from else ""
+    skipped = manifest.facts.fingerprint_fields["data"]["samples"] - manifest.num_samples
     fidelity = "; ".join(
         f"{name.replace('_', ' ')} {row['mean']:.5f}, 1st percentile {row['p1']:.5f}"
         for name, row in manifest.fidelity.items()
@@ -379,7 +379,7 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes a view "
         f"({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
-        + f"\nteacher {manifest.teacher['spec']['name']}: {teacher_accuracy(manifest.teacher)}; "
+        + f"\nteacher {manifest.facts.teacher['spec']['name']}: {teacher_accuracy(manifest.facts.teacher)}; "
         f"decoded features: {fidelity}",
         flush=True,
     )

@@ -35,21 +35,21 @@ from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
 from scalekd_cache.store import plan as plans
-from scalekd_cache.store.durable_files import fact_of, remove_stale, write_atomically
+from scalekd_cache.store.durable_files import hash_file, remove_stale, write_atomically
 from scalekd_cache.store.manifest import (
     CLASSIFIER,
     TAIL,
     Manifest,
     ManifestFacts,
     build_manifest,
-    kept_files,
+    codec_files,
     read_manifest,
     write_manifest,
 )
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
-from scalekd_cache.store.resume import Ledger
-from scalekd_cache.store.shared_pixels import shared_with
+from scalekd_cache.store.resume import CommittedUnits
+from scalekd_cache.store.shared_pixels import pixel_reference
 from scalekd_cache.versions import library_versions
 
 
@@ -110,7 +110,7 @@ class Job(NamedTuple):
     plan: Plan
     """Facts of the cache that are known before the first unit; they go into the manifest."""
     units: list[Unit]
-    ledger: Ledger
+    ledger: CommittedUnits
     """Which units are in the cache already."""
 
 
@@ -136,19 +136,19 @@ def make_plan(
         backend=config.cache.backend,
         samples_per_shard=layout["samples_per_shard"],
         groups=groups,
-        ranges=[ranges for _ in groups],
         class_names=list(source.class_names),
         teacher={"spec": fields["teacher"], "config": to_plain(config.teacher), "top1": None},
         tail_sha256="",
         view_recipe=fields["views"],
         codec=fields["codec"],
         logit_codec=fields["logit_codec"],
+        second_codec={},
         data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source)},
-        pixels_from=shared_with(root, source.cache) if isinstance(source, PixelCache) else {},
+        pixels_from=pixel_reference(root, source.cache) if isinstance(source, PixelCache) else {},
         versions=library_versions(),
     )
     stage = make_stage(config, process, source, teacher, codec, logit_codec, facts.fingerprint)
-    return join_plan(_job(stage, Plan(facts=facts)), config.cache)
+    return join_plan(_job(stage, Plan(facts=facts, ranges=ranges)), config.cache)
 
 
 def make_stage(
@@ -178,7 +178,7 @@ def make_stage(
 
 def _job(stage: Stage, plan: Plan) -> Job:
     units = plan_units(stage.source, plan.facts.groups, plan.facts.samples_per_shard)
-    return Job(stage, plan, units, Ledger(stage.root, plan.units()))
+    return Job(stage, plan, units, CommittedUnits(stage.root, plan.units()))
 
 
 def join_plan(job: Job, options: StoreConfig) -> Job:
@@ -189,17 +189,17 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     Raises:
         UserError: the plan is damaged, or belongs to another cache.
     """
-    root, facts = job.stage.root, job.plan.facts
+    root, facts, ranges = job.stage.root, job.plan.facts, job.plan.ranges
     if not (root / plans.NAME).exists():
         return job
     kept = read_plan(root)
     layout = {name: getattr(facts, name) for name in LAYOUT}
     check_plan(_kept_fields(kept, layout), layout, root)
-    if kept.facts.ranges[0] != facts.ranges[0]:
+    if kept.ranges != ranges:
         raise UserError(
             "the data set is split into other ranges of images than the cache",
-            got=f"{len(facts.ranges[0])} ranges",
-            expected=f"{len(kept.facts.ranges[0])} ranges, as in plan.json",
+            got=f"{len(ranges)} ranges",
+            expected=f"{len(kept.ranges)} ranges, as in plan.json",
             where=root,
             fix="use the tar or parquet files that the cache was made from, or another CACHE=",
         )
@@ -208,11 +208,10 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     there = dataclasses.replace(
         facts,
         groups=groups,
-        ranges=[facts.ranges[0] for _ in groups],
         teacher=facts.teacher if top1 is None else {**facts.teacher, "top1": top1},
         tail_sha256=kept.facts.tail_sha256,
     )
-    return _job(job.stage, Plan(facts=there))
+    return _job(job.stage, Plan(facts=there, ranges=ranges))
 
 
 def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
@@ -236,7 +235,7 @@ def _known_fields(config: CacheTeacherConfig, process: Process, source: Source |
 
 def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
     if isinstance(source, PixelCache):
-        fields: dict[str, Any] = source.cache.manifest.fingerprint_fields["data"]
+        fields: dict[str, Any] = source.cache.manifest.facts.fingerprint_fields["data"]
         return fields
     return data_facts(source)
 
@@ -244,7 +243,7 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
 def _class_likeness(source: Source | PixelCache) -> list[float]:
     """How often neighboring images have the same class, and any two (`order.py`); it decides how training shuffles."""
     if isinstance(source, PixelCache):
-        return list(source.cache.manifest.data.get("class_likeness", (1.0, 1.0)))
+        return list(source.cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     found = class_correlation(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
     return [round(share, 9) for share in found]
 
@@ -307,7 +306,9 @@ def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int)
 def with_teacher_top1(job: Job, top1: float | None) -> Job:
     """The job with the teacher's accuracy, percent, in the facts of its plan."""
     facts = job.plan.facts
-    return job._replace(plan=Plan(facts=dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1})))
+    return job._replace(
+        plan=dataclasses.replace(job.plan, facts=dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1}))
+    )
 
 
 def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
@@ -319,7 +320,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
         UserError: the folder cannot be written, or another job has written a different plan.
     """
     root = job.stage.root
-    with plans.changing_plan(root):
+    with plans.locked_plan(root):
         job = join_plan(job, options)
         if finished_manifest(job) is not None:
             return job
@@ -327,7 +328,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
         if not _is_there(root / TAIL, facts.tail_sha256):
             tail = tail_bytes(split_tail(job.stage.teacher), job.stage.teacher.spec)
             facts = dataclasses.replace(facts, tail_sha256=hashlib.sha256(tail).hexdigest())
-        plan = Plan(facts=facts)
+        plan = Plan(facts=facts, ranges=job.plan.ranges)
         if (root / plans.NAME).exists():
             if plan != read_plan(root):
                 write_plan(root, plan)
@@ -339,7 +340,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 write_plan(root, plan, create=True)
             except FileExistsError:  # by a job on another machine, if the file system has no locks
                 return create_or_join_plan(job, options)
-        classifier = kept_files(facts.fingerprint_fields).get(CLASSIFIER)
+        classifier = codec_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
             write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))
         if tail is not None:
@@ -348,7 +349,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def _is_there(path: Path, sha256: str) -> bool:
-    return path.is_file() and fact_of(path).sha256 == sha256
+    return path.is_file() and hash_file(path).sha256 == sha256
 
 
 def finished_manifest(job: Job) -> Manifest | None:
@@ -357,19 +358,19 @@ def finished_manifest(job: Job) -> Manifest | None:
     if not (root / MANIFEST).exists() or not (root / TAIL).exists():
         return None
     manifest = read_manifest(root)
-    whole = manifest.groups == job.plan.facts.groups and all(is_committed(job, unit) for unit in job.units)
+    whole = manifest.facts.groups == job.plan.facts.groups and all(is_committed(job, unit) for unit in job.units)
     return manifest if whole else None
 
 
 def write_final_manifest(job: Job) -> Manifest:
     """Rank 0: write the manifest, unless another job has added view groups and finished the cache."""
     root, groups = job.stage.root, job.plan.facts.groups
-    with plans.changing_plan(root):
+    with plans.locked_plan(root):
         with contextlib.suppress(UserError):  # absent, or replaced now
             there = read_manifest(root)
-            if there.fingerprint == job.stage.fingerprint and len(there.groups) > len(groups):
+            if there.facts.fingerprint == job.stage.fingerprint and len(there.facts.groups) > len(groups):
                 return there
-        manifest = build_manifest(root, job.plan.facts)
+        manifest = build_manifest(root, job.plan.facts, job.plan.ranges)
         write_manifest(root, manifest)
         return manifest
 

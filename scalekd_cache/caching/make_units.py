@@ -26,11 +26,11 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
-from scalekd_cache.store.background import Behind, CommitQueue
+from scalekd_cache.store.background import BackgroundWriter, CommitQueue
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.fidelity_summary import summarize
 from scalekd_cache.store.image_digests import ImageFiles
-from scalekd_cache.store.resume import Ledger, some_keys
+from scalekd_cache.store.resume import CommittedUnits, some_keys
 from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import unit_name
 
@@ -85,14 +85,14 @@ class SkipPolicy:
         ledger: the units of the cache.
     """
 
-    def __init__(self, root: Path, source: Source | PixelCache, ledger: Ledger) -> None:
+    def __init__(self, root: Path, source: Source | PixelCache, ledger: CommittedUnits) -> None:
         self._root, self._source, self._ledger = root, source, ledger
         self._deferred: dict[tuple[int, int], dict[str, str]] = {}
         self._last_pass = False
 
     def required_skips(self, unit: Unit) -> Mapping[str, str]:
         """Sample keys that a unit skips even if they can be decoded, with the reasons."""
-        return {} if unit.group == 0 else self._ledger.left_out() or {}
+        return {} if unit.group == 0 else self._ledger.skipped_images() or {}
 
     def accepts(self, unit: Unit, writer: UnitWriter) -> bool:
         """Whether a filled unit may be committed; otherwise it is deferred."""
@@ -113,7 +113,7 @@ class SkipPolicy:
         if not self._deferred:
             return
         keys = {key for wrong in self._deferred.values() for key in wrong}
-        held = ", ".join(unit_name(place) for place in self._ledger.holding(keys))
+        held = ", ".join(unit_name(place) for place in self._ledger.units_with(keys))
         raise UserError(
             "images that the first view group holds cannot be decoded now",
             got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
@@ -127,7 +127,7 @@ class SkipPolicy:
         if unit.group == 0:
             readable = [] if self._last_pass else self._readable_now(unit, writer.skipped)
             return {key: f"{writer.skipped[key]}; it can be decoded now" for key in readable}
-        first = self._ledger.left_out()
+        first = self._ledger.skipped_images()
         if first is None:  # the first group is incomplete: it may or may not hold these images
             return dict(writer.skipped)
         wrong = {key: reason for key, reason in writer.skipped.items() if key not in first}
@@ -205,13 +205,13 @@ def fill_unit(
         versions=stage.versions,
     )
     try:
-        with Behind("encode", QUEUED_BATCHES) as behind:
+        with BackgroundWriter("encode", QUEUED_BATCHES) as background:
             for batch in _batches(stage, writer, sampled, left_out):
                 for column, number in enumerate(unit.views):
                     views = [item.views[column] for item in batch]
                     pixels = torch.stack([item.pixels[column] for item in batch])
                     output = stage.teacher(_on_device(pixels, stage.device))
-                    behind.put(_append_batch, stage, writer, number, batch, views, output, figures)
+                    background.submit(_append_batch, stage, writer, number, batch, views, output, figures)
     except BaseException:
         writer.abort()
         raise

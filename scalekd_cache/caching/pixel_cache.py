@@ -5,7 +5,6 @@ Invariant: position p of view v is the same view of the same image in both cache
 """
 
 import dataclasses
-from itertools import accumulate
 from pathlib import Path
 
 from scalekd_cache.config.base import to_plain
@@ -22,26 +21,22 @@ class PixelCache:
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
-        self._group_of = {view: group for group, views in enumerate(cache.manifest.groups) for view in views}
-        counts: list[list[int]] = [[] for _ in cache.manifest.groups]
-        for row in cache.manifest.units:
-            counts[row.group].append(row.count)
-        self._starts = [list(accumulate(group, initial=0)) for group in counts]
+        self._group_of = {view: group for group, views in enumerate(cache.manifest.facts.groups) for view in views}
 
     @property
     def class_names(self) -> tuple[str, ...]:
         """Names of the classes."""
-        return tuple(self.cache.manifest.class_names)
+        return tuple(self.cache.manifest.facts.class_names)
 
     def ranges(self) -> list[range]:
         """The ranges of images, the same in every group."""
-        infos = [read_unit(self._folder(0, number))[0] for number in range(len(self._starts[0]) - 1)]
+        numbers = [unit.range_id for unit in self.cache.manifest.units if unit.group == 0]
+        infos = [read_unit(self._folder(0, number))[0] for number in numbers]
         return [range(info.start, info.stop) for info in infos]
 
     def records(self, view: int, range_id: int) -> range:
         """Positions of a range's records in the view's canonical order."""
-        starts = self._starts[self._group_of[view]]
-        return range(starts[range_id], starts[range_id + 1])
+        return self.cache.positions(view, range_id)
 
     def skipped(self, view: int, range_id: int) -> list[dict[str, str]]:
         """Images of a range that have no records: {key, reason}."""
@@ -65,7 +60,7 @@ class PixelCache:
                 fix=f"add views to it first: make cache-teacher CACHE={self.cache.root} VIEWS={num_views}",
             )
         first = sum(len(group) for group in groups)
-        new = [[view for view in group if first <= view < num_views] for group in manifest.groups]
+        new = [[view for view in group if first <= view < num_views] for group in manifest.facts.groups]
         return [*(list(group) for group in groups), *(group for group in new if group)]
 
     def _folder(self, group: int, range_id: int) -> Path:
@@ -89,7 +84,7 @@ def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
             fix="give the new cache its own folder with CACHE=",
         )
     cache = open_pixel_cache(root)
-    kept, asked = cache.manifest.view_recipe, to_plain(config.views)
+    kept, asked = cache.manifest.facts.view_recipe, to_plain(config.views)
     different = [name for name in asked if kept.get(name) != asked[name]]
     if different:
         raise UserError(
@@ -105,12 +100,12 @@ def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
 
 def _check_data(config: CacheTeacherConfig, cache: Cache) -> None:
     """The requested data set is that of the cache. It is opened only if its name or options differ."""
-    kept, asked = cache.manifest.data, to_plain(config.data)
+    kept, asked = cache.manifest.facts.data, to_plain(config.data)
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return
     source = open_source(config.data, "train")
     got = data_facts(source)
-    expected = cache.manifest.fingerprint_fields["data"]
+    expected = cache.manifest.facts.fingerprint_fields["data"]
     if got != expected:
         raise UserError(
             "the cache whose pixels are shared was made from another data set",

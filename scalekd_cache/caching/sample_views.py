@@ -224,7 +224,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
                 expected=f"digest {record.digest}",
                 where=f"{record.key} in {self.pixels.cache.root}",
                 fix="install the Pillow version of that cache: "
-                + self.pixels.cache.manifest.versions.get("pillow", "unknown"),
+                + self.pixels.cache.manifest.facts.versions.get("pillow", "unknown"),
             )
         return pixels, EncodedView(b"", record.view, record.digest)
 

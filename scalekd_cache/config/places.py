@@ -1,7 +1,7 @@
-"""Where a cache goes when nobody says where: `caches/<data>`.
+"""The default folder of a cache: `caches/<data>`.
 
-In: a data set as it is typed. Out: a folder. Invariant: the last part of it is a plain name, whatever was typed: never
-`.`, never a brace pattern, no spaces. The Makefile asks this file too, so nothing outside the standard library is used.
+In: a data set, as given on the command line. Out: a folder. Invariant: its last part is always a plain name: never `.`,
+no brace pattern, no spaces. The Makefile runs this file too, so it uses the standard library only.
 """
 
 import re

@@ -1,7 +1,7 @@
-"""Options of reading a cache over the network.
+"""Options for reading a cache over the network.
 
 In: values from the command line and the environment. Out: a checked, immutable dataclass.
-Invariant: none of these changes what is read, only how it gets here.
+Invariant: none of these options changes the data, only how it is downloaded.
 """
 
 import os
@@ -17,25 +17,25 @@ DEFAULT_LIMIT_BYTES = 50_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class RemoteConfig:
-    """How a cache behind a URL is read; without effect on a cache in a folder."""
+    """Options for reading a cache behind a URL; no effect on a cache in a local folder."""
 
     folder: str | None = None
     """Folder of local copies (None: $SCALEKD_CACHE_DIR, or ~/.cache/scalekd-cache)."""
     limit_bytes: int | None = None
-    """Bytes that local copies may take; the least recently used make room (None: $SCALEKD_CACHE_BYTES, or 50 GB)."""
+    """Maximum bytes of local copies; the least recently used are removed (None: $SCALEKD_CACHE_BYTES, or 50 GB)."""
     attempts: int = 5
-    """How often a transfer is tried in all before it is an error."""
+    """Maximum number of attempts per transfer."""
     backoff_s: float = 0.5
-    """Seconds before the second attempt; doubled each time, up to 30."""
+    """Seconds before the second attempt; doubled after each attempt, up to 30."""
     timeout_s: float = 60.0
-    """Seconds without a byte after which a transfer counts as failed."""
+    """Seconds without any data after which a transfer fails."""
     least_rate: float = 1000.0
-    """Bytes per second that a transfer must reach on average once `timeout_s` has passed."""
+    """Minimum average rate of a transfer after `timeout_s`, bytes per second."""
     total_s: float = 3600.0
-    """Seconds that one transfer may take in all."""
+    """Maximum seconds per transfer."""
     redirect_hosts: str = ""
-    """Hosts (`host` or `host:port`, separated by commas) that a server may redirect to, besides its own; never for
-    the manifest, and never to another scheme."""
+    """Other hosts (`host` or `host:port`, comma-separated) that a server may redirect to; never for the manifest, and
+    never to another URL scheme."""
 
     def __post_init__(self) -> None:
         require(self.limit_bytes is None or self.limit_bytes > 0, "remote.limit_bytes", self.limit_bytes, "> 0")
@@ -47,12 +47,12 @@ class RemoteConfig:
 
 
 def copies_folder(config: RemoteConfig) -> Path:
-    """Where local copies are kept."""
+    """The folder of local copies."""
     return Path(config.folder or os.environ.get(FOLDER_VARIABLE) or "~/.cache/scalekd-cache").expanduser()
 
 
 def copies_limit(config: RemoteConfig) -> int:
-    """Bytes that local copies may take. UserError when the variable holds no number of bytes."""
+    """Maximum bytes of local copies. UserError when the environment variable is not a number of bytes."""
     text = os.environ.get(LIMIT_VARIABLE, "")
     if config.limit_bytes is not None or not text:
         return config.limit_bytes or DEFAULT_LIMIT_BYTES

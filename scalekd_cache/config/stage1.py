@@ -1,6 +1,6 @@
 """Options of stage 1: data, views, teacher, cache.
 
-In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per owner.
+In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per topic.
 Invariant: a configuration that exists is valid on its own.
 """
 
@@ -13,20 +13,20 @@ from scalekd_cache.config.target import parse_target
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Where images come from (`images.py`)."""
+    """The data set (`data/source.py`)."""
 
     source: str = "demo"
     """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars or parquet files."""
     devkit: str | None = None
-    """ImageNet devkit folder, needed when val/ is flat (ILSVRC2012_devkit_t12)."""
+    """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed when val/ has no class folders."""
     classes: str | None = None
-    """Order of the classes, which has to be that of the teacher's outputs: a file with one class name per line; sorted
-    (by code point, as torchvision), natural (2 before 10, as timm) or caseless; None: classes.txt in the folder of the
-    data set where it lists exactly the class folders, else sorted."""
+    """Order of the classes; must match the teacher's outputs. A file with one class name per line, or: sorted (by code
+    point, as torchvision), natural (2 before 10, as timm), caseless. None: classes.txt in the data set's folder if it
+    lists exactly the class folders, otherwise sorted."""
     download_dir: str = "data"
-    """Folder for data sets that torchvision downloads."""
+    """Folder for data sets downloaded by torchvision."""
     max_samples: int | None = None
-    """Use only the first this many samples of the canonical order (None: all)."""
+    """Use only the first N samples of the canonical order (None: all)."""
 
     def __post_init__(self) -> None:
         require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
@@ -34,40 +34,41 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ViewConfig:
-    """The view recipe (`views.py`): how an augmented view is drawn and in which form its pixels are kept."""
+    """The view recipe (`views/view.py`): how augmented views are sampled and how their pixels are stored."""
 
     size: int = 224
-    """Side of a square view, pixels."""
+    """Side length of a square view, pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Range of the crop's share of the image area."""
+    """Range of the crop area, as a fraction of the image area."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Range of the crop's width over height, drawn log-uniformly."""
+    """Range of the crop's aspect ratio (width over height), sampled log-uniformly."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling filter of the resize."""
     flip_probability: float = 0.5
     """Probability of a horizontal flip."""
     randaugment_ops: int = 0
-    """RandAugment operations per view, drawn with replacement (0: off)."""
+    """RandAugment operations per view, sampled with replacement (0: off)."""
     randaugment_magnitude: float = 9.0
     """RandAugment magnitude on timm's scale of 0 to 10."""
     randaugment_magnitude_std: float = 0.5
-    """Standard deviation of the magnitude, same scale."""
+    """Standard deviation of the magnitude, on the same scale."""
     erase_probability: float = 0.0
     """Probability of random erasing with per-pixel noise."""
     erase_area: tuple[float, float] = (0.02, 1 / 3)
-    """Range of the erased share of the view's area."""
+    """Range of the erased area, as a fraction of the view's area."""
     erase_ratio: tuple[float, float] = (0.3, 10 / 3)
-    """Range of the erased box's height over width, drawn log-uniformly."""
+    """Range of the erased box's aspect ratio (height over width), sampled log-uniformly."""
     pixels: Literal["baked", "replayed"] = "baked"
-    """baked: encoded pixels are stored; replayed: only the record and a digest, the student recomputes the view."""
+    """baked: encoded pixels are stored; replayed: only view parameters and a digest are stored, and training recomputes
+    the view."""
     pixel_format: Literal["jpeg", "png"] = "jpeg"
-    """How baked pixels are encoded (png is lossless)."""
+    """Encoding of baked pixels (png is lossless)."""
     jpeg_quality: int = 90
     """JPEG quality, 1 to 100."""
     jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
     """JPEG chroma subsampling."""
     seed: int = 0
-    """Seed of the counter-based generator that draws every view."""
+    """Seed of the counter-based generator of all views."""
 
     def __post_init__(self) -> None:
         require(8 <= self.size <= 4096, "views.size", self.size, "8 to 4096 pixels")
@@ -94,26 +95,27 @@ class ViewConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The frozen teacher (`teacher.py`)."""
+    """The frozen teacher (`models/teacher.py`)."""
 
     name: str = "demo_swin"
-    """A timm model name, or demo_swin, the small Swin that is trained on the demo set when its weights are missing."""
+    """A timm model name, or demo_swin, a small Swin that is trained on the demo set if its weights are missing."""
     weights: str | None = None
-    """A .safetensors file with the state dict of that timm model (None: pretrained weights, or random ones)."""
+    """A .safetensors file with the state dict of the timm model (None: pretrained or random weights)."""
     pretrained: bool = True
-    """Fetch timm's pretrained weights when no file is given; false gives random weights (for trying things out)."""
+    """Download timm's pretrained weights when no file is given (false: random weights, for tests)."""
     weights_dir: str = "teachers"
-    """Folder of the demo teacher and of weights brought by `fetch`; looked at before pretrained weights are fetched."""
+    """Folder of the demo teacher and of weights downloaded by `fetch`; searched before pretrained weights are
+    downloaded."""
     num_classes: int | None = None
-    """Classes of the head (None: the number in the weights file, the data set's, or the pretrained head's; 0: none,
+    """Number of classes of the head (None: that of the weights file, the data set or the pretrained head; 0: no head,
     only features are distilled)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Arithmetic of the forward pass; auto is bfloat16 on a GPU and float32 on a CPU."""
+    """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
     """Views per teacher forward pass."""
     check_classes: bool = True
-    """Stop before the first unit when the teacher's accuracy is near chance, or far below what it would be with the
-    classes in another order (false: report it and continue)."""
+    """Stop before the first unit if the teacher's accuracy is near chance, or far below its accuracy with the classes
+    in another order (false: only print a warning)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
@@ -130,26 +132,27 @@ class StoreConfig:
     """File format of the shards."""
     codec: str = "int8"
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
-    auto: the smallest that meets codec_target, chosen once, on views of this data set."""
+    auto: the smallest codec that meets codec_target, selected once on views of this data set."""
     codec_target: str | None = None
-    """What codec auto has to meet, in 99 % of views that no codec was fitted to: ac-cosine:0.999 (mean-removed cosine),
-    kl:0.01 (nats, through the teacher's own head); or bytes:20000, the closest codec of at most so many a view."""
+    """Target of codec=auto, met by 99 % of held-out views: ac-cosine:0.999 (mean-removed cosine) or kl:0.01 (nats,
+    through the teacher's head); or bytes:20000: the most accurate codec with at most this many bytes per view."""
     codec_noise: float = 0.0
-    """Noise of a transform codec: its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's, 0.0018 or 0.06."""
+    """Noise of a transform codec; its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value, 0.0018 or
+    0.06."""
     logits: Literal["dense", "top_k", "recomputed"] = "dense"
-    """What is kept of the logits: all in 8 bits; the most probable with the mass of the rest (top_k); or nothing, for
-    teachers whose classifier reads the mean of the last map (recomputed)."""
+    """How logits are stored: dense: all, in 8 bits; top_k: the most probable classes and the remaining mass;
+    recomputed: not stored, for teachers whose classifier takes the mean of the last feature map."""
     top_k: int = 10
-    """Classes that logits=top_k keeps."""
+    """Number of classes stored with logits=top_k."""
     num_views: int = 4
-    """Augmented views of every image."""
+    """Number of augmented views per image."""
     views_per_group: int = 4
-    """Views that one work unit makes from one decoded image."""
+    """Views per work unit; an image is decoded once for all of them."""
     samples_per_shard: int = 512
-    """Images in a shard (a shard holds one view of each)."""
+    """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
-    """Folder of a finished cache of the same data set and view recipe, whose baked pixels are shared: this one stores
-    features and logits only, in shards of the same images (None: pixels of its own)."""
+    """Folder of a finished cache of the same data set and view recipe whose baked pixels are shared; the new cache
+    stores only features and logits, in shards of the same images (None: store pixels)."""
 
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
@@ -167,22 +170,22 @@ class StoreConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CacheTeacherConfig:
-    """Stage 1: everything `cache_teacher` reads."""
+    """All options of stage 1 (`cache_teacher`)."""
 
     recipe: str = "demo"
-    """Name of the recipe, kept in the manifest; `distill` uses the same one unless told otherwise."""
+    """Name of the recipe, stored in the manifest; `distill` uses the same recipe by default."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
-    """A student to try before the work starts: it and the recipe's training options shall fit the cache."""
+    """A student that is checked before the work starts: it and the recipe's training options must fit the cache."""
     workers: int = 0
-    """Worker processes that decode images and draw views, per rank (0: in the main process)."""
+    """Worker processes per rank that decode images and compute views (0: main process)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
     peer_timeout_minutes: float = 1.0
-    """A process without a sign of life for this long counts as gone: the others make its units."""
+    """Heartbeat timeout, minutes: the units of a rank without a heartbeat for this long are redone by others."""
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")

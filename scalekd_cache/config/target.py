@@ -1,6 +1,6 @@
-"""What a codec that is chosen for a cache has to meet.
+"""The target of an automatic codec selection: a fidelity bound or a size limit.
 
-In: text such as ac-cosine:0.999. Out: a checked `CodecTarget`. Invariant: equal targets have one text.
+In: text such as ac-cosine:0.999. Out: a checked `CodecTarget`. Invariant: equal targets have the same text.
 """
 
 import math
@@ -9,18 +9,18 @@ from typing import Literal, NamedTuple, cast
 from scalekd_cache.errors import UserError, unknown_name
 
 RANGES: dict[str, tuple[float, float]] = {"ac-cosine": (0.0, 1.0), "kl": (0.0, math.inf), "bytes": (0.0, math.inf)}
-"""Metrics, and what their values lie between (both ends excluded)."""
+"""Metrics, each with the open interval of its values."""
 
 
 class CodecTarget(NamedTuple):
-    """A bound."""
+    """A metric and its bound."""
 
     metric: Literal["ac-cosine", "kl", "bytes"]
     value: float
 
     @property
     def text(self) -> str:
-        """As it is typed."""
+        """The text, as given on the command line."""
         return f"{self.metric}:{self.value:.10g}"
 
 
@@ -28,7 +28,7 @@ def parse_target(text: str) -> CodecTarget:
     """A target from its text.
 
     Raises:
-        UserError: an unknown metric (with the nearest ones), or a value that is no number in its range.
+        UserError: an unknown metric (with the nearest names), or a value that is not a number in its range.
     """
     metric, _, number = text.partition(":")
     example = "ac-cosine:0.999, bytes:20000 or kl:0.01"
@@ -41,7 +41,7 @@ def parse_target(text: str) -> CodecTarget:
         value = math.nan
     if not low < value < high:
         raise UserError(
-            "bad value of a codec target",
+            "invalid value of a codec target",
             got=text,
             expected=f"a number above {low:g} and below {high:g}",
             where="cache.codec_target",

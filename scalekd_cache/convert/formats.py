@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scalekd_cache.convert.names_torchvision_mmpretrain import CODEBASES, torchvision_twin, transfer_state
 from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.models.student import Student
-from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
+from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
 from scalekd_cache.versions import import_optional
 
 SUFFIXES = {
@@ -63,10 +63,10 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
     check_format(form)
     model = student.model.eval()
     file = file.resolve()
-    folder = temp_beside(file)
+    folder = temp_path_for(file)
     temporary = folder / file.name
     images = torch.randn(2, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    with explained(file.parent, sum(value.nbytes for value in model.state_dict().values())):
+    with disk_errors(file.parent, sum(value.nbytes for value in model.state_dict().values())):
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
             remove_stale(file.parent)

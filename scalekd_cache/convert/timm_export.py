@@ -24,7 +24,7 @@ from scalekd_cache.models.student import Student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import load_weights, stored_shapes
 from scalekd_cache.store.checked_files import checked, read_json
-from scalekd_cache.store.durable_files import explained, fsync_path, remove_stale, temp_beside
+from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)
@@ -82,9 +82,9 @@ def export_student(
     """
     check_export_place(folder)
     folder = folder.resolve()
-    temporary, old = temp_beside(folder), temp_beside(folder)
+    temporary, old = temp_path_for(folder), temp_path_for(folder)
     needed = sum(value.nbytes for value in student.model.state_dict().values())
-    with explained(folder.parent, needed):
+    with disk_errors(folder.parent, needed):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
             remove_stale(folder.parent)

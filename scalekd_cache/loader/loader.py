@@ -94,12 +94,12 @@ class MicroBatches(Dataset[Batch]):
         self.order = order
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        self.codec: FeatureCodec = codec_from_config(manifest.codec, cache.root)
-        self.logit_codec = logit_codec_from_config(manifest.logit_codec)
-        views_config = ViewConfig(**from_plain(manifest.view_recipe))
+        self.codec: FeatureCodec = codec_from_config(manifest.facts.codec, cache.root)
+        self.logit_codec = logit_codec_from_config(manifest.facts.logit_codec)
+        views_config = ViewConfig(**from_plain(manifest.facts.view_recipe))
         source: Source | None = None
         if views_config.pixels == "replayed":
-            source = open_cache_source(manifest.data, data, "train")
+            source = open_cache_source(manifest.facts.data, data, "train")
         self.record_pixels = RecordPixels(views_config, source)
 
     def __getitem__(self, slot: Slot) -> Batch:
@@ -179,7 +179,7 @@ class MicroBatches(Dataset[Batch]):
                 where=f"view {view} of {record.key} in {self.cache.root}",
                 fix=("restore the image if it was replaced after stage 1, or " if replayed else "")
                 + "train with the library versions that wrote the cache: "
-                + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.versions.items()),
+                + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.facts.versions.items()),
             )
         return pixels
 
@@ -187,7 +187,7 @@ class MicroBatches(Dataset[Batch]):
 def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:
     """About the bytes of a micro-batch on its way from a worker; `UserError` when there is no room for it."""
     manifest = cache.manifest
-    pixels, logits = 3 * int(manifest.view_recipe["size"]) ** 2, 4 * len(manifest.class_names)
+    pixels, logits = 3 * int(manifest.facts.view_recipe["size"]) ** 2, 4 * len(manifest.facts.class_names)
     size = micro_batch * (pixels + codec.bytes_per_view + logits + 16)
     prefetch_count(workers, size, MOST_WAITING)
     return size
@@ -221,7 +221,7 @@ class CacheLoader:
         self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
         self.steps_per_epoch = steps_per_epoch(order.num_samples, global_batch)
         self.step = 0
-        self._fingerprint = cache.manifest.fingerprint
+        self._fingerprint = cache.manifest.facts.fingerprint
         self._dataset = MicroBatches(
             cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, verbose=rank == 0
         )

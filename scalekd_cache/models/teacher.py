@@ -311,10 +311,10 @@ def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.
     Raises:
         UserError: it cannot be loaded, or its weights differ from those of the cache's teacher.
     """
-    size, classes = manifest.view_recipe["size"], len(manifest.class_names)
-    torch.manual_seed(manifest.view_recipe["seed"])
+    size, classes = manifest.facts.view_recipe["size"], len(manifest.facts.class_names)
+    torch.manual_seed(manifest.facts.view_recipe["seed"])
     teacher = load_teacher(config, image_size=size, num_classes=classes, device=device)
-    expected = manifest.teacher["spec"]["weights_sha256"]
+    expected = manifest.facts.teacher["spec"]["weights_sha256"]
     if teacher.spec.weights_sha256 != expected:
         raise UserError(
             "these are not the weights of the cache's teacher",

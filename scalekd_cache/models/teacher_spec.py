@@ -18,8 +18,7 @@ from pydantic import Field, FiniteFloat
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.checked_files import checked_value
-from scalekd_cache.store.durable_files import Sha256
+from scalekd_cache.store.checked_files import Sha256, checked_value
 
 Side = Annotated[int, Field(gt=0, le=1 << 16)]
 Shape = tuple[int, int, int]

@@ -24,7 +24,7 @@ from scalekd_cache.reports.page import Picture, render
 from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, read_sample
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.versions import __version__
 
@@ -107,22 +107,22 @@ def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> Rec
     """A checker with access to the pixels; a note if they are not available."""
     manifest, source, shared = cache.manifest, None, None
     try:
-        if manifest.pixels_from:
-            other = pixels_of(cache, options.pixels_from, manifest.num_views)
+        if manifest.facts.pixels_from:
+            other = open_shared_pixels(cache, options.pixels_from, manifest.num_views)
             shared = PixelCache(other) if other is not None else None
-        elif manifest.view_recipe["pixels"] == "replayed":
-            source = open_cache_source(manifest.data, options.data, "train")
+        elif manifest.facts.view_recipe["pixels"] == "replayed":
+            source = open_cache_source(manifest.facts.data, options.data, "train")
     except UserError as error:
         if options.pixels_from or options.data:
             raise
         notes.append(f"Pixels are not shown: {str(error).splitlines()[0]}")
-    return RecordChecker(manifest.fingerprint_fields, cache.root, len(manifest.class_names), source, shared)
+    return RecordChecker(manifest.facts.fingerprint_fields, cache.root, len(manifest.facts.class_names), source, shared)
 
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
     """The teacher, if it can be loaded without a network; else None and a note."""
     config = cache_teacher_config(
-        manifest.teacher["config"], options.teacher_weights, manifest.fingerprint_fields["precision"]
+        manifest.facts.teacher["config"], options.teacher_weights, manifest.facts.fingerprint_fields["precision"]
     )
     if not weights_available(config):
         notes.append(
@@ -141,7 +141,7 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
     """A random sample of images; views of one group, in which an image has the same position."""
-    views = cache.manifest.groups[0][:GALLERY_VIEWS]
+    views = cache.manifest.facts.groups[0][:GALLERY_VIEWS]
     positions = sample_indices(len(cache), options.images, seed=options.seed)
     return [(view, position) for position in positions for view in views]
 
@@ -192,26 +192,28 @@ def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
 def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
     """Facts about the cache, as rows of a table."""
     manifest = cache.manifest
-    spec, recipe = manifest.teacher["spec"], manifest.view_recipe
-    codec = ", ".join(f"{name} {value}" for name, value in manifest.codec.items() if name != "id" and _short(value))
+    spec, recipe = manifest.facts.teacher["spec"], manifest.facts.view_recipe
+    codec = ", ".join(
+        f"{name} {value}" for name, value in manifest.facts.codec.items() if name != "id" and _short(value)
+    )
     views = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in recipe.items())
     return [
         ("path", str(cache.root)),
         (
             "images",
-            f"{manifest.num_samples:,} of {len(manifest.class_names):,} classes, {manifest.num_views} views each",
+            f"{manifest.num_samples:,} of {len(manifest.facts.class_names):,} classes, {manifest.num_views} views each",
         ),
-        ("data set", str(manifest.data.get("source"))),
-        ("teacher", f"{spec['name']}, {teacher_accuracy(manifest.teacher)}"),
+        ("data set", str(manifest.facts.data.get("source"))),
+        ("teacher", f"{spec['name']}, {teacher_accuracy(manifest.facts.teacher)}"),
         ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
-        ("feature codec", f"{manifest.codec['id']} ({codec})"),
-        ("logits", str(manifest.logit_codec.get("id"))),
-        ("pixels", "in another cache" if manifest.pixels_from else str(recipe["pixels"])),
+        ("feature codec", f"{manifest.facts.codec['id']} ({codec})"),
+        ("logits", str(manifest.facts.logit_codec.get("id"))),
+        ("pixels", "in another cache" if manifest.facts.pixels_from else str(recipe["pixels"])),
         ("views", views),
-        ("recipe", manifest.recipe),
-        ("store", f"{manifest.backend}, {len(manifest.units)} units, format version {manifest.format_version}"),
-        ("fingerprint", manifest.fingerprint),
-        ("written with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+        ("recipe", manifest.facts.recipe),
+        ("store", f"{manifest.facts.backend}, {len(manifest.units)} units, format version {manifest.format_version}"),
+        ("fingerprint", manifest.facts.fingerprint),
+        ("written with", ", ".join(f"{name} {version}" for name, version in manifest.facts.versions.items())),
     ]
 
 

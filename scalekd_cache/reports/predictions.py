@@ -133,8 +133,10 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
         UserError: the cache or the weights are not available, or the weights are of another teacher.
     """
     manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
-    config = cache_teacher_config(manifest.teacher["config"], weights, manifest.fingerprint_fields["precision"])
-    if not weights_available(config) or not manifest.teacher["spec"]["has_classifier"]:
+    config = cache_teacher_config(
+        manifest.facts.teacher["config"], weights, manifest.facts.fingerprint_fields["precision"]
+    )
+    if not weights_available(config) or not manifest.facts.teacher["spec"]["has_classifier"]:
         raise UserError(
             "the teacher's weights are not available, or it has no classifier",
             where=config.weights,

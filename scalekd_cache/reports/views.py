@@ -88,7 +88,7 @@ def read_sample(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int
         features = decode_features(checker.codec, [record for _, record in batch]).features
         logits = checker.logits([record for _, record in batch], features)
         views += [
-            _view_info(record, place, row, cache.manifest.class_names)
+            _view_info(record, place, row, cache.manifest.facts.class_names)
             for (place, record), row in zip(batch, logits, strict=True)
         ]
         vectors.append(F.adaptive_avg_pool2d(features, POOLED).flatten(1))

@@ -1,45 +1,9 @@
-"""The cache on disk: units of shards in one of two file formats, a manifest over them, readers and checks.
+"""The cache on disk: units of shards in one of two file formats, a plan before them and a manifest over them.
 
-In: records. Out: the same records, or an error. Invariant: importing this package imports neither torch nor zarr.
+In: records. Out: the same records, or an error. Importing the readers and writers imports neither torch nor zarr.
+`formats/` holds the two shard formats, `remote/` reads a cache behind a URL through verified local copies.
+
+Hand-written although libraries exist: the tar reader (by index and pread; WebDataset stops without an error at a
+truncated tar, and its `.decode()` unpickles), the Zarr reader and writer (zarr-python 3.1 returns zeros for a missing
+chunk or file), file locks (libraries poll or leave stale lock files), and atomic writes that are read back after fsync.
 """
-
-from scalekd_cache.store.background import CommitQueue
-from scalekd_cache.store.base import BACKENDS, Record
-from scalekd_cache.store.durable_files import Leftover, remove_stale
-from scalekd_cache.store.manifest import (
-    Manifest,
-    ManifestFacts,
-    UnitRow,
-    build_manifest,
-    read_manifest,
-    write_manifest,
-)
-from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.resume import Ledger, unit_committed
-from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
-from scalekd_cache.store.unit import UnitWriter
-from scalekd_cache.store.verify import verify_cache
-from scalekd_cache.store.verify_unit import Problem
-
-__all__ = [
-    "BACKENDS",
-    "Cache",
-    "CommitQueue",
-    "Ledger",
-    "Leftover",
-    "Manifest",
-    "ManifestFacts",
-    "Problem",
-    "Record",
-    "UnitInfo",
-    "UnitRow",
-    "UnitWriter",
-    "build_manifest",
-    "read_manifest",
-    "read_unit",
-    "remove_stale",
-    "unit_committed",
-    "unit_folder",
-    "verify_cache",
-    "write_manifest",
-]

@@ -1,7 +1,7 @@
-"""Work behind the caller's back: calls in a thread of their own, in order, a few at a time.
+"""A background thread for writes: calls run in order, with a bounded queue.
 
-In: calls. Out: their effects. Invariant: at most `depth` calls wait or run; after one that fails none is run, and its
-error reaches the caller at a later call or at the end; leaving the block waits for what is under way.
+In: calls. Out: their effects. Invariant: at most `depth` calls are pending. After a failure no other call is run, and
+the error is raised in the caller at a later call or at the end; leaving the `with` block waits for pending calls.
 """
 
 from collections import deque
@@ -16,12 +16,12 @@ from scalekd_cache.store.unit import UnitWriter
 P = ParamSpec("P")
 
 
-class Behind:
-    """A context manager around many calls.
+class BackgroundWriter:
+    """Runs calls in one background thread. A context manager.
 
     Args:
-        name: of the thread.
-        depth: calls that may be under way when another one is put.
+        name: name of the thread.
+        depth: maximum number of pending calls; `submit` waits for room.
     """
 
     def __init__(self, name: str, depth: int) -> None:
@@ -29,13 +29,13 @@ class Behind:
         self._pending: deque[Future[object]] = deque()
         self._failed = False
 
-    def put(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Have it called, once there is room. Raises what an earlier call raised."""
-        self.settle(self._depth - 1)
+    def submit(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Queue a call; waits while the queue is full. Raises the error of an earlier call."""
+        self.wait(self._depth - 1)
         self._pending.append(self._thread.submit(self._run, partial(call, *args, **kwargs)))
 
-    def settle(self, left: int = 0) -> None:
-        """Wait until at most `left` calls are under way. Raises what one of them raised."""
+    def wait(self, left: int = 0) -> None:
+        """Wait until at most `left` calls are pending. Raises the error of one of them."""
         while len(self._pending) > left:
             self._pending.popleft().result()
 
@@ -56,40 +56,40 @@ class Behind:
     ) -> None:
         try:
             if error is None:
-                self.settle()
+                self.wait()
         finally:
             self._thread.shutdown(cancel_futures=error is not None)
 
 
 class CommitQueue:
-    """A context manager around the making of many units."""
+    """Commits units in the background, one at a time. A context manager."""
 
     def __init__(self) -> None:
-        self._behind = Behind("commit", depth=1)
+        self._writer = BackgroundWriter("commit", depth=1)
         self._done: Callable[[], None] = _nothing
 
     def put(self, writer: UnitWriter, fidelity: Mapping[str, Any], done: Callable[[], None]) -> None:
-        """Commit a filled unit, once the one before it is published. The writer is the queue's from now on.
+        """Commit a unit with all its records, once the previous one is published. The queue takes over the writer.
 
         Args:
-            writer: every view of it has every image that was not skipped.
-            fidelity: `UnitWriter.commit`'s.
-            done: called from this thread, at the next call or at the end, when the unit is there.
+            writer: a writer whose views all hold every image that was not skipped.
+            fidelity: as in `UnitWriter.commit`.
+            done: called in this thread once the unit is committed: at the next `put` or at the end.
 
         Raises:
-            UserError: the commit before failed; nothing of either unit is left.
+            UserError: the previous commit failed; both units' files are removed.
         """
         try:
-            self._settle()
+            self._wait_for_last()
         except BaseException:
             writer.abort()
             raise
-        self._behind.put(writer.commit, fidelity)
+        self._writer.submit(writer.commit, fidelity)
         self._done = done
 
-    def _settle(self) -> None:
+    def _wait_for_last(self) -> None:
         done, self._done = self._done, _nothing
-        self._behind.settle()
+        self._writer.wait()
         done()
 
     def __enter__(self) -> Self:
@@ -98,10 +98,10 @@ class CommitQueue:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        with self._behind:
+        with self._writer:
             if error is None:
-                self._settle()
+                self._wait_for_last()
 
 
 def _nothing() -> None:
-    """Before the first unit."""
+    """Placeholder for `done` before the first unit."""

@@ -1,8 +1,8 @@
 """The contract between a cache and its file formats: records, their checksum, shard writers and shard readers.
 
 In: records of one view of a contiguous range of images. Out: one shard, in the format of a backend.
-Invariant: both backends store the same records, each with a crc32c of all that a reader goes by, and a reader gives
-back exactly those or raises: never zeros, never fewer.
+Invariant: both backends store the same records, each with a crc32c over everything that a reader uses; a reader returns
+exactly these records or raises, never zeros and never fewer records.
 """
 
 import enum
@@ -25,31 +25,32 @@ from scalekd_cache.store.path import StoredPath
 
 FORMAT_VERSION = 2
 MAX_UNIT_SAMPLES = 65_536
-"""Most records in a shard; a file that claims more is refused before anything is allocated."""
+"""Maximum number of records in a shard; a file that claims more is rejected before anything is allocated."""
 MAX_VIEWS = 10_000
 MAX_RECORD_BYTES = 1 << 28
 """Most bytes of a record; an index that claims more is refused before anything is allocated."""
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
-"""Neighboring records are read at once up to this size; larger runs leave the processor's cache and were slower."""
+"""Adjacent records are read in one call up to this size; larger reads no longer fit the CPU cache and were slower."""
 CRC: Callable[[int, Any], int] = google_crc32c.extend
 UINT32 = struct.Struct("<I").pack
 INT64 = struct.Struct("<q").pack
 NO_LABEL = -1
-"""The label of a record that holds none."""
+"""The label of a record without a label."""
 
-REPAIR = "run `make repair CACHE=...`: it makes what is damaged again (`make verify CACHE=... DEEP=1` lists it)"
+REPAIR = "run `make repair CACHE=...` to rebuild the damaged parts (`make verify CACHE=... DEEP=1` lists them)"
 
 BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "scalekd_cache.store.formats.zarr"}
 
 
 Payload = bytes | memoryview
-"""Bytes of a record. A reader gives read-only memoryviews into the buffer of its call, which lives as long as one of
-them does; `np.frombuffer`, `b"".join` and `io.BytesIO` take both. pickle and DataLoader's collation need `bytes`."""
+"""Bytes of a record. A reader returns read-only memoryviews into one buffer per call, which stays alive as long as one
+of them does. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both; pickle and DataLoader's collation need `bytes`.
+"""
 
 
 class Parts(enum.IntFlag):
-    """What a record holds beside its view and pixels. Stored with it; a reader refuses flags that it does not know."""
+    """The optional parts of a record, as flags. Stored with the record; a reader rejects unknown flags."""
 
     LABEL = 1
     FEATURES = 2
@@ -58,14 +59,14 @@ class Parts(enum.IntFlag):
 
 
 class Record(NamedTuple):
-    """One view of one image, as it is stored. Every part but key, view and digest may be absent."""
+    """One view of one image, as stored. Every part except key, view and digest is optional."""
 
     key: str
     """Sample key: '/' allowed; no dots, no whitespace."""
     label: int
     """Class index; `NO_LABEL` when there is none."""
     view: str
-    """The view record, JSON text in canonical form (sorted keys, no spaces): `canonical_json`; stored as it is."""
+    """The view parameters, as canonical JSON (sorted keys, no spaces; `canonical_json`); stored unchanged."""
     digest: str
     """16 hex characters: digest of the view's uint8 pixels."""
     pixels: Payload
@@ -79,13 +80,13 @@ class Record(NamedTuple):
 
     @property
     def parts(self) -> Parts:
-        """What it holds."""
+        """The parts that this record has."""
         there = (self.label != NO_LABEL, len(self.features), len(self.logits), len(self.second))
         return Parts(sum(part for part, is_there in zip(Parts, there, strict=True) if is_there))
 
 
 class ShardId(NamedTuple):
-    """Which shard this is; written into it, so that a shard under another's name is recognized."""
+    """Identifies a shard; stored inside it, so that a shard under a wrong name is detected."""
 
     group: int
     range_id: int
@@ -93,16 +94,16 @@ class ShardId(NamedTuple):
 
 
 class ShardSummary(NamedTuple):
-    """What a shard writer has made."""
+    """The files of a finished shard."""
 
     files: dict[str, Written]
     """Files by name relative to the unit's folder."""
     payload: dict[str, int]
-    """Bytes of records: pixels, features and target (label, view, digest, logits); all else is index."""
+    """Bytes of records: pixels, features and target (label, view, digest, logits); everything else is index."""
 
 
 class ShardWriter(ABC):
-    """Writes one shard, record by record, into a folder that nobody reads yet."""
+    """Writes one shard, record by record, into a folder that is not published yet."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         self.folder, self.shard = folder, shard
@@ -114,15 +115,15 @@ class ShardWriter(ABC):
 
     @abstractmethod
     def finish(self) -> ShardSummary:
-        """Write what is left and begin with its way to the medium; the fsync of files and folders is the caller's."""
+        """Write the rest and start writeback to disk; the caller fsyncs files and folders."""
 
     @abstractmethod
-    def abandon(self) -> None:
-        """Close files; called after `finish` too."""
+    def abort(self) -> None:
+        """Close files without finishing; safe to call after `finish`."""
 
 
 class ShardReader(ABC):
-    """Reads records of one shard by row. Opening costs the index, not the payloads."""
+    """Reads records of one shard by row. Opening reads the index, not the payloads."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         self.folder, self.shard, self.keys = folder, shard, keys
@@ -130,7 +131,7 @@ class ShardReader(ABC):
     @property
     @abstractmethod
     def crcs(self) -> NDArray[np.uint32]:
-        """(n,) crc32c of every record, as the index has them."""
+        """(n,) uint32: crc32c of every record, from the index."""
 
     @property
     @abstractmethod
@@ -139,16 +140,16 @@ class ShardReader(ABC):
 
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows, in this order, every checksum compared. UserError names shard and key."""
+        """Records of these rows, in this order, with every checksum verified. UserError names shard and key."""
 
-    def close(self) -> None:  # noqa: B027 - nothing to close is a valid implementation
-        """Give files back."""
+    def close(self) -> None:  # noqa: B027 - a reader without open files needs no code here
+        """Close files."""
 
     def __del__(self) -> None:
         self.close()
 
     def check_crc(self, row: int, found: int) -> None:
-        """UserError unless the crc32c of a record that was read is the one in the index."""
+        """UserError unless the crc32c of a record matches the one in the index."""
         stored = int(self.crcs[row])
         if found != stored:
             raise damaged(
@@ -161,7 +162,7 @@ class ShardReader(ABC):
 
 
 def shard_writer(backend: str, folder: Path, shard: ShardId) -> ShardWriter:
-    """The writer of a backend; its module is imported now (zarr takes half a second)."""
+    """The writer of a backend, whose module is imported here."""
     module = importlib.import_module(BACKENDS[check_backend(backend)])
     writer: ShardWriter = module.Writer(folder, shard)
     return writer
@@ -174,14 +175,14 @@ def shard_reader(backend: str, folder: StoredPath, shard: ShardId, keys: list[st
 
 
 def check_backend(backend: str) -> str:
-    """The name itself; UserError with the nearest ones when there is no such backend."""
+    """The name itself; UserError with the nearest names for an unknown backend."""
     if backend not in BACKENDS:
         raise unknown_name("store", backend, BACKENDS, "STORE=, cache.backend, or backend in a manifest")
     return backend
 
 
 def damaged(what: str, got: object, expected: object, where: object, key: str | None = None) -> UserError:
-    """The error of stored bytes that are not what was written."""
+    """The error for stored bytes that differ from what was written."""
     return UserError(
         f"damaged cache: {what}",
         got=got,
@@ -192,10 +193,10 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
 
 
 def check_version(fields: Mapping[str, Any], path: StoredPath, name: str = "format_version") -> None:
-    """UserError for a file of another format version: its other fields mean something else."""
+    """UserError for a file of another format version, whose other fields may have another meaning."""
     if fields.get(name) != FORMAT_VERSION:
         raise UserError(
-            "this version does not read the cache's format",
+            "the cache has a format version that this version of scalekd-cache does not read",
             got=repr(fields.get(name))[:100],
             expected=FORMAT_VERSION,
             where=path,
@@ -204,7 +205,7 @@ def check_version(fields: Mapping[str, Any], path: StoredPath, name: str = "form
 
 
 class Target(NamedTuple):
-    """What a record's JSON says, cut out of its text."""
+    """The fields of a record's JSON."""
 
     digest: bytes
     view: bytes
@@ -221,11 +222,11 @@ TARGET = re.compile(
 
 
 def target_json(record: Record, *, places: bool) -> bytes:
-    """A record's JSON, canonical because the view is and the names are in order.
+    """A record's JSON, in canonical form: the view is canonical and the names are sorted.
 
     Args:
         record: the record.
-        places: for a store that keeps neither the label nor the length of the features elsewhere.
+        places: include the label and the length of the features (for a backend that does not store them elsewhere).
     """
     parts = record.parts
     text = f'{{"digest":"{record.digest}"'
@@ -236,12 +237,12 @@ def target_json(record: Record, *, places: bool) -> bytes:
     return f'{text},"view":{record.view}}}'.encode()
 
 
-def cut_target(text: bytes, where: object) -> Target:
-    """The inverse of `target_json`, cut by its names (a JSON parser takes four times as long).
+def parse_target_json(text: bytes, where: object) -> Target:
+    """The inverse of `target_json`, by a regular expression (a JSON parser takes four times as long).
 
     Raises:
-        UserError: flags that this version does not know.
-        ValueError: another text.
+        UserError: unknown flags.
+        ValueError: not the JSON of a record.
     """
     match = TARGET.fullmatch(text)
     if match is None:
@@ -249,9 +250,9 @@ def cut_target(text: bytes, where: object) -> Target:
     digest, features, flags, label, second, view = match.groups()
     if int(flags) > sum(Parts):
         raise UserError(
-            "a record holds parts that this version does not know",
+            "a record has parts that this version does not know",
             got=f"flags {int(flags)}",
-            expected=f"the sum of some of {', '.join(map(repr, Parts))}",
+            expected=f"a sum of {', '.join(map(repr, Parts))}",
             where=where,
             fix="use the version of scalekd-cache that wrote the cache",
         )
@@ -261,15 +262,15 @@ def cut_target(text: bytes, where: object) -> Target:
 
 
 def check_parts(record: Record, parts: Parts) -> Record:
-    """The record itself; ValueError unless it holds what its flags say."""
+    """The record itself; ValueError unless its parts match its flags."""
     if record.parts != parts:
-        raise ValueError(f"flags say {parts!r}, the record holds {record.parts!r}")
+        raise ValueError(f"flags are {parts!r}, the record has {record.parts!r}")
     return record
 
 
 def record_crc(record: Record) -> int:
     """The crc32c (Castagnoli) of a record: key, label (int64), view, digest, pixels, features, second and logits, each
-    as its length (uint32, little-endian; 0 for what is absent), then its bytes; second only where there is one."""
+    as its length (uint32, little-endian; 0 when absent) followed by its bytes; second only when present."""
     texts = record.key.encode(), record.view.encode(), record.digest.encode()
     rest = (record.pixels, record.features, record.second, record.logits)
     return fields_crc(*texts, record.label, *map(crc_input, rest))
@@ -278,7 +279,7 @@ def record_crc(record: Record) -> int:
 def fields_crc(
     key: bytes, view: bytes, digest: bytes, label: int, pixels: Any, features: Any, second: Any, logits: Any
 ) -> int:
-    """`record_crc` of fields as a reader has them: texts as UTF-8, the rest as bytes or uint8 arrays."""
+    """`record_crc` from separate fields: texts as UTF-8, the rest as bytes or uint8 arrays."""
     packed = b"" if label == NO_LABEL else INT64(label)
     head = b"".join(map(_with_length, (key, packed, view, digest))) + UINT32(len(pixels))
     crc = CRC(CRC(0, head), pixels)
@@ -292,22 +293,22 @@ def _with_length(data: bytes) -> bytes:
 
 
 def crc_input(data: Payload) -> Any:
-    """What google_crc32c takes without a copy: it refuses memoryviews."""
+    """The data in a form that google_crc32c accepts without a copy (it rejects memoryviews)."""
     return data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Let malloc keep what a batch of records gives back, for the next one: new pages cost four times the read.
+    """Make malloc keep the freed memory of a batch for the next one: new pages cost four times as much as the read.
 
-    glibc keeps at the top of its heap twice the largest block that was ever freed, up to 64 MiB, and 128 KiB before the
-    first one (mallopt(3), M_MMAP_THRESHOLD). The block is not touched. A process that trains has freed one anyway.
+    glibc keeps up to twice the largest block that was ever freed (at most 64 MiB; 128 KiB before the first one; see
+    mallopt(3), M_MMAP_THRESHOLD). The block allocated here is never touched.
     """
     np.empty(31 << 20, np.uint8)
 
 
 def check_key(key: str, where: object) -> str:
-    """The key itself; UserError for one that could leave its folder or be cut in two by a tar reader."""
+    """The key itself; UserError for one that could leave its folder or that a tar reader would split."""
     parts = key.split("/")
     plain = key.isprintable() and not any(character.isspace() for character in key)
     if not plain or "" in parts or "." in key or "\\" in key or not 0 < len(key.encode()) <= MAX_KEY_BYTES:

@@ -1,32 +1,35 @@
-"""Reading files that somebody else may have put there: only regular files, no more bytes than expected, checked JSON.
+"""Reads untrusted files: only regular files, no more bytes than expected, JSON checked against a schema.
 
 In: a path, and what the file should be. Out: a descriptor, bytes, JSON values or a dataclass whose types were checked.
-Invariant: nothing waits for a FIFO or a device, nothing is read or allocated beyond a limit that is known beforehand,
-and whatever is found there is a `UserError` that names the file (a missing one too, except for `open_regular`).
+Invariant: a FIFO or device never blocks, nothing is read or allocated beyond a limit known in advance, and every
+problem is a `UserError` that names the file (a missing file too, except in `open_regular`).
 """
 
 import functools
 import json
 import os
+import re
 import stat
 from collections.abc import Hashable, Sequence
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Annotated, Any, TypeVar, cast
 
 import pydantic_core
-from pydantic import TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.path import StoredPath
 
 T = TypeVar("T")
+Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+"""For schemas: a sha256 in hex."""
 JSON_BYTES = 1 << 26
-"""Longest JSON file: a manifest of about 600,000 units."""
+"""Maximum size of a JSON file: a manifest of about 600,000 units."""
 JSON_VALUES = 1 << 22
-"""Most values in one: each takes some 100 bytes of memory or more, however short its text."""
+"""Maximum number of values in a JSON file: each takes about 100 bytes of memory or more, however short its text."""
 PIECE_BYTES = 1 << 20
 TENSOR_HEADER_BYTES = 100_000_000
-"""Longest header of a .safetensors file: the limit of the safetensors library."""
+"""Maximum size of the header of a .safetensors file: the limit of the safetensors library."""
 KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -47,7 +50,7 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
         UserError: it is not a regular file, or it cannot be opened.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO's writer is not waited for
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # do not wait for a FIFO's writer
     except (FileNotFoundError, NotADirectoryError) as error:
         raise FileNotFoundError(str(path)) from error
     except (OSError, ValueError) as error:
@@ -56,20 +59,20 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
     if kind != stat.S_IFREG:
         os.close(descriptor)
         raise UserError(
-            f"{what} is not a file", got=KINDS.get(kind, "something else"), expected="a regular file", where=path
+            f"{what} is not a file", got=KINDS.get(kind, "another kind of file"), expected="a regular file", where=path
         )
     return descriptor
 
 
 def open_file(path: StoredPath | str, what: str = "a file") -> IO[bytes]:
-    """`open_regular` as an unbuffered file; of a remote path its verified copy."""
+    """`open_regular` as an unbuffered file object; for a remote path, its verified local copy."""
     if isinstance(path, Path | str):
         return os.fdopen(open_regular(path, what), "rb", 0)
     return path.open("rb", 0)
 
 
 def check_regular(path: Path | str, what: str = "a file") -> int:
-    """The length of a regular file that can be opened, for libraries that open it by its name.
+    """The length of a readable regular file; for libraries that open a file by its name.
 
     Raises:
         UserError: missing, not a regular file, or it cannot be opened.
@@ -84,11 +87,16 @@ def check_regular(path: Path | str, what: str = "a file") -> int:
         os.close(descriptor)
 
 
+def is_hex(value: object, digits: int) -> bool:
+    """Whether a value is a text of exactly this many lower-case hex digits."""
+    return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) is not None
+
+
 def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
-    """The length of a .safetensors file, compared with the length that its header gives; no tensor is read.
+    """The length of a .safetensors file, checked against its header; no tensor is read.
 
     Raises:
-        UserError: as `check_regular`, the header is damaged, or the file has another length.
+        UserError: as `check_regular`; also for a damaged header or another length.
     """
     size = check_regular(path, what)
     descriptor = open_regular(path, what)
@@ -97,7 +105,7 @@ def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
         if not 2 <= header_bytes <= min(TENSOR_HEADER_BYTES, size - 8):
             raise UserError(
                 f"{what} is damaged",
-                got="no header of tensors",
+                got="no safetensors header",
                 expected="a .safetensors file (renaming a pickle does not make it one)",
                 where=path,
             )
@@ -107,27 +115,27 @@ def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
     try:
         ends = [int(entry["data_offsets"][1]) for name, entry in entries.items() if name != "__metadata__"]
     except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise UserError(f"{what} is damaged", got="tensors without offsets", where=path) from error
+        raise UserError(f"{what} is damaged", got="a tensor without offsets", where=path) from error
     expected = 8 + header_bytes + max(ends, default=0)
     if size != expected:
-        got, wanted = f"{size:,} bytes", f"{expected:,} bytes, as its header says"
+        got, wanted = f"{size:,} bytes", f"{expected:,} bytes, from its header"
         raise UserError(f"{what} has the wrong length", got=got, expected=wanted, where=path)
     return size
 
 
 def is_there(path: StoredPath) -> bool:
-    """Whether something stands under this name, readable or not."""
+    """Whether something with this name exists, readable or not."""
     return os.path.lexists(path) if isinstance(path, Path) else path.exists()
 
 
 def unreadable(error: OSError | ValueError, path: object, what: str = "a file") -> UserError:
-    """The error of a file that is there but cannot be opened or read: a bad sector, no permission, a link loop."""
+    """The error for an existing file that cannot be opened or read: a bad sector, no permission, a link loop."""
     got = (error.strerror if isinstance(error, OSError) else None) or error
     return UserError(f"{what} cannot be read", got=got, where=path, fix="check the path, its permissions and the disk")
 
 
 def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
-    """`os.pread`, fewer bytes at the file's end. UserError when the disk does not give them."""
+    """`os.pread`: fewer bytes at the end of the file. UserError when the disk cannot read them."""
     try:
         return os.pread(descriptor, count, offset)
     except OSError as error:
@@ -138,9 +146,9 @@ def read_file(path: StoredPath | str, what: str, limit_bytes: int, fix: str | No
     """All bytes of a file of at most `limit_bytes`.
 
     Args:
-        path: the file; of a remote one, the verified copy.
+        path: the file; for a remote path, the verified local copy is read.
         what: what it is, for the error.
-        limit_bytes: no more than these are read.
+        limit_bytes: maximum size.
         fix: what to do when it is missing.
 
     Raises:
@@ -164,7 +172,7 @@ def _too_large(what: str, got: str, limit_bytes: int, path: object) -> UserError
 
 
 def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
-    """Up to one byte more than the limit."""
+    """Reads at most one byte more than the limit."""
     pieces, left = [], limit_bytes + 1
     try:
         size = os.fstat(file.fileno()).st_size
@@ -187,7 +195,7 @@ def read_json(
 
 
 def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
-    """A JSON object (no NaN, no infinity) out of bytes. UserError when they are not one."""
+    """The JSON object (without NaN and infinity) in these bytes. UserError when they are something else."""
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
         raise UserError(f"{what} holds too many values", expected=f"at most {JSON_VALUES:,}", where=where)
     try:
@@ -202,19 +210,19 @@ def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
 def read_checked(
     path: StoredPath | str, kind: type[T], what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
 ) -> T:
-    """A JSON file as a dataclass, NamedTuple or TypedDict whose types, and those of all that it holds, were checked.
+    """A JSON file as a dataclass, NamedTuple or TypedDict, with the types of all nested values checked.
 
     Args:
         path: the file.
-        kind: the class. Unknown and missing fields and values of another type are errors; nothing is converted but
-            JSON's lists, which become tuples where the class has tuples. `Annotated[int, Field(ge=0)]` and the like
-            bound values; `Field(fail_fast=True)` on long lists stops at the first error.
+        kind: the class. Unknown fields, missing fields and values of another type are errors. The only conversion is
+            from JSON lists to tuples where the class has tuples. Limits are written as `Annotated[int, Field(ge=0)]`;
+            `Field(fail_fast=True)` on a long list stops at its first error.
         what: what the file is, for the error.
         limit_bytes: as in `read_file`.
         fix: as in `read_file`.
 
     Raises:
-        UserError: as `read_json`, or the file does not fit the class: names the place inside the JSON.
+        UserError: as `read_json`, or the file does not match the class: names the field.
     """
     fields, data = read_json(path, what, limit_bytes, fix)
     del fields
@@ -222,11 +230,11 @@ def read_checked(
 
 
 def checked_value(value: object, kind: type[T], what: str, where: object) -> T:
-    """JSON values that were parsed already as `kind`; see `read_checked`."""
+    """JSON values that are already parsed, as `kind`; see `read_checked`."""
     found = checked(json.dumps(value), kind, what, where)
     try:
         json.dumps(value, allow_nan=False)
-    except ValueError as error:  # a number as large as 1e999, where the class takes any value
+    except ValueError as error:  # a number such as 1e999 where the class accepts any value
         raise UserError(f"{what} is not as expected", got=error, where=where) from None
     return found
 
@@ -249,7 +257,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _named(wrong: Sequence[Any]) -> str:
-    """The first places inside a JSON text that are not as expected, each with what is there."""
+    """The first fields of a JSON text that do not match, each with its value."""
     named = []
     for one in wrong[:3]:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).lstrip(".")

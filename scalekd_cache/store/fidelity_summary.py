@@ -1,23 +1,18 @@
-"""How close decoded features are to the teacher's, over many views.
+"""Summaries of fidelity metrics (decoded features compared with the teacher's) over many views.
 
-In: figures of single views. Out: mean and 1st percentile of a unit, and of a cache from those of its units.
-Invariant: merging summaries weights them by their number of views.
+In: metrics of single views. Out: mean and 1st percentile of a unit, and of a cache from its units.
+Invariant: merging weights the summaries by their number of views.
 """
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
 
 import numpy as np
-
-if TYPE_CHECKING:
-    pass
-
 
 Summary = dict[str, dict[str, float]]
 
 
 def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
-    """Figures a view, by metric -> {metric: {mean, p1, count}}; p1 is the 1st percentile."""
+    """Values per view, by metric -> {metric: {mean, p1, count}}; p1 is the 1st percentile."""
     summary = {}
     for name, figures in values.items():
         array = np.asarray(list(figures), dtype=np.float64)
@@ -28,7 +23,7 @@ def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
 
 
 def merge_summaries(summaries: Iterable[Summary]) -> Summary:
-    """Summaries of several units as one: means weighted by count, the lowest p1, the highest p99 where there is one."""
+    """Merge summaries of several units: means weighted by count, the lowest p1, the highest p99 if present."""
     merged: Summary = {}
     for summary in summaries:
         for name, row in summary.items():

@@ -1,8 +1,8 @@
-"""Which image files a unit was made from: images.txt, and whether two units were made from the same.
+"""images.txt: digests of the image files that a unit was made from, and a check that all units used the same files.
 
-In: digests of image files, by sample key. Out: images.txt, line i for line i of keys.txt; an error that names images.
-Invariant: all views of an image in a cache come from one file. Units that took their views from another cache, and
-those of earlier versions, have no images.txt and are not compared.
+In: digests of image files, by sample key. Out: images.txt, where line i belongs to line i of keys.txt; an error that
+names changed images. Invariant: all views of an image in a cache come from the same file. Units whose views come from
+another cache, and units of earlier versions, have no images.txt and are not compared.
 """
 
 import hashlib
@@ -13,31 +13,31 @@ from typing import NamedTuple
 import numpy as np
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.checked_files import read_file
+from scalekd_cache.store.checked_files import is_hex, read_file
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder
 
 NAME = "images.txt"
 LINE_BYTES = 17
 """16 hex characters and a newline."""
 FIX = (
-    "put the old image files back, or delete the units that hold the old ones (their folders); then rerun "
-    "make cache-teacher, which makes missing units again. A cache of another data set needs its own CACHE="
+    "restore the old image files, or delete the folders of the units made from them; then rerun "
+    "make cache-teacher, which rebuilds missing units. Use another CACHE= for another data set"
 )
 
 
 class Change(NamedTuple):
-    """An image whose file is another one than a unit was made from."""
+    """An image whose file has changed since a unit was made."""
 
     key: str
     unit: str
-    """The unit that was made first."""
+    """The older unit."""
 
 
 class ImageFiles:
-    """The image files that some units were made from."""
+    """Digests of the image files that a set of units was made from."""
 
     def __init__(self, root: Path, units: Iterable[tuple[int, int]]) -> None:
-        """Read images.txt of those of the units, (group, range), that are there and have one."""
+        """Read images.txt of these units, (group, range), where unit and file exist."""
         self.root, self._units = root, list(units)
         keys, digests, numbers = [], [], []
         for number, (group, range_id) in enumerate(self._units):
@@ -53,7 +53,7 @@ class ImageFiles:
         self._numbers = np.array(numbers, np.int32)[order]
 
     def change(self, key: str, digest: str) -> Change | None:
-        """The unit that was made from another file of this image, if there is one."""
+        """The change of an image, if a unit was made from another file of it."""
         number = _number(key)
         at = int(np.searchsorted(self._keys, np.uint64(number)))
         if at == len(self._keys) or int(self._keys[at]) != number or int(self._digests[at]) == int(digest, 16):
@@ -61,41 +61,39 @@ class ImageFiles:
         return Change(key, unit_folder(Path(), *self._units[self._numbers[at]]).as_posix())
 
     def check(self, key: str, digest: str) -> None:
-        """`UserError` when an image that is read now is not the file that an earlier group of views was made from."""
+        """UserError when an image file has changed since an earlier view group was made from it."""
         change = self.change(key, digest)
         if change is not None:
             raise UserError(
                 "an image changed since earlier views of it were cached",
-                got=f"{key}: another file than {change.unit} was made from",
+                got=f"{key}: not the file that {change.unit} was made from",
                 where=self.root,
                 fix=FIX,
             )
 
 
 def images_text(digests: Iterable[str]) -> bytes:
-    """What images.txt holds."""
+    """The bytes of images.txt."""
     return "".join(f"{digest}\n" for digest in digests).encode()
 
 
 def read_images(folder: Path, info: UnitInfo) -> list[str]:
-    """Digests of the image files of a unit's records, in order; none where the unit has no images.txt."""
+    """Digests of the image files of a unit's records, in order; empty when the unit has no images.txt."""
     if NAME not in info.files:
         return []
     size = info.count * LINE_BYTES
     data = read_file(folder / NAME, "the list of a unit's image files", size)
     lines = data.decode("ascii", "replace").split("\n")[:-1]
-    if len(data) != size or not all(
-        len(line) == LINE_BYTES - 1 and set(line) <= set("0123456789abcdef") for line in lines
-    ):
+    if len(data) != size or not all(is_hex(line, LINE_BYTES - 1) for line in lines):
         raise UserError("the list of a unit's image files is damaged", where=folder / NAME, fix="run `make repair`")
     return lines
 
 
 def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
-    """Every group of views was made from the same image files as the first.
+    """Check that every view group was made from the same image files as the first one.
 
     Raises:
-        UserError: naming the first image that differs and the units that hold it.
+        UserError: names the first changed image and its units.
     """
     if len(groups) < 2:
         return
@@ -111,9 +109,9 @@ def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
         units = sorted({unit for change, unit in changes} | {change.unit for change, unit in changes})
         change, unit = changes[0]
         raise UserError(
-            "images changed while the cache was made: two groups of views come from different files",
+            "images changed while the cache was made: two view groups come from different files",
             got=f"{len(changes)} images; the first is {change.key}, in {change.unit} and in {unit}",
-            expected="one file an image in all views",
+            expected="the same file of an image in all views",
             where=f"{root}, units {', '.join(units[:10])}" + (f" and {len(units) - 10} more" if units[10:] else ""),
             fix=FIX,
         )

@@ -1,8 +1,8 @@
-"""Locks between the processes of a machine (flock), also where a file system has none.
+"""File locks between processes (flock), with a fallback for file systems without locks.
 
 In: a lock file. Out: an open file that holds the lock until it is closed; the kernel closes it for a killed process.
-Invariant: a file system without flock (some NFS and Lustre mounts) never ends a command: one warning, then the work
-continues without the lock. Only a regular file is opened. No library: those for locks poll, or leave stale files.
+Invariant: on a file system without flock (some NFS and Lustre mounts) one warning is printed and work continues without
+the lock. Only regular files are opened. Hand-written: lock libraries poll, or leave stale lock files.
 """
 
 import errno
@@ -16,18 +16,18 @@ from typing import IO
 from scalekd_cache.errors import UserError
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-"""What flock answers on a file system that has no locks."""
+"""The errors of flock on a file system without locks."""
 _warned: set[str] = set()
 
 
 def open_lock(path: Path, *, make: bool = True) -> IO[bytes]:
-    """Open a lock file; `make`: for writing, made when absent.
+    """Open a lock file; `make`: for writing, created when missing.
 
     Raises:
-        UserError: something other than a file has its name.
-        OSError: it can be neither made nor opened; FileNotFoundError when it is absent and not made.
+        UserError: the path is not a regular file.
+        OSError: it cannot be created or opened; FileNotFoundError when it is missing and `make` is false.
     """
-    # Without a wait: a FIFO is opened at once, and refused.
+    # Non-blocking, so that a FIFO is opened at once and rejected.
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if make else os.O_RDONLY)
     try:
         file = os.fdopen(os.open(path, flags, 0o644), "r+b" if make else "rb", buffering=0)
@@ -51,11 +51,11 @@ def lock(file: IO[bytes] | int, path: Path, *, wait: bool = True, shared: bool =
     Args:
         file: the open file, or its descriptor.
         path: its path, for the warning.
-        wait: until other processes have released it.
-        shared: any number of processes may hold it at once.
+        wait: block until other processes have released it.
+        shared: several processes may hold it at the same time.
 
     Returns:
-        False where the file system has no locks; the first time in a process, a warning is printed.
+        False when the file system has no locks; a warning is printed once per process and folder.
 
     Raises:
         BlockingIOError: another process holds it, and `wait` is false.
@@ -71,7 +71,7 @@ def lock(file: IO[bytes] | int, path: Path, *, wait: bool = True, shared: bool =
 
 
 def _warn(folder: Path, error: OSError) -> None:
-    """Once a process and folder; processes forked later know it too."""
+    """Print the warning once per process and folder; processes forked later inherit that."""
     if str(folder) not in _warned:
         _warned.add(str(folder))
         print(

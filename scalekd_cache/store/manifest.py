@@ -1,9 +1,9 @@
-"""manifest.json: what a cache is, built last by one process from the sidecars of all its units.
+"""manifest.json: the description of a finished cache, built last by one process from the sidecars of all its units.
 
-In: facts of the run, and every unit.json. Out: a checked `Manifest`.
-Invariant: the number of samples is the sum over the units of every group, all groups hold the same images, and
-`units_digest` covers every sidecar, which in turn holds the sha256 of every file: the manifest pins the whole cache,
-and its own seal pins the manifest.
+In: the facts of the plan, and every unit.json. Out: a checked `Manifest`.
+Invariant: in every group the number of samples is the sum over its units, all groups hold the same images, and
+`units_digest` covers every sidecar. Each sidecar has the sha256 of its files, so the manifest covers the whole cache;
+the checksum inside the manifest covers the manifest.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 
@@ -30,14 +30,14 @@ from scalekd_cache.store.base import (
     check_version,
     damaged,
 )
-from scalekd_cache.store.checked_files import checked_value, is_there, read_json
-from scalekd_cache.store.durable_files import Sha256, canonical_json, write_atomically
+from scalekd_cache.store.checked_files import Sha256, checked_value, is_hex, is_there, read_json
+from scalekd_cache.store.durable_files import canonical_json, write_atomically
 from scalekd_cache.store.fidelity_summary import merge_summaries
 from scalekd_cache.store.image_digests import check_images
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import pin_files
-from scalekd_cache.store.sealed_json import HEX64, sealed, unsealed
-from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.sealed_json import sealed, unsealed
+from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, unit_folder, wrong_sizes
 
 NAME, TAIL = "manifest.json", "tail.safetensors"
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -45,29 +45,29 @@ STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
 
 
 class UnitRow(NamedTuple):
-    """A unit, as the manifest lists it."""
+    """A unit in the manifest's list."""
 
     group: Whole
     range_id: Whole
-    count: Annotated[int, Field(ge=0, le=MAX_UNIT_SAMPLES)]  # type: ignore[assignment]  # hides tuple.count, which nobody calls
+    count: Annotated[int, Field(ge=0, le=MAX_UNIT_SAMPLES)]  # type: ignore[assignment]  # hides tuple.count, which is not used
     """Records in each shard of the unit."""
     sha256: Sha256
-    """Of unit.json."""
+    """sha256 of unit.json."""
 
 
 class TeacherFacts(TypedDict):
     """The teacher of a cache."""
 
     spec: dict[str, Any]
-    """A `TeacherSpec`, which checks itself."""
+    """A `TeacherSpec`, which is checked when it is parsed."""
     config: dict[str, Any]
-    """The `TeacherConfig` of the job that began the cache."""
+    """The `TeacherConfig` of the job that created the cache."""
     top1: FiniteFloat | None
-    """Accuracy on the data set in percent, where it was measured."""
+    """Accuracy on the data set in percent; None when it was not measured."""
 
 
 class DataFacts(TypedDict):
-    """What `data` holds beside the `DataConfig`."""
+    """The fields of `data` that are not in `DataConfig`."""
 
     listing: Sha256
     samples: Whole
@@ -77,18 +77,17 @@ class DataFacts(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestFacts:
-    """What the run knows; the rest of a manifest comes from the sidecars."""
+    """The facts that are known before the first unit is written; plan.json and manifest.json both hold them."""
 
     fingerprint: Sha256
     fingerprint_fields: dict[str, Any]
+    """Everything that changes the bytes of a record."""
     recipe: str
     backend: str
     samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
-    """Most images in a range: what the writer was asked for."""
+    """Maximum number of images in a range: the option of the job that created the cache."""
     groups: list[list[Whole]]
     """View numbers of each group; together 0, 1, ... num_views - 1."""
-    ranges: list[list[list[Whole]]]
-    """[start, stop] of every range of every group: ranges[group][range_id]."""
     class_names: list[str]
     teacher: TeacherFacts
     tail_sha256: Sha256 | Literal[""]
@@ -96,45 +95,49 @@ class ManifestFacts:
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
-    second_codec: dict[str, Any] = field(default_factory=dict)
+    second_codec: dict[str, Any]
     """Codec of a second feature target; empty when no record holds one."""
     data: dict[str, Any]
-    pixels_from: dict[str, str] = field(default_factory=dict)
-    """Of a cache that shares the baked pixels of another: `identity` and `path` of that one; else empty."""
+    pixels_from: dict[str, str]
+    """For a cache that shares the baked pixels of another one: its `identity` and `path`; otherwise empty."""
     versions: dict[str, str]
+
+    @property
+    def num_views(self) -> int:
+        """Views of every image, over all groups."""
+        return sum(len(views) for views in self.groups)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A whole cache. See docs/FORMAT.md for every field."""
+    """A whole cache. On disk the facts are fields of the one JSON object; docs/FORMAT.md describes every field."""
 
     format_version: int
-    fingerprint: Sha256
-    fingerprint_fields: dict[str, Any]
-    recipe: str
-    backend: str
-    samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
+    facts: ManifestFacts
     num_samples: Whole
-    """Images, the same in every view."""
+    """Images, the same number in every view."""
     num_views: Whole
-    groups: list[list[Whole]]
     units: Annotated[list[UnitRow], Field(fail_fast=True)]
     """Sorted by group, then range: the canonical order of each group."""
-    units_digest: str
+    units_digest: Sha256
     """sha256 hex over the rows of `units`."""
-    class_names: list[str]
-    teacher: TeacherFacts
-    tail_sha256: Sha256 | Literal[""]
-    view_recipe: dict[str, Any]
-    codec: dict[str, Any]
-    logit_codec: dict[str, Any]
-    second_codec: dict[str, Any]
-    data: dict[str, Any]
-    pixels_from: dict[str, str]
     bytes_per_view: dict[str, FiniteFloat]
-    """Mean bytes on disk: pixels, features, target, index (all that is left: headers, padding, sidecars), total."""
+    """Mean bytes on disk: pixels, features, target, index (everything else: headers, padding, sidecars), total."""
     fidelity: Fidelity
-    versions: dict[str, str]
+
+
+FIELDS = (
+    *("format_version", "fingerprint", "fingerprint_fields", "recipe", "backend", "samples_per_shard", "num_samples"),
+    *("num_views", "groups", "units", "units_digest", "class_names", "teacher", "tail_sha256", "view_recipe", "codec"),
+    *("logit_codec", "second_codec", "data", "pixels_from", "bytes_per_view", "fidelity", "versions"),
+)
+"""The fields of manifest.json, in the order in which they are written."""
+FACTS = tuple(one.name for one in dataclasses.fields(ManifestFacts))
+
+
+def plain_facts(facts: ManifestFacts) -> dict[str, Any]:
+    """The facts by name, as JSON holds them."""
+    return {name: getattr(facts, name) for name in FACTS}
 
 
 def units_digest(units: Sequence[UnitRow]) -> str:
@@ -142,18 +145,22 @@ def units_digest(units: Sequence[UnitRow]) -> str:
     return hashlib.sha256(canonical_json([list(row) for row in units]).encode()).hexdigest()
 
 
-def build_manifest(root: Path, facts: ManifestFacts) -> Manifest:
-    """Read every sidecar and add up.
+def build_manifest(root: Path, facts: ManifestFacts, ranges: Sequence[Sequence[int]]) -> Manifest:
+    """Build the manifest from the sidecars of all units.
+
+    Args:
+        root: the cache's folder.
+        facts: the facts of the plan.
+        ranges: [start, stop] of every range of images; every group of views has the same ranges.
 
     Raises:
-        UserError: a unit is missing, short, from another run, or groups do not hold the same images.
+        UserError: a unit is missing, truncated or of another cache, or groups do not hold the same images.
     """
     check_backend(facts.backend)
-    assert len(facts.groups) == len(facts.ranges), (len(facts.groups), len(facts.ranges))
     rows: list[UnitRow] = []
     infos: list[UnitInfo] = []
     contents: list[tuple[int, int]] = []
-    for group, ranges in enumerate(facts.ranges):
+    for group in range(len(facts.groups)):
         key_sum = 0
         for range_id, (start, stop) in enumerate(ranges):
             folder = unit_folder(root, group, range_id)
@@ -167,13 +174,13 @@ def build_manifest(root: Path, facts: ManifestFacts) -> Manifest:
     check_images(root, [[info for info in infos if info.group == group] for group in range(len(facts.groups))])
     return Manifest(
         format_version=FORMAT_VERSION,
+        facts=facts,
         num_samples=contents[0][0],
-        num_views=sum(len(views) for views in facts.groups),
+        num_views=facts.num_views,
         units=rows,
         units_digest=units_digest(rows),
         bytes_per_view=_bytes_per_view(root, infos),
         fidelity=merge_summaries(info.fidelity for info in infos),
-        **{one.name: getattr(facts, one.name) for one in dataclasses.fields(facts) if one.name != "ranges"},
     )
 
 
@@ -188,13 +195,13 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
             where=folder,
             fix="use the options the cache was made with, or another folder (CACHE=...)",
         )
-    wrong = sizes_differ(folder, info.files)
+    wrong = wrong_sizes(folder, info.files)
     if wrong:
-        raise damaged("a file of a unit is short or gone", wrong[0][1], "its length", folder / wrong[0][0])
+        raise damaged("a file of a unit is truncated or missing", wrong[0][1], "its full length", folder / wrong[0][0])
 
 
 def _key_number(key: str) -> int:
-    """128 bits of a key; their sum does not depend on the order, and tells two sets of keys apart."""
+    """128 bits of a key. The sum over keys does not depend on their order and differs for different sets of keys."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
 
 
@@ -206,7 +213,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
                 got=f"group {group}: {content[0]} images",
                 expected=f"group 0: {contents[0][0]} images, with the same keys",
                 where=root / "units",
-                fix="rerun `make cache-teacher`: it names the units that differ and makes them again",
+                fix="rerun `make cache-teacher`: it lists the units that differ and rebuilds them",
             )
     if not contents or contents[0][0] == 0:
         raise UserError("the cache holds no images", where=root / "units", fix="check the data set: all were skipped")
@@ -222,10 +229,13 @@ def _bytes_per_view(root: Path, infos: list[UnitInfo]) -> dict[str, float]:
 
 
 def write_manifest(root: Path, manifest: Manifest) -> None:
-    """Write it in one step: a reader sees the old one or the new one."""
-    fields = {one.name: getattr(manifest, one.name) for one in dataclasses.fields(manifest)}
-    data = sealed(fields)
-    _parse(json.loads(data), data, root / NAME)  # what cannot be read back must not be written
+    """Write the manifest atomically."""
+    parts = {
+        **plain_facts(manifest.facts),
+        **{one.name: getattr(manifest, one.name) for one in dataclasses.fields(manifest)},
+    }
+    data = sealed({name: parts[name] for name in FIELDS})
+    _parse(json.loads(data), data, root / NAME)  # never write a manifest that cannot be read back
     write_atomically(root / NAME, data)
 
 
@@ -233,38 +243,40 @@ def read_manifest(root: StoredPath) -> Manifest:
     """The manifest of a cache, strictly checked.
 
     Raises:
-        UserError: no manifest (the cache is not finished), another format version, wrong types, or numbers that do not
-            agree with each other.
+        UserError: no manifest (the cache is not finished), another format version, wrong types, or a contradiction.
     """
     path = root / NAME
     if not is_there(path):
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,
-            fix="check the path (CACHE=...), run `make cache-teacher` until it ends (it continues), or train while it "
-            "grows with `make distill ... FOLLOW=1`",
+            fix="check the path (CACHE=...), rerun `make cache-teacher` to finish it, or train while it is "
+            "being written with `make distill ... FOLLOW=1`",
         )
     fields, data = read_json(path, "the manifest")
     manifest = _parse(fields, data, path)
     sidecars = {unit_folder(Path("."), row.group, row.range_id).as_posix(): row.sha256 for row in manifest.units}
     pin_files(root, {f"{folder}/unit.json": (None, sha256) for folder, sha256 in sidecars.items()})
-    pin_files(root, {TAIL: (None, manifest.tail_sha256)})
-    pin_files(root, {name: (None, sha256) for name, sha256 in kept_files(manifest.fingerprint_fields).items()})
+    pin_files(root, {TAIL: (None, manifest.facts.tail_sha256)})
+    pin_files(root, {name: (None, sha256) for name, sha256 in codec_files(manifest.facts.fingerprint_fields).items()})
     return manifest
 
 
 def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
     check_version(fields, path)
-    manifest = checked_value(unsealed(fields, data, path), Manifest, "the manifest", path)
-    wrong = [name for name, right in _checks(manifest).items() if not right] + contradictions(manifest, path)
+    fields = unsealed(fields, data, path)
+    facts = {name: fields.pop(name) for name in FACTS if name in fields}
+    checked_value(facts, ManifestFacts, "the manifest", path)  # first: its errors name a field of the file
+    manifest = checked_value({**fields, "facts": facts}, Manifest, "the manifest", path)
+    wrong = [name for name, right in _checks(manifest).items() if not right] + contradictions(manifest.facts, path)
     if wrong:
-        raise damaged("the manifest contradicts itself", "; ".join(wrong), "facts that agree", path)
+        raise damaged("the manifest contradicts itself", "; ".join(wrong), "consistent values", path)
     return manifest
 
 
 def _checks(manifest: Manifest) -> dict[str, bool]:
-    """Every agreement of the units; num_samples is bounded by those that are listed."""
-    groups, units = manifest.groups, manifest.units
+    """Consistency checks of the units, by message; num_samples is bounded by the listed units."""
+    groups, units = manifest.facts.groups, manifest.units
     views = [view for group in groups for view in group]
     order = [(row.group, row.range_id) for row in units]
     sums, ranges = dict.fromkeys(range(len(groups)), 0), Counter[int]()
@@ -287,12 +299,14 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
     }
 
 
-def contradictions(facts: Manifest | ManifestFacts, path: StoredPath) -> list[str]:
-    """What a manifest or plan says twice, and not in the same way: `fingerprint_fields` holds what the bytes of records
-    come from, their hash is `fingerprint`, and readers go by the fields beside it.
+def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
+    """The facts of a manifest or plan that contradict each other.
+
+    `fingerprint_fields` has everything that changes the bytes of records and `fingerprint` is its hash; readers use the
+    other fields, which must have the same values.
 
     Raises:
-        UserError: a view recipe, data set or teacher that no configuration describes.
+        UserError: a view recipe, data set or teacher that is not a valid configuration.
     """
     fields, spec = facts.fingerprint_fields, facts.teacher["spec"]
     checked_value(facts.view_recipe, ViewConfig, "the view recipe", path)
@@ -326,8 +340,8 @@ def contradictions(facts: Manifest | ManifestFacts, path: StoredPath) -> list[st
 
 
 def without_arguments(spec: object) -> object:
-    """A teacher's specification but for `model_args`: those are compared with the tail's file, before they are used,
-    and by `make verify`."""
+    """A teacher's specification except `model_args`, which are compared with the tail's file before they are used
+    and in `make verify`."""
     return {name: value for name, value in spec.items() if name != "model_args"} if isinstance(spec, dict) else spec
 
 
@@ -336,12 +350,12 @@ def classes_digest(names: Sequence[str]) -> str:
     return hashlib.sha256(canonical_json(list(names)).encode()).hexdigest()
 
 
-def kept_files(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Files beside manifest and tail that records cannot be decoded without, with their sha256."""
+def codec_files(fields: Mapping[str, Any]) -> dict[str, str]:
+    """Files (other than manifest and tail) that are needed to decode records, with their sha256."""
     found = {}
     for name, codec, entry in ((STATE, "codec", "state_sha256"), (CLASSIFIER, "logit_codec", "sha256")):
         config = fields.get(codec)
         digest = config.get(entry) if isinstance(config, dict) else None
-        if isinstance(digest, str) and HEX64.fullmatch(digest):
-            found[name] = digest
+        if is_hex(digest, 64):
+            found[name] = str(digest)
     return found

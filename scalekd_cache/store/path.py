@@ -1,7 +1,7 @@
-"""What readers need of a path, on disk or remote.
+"""The path interface of readers, for local and remote caches.
 
-In: nothing. Out: a type that `pathlib.Path` and `remote.RemotePath` have in common.
-Invariant: reading only; who writes takes a `Path`.
+In: nothing. Out: a protocol that `pathlib.Path` and `RemotePath` implement.
+Invariant: read-only; writers take a `Path`.
 """
 
 from collections.abc import Sequence
@@ -9,8 +9,8 @@ from pathlib import PurePath
 from typing import IO, Any, Literal, Protocol, Self
 
 
-class Facts(Protocol):
-    """What `stat` tells."""
+class FileStat(Protocol):
+    """The part of a stat result that readers use."""
 
     @property
     def st_size(self) -> int:
@@ -26,11 +26,11 @@ class StoredPath(Protocol):
 
     @property
     def parent(self) -> Self:
-        """The folder it is in."""
+        """The parent folder."""
 
     @property
     def parents(self) -> Sequence[Self]:
-        """All folders it is in, the nearest first."""
+        """All parent folders, the nearest first."""
 
     def __truediv__(self, name: str, /) -> Self:
         """A path inside."""
@@ -39,16 +39,16 @@ class StoredPath(Protocol):
         """The path inside `root`."""
 
     def exists(self) -> bool:
-        """Whether it is there."""
+        """Whether it exists."""
 
     def is_file(self) -> bool:
         """Whether it is a file."""
 
-    def stat(self) -> Facts:
-        """Facts of the file."""
+    def stat(self) -> FileStat:
+        """Size of the file."""
 
     def read_bytes(self) -> bytes:
-        """All of it."""
+        """The whole file."""
 
     def open(self, mode: Literal["rb"], buffering: Literal[0]) -> IO[bytes]:
-        """To read bytes, without a buffer."""
+        """Open for reading bytes, unbuffered."""

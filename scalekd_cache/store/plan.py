@@ -1,23 +1,23 @@
-"""plan.json: what a cache is going to be, written before its first unit.
+"""plan.json: the plan of a cache, written before its first unit.
 
-In: the facts that a manifest will hold, and the layout. Out: the file, or the same facts read back and checked.
-Invariant: with the plan and the committed units of a group alone, that group can be read: nothing waits for the
-manifest. The first writer of a plan creates it, a later one never replaces it by another; a plan that is replaced by a
-longer one begins with the same groups. Every byte is the one that was written.
+In: the facts that the manifest will hold, and the ranges of images. Out: the file, or the plan read back and checked.
+Invariant: the plan and the committed units of a view group are enough to read that group, without a manifest. The first
+writer creates the plan. A later writer may only extend it: the extended plan begins with the same groups. A checksum
+covers every byte.
 """
 
 import contextlib
-import dataclasses
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from scalekd_cache.store.base import FORMAT_VERSION, MAX_UNIT_SAMPLES, check_version, damaged
 from scalekd_cache.store.checked_files import checked_value, read_json
 from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.store.locks import lock
-from scalekd_cache.store.manifest import ManifestFacts, contradictions
+from scalekd_cache.store.manifest import ManifestFacts, contradictions, plain_facts
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.verify_unit import ExpectedUnit
@@ -28,31 +28,32 @@ WHAT = "the cache's plan"
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a writer set out to make."""
+    """The units of a cache, before they are written."""
 
     facts: ManifestFacts
-    """What the manifest will say beside what the units say; the ranges are the same in every group."""
+    ranges: list[list[int]]
+    """[start, stop] of every range of images, from 0 without gaps; every group of views has the same ranges."""
 
     @property
     def num_views(self) -> int:
-        """Views of every image, once the cache is finished."""
-        return sum(len(views) for views in self.facts.groups)
+        """Views of every image in the finished cache."""
+        return self.facts.num_views
 
     def units(self) -> list[ExpectedUnit]:
-        """The units that there shall be, in the order they are handed out."""
+        """All units of the plan, in the order in which they are assigned."""
         facts = self.facts
         return [
             ExpectedUnit(group, range_id, facts.fingerprint, facts.backend, views, (start, stop))
-            for group, (views, ranges) in enumerate(zip(facts.groups, facts.ranges, strict=True))
-            for range_id, (start, stop) in enumerate(ranges)
+            for group, views in enumerate(facts.groups)
+            for range_id, (start, stop) in enumerate(self.ranges)
         ]
 
 
 @contextlib.contextmanager
-def changing_plan(root: Path) -> Iterator[None]:
-    """Let one process at a time read and replace the plan of a cache, by a lock on the cache's folder.
+def locked_plan(root: Path) -> Iterator[None]:
+    """Hold an exclusive lock on the cache's folder, so that only one process reads and replaces the plan.
 
-    A file system without locks (some NFS and Lustre mounts) gives none; `create=True` of `write_plan` needs none.
+    A file system without locks (some NFS and Lustre mounts) is not locked; `write_plan(create=True)` is safe there.
     """
     descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
@@ -64,33 +65,34 @@ def changing_plan(root: Path) -> Iterator[None]:
 
 
 def write_plan(root: Path, plan: Plan, *, create: bool = False) -> None:
-    """Write plan.json in one step; `create`: FileExistsError when there is one."""
-    facts = {field.name: getattr(plan.facts, field.name) for field in dataclasses.fields(plan.facts)}
-    facts["ranges"] = plan.facts.ranges[0]
-    write_atomically(root / NAME, sealed({"format_version": FORMAT_VERSION, **facts}), create=create)
+    """Write plan.json atomically. `create`: FileExistsError when it exists."""
+    fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
+    for name, value in plain_facts(plan.facts).items():
+        fields |= {name: value, "ranges": plan.ranges} if name == "groups" else {name: value}
+    write_atomically(root / NAME, sealed(fields), create=create)
 
 
 def read_plan(root: StoredPath) -> Plan:
     """The plan of a cache, checked.
 
     Raises:
-        UserError: there is none, it is damaged or of another format version, or its values do not agree.
+        UserError: it is missing, damaged, of another format version, or contradicts itself.
     """
     path = root / NAME
-    fields, data = read_json(path, WHAT, fix="run `make cache-teacher`: it continues")
+    fields, data = read_json(path, WHAT, fix="rerun `make cache-teacher`: it resumes")
     check_version(fields, path)
     fields = unsealed(fields, data, path)
+    ranges = checked_value(fields.pop("ranges", None), list[list[int]], f"{WHAT}, ranges,", path)
     del fields["format_version"]
-    facts = checked_value({**fields, "ranges": [fields.get("ranges")]}, ManifestFacts, WHAT, path)
-    [ranges] = facts.ranges
+    facts = checked_value(fields, ManifestFacts, WHAT, path)
     wrong = contradictions(facts, path) + ([] if _are_joined(ranges) else ["ranges"])
     if wrong:
         raise damaged("the cache's plan contradicts itself", "; ".join(wrong), "facts that agree", path)
-    return Plan(facts=dataclasses.replace(facts, ranges=[ranges for _ in facts.groups]))
+    return Plan(facts=facts, ranges=ranges)
 
 
 def _are_joined(ranges: list[list[int]]) -> bool:
-    """Whether ranges are pairs of start and stop that follow each other from 0."""
+    """Whether the ranges are (start, stop) pairs that cover the images from 0 without gaps."""
     return len(ranges) > 0 and all(
         len(pair) == 2 and pair[0] == before and 0 < pair[1] - pair[0] <= MAX_UNIT_SAMPLES
         for pair, before in zip(ranges, [0, *(pair[-1] if pair else 0 for pair in ranges)], strict=False)

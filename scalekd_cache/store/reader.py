@@ -1,8 +1,8 @@
 """A finished cache, read by position.
 
-In: positions in a view's canonical order, and the view's number. Out: records, in the order asked for.
-Invariant: a record that comes back is the one that was written (crc32c over all of it, key included); anything else is
-an error that names shard and sample.
+In: positions in a view's canonical order, and the view's number. Out: records, in the requested order.
+Invariant: a returned record is exactly the one that was written (crc32c over all of it, key included); anything else is
+an error that names the shard and the sample.
 """
 
 import bisect
@@ -21,31 +21,19 @@ from scalekd_cache.store.base import NO_LABEL, Record, ShardId, ShardReader, dam
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
-from scalekd_cache.store.sidecar import read_keys, read_unit, sizes_differ, unit_folder
-
-
-def unit_of(manifest: Manifest, view: int, position: int) -> UnitRow:
-    """The unit that holds a position of a view."""
-    group = next(number for number, views in enumerate(manifest.groups) if view in views)
-    for row in manifest.units:
-        if row.group == group:
-            if position < row.count:
-                return row
-            position -= row.count
-    raise AssertionError(f"no position {position} in view {view}")
-
+from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder, wrong_sizes
 
 OPEN_SHARDS = 128
-"""Shards whose index is kept; one file descriptor each, about 60 KB for 512 records."""
+"""Maximum number of open shards; each has one file descriptor and an index of about 60 KB for 512 records."""
 
 
 class Cache:
-    """Random access to records, for one thread. Small to pickle; a copy in a worker process opens its own files."""
+    """Random access to records, for one thread. Pickles small; a copy in a worker process opens its own files."""
 
     def __init__(self, root: Path | RemotePath, manifest: Manifest) -> None:
         self.root, self.manifest = root, manifest
-        self._group_of = {view: group for group, views in enumerate(manifest.groups) for view in views}
-        self._units: list[list[UnitRow]] = [[] for _ in manifest.groups]
+        self._group_of = {view: group for group, views in enumerate(manifest.facts.groups) for view in views}
+        self._units: list[list[UnitRow]] = [[] for _ in manifest.facts.groups]
         for row in manifest.units:
             self._units[row.group].append(row)
         self._starts = [[0, *accumulate(row.count for row in rows)] for rows in self._units]
@@ -53,14 +41,14 @@ class Cache:
 
     @classmethod
     def open(cls, place: Path | str, remote: RemoteConfig | None = None) -> Self:
-        """A cache from its folder or URL (file, http, https, s3, gs): the cost is one read of the manifest.
+        """Open a cache from its folder or URL (file, http, https, s3, gs). Reads only the manifest.
 
         Args:
             place: the folder or URL.
             remote: how a URL is read.
 
         Raises:
-            UserError: there is no manifest, it is damaged, cannot be fetched, or the URL is of another kind.
+            UserError: the manifest is missing, damaged or cannot be fetched, or the URL scheme is not supported.
         """
         root = open_place(place, remote)
         return cls(root, read_manifest(root))
@@ -72,17 +60,18 @@ class Cache:
         return {**self.__dict__, "_readers": OrderedDict()}
 
     def __getitem__(self, place: tuple[str, int]) -> Record:
-        """The record of a sample key and a view number: `cache[key, view]`. Finding a key reads keys.txt of the units;
-        `read` takes positions and is the way to read many.
+        """The record of a sample key and a view number: `cache[key, view]`.
+
+        Finding a key reads keys.txt of the units; to read many records, use `read` with positions.
 
         Raises:
-            UserError: no such sample or view; or as `read`.
+            UserError: no such sample or view; otherwise as `read`.
         """
         key, view = place
         return self.read([self.position(key, view)], view)[0]
 
     def position(self, key: str, view: int) -> int:
-        """Where a sample stands in a view's canonical order.
+        """The position of a sample in a view's canonical order.
 
         Raises:
             UserError: no such sample, or no such view.
@@ -100,10 +89,10 @@ class Cache:
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
         """Records at these positions (integers from 0 to len(cache) - 1) of a view, in this order.
 
-        Cheapest where neighboring positions are asked for in one call (zarr decodes each chunk once a call).
+        Fastest when adjacent positions are read in one call.
 
         Raises:
-            UserError: no such view; or a shard is missing, short, another one, or a record does not match its checksum.
+            UserError: no such view; a shard is missing, truncated or of another cache; a record fails its checksum.
         """
         positions: NDArray[np.int64] = np.asarray(ids, dtype=np.int64)
         if view not in self._group_of:
@@ -115,7 +104,7 @@ class Cache:
         starts = self._starts[self._group_of[view]]
         by_unit: dict[int, list[int]] = {}
         for place, position in enumerate(positions.tolist()):
-            by_unit.setdefault(bisect.bisect_right(starts, position) - 1, []).append(place)
+            by_unit.setdefault(self._unit_number(position, view), []).append(place)
         records: dict[int, Record] = {}
         for unit, places in by_unit.items():
             found = self._read_unit(view, unit, positions[places] - starts[unit])
@@ -123,26 +112,39 @@ class Cache:
         return [self._checked(records[place], positions[place], view) for place in range(len(positions))]
 
     def _checked(self, record: Record, position: int, view: int) -> Record:
-        """The record itself; UserError for a label outside the classes, which no loss may see."""
-        if record.label == NO_LABEL or 0 <= record.label < len(self.manifest.class_names):
+        """The record itself; UserError for a label outside the classes."""
+        if record.label == NO_LABEL or 0 <= record.label < len(self.manifest.facts.class_names):
             return record
         where = f"{self.root}/{self.shard_at(position, view)}"
         raise damaged(
             "the label of a record is outside the classes",
             record.label,
-            f"0 to {len(self.manifest.class_names) - 1}",
+            f"0 to {len(self.manifest.facts.class_names) - 1}",
             where,
             record.key,
         )
 
+    def locate(self, position: int, view: int) -> tuple[UnitRow, int]:
+        """The unit that holds a position of a view, and the record's row in the unit's shard of that view."""
+        group, number = self._group_of[view], self._unit_number(position, view)
+        return self._units[group][number], position - self._starts[group][number]
+
+    def positions(self, view: int, range_id: int) -> range:
+        """The positions of a view whose records are in the unit of this range."""
+        starts = self._starts[self._group_of[view]]
+        return range(starts[range_id], starts[range_id + 1])
+
     def shard_at(self, position: int, view: int) -> str:
-        """The shard that holds a position of a view, relative to the cache, without its ending."""
-        group = self._group_of[view]
-        row = self._units[group][bisect.bisect_right(self._starts[group], position) - 1]
-        return f"units/{unit_folder(Path(), row.group, row.range_id).name}/v{view:04d}"
+        """The shard that holds a position of a view: its path in the cache, without the extension."""
+        unit, _ = self.locate(position, view)
+        return f"{unit_folder(Path(), unit.group, unit.range_id).as_posix()}/v{view:04d}"
+
+    def _unit_number(self, position: int, view: int) -> int:
+        """Index, within the view's group, of the unit that holds a position."""
+        return bisect.bisect_right(self._starts[self._group_of[view]], position) - 1
 
     def _read_unit(self, view: int, unit: int, rows: NDArray[np.int64]) -> list[Record]:
-        """Rows of a shard; from a fresh local copy where the one at hand turns out to be damaged."""
+        """Rows of a shard; a damaged local copy of a remote shard is fetched again once."""
         try:
             return self._reader(view, unit).read(rows)
         except UserError:
@@ -153,7 +155,7 @@ class Cache:
             return self._reader(view, unit).read(rows)
 
     def _reader(self, view: int, unit: int) -> ShardReader:
-        """The reader of a shard, opened and checked on first use; the least recently used one makes room."""
+        """The reader of a shard, opened and checked on first use; the least recently used reader is closed."""
         row = self._units[self._group_of[view]][unit]
         shard = ShardId(row.group, row.range_id, view)
         if shard in self._readers:
@@ -162,17 +164,23 @@ class Cache:
         reader = open_shard(self.root, self.manifest, row, view)
         self._readers[shard] = reader
         while len(self._readers) > OPEN_SHARDS:
-            self._readers.popitem(last=False)  # closes its files when the last user lets go
+            self._readers.popitem(last=False)  # closes its files with the last reference
         return reader
 
 
 def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardReader:
-    """A shard's reader, once its unit is the one in the manifest and its files have their lengths."""
+    """The reader of a shard, after checking that its unit is the one in the manifest and its files have full length."""
     folder = unit_folder(root, row.group, row.range_id)
     info, data = read_unit(folder)
     digest = hashlib.sha256(data).hexdigest()
     got = (digest, info.fingerprint, info.count, info.backend, info.views)
-    expected = (row.sha256, manifest.fingerprint, row.count, manifest.backend, manifest.groups[row.group])
+    expected = (
+        row.sha256,
+        manifest.facts.fingerprint,
+        row.count,
+        manifest.facts.backend,
+        manifest.facts.groups[row.group],
+    )
     if got != expected:
         raise damaged(
             "a unit is not the one in the manifest (sha256 of unit.json, fingerprint, count, backend, views)",
@@ -181,8 +189,8 @@ def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) ->
             folder / "unit.json",
         )
     files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
-    wrong = sizes_differ(folder, files) if isinstance(folder, Path) else []  # remote files are checked on arrival
+    wrong = wrong_sizes(folder, files) if isinstance(folder, Path) else []  # remote files are checked on arrival
     if wrong or not files:
         name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
-        raise damaged("a shard is short or gone", what, "the file that was committed", folder / name)
+        raise damaged("a shard is truncated or missing", what, "the committed file", folder / name)
     return shard_reader(info.backend, folder, ShardId(row.group, row.range_id, view), read_keys(folder, info))

@@ -1,13 +1,12 @@
-"""What a job finds in a cache that another job left: units that can stay, units that cannot.
+"""Resume: finds the committed units of a cache that can be reused, and drops damaged ones.
 
-In: a cache's folder. Out: which units need no work. Invariant: what stays verifies, and no decision looks at a clock.
+In: a cache's folder. Out: the units that need no work. Invariant: no decision depends on a clock.
 
-How much is verified. Every unit: its sidecar (parsed; fingerprint, store, views and range as planned), the images
-that it leaves out, and the length of every file; that finds whatever a kill, a full disk or a copy that stopped leaves
-behind. The units committed last: the sha256 of every file as well. They are the ones that a disk may have lost after it
-said they were safe (a power cut with a write cache that is not flushed leaves files of the right length full of zeros).
-Damage to older units that keeps their lengths is not looked for here, because it would cost reading the whole cache at
-every start: readers compare every record with its checksum, and `make verify DEEP=1` looks at every byte.
+What is verified at a start. For every unit: its sidecar (parsed; fingerprint, store, views and range as planned), its
+skipped images, and the length of every file. This detects the results of a kill, a full disk or an interrupted copy.
+For the last committed units also the sha256 of every file: a power cut with an unflushed write cache can leave files of
+the right length full of zeros. Other damage to older units is not searched for, because that would read the whole cache
+at every start: readers verify the checksum of every record, and `make verify DEEP=1` reads every byte.
 """
 
 import contextlib
@@ -18,22 +17,22 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.durable_files import fact_of, temp_beside
-from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.durable_files import hash_file, temp_path_for
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder, wrong_sizes
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 RECHECKED_UNITS = 8
-"""Units hashed at a start: with the default sizes (200 MB each) more than a disk's own cache holds, about a second."""
+"""Units hashed at a start: with default sizes (200 MB each) more than the cache of a disk; takes about a second."""
 
 NAMED_KEYS = 5
 """Sample keys of a unit that an error lists; the rest is counted."""
 
 
-def unit_committed(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
-    """The sidecar of a unit that is there: made for the same cache, and every file has the length it should have.
+def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
+    """The sidecar of a committed unit of this cache whose files all have full length; None otherwise.
 
-    Costs one small read and a stat a file. A unit whose files are short or gone counts as absent: writing it again
-    replaces it.
+    Costs one small read, and one stat per file. A unit with truncated or missing files counts as missing and is
+    written again.
 
     Raises:
         UserError: the unit has another fingerprint (teacher, recipe, codec or data) or other images or views, or its
@@ -45,35 +44,35 @@ def unit_committed(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
     info, _ = read_unit(folder)
     if info.fingerprint != unit.fingerprint:
         raise UserError(
-            "this cache was made from another teacher, view recipe, codec or data set",
+            "this cache was made with another teacher, view recipe, codec or data set",
             got=f"fingerprint {info.fingerprint}",
-            expected=f"fingerprint {unit.fingerprint}, that of the present options",
+            expected=f"fingerprint {unit.fingerprint} of the current options",
             where=folder,
             fix="use the options the cache was made with, or another folder (CACHE=...)",
         )
     got, expected = _layout_of(info), (unit.backend, unit.views, unit.bounds)
     if got != expected:
         raise UserError(
-            "a unit of this cache has another layout: two jobs with different options have written here",
+            "a unit of this cache has another layout: two jobs with different options wrote here",
             got="store {}, views {}, images {}".format(*got),
             expected="store {}, views {}, images {}".format(*expected),
             where=folder,
-            fix="use the options the cache was made with, or another folder (CACHE=...); `make repair CACHE=...` makes "
-            "the units again that are not those of its plan",
+            fix="use the options the cache was made with, or another folder (CACHE=...); `make repair CACHE=...` "
+            "rebuilds the units that do not match the plan",
         )
-    return None if sizes_differ(folder, info.files) else info
+    return None if wrong_sizes(folder, info.files) else info
 
 
 def _layout_of(info: UnitInfo) -> tuple[str, list[int], tuple[int, int]]:
     return info.backend, info.views, (info.start, info.stop)
 
 
-class Ledger:
-    """The units that are in a cache, each looked at once: what was whole stays whole while a job runs.
+class CommittedUnits:
+    """The committed units of a cache. Each unit is checked once per job, when it is first asked for.
 
     Args:
         root: the cache's folder.
-        units: what each unit must be, in the order they are handed out.
+        units: the expected contents of each unit, in the order in which they are assigned.
     """
 
     def __init__(self, root: Path, units: Iterable[ExpectedUnit]) -> None:
@@ -83,33 +82,33 @@ class Ledger:
         self._first: dict[str, str] | None = None
 
     def committed(self, group: int, range_id: int) -> bool:
-        """Whether a unit needs no work. Raises as `unit_committed` does."""
+        """Whether a unit is committed. Raises as `committed_unit` does."""
         place = (group, range_id)
         if place not in self._whole:
-            info = unit_committed(self._root, self._units[place])
-            if info is not None:  # without what nobody asks for: a cache may have 100,000 units
+            info = committed_unit(self._root, self._units[place])
+            if info is not None:  # without unused fields: a cache may have 100,000 units
                 files = {"keys.txt": info.files["keys.txt"]}
                 self._whole[place] = dataclasses.replace(info, files=files, fidelity={}, versions={})
         return place in self._whole
 
-    def left_out(self) -> dict[str, str] | None:
-        """Sample keys that the first view group leaves out, with the reasons; None until all its units are there."""
+    def skipped_images(self) -> dict[str, str] | None:
+        """Sample keys that the first view group skips, with the reasons; None until all its units are committed."""
         if self._first is None:
             places = [place for place in self._units if place[0] == 0]
             if all(self.committed(*place) for place in places):
-                self._first = left_out(self._whole[place] for place in places)
+                self._first = skipped_keys(self._whole[place] for place in places)
         return self._first
 
-    def holding(self, keys: Set[str]) -> list[tuple[int, int]]:
-        """(group, range) of the units of the first view group that hold some of these sample keys."""
+    def units_with(self, keys: Set[str]) -> list[tuple[int, int]]:
+        """(group, range) of the units of the first view group that hold any of these sample keys."""
         first = [place for place in self._units if place[0] == 0 and self.committed(*place)]
         return [place for place in first if keys & {*read_keys(unit_folder(self._root, *place), self._whole[place])}]
 
     def drop_damaged(self) -> list[Path]:
-        """Hash the last `RECHECKED_UNITS` committed units.
+        """Hash the last `RECHECKED_UNITS` committed units and remove damaged ones.
 
         Returns:
-            The folders of those that were damaged; they are gone now, and will be made again.
+            The folders of the removed units, which will be rebuilt.
         """
         committed = [place for place in self._units if self.committed(*place)]
         damaged = []
@@ -121,12 +120,12 @@ class Ledger:
         return damaged
 
     def drop_mismatched_units(self) -> dict[Path, str]:
-        """Remove units that leave out other images than the first view group (`mismatched_units`), once that is whole.
+        """Remove units that skip other images than the first view group (`mismatched_units`), once that is complete.
 
         Returns:
-            The folders, with what was wrong; they are gone now, and will be made again.
+            The folders of the removed units, which will be rebuilt, with the problem of each.
         """
-        if self.left_out() is None:
+        if self.skipped_images() is None:
             return {}
         there = [self._whole[place] for place in self._units if self.committed(*place)]
         dropped = {}
@@ -136,49 +135,52 @@ class Ledger:
         return dropped
 
     def _drop(self, place: tuple[int, int], damaged: Callable[[Path], bool]) -> None:
-        put_aside(unit_folder(self._root, *place), damaged)
+        remove_damaged_unit(unit_folder(self._root, *place), damaged)
         del self._whole[place]
         self._first = None
 
 
 def _bytes_differ(folder: Path) -> bool:
-    return any(fact_of(folder / name) != fact for name, fact in read_unit(folder)[0].files.items())
+    return any(hash_file(folder / name) != fact for name, fact in read_unit(folder)[0].files.items())
 
 
-def files_are_short(folder: Path) -> bool:
-    """Whether a file of the unit in this folder is gone or has another length."""
-    return bool(sizes_differ(folder, read_unit(folder)[0].files))
+def has_wrong_sizes(folder: Path) -> bool:
+    """Whether a file of the unit in this folder is missing or has a wrong length."""
+    return bool(wrong_sizes(folder, read_unit(folder)[0].files))
 
 
-def put_aside(folder: Path, damaged: Callable[[Path], bool]) -> None:
-    """Remove a damaged unit: renamed first, so that nobody meets half of it; then looked at once more, because another
-    process may have put a whole one in its place in the meantime, and that one goes back."""
-    temp = temp_beside(folder)
-    aside = temp.with_name(f"{temp.name}-damaged")
+def remove_damaged_unit(folder: Path, damaged: Callable[[Path], bool]) -> None:
+    """Remove a damaged unit.
+
+    It is renamed first, so that no reader sees a half-removed unit, and then checked again: if another process has
+    replaced it by an intact unit in the meantime, that unit is renamed back.
+    """
+    temp = temp_path_for(folder)
+    renamed = temp.with_name(f"{temp.name}-damaged")
     try:
-        os.rename(folder, aside)
+        os.rename(folder, renamed)
     except FileNotFoundError:  # another process was faster
         return
-    if not damaged(aside):
-        with contextlib.suppress(OSError):  # there is a third one already
-            os.rename(aside, folder)
-    shutil.rmtree(aside, ignore_errors=True)
+    if not damaged(renamed):
+        with contextlib.suppress(OSError):  # a third unit exists already
+            os.rename(renamed, folder)
+    shutil.rmtree(renamed, ignore_errors=True)
 
 
-def left_out(infos: Iterable[UnitInfo]) -> dict[str, str]:
-    """Sample keys that these units skipped, with the reasons."""
+def skipped_keys(infos: Iterable[UnitInfo]) -> dict[str, str]:
+    """Sample keys that these units skip, with the reasons."""
     return {row["key"]: row["reason"] for info in infos for row in info.skipped}
 
 
 def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
-    """Units of later groups that disagree with the first group.
+    """Units of later groups that skip other images than the first group, which decides.
 
     Args:
         root: the cache's folder.
-        infos: the sidecars of committed units, among them all of group 0.
+        infos: the sidecars of committed units, including all of group 0.
 
     Returns:
-        For (group, range) of each such unit: its sample keys, each with what is wrong.
+        For (group, range) of each such unit: the sample keys, each with the problem.
 
     Raises:
         UserError: the keys of a unit cannot be read.
@@ -186,22 +188,22 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
     groups: dict[int, list[UnitInfo]] = {}
     for info in infos:
         groups.setdefault(info.group, []).append(info)
-    first, apart = left_out(groups.pop(0, [])), dict[tuple[int, int], dict[str, str]]()
+    first, apart = skipped_keys(groups.pop(0, [])), dict[tuple[int, int], dict[str, str]]()
     for units in groups.values():
-        here = left_out(units)
+        here = skipped_keys(units)
         surplus, missing = here.keys() - first.keys(), first.keys() - here.keys()
         for info in units if surplus or missing else []:
             skipped = [row["key"] for row in info.skipped]
-            wrong = {key: "left out here, but not in view group 0" for key in skipped if key in surplus}
-            if missing:  # they may lie in units that are not made yet
+            wrong = {key: "skipped here, but not in view group 0" for key in skipped if key in surplus}
+            if missing:  # they may be in units that are not written yet
                 keys = read_keys(unit_folder(root, info.group, info.range_id), info)
-                wrong |= {key: "in this unit, but left out of view group 0" for key in keys if key in missing}
+                wrong |= {key: "in this unit, but skipped in view group 0" for key in keys if key in missing}
             if wrong:
                 apart[info.group, info.range_id] = wrong
     return apart
 
 
 def some_keys(wrong: Mapping[str, str]) -> str:
-    """Some of the keys with what is wrong, in one line."""
+    """The first keys with their problems, in one line."""
     some = "; ".join(f"{key}: {what}" for key, what in list(wrong.items())[:NAMED_KEYS])
     return some + (f"; and {len(wrong) - NAMED_KEYS} more images" if len(wrong) > NAMED_KEYS else "")

@@ -1,25 +1,24 @@
-"""JSON files that carry their own checksum: manifest.json, plan.json and codec.json, which no other file's hash covers.
+"""JSON files that contain their own checksum: manifest.json, plan.json and codec.json.
 
 In: an object, or a file's bytes. Out: a file whose last field, `self_sha256`, is the sha256 of the whole file with 64
-zeros in that place; or the object again. Invariant: any changed byte of such a file, white space included, is noticed.
+zeros in that place; or the object again. Invariant: any changed byte of such a file, white space included, is detected.
 """
 
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from scalekd_cache.store.base import damaged
+from scalekd_cache.store.checked_files import is_hex
 from scalekd_cache.store.path import StoredPath
 
 SEAL = "self_sha256"
-HEX64 = re.compile(r"[0-9a-f]{64}")
 ZEROS = "0" * 64
 
 
 def sealed(fields: Mapping[str, Any]) -> bytes:
-    """The file of an object; equal objects (with keys in the same order) give equal bytes."""
+    """The bytes of the file for an object; equal objects (with keys in the same order) give equal bytes."""
     assert SEAL not in fields, SEAL
     blank = (json.dumps({**fields, SEAL: ZEROS}, indent=1, allow_nan=False) + "\n").encode()
     head, _, tail = blank.rpartition(ZEROS.encode())
@@ -27,21 +26,21 @@ def sealed(fields: Mapping[str, Any]) -> bytes:
 
 
 def unsealed(fields: Mapping[str, Any], data: bytes, path: StoredPath) -> dict[str, Any]:
-    """The object without its seal.
+    """The object without its checksum, which is verified.
 
     Args:
         fields: the parsed object.
         data: the bytes it was parsed from.
-        path: where they come from.
+        path: the file, for the error.
 
     Raises:
-        UserError: no seal, or one that is not that of these bytes.
+        UserError: the checksum is missing or does not match these bytes.
     """
-    seal = fields.get(SEAL)
-    if not isinstance(seal, str) or HEX64.fullmatch(seal) is None:
-        raise damaged("a file has no checksum of its own", repr(seal)[:100], f"{SEAL}: 64 hex digits", path)
+    seal: Any = fields.get(SEAL, "")
+    if not is_hex(seal, 64):
+        raise damaged(f"no {SEAL} in a file", repr(seal)[:100], "64 hex digits", path)
     head, _, tail = data.rpartition(seal.encode())
     found = hashlib.sha256(head + ZEROS.encode() + tail).hexdigest()
     if found != seal:
-        raise damaged("a file does not match its own checksum", f"sha256 {found}", seal, path)
+        raise damaged(f"a file does not match its {SEAL}", f"sha256 {found}", seal, path)
     return {name: value for name, value in fields.items() if name != SEAL}

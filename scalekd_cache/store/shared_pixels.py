@@ -1,8 +1,8 @@
-"""Pixels that one cache takes from another.
+"""Shared pixels: a cache without its own pixels reads those of another cache.
 
-In: a cache that says whose pixels it shares, or the folder of one that has some. Out: the cache that holds them.
-Invariant: the pixels belong to the same images, view recipe and seed; which bytes they are is decided by the digests
-in every record of the cache that shares them.
+In: a cache whose manifest refers to another cache's pixels, or the folder of a cache with pixels. Out: the cache that
+stores the pixels. Invariant: the pixels belong to the same images, view recipe and seed; the digest in every record
+verifies the pixel bytes.
 """
 
 import os
@@ -14,96 +14,96 @@ from scalekd_cache.config.base import fingerprint
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import is_there
-from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
+from scalekd_cache.store.manifest import ManifestFacts, read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import RemotePath, open_place
 
 
 def pixel_identity(fingerprint_fields: Mapping[str, Any]) -> str:
-    """The sha256 (hex) over what decides a cache's pixels: its view recipe and its data set's listing."""
+    """The sha256 (hex) over everything that determines a cache's pixels: view recipe and data set listing."""
     return fingerprint({name: fingerprint_fields[name] for name in ("views", "data")})
 
 
 def open_pixel_cache(root: Path | RemotePath) -> Cache:
-    """A finished cache whose pixels can be shared.
+    """Open a finished cache whose pixels can be shared.
 
     Raises:
-        UserError: not finished, without stored pixels, or sharing those of a third one itself.
+        UserError: not finished, without stored pixels, or itself sharing the pixels of a third cache.
     """
     cache = Cache(root, read_manifest(root))
     manifest = cache.manifest
-    if manifest.pixels_from:
+    if manifest.facts.pixels_from:
         raise UserError(
-            "this cache has no pixels of its own, it shares those of another",
+            "this cache has no pixels of its own: it shares those of another cache",
             got=root,
-            expected="the cache that holds them",
-            fix=f"give PIXELS_FROM={shared_place(root, manifest) or 'the cache that holds them'}",
+            expected="the cache that stores the pixels",
+            fix=f"give PIXELS_FROM={shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
         )
-    if manifest.view_recipe.get("pixels") != "baked":
+    if manifest.facts.view_recipe.get("pixels") != "baked":
         raise UserError(
-            "this cache holds no pixels: its views are drawn again from the data set",
-            got=f"views.pixels={manifest.view_recipe.get('pixels')}",
+            "this cache has no pixels: its views are replayed from the data set",
+            got=f"views.pixels={manifest.facts.view_recipe.get('pixels')}",
             expected="views.pixels=baked",
             where=root,
-            fix="leave PIXELS_FROM out",
+            fix="remove PIXELS_FROM",
         )
     return cache
 
 
-def shared_with(root: Path, pixels: Cache) -> dict[str, str]:
-    """What a cache in `root` keeps of the one whose pixels it shares: the two may move together."""
+def pixel_reference(root: Path, pixels: Cache) -> dict[str, str]:
+    """The manifest's reference to the cache whose pixels are shared; the path is relative, so both can be moved."""
     assert isinstance(pixels.root, Path)
     path = os.path.relpath(pixels.root.resolve(), root.resolve())
-    return {"identity": pixel_identity(pixels.manifest.fingerprint_fields), "path": Path(path).as_posix()}
+    return {"identity": pixel_identity(pixels.manifest.facts.fingerprint_fields), "path": Path(path).as_posix()}
 
 
-def shared_place(root: Path | RemotePath, manifest: Manifest | ManifestFacts) -> Path | None:
-    """Where a cache in a folder expects the pixels that it shares; None for one behind a URL."""
+def shared_pixels_path(root: Path | RemotePath, facts: ManifestFacts) -> Path | None:
+    """The folder of the cache whose pixels are shared; None for a remote cache."""
     if not isinstance(root, Path):
         return None
-    return Path(os.path.normpath(root.resolve() / manifest.pixels_from["path"]))
+    return Path(os.path.normpath(root.resolve() / facts.pixels_from["path"]))
 
 
-def pixels_of(cache: Cache, place: str | None, views: int, remote: RemoteConfig | None = None) -> Cache | None:
-    """The cache that holds the pixels of `cache`; None when it has its own, or needs none.
+def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: RemoteConfig | None = None) -> Cache | None:
+    """Open the cache that stores the pixels of `cache`; None when `cache` does not share pixels.
 
     Args:
-        cache: the cache that is trained from.
-        place: folder or URL of the pixels (None: where they were, relative to the cache).
+        cache: the cache used for training.
+        place: folder or URL of the pixels (None: the path in the manifest, relative to the cache).
         views: views that will be read.
         remote: how a URL is read.
 
     Raises:
-        UserError: not there, other pixels, or fewer images or views.
+        UserError: missing, other pixels, or fewer images or views.
     """
     manifest = cache.manifest
-    if not manifest.pixels_from:
+    if not manifest.facts.pixels_from:
         if place is not None:
             raise UserError(
                 "this cache has pixels of its own",
                 got=f"PIXELS_FROM={place}",
                 where=cache.root,
-                fix="leave PIXELS_FROM out",
+                fix="remove PIXELS_FROM",
             )
         return None
-    root = open_place(place, remote) if place is not None else shared_place(cache.root, manifest)
+    root = open_place(place, remote) if place is not None else shared_pixels_path(cache.root, manifest.facts)
     if root is None or not is_there(root / "manifest.json"):
         raise UserError(
-            "the cache whose pixels are shared is not there",
-            got="nothing, a URL has no neighbors" if root is None else f"no manifest in {root}",
+            "the cache whose pixels are shared is missing",
+            got="no path: the cache is behind a URL" if root is None else f"no manifest in {root}",
             expected=f"the cache with the pixels of {cache.root}",
             where=cache.root,
-            fix="bring it there, or say where it is with PIXELS_FROM=",
+            fix="copy it there, or give its location with PIXELS_FROM=",
         )
     pixels = open_pixel_cache(root)
-    found = (pixel_identity(pixels.manifest.fingerprint_fields), len(pixels))
-    expected = (manifest.pixels_from["identity"], len(cache))
+    found = (pixel_identity(pixels.manifest.facts.fingerprint_fields), len(pixels))
+    expected = (manifest.facts.pixels_from["identity"], len(cache))
     if found != expected or pixels.manifest.num_views < views:
         raise UserError(
-            "the cache given holds other pixels (identity of data set and view recipe, images, views)",
+            "the given cache has other pixels (identity of data set and view recipe, images, views)",
             got=f"{found[0][:16]}, {found[1]} images, {pixels.manifest.num_views} views",
             expected=f"{expected[0][:16]}, {expected[1]} images, at least {views} views",
             where=root,
-            fix="give the cache that PIXELS_FROM named when this one was made",
+            fix="give the cache that was PIXELS_FROM when this cache was made",
         )
     return pixels

@@ -1,7 +1,7 @@
-"""unit.json, the commit record of a work unit.
+"""unit.json, the commit record (sidecar) of a work unit.
 
-In: what a writer knows when its shards are on disk. Out: a checked `UnitInfo`.
-Invariant: a unit that reads is consistent in itself: counts add up, names stay inside the unit's folder.
+In: the facts of a unit whose shards are on disk. Out: a checked `UnitInfo`.
+Invariant: a sidecar that was read is consistent: counts add up, and file names stay inside the unit's folder.
 """
 
 import dataclasses
@@ -17,40 +17,41 @@ from typing_extensions import TypedDict
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import BACKENDS, MAX_UNIT_SAMPLES, MAX_VIEWS, REPAIR, check_key, check_version, damaged
 from scalekd_cache.store.checked_files import checked, read_file, read_json
-from scalekd_cache.store.durable_files import FileFact
+from scalekd_cache.store.durable_files import FileHash
 from scalekd_cache.store.fidelity_summary import Summary
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import pin_files, size_of
 
 WHAT = "the sidecar of a unit"
 UNIT_BYTES = 1 << 25
-"""Longest unit.json: 65,536 images that were skipped, with keys and reasons, or 200,000 files."""
+"""Maximum size of unit.json: 65,536 skipped images with keys and reasons, or 200,000 files."""
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}(/[A-Za-z0-9._-]{1,200}){0,4}")
 Whole = Annotated[int, Field(ge=0, lt=2**40)]
 P = TypeVar("P", bound=StoredPath)
 
 
-class Figures(TypedDict):
-    """A measure over records."""
+class MetricSummary(TypedDict):
+    """A metric over records."""
 
     mean: FiniteFloat
     p1: NotRequired[FiniteFloat]
-    """1st percentile, of measures that are best when large."""
+    """1st percentile, for metrics where larger is better."""
     p99: NotRequired[FiniteFloat]
+    """99th percentile, for metrics where smaller is better."""
     count: Whole
 
 
-def _figures(value: object) -> object:
-    return TypeAdapter(dict[str, Figures]).validate_python(value, strict=True, extra="forbid")
+def _summaries(value: object) -> object:
+    return TypeAdapter(dict[str, MetricSummary]).validate_python(value, strict=True, extra="forbid")
 
 
-Fidelity = Annotated[Summary, PlainValidator(_figures)]
-"""Measures by name; counts stay whole numbers."""
+Fidelity = Annotated[Summary, PlainValidator(_summaries)]
+"""Metric summaries by name; counts stay integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnitInfo:
-    """What unit.json holds."""
+    """The fields of unit.json."""
 
     format: int
     fingerprint: str
@@ -65,22 +66,22 @@ class UnitInfo:
     count: int
     """Records in each shard: stop - start - len(skipped)."""
     skipped: list[dict[str, str]]
-    """{key, reason} of images that could not be read."""
-    files: dict[str, FileFact]
-    """Every file but unit.json: length and sha256."""
+    """{key, reason} of the skipped images, which could not be read."""
+    files: dict[str, FileHash]
+    """Length and sha256 of every file except unit.json."""
     payload_bytes: dict[str, Whole]
-    """Bytes on disk of pixels, features and target, all views together."""
+    """Bytes on disk of pixels, features and target, over all views."""
     fidelity: Fidelity
     versions: dict[str, str]
 
 
 def unit_folder(root: P, group: int, range_id: int) -> P:
-    """Where a unit lies."""
+    """The folder of a unit."""
     assert min(group, range_id) >= 0, (group, range_id)
     return root / "units" / f"g{group:03d}-r{range_id:05d}"
 
 
-def info_text(info: UnitInfo) -> str:
+def sidecar_text(info: UnitInfo) -> str:
     """The JSON text of unit.json."""
     fields = {field.name: getattr(info, field.name) for field in dataclasses.fields(info)}
     fields["files"] = {name: fact._asdict() for name, fact in sorted(info.files.items())}
@@ -90,7 +91,7 @@ def info_text(info: UnitInfo) -> str:
 def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
     """unit.json, checked, and its bytes. UserError when missing, damaged, or of another format version."""
     path = folder / "unit.json"
-    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="run `make cache-teacher`: it continues")
+    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `make cache-teacher`: it resumes")
     check_version(fields, path, "format")
     info = checked(data, UnitInfo, WHAT, path)
     _check_unit(info, path)
@@ -112,33 +113,33 @@ def _check_unit(info: UnitInfo, path: StoredPath) -> None:
     }
     wrong = [name for name, right in checks.items() if not right]
     if wrong:
-        raise damaged("bad values in a sidecar", f"{', '.join(wrong)} out of range", "what a writer wrote", path)
+        raise damaged("invalid values in a sidecar", f"out of range: {', '.join(wrong)}", "valid values", path)
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a file's name is one that writers give: plain letters, no part too long for a disk, inside the folder."""
+    """Whether a file name is one that writers use: plain letters, no overlong part, inside the folder."""
     return FILE_NAME.fullmatch(name) is not None and not {".", ".."} & set(name.split("/"))
 
 
-def sizes_differ(folder: StoredPath, files: Mapping[str, FileFact]) -> list[tuple[str, str]]:
-    """Files that are missing or have another length: (name, what is wrong)."""
+def wrong_sizes(folder: StoredPath, files: Mapping[str, FileHash]) -> list[tuple[str, str]]:
+    """(name, problem) of the files that are missing or have a wrong length."""
     wrong = []
     for name, fact in files.items():
         try:
             size = size_of(folder / name)
         except FileNotFoundError:
-            wrong.append((name, f"missing, should have {fact.bytes} bytes"))
+            wrong.append((name, f"missing, expected {fact.bytes} bytes"))
             continue
         except UserError as error:
             wrong.append((name, str(error)))
             continue
         if size not in (fact.bytes, None):
-            wrong.append((name, f"{size} bytes, should have {fact.bytes}"))
+            wrong.append((name, f"{size} bytes, expected {fact.bytes}"))
     return wrong
 
 
 def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
-    """Keys of a unit's records, in order. UserError when there are not `count` good ones."""
+    """Sample keys of a unit's records, in order. UserError unless there are `count` valid keys."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes
     data = read_file(path, "the keys of a unit", expected, fix=REPAIR)

@@ -1,8 +1,8 @@
-"""A work unit on disk: the shards of one range of images for a group of views, committed together.
+"""Writes a work unit: the shards of one range of images for a group of views, committed together.
 
-In: records, view by view, in one order of keys. Out: `units/g000-r00000/` with unit.json, keys.txt and the shards.
-Invariant: a unit's folder exists under its final name only when everything in it was fsynced and read back; two writers
-of one unit leave exactly one; an exception leaves nothing.
+In: records of every view, in the same order of keys. Out: `units/g000-r00000/` with unit.json, keys.txt and the shards.
+Invariant: a unit's folder gets its final name only after everything in it was fsynced and read back; two writers of the
+same unit leave exactly one; an exception leaves nothing.
 """
 
 import dataclasses
@@ -29,25 +29,25 @@ from scalekd_cache.store.base import (
     shard_writer,
 )
 from scalekd_cache.store.durable_files import (
-    FileFact,
-    folders_of,
+    FileHash,
     fsync_path,
-    raise_explained,
+    parent_folders,
+    raise_disk_error,
     read_back,
-    temp_beside,
+    temp_path_for,
     write_new,
 )
 from scalekd_cache.store.image_digests import NAME as IMAGES
 from scalekd_cache.store.image_digests import images_text
-from scalekd_cache.store.resume import files_are_short, put_aside, unit_committed
-from scalekd_cache.store.sidecar import UnitInfo, info_text, unit_folder
+from scalekd_cache.store.resume import committed_unit, has_wrong_sizes, remove_damaged_unit
+from scalekd_cache.store.sidecar import UnitInfo, sidecar_text, unit_folder
 from scalekd_cache.store.verify_unit import ExpectedUnit
 from scalekd_cache.versions import __version__
 
 READ_BACK_RECORDS = 32
-"""Records of one call of the reader: a buffer that is freed before the next one stays in the processor's cache."""
+"""Records per reader call when reading back: the buffer is reused and stays in the CPU cache."""
 COMMIT_THREADS = 4
-"""Shards of a unit that are fsynced and read back at a time."""
+"""Shards of a unit that are fsynced and read back in parallel."""
 
 
 class UnitWriter:
@@ -56,13 +56,13 @@ class UnitWriter:
     Args:
         root: the cache's folder.
         backend: `webdataset` or `zarr`.
-        group: number of the group of views.
+        group: number of the view group.
         range_id: number of the range of images.
         start: first image of the range, in the canonical order of the group.
         stop: one past the last.
         views: the group's view numbers.
-        fingerprint: sha256 hex of everything that changes cached bytes.
-        versions: library versions, kept in the sidecar to explain a digest that differs later.
+        fingerprint: sha256 (hex) of everything that changes cached bytes.
+        versions: library versions, stored in the sidecar to explain a later mismatch of digests.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class UnitWriter:
         self._writers: dict[int, ShardWriter] = {}
         self._counts = dict.fromkeys(views, 0)
         self._record_bytes = 0
-        self._temp = temp_beside(self.folder)
+        self._temp = temp_path_for(self.folder)
         with _DiskGuard(self):
             self._temp.parent.mkdir(parents=True, exist_ok=True)
             self._temp.mkdir()
@@ -113,16 +113,16 @@ class UnitWriter:
         """Add a view of an image. Every view must get the same keys in the same order.
 
         Args:
-            view_number: which view.
-            record: it.
-            image: digest of the image file (empty: not known), the same for all views.
+            view_number: number of the view.
+            record: its record.
+            image: digest of the image file, the same for all views (empty: not known).
 
         Raises:
-            UserError: a key that no tar can hold, a key that came before, or a full disk.
+            UserError: an invalid or repeated key, or a full disk.
         """
         row = self._counts[view_number]
         if row == len(self._keys):
-            self._take_key(record.key)
+            self._add_key(record.key)
             self._images.append(image)
         assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
         if not self._record_bytes:
@@ -132,12 +132,12 @@ class UnitWriter:
         self._counts[view_number] += 1
 
     def skip(self, key: str, reason: str) -> None:
-        """Leave an image out, in every view; kept in the sidecar."""
+        """Skip an image in every view; the sidecar lists it."""
         assert key not in self._seen, f"{key} has records already"
         self._skipped[key] = reason
 
     def commit(self, fidelity: Mapping[str, Any]) -> bool:
-        """Finish, fsync, read back and publish. False when another writer's unit is there already (it stays).
+        """Finish, fsync, read back and publish. False when another writer has committed this unit already (it is kept).
 
         Raises:
             UserError: the disk is full, or a file differs when read back. Nothing is published then.
@@ -154,7 +154,7 @@ class UnitWriter:
     def abort(self) -> None:
         """Remove the temp folder; harmless after a commit."""
         for writer in self._writers.values():
-            writer.abandon()
+            writer.abort()
         self._writers.clear()
         shutil.rmtree(self._temp, ignore_errors=True)
 
@@ -173,19 +173,17 @@ class UnitWriter:
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Sample keys of the images that were left out, with the reasons."""
+        """Sample keys of the skipped images, with the reasons."""
         return self._skipped
 
     def needed_bytes(self) -> int:
-        """About how much this unit takes, from its first record."""
+        """Estimated size of this unit, from its first record."""
         return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
 
-    def _take_key(self, key: str) -> None:
+    def _add_key(self, key: str) -> None:
         check_key(key, f"images {self.info.start} to {self.info.stop} of the data set")
         if key in self._seen or key in self._skipped:
-            raise UserError(
-                "two images have the same key", got=key, expected="keys without repeats", where=self.folder.name
-            )
+            raise UserError("two images have the same key", got=key, expected="unique keys", where=self.folder.name)
         self._seen.add(key)
         self._keys.append(key)
 
@@ -199,14 +197,14 @@ class UnitWriter:
     def _finish_files(self, fidelity: dict[str, Any]) -> None:
         """Everything under the temp folder: shards, keys.txt, the read-back, unit.json last, folders fsynced."""
         info = self.info
-        for view in info.views:  # also opens the writers of a range in which every image was skipped
+        for view in info.views:  # also creates the writers when every image of the range was skipped
             self._writer(view)
         keys = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
         lists = {"keys.txt": keys}
         if all(self._images):
             lists[IMAGES] = write_new(self._temp / IMAGES, images_text(self._images))
         files = read_back(self._temp, lists)
-        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another is hashed
+        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another one is hashed
             finished = list(pool.map(self._finish_shard, info.views))
         for _, facts in finished:
             files |= facts
@@ -220,20 +218,20 @@ class UnitWriter:
             },
             fidelity=fidelity,
         )
-        write_new(self._temp / "unit.json", info_text(self.info).encode())
-        for folder in folders_of(self._temp, files):
+        write_new(self._temp / "unit.json", sidecar_text(self.info).encode())
+        for folder in parent_folders(self._temp, files):
             fsync_path(folder)
 
-    def _finish_shard(self, view: int) -> tuple[dict[str, int], dict[str, FileFact]]:
-        """One shard to the medium and back: every byte, then every record through the reader that students will use."""
+    def _finish_shard(self, view: int) -> tuple[dict[str, int], dict[str, FileHash]]:
+        """Finish one shard and read it back: every byte, then every record through the reader used in training."""
         writer = self._writers[view]
         summary = writer.finish()
-        for name in summary.files:  # all are on their way: the first waits for the journal, the others hardly
+        for name in summary.files:  # writeback has started: the first fsync waits for the journal
             fsync_path(self._temp / name)
         facts = read_back(self._temp, summary.files)
         shard = ShardId(self.info.group, self.info.range_id, view)
         reader = shard_reader(self.info.backend, self._temp, shard, self._keys)
-        assert reader.crcs.tolist() == writer.crcs, f"checksums of {reader.where} are not those of its records"
+        assert reader.crcs.tolist() == writer.crcs, f"checksums of {reader.where} differ from those of its records"
         rows = np.arange(len(self._keys))
         for start in range(0, len(rows), READ_BACK_RECORDS):
             reader.read(rows[start : start + READ_BACK_RECORDS])
@@ -241,7 +239,7 @@ class UnitWriter:
         return summary.payload, facts
 
     def _publish(self) -> bool:
-        """One rename. A unit under the final name that is whole wins; one with files short or gone is put aside."""
+        """Publish by one rename. An existing complete unit is kept; one with truncated or missing files is replaced."""
         for _ in range(3):
             try:
                 os.rename(self._temp, self.folder)
@@ -252,18 +250,18 @@ class UnitWriter:
                 wanted = ExpectedUnit(
                     info.group, info.range_id, info.fingerprint, info.backend, info.views, (info.start, info.stop)
                 )
-                if unit_committed(self.root, wanted):
+                if committed_unit(self.root, wanted):
                     return False
-                put_aside(self.folder, files_are_short)
+                remove_damaged_unit(self.folder, has_wrong_sizes)
                 continue
             fsync_path(self.folder.parent)
             fsync_path(self.root)
             return True
-        raise UserError("a damaged unit cannot be replaced", where=self.folder, fix="delete this folder, run again")
+        raise UserError("a damaged unit cannot be replaced", where=self.folder, fix="delete this folder, then rerun")
 
 
 class _DiskGuard:
-    """Turns what a disk can do into the user's error, once the temp folder is gone."""
+    """Turns disk errors into a UserError, after removing the temporary folder."""
 
     def __init__(self, writer: UnitWriter) -> None:
         self._writer = writer
@@ -277,4 +275,4 @@ class _DiskGuard:
         if error is None:
             return
         self._writer.abort()
-        raise_explained(error, self._writer.folder.parent, self._writer.needed_bytes())
+        raise_disk_error(error, self._writer.folder.parent, self._writer.needed_bytes())

@@ -1,7 +1,7 @@
-"""Looks for everything that can be wrong with one work unit.
+"""Verifies one work unit and reports every problem.
 
-In: the folder of a unit and what it must be. Out: problems, each with its file and, where it is known, its sample.
-Invariant: the deep check reads every byte and every record of the unit, and never fails on what it finds there.
+In: the folder of a unit and its expected contents. Out: problems, each with its file and, when known, its sample.
+Invariant: the deep check reads every byte and every record of the unit, and no damage makes it raise.
 """
 
 import contextlib
@@ -16,65 +16,65 @@ from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
-from scalekd_cache.store.durable_files import fact_of
+from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import size_of
-from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, sizes_differ, unit_folder
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder, wrong_sizes
 
 BATCH_RECORDS = 64
 MAX_NAMED = 20
-"""Damaged samples of one shard that are named; the rest is counted."""
+"""Maximum number of damaged samples listed per shard; the rest is counted."""
 
 
 class Part(Enum):
-    """What a problem belongs to, and so what mends it."""
+    """The part of a cache that a problem concerns, which decides how it is repaired."""
 
     UNIT = "unit"
-    """Make the unit again."""
+    """Rebuild the unit."""
     MANIFEST = "manifest"
     PLAN = "plan"
     TAIL = "tail"
-    KEPT = "kept"
-    """What was fitted or taken over once, for all units: restore the file from a copy of the cache, or try whether it
-    comes out the same again."""
-    MARK = "mark"
-    """Which preset a codec was fitted for: it follows from the codec."""
+    CODEC_STATE = "kept"
+    """A file that decoding all units needs (codec state, classifier): restore it from a copy of the cache, or refit
+    and compare its sha256."""
+    CODEC_CHOICE = "mark"
+    """The record of the codec choice: rewritten from the codec."""
     UNFINISHED = "unfinished"
-    """Go on with stage 1."""
+    """Resume stage 1."""
     PIXELS = "pixels"
     """Repair the cache whose pixels are shared."""
     UNKNOWN_FILE = "stranger"
-    """Nothing of the cache's own: whoever put it there takes it away."""
+    """A file that does not belong to the cache: the user removes it."""
 
 
 class Problem(NamedTuple):
-    """One finding."""
+    """A problem of a cache."""
 
     where: str
     """File or folder, relative to the cache."""
     key: str | None
-    """The sample, where it is known."""
+    """The sample key, if known."""
     what: str
     part: Part
     unit: tuple[int, int] | None = None
-    """(group, range) of the unit it lies in."""
+    """(group, range) of its unit."""
 
 
-class Finding(NamedTuple):
-    """What is wrong with a record."""
+class RecordProblem(NamedTuple):
+    """A problem of a record."""
 
     key: str | None
-    """The sample; None for what concerns many of them."""
+    """The sample key; None for a problem of several records."""
     what: str
     part: Part = Part.UNIT
 
 
-CheckRecords = Callable[[list[Record], ShardId, list[int]], list[Finding]]
-"""Looks into whole records: some of a shard, with their rows in it."""
+CheckRecords = Callable[[list[Record], ShardId, list[int]], list[RecordProblem]]
+"""Checks the contents of some records of a shard, given their rows."""
 
 
 class ExpectedUnit(NamedTuple):
-    """What a unit must be."""
+    """The expected contents of a unit."""
 
     group: int
     range_id: int
@@ -82,11 +82,11 @@ class ExpectedUnit(NamedTuple):
     backend: str
     views: list[int]
     bounds: tuple[int, int] | None
-    """First image of the range and one past the last, where the plan says so."""
+    """First image of the range and one past the last, from the plan."""
     records: int | None = None
-    """Records in each shard, where the manifest says so (an image that cannot be read is left out)."""
+    """Records in each shard, from the manifest (images that could not be read are skipped)."""
     sha256: str | None = None
-    """Of unit.json, where the manifest says so."""
+    """sha256 of unit.json, from the manifest."""
 
     @property
     def place(self) -> tuple[int, int]:
@@ -101,7 +101,7 @@ def unit_problems(
 
     Args:
         root: the cache's folder or URL.
-        unit: what it must be.
+        unit: the expected contents.
         deep: read every file and record too.
         check_records: looks into the records whose checksum is right.
     """
@@ -121,9 +121,11 @@ def unit_problems(
     for field, got, wanted in _facts(info, unit):
         if got != wanted and wanted is not None:
             yield found("unit.json", f"{field} is {got}, should be {wanted}")
-    wrong = sizes_differ(folder, info.files)
+    wrong = wrong_sizes(folder, info.files)
     yield from (found(file, what) for file, what in wrong)
-    yield from (found(file, "not of this unit", part=Part.UNKNOWN_FILE) for file in _unknown_files(folder, info))
+    yield from (
+        found(file, "does not belong to this unit", part=Part.UNKNOWN_FILE) for file in _unknown_files(folder, info)
+    )
     if deep:
         short = {file for file, _ in wrong}
         for file, fact in info.files.items():
@@ -141,7 +143,7 @@ def unit_problems(
 
 
 def file_problem(path: StoredPath) -> str | None:
-    """Why a file cannot be read, without reading it."""
+    """Why a file cannot be opened, without reading it; None when it can."""
     try:
         size_of(path)
     except FileNotFoundError:
@@ -152,9 +154,9 @@ def file_problem(path: StoredPath) -> str | None:
 
 
 def hash_problem(path: StoredPath, sha256: str, pinned_by: str) -> str | None:
-    """What is wrong with a file's bytes; those of a remote one are checked as they arrive."""
+    """Why a file does not have this sha256, None when it has; remote files are checked when they are fetched."""
     try:
-        return None if fact_of(path).sha256 == sha256 else f"sha256 differs from the {pinned_by}'s"
+        return None if hash_file(path).sha256 == sha256 else f"sha256 differs from the {pinned_by}'s"
     except (UserError, OSError) as error:
         return str(error)
 
@@ -170,7 +172,7 @@ def _facts(info: UnitInfo, unit: ExpectedUnit) -> list[tuple[str, object, object
 
 
 def _unknown_files(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
-    """Files that the sidecar does not list, and folders that hold none that it does; a server has no lists."""
+    """Files that the sidecar does not list, and folders without any listed file; remote folders cannot be listed."""
     if not isinstance(folder, Path):
         return
     files = {"unit.json", *info.files}
@@ -182,7 +184,7 @@ def _unknown_files(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Everything in a folder; what cannot be listed is left out (its files are missing then)."""
+    """Everything in a folder; empty when it cannot be listed (its files are then reported as missing)."""
     with contextlib.suppress(OSError):
         return sorted(folder.rglob("*"))
     return []
@@ -190,12 +192,12 @@ def _inside(folder: Path) -> list[Path]:
 
 def _record_problems(
     folder: StoredPath, info: UnitInfo, view: int, keys: list[str], check_records: CheckRecords | None
-) -> Iterator[Finding]:
-    """What is wrong with the records of a shard."""
+) -> Iterator[RecordProblem]:
+    """The problems of a shard's records."""
     try:
         reader = shard_reader(info.backend, folder, ShardId(info.group, info.range_id, view), keys)
     except (UserError, OSError) as error:
-        yield Finding(None, str(error))
+        yield RecordProblem(None, str(error))
         return
     bad = dict.fromkeys(Part, 0)
     for start in range(0, info.count, BATCH_RECORDS):
@@ -206,23 +208,23 @@ def _record_problems(
                 yield finding
     for part, count in bad.items():
         if count > MAX_NAMED:
-            yield Finding(None, f"{count - MAX_NAMED} more damaged samples", part)
+            yield RecordProblem(None, f"{count - MAX_NAMED} more damaged samples", part)
     reader.close()
 
 
 def _batch_problems(
     reader: ShardReader, rows: NDArray[np.int64], check_records: CheckRecords | None
-) -> Iterator[Finding]:
+) -> Iterator[RecordProblem]:
     good: list[int] = rows.tolist()
     try:
         records = reader.read(rows)
     except (UserError, OSError):
         records, good = [], []
-        for row in rows.tolist():  # find out which of them
+        for row in rows.tolist():  # find the damaged ones
             try:
                 records += reader.read(np.array([row]))
                 good.append(row)
             except (UserError, OSError) as error:
-                yield Finding(reader.keys[row], str(error))
+                yield RecordProblem(reader.keys[row], str(error))
     if records and check_records is not None:
         yield from check_records(records, reader.shard, good)

@@ -20,7 +20,14 @@ from torch import Tensor
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import read_json
-from scalekd_cache.store.durable_files import canonical_json, explained, fact_of, fsync_path, temp_beside, write_new
+from scalekd_cache.store.durable_files import (
+    canonical_json,
+    disk_errors,
+    fsync_path,
+    hash_file,
+    temp_path_for,
+    write_new,
+)
 
 FACTS_FILE = "checkpoint.json"
 NAME = re.compile(r"step-(\d{8,12})")
@@ -57,9 +64,9 @@ def commit_checkpoint(
         UserError: the disk is full or fails, or the folder cannot be written. Older checkpoints remain.
     """
     final = folder / f"step-{step:08d}"
-    temporary = temp_beside(final)
+    temporary = temp_path_for(final)
     needed = sum(value.nbytes for tensors in files.values() for value in tensors.values())
-    with explained(folder, needed):
+    with disk_errors(folder, needed):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
@@ -67,7 +74,7 @@ def commit_checkpoint(
             for name, tensors in files.items():
                 save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary / name))
                 fsync_path(temporary / name)
-                written[name] = fact_of(temporary / name)._asdict()
+                written[name] = hash_file(temporary / name)._asdict()
             whole = {**facts, "step": step, "files": written}
             write_new(temporary / FACTS_FILE, canonical_json({**whole, "sha256": _digest(whole)}).encode())
             fsync_path(temporary)
@@ -101,7 +108,7 @@ def prune_checkpoints(folder: Path, newest: Path | None, keep: int) -> None:
 
 def _remove(path: Path) -> None:
     """Remove a checkpoint. It is renamed first, so a kill never leaves a partial one under its name."""
-    temporary = temp_beside(path)
+    temporary = temp_path_for(path)
     os.rename(path, temporary)
     _remove_tree(temporary)
 
@@ -159,6 +166,6 @@ def _checked(path: Path) -> Checkpoint:
 def _fact(file: Path) -> dict[str, Any] | None:
     """Length and sha256 of a file; None if it cannot be read."""
     try:
-        return fact_of(file)._asdict()
+        return hash_file(file)._asdict()
     except (FileNotFoundError, UserError):
         return None

@@ -39,14 +39,14 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     cache, manifest = reads.cache, reads.cache.manifest
     with torch.device("cpu"):
         student = build_student(
-            config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+            config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
         )
     lines = [f"student {config.student.name}: {_millions(student.model)} M parameters"]
     if train.targets != "none":
-        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
+        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         lines.append(f"projectors: {_millions(make_heads(config, student, tail))} M parameters, not exported")
     make_order(train, cache, process)
-    check_workers(cache, codec_from_config(manifest.codec, cache.root), train.micro_batch_size, train.workers)
+    check_workers(cache, codec_from_config(manifest.facts.codec, cache.root), train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(len(cache), train.global_batch_size)
     lines.append(

@@ -57,7 +57,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     if trainer.loader.step:
         process.print_rank0(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
-        folder.write_facts(facts_of(cache.manifest, run_cache.views))
+        folder.write_facts(facts_of(cache.manifest.facts, run_cache.views))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(trainer.loader.step)
         if damaged:
@@ -85,7 +85,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     images = (trainer.loader.total_steps - first) * config.train.global_batch_size
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
-        facts, export = facts_of(cache.manifest, run_cache.views), run / "export"
+        facts, export = facts_of(cache.manifest.facts, run_cache.views), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
         folder.finish(summary)  # last: a run with a summary is complete
@@ -137,7 +137,7 @@ def _is_evaluation_due(train: TrainConfig, step: int, loader: CacheLoader) -> bo
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
     """The validation images, or None; missing ones are reported before training starts."""
     try:
-        return open_cache_source(manifest.data, data, "val")
+        return open_cache_source(manifest.facts.data, data, "val")
     except UserError as error:
         process.print_rank0(f"no validation images found, so accuracy will not be measured (set DATA=):\n{error}")
         return None
@@ -150,12 +150,12 @@ def _make_trainer(
     cache, manifest, train = run_cache.cache, run_cache.cache.manifest, config.train
     torch.manual_seed(train.seed)
     student = build_student(
-        config.student, num_classes=len(manifest.class_names), image_size=manifest.view_recipe["size"]
+        config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
     )
     if train.sync_bn:
         student.model = synchronize_batchnorm(student.model, process)
     process.print_rank0(describe_lr(config))
-    spec = TeacherSpec.from_json(manifest.teacher["spec"])
+    spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
     tail, heads, targets = None, None, None
     if train.targets != "none":
         tail = load_cache_tail(cache, spec).to(process.device)
@@ -166,7 +166,7 @@ def _make_trainer(
         process.print_rank0("initial weights: " + ", ".join(load_init_weights(config.init, student.model, heads)))
     teacher = None
     if train.targets == "live":
-        options = cache_teacher_config(manifest.teacher["config"], config.teacher_weights)
+        options = cache_teacher_config(manifest.facts.teacher["config"], config.teacher_weights)
         teacher = load_cache_teacher(manifest, options, process.device)
     loader = CacheLoader(
         cache,

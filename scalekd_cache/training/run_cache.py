@@ -14,11 +14,11 @@ import torch.distributed as dist
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.growing import GrowingCache, follow_cache
+from scalekd_cache.store.growing import GrowingCache, open_growing_cache
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import open_place
-from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.run_files import FACTS, read_facts
 from scalekd_cache.training.run_folder import check_same_cache
@@ -44,13 +44,13 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     """
     root = open_place(config.cache, config.remote)
     if config.follow:
-        cache = follow_cache(root, 60 * config.follow_timeout_minutes, process.print_rank0)
+        cache = open_growing_cache(root, 60 * config.follow_timeout_minutes, process.print_rank0)
     else:
         cache = Cache(root, read_manifest(root))
     manifest = cache.manifest
-    check_same_cache(run, manifest.fingerprint, root)
+    check_same_cache(run, manifest.facts.fingerprint, root)
     views = _views(config, run, cache)
-    pixels = pixels_of(cache, config.pixels_from, views, config.remote)
+    pixels = open_shared_pixels(cache, config.pixels_from, views, config.remote)
     process.print_rank0(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views expected "
         + ("by its plan, still growing" if isinstance(cache, GrowingCache) else "by its manifest")
@@ -93,9 +93,9 @@ def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
     """
     if process.world_size == 1:
         return
-    pixels = run_cache.pixels.manifest.fingerprint if run_cache.pixels is not None else ""
+    pixels = run_cache.pixels.manifest.facts.fingerprint if run_cache.pixels is not None else ""
     manifest = run_cache.cache.manifest
-    text = f"{manifest.fingerprint} {manifest.num_samples} {manifest.groups} {run_cache.views} {pixels}"
+    text = f"{manifest.facts.fingerprint} {manifest.num_samples} {manifest.facts.groups} {run_cache.views} {pixels}"
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(process.device)
     gathered = [torch.empty_like(digest) for _ in range(process.world_size)]
     dist.all_gather(gathered, digest)

@@ -44,8 +44,8 @@ def evaluate_state(
     """
     if validation is None:
         return None
-    size = manifest.view_recipe["size"]
-    student = consolidated_student(config.student, state, len(manifest.class_names), size)
+    size = manifest.facts.view_recipe["size"]
+    student = consolidated_student(config.student, state, len(manifest.facts.class_names), size)
     share = evaluate(
         make_predictor(student.model.to(process.device), config.student.mean, config.student.std),
         validation,

@@ -15,7 +15,7 @@ from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.weights import check_tensors
-from scalekd_cache.store.manifest import Manifest, ManifestFacts
+from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.training.model_card import card_facts, model_card
 from scalekd_cache.training.run_files import read_config, read_facts, read_summary, student_options
@@ -23,14 +23,14 @@ from scalekd_cache.training.run_files import read_config, read_facts, read_summa
 State = dict[str, Tensor]
 
 
-def facts_of(manifest: Manifest | ManifestFacts, views: int) -> dict[str, Any]:
+def facts_of(cache: ManifestFacts, views: int) -> dict[str, Any]:
     """A run's facts of its cache, for resuming and for export; `views` is the number it uses."""
     return {
-        "fingerprint": manifest.fingerprint,
+        "fingerprint": cache.fingerprint,
         "views": views,
-        "image_size": manifest.view_recipe["size"],
-        "class_names": manifest.class_names,
-        "data": manifest.data,
+        "image_size": cache.view_recipe["size"],
+        "class_names": cache.class_names,
+        "data": cache.data,
     }
 
 

@@ -17,7 +17,7 @@ from scalekd_cache.config.base import flat
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.store.checked_files import check_regular
-from scalekd_cache.store.durable_files import explained, remove_stale, write_atomically
+from scalekd_cache.store.durable_files import disk_errors, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
 from scalekd_cache.training.metrics import EventFile, drop_lines_after
 from scalekd_cache.training.run_files import (
@@ -56,7 +56,7 @@ class RunFolder:
         self.path = path
         self._events: EventFile | None = None
         require_folder(path, "RUN")
-        with explained(path, 0):
+        with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
             check_paths(path)
             self._lock = self._take_lock()
@@ -101,7 +101,7 @@ class RunFolder:
             The number of damaged lines, which are dropped too.
         """
         damaged = drop_lines_after(self.path / METRICS, dict[str, Finite], step)
-        with explained(self.path, 0):
+        with disk_errors(self.path, 0):
             self._events = EventFile(self.path / "tensorboard", step)
         return damaged
 
@@ -112,7 +112,7 @@ class RunFolder:
             UserError: the disk is full or fails; earlier lines remain.
         """
         line = json.dumps({"step": step, **values}) + "\n"
-        with explained(self.path, len(line)):
+        with disk_errors(self.path, len(line)):
             with open(self.path / METRICS, "a", encoding="utf-8") as file:
                 file.write(line)
             assert self._events is not None

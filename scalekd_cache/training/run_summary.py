@@ -20,13 +20,13 @@ def make_summary(
     manifest = reads.cache.manifest
     return {
         "student": config.student.name,
-        "teacher": manifest.teacher["spec"]["name"],
+        "teacher": manifest.facts.teacher["spec"]["name"],
         "targets": config.train.targets,
         "top1": round(tally.top1_percent, 4) if tally else None,
         "top5": round(tally.top5_percent, 4) if tally else None,
         "val_images": tally.images if tally else 0,
-        "teacher_top1": manifest.teacher["top1"],
-        "has_classifier": manifest.teacher["spec"]["has_classifier"],
+        "teacher_top1": manifest.facts.teacher["top1"],
+        "has_classifier": manifest.facts.teacher["spec"]["has_classifier"],
         "epochs": config.train.epochs,
         "steps": loader.total_steps,
         "seed": config.train.seed,
@@ -35,7 +35,7 @@ def make_summary(
         "views": reads.views,
         "codec": loader.codec.id,
         "bytes_per_view": manifest.bytes_per_view["total"],
-        "cache_fingerprint": manifest.fingerprint,
+        "cache_fingerprint": manifest.facts.fingerprint,
     }
 
 

@@ -29,10 +29,10 @@ from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
 from scalekd_cache.store.checked_files import is_there
-from scalekd_cache.store.durable_files import fact_of
+from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
-from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.shared_pixels import open_shared_pixels
 
 
 def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None:
@@ -58,10 +58,10 @@ def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec
 def load_cache_tail(cache: Cache, spec: TeacherSpec) -> Tail:
     """The teacher's tail, with its sha256 checked against the manifest."""
     file = cache.root / "tail.safetensors"
-    if not is_there(file) or fact_of(file).sha256 != cache.manifest.tail_sha256:
+    if not is_there(file) or hash_file(file).sha256 != cache.manifest.facts.tail_sha256:
         raise UserError(
             "the teacher's tail is missing or damaged",
-            expected=f"sha256 {cache.manifest.tail_sha256[:16]}",
+            expected=f"sha256 {cache.manifest.facts.tail_sha256[:16]}",
             where=file,
             fix="restore the file, or delete the manifest and rerun make cache-teacher: it reuses the units",
         )
@@ -84,7 +84,7 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
 
 def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
     """The sample order of a run; with class-sorted images the shuffle window is larger."""
-    found = ClassCorrelation(*cache.manifest.data.get("class_likeness", (1.0, 1.0)))
+    found = ClassCorrelation(*cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
         process.print_rank0(
@@ -169,7 +169,7 @@ class CachedTargets:
         manifest, process = self.cache.manifest, Process(0, 1, self.device)
         if len(self.cache) < batch_size:
             raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
-        self.num_classes, self.image_size = len(manifest.class_names), int(manifest.view_recipe["size"])
+        self.num_classes, self.image_size = len(manifest.facts.class_names), int(manifest.facts.view_recipe["size"])
         self.loader = CacheLoader(
             self.cache,
             make_order(TrainConfig(seed=seed), self.cache, process),
@@ -177,7 +177,7 @@ class CachedTargets:
             global_batch=batch_size,
             micro_batch=batch_size,
             workers=workers,
-            pixels=pixels_of(self.cache, pixels_from, manifest.num_views),
+            pixels=open_shared_pixels(self.cache, pixels_from, manifest.num_views),
             data=data,
             pin_memory=self.device.type == "cuda",
         )
@@ -234,11 +234,11 @@ class ScaleKDLoss(nn.Module):
         manifest = cache.manifest
         self.config = config or ScaleKDConfig()
         self.train_config = TrainConfig(label_loss=label_loss, label_smoothing=label_smoothing)  # type: ignore[arg-type]
-        check_logits(self.config, cache, logit_codec_from_config(manifest.logit_codec))
-        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.teacher["spec"]))
+        check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))
+        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         if self.config.tail_drop_path:
             tail.enable_drop_path()
-        shapes = student_shapes(student, int(manifest.view_recipe["size"]), len(manifest.class_names))
+        shapes = student_shapes(student, int(manifest.facts.view_recipe["size"]), len(manifest.facts.class_names))
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = ScaleKDHeads(
             self.config,

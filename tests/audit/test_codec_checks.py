@@ -77,7 +77,7 @@ def test_files_of_the_codecs_are_checked_and_made_again(root, kind, name, gone):
         flip_byte(root / name, (root / name).stat().st_size // 2)
     report = verify_deep(root)
     assert {(problem.where, problem.part) for problem in report.findings.problems} == {
-        (name, Part.MARK if name == "codec.json" else Part.KEPT)
+        (name, Part.CODEC_CHOICE if name == "codec.json" else Part.CODEC_STATE)
     }
     assert (report.agreement is None) == (name != "codec.json")
     assert bool(report.findings.notes) == (name != "codec.json")

@@ -18,7 +18,7 @@ from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.verify import check_cache, expected_of, verify_cache
+from scalekd_cache.store.verify import check_cache, expected_contents, verify_cache
 from scalekd_cache.store.verify_unit import unit_problems
 
 SAMPLES, SHARD, VIEWS = 16, 8, 2
@@ -87,7 +87,7 @@ def positions(files, count, seed):
 @backends
 def test_flipped_bytes_are_reported_and_never_used(backend, cache, flips):
     root, batches = cache
-    units = {unit.place: unit for unit in expected_of(read_manifest(root), read_plan(root)).units}
+    units = {unit.place: unit for unit in expected_contents(read_manifest(root), read_plan(root)).units}
     rng = np.random.default_rng(7)
     refused, files = 0, all_files(root)
     for path, offset in positions(files, flips, 11 + flips):

@@ -116,7 +116,7 @@ def test_the_command_prints_a_sentence_and_json(capsys):
     sentence, line = capsys.readouterr().out.splitlines()[-2:]
     fields = json.loads(line)
     assert sentence.startswith(f"{root}: 32 views re-run through demo_swin")
-    assert fields["fingerprint"] == shared_cache().manifest.fingerprint
+    assert fields["fingerprint"] == shared_cache().manifest.facts.fingerprint
     assert {"torch", "timm", "scalekd_cache"} <= set(fields["versions"])
     assert fields["student"] == "resnet10t"
     with pytest.raises(UserError, match="views is out of range"):

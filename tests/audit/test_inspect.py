@@ -30,7 +30,7 @@ def test_a_record_by_key_and_by_position(capsys, tmp_path):
     )
     facts = json.loads(text)
     assert (facts["key"], facts["label"], facts["view"]) == (record.key, record.label, 1)
-    assert facts["class"] == cache.manifest.class_names[record.label]
+    assert facts["class"] == cache.manifest.facts.class_names[record.label]
     assert facts["digest_ok"] is True
     assert facts["bytes"]["features"] == len(record.features)
     assert facts["where"] == {"shard": str(cache.root / "units/g000-r00001/v0001.tar"), "row": 8}

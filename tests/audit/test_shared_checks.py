@@ -51,7 +51,7 @@ def flip_in_pixels(root, position=40, view=1):
 
 def darker(root):
     """Another picture under the same view record: right in itself, not what the teacher of a sharing cache saw."""
-    config = ViewConfig(**from_plain(read_manifest(root).view_recipe))
+    config = ViewConfig(**from_plain(read_manifest(root).facts.view_recipe))
 
     def change(record):
         encoded = encode_pixels(decode_pixels(record.pixels, config.size) // 2, config)
@@ -122,8 +122,8 @@ def test_pixels_that_are_elsewhere(pair, tmp_path):
     assert tree(second) == before
     done = repair_cache(second, CPU, pixels_from=str(moved))
     assert (done.units, done.left) == ([(0, 1)], [])
-    assert read_manifest(second).pixels_from["path"] == "../../moved"
-    assert read_plan(second).facts.pixels_from == read_manifest(second).pixels_from
+    assert read_manifest(second).facts.pixels_from["path"] == "../../moved"
+    assert read_plan(second).facts.pixels_from == read_manifest(second).facts.pixels_from
 
 
 def test_another_cache_in_the_place_of_the_pixels(pair, tmp_path):
@@ -177,7 +177,7 @@ def test_verify_at_a_url(made, tmp_path, monkeypatch, capsys):
         status, report = checked(capsys, "--cache", server.url)
         assert (status, report["whole"], report["units"], report["cache"]) == (0, True, 3, server.url)
         assert np.isfinite(report["fidelity"]["cosine"]["mean"])
-        assert report["notes"] == ["a server has no list of its files: only those of the cache were looked at"]
+        assert report["notes"] == ["a remote folder cannot be listed: only the files of the cache were checked"]
         assert checked(capsys, "--cache", server.url, "--deep")[1]["teacher"] is None
         status, report = checked(capsys, "--cache", server.url, *deep)
         assert (status, report["teacher"]["records"], len(report["notes"])) == (0, 4, 1)

@@ -11,7 +11,7 @@ from small_cache import SAMPLES, copy_of_cache, reseal, shared_cache, shared_wei
 
 from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.reader import Cache, unit_of
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.store.verify_unit import Part
 
@@ -90,9 +90,9 @@ def test_answers_of_another_view_are_recognized_as_wrong(tmp_path):
 def test_positions_belong_to_units():
     cache = shared_cache()
     for position in (0, 31, 32, 95):
-        row = unit_of(cache.manifest, 1, position)
-        keys = (unit_folder(cache.root, row.group, row.range_id) / "keys.txt").read_text().splitlines()
-        assert cache.read([position], 1)[0].key in keys
+        unit, row = cache.locate(position, 1)
+        keys = (unit_folder(cache.root, unit.group, unit.range_id) / "keys.txt").read_text().splitlines()
+        assert cache.read([position], 1)[0].key == keys[row]
 
 
 def test_a_teacher_that_is_not_at_hand_is_said(tmp_path):

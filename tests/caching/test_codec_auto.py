@@ -6,14 +6,14 @@ import pytest
 import torch
 from small_cache import CPU, make, options, shared_weights, unit_files
 
-from scalekd_cache.caching.codec_selection import choose_codec, codec_options, codec_table, write_mark
+from scalekd_cache.caching.codec_selection import choose_codec, codec_options, codec_table, write_codec_choice
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.codec import classes, codec_from_config
 from scalekd_cache.config.stage1 import StoreConfig, TeacherConfig
 from scalekd_cache.config.target import parse_target
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
-from scalekd_cache.store.verify import MARK, verify_cache
+from scalekd_cache.store.verify import CODEC_FILE, verify_cache
 
 
 @pytest.fixture(autouse=True)
@@ -119,8 +119,8 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     auto = {"codec": "auto", "codec_target": "ac-cosine:0.99", "num_views": 1}
     cache = make(root, shared_weights(), cache=auto)
     assert "target ac-cosine:0.99" in capsys.readouterr().out
-    mark = json.loads((root / MARK).read_text())
-    assert mark["codec"] == cache.manifest.codec
+    mark = json.loads((root / CODEC_FILE).read_text())
+    assert mark["codec"] == cache.manifest.facts.codec
     assert len(mark["chosen_from"]) > 10
     assert cache.manifest.fidelity["cosine_mean_removed"]["p1"] > 0.985
     before = unit_files(root)
@@ -129,8 +129,8 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(calibration, "select_codec", None)  # nobody chooses again
     grown = make(root, shared_weights(), cache={**auto, "codec_target": "ac-cosine:0.990", "num_views": 2})
     assert before.items() <= unit_files(root).items()
-    assert grown.manifest.codec == cache.manifest.codec
-    codec_from_config(grown.manifest.codec, root)
+    assert grown.manifest.facts.codec == cache.manifest.facts.codec
+    codec_from_config(grown.manifest.facts.codec, root)
     assert verify_cache(root) == []
     assert codec_options(root) == {"codec": "auto", "codec_target": "ac-cosine:0.99"}  # what a repair goes by
     for other in ("ac-cosine:0.98", "bytes:900"):
@@ -142,14 +142,14 @@ def test_a_chosen_codec_that_is_not_fitted(tmp_path):
     root = tmp_path / "cache"
     auto = {"codec": "auto", "codec_target": "ac-cosine:0.99999999", "num_views": 1}
     cache = make(root, shared_weights(), cache=auto)
-    assert cache.manifest.codec["id"] == "float16"
+    assert cache.manifest.facts.codec["id"] == "float16"
     assert not (root / "codec.safetensors").exists()
     assert verify_cache(root) == []
     make(root, shared_weights(), cache=auto)
     make(root, shared_weights(), cache={"codec": "float16", "num_views": 1})  # by its name, too
-    (root / MARK).write_bytes((root / MARK).read_bytes().replace(b"auto", b"aut0"))
-    assert [problem.where for problem in verify_cache(root)] == [MARK]
-    write_mark(root, cache.manifest.fingerprint_fields)
+    (root / CODEC_FILE).write_bytes((root / CODEC_FILE).read_bytes().replace(b"auto", b"aut0"))
+    assert [problem.where for problem in verify_cache(root)] == [CODEC_FILE]
+    write_codec_choice(root, cache.manifest.facts.fingerprint_fields)
     assert verify_cache(root) == []
 
 
@@ -159,7 +159,7 @@ def test_a_cache_of_a_named_codec_gets_no_other(tmp_path):
     for cache in ({"codec": "auto", "codec_target": "kl:0.1"}, {"codec": "transform"}):
         with pytest.raises(UserError, match="started with a codec that is not fitted"):
             cache_teacher(options(root, shared_weights(), cache=cache), CPU)
-    assert not (root / MARK).exists()
+    assert not (root / CODEC_FILE).exists()
 
 
 def test_before_the_plan_a_choice_for_other_options_is_replaced(tmp_path, monkeypatch):
@@ -171,7 +171,7 @@ def test_before_the_plan_a_choice_for_other_options_is_replaced(tmp_path, monkey
         patch.setattr(stage, "_start", None)  # stops after the codec
         with pytest.raises(TypeError):
             make(root, shared_weights(), cache={"codec": "transform-economy"})
-    first = json.loads((root / MARK).read_text())
+    first = json.loads((root / CODEC_FILE).read_text())
     cache = make(root, shared_weights(), cache={"codec": "transform", "num_views": 1})
     assert first["preset"] == "transform-economy"
-    assert cache.manifest.codec["noise"] == 0.0018
+    assert cache.manifest.facts.codec["noise"] == 0.0018

@@ -39,10 +39,10 @@ def test_stage_one_without_a_classifier(tmp_path, capsys, backend):
     )
     manifest = cache_teacher(config(tmp_path / "cache", backend), PROCESS, student)
     assert capsys.readouterr().out.count("features only, without a logit loss") == 1
-    assert manifest.teacher["spec"]["has_classifier"] is False
-    assert manifest.teacher["spec"]["num_classes"] == manifest.logit_codec["num_classes"] == 0
-    assert manifest.teacher["top1"] is None
-    assert teacher_accuracy(manifest.teacher) == "features only (no classifier)"
+    assert manifest.facts.teacher["spec"]["has_classifier"] is False
+    assert manifest.facts.teacher["spec"]["num_classes"] == manifest.facts.logit_codec["num_classes"] == 0
+    assert manifest.facts.teacher["top1"] is None
+    assert teacher_accuracy(manifest.facts.teacher) == "features only (no classifier)"
 
     cache = Cache.open(tmp_path / "cache")
     order = Order(num_samples=len(cache), block=4, window=1, seed=0)

@@ -42,13 +42,13 @@ def test_a_cache_says_what_it_is(tmp_path, capsys):
     assert f"{SAMPLES} images x {VIEWS} views" in out
     assert f"{SAMPLES * VIEWS:,} views to make" in out
     assert f"{root}: " in out
-    assert manifest.recipe == "mine"
+    assert manifest.facts.recipe == "mine"
     assert manifest.num_samples == SAMPLES
-    assert manifest.data["max_samples"] == SAMPLES
-    assert manifest.teacher["spec"]["name"] == "demo_swin"
-    assert 0 <= manifest.teacher["top1"] <= 100
+    assert manifest.facts.data["max_samples"] == SAMPLES
+    assert manifest.facts.teacher["spec"]["name"] == "demo_swin"
+    assert 0 <= manifest.facts.teacher["top1"] <= 100
     assert manifest.fidelity["cosine_mean_removed"]["p1"] > 0.999
-    assert {"torch", "timm", "pillow"} <= manifest.versions.keys()
+    assert {"torch", "timm", "pillow"} <= manifest.facts.versions.keys()
     assert list(verify_cache(root, deep=True)) == []
 
 
@@ -119,9 +119,9 @@ def test_growth_touches_nothing_that_is_there(tmp_path):
 
 def test_the_teacher_is_measured_once(tmp_path, monkeypatch):
     root = copy_of_cache(tmp_path / "cache")
-    top1 = read_manifest(root).teacher["top1"]
+    top1 = read_manifest(root).facts.teacher["top1"]
     monkeypatch.setattr(job, "evaluate", None)
-    assert cache_teacher(options(root, shared_weights(), cache={"num_views": 3}), CPU).teacher["top1"] == top1
+    assert cache_teacher(options(root, shared_weights(), cache={"num_views": 3}), CPU).facts.teacher["top1"] == top1
 
 
 def test_a_copy_elsewhere_is_valid_and_may_be_read_only(tmp_path, no_work):
@@ -273,7 +273,7 @@ def test_weights_in_the_weights_folder_are_found(tmp_path, monkeypatch):
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
     manifest = cache_teacher(config, CPU)
     assert trained == [tmp_path / "demo_swin.safetensors"]
-    assert manifest.teacher["config"]["weights"] == str(trained[0])
+    assert manifest.facts.teacher["config"]["weights"] == str(trained[0])
     (tmp_path / "cache" / "manifest.json").unlink()
     cache_teacher(config, CPU)
     assert len(trained) == 1

@@ -135,7 +135,7 @@ def test_a_cache_grows_without_touching_what_is_there(tmp_path):
     before = Cache.open(root)
     cache = make(root, shared_weights(), cache={"num_views": 5})
     assert cache.manifest.num_views == 5
-    assert cache.manifest.groups == [[0, 1], [2, 3], [4]]
+    assert cache.manifest.facts.groups == [[0, 1], [2, 3], [4]]
     assert stats == {path: value for path, value in unit_stats(root).items() if path in stats}
     assert files == {path: value for path, value in unit_files(root).items() if path in files}
     ids = range(len(cache))
@@ -148,7 +148,7 @@ def test_a_cache_grows_without_touching_what_is_there(tmp_path):
             assert len(same) < 3, (view, other, same)
     orders = [[record.key for record in cache.read(ids, view)] for view in range(5)]
     assert orders[0] == orders[1] != orders[2] == orders[3] != orders[4]
-    assert json.loads((root / "plan.json").read_text())["groups"] == cache.manifest.groups
+    assert json.loads((root / "plan.json").read_text())["groups"] == cache.manifest.facts.groups
 
 
 def test_drawn_views_are_what_is_stored(tmp_path):

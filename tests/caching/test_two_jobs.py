@@ -97,7 +97,7 @@ def test_of_three_jobs_the_first_to_write_its_plan_stays(tmp_path, meanwhile):
     try_job("fp8", lambda: try_job("float16", lambda: try_job("int8")))
     what = "the cache was made with other options"
     assert refused == [("float16", what), ("fp8", what)]
-    assert read_manifest(root).codec["id"] == "int8"
+    assert read_manifest(root).facts.codec["id"] == "int8"
     assert verify_cache(root, deep=True) == []
 
 
@@ -147,7 +147,7 @@ def test_two_jobs_that_let_a_cache_grow_agree_on_the_plan(tmp_path, meanwhile, m
 
     monkeypatch.setattr(job, "open_folder", open_folder)
     manifest = cache_teacher(asked(root, cache={"num_views": 3, "views_per_group": 2}), CPU)
-    assert manifest.groups == read_plan(root).facts.groups == [[0], [1], [2]]
+    assert manifest.facts.groups == read_plan(root).facts.groups == [[0], [1], [2]]
     assert verify_cache(root, deep=True) == []
 
 
@@ -169,7 +169,7 @@ def test_a_plan_is_created_once(tmp_path, monkeypatch, links):
         write_plan(root, plan, create=True)
     assert tree(root) == before
     (root / plans.NAME).unlink()
-    with plans.changing_plan(root):
+    with plans.locked_plan(root):
         write_plan(root, plan, create=True)
     assert tree(root) == before
 
@@ -263,7 +263,7 @@ def test_a_codec_that_another_job_has_replaced_stops_the_job_before_its_plan(tmp
 def test_what_was_whole_is_found_by_its_sidecar(tmp_path):
     root = tmp_path / "cache"
     cache_teacher(asked(root), CPU)
-    ledger = resume.Ledger(root, read_plan(root).units())
-    assert ledger.left_out() == {}
+    ledger = resume.CommittedUnits(root, read_plan(root).units())
+    assert ledger.skipped_images() == {}
     shutil.rmtree(unit_folder(root, 0, 1))
-    assert resume.Ledger(root, read_plan(root).units()).left_out() is None
+    assert resume.CommittedUnits(root, read_plan(root).units()).skipped_images() is None

@@ -84,8 +84,8 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch):
     teacher = {"name": "my_net", "weights": str(tmp_path / "my_net.safetensors")}
     cache_teacher(options(tmp_path / "cache", "", teacher=teacher, data={"max_samples": 32}), CPU)
     cache = Cache.open(tmp_path / "cache")
-    assert cache.manifest.teacher["spec"]["family"] == "my_net"
-    assert cache.manifest.teacher["spec"]["feature_shape"] == [64, 4, 4]
+    assert cache.manifest.facts.teacher["spec"]["family"] == "my_net"
+    assert cache.manifest.facts.teacher["spec"]["feature_shape"] == [64, 4, 4]
     targets = CachedTargets(cache, batch_size=8)
     student = timm_student("resnet10t", targets)
     loss = ScaleKDLoss(targets, student)

@@ -28,7 +28,7 @@ def sorted_tars(tmp_path_factory):
 
 def test_stage_1_keeps_how_often_neighbors_are_of_one_class(sorted_tars):
     for cache, alike in ((sorted_tars, True), (shared_cache(), False)):
-        neighbors, chance = cache.manifest.data["class_likeness"]
+        neighbors, chance = cache.manifest.facts.data["class_likeness"]
         assert (neighbors, chance) == pytest.approx(class_correlation(labels_of(cache)))
         assert (neighbors > 2 * chance) is alike
 
@@ -37,9 +37,10 @@ def test_stage_2_mixes_wider_and_says_so(capsys):
     cache, train = shared_cache(), TrainConfig(shuffle_block=1)
     assert make_order(train, cache, CPU).window == WINDOW
     assert capsys.readouterr().out == ""
-    cache.manifest = dataclasses.replace(
-        cache.manifest, data={**cache.manifest.data, "class_likeness": [0.98, 0.001]}, num_samples=1_281_167
+    facts = dataclasses.replace(
+        cache.manifest.facts, data={**cache.manifest.facts.data, "class_likeness": [0.98, 0.001]}
     )
+    cache.manifest = dataclasses.replace(cache.manifest, facts=facts, num_samples=1_281_167)
     order = make_order(TrainConfig(), cache, CPU)
     assert order.window == 10_010
     assert "98% of neighbors, 0.1% by chance" in capsys.readouterr().out

@@ -11,7 +11,7 @@ from small_cache import copy_of_cache, reseal, shared_cache
 from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import NO_LABEL, Record
-from scalekd_cache.store.durable_files import fact_of
+from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import UnitRow, units_digest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.unit import UnitWriter
@@ -32,7 +32,7 @@ def with_label(root: Path, label: int) -> Cache:
             for record in rows:
                 writer.append(view, record)
         writer.commit(unit["fidelity"])
-    digest = fact_of(folder / "unit.json").sha256
+    digest = hash_file(folder / "unit.json").sha256
 
     def change(fields: dict) -> None:
         fields["units"][0][3] = digest

@@ -29,7 +29,7 @@ STEPS = SAMPLES // GLOBAL
 def test_a_batch_is_the_records_of_its_ids():
     cache = shared_cache()
     labels = {sample.key: sample.label for sample in open_source(DataConfig(max_samples=SAMPLES), "train").samples}
-    logit_codec = logit_codec_from_config(cache.manifest.logit_codec)
+    logit_codec = logit_codec_from_config(cache.manifest.facts.logit_codec)
     batches = list(make_loader(cache))
     assert len(batches) == 2 * STEPS * MICROS
     for number, batch in enumerate(batches):

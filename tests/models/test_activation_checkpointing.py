@@ -94,7 +94,7 @@ def test_a_run_logs_the_same_losses(processes, zero):
 def test_what_cannot_be_equal_is_refused():
     with pytest.raises(UserError, match="activation checkpointing"):
         build_student(StudentConfig(name="dla34", grad_checkpointing=True), num_classes=5, image_size=64)
-    with pytest.raises(UserError, match="synchronized BatchNorm"):
+    with pytest.raises(UserError, match="SyncBatchNorm"):
         DistillConfig(student=StudentConfig(grad_checkpointing=True), train=TrainConfig(sync_bn=True))
     with pytest.raises(UserError, match="running statistics"):
         FirstPass(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)), "a model")

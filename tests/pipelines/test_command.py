@@ -94,7 +94,7 @@ def test_values_out_of_range_keep_their_message(argv, recipe):
 
 
 def test_options_that_clash_keep_their_message():
-    with pytest.raises(UserError, match="LAMB under ZeRO"):
+    with pytest.raises(UserError, match="LAMB does not work with ZeRO"):
         distill_options(["--optim.name=lamb", "--train.zero=1"])
 
 

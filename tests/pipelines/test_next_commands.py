@@ -37,7 +37,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
     options = {"DATA": data, "CACHE": cache, "RECIPE": "demo", "VIEWS": 1, "PRETRAINED": 0, "STUDENT": "resnet10t"}
     output = make("cache-teacher", **options, **variables)
-    kept = read_manifest(cache).view_recipe
+    kept = read_manifest(cache).facts.view_recipe
     assert {name: kept[name] for name in views} == views
     assert f"for {len(NAMES)} images fit this cache" in output
     (command,) = next_of(output)

@@ -61,7 +61,7 @@ def start_run(folder):
     """A run folder in the middle of training."""
     cache = shared_cache()
     run = RunFolder(folder, to_plain(DistillConfig(cache=str(cache.root), student=StudentConfig(name="resnet10t"))))
-    run.write_facts(facts_of(cache.manifest, 2))
+    run.write_facts(facts_of(cache.manifest.facts, 2))
     run.start_metrics(0)
     for step in range(1, 30):
         terms = dict.fromkeys(("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial"), 1 / step)
@@ -74,7 +74,7 @@ def start_run(folder):
 def done(tmp_path_factory):
     """A finished run, with a student of random weights."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    run, facts = start_run(folder), facts_of(shared_cache().manifest, 2)
+    run, facts = start_run(folder), facts_of(shared_cache().manifest.facts, 2)
     config = StudentConfig(name="resnet10t")
     torch.manual_seed(0)
     state = build_student(config, num_classes=10, image_size=64).model.state_dict()
@@ -116,7 +116,13 @@ def test_a_cache_report_is_one_small_file_without_scripts(cache_page):
 
 def test_a_cache_report_says_what_the_cache_is(cache_page):
     manifest, text = shared_cache().manifest, Page(cache_page).text
-    for fact in (manifest.fingerprint, "96 of 10 classes, 2 views each", "demo_swin", "int8", "webdataset, 3 units"):
+    for fact in (
+        manifest.facts.fingerprint,
+        "96 of 10 classes, 2 views each",
+        "demo_swin",
+        "int8",
+        "webdataset, 3 units",
+    ):
         assert fact in text
     assert f"{manifest.bytes_per_view['total']:,.0f}" in text
     assert f"{manifest.fidelity['cosine_mean_removed']['p1']:.6f}" in text

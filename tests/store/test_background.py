@@ -5,14 +5,14 @@ import threading
 import pytest
 from commands import LIMIT_S
 
-from scalekd_cache.store.background import Behind
+from scalekd_cache.store.background import BackgroundWriter
 
 
 def test_calls_run_in_order_in_another_thread_and_leaving_waits():
     seen = []
-    with Behind("test", depth=3) as behind:
+    with BackgroundWriter("test", depth=3) as writer:
         for number in range(20):
-            behind.put(lambda n: seen.append((n, threading.current_thread().name)), number)
+            writer.submit(lambda n: seen.append((n, threading.current_thread().name)), number)
     assert [number for number, _ in seen] == list(range(20))
     assert {name.partition("_")[0] for _, name in seen} == {"test"}
 
@@ -21,13 +21,13 @@ def test_calls_run_in_order_in_another_thread_and_leaving_waits():
 def test_no_more_than_depth_calls_are_under_way(depth):
     gate, put = threading.Event(), []
 
-    def fill(behind):
+    def fill(writer):
         for number in range(depth + 1):
-            behind.put(gate.wait, 60)
+            writer.submit(gate.wait, 60)
             put.append(number)
 
-    with Behind("test", depth) as behind:
-        caller = threading.Thread(target=fill, args=[behind])
+    with BackgroundWriter("test", depth) as writer:
+        caller = threading.Thread(target=fill, args=[writer])
         caller.start()
         caller.join(0.5)
         assert put == list(range(depth))
@@ -41,9 +41,9 @@ def fail():
 
 
 def put_calls(*calls, error=None):
-    with Behind("test", depth=1) as behind:
+    with BackgroundWriter("test", depth=1) as writer:
         for call in calls:
-            behind.put(call)
+            writer.submit(call)
         if error:
             raise error
 
@@ -66,14 +66,14 @@ def test_nothing_runs_after_a_call_that_failed():
         assert gate.wait(LIMIT_S)
         fail()
 
-    def put(behind):
-        behind.put(fail_late)
-        behind.put(ran.append, 1)
+    def put(writer):
+        writer.submit(fail_late)
+        writer.submit(ran.append, 1)
         gate.set()
 
     def run():
-        with Behind("test", depth=2) as behind:
-            put(behind)
+        with BackgroundWriter("test", depth=2) as writer:
+            put(writer)
 
     with pytest.raises(RuntimeError, match="in the thread"):
         run()

@@ -25,7 +25,7 @@ from scalekd_cache.store.checked_files import (
     read_file,
     read_json,
 )
-from scalekd_cache.store.durable_files import fact_of
+from scalekd_cache.store.durable_files import hash_file
 
 
 def _socket(path: Path) -> None:
@@ -86,7 +86,7 @@ def test_what_is_no_file_is_named(tmp_path: Path, kind: str, reader: Callable[[P
 def test_hashing_and_libraries_meet_regular_files_only(tmp_path: Path, kind: str) -> None:
     make, words = KINDS[kind]
     make(tmp_path / "file")
-    for reader in (fact_of, check_regular, open_regular):
+    for reader in (hash_file, check_regular, open_regular):
         with pytest.raises(UserError, match=words):
             reader(tmp_path / "file")
 
@@ -96,12 +96,12 @@ def test_a_file_of_tensors_has_the_length_that_its_header_gives(tmp_path: Path, 
     path = tmp_path / "a.safetensors"
     save_file({"x": np.zeros((3, 5), np.float32), "y": np.ones(1, np.uint8)}, path, metadata={"spec": "{}"})
     size = path.stat().st_size
-    assert check_safetensors(path) == fact_of(path).bytes == size
+    assert check_safetensors(path) == hash_file(path).bytes == size
     if change == "no header":
         path.write_bytes(b"\xff" * 100)
     else:
         os.truncate(path, {"longer": size + 1, "shorter": size - 1, "sparse": 64 << 30, "empty": 0}[change])
-    for reader in (check_safetensors, fact_of):
+    for reader in (check_safetensors, hash_file):
         with pytest.raises(UserError, match="damaged" if change in ("no header", "empty") else "wrong length"):
             reader(path)
 

@@ -9,7 +9,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store import durable_files as store_files
 from scalekd_cache.store.background import CommitQueue
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.resume import unit_committed
+from scalekd_cache.store.resume import committed_unit
 from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
@@ -33,7 +33,7 @@ def filled(root, number):
 
 def is_there(root, number=0):
     unit = ExpectedUnit(0, number, FINGERPRINT, "webdataset", [0], (number, number + 1))
-    return unit_committed(root, unit) is not None
+    return committed_unit(root, unit) is not None
 
 
 def commit(root, units, done, then=lambda: None):
@@ -82,7 +82,7 @@ def test_an_error_of_the_disk_reaches_the_caller_and_leaves_nothing(tmp_path, mo
 
     monkeypatch.setattr(store_files, "fsync", broken)
     reported = []
-    with pytest.raises(UserError, match="the disk fails"):
+    with pytest.raises(UserError, match="I/O error on the disk"):
         commit(tmp_path, units, lambda: reported.append(1))
     assert left(tmp_path) == []
     assert reported == []

@@ -27,10 +27,10 @@ def written(path, calls):
     return file.finish()
 
 
-@pytest.mark.parametrize("waiting", [1, 1_000, files.WAITING_BYTES])
+@pytest.mark.parametrize("buffered", [1, 1_000, files.BUFFER_BYTES])
 @pytest.mark.parametrize("at_once", [1, 3, 2_500])
-def test_what_is_written_is_there(tmp_path, monkeypatch, waiting, at_once):
-    monkeypatch.setattr(files, "WAITING_BYTES", waiting)
+def test_what_is_written_is_there(tmp_path, monkeypatch, buffered, at_once):
+    monkeypatch.setattr(files, "BUFFER_BYTES", buffered)
     pieces = pieces_of(2_600)  # more than the system takes in a call
     whole = b"".join(map(bytes, pieces))
     done = written(tmp_path / "x", [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)])
@@ -54,5 +54,5 @@ def test_a_call_that_takes_a_part(tmp_path, monkeypatch):
 def test_an_abandoned_file_writes_nothing_more(tmp_path):
     file = NewFile(tmp_path / "x")
     file.write(b"waits")
-    file.abandon()
+    file.abort()
     assert (tmp_path / "x").read_bytes() == b""

@@ -44,8 +44,8 @@ def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels, 
     views = format_reader.read_cache(tmp_path / "c")
     assert sorted(views) == [0, 1, 2]
     ours, logits = (
-        codec_from_config(cache.manifest.codec, cache.root),
-        logit_codec_from_config(cache.manifest.logit_codec),
+        codec_from_config(cache.manifest.facts.codec, cache.root),
+        logit_codec_from_config(cache.manifest.facts.logit_codec),
     )
     for view, decoded in views.items():
         records = cache.read(range(37), view)

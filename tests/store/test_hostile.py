@@ -33,7 +33,7 @@ from scalekd_cache.store.manifest import NAME, read_manifest
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.remote.local_copies import Copies
+from scalekd_cache.store.remote.local_copies import LocalCopies
 from scalekd_cache.store.sealed_json import SEAL, sealed
 from scalekd_cache.store.sidecar import read_unit
 from scalekd_cache.store.verify import check_cache, verify_cache
@@ -339,7 +339,7 @@ def test_a_record_that_claims_gigabytes_is_refused_before_they_are_allocated(mem
 
 @pytest.mark.parametrize("kind", ["fifo", "folder", "loop"])
 def test_something_else_in_the_place_of_a_local_copy_is_an_error(kind, tmp_path):
-    copies = Copies(tmp_path, 1 << 20)
+    copies = LocalCopies(tmp_path, 1 << 20)
     path = copies.path("ab" * 32)
     path.parent.mkdir()
     if kind == "fifo":
@@ -368,7 +368,7 @@ records = st.builds(
 @given(record=records, other=records)
 def test_any_record_is_examined_and_has_its_own_checksum(record, other):
     cache = shared_cache()
-    findings = RecordChecker(cache.manifest.fingerprint_fields, cache.root, 10)([record], ShardId(0, 0, 0), [0])
+    findings = RecordChecker(cache.manifest.facts.fingerprint_fields, cache.root, 10)([record], ShardId(0, 0, 0), [0])
     assert findings
     assert {finding.key for finding in findings} == {record.key}
     try:

@@ -14,8 +14,8 @@ from commands import ENV, LIMIT_S, ROOT
 from scalekd_cache.data.builtin import _download
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import locks
-from scalekd_cache.store.durable_files import temp_beside
-from scalekd_cache.store.remote.local_copies import Copies
+from scalekd_cache.store.durable_files import temp_path_for
+from scalekd_cache.store.remote.local_copies import LocalCopies
 from scalekd_cache.training.run_folder import RunFolder, is_locked
 
 DATA = bytes(range(256)) * 64
@@ -47,7 +47,7 @@ def test_a_download_without_locks(tmp_path, no_flock, capsys):
 
 def fetch_copy(folder, start, results):
     start.wait(LIMIT_S)
-    descriptor = Copies(folder, 3 * len(DATA)).open(SHA256, len(DATA), lambda target: target.write_bytes(DATA))
+    descriptor = LocalCopies(folder, 3 * len(DATA)).open(SHA256, len(DATA), lambda target: target.write_bytes(DATA))
     results.put(os.read(descriptor, 2 * len(DATA)) == DATA)
 
 
@@ -57,7 +57,7 @@ def test_local_copies_without_locks(tmp_path, no_flock, capsys):
     (folder / "incoming").mkdir(parents=True)
     dead = subprocess.Popen(["true"])
     dead.wait(LIMIT_S)
-    left = temp_beside(folder / "incoming" / "left.data")
+    left = temp_path_for(folder / "incoming" / "left.data")
     left = left.with_name(left.name.replace(f"-{os.getpid()}-", f"-{dead.pid}-"))
     left.write_bytes(DATA)
     fork = multiprocessing.get_context("fork")
@@ -70,7 +70,7 @@ def test_local_copies_without_locks(tmp_path, no_flock, capsys):
     for process in processes:
         process.join()
     assert [path.name for path in folder.rglob("*") if path.is_file()] == [".lock", SHA256]
-    Copies(folder, 3 * len(DATA)).open("0" * 64, None, lambda target: target.write_bytes(DATA))
+    LocalCopies(folder, 3 * len(DATA)).open("0" * 64, None, lambda target: target.write_bytes(DATA))
     assert capsys.readouterr().err.count("no file locks") == 2  # the folder's and the one for what arrives
 
 

@@ -83,7 +83,7 @@ def test_arguments_of_the_teacher_are_compared_by_verify_and_before_they_are_use
         assert [problem.where for problem in verify_cache(root)] == ["manifest.json"]
         cache = Cache.open(root)
         with pytest.raises(UserError, match=words):
-            load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+            load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
 
 
 def test_nested_fields_of_figures(tmp_path: Path) -> None:
@@ -134,4 +134,4 @@ def test_a_sidecar_with_other_fields_is_a_finding(tmp_path: Path, case: str) -> 
 
 def test_a_pristine_cache_agrees_with_itself() -> None:
     manifest = shared_cache().manifest
-    assert manifest.fingerprint == fingerprint(manifest.fingerprint_fields)
+    assert manifest.facts.fingerprint == fingerprint(manifest.facts.fingerprint_fields)

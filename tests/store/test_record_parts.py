@@ -32,7 +32,7 @@ def write_partial(root: Path, backend: str) -> list[Record]:
         for record in records:
             writer.append(0, record)
         writer.commit({})
-    write_manifest(root, build_manifest(root, facts(backend, groups=[[0]], ranges=[[[0, count]]])))
+    write_manifest(root, build_manifest(root, facts(backend, groups=[[0]]), [[0, count]]))
     return records
 
 

@@ -25,7 +25,7 @@ def watch(event, args):
         os._exit(3)
 
 sys.addaudithook(watch)
-from scalekd_cache.store import Cache, verify_cache
+from scalekd_cache.store.reader import Cache; from scalekd_cache.store.verify import verify_cache
 cache = Cache.open(root)
 print(sum(len(cache.read(range(len(cache)), view)) for view in range(3)), verify_cache(root, deep=True))
 if sys.argv[2:]:

@@ -26,9 +26,9 @@ from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.growing import follow_cache
+from scalekd_cache.store.growing import open_growing_cache
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.store.shared_pixels import pixels_of
+from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.verify import verify_cache
 from scalekd_cache.training.run_cache import open_run_cache
 
@@ -70,14 +70,14 @@ def test_both_give_the_same_images_labels_and_views(pair, tmp_path):
     sizes = cache.manifest.bytes_per_view
     assert sizes["pixels"] == 0
     assert sizes["total"] < own.manifest.bytes_per_view["total"] - 1000
-    assert cache.manifest.fingerprint != own.manifest.fingerprint
-    assert cache.manifest.pixels_from["path"] == "../first"
+    assert cache.manifest.facts.fingerprint != own.manifest.facts.fingerprint
+    assert cache.manifest.facts.pixels_from["path"] == "../first"
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_have_the_images_of_the_first(pair, workers):
     first, cache = pair
-    pixels = pixels_of(cache, None, VIEWS)
+    pixels = open_shared_pixels(cache, None, VIEWS)
     for batch, other in zip(make_loader(cache, pixels=pixels, workers=workers), make_loader(first), strict=True):
         assert torch.equal(batch.images, other.images)
         assert torch.equal(batch.labels, other.labels)
@@ -89,28 +89,28 @@ def test_the_two_move_together_and_apart(pair, tmp_path):
     first, cache = pair
     shutil.copytree(first.root.parent, tmp_path / "moved")
     moved = Cache.open(tmp_path / "moved" / "second")
-    found = pixels_of(moved, None, VIEWS)
+    found = open_shared_pixels(moved, None, VIEWS)
     assert found is not None
     assert found.root == tmp_path / "moved" / "first"
     (tmp_path / "moved" / "first").rename(tmp_path / "elsewhere")
     config = DistillConfig(cache=str(moved.root), train=TrainConfig())
-    with pytest.raises(UserError, match="whose pixels are shared is not there") as error:
+    with pytest.raises(UserError, match="whose pixels are shared is missing") as error:
         open_run_cache(config, tmp_path / "run", CPU)
     assert "PIXELS_FROM=" in str(error.value)
     config = DistillConfig(cache=str(moved.root), pixels_from=str(tmp_path / "elsewhere"))
     assert open_run_cache(config, tmp_path / "run", CPU).pixels.root == tmp_path / "elsewhere"
     with pytest.raises(UserError, match="has pixels of its own"):
-        pixels_of(first, str(cache.root), VIEWS)
+        open_shared_pixels(first, str(cache.root), VIEWS)
 
 
 def test_other_pixels_are_refused_before_training(pair, tmp_path):
     _, cache = pair
     other = make(tmp_path / "other", shared_weights(), views={"seed": 5}, data={"max_samples": 40})
-    with pytest.raises(UserError, match="holds other pixels") as error:
-        pixels_of(cache, str(other.root), VIEWS)
+    with pytest.raises(UserError, match="has other pixels") as error:
+        open_shared_pixels(cache, str(other.root), VIEWS)
     assert f"40 images, {VIEWS} views" in str(error.value)
     with pytest.raises(UserError, match="shares those of another") as error:
-        pixels_of(cache, str(cache.root), VIEWS)
+        open_shared_pixels(cache, str(cache.root), VIEWS)
     assert "PIXELS_FROM=" in str(error.value)
 
 
@@ -132,7 +132,7 @@ def test_a_damaged_pixel_is_found_by_the_checksum_of_the_cache_that_holds_it(pai
     tar = root / "units" / "g000-r00001" / "v0001.tar"
     flip_byte(tar, tar.read_bytes().index(record.pixels) + 100)
     with pytest.raises(UserError, match="checksum") as error:
-        list(make_loader(cache, pixels=pixels_of(cache, str(root), VIEWS)))
+        list(make_loader(cache, pixels=open_shared_pixels(cache, str(root), VIEWS)))
     assert record.key in str(error.value)
 
 
@@ -157,7 +157,7 @@ def test_chains_replayed_views_and_itself_are_refused(pair, tmp_path):
     with pytest.raises(UserError, match="no pixels of its own") as error:
         second(tmp_path / "third", cache.root)
     assert f"give PIXELS_FROM={first.root}" in str(error.value)
-    with pytest.raises(UserError, match="holds no pixels"):
+    with pytest.raises(UserError, match="has no pixels"):
         second(tmp_path / "third", shared_cache("replayed").root)
     with pytest.raises(UserError, match="cannot share its own pixels"):
         second(first.root, first.root)
@@ -168,18 +168,20 @@ def test_chains_replayed_views_and_itself_are_refused(pair, tmp_path):
 def test_growth_of_the_first_disturbs_nothing_and_reaches_the_second(tmp_path):
     first = copy_of_cache(tmp_path / "first")
     cache = second(tmp_path / "second", first, cache={"num_views": 1})
-    assert cache.manifest.groups == [[0]]
-    before = list(make_loader(cache, pixels=pixels_of(cache, None, 1)))
+    assert cache.manifest.facts.groups == [[0]]
+    before = list(make_loader(cache, pixels=open_shared_pixels(cache, None, 1)))
     make(first, shared_weights(), cache={"num_views": 4, "views_per_group": 1})
     stats = unit_stats(cache.root)
-    again = list(make_loader(cache, pixels=pixels_of(cache, None, 1)))
+    again = list(make_loader(cache, pixels=open_shared_pixels(cache, None, 1)))
     assert all(torch.equal(a.images, b.images) for a, b in zip(before, again, strict=True))
     cache = second(tmp_path / "second", first, cache={"num_views": 4})
-    assert cache.manifest.groups == [[0], [1], [2], [3]]  # no group spans two of the first cache's
+    assert cache.manifest.facts.groups == [[0], [1], [2], [3]]  # no group spans two of the first cache's
     assert stats == {path: value for path, value in unit_stats(cache.root).items() if path in stats}
     whole = Cache.open(first)
     for batch, other in zip(
-        make_loader(cache, epochs=4, pixels=pixels_of(cache, None, 4)), make_loader(whole, epochs=4), strict=True
+        make_loader(cache, epochs=4, pixels=open_shared_pixels(cache, None, 4)),
+        make_loader(whole, epochs=4),
+        strict=True,
     ):
         assert torch.equal(batch.images, other.images)
 
@@ -189,7 +191,7 @@ def test_a_zarr_cache_shares_the_pixels_of_tars(pair, tmp_path):
     zarr = second(tmp_path / "zarr", first.root, cache={"backend": "zarr"})
     for view in range(VIEWS):
         assert zarr.read(range(SAMPLES), view) == cache.read(range(SAMPLES), view)
-    batches = make_loader(zarr, pixels=pixels_of(zarr, None, VIEWS))
+    batches = make_loader(zarr, pixels=open_shared_pixels(zarr, None, VIEWS))
     assert sum(len(batch.images) for batch in batches) == VIEWS * SAMPLES
 
 
@@ -199,15 +201,15 @@ def test_a_cache_of_tars_shares_the_pixels_of_zarr(pair, tmp_path):
     tars = second(tmp_path / "tars", zarr.root, workers=1)
     for view in range(VIEWS):
         assert tars.read(range(SAMPLES), view) == pair[1].read(range(SAMPLES), view)
-    assert len(list(make_loader(tars, pixels=pixels_of(tars, None, VIEWS)))) > 0
+    assert len(list(make_loader(tars, pixels=open_shared_pixels(tars, None, VIEWS)))) > 0
 
 
 def test_a_second_cache_can_be_followed(pair, tmp_path):
     first, cache = pair
     writer = Writer(tmp_path / "second", cache)
     writer.commit(0)
-    growing = follow_cache(tmp_path / "second", 1, print)
-    pixels = pixels_of(growing, str(first.root), VIEWS)
+    growing = open_growing_cache(tmp_path / "second", 1, print)
+    pixels = open_shared_pixels(growing, str(first.root), VIEWS)
     assert torch.equal(next(iter(make_loader(growing, pixels=pixels))).images, next(iter(make_loader(first))).images)
 
 

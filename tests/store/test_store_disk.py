@@ -15,9 +15,9 @@ from stage1_process import Job, on_a_bad_disk
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import resume
-from scalekd_cache.store.durable_files import host_tag, remove_stale, temp_beside, write_atomically
+from scalekd_cache.store.durable_files import host_tag, remove_stale, temp_path_for, write_atomically
 from scalekd_cache.store.plan import read_plan
-from scalekd_cache.store.resume import Ledger, unit_committed
+from scalekd_cache.store.resume import CommittedUnits, committed_unit
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.store.verify import verify_cache
 
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr("scalekd_cache.store.durable_files.fsync", refuse)
-    with pytest.raises(UserError, match=r"cannot be written\n.*Permission denied\n.*\n.*run again"):
+    with pytest.raises(UserError, match=r"cannot be written\n.*Permission denied\n.*\n.*rerun"):
         write_atomically(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
@@ -91,7 +91,7 @@ def test_what_killed_writers_left_is_removed_and_the_rest_is_named(tmp_path):
         units / f".tmp-g000-r00001-{host_tag()}-{dead}-0a1b2c3d-damaged",
         tmp_path / f".tmp-manifest.json-{host_tag()}-{dead}-0a1b2c3d",
     ]
-    mine = temp_beside(units / "g000-r00002")
+    mine = temp_path_for(units / "g000-r00002")
     others = [units / f".tmp-g000-r00000-00000000-{dead}-0a1b2c3d", tmp_path / ".tmp-of-somebody"]
     whole = units / "g000-r00003"
     for path in (*stale[:2], mine, others[0], whole):
@@ -145,29 +145,29 @@ def test_only_the_units_committed_last_are_hashed_at_a_start(tmp_path, monkeypat
     units = read_plan(root).units()
     for range_id in (0, 1):
         flip_byte(unit_folder(root, 0, range_id) / "v0000.tar", 700)
-    assert Ledger(root, units).drop_damaged() == []
+    assert CommittedUnits(root, units).drop_damaged() == []
     assert {problem.where.split("/")[1] for problem in verify_cache(root, deep=True)} == {"g000-r00000", "g000-r00001"}
     shutil.rmtree(unit_folder(root, 0, 2))
-    assert Ledger(root, units).drop_damaged() == [unit_folder(root, 0, 1)]
-    assert not unit_committed(root, units[1])
+    assert CommittedUnits(root, units).drop_damaged() == [unit_folder(root, 0, 1)]
+    assert not committed_unit(root, units[1])
     assert sorted(path.name for path in (root / "units").iterdir()) == ["g000-r00000"]
 
 
 def test_a_whole_unit_that_came_in_between_is_put_back(tmp_path):
     root = copy_of_cache(tmp_path / "cache")
     files = unit_files(root)
-    resume.put_aside(unit_folder(root, 0, 1), resume.files_are_short)
+    resume.remove_damaged_unit(unit_folder(root, 0, 1), resume.has_wrong_sizes)
     assert unit_files(root) == files
-    resume.put_aside(unit_folder(root, 7, 1), resume.files_are_short)  # somebody else removed it
+    resume.remove_damaged_unit(unit_folder(root, 7, 1), resume.has_wrong_sizes)  # somebody else removed it
     assert unit_files(root) == files
 
 
 def test_a_unit_is_looked_at_once(tmp_path, monkeypatch):
     root = copy_of_cache(tmp_path / "cache")
     shutil.rmtree(unit_folder(root, 0, 2))
-    ledger = Ledger(root, read_plan(root).units())
+    ledger = CommittedUnits(root, read_plan(root).units())
     assert [ledger.committed(0, range_id) for range_id in range(3)] == [True, True, False]
-    monkeypatch.setattr(resume, "unit_committed", lambda *_: pytest.fail("looked at twice"))
+    monkeypatch.setattr(resume, "committed_unit", lambda *_: pytest.fail("looked at twice"))
     assert ledger.committed(0, 1)
 
 

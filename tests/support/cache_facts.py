@@ -19,7 +19,7 @@ FINGERPRINT = fingerprint(FIELDS)
 
 
 def cache_facts(**changes: Any) -> ManifestFacts:
-    """Facts that hold together, but for `changes`; backend, groups and ranges are among those."""
+    """Facts that hold together, but for `changes`; backend and groups are among those."""
     values = {
         "fingerprint": FINGERPRINT,
         "fingerprint_fields": FIELDS,
@@ -31,7 +31,9 @@ def cache_facts(**changes: Any) -> ManifestFacts:
         "teacher": {"spec": FIELDS["teacher"], "config": to_plain(TeacherConfig()), "top1": None},
         "codec": FIELDS["codec"],
         "logit_codec": FIELDS["logit_codec"],
+        "second_codec": {},
         "data": {**to_plain(DataConfig()), **FIELDS["data"]},
+        "pixels_from": {},
         "versions": {"torch": "2"},
     }
     return ManifestFacts(**{**values, **changes})

@@ -32,4 +32,5 @@ def rewrite_unit(root, change, range_id=0):
                 owned = {name: bytes(getattr(record, name)) for name in ("pixels", "features", "logits")}
                 writer.append(view, change(record._replace(**owned)))
         assert writer.commit(info.fidelity)
-    write_manifest(root, build_manifest(root, read_plan(root).facts))
+    plan = read_plan(root)
+    write_manifest(root, build_manifest(root, plan.facts, plan.ranges))

@@ -34,7 +34,7 @@ def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
     student = build_student(config.student, num_classes=10, image_size=64)
     tail = heads = None
     if train.targets != "none":
-        tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+        tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail)
     order = Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
     loader = CacheLoader(

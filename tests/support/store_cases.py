@@ -1,4 +1,4 @@
-"""Records and caches that the store tests share."""
+"""Records, caches and kinds of damage that the store tests share."""
 
 from pathlib import Path
 
@@ -12,17 +12,9 @@ from scalekd_cache.store.manifest import ManifestFacts, build_manifest, write_ma
 from scalekd_cache.store.unit import UnitWriter
 
 GROUPS = [[0, 1], [2]]
-
-
 RANGES = [(0, 21), (21, 40)]
-
-
 NUM_SAMPLES = 40
-
-
 FEATURE_BYTES = 700
-
-
 backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -68,18 +60,36 @@ def write_unit(root: Path, backend: str, group: int = 0, range_id: int = 0, *, r
 
 
 def facts(backend: str, **changes) -> ManifestFacts:
-    ranges = [[list(bounds) for bounds in RANGES] for _ in GROUPS]
-    return cache_facts(**{"backend": backend, "groups": GROUPS, "ranges": ranges, **changes})
+    return cache_facts(**{"backend": backend, "groups": GROUPS, **changes})
 
 
 def write_cache(root: Path, backend: str, *, replayed: bool = False) -> Path:
     for group in range(len(GROUPS)):
         for range_id in range(len(RANGES)):
             assert write_unit(root, backend, group, range_id, replayed=replayed)
-    write_manifest(root, build_manifest(root, facts(backend)))
+    write_manifest(root, build_manifest(root, facts(backend), RANGES))
     return root
 
 
 def expected(view: int) -> list[Record]:
     group = next(number for number, views in enumerate(GROUPS) if view in views)
     return [make_record(position, view) for position in order(group).tolist()]
+
+
+def tree(root: Path) -> dict[str, bytes]:
+    """The files under a folder, by relative path."""
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def payload_file(root: Path, unit: str = "g000-r00001", view: int = 1) -> Path:
+    """The file of a shard that holds features."""
+    stem = root / "units" / unit / f"v{view:04d}"
+    tar = stem.with_suffix(".tar")
+    return tar if tar.exists() else stem.with_suffix(".zarr") / "features/c/0"
+
+
+def flip_byte(path: Path, offset: int) -> None:
+    """Flip all bits of one byte of a file."""
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)

@@ -21,7 +21,7 @@ def pair(seed, name="resnet10t", classes=10):
     cache = shared_cache()
     torch.manual_seed(seed)
     student = build_student(StudentConfig(name=name), num_classes=classes, image_size=64)
-    tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+    tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
     return student, make_heads(config_of(student=name), student, tail)
 
 

@@ -105,7 +105,7 @@ def test_a_run_that_followed_does_not_resume_with_fewer_views(tmp_path):
     root, run = two_groups().root, tmp_path / "run"
     run.mkdir()
     facts = {
-        "fingerprint": two_groups().manifest.fingerprint,
+        "fingerprint": two_groups().manifest.facts.fingerprint,
         "views": 3,
         "image_size": 64,
         "class_names": ["a"],

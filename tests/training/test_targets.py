@@ -74,7 +74,7 @@ def test_the_losses_are_those_of_make_distill():
     cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="resnet10t"))
     torch.manual_seed(0)
     student = build_student(config.student, num_classes=10, image_size=64)
-    tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.teacher["spec"]))
+    tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
     model = DistillModel(config, student, make_heads(config, student, tail))
     order = make_order(config.train, cache, CPU)
     loader = CacheLoader(cache, order, epochs=1, global_batch=GLOBAL, micro_batch=GLOBAL)

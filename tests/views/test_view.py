@@ -75,7 +75,8 @@ def test_sampling_ignores_order_and_global_state():
 
 def test_sampling_is_the_same_in_another_process():
     code = (
-        "import json; from scalekd_cache.config import ViewConfig; from scalekd_cache.views.view import sample_view\n"
+        "import json; from scalekd_cache.config.stage1 import ViewConfig\n"
+        "from scalekd_cache.views.view import sample_view\n"
         f"c = {FULL!r}\n"
         "print(json.dumps([sample_view(c, f'class/{i}', i % 7, 100, 75).to_json() for i in range(20)]))"
     )

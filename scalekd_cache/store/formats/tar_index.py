@@ -1,8 +1,8 @@
 """The byte-offset index of a tar shard: `v0000.idx`.
 
-In: where each record's members lie in the tar. Out: a header of 48 bytes and 40 bytes a record, little-endian.
-Invariant: an index that loads agrees with its tar's length, its number of keys and its own name; members lie inside the
-tar in the order of the records, without overlap.
+In: offsets and lengths of each record's members. Out: a header of 48 bytes and 40 bytes per record, little-endian.
+Invariant: a loaded index matches the length of its tar, the number of keys and its own name; members are inside the
+tar, in the order of the records, without overlap.
 """
 
 import struct
@@ -41,10 +41,10 @@ def pack_index(rows: NDArray[np.void], shard: ShardId, tar_bytes: int) -> bytes:
 
 
 def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> NDArray[np.void]:
-    """The rows of an index that belongs to this shard, with `count` records in a tar of `tar_bytes`.
+    """Read the index of this shard, which has `count` records in a tar of `tar_bytes`.
 
     Raises:
-        UserError: missing, another shard's, another length, or pointing outside the tar.
+        UserError: missing, of another shard, of a wrong length, or pointing outside the tar.
     """
     assert 0 <= count <= MAX_UNIT_SAMPLES, count
     expected_bytes = HEADER.size + count * ROW.itemsize
@@ -60,13 +60,15 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
         offset, size = rows[f"{member}_offset"], rows[f"{member}_bytes"].astype(np.uint64)
         outside = (offset > tar_bytes) | (size > tar_bytes - np.minimum(offset, tar_bytes))
         if outside.any():
-            raise damaged(f"the index points outside the tar ({member})", int(outside.argmax()), "no such row", path)
+            raise damaged(
+                f"the index points outside the tar ({member})", int(outside.argmax()), "offsets inside the tar", path
+            )
     _check_order(rows, path)
     return rows
 
 
 def _check_order(rows: NDArray[np.void], path: StoredPath) -> None:
-    """So that a record, or a run of neighbors, is one stretch of the tar."""
+    """Members must be in order, so that one read covers a record or several adjacent records."""
     json_end, pixels_end = (rows[f"{member}_offset"] + rows[f"{member}_bytes"] for member in ("json", "pixels"))
     pixels_end = np.where(rows["pixels_bytes"] > 0, pixels_end, json_end)
     features_end = rows["features_offset"] + rows["features_bytes"]

@@ -1,9 +1,9 @@
-"""The `webdataset` backend: a shard is a plain tar, `v0000.tar`, with a byte-offset index beside it.
+"""The `webdataset` backend: a shard is a plain tar, `v0000.tar`, with a byte-offset index next to it.
 
-In: records. Out: members <key>.json (label, view record, digest, flags), <key>.jpg or .png (baked pixels only),
-<key>.features (features, second target, logits), in this order; a tar that any WebDataset reader streams. Invariant:
-headers hold no time, owner or host, so equal records give equal bytes.
-We read by index and pread; the tar is never extracted and its headers are never trusted.
+In: records. Out: members <key>.json (label, view parameters, digest, flags), <key>.jpg or .png (baked pixels only),
+<key>.features (features, second target, logits), in this order; any WebDataset reader can stream the tar. Invariant:
+headers contain no time, owner or host, so equal records give equal bytes. The reader uses the index and pread; it never
+extracts the tar and does not use its headers.
 """
 
 import functools
@@ -25,9 +25,9 @@ from scalekd_cache.store.base import (
     ShardWriter,
     check_parts,
     crc_input,
-    cut_target,
     damaged,
     keep_freed_memory,
+    parse_target_json,
     target_json,
 )
 from scalekd_cache.store.checked_files import read_at
@@ -42,7 +42,7 @@ PADDING = [bytes(count) for count in range(BLOCK)]
 
 
 class Writer(ShardWriter):
-    """Streams members to the tar; keeps 40 bytes a record for the index."""
+    """Writes members to the tar; keeps 40 bytes per record for the index."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
@@ -51,7 +51,7 @@ class Writer(ShardWriter):
         self._payload = {"pixels": 0, "features": 0, "target": 0}
 
     def append(self, record: Record) -> None:
-        """Two or three members, in one write."""
+        """Add the two or three members of a record, in one write."""
         target = target_json(record, places=True)
         payloads = (record.pixels, record.features, record.second, record.logits)
         pixels, features, second, logits = map(crc_input, payloads)
@@ -75,7 +75,7 @@ class Writer(ShardWriter):
             self._payload[kind] += size
 
     def _member(self, pieces: list[Any], end: int, name: str, *data: Any) -> int:
-        """Add the padding of what ends at `end`, header and data; the offset of the data."""
+        """Add padding after offset `end`, header and data of a member; returns the offset of the data."""
         header = member_header(name, sum(map(len, data)))
         padding = PADDING[-end % BLOCK]
         pieces += (padding, header, *data)
@@ -90,13 +90,13 @@ class Writer(ShardWriter):
         files = {f"{stem}.tar": tar, f"{stem}.idx": write_new(self.folder / f"{stem}.idx", index, sync=False)}
         return ShardSummary(files, self._payload)
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Close the tar."""
-        self._tar.abandon()
+        self._tar.abort()
 
 
 class Reader(ShardReader):
-    """One pread a record, or a run of neighbors: their members lie together."""
+    """Reads with one pread per record or per run of adjacent records."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
@@ -109,7 +109,7 @@ class Reader(ShardReader):
         tar_bytes = os.fstat(descriptor).st_size
         if isinstance(folder, Path):
             self._kept = descriptor
-        else:  # an open copy could not make room for others: it is opened for each call
+        else:  # an open local copy could not be evicted, so it is opened for each call
             os.close(descriptor)
         index = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
         self._crcs = np.ascontiguousarray(index["crc32c"])
@@ -135,32 +135,32 @@ class Reader(ShardReader):
         wanted, done = rows.tolist(), 0
         try:
             while done < len(wanted):
-                begun, done = done, done + 1
-                start, end = self._stretch(wanted[begun])
-                while done < len(wanted) and wanted[done] == wanted[done - 1] + 1:  # neighbors lie together
-                    _, further = self._stretch(wanted[done])
+                first, done = done, done + 1
+                start, end = self._extent(wanted[first])
+                while done < len(wanted) and wanted[done] == wanted[done - 1] + 1:  # adjacent records are contiguous
+                    _, further = self._extent(wanted[done])
                     if further - start > RUN_BYTES:
                         break
                     done, end = done + 1, further
-                data = read_at(descriptor, end - start, start, self.where)  # one buffer for a call of many was slower
+                data = read_at(descriptor, end - start, start, self.where)  # one buffer for the whole call was slower
                 if len(data) != end - start:
-                    where = self.keys[wanted[begun]]
+                    where = self.keys[wanted[first]]
                     raise damaged("a shard ends early", f"{len(data)} bytes", end - start, self.where, where)
-                records += self._cut(wanted[begun:done], data, start)
+                records += self._cut(wanted[first:done], data, start)
         finally:
             if descriptor != self._kept:
                 os.close(descriptor)
         return records
 
-    def _stretch(self, row: int) -> tuple[int, int]:
-        """Where a record begins and ends in the tar: its features are last (the index was checked for that)."""
+    def _extent(self, row: int) -> tuple[int, int]:
+        """Start and end of a record in the tar; its features come last (`load_index` checks the order)."""
         places = self._rows[row]
         return places[0], places[2] + places[5]
 
     def _cut(self, rows: list[int], data: bytes, start: int) -> list[Record]:
-        """Records that follow each other in the tar's bytes from `start`; what is large is not copied."""
+        """Adjacent records from the tar's bytes at `start`; large parts are not copied."""
         records, shown = [], memoryview(data)
-        # crc32c takes no memoryviews; a whole slice of bytes is no copy.
+        # google_crc32c rejects memoryviews; slicing all of a bytes object does not copy.
         buffer: Any = data if len(rows) == 1 else np.frombuffer(data, np.uint8)
         for row in rows:
             json_at, pixels_at, features_at, json_bytes, pixels_bytes, features_bytes, stored = self._rows[row]
@@ -171,7 +171,7 @@ class Reader(ShardReader):
             if found != stored:
                 self.check_crc(row, found)
             try:
-                target = cut_target(data[json_at : json_at + json_bytes], self.where)
+                target = parse_target_json(data[json_at : json_at + json_bytes], self.where)
                 second_at = features_at + target.features_bytes
                 logits_at = second_at + target.second_bytes
                 if logits_at > end:
@@ -201,17 +201,17 @@ class Reader(ShardReader):
 
 
 def crc_seed(key: str, places: bytes) -> int:
-    """The beginning of a record's checksum: its key and the first 36 bytes of its index row.
+    """The start of a record's checksum: its key and the first 36 bytes of its index row.
 
-    Its stretch of the tar follows. The row says what is what in it, so nothing that a reader goes by is left out.
+    The record's bytes in the tar follow. The row is included because the reader uses it to split these bytes.
     """
     return CRC(CRC(0, key.encode()), places)
 
 
 def member_header(name: str, size: int) -> bytes:
-    """What precedes a member's data: tarfile's own header, filled in by hand where the name needs no extension.
+    """The tar header of a member: a template from tarfile, filled in here for plain names.
 
-    tarfile takes 40 microseconds for one, this 2; a test compares them.
+    tarfile takes 40 microseconds per header, this function 2; a test compares the results.
     """
     if not name.isascii() or len(name) > 100 or size >= 8**11:
         info = tarfile.TarInfo(name)

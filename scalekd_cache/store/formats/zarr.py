@@ -1,8 +1,8 @@
-"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, readable by zarr-python alone.
+"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, readable with plain zarr-python.
 
 In: records. Out: arrays labels, crc32c (n,), and features (with the second target), pixels, target, logits as flat
-uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a chunk that was not written
-or a file that is gone is an error. `zarr_read.py` reads, because zarr-python gives zeros for both.
+uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a missing chunk or file is an
+error. `zarr_read.py` is the reader, because zarr-python returns zeros for both.
 """
 
 from collections.abc import Sequence
@@ -24,10 +24,10 @@ from scalekd_cache.store.base import (
     ShardWriter,
     check_parts,
     crc_input,
-    cut_target,
     damaged,
     fields_crc,
     keep_freed_memory,
+    parse_target_json,
     record_crc,
     target_json,
 )
@@ -37,16 +37,16 @@ from scalekd_cache.store.formats.zarr_write import ArrayWriter, write_group
 from scalekd_cache.store.path import StoredPath
 
 CHUNK_BYTES = (1 << 8, 1 << 18)
-"""Smallest and largest chunk of a flat array; between them the power of two from a record up. It lies in its file
-as it is, so that a record is read without the rest of its chunks: samples that train together are strangers in their
-shard (docs/LOG.md). On average half a chunk an array is padding."""
+"""Smallest and largest chunk of a flat array; in between, the next power of two of a record's size. Chunks are stored
+uncompressed, so that a record is read without the rest of its chunk: the samples of a batch are rarely adjacent in
+their shard (docs/LOG.md). On average half a chunk per array is padding."""
 SHARD_BYTES = 1 << 25
-"""Bytes of a whole shard file without checksums."""
+"""Maximum bytes of a shard file, without checksums."""
 FLAT = ("features", "pixels", "target", "logits")
 
 
 class Writer(ShardWriter):
-    """Holds at most one chunk, or a block of small ones, of each array, and what its files gather (`NewFile`)."""
+    """Buffers at most one chunk, or a block of small chunks, per array, plus the buffers of its files (`NewFile`)."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
@@ -57,19 +57,19 @@ class Writer(ShardWriter):
         self._labels: list[int] = []
 
     def append(self, record: Record) -> None:
-        """To every array."""
+        """Append the record to every array."""
         features = b"".join((record.features, record.second)) if record.second else record.features
         fields = (features, record.pixels, target_json(record, places=False), record.logits)
         if not self._arrays:
-            self._begin(fields)
+            self._open_arrays(fields)
         for name, data in zip(FLAT, fields, strict=True):
             self._arrays[name].append(data)
             self._offsets[name].append(self._offsets[name][-1] + len(data))
         self._labels.append(0 if record.label == NO_LABEL else record.label)
         self.crcs.append(record_crc(record))
 
-    def _begin(self, first: Sequence[Payload]) -> None:
-        """Open the flat arrays, with chunks for records like the first."""
+    def _open_arrays(self, first: Sequence[Payload]) -> None:
+        """Create the flat arrays, with a chunk size for records like the first one."""
         for name, data in zip(FLAT, first, strict=True):
             chunk = min(max(1 << (len(data) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
             self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
@@ -77,7 +77,7 @@ class Writer(ShardWriter):
     def finish(self) -> ShardSummary:
         """Write the rest."""
         if not self._arrays:
-            self._begin([b""] * len(FLAT))
+            self._open_arrays([b""] * len(FLAT))
         small = {f"{name}_offsets": np.array(self._offsets[name], "<u8") for name in FLAT}
         small |= {"labels": np.array(self._labels, "<i8"), "crc32c": np.array(self.crcs, "<u4")}
         for name, values in small.items():  # each in a single chunk
@@ -92,14 +92,14 @@ class Writer(ShardWriter):
         target = sizes["target"] + sizes["logits"] + small["labels"].nbytes
         return ShardSummary(files, {"pixels": sizes["pixels"], "features": sizes["features"], "target": target})
 
-    def abandon(self) -> None:
+    def abort(self) -> None:
         """Close the arrays."""
         for array in self._arrays.values():
-            array.abandon()
+            array.abort()
 
 
 class Reader(ShardReader):
-    """Reads the bytes of the records that are asked for, and compares each record with its checksum."""
+    """Reads only the bytes of the requested records, and verifies the checksum of each record."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         super().__init__(folder, shard, keys)
@@ -107,7 +107,7 @@ class Reader(ShardReader):
         attributes = read_attributes(self.where)
         expected = {"scalekd_cache": FORMAT_VERSION, **shard._asdict()}
         if attributes != expected:
-            raise damaged("this is another shard", attributes, expected, self.where)
+            raise damaged("the shard has the identity of another shard", attributes, expected, self.where)
         count = len(keys)
         self._crcs = ShardedArray(self.where / "crc32c", "uint32", count).all()
         self._labels: list[int] = ShardedArray(self.where / "labels", "int64", count).all().tolist()
@@ -145,23 +145,25 @@ class Reader(ShardReader):
     def _record(self, row: int, features: Payload, pixels: Payload, target: Payload, logits: Payload) -> Record:
         key = self.keys[row]
         try:
-            told = cut_target(bytes(target), self.where)
-            cut = len(features) - told.second_bytes
-            label = self._labels[row] if Parts.LABEL in told.parts else NO_LABEL
+            fields = parse_target_json(bytes(target), self.where)
+            cut = len(features) - fields.second_bytes
+            label = self._labels[row] if Parts.LABEL in fields.parts else NO_LABEL
             if cut < 0 or (label == NO_LABEL and self._labels[row] != 0):
-                raise ValueError("a length or a label that its JSON does not tell of")
+                raise ValueError("length or label does not match the record's JSON")
             features, second = features[:cut], features[cut:]
             payloads = map(crc_input, (pixels, features, second, logits))
-            self.check_crc(row, fields_crc(key.encode(), told.view, told.digest, label, *payloads))
-            record = Record(key, label, told.view.decode(), told.digest.decode(), pixels, features, logits, second)
-            return check_parts(record, told.parts)
+            self.check_crc(row, fields_crc(key.encode(), fields.view, fields.digest, label, *payloads))
+            record = Record(key, label, fields.view.decode(), fields.digest.decode(), pixels, features, logits, second)
+            return check_parts(record, fields.parts)
         except ValueError as error:
             raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
 
 
 def padding(unit: Path) -> tuple[int, float]:
-    """Zeros that fill the last chunks of a unit's flat arrays, in bytes, and what they come to on average: half a chunk
-    an array. A shard costs them, however few records it holds. (0, 0) for a unit of tars."""
+    """Bytes of padding in the last chunks of a unit's flat arrays, and the expected value: half a chunk per array.
+
+    Every shard has this overhead, however few records it holds. (0, 0) for a unit of tars.
+    """
     zeros, chunks = 0, 0
     for name in FLAT:
         for path in unit.glob(f"v*.zarr/{name}/zarr.json"):

@@ -1,10 +1,9 @@
 """Reads the sharded Zarr v3 arrays that `zarr.py` writes, without zarr-python.
 
-In: an array's folder and what its owner knows about it (dtype, length). Out: bytes of rows.
-Invariant: metadata is checked against what is expected before anything is allocated; a zstd frame must declare exactly
-the size of a chunk before it is decoded; a missing chunk or file is an error (zarr-python 3.1 gives zeros for both).
-Of chunks that lie in their file as they are (flat arrays) only the bytes asked for are read; the checksum of the record
-that they belong to covers them.
+In: an array's folder and its expected dtype and length. Out: bytes of rows.
+Invariant: metadata is checked before anything is allocated; a zstd frame must declare exactly the size of a chunk
+before it is decoded; a missing chunk or file is an error (zarr-python 3.1 returns zeros for both). Of uncompressed
+chunks (flat arrays) only the requested bytes are read; the checksum of their record covers them.
 """
 
 import json
@@ -34,10 +33,10 @@ class ShardedArray:
     """An array split along its first axis only: shard files of chunks.
 
     Args:
-        folder: the array's.
+        folder: the array's folder.
         dtype: numpy's name.
-        length: its rows.
-        plain: chunks lie in their file as they are, with their crc32c; else each is a zstd frame.
+        length: number of rows.
+        plain: chunks are uncompressed, each with its crc32c; otherwise each chunk is a zstd frame.
     """
 
     def __init__(self, folder: StoredPath, dtype: str, length: int, *, plain: bool = False) -> None:
@@ -45,13 +44,13 @@ class ShardedArray:
         self.plain = plain
         meta, _ = read_json(folder / "zarr.json", "the metadata of a zarr array", METADATA_BYTES)
         try:
-            self._accept(meta, dtype)
+            self._read_layout(meta, dtype)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise damaged("the metadata of a zarr array cannot be read", repr(error), "Zarr v3", folder) from error
         self._indexes: dict[int, NDArray[np.uint64]] = {}
 
-    def _accept(self, meta: dict[str, Any], dtype: str) -> None:
-        """Take the layout from the metadata; everything that is not as this project writes it is refused."""
+    def _read_layout(self, meta: dict[str, Any], dtype: str) -> None:
+        """Read the layout from the metadata; anything that this project does not write is rejected."""
         sharding = meta["codecs"][0]["configuration"]
         shape, shard, chunk = meta["shape"], meta["chunk_grid"]["configuration"]["chunk_shape"], sharding["chunk_shape"]
         numbers = [*shape, *shard, *chunk]
@@ -99,32 +98,32 @@ class ShardedArray:
             )
 
     def all(self) -> NDArray[Any]:
-        """The whole of a one-dimensional array (only for those whose length is a number of records)."""
+        """The whole array (only for arrays whose length is a number of records)."""
         return np.frombuffer(self.spans([(0, self.length)])[0], self.dtype)
 
     def spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Rows start..stop of each span, read-only; of zstd frames each is decoded once a call."""
+        """Rows start..stop of each span, read-only; each zstd frame is decoded once per call."""
         return self._plain_spans(spans) if self.plain else self._decoded_spans(spans)
 
     def _plain_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Neighbors are read at once, up to `RUN_BYTES`."""
+        """Adjacent spans are read in one call, up to `RUN_BYTES`."""
         files: dict[int, int] = {}
         cut: list[memoryview] = []
         row, done = self.row_bytes, 0
         try:
             while done < len(spans):
-                begun, (start, end), done = done, spans[done], done + 1
+                index, (start, end), done = done, spans[done], done + 1
                 while done < len(spans) and spans[done][0] == end and (spans[done][1] - start) * row <= RUN_BYTES:
                     done, end = done + 1, spans[done][1]
                 data = self._plain_span(start * row, end * row, files)
-                cut += [data[(first - start) * row : (last - start) * row] for first, last in spans[begun:done]]
+                cut += [data[(first - start) * row : (last - start) * row] for first, last in spans[index:done]]
         finally:
             for descriptor in files.values():
                 os.close(descriptor)
         return cut
 
     def _plain_span(self, at: int, end: int, files: dict[int, int]) -> memoryview:
-        """Bytes `at` to `end` of the array; of each file in one read, out of which the chunks' checksums are cut."""
+        """Bytes `at` to `end` of the array: one read per file, from which the chunks' checksums are removed."""
         pieces: list[bytes | memoryview] = []
         while at < end:
             shard, first = divmod(at, self.shard_chunks * self.chunk_bytes)
@@ -147,11 +146,11 @@ class ShardedArray:
         return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _in_file(self, at: int) -> int:
-        """Where byte `at` of a shard lies in its file: every chunk before it has its crc32c."""
+        """Offset in the file of byte `at` of a shard: a crc32c follows every chunk."""
         return at + 4 * int(at // self.chunk_bytes)
 
     def _check_plain(self, index: NDArray[np.uint64], shard: int) -> None:
-        """Chunks of a flat array that hold something follow each other from the file's first byte."""
+        """Check that the chunks of a flat array are contiguous from the file's first byte."""
         left = self.length * self.row_bytes - shard * self.shard_chunks * self.chunk_bytes
         there = index[: -(-min(left, self.shard_chunks * self.chunk_bytes) // self.chunk_bytes)]
         size = self.chunk_bytes + 4
@@ -162,11 +161,14 @@ class ShardedArray:
             raise damaged("a chunk was never written", "an empty index entry", "a chunk", self._path(shard))
         if (there != expected).any():
             raise damaged(
-                "chunks of a flat array are not in order", "other places", f"{size} bytes each", self._path(shard)
+                "chunks of a flat array are not in order",
+                "other offsets",
+                f"contiguous, {size} bytes each",
+                self._path(shard),
             )
 
     def _decoded_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Views of one buffer, in which the chunks of a span are neighbors."""
+        """Views into one buffer, in which the chunks of a span are adjacent."""
         needed: set[int] = set()
         for start, stop in spans:
             if stop > start:
@@ -190,7 +192,7 @@ class ShardedArray:
         return self.folder / "c" / str(shard)
 
     def _read_chunks(self, shard: int, chunks: list[int], target: NDArray[np.uint8]) -> None:
-        """Decode these chunks of one shard file to the front of `target`, one after another."""
+        """Decode these chunks of one shard file into `target`, one after another."""
         descriptor = self._open(shard)
         try:
             index = self._indexes[shard]
@@ -201,7 +203,7 @@ class ShardedArray:
             os.close(descriptor)
 
     def _open(self, shard: int) -> int:
-        """A descriptor of a shard file, whose index is read with the first one."""
+        """A descriptor of a shard file; its index is read when it is opened for the first time."""
         path = self._path(shard)
         try:
             descriptor = descriptor_of(path)
@@ -225,7 +227,7 @@ class ShardedArray:
             raise damaged("a shard file is too short for its index", size, f">= {index_bytes} bytes", path)
         data = read_at(descriptor, index_bytes, size - index_bytes, path)
         if len(data) != index_bytes or google_crc32c.value(data[:-4]) != struct.unpack("<I", data[-4:])[0]:
-            raise damaged("the index of a zarr shard does not match its checksum", "other bytes", "crc32c", path)
+            raise damaged("the index of a zarr shard does not match its checksum", "another one", "its crc32c", path)
         index = np.frombuffer(data, "<u8", self.shard_chunks * 2).reshape(-1, 2)
         offset, length = index[:, 0], index[:, 1]
         present = offset != ABSENT
@@ -246,11 +248,11 @@ class ShardedArray:
             data = zstandard.ZstdDecompressor().decompress(frame)
         except zstandard.ZstdError as error:
             raise damaged("a chunk cannot be decompressed", error, "a zstd frame", path) from error
-        target[:] = np.frombuffer(data, np.uint8)  # as long as the frame declares, or the decoder has failed
+        target[:] = np.frombuffer(data, np.uint8)  # the decoder fails unless the length is the declared one
 
 
 def zstd_content_size(frame: bytes) -> int | None:
-    """The size that a zstd frame declares, None when it declares none or is not a frame (RFC 8878, 3.1.1.1)."""
+    """The size that a zstd frame declares; None if it declares none or is not a frame (RFC 8878, 3.1.1.1)."""
     if len(frame) < 6 or struct.unpack_from("<I", frame)[0] != ZSTD_MAGIC:
         return None
     descriptor = frame[4]

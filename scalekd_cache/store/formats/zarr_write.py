@@ -1,8 +1,8 @@
 """Writes the one-dimensional, sharded Zarr v3 arrays of the `zarr` backend, chunk by chunk, without zarr-python.
 
-In: an array's bytes, in any pieces. Out: `<name>/zarr.json` and shard files `<name>/c/0`, ...: chunks, each as it is
-with its crc32c or as a zstd frame with checksum, then their index. Invariant: every chunk is written, those of zeros
-too; equal bytes in give equal bytes out; any reader of Zarr v3 opens the arrays (zarr-python does in the tests).
+In: an array's bytes, in any pieces. Out: `<name>/zarr.json` and shard files `<name>/c/0`, ...: chunks, each either raw
+with its crc32c or as a zstd frame with checksum, then their index. Invariant: every chunk is written, all-zero chunks
+too; equal input gives equal bytes; any Zarr v3 reader opens the arrays (the tests use zarr-python).
 """
 
 import functools
@@ -19,7 +19,7 @@ from scalekd_cache.store.base import Payload, crc_input
 from scalekd_cache.store.durable_files import NewFile, Written, write_new
 
 BLOCK_BYTES = 1 << 16
-"""Chunks smaller than this are cut out of blocks of about this size."""
+"""Chunks smaller than this are written in blocks of about this size."""
 UINT32 = struct.Struct("<I").pack
 ENTRY = struct.Struct("<QQ").pack
 ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
@@ -27,16 +27,16 @@ ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
 
 
 class ArrayWriter:
-    """A one-writer array that grows; at most a chunk of it is held, or a block of small ones.
+    """Writes one array by appending; buffers at most one chunk, or a block of small chunks.
 
     Args:
         folder: the array's folder.
         dtype: numpy's name, little-endian in the file.
-        level: zstd's, with its checksum; None: chunks stay as they are, so that a reader gets at any byte of them, and
-            end with their crc32c.
+        level: zstd level, with a checksum per frame; None: chunks are stored uncompressed, each followed by its crc32c,
+            so that a reader can read any part of them.
         chunk_bytes: bytes of a chunk before compression.
-        shard_bytes: bytes of a shard file before compression, whole chunks; an array that fits one file has no more
-            chunks in it than it needs.
+        shard_bytes: bytes of a shard file before compression, a multiple of the chunk; an array that fits into one file
+            has only as many chunks as it needs.
     """
 
     def __init__(self, folder: Path, dtype: str, level: int | None, chunk_bytes: int, shard_bytes: int) -> None:
@@ -52,11 +52,11 @@ class ArrayWriter:
         self._file: NewFile | None = None
         self._index: list[bytes] = []
         self.files: dict[str, Written] = {}
-        """Files that are whole, by name below `folder`; after `finish` all of them."""
+        """Finished files, by name relative to `folder`; all files after `finish`."""
         folder.mkdir()
 
     def append(self, data: Payload) -> None:
-        """More bytes of the array."""
+        """Append bytes to the array."""
         self._bytes += len(data)
         while len(data) >= self._missing_bytes:
             left = memoryview(data)
@@ -68,25 +68,25 @@ class ArrayWriter:
             self._missing_bytes -= len(data)
 
     def finish(self) -> None:
-        """Write the last chunk, the last index and the metadata; the caller fsyncs them."""
+        """Write the last chunk, the last index and the metadata; the caller fsyncs the files."""
         assert self._bytes % self._dtype.itemsize == 0, (self._bytes, self._dtype)
         if self._pending:
             self._pending.append(bytes(self._missing_bytes % self._chunk_bytes))
             self._write_block()
-        if not self.files:  # all of it lies in one file
+        if not self.files:  # the whole array is in one file
             self._shard_chunks = max(1, len(self._index))
         if self._index:
             self._finish_file()
         text = json.dumps(self._metadata(), indent=2) + "\n"
         self.files["zarr.json"] = write_new(self._folder / "zarr.json", text.encode(), sync=False)
 
-    def abandon(self) -> None:
-        """Close what is open."""
+    def abort(self) -> None:
+        """Close the open file."""
         if self._file is not None:
-            self._file.abandon()
+            self._file.abort()
 
     def _write_block(self) -> None:
-        """Whole chunks out of what is pending: one without a copy, or many small ones in a single write."""
+        """Write pending data as whole chunks: one chunk without a copy, or many small ones in one write."""
         pieces, self._pending, self._missing_bytes = self._pending, [], self._block_bytes
         if len(self._index) == self._shard_chunks:
             self._finish_file()

@@ -1,13 +1,13 @@
-"""Local copies of remote files, by sha256, in a folder of bounded size that all processes of a machine share.
+"""Local copies of remote files, named by sha256, in a folder of limited size shared by all processes of a machine.
 
-In: a sha256 and a way to fetch. Out: a descriptor of a file with these bytes.
-Invariant: a file under its sha256 was complete and right when it was put there; files and files on their way together
-never take more than the limit; one process fetches while others wait for it; what a killed one leaves is removed.
-On a file system without locks each process fetches for itself, and the limit holds for what is complete.
+In: a sha256 and a function that downloads the file. Out: a descriptor of a file with this sha256.
+Invariant: a file named by its sha256 was complete and verified when it was put there; complete and incoming files
+together never exceed the limit; one process downloads a file while others wait; files of killed processes are removed.
+On a file system without locks each process downloads for itself, and the limit applies to complete files only.
 
-    folder/ab/abcd...          a copy; its time of modification is that of its last use
-    folder/incoming/abcd....lock   held (flock) by the process that fetches; its length is the room it has reserved
-    folder/incoming/abcd....data   what has arrived so far
+    folder/ab/abcd...              a copy; its modification time is the time of its last use
+    folder/incoming/abcd....lock   held (flock) by the downloading process; its length is the reserved size
+    folder/incoming/abcd....data   the bytes downloaded so far
 """
 
 import os
@@ -20,14 +20,14 @@ from typing import IO, NamedTuple
 from scalekd_cache.config.remote import FOLDER_VARIABLE, LIMIT_VARIABLE
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import open_regular
-from scalekd_cache.store.durable_files import fsync, is_disk_full, remove_stale, temp_beside
+from scalekd_cache.store.durable_files import fsync, is_disk_full, remove_stale, temp_path_for
 from scalekd_cache.store.locks import lock, open_lock
 
 WAIT_S = 0.1
-"""Seconds between two looks for room that other processes have reserved."""
+"""Seconds between two checks for space that other processes have reserved."""
 
 
-class Stored(NamedTuple):
+class CopyFile(NamedTuple):
     """A file in the folder of copies."""
 
     used_ns: int
@@ -35,17 +35,17 @@ class Stored(NamedTuple):
     path: Path
 
 
-class Copies:
-    """The folder. Holds two values, no open file: a copy of it in another process is as good."""
+class LocalCopies:
+    """The folder of local copies. Has no open files, so it can be used from forked and spawned processes."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
 
     def open(self, sha256: str, size: int | None, fetch: Callable[[Path], None]) -> int:
-        """A descriptor of the copy, which the caller closes; `fetch` writes and checks the file when there is none.
+        """A descriptor of the copy, which the caller closes; `fetch` downloads and verifies a missing file.
 
         Raises:
-            UserError: no room, the folder cannot be written, or what `fetch` raises.
+            UserError: no space, the folder cannot be written, or an error of `fetch`.
         """
         descriptor = self._existing(sha256, size)
         if descriptor is not None:
@@ -53,18 +53,18 @@ class Copies:
         try:
             (self.folder / "incoming").mkdir(parents=True, exist_ok=True)
             self.path(sha256).parent.mkdir(exist_ok=True)
-            return self._bring(sha256, size, fetch)
+            return self._download(sha256, size, fetch)
         except OSError as error:
             what = "the disk of the local copies is full" if is_disk_full(error) else "local copies cannot be written"
             fix = f"free space, lower ${LIMIT_VARIABLE} (remote.limit_bytes), or set ${FOLDER_VARIABLE} (remote.folder)"
             raise UserError(what, got=error, where=self.folder, fix=fix) from error
 
     def path(self, sha256: str) -> Path:
-        """Where the copy is, if it is there."""
+        """The path of the copy, whether it exists or not."""
         return self.folder / sha256[:2] / sha256
 
     def discard(self, sha256: str) -> None:
-        """Remove a copy that turned out to be damaged."""
+        """Remove a damaged copy."""
         self.path(sha256).unlink(missing_ok=True)
 
     def _existing(self, sha256: str, size: int | None) -> int | None:
@@ -78,18 +78,18 @@ class Copies:
             return None
         try:
             os.utime(descriptor)
-        except OSError:  # another user's copy: it is read all the same, and its owner's use decides when it goes
+        except OSError:  # another user's copy: readable, but only its owner can update the time of use
             return descriptor
         return descriptor
 
-    def _bring(self, sha256: str, size: int | None, fetch: Callable[[Path], None]) -> int:
+    def _download(self, sha256: str, size: int | None, fetch: Callable[[Path], None]) -> int:
         data = self.folder / "incoming" / f"{sha256}.data"
-        with self._turn(sha256) as (reservation, alone):
-            if not alone:  # other processes may be fetching it too
+        with self._download_lock(sha256) as (reservation, alone):
+            if not alone:  # without locks, other processes may be downloading it too
                 remove_stale(data.parent)
-                data = temp_beside(data)
+                data = temp_path_for(data)
             descriptor = self._existing(sha256, size)
-            if descriptor is not None:  # another process was faster
+            if descriptor is not None:  # another process has downloaded it
                 return descriptor
             try:
                 if size is not None:
@@ -105,11 +105,11 @@ class Copies:
                 data.unlink(missing_ok=True)
 
     @contextmanager
-    def _turn(self, sha256: str) -> Iterator[tuple[IO[bytes], bool]]:
-        """Wait until no other process fetches this file; the kernel ends a killed process's turn.
+    def _download_lock(self, sha256: str) -> Iterator[tuple[IO[bytes], bool]]:
+        """Hold the lock of this file's download; the kernel releases the lock of a killed process.
 
         Yields:
-            The locked file, and whether the file system has locks: without them nobody waits.
+            The locked file, and whether the file system has locks (without them no process waits).
         """
         path = self.folder / "incoming" / f"{sha256}.lock"
         while True:
@@ -117,7 +117,7 @@ class Copies:
             alone = lock(file, path)
             if not alone or _is_same_file(path, file):
                 break
-            file.close()  # its last holder has removed it in the meantime
+            file.close()  # the previous holder has removed it in the meantime
         try:
             yield file, alone
         finally:
@@ -125,14 +125,14 @@ class Copies:
             file.close()
 
     def _reserve(self, reservation: IO[bytes], size: int) -> None:
-        """Make room for `size` bytes and count them as taken."""
+        """Make space for `size` bytes and reserve them."""
         if size > self.limit_bytes:
             raise UserError(
-                "a file is larger than all local copies may be",
+                "a file is larger than the limit of all local copies",
                 got=f"{size:,} bytes",
                 expected=f"at most {self.limit_bytes:,} bytes",
                 where=self.folder,
-                fix=f"raise ${LIMIT_VARIABLE} (remote.limit_bytes)",
+                fix=f"increase ${LIMIT_VARIABLE} (remote.limit_bytes)",
             )
         while True:
             with open_lock(self.folder / ".lock") as file:
@@ -140,11 +140,11 @@ class Copies:
                 if self._evict(self.limit_bytes - size):
                     reservation.truncate(size)
                     return
-            time.sleep(WAIT_S)  # others have reserved the rest: they will be done, or be killed
+            time.sleep(WAIT_S)  # other processes have reserved the rest: wait until they finish or are killed
 
     def _evict(self, budget_bytes: int) -> bool:
         """Remove the least recently used copies until the rest and all reservations fit; False when they cannot."""
-        found = sorted(one for part in self.folder.glob("[0-9a-f][0-9a-f]") for one in _stored(part))
+        found = sorted(one for part in self.folder.glob("[0-9a-f][0-9a-f]") for one in _files_in(part))
         taken = sum(one.bytes for one in found) + self._reserved_bytes()
         for one in found:
             if taken <= budget_bytes:
@@ -154,9 +154,9 @@ class Copies:
         return taken <= budget_bytes
 
     def _reserved_bytes(self) -> int:
-        """Room that living processes have reserved; what killed ones left is removed."""
+        """Bytes reserved by running processes; files of killed processes are removed."""
         total = 0
-        for one in _stored(self.folder / "incoming"):
+        for one in _files_in(self.folder / "incoming"):
             if one.path.suffix != ".lock":
                 continue
             try:
@@ -171,15 +171,15 @@ class Copies:
         return total
 
 
-def _stored(folder: Path) -> list[Stored]:
-    """Files of a folder; those that vanish while we look are left out."""
+def _files_in(folder: Path) -> list[CopyFile]:
+    """Files of a folder; files that are removed during the scan are ignored."""
     found = []
     for path in folder.iterdir():
         try:
             stat = path.stat()
         except FileNotFoundError:
             continue
-        found.append(Stored(stat.st_mtime_ns, stat.st_size, path))
+        found.append(CopyFile(stat.st_mtime_ns, stat.st_size, path))
     return found
 
 

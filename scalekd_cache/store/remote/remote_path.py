@@ -1,9 +1,9 @@
 """A cache behind a URL: paths whose files are read from verified local copies.
 
-In: a folder or a URL. Out: a `Path`, or a `RemotePath` with as much of its interface as readers use.
-Invariant: but for the manifest, a file is fetched only when its sha256 is known: the manifest has those of the sidecars
-and the tail, a sidecar those of its unit. What does not match never becomes a copy, so readers see right bytes or an
-error.
+In: a folder or a URL. Out: a `Path`, or a `RemotePath` with the part of the `Path` interface that readers use.
+Invariant: except for the manifest, a file is downloaded only when its sha256 is known: the manifest lists the sidecars
+and the tail, a sidecar the files of its unit. A file that does not match never becomes a local copy, so readers get
+verified bytes or an error.
 """
 
 import hashlib
@@ -18,53 +18,60 @@ from urllib.parse import unquote, urlsplit
 from scalekd_cache.config.remote import RemoteConfig, copies_folder, copies_limit
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import JSON_BYTES, open_regular
-from scalekd_cache.store.durable_files import fact_of
+from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote.local_copies import Copies
-from scalekd_cache.store.remote.transfer import NotThereError, TransferError, download, is_url, remote_size, shown
+from scalekd_cache.store.remote.local_copies import LocalCopies
+from scalekd_cache.store.remote.transfer import (
+    RemoteNotFoundError,
+    TransferError,
+    download,
+    is_url,
+    remote_size,
+    without_password,
+)
 
 UNPINNED_BYTES = JSON_BYTES
-"""Longest manifest; its sha256 is not known beforehand, so it is fetched at every opening and never kept."""
+"""Maximum size of the manifest. Its sha256 is not known in advance, so it is fetched at every opening and not kept."""
 
 
 class Pin(NamedTuple):
-    """What a file must be."""
+    """Expected sha256 and length of a file."""
 
     sha256: str
     bytes: int | None
-    """None: not known."""
+    """None when not known."""
 
 
-class Facts(NamedTuple):
-    """What `stat` tells."""
+class FileStat(NamedTuple):
+    """The part of a stat result that readers use."""
 
     st_size: int
 
 
-class Remote:
-    """A remote cache: its URL, the local copies, and what is known of its files."""
+class RemoteCache:
+    """A remote cache: its URL, the local copies, and the expected hashes of its files."""
 
-    def __init__(self, url: str, copies: Copies, config: RemoteConfig) -> None:
+    def __init__(self, url: str, copies: LocalCopies, config: RemoteConfig) -> None:
         self.url, self.copies, self.config = url.rstrip("/"), copies, config
         self.pins: dict[str, Pin] = {}
         self.renewed: set[str] | None = None
-        """sha256 of files that a check of the server has fetched; None: copies made before will do as well."""
+        """sha256 of the files that a check has downloaded again; None: existing local copies are used."""
 
 
 @dataclass(frozen=True)
 class RemotePath:
     """A file or folder of a remote cache."""
 
-    place: Remote
+    place: RemoteCache
     inside: PurePosixPath
 
     @property
     def url(self) -> str:
-        """Where it is."""
+        """The URL."""
         return f"{self.place.url}/{self.inside}" if self.inside.parts else self.place.url
 
     def __str__(self) -> str:
-        return shown(self.url)
+        return without_password(self.url)
 
     def __truediv__(self, name: str) -> "RemotePath":
         return RemotePath(self.place, self.inside / name)
@@ -76,12 +83,12 @@ class RemotePath:
 
     @property
     def parent(self) -> "RemotePath":
-        """The folder it is in."""
+        """The parent folder."""
         return RemotePath(self.place, self.inside.parent)
 
     @property
     def parents(self) -> list["RemotePath"]:
-        """All folders it is in, from the nearest to the cache's own."""
+        """All parent folders, from the nearest to the cache's root."""
         return [RemotePath(self.place, parent) for parent in self.inside.parents]
 
     def relative_to(self, root: Any) -> PurePosixPath:
@@ -92,32 +99,32 @@ class RemotePath:
         """Whether the server has it."""
         try:
             self.size()
-        except NotThereError:
+        except RemoteNotFoundError:
             return False
         return True
 
     def is_file(self) -> bool:
-        """As `exists`: servers have files only."""
+        """Same as `exists`: a server has only files."""
         return self.exists()
 
     def size(self) -> int | None:
-        """Its length as the server gives it, without fetching; None when the server gives none."""
+        """Its length as reported by the server, without downloading; None when the server reports none."""
         return remote_size(self.url, self.place.config)
 
-    def stat(self) -> "Facts":
-        """Of the verified copy; of the manifest what the server tells."""
+    def stat(self) -> "FileStat":
+        """Size of the verified copy; for the manifest, the size reported by the server."""
         if self._pin() is None:
-            return Facts(self.size() or 0)
+            return FileStat(self.size() or 0)
         with self.open() as file:
-            return Facts(os.fstat(file.fileno()).st_size)
+            return FileStat(os.fstat(file.fileno()).st_size)
 
     def open(self, mode: str = "rb", buffering: int = -1) -> IO[bytes]:
-        """The verified copy, for reading bytes."""
+        """Open the verified copy for reading bytes."""
         assert mode == "rb", mode
         return os.fdopen(self.descriptor(), mode, buffering)
 
     def read_bytes(self) -> bytes:
-        """All of a small file, hashed at every reading: sidecars, keys and indexes have no other check."""
+        """The whole of a small file, hashed at every read, because sidecars, keys and indexes have no other check."""
         if self._pin() is None:
             return self._read_unpinned()
         for _ in range(2):
@@ -126,11 +133,13 @@ class RemotePath:
             if not self.discard_damaged(hashlib.sha256(data).hexdigest()):
                 return data
         raise UserError(
-            "a local copy differs from what has just arrived", where=self._copy(), fix="check this disk and memory"
+            "a local copy differs from the file just downloaded",
+            where=self._copy(),
+            fix="check this machine's disk and memory",
         )
 
     def descriptor(self) -> int:
-        """A descriptor of the verified copy, fetched when it is not there; the caller closes it."""
+        """A descriptor of the verified copy, downloaded if needed; the caller closes it."""
         pin = self._pin()
         if pin is None:
             raise FileNotFoundError(f"{self} is not part of the cache")
@@ -141,20 +150,20 @@ class RemotePath:
         return self.place.copies.open(pin.sha256, pin.bytes, self._fetch)
 
     def local(self) -> Path:
-        """The verified copy's path, for libraries that want one; hashed again, since they check nothing."""
+        """The path of the verified copy, for libraries that need a path; hashed again, because they verify nothing."""
         with self.open("rb", 0) as file:
             self.discard_damaged(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
         os.close(self.descriptor())
         return self._copy()
 
     def discard_damaged(self, sha256: str | None = None) -> bool:
-        """Remove the copy when its sha256 (given, or computed here) is another one; whether it was removed."""
+        """Remove the copy if its sha256 (given, or computed here) is wrong; returns whether it was removed."""
         pin = self._pin()
         if pin is None:
             return False
         if sha256 is None:
             try:
-                sha256 = fact_of(self._copy()).sha256
+                sha256 = hash_file(self._copy()).sha256
             except FileNotFoundError:
                 return False
         if sha256 == pin.sha256:
@@ -175,11 +184,11 @@ class RemotePath:
         assert pin is not None, self.inside
 
         def check() -> None:
-            found = fact_of(target)
+            found = hash_file(target)
             if pin.bytes is not None and found.bytes != pin.bytes:
-                raise TransferError(f"{found.bytes:,} bytes arrived, {pin.bytes:,} should have")
+                raise TransferError(f"received {found.bytes:,} bytes, expected {pin.bytes:,}")
             if found.sha256 != pin.sha256:
-                raise TransferError(f"sha256 {found.sha256} arrived, {pin.sha256} should have")
+                raise TransferError(f"received sha256 {found.sha256}, expected {pin.sha256}")
 
         limit = self.place.copies.limit_bytes if pin.bytes is None else pin.bytes
         download(self.url, target, limit, self.place.config, check)
@@ -192,10 +201,10 @@ class RemotePath:
 
 
 def open_place(place: Path | str | RemotePath, config: RemoteConfig | None = None) -> Path | RemotePath:
-    """A cache's folder from what a user gives: chosen once, by the scheme of the URL.
+    """The path of a cache from a folder or URL.
 
     Raises:
-        UserError: a URL of another scheme than file, http, https, s3 and gs.
+        UserError: a URL scheme other than file, http, https, s3 and gs.
     """
     if not isinstance(place, str):
         return place
@@ -205,21 +214,21 @@ def open_place(place: Path | str | RemotePath, config: RemoteConfig | None = Non
     if url.scheme == "file":
         return Path(unquote(url.path))
     config = config or RemoteConfig()
-    copies = Copies(copies_folder(config), copies_limit(config))
-    return RemotePath(Remote(place, copies, config), PurePosixPath())
+    copies = LocalCopies(copies_folder(config), copies_limit(config))
+    return RemotePath(RemoteCache(place, copies, config), PurePosixPath())
 
 
-def open_anew(place: Path | str | RemotePath) -> Path | RemotePath:
-    """As `open_place`, for a check of what is on the server: every file is fetched again, once."""
+def open_uncached(place: Path | str | RemotePath) -> Path | RemotePath:
+    """Like `open_place`, but every file is downloaded again once, to check the server's files."""
     root = open_place(place)
     if isinstance(root, RemotePath):
-        root = RemotePath(Remote(root.place.url, root.place.copies, root.place.config), PurePosixPath())
+        root = RemotePath(RemoteCache(root.place.url, root.place.copies, root.place.config), PurePosixPath())
         root.place.renewed = set()
     return root
 
 
 def pin_files(folder: StoredPath, pins: Mapping[str, tuple[int | None, str]]) -> None:
-    """Say what files of a remote folder must be: {name: (bytes, sha256)}. Without effect on a folder on disk."""
+    """Set the expected {name: (bytes, sha256)} of files in a remote folder. No effect for a local folder."""
     if isinstance(folder, RemotePath):
         folder.place.pins.update(
             {str(folder.inside / name): Pin(sha256, size) for name, (size, sha256) in pins.items()}
@@ -227,7 +236,7 @@ def pin_files(folder: StoredPath, pins: Mapping[str, tuple[int | None, str]]) ->
 
 
 def discard_damaged(folder: StoredPath, start: str) -> bool:
-    """Remove local copies of files of a remote folder that have changed since they arrived; whether there were any."""
+    """Remove damaged local copies of files in a remote folder; returns whether there were any."""
     if not isinstance(folder, RemotePath):
         return False
     names = [name for name in folder.place.pins if name.startswith(f"{folder.inside}/{start}")]
@@ -240,11 +249,11 @@ def descriptor_of(path: StoredPath) -> int:
 
 
 def size_of(path: StoredPath) -> int | None:
-    """Length of a regular file where it is stored, without reading it; None when a server does not tell.
+    """Length of a regular file, local or remote, without reading it; None when the server does not report it.
 
     Raises:
-        FileNotFoundError: there is none.
-        UserError: it cannot be opened, or is not a file.
+        FileNotFoundError: it does not exist.
+        UserError: it cannot be opened, or is not a regular file.
     """
     if not isinstance(path, RemotePath):
         descriptor = open_regular(str(path))
@@ -254,10 +263,10 @@ def size_of(path: StoredPath) -> int | None:
             os.close(descriptor)
     try:
         return path.size()
-    except NotThereError as error:
+    except RemoteNotFoundError as error:
         raise FileNotFoundError(str(path)) from error
 
 
 def local_path(path: StoredPath) -> Path:
-    """A file on this machine with the verified bytes."""
+    """The path of a local file with the verified bytes."""
     return path.local() if isinstance(path, RemotePath) else Path(str(path))

@@ -1,9 +1,9 @@
-"""Bytes from a URL, by fsspec: which URLs are allowed, bounded retries, and errors that say what to do.
+"""Downloads from a URL through fsspec: allowed URL schemes, bounded retries, and errors with a fix.
 
-In: a URL. Out: a file beside the local copies, or a length. Invariant: only the schemes listed here are ever opened,
-never a command; never more bytes than asked for, nor longer; a redirect leads to the same host or one that the user
-named; an error names URL, status and attempts. fsspec and its
-implementations are imported when a URL is opened, and an instance never crosses a fork (its event loop would hang).
+In: a URL. Out: a file, or a length. Invariant: only the schemes listed here are opened, never a shell command; size and
+time are limited; a redirect may lead only to the same host or to a host that the user allowed; an error names URL,
+status and attempts. fsspec and its implementations are imported when a URL is opened, and an instance never crosses a
+fork (its event loop would hang).
 """
 
 import functools
@@ -21,36 +21,36 @@ from scalekd_cache.store.durable_files import is_disk_full
 from scalekd_cache.versions import import_optional
 
 SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs"}
-"""Schemes of remote caches, and the extra of setup.cfg that brings what they need; `file` is a folder."""
+"""URL schemes of remote caches, and the extra of setup.cfg that installs their packages; `file` is a local folder."""
 PACKAGES = {
     "http": ("aiohttp",),
     "https": ("aiohttp",),
     "s3": ("s3fs", "botocore", "aiohttp"),
     "gs": ("gcsfs", "aiohttp"),
 }
-"""What fsspec needs for each scheme."""
+"""The packages that fsspec needs for each scheme."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 MAX_WAIT_S = 30.0
-PASSING_STATUS = {408, 425, 429}
-"""Client errors that may be gone a moment later."""
+RETRY_STATUS = {408, 425, 429}
+"""Client errors that are retried."""
 FIXES = {
     401: "give credentials (docs/REMOTE.md)",
-    403: "give credentials that may read it (docs/REMOTE.md); some stores answer 403 for a file that is not there",
-    404: "check the URL (CACHE=...); if it is right, the cache there is not whole: copy it again",
+    403: "give credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
+    404: "check the URL (CACHE=...); if it is correct, the cache there is incomplete: copy it again",
 }
 T = TypeVar("T")
 
 
 class TransferError(OSError):
-    """What arrived is not what was asked for."""
+    """The downloaded bytes are not the expected ones."""
 
 
-class NotThereError(UserError):
-    """The server says that there is no such file."""
+class RemoteNotFoundError(UserError):
+    """The server reports that the file does not exist."""
 
 
 def is_url(place: str) -> bool:
-    """Whether a place is meant as a URL; UserError for one whose scheme is not allowed."""
+    """Whether a text is a URL; UserError for a URL whose scheme is not allowed."""
     found = SCHEME.match(place)
     if found is None:
         return False
@@ -58,38 +58,38 @@ def is_url(place: str) -> bool:
     url = urlsplit(place)
     if scheme not in {"file", *SCHEMES} or not place[len(scheme) :].startswith("://") or "::" in place:
         raise UserError(
-            "this kind of URL is not opened",
-            got=shown(place),
+            "this kind of URL is not supported",
+            got=without_password(place),
             expected=", ".join(f"{name}://" for name in sorted({"file", *SCHEMES})) + ", or a folder",
-            fix="for a folder with a colon in its name write ./ before it",
+            fix="for a folder with a colon in its name, put ./ before it",
         )
     if url.query or url.fragment or (scheme == "file" and url.netloc not in ("", "localhost")):
         raise UserError(
             "a cache's URL cannot have a query, a fragment or a file host",
-            got=shown(place),
+            got=without_password(place),
             expected="scheme://place/folder",
         )
     return True
 
 
-def shown(url: str) -> str:
-    """A URL without its password, for messages."""
+def without_password(url: str) -> str:
+    """The URL with its password hidden, for messages."""
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
 def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, check: Callable[[], None] | None) -> None:
-    """Write what a URL holds to `target`, at most `limit_bytes`.
+    """Download a URL to `target`.
 
     Args:
-        url: where it is.
-        target: a file, replaced.
-        limit_bytes: its length at most.
-        config: attempts and times.
-        check: raises TransferError for wrong bytes; None when nobody knows what they must be: such a file comes from
-            the URL's own host only.
+        url: the file.
+        target: where it is written; replaced.
+        limit_bytes: maximum size.
+        config: attempts and timeouts.
+        check: raises TransferError for wrong bytes; None for a file of unknown hash, for which redirects to other hosts
+            are not allowed.
 
     Raises:
-        UserError: after the last attempt; NotThereError when the server knows no such file.
+        UserError: after the last attempt; RemoteNotFoundError when the server does not have the file.
     """
 
     def once() -> None:
@@ -103,7 +103,7 @@ def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, che
 
 
 def remote_size(url: str, config: RemoteConfig) -> int | None:
-    """Length that the server gives; None when it gives none. Errors as `download` has them."""
+    """Length reported by the server; None when it reports none. Raises as `download`."""
 
     def once() -> Any:
         return _filesystem(url, config).info(url, **_request_options(url, config.redirect_hosts)).get("size")
@@ -113,28 +113,28 @@ def remote_size(url: str, config: RemoteConfig) -> int | None:
 
 
 def _filesystem(url: str, config: RemoteConfig) -> Any:
-    """The fsspec implementation of a URL. fsspec keeps instances by process and thread, so none crosses a fork."""
+    """The fsspec file system of a URL. fsspec caches instances per process and thread, so none crosses a fork."""
     scheme = urlsplit(url).scheme
     for name in PACKAGES[scheme]:
         _package(name, scheme)
     system = _package("fsspec", scheme).filesystem(scheme, **_options(scheme, config))
     if hasattr(system, "retries"):
-        system.retries = 1  # attempts are counted here, not multiplied
+        system.retries = 1  # this module retries; do not multiply the attempts
     return system
 
 
 def _package(module: str, scheme: str) -> Any:
-    """A module that reading a scheme needs; UserError when it is missing or broken."""
+    """Import a package of a scheme; UserError when it is missing or broken."""
     return import_optional(module, f"{scheme}:// URLs need {module.partition('.')[0]}", SCHEMES[scheme])
 
 
 def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
-    """Time-outs where each implementation has them; no attempts but ours."""
+    """Timeouts in the form of each implementation, with its own retries off."""
     if scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
         timeout = ClientTimeout(total=config.total_s, sock_connect=config.timeout_s, sock_read=config.timeout_s)
-        return {"client_kwargs": {"timeout": timeout, "trust_env": True, "trace_configs": _redirects_checked()}}
+        return {"client_kwargs": {"timeout": timeout, "trust_env": True, "trace_configs": _redirect_hooks()}}
     if scheme == "s3":
         seconds = {"connect_timeout": config.timeout_s, "read_timeout": config.timeout_s}
         return {"config_kwargs": {**seconds, "retries": {"max_attempts": 0}}, "max_concurrency": 1}
@@ -142,7 +142,7 @@ def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
 
 
 def _request_options(url: str, redirect_hosts: str) -> dict[str, Any]:
-    """What one request of the HTTP implementation is given: where a redirect may lead."""
+    """Options of one HTTP request: the hosts that a redirect may lead to."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return {}
@@ -151,8 +151,8 @@ def _request_options(url: str, redirect_hosts: str) -> dict[str, Any]:
 
 
 @functools.cache
-def _redirects_checked() -> list[Any]:
-    """aiohttp's hook that refuses redirects; one object, because fsspec keeps its instances by their options."""
+def _redirect_hooks() -> list[Any]:
+    """aiohttp hooks that reject other redirects; one object, because fsspec caches its instances by their options."""
     from aiohttp import TraceConfig
 
     async def check(session: Any, context: Any, facts: Any) -> None:
@@ -162,12 +162,12 @@ def _redirects_checked() -> list[Any]:
         found = urlsplit(target)
         if found.scheme != scheme or found.netloc.rpartition("@")[2].lower() not in hosts:
             raise UserError(
-                "the server redirects to another place",
-                got=shown(target),
+                "the server redirects to a host that is not allowed",
+                got=without_password(target),
                 expected=f"{scheme}:// and one of {', '.join(sorted(hosts))}",
-                where=shown(str(answer.url)),
-                fix="give the cache's final URL; for another host that you trust set remote.redirect_hosts=host "
-                "(the manifest always comes from the host of the URL)",
+                where=without_password(str(answer.url)),
+                fix="give the cache's final URL; to allow a host that you trust, set remote.redirect_hosts=host "
+                "(the manifest is never redirected to another host)",
             )
 
     hook = TraceConfig()
@@ -176,26 +176,26 @@ def _redirects_checked() -> list[Any]:
 
 
 def _bounded(limit_bytes: int, config: RemoteConfig) -> Any:
-    """An fsspec callback that ends a transfer of more than it should have, or of next to nothing a second."""
+    """An fsspec callback that aborts a transfer that is too large, too slow or too long."""
     from fsspec.callbacks import Callback
 
-    begun = time.monotonic()
+    started = time.monotonic()
 
     class Bounded(Callback):  # type: ignore[misc, unused-ignore]
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
             if self.value > limit_bytes:
-                raise TransferError(f"more than the expected {limit_bytes:,} bytes arrived")
-            passed_s = time.monotonic() - begun
+                raise TransferError(f"received more than the expected {limit_bytes:,} bytes")
+            passed_s = time.monotonic() - started
             if passed_s > config.total_s or (passed_s > config.timeout_s and self.value < config.least_rate * passed_s):
-                raise TimeoutError(f"only {self.value:,} bytes arrived in {passed_s:.0f} s (remote.least_rate="
-                                   f"{config.least_rate:g}, remote.total_s={config.total_s:g})")  # fmt: skip
+                limits = f"remote.least_rate={config.least_rate:g}, remote.total_s={config.total_s:g}"
+                raise TimeoutError(f"received only {self.value:,} bytes in {passed_s:.0f} s ({limits})")
 
     return Bounded()
 
 
 def _attempts(url: str, config: RemoteConfig, once: Callable[[], T]) -> T:
-    """Try, wait twice as long each time, try again; errors that will not pass are raised at once."""
+    """Retry with exponential backoff; errors that a retry cannot fix are raised at once."""
     failures = _failures(urlsplit(url).scheme)
     number = 1
     while True:
@@ -211,12 +211,12 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T]) -> T:
             if number >= config.attempts or _is_final(error, status):
                 raise _failed(url, error, status, number, config) from error
         wait = min(MAX_WAIT_S, config.backoff_s * 2 ** (number - 1))
-        time.sleep(wait * random.uniform(0.5, 1))  # processes that failed together do not come back together
+        time.sleep(wait * random.uniform(0.5, 1))  # jitter, so that processes do not retry at the same time
         number += 1
 
 
 def _failures(scheme: str) -> tuple[type[Exception], ...]:
-    """What a transfer may raise when the network or the server is the reason."""
+    """The exceptions of a transfer that failed because of the network or the server."""
     errors = [OSError, TimeoutError, _package("aiohttp", scheme).ClientError]
     if scheme == "s3":
         boto = _package("botocore.exceptions", scheme)
@@ -231,11 +231,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status behind an error, as far as the implementations tell."""
+    """The HTTP status of an error, if the implementation reports one."""
     for one in _chain(error):
         response = getattr(one, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        # aiohttp's protocol errors have a `code` too: 400 for a body that was cut short, which no server has sent
+        # aiohttp's protocol errors also have a `code`: 400 for a truncated body, which is not a status of the server
         code = getattr(one, "code", None) if type(one).__module__.startswith("gcsfs") else None
         for status in (getattr(one, "status", None), code, metadata.get("HTTPStatusCode")):
             if isinstance(status, int) and status >= 400:
@@ -247,29 +247,29 @@ def _status(error: Exception) -> int | None:
 
 def _is_final(error: Exception, status: int | None) -> bool:
     if status is not None:
-        return 400 <= status < 500 and status not in PASSING_STATUS
+        return 400 <= status < 500 and status not in RETRY_STATUS
     return type(error).__name__ in ("InvalidURL", "NoCredentialsError", "ParamValidationError")
 
 
 def _failed(url: str, error: Exception, status: int | None, attempts: int, config: RemoteConfig) -> UserError:
-    kind = NotThereError if status == 404 else UserError
+    kind = RemoteNotFoundError if status == 404 else UserError
     root = error
-    while isinstance(root.__cause__, Exception):  # some implementations call everything "not found"
+    while isinstance(root.__cause__, Exception):  # some implementations report every error as "not found"
         root = root.__cause__
-    reason = f"{type(root).__name__}: {shown(str(root))}".rstrip(": ")
+    reason = f"{type(root).__name__}: {without_password(str(root))}".rstrip(": ")
     if isinstance(error, TransferError):
-        fix = "the file there is not the one of this cache's manifest: copy the cache again (rsync, aws s3 sync)"
+        fix = "the file does not match this cache's manifest: copy the cache again (rsync, aws s3 sync)"
     elif type(error).__name__ == "NoCredentialsError":
         fix = FIXES[401]
     else:
         fix = FIXES.get(
             status or 0,
-            f"see whether the server is up; allow more with remote.attempts={config.attempts}"
-            f" and remote.timeout_s={config.timeout_s:g}",
+            f"check that the server is running; increase remote.attempts={config.attempts}"
+            f" or remote.timeout_s={config.timeout_s:g}",
         )
     return kind(
-        "a file cannot be fetched",
+        "cannot download a file",
         got=f"{f'status {status}, ' if status else ''}{reason} ({attempts} of {config.attempts} attempts)",
-        where=shown(url),
+        where=without_password(url),
         fix=fix,
     )
