@@ -127,11 +127,11 @@ def test_maps_in_another_order_are_refused():
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        ("pit_ti_224", "gives a tuple"),
-        ("tnt_s_legacy_patch16_224", "gives a tuple"),
-        ("hrnet_w18_small", "which it does not have"),
-        ("mvitv2_tiny", "which it does not have"),
-        ("twins_svt_small", "which it does not have"),
+        ("pit_ti_224", "returns a tuple"),
+        ("tnt_s_legacy_patch16_224", "returns a tuple"),
+        ("hrnet_w18_small", "which the model does not have"),
+        ("mvitv2_tiny", "which the model does not have"),
+        ("twins_svt_small", "which the model does not have"),
         ("coat_tiny", "does not call parallel_blocks"),
     ],
 )
