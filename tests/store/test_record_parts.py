@@ -55,7 +55,7 @@ def test_parts_of_a_record_may_be_absent(tmp_path, backend):
 def test_flags_that_are_not_known_are_refused_by_name(tmp_path, backend, monkeypatch):
     """A later version may store more; this one must not take such a record for a whole one."""
     later = lambda record, places: target_json(record, places=places).replace(b'"flags":7', b'"flags":23')  # noqa: E731
-    monkeypatch.setattr(f"scalekd_cache.store.{backend}.target_json", later)
+    monkeypatch.setattr(f"scalekd_cache.store.formats.{backend}.target_json", later)
     with pytest.raises(UserError, match="parts that this version does not know\n  got: flags 23"):
         write_cache(tmp_path, backend)
 
@@ -66,6 +66,6 @@ def test_flags_that_are_not_what_a_record_holds(tmp_path, backend, flags, monkey
     wrong = lambda record, places: target_json(record, places=places).replace(  # noqa: E731
         b'"flags":7', f'"flags":{flags}'.encode()
     )
-    monkeypatch.setattr(f"scalekd_cache.store.{backend}.target_json", wrong)
+    monkeypatch.setattr(f"scalekd_cache.store.formats.{backend}.target_json", wrong)
     with pytest.raises(UserError, match="damaged cache"):
         write_cache(tmp_path, backend)
