@@ -124,5 +124,5 @@ def test_make_goes_on_without_a_lock(tmp_path, trouble):
     process = waiting_make(tmp_path, cache, "exit 3", tmp_path if trouble == "no locks" else None)
     output = process.communicate(timeout=LIMIT_S)[0]
     assert process.returncode == 2
-    assert f"warning: no file lock beside {cache}" in output
+    assert f"warning: no file lock next to {cache}" in output
     assert "Error 3" in output
