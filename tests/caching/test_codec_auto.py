@@ -8,7 +8,7 @@ from small_cache import CPU, make, options, shared_weights, unit_files
 
 from scalekd_cache.caching.codec_selection import choose_codec, codec_options, codec_table, write_codec_choice
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.codec import classes, codec_from_config
+from scalekd_cache.codec import codec_from_config, variance_classes
 from scalekd_cache.config.stage1 import StoreConfig, TeacherConfig
 from scalekd_cache.config.target import parse_target
 from scalekd_cache.errors import UserError
@@ -19,7 +19,7 @@ from scalekd_cache.store.verify import CODEC_FILE, verify_cache
 @pytest.fixture(autouse=True)
 def fewer_classes(monkeypatch):
     """Fits that look at fewer classes: a fifth of the time."""
-    monkeypatch.setattr(classes, "BINS", 12)
+    monkeypatch.setattr(variance_classes, "BINS", 12)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from small_cache import CPU, make, options, shared_weights, write_weights
 
 from pipelines import plan as command
 from scalekd_cache.caching import job as cache_teacher
-from scalekd_cache.codec import classes
+from scalekd_cache.codec import variance_classes
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
@@ -25,7 +25,7 @@ from scalekd_cache.scalekd import projectors
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """Fits that look at fewer classes, and only of the codec that is asked for."""
-    monkeypatch.setattr(classes, "BINS", 12)
+    monkeypatch.setattr(variance_classes, "BINS", 12)
     monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
 
 
