@@ -92,7 +92,7 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch):
     images, labels, target = next(iter(targets))
     terms = loss(*student(images), labels, target)
     assert terms.total.isfinite()
-    with pytest.raises(UserError, match="one name"):
+    with pytest.raises(UserError, match="already registered"):
         register_family("my_net", type("Other", (), {}), lambda model: TailParts([], model, "nchw"))
 
 
