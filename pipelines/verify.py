@@ -10,7 +10,7 @@ from pipelines.command import check_cache_path, parse, run, with_flags
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
-    from scalekd_cache.audit.reinfer import TeacherAgreement
+    from scalekd_cache.audit.rerun_teacher import TeacherAgreement
     from scalekd_cache.store.path import StoredPath
     from scalekd_cache.store.verify import CheckResult
     from scalekd_cache.store.verify_unit import Problem

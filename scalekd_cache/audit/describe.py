@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import decode_features, record_view, wrong_digest
+from scalekd_cache.loader.record_pixels import decode_features, record_view, wrong_digest
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache

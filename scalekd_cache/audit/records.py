@@ -21,7 +21,7 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import RecordPixels, decode_features, record_view, wrong_digest
+from scalekd_cache.loader.record_pixels import RecordPixels, decode_features, record_view, wrong_digest
 from scalekd_cache.store.base import Record, ShardId
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.audit.reinfer import TeacherAgreement, check_targets
+from scalekd_cache.audit.rerun_teacher import TeacherAgreement, check_targets
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig

@@ -19,7 +19,7 @@ from scalekd_cache.data.base import SampleRef, Source, sample_indices
 from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
 from scalekd_cache.data.workers import bytes_per_worker, load_items, prefetch_count
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import wrong_digest
+from scalekd_cache.loader.record_pixels import wrong_digest
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.durable_files import canonical_json
 from scalekd_cache.store.image_digests import ImageFiles

@@ -24,7 +24,7 @@ from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items, prefetch_count
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
-from scalekd_cache.loader.pixels import RecordPixels, wrong_digest
+from scalekd_cache.loader.record_pixels import RecordPixels, wrong_digest
 from scalekd_cache.store.base import Parts, Record
 from scalekd_cache.store.growing import GrowingCache
 from scalekd_cache.store.reader import Cache

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.audit.reinfer import sample_places
+from scalekd_cache.audit.rerun_teacher import sample_places
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
 from scalekd_cache.data.base import sample_indices

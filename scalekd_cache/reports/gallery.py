@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.audit.reinfer import Place, rerun_teacher
-from scalekd_cache.loader.pixels import decode_features
+from scalekd_cache.audit.rerun_teacher import Place, rerun_teacher
+from scalekd_cache.loader.record_pixels import decode_features
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.reports.colors import Palette, fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture

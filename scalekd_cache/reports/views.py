@@ -17,7 +17,7 @@ from scalekd_cache.audit.describe import describe_view_record, top_logits
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import decode_features, record_view
+from scalekd_cache.loader.record_pixels import decode_features, record_view
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache
 

@@ -3,7 +3,7 @@
 In: an operation's name with a magnitude (0 to 10) and a sign, or with a resolved argument, and a PIL image.
 Out: the argument, a plain number that a view record keeps, and the changed image.
 Invariant: the argument alone decides the pixels; nothing here draws random numbers. Names, ranges and results are those
-of `timm.data.auto_augment`; the order of `OPERATIONS` is part of how views are sampled and never changes.
+of `timm.data.auto_augment`; the order and number of `OPERATIONS` decide how views are sampled, so they never change.
 """
 
 from collections.abc import Callable

@@ -18,7 +18,7 @@ from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader import loader, pixels
+from scalekd_cache.loader import loader, record_pixels
 from scalekd_cache.loader.order import Order, epoch_ids, micro_batch_ids
 from scalekd_cache.store.reader import Cache
 
@@ -113,8 +113,8 @@ def test_pixels_that_are_not_the_teachers_are_reported(monkeypatch):
         changed[0, 0, 0] ^= 1
         return changed
 
-    loader_decode = pixels.decode_pixels
-    monkeypatch.setattr(pixels, "decode_pixels", drifted)
+    loader_decode = record_pixels.decode_pixels
+    monkeypatch.setattr(record_pixels, "decode_pixels", drifted)
     with pytest.raises(UserError, match="differ from those the teacher saw") as error:
         next(iter(make_loader(cache)))
     assert f"view 0 of {key} " in str(error.value)
@@ -123,7 +123,7 @@ def test_pixels_that_are_not_the_teachers_are_reported(monkeypatch):
 
 def test_digests_are_compared_at_the_start_of_every_session_then_sampled(monkeypatch):
     checked = []
-    monkeypatch.setattr(pixels, "pixel_digest", lambda array: checked.append(1) or real(array))
+    monkeypatch.setattr(record_pixels, "pixel_digest", lambda array: checked.append(1) or real(array))
     real = drawing.pixel_digest
     resumed = make_loader(epochs=4)
     resumed.load_state_dict({**resumed.state_dict(), "step": STEPS})

@@ -21,7 +21,7 @@ from scalekd_cache.store.checked_files import JSON_BYTES, open_regular
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.local_copies import LocalCopies
-from scalekd_cache.store.remote.transfer import (
+from scalekd_cache.store.remote.url_transfer import (
     RemoteNotFoundError,
     TransferError,
     download,

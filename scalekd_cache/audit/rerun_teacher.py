@@ -19,7 +19,7 @@ from scalekd_cache.codec.fidelity import Fidelity, fidelity
 from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.pixels import decode_features
+from scalekd_cache.loader.record_pixels import decode_features
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.fidelity_summary import summarize
