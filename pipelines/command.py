@@ -15,9 +15,8 @@ from typing import Any, NoReturn, TypeVar
 
 from jsonargparse import ArgumentParser, set_parsing_settings
 
-from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.recipes import recipe_section
+from scalekd_cache.config.recipes import check_recipe, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.distributed import RunInterrupted
 from scalekd_cache.errors import UserError, join_or, unknown_name, worker_failure

@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Print a sentence and a line of JSON; exit code 1 when cached targets do not match the teacher's outputs."""
     config = parse(ProveConfig, "prove", with_flags(argv, "--json"), {}, __doc__ or "")
     check_cache_path(config.cache)
-    recipe = config.recipe or read_manifest(open_place(config.cache)).recipe
+    recipe = config.recipe or read_manifest(open_place(config.cache)).facts.recipe
     options = {
         "cache": config.cache,
         "init": config.init,

@@ -81,24 +81,6 @@ def _renamed(different: Sequence[str]) -> str:
     )
 
 
-def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
-    """The view recipe of a training recipe must be that of the cache, because augmentation happens in stage 1.
-
-    The seed and the pixel format may differ.
-    """
-    own = {"seed", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling"}
-    different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
-    if different:
-        raise UserError(
-            f"the cache holds other views than recipe {recipe} trains on",
-            got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
-            expected=", ".join(f"views.{name}={asked[name]}" for name in different),
-            where=where,
-            fix="remove RECIPE= to train with the recipe of the cache, "
-            f"or make a cache with RECIPE={recipe} and no views.* options",
-        )
-
-
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
 """Fields of a plan that must be the same in every job on the cache."""
 

@@ -4,6 +4,7 @@ In: the name or path of a recipe. Out: its file, or the options of one section a
 Invariant: at most `RECIPE_BYTES` of a regular file are read, and only by PyYAML's safe loader.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -58,3 +59,21 @@ def _read(file: Path) -> str:
     if len(data) > RECIPE_BYTES:
         raise UserError("the recipe is too large", expected=f"at most {RECIPE_BYTES:,} bytes", where=file)
     return data.decode("utf-8")
+
+
+def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any], where: object) -> None:
+    """The view recipe of a training recipe must be that of the cache, because augmentation happens in stage 1.
+
+    The seed and the pixel format may differ.
+    """
+    own = {"seed", "pixels", "pixel_format", "jpeg_quality", "jpeg_subsampling"}
+    different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
+    if different:
+        raise UserError(
+            f"the cache holds other views than recipe {recipe} trains on",
+            got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
+            expected=", ".join(f"views.{name}={asked[name]}" for name in different),
+            where=where,
+            fix="remove RECIPE= to train with the recipe of the cache, "
+            f"or make a cache with RECIPE={recipe} and no views.* options",
+        )

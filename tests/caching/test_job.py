@@ -263,7 +263,10 @@ def test_random_weights_are_the_same_every_time(tmp_path):
     assert first.units_digest == second.units_digest
     other = options(tmp_path / "c", None, teacher=random, data={"max_samples": 20})
     other = dataclasses.replace(other, views=dataclasses.replace(other.views, seed=1))
-    assert cache_teacher(other, CPU).teacher["spec"]["weights_sha256"] != first.teacher["spec"]["weights_sha256"]
+    assert (
+        cache_teacher(other, CPU).facts.teacher["spec"]["weights_sha256"]
+        != first.facts.teacher["spec"]["weights_sha256"]
+    )
 
 
 def test_weights_in_the_weights_folder_are_found(tmp_path, monkeypatch):

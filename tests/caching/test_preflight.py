@@ -10,9 +10,10 @@ from image_files import folder_tree, source_of, write
 from small_cache import CPU
 
 from scalekd_cache.caching import preflight
-from scalekd_cache.caching.job_plan import check_plan, check_recipe
+from scalekd_cache.caching.job_plan import check_plan
 from scalekd_cache.caching.preflight import check_disk_space, check_student, check_teacher, probe_views
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.recipes import check_recipe
 from scalekd_cache.config.stage1 import TeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError

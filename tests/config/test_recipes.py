@@ -10,9 +10,8 @@ from timm.models import get_pretrained_cfg
 
 from pipelines import distill as distill_command
 from pipelines.command import parse
-from scalekd_cache.caching.job_plan import check_recipe
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.recipes import RECIPE_BYTES, RECIPES, recipe_file, recipe_section
+from scalekd_cache.config.recipes import RECIPE_BYTES, RECIPES, check_recipe, recipe_file, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError

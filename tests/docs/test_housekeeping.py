@@ -39,8 +39,8 @@ def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
     names = {
         name
         for file in scripts
-        for line in re.findall(r"publish\((.*)", file.read_text(encoding="utf-8"))
-        for name in re.findall(r'"([a-z0-9-]+)"', line.partition("figures")[0])
+        for argument in re.findall(r"publish_table\(\s*([^,]+),", file.read_text(encoding="utf-8"))
+        for name in re.findall(r'"([a-z0-9-]+)"', argument)
     } - {"cuda"}
     assert {"store", "heads-gpu", "codec-decode"} <= names
     page = tmp_path / "page.md"
