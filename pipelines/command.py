@@ -18,8 +18,7 @@ from jsonargparse import ArgumentParser, set_parsing_settings
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.recipes import check_recipe, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.distributed import RunInterrupted
-from scalekd_cache.errors import UserError, join_or, unknown_name, worker_failure
+from scalekd_cache.errors import RunInterrupted, UserError, join_or, unknown_name, worker_failure
 
 ALWAYS = "Also: --debug (print the traceback of an error), --plugin MODULE (import this Python module first)."
 BAD_VALUE = re.compile(

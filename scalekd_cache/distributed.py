@@ -20,7 +20,7 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import RunInterrupted, UserError
 
 EXIT_RESUMABLE = 75
 """Exit code: state is saved, rerun the command to resume (EX_TEMPFAIL of sysexits)."""
@@ -32,19 +32,6 @@ HEARTBEAT_S = 2.0
 """Interval between two heartbeats of a rank, seconds."""
 POLL_S = 0.8
 """Longest interval between two polls while waiting for another rank, seconds."""
-
-
-class RunInterrupted(Exception):  # noqa: N818 - not an error
-    """The run stopped early and can be resumed.
-
-    Args:
-        text: the message for the user.
-        exit_code: the exit code of the process.
-    """
-
-    def __init__(self, text: str, exit_code: int) -> None:
-        super().__init__(text)
-        self.exit_code = exit_code
 
 
 class SignalHandler:

@@ -9,6 +9,19 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 
+class RunInterrupted(Exception):  # noqa: N818 - not an error
+    """The run stopped early and can be resumed.
+
+    Args:
+        text: the message for the user.
+        exit_code: the exit code of the process.
+    """
+
+    def __init__(self, text: str, exit_code: int) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class UserError(Exception):
     """An error that the user can fix: what is wrong, what was found, what was expected, where, and what to do.
 

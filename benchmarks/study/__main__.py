@@ -26,8 +26,7 @@ from benchmarks.harness import RESULTS, argument_parser, machine
 from benchmarks.study.demo_teachers import WIDTHS
 from benchmarks.study.plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
-from scalekd_cache.distributed import RunInterrupted
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import RunInterrupted, UserError
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 

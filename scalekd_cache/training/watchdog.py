@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, RunInterrupted
-from scalekd_cache.errors import UserError
+from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process
+from scalekd_cache.errors import RunInterrupted, UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.training.metrics import drop_lines_after
 from scalekd_cache.training.run_files import SampleLine

@@ -12,8 +12,8 @@ import pytest
 import torch
 from commands import LIMIT_S
 
-from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, RunInterrupted, autocast_dtype, this_process
-from scalekd_cache.errors import UserError
+from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, autocast_dtype, this_process
+from scalekd_cache.errors import RunInterrupted, UserError
 
 CPU = torch.device("cpu")
 

@@ -21,6 +21,8 @@ dist.init_process_group("gloo")
 ranks = torch.tensor([process.rank + 1])
 dist.all_reduce(ranks)
 print("sum of ranks:", int(ranks))
+dist.barrier()
+dist.destroy_process_group()
 """
 can_rename = subprocess.run(["unshare", "-u", "true"], capture_output=True, check=False).returncode == 0
 needs_rename = pytest.mark.skipif(not can_rename, reason="a host name of its own needs root")
