@@ -103,8 +103,8 @@ def check_cache_path(place: str) -> None:
     if path.is_file():
         folder = path.parent
         holds = (folder / "manifest.json").exists()
-        fix = f"CACHE={folder}" if holds else "a cache folder (CACHE=)"
-        raise UserError(f"{place} is a file, not a cache: give {fix}")
+        fix = f"CACHE={folder}" if holds else "CACHE= to a cache folder"
+        raise UserError(f"{place} is a file, not a cache: set {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
     raise unknown_name("cache", place, there, f"CACHE=; create it with `make cache-teacher CACHE={place}`")

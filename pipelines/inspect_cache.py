@@ -36,7 +36,7 @@ def main(argv: list[str]) -> None:
     """Print the facts of the cache or of one record."""
     config = parse(InspectConfig, "inspect_cache", with_flags(argv, "--json"), {}, __doc__ or "")
     if config.key is not None and config.index is not None:
-        raise UserError("key and index are both given", got=f"{config.key} and {config.index}", fix="give one")
+        raise UserError("key and index are mutually exclusive", got=f"{config.key} and {config.index}", fix="set one")
     from scalekd_cache.audit.describe import describe_cache, describe_record
     from scalekd_cache.store.reader import Cache
 

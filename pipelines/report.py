@@ -22,7 +22,7 @@ class ReportConfig:
     views: int = 1000
     """Cache: number of views sampled to find outliers."""
     asked: int = 64
-    """Cache: number of those on which the teacher is re-run, if its weights are available (0: none)."""
+    """Cache: number of sampled views on which the teacher is re-run, if its weights are available (0: none)."""
     images: int | None = None
     """Cache: images in the gallery (None: 8). Runs: validation images evaluated (None: 1000; 0: none)."""
     seed: int = 0
@@ -40,7 +40,7 @@ class ReportConfig:
         given = [name for name in ("cache", "run", "runs") if getattr(self, name)]
         if len(given) != 1:
             raise UserError(
-                "give exactly one of cache, run and runs",
+                "set exactly one of cache, run and runs",
                 got=" and ".join(given) or "nothing",
                 fix='give CACHE=dir, RUN=dir or RUNS="dir dir"',
             )

@@ -179,7 +179,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     check_plan(_kept_fields(kept, layout), layout, root)
     if kept.ranges != ranges:
         raise UserError(
-            "the data set is split into other ranges of images than the cache",
+            "the data set is split into different image ranges than the cache",
             got=f"{len(ranges)} ranges",
             expected=f"{len(kept.ranges)} ranges, as in plan.json",
             where=root,

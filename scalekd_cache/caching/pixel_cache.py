@@ -88,7 +88,7 @@ def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
     different = [name for name in asked if kept.get(name) != asked[name]]
     if different:
         raise UserError(
-            "the cache whose pixels are shared holds other views than requested",
+            "the shared pixels come from different views than requested",
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=root,

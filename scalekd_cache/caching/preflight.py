@@ -62,7 +62,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
             got=f"relative difference {error:.2g}",
             expected=f"at most {TAIL_TOLERANCE:g}",
             where=f"{spec.name}, family {spec.family}",
-            fix="report this teacher: its family needs its own tail",
+            fix="use another teacher, or report this one: this architecture is not supported yet",
         )
 
 

@@ -53,7 +53,7 @@ class ScaleKDConfig:
     attention_scale: float = 5.0
     """Factor of the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """Query of the S4 projector: s3: the output of the S3 branch after the tail; learned: its own embedding (always so
+    """Query of the S4 projector: s3: output of the S3 branch after the tail; learned: a learned embedding (always used
     without the S3 branch)."""
     s3: bool = True
     """Use the S3 tap (false: ablation)."""
@@ -111,7 +111,7 @@ class OptimConfig:
     min_lr: float = 0.0
     """Final learning rate, as a fraction of `lr`."""
     step_epochs: int = 30
-    """Epochs between divisions by ten (step schedule)."""
+    """Epochs between learning-rate drops by a factor of 10 (step schedule)."""
     clip_norm: float = 0.0
     """Maximum gradient norm (0: no clipping)."""
 
@@ -218,7 +218,7 @@ class DistillConfig:
     """Train while stage 1 is still running: start when the first view group is complete, wait for later groups as
     needed."""
     follow_timeout_minutes: float = 60.0
-    """Timeout without a new unit when following a cache, minutes."""
+    """With `follow`: minutes to wait for a new unit before the run stops with an error."""
     pixels_from: str | None = None
     """Folder of the cache whose pixels are shared (None: its path at stage 1, relative to this cache)."""
     run: str | None = None

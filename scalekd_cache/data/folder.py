@@ -252,7 +252,7 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
             ignored.add("broken links or special files", f"{prefix}/{entry.name}")
             return False
         raise UserError(
-            "an entry with the name of an image is not a file",
+            "a path with an image suffix is not a file",
             got="a broken link or a special file",
             expected="a file, or a link to a file",
             where=entry.path,

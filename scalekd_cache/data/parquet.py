@@ -206,7 +206,7 @@ def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
         first += rows
     if lost:
         raise UserError(
-            "a parquet file refers to images by path, and there is no file at that path",
+            "a parquet file lists image paths that do not exist",
             got=f"column {column}: {len(lost)} of {first} rows, the first is row {lost[0]} with path {example}",
             expected=f"image bytes, an absolute path, or a path relative to {path.parent} or {root}",
             where=path,

@@ -64,7 +64,7 @@ def _choices(inside: str, pattern: str) -> list[str]:
 
 def _bad_pattern(pattern: str, got: str) -> UserError:
     return UserError(
-        "invalid pattern of shards",
+        "invalid shard pattern",
         got=got,
         expected="{000..146} with the lower number first, or {a,b,c}",
         where=pattern,

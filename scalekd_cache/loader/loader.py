@@ -161,7 +161,7 @@ class MicroBatches(Dataset[Batch]):
                     got=f"{other.key}, digest {other.digest}",
                     expected=f"{record.key}, digest {record.digest}",
                     where=f"view {view} of {self.pixels.root}, for {self.cache.root}",
-                    fix="use the cache that PIXELS_FROM named when this cache was made",
+                    fix="use the cache that was set as PIXELS_FROM= when this cache was made",
                 )
             whole.append(record._replace(pixels=other.pixels))
         return whole

@@ -321,6 +321,6 @@ def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.
             got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
             expected=expected,
             where=config.weights,
-            fix="give the file the cache was made with as TEACHER_WEIGHTS=",
+            fix="set TEACHER_WEIGHTS= to the file that the cache was made with",
         )
     return teacher

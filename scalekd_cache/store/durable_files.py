@@ -293,7 +293,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
         ) from error
     what = {
         **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the folder cannot be written"),
-        **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "a folder or link has the name of a file"),
+        **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "expected a file, found a folder or link"),
         **dict.fromkeys((errno.EIO, errno.ESTALE), "I/O error on the disk"),
     }.get(number or 0)
     if what is not None:
@@ -315,7 +315,7 @@ def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
         if isinstance(error, OSError):
             got, where = error.strerror or error, error.filename or folder
             raise UserError(
-                "a file cannot be written", got=got, where=where, fix="move or remove what has this name"
+                "a file cannot be written", got=got, where=where, fix="move or remove the existing entry at this path"
             ) from error
         raise
 

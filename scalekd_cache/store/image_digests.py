@@ -66,7 +66,7 @@ class ImageFiles:
         if change is not None:
             raise UserError(
                 "an image changed since earlier views of it were cached",
-                got=f"{key}: not the file that {change.unit} was made from",
+                got=f"{key} differs from the file that {change.unit} was made from",
                 where=self.root,
                 fix=FIX,
             )
@@ -111,7 +111,7 @@ def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
         raise UserError(
             "images changed while the cache was made: two view groups come from different files",
             got=f"{len(changes)} images; the first is {change.key}, in {change.unit} and in {unit}",
-            expected="the same file of an image in all views",
+            expected="the same image files for all views",
             where=f"{root}, units {', '.join(units[:10])}" + (f" and {len(units) - 10} more" if units[10:] else ""),
             fix=FIX,
         )

@@ -209,7 +209,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
     for group, content in enumerate(contents):
         if content != contents[0]:
             raise UserError(
-                "two groups of views do not hold the same images",
+                "two view groups do not contain the same images",
                 got=f"group {group}: {content[0]} images",
                 expected=f"group 0: {contents[0][0]} images, with the same keys",
                 where=root / "units",

@@ -104,6 +104,6 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             got=f"{found[0][:16]}, {found[1]} images, {pixels.manifest.num_views} views",
             expected=f"{expected[0][:16]}, {expected[1]} images, at least {views} views",
             where=root,
-            fix="give the cache that was PIXELS_FROM when this cache was made",
+            fix="set PIXELS_FROM= to the cache that was used when this cache was made",
         )
     return pixels

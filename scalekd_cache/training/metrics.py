@@ -95,16 +95,16 @@ def _lines(file: Path, kind: type[Any], limit_bytes: int) -> Iterator[tuple[byte
     """Each line with its values (None: damaged). Text after the last newline is ignored: a write in progress or cut
     short by a kill."""
     try:
-        with io.BufferedReader(open_file(file, "a file of lines")) as reader:  # type: ignore[type-var]
+        with io.BufferedReader(open_file(file, "a JSONL file")) as reader:  # type: ignore[type-var]
             while line := reader.readline(LINE_BYTES):
                 limit_bytes -= len(line)
                 whole = line.endswith(b"\n")
                 if limit_bytes < 0 or (not whole and len(line) == LINE_BYTES):
-                    raise UserError("a file of lines is too large", where=file)
+                    raise UserError("a JSONL file is too large", where=file)
                 if whole:
                     yield line, _values(line, kind, file)
     except (UserError, OSError) as error:
-        text = str(error if isinstance(error, UserError) else unreadable(error, file, "a file of lines"))
+        text = str(error if isinstance(error, UserError) else unreadable(error, file, "a JSONL file"))
         raise UserError(text, fix="move this file away and rerun: the run starts a new one") from error
 
 

@@ -91,7 +91,7 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
         UserError: no data set is given, a file is damaged, or data set and student have different classes.
     """
     if data is None:
-        raise UserError("an exported student does not know its images", where=folder, fix="give DATA=folder")
+        raise UserError("the exported student has no recorded data set", where=folder, fix="set DATA=folder")
     description = read_description(folder)
     images = description.pretrained_cfg
     size = images.input_size[-1]

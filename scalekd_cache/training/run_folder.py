@@ -136,7 +136,7 @@ def check_paths(run: Path) -> None:
             check_regular(run / name, "a file of the run")
     for name in FOLDERS:
         if os.path.lexists(run / name) and not (run / name).is_dir():
-            raise UserError("a folder of the run is not a folder", where=run / name, fix="move it away")
+            raise UserError("expected a folder, found something else", where=run / name, fix="move it away")
 
 
 def check_config(run: Path, config: Mapping[str, Any]) -> None:
