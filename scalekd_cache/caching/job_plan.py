@@ -384,7 +384,7 @@ def drop_damaged_units(job: Job, process: Process) -> None:
 def drop_mismatched_units(job: Job, process: Process) -> None:
     """Rank 0: remove units that do not hold the images of the first view group, and report them."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
-        process.print_rank0(f"{folder} does not hold the images of view group 0 and is made again: {wrong}")
+        process.print_rank0(f"{folder} does not contain the images of view group 0 and will be rebuilt: {wrong}")
 
 
 def remove_stale_files(root: Path, process: Process) -> None:

@@ -101,7 +101,7 @@ class SkipPolicy:
             place = unit.group, unit.range_id
             self._deferred[place] = wrong
             if not self._last_pass:
-                print(f"{unit_name(place)} is made again at the end of this job: {some_keys(wrong)}", flush=True)
+                print(f"{unit_name(place)} will be rebuilt at the end of this job: {some_keys(wrong)}", flush=True)
         return not wrong
 
     def start_last_pass(self) -> None:

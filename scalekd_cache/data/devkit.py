@@ -33,7 +33,7 @@ def flat_val_labels(root: Path, images: list[str], class_names: list[str], devki
         index = int(found[1]) if found else 0
         if not 1 <= index <= len(truth):
             raise UserError(
-                "an image of the flat val/ folder has no line in the ground truth",
+                "an image in the flat val/ folder has no label in the ground truth file",
                 got=image,
                 expected=f"ILSVRC2012_val_00000001.JPEG to ILSVRC2012_val_{len(truth):08d}.JPEG",
                 where=root / "val",

@@ -126,7 +126,7 @@ def _by_normalized_name(train: Path, class_names: list[str]) -> dict[str, str]:
         other = by_text.setdefault(normalize_name(name), name)
         if other != name:
             raise UserError(
-                "train/ has two class folders whose names differ in their Unicode form only (NFC and NFD)",
+                "train/ has two class folders whose names differ only in Unicode normalization (NFC and NFD)",
                 got=f"{other!a} and {name!a}",
                 expected="one folder per class",
                 where=train,
@@ -202,7 +202,7 @@ def _images_below(folder: Path, prefix: str, above: frozenset[tuple[int, int]], 
     status = folder.stat()
     here = (status.st_dev, status.st_ino)
     if here in above:
-        raise UserError("a symbolic link leads back to a folder above it", where=folder, fix="remove the link")
+        raise UserError("a symbolic link points to one of its parent folders", where=folder, fix="remove the link")
     for entry in _scan(folder, f"{prefix}/", ignored):
         path = f"{prefix}/{entry.name}"
         if _is_folder(entry):

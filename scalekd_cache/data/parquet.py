@@ -269,7 +269,7 @@ def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[
 
 def _wrong_columns(path: Path, got: str) -> UserError:
     return UserError(
-        "a parquet file does not have the columns of labeled images",
+        "a parquet file lacks a valid image or label column",
         got=got,
         expected="`image` (bytes, a path, or a struct with `bytes` or `path`) and `label` (an integer in every row)",
         where=path,

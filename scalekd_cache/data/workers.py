@@ -206,7 +206,7 @@ def _shared_block(size: int) -> Tensor:
         storage = torch.UntypedStorage._new_shared(size)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise UserError(
-            "a worker process of the loader found no shared memory",
+            "a loader worker process ran out of shared memory",
             got=f"{error}".splitlines()[0],
             expected=f"{size / 1e6:.1f} MB; {(_free_bytes() or 0) / 1e6:,.1f} MB are free",
             where=SHARED_MEMORY,

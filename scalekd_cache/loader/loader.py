@@ -288,7 +288,7 @@ class CacheLoader:
         different = [name for name in identity if state.get(name) != identity[name]]
         if different:
             raise UserError(
-                "the checkpoint belongs to another order of samples",
+                "the checkpoint was saved with a different sample order",
                 got=", ".join(f"{name}={identity[name]}" for name in different),
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
                 fix="resume with the options the run was started with, or choose another RUN=",

@@ -342,7 +342,7 @@ def _check_spec(text: str | None, spec: TeacherSpec, path: str | Path) -> None:
     if found != expected:
         names = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
         raise UserError(
-            "this tail belongs to another teacher than the cache's",
+            "this tail does not belong to the cache's teacher",
             got=f"other values for {', '.join(names) or 'unknown fields'}",
             expected=f"teacher {spec.name}, weights {spec.weights_sha256[:16]}",
             where=path,

@@ -53,7 +53,7 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
     forbidden: list[str] = [name for name in ("bf16", "fp16", "optimizer", "scheduler") if name in given]
     if clash or forbidden:
         raise UserError(
-            "the DeepSpeed JSON sets what the recipe decides",
+            "the DeepSpeed JSON conflicts with the recipe",
             got=", ".join(clash + forbidden),
             expected="only what a recipe has no option for",
             where=train.deepspeed,

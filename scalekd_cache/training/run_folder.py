@@ -153,7 +153,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     different = [name for name in names if stored.get(name) != given.get(name)]
     if different:
         raise UserError(
-            "RUN= holds a run with other options",
+            "RUN= contains a run with different options",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
             where=run / OPTIONS,
@@ -181,7 +181,7 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     """
     if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(
-            "RUN= holds a run on another cache",
+            "RUN= contains a run with a different cache",
             got=f"{cache} with fingerprint {fingerprint[:16]}",
             expected=f"the cache with fingerprint {read_facts(run)['fingerprint'][:16]}",
             where=run,

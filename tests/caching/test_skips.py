@@ -180,7 +180,7 @@ def test_units_that_older_versions_left_apart_are_named_and_made_again(tmp_path,
     again = shutil.copytree(root, tmp_path / "again")
     capsys.readouterr()
     make(root, data, 2, backend)
-    assert "does not hold the images of view group 0 and is made again" in capsys.readouterr().out
+    assert "does not contain the images of view group 0 and will be rebuilt" in capsys.readouterr().out
     done = repair_cache(again, CPU)
     assert [unit for unit in done.units if unit[0] == 1] == [problem.unit for problem in problems if problem.key]
     for folder in (root, again):
@@ -218,6 +218,6 @@ def test_a_later_group_waits_for_the_first(tmp_path, data, capsys):
     with torch.no_grad():
         make_units(job.stage, job.units, iter([7, 6, 5, 4, 0, 1, 2, 3]), 0, lambda _: None, policy)
     assert len(list((tmp_path / "cache" / "units").glob("g001-*"))) == 3
-    assert "is made again at the end of this job" in capsys.readouterr().out
+    assert "will be rebuilt at the end of this job" in capsys.readouterr().out
     assert cache_teacher(config, CPU).num_samples == len(NAMES) - 1
     assert left_out(tmp_path / "cache") == [(0, BAD), (1, BAD)]

@@ -117,7 +117,7 @@ def test_names_in_two_unicode_forms_are_one_class(tmp_path, train, val):
 def test_one_class_in_two_unicode_forms_is_refused(tmp_path, split):
     tree(tmp_path, (NFC, "dog"))
     write(tmp_path / split / NFD / "1.png", encoded(picture()))
-    with pytest.raises(UserError, match=r"Unicode form only \(NFC and NFD\)"):
+    with pytest.raises(UserError, match=r"Unicode normalization \(NFC and NFD\)"):
         source_of(tmp_path, split)
 
 

@@ -95,7 +95,7 @@ def test_parquet_errors(tmp_path):
     with pytest.raises(UserError, match="without a label"):
         source_of(tmp_path)
     parquet_file(train, [0, 1], column="picture")
-    with pytest.raises(UserError, match="does not have the columns"):
+    with pytest.raises(UserError, match="lacks a valid image or label column"):
         source_of(tmp_path)
     parquet_file(train, [0.0, 1.0], kind="float32")
     with pytest.raises(UserError, match="label: float"):

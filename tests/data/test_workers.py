@@ -134,7 +134,7 @@ def test_shared_memory_that_is_gone_is_an_error_of_the_worker(monkeypatch):
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)
-    with pytest.raises(UserError, match="found no shared memory") as error:
+    with pytest.raises(UserError, match="ran out of shared memory") as error:
         list(received(Items()))
     assert "No space left on device" in str(error.value)
 

@@ -76,7 +76,7 @@ def test_arguments_of_the_teacher_are_compared_by_verify_and_before_they_are_use
     from scalekd_cache.training.targets import load_cache_tail
 
     root = copy_of_cache(tmp_path / "cache")
-    for depths, words in (([1, 1, 1], "belongs to another teacher"), ([1, 20_000, 1], "out of range")):
+    for depths, words in (([1, 1, 1], "does not belong to the cache's teacher"), ([1, 20_000, 1], "out of range")):
         reseal(
             root / "manifest.json", lambda f, depths=depths: f["teacher"]["spec"]["model_args"].update(depths=depths)
         )

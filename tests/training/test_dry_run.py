@@ -44,7 +44,7 @@ def test_a_dry_run_of_training(tmp_path):
 def test_a_dry_run_refuses_what_training_refuses(tmp_path):
     run = tmp_path / "run"
     RunFolder(run, to_plain(config_of(run))).write_facts({})
-    with pytest.raises(UserError, match="other options"):
+    with pytest.raises(UserError, match="different options"):
         plan_distill(config_of(run, epochs=4), CPU)
     with pytest.raises(UserError, match="no model resnet5: did you mean"):
         plan_distill(DistillConfig(cache=str(shared_cache().root), student=StudentConfig(name="resnet5")), CPU)
@@ -78,7 +78,7 @@ def test_a_finished_cache_is_left_alone(capsys):
     before = tree(shared_cache().root)
     dry_run(options(shared_cache().root, shared_weights()), CPU)
     assert "would make 0 of 3 units, 0 views" in capsys.readouterr().out
-    with pytest.raises(UserError, match="other options"):
+    with pytest.raises(UserError, match="different options"):
         dry_run(options(shared_cache().root, shared_weights(), views={"jpeg_quality": 50}), CPU)
     assert tree(shared_cache().root) == before
 

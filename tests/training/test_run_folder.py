@@ -45,7 +45,7 @@ def test_other_options_are_named(tmp_path):
     RunFolder(path, to_plain(config)).write_facts({})
     assert read_config(path) == to_plain(config) == yaml.safe_load((path / "config.yaml").read_text())
     RunFolder(path, to_plain(config))
-    with pytest.raises(UserError, match="other options") as error:
+    with pytest.raises(UserError, match="different options") as error:
         RunFolder(path, to_plain(DistillConfig(train=TrainConfig(epochs=4, seed=1))))
     assert "got: train.epochs=4, train.seed=1" in str(error.value)
     assert "expected: train.epochs=3, train.seed=0" in str(error.value)
@@ -140,7 +140,7 @@ def test_a_run_belongs_to_one_cache(tmp_path):
     check_same_cache(run, "f" * 64, tmp_path / "cache")  # nothing there yet
     RunFolder(run, {"seed": 0}).write_facts(FACTS)
     check_same_cache(run, "f" * 64, tmp_path / "cache")
-    with pytest.raises(UserError, match="another cache") as error:
+    with pytest.raises(UserError, match="a different cache") as error:
         check_same_cache(run, "b" * 64, tmp_path / "other")
     assert "bbbb" in str(error.value)
     assert "ffff" in str(error.value)

@@ -104,7 +104,7 @@ def test_a_custom_loop_resumes():
     second = small_targets(epochs=2)
     second.load_state_dict(state)
     assert begun + [batch.labels.tolist() for batch in second] == whole
-    with pytest.raises(UserError, match="another order"):
+    with pytest.raises(UserError, match="different sample order"):
         small_targets(epochs=2, seed=1).load_state_dict(state)
 
 

@@ -185,7 +185,7 @@ def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
     trainer = trainer_of(config_of(train={"epochs": 1, "targets": "none"}))
     finish(trainer)
     trainer.save(tmp_path)
-    with pytest.raises(UserError, match="another order"):
+    with pytest.raises(UserError, match="different sample order"):
         trainer_of(config_of(train={"epochs": 1, "targets": "none", "shuffle_block": 16}), tmp_path)
 
 
