@@ -149,7 +149,9 @@ def test_parquet_rows_that_name_a_file(tmp_path, kind, place):
 def test_parquet_rows_whose_file_is_gone_are_refused_at_opening(tmp_path, kind):
     write(tmp_path / "a.png", PNG)
     path_rows(tmp_path, [(None, "a.png"), (None, "gone.png"), (None, "a.png"), (None, "lost.png")], kind)
-    with pytest.raises(UserError, match=r"lists image paths that do not exist(?s:.*)column image: 2 of 4 rows, the first is row 1"):
+    with pytest.raises(
+        UserError, match=r"lists image paths that do not exist(?s:.*)column image: 2 of 4 rows, the first is row 1"
+    ):
         source_of(tmp_path)
     if kind == "struct":
         path_rows(tmp_path, [(PNG, "gone.png"), (PNG, None), (None, None)])
