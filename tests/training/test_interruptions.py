@@ -12,7 +12,7 @@ import psutil
 import pytest
 from commands import ENV, LIMIT_S, ROOT, STEPS, assert_same_losses, distill_flags, launcher, run, steps_of
 
-pytestmark = pytest.mark.ci_slow
+pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("SEED", "0")) or random.randrange(1, 10**6)
 EPOCHS = 20
 """Steps enough for twenty kills: three an epoch."""
