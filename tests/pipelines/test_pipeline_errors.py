@@ -59,7 +59,7 @@ def test_unknown_codec_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("command", ["verify", "inspect_cache", "prove"])
 def test_cache_that_is_a_file_names_the_folder(command, cache):
     output = one_line(command, "--cache", cache / "manifest.json")
-    assert output == f"error: {cache / 'manifest.json'} is a file, not a cache: give CACHE={cache}"
+    assert output == f"error: {cache / 'manifest.json'} is a file, not a cache: set CACHE={cache}"
 
 
 @pytest.mark.parametrize(
