@@ -47,7 +47,7 @@ def test_growth_stops_at_an_image_that_changed_and_goes_on_once_it_is_back(folde
     grow(1)  # nothing is drawn
     with pytest.raises(UserError, match="an image changed since earlier views") as error:
         grow(2)
-    assert "bee/7: not the file that units/g000-r0000" in str(error.value)
+    assert "bee/7 differs from the file that units/g000-r0000" in str(error.value)
     assert Cache.open(folder / "cache").manifest.num_views == 1  # as it was
     (folder / "data/train/bee/7.png").write_bytes(before)
     grow(2)
