@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: interleaved timing, subprocesses, results files, the tables of docs/BENCHMARKS.md.
+"""Code shared by the benchmarks: interleaved timing, subprocesses, results files, the tables of docs/BENCHMARKS.md.
 
 In: functions to time. Out: benchmarks/results/<name>.json, and its table in docs/BENCHMARKS.md between
 `<!-- <name> -->` and `<!-- end -->`. Invariant: a ratio compares two actions that were timed alternately, so that load
@@ -40,7 +40,7 @@ class Measurement(NamedTuple):
     goal: str
     """The target value, as text."""
     gap: str
-    """What limits it; may be empty."""
+    """What limits the result; may be empty."""
 
 
 def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
@@ -111,7 +111,7 @@ def ratio(
     goal: str,
     gap: str = "",
 ) -> Measurement:
-    """Our rate divided by the baseline's: the median over the repeats."""
+    """Our rate divided by the baseline's rate, as the median over the repeats."""
     ratios = [b / a for a, b in zip(seconds[ours], seconds[baseline], strict=True)]
     mine, other = (amount / statistics.median(seconds[name]) for name in (ours, baseline))
     rates = f"{mine:,.4g} {unit} vs {other:,.4g}"
@@ -167,7 +167,7 @@ def publish_table(name: str, figures: Sequence[Measurement], raw: Mapping[str, A
         name: name of the results file and of the marker in docs/BENCHMARKS.md.
         figures: rows of the table.
         raw: options and raw timings.
-        note: a sentence below the table.
+        note: text below the table.
     """
     file, facts = RESULTS / f"{name}.json", machine()
     before = json.loads(file.read_text()) if file.exists() else {}
@@ -215,8 +215,8 @@ def _put_table(name: str, table: str) -> None:
     text = PAGE.read_text()
     start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
     head, found, rest = text.partition(start)
-    assert found, f"{PAGE} has no marker for {name}: add {start!r} and {end!r}"
+    assert found, f"{PAGE} has no marker for {name}; add {start!r} and {end!r}"
     old, found, tail = rest.partition(end)
-    assert found, f"the marker for {name} in {PAGE} has no end"
+    assert found, f"the marker for {name} in {PAGE} has no end marker"
     assert "<!--" not in old, f"the end marker for {name} in {PAGE} must be on a line of its own"
     PAGE.write_text(head + start + table + end + tail)

@@ -1,7 +1,7 @@
-"""A folder of real photographs at ImageNet's size for the benchmarks, without a download.
+"""Writes a folder of ImageNet-sized photographs for the benchmarks, without a download.
 
-In: a folder. Out: class folders under train/ and val/ with JPEG files of 500x375: crops of scikit-learn's two sample
-photographs (427x640), each at another place and scale. The pixels are a camera's; the variety is that of two pictures.
+In: a folder. Out: class folders under train/ and val/ with 500x375 JPEG files. Each is a random crop of one of
+scikit-learn's two sample photographs (427x640). So image content is realistic, but varies little.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ SIZE = (500, 375)
 
 
 def write_photographs(folder: Path, count: int, *, classes: int = 2, validation: int = 8, seed: int = 0) -> Path:
-    """`count` training images and a few for validation; returns `folder`."""
+    """Write `count` training images and a few validation images; returns `folder`."""
     pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     rng = np.random.default_rng(seed)
     for number in range(count + validation):

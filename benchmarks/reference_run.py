@@ -1,8 +1,8 @@
-"""Shows that a refactor changed nothing: hashes of cached bytes and the losses of 20 training steps.
+"""Shows that a refactor changed no output: hashes of cached bytes and the losses of 20 training steps.
 
-In: nothing; the embedded demo images and a teacher with random weights of a fixed seed. Out: one JSON object on
-standard output, to compare before and after (`docs/LOG.md` keeps the pairs). Invariant: only the command line is
-used, so that the script outlives any move inside the package.
+In: nothing. It uses the embedded demo images and a teacher with random weights from a fixed seed. Out: one JSON object
+on standard output, to compare before and after a change (docs/LOG.md records the values). Invariant: only the command
+line is used, so the script keeps working when modules move.
 
     python -m benchmarks.reference_run [--keep DIR]
 """
@@ -22,16 +22,16 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "
 
 
 def run(*words: str, processes: int = 1) -> None:
-    """One command of the project; its output is shown when it fails."""
+    """Run one command of the project; prints its output and exits if it fails."""
     start = TORCHRUN if processes == 2 else ["-m"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, *start, *words], cwd=ROOT, env=environment, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(words)}: exit status {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+        sys.exit(f"{' '.join(words)}: exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
 
 
 def cache(folder: Path, backend: str, codec: str, processes: int) -> str:
-    """Make a cache; the sha256 over names and bytes of all files of its units but the commit records."""
+    """Make a cache; returns the sha256 over names and bytes of all files in its units except the commit records."""
     run(
         "pipelines.cache_teacher", "--cache.path", str(folder), "--cache.backend", backend, "--cache.codec", codec,
         "--cache.num_views", "2", "--cache.samples_per_shard", "64", "--data.max_samples", str(IMAGES),
@@ -46,7 +46,7 @@ def cache(folder: Path, backend: str, codec: str, processes: int) -> str:
 
 
 def losses(cache_folder: Path, run_folder: Path, *options: str) -> list[float]:
-    """The loss of every step of a run of 20 steps, as logged."""
+    """The logged loss of every step of a 20-step run."""
     batch = str(IMAGES // STEPS_AN_EPOCH)
     run(
         "pipelines.distill", "--cache", str(cache_folder), "--run", str(run_folder), "--student.name", "resnet10t",

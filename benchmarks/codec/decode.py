@@ -1,10 +1,10 @@
-"""What does decoding a view of Swin-L cost on one core, or a batch of them on a GPU?
+"""How long does decoding one Swin-L view take on one core, or one batch on a GPU?
 
     python -m benchmarks.codec.decode [--batch 32] [--device cuda]
 
-Made-up maps of 1536 x 7 x 7 with correlated channels and positions, about as compressible as those of real layers of
-that width (docs/CODECS.md: 34 KB a view under `transform`, these 39). The lossless stage is what turns a record into
-a row, decoding is what turns rows into float32 maps and norms.
+Uses synthetic maps of 1536 x 7 x 7 with correlated channels and positions. They compress about as well as real layers
+of that width: 39 KB per view with `transform`, against 34 KB for real ones (docs/CODECS.md). The lossless stage turns
+a record into a row. Decoding turns rows into float32 maps and norms.
 """
 
 import statistics
@@ -24,8 +24,8 @@ FITTED = 256
 GPU_BATCH = 256
 
 
-def made_up(count: int, seed: int) -> torch.Tensor:
-    """(count, 1536, 7, 7) float32: channels mixed from a spectrum that falls, positions averaged with neighbors."""
+def synthetic_maps(count: int, seed: int) -> torch.Tensor:
+    """(count, 1536, 7, 7) float32: channels mixed with a decaying spectrum, positions smoothed with their neighbors."""
     channels = SHAPE[0]
     mixing = torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)) / channels**0.5
     spectrum = (1 + torch.arange(channels) / 12) ** -0.65
@@ -35,8 +35,8 @@ def made_up(count: int, seed: int) -> torch.Tensor:
 
 
 def codecs() -> dict[str, FeatureCodec]:
-    """int8, and both kinds of the transform coder, fitted."""
-    maps = made_up(FITTED, 1)
+    """int8 and the fitted transform codecs."""
+    maps = synthetic_maps(FITTED, 1)
     return {
         "int8": make_codec("int8", SHAPE),
         "transform": fit(maps, PRESETS["transform"]),
@@ -48,7 +48,7 @@ def codecs() -> dict[str, FeatureCodec]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--batch", type=int, help=f"views decoded at once (default 32, {GPU_BATCH} on a GPU)")
+    parser.add_argument("--batch", type=int, help=f"views per batch (default 32, {GPU_BATCH} on a GPU)")
     parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args(argv)
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     device = torch.device(options.device)
     gpu = device.type == "cuda"
     batch = options.batch or (GPU_BATCH if gpu else 32)
-    maps = made_up(batch, 2)
+    maps = synthetic_maps(batch, 2)
     seeds = torch.tensor([dither_seed(str(number), 0) for number in range(batch)])
     actions: dict[str, Callable[[], object]] = {}
     sizes = {}
@@ -83,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         name, _, part = what.partition(", ")
         whole = gpu and part == "decode"
         scale = 1e3 if whole else 1e3 / batch
-        goal = {"lossless": "0.1 ms", "decode": "5 ms a batch" if gpu else "", "both": "0.3 ms"}[part]
+        goal = {"lossless": "0.1 ms", "decode": "5 ms per batch" if gpu else "", "both": "0.3 ms"}[part]
         figures.append(
             Measurement(
                 what,
                 statistics.median(values) * scale,
                 (min(values) * scale, max(values) * scale),
-                f"ms a batch of {batch}" if whole else "ms a view",
-                f"{sizes[name]:,.0f} bytes a view",
+                f"ms per batch of {batch}" if whole else "ms per view",
+                f"{sizes[name]:,.0f} bytes per view",
                 goal,
                 "",
             )

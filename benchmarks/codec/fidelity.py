@@ -1,14 +1,15 @@
-"""What does each codec keep of real features, in how many bytes, at what speed?
+"""How faithful, how small and how fast is each codec on real features?
 
     python -m benchmarks.codec.fidelity --cache DIR [--head teacher.safetensors] [--name demo] [--views 512]
     python -m benchmarks.codec.fidelity --features maps.npy --ids images.npy [--name tinyvit]
 
-Features come from a cache of float32 or float16 features, or from a file of maps (N, C, H, W) float32 with one number
-an image beside it. Codecs are fitted on half of the images and measured on the other half. The bound is Gaussian
-reverse water-filling on the spectrum of the held-out maps (2-D DCT, then a KLT of the DC and one of all other
-coefficients, fitted to the held-out maps themselves), at each codec's own mean squared error; once over plain
-values, once over values divided by the token's mean-removed norm, the error that the losses see.
-Times depend on what else the machine does: the load is printed, and each is given beside that of int8 in the same run.
+Features come from a cache of float32 or float16 features, or from a file of maps (N, C, H, W) float32 plus a file with
+one image ID per map. Codecs are fitted on half of the images and measured on the other half. The bound is Gaussian
+reverse water-filling on the spectrum of the held-out maps at each codec's mean squared error. The spectrum comes from a
+2-D DCT followed by one KLT for the DC coefficient and one for all others, fitted to the held-out maps themselves. The
+bound is computed twice: over plain values, and over values divided by the token's mean-removed norm, which is the error
+that the losses see. Timings depend on the load of the machine: the load is printed, and each timing is also given
+relative to int8 in the same run.
 Writes benchmarks/results/codecs-<name>.json and .png.
 """
 
@@ -34,17 +35,17 @@ from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, ROTATED, 
 from scalekd_cache.store.reader import Cache
 
 LEFT = ("float16", "bfloat16", "fp8")
-"""Names that stand on the left of their points."""
+"""Codecs whose label is plotted to the left of the point."""
 NOISES = (0.0008, 0.005, 0.015)
 TIMED_S = 0.6
-"""CPU seconds that a timing is repeated for."""
-COLUMNS = ("codec", "bytes", "of int8", "bytes / R(D), normalized and plain", "cosine mean / p1",
+"""Each timing is repeated for this many CPU seconds."""
+COLUMNS = ("codec", "bytes", "vs int8", "bytes / R(D), normalized and plain", "cosine mean / p1",
            "mean-removed cosine mean / p1", "KL", "same top-1", "encode MB/s", "decode MB/s", "lossless, decode ms",
-           "decode of int8")  # fmt: skip
+           "decode time vs int8")  # fmt: skip
 
 
 def from_cache(root: Path, views: int) -> tuple[Tensor, np.ndarray]:
-    """Maps of view 0 of a lossless cache, a number an image."""
+    """Maps of view 0 of a lossless cache, and one image ID per map."""
     cache = Cache.open(root)
     codec = codec_from_config(cache.manifest.facts.codec, cache.root)
     if codec.id not in ("float32", "float16"):
@@ -56,7 +57,7 @@ def from_cache(root: Path, views: int) -> tuple[Tensor, np.ndarray]:
 
 
 def halves(maps: Tensor, ids: np.ndarray, views: int) -> tuple[Tensor, Tensor]:
-    """Calibration and held-out maps: no image is in both."""
+    """Calibration and held-out maps; no image is in both."""
     draw = np.random.default_rng(0)
     images = draw.permutation(np.unique(ids))
     first = np.isin(ids, images[: len(images) // 2])
@@ -65,7 +66,7 @@ def halves(maps: Tensor, ids: np.ndarray, views: int) -> tuple[Tensor, Tensor]:
 
 
 def spectrum(maps: Tensor, scales: Tensor) -> Tensor:
-    """Variances of all coefficients of maps divided by `scales` (B, T), in the maps' own KLT: (T * C,) float64."""
+    """Variances (T * C,) float64 of the KLT coefficients of maps divided by `scales` (B, T)."""
     _, channels, height, width = maps.shape
     values = maps.double().flatten(2) / torch.where(scales > 0, scales, 1.0).double()[:, None]
     values = (values - values.mean((0, 2), keepdim=True)).view(len(maps), channels, height, width)
@@ -79,7 +80,7 @@ def spectrum(maps: Tensor, scales: Tensor) -> Tensor:
 
 
 def bound_bytes(variances: Tensor, error: float) -> float:
-    """Bytes a view of Gaussian reverse water-filling at a mean squared error a coefficient."""
+    """Bytes per view of Gaussian reverse water-filling at a mean squared error per coefficient."""
     low, high = 0.0, float(variances.max())
     for _ in range(100):
         level = (low + high) / 2
@@ -88,7 +89,7 @@ def bound_bytes(variances: Tensor, error: float) -> float:
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """The least CPU time of many runs, at least three."""
+    """Minimum CPU time over at least three runs."""
     times: list[float] = []
     while len(times) < 3 or sum(times) < TIMED_S:
         start = time.process_time()
@@ -134,7 +135,7 @@ def measure(
 
 
 def live_head(weights: Path | None) -> tuple[Tensor, Tensor] | None:
-    """The classifier (weight, bias) in a teacher's file: pooling and a linear layer over the final norm, as in Swin."""
+    """Classifier (weight, bias) from a teacher file, for teachers that pool and apply a linear layer, such as Swin."""
     if weights is None:
         return None
     state = load_file(str(weights))
@@ -142,7 +143,7 @@ def live_head(weights: Path | None) -> tuple[Tensor, Tensor] | None:
 
 
 def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, path: Path, title: str) -> None:
-    """Bytes a view against the error that the losses see, with the bound."""
+    """Plot bytes per view against the error that the losses see, with the bound."""
     plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(7.5, 5))
@@ -168,7 +169,7 @@ def plot(table: dict[str, dict], spectra: tuple[Tensor, Tensor], values: int, pa
             axes.annotate(name, point, textcoords="offset points", xytext=shift, ha=side, fontsize=9)
     axes.set(
         yscale="log",
-        xlabel=f"kilobytes a view ({values:,} values), norms and headers included",
+        xlabel=f"kilobytes per view ({values:,} values), including norms and headers",
         ylabel="error / variance, tokens divided by their norm",
         title=title,
         xlim=(0, None),
@@ -187,9 +188,9 @@ def main() -> None:
     parser.add_argument("--ids", type=Path)
     parser.add_argument("--head", type=Path, help="the teacher's safetensors file, for KL and top-1 agreement")
     parser.add_argument("--name", default="demo")
-    parser.add_argument("--views", type=int, default=512, help="at most this many to fit, and to measure")
-    parser.add_argument("--measured", type=int, help="at most this many to measure (default: as --views)")
-    parser.add_argument("--noises", type=float, nargs="*", default=NOISES, help="further points of the transform coder")
+    parser.add_argument("--views", type=int, default=512, help="maximum number of views to fit, and to measure")
+    parser.add_argument("--measured", type=int, help="maximum number of views to measure (default: same as --views)")
+    parser.add_argument("--noises", type=float, nargs="*", default=NOISES, help="more operating points of the transform codec")
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.features is not None:
@@ -222,10 +223,10 @@ def main() -> None:
 
 
 def write(name: str, shape: tuple[int, int, int], views: tuple[int, int, int], table: dict[str, dict]) -> None:
-    """The results as JSON, with what they were measured on."""
+    """Write the results and the measurement conditions as JSON."""
     content = {
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "timing": f"CPU time of one thread, least of runs over {TIMED_S:g} s, 32 views, warm",
+        "timing": f"CPU time of one thread, minimum over runs of {TIMED_S:g} s, 32 views, warm",
         "shape": shape, "views_fitted": views[0], "views_measured": views[1], "views_of_bound": views[2],
         "codecs": table,
     }  # fmt: skip
@@ -233,7 +234,7 @@ def write(name: str, shape: tuple[int, int, int], views: tuple[int, int, int], t
 
 
 def markdown(table: dict[str, dict]) -> str:
-    """All figures by codec."""
+    """The results as a Markdown table, one row per codec."""
     lines = [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
     base = table["int8"]
     for name, row in table.items():

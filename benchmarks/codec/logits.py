@@ -1,11 +1,11 @@
-"""What do the ways of keeping a teacher's logits lose, and what do they cost?
+"""How much information does each logit format lose, and how many bytes does it take?
 
     python -m benchmarks.codec.logits --cache DIR --head teacher.safetensors [--views 512] [--top-k 3]
 
-The cache holds float32 features, beside which logits are exact; the head file has the teacher's `head.fc.weight` and
-`.bias` on the mean of its last map. For top-k the kept classes are exact and the mass of the others is known: the
-figure is what a reader loses who spreads that mass evenly; the loss does not (`partial_logit_loss`), on what it is
-given it loses nothing. Codecs are fitted on half of the views and measured on the other half.
+The cache must hold float32 features; its logits are then exact. The head file holds the teacher's `head.fc.weight` and
+`.bias`, applied to the mean of its last map. Top-k stores the exact logits of k classes and the total probability of the
+rest. Its row shows the KL of a reader that spreads the rest evenly; the training loss does not do that
+(`partial_logit_loss`). Codecs are fitted on half of the views and measured on the other half.
 Writes benchmarks/results/logits-<name>.json.
 """
 
@@ -25,7 +25,7 @@ from scalekd_cache.store.reader import Cache
 
 
 def spread(decoded: np.ndarray) -> np.ndarray:
-    """Log-probabilities with the unknown mass shared out evenly."""
+    """Log-probabilities with the unknown mass spread evenly."""
     row = decoded.astype(np.float64)
     unknown = ~np.isfinite(row)
     row[unknown] = np.log(max(1e-300, 1 - np.exp(row[~unknown]).sum()) / max(1, unknown.sum()))

@@ -22,15 +22,15 @@ from benchmarks.scaling.simulate import (
 
 
 def curves() -> dict[str, dict[str, Any]]:
-    """Everything that is plotted."""
+    """The simulated rows of every curve."""
     cache, train, result = imagenet_cache(), imagenet_train(), {}
     for name, storage in (("5 GB/s", 5e9), ("20 GB/s", 20e9), ("100 GB/s", 100e9), ("unlimited", 1e15)):
         result[f"stage 1, storage {name}"] = (cache_job, cache, Cluster(storage=storage), RANKS)
-    large = replace(cache, units=11 * cache.units)  # 14 million images, as ImageNet-21k
+    large = replace(cache, units=11 * cache.units)  # 14 million images, the size of ImageNet-21k
     result["stage 1, 11 times ImageNet, storage 100 GB/s"] = (cache_job, large, Cluster(storage=100e9), RANKS)
     for hours in (100.0, 10.0, 1.0):
         cluster = Cluster(storage=100e9, node_mtbf_h=hours)
-        result[f"stage 1, 11 times ImageNet, 100 GB/s, a machine fails every {hours:g} h"] = (
+        result[f"stage 1, 11 times ImageNet, 100 GB/s, node MTBF {hours:g} h"] = (
             cache_job, large, cluster, RANKS,
         )  # fmt: skip
     up_to = [count for count in RANKS if count <= train.micros]
@@ -39,7 +39,7 @@ def curves() -> dict[str, dict[str, Any]]:
     for hours, every in ((5000.0, 500), (100.0, 500), (10.0, 500), (10.0, 50)):
         job = replace(imagenet_train(micros=1024), save_every=every)
         cluster = Cluster(link=100e9, storage=1e12, node_mtbf_h=hours)
-        result[f"stage 2, global batch 65,536, 100 GB/s, fails every {hours:g} h, saves every {every}"] = (
+        result[f"stage 2, global batch 65,536, 100 GB/s, node MTBF {hours:g} h, checkpoint every {every} steps"] = (
             train_job,
             job,
             cluster,
@@ -52,15 +52,15 @@ def curves() -> dict[str, dict[str, Any]]:
 
 
 def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
-    """Efficiency and lost work of both stages over the number of processes."""
+    """Plot efficiency and lost work of both stages over the number of processes."""
     plt = pyplot()
 
     figure, axes = plt.subplots(2, 2, figsize=(13, 9))
     panels = (
-        (axes[0, 0], "useful", "stage 1, ", "kept work / all processes' time", lambda name: "fails" not in name),
-        (axes[0, 1], "lost", "stage 1, ", "work thrown away / all processes' time", lambda name: "fails" in name),
-        (axes[1, 0], "useful", "stage 2, ", "kept work / all processes' time", lambda name: True),
-        (axes[1, 1], "lost", "stage 2, ", "work thrown away / all processes' time", lambda name: "fails" in name),
+        (axes[0, 0], "useful", "stage 1, ", "useful time / total time", lambda name: "MTBF" not in name),
+        (axes[0, 1], "lost", "stage 1, ", "discarded time / total time", lambda name: "MTBF" in name),
+        (axes[1, 0], "useful", "stage 2, ", "useful time / total time", lambda name: True),
+        (axes[1, 1], "lost", "stage 2, ", "discarded time / total time", lambda name: "MTBF" in name),
     )
     for axis, field, stage, label, chosen in panels:
         for number, (name, curve) in enumerate(

@@ -1,8 +1,8 @@
-"""Runs of the demo on one and two processes, beside what the simulation of `simulate.py` says of them.
+"""Compares demo runs on one and two processes with the simulation of `simulate.py`.
 
-In: this machine. Out: rows of (what, measured seconds, simulated seconds). Invariant: what is simulated was not used
-to set the simulation. Durations come from two jobs of one process side by side, so that sharing the machine is in
-them; the all-reduce from two processes that do nothing else; the runs that are compared come after.
+In: this machine. Out: rows of (what, measured seconds, simulated seconds). Invariant: the runs that are compared were
+not used to set the parameters of the simulation. Unit and step times come from two concurrent one-process jobs, so they
+include contention on the machine. The all-reduce time comes from two otherwise idle processes.
 """
 
 import json
@@ -24,7 +24,7 @@ STUDENT = "resnet10t"
 
 
 def start(module: str, words: dict[str, Any], processes: int = 1) -> subprocess.Popen[str]:
-    """`python -m <module>` in the background, by torchrun where it is several processes."""
+    """Start `python -m <module>` in the background, with torchrun for more than one process."""
     torchrun = (
         ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)] if processes > 1 else []
     )
@@ -41,7 +41,7 @@ def start(module: str, words: dict[str, Any], processes: int = 1) -> subprocess.
 
 
 def finish(process: subprocess.Popen[str]) -> str:
-    """Its output; an error when it fails."""
+    """Wait for the process; returns its output, or raises if it failed."""
     output, _ = process.communicate(timeout=900)
     if process.returncode:
         raise RuntimeError(output[-3000:])
@@ -68,25 +68,25 @@ def stage2(cache: Path, folder: Path, global_batch: int, **more: Any) -> dict[st
 
 
 def commits(folder: Path) -> np.ndarray:
-    """Times at which units were committed, in order."""
+    """Commit times of the units, sorted."""
     return np.sort([path.stat().st_mtime for path in (folder / "units").glob("g*/unit.json")])
 
 
-def side_by_side(jobs: list[tuple[str, dict[str, Any]]]) -> None:
+def run_concurrently(jobs: list[tuple[str, dict[str, Any]]]) -> None:
     running = [start(module, words) for module, words in jobs]
     for process in running:
         finish(process)
 
 
 def steps(run: Path) -> list[float]:
-    """Seconds of every step but the first two."""
+    """Seconds of every step except the first two."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     batch = json.loads((run / "batch.json").read_text())
     return [batch / line["images_per_s"] for line in lines if "loss" in line][2:]
 
 
 def train(jobs: list[dict[str, Any]], processes: int = 1) -> None:
-    """Stage-2 jobs side by side."""
+    """Run stage-2 jobs concurrently."""
     running = [start("pipelines.distill", words, processes) for words in jobs]
     for words, process in zip(jobs, running, strict=True):
         finish(process)
@@ -105,7 +105,7 @@ if dist.get_rank() == 0: print("seconds", sorted(times)[len(times) // 2])
 
 
 def all_reduce_seconds(count: int, folder: Path) -> float:
-    """A sum of `count` bytes of float32 over two processes."""
+    """Seconds of an all-reduce of `count` bytes of float32 over two processes."""
     file = folder / "all_reduce.py"
     file.write_text(ALL_REDUCE)
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -113,12 +113,12 @@ def all_reduce_seconds(count: int, folder: Path) -> float:
 
 
 def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """From the first commit to the last, of one process and of two."""
+    """Time from the first to the last commit, on one process and on two."""
     from benchmarks.scaling.simulate import CacheJob, Cluster, cache_job
 
     units = IMAGES // SHARD
-    # One process beside another that does the same, and two processes of one job: the same load on the machine.
-    side_by_side([("pipelines.cache_teacher", stage1(folder / name)) for name in ("left", "right")])
+    # Two one-process jobs load the machine like one job with two processes.
+    run_concurrently([("pipelines.cache_teacher", stage1(folder / name)) for name in ("left", "right")])
     durations = np.concatenate([np.diff(commits(folder / name)) for name in ("left", "right")])
     finish(start("pipelines.cache_teacher", stage1(folder / "pair"), 2))
     finish(start("pipelines.cache_teacher", stage1(folder / "alone")))
@@ -129,7 +129,7 @@ def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
         job = CacheJob(units=units, unit_s=float(known.mean()), unit_spread=float(known.std() / known.mean()),
                        unit_bytes=0.0, start_s=0.0)  # fmt: skip
         whole = [cache_job(job, still, processes, np.random.default_rng(seed)).seconds for seed in range(50)]
-        simulated = float(np.mean(whole)) - job.unit_s  # the first commit comes one unit after the beginning
+        simulated = float(np.mean(whole)) - job.unit_s  # the first commit happens one unit after the start
         measured = float(times[processes][-1] - times[processes][0])
         rows.append(
             {
@@ -143,9 +143,9 @@ def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def check_stage2(folder: Path, rows: list[dict[str, Any]]) -> None:
-    """A step of two processes, two micro-batches each, whose gradients are exchanged once.
+    """One step on two processes with two micro-batches each and one gradient all-reduce.
 
-    One process alone on as many micro-batches, beside another, takes what each of the two computes.
+    The compute time comes from two concurrent one-process jobs with two micro-batches per step each.
     """
     from benchmarks.scaling.simulate import Cluster, TrainJob, step_seconds
 
@@ -175,7 +175,7 @@ def check_stage2(folder: Path, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(repeats: int) -> dict[str, Any]:
-    """All comparisons, `repeats` times."""
+    """Run all comparisons `repeats` times."""
     rows: list[dict[str, Any]] = []
     before = os.getloadavg()
     for repeat in range(repeats):

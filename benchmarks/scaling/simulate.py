@@ -1,11 +1,11 @@
-"""How far do both stages scale? A simulation of 1 to 1,024 processes, checked against runs of one and two.
+"""How far do both stages scale? Simulates 1 to 1,024 processes; checked against runs on one and two.
 
     python -m benchmarks.scaling [--check] [--repeats 3]
 
-`--check` measures the demo first (`measure.py`, some minutes on two cores) and holds the simulation against
-it; without it the check of the results file stays. Stage 1 is simulated unit by unit, stage 2 step by step
-between failures. The clusters are assumptions, written into the results: durations follow from FLOPs (docs/COSTS.md)
-at the shares of a GPU's peak that `make plan` assumes, bytes are those of a default cache (docs/BENCHMARKS.md).
+`--check` first measures the demo (`measure.py`, a few minutes on two cores) and compares it with the simulation.
+Without it, the results file keeps its previous check. Stage 1 is simulated unit by unit, stage 2 step by step between
+failures. The clusters are assumptions, recorded in the results. Durations follow from FLOPs (docs/COSTS.md) at the GPU
+utilization that `make plan` assumes; sizes are those of a default cache (docs/BENCHMARKS.md).
 Writes benchmarks/results/scale-model.json and .png.
 """
 
@@ -20,50 +20,50 @@ from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, GPUS, TRAINING_UTIL
 
 RANKS = tuple(2**power for power in range(11))
 DRAWS = {"cache_job": 10, "train_job": 100}
-"""Simulations a point; the mean is shown."""
+"""Simulations per point; the mean is reported."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
-    """What the processes run on. Seconds and bytes a second."""
+    """The simulated hardware. Rates are in bytes per second."""
 
     ranks_per_node: int = 8
     slow_share: float = 0.02
-    """Share of processes that are slow from beginning to end."""
+    """Fraction of processes that are slow throughout the run."""
     slow_factor: float = 1.3
     node_mtbf_h: float = float("inf")
-    """Mean time between failures of one machine, hours."""
+    """Mean time between failures of one node, hours."""
     detect_s: float = 30.0
-    """From a failure to the new start of all processes."""
+    """Seconds from a failure to the restart of all processes."""
     storage: float = 20e9
-    """All processes together."""
+    """Bandwidth shared by all processes."""
     link: float = 25e9
-    """Each process, in an exchange of gradients."""
+    """Bandwidth per process in the gradient all-reduce."""
     latency_s: float = 10e-6
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheJob:
-    """Stage 1."""
+    """A stage-1 job."""
 
     units: int
     unit_s: float
     unit_spread: float
-    """Standard deviation of a unit's duration over its mean."""
+    """Standard deviation of a unit's duration divided by its mean."""
     unit_bytes: float
     start_s: float
-    """From the command to the first unit: imports, listing, the teacher's weights."""
+    """Seconds from the command to the first unit: imports, listing, loading the teacher."""
     finish_unit_s: float = 0.0
-    """Process 0, at the end, a unit: its sidecar into the manifest."""
+    """Seconds per unit on process 0 at the end: adds its sidecar to the manifest."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJob:
-    """Stage 2."""
+    """A stage-2 job."""
 
     steps: int
     micros: int
-    """Micro-batches of a global batch; more processes than this have nothing to do."""
+    """Micro-batches per global batch: the largest useful number of processes."""
     micro_s: float
     micro_spread: float
     update_s: float
@@ -75,18 +75,18 @@ class TrainJob:
 
 
 class Outcome(NamedTuple):
-    """One simulated job."""
+    """Result of one simulated job."""
 
     seconds: float
     useful: float
-    """Of all processes' seconds, the share in work that was kept."""
+    """Fraction of all processes' time spent on work that was kept."""
     lost: float
-    """The share in work that was thrown away."""
+    """Fraction spent on work that a failure discarded."""
     restarts: int
 
 
 def failures(cluster: Cluster, ranks: int, draw: np.random.Generator) -> Iterator[float]:
-    """Times of failures of any machine, without end."""
+    """Endless sequence of failure times of any node."""
     nodes, at = -(-ranks // cluster.ranks_per_node), 0.0
     if not np.isfinite(cluster.node_mtbf_h):
         while True:
@@ -97,24 +97,24 @@ def failures(cluster: Cluster, ranks: int, draw: np.random.Generator) -> Iterato
 
 
 def speeds(cluster: Cluster, ranks: int, draw: np.random.Generator) -> np.ndarray:
-    """Factor on every duration, a process."""
+    """Slowdown factor of each process."""
     return np.where(draw.random(ranks) < cluster.slow_share, cluster.slow_factor, 1.0)
 
 
 def cache_job(
     job: CacheJob, cluster: Cluster, ranks: int, draw: np.random.Generator, killed: Sequence[float] | None = None
 ) -> Outcome:
-    """Units handed out one at a time; a failure starts all processes anew (`NNODES=1:16`) and loses what they hold."""
+    """Processes claim units one at a time; a failure restarts all of them (`NNODES=1:16`) and discards open units."""
     slow, cuts = speeds(cluster, ranks, draw).tolist(), iter(killed) if killed else failures(cluster, ranks, draw)
     left, useful, lost, restarts, now = job.units, 0.0, 0.0, 0, 0.0
-    floor = job.unit_bytes * ranks / cluster.storage  # all write at once
+    floor = job.unit_bytes * ranks / cluster.storage  # all processes write at once
     sigma = np.sqrt(np.log1p(job.unit_spread**2))
     drawn: list[float] = []
     cut = next(cuts, float("inf"))
     while True:
         free = [(now + job.start_s, rank) for rank in range(ranks)]
         heapq.heapify(free)
-        held: list[tuple[float, float]] = []  # (end, begin) of units that are not finished at the cut
+        held: list[tuple[float, float]] = []  # (end, begin) of units that are unfinished when the failure happens
         end = now
         while left and free[0][0] < cut:
             begin, rank = heapq.heappop(free)
@@ -141,7 +141,7 @@ def cache_job(
 def step_seconds(
     job: TrainJob, cluster: Cluster, ranks: int, draw: np.random.Generator, sample: int = 400
 ) -> np.ndarray:
-    """Durations (sample,) of steps: the slowest process, then the exchange, then the update."""
+    """Durations (sample,) of steps: the slowest process, then the all-reduce, then the update."""
     each = job.micros // ranks
     noise = draw.normal(1.0, job.micro_spread / np.sqrt(each), (sample, ranks)).clip(min=0.2)
     slowest = (job.micro_s * each * speeds(cluster, ranks, draw) * noise).max(1)
@@ -159,7 +159,7 @@ def exchange_seconds(job: TrainJob, cluster: Cluster, ranks: int) -> float:
 def train_job(
     job: TrainJob, cluster: Cluster, ranks: int, draw: np.random.Generator, killed: Sequence[float] | None = None
 ) -> Outcome:
-    """Steps together; a failure takes all processes back to the last checkpoint."""
+    """Synchronous steps; after a failure all processes resume from the last checkpoint."""
     steps = step_seconds(job, cluster, ranks, draw)
     step = float(steps.mean())
     cuts = iter(killed) if killed else failures(cluster, ranks, draw)
@@ -183,16 +183,16 @@ def train_job(
 
 
 def imagenet_cache(gpu: str = "h100") -> CacheJob:
-    """ImageNet, 8 views, Swin-L: units of 512 images and 4 views."""
+    """Stage 1 on ImageNet with 8 views and Swin-L; one unit holds 512 images and 4 views."""
     views = 512 * 4
     teacher_s = views * 69e9 / (GPUS[gpu].peak_tflops * 1e12 * FORWARD_UTILIZATION)
-    drawing_s = views * 4e-3 / 12  # 4 ms a view a core (docs/COSTS.md), 12 cores a GPU
+    drawing_s = views * 4e-3 / 12  # 4 ms per view and core (docs/COSTS.md), 12 cores per GPU
     return CacheJob(units=2 * 2503, unit_s=max(teacher_s, drawing_s), unit_spread=0.1, unit_bytes=views * 100_308.0,
                     start_s=60.0, finish_unit_s=0.002)  # fmt: skip
 
 
 def imagenet_train(micros: int = 32, gpu: str = "h100") -> TrainJob:
-    """The advanced recipe of ResNet-50d: 300 epochs, micro-batches of 64, 202 M trained parameters, LAMB."""
+    """Stage 2 with the advanced recipe for ResNet-50d: 300 epochs, micro-batches of 64, 202 M parameters, LAMB."""
     parameters = 202e6
     micro_s = 64 * 130.6e9 / (GPUS[gpu].peak_tflops * 1e12 * TRAINING_UTILIZATION)
     return TrainJob(
@@ -210,7 +210,7 @@ def imagenet_train(micros: int = 32, gpu: str = "h100") -> TrainJob:
 
 
 def sweep(simulate: Any, job: Any, cluster: Cluster, ranks: Sequence[int]) -> list[dict[str, Any]]:
-    """A row a number of processes: means over simulations."""
+    """One row per number of processes, with means over the simulations."""
     rows = []
     for count in ranks:
         draws = [

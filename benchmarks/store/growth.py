@@ -1,9 +1,9 @@
-"""Do opening, starting and verifying stay cheap from 10^4 to 10^8 records?
+"""How do opening, starting and verifying a cache scale from 10^4 to 10^8 records?
 
     python -m benchmarks.store.growth [--records 4 6 8]
 
-Synthetic caches: true manifests and sidecars, shard files of the right length without content (sparse), 512 images
-and 8 views a unit. Each size runs in a process of its own, which reports seconds and its largest memory.
+Uses synthetic caches with real manifests and sidecars, and sparse shard files of the right length. One unit holds 512
+images and 8 views. Each size runs in a separate process, which reports times and peak memory.
 """
 
 import argparse
@@ -25,7 +25,7 @@ ZEROS = "0" * 64
 
 
 def make_cache(root: Path, records: int) -> None:
-    """Sidecars and a manifest of `records` views; files as long as they should be, and empty."""
+    """Write sidecars and a manifest for `records` views, with sparse shard files of the right length."""
     sys.path.append(str(ROOT / "tests" / "support"))
     from cache_facts import FINGERPRINT, cache_facts
 
@@ -74,7 +74,7 @@ def make_cache(root: Path, records: int) -> None:
 
 
 def use_cache(root: Path, verify: bool) -> dict[str, float]:
-    """What a training process does before its first batch, then the fast check."""
+    """Time what a training process does before its first batch, then the fast check."""
     from scalekd_cache.loader.order import Order, micro_batch_ids
     from scalekd_cache.store.reader import Cache
     from scalekd_cache.store.verify import verify_cache
@@ -98,7 +98,7 @@ def use_cache(root: Path, verify: bool) -> dict[str, float]:
 
 
 def measure(records: int, folder: Path) -> dict[str, Any]:
-    """Make one size and use it in a process of its own."""
+    """Make a cache of one size and measure it in a separate process."""
     root = folder / f"cache{records}"
     start = time.perf_counter()
     make_cache(root, records)
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[4, 6, 8], help="powers of ten")
-    parser.add_argument("--folder", type=Path, help="where (default: the temporary folder); 10^8 makes 420,000 files")
+    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder); 10^8 makes 420,000 files")
     parser.add_argument("--use", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.use:
@@ -122,17 +122,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for power in options.records:
             raw.append(row := measure(10**power, Path(folder)))
-            rates = f"manifest {row['manifest_bytes'] / 1e6:.2f} MB, {row['memory_MB']:.0f} MB of memory in all"
+            rates = f"manifest {row['manifest_bytes'] / 1e6:.2f} MB, peak memory {row['memory_MB']:.0f} MB"
             start = row["open"] + row["order"]
             goal = "5 s, 1 GB" if power == 8 else ""
             figures.append(
                 Measurement(
-                    f"10^{power} records: open the cache, first batch's positions", start, None, "s", rates, goal, ""
+                    f"10^{power} records: open the cache, compute the first batch's positions", start, None, "s", rates, goal, ""
                 )
             )
             per_unit = row["verify"] / max(1, -(-row["records"] // (IMAGES_PER_UNIT * VIEWS)))
-            what, rates = f"10^{power} records: `make verify`, fast", f"{1e3 * per_unit:.2f} ms a unit of 18 files"
-            figures.append(Measurement(what, row["verify"], None, "s", rates, "linear", "a stat of every file"))
+            what, rates = f"10^{power} records: `make verify`, fast", f"{1e3 * per_unit:.2f} ms per unit of 18 files"
+            figures.append(Measurement(what, row["verify"], None, "s", rates, "linear", "one stat call per file"))
     publish_table("growth", figures, {"sizes": raw, "images_per_unit": IMAGES_PER_UNIT, "views": VIEWS})
 
 

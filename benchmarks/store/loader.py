@@ -1,10 +1,10 @@
-"""Is the cache the bottleneck of training? Samples a second and core, ready for the student, beside the usual loader.
+"""Is the cache loader a bottleneck? Compares samples/s per core with a torchvision loader.
 
     python -m benchmarks.store.loader [--images 128] [--repeats 5] [--data folder]
 
-Photographs of 500x375 and 224 px views; features of Swin-T's size by default. One process, one thread, warm files:
-(a) decode the original JPEG, random resized crop, flip with torchvision (what training without a cache does);
-(b) read the cache's bytes and do nothing else. The feature part is timed by leaving pixels out and in.
+Uses 500x375 photographs and 224 px views, with Swin-T features by default. One process, one thread, warm page cache.
+Baselines: (a) torchvision decodes the original JPEG, applies a random resized crop and a flip, as training without a
+cache does; (b) only reads the bytes of the cache. The cost of features is measured by a pass without pixels.
 """
 
 import os
@@ -32,7 +32,7 @@ BATCH = 32
 
 
 def make_cache(root: Path, data: Path, images: int, teacher: str, **changes: Any) -> Cache:
-    """One view of `images` images, by stage 1 with random weights."""
+    """Cache one view of `images` images with a randomly initialized teacher."""
     config = CacheTeacherConfig(
         data=DataConfig(source=str(data), max_samples=images),
         views=ViewConfig(pixels=changes.get("pixels", "baked")),
@@ -47,7 +47,7 @@ def make_cache(root: Path, data: Path, images: int, teacher: str, **changes: Any
 
 
 def batches_of(cache: Cache) -> Callable[[], list[Batch]]:
-    """All micro-batches of an epoch, decoded on the device as training does (here the CPU)."""
+    """Load all micro-batches of one epoch and decode the features on the CPU."""
     order = Order(num_samples=len(cache), block=64, window=32, seed=0)
     dataset = MicroBatches(cache, order, BATCH, BATCH)
 
@@ -63,7 +63,7 @@ def batches_of(cache: Cache) -> Callable[[], list[Batch]]:
 
 
 def features_only(cache: Cache) -> Callable[[], None]:
-    """Records read and checked, features and logits decoded, pixels left as they are."""
+    """Read and check records, decode features and logits, and skip pixels."""
     order = Order(num_samples=len(cache), block=64, window=32, seed=0)
     dataset = MicroBatches(cache, order, BATCH, BATCH)
 
@@ -77,7 +77,7 @@ def features_only(cache: Cache) -> Callable[[], None]:
 
 
 def originals(data: Path, count: int) -> Callable[[], None]:
-    """(a): torchvision on the original files, as its reference training does."""
+    """Baseline (a): torchvision transforms on the original files, as in torchvision's reference training."""
     files = sorted((data / "train").rglob("*.jpg"))[:count]
     crop = v2.Compose([v2.RandomResizedCrop(224, antialias=True), v2.RandomHorizontalFlip()])
 
@@ -90,7 +90,7 @@ def originals(data: Path, count: int) -> Callable[[], None]:
 
 
 def bytes_only(cache: Cache) -> Callable[[], None]:
-    """(b): every byte of the cache's units, a MiB at a time."""
+    """Baseline (b): read every byte of the cache's units, 1 MiB at a time."""
     files = [path for path in Path(str(cache.root)).joinpath("units").rglob("*") if path.is_file()]
 
     def run() -> None:
@@ -109,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--teacher", default="swin_tiny_patch4_window7_224")
-    parser.add_argument("--data", type=Path, help="a folder with train/<class>/*.jpg (default: photographs made here)")
+    parser.add_argument("--data", type=Path, help="a folder with train/<class>/*.jpg (default: generated photographs)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     count = options.images // BATCH * BATCH
@@ -129,18 +129,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             "bytes": bytes_only(baked),
         }
         for action in actions.values():
-            action()  # warm files, compiled kernels
+            action()  # warm up the page cache and compiled kernels
         seconds = time_interleaved(options.repeats, **actions)
     unit = {"amount": count, "unit": "samples/s"}
     share = [a / b for a, b in zip(seconds["features"], seconds["baked"], strict=True)]
-    jpeg = "JPEG decoding of the view and its digest"
+    jpeg = "JPEG decoding and digest of the view"
     figures = [
         ratio("baked, tar / original JPEG + torchvision", seconds, "baked", "original", goal="5 x", gap=jpeg, **unit),
         ratio("baked, zarr / original JPEG + torchvision", seconds, "zarr", "original", goal="5 x", gap=jpeg, **unit),
         ratio("replayed / original JPEG + torchvision", seconds, "replayed", "original", goal="", **unit,
-              gap="the whole image is decoded; crop and resize in Pillow"),
-        ratio("baked, tar / its bytes read, nothing else", seconds, "baked", "bytes", goal="", gap=jpeg, **unit),
-        Measurement("features and logits, checked and decoded: share of the loader's time", statistics.median(share),
+              gap="decodes the whole image; crops and resizes in Pillow"),
+        ratio("baked, tar / raw read of its bytes", seconds, "baked", "bytes", goal="", gap=jpeg, **unit),
+        Measurement("features and logits, checked and decoded: fraction of the loader's time", statistics.median(share),
                (min(share), max(share)), "x", f"{count / statistics.median(seconds['features']):,.0f} samples/s, zarr "
                f"{count / statistics.median(seconds['features_zarr']):,.0f}", "at most 0.25", ""),
     ]  # fmt: skip

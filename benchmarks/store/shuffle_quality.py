@@ -1,12 +1,12 @@
-"""How well does the order of training shuffle, and how much does a process read for it?
+"""How well is the training order shuffled, and how much does each process read?
 
     python -m benchmarks.store.shuffle_quality
 
-Positions: where samples stand in an epoch, over many epochs, beside independent uniform numbers. Mixing: different
-classes in a batch, and pairs of one class within 16 batches, of a data set that is sorted by class (tars written class
-by class) and of the same in hashed order (what an image folder becomes), beside a full permutation. Training: a small
-network with BatchNorm on scikit-learn's digits sorted by class. Reading: bytes of an epoch on each of N processes, in
-records of a default cache, counted by the kernel.
+Positions: the position of samples within an epoch, over many epochs, compared with independent uniform numbers.
+Mixing: distinct classes per batch, and same-class pairs within 16 batches. Compares a data set sorted by class (tars
+written class by class), the same data set in hashed order (as for an image folder) and a full permutation.
+Training: a small network with BatchNorm on scikit-learn's digits sorted by class.
+Reading: bytes that each of N processes reads per epoch from a default cache, as counted by the kernel.
 Writes benchmarks/results/shuffle-quality.json and .png. Takes about a minute.
 """
 
@@ -37,19 +37,19 @@ from scalekd_cache.store.base import ShardId, shard_reader
 from scalekd_cache.store.sidecar import read_keys, read_unit
 
 CLASSES, EACH, BATCH, MICRO = 1000, 1281, 256, 32
-"""ImageNet's shape and the traditional recipe's batches."""
+"""ImageNet's class counts and the batch sizes of the traditional recipe."""
 SEEDS = range(8)
 
 
 def kolmogorov(positions: np.ndarray) -> float:
-    """Largest distance between the distribution of positions (0 to 1) and the uniform one."""
+    """Kolmogorov-Smirnov distance between positions (0 to 1) and the uniform distribution."""
     positions = np.sort(positions)
     ranks = np.arange(1, len(positions) + 1) / len(positions)
     return float(np.maximum(ranks - positions, positions - ranks + 1 / len(positions)).max())
 
 
 def positions(samples: int = 40_000, epochs: int = 200, chosen: int = 64) -> dict[str, Any]:
-    """Where chosen samples stand over epochs, beside as many independent uniform numbers."""
+    """Positions of chosen samples over epochs, compared with as many independent uniform numbers."""
     order, draw = Order(num_samples=samples, block=64, window=WINDOW, seed=0), np.random.default_rng(0)
     members = draw.choice(samples, chosen, replace=False)
     places = np.empty((epochs, samples), np.int64)
@@ -68,7 +68,7 @@ def positions(samples: int = 40_000, epochs: int = 200, chosen: int = 64) -> dic
 
 
 def mixing(labels: Ids, order: Order | None, batches: int = 200) -> dict[str, float]:
-    """Different classes in a batch and in a micro-batch, and how often two samples of 16 batches are of one class."""
+    """Distinct classes per batch and per micro-batch, and the rate of same-class pairs within 16 batches."""
     count = len(labels)
     ids = np.random.default_rng(1).permutation(count) if order is None else epoch_ids(order, 0, 0, count)
     seen = labels[ids[: count // BATCH * BATCH]].reshape(-1, BATCH)
@@ -84,7 +84,7 @@ def mixing(labels: Ids, order: Order | None, batches: int = 200) -> dict[str, fl
 
 
 def orders(labels: Ids) -> dict[str, tuple[Ids, Order | None]]:
-    """What is compared: (labels in canonical order, order)."""
+    """The orders to compare, as (labels in canonical order, order)."""
     hashed = np.random.default_rng(2).permutation(labels)
     wide = mixing_window(len(labels), 64, class_correlation(labels))
     plain = {"num_samples": len(labels), "block": 64, "seed": 0}
@@ -100,7 +100,7 @@ def orders(labels: Ids) -> dict[str, tuple[Ids, Order | None]]:
 
 
 class Small(nn.Sequential):
-    """Two convolutions with BatchNorm on 8x8 digits."""
+    """Two convolutions with BatchNorm for 8x8 digits."""
 
     def __init__(self) -> None:
         def layer(before: int, after: int) -> list[nn.Module]:
@@ -131,7 +131,7 @@ def accuracy(ids_of_epoch: Any, train: tuple[np.ndarray, Ids], test: tuple[np.nd
 
 
 def training() -> dict[str, dict[str, Any]]:
-    """The same network on digits sorted by class, in four orders; windows small beside the data, as on ImageNet."""
+    """Train the same network on class-sorted digits in four orders; windows are much smaller than the data set."""
     digits = load_digits()
     pixels = (digits.images[:, None] / 16 - 0.3).astype(np.float32)
     shuffled = np.random.default_rng(0).permutation(len(pixels))
@@ -165,7 +165,7 @@ def bytes_read() -> int:
 
 
 def reading(records: int = 512, ranks: tuple[int, ...] = (1, 2, 4, 8)) -> list[dict[str, Any]]:
-    """Bytes that rank 0 of N reads in an epoch of one shard, times N, over the shard's bytes."""
+    """Bytes that rank 0 of N reads in one epoch of one shard, times N, divided by the size of the shard."""
     order, rows = Order(num_samples=records, block=64, window=WINDOW, seed=0), []
     made = make_records(records)
     with tempfile.TemporaryDirectory() as folder:
@@ -190,7 +190,7 @@ def reading(records: int = 512, ranks: tuple[int, ...] = (1, 2, 4, 8)) -> list[d
 
 
 def plot(mixed: dict[str, dict[str, float]], labels: Ids, trained: dict[str, dict[str, Any]], path: Path) -> None:
-    """Classes a batch along an epoch, and what a small network learns."""
+    """Plot distinct classes per batch over an epoch, and the accuracy of the small network."""
     plt = pyplot()
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1.3, 1, 1))
@@ -204,14 +204,14 @@ def plot(mixed: dict[str, dict[str, float]], labels: Ids, trained: dict[str, dic
         axes[0].plot([len(np.unique(batch)) for batch in seen], color=color, lw=1, label=name)
     axes[0].set(
         xlabel="step",
-        ylabel=f"different classes in a batch of {BATCH}",
+        ylabel=f"distinct classes in a batch of {BATCH}",
         ylim=(0, 256),
-        title="ImageNet's shape: 1,000 classes of 1,281",
+        title="1,000 classes of 1,281 images, as in ImageNet",
     )
     axes[0].legend(fontsize=7.5, loc="lower right")
     names = [name.replace(", ", ",\n").replace(" (", "\n(") for name in mixed]
     axes[1].barh(names, [row["same_class_pairs_in_16_batches"] * CLASSES for row in mixed.values()], color="tab:gray")
-    axes[1].set(xscale="log", xlabel="pairs of one class within 16 batches, over chance", title="mixing")
+    axes[1].set(xscale="log", xlabel="same-class pairs within 16 batches, relative to chance", title="mixing")
     for number, row in enumerate(trained.values()):
         axes[2].plot([number] * len(row["top1"]), row["top1"], "o", alpha=0.5, color="tab:blue")
         axes[2].plot([number - 0.2, number + 0.2], [row["top1_mean"]] * 2, "k-")

@@ -1,9 +1,10 @@
-"""How fast is the store beside the bare disk and the bare libraries, in one run?
+"""How fast is the store, compared with the raw disk and the libraries it uses?
 
     python -m benchmarks.store.throughput [--folder DIR] [--records 512] [--views 4] [--repeats 5]
 
-Records as a default cache has them: 224 px JPEG of about 16 KB, 79,708 bytes of int8 Swin-L features, 1,004 bytes of
-logits, a view record. Every ratio compares things done in turn in each repeat. Half a minute, 2 GB of disk.
+Uses records like those of a default cache: a 224 px JPEG of about 16 KB, 79,708 bytes of int8 Swin-L features, 1,004
+bytes of logits and a view record. Every ratio compares actions timed alternately in the same run. Takes 30 s and 2 GB
+of disk.
 """
 
 import hashlib
@@ -29,14 +30,14 @@ from scalekd_cache.store.unit import UnitWriter
 
 PIECE = 1 << 20
 Measured = tuple[list[Measurement], dict[str, list[float]]]
-"""Rows of the table, and the seconds that they were made of."""
+"""Rows of the table, and the raw timings behind them."""
 SIDECARS = (".json", ".txt", ".idx")
 UNITS = 6
-"""Units in a row of the writing: the first is filled and the last committed with nothing beside it."""
+"""Units written back to back; filling the first and committing the last overlap with nothing."""
 
 
 def make_records(count: int) -> list[Record]:
-    """Records of a default cache: random JPEG bytes, features with the spread that int8 codes have."""
+    """Records like those of a default cache: random JPEG bytes, features distributed like int8 codes."""
     rng = np.random.default_rng(0)
     view = canonical_json({
         "area": [12, 34, 200, 210], "flip": True, "image_size": [500, 375], "number": 0, "size": 224,
@@ -53,7 +54,7 @@ def make_records(count: int) -> list[Record]:
 
 
 def filled_unit(root: Path, backend: str, records: list[Record], views: int, range_id: int = 0) -> UnitWriter:
-    """A unit with all its records, not committed."""
+    """An uncommitted unit with all its records."""
     writer = UnitWriter(
         root,
         backend=backend,
@@ -72,13 +73,13 @@ def filled_unit(root: Path, backend: str, records: list[Record], views: int, ran
 
 
 def write_unit(root: Path, backend: str, records: list[Record], views: int) -> Path:
-    """One committed unit through the public writer."""
+    """Write and commit one unit with the public writer."""
     assert filled_unit(root, backend, records, views).commit({})
     return unit_folder(root, 0, 0)
 
 
 def write_units(root: Path, backend: str, records: list[Record], views: int) -> None:
-    """Several, as stage 1 does: one is committed while the next is filled."""
+    """Write several units as stage 1 does: one is committed while the next is filled."""
     with CommitQueue() as commits:
         for range_id in range(UNITS):
             commits.put(filled_unit(root, backend, records, views, range_id), {}, lambda: None)
@@ -89,7 +90,7 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def copy_with_fsync(source: Path, target: Path, *, read_back: bool) -> None:
-    """What `cp` and fsync take for the same files; with `read_back` each is read from the disk again."""
+    """Copy the same files and fsync them; with `read_back`, also read each one back from disk."""
     for path in files_of(source):
         other = target / path.relative_to(source)
         other.parent.mkdir(parents=True, exist_ok=True)
@@ -105,7 +106,7 @@ def copy_with_fsync(source: Path, target: Path, *, read_back: bool) -> None:
 
 
 def writing(root: Path, backend: str, records: list[Record], views: int, repeats: int) -> Measured:
-    """The whole writer (tar or zarr, hashes, fsync, read-back, commit) against a copy of its files with fsync."""
+    """Compare the whole writer (tar or Zarr, hashes, fsync, read-back, commit) with a copy of its files and fsync."""
     first = write_unit(root / "first", backend, records, views)
     size = sum(path.stat().st_size for path in files_of(first))
 
@@ -137,19 +138,19 @@ def writing(root: Path, backend: str, records: list[Record], views: int, repeats
         for folder in root.glob("tmp*"):
             shutil.rmtree(folder)
     mega = size / 1e6
-    again = "every file is read back from the disk and hashed, every record decoded"
+    again = "reads back and hashes every file, decodes every record"
     return [
         ratio(f"write {backend}, units in a row / copy + fsync", seconds, "units", "copies", amount=UNITS * mega,
               unit="MB/s", goal="0.5", gap=again),
         ratio(f"write {backend}, units in a row / copy + fsync + read back", seconds, "units", "copies_read_back",
               amount=UNITS * mega, unit="MB/s", goal="", gap="sha256, crc32c"),
         ratio(f"write {backend}, a single unit / copy + fsync", seconds, "unit", "copy", amount=mega, unit="MB/s",
-              goal="", gap="its commit has nothing to run beside"),
+              goal="", gap="its commit overlaps with nothing"),
     ], seconds  # fmt: skip
 
 
 def random_reads(folder: Path, count: int, repeats: int) -> Measured:
-    """Whole checked records in random order against one bare pread of the same bytes each; warm page cache."""
+    """Compare checked records in random order with one plain pread of the same bytes each; warm page cache."""
     info, _ = read_unit(folder)
     reader: Any = shard_reader(info.backend, folder, ShardId(0, 0, 0), read_keys(folder, info))
     rows = np.random.default_rng(1).integers(0, info.count, count)
@@ -182,13 +183,13 @@ def random_reads(folder: Path, count: int, repeats: int) -> Measured:
         pread_blocks=bare_blocks,
     )
     os.close(descriptor)
-    gap = "crc32c of 97 KB (4 us) and 3 us of Python beside the pread (8 us): 0.65 without any Python"
+    gap = "crc32c of 97 KB (4 us) and Python (3 us) on top of the pread (8 us); 0.65 without any Python"
     one = {"amount": count, "unit": "records/s", "goal": "0.5", "gap": gap}
     return [
-        ratio("random records webdataset, 64 a call / pread", seconds, "batches", "pread", **one),
-        ratio("random records webdataset, 1 a call / pread", seconds, "single", "pread", **one),
+        ratio("random records webdataset, 64 per call / pread", seconds, "batches", "pread", **one),
+        ratio("random records webdataset, 1 per call / pread", seconds, "single", "pread", **one),
         ratio(
-            "blocks of 64 neighbors webdataset / pread",
+            "blocks of 64 adjacent records webdataset / pread",
             seconds,
             "blocks",
             "pread_blocks",
@@ -206,7 +207,7 @@ def _batches(reader: Any, rows: Any) -> None:
 
 
 def sequential_zarr(folder: Path, repeats: int) -> Measured:
-    """The features array from its first row to its last, 64 rows a call: our reader against zarr-python."""
+    """Read the features array sequentially, 64 rows per call: our reader compared with zarr-python."""
     info, _ = read_unit(folder)
     count, path = info.count, folder / "v0000.zarr"
     plain: Any = zarr.open_group(path, mode="r")["features"]
@@ -229,7 +230,7 @@ def sequential_zarr(folder: Path, repeats: int) -> Measured:
 
 
 def verification(folders: dict[str, Path], repeats: int) -> Measured:
-    """The two passes of `make verify DEEP=1` on one core, warm; the bare sha256 of this machine beside the first."""
+    """The two passes of `make verify DEEP=1` on one core, warm; plain sha256 for comparison."""
     figures, all_seconds = [], {}
     for backend, folder in folders.items():
         info, _ = read_unit(folder)
@@ -245,7 +246,7 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
             sha256=lambda blob=blob: hashlib.sha256(blob).digest(),  # type: ignore[misc]
         )
         bare = len(blob) / 1e9 / statistics.median(seconds["sha256"])
-        for name, goal, gap in (("hash", "1 GB/s a core", f"sha256 alone {bare:.2f} GB/s"), ("decode", "", "")):
+        for name, goal, gap in (("hash", "1 GB/s per core", f"plain sha256 {bare:.2f} GB/s"), ("decode", "", "")):
             rates = [size / 1e9 / value for value in seconds[name]]
             figures.append(
                 Measurement(
@@ -263,19 +264,19 @@ def verification(folders: dict[str, Path], repeats: int) -> Measured:
 
 
 def overhead(backend: str, folder: Path) -> Measurement:
-    """Headers, padding, index and sidecars of a unit, in percent of all its bytes."""
+    """Headers, padding, index and sidecars of a unit, in percent of its total bytes."""
     info, _ = read_unit(folder)
     total = sum(path.stat().st_size for path in files_of(folder))
     sidecars = sum(path.stat().st_size for path in files_of(folder) if path.suffix in SIDECARS)
     share = 100 * (total - sum(info.payload_bytes.values())) / total
-    rates = f"of {total / info.count / len(info.views):,.0f} bytes a view, sidecars {100 * sidecars / total:.2f} %"
-    return Measurement(f"not payload, {backend}", share, None, "%", rates, "8 %", "")
+    rates = f"of {total / info.count / len(info.views):,.0f} bytes per view, sidecars {100 * sidecars / total:.2f} %"
+    return Measurement(f"overhead, {backend}", share, None, "%", rates, "8 %", "")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary one)")
+    parser.add_argument("--folder", type=Path, help="a folder on the disk to measure (default: the temporary folder)")
     parser.add_argument("--records", type=int, default=512)
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,10 +1,10 @@
-"""What does activation checkpointing save, and what does it cost?
+"""How much memory does activation checkpointing save, and how much time does it cost?
 
     python -m benchmarks.training.activation_checkpointing [--batch 16]
 
-Counted: what autograd keeps in a step of student, heads and Swin-L's tail (`planning/costs.py`, meta device).
-Measured: peak memory of a process that makes two steps of the student alone at 224 px in float32, over that of a
-process that only builds it, and the seconds of the second step. Prints a Markdown table.
+Counted: the bytes that autograd keeps in one step of student, heads and Swin-L's tail (`planning/costs.py`, meta
+device). Measured: peak memory of a process that runs two steps of the student without heads at 224 px in float32, minus
+that of a process that only builds it; and the time of the second step. Prints a Markdown table.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def steps(name: str, on: bool, batch: int, count: int) -> tuple[float, float]:
 
 
 def measured(name: str, on: bool, batch: int) -> tuple[float, float]:
-    """The same in processes of their own: seconds, and bytes over those of the model alone."""
+    """Seconds per step, and peak memory in bytes above that of the bare model; each in a separate process."""
     found = []
     for count in (0, 2):
         module = ("-m", "benchmarks.training.activation_checkpointing")
@@ -63,7 +63,7 @@ def main() -> None:
         print(*steps(options.one[0], options.one[1] == "1", int(options.one[2]), int(options.one[3])))
         return
     print(f"batch of {options.batch}, float32")
-    print("| student | checkpointing | student, heads, tail: autograd keeps | student alone: measured | CPU s a step |")
+    print("| student | checkpointing | student, heads, tail: kept by autograd | student only: peak | CPU s per step |")
     print("|---|---|---|---|---|")
     for name in STUDENTS:
         for on in (False, True):

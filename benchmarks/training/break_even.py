@@ -1,9 +1,10 @@
-"""When has a cache paid for itself? S students from one cache against S live trainings, measured small, extrapolated.
+"""When does a cache break even? Compares S students trained from one cache with S live trainings.
 
     python -m benchmarks.training.break_even [--students resnet18 mobilenetv1_100] [--epochs 2] [--data folder]
 
-Measured: whole commands on the same data, in wall time: one `cache-teacher` and a `distill` a student, against a
-`distill TARGETS=live` a student. Extrapolated: ImageNet with Swin-L, from FLOPs (`make costs`) at one assumed rate.
+Measured: wall time of whole commands on the same small data set: one `cache-teacher` plus one `distill` per student,
+against one `distill TARGETS=live` per student. Extrapolated: ImageNet with Swin-L, from FLOPs (`make costs`) at one
+assumed rate.
 """
 
 import statistics
@@ -29,11 +30,11 @@ TEACHER = "swin_tiny_patch4_window7_224"
 BIG, BIG_TEACHER = ("resnet50", "mobilenetv1_100", "vit_small_patch16_224"), "swin_large_patch4_window7_224"
 IMAGES, EPOCHS, VIEWS = 1_281_167, 300, 30
 RATE = 200e12
-"""Assumed: FLOP a second that an H100 reaches in bf16 on these models, 20 % of its peak. It cancels in ratios."""
+"""Assumed FLOP/s of an H100 in bf16 on these models, 20 % of its peak. It cancels out in ratios."""
 
 
 def command(name: str, options: Mapping[str, object]) -> None:
-    """One whole command, quiet."""
+    """Run one whole command without its output."""
     run_python("-m", f"pipelines.{name}", *option_words(options))
 
 
@@ -69,7 +70,7 @@ def measure(folder: Path, data: Path, students: Sequence[str], epochs: int, batc
 
 
 def random_weights(file: Path, data: Path) -> None:
-    """The same teacher for cache and live runs; what it knows does not matter for time."""
+    """Write one randomly initialized teacher for cached and live runs; its accuracy does not affect timing."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -81,7 +82,7 @@ def random_weights(file: Path, data: Path) -> None:
 
 
 def imagenet() -> list[dict[str, float]]:
-    """GPU-hours of 1 to 10 students, from one cache and live: FLOPs over the assumed rate."""
+    """GPU-hours of 1 to 10 students, cached and live: FLOPs divided by the assumed rate."""
     rows = []
     costs = [pair_costs(BIG_TEACHER, student) for student in BIG]
     teacher = costs[0].teacher.total
@@ -95,13 +96,13 @@ def imagenet() -> list[dict[str, float]]:
 
 
 def chart(rows: list[dict[str, float]], file: Path) -> None:
-    """GPU-hours against the number of students."""
+    """Plot GPU-hours against the number of students."""
     plt = pyplot()
 
     figure, axes = plt.subplots(figsize=(6.4, 4))
     numbers = [row["students"] for row in rows]
     for name, label, marker in (
-        ("live_gpu_hours", "teacher beside every student", "s"),
+        ("live_gpu_hours", "live teacher in every training", "s"),
         ("cached_gpu_hours", f"one cache of {VIEWS} views", "o"),
     ):
         axes.plot(numbers, [row[name] for row in rows], marker=marker, label=label)
@@ -124,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=48)
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument(
-        "--data", type=Path, help="class folders under train/ and val/ (default: photographs made here)"
+        "--data", type=Path, help="class folders under train/ and val/ (default: generated photographs)"
     )
     options = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
@@ -142,23 +143,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     size = f"{options.epochs} epochs of {options.images} images, {options.epochs} views"
     figures = [
         Measurement(
-            f"{len(live)} students: live / one cache and students from it, wall time",
+            f"{len(live)} students: live / one cache plus cached, wall time",
             sum(live) / total,
             None,
             "x",
-            f"{sum(live):.0f} s beside {seconds['cache']:.0f} + {sum(cached):.0f} s; {size}",
+            f"{sum(live):.0f} s vs {seconds['cache']:.0f} + {sum(cached):.0f} s; {size}",
             "",
-            "imports, evaluation, export are in both; every epoch has a view of its own: one student reuses nothing",
+            "both include imports, evaluation and export; each epoch has its own view, so one student reuses nothing",
         ),
-        Measurement("median student: live / from the cache", statistics.median(gains), None, "x", each, "", ""),
+        Measurement("median student: live / cached", statistics.median(gains), None, "x", each, "", ""),
         Measurement(
             "extrapolated: 8 students on ImageNet with Swin-L, live / cached",
             many["live_gpu_hours"] / many["cached_gpu_hours"],
             None,
             "x",
-            f"{many['live_gpu_hours']:,.0f} beside {many['cached_gpu_hours']:,.0f} H100 hours",
+            f"{many['live_gpu_hours']:,.0f} vs {many['cached_gpu_hours']:,.0f} H100 hours",
             "",
-            f"300 epochs, {VIEWS} views, all at 200 TFLOP/s; pays from student {after}",
+            f"300 epochs, {VIEWS} views, all at 200 TFLOP/s; breaks even at student {after}",
         ),
     ]
     raw = {"options": {name: str(value) for name, value in vars(options).items()}, "seconds": seconds, "imagenet": rows}

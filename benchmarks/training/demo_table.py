@@ -1,8 +1,9 @@
-"""What does distillation give on the demo? A student distilled against the same student alone, at equal steps.
+"""How much does distillation gain on the demo? Compares a distilled student with a labels-only baseline.
 
     python -m benchmarks.training.demo_table [--student resnet18] [--seeds 0 1 2] [--epochs 3]
 
-Uses the commands a user types. Writes benchmarks/results/demo-<student>.json and prints a Markdown table.
+Both run the same number of steps with the normal commands. Writes benchmarks/results/demo-<student>.json and prints a
+Markdown table.
 """
 
 import json
@@ -16,7 +17,7 @@ from benchmarks.harness import argument_parser, write_results
 
 
 def run(student: str, targets: str, seed: int, epochs: int, cache: str, folder: Path) -> dict[str, object]:
-    """One training run through `pipelines.distill`; a finished run is not done again."""
+    """Run `pipelines.distill` once; a finished run is reused."""
     command = [
         sys.executable, "-m", "pipelines.distill", "--student.name", student, "--cache", cache, "--run", str(folder),
         "--train.targets", targets, "--train.seed", str(seed), "--train.epochs", str(epochs),
@@ -28,7 +29,7 @@ def run(student: str, targets: str, seed: int, epochs: int, cache: str, folder: 
 
 
 def row(name: str, runs: list[dict[str, float]]) -> str:
-    """One line of the table: mean and spread over seeds."""
+    """One table row: mean and standard deviation over seeds."""
     top1 = [summary["top1"] for summary in runs]
     rate = statistics.median(summary["images_per_s"] for summary in runs)
     spread = statistics.stdev(top1) if len(top1) > 1 else 0.0

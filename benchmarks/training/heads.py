@@ -1,11 +1,10 @@
-"""Are the faithful heads as fast as the hardware allows? Ours beside a literal transcription, and the lite ones.
+"""How fast are the ScaleKD heads? Compares ours with a literal transcription of upstream and with the lite heads.
 
     python -m benchmarks.training.heads [--device cuda] [--batch 4] [--repeats 5]
 
-Forward and backward of the heads and losses alone, maps of a ResNet-50 with Swin-L (a smaller teacher on a CPU), same
-dtype, same compile setting, same results (tests/scalekd/test_parity.py). The transcription is
-tests/support/upstream_reference.py's;
-the limit is the rate that a plain matrix product reaches in the same run.
+Times forward and backward of heads and losses only, on ResNet-50 and Swin-L feature maps (a smaller teacher on a CPU).
+Dtype, compile setting and results are the same for all (tests/scalekd/test_parity.py). The transcription is in
+tests/support/upstream_reference.py. The upper limit is the rate of a plain matrix product in the same run.
 """
 
 import statistics
@@ -26,7 +25,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 from upstream_reference import FreqMaskingDistillLoss
 
 PRODUCT = 1024
-"""Side of the matrix product that stands for what the machine can do."""
+"""Matrix size of the product that measures the peak rate of the machine."""
 
 
 def inputs(
@@ -56,7 +55,7 @@ def ours(
 
 
 def transcription(taps: Any, middle: Any, out: Any, tail: torch.nn.Module, maps: list[Tensor]) -> Callable[[], Tensor]:
-    """Upstream's modules as they are written: each projector on its own, DCT and back for the frequency loss."""
+    """Upstream's modules as written: one pass per projector, DCT and inverse DCT for the frequency loss."""
     s3, s4, target = maps
     device = s3.device
     grids = [shape[1:] for shape in (*taps, middle, out)]
@@ -79,7 +78,7 @@ def transcription(taps: Any, middle: Any, out: Any, tail: torch.nn.Module, maps:
 
 
 class Merge(torch.nn.Module):
-    """A tail that costs nothing worth counting: patches of 2x2 averaged, channels doubled."""
+    """A tail of negligible cost: averages 2x2 patches and doubles the channels."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, 2 C, H / 2, W / 2)."""
@@ -145,12 +144,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     counts = ", ".join(f"{name} {count / batch / 1e9:.1f}" for name, count in flops.items())
     figures = [
         ratio(f"heads, ours / transcription ({shapes})", seconds, "ours", "transcription", amount=batch,
-              unit="images/s", goal="as fast as can be", gap=f"GFLOP an image, forward and backward: {counts}"),
-        ratio("lite heads / faithful ones, without the tail", seconds, "lite", "ours", amount=batch, unit="images/s",
-              goal="4 with the tail", gap="normalization and losses do not shrink; the tail's one pass is the rest"),
-        Measurement("heads, rate of our FLOPs / that of a plain matrix product", statistics.median(reached),
+              unit="images/s", goal="highest", gap=f"GFLOP per image, forward and backward: {counts}"),
+        ratio("lite heads / ours, without the tail", seconds, "lite", "ours", amount=batch, unit="images/s",
+              goal="4 with the tail", gap="normalization and losses cost the same; the tail adds one pass"),
+        Measurement("heads, our FLOP/s / plain matrix product", statistics.median(reached),
                (min(reached), max(reached)), "x", f"{peak / 1e9:,.0f} GFLOP/s", "1",
-               "3x3 convolutions, normalization, softmax; memory traffic between them"),
+               "3x3 convolutions, normalization, softmax, memory traffic"),
     ]  # fmt: skip
     publish_table(
         "heads-gpu" if gpu else "heads", figures, {"options": vars(options), "flops": flops, "seconds": seconds}

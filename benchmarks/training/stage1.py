@@ -1,10 +1,10 @@
-"""Does stage 1 run at the teacher's rate? Images a second of cache-teacher over the bare forward pass, in one run.
+"""Is stage 1 as fast as the teacher? Compares images/s of cache-teacher with the plain forward pass.
 
     python -m benchmarks.training.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 80] [--views 2]
         [--workers 1]
 
-The bare teacher sees ready uint8 batches of the same shape and precision. Stage 1 decodes photographs, draws views,
-encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Same teacher threads in both.
+The plain teacher gets ready uint8 batches of the same shape and precision. Stage 1 decodes photographs, samples views,
+encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Both use the same number of threads.
 """
 
 import os
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, tuple[Any, Any]] = {
     "batch": (32, 256),
     "workers": (1, max(1, (os.cpu_count() or 2) - 1)),
 }
-"""On a CPU, on a GPU."""
+"""Default on a CPU, default on a GPU."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -40,15 +40,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argument_parser(__doc__)
     parser.add_argument("--device", default="cpu")
     for name, (cpu, gpu) in DEFAULTS.items():
-        parser.add_argument(f"--{name}", type=type(cpu), help=f"default {cpu}, on a GPU {gpu}")
+        parser.add_argument(f"--{name}", type=type(cpu), help=f"default {cpu}; on a GPU {gpu}")
     parser.add_argument("--views", type=int, default=2)
-    parser.add_argument("--threads", type=int, default=1, help="of the teacher; a worker has one of its own")
+    parser.add_argument("--threads", type=int, default=1, help="threads of the teacher; each worker has its own thread")
     parser.add_argument("--repeats", type=int, default=2)
     options = parser.parse_args(argv)
     for name, values in DEFAULTS.items():
         if getattr(options, name) is None:
             setattr(options, name, values[options.device.startswith("cuda")])
-    assert options.images * options.views % options.batch == 0, "whole batches, so that both do the same"
+    assert options.images * options.views % options.batch == 0, "images x views must be a multiple of the batch size"
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)
     process = Process(0, 1, device)
@@ -83,14 +83,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     rates = [b / a for a, b in zip(seconds["stage1"], seconds["bare"], strict=True)]
     goal = "0.97" if device.type == "cuda" else "0.93"
     rates_s = [f"{views / statistics.median(seconds[name]):.1f}" for name in ("stage1", "bare")]
-    what = f"stage 1 / bare teacher, {options.teacher}, {options.threads} threads, {options.workers} workers"
-    gap = "features are encoded and compared on the same cores; workers start anew each round"
+    what = f"stage 1 / plain teacher, {options.teacher}, {options.threads} threads, {options.workers} workers"
+    gap = "encodes and checks features on the same cores; restarts workers in each repeat"
     figure = Measurement(
         what,
         statistics.median(rates),
         (min(rates), max(rates)),
         "x",
-        f"{rates_s[0]} beside {rates_s[1]} views/s",
+        f"{rates_s[0]} vs {rates_s[1]} views/s",
         goal,
         gap,
     )

@@ -1,8 +1,8 @@
-"""How long until something happens: imports, light commands, the first step of a further student.
+"""How long does startup take: imports, light commands, the first step of another student?
 
     python -m benchmarks.training.startup [--repeats 5]
 
-Whole processes, in turn with a bare interpreter. Uses a cache and a run of the demo in a temporary folder.
+Times whole processes alternately with an empty interpreter. Makes a demo cache and a demo run in a temporary folder.
 """
 
 import statistics
@@ -31,7 +31,7 @@ LIGHT = {
 
 
 def first_step(cache: Path, run: Path) -> tuple[float, float]:
-    """Seconds from the start of `distill` to its first logged step, and those of importing what it imports."""
+    """Seconds from the start of `distill` to its first logged step, and seconds of its imports."""
     command = [sys.executable, "-m", "pipelines.distill", "--cache", str(cache), "--student.name", "resnet18",
                "--run", str(run), "--train.epochs", "1", "--train.log_every", "1"]  # fmt: skip
     started = time.perf_counter()
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         spent = [a - b for a, b in zip(seconds[name], seconds["bare"], strict=True)]
         goal = "0.3 s, without torch" if name == "package" else "without torch and deepspeed"
         what = "import scalekd_cache" if name == "package" else name
-        rates = f"over an empty interpreter of {statistics.median(seconds['bare']):.2f} s"
+        rates = f"minus an empty interpreter, {statistics.median(seconds['bare']):.2f} s"
         figures.append(Measurement(what, statistics.median(spent), (min(spent), max(spent)), "s", rates, goal, ""))
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "cache"
@@ -81,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> None:
             statistics.median(after),
             (min(after), max(after)),
             "s",
-            f"imports {statistics.median([imports for _, imports in steps]):.1f} s more",
+            f"imports {statistics.median([imports for _, imports in steps]):.1f} s extra",
             "15 s",
-            "the first step itself, and DeepSpeed's engine",
+            "the first step, DeepSpeed's engine",
         )
     )
     publish_table("startup", figures, {"repeats": repeats, "seconds": seconds, "first_step": steps})

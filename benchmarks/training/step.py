@@ -1,12 +1,12 @@
-"""What does a distillation step cost beside the student alone, where does it go, and does the cache hold it up?
+"""What does a distillation step cost compared with the baseline, which parts dominate, and is the cache a bottleneck?
 
     python -m benchmarks.training.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 4] [--device cuda]
 
-One process without DeepSpeed, SGD, the same micro-batch for all, in turn:
-alone (labels only); free (ScaleKD heads and random targets that lie on the device); cached (targets and pixels from a
-cache, through the real loader); live (pixels from the cache, the teacher runs); teacher (its forward pass alone).
-Peak memory is that of a fresh process that makes two steps of one kind: its resident set on a CPU (the first pair
-only), what PyTorch allocated on a GPU.
+One process without DeepSpeed, SGD, the same micro-batch for all kinds of steps, timed alternately:
+baseline (labels only), synthetic (ScaleKD heads, random targets already on the device), cached (targets and pixels
+through the real loader), live (pixels from the cache, targets from the teacher), teacher (forward pass only).
+Peak memory comes from a fresh process that runs two steps of one kind: resident memory on a CPU (first pair only),
+memory allocated by PyTorch on a GPU.
 """
 
 import multiprocessing
@@ -43,19 +43,19 @@ GPU_PAIRS = [
 ]
 
 
-KINDS = ("alone", "free", "cached", "live", "teacher")
+KINDS = ("baseline", "synthetic", "cached", "live", "teacher")
 PARTS = ("loader", "decoding", "forward", "backward", "optimizer")
-"""Of a cached step, in order."""
+"""Parts of a cached step, in order."""
 
 
-def forever(cache: Cache, batch: int, workers: int) -> CacheLoader:
-    """More micro-batches than a benchmark asks for."""
+def endless_loader(cache: Cache, batch: int, workers: int) -> CacheLoader:
+    """A loader with more micro-batches than a benchmark uses."""
     order = Order(num_samples=len(cache), block=64, window=32, seed=0)
     return CacheLoader(cache, order, epochs=100_000, global_batch=batch, micro_batch=batch, workers=workers)
 
 
 class Stopwatch:
-    """Seconds between its marks, by name; waits for a GPU."""
+    """Seconds between marks, by name; synchronizes a GPU first."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self._at = device, {name: [] for name in PARTS}, 0.0
@@ -73,7 +73,7 @@ class Stopwatch:
 
 def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device: torch.device, workers: int,
           kinds: Sequence[str] = KINDS) -> tuple[dict[str, Callable[[], None]], Stopwatch]:  # fmt: skip
-    """One optimizer step of each kind, on one model with heads and one without; and where the cached ones went."""
+    """One optimizer step of each kind, on a model with heads and one without; and the time of each part of cached steps."""
     manifest = cache.manifest
     config = DistillConfig(
         student=StudentConfig(name=student_name),
@@ -86,15 +86,15 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
     exact = make_codec("float32", spec.feature_shape)
     both, watch = {}, Stopwatch(device)
-    for with_heads in {kind != "alone" for kind in kinds}:
+    for with_heads in {kind != "baseline" for kind in kinds}:
         student = build_student(config.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
         heads = make_heads(config, student, tail) if with_heads else None
         model = DistillModel(config, student, heads).to(device).train()
         both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))
-    batches = iter(forever(cache, batch, workers))
-    loader = forever(cache, batch, workers)
+    batches = iter(endless_loader(cache, batch, workers))
+    loader = endless_loader(cache, batch, workers)
     first = next(iter(loader)).to(device)
-    free = Targets(torch.randn(batch, *spec.feature_shape, device=device),
+    synthetic = Targets(torch.randn(batch, *spec.feature_shape, device=device),
                    torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
                    torch.randn(batch, classes, device=device))  # fmt: skip
 
@@ -129,8 +129,8 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
             torch.cuda.synchronize()
 
     actions = {
-        "alone": lambda: step(None, first.images, first.labels, Stopwatch(device)),
-        "free": lambda: step(free, first.images, first.labels, Stopwatch(device)),
+        "baseline": lambda: step(None, first.images, first.labels, Stopwatch(device)),
+        "synthetic": lambda: step(synthetic, first.images, first.labels, Stopwatch(device)),
         "cached": cached,
         "live": live,
         "teacher": forward,
@@ -139,7 +139,7 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
 
 
 def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, device: str) -> int:
-    """The most memory that this process, a fresh one, has needed after two steps of one kind."""
+    """Peak memory of this fresh process after two steps of one kind."""
     torch.set_num_threads(1)
     actions, _ = steps(student, teacher, batch, Cache.open(cache), torch.device(device), 0, (kind,))
     for _ in range(2):
@@ -150,7 +150,7 @@ def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, d
 
 
 def peaks(*where: object) -> dict[str, int]:
-    """`peak_bytes` of cached and live steps, each in a process of its own."""
+    """`peak_bytes` of cached and live steps, each in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
         return {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("cached", "live")}
 
@@ -189,37 +189,37 @@ def main(argv: Sequence[str] | None = None) -> None:
         raw[f"{student} {teacher}"] = {**seconds, "parts of cached": watch.seconds, "peak_bytes": memory}
         ceiling = pair_costs(teacher, student).ceiling
         pair = f"{student}, {teacher.partition('_patch')[0]}"
-        figures += figures_of(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
-        figures += [where_it_goes(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
+        figures += pair_rows(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
+        figures += [breakdown_row(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
     publish_table("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
 
 
-def figures_of(
+def pair_rows(
     pair: str, batch: int, seconds: dict[str, list[float]], ceiling: float, *, gpu: bool
 ) -> list[Measurement]:
-    """The table's rows of a pair."""
+    """Table rows of one student-teacher pair."""
     cost = {name: statistics.median(values) for name, values in seconds.items()}
-    over = [a / b for a, b in zip(seconds["cached"], seconds["free"], strict=True)]
+    over = [a / b for a, b in zip(seconds["cached"], seconds["synthetic"], strict=True)]
     parts = ", ".join(f"{name} {1e3 * value / batch:.1f}" for name, value in cost.items())
-    limit = (cost["free"] + cost["teacher"]) / cost["free"]
+    limit = (cost["synthetic"] + cost["teacher"]) / cost["synthetic"]
     gain = [a / b for a, b in zip(seconds["live"], seconds["cached"], strict=True)]
-    rows = [Measurement(f"{pair}: cached / free targets", statistics.median(over), (min(over), max(over)), "x",
-                   f"ms an image: {parts}", "at most 1.02" if gpu else "at most 1.05",
+    rows = [Measurement(f"{pair}: cached / synthetic targets", statistics.median(over), (min(over), max(over)), "x",
+                   f"ms per image: {parts}", "at most 1.02" if gpu else "at most 1.05",
                    "JPEG decoding in the same process"),
             Measurement(f"{pair}: live / cached", statistics.median(gain), (min(gain), max(gain)), "x",
-                   f"limit of this run {limit:.2f}, by FLOPs {ceiling:.2f}", f"at least {0.95 * limit:.2f}", ""),
+                   f"upper limit {limit:.2f} in this run, {ceiling:.2f} by FLOPs", f"at least {0.95 * limit:.2f}", ""),
             ]  # fmt: skip
-    what, gap = f"{pair}: the student alone / free targets", "heads and tail: `make costs`"
-    rows.append(ratio(what, seconds, "alone", "free", amount=batch, unit="images/s", goal="", gap=gap))
+    what, gap = f"{pair}: baseline / synthetic targets", "heads and tail (`make costs`)"
+    rows.append(ratio(what, seconds, "baseline", "synthetic", amount=batch, unit="images/s", goal="", gap=gap))
     return rows
 
 
-def where_it_goes(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Measurement:
-    """What a cached step is made of, and how much of it a student alone would take."""
-    total, alone = sum(parts.values()), statistics.median(seconds["alone"])
+def breakdown_row(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Measurement:
+    """Breakdown of a cached step, and the fraction that a baseline step would take."""
+    total, baseline = sum(parts.values()), statistics.median(seconds["baseline"])
     shares = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
-    return Measurement(f"{pair}: a cached step", 1e3 * total / batch, None, "ms an image", shares, "",
-                  f"the student alone {100 * alone / total:.0f} % of it, the rest heads, tail and losses")  # fmt: skip
+    return Measurement(f"{pair}: a cached step", 1e3 * total / batch, None, "ms per image", shares, "",
+                  f"the baseline takes {100 * baseline / total:.0f} %; heads, tail and losses the rest")  # fmt: skip
 
 
 def memory_row(pair: str, memory: dict[str, int]) -> Measurement:
@@ -232,7 +232,7 @@ def memory_row(pair: str, memory: dict[str, int]) -> Measurement:
         "x",
         sizes,
         "",
-        "student, heads, their gradients and what autograd keeps are in both",
+        "both include student, heads, gradients and activations",
     )
 
 
