@@ -190,7 +190,9 @@ def main() -> None:
     parser.add_argument("--name", default="demo")
     parser.add_argument("--views", type=int, default=512, help="maximum number of views to fit, and to measure")
     parser.add_argument("--measured", type=int, help="maximum number of views to measure (default: same as --views)")
-    parser.add_argument("--noises", type=float, nargs="*", default=NOISES, help="more operating points of the transform codec")
+    parser.add_argument(
+        "--noises", type=float, nargs="*", default=NOISES, help="more operating points of the transform codec"
+    )
     options = parser.parse_args()
     torch.set_num_threads(1)
     if options.features is not None:

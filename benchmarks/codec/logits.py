@@ -3,8 +3,8 @@
     python -m benchmarks.codec.logits --cache DIR --head teacher.safetensors [--views 512] [--top-k 3]
 
 The cache must hold float32 features; its logits are then exact. The head file holds the teacher's `head.fc.weight` and
-`.bias`, applied to the mean of its last map. Top-k stores the exact logits of k classes and the total probability of the
-rest. Its row shows the KL of a reader that spreads the rest evenly; the training loss does not do that
+`.bias`, applied to the mean of its last map. Top-k stores the exact logits of k classes and the total probability of
+the rest. Its row shows the KL of a reader that spreads the rest evenly; the training loss does not do that
 (`partial_logit_loss`). Codecs are fitted on half of the views and measured on the other half.
 Writes benchmarks/results/logits-<name>.json.
 """

@@ -121,11 +121,11 @@ def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
     run_concurrently([("pipelines.cache_teacher", stage1(folder / name)) for name in ("left", "right")])
     durations = np.concatenate([np.diff(commits(folder / name)) for name in ("left", "right")])
     finish(start("pipelines.cache_teacher", stage1(folder / "pair"), 2))
-    finish(start("pipelines.cache_teacher", stage1(folder / "alone")))
-    alone = np.diff(commits(folder / "alone"))
-    times = {1: commits(folder / "alone"), 2: commits(folder / "pair")}
+    finish(start("pipelines.cache_teacher", stage1(folder / "single")))
+    single = np.diff(commits(folder / "single"))
+    times = {1: commits(folder / "single"), 2: commits(folder / "pair")}
     still = Cluster(slow_share=0.0, storage=1e15)
-    for processes, known in ((1, alone[: units // 2]), (2, durations)):
+    for processes, known in ((1, single[: units // 2]), (2, durations)):
         job = CacheJob(units=units, unit_s=float(known.mean()), unit_spread=float(known.std() / known.mean()),
                        unit_bytes=0.0, start_s=0.0)  # fmt: skip
         whole = [cache_job(job, still, processes, np.random.default_rng(seed)).seconds for seed in range(50)]
@@ -149,7 +149,7 @@ def check_stage2(folder: Path, rows: list[dict[str, Any]]) -> None:
     """
     from benchmarks.scaling.simulate import Cluster, TrainJob, step_seconds
 
-    cache, micros = folder / "alone", GLOBAL // MICRO
+    cache, micros = folder / "single", GLOBAL // MICRO
     half = [stage2(cache, folder / name, GLOBAL // 2) for name in ("left-half", "right-half")]
     train(half)
     known = [second for words in half for second in steps(words["run"])]

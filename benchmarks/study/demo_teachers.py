@@ -1,6 +1,6 @@
-"""The demo's teacher at half and at twice its width, known to timm by name: what the study asks about teacher size.
+"""Registers the demo's teacher at half and at twice its width with timm, for the study's question on teacher size.
 
-In: an import. Out: timm models. Invariant: but for their width they are the demo's teacher, and are trained as it is.
+In: an import. Out: timm models. Invariant: apart from the width, model and training are those of the demo's teacher.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ WIDTHS: dict[str, dict[str, Any]] = {
     "study_swin_16": {"embed_dim": 16, "num_heads": [1, 1, 2]},
     "study_swin_64": {"embed_dim": 64, "num_heads": [2, 4, 8]},
 }
-"""Arguments beyond `demo_teacher_args` (embed_dim 32): maps of 64 and 256 channels instead of 128."""
+"""Arguments that override `demo_teacher_args` (embed_dim 32): maps of 64 and 256 channels instead of 128."""
 
 
 def _swin(name: str, options: dict[str, Any]) -> nn.Module:

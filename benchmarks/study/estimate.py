@@ -1,7 +1,7 @@
 """Estimates the time and disk space of a study.
 
-In: settings and what is done of them. Out: a table: runs, minutes, disk. Invariant: times come from finished runs of
-the same kind where there are any, else from real steps of the student with its heads, measured with random weights.
+In: settings and their result lines. Out: printed runs, minutes and disk space. Invariant: times come from finished runs
+of the same kind if there are any, else from measured training steps with random weights.
 """
 
 import time
@@ -14,18 +14,18 @@ from benchmarks.study.plan import ARMS, CACHES, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, read_lines
 
 START_S = 5.0
-"""A run's evaluation, export and checkpoints."""
+"""Seconds per run for evaluation, export and checkpoints."""
 
 
 def seconds_of(run: Run, lines: Sequence[Line]) -> float | None:
-    """Mean wall time of finished runs of the same student and targets; None when there is none."""
+    """Mean wall time of finished runs of the same student and targets; None if there are none."""
     kind = (run.student, ARMS[run.arm].targets)
     walls = [line["wall_s"] for line in lines if (line["student"], ARMS[line["arm"]].targets) == kind]
     return sum(walls) / len(walls) if walls else None
 
 
 def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], float]:
-    """Seconds of a step by targets, and bytes of a view's features in int8."""
+    """Seconds per step by kind of targets, and bytes per view of int8 features."""
     from pipelines.command import parse
     from scalekd_cache.config.recipes import recipe_section
     from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
@@ -55,15 +55,15 @@ def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], fl
     for kind in ("none", "cached"):
         heads = make_heads(config, model, tail) if kind == "cached" else None
         whole: Any = DistillModel(config, model, heads).to(device)
-        seconds[kind] = _least(lambda: whole(images, labels, targets if heads else None, tail).total.backward())  # noqa: B023
+        seconds[kind] = _min_seconds(lambda: whole(images, labels, targets if heads else None, tail).total.backward())  # noqa: B023
     with torch.no_grad():
-        seconds["live"] = seconds["cached"] + _least(lambda: teacher(images))
+        seconds["live"] = seconds["cached"] + _min_seconds(lambda: teacher(images))
     micros = config.train.global_batch_size // batch
     return {kind: value * micros for kind, value in seconds.items()}, float(torch.tensor(shape).prod())
 
 
-def _least(call: Any) -> float:
-    """The faster of two calls after one that is not counted."""
+def _min_seconds(call: Any) -> float:
+    """Minimum time of two calls after one warm-up call."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -75,7 +75,7 @@ def _least(call: Any) -> float:
 
 
 def images_of(setting: Setting, data: str | None) -> int:
-    """Training images of a setting."""
+    """Number of training images of a setting."""
     from scalekd_cache.config.stage1 import DataConfig
     from scalekd_cache.data.source import open_source
 
@@ -84,17 +84,17 @@ def images_of(setting: Setting, data: str | None) -> int:
     return min([len(source.samples), *limits])
 
 
-def print_estimate(settings: Sequence[Setting], places: Any) -> None:
-    """The table, a line a setting, and the sum."""
+def print_estimate(settings: Sequence[Setting], paths: Any) -> None:
+    """Print one line per setting, and the total."""
     from scalekd_cache.config.recipes import recipe_section
 
     total = 0.0
     for setting in settings:
-        lines = read_lines(places.results / f"{setting.name}.jsonl")
+        lines = read_lines(paths.results / f"{setting.name}.jsonl")
         done = {line["key"] for line in lines}
         runs = [run for run in runs_of(setting) if run.key not in done]
         training = {**recipe_section(setting.recipe, "distill")["train"], **_train_options(setting)}
-        images = images_of(setting, places.data)
+        images = images_of(setting, paths.data)
         steps = setting.epochs * (images // int(training["global_batch_size"]))
         measured: dict[str, dict[str, float]] = {}
         minutes, values = 0.0, 0.0
@@ -111,15 +111,15 @@ def print_estimate(settings: Sequence[Setting], places: Any) -> None:
         own = {name: 4000 + 0.3 * size * size if CACHES[name].own_pixels else 2000 for name in caches}
         disk = sum(views * (values + rest) for rest in own.values())
         print(
-            f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs to do, {steps} steps each, {images} images, "
+            f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs left, {steps} steps each, {images} images, "
             f"about {minutes:.0f} min on this machine under its current load;\n"
-            f"  {len(caches)} caches of {views} views, at most {disk / 1e9:.2f} GB (and one run's checkpoint)"
+            f"  {len(caches)} caches of {views} views, at most {disk / 1e9:.2f} GB (plus one checkpoint)"
         )
         for student, kinds in measured.items():
             each = ", ".join(f"{kind} {1000 * value:.0f} ms" for kind, value in kinds.items())
-            print(f"  a step of {student}, measured: {each}")
+            print(f"  measured step of {student}: {each}")
         total += minutes
-    print(f"in all about {total:.0f} min; interrupt it at any time, rerun to resume", flush=True)
+    print(f"about {total:.0f} min in total; you can interrupt at any time and rerun to resume", flush=True)
 
 
 def _train_options(setting: Setting) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""What the study measures beyond accuracy, and the ways of reading a cache that no option offers.
+"""Held-out losses for the study, and codec ablations that have no command-line option.
 
 In: a finished run with its checkpoint, the live teacher. Out: loss terms on held-out images against exact live targets.
-Invariant: nothing here changes files; what is replaced for an arm is put back when the arm is done.
+Invariant: no file is changed, and code patched for an ablation is restored afterwards.
 """
 
 import math
@@ -14,7 +14,6 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureMap, feature_norms
 from scalekd_cache.codec.dither import dither_seed, dither_table
 from scalekd_cache.codec.transform import TransformCodec
@@ -28,7 +27,7 @@ from scalekd_cache.distributed import this_process
 from scalekd_cache.models.evaluate import ValidationImages
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.scalekd.losses import LossTerms, Targets
+from scalekd_cache.scalekd.losses import LossTerms
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.checkpoint import MODEL, latest_checkpoint
 from scalekd_cache.training.run_files import read_config
@@ -39,7 +38,7 @@ BATCH = 64
 
 @contextmanager
 def without_dither() -> Iterator[None]:
-    """The transform coder rounds to the nearest: while a cache is fitted and made, and while it is read."""
+    """Ablation: the transform codec rounds to nearest instead of dithering, in fitting, writing and reading."""
 
     def zeros(count: int) -> Tensor:
         return torch.zeros_like(dither_table(count))
@@ -51,8 +50,8 @@ def without_dither() -> Iterator[None]:
 
 
 @contextmanager
-def norms_of_what_is_decoded() -> Iterator[None]:
-    """Losses divide the transform coder's maps by their own norms, not by the stored ones of the exact maps."""
+def decoded_norms() -> Iterator[None]:
+    """Ablation: losses divide decoded transform maps by their own norms, not by the stored norms of the exact maps."""
     decode = TransformCodec.decode
 
     def own(self: TransformCodec, codes: Tensor) -> FeatureMap:
@@ -65,7 +64,7 @@ def norms_of_what_is_decoded() -> Iterator[None]:
 
 @torch.no_grad()
 def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
-    """The teacher's maps (N, C, H, W) of first views of a cache's images, float32 on the CPU."""
+    """The teacher's maps (N, C, H, W) of view 0 of `count` images of a cache, float32 on the CPU."""
     from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 
     opened = Cache.open(cache)
@@ -84,15 +83,17 @@ def first_views(cache: Path, weights: str | None, count: int = 192) -> Tensor:
 
 
 def view_config(recipe: dict[str, Any]) -> ViewConfig:
-    """The view options that a manifest carries."""
+    """View options from a manifest's view recipe."""
     return ViewConfig(**from_plain({name: recipe[name] for name in ViewConfig.__dataclass_fields__ if name in recipe}))
 
 
 def noise_for_bytes(features: Tensor, wanted: float) -> float:
-    """The noise at which a transform coder's records of held-out views take so many bytes (by the secant rule).
+    """The noise at which the transform codec's records have a mean size of `wanted` bytes, found by the secant method.
 
-    Half of the views fit the coder, the other half is counted. Within 1 % or after 8 fits. ValueError for so few bytes
-    (or so many) that no noise below 1 (from 1e-4 on) gives them.
+    Half of the views fit the codec, the other half measures it. Stops within 1 % or after 8 fits.
+
+    Raises:
+    ValueError: no noise from 1e-4 to 1 reaches this size.
     """
     fitted, counted = features[::2].contiguous(), features[1::2].contiguous()
     state = fit_moments(fitted)
@@ -105,7 +106,7 @@ def noise_for_bytes(features: Tensor, wanted: float) -> float:
     low, high = 1e-4, 1.0
     bytes_low, bytes_high = size(low), size(high)
     if not bytes_high <= wanted <= bytes_low:
-        raise ValueError(f"{wanted:.0f} bytes a view: the transform coder takes {bytes_high:.0f} to {bytes_low:.0f}")
+        raise ValueError(f"{wanted:.0f} bytes per view: the transform codec takes {bytes_high:.0f} to {bytes_low:.0f}")
     for _ in range(8):
         share = (bytes_low - wanted) / (bytes_low - bytes_high)
         middle = math.exp(math.log(low) + min(max(share, 0.05), 0.95) * math.log(high / low))
@@ -119,13 +120,13 @@ def noise_for_bytes(features: Tensor, wanted: float) -> float:
     return float(f"{middle:.4g}")
 
 
-class Judge:
-    """The live teacher's exact targets of a setting's held-out images, computed once, and losses against them."""
+class HeldOutLosses:
+    """Losses of students on held-out images, against exact live targets that are computed once."""
 
     def __init__(self, cache: Path, weights: str | None, count: int) -> None:
-        """`cache`: any of the setting's; `count` held-out images are used."""
+        """Compute the targets of `count` held-out images; `cache` is any cache of the setting."""
         from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
-        from scalekd_cache.training.targets import load_cache_tail
+        from scalekd_cache.training.targets import live_targets, load_cache_tail
 
         self.cache, self.device = Cache.open(cache), this_process().device
         manifest = self.cache.manifest
@@ -135,15 +136,12 @@ class Judge:
         order = torch.randperm(len(source.samples), generator=torch.Generator().manual_seed(0)).tolist()[:count]
         images = ValidationImages(source, manifest.facts.view_recipe["size"])
         examples = [example for index in order if (example := images[index]) is not None]
-        exact = make_codec("float32", teacher.spec.feature_shape)
         self.batches = []
         for start in range(0, len(examples), BATCH):
             part = examples[start : start + BATCH]
             pixels, labels = torch.stack([image for image, _ in part]), torch.tensor([label for _, label in part])
-            with torch.no_grad():
-                features, logits = teacher(pixels.to(self.device))
-                targets = Targets(*exact.decode(exact.encode(features)), logits)
-            self.batches.append((pixels.to(self.device), labels.to(self.device), targets))
+            pixels = pixels.to(self.device)
+            self.batches.append((pixels, labels.to(self.device), live_targets(teacher, pixels)))
         spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
         self.tail = load_cache_tail(self.cache, spec).to(self.device)
 

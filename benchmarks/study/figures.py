@@ -1,10 +1,10 @@
-"""Tables and figures of the study, from its result lines alone.
+"""Tables and figures of the study, computed from its result lines only.
 
     python -m benchmarks.study.figures [--results benchmarks/results/study]
 
-In: <setting>.jsonl and <setting>-caches.jsonl. Out: <setting>.png (accuracy against views and against bytes a view,
-paired differences with 95 % intervals), and tables.md, which is printed too. Invariant: no number that is not in a line
-or follows from lines by mean, standard deviation, sum or a paired interval.
+In: <setting>.jsonl and <setting>-caches.jsonl. Out: <setting>.png (accuracy over views and over bytes per view, paired
+differences with 95 % confidence intervals), and tables.md, which is also printed. Invariant: every number is in a line,
+or is a mean, standard deviation, sum or paired interval of numbers in lines.
 """
 
 import math
@@ -17,14 +17,14 @@ from benchmarks.study.plan import ARMS, FORMS, Question, Setting, canonical
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired, read_lines
 
 MARGIN = 0.5
-"""Points of top-1 within which offline counts as equal to online."""
+"""Equivalence margin in points of top-1."""
 SETTINGS = {setting.name: setting for form in FORMS.values() for setting in form}
 
 
 def load(results: Path, setting: str) -> list[Line]:
-    """A setting's lines, with the feature part of the held-out loss as a value of its own.
+    """A setting's lines, with the sum of the held-out feature losses as a separate value.
 
-    None for an arm that leaves a term out: a sum of fewer terms is no better.
+    The value is None for arms without some of these terms, because their sums are not comparable.
     """
     lines = read_lines(results / f"{setting}.jsonl")
     for line in lines:
@@ -48,23 +48,23 @@ def compare(lines: Sequence[Line], setting: Setting, question: Question) -> list
 
 
 def verdict(difference: Difference) -> str:
-    """What a difference of accuracies says about equality."""
+    """Result of the equivalence test for a difference of accuracies."""
     if difference.inside(MARGIN):
         return f"within ±{MARGIN}"
     if difference.low > 0 or difference.high < 0:
         return "better" if difference.low > 0 else "worse"
-    return "not established"
+    return "inconclusive"
 
 
 def text_of(difference: Difference, digits: int) -> str:
-    """mean [low, high]"""
+    """Text `mean [low, high]`."""
     if math.isinf(difference.low):
         return f"{difference.mean:+.{digits}f} (one pair)"
     return f"{difference.mean:+.{digits}f} [{difference.low:+.{digits}f}, {difference.high:+.{digits}f}]"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """A Markdown table."""
     lines = ["| " + " | ".join(row) + " |" for row in ([*head], ["---"] * len(head), *rows)]
     return "\n".join(lines) + "\n"
 
@@ -81,24 +81,24 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
         top1 = cache["teacher_top1"]
         times = [f"{cache[clock]:.0f}" for clock in ("wall_s", "cpu_s")]
         rows.append([cache["cache"], name, "-" if top1 is None else f"{top1:.2f}", *counts, f"{cosine:.5f}", *times])
-    head = ["cache", "codec", "teacher %", "features, bytes", "pixels", "in all", "AC cosine p1", "made in s", "CPU s"]
+    head = ["cache", "codec", "teacher %", "features, bytes", "pixels", "total", "AC cosine p1", "time s", "CPU s"]
     parts.append(table(head, rows))
     rows = []
     for student in dict.fromkeys(line["student"] for line in lines):
         mine = [line for line in lines if line["student"] == student]
         for arm in dict.fromkeys(line["arm"] for line in mine):
             top1, spread, count = mean_and_std(mine, arm)
-            loss, loss_spread, judged = mean_and_std(mine, arm, "held_out_features")
+            loss, loss_spread, losses_count = mean_and_std(mine, arm, "held_out_features")
             some = next(line for line in mine if line["arm"] == arm)
             wall, cpu = (mean_and_std(mine, arm, name)[0] for name in ("wall_s", "cpu_s"))
             kept = f"{some['feature_bytes']:,.0f}" if ARMS[arm].targets == "cached" else "-"
             rows.append([student, arm, str(count), f"{top1:.2f} ± {spread:.2f}",
-                         f"{loss:.4f} ± {loss_spread:.4f}" if judged else "-", str(some["views"]), kept,
+                         f"{loss:.4f} ± {loss_spread:.4f}" if losses_count else "-", str(some["views"]), kept,
                          f"{wall:.0f}", f"{cpu:.0f}"])  # fmt: skip
     head = ["student", "arm", "seeds", "top-1 %", "held-out feature loss", "V", "features, bytes", "s", "CPU s"]
     parts.append(table(head, rows))
     rows = []
-    for question in (one for one in setting.questions if one.name != "reuse"):  # its pairs are in other questions
+    for question in (one for one in setting.questions if one.name != "reuse"):  # other questions have its pairs
         for student, arm, baseline, mine in compare(lines, setting, question):
             top1, loss = interval(paired(mine, arm, baseline)), "-"
             losses = paired(mine, arm, baseline, "held_out_features")
@@ -106,13 +106,13 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
                 loss = text_of(interval(losses), 4)
             names = [question.name, student, f"{arm} - {baseline}"]
             rows.append([*names, str(top1.pairs), text_of(top1, 2), verdict(top1), loss])
-    head = ["question", "student", "difference", "pairs", "top-1, points [95 %]", "so", "held-out feature loss [95 %]"]
+    head = ["question", "student", "difference", "pairs", "top-1, points [95 %]", "verdict", "feature loss [95 %]"]
     parts.append(table(head, rows))
     return "\n".join(parts) + reuse(setting, lines, caches)
 
 
 def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> str:
-    """Time of one cache and its students against as many live trainings (seed 0)."""
+    """Compare the time of one cache plus its students with as many live trainings (seed 0)."""
     question = next((one for one in setting.questions if one.name == "reuse"), None)
     made = next((cache for cache in caches if cache["cache"] == "default"), None)
     if question is None or made is None:
@@ -131,7 +131,7 @@ def reuse(setting: Setting, lines: Sequence[Line], caches: Sequence[Line]) -> st
 
 
 def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
-    """Accuracy against V, accuracy against bytes (a color a student), and all paired differences."""
+    """Plot accuracy over V and over bytes (one color per student), and all paired differences."""
     plt = pyplot()
 
     rows = differences_of(setting, lines)
@@ -154,9 +154,9 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     axes[1].set_xticks(steps, [f"{step:,}" for step in steps])
     axes[1].set_xticks([], minor=True)
     axes[1].set_xlim(low, high)
-    axes[1].set_xlabel("bytes of features a view (x: no dither)")
+    axes[1].set_xlabel("feature bytes per view (x: no dither)")
     for axis in axes[:2]:
-        axis.set_ylabel("top-1 %, mean ± std over the seeds that all arms have")
+        axis.set_ylabel("top-1 %, mean ± std over seeds common to all arms")
     _differences(axes[2], rows)
     figure.suptitle(f"{setting.name}: {setting.epochs} epochs, teacher {lines[0]['teacher_top1']:.1f} %")
     figure.savefig(file, dpi=110)
@@ -164,14 +164,14 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
 
 
 def common_seeds(lines: list[Line]) -> list[Line]:
-    """The lines of the seeds that all arms of a student have: means over other seeds are not comparable."""
+    """Lines of the seeds that all arms of a student have; means over different seeds are not comparable."""
     seeds = [{line["seed"] for line in lines if line["arm"] == arm} for arm in {line["arm"] for line in lines}]
     common = set.intersection(*seeds)
     return [line for line in lines if line["seed"] in common]
 
 
 def _references(axis: Any, lines: list[Line], color: str) -> None:
-    for arm, style in (("live", "--"), ("alone", ":")):
+    for arm, style in (("live", "--"), ("baseline", ":")):
         mean, _, count = mean_and_std(lines, arm)
         if count:
             axis.axhline(mean, color=color, linestyle=style, label=f"{lines[0]['student']}, {arm} ({count} seeds)")
@@ -203,7 +203,7 @@ def _bytes(axis: Any, lines: list[Line], color: str) -> None:
 
 
 def differences_of(setting: Setting, lines: list[Line]) -> list[tuple[str, Difference]]:
-    """Every comparison of the setting's questions that has more than one pair, once."""
+    """Each comparison of the setting's questions with more than one pair, without duplicates."""
     rows: dict[str, Difference] = {}
     for question in setting.questions:
         for student, arm, baseline, mine in compare(lines, setting, question):
@@ -221,11 +221,11 @@ def _differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
     axis.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.15)
     axis.axvline(0, color="black", linewidth=0.5)
     axis.set_yticks([-place for place in range(len(rows))], [name for name, _ in rows], fontsize=8)
-    axis.set_xlabel(f"difference of top-1, points, 95 % (band: ±{MARGIN})")
+    axis.set_xlabel(f"top-1 difference in points, 95 % interval (band: ±{MARGIN})")
 
 
 def draw(results: Path) -> None:
-    """All settings that have lines."""
+    """Plot all settings that have lines and write the tables."""
     texts = []
     for name, setting in SETTINGS.items():
         lines = load(results, name)
@@ -239,7 +239,7 @@ def draw(results: Path) -> None:
 
 
 def main() -> None:
-    """Parse and draw."""
+    """Parse options and plot."""
     parser = argument_parser(__doc__)
     parser.add_argument("--results", type=Path, default=RESULTS / "study")
     draw(parser.parse_args().results)

@@ -1,13 +1,13 @@
-"""Makes a teacher for a data set by fine-tuning a pretrained model, with the project's own commands.
+"""Fine-tunes a pretrained model into a teacher for a data set, with the project's own commands.
 
     python -m benchmarks.study.finetune_teacher --weights mobile_sam.pt --data data/cifar10-small [--epochs 3 --lr 5e-4]
     python -m benchmarks.study.finetune_teacher --name vit_small_patch14_dinov2 --weights file.safetensors --data ...
 
 In: weights of a timm model (safetensors), or the published mobile_sam.pt, whose image encoder is a TinyViT-5M (its
-names are changed to timm's); an image folder. Out: teachers/<name>-<data>.safetensors, with a new classifier, and
-what the training came to in benchmarks/results/study/teacher-<name>-<data>.json.
-Steps: a cache of views (with the demo's small teacher, whose targets nobody reads), `distill` with TARGETS=none and
-INIT= on those views, and the exported weights. Invariant: the file appears when the training is finished.
+weights are renamed to timm's names); an image folder. Out: teachers/<name>-<data>.safetensors, with a new classifier,
+and the training results in benchmarks/results/study/teacher-<name>-<data>.json.
+Steps: cache the views (with the demo's small teacher, whose targets are unused), run `distill` with TARGETS=none and
+INIT= on them, export the weights. Invariant: the file appears after the training is finished.
 """
 
 import json
@@ -33,7 +33,7 @@ RENAMED = (
 
 
 def timm_name_of(name: str) -> str | None:
-    """timm's name of a mobile_sam.pt weight; None for those of the mask decoder, the neck and the dead classifier."""
+    """timm's name of a mobile_sam.pt weight; None for the mask decoder, the neck and the unused classifier."""
     if not name.startswith(ENCODER) or name.startswith((f"{ENCODER}neck", f"{ENCODER}head.")):
         return None
     name = name.removeprefix(ENCODER)
@@ -44,7 +44,7 @@ def timm_name_of(name: str) -> str | None:
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
-    """A state dict by timm's names."""
+    """A state dict with timm's names."""
     if file.suffix == ".safetensors":
         return load_file(str(file))
     stored = torch.load(file, map_location="cpu", weights_only=True)
@@ -52,7 +52,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def write_start(name: str, file: Path, classes: int, size: int, folder: Path) -> None:
-    """A folder for INIT=: the pretrained weights under a new classifier (seed 0)."""
+    """Write a folder for INIT=: the pretrained weights with a new classifier (seed 0)."""
     torch.manual_seed(0)
     kwargs = {} if size == default_image_size(name) or name.startswith("tiny_vit") else {"img_size": size}
     model = timm.create_model(name, num_classes=classes, **kwargs)
@@ -61,20 +61,22 @@ def write_start(name: str, file: Path, classes: int, size: int, folder: Path) ->
     taken = {key: value for key, value in given.items() if key in own and value.shape == own[key].shape}
     missing = sorted(key for key in own.keys() - taken.keys() if not key.startswith(f"{head}."))
     if missing:
-        raise SystemExit(f"{file} has no {missing[0]} of {name} ({len(missing)} weights are missing)")
+        raise SystemExit(f"{file} lacks {len(missing)} weights of {name}, for example {missing[0]}")
     folder.mkdir(parents=True, exist_ok=True)
     save_file({key: value.contiguous() for key, value in (own | taken).items()}, folder / "model.safetensors")
 
 
 def main() -> None:
-    """Parse and train."""
+    """Parse options and train."""
     parser = argument_parser(__doc__)
     parser.add_argument("--name", default="tiny_vit_5m_224", help="timm model")
     parser.add_argument("--weights", type=Path, required=True)
     parser.add_argument("--data", required=True, help="image folder with train/ and val/")
-    parser.add_argument("--recipe", default="cifar10-small", help="its views are trained on")
+    parser.add_argument("--recipe", default="cifar10-small", help="recipe whose views are used for training")
     parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--lr", type=float, default=5e-4, help="peak rate of AdamW at the recipe's base batch")
+    parser.add_argument(
+        "--lr", type=float, default=5e-4, help="peak learning rate of AdamW at the recipe's base batch size"
+    )
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     from pipelines import cache_teacher, distill

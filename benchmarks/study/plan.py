@@ -1,33 +1,33 @@
-"""What the study asks, as data: settings, caches, arms, questions, and the runs that follow from them.
+"""The study's plan as data: settings, caches, arms, questions and the resulting runs.
 
-In: the name of a form. Out: `Run`s in order of worth. Invariant: a run has one key, and the same key always means the
-same commands; questions share runs, so that nothing is trained twice.
+In: the name of a form. Out: `Run`s, most important first. Invariant: a run has one key, and the same key always means
+the same commands. Questions share runs, so nothing is trained twice.
 
-An arm says what varies; everything else (views, order, initialization, steps, rate) is that of its setting and seed, so
-two arms of one question are paired by (student, seed).
+An arm defines what varies. Everything else (views, order, initialization, steps, learning rate) depends only on setting
+and seed, so two arms of one question are paired by (student, seed).
 """
 
 from typing import Literal, NamedTuple
 
 
 class OwnTeacher(NamedTuple):
-    """The demo's teacher, but for one thing."""
+    """The demo's teacher with one change."""
 
     epochs: int = 30
-    """Of its training."""
+    """Training epochs."""
     name: str = "demo_swin"
-    """Of its model (`demo_teachers.py`)."""
+    """timm name of the model (`demo_teachers.py`)."""
 
 
 class CacheSpec(NamedTuple):
-    """Options of stage 1 beyond the setting's."""
+    """Stage-1 options of a cache, in addition to the setting's."""
 
     options: tuple[str, ...] = ()
     """dotted.key=value"""
     own_pixels: bool = False
-    """Draw and bake its own views (else the default cache's pixels are shared: the same views, bit for bit)."""
+    """Sample and store its own views. False: share the pixels of the default cache, so the views are identical."""
     dither: bool = True
-    """Of a transform codec; false rounds to the nearest, when the cache is made and when it is read."""
+    """Dither the transform codec. False: round to nearest, in writing and reading."""
     teacher: OwnTeacher | None = None
     """None: the setting's teacher."""
 
@@ -52,24 +52,24 @@ CACHES: dict[str, CacheSpec] = {
     "teacher-wide": CacheSpec(teacher=OwnTeacher(name="study_swin_64")),
     "top-k": CacheSpec(("cache.logits=top_k", "cache.top_k=3")),
 }
-"""`bits:` becomes `bytes:`, so many bits a value of the teacher's map; the search of CODEC=auto finds the noise."""
+"""`bits:` is a target in bits per value of the teacher's map; `resolve_options` finds the noise that reaches it."""
 
 
 class Arm(NamedTuple):
-    """One way to train."""
+    """One variant of training."""
 
     targets: Literal["cached", "live", "none"] = "cached"
     cache: str = "default"
     views: int | None = None
-    """V (None: as many as epochs)."""
+    """Views V (None: one per epoch)."""
     options: tuple[str, ...] = ()
-    """Stage 2, dotted.key=value."""
+    """Stage-2 options, dotted.key=value."""
     norms: Literal["stored", "decoded"] = "stored"
-    """What the losses divide targets by; decoded is the ablation: the norms of what the codec gives back."""
+    """Norms that the losses divide targets by; `decoded` is the ablation: the norms of the decoded map."""
 
 
 ARMS: dict[str, Arm] = {
-    "alone": Arm(targets="none"),
+    "baseline": Arm(targets="none"),
     "live": Arm(targets="live"),
     "cached": Arm(),
     **{f"V={views}": Arm(views=views) for views in (1, 2, 4, 8, 16)},
@@ -94,25 +94,25 @@ class Question(NamedTuple):
     arms: tuple[str, ...]
     seeds: int
     students: tuple[str, ...] = ()
-    """timm models (none: the setting's first)."""
+    """timm models (empty: the setting's student)."""
 
 
 class Setting(NamedTuple):
-    """Data, teacher, recipe and what is asked of them."""
+    """Data, teacher, recipe and questions."""
 
     name: str
     recipe: str
     epochs: int
     student: str
-    """Of questions that name none."""
+    """Student for questions that name none."""
     questions: tuple[Question, ...]
     stage1: tuple[str, ...] = ()
     """dotted.key=value for every cache."""
     stage2: tuple[str, ...] = ()
     """dotted.key=value for every run."""
     given: bool = True
-    """Data and teacher are given by the user (false: the demo's)."""
-    judged: int = 512
+    """The user provides data and teacher. False: the demo's."""
+    held_out: int = 512
     """Held-out images on which losses against the live teacher are measured."""
 
 
@@ -131,15 +131,15 @@ DEMO = Setting(
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     given=False,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 12),
+        Question("cached against live", "live", ("cached", "baseline"), 12),
         Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
-        Question("views, one", "cached", ("V=1",), 3),
+        Question("one view", "cached", ("V=1",), 3),
         Question("heads", "cached", ("lite",), 3),
         Question("economy", "cached", ("economy",), 3),
         *_bits(2, 3, 4),
-        Question("teacher's training", "cached", ("teacher-2-epochs", "teacher-8-epochs"), 3),
-        Question("teacher's size", "cached", ("teacher-narrow", "teacher-wide"), 3),
-        Question("views, more", "cached", ("V=2", "V=4"), 3),
+        Question("teacher training", "cached", ("teacher-2-epochs", "teacher-8-epochs"), 3),
+        Question("teacher size", "cached", ("teacher-narrow", "teacher-wide"), 3),
+        Question("more views", "cached", ("V=2", "V=4"), 3),
         Question("components", "cached", ("logits-only", "linear-projector", "CAP", "CAP+DFM", "no-logits"), 3),
         Question("codecs", "cached", ("transform", "int4"), 3),
         Question("norms", "economy", ("economy-own-norms",), 3),
@@ -150,11 +150,11 @@ DEMO = Setting(
 )
 DEMO_SHORT = DEMO._replace(
     questions=(
-        Question("offline against online", "live", ("cached",), 5),
-        Question("student alone", "live", ("alone",), 3),
+        Question("cached against live", "live", ("cached",), 5),
+        Question("baseline", "live", ("baseline",), 3),
         Question("smallest codec", "live", ("economy",), 5),
         Question("reuse", "live", ("cached",), 1, DEMO_STUDENTS),
-        Question("views, one", "cached", ("V=1",), 2),
+        Question("one view", "cached", ("V=1",), 2),
     )
 )
 CIFAR_SMALL = Setting(
@@ -164,9 +164,9 @@ CIFAR_SMALL = Setting(
     student="test_resnet",
     stage1=("data.max_samples=500",),
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
-    judged=256,
+    held_out=256,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 3),
+        Question("cached against live", "live", ("cached", "baseline"), 3),
         Question("heads", "cached", ("lite",), 3),
         Question("views", "cached", ("V=1",), 3),
         *_bits(2, 3, 4),
@@ -178,9 +178,9 @@ CIFAR = Setting(
     recipe="cifar10",
     epochs=16,
     student="resnet18",
-    judged=2048,
+    held_out=2048,
     questions=(
-        Question("offline against online", "live", ("cached", "alone"), 5, CIFAR_STUDENTS),
+        Question("cached against live", "live", ("cached", "baseline"), 5, CIFAR_STUDENTS),
         Question("views", "cached", ("V=1", "V=2", "V=4", "V=8"), 5),
         Question("heads", "cached", ("lite",), 5, CIFAR_STUDENTS[:2]),
         Question("codecs", "live", ("transform", "economy", "int4", "float16"), 5),
@@ -197,11 +197,11 @@ FORMS: dict[str, tuple[Setting, ...]] = {
     "cpu-long": (DEMO, CIFAR_SMALL),
     "full": (DEMO, CIFAR),
 }
-"""A longer form goes on where a shorter one ended: it asks the same and more."""
+"""A longer form reuses the runs of a shorter one and adds more."""
 
 
 class Run(NamedTuple):
-    """One training."""
+    """One training run."""
 
     setting: str
     student: str
@@ -210,17 +210,17 @@ class Run(NamedTuple):
 
     @property
     def key(self) -> str:
-        """Its name in result files, and of its folder."""
+        """Name of the run in result files and of its folder."""
         return f"{self.setting}/{self.student}/{self.arm}/seed{self.seed}"
 
 
 def canonical(arm: str, epochs: int) -> str:
-    """The name under which an arm is run: V = epochs is the arm `cached`."""
+    """The canonical name of an arm: V = epochs is the arm `cached`."""
     return "cached" if arm == f"V={epochs}" else arm
 
 
 def runs_of(setting: Setting) -> list[Run]:
-    """All runs in order of worth: question by question, and within one seed by seed, arms side by side."""
+    """All runs, most important first: by question, then by seed, then by arm."""
     ordered: dict[Run, None] = {}
     for question in setting.questions:
         arms = [canonical(arm, setting.epochs) for arm in (question.against, *question.arms)]

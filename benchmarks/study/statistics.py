@@ -1,7 +1,7 @@
-"""Paired differences and their intervals, from the study's result lines.
+"""Paired differences and their confidence intervals, from the study's result lines.
 
-In: lines as `__main__.py` writes them. Out: numbers. Invariant: two runs are compared only when student and seed agree
-and both were made with the same views; one arm's missing seeds drop out of the other's too.
+In: lines written by `__main__.py`. Out: numbers. Invariant: two runs are compared only if student, seed and number of
+steps agree; seeds that one arm lacks are ignored in the other.
 """
 
 import json
@@ -17,12 +17,12 @@ Line = dict[str, Any]
 
 
 class Difference(NamedTuple):
-    """Mean of paired differences."""
+    """Mean of paired differences with its confidence interval."""
 
     mean: float
     low: float
     high: float
-    """Ends of the 95 % interval by Student's t; infinite for one pair."""
+    """Bounds of the 95 % interval by Student's t; infinite for one pair."""
     pairs: int
 
     def inside(self, margin: float) -> bool:
@@ -31,7 +31,7 @@ class Difference(NamedTuple):
 
 
 def paired(lines: Iterable[Line], arm: str, against: str, value: str = "top1") -> list[float]:
-    """arm - against for every (setting, student, seed, views' fingerprint) that both have, by rising seed."""
+    """Differences arm - against for every (setting, student, seed, steps) that both have, sorted by seed."""
     values: dict[str, dict[tuple[Any, ...], float]] = {arm: {}, against: {}}
     for line in lines:
         if line["arm"] in values and line.get(value) is not None:
@@ -47,7 +47,7 @@ def interval(differences: Sequence[float], confidence: float = 0.95) -> Differen
         ValueError: no pair.
     """
     if not differences:
-        raise ValueError("no pair to compare")
+        raise ValueError("no pairs to compare")
     mean, count = statistics.fmean(differences), len(differences)
     if count == 1:
         return Difference(mean, -math.inf, math.inf, 1)
@@ -56,21 +56,21 @@ def interval(differences: Sequence[float], confidence: float = 0.95) -> Differen
 
 
 def mean_and_std(lines: Iterable[Line], arm: str, value: str = "top1") -> tuple[float, float, int]:
-    """Mean and standard deviation over seeds (0 for one), and how many there are."""
+    """Mean and standard deviation over seeds (0 for one seed), and the number of seeds."""
     values = [float(line[value]) for line in lines if line["arm"] == arm and line.get(value) is not None]
     spread = statistics.stdev(values) if len(values) > 1 else 0.0
     return (statistics.fmean(values) if values else math.nan), spread, len(values)
 
 
 def read_lines(file: Path) -> list[Line]:
-    """The whole lines of a result file; what a kill left of the last one is not counted."""
+    """The complete lines of a result file; a partial last line (after a kill) is ignored."""
     if not file.exists():
         return []
     return [json.loads(text) for text in file.read_text(encoding="utf-8").split("\n")[:-1]]
 
 
 def append_line(file: Path, line: Line) -> None:
-    """Add a result; a line that a kill cut off is dropped first."""
+    """Append a result; removes a partial last line first."""
     file.parent.mkdir(parents=True, exist_ok=True)
     kept = file.read_bytes() if file.exists() else b""
     whole = kept[: kept.rfind(b"\n") + 1]

@@ -21,7 +21,6 @@ import torch
 from benchmarks.harness import Measurement, argument_parser, peak_memory_bytes, publish_table, ratio, time_interleaved
 from benchmarks.photographs import write_photographs
 from benchmarks.store.loader import make_cache
-from scalekd_cache.codec import make_codec
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.loader.loader import CacheLoader
@@ -33,7 +32,7 @@ from scalekd_cache.planning.costs import pair_costs
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.targets import load_cache_tail, make_heads
+from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_heads
 from scalekd_cache.training.trainer import DistillModel
 
 PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]
@@ -73,7 +72,7 @@ class Stopwatch:
 
 def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device: torch.device, workers: int,
           kinds: Sequence[str] = KINDS) -> tuple[dict[str, Callable[[], None]], Stopwatch]:  # fmt: skip
-    """One optimizer step of each kind, on a model with heads and one without; and the time of each part of cached steps."""
+    """Actions that run one optimizer step of each kind, and the time of each part of a cached step."""
     manifest = cache.manifest
     config = DistillConfig(
         student=StudentConfig(name=student_name),
@@ -84,7 +83,6 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
     tail = load_cache_tail(cache, spec).to(device)
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
-    exact = make_codec("float32", spec.feature_shape)
     both, watch = {}, Stopwatch(device)
     for with_heads in {kind != "baseline" for kind in kinds}:
         student = build_student(config.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
@@ -93,6 +91,8 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))
     batches = iter(endless_loader(cache, batch, workers))
     loader = endless_loader(cache, batch, workers)
+    cached_source = TargetSource(loader.codec, loader.logit_codec)
+    live_source = TargetSource(loader.codec, loader.logit_codec, teacher=teacher)
     first = next(iter(loader)).to(device)
     synthetic = Targets(torch.randn(batch, *spec.feature_shape, device=device),
                    torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
@@ -113,15 +113,13 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         watch.start()
         loaded = next(batches).to(device)
         watch.mark("loader")
-        targets = Targets(*loader.codec.decode(loaded.codes), loaded.logits.float())
+        targets = cached_source(loaded)
         watch.mark("decoding")
         step(targets, loaded.images, loaded.labels, watch)
 
     def live() -> None:
         loaded = next(batches).to(device)
-        features, logits = teacher(loaded.images)
-        targets = Targets(*exact.decode(exact.encode(features)), logits)
-        step(targets, loaded.images, loaded.labels, Stopwatch(device))
+        step(live_source(loaded), loaded.images, loaded.labels, Stopwatch(device))
 
     def forward() -> None:
         teacher(first.images)

@@ -95,6 +95,14 @@ def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
     return Order(num_samples=len(cache), block=train.shuffle_block, window=window, seed=train.seed)
 
 
+@torch.no_grad()
+def live_targets(teacher: Teacher, images: Tensor) -> Targets:
+    """Exact targets of uint8 images (B, 3, H, W), through the float32 codec as in a lossless cache."""
+    features, logits = teacher(images)
+    exact = make_codec("float32", teacher.spec.feature_shape)
+    return Targets(*exact.decode(exact.encode(features)), logits)
+
+
 class TargetSource(NamedTuple):
     """Where the targets of a batch come from: the cache, or a live teacher. All training and auditing code uses it."""
 
@@ -111,9 +119,7 @@ class TargetSource(NamedTuple):
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch, computed on its device."""
         if self.teacher is not None:
-            features, logits = self.teacher(batch.images)
-            exact = make_codec("float32", self.codec.shape)  # same path and memory layout as a lossless cache
-            return Targets(*exact.decode(exact.encode(features)), logits)
+            return live_targets(self.teacher, batch.images)
         decoded = self.codec.decode(batch.codes)
         if self.classifier is not None:
             return Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))

@@ -1,4 +1,4 @@
-"""The study's pure parts: what is paired with what, intervals, and going on after a kill."""
+"""The study without training: pairing, confidence intervals, resuming after a kill."""
 
 import json
 import math
@@ -9,8 +9,8 @@ from scipy import stats
 
 from benchmarks.study import __main__ as study
 from benchmarks.study.cifar10 import CLASSES, first_of_each
+from benchmarks.study.evaluation import decoded_norms, noise_for_bytes, without_dither
 from benchmarks.study.finetune_teacher import timm_name_of
-from benchmarks.study.judge import noise_for_bytes, norms_of_what_is_decoded, without_dither
 from benchmarks.study.plan import ARMS, CACHES, CIFAR, DEMO, DEMO_SHORT, FORMS, Question, Run, runs_of
 from benchmarks.study.statistics import append_line, interval, mean_and_std, paired, read_lines
 from scalekd_cache.codec.base import feature_norms
@@ -78,18 +78,18 @@ def test_plan_is_whole(setting):
     runs = runs_of(setting)
     keys = [run.key for run in runs]
     assert len(set(keys)) == len(keys)
-    assert f"V={setting.epochs}" not in {run.arm for run in runs}, "that arm is `cached`"
+    assert f"V={setting.epochs}" not in {run.arm for run in runs}, "this arm is called `cached`"
     for run in runs:
         assert ARMS[run.arm].cache in CACHES
         assert (ARMS[run.arm].views or 1) <= setting.epochs
     assert recipe_file(setting.recipe)
-    for question in setting.questions:  # every arm has its partner, seed by seed
+    for question in setting.questions:  # every arm has a partner with the same seed
         for seed in range(question.seeds):
             for student in question.students or (setting.student,):
                 assert Run(setting.name, student, question.against, seed) in runs
 
 
-def test_offline_against_online_comes_first_with_five_pairs():
+def test_cached_against_live_comes_first_with_five_pairs():
     for setting in (DEMO, CIFAR):
         first = setting.questions[0]
         assert (first.against, first.arms[0]) == ("live", "cached")
@@ -106,7 +106,7 @@ def test_teachers_of_other_widths(cache, channels):
     assert specs[0].mean == specs[1].mean
 
 
-def test_the_short_form_is_a_part_of_the_long_one():
+def test_the_short_form_is_a_subset_of_the_long_one():
     assert len(runs_of(DEMO_SHORT)) <= 24
     assert set(runs_of(DEMO_SHORT)) < set(runs_of(DEMO))
     smallest = {question.name: question for question in DEMO_SHORT.questions}["smallest codec"]
@@ -118,26 +118,26 @@ def test_questions_share_runs():
     assert [run.arm for run in runs_of(twice)] == ["live", "cached", "live", "cached", "V=1"]
 
 
-def places(folder):
-    return study.Places(folder / "work", folder / "results", "data", "teacher.safetensors")
+def study_paths(folder):
+    return study.StudyPaths(folder / "work", folder / "results", "data", "teacher.safetensors")
 
 
-def test_a_killed_study_goes_on_with_what_has_no_line(tmp_path):
+def test_a_killed_study_resumes_with_runs_without_result_line(tmp_path):
     runs = runs_of(DEMO)
     file = tmp_path / "results" / "demo.jsonl"
     append_line(file, {"key": runs[0].key})
     with file.open("a") as stream:
         stream.write(json.dumps({"key": runs[1].key})[:-4])  # cut off by a kill
-    assert study.pending(DEMO, places(tmp_path)) == runs[1:]
+    assert study.pending(DEMO, study_paths(tmp_path)) == runs[1:]
     append_line(file, {"key": runs[1].key})
     assert [one["key"] for one in read_lines(file)] == [runs[0].key, runs[1].key]
-    assert study.pending(DEMO, places(tmp_path)) == runs[2:]
+    assert study.pending(DEMO, study_paths(tmp_path)) == runs[2:]
 
 
 def test_a_finished_run_leaves_a_line_and_no_folder(tmp_path, monkeypatch):
     done = []
 
-    def train(setting, run, where, judges):
+    def train(setting, run, where, evaluators):
         study.run_folder(run, where).mkdir(parents=True, exist_ok=True)
         done.append(run)
         if len(done) == 3:
@@ -147,25 +147,25 @@ def test_a_finished_run_leaves_a_line_and_no_folder(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "train", train)
     setting = DEMO._replace(questions=(Question("a", "live", ("cached",), 2),))
     with pytest.raises(KeyboardInterrupt):
-        study.go([setting], places(tmp_path), math.inf)
-    assert not study.run_folder(done[0], places(tmp_path)).exists()
-    assert study.run_folder(done[2], places(tmp_path)).exists()
-    assert study.go([setting], places(tmp_path), math.inf)
+        study.run_pending([setting], study_paths(tmp_path), math.inf)
+    assert not study.run_folder(done[0], study_paths(tmp_path)).exists()
+    assert study.run_folder(done[2], study_paths(tmp_path)).exists()
+    assert study.run_pending([setting], study_paths(tmp_path), math.inf)
     assert done == [*runs_of(setting)[:3], *runs_of(setting)[2:]]
 
 
-def test_no_run_is_begun_that_would_end_too_late(tmp_path, monkeypatch):
+def test_no_run_starts_that_would_exceed_the_time_limit(tmp_path, monkeypatch):
     append_line(
         tmp_path / "results" / "demo.jsonl", {**line("live", 9, 1.0, "test_resnet"), "key": "x", "wall_s": 50.0}
     )
-    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("begun"))
+    monkeypatch.setattr(study, "train", lambda *_: pytest.fail("started"))
     setting = DEMO._replace(questions=(Question("a", "live", (), 1),))
-    assert not study.go([setting], places(tmp_path), 40.0)
+    assert not study.run_pending([setting], study_paths(tmp_path), 40.0)
 
 
-def test_arms_of_one_seed_differ_by_what_is_asked_alone(tmp_path):
+def test_arms_of_one_seed_differ_only_in_the_tested_option(tmp_path):
     def words(arm):
-        return study.stage2_command(DEMO, Run("demo", "test_resnet", arm, 2), places(tmp_path))
+        return study.stage2_command(DEMO, Run("demo", "test_resnet", arm, 2), study_paths(tmp_path))
 
     cached, one_view = words("cached"), words("V=1")
     added = one_view.index("--train.views")
@@ -177,10 +177,10 @@ def test_arms_of_one_seed_differ_by_what_is_asked_alone(tmp_path):
 
 
 def test_codecs_share_the_pixels_of_the_default_cache(tmp_path):
-    words = study.stage1_command(CIFAR, "economy", places(tmp_path), CACHES["economy"].options)
+    words = study.stage1_command(CIFAR, "economy", study_paths(tmp_path), CACHES["economy"].options)
     assert words[words.index("--cache.pixels_from") + 1].endswith("cifar10/caches/default")
     assert words[words.index("--cache.codec") + 1] == "transform-economy"
-    own = study.stage1_command(CIFAR, "default", places(tmp_path), ())
+    own = study.stage1_command(CIFAR, "default", study_paths(tmp_path), ())
     assert own[own.index("--data.source") + 1] == "data"
 
 
@@ -196,38 +196,38 @@ def test_rounded_arms_have_no_dither():
 
     with without_dither():
         assert torch.equal(decoded(1), decoded(1000))
-    assert not torch.equal(decoded(1), decoded(1000)), "put back"
+    assert not torch.equal(decoded(1), decoded(1000)), "the patch was not undone"
 
 
 def test_own_norms_are_those_of_the_decoded_map():
     codec = fit(maps(64), 0.05)
     codes = codec.encode(maps(2), torch.tensor([1, 2]))
     stored = codec.decode(codes)
-    with norms_of_what_is_decoded():
+    with decoded_norms():
         own = codec.decode(codes)
     assert torch.equal(own.features, stored.features)
     assert torch.allclose(own.norms, feature_norms(own.features))
     assert not torch.allclose(own.norms, stored.norms, rtol=1e-4)
 
 
-def test_arms_of_a_number_of_bits_have_these_bytes():
+def test_bit_arms_have_the_requested_size():
     features = maps(128)
     noise = noise_for_bytes(features, 200.0)
     codec = fit(features[::2].contiguous(), noise)
     records = codec.pack(codec.encode(features[1::2].contiguous(), torch.arange(64)).numpy())
     assert sum(map(len, records)) / 64 == pytest.approx(200, rel=0.03)
-    with pytest.raises(ValueError, match="20 bytes a view: the transform coder takes"):
+    with pytest.raises(ValueError, match="20 bytes per view: the transform codec takes"):
         noise_for_bytes(features, 20.0)
 
 
-def test_a_subset_has_as_many_of_each_class():
+def test_a_subset_is_balanced():
     images = ((None, number % 7 % len(CLASSES)) for number in range(700))
     kept = list(first_of_each(images, 70))
     assert [sum(label == wanted for _, _, label in kept) for wanted in range(8)] == [7] * 7 + [0]
     assert [position for position, _, _ in kept] == list(range(49))
 
 
-def test_names_of_the_published_encoder_become_timms():
+def test_names_of_the_published_encoder_map_to_timm_names():
     names = {
         "image_encoder.patch_embed.seq.0.c.weight": "patch_embed.conv1.conv.weight",
         "image_encoder.layers.0.downsample.conv1.bn.bias": "stages.1.downsample.conv1.bn.bias",
