@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.command import check_recipe_given, parse, run, value_of, without_flag
 from scalekd_cache.config.places import default_cache
-from scalekd_cache.config.recipes import recipe_section
+from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.order import batches_that_fit
@@ -23,10 +23,9 @@ def main(argv: list[str]) -> None:
     argv, dry = without_flag(argv, "--dry-run")
     section = stage1_section(argv)
     config = parse(CacheTeacherConfig, "cache_teacher", argv, section, __doc__ or "")
-    student = None
-    if config.student:
-        training = recipe_section(config.recipe, "distill")
-        student = parse(DistillConfig, "distill", ["--student.name", config.student], training, "")
+    chosen = ["--student.name", config.student] if config.student else []
+    training = parse(DistillConfig, "distill", chosen, recipe_section(config.recipe, "distill"), "")
+    student = training if config.student else None
     from scalekd_cache.caching.job import cache_teacher, dry_run
     from scalekd_cache.distributed import this_process
 
@@ -43,8 +42,8 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
 
     It sets smaller batches if the recipe's global batch is larger than the data set.
     """
-    recipe = {**recipe_section(config.recipe, "distill"), "recipe": config.recipe}
-    train = parse(DistillConfig, "distill", [], recipe, "").train
+    options = training_options(None, manifest.facts.recipe, manifest.facts.distill)
+    train = parse(DistillConfig, "distill", [], options, "").train
     words = ["make", "distill", f"STUDENT={config.student or 'resnet50'}", f"CACHE={config.cache.path}"]
     plugin = value_of(sys.argv, "--plugin")
     words += [f"PLUGIN={plugin}"] if plugin else []

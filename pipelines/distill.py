@@ -4,7 +4,7 @@ import dataclasses
 import os
 
 from pipelines.command import check_cache_path, check_recipe_given, parse, run, value_of, without_flag
-from scalekd_cache.config.recipes import recipe_section
+from scalekd_cache.config.recipes import has_changed, training_options
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import ManifestFacts
@@ -17,11 +17,17 @@ def main(argv: list[str]) -> None:
     argv, dry = without_flag(argv, "--dry-run")
     cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
     facts = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
-    recipe = value_of(argv, "--recipe") or (facts.recipe if facts else "demo")
-    config = parse(
-        DistillConfig, "distill", argv, {**recipe_section(recipe, "distill"), "recipe": recipe}, __doc__ or ""
+    given = value_of(argv, "--recipe")
+    section = (
+        training_options(given, facts.recipe, facts.distill) if facts else training_options(given or "demo", "demo", {})
     )
+    config = parse(DistillConfig, "distill", argv, section, __doc__ or "")
     assert facts is not None
+    if not given and has_changed(facts.recipe, facts.distill):
+        _print_rank0(
+            f"recipe {facts.recipe} has changed since stage 1; this run uses the options stored in the cache "
+            f"(RECIPE={facts.recipe} uses the file)"
+        )
     check_recipe_given(argv, facts.view_recipe, cache)
     if config.run is None:
         suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
@@ -45,11 +51,15 @@ def _facts(cache: StoredPath, argv: list[str]) -> ManifestFacts:
     if not follow:
         check_cache_path(value_of(argv, "--cache") or DistillConfig().cache)
     minutes = value_of(argv, "--follow_timeout_minutes") or str(DistillConfig().follow_timeout_minutes)
-    quiet = os.environ.get("RANK", "0") != "0"
     timeout_s = (
         60 * float(minutes) if minutes.replace(".", "", 1).isdigit() else 0.0
     )  # the parser reports an invalid value
-    return read_cache_facts(cache, follow, timeout_s, lambda text: None if quiet else print(text, flush=True))
+    return read_cache_facts(cache, follow, timeout_s, _print_rank0)
+
+
+def _print_rank0(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)
 
 
 if __name__ == "__main__":

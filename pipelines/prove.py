@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pipelines.command import check_cache_path, parse, run, with_flags
 from scalekd_cache.config.base import require
-from scalekd_cache.config.recipes import recipe_section
+from scalekd_cache.config.recipes import training_options
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
@@ -22,7 +22,7 @@ class ProveConfig:
     init: str | None = None
     """Folder with a trained student (None: random weights)."""
     recipe: str | None = None
-    """Training recipe (None: the recipe of the cache)."""
+    """Training recipe (None: the training options that the cache keeps)."""
     views: int = 256
     """Number of views on which the teacher is re-run."""
     seed: int = 0
@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
     """Print a sentence and a line of JSON; exit code 1 when cached targets do not match the teacher's outputs."""
     config = parse(ProveConfig, "prove", with_flags(argv, "--json"), {}, __doc__ or "")
     check_cache_path(config.cache)
-    recipe = config.recipe or read_manifest(open_place(config.cache)).facts.recipe
+    facts = read_manifest(open_place(config.cache)).facts
     options = {
         "cache": config.cache,
         "init": config.init,
@@ -58,7 +58,7 @@ def main(argv: list[str]) -> int:
         "train.seed": config.seed,
     }
     words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    training = parse(DistillConfig, "distill", words, recipe_section(recipe, "distill"), "")
+    training = parse(DistillConfig, "distill", words, training_options(config.recipe, facts.recipe, facts.distill), "")
     from scalekd_cache.audit.gradients import compare_gradients
     from scalekd_cache.distributed import this_process
 

@@ -26,6 +26,7 @@ from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.config.base import fingerprint, flat, to_plain
+from scalekd_cache.config.recipes import kept_options, local_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import data_facts
@@ -115,6 +116,7 @@ def make_plan(
         fingerprint=layout["fingerprint"],
         fingerprint_fields=fields,
         recipe=config.recipe,
+        distill=_training_options(config, process, source),
         backend=config.cache.backend,
         samples_per_shard=layout["samples_per_shard"],
         groups=groups,
@@ -166,7 +168,8 @@ def _job(stage: Stage, plan: Plan) -> Job:
 def join_plan(job: Job, options: StoreConfig) -> Job:
     """The job with the plan that is in the cache now, extended by the view groups that this job adds.
 
-    The teacher's accuracy that an earlier or another job has measured is kept.
+    The recipe with its training options, and the teacher's accuracy that an earlier or another job has measured, are
+    kept.
 
     Raises:
         UserError: the plan is damaged, or belongs to another cache.
@@ -189,6 +192,8 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     top1 = kept.facts.teacher.get("top1")
     there = dataclasses.replace(
         facts,
+        recipe=kept.facts.recipe,
+        distill=kept.facts.distill,
         groups=groups,
         teacher=facts.teacher if top1 is None else {**facts.teacher, "top1": top1},
         tail_sha256=kept.facts.tail_sha256,
@@ -202,6 +207,27 @@ def check_before_teacher(config: CacheTeacherConfig, process: Process, source: S
     if (root / plans.NAME).exists():
         asked = {**_layout(config, source), "fingerprint_fields": _known_fields(config, process, source)}
         check_plan(_kept_fields(read_plan(root), asked), asked, root)
+
+
+def _training_options(
+    config: CacheTeacherConfig, process: Process, source: Source | PixelCache
+) -> dict[str, dict[str, Any]]:
+    """The recipe's training options: those of the existing plan, of the cache whose pixels are shared, or of the file.
+
+    The file is read once, for a new cache: it may be moved or edited later.
+    """
+    root = Path(config.cache.path)
+    if (root / plans.NAME).exists():
+        return dict(read_plan(root).facts.distill)
+    if isinstance(source, PixelCache) and source.cache.manifest.facts.recipe == config.recipe:
+        return dict(source.cache.manifest.facts.distill)
+    local = local_options(config.recipe)
+    if local:
+        process.print_rank0(
+            f"the cache does not keep {', '.join(local)} of recipe {config.recipe}: "
+            f"paths and resources of one machine. Give them to `make distill`, or RECIPE={config.recipe}"
+        )
+    return kept_options(config.recipe)
 
 
 def _known_fields(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> dict[str, Any]:

@@ -1,20 +1,27 @@
 """Recipes: YAML files with options of both stages (`pipelines/recipes`, or a file of the user).
 
-In: the name or path of a recipe. Out: its file, or the options of one section as plain values.
+In: the name or path of a recipe. Out: its file, or the options of one section as plain values. A cache keeps the
+training options of its recipe, so that a run does not depend on the file.
 Invariant: at most `RECIPE_BYTES` of a regular file are read, and only by PyYAML's safe loader.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from scalekd_cache.config.base import flat
 from scalekd_cache.errors import UserError, unknown_name
 
 RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 RECIPE_BYTES = 1 << 20
 """Size limit of a recipe file, bytes."""
+KEPT = ("student", "scalekd", "optim", "train")
+"""The parts of `distill:` that a cache keeps. The others are places and resources of one machine."""
+LOCAL = ("train.deepspeed",)
+"""Options in these parts that are paths of one machine; a cache does not keep them."""
 
 
 def recipe_file(name: str) -> Path:
@@ -48,6 +55,56 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
     if not isinstance(options, dict):
         raise UserError(f"section {section} of the recipe is not a mapping", got=options, where=file)
     return options
+
+
+def kept_options(name: str) -> dict[str, dict[str, Any]]:
+    """The training options of a recipe that a cache keeps, as JSON values.
+
+    Raises:
+        UserError: as `recipe_section`, or a part is not a mapping of JSON values.
+    """
+    kept: dict[str, dict[str, Any]] = {}
+    for part, options in recipe_section(name, "distill").items():
+        if part not in KEPT:
+            continue
+        try:
+            values = json.loads(json.dumps(dict(options), allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise UserError(
+                f"section distill.{part} of the recipe is not a mapping of plain values",
+                got=options,
+                where=recipe_file(name),
+            ) from error
+        kept[part] = {key: value for key, value in values.items() if f"{part}.{key}" not in LOCAL}
+    return kept
+
+
+def local_options(name: str) -> list[str]:
+    """Names of the training options of a recipe that a cache does not keep."""
+    options = recipe_section(name, "distill")
+    return [*(part for part in options if part not in KEPT), *(one for one in LOCAL if one in flat(options))]
+
+
+def training_options(given: str | None, name: str, kept: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's options of stage 2, with the recipe's name.
+
+    Args:
+        given: the recipe that was asked for, by name or path; its file is read.
+        name: the recipe of the cache.
+        kept: the training options that the cache keeps; used when no recipe is given.
+
+    Raises:
+        UserError: as `recipe_section`.
+    """
+    return {**(recipe_section(given, "distill") if given else kept), "recipe": given or name}
+
+
+def has_changed(name: str, kept: Mapping[str, Any]) -> bool:
+    """Whether the recipe's file exists and its training options are no longer those that the cache keeps."""
+    try:
+        return kept_options(name) != kept
+    except UserError:
+        return False
 
 
 def _read(file: Path) -> str:

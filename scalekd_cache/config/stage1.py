@@ -173,7 +173,8 @@ class CacheTeacherConfig:
     """All options of stage 1 (`cache_teacher`)."""
 
     recipe: str = "demo"
-    """Name of the recipe, stored in the manifest; `distill` uses the same recipe by default."""
+    """Name or file of the recipe. The manifest keeps its name and training options; `distill` uses them by
+    default."""
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)

@@ -210,7 +210,7 @@ class DistillConfig:
     """All options of stage 2 (`distill`)."""
 
     recipe: str | None = None
-    """Name of the recipe (None: the recipe of the cache)."""
+    """Name or file of the recipe (None: the training options that the cache keeps)."""
     cache: str = "caches/demo"
     """Folder or URL (file, http, https, s3, gs) of the cache."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)

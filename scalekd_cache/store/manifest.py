@@ -18,7 +18,8 @@ from typing import Annotated, Any, Literal, NamedTuple, NotRequired
 from pydantic import Field, FiniteFloat
 from typing_extensions import TypedDict
 
-from scalekd_cache.config.base import fingerprint
+from scalekd_cache.config.base import fingerprint, flat
+from scalekd_cache.config.recipes import KEPT, LOCAL
 from scalekd_cache.config.stage1 import DataConfig, TeacherConfig, ViewConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import (
@@ -83,6 +84,9 @@ class ManifestFacts:
     fingerprint_fields: dict[str, Any]
     """Everything that changes the bytes of a record."""
     recipe: str
+    """Name or path of the recipe, for messages."""
+    distill: dict[str, dict[str, Any]]
+    """Training options of the recipe; `distill` takes them when no recipe is given."""
     backend: str
     samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
     """Maximum number of images in a range: the option of the job that created the cache."""
@@ -127,8 +131,19 @@ class Manifest:
 
 
 FIELDS = (
-    *("format_version", "fingerprint", "fingerprint_fields", "recipe", "backend", "samples_per_shard", "num_samples"),
-    *("num_views", "groups", "units", "units_digest", "class_names", "teacher", "tail_sha256", "view_recipe", "codec"),
+    *("format_version", "fingerprint", "fingerprint_fields", "recipe", "distill", "backend", "samples_per_shard"),
+    *(
+        "num_samples",
+        "num_views",
+        "groups",
+        "units",
+        "units_digest",
+        "class_names",
+        "teacher",
+        "tail_sha256",
+        "view_recipe",
+        "codec",
+    ),
     *("logit_codec", "second_codec", "data", "pixels_from", "bytes_per_view", "fidelity", "versions"),
 )
 """The fields of manifest.json, in the order in which they are written."""
@@ -335,6 +350,7 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
         "groups": 0 < len(facts.groups) <= len(views) <= MAX_VIEWS and all(facts.groups),
         "views of groups": views == list(range(len(views))),
         "backend": facts.backend in BACKENDS,
+        "distill": facts.distill.keys() <= set(KEPT) and not any(name in flat(facts.distill) for name in LOCAL),
     }
     return [name for name, right in agreements.items() if not right]
 

@@ -35,14 +35,23 @@ def no_work(monkeypatch):
     monkeypatch.setattr(caching, "_append_batch", fail)
 
 
+def write_recipe(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"distill: {{{text}}}")
+    return file
+
+
 def test_a_cache_says_what_it_is(tmp_path, capsys):
     root = tmp_path / "deep" / "cache"
-    manifest = make(root, shared_weights(), recipe="mine").manifest
+    recipe = write_recipe(tmp_path, "train: {epochs: 7, deepspeed: ds.json}, data: pictures")
+    manifest = make(root, shared_weights(), recipe=str(recipe)).manifest
     out = capsys.readouterr().out
     assert f"{SAMPLES} images x {VIEWS} views" in out
     assert f"{SAMPLES * VIEWS:,} views to make" in out
     assert f"{root}: " in out
-    assert manifest.facts.recipe == "mine"
+    assert manifest.facts.recipe == str(recipe)
+    assert manifest.facts.distill == {"train": {"epochs": 7}}
+    assert f"does not keep data, train.deepspeed of recipe {recipe}" in out
     assert manifest.num_samples == SAMPLES
     assert manifest.facts.data["max_samples"] == SAMPLES
     assert manifest.facts.teacher["spec"]["name"] == "demo_swin"
@@ -146,6 +155,20 @@ def test_options_that_change_no_byte_are_accepted(tmp_path, no_work):
     shutil.copy(shared_weights(), tmp_path / "elsewhere.safetensors")
     changes = {"teacher": {"batch_size": 8, "weights": str(tmp_path / "elsewhere.safetensors")}, "workers": 2}
     cache_teacher(options(root, shared_weights(), recipe="other", **changes), CPU)
+
+
+def test_a_cache_keeps_the_recipe_of_its_first_job(tmp_path):
+    """A file that is edited or gone changes nothing: neither later views, nor a cache with the same pixels."""
+    root, recipe = tmp_path / "cache", write_recipe(tmp_path, "train: {epochs: 7}")
+    small = {"num_views": 1, "samples_per_shard": 96}
+    make(root, shared_weights(), recipe=str(recipe), cache=small)
+    write_recipe(tmp_path, "train: {epochs: 9}")
+    make(root, shared_weights(), recipe=str(recipe), cache={**small, "num_views": 2})
+    recipe.unlink()
+    shared = {**small, "pixels_from": str(root)}
+    other = make(tmp_path / "other", shared_weights(), recipe=str(recipe), cache=shared)
+    for facts in (read_manifest(root).facts, other.manifest.facts):
+        assert (facts.recipe, facts.distill) == (str(recipe), {"train": {"epochs": 7}})
 
 
 @pytest.mark.parametrize("finished", [True, False])

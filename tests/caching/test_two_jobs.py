@@ -110,7 +110,7 @@ def test_an_equal_job_joins(tmp_path, meanwhile, capsys):
         finished.update(tree(root), stats=unit_stats(root))
 
     meanwhile(begin_and_end)
-    cache_teacher(asked(root, recipe="another name"), CPU)
+    cache_teacher(asked(root, recipe="traditional"), CPU)
     assert {**tree(root), "stats": unit_stats(root)} == finished
     assert "is complete" in capsys.readouterr().out
 

@@ -11,7 +11,17 @@ from timm.models import get_pretrained_cfg
 from pipelines import distill as distill_command
 from pipelines.command import parse
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.recipes import RECIPE_BYTES, RECIPES, check_recipe, recipe_file, recipe_section
+from scalekd_cache.config.recipes import (
+    RECIPE_BYTES,
+    RECIPES,
+    check_recipe,
+    has_changed,
+    kept_options,
+    local_options,
+    recipe_file,
+    recipe_section,
+    training_options,
+)
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
@@ -151,6 +161,7 @@ def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
     class Kept:
         view_recipe = views("advanced")
         recipe = "advanced"
+        distill = kept_options("advanced")
 
     monkeypatch.setattr(distill_command, "read_cache_facts", lambda *_: Kept)
     with pytest.raises(UserError, match=r"randaugment_magnitude=9\.0"):
@@ -204,3 +215,34 @@ def test_a_custom_recipe(tmp_path):
     file.write_text("cache:\n  views: {size: 72}\n")
     assert recipe_section(str(file), "cache") == {"views": {"size": 72}}
     assert recipe_section(str(file), "distill") == {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_cache_keeps_everything_that_a_shipped_recipe_says(name):
+    kept = kept_options(name)
+    assert kept == recipe_section(name, "distill")
+    assert local_options(name) == []
+    assert training_options(None, "moved.yaml", kept) == {**kept, "recipe": "moved.yaml"}
+    assert not has_changed(name, kept)
+    assert has_changed(name, {**kept, "train": {}})
+
+
+def test_a_recipe_that_was_asked_for_is_read_from_its_file(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("distill: {train: {epochs: 3, deepspeed: ds.json}, data: images}")
+    assert training_options(str(file), "demo", {})["data"] == "images"
+    kept = kept_options(str(file))
+    assert kept == {"train": {"epochs": 3}}
+    assert local_options(str(file)) == ["data", "train.deepspeed"]
+    file.unlink()
+    assert not has_changed(str(file), kept)
+    with pytest.raises(UserError, match="no recipe"):
+        training_options(str(file), "demo", kept)
+
+
+@pytest.mark.parametrize("text", ["train: 3", "train: [1]", "train: {lr: .nan}", "train: {day: 2020-01-01}"])
+def test_options_that_a_cache_cannot_keep_are_refused(tmp_path, text):
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"distill: {{{text}}}")
+    with pytest.raises(UserError, match=r"distill\.train of the recipe is not a mapping of plain values"):
+        kept_options(str(file))

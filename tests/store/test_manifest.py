@@ -30,6 +30,8 @@ CONTRADICTIONS: dict[str, tuple[Change, str]] = {
     "classes left out": (lambda f: f["class_names"].pop(), "class_names"),
     "fields": (lambda f: f["fingerprint_fields"]["teacher"].update(timm_version="0"), "fingerprint is not the hash"),
     "fingerprint": (lambda f: f.update(fingerprint="0" * 64), "fingerprint is not the hash"),
+    "a path among the training options": (lambda f: f["distill"].update(train={"deepspeed": "/x"}), "distill"),
+    "another part among the training options": (lambda f: f["distill"].update(run={"x": "/tmp"}), "distill"),
     "shared pixels": (lambda f: f.update(pixels_from={"identity": "x", "path": "y"}), "pixels and pixels_from"),
 }
 NESTED: dict[str, tuple[Change, str]] = {
@@ -43,6 +45,7 @@ NESTED: dict[str, tuple[Change, str]] = {
     "likeness": (lambda f: f["data"].update(class_likeness=[-1, 0.5]), "class_likeness"),
     "data option": (lambda f: f["data"].update(max_samples="all"), "max_samples"),
     "class names": (lambda f: f.update(class_names=[1]), r"class_names\[0\]"),
+    "training options of another type": (lambda f: f["distill"].update(optim=3), r"distill\.optim"),
     "versions": (lambda f: f.update(versions={"torch": 2}), "versions.torch"),
 }
 

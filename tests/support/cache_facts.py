@@ -24,6 +24,7 @@ def cache_facts(**changes: Any) -> ManifestFacts:
         "fingerprint": FINGERPRINT,
         "fingerprint_fields": FIELDS,
         "recipe": "demo",
+        "distill": {"train": {"epochs": 2}},
         "samples_per_shard": 21,
         "class_names": CLASSES,
         "tail_sha256": "",
