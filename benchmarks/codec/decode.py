@@ -8,7 +8,7 @@ a record into a row. Decoding turns rows into float32 maps and norms.
 """
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -17,32 +17,34 @@ from benchmarks.harness import Measurement, argument_parser, publish_table, time
 from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
-from scalekd_cache.codec.transform_fit import PRESETS, fit
+from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
 SHAPE = (1536, 7, 7)
 FITTED = 256
 GPU_BATCH = 256
+NAMES = ("int8", "transform", "transform-economy", ALWAYS_ROTATED)
 
 
-def synthetic_maps(count: int, seed: int) -> torch.Tensor:
-    """(count, 1536, 7, 7) float32: channels mixed with a decaying spectrum, positions smoothed with their neighbors."""
-    channels = SHAPE[0]
+def synthetic_maps(count: int, seed: int, shape: tuple[int, int, int] = SHAPE) -> torch.Tensor:
+    """(count, *shape) float32: channels mixed with a decaying spectrum, positions smoothed with their neighbors."""
+    channels = shape[0]
     mixing = torch.randn(channels, channels, generator=torch.Generator().manual_seed(0)) / channels**0.5
     spectrum = (1 + torch.arange(channels) / 12) ** -0.65
-    draw = torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(seed))
+    draw = torch.randn(count, *shape, generator=torch.Generator().manual_seed(seed))
     smooth = 0.6 * draw + 0.4 * torch.nn.functional.avg_pool2d(draw, 3, 1, 1, count_include_pad=False) * 3
     return torch.einsum("dc,bchw->bdhw", mixing * spectrum, smooth).contiguous() * 10
 
 
-def codecs() -> dict[str, FeatureCodec]:
-    """int8 and the fitted transform codecs."""
-    maps = synthetic_maps(FITTED, 1)
-    return {
-        "int8": make_codec("int8", SHAPE),
-        "transform": fit(maps, PRESETS["transform"]),
-        "transform-economy": fit(maps, PRESETS["transform-economy"]),
-        "transform-rotated": fit(maps, PRESETS["transform"], rotated=True),
-    }
+def fitted_codecs(
+    shape: tuple[int, int, int] = SHAPE, fitted: int = FITTED, names: Sequence[str] = NAMES
+) -> Iterator[tuple[str, FeatureCodec]]:
+    """int8 and the transform codecs, fitted to `fitted` maps."""
+    maps = synthetic_maps(fitted, 1, shape)
+    for name in names:
+        yield (
+            name,
+            make_codec(name, shape) if name == "int8" else fit(maps, PRESETS[name], rotated=name == ALWAYS_ROTATED),
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -60,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     seeds = torch.tensor([dither_seed(str(number), 0) for number in range(batch)])
     actions: dict[str, Callable[[], object]] = {}
     sizes = {}
-    for name, codec in codecs().items():
+    for name, codec in fitted_codecs():
         records = codec.pack(codec.encode(maps, seeds).numpy())
         placed = torch.from_numpy(codec.unpack(records)).to(device)
         sizes[name] = sum(map(len, records)) / batch

@@ -1,0 +1,241 @@
+"""Parts e to g of the GPU smoke run: stage 1, the real trainer, recovery.
+
+In: `Sizes`, the folder of the run. Out: figures, reported one by one.
+Invariant: what runs is the project's own code: the jobs of `cache_teacher` and `distill`, the audit, a command line.
+"""
+
+import gc
+import hashlib
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.harness import ROOT, option_words
+from benchmarks.smoke.kernels import milliseconds
+from benchmarks.smoke.sizes import Add, Sizes, cache_of
+from benchmarks.training.stage1 import measure
+from scalekd_cache.audit.repair import repair_cache
+from scalekd_cache.audit.verify_cache import verify_deep
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.distributed import Process, this_process
+from scalekd_cache.loader.loader import Batch
+from scalekd_cache.scalekd.losses import Targets
+from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint
+from scalekd_cache.training.run import _make_trainer
+from scalekd_cache.training.run_cache import open_run_cache
+from scalekd_cache.training.trainer import Trainer
+
+CPU_RUN_LIMIT_S = 150
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train; what it does not set is as in `config_of`."""
+
+    name: str
+    """Kind and micro-batch."""
+    micro: int
+    train: dict[str, Any] = field(default_factory=dict)
+    scalekd: dict[str, Any] = field(default_factory=dict)
+    optim: dict[str, Any] = field(default_factory=dict)
+    free: bool = False
+    """Targets are random numbers on the device; nothing is decoded."""
+
+
+def variants(sizes: Sizes) -> list[Variant]:
+    """All variants, the most important ones first: the part may be stopped."""
+    found = []
+    for micro in sizes.micro_batches:
+        found += [
+            Variant(f"free {micro}", micro, free=True),
+            Variant(f"cached {micro}", micro),
+            Variant(f"live {micro}", micro, train={"targets": "live"}),
+            Variant(f"baseline {micro}", micro, train={"targets": "none"}),
+            Variant(f"lite {micro}", micro, scalekd={"projector": "lite"}),
+        ]
+    micro = sizes.micro_batches[0]
+    found += [Variant(f"zero{stage} {micro}", micro, train={"zero": stage}) for stage in (1, 2, 3)]
+    return [*found, Variant(f"lamb {micro}", micro, optim={"name": "lamb", "lr": 1e-3})]
+
+
+class Lines:
+    """Stands for a run folder: keeps what the trainer logs."""
+
+    def __init__(self) -> None:
+        self.lines: list[dict[str, float]] = []
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Keep the values of a step."""
+        self.lines.append(dict(values))
+
+
+def config_of(sizes: Sizes, variant: Variant, cache: Path, run: Path) -> DistillConfig:
+    """The options of two epochs; metrics are logged once an epoch."""
+    micro = variant.micro
+    return DistillConfig(
+        cache=str(cache),
+        run=str(run),
+        student=StudentConfig(name=sizes.student),
+        optim=OptimConfig(**{"name": "sgd", "lr": 0.01, "base_batch_size": micro, **variant.optim}),
+        scalekd=ScaleKDConfig(**variant.scalekd),
+        train=TrainConfig(**{
+            "epochs": 2, "global_batch_size": micro, "micro_batch_size": micro, "workers": sizes.workers,
+            "log_every": 10**6, **variant.train,
+        }),
+    )  # fmt: skip
+
+
+def trainer_of(config: DistillConfig, process: Process, checkpoint: Checkpoint | None = None) -> Trainer:
+    """The trainer that `distill` builds."""
+    assert config.run is not None
+    return _make_trainer(config, process, open_run_cache(config, Path(config.run), process), checkpoint)
+
+
+def stage1(sizes: Sizes, folder: Path, add: Add) -> None:
+    """Part e: stage 1 of all images over the plain teacher."""
+    found = measure(
+        folder / "stage1", folder / "images", teacher=sizes.teacher, images=sizes.images, views=sizes.views,
+        batch=sizes.teacher_batches[-1], workers=sizes.workers, device=torch.device(sizes.device),
+        size=sizes.views_px, repeats=1,
+    )  # fmt: skip
+    views = sizes.images * sizes.views
+    add("stage1", {
+        "ratio": statistics.median(found.ratios), "views_per_s": views / found.stage1_s[0],
+        "plain_views_per_s": views / found.plain_s[0], "idle_share": found.idle[0], "start_s": found.start_s[0],
+        "peak_descriptors": found.descriptors, "peak_bytes": found.peak_bytes,
+        "workers_peak_bytes": found.children_bytes, "workers": sizes.workers,
+    })  # fmt: skip
+
+
+def trainer(sizes: Sizes, folder: Path, add: Add) -> None:
+    """Part f: every variant for two epochs; the second one is timed."""
+    process = this_process(sizes.device)
+    cache = cache_of(folder, sizes)
+    for variant in variants(sizes):
+        try:
+            add(variant.name, timed_epoch(sizes, variant, cache, folder / "runs", process))
+        except torch.OutOfMemoryError as error:
+            add(variant.name, {"error": str(error).splitlines()[0]})
+        gc.collect()
+        if process.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process: Process) -> dict[str, Any]:
+    """Step time, launch time, data wait and peak memory of a variant."""
+    gpu = process.device.type == "cuda"
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    made = time.perf_counter()
+    run = trainer_of(config_of(sizes, variant, cache, runs / variant.name), process)
+    if variant.free:
+        run.targets = free_targets(run, variant.micro)  # type: ignore[assignment]
+    made = time.perf_counter() - made
+    lines, count = Lines(), run.loader.steps_per_epoch
+    steps = run.train(lines)  # type: ignore[arg-type]
+    for _ in range(count):
+        next(steps)
+    started = time.perf_counter()
+    for _ in range(count - 1):
+        next(steps)
+    launched = time.perf_counter()  # the last step logs, which waits for the GPU
+    list(steps)
+    ended = time.perf_counter()
+    figures = {
+        "step_ms": round(1e3 * (ended - started) / count, 3),
+        "launch_ms": round(1e3 * (launched - started) / max(1, count - 1), 3),
+        "data_wait": lines.lines[-1]["data_wait"],
+        "loss": lines.lines[-1]["loss"],
+        "setup_s": round(made, 2),
+    }
+    if gpu:
+        figures["peak_bytes"] = torch.cuda.max_memory_allocated()
+    if run.targets is not None and not variant.free and run.targets.teacher is not None:
+        teacher, px = run.targets.teacher, sizes.views_px
+        images = torch.zeros(variant.micro, 3, px, px, dtype=torch.uint8, device=process.device)
+        figures["teacher_ms"] = milliseconds(lambda: teacher(images), process.device, sizes.repeats)
+    return figures
+
+
+def free_targets(run: Trainer, batch: int) -> Any:
+    """A source of targets that costs nothing."""
+    device, shape = run.process.device, run.loader.codec.shape
+    targets = Targets(
+        torch.randn(batch, *shape, device=device),
+        torch.ones(batch, 2, *shape[1:], device=device),
+        torch.randn(batch, run.loader.logit_codec.num_classes, device=device),
+    )
+
+    def source(_: Batch) -> Targets:
+        return targets
+
+    return source
+
+
+def recovery(sizes: Sizes, folder: Path, add: Add) -> None:
+    """Part g: resume at another ZeRO stage, verify and repair, training on the CPU of this machine."""
+    process = this_process(sizes.device)
+    cache = cache_of(folder, sizes)
+    add("resume", resumed(sizes, cache, folder / "recovery", process))
+    add("audit", audited(cache, process))
+    tiny = cache_of(folder, sizes, tiny=True)
+    add("device_cpu", trained_on_cpu(tiny, folder / "cpu-run"))
+
+
+def resumed(sizes: Sizes, cache: Path, folder: Path, process: Process) -> dict[str, Any]:
+    """Save after the first epoch at ZeRO 0; the loss of the second one there and resumed at ZeRO 2."""
+    micro = sizes.micro_batches[-1]
+    whole = trainer_of(config_of(sizes, Variant("zero 0", micro), cache, folder / "run"), process)
+    lines, other = Lines(), Lines()
+    steps = whole.train(lines)  # type: ignore[arg-type]
+    for _ in range(whole.loader.steps_per_epoch):
+        next(steps)
+    started = time.perf_counter()
+    whole.save(folder / "checkpoints")
+    save_s = time.perf_counter() - started
+    list(steps)
+    checkpoint, problems = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None, problems
+    config = config_of(sizes, Variant("zero 2", micro, train={"zero": 2}), cache, folder / "run")
+    list(trainer_of(config, process, checkpoint).train(other))  # type: ignore[arg-type]
+    losses = lines.lines[-1]["loss"], other.lines[-1]["loss"]
+    return {
+        "save_s": round(save_s, 2),
+        "loss_of_the_second_epoch": losses,
+        "difference": abs(losses[0] - losses[1]) / abs(losses[0]),
+    }
+
+
+def audited(cache: Path, process: Process) -> dict[str, Any]:
+    """Verify the cache, damage one byte of it, repair it; whether the repaired file has its old bytes."""
+    whole = verify_deep(cache, device=process.device)
+    file = max((path for path in (cache / "units").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    data = bytearray(file.read_bytes())
+    before = hashlib.sha256(data).hexdigest()
+    data[len(data) // 2] ^= 0x40
+    file.write_bytes(data)
+    repaired = repair_cache(cache, process)
+    after = hashlib.sha256(file.read_bytes()).hexdigest()
+    agreement = whole.agreement
+    return {
+        "problems": [str(problem) for problem in whole.findings.problems],
+        "teacher_again": agreement.figures if agreement else None,
+        "repaired_units": repaired.units,
+        "left": [str(problem) for problem in repaired.left],
+        "same_bytes": before == after,
+    }
+
+
+def trained_on_cpu(cache: Path, run: Path) -> dict[str, Any]:
+    """`distill --device cpu` in a process of its own, on a machine that has a GPU."""
+    options = {"cache": cache, "run": run, "student.name": "resnet10t", "train.epochs": 1, "device": "cpu",
+               "train.global_batch_size": 8, "train.micro_batch_size": 8}  # fmt: skip
+    command = [sys.executable, "-m", "pipelines.distill", *option_words(options)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=CPU_RUN_LIMIT_S)
+    return {"exit_code": done.returncode, "output": (done.stdout + done.stderr)[-600:]}
