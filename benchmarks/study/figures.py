@@ -53,7 +53,7 @@ def verdict(difference: Difference) -> str:
         return f"within ±{MARGIN}"
     if difference.low > 0 or difference.high < 0:
         return "better" if difference.low > 0 else "worse"
-    return "inconclusive"
+    return "not established"
 
 
 def text_of(difference: Difference, digits: int) -> str:

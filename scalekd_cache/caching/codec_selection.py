@@ -37,7 +37,7 @@ from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
-"""Noise levels of the transform coder: 0.0001 to 0.075, each 7 % above the one before."""
+"""Noise levels of the transform codec: 0.0001 to 0.075, each 7 % above the one before."""
 BATCH = 64
 MIN_VIEWS = 8
 
@@ -47,7 +47,7 @@ class CodecMeasurement(NamedTuple):
 
     codec: str
     noise: float
-    """Noise of the transform coder; 0 for other codecs."""
+    """Noise of the transform codec; 0 for other codecs."""
     bytes: float
     """Mean bytes of a record, norms included."""
     cosine_mean: float

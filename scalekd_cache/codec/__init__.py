@@ -1,8 +1,8 @@
-"""Codecs: teacher feature maps and logits to bytes and back. This file is the registry of feature codecs.
+"""Codecs convert teacher feature maps and logits to bytes and back. This file is the registry of feature codecs.
 
-In: a codec's name, or the JSON config in a manifest. Out: the codec (the contract is in `base.py`).
+In: a codec's name, or the JSON config from a manifest. Out: the codec (`base.py` defines the contract).
 Invariant: importing this package does not import torch; a codec's module is imported on demand.
-Written here although numcodecs exists: a feature codec needs token norms, an error bound, dither and decoding on a GPU.
+numcodecs is not used because a feature codec needs token norms, an error bound, dither and GPU decoding.
 The lossless stage is zstd.
 """
 
@@ -28,16 +28,16 @@ OLDER: dict[tuple[str, int], tuple[str, str]] = {
     ("float16", 1): ("scalekd_cache.codec.plain", "Float16CodecV1"),
     ("bfloat16", 1): ("scalekd_cache.codec.plain", "BFloat16CodecV1"),
 }
-"""Layouts of earlier versions that can still be read, by id and version."""
+"""Row layouts of earlier versions that are still readable, by id and version."""
 FITTED = ("transform", "transform-economy", "transform-rotated")
-"""Presets of the transform coder, which must be fitted to a teacher (`transform_fit.fit`)."""
+"""Presets of the transform codec, which must be fitted to a teacher (`transform_fit.fit`)."""
 
 
 def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
     """The codec called `name` for maps of `shape` (C, H, W).
 
     Raises:
-        UserError: no such codec (with the nearest names), or a shape that is not three positive integers.
+        UserError: unknown codec (suggests the closest names), or a shape that is not three positive integers.
     """
     if name not in CODECS:
         raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
@@ -51,7 +51,7 @@ def _instantiate(place: tuple[str, str], shape: tuple[int, int, int]) -> "Featur
 
 
 def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = None) -> "FeatureCodec":
-    """The codec of a cache, from the config in its manifest; `folder` is the cache (for the state of a fitted codec).
+    """The codec of a cache, from the config in its manifest; `folder` is the cache, for the state of a fitted codec.
 
     Raises:
         UserError: an unknown id, or parameters that this version cannot read.
@@ -59,7 +59,7 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
     name, shape = config.get("id"), config.get("shape")
     if not isinstance(name, str) or not isinstance(shape, (list, tuple)):
         raise UserError(
-            "bad codec config",
+            "invalid codec config",
             got=dict(config),
             expected="id (text) and shape [C, H, W]",
             where="codec in the manifest",
@@ -93,4 +93,6 @@ def _from_config(
 
 def _check_shape(name: str, shape: tuple[int, int, int]) -> None:
     if len(shape) != 3 or not all(type(side) is int and 0 < side <= 65_536 for side in shape):
-        raise UserError("bad feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}")
+        raise UserError(
+            "invalid feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}"
+        )

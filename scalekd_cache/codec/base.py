@@ -1,9 +1,9 @@
 """The contract of a feature codec, and the token norms stored with lossy features.
 
-In: teacher maps (B, C, H, W) float32 after the final norm. Out: rows of fixed size, uint8 (B, bytes_per_view), on the
-device of the maps, and back; `pack` turns rows into stored records, `unpack` inverts it, both on the CPU.
-Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value, and its norms are those of x
-to float16 precision whatever the codec, so that a loss that divides by them is linear in the decoded map.
+In: teacher maps (B, C, H, W) float32 after the final norm. Out: fixed-size rows, uint8 (B, bytes_per_view), on the same
+device, and back. `pack` turns rows into stored records and `unpack` inverts it, both on the CPU.
+Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value. For every codec, decoded norms
+equal the norms of x to float16 precision, so a loss that divides by them is linear in the decoded map.
 """
 
 import sys
@@ -29,7 +29,7 @@ class FeatureMap(NamedTuple):
     features: Tensor
     """(B, C, H, W) float32, channels-last in memory."""
     norms: Tensor
-    """(B, 2, H, W) float32: [:, 0] token L2 norm, [:, 1] the same after each channel's spatial mean is removed."""
+    """(B, 2, H, W) float32 token norms: [:, 0] raw, [:, 1] after removing each channel's spatial mean."""
 
 
 def feature_norms(features: Tensor) -> Tensor:
@@ -48,7 +48,7 @@ class FeatureCodec(ABC):
     dithered: ClassVar[bool] = False
     """Whether `encode` needs seeds (`dither.dither_seed`)."""
     bytes_per_view: int
-    """Bytes of a row; a stored record may have another length."""
+    """Bytes per row; a stored record may have a different length."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self.shape = shape
@@ -57,14 +57,14 @@ class FeatureCodec(ABC):
 
     @property
     def record_bytes(self) -> int:
-        """Bytes of a stored record; for a fitted codec, the mean over the calibration views."""
+        """Bytes per stored record; for a fitted codec, the mean over the calibration views."""
         return self.bytes_per_view
 
     @abstractmethod
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) float32 on any device -> uint8 (B, bytes_per_view) on the same device.
+        """Encode maps (B, C, H, W) float32, on any device, to rows uint8 (B, bytes_per_view) on the same device.
 
-        `seeds` (B,) int64 select the dither if the codec is `dithered`; other codecs ignore them.
+        `seeds` (B,) int64 select the dither of a `dithered` codec; other codecs ignore them.
 
         Raises:
             UserError: rows with NaN, infinity, or magnitudes that the codec cannot represent.
@@ -72,22 +72,22 @@ class FeatureCodec(ABC):
 
     @abstractmethod
     def decode(self, codes: Tensor) -> FeatureMap:
-        """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
+        """Decode rows uint8 (B, bytes_per_view) to maps and norms, float32, on the device of `codes`."""
 
     @abstractmethod
     def error_bound(self, features: Tensor) -> Tensor:
         """Upper bound of |decoded - original|: (B, C, H, W) float32, one bound per value."""
 
     def get_config(self) -> dict[str, Any]:
-        """JSON that rebuilds this codec; it is stored in the manifest and is part of the fingerprint."""
+        """JSON config that rebuilds this codec; stored in the manifest and part of the fingerprint."""
         return {"id": self.id, "version": self.version, "shape": list(self.shape)}
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """(B, bytes_per_view) uint8 -> stored records, one per row; by default the rows themselves."""
+        """Convert rows (B, bytes_per_view) uint8 to stored records; by default the rows themselves."""
         return [row.tobytes() for row in rows]
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Records -> (B, bytes_per_view) uint8, a new array. UserError for records of another codec."""
+        """Convert records to rows (B, bytes_per_view) uint8, a new array. UserError for records of another codec."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
             raise damaged_record(f"a record of {wrong[0]} bytes", f"{self.bytes_per_view} bytes, codec {self.id}")
@@ -98,11 +98,11 @@ class FeatureCodec(ABC):
         return FLOAT16_MAX
 
     def checked_norms(self, features: Tensor) -> Tensor:
-        """Norms of the maps, (B, 2, H, W) float32. UserError for rows that cannot be stored."""
+        """Norms of the maps, (B, 2, H, W) float32. UserError for maps that cannot be stored."""
         assert features.dtype == torch.float32, features.dtype
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         norms = feature_norms(features)
-        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # NaN stays NaN
+        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # keeps NaN
         bad = ~(worst <= self.largest())
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
@@ -119,8 +119,8 @@ class FeatureCodec(ABC):
 class RowCodec(FeatureCodec):
     """A codec without a lossless stage. A subclass sets `id` and implements `encode_values` and `decode_values`.
 
-    A row is `value_bytes` of values, token-major (position after position, row by row of the grid, all channels of a
-    position together), then, where `stores_norms`, 2 x H x W float16 norms (raw, then mean-removed).
+    A row holds `value_bytes` of values in token-major order (H, W, C). If `stores_norms`, 2 x H x W float16 norms
+    follow (raw, then mean-removed).
     """
 
     stores_norms: ClassVar[bool] = True
@@ -132,7 +132,7 @@ class RowCodec(FeatureCodec):
     @property
     @abstractmethod
     def value_bytes(self) -> int:
-        """Bytes of a row before the norms."""
+        """Bytes per row before the norms."""
 
     @abstractmethod
     def encode_values(self, values: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class RowCodec(FeatureCodec):
 
     @abstractmethod
     def decode_values(self, codes: Tensor) -> Tensor:
-        """A fresh contiguous uint8 (B, value_bytes) -> (B, H*W, C) float32."""
+        """A new contiguous uint8 (B, value_bytes) -> (B, H*W, C) float32."""
 
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         norms = self.checked_norms(features)
@@ -163,21 +163,21 @@ class RowCodec(FeatureCodec):
 
 
 def channel_means(values: Tensor) -> Tensor:
-    """The mean of every channel over positions, as stored: (B, T, C) float32 -> (B, 1, C) float16.
+    """Stored mean of each channel over positions: (B, T, C) float32 -> (B, 1, C) float16.
 
-    In a plain ViT the means are the largest part of a map, and no loss uses them. A codec stores them separately and
-    spends its bits on the differences.
+    In a plain ViT the means dominate a map, but no loss uses them. So a codec stores them separately and spends its
+    bits on the differences.
     """
     return values.mean(1, keepdim=True).to(torch.float16)
 
 
 def damaged_record(got: object, expected: object) -> UserError:
-    """The error for a record that the codec did not write."""
+    """The error for a record that this codec did not write."""
     return UserError(
-        "damaged features",
+        "the features of a record are damaged",
         got=got,
         expected=expected,
-        where="a record's features",
+        where="features of a record",
         fix="run `make verify` on the cache",
     )
 
@@ -188,5 +188,5 @@ def as_bytes(values: Tensor) -> Tensor:
 
 
 def contiguous_copy(codes: Tensor) -> Tensor:
-    """A contiguous copy at offset 0, which can be viewed as a wider dtype for any alignment of `codes`."""
+    """A contiguous copy at offset 0; it can be viewed as a wider dtype even if `codes` is unaligned."""
     return codes.clone(memory_format=torch.contiguous_format)

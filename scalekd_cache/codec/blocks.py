@@ -1,12 +1,12 @@
-"""The lossless stage of the transform coder: symbols in classes of similar variance, one zstd block per class.
+"""The lossless stage of the transform codec: symbols grouped by variance, one zstd block per class.
 
-In: rows of fixed size (a head, a plane of packed symbols, a list of escapes). Out: records of any length, and back.
-Invariant: `unpack(pack(rows))` is `rows`; a record that declares another size is an error before anything is allocated.
+In: fixed-size rows (a head, a plane of packed symbols, a list of escapes). Out: variable-length records, and back.
+Invariant: `unpack(pack(rows))` equals `rows`. A record that declares the wrong size is an error before allocation.
 
 A zstd block has one Huffman table, so the encoder ends a block at the end of each class. A Huffman code takes at least
 one bit per byte, so classes of low entropy pack two or four symbols into a byte; classes of large values take two bytes
-per symbol. The few symbols beyond the range of their class are escapes: zero in the plane, position and value in the
-list. Any zstd decoder reads the frame, one call per record.
+per symbol. The few symbols outside the range of their class are escapes: the plane holds a zero, and the list holds
+position and value. Any zstd decoder reads the frame in one call per record.
 """
 
 from collections.abc import Sequence
@@ -22,22 +22,22 @@ from scalekd_cache.codec.base import as_bytes, contiguous_copy, damaged_record
 
 LEVEL = 1
 LARGEST = {16: 32767, 8: 127, 4: 7, 2: 1}
-"""Largest magnitude of a symbol, by bits a symbol."""
+"""Largest magnitude of a symbol, by bits per symbol."""
 ESCAPE_BYTES = 6
-"""Position int32, value int16."""
+"""Bytes per escape: position int32, value int16."""
 
 
 class Segment(NamedTuple):
-    """Neighboring symbols of one class."""
+    """A class: a range of consecutive symbols."""
 
     count: int  # type: ignore[assignment]  # hides tuple.count, which is not used
-    """Symbols."""
+    """Number of symbols."""
     bits: int
-    """Bits of the plane that a symbol takes: 16, 8, 4 or 2."""
+    """Bits per symbol in the plane: 16, 8, 4 or 2."""
 
     @property
     def bytes(self) -> int:
-        """Bytes in the plane."""
+        """Bytes of this class in the plane."""
         return -(-self.count * self.bits // 8)
 
 
@@ -47,9 +47,9 @@ def escape_count(count: int) -> int:
 
 
 def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(B, n) int64 symbols that fit -> (B, plane + list) uint8: the packed plane, then positions, then values."""
+    """Pack (B, n) int64 symbols into (B, plane + list) uint8: the plane, then positions, then values of escapes."""
     beyond = symbols.abs() > _limits(segments, symbols.device)
-    # A stable sort brings the escapes to the front, in the order of positions.
+    # A stable sort moves the escapes to the front, in order of position.
     places = beyond.byte().sort(dim=1, descending=True, stable=True).indices[:, : escape_count(symbols.shape[1])]
     values = (symbols * beyond).gather(1, places)
     places = places.masked_fill(values == 0, 0)
@@ -58,12 +58,12 @@ def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(B, n) int64 symbols in the range of their classes -> (B, plane) uint8."""
+    """Pack (B, n) int64 symbols, each in the range of its class, into (B, plane) uint8."""
     parts, start = [], 0
     for segment in segments:
         part, bits = symbols[:, start : start + segment.count], segment.bits
         start += segment.count
-        if bits >= 8:  # low bytes, then high ones
+        if bits >= 8:  # low bytes, then high bytes
             parts += [(part >> place & 255).to(torch.uint8) for place in range(0, bits, 8)]
             continue
         shared = 8 // bits
@@ -74,7 +74,7 @@ def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -> None:
-    """What `pack_symbols` made -> `symbols`, (B, n) of a type that holds 16-bit numbers."""
+    """Inverse of `pack_symbols`; writes into `symbols`, (B, n) of a dtype that holds 16-bit integers."""
     start, low = 0, 0
     for segment in segments:
         part, into = planes[:, low : low + segment.bytes], symbols[:, start : start + segment.count]
@@ -89,14 +89,16 @@ def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor)
                 digit, shift = part[:, : piece.shape[1]], segment.bits * place
                 if shift:
                     digit = digit >> shift
-                if shift < 8 - segment.bits:  # nothing is above the top digit
+                if shift < 8 - segment.bits:  # the top digit needs no mask
                     digit = digit & mask
                 piece.copy_(digit.view(torch.int8).sub_(offset))
     assert symbols.shape[1] == start, (symbols.shape, start)
     split = low + 4 * escape_count(start)
     places = contiguous_copy(planes[:, low:split]).view(torch.int32)
     values = contiguous_copy(planes[:, split:]).view(torch.int16)
-    if planes.device.type == "cpu":  # most of the list is empty; on a GPU this would synchronize
+    if (
+        planes.device.type == "cpu"
+    ):  # most of the list is empty; a GPU processes all of it, because the check would synchronize
         taken = values.any(0).nonzero()
         used = int(taken[-1]) + 1 if len(taken) else 0
         places, values = places[:, :used], values[:, :used]
@@ -104,20 +106,20 @@ def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor)
 
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """(B, n) float64 symbols -> (B,) bool: whether they can be stored in a row."""
+    """Whether the symbols (B, n) float64 of each row can be stored: (B,) bool."""
     beyond = (symbols.abs() > _limits(segments, symbols.device)).sum(1)
     return (beyond <= escape_count(symbols.shape[1])) & (symbols.abs().amax(1) <= LARGEST[16])
 
 
 def _limits(segments: Sequence[Segment], device: torch.device) -> Tensor:
-    """(n,) int64: the largest magnitude in the plane."""
+    """Largest magnitude of each symbol in the plane, (n,) int64."""
     counts = torch.tensor([segment.count for segment in segments])
     largest = torch.tensor([LARGEST[segment.bits] for segment in segments])
     return largest.repeat_interleave(counts).to(device)
 
 
 class BlockPacker:
-    """Rows <-> records: `head` bytes unchanged, then one zstd frame of plane and list, one block per class."""
+    """Converts rows to records and back: `head` bytes unchanged, then a zstd frame with one block per class."""
 
     def __init__(self, segments: Sequence[Segment], head: int) -> None:
         self.head = head
@@ -127,7 +129,7 @@ class BlockPacker:
         self.row_bytes = head + self._cuts[-1]
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """(B, row_bytes) uint8 -> one record per row."""
+        """Convert rows (B, row_bytes) uint8 to records."""
         return [self._pack_one(np.ascontiguousarray(row)) for row in rows]
 
     def _pack_one(self, row: NDArray[np.uint8]) -> bytes:
@@ -139,7 +141,7 @@ class BlockPacker:
         return b"".join((*parts, compressor.flush()))
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Records -> (B, row_bytes) uint8. UserError for a record that this codec did not write."""
+        """Convert records to rows (B, row_bytes) uint8. UserError for a record that this codec did not write."""
         rows = np.empty((len(records), self.row_bytes), np.uint8)
         decompressor = zstandard.ZstdDecompressor()
         for row, record in zip(rows, records, strict=True):
@@ -157,5 +159,5 @@ class BlockPacker:
 
 
 def _parts(segment: Segment) -> list[int]:
-    """Block sizes of a class: low and high bytes of 16-bit symbols differ as much as two classes."""
+    """Block sizes of a class; low and high bytes of 16-bit symbols get separate blocks."""
     return [segment.count] * 2 if segment.bits == 16 else [segment.bytes]

@@ -1,11 +1,11 @@
-"""Dither: numbers between -1/2 and 1/2, equal for writer and reader, that make quantization unbiased.
+"""Subtractive dither that makes quantization unbiased; writer and reader use the same numbers.
 
-In: one seed per record. Out: one number per coefficient. Invariant: a function of (seed, position), the same on every
-device; over all seeds each position takes every level of the table equally often, so its mean is zero exactly, and any
-two positions are uncorrelated.
+In: one seed per record. Out: one number in [-1/2, 1/2] per coefficient. Invariant: dither is a function of
+(seed, position), identical on every device. Over all seeds each position takes every level of the table equally often,
+so its mean is exactly zero, and any two positions are uncorrelated.
 
-Rounding x + u and subtracting u again leaves an error that is uniform and independent of x (Schuchman 1964), so the
-mean of the decoded value over seeds is x. A record's dither is a window of one cyclic table: a reader copies it instead
+Rounding x + u and subtracting u leaves an error that is uniform and independent of x (Schuchman 1964), so the mean of
+the decoded value over seeds is x. The dither of a record is a window of one cyclic table, so a reader copies it instead
 of computing it.
 """
 
@@ -18,16 +18,16 @@ _MASK = 2**32 - 1
 
 
 def dither_seed(key: str, view: int) -> int:
-    """The seed of a record, 0 to 2^32 - 1: a hash of the sample key and the view number."""
+    """Seed of a record, 0 to 2^32 - 1: a hash of sample key and view number."""
     digest = hashlib.blake2b(f"{view}\0{key}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "little")
 
 
 def dither_table(count: int) -> Tensor:
-    """The table of records of `count` coefficients, float32: P + count numbers, the first `count` again at the end.
+    """Dither table for records of `count` coefficients: P float32 numbers, then the first `count` of them again.
 
-    P is the least power of two that is at least `count` and 2^16; the P numbers are its levels (k + 1/2) / P - 1/2 in
-    the order of a 32-bit hash of k. No two positions of a record share a number.
+    P is the smallest power of two not below `count` and 2^16. The P numbers are the levels (k + 1/2) / P - 1/2, sorted
+    by a 32-bit hash of k. No two positions of a record share a number.
     """
     period = max(1 << 16, 1 << (count - 1).bit_length())
     levels = _mix(torch.arange(1, period + 1, dtype=torch.int64)).sort(stable=True).indices
@@ -36,19 +36,19 @@ def dither_table(count: int) -> Tensor:
 
 
 def dither(seeds: Tensor, table: Tensor, count: int) -> Tensor:
-    """(B,) int64 seeds -> (B, count) float32: the window that begins at seed mod P."""
+    """Dither (B, count) float32 for seeds (B,) int64: the window that starts at seed mod P."""
     period = len(table) - count
     return table.as_strided((period, count), (1, 1))[seeds % period]
 
 
 def subtract_dither(symbols: Tensor, seeds: Tensor, table: Tensor) -> None:
-    """Symbols (B, count) float32 less `dither(seeds, table, count)`, in place."""
+    """Subtract `dither(seeds, table, count)` from symbols (B, count) float32, in place."""
     count = symbols.shape[1]
     if symbols.device.type != "cpu":
         symbols.sub_(dither(seeds, table, count))
         return
     for row, start in zip(symbols, (seeds % (len(table) - count)).tolist(), strict=True):
-        row.sub_(table[start : start + count])  # no copy of the windows
+        row.sub_(table[start : start + count])  # avoids copying the windows
 
 
 def _mix(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Similarity of decoded features and originals.
+"""Similarity of decoded and original features.
 
 In: original and decoded maps (B, C, H, W). Out: two cosines per view (`store/fidelity_summary.py` summarizes them).
 Invariant: computed in float64, so that a cosine near 1 is accurate.
@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 
 
 class Fidelity(NamedTuple):
-    """Cosines for every view of a batch."""
+    """Cosine similarities of each view in a batch."""
 
     cosine: "Tensor"
     """(B,) float32: cosine between original and decoded tokens, averaged over positions."""
     cosine_mean_removed: "Tensor"
-    """(B,) float32: the same after each channel's spatial mean is removed from both maps (as in the loss)."""
+    """(B,) float32: the same after removing each channel's spatial mean from both maps, as the loss does."""
 
 
 def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:
@@ -28,7 +28,7 @@ def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:
 
 
 def _token_cosine(a: "Tensor", b: "Tensor") -> "Tensor":
-    """(B, C, H, W) twice -> (B,) float32."""
+    """Mean token cosine of two maps (B, C, H, W): (B,) float32."""
     norms = (a.square().sum(1) * b.square().sum(1)).sqrt()
     cosine = (a * b).sum(1) / norms.clamp_min(1e-300)
     both_zero = (a.abs().amax(1) == 0) & (b.abs().amax(1) == 0)

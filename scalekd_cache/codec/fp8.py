@@ -1,6 +1,7 @@
 """Features as 8-bit floats (E4M3) with group scales, for comparison with int8 at the same size.
 
-In and out: see `groups.py`. Invariant: a difference is within 1/16 of itself, or within 2^-10 scales near zero.
+In and out: see `groups.py`. Invariant: the relative error of a difference is at most 1/16; near zero the error is at
+most 2^-10 scales.
 """
 
 import torch
@@ -10,7 +11,7 @@ from scalekd_cache.codec.groups import GroupScaledCodec
 
 
 class Fp8Codec(GroupScaledCodec):
-    """`torch.float8_e4m3fn`: 4 significant bits, up to 448, subnormals of 2^-9; a group's largest value becomes 448."""
+    """`torch.float8_e4m3fn`: 4 significant bits, maximum 448, subnormal step 2^-9. Group maxima map to 448."""
 
     id = "fp8"
     largest_code = 448.0
@@ -26,7 +27,7 @@ class Fp8Codec(GroupScaledCodec):
         return packed.view(torch.float8_e4m3fn).float()
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a step of a 4-bit significand, half a subnormal step, float32 rounding of quotient and product."""
+        """Half a step of a 4-bit significand, half a subnormal step, and float32 rounding of quotient and product."""
         scales, means = self.scale_of_values(features)
         rounding = (features.abs() + means.abs()) * 2.0**-22
         return (features - means).abs() * 2.0**-4 + rounding + scales * 2.0**-10

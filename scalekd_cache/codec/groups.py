@@ -1,8 +1,8 @@
-"""Features as small codes: differences from the channel mean, one float16 scale per 128 channels of a position.
+"""Features as 8-bit or 4-bit codes of differences from the channel mean, with one float16 scale per 128 channels.
 
-In and out: see `base.py`. A row: means float16 (C), scales float16 (H*W, ceil(C/128)), codes (H*W, C),
-norms float16 (2, H*W).
-Invariant: a scale is the group's largest magnitude over the largest code, rounded *up* in float16, so codes never clip.
+In and out: see `base.py`. A row holds means float16 (C), scales float16 (H*W, ceil(C/128)), codes (H*W, C) and norms
+float16 (2, H*W). Invariant: a scale is the group's largest magnitude divided by the largest code, rounded *up* to
+float16, so codes never clip.
 """
 
 from abc import abstractmethod
@@ -14,19 +14,19 @@ from torch import Tensor
 from scalekd_cache.codec.base import RowCodec, as_bytes, channel_means, contiguous_copy
 
 GROUP = 128
-"""Channels that share a scale."""
+"""Channels per scale."""
 
 
 def round_up_to_float16(values: Tensor) -> Tensor:
-    """The smallest float16 that is not below a non-negative float32 (up to the largest finite float16)."""
+    """Round non-negative float32 up to float16 (at most the largest finite float16)."""
     nearest = values.to(torch.float16)
-    # The bit patterns of non-negative floats are ordered as integers: the next one up is the next float16.
+    # Bit patterns of non-negative floats are ordered as integers, so adding 1 gives the next float16.
     bits = nearest.view(torch.int16) + (nearest.float() < values).to(torch.int16)
     return bits.view(torch.float16)
 
 
 class GroupScaledCodec(RowCodec):
-    """A subclass sets the largest code and converts values in units of the scale to bytes and back."""
+    """Base class. A subclass sets the largest code and converts values in units of the scale to bytes and back."""
 
     largest_code: ClassVar[float]
 
@@ -41,11 +41,11 @@ class GroupScaledCodec(RowCodec):
     @property
     @abstractmethod
     def code_bytes(self) -> int:
-        """Bytes of a row's codes."""
+        """Bytes of codes per row."""
 
     @property
     def groups(self) -> int:
-        """Scales at a position; the last one covers fewer than 128 channels when C is not a multiple of 128."""
+        """Scales per position; the last one covers fewer than 128 channels if C is not a multiple of 128."""
         return -(-self.channels // GROUP)
 
     @property
@@ -82,7 +82,7 @@ class GroupScaledCodec(RowCodec):
         return values.add_(means[:, None])
 
     def scale_of_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale of every value, and the float16 mean of its channel: (B, C, H, W) and (B, C, 1, 1) float32."""
+        """The scale of each value (B, C, H, W) and the float16 mean of each channel (B, C, 1, 1), both as float32."""
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels)
         means = channel_means(values).float()
         _, scales = self._scales(values - means)

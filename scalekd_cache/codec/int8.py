@@ -11,13 +11,13 @@ from scalekd_cache.codec.groups import GroupScaledCodec
 
 class _IntegerCodec(GroupScaledCodec):
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a scale (its float16 rounding is part of it), plus float32 rounding of difference, product and sum."""
+        """Half a (float16) scale, plus float32 rounding of difference, product and sum."""
         scales, means = self.scale_of_values(features)
         return scales / 2 + (features.abs() + means.abs()) * 2.0**-22
 
 
 class Int8Codec(_IntegerCodec):
-    """Codes from -127 to 127, a byte each. Swin-L at 224 px: 3,072 + 1,176 + 75,264 + 196 = 79,708 bytes."""
+    """Codes from -127 to 127, one byte each. Swin-L at 224 px: 3,072 + 1,176 + 75,264 + 196 = 79,708 bytes."""
 
     id = "int8"
     largest_code = 127.0
@@ -34,7 +34,7 @@ class Int8Codec(_IntegerCodec):
 
 
 class Int4Codec(_IntegerCodec):
-    """Codes from -7 to 7 held as 1 to 15, two a byte, the first in the low half; an odd last one has 8 above it."""
+    """Codes from -7 to 7 stored as 1 to 15, two per byte, the first in the low half. Odd counts are padded with 8."""
 
     id = "int4"
     largest_code = 7.0

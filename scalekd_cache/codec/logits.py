@@ -1,14 +1,14 @@
-"""Teacher logits as bytes, one record at a time.
+"""Codecs for teacher logits, one record per view.
 
-In: logits (B, K) float32. Out: one record per row, its first byte is the mode; decoding gives float32 (K,).
-(`DenseLogits`; `top_k.py` and `recomputed.py` store less. `logit_codec_from_config` builds the codec of a manifest.)
-Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record; the largest logit is exact. With a
-limit of 0 every record is exact (mode 2), as in a cache of float32 features.
+In: logits (B, K) float32. Out: one record per row; decoding gives float32 (K,). `DenseLogits` stores all classes;
+`top_k.py` and `recomputed.py` store less. `logit_codec_from_config` builds the codec of a manifest.
+Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record, and the largest logit is exact. With a
+limit of 0 every record is exact (mode 2); caches of float32 features use this.
 A record: mode uint8, largest logit float32, then
   mode 0: step float32, K codes uint8; logit = largest - step x code
   mode 1: K float16 distances;         logit = largest - distance
-  mode 2: K float32 logits (the largest is stored twice), if neither of the others is accurate enough.
-For a teacher without a classifier K is 0 and a record is empty.
+  mode 2: K float32 logits (the largest is stored twice), if the other modes are not accurate enough.
+For a teacher without a classifier, K is 0 and records are empty.
 """
 
 import struct
@@ -34,7 +34,7 @@ def kl_divergence(original: NDArray[Any], decoded: NDArray[Any]) -> NDArray[np.f
     """KL(softmax(original) || softmax(decoded)) over the last axis, in float64."""
     log_p, log_q = _log_softmax(original), _log_softmax(decoded)
     p = np.exp(log_p)
-    # Where p is 0 the term is 0, however far apart the logs are.
+    # The term is 0 where p is 0, even if the difference of logs is infinite.
     terms = np.where(p > 0, p * (log_p - log_q), 0.0)
     result: NDArray[np.float64] = terms.sum(-1)
     return result
@@ -47,19 +47,21 @@ def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 class DenseLogits:
-    """Logits of `num_classes` classes: usually 9 + K bytes per record, 5 + 2 K if int8 is too coarse."""
+    """Logits of `num_classes` classes: usually 9 + K bytes per record, 5 + 2 K if 8 bits are too coarse."""
 
     id = "logits-int8"
     partial = False
-    """Whether decoded rows are log-probabilities of some classes only."""
+    """Whether decoded rows are log-probabilities of a subset of the classes."""
 
     def __init__(self, num_classes: int, *, exact: bool = False) -> None:
         if type(num_classes) is not int or not 0 <= num_classes <= 10_000_000:
-            raise UserError("bad number of classes", got=num_classes, expected="0 to 10,000,000", where="logit codec")
+            raise UserError(
+                "invalid number of classes", got=num_classes, expected="0 to 10,000,000", where="logit codec"
+            )
         self.num_classes = num_classes
         self.kl_limit = 0.0 if exact else KL_LIMIT
         self.record_bytes = 0 if num_classes == 0 else 5 + 4 * num_classes if exact else 9 + num_classes
-        """Usual bytes of a record."""
+        """Typical bytes per record."""
 
     def get_config(self) -> dict[str, Any]:
         """JSON that rebuilds this codec."""
@@ -71,7 +73,7 @@ class DenseLogits:
         return cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """(B, K) float32 on any device -> one record per row. UserError for NaN or infinity; it names the rows."""
+        """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
         values: NDArray[np.float32] = logits.detach().float().cpu().numpy()
         assert values.shape[1:] == (self.num_classes,), (values.shape, self.num_classes)
         if self.num_classes == 0:
@@ -110,7 +112,7 @@ class DenseLogits:
         return records
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """A record -> (K,) float32. UserError when its mode or length is not one this codec writes."""
+        """Decode a record to (K,) float32. UserError for a mode or length that this codec does not write."""
         if self.num_classes == 0 and not record:
             return np.zeros(0, np.float32)
         sizes = {INT8: 9 + self.num_classes, FLOAT16: 5 + 2 * self.num_classes, FLOAT32: 5 + 4 * self.num_classes}
@@ -118,10 +120,10 @@ class DenseLogits:
         mode = record[0] if record else -1
         if len(record) != sizes.get(mode):
             raise UserError(
-                "damaged logits",
+                "the logits of a record are damaged",
                 got=f"mode {mode}, {len(record)} bytes",
-                expected=f"mode: bytes is one of {sizes}",
-                where="a record's logits",
+                expected=f"one of these pairs of mode and bytes: {sizes}",
+                where="logits of a record",
                 fix="run `make verify` on the cache",
             )
         if mode == FLOAT32:

@@ -1,7 +1,7 @@
-"""Features as floating-point numbers: the reference codecs.
+"""Features as floating-point numbers: float32, float16, bfloat16.
 
-In and out: see `base.py`. A row: means float16 (C) if stored, values (H*W, C) or their differences from
-the means, norms float16 (2, H*W). Invariant: float32 is exact; float16 and bfloat16 round once, to nearest even.
+In and out: see `base.py`. A row holds means float16 (C) if stored, values (H*W, C) or their differences from the means,
+and norms float16 (2, H*W). Invariant: float32 is exact; float16 and bfloat16 round once, to nearest even.
 """
 
 from typing import ClassVar
@@ -11,21 +11,21 @@ from torch import Tensor
 
 from scalekd_cache.codec.base import FLOAT16_MAX, RowCodec, as_bytes, channel_means, contiguous_copy
 
-FLOAT32_NORM_MAX = 1.8e19  # the square of a larger value is infinite in float32
+FLOAT32_NORM_MAX = 1.8e19  # the square of a larger value overflows float32
 
 
 class _PlainCodec(RowCodec):
     stores_means: ClassVar[bool] = False
-    """Whether values are differences from the channel mean, so that a large mean costs no precision."""
+    """Whether values are stored as differences from the channel mean, so that a large mean costs no precision."""
     dtype: torch.dtype
     half_step: float
-    """Half of the distance between neighboring floats, relative to the value."""
+    """Half the spacing of adjacent floats, relative to the value."""
     half_subnormal: float
-    """Half of the smallest subnormal: the bound next to zero."""
+    """Half of the smallest subnormal: the error bound near zero."""
 
     @property
     def mean_bytes(self) -> int:
-        """Bytes of a row's means."""
+        """Bytes of means per row."""
         return 2 * self.channels if self.stores_means else 0
 
     @property
@@ -48,7 +48,7 @@ class _PlainCodec(RowCodec):
         return values.add_(means[:, None])
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a step of what is rounded; with means also the float32 rounding of difference and sum."""
+        """Half a step of the rounded value; with means, plus float32 rounding of difference and sum."""
         if not self.stores_means:
             return features.abs() * self.half_step + self.half_subnormal
         means = channel_means(features.flatten(2).transpose(1, 2)).float().transpose(1, 2)[..., None]
@@ -81,7 +81,7 @@ class Float16Codec(_PlainCodec):
 
 
 class BFloat16Codec(_PlainCodec):
-    """8 significant bits; norms and means, which are float16, up to 65,504."""
+    """8 significant bits; norms and means are float16, so at most 65,504."""
 
     id = "bfloat16"
     version = 2
@@ -95,7 +95,7 @@ class BFloat16Codec(_PlainCodec):
 
 
 class Float16CodecV1(Float16Codec):
-    """Version 1, without means: for existing caches, which can be read and grown."""
+    """Version 1, without means. Existing caches can be read and extended."""
 
     version = 1
     stores_means = False

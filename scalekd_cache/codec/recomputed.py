@@ -1,8 +1,8 @@
-"""No logits in the records: the teacher's classifier is stored once and applied to the decoded features.
+"""Recomputed logits: the cache stores the teacher's classifier once, and readers apply it to the decoded features.
 
 In: a teacher's classifier on the mean of its last map. Out: empty records; `classifier.safetensors` in the cache.
-Invariant: a cache of this kind exists only where classifier(mean of F) is the teacher's own output (to 1e-4 of the
-largest): Swin and SwinV2. Where the norm follows the pooling, or a class token is read, F does not hold the logits.
+Invariant: classifier(mean of F) reproduces the teacher's logits to 1e-4 of the largest one. This holds for Swin and
+SwinV2. It does not hold for teachers that apply their norm after pooling or use a class token; these are rejected.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ TOLERANCE = 1e-4
 
 
 class RecomputedLogits:
-    """Empty records; `sha256` is that of the classifier's file."""
+    """Codec with empty records; `sha256` is the hash of the classifier's file."""
 
     id = "logits-recomputed"
     partial = False
@@ -45,23 +45,28 @@ class RecomputedLogits:
         return cls(config.get("num_classes", -1), config.get("sha256", ""))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """(B, K) -> an empty record each."""
+        """One empty record per row."""
         return [b""] * len(logits)
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """(0,) float32: the logits come from `load_classifier`."""
+        """(0,) float32; readers compute logits with `load_classifier`."""
         if record:
-            raise UserError("damaged logits", got=f"{len(record)} bytes", expected="none", where="a record's logits")
+            raise UserError(
+                "the logits of a record are damaged",
+                got=f"{len(record)} bytes",
+                expected="no bytes",
+                where="logits of a record",
+            )
         return np.zeros(0, np.float32)
 
 
 def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor") -> bytes:
-    """The file of a teacher's classifier, after a check that it reproduces the teacher's logits.
+    """File content of a teacher's classifier; checks that it reproduces the teacher's logits.
 
     Args:
         model: the timm model.
-        features: (B, C, H, W) float32, the teacher's.
-        logits: (B, K) float32, the teacher's own.
+        features: (B, C, H, W) float32 from the teacher.
+        logits: (B, K) float32 from the teacher.
 
     Raises:
         UserError: this teacher's logits are not a linear function of the mean of its last map.
@@ -85,10 +90,10 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor") -> bytes:
 
 
 def load_classifier(config: Mapping[str, Any], folder: "StoredPath") -> "nn.Linear":
-    """The classifier of a cache, frozen, float32 on the CPU.
+    """Load the classifier of a cache, frozen, float32 on the CPU.
 
     Raises:
-        UserError: the file is missing, or not the one the cache was made with.
+        UserError: the file is missing, or its sha256 differs from the manifest.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

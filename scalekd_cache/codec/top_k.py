@@ -1,9 +1,9 @@
-"""Logits as the top-k classes; the probability mass of the other classes follows from them.
+"""Top-k logits: log-probabilities of the k most probable classes.
 
-In: logits (B, K) float32. Out: one record per row: k class numbers (uint32), k log-probabilities (float32),
-little-endian, most probable first.
-Invariant: stored values are exact to float32, so the mass of the other classes is 1 - sum(exp). A loss compares it with
-the student's mass on the same classes and never renormalizes over the stored classes.
+In: logits (B, K) float32. Out: one record per row with k class numbers (uint32) and k log-probabilities (float32),
+little-endian, most probable first. Invariant: stored values are exact to float32, so the probability of all other
+classes is 1 - sum(exp). The loss compares it with the student's probability of the same classes and never renormalizes
+over the stored classes.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ DEFAULT_K = 10
 
 
 class TopKLogits:
-    """Log-probabilities of the `k` most probable of `num_classes` classes, 8 k bytes a record."""
+    """Log-probabilities of the `k` most probable of `num_classes` classes, 8 k bytes per record."""
 
     id = "logits-top-k"
     partial = True
@@ -30,7 +30,7 @@ class TopKLogits:
         whole = type(num_classes) is int and type(k) is int
         if not whole or not 1 <= k < num_classes <= 10_000_000:
             raise UserError(
-                "bad number of classes to keep",
+                "invalid number of top-k classes",
                 got=f"{k} of {num_classes}",
                 expected="at least 1, and fewer than the number of classes",
                 where="cache.top_k",
@@ -49,7 +49,7 @@ class TopKLogits:
         return cls(config.get("num_classes", -1), config.get("k", -1))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """(B, K) float32 on any device -> one record per row. UserError for NaN or infinity; it names the rows."""
+        """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
         if not bool(logits.isfinite().all()):
             bad = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
             raise UserError("teacher logits cannot be stored", got=f"NaN or infinity in rows {bad[:16]}")
@@ -59,10 +59,10 @@ class TopKLogits:
         return [which.tobytes() + value.tobytes() for which, value in zip(classes, values, strict=True)]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """A record -> (K,) float32 log-probabilities, -inf for classes that are not kept.
+        """Decode a record to (K,) float32 log-probabilities, -inf for classes that are not stored.
 
         Raises:
-            UserError: a record of another length, of classes that do not exist, or of no distribution.
+            UserError: wrong length, unknown or repeated classes, or probabilities that sum to more than 1.
         """
         if len(record) != self.record_bytes:
             raise _damaged(f"{len(record)} bytes", f"{self.record_bytes} bytes")
@@ -70,8 +70,8 @@ class TopKLogits:
         values = np.frombuffer(record, "<f4", self.k, 4 * self.k)
         mass = float(np.exp(values.astype(np.float64)).sum())
         if len(set(classes.tolist())) != self.k or int(classes.max()) >= self.num_classes:
-            raise _damaged(f"classes {classes.tolist()[:16]}", f"{self.k} different ones below {self.num_classes}")
-        if not mass <= 1 + 1e-5:  # NaN too
+            raise _damaged(f"classes {classes.tolist()[:16]}", f"{self.k} distinct classes below {self.num_classes}")
+        if not mass <= 1 + 1e-5:  # also true for NaN
             raise _damaged(f"probabilities that sum to {mass}", "at most 1")
         row = np.full(self.num_classes, -np.inf, np.float32)
         row[classes] = values
@@ -80,5 +80,9 @@ class TopKLogits:
 
 def _damaged(got: str, expected: str) -> UserError:
     return UserError(
-        "damaged logits", got=got, expected=expected, where="a record's logits", fix="run `make verify` on the cache"
+        "the logits of a record are damaged",
+        got=got,
+        expected=expected,
+        where="logits of a record",
+        fix="run `make verify` on the cache",
     )

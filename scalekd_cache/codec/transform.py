@@ -1,19 +1,21 @@
-"""The transform coder: decorrelate, quantize everything with one step, keep what is left of the entropy.
+"""The transform codec: decorrelate, quantize all coefficients with one step size, and entropy-code the symbols.
 
-In and out: see `base.py`; fitted to a teacher by `transform_fit.fit`. A row: seed uint32, step doublings uint8, three
-zero bytes, norms float16 (2, H*W), then the symbols of `blocks.py`.
-Invariant: a token's error is white noise whose energy is `noise` times that of the token after mean removal, and with
-dither its mean over seeds is zero, so that gradients are unbiased.
+In and out: see `base.py`; `transform_fit.fit` fits the codec to a teacher. A row holds a seed uint32, the number of
+step doublings uint8, three zero bytes, norms float16 (2, H*W), then the symbols of `blocks.py`.
+Invariant: the error of a token is white noise with `noise` times the energy of the mean-removed token. With dither its
+mean over seeds is zero, so gradients are unbiased.
 
-A token is divided by its stored mean-removed norm (the norm the loss divides by), the fitted mean is subtracted, and
-the grid goes through a 2-D DCT, whose frequencies fall into bands of like energy. Then the channels of a band:
-- *rotated*: a Karhunen-Loeve basis, and each coefficient through one uniform quantizer, dithered. Reverse
-  water-filling falls out: a component below the step costs next to nothing. A reader multiplies by a C x C matrix.
-- *predicted*: what the channels have in common goes into a few factors (whole numbers below 128), from which a matrix
-  of bytes predicts all channels; the difference goes through the quantizer, dithered. Whatever the prediction is, the
-  mean of what is decoded is the original. More bytes for the same error, but a CPU decodes wide maps much faster.
-Encoding runs on whole numbers carried in float64, where every sum is exact: symbols do not depend on device, batch or
-thread count.
+Each token is divided by its stored mean-removed norm (the same norm the loss divides by) and the fitted mean is
+subtracted. A 2-D DCT transforms the grid, and its frequencies are grouped into bands of similar energy. The channels of
+each band are then coded in one of two modes:
+- *rotated*: a Karhunen-Loeve transform, then one dithered uniform quantizer for all coefficients. This approximates
+  reverse water-filling: components below the step size cost almost nothing. A reader multiplies by a C x C matrix.
+- *predicted*: a few integer factors below 128 describe what the channels have in common. An int8 matrix predicts all
+  channels from them, and the dithered quantizer codes the residual. The mean of the decoded values equals the original
+  for any prediction. This takes more bytes for the same error, but a CPU decodes wide maps much faster.
+
+Encoding uses integers stored in float64, where every sum is exact, so symbols do not depend on device, batch size or
+number of threads.
 """
 
 import itertools
@@ -36,21 +38,21 @@ if TYPE_CHECKING:
     from scalekd_cache.store.path import StoredPath
 
 HEAD = 8
-"""Bytes before the norms."""
+"""Bytes of a row before the norms."""
 FINE, BASIS, COARSE = 2.0**18, 2.0**20, 2.0**10
-"""Fixed-point steps a unit: of normalized values, of the DCT, and of values and matrix where factors are found."""
+"""Fixed-point steps per unit: for normalized values, for the DCT, and for values and matrix in the factor analysis."""
 GUARD = 2.0**-6
-"""A token is divided by its mean-removed norm, but by no less than this part of its whole norm."""
+"""Lower limit of a token's divisor, its mean-removed norm, as a fraction of its raw norm."""
 MAX_DOUBLINGS = 40
 LARGEST_FACTOR = 127
 CPU_VIEWS = 8
-"""Views decoded together on a CPU: few enough for its caches, enough to share the cost of a call."""
+"""Views per decoding pass on a CPU: small enough for its caches, large enough to amortize call overhead."""
 DEAD_ZONE = 0.45
-"""Factors round up from 1 - DEAD_ZONE: the few bits that a 0 saves are worth more than the nearest value."""
+"""Dead zone of the factor quantizer: magnitudes below 1 - DEAD_ZONE become 0, because zeros are cheaper to code."""
 
 
 class TransformCodec(FeatureCodec):
-    """See the module's text. Rows are for the device; records (`pack`) are what is stored."""
+    """Transform codec (see the module docstring). Rows are decoded on the device; records (`pack`) are stored."""
 
     id = "transform"
     dithered = True
@@ -97,7 +99,7 @@ class TransformCodec(FeatureCodec):
         }
 
     def get_config(self) -> dict[str, Any]:
-        """The state itself is a file, of which the config holds the sha256."""
+        """JSON config; the fitted state is a separate file, referenced by its sha256."""
         own = {
             "channels": "predicted" if self.factors else "rotated",
             "noise": self.noise,
@@ -108,12 +110,12 @@ class TransformCodec(FeatureCodec):
 
     @property
     def record_bytes(self) -> int:
-        """Mean bytes of a record of the views it was fitted to."""
+        """Mean bytes per record over the calibration views."""
         return self.mean_bytes
 
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """As `FeatureCodec.encode`; `seeds` (B,) int64 below 2^32 choose the dither of each row (needed here)."""
-        assert seeds is not None, "a dithered codec needs the seeds of its rows"
+        """See `FeatureCodec.encode`; `seeds` (B,) int64 below 2^32 are required and select the dither of each row."""
+        assert seeds is not None, "a dithered codec needs one seed per row"
         halves, seeds = self.checked_norms(features).to(torch.float16), seeds.to(features.device)
         factors, values = self.analyze(features, token_scales(halves.float()))
         noise = dither(seeds, _on(self._encoding, features.device)["dither"], self.tokens * self.channels).double()
@@ -124,9 +126,10 @@ class TransformCodec(FeatureCodec):
         return torch.cat((head, as_bytes(halves.flatten(1)), pack_symbols(symbols.long(), self.segments)), dim=1)
 
     def analyze(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, H, W) float32, token scales (B, T) -> factors (B, T * R), and what is dithered (B, T * C), in steps.
+        """Maps (B, C, H, W) float32 and token scales (B, T) -> factors (B, T * R) and values to dither (B, T * C).
 
-        float64, exact on a fixed grid. Components, or factors, are in `order`; differences band by band.
+        In quantizer steps, float64, exact on a fixed-point grid. Components and factors are in `order`, residuals by
+        band.
         """
         table, batch = _on(self._encoding, features.device), len(features)
         grid = self.spectrum(features, scales)[:, table["frequencies"]]
@@ -143,18 +146,18 @@ class TransformCodec(FeatureCodec):
         return torch.cat(factors, dim=1).reshape(batch, self.factors)[:, table["order"]], residuals.flatten(1)
 
     def spectrum(self, features: Tensor, scales: Tensor) -> Tensor:
-        """The DCT of normalized tokens less their mean, (B, T, C) float64: [:, 0] is the DC coefficient."""
+        """The DCT of normalized tokens minus the fitted mean, (B, T, C) float64; [:, 0] is the DC coefficient."""
         table, batch = _on(self._encoding, features.device), len(features)
         tokens = features.permute(0, 2, 3, 1).reshape(batch, self.tokens, self.channels).double()
         unit = torch.where(scales > 0, scales, 1.0).double()[..., None]
         values = fixed_point(tokens / unit, FINE) - table["mean"]
-        values = torch.where(scales[..., None] > 0, values, 0.0)  # a token of norm 0 is decoded as 0
+        values = torch.where(scales[..., None] > 0, values, 0.0)  # a token of norm 0 decodes to 0
         grid = values.reshape(batch, self.height, self.width * self.channels)
         grid = fixed_point(torch.matmul(table["rows"], grid), FINE).view(batch * self.height, self.width, self.channels)
         return fixed_point(torch.matmul(table["columns"], grid), FINE).view(batch, self.tokens, self.channels)
 
     def _quantize(self, factors: Tensor, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Float64 -> symbols (B, T * R + T * C) and how often the step was doubled (B,)."""
+        """Quantize to symbols (B, T * R + T * C); also returns how often the step was doubled (B,)."""
         doublings = torch.zeros(len(values), dtype=torch.int64, device=values.device)
         while True:
             rounded = torch.round(values / (2.0**doublings)[:, None] + noise)
@@ -166,7 +169,7 @@ class TransformCodec(FeatureCodec):
             assert int(doublings.max()) <= MAX_DOUBLINGS, "normalized tokens are bounded"
 
     def decode(self, codes: Tensor) -> FeatureMap:
-        """uint8 (B, bytes_per_view) -> map and norms, float32, on the device of `codes`."""
+        """Decode rows uint8 (B, bytes_per_view) to maps and norms, float32, on the device of `codes`."""
         assert codes.dtype == torch.uint8, codes.dtype
         assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
         table, batch, split = _on(self._decoding, codes.device), len(codes), HEAD + 4 * self.tokens
@@ -176,7 +179,7 @@ class TransformCodec(FeatureCodec):
         scales = token_scales(norms)[..., None] * self.step
         values = torch.empty(batch, self.tokens, self.channels, device=codes.device)
         part = CPU_VIEWS if codes.device.type == "cpu" else max(1, batch)
-        # Fresh memory costs a page fault every 4 KB: three pieces are used again and again.
+        # New memory costs one page fault per 4 KB, so three buffers are reused.
         symbols = values.new_empty(min(part, batch), self.factors + self.tokens * self.channels)
         spare = torch.empty_like(values[:part])
         with torch.autocast(codes.device.type, enabled=False):
@@ -185,7 +188,9 @@ class TransformCodec(FeatureCodec):
                 unpack_symbols(rows[:, split:], self.segments, joined)
                 subtract_dither(joined[:, self.factors :], _seeds(rows), table["dither"])
                 grid = joined[:, self.factors :].view(into.shape)
-                if codes.device.type != "cpu" or rows[:, 4].any():  # hardly ever; a GPU would have to be waited for
+                if (
+                    codes.device.type != "cpu" or rows[:, 4].any()
+                ):  # rare; a GPU skips the check, which would synchronize
                     grid.mul_(2.0 ** rows[:, 4, None, None].float())
                 self._channels(joined[:, : self.factors], grid, table, other, into)
                 self._positions(table, scale, other, into)
@@ -195,7 +200,7 @@ class TransformCodec(FeatureCodec):
     def _channels(
         self, factors: Tensor, grid: Tensor, table: Mapping[str, Tensor], into: Tensor, other: Tensor
     ) -> None:
-        """Factors and what was dithered, in steps, (B, T, C) -> in `into` the DCT of tokens, band by band."""
+        """Reconstruct the DCT of tokens by band, into `into`, from factors and dithered values (B, T, C) in steps."""
         batch = len(into)
         if not self.factors:
             torch.index_select(grid.view(batch, -1), 1, table["inverse"], out=other.view(batch, -1))
@@ -210,7 +215,7 @@ class TransformCodec(FeatureCodec):
             torch.addcmul(difference, predicted, table["units"][band], out=into[:, start:stop])
 
     def _positions(self, table: Mapping[str, Tensor], scales: Tensor, bands: Tensor, into: Tensor) -> None:
-        """The DCT in steps, band by band, in `bands` (B, T, C), overwritten -> in `into` tokens times `scales`."""
+        """Inverse DCT of `bands` (B, T, C), which is overwritten; writes tokens multiplied by `scales` into `into`."""
         batch, height, width = len(into), self.height, self.width
         bands[:, 0] += table["dc"]
         torch.index_select(bands, 1, table["natural"], out=into)
@@ -219,9 +224,10 @@ class TransformCodec(FeatureCodec):
         torch.bmm(columns, bands.view(batch * height, width, -1), out=into.view(batch * height, width, -1))
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a step of every coefficient, through the synthesis; a token whose float16 norm is 0 becomes 0.
+        """Half a step in every coefficient, propagated through the synthesis; tokens with float16 norm 0 decode to 0.
 
-        A worst case over all coefficients at once: the error to expect is `expected_error`, a good hundred times less.
+        This is the worst case over all coefficients at once. The expected error (`expected_error`) is over 100 times
+        smaller.
         """
         scales = token_scales(feature_norms(features).to(torch.float16).float())
         codes = self.encode(features, torch.zeros(len(features), dtype=torch.int64))
@@ -229,7 +235,7 @@ class TransformCodec(FeatureCodec):
         rows, columns = (self._encoding[name].abs().sum(0) for name in ("rows", "columns"))
         spatial = torch.outer(rows, columns).flatten()
         channel = self._encoding["basis"].abs().sum(1).amax(0) if not self.factors else torch.ones(self.channels)
-        energy = features.double().square().sum((1, 2, 3)).sqrt()  # float32 sums, rounded matrices: 2^-12 of the map
+        energy = features.double().square().sum((1, 2, 3)).sqrt()  # float32 sums and rounded matrices: 2^-12 of the map
         bound = torch.einsum("b,bt,t,c->bct", steps / 2, scales.double(), spatial, channel.double())
         bound = bound * (1 + 2.0**-12) + energy[:, None, None] * 2.0**-12
         lost = features.abs().double().flatten(2)
@@ -237,7 +243,7 @@ class TransformCodec(FeatureCodec):
         return bound.view(features.shape).float()
 
     def expected_error(self, codes: Tensor) -> Tensor:
-        """Energy of each token's error over that of the token's divisor, mean over seeds: rows -> (B,) float32."""
+        """Expected error energy of a token divided by its squared divisor, per row: (B,) float32."""
         return self.noise * 4.0 ** codes[:, 4].float()
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
@@ -248,12 +254,12 @@ class TransformCodec(FeatureCodec):
 
 
 def _seeds(rows: Tensor) -> Tensor:
-    """The seeds in the heads of rows, (B,) int64."""
+    """The seeds stored in rows, (B,) int64."""
     return contiguous_copy(rows[:, :4]).view(torch.int32).long().view(len(rows)) & (2**32 - 1)
 
 
 def token_scales(norms: Tensor) -> Tensor:
-    """Stored norms (B, 2, ...) float32 -> what each token is divided by, (B, T)."""
+    """Divisor of each token (B, T), from stored norms (B, 2, ...) float32."""
     norms = norms.flatten(2)
     return torch.maximum(norms[:, 1], norms[:, 0] * GUARD)
 
@@ -267,15 +273,15 @@ def dct_matrix(size: int) -> Tensor:
 
 
 def fixed_point(values: Tensor, fine: float) -> Tensor:
-    """float64 -> the nearest multiples of 1 / fine."""
+    """Round float64 to the nearest multiples of 1 / fine."""
     return torch.round(values * fine) / fine
 
 
 def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
-    """(n, R) float32 whole numbers and (R, C) int8, all at most 127 -> into (n, C) float32, exact on every device.
+    """Exact product on every device: (n, R) float32 integers times (R, C) int8, all at most 127, into (n, C) float32.
 
-    Processors multiply bytes four times as fast as floats; elsewhere sums below 2^24 are exact in float32 (and in
-    TF32, whose products of 8-bit numbers are).
+    CPUs multiply int8 four times as fast as float32. On other devices sums below 2^24 are exact in float32, and in
+    TF32 because the factors have 8 bits.
     """
     if factors.device.type == "cpu":
         into.copy_(torch._int_mm(factors.to(torch.int8), loadings))
@@ -286,20 +292,22 @@ def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
 def load_transform(
     config: Mapping[str, Any], shape: tuple[int, int, int], folder: "StoredPath | None"
 ) -> TransformCodec:
-    """The coder of a config, with its state from `folder`/codec.safetensors; errors are those of `read_state`."""
+    """The codec of a config, with its state from `folder`/codec.safetensors; raises like `read_state`."""
     sha256 = config.get("state_sha256")
     state = read_state(folder, sha256)
     noise = config.get("noise")
     if not isinstance(noise, float):
-        raise UserError("bad codec config", got=noise, expected="noise, a number", where="codec in the manifest")
+        raise UserError("invalid codec config", got=noise, expected="a number for noise", where="codec in the manifest")
     mean_bytes = config.get("mean_bytes")
     if type(mean_bytes) is not int or not 0 <= mean_bytes < 1 << 31:
-        raise UserError("bad codec config", got=mean_bytes, expected="mean_bytes", where="codec in the manifest")
+        raise UserError(
+            "invalid codec config", got=mean_bytes, expected="a number for mean_bytes", where="codec in the manifest"
+        )
     return TransformCodec(shape, state, noise=noise, state_sha256=str(sha256), mean_bytes=mean_bytes)
 
 
 def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The same dictionary, its tensors moved to `device` once."""
+    """Copies of the tensors on `device`, cached per device."""
     for name, value in tensors.items():
         if value.device != device:
             tensors[name] = value.to(device)

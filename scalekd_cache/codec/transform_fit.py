@@ -1,8 +1,8 @@
-"""Fits the transform coder to a teacher.
+"""Fits the transform codec to a teacher.
 
-In: some hundred of the cache's own first maps (N, C, H, W). Out: a `TransformCodec`.
-Invariant: what decides bytes is the state as stored, not how it was found: two fits may differ in the last bit (another
-LAPACK), readers and writers of one cache share one file, named by its sha256 in the codec's config.
+In: a few hundred maps (N, C, H, W) of the cache's first views. Out: a `TransformCodec`.
+Invariant: encoded bytes depend only on the stored state, not on how it was fitted. Two fits may differ in the last bit
+(for example with another LAPACK), so all readers and writers of a cache share one state file, identified by its sha256.
 """
 
 import hashlib
@@ -27,25 +27,25 @@ from scalekd_cache.codec.variance_classes import variance_classes
 from scalekd_cache.errors import UserError
 
 PRESETS = {"transform": 0.0018, "transform-economy": 0.06, "transform-rotated": 0.0018}
-"""Noise by preset: a mean-removed cosine of 1 / sqrt(1 + noise)."""
+"""Noise of each preset; the mean-removed cosine is 1 / sqrt(1 + noise)."""
 ALWAYS_ROTATED = "transform-rotated"
-"""The preset that rotates any number of channels: fewer bytes for readers with a GPU."""
+"""The preset that rotates any number of channels: fewer bytes, meant for readers with a GPU."""
 ROTATED = 512
-"""Most channels that other presets rotate: a matrix of 1536 x 1536 costs a core 3 ms a view, factors a twentieth."""
+"""Maximum channels that other presets rotate. On one core a 1536 x 1536 matrix takes 3 ms per view, factors 0.15."""
 BATCH = 64
 FACTORS = 64
-"""Factors at a frequency: more cost time and save few bytes (docs/LOG.md)."""
+"""Factors per frequency; more take longer and save few bytes (docs/LOG.md)."""
 FACTOR_STEP = 3.0
 ROUNDS = 6
 SWEEPS = 3
 LOW_PART = 6
-"""One frequency in six, those of most energy, is in the low band."""
+"""The sixth of the frequencies with the most energy forms the low band."""
 ORDER_VIEWS = 128
-"""Views that decide order and classes; the bases take all."""
+"""Views used for order and classes; the bases are fitted to all views."""
 
 
 def preset_name(config: Mapping[str, Any]) -> str:
-    """The preset and noise that give a coder of this config, as stage 1's options have them."""
+    """Preset and noise of a codec config, as text in the form of stage-1 options."""
     always = config["shape"][0] > ROTATED and config["channels"] == "rotated"
     names = {noise: name for name, noise in PRESETS.items() if (name == ALWAYS_ROTATED) == always}
     own = ALWAYS_ROTATED if always else "transform"
@@ -53,21 +53,21 @@ def preset_name(config: Mapping[str, Any]) -> str:
 
 
 class Moments(NamedTuple):
-    """What a fit needs to know of maps, whatever the noise."""
+    """Statistics of the maps that a fit needs; independent of the noise."""
 
     start: TransformState
-    """Mean, frequencies, bands; and bases where channels are rotated."""
+    """Mean, frequencies, bands; for rotated channels also the bases."""
     seconds: list[Tensor]
-    """Second moments of the channels (C, C) float64 of each band, where channels are predicted."""
+    """Second moments of the channels (C, C) float64 of each band, for predicted channels."""
 
 
 def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> TransformCodec:
-    """A coder for maps like these.
+    """Fit a codec to maps.
 
     Args:
-        features: (N, C, H, W) float32, on the CPU; 500 views are enough, at least 2.
-        noise: energy of a token's error over that of the token after mean removal: the mean-removed cosine comes out
-            as 1 / sqrt(1 + noise).
+        features: (N, C, H, W) float32, on the CPU; at least 2 views, 500 are enough.
+        noise: error energy of a token divided by the energy of the mean-removed token; the mean-removed cosine is then
+            1 / sqrt(1 + noise).
         rotated: whether channels are rotated or predicted (see `transform`); None: rotated up to 512 channels.
 
     Raises:
@@ -77,9 +77,13 @@ def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> Trans
 
 
 def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
-    """What does not depend on the noise; its errors are those of `fit`."""
+    """Compute the statistics that do not depend on the noise; raises like `fit`."""
     if len(features) < 2 or not bool(features.isfinite().all()):
-        raise UserError("features cannot calibrate a codec", got=f"{len(features)} views", expected=">= 2, all finite")
+        raise UserError(
+            "the codec cannot be calibrated on these features",
+            got=f"{len(features)} views",
+            expected="at least 2 views, all values finite",
+        )
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     rotated = shape[0] <= ROTATED if rotated is None else rotated
     plain = _codec(shape, _start(shape)._replace(mean=_mean(features)), 1.0)
@@ -87,12 +91,12 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
     energy = grids.square().mean((0, 2))
     energy[0] = torch.inf
     frequencies, low = energy.sort(descending=True, stable=True).indices, (plain.tokens - 1) // LOW_PART
-    first = (1, low) if rotated else (1 + low,)  # a product for the DC coefficient alone costs more than it saves
+    first = (1, low) if rotated else (1 + low,)  # a separate product for the DC coefficient costs more than it saves
     bands = torch.tensor([size for size in (*first, plain.tokens - 1 - low) if size > 0])
     whole, seconds = _moments(grids[:, frequencies[1:]]), []
     for part in torch.split(frequencies, bands.tolist()):
         own, weight = _moments(grids[:, part]), len(grids) * len(part)
-        prior = whole * own.trace() / whole.trace().clamp(min=1e-30)  # what few samples leave open
+        prior = whole * own.trace() / whole.trace().clamp(min=1e-30)  # regularization for few samples
         seconds.append((own * weight + prior * len(own)) / (weight + len(own)))
     start = plain.state._replace(frequencies=frequencies, bands=bands)
     if not rotated:
@@ -102,7 +106,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
 
 
 def codec_for_noise(moments: Moments, features: Tensor, noise: float) -> TransformCodec:
-    """The coder of a noise, for the maps that the moments are from."""
+    """The codec with this noise, for the maps of `moments`."""
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     state = _sized(_predicting(moments, noise) if moments.seconds else moments.start, shape)
     codec = _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
@@ -113,7 +117,7 @@ def codec_for_noise(moments: Moments, features: Tensor, noise: float) -> Transfo
 
 
 def _start(shape: tuple[int, int, int]) -> TransformState:
-    """The state that changes nothing, one band."""
+    """The identity state with one band."""
     channels, tokens = shape[0], shape[1] * shape[2]
     eye = torch.eye(channels, dtype=torch.float64)[None]
     state = TransformState(
@@ -137,7 +141,7 @@ def _empty_factors(state: TransformState) -> TransformState:
 
 
 def _sized(state: TransformState, shape: tuple[int, int, int]) -> TransformState:
-    """The state with an order and a class that say nothing."""
+    """The state with a trivial order and a single class."""
     tokens, components, factors = shape[1] * shape[2], state.basis.shape[1], state.loadings.shape[1]
     count = tokens * (components + factors + (0 if components else shape[0]))
     return state._replace(order=torch.arange(tokens * (components + factors)), segments=torch.tensor([[count, 16]]))
@@ -154,23 +158,23 @@ def _predicting(moments: Moments, noise: float) -> TransformState:
 
 
 def _moments(values: Tensor) -> Tensor:
-    """Second moments of the channels (N, t, C) -> (C, C) float64."""
+    """Second moments (C, C) float64 of the channels of (N, t, C)."""
     flat = values.flatten(0, 1)
     return (flat.T @ flat).double() / max(1, len(flat))
 
 
 def _basis(second: Tensor) -> Tensor:
-    """Second moments (C, C) -> components in rows by falling variance, each with its largest entry positive."""
+    """Principal components (rows) of second moments (C, C), by decreasing variance; largest entry of each positive."""
     vectors = torch.linalg.eigh(second).eigenvectors.flip(1)
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return fixed_point(vectors * signs, BASIS).T
 
 
 def _factors(second: Tensor, count: int, step: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Second moments (C, C) -> analysis (R, C), loadings (R, C) and units (C) of the model "factors and own noise".
+    """Factor analysis of second moments M (C, C): returns analysis (R, C), loadings (R, C) and units (C).
 
-    The model M = V V' + diag(own) is fitted by taking the largest components of M scaled to unit own variance in turn.
-    A factor's step is FACTOR_STEP standard deviations of what the channels leave open about it.
+    Fits M = V V' + diag(own) by alternating: scale M to unit specific variance, then take its largest components.
+    A factor's step is FACTOR_STEP times its posterior standard deviation given the channels.
     """
     model = second + torch.eye(len(second), dtype=torch.float64) * step**2 / 12
     own, loads, vectors = model.diagonal() * 0.3, model[:, :count], None
@@ -190,7 +194,7 @@ def _factors(second: Tensor, count: int, step: float) -> tuple[Tensor, Tensor, T
 
 
 def _leading(matrix: Tensor, count: int, start: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The largest eigenvalues (count,) and their vectors (C, count), improved from `start` where there is one."""
+    """The largest eigenvalues (count,) and eigenvectors (C, count), by iteration from `start` if given."""
     if start is None:
         values, vectors = torch.linalg.eigh(matrix)
         return values.flip(0)[:count], vectors.flip(1)[:, :count]
@@ -209,7 +213,7 @@ def _scales(features: Tensor) -> Tensor:
 
 
 def _mean(features: Tensor) -> Tensor:
-    """(C,) float64: mean normalized token."""
+    """Mean normalized token, (C,) float64."""
     total, count = torch.zeros(features.shape[1], dtype=torch.float64), 0
     for batch in torch.split(features, BATCH):
         scales = _scales(batch)
@@ -220,7 +224,7 @@ def _mean(features: Tensor) -> Tensor:
 
 
 def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
-    """The state with components, or frequencies of a band and factors, by falling variance, cut into classes."""
+    """The state with components, or band residuals and factors, sorted by variance and split into classes."""
     few = features[:: -(-len(features) // ORDER_VIEWS)]
     state, count = codec.state, codec.tokens * codec.channels
     found = [codec.analyze(batch, _scales(batch)) for batch in torch.split(few, BATCH)]

@@ -1,7 +1,7 @@
-"""What a fit of the transform coder finds out about a teacher, and the file that it travels in.
+"""The fitted state of the transform codec, and its file.
 
-In: tensors, or the file codec.safetensors. Out: a `TransformState`. Invariant: a state that is read is the one that the
-codec's config names by its sha256, and belongs to maps of the codec's shape.
+In: tensors, or the file codec.safetensors. Out: a `TransformState`. Invariant: a loaded state has the sha256 from the
+codec's config and fits maps of the codec's shape.
 """
 
 import hashlib
@@ -33,42 +33,42 @@ STORED = {
     "order": torch.int32,
     "segments": torch.int32,
 }
-"""Tensors of the file, in the order of `TransformState`."""
+"""Names of the tensors in the file, in the order of `TransformState`."""
 MAX_TOKENS = 1024
 """Larger grids would overflow the exact sums."""
 MAX_FACTORS = 512
 MAX_ANALYSIS = 2.0**22
-"""Rows of `analysis` sum to less, so that factors are exact: 2^22 x 2^11 (values) x 2^20 (both grids) = 2^53."""
+"""Upper limit for row sums of `analysis`; keeps factors exact: 2^22 x 2^11 (values) x 2^20 (both grids) = 2^53."""
 
 
 class TransformState(NamedTuple):
-    """What a fit finds out about a teacher; travels in the cache as a safetensors file.
+    """Fitted state for one teacher; stored in the cache as a safetensors file.
 
-    G bands; P components and R factors: C and 0 where channels are rotated, 0 and R where they are predicted.
+    G bands, P components, R factors. Rotated channels: P = C, R = 0. Predicted channels: P = 0.
     """
 
     mean: Tensor
     """(C,) float64: mean normalized token, a multiple of 1 / FINE."""
     frequencies: Tensor
-    """(T,) int64: frequencies (row by row of the DCT's grid) in the order of records, 0 first, bands one by one."""
+    """(T,) int64: frequencies (row-major in the DCT grid) in the order of records: 0 first, then band by band."""
     bands: Tensor
-    """(G,) int64: frequencies of each band."""
+    """(G,) int64: number of frequencies in each band."""
     basis: Tensor
     """(G, P, C) float64: rows are components, multiples of 1 / BASIS."""
     analysis: Tensor
-    """(G, R, C) float64, multiples of 1 / COARSE: what finds the factors (writers only)."""
+    """(G, R, C) float64, multiples of 1 / COARSE: computes the factors (writers only)."""
     loadings: Tensor
-    """(G, R, C) int64, -127 to 127: what a factor adds to each channel, in `units`."""
+    """(G, R, C) int64, -127 to 127: contribution of each factor to each channel, in `units`."""
     units: Tensor
-    """(G, C) float64, powers of two, in quantizer steps."""
+    """(G, C) float64: unit of `loadings` in quantizer steps, powers of two."""
     order: Tensor
-    """(T * (P + R),) int64: components or factors (place in `frequencies` * how many + which) by falling variance."""
+    """(T * (P + R),) int64: components or factors by decreasing variance: index in `frequencies` * (P + R) + number."""
     segments: Tensor
-    """(S, 2) int64: symbols and bits a symbol of each class: components in `order`; or factors, then differences."""
+    """(S, 2) int64: symbols, and bits per symbol, of each class: components in `order`, or factors, then residuals."""
 
 
 def state_bytes(state: TransformState) -> bytes:
-    """The file codec.safetensors; equal states give equal bytes."""
+    """Content of codec.safetensors; equal states give equal bytes."""
     tensors = {name: value.to(STORED[name]).contiguous() for name, value in zip(state._fields, state, strict=True)}
     data: bytes = save(tensors)
     return data
@@ -78,16 +78,16 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
     """The state in `folder`/codec.safetensors.
 
     Raises:
-        UserError: no folder or no file, a file of another sha256, or a damaged one.
+        UserError: no folder or file, wrong sha256, or damaged content.
     """
     if folder is None:
-        raise UserError("the codec's state is missing", got="no folder", expected=FILE, where="codec config")
+        raise UserError("the codec state is missing", got="no folder", expected=FILE, where="codec config")
     path = folder / FILE
-    data = read_file(path, "the codec's state", MAX_STATE_BYTES, fix="restore the file from the cache")
+    data = read_file(path, "the codec state", MAX_STATE_BYTES, fix="restore the file from the cache")
     digest = hashlib.sha256(data).hexdigest()
     if digest != sha256:
         raise UserError(
-            "the codec's state is not that of the cache",
+            "the codec state does not match the cache",
             got=f"sha256 {digest}",
             expected=sha256,
             where=path,
@@ -102,11 +102,11 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
             )
         )
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError("the codec's state cannot be read", got=error, expected="safetensors", where=path) from error
+        raise UserError("the codec state cannot be read", got=error, expected="safetensors", where=path) from error
 
 
 def check_state(state: TransformState, shape: tuple[int, int, int], noise: float) -> None:
-    """UserError unless the state belongs to maps of this shape."""
+    """Raise UserError unless the state fits maps of this shape."""
     channels, tokens, segments = shape[0], shape[1] * shape[2], state.segments
     bands, factors = len(state.bands), state.loadings.shape[1] if state.loadings.dim() == 3 else -1
     turned = state.basis.shape[1] if state.basis.dim() == 3 else -1
@@ -126,7 +126,7 @@ def check_state(state: TransformState, shape: tuple[int, int, int], noise: float
     )
     if not all(found):
         raise UserError(
-            "the codec's state does not belong to these features",
+            "the codec state does not fit these features",
             got=f"checks {[number for number, good in enumerate(found) if not good]} failed, noise {noise}",
             expected=f"mean, matrices, orders and segments for maps {shape}, at most {MAX_TOKENS} positions, noise > 0",
             where="codec.safetensors",

@@ -1,7 +1,7 @@
-"""Groups symbols that are sorted by variance into the classes of `blocks.py`.
+"""Groups symbols sorted by variance into the classes of `blocks.py`.
 
-In: symbols of some views. Out: classes. Invariant: neighbors share a class where a separate table costs more than it
-saves; costs are those of Huffman codes, which the lossless stage uses.
+In: symbols of some views. Out: classes. Invariant: adjacent classes are merged if a separate Huffman table costs more
+than it saves, under the Huffman coding cost of the lossless stage.
 """
 
 import heapq
@@ -15,13 +15,13 @@ from scalekd_cache.codec.blocks import LARGEST, Segment, pack_plane
 BINS = 64
 """Number of classes before merging."""
 TABLE_BITS = 8 * 80
-"""Approximate cost of a zstd block with its Huffman table."""
+"""Approximate cost of a zstd block with its Huffman table, in bits."""
 ESCAPE_BITS = 40
-"""Approximate cost of a symbol outside the range of its class."""
+"""Approximate cost of an escape, in bits."""
 
 
 def variance_classes(symbols: Tensor) -> list[Segment]:
-    """(N, n) int64 symbols in order -> classes; neighbors merge while a table costs more than it saves."""
+    """Classes for sorted symbols (N, n) int64; adjacent classes are merged while that lowers the cost."""
     edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
     bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
     costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}
@@ -39,12 +39,12 @@ def variance_classes(symbols: Tensor) -> list[Segment]:
 
 
 def _cheapest(symbols: Tensor) -> tuple[float, int]:
-    """Lowest cost of a class in bits per view, and the bits per symbol in the plane that give it."""
+    """Lowest cost of a class in bits per view, and the bits per symbol that reach it."""
     return min((_bits(symbols, bits), bits) for bits in LARGEST)
 
 
 def _bits(symbols: Tensor, bits: int) -> float:
-    """Bits per view: a Huffman code over the bytes of the plane, and escapes."""
+    """Cost in bits per view: Huffman-coded bytes of the plane, plus escapes."""
     segment, beyond = Segment(symbols.shape[1], bits), symbols.abs() > LARGEST[bits]
     escapes = ESCAPE_BITS * float(beyond.double().sum()) / len(symbols)
     plane = pack_plane(symbols.masked_fill(beyond, 0), [segment])
@@ -54,7 +54,7 @@ def _bits(symbols: Tensor, bits: int) -> float:
 
 
 def huffman_bits(symbols: Tensor) -> float:
-    """Mean length in bits of a Huffman code for these bytes: the sum of all inner nodes' weights."""
+    """Mean code length in bits of a Huffman code for these bytes: the sum of the inner nodes' weights."""
     heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
     heapq.heapify(heap)
     total = 0

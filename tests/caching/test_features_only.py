@@ -62,11 +62,11 @@ def test_records_of_no_classes_are_empty():
     assert codec.decode(b"").shape == (0,)
     assert codec.decode(b"").dtype == np.float32
     assert logit_codec_from_config(codec.get_config()).num_classes == 0
-    with pytest.raises(UserError, match="damaged logits"):
+    with pytest.raises(UserError, match="logits of a record are damaged"):
         codec.decode(b"\x00" * 9)
-    with pytest.raises(UserError, match="damaged logits"):
+    with pytest.raises(UserError, match="logits of a record are damaged"):
         DenseLogits(3).decode(b"")
-    with pytest.raises(UserError, match="bad number of classes"):
+    with pytest.raises(UserError, match="invalid number of classes"):
         DenseLogits(-1)
 
 

@@ -99,7 +99,7 @@ def test_damaged_records_are_refused(change, named):
 
 @pytest.mark.parametrize("k", [0, 9, 10, 2**40])
 def test_numbers_that_make_no_sense_are_refused(k):
-    with pytest.raises(UserError, match="bad number of classes to keep"):
+    with pytest.raises(UserError, match="invalid number of top-k classes"):
         TopKLogits(9, k)
 
 

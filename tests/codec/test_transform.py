@@ -184,9 +184,9 @@ def test_records_refuse_what_is_not_theirs():
         foreign,
         whole.pack(whole.encode(maps(1)).numpy())[0],
     ):
-        with pytest.raises(UserError, match="damaged features"):
+        with pytest.raises(UserError, match="features of a record are damaged"):
             coder.unpack([bad])
-    with pytest.raises(UserError, match="damaged features"):
+    with pytest.raises(UserError, match="features of a record are damaged"):
         whole.unpack([record])
     for value in (float("nan"), float("inf"), 1e30):
         bad = maps(3)
@@ -210,7 +210,7 @@ def test_state_travels_with_the_cache(tmp_path, rotated):
     features = maps(4, seed=2)
     assert torch.equal(again.encode(features, seeds(4)), coder.encode(features, seeds(4)))
     (tmp_path / FILE).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(UserError, match="not that of the cache"):
+    with pytest.raises(UserError, match="does not match the cache"):
         codec_from_config(config, tmp_path)
     (tmp_path / FILE).write_bytes(data)
     for changed in (
