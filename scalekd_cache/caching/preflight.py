@@ -122,8 +122,7 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
         tail_out_shape=tail.out_shape,
         layer_norm=student.layer_norm,
     )
-    size = teacher.spec.image_size
-    s3, s4, logits = student(torch.randn(2, 3, size, size))
+    s3, s4, logits = student(torch.randn(2, 3, student.image_size, student.image_size))
     features = output.features[:2].cpu()
     targets = Targets(features, feature_norms(features), output.logits[:2].cpu())
     labels = torch.zeros(2, dtype=torch.int64)

@@ -18,6 +18,9 @@ class StudentConfig:
 
     name: str = "resnet18"
     """A timm model name."""
+    image_size: int | None = None
+    """Side of the student's images, pixels: views are resized on the device, bicubic with antialiasing; evaluation and
+    export use this size too (None: the size of the views)."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
     grad_checkpointing: bool = False
@@ -29,6 +32,8 @@ class StudentConfig:
     """Channel standard deviations of the student's normalization, on a scale of 0 to 1."""
 
     def __post_init__(self) -> None:
+        size = self.image_size
+        require(size is None or 8 <= size <= 2048, "student.image_size", size, "8 to 2048 pixels")
         require(0 <= self.drop_path < 1, "student.drop_path", self.drop_path, "0 to 1, 1 excluded")
         require(min(self.std) > 0, "student.std", self.std, "all > 0")
 

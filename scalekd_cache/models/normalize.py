@@ -1,6 +1,6 @@
-"""Pixel normalization: uint8 images to what a model takes.
+"""Pixel normalization: uint8 images to what a model takes, at its size.
 
-In: images (B, 3, H, W) and a model's channel means and standard deviations. Out: float32 of the same shape.
+In: images (B, 3, H, W) and a model's image size, channel means and standard deviations. Out: float32.
 Invariant: each model keeps one order of operations, because another order rounds differently: the bytes of caches and
 the losses of a fixed seed depend on it.
 """
@@ -8,7 +8,19 @@ the losses of a fixed seed depend on it.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """(B, 3, H, W) on a scale of 0 to 255 -> (B, 3, size, size) float32, bicubic with antialiasing.
+
+    Images of this size are returned unchanged.
+    """
+    if images.shape[2:] == (size, size):
+        return images
+    resized = F.interpolate(images.float(), size=(size, size), mode="bicubic", antialias=True)
+    return resized.clamp_(0, 255)  # bicubic overshoots at edges
 
 
 class Normalize(nn.Module):

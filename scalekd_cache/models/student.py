@@ -139,7 +139,7 @@ class Student(nn.Module):
         model: The timm model.
         name: Its timm name, kept as `model_name`.
         args: The arguments that built it, kept as `model_args`.
-        image_size: Side of the images, pixels.
+        image_size: Side of the images, pixels; kept.
         grad_checkpointing: Recompute blocks in the backward pass (`activation_checkpointing.py`).
     """
 
@@ -147,7 +147,7 @@ class Student(nn.Module):
         self, model: nn.Module, name: str, args: dict[str, Any], image_size: int, grad_checkpointing: bool = False
     ) -> None:
         super().__init__()
-        self.model, self.model_name, self.model_args = model, name, args
+        self.model, self.model_name, self.model_args, self.image_size = model, name, args, image_size
         self.plan = plan_taps(model, name)
         self.layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
         self.prefix = 0  # tokens before the patch tokens, set by `_probe`
@@ -241,16 +241,17 @@ def build_student(
     """Build a student with random weights.
 
     Args:
-        config: Name, drop path rate, activation checkpointing.
+        config: Name, image size, drop path rate, activation checkpointing.
         num_classes: Width of its classifier.
-        image_size: Side of its images, pixels; passed to models that are built for one size.
+        image_size: Side of the views, pixels: the student's size unless `config` has another one; passed to models that
+            are built for one size.
         args: Further arguments of the timm model; they override those of the short name.
 
     Raises:
         UserError: an unknown name, no two usable maps at this size, or no support for activation checkpointing.
     """
     name, known = SHORT_NAMES.get(config.name, (config.name, {}))
-    name = check_name(name, "student.name")
+    name, image_size = check_name(name, "student.name"), config.image_size or image_size
     optional: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if image_size != default_image_size(name):
         optional["img_size"] = image_size

@@ -108,8 +108,17 @@ def pair_costs(
     config: ScaleKDConfig | None = None,
     image_size: int = IMAGE_SIZE,
     num_classes: int = CLASSES,
+    student_size: int | None = None,
 ) -> PairCosts:
     """Count one pair.
+
+    Args:
+        teacher: name of the teacher.
+        student: name of the student.
+        config: constants of the method (None: as published).
+        image_size: side of the views, pixels.
+        num_classes: classes of teacher and student.
+        student_size: side of the student's images, pixels (None: that of the views).
 
     Raises:
         UserError: a name, family or image size that stage 1 or 2 refuses.
@@ -117,13 +126,15 @@ def pair_costs(
     config = config or ScaleKDConfig()
     with torch.device("meta"):
         parts = meta_teacher(teacher, image_size, num_classes)
-        learner = build_student(StudentConfig(name=student), num_classes=num_classes, image_size=image_size)
+        learner = build_student(
+            StudentConfig(name=student, image_size=student_size), num_classes=num_classes, image_size=image_size
+        )
         heads = ScaleKDHeads(config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm)
         images = torch.empty(BATCH, 3, image_size, image_size)
         return PairCosts(
             teacher,
             student,
-            _student_cost(learner, images),
+            _student_cost(learner),
             _head_costs(heads, learner.tap_shapes, parts),
             Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0),
         )
@@ -171,8 +182,9 @@ def _no_grad(model: nn.Module, images: Tensor) -> Tensor:
     return output
 
 
-def _student_cost(student: Student, images: Tensor) -> Part:
+def _student_cost(student: Student) -> Part:
     """Cost of the student; its images need no gradient."""
+    images = torch.empty(BATCH, 3, student.image_size, student.image_size)
     outputs: list[Tensor] = []
     forward = _flops(lambda: outputs.extend(student(images)))
     # All outputs are used, as in the sum of the losses.
@@ -274,7 +286,7 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
-        s3, s4, logits = student(torch.zeros(batch, 3, size, size, device=device))
+        s3, s4, logits = student(torch.zeros(batch, 3, student.image_size, student.image_size, device=device))
         height, width = teacher.tail_out[1:]
         targets = Targets(
             torch.ones(batch, *teacher.tail_out, device=device),

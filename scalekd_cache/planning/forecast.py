@@ -267,7 +267,10 @@ def _times(
     config: CacheTeacherConfig, training: DistillConfig, card: Gpu, sizes: _Sizes, epochs: int, classes: int
 ) -> _Times:
     """GPU time, from FLOPs."""
-    costs = pair_costs(config.teacher.name, training.student.name, training.scalekd, config.views.size, classes)
+    student = training.student
+    costs = pair_costs(
+        config.teacher.name, student.name, training.scalekd, config.views.size, classes, student.image_size
+    )
     forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILIZATION)
     step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILIZATION)
     student_h = sizes.images * epochs * step_s / 3600

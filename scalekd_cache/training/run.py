@@ -57,7 +57,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     if trainer.loader.step:
         process.print_rank0(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
     if folder is not None:
-        folder.write_facts(facts_of(cache.manifest.facts, run_cache.views))
+        folder.write_facts(facts_of(cache.manifest.facts, run_cache.views, config.student))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(trainer.loader.step)
         if damaged:
@@ -85,7 +85,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     images = (trainer.loader.total_steps - first) * config.train.global_batch_size
     summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
     if folder is not None:
-        facts, export = facts_of(cache.manifest.facts, run_cache.views), run / "export"
+        facts, export = facts_of(cache.manifest.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
         folder.finish(summary)  # last: a run with a summary is complete
@@ -103,7 +103,7 @@ def _check_finished(
     check_same_cache(run, facts.fingerprint, root)
     complete = all((run / name).exists() for name in (OPTIONS, FACTS))
     if folder is not None and not complete and facts.fingerprint == summary["cache_fingerprint"]:
-        folder.write_facts(facts_of(facts, summary["views"]))
+        folder.write_facts(facts_of(facts, summary["views"], config.student))
 
 
 def _checkpoint(run: Path, process: Process) -> Checkpoint | None:

@@ -44,7 +44,7 @@ def evaluate_state(
     """
     if validation is None:
         return None
-    size = manifest.facts.view_recipe["size"]
+    size = config.student.image_size or manifest.facts.view_recipe["size"]
     student = consolidated_student(config.student, state, len(manifest.facts.class_names), size)
     share = evaluate(
         make_predictor(student.model.to(process.device), config.student.mean, config.student.std),

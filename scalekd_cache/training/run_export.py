@@ -23,12 +23,13 @@ from scalekd_cache.training.run_files import read_config, read_facts, read_summa
 State = dict[str, Tensor]
 
 
-def facts_of(cache: ManifestFacts, views: int) -> dict[str, Any]:
-    """A run's facts of its cache, for resuming and for export; `views` is the number it uses."""
+def facts_of(cache: ManifestFacts, views: int, student: StudentConfig) -> dict[str, Any]:
+    """A run's facts of its cache, for resuming and for export: `views` is the number it uses, and the image size is the
+    student's."""
     return {
         "fingerprint": cache.fingerprint,
         "views": views,
-        "image_size": cache.view_recipe["size"],
+        "image_size": student.image_size or cache.view_recipe["size"],
         "class_names": cache.class_names,
         "data": cache.data,
     }

@@ -24,7 +24,7 @@ from scalekd_cache.store.checked_files import checked, read_checked, read_file
 Summary = dict[str, Any]
 OPTIONS = "config.yaml"
 FACTS = "cache.json"
-"""A run's facts of its cache: fingerprint, image size, class names, data set."""
+"""A run's facts of its cache: fingerprint, class names, data set; and the size of the student's images."""
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 OPTIONS_BYTES = SUMMARY_BYTES = 1 << 17
@@ -55,6 +55,7 @@ class SummaryFields(TypedDict):
     images_per_s: Finite
     minutes: Finite
     has_classifier: NotRequired[bool]
+    image_size: NotRequired[Count]
     val_images: NotRequired[Count]
     zero: NotRequired[Count]
     world_size: NotRequired[Count]

@@ -21,6 +21,7 @@ def make_summary(
     return {
         "student": config.student.name,
         "teacher": manifest.facts.teacher["spec"]["name"],
+        "image_size": config.student.image_size or manifest.facts.view_recipe["size"],
         "targets": config.train.targets,
         "top1": round(tally.top1_percent, 4) if tally else None,
         "top5": round(tally.top5_percent, 4) if tally else None,

@@ -21,7 +21,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import WINDOW, ClassCorrelation, Order, mixing_window
-from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher
@@ -149,6 +149,7 @@ class CachedTargets:
         device: where features are decoded and batches are returned.
         mean: the student's channel means, on a scale of 0 to 1.
         std: its channel standard deviations.
+        image_size: side of its images, pixels, to which views are resized on `device` (None: the size of the views).
         pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
         data: the images, for a cache without pixels (None: where stage 1 read them).
 
@@ -167,6 +168,7 @@ class CachedTargets:
         device: torch.device | str = "cpu",
         mean: Sequence[float] = StudentConfig().mean,
         std: Sequence[float] = StudentConfig().std,
+        image_size: int | None = None,
         pixels_from: str | None = None,
         data: str | None = None,
     ) -> None:
@@ -175,7 +177,8 @@ class CachedTargets:
         manifest, process = self.cache.manifest, Process(0, 1, self.device)
         if len(self.cache) < batch_size:
             raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
-        self.num_classes, self.image_size = len(manifest.facts.class_names), int(manifest.facts.view_recipe["size"])
+        self.num_classes = len(manifest.facts.class_names)
+        self.image_size = image_size or int(manifest.facts.view_recipe["size"])
         self.loader = CacheLoader(
             self.cache,
             make_order(TrainConfig(seed=seed), self.cache, process),
@@ -200,7 +203,8 @@ class CachedTargets:
             yield self._deliver(batch.to(self.device))
 
     def _deliver(self, batch: Batch) -> CachedBatch:
-        return CachedBatch(self._normalize(batch.images), batch.labels, self._source(batch))
+        images = self._normalize(resize(batch.images, self.image_size))
+        return CachedBatch(images, batch.labels, self._source(batch))
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches returned so far, and the options that must match to resume."""
@@ -215,7 +219,7 @@ class ScaleKDLoss(nn.Module):
     """The ScaleKD heads of a student and their losses. Train its parameters together with the student's.
 
     Args:
-        targets: a cache or its `CachedTargets`; provides the teacher's frozen tail.
+        targets: a cache or its `CachedTargets`; provides the teacher's frozen tail and the size of the images.
         student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
             `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
         config: the method's constants (None: as published).
@@ -244,7 +248,9 @@ class ScaleKDLoss(nn.Module):
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         if self.config.tail_drop_path:
             tail.enable_drop_path()
-        shapes = student_shapes(student, int(manifest.facts.view_recipe["size"]), len(manifest.facts.class_names))
+        views_size = int(manifest.facts.view_recipe["size"])
+        size = targets.image_size if isinstance(targets, CachedTargets) else views_size
+        shapes = student_shapes(student, size, len(manifest.facts.class_names))
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = ScaleKDHeads(
             self.config,

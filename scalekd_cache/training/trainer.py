@@ -22,7 +22,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
-from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.progress import progress
@@ -54,7 +54,7 @@ class DistillModel(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
         """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
-        pixels = self.normalize(images)
+        pixels = self.normalize(resize(images, self.student.image_size))
         if pixels.is_cuda:  # slower on a CPU (docs/LOG.md)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
         s3, s4, logits = self.student(pixels)
