@@ -1,6 +1,6 @@
-"""Rank, world size and device of this process; coordination between the ranks of stage 1; signal handling.
+"""Rank and world size of this process; coordination between the ranks of stage 1; signal handling.
 
-In: the environment variables that a launcher sets (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
+In: the environment variables that a launcher sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 Out: `Process`, `Peers`, `SignalHandler`.
 Invariant: no process group is initialized here. Stage 2 gets its process group from DeepSpeed.
 """
@@ -20,7 +20,8 @@ from typing import Any, NamedTuple, Self
 import torch
 import torch.distributed
 
-from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.devices import choose_device
+from scalekd_cache.errors import RunInterrupted
 
 EXIT_RESUMABLE = 75
 """Exit code: state is saved, rerun the command to resume (EX_TEMPFAIL of sysexits)."""
@@ -89,40 +90,11 @@ def this_process(device: str = "auto") -> Process:
     """This process, from the launcher's environment variables. Without a launcher: rank 0 of 1.
 
     Raises:
-        UserError: the device does not exist on this node.
+        UserError: the device does not exist on this node, or cannot be used.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    return Process(rank, world_size, _device(device, int(os.environ.get("LOCAL_RANK", "0"))))
-
-
-def _device(name: str, local_rank: int) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise UserError(
-            "unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="set device to one of these"
-        )
-    if kind == "cpu":
-        return torch.device("cpu")
-    index = int(number) if number else local_rank
-    if index >= torch.cuda.device_count():
-        raise UserError(
-            "the CUDA device does not exist",
-            got=f"cuda:{index}",
-            expected=f"one of the {torch.cuda.device_count()} devices of this node",
-            fix="decrease NPROC, or set device=cpu",
-        )
-    torch.cuda.set_device(index)
-    return torch.device("cuda", index)
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a precision option; "auto" is bfloat16 on a GPU and float32 on a CPU."""
-    if precision == "auto":
-        precision = "bfloat16" if device.type == "cuda" else "float32"
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+    return Process(rank, world_size, choose_device(device))
 
 
 class Peers:

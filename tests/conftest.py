@@ -6,6 +6,9 @@ import commands
 import pytest
 from commands import LIMIT_S, TEST_LIMITS, TRAIN_OPTIONS, cache_flags, distill_flags, make, run
 
+os.environ["DS_ACCELERATOR"] = (
+    "cpu"  # the tests use the CPU on any machine (`device=auto` too), except those marked gpu
+)
 os.environ.setdefault("PYTEST_TIMEOUT", str(TEST_LIMITS * LIMIT_S))  # pytest-timeout's own variable: for every test
 
 

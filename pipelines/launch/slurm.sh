@@ -21,14 +21,26 @@ export PYTHON=${PYTHON:-python} OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_
 kill=1
 [ "${1:-}" = cache_teacher ] && kill=0
 
+# Loader workers: one per core of a task, none with few cores, as `make` does.
+cores=${SLURM_CPUS_PER_TASK:-1} workers=()
+case ${1:-} in
+  cache_teacher) option=--workers ;;
+  distill) option=--train.workers ;;
+  *) option= ;;
+esac
+[ -n "$option" ] && [ "$cores" -gt 4 ] && [[ " $*" != *" $option"[\ =]* ]] && workers=("$option" "$cores")
+
 # Five minutes before the time limit the processes get USR1: stage 2 saves and exits with 75, stage 1 exits (138).
-srun --kill-on-bad-exit=$kill bash -c '
+# From SLURM 22.05 on, srun takes the cores of a task from its own option only.
+srun --kill-on-bad-exit=$kill ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} bash -c '
   export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
-  exec "$PYTHON" -m "pipelines.$@"' run "$@"
+  tasks=${SLURM_STEP_TASKS_PER_NODE:-1} && export LOCAL_WORLD_SIZE=${tasks%%[^0-9]*}  # "8(x4)"
+  exec "$PYTHON" -m "pipelines.$@"' run "$@" "${workers[@]}"
 status=$?
 
+# 134: NCCL ended the process. A rank was lost, so the job resumes from the last checkpoint.
 case $status in
-  75 | 138 | 143)
+  75 | 134 | 138 | 143)
     if [ "${SLURM_RESTART_COUNT:-0}" -lt "${MAX_RESTARTS:-100}" ]; then
       echo "exit code $status: requeued (restart $((${SLURM_RESTART_COUNT:-0} + 1)))"
       scontrol requeue "$SLURM_JOB_ID"

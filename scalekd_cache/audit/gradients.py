@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.devices import recorded_versions
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
@@ -42,7 +43,7 @@ from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads
 from scalekd_cache.training.trainer import DistillModel
-from scalekd_cache.versions import __version__, library_versions
+from scalekd_cache.versions import __version__
 
 TOLERANCE = 0.01
 """How far the 1st percentile of the mean-removed cosine may be below the value measured in stage 1."""
@@ -148,7 +149,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     compare = _GradientSums(model, tail, teacher, data, classifier, config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
-    return _summarize(config, cache, compare, micro)
+    return _summarize(config, cache, compare, micro, device)
 
 
 def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple[DistillModel, Tail]:
@@ -217,7 +218,9 @@ class _GradientSums:
             self.figures.setdefault(name, []).extend(values.tolist())
 
 
-def _summarize(config: DistillConfig, cache: Cache, found: _GradientSums, micro: int) -> GradientComparison:
+def _summarize(
+    config: DistillConfig, cache: Cache, found: _GradientSums, micro: int, device: torch.device
+) -> GradientComparison:
     manifest, count = cache.manifest, len(found.squares)
     squares = np.array(found.squares)
     live, error = found.live / count, found.error / count
@@ -249,5 +252,5 @@ def _summarize(config: DistillConfig, cache: Cache, found: _GradientSums, micro:
         noise_ratio=ratio,
         noise_ratio_db=-10 * math.log10(ratio) if ratio > 0 else None,
         bias_share=bias / codec if codec else 0.0,
-        versions={"scalekd_cache": __version__, **library_versions()},
+        versions={"scalekd_cache": __version__, **recorded_versions(device)},
     )

@@ -21,7 +21,8 @@ from scalekd_cache.caching.job_plan import remove_stale_files
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig, ViewConfig
 from scalekd_cache.data.source import data_config
-from scalekd_cache.distributed import Process, autocast_dtype
+from scalekd_cache.devices import autocast_dtype
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import cache_teacher_config
 from scalekd_cache.models.weights import weights_available

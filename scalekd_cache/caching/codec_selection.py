@@ -147,7 +147,7 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
     reason = "it has no classifier"
     if teacher.spec.has_classifier:
         try:
-            classifier_bytes(model, features.to(device), logits.to(device))
+            classifier_bytes(model, features.to(device), logits.to(device), teacher.autocast_dtype)
         except UserError:
             reason = "its classifier does not read the mean of the normalized last map, as Swin's does"
         else:

@@ -46,6 +46,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_source
+from scalekd_cache.devices import describe_device, memory_errors
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
@@ -82,7 +83,8 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         UserError: any problem that `prepare` finds, before the first unit is made.
     """
     root = Path(config.cache.path)
-    with Peers(process, 60 * config.peer_timeout_minutes) as peers:
+    lower = 'lower the teacher\'s batch: SET="teacher.batch_size=32"'
+    with Peers(process, 60 * config.peer_timeout_minutes) as peers, memory_errors(lower):
         require_folder(root, "CACHE")
         if process.rank == 0:
             remove_stale_files(root, process)
@@ -136,6 +138,7 @@ def prepare(
         UserError: any problem that would otherwise show up hours later.
     """
     process = peers.process
+    process.print_rank0(describe_device(process.device))
     source = _open_images(config, process)
     teacher_config = _prepare_weights(config, peers, dry_run)
     if teacher_config is None:

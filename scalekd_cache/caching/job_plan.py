@@ -30,7 +30,8 @@ from scalekd_cache.config.recipes import kept_options, local_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import data_facts
-from scalekd_cache.distributed import Process, autocast_dtype
+from scalekd_cache.devices import autocast_dtype, recorded_versions
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
@@ -51,7 +52,6 @@ from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.resume import CommittedUnits
 from scalekd_cache.store.shared_pixels import pixel_reference
-from scalekd_cache.versions import library_versions
 
 
 def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
@@ -129,7 +129,7 @@ def make_plan(
         second_codec={},
         data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source)},
         pixels_from=pixel_reference(root, source.cache) if isinstance(source, PixelCache) else {},
-        versions=library_versions(),
+        versions=recorded_versions(process.device),
     )
     stage = make_stage(config, process, source, teacher, codec, logit_codec, facts.fingerprint)
     return join_plan(_job(stage, Plan(facts=facts, ranges=ranges)), config.cache)
@@ -156,7 +156,7 @@ def make_stage(
         logit_codec=logit_codec,
         batch_size=config.teacher.batch_size,
         device=process.device,
-        versions=library_versions(),
+        versions=recorded_versions(process.device),
     )
 
 
@@ -270,7 +270,8 @@ def _classifier(teacher: Teacher) -> bytes:
     """The teacher's classifier as the bytes of a file, tested on noise."""
     size = teacher.spec.image_size
     noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return recomputed.classifier_bytes(teacher.model, *teacher(noise))
+    output = teacher(noise)
+    return recomputed.classifier_bytes(teacher.model, output.features, output.logits, teacher.autocast_dtype)
 
 
 def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str, Any]:

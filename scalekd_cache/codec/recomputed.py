@@ -1,7 +1,7 @@
 """Recomputed logits: the cache stores the teacher's classifier once, and readers apply it to the decoded features.
 
 In: a teacher's classifier on the mean of its last map. Out: empty records; `classifier.safetensors` in the cache.
-Invariant: classifier(mean of F) reproduces the teacher's logits to 1e-4 of the largest one. This holds for Swin and
+Invariant: classifier(mean of F) reproduces the teacher's logits to 1e-4 of the largest one (float32). This holds for Swin and
 SwinV2. It does not hold for teachers that apply their norm after pooling or use a class token; these are rejected.
 """
 
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor, nn
 
     from scalekd_cache.store.path import StoredPath
@@ -22,7 +23,9 @@ if TYPE_CHECKING:
 FILE = "classifier.safetensors"
 MAX_BYTES = 1 << 30
 RESTORE = "restore the file from the original cache"
-TOLERANCE = 1e-4
+TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 2**-7}
+"""Largest difference between recomputed and own logits, relative to the largest logit, by the teacher's precision: in
+bfloat16 its own logits have 8 bits."""
 
 
 class RecomputedLogits:
@@ -60,13 +63,14 @@ class RecomputedLogits:
         return np.zeros(0, np.float32)
 
 
-def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor") -> bytes:
+def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "torch.dtype") -> bytes:
     """File content of a teacher's classifier; checks that it reproduces the teacher's logits.
 
     Args:
         model: the timm model.
         features: (B, C, H, W) float32 from the teacher.
         logits: (B, K) float32 from the teacher.
+        dtype: the teacher's autocast dtype, in which it computed both.
 
     Raises:
         UserError: this teacher's logits are not a linear function of the mean of its last map.
@@ -74,10 +78,14 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor") -> bytes:
     from safetensors.torch import save
     from torch import nn
 
+    from scalekd_cache.devices import autocast
+
     linear = model.get_classifier()
     if isinstance(linear, nn.Linear) and linear.in_features == features.shape[1]:
-        difference = float((linear.float()(features.mean((2, 3))) - logits).abs().max())
-        if difference <= TOLERANCE * max(1.0, float(logits.abs().max())):
+        with autocast(features.device, dtype):
+            recomputed = linear(features.mean((2, 3))).float()
+        difference = float((recomputed - logits).abs().max())
+        if difference <= TOLERANCES[str(dtype)] * max(1.0, float(logits.abs().max())):
             tensors = {name: value.detach().cpu().contiguous() for name, value in linear.state_dict().items()}
             return bytes(save(tensors))
     raise UserError(

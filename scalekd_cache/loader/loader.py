@@ -56,10 +56,10 @@ class Batch(NamedTuple):
     """The view number."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`; asynchronous where the memory is pinned."""
-        tensors = (self.images, self.labels, self.codes, self.logits, self.ids)
-        images, labels, codes, logits, ids = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(images, labels, codes, logits, ids, self.view)
+        """The batch on `device`, asynchronously where the memory is pinned; `ids` stay on the host for logs."""
+        tensors = (self.images, self.labels, self.codes, self.logits)
+        images, labels, codes, logits = (tensor.to(device, non_blocking=True) for tensor in tensors)
+        return Batch(images, labels, codes, logits, self.ids, self.view)
 
 
 class Slot(NamedTuple):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.devices import autocast, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map
@@ -78,6 +79,11 @@ class Teacher(nn.Module):
         """Where it runs."""
         return self._normalize.mean.device
 
+    @property
+    def autocast_dtype(self) -> torch.dtype:
+        """The dtype of its convolutions and matrix products."""
+        return autocast_dtype(self.precision, self.device)
+
     def train(self, mode: bool = True) -> "Teacher":
         """Keep eval mode: targets must not depend on the teacher's drop path."""
         return self
@@ -100,8 +106,7 @@ class Teacher(nn.Module):
     def forward(self, images: Tensor) -> TeacherOutput:
         """(B, 3, H, W) uint8 images to features and logits, float32."""
         x = self.normalize(images)
-        half = self.precision == "bfloat16" or (self.precision == "auto" and x.is_cuda)
-        with torch.autocast(x.device.type, dtype=torch.bfloat16, enabled=half):
+        with autocast(x.device, self.autocast_dtype):
             taps = run_with_taps(self.model, self.parts, x)
             features = features_of(self.parts, taps.after, self.spec.feature_shape[1:])
         logits = taps.logits if self.spec.has_classifier else x.new_zeros(x.shape[0], 0)
@@ -272,7 +277,7 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
     """
     spec, parts = teacher.spec, teacher.parts
     x = teacher.normalize(images)
-    with torch.autocast(x.device.type, enabled=False):
+    with autocast(x.device, torch.float32):
         taps = run_with_taps(teacher.model, parts, x)
         expected = features_of(parts, taps.after, spec.feature_shape[1:])
         prefix = taps.before[:, : parts.prefix] if parts.prefix else None

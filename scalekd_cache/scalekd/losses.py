@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
+from scalekd_cache.devices import autocast
 from scalekd_cache.errors import UserError
 
 
@@ -89,7 +90,7 @@ def wide(x: Tensor) -> Tensor:
 
 def full_precision(x: Tensor) -> torch.autocast:
     """A context that disables autocast on the device of `x`."""
-    return torch.autocast(device_type="cpu" if x.is_meta else x.device.type, enabled=False)
+    return autocast(x.device, torch.float32)
 
 
 def remove_spatial_mean(x: Tensor) -> Tensor:

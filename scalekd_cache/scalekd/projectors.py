@@ -61,12 +61,18 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, query: Tensor) -> Tensor:
-        """proj(softmax(scale * q k^T) v); a query shared by all samples is projected once and expanded."""
+        """proj(softmax(scale * q k^T) v); a query shared by all samples is projected once and copied to each.
+
+        Copied, not expanded: cuDNN's attention has been wrong for inputs with a stride of 0.
+        """
 
         def split(x: Tensor) -> Tensor:  # (b, n, dim) -> (b, heads, n, dim // heads)
             return x.view(*x.shape[:2], self.num_heads, -1).transpose(1, 2)
 
-        q = split(self.q(query)).expand(len(tokens), -1, -1, -1)
+        q = split(self.q(query))
+        if len(query) != len(tokens):
+            q = q.expand(len(tokens), -1, -1, -1).contiguous()
+        assert len(tokens) == 1 or 0 not in q.stride(), q.stride()
         out = F.scaled_dot_product_attention(q, split(self.k(tokens)), split(self.v(tokens)), scale=self.scale)
         projected: Tensor = self.proj(out.transpose(1, 2).flatten(2))
         return projected

@@ -16,7 +16,8 @@ from timm.scheduler.scheduler import Scheduler
 from torch import nn
 
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig
-from scalekd_cache.distributed import Process, autocast_dtype
+from scalekd_cache.devices import autocast_dtype
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 
 POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
@@ -45,7 +46,9 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
         "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer runs offloaded too
-        "torch_autocast": {"enabled": low, "dtype": "bfloat16"},
+        # No "safe" modules: gradients of their weights would be averaged over ranks in bfloat16, but not at ZeRO 0.
+        "torch_autocast": {"enabled": low, "dtype": "bfloat16", "lower_precision_safe_modules": []},
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch
         "steps_per_print": 10**9,
     }
     decided = own.keys() - {"zero_optimization"}

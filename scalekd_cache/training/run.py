@@ -16,6 +16,7 @@ from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
+from scalekd_cache.devices import describe_device
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
@@ -48,6 +49,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         _check_finished(config, run, finished, folder, process)
         process.print_rank0(f"{run} is finished; nothing to do\n{summary_table(run, finished)}")
         return finished
+    process.print_rank0(describe_device(process.device))
     check_export_place(run / "export")
     run_cache = open_run_cache(config, run, process)
     cache = run_cache.cache
@@ -67,7 +69,7 @@ def distill(config: DistillConfig, process: Process) -> Summary:
         trainer.watchdog.log_samples(run)
     with SignalHandler() as signals, trainer.watchdog.guard(60 * config.train.timeout_minutes):
         for step in trainer.train(folder):
-            signal = trainer.max_over_ranks(signals.received)
+            signal = trainer.signal_of_any_rank(signals.received)
             if signal or _is_checkpoint_due(config.train, step, trainer.loader):
                 trainer.save(run / "checkpoints")
             if signal:

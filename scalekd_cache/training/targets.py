@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scalekd_cache.codec import make_codec
-from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.base import FeatureCodec, feature_norms
 from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
@@ -97,10 +96,13 @@ def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
 
 @torch.no_grad()
 def live_targets(teacher: Teacher, images: Tensor) -> Targets:
-    """Exact targets of uint8 images (B, 3, H, W), through the float32 codec as in a lossless cache."""
+    """Exact targets of uint8 images (B, 3, H, W), in the memory layout of a decoded lossless cache.
+
+    NaN is found in the loss: a check here would wait for the device.
+    """
     features, logits = teacher(images)
-    exact = make_codec("float32", teacher.spec.feature_shape)
-    return Targets(*exact.decode(exact.encode(features)), logits)
+    features = features.contiguous(memory_format=torch.channels_last)
+    return Targets(features, feature_norms(features), logits)
 
 
 class TargetSource(NamedTuple):

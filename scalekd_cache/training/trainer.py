@@ -1,11 +1,11 @@
-"""The training loop under DeepSpeed; the only file that imports deepspeed.
+"""The training loop under DeepSpeed; the only file that imports deepspeed, once the device is known.
 
 In: batches of a cache, a model, a `DistillConfig`. Out: trained weights, metrics, checkpoints.
 Invariant: the teacher and its tail are outside the engine's module tree: not trained, not partitioned, not saved.
-The samples, BatchNorm groups and random numbers of a step depend only on the seed and the step.
+The samples, BatchNorm groups and random numbers of a step depend only on the seed and the step. Between two logged
+steps, nothing waits for the device.
 """
 
-import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -19,6 +19,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.devices import deepspeed_device, memory_errors, set_launcher_variables
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
@@ -33,13 +34,15 @@ from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
 from scalekd_cache.training.run_folder import RunFolder
 from scalekd_cache.training.targets import TargetSource
-from scalekd_cache.training.watchdog import Watchdog
+from scalekd_cache.training.watchdog import BACKEND_TIMEOUTS, Watchdog
 from scalekd_cache.training.zero_state import gather_state, gather_weights, scatter_state
 
-if not torch.cuda.is_available():  # DeepSpeed detects its accelerator at import, and warns without a GPU
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-import deepspeed
+SIGNAL_S = 10.0
+"""Ranks agree on a signal at every logged step, and between these when that takes longer than this, seconds."""
+LESS_MEMORY = (
+    "set student.grad_checkpointing=true, HEADS=lite or ZERO=2, or lower train.micro_batch_size, which is also the "
+    "BatchNorm group"
+)
 
 
 class DistillModel(nn.Module):
@@ -70,19 +73,40 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     """Initialize torch.distributed, also for one process. A collective that exceeds the timeout ends the run.
 
     Raises:
-        UserError: DeepSpeed's communication operator cannot be compiled.
+        UserError: DeepSpeed's communication operator cannot be compiled, or DeepSpeed uses another device.
     """
+    accelerator = deepspeed_accelerator(process.device)
     if process.device.type == "cpu":
-        prepare_build(process, lambda: deepspeed.accelerator.get_accelerator().create_op_builder(OPERATOR).load(False))
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        os.environ.setdefault(name, value)
-    os.environ.setdefault("MASTER_PORT", "0")
+        prepare_build(process, lambda: accelerator.create_op_builder(OPERATOR).load(False))
+    import deepspeed
+
+    set_launcher_variables(process.device)
     deepspeed.init_distributed(
         dist_backend="nccl" if process.device.type == "cuda" else "gloo",
         auto_mpi_discovery=False,
         verbose=False,
-        timeout=timedelta(minutes=timeout_minutes),
+        timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
     )
+
+
+def deepspeed_accelerator(device: torch.device) -> Any:
+    """DeepSpeed's accelerator, which it chooses once in a process, when it is imported.
+
+    Raises:
+        UserError: DeepSpeed was started in this process on another kind of device.
+    """
+    with deepspeed_device(device):
+        from deepspeed.accelerator import get_accelerator
+
+        accelerator = get_accelerator()
+    if accelerator.device_name() != device.type:
+        raise UserError(
+            "DeepSpeed already uses another device in this process",
+            got=accelerator.device_name(),
+            expected=device.type,
+            fix=f"start a new process; with your own `import deepspeed`, set DS_ACCELERATOR={device.type} before it",
+        )
+    return accelerator
 
 
 class Trainer:
@@ -116,6 +140,7 @@ class Trainer:
         self.tail = tail
         self.targets = targets
         self.watchdog = Watchdog(process, loader)
+        self._signal_steps, self._agree_now = 1, True
         lr = scaled_lr(config)
         # Load weights and create the moving average before the engine, which may partition the weights.
         if checkpoint is not None:
@@ -124,35 +149,41 @@ class Trainer:
         self.ema = ModelEmaV3(model.student.model, decay=ema) if ema else None
         optimizer = make_optimizer(model, config.optim, lr)
         self.schedule = make_schedule(optimizer, config.optim, lr, loader.total_steps, loader.steps_per_epoch)
-        self.engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, process), dist_init_required=False
-        )
+        with memory_errors(LESS_MEMORY):
+            self.engine = self._initialize(model, optimizer)
         if checkpoint is not None:
             self._resume_optimizer(checkpoint)
 
+    def _initialize(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Any:
+        import deepspeed
+
+        options = deepspeed_config(self.config, self.process)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=options, dist_init_required=False)
+        return engine
+
     def train(self, folder: RunFolder | None) -> Iterator[int]:
         """Train from the loader's position to the end; yields the number of finished steps after each step."""
-        log_every, first = self.config.train.log_every, self.loader.step
-        per_epoch, total = self.loader.steps_per_epoch, self.loader.total_steps
+        first, per_epoch, total = self.loader.step, self.loader.steps_per_epoch, self.loader.total_steps
         batches = iter(self.loader)
         sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
         bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
         for step in range(first, total):
             self.watchdog.start_step(step)
-            terms, wait = self._step(step, batches)
+            with memory_errors(LESS_MEMORY):
+                terms, wait = self._step(step, batches)
             bar.update()
             waited, steps = waited + wait, steps + 1
             sums = [a + b for a, b in zip(sums, terms, strict=True)]
-            # Also at the end of an epoch: NaN or Inf must not reach a checkpoint.
-            if (step + 1) % log_every == 0 or (step + 1) % per_epoch == 0:
-                seconds = time.perf_counter() - started
+            self._agree_now = self._is_logged(step) or (step + 1) % self._signal_steps == 0
+            if self._is_logged(step):
                 values = self._average(sums, steps)
+                seconds = time.perf_counter() - started  # the device has finished these steps
                 values |= {"epoch": step // per_epoch, "lr": self._lr()}
                 values["images_per_s"] = steps * self.config.train.global_batch_size / seconds
                 values["data_wait"] = waited / seconds
                 self._check_finite(step, values)
-                gpu = f", gpu={torch.cuda.max_memory_reserved() / 2**30:.1f} GiB" if torch.cuda.is_available() else ""
-                bar.set_postfix_str(f"loss={values['loss']:.3f}, wait={values['data_wait']:.0%}{gpu}")
+                self._signal_steps = max(1, int(SIGNAL_S * steps / self._max_over_ranks(seconds)))
+                bar.set_postfix_str(f"loss={values['loss']:.3f}, wait={values['data_wait']:.0%}{self._gpu_memory()}")
                 if folder is not None:
                     folder.log(step + 1, values)
                 sums, waited, started, steps = [0.0] * len(sums), 0.0, time.perf_counter(), 0
@@ -182,6 +213,14 @@ class Trainer:
             self.ema.update(self.model.student.model, step)
         return torch.stack(rows).mean(0), wait
 
+    def _is_logged(self, step: int) -> bool:
+        """Whether the loss is read after this step: also at the end of an epoch, NaN must not reach a checkpoint."""
+        return (step + 1) % self.config.train.log_every == 0 or (step + 1) % self.loader.steps_per_epoch == 0
+
+    def _gpu_memory(self) -> str:
+        device = self.process.device
+        return f", gpu={torch.cuda.max_memory_reserved(device) / 2**30:.1f} GiB" if device.type == "cuda" else ""
+
     def _lr(self) -> float:
         return float(self.engine.optimizer.param_groups[0]["lr"])
 
@@ -200,13 +239,22 @@ class Trainer:
             got = ", ".join(f"{name}={values[name]}" for name in bad) or "a micro-batch's loss"
             raise diverged(got, first or f"step {step + 1}")
 
-    def max_over_ranks(self, number: int) -> int:
-        """The maximum over all ranks, so that a signal received by one rank stops all ranks at the same step."""
+    def signal_of_any_rank(self, received: int) -> int:
+        """The signal that any rank has received (0: none), the same on all ranks, so that all stop at the same step.
+
+        Several ranks agree at logged steps, where they wait for each other anyway, and between these every `SIGNAL_S`.
+        """
+        if self.process.world_size == 1:
+            return received
+        return int(self._max_over_ranks(received)) if self._agree_now else 0
+
+    def _max_over_ranks(self, number: float) -> float:
+        """The maximum over all ranks. Waits for the device."""
         if self.process.world_size == 1:
             return number
-        largest = torch.tensor(number, device=self.process.device)
+        largest = torch.tensor(number, dtype=torch.float64, device=self.process.device)
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return int(largest)
+        return float(largest)
 
     @torch.no_grad()
     def student_state(self) -> dict[str, Tensor]:
@@ -214,6 +262,8 @@ class Trainer:
 
         The moving average if there is one. BatchNorm statistics, which differ between ranks, are averaged.
         """
+        import deepspeed
+
         model = self.ema.module if self.ema is not None else self.model.student.model
         with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self.config.train.zero == 3):
             state = {name: value.detach().clone() for name, value in model.state_dict().items()}

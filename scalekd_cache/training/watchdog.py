@@ -26,6 +26,8 @@ from scalekd_cache.training.run_files import SampleLine
 MICROS = 1 << 20
 """More micro-batches than any step has, so (step, micro-batch) fits in one integer."""
 NONE = torch.iinfo(torch.int64).max
+BACKEND_TIMEOUTS = 1.5
+"""Timeout of NCCL and Gloo in timeouts of this watchdog, which then reports first: NCCL's aborts the process."""
 
 
 class Watchdog:

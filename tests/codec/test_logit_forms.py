@@ -125,9 +125,11 @@ def test_caches_without_dense_logits_train(tmp_path):
         load_classifier(kept.manifest.facts.logit_codec, kept.root)
 
 
-def test_a_teacher_that_normalizes_after_pooling_is_refused():
-    config = TeacherConfig(name="vit_tiny_patch16_224", pretrained=False)
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_that_normalizes_after_pooling_is_refused(precision):
+    dtype = getattr(torch, precision)
+    config = TeacherConfig(name="vit_tiny_patch16_224", pretrained=False, precision=precision)
     teacher = load_teacher(config, image_size=64, num_classes=5, device=torch.device("cpu"))
     output = teacher(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
     with pytest.raises(UserError, match="cannot be recomputed"):
-        classifier_bytes(teacher.model, *output)
+        classifier_bytes(teacher.model, *output, dtype)

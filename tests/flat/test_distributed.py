@@ -12,8 +12,8 @@ import pytest
 import torch
 from commands import LIMIT_S
 
-from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, autocast_dtype, this_process
-from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.distributed import EXIT_RESUMABLE, Peers, Process, this_process
+from scalekd_cache.errors import RunInterrupted
 
 CPU = torch.device("cpu")
 
@@ -32,36 +32,6 @@ def test_the_launcher_says_who_this_is(monkeypatch):
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert this_process("cpu") == Process(3, 4, CPU)
-
-
-def test_devices(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    chosen = []
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    assert this_process("cuda").device == torch.device("cuda", 1)
-    assert this_process("cuda:0").device == torch.device("cuda", 0)
-    assert chosen == [1, 0]
-    with pytest.raises(UserError, match="does not exist") as error:
-        this_process("cuda:2")
-    assert "one of the 2 devices" in str(error.value)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert this_process("auto").device == CPU
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert this_process("auto").device == torch.device("cuda", 1)
-
-
-@pytest.mark.parametrize("name", ["gpu", "cuda:x", "mps", "", "cuda:-1"])
-def test_unknown_devices(name):
-    with pytest.raises(UserError, match="unknown device"):
-        this_process(name)
-
-
-def test_precision():
-    assert autocast_dtype("auto", CPU) == torch.float32
-    assert autocast_dtype("auto", torch.device("cuda", 0)) == torch.bfloat16
-    assert autocast_dtype("bfloat16", CPU) == torch.bfloat16
-    assert autocast_dtype("float32", torch.device("cuda", 0)) == torch.float32
 
 
 def test_a_process_alone_waits_for_nobody():

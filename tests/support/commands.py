@@ -15,7 +15,7 @@ TEST_LIMITS = 3
 """A test, with the fixtures that it is the first to use, may take this many times `LIMIT_S` (conftest.py)."""
 # One PATH for all, as the Makefile has it: two versions of ninja compile DeepSpeed's operator anew in turn.
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH}
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH, "DS_ACCELERATOR": "cpu"}
 # What a launcher around the tests may have set is not for the processes started here.
 for name in (
     "RANK",

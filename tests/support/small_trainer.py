@@ -8,6 +8,7 @@ from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import WINDOW, Order
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import load_tail
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.targets import TargetSource, load_cache_classifier, make_heads
@@ -27,7 +28,7 @@ def config_of(*, train=None, optim=None, student="resnet10t") -> DistillConfig:
     )
 
 
-def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
+def trainer_of(config: DistillConfig, folder=None, cache=None, process=CPU, kind=Trainer) -> Trainer:
     """A trainer at the last checkpoint of a folder, or at the first step."""
     cache, train = cache or shared_cache(), config.train
     torch.manual_seed(train.seed)
@@ -36,15 +37,20 @@ def trainer_of(config: DistillConfig, folder=None, cache=None) -> Trainer:
     if train.targets != "none":
         tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail)
+        tail = tail.to(process.device)
     order = Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
     loader = CacheLoader(
         cache, order, epochs=train.epochs, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size
     )
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
-    classifier = load_cache_classifier(config, cache, loader.logit_codec, CPU)
-    source = TargetSource(loader.codec, loader.logit_codec, classifier) if train.targets != "none" else None
-    return Trainer(config, CPU, loader, model, tail, source, checkpoint)
+    classifier = load_cache_classifier(config, cache, loader.logit_codec, process)
+    teacher = None
+    if train.targets == "live":
+        options = cache_teacher_config(cache.manifest.facts.teacher["config"], None)
+        teacher = load_cache_teacher(cache.manifest, options, process.device)
+    source = TargetSource(loader.codec, loader.logit_codec, classifier, teacher) if heads is not None else None
+    return kind(config, process, loader, model, tail, source, checkpoint)
 
 
 class Lines:

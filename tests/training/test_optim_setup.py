@@ -24,7 +24,8 @@ def test_world_size_changes_accumulation_only(world_size, accumulation):
     assert made["train_micro_batch_size_per_gpu"] == MICRO
     assert made["gradient_accumulation_steps"] == accumulation
     assert made["gradient_clipping"] == 2.5
-    assert made["torch_autocast"] == {"enabled": False, "dtype": "bfloat16"}
+    assert made["torch_autocast"]["enabled"] is False
+    assert made["timers"] == {"throughput": {"enabled": False}}
 
 
 def test_a_deepspeed_file_is_merged_below(tmp_path):
@@ -36,6 +37,7 @@ def test_a_deepspeed_file_is_merged_below(tmp_path):
     assert made["zero_optimization"] == {"reduce_bucket_size": 1000, "stage": 2}
     assert made["wall_clock_breakdown"] is True
     assert made["torch_autocast"]["enabled"] is True
+    assert made["torch_autocast"]["lower_precision_safe_modules"] == []
 
 
 @pytest.mark.parametrize(

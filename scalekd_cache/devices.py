@@ -1,0 +1,205 @@
+"""The device of this process: chosen once, described in one line, and the same for PyTorch, DeepSpeed and NCCL.
+
+In: the `device` option and the launcher's environment variables. Out: a `torch.device`, facts about it, errors.
+Invariant: a GPU that exists and cannot be used is an error, never a silent run on the CPU. float32 is float32: TF32 is
+off.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from glob import glob
+from pathlib import Path
+
+import torch
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.versions import library_versions
+
+ACCELERATOR = "DS_ACCELERATOR"
+"""DeepSpeed's environment variable; `cpu` in it makes `device=auto` the CPU (the tests set it)."""
+GPU_FILES = "/dev/nvidia[0-9]*"
+DRIVER_FILE = Path("/proc/driver/nvidia/version")
+HIDDEN = ("", "-1", "NoDevFiles")
+"""Values of CUDA_VISIBLE_DEVICES that hide all GPUs."""
+INDEX = "https://download.pytorch.org/whl/cu126"
+"""PyTorch builds for CUDA 12, which run on drivers from 525 on; the default build is for CUDA 13, drivers from 580."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of the `device` option; on a GPU it becomes PyTorch's current device.
+
+    `cuda` is the GPU of this process's local rank, or its only one if SLURM gave each task its own.
+
+    Raises:
+        UserError: an unknown name, a device that does not exist, or a GPU that PyTorch cannot use.
+    """
+    exact_float32()
+    kind, _, number = name.partition(":")
+    if name == "auto":
+        kind = "cuda" if os.environ.get(ACCELERATOR) != "cpu" and _cuda_works() else "cpu"
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise UserError(
+            "unknown device", got=name, expected="auto, cpu, cuda or cuda:N", fix="set device to one of these"
+        )
+    if kind == "cpu":
+        return torch.device("cpu")
+    index = int(number) if number else 0 if has_own_gpu() else _local_rank()
+    count = torch.cuda.device_count()
+    if index >= count:
+        _cuda_works()
+        raise UserError(
+            "the CUDA device does not exist",
+            got=f"cuda:{index}",
+            expected=f"one of the {count} devices of this node",
+            fix="decrease NPROC, or set device=cpu",
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def exact_float32() -> None:
+    """Compute float32 matrix products and convolutions in float32: cuDNN would use TF32, 10 bits of mantissa."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The autocast dtype of a precision option; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    if precision == "auto":
+        precision = "bfloat16" if device.type == "cuda" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """The context of a computation in this dtype; float32 disables autocast. Meta tensors (shapes) use the CPU's."""
+    kind = "cpu" if device.type == "meta" else device.type
+    return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def has_own_gpu() -> bool:
+    """Whether srun started this process as a task that sees one GPU: its number is 0, whatever the local rank."""
+    local_rank = os.environ.get("LOCAL_RANK")
+    return local_rank is not None and os.environ.get("SLURM_LOCALID") == local_rank and torch.cuda.device_count() == 1
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _cuda_works() -> bool:
+    """Whether PyTorch can use a GPU.
+
+    Raises:
+        UserError: this machine has a GPU that this process may open, but PyTorch cannot use it.
+    """
+    if torch.cuda.is_available():
+        return True
+    files = [file for file in sorted(glob(GPU_FILES)) if _opens(file)]
+    if not files or os.environ.get("CUDA_VISIBLE_DEVICES") in HIDDEN:
+        return False
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        reason = "PyTorch gives no reason"
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0][:200]
+    built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
+    raise UserError(
+        "this machine has an NVIDIA GPU, but PyTorch cannot use it",
+        got=f"torch {torch.__version__}, built for {built}; NVIDIA driver {driver_version()}; {reason}",
+        expected="a PyTorch build for this driver: CUDA 13 needs driver 580, CUDA 12 needs 525",
+        where=files[0],
+        fix=f"pip install --force-reinstall torch torchvision --index-url {INDEX} (CUDA 12), or update the driver; to "
+        "use the CPU, set device=cpu",
+    )
+
+
+def _opens(file: str) -> bool:
+    """Whether this process may use a device file: containers and SLURM hide GPUs that were not requested."""
+    try:
+        os.close(os.open(file, os.O_RDWR))
+    except OSError:
+        return False
+    return True
+
+
+def driver_version() -> str:
+    """The version of the NVIDIA driver, `unknown` without one."""
+    try:
+        words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").splitlines()[0].split()
+    except (OSError, IndexError):
+        return "unknown"
+    return next((word for word in words if word[0].isdigit() and "." in word), "unknown")
+
+
+def gpu_versions(device: torch.device) -> dict[str, str]:
+    """GPU model, driver, CUDA and cuDNN; empty on a CPU. They can change the last bits of a result."""
+    if device.type != "cuda":
+        return {}
+    return {
+        "gpu": torch.cuda.get_device_name(device),
+        "driver": driver_version(),
+        "cuda": str(torch.version.cuda),
+        "cudnn": str(torch.backends.cudnn.version()),  # type: ignore[no-untyped-call]
+    }
+
+
+def recorded_versions(device: torch.device) -> dict[str, str]:
+    """Everything that can change cached bytes: libraries, and the GPU with its software. For diagnosis only."""
+    return {**library_versions(), **gpu_versions(device)}
+
+
+def describe_device(device: torch.device) -> str:
+    """One line about the device, printed at the start of every job."""
+    if device.type != "cuda":
+        unused = torch.cuda.device_count()
+        more = f"; {unused} GPU{'s' * (unused > 1)} not used" if unused else ""
+        return f"device: {device} ({torch.get_num_threads()} threads{more})"
+    facts, gib = gpu_versions(device), torch.cuda.get_device_properties(device).total_memory / 2**30
+    software = f"driver {facts['driver']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}"
+    return f"device: {device} ({facts['gpu']}, {gib:.0f} GiB; {software})"
+
+
+def set_launcher_variables(device: torch.device) -> None:
+    """Complete the launcher's variables for torch and DeepSpeed, which take LOCAL_RANK as the number of the GPU.
+
+    Without a launcher, this is rank 0 of 1. DeepSpeed reads LOCAL_RANK in every step, so the variables remain.
+
+    Raises:
+        UserError: several processes of this node would use one GPU.
+    """
+    if device.type == "cuda":
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if device.index != _local_rank() and (processes > 1 or _local_rank() > 0) and not has_own_gpu():
+            raise UserError(
+                "several processes of one node cannot train on one GPU",
+                got=f"device={device} for local rank {_local_rank()}",
+                expected="device=cuda: each process uses the GPU of its local rank",
+                fix="set device=cuda, or NPROC=1",
+            )
+        os.environ["LOCAL_RANK"] = str(device.index)
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in alone.items():
+        os.environ.setdefault(name, value)
+
+
+@contextmanager
+def deepspeed_device(device: torch.device) -> Iterator[None]:
+    """Around the import of DeepSpeed, which then takes its device from `DS_ACCELERATOR`, or else from the machine."""
+    before = os.environ.get(ACCELERATOR)
+    os.environ[ACCELERATOR] = device.type
+    try:
+        yield
+    finally:
+        del os.environ[ACCELERATOR]
+        if before is not None:
+            os.environ[ACCELERATOR] = before
+
+
+@contextmanager
+def memory_errors(fix: str) -> Iterator[None]:
+    """Around work on a GPU: "out of memory" becomes a `UserError` that says what to lower (`fix`)."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise UserError("the GPU is out of memory", got=str(error).splitlines()[0][:300], fix=fix) from error

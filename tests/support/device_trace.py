@@ -1,0 +1,117 @@
+"""Watches what a real loop does with a device, where no device exists: meta tensors stand for those on a GPU."""
+
+import sys
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from commands import ROOT
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+DEVICE = torch.device("meta")
+COPIES = (aten._to_copy.default, aten.copy_.default)
+READS = (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.masked_select, aten._unique2)
+"""Operators whose result the host needs: on a GPU each waits for everything enqueued before it."""
+PACKAGE, LIBRARIES = ROOT / "scalekd_cache", Path(torch.__file__).parents[1]
+HOST_READS = "_get_value"
+"""Function of torch and timm that reads an optimizer's number of steps, a host tensor on a GPU machine too."""
+
+
+def caller(*also):
+    """The function of this project, or of the libraries `also`, that is being executed: "trainer.py Trainer._step"."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        file, name = Path(frame.f_code.co_filename), frame.f_code.co_qualname.partition(".<locals>")[0]
+        for root in (PACKAGE, *(LIBRARIES / library for library in also)):
+            if file.is_relative_to(root):
+                return f"{file.relative_to(root.parent if root != PACKAGE else root)} {name}"
+        frame = frame.f_back
+    return "elsewhere"
+
+
+class DeviceTrace(TorchDispatchMode):
+    """Records every crossing between host and device, and refuses operators that mix their tensors.
+
+    A 0-dimensional host tensor is an argument of a kernel, as a Python number is: allowed. What the host reads from a
+    meta tensor is zero, or the largest int64.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.crossings, self.mixed = Counter(), []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+        host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
+        device = [tensor for tensor in tensors if tensor.is_meta]
+        if func.overloadpacket in READS and device:
+            self.crossings["device to host", caller()] += 1
+            assert func is aten._local_scalar_dense.default, func
+            return torch.iinfo(torch.int64).max if args[0].dtype == torch.int64 else 0
+        if func in COPIES:
+            return self._copied(func, args, kwargs)
+        if device and any(tensor.ndim for tensor in host):
+            self.mixed.append((str(func), caller()))
+        return func(*args, **kwargs)
+
+    def _copied(self, func, args, kwargs):
+        source = args[0] if func is COPIES[0] else args[1]
+        target = kwargs.get("device") or source.device if func is COPIES[0] else args[0].device
+        if source.device.type != torch.device(target).type:
+            direction = "device to host" if source.is_meta else "host to device"
+            self.crossings[direction, caller()] += 1
+            if source.is_meta:  # the values are not known
+                zeros = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
+                return zeros if func is COPIES[0] else args[0].zero_()
+        return func(*args, **kwargs)
+
+
+class ReadCounter(TorchDispatchMode):
+    """Counts the operators whose result the host reads, by caller."""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in READS and HOST_READS not in (sys._getframe(n).f_code.co_name for n in range(1, 5)):
+            self.reads[caller("deepspeed")] += 1
+        return func(*args, **(kwargs or {}))
+
+
+class PlainEngine:
+    """What the trainer uses of DeepSpeed's engine at ZeRO 0, on any device."""
+
+    def __init__(self, model, optimizer, accumulation):
+        self.module, self.optimizer, self.accumulation, self.micros = model, optimizer, accumulation, 0
+
+    def __call__(self, *args):
+        return self.module(*args)
+
+    def backward(self, loss):
+        (loss / self.accumulation).backward()
+
+    def step(self):
+        self.micros += 1
+        if self.micros % self.accumulation == 0:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), 5.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@contextmanager
+def counted_calls(monkeypatch, owner, name, replaced=None):
+    """The number of calls of a function, in a list; `replaced` is called instead of it."""
+    calls, original = [], getattr(owner, name)
+
+    def counted(*args, **kwargs):
+        calls.append(caller("deepspeed"))
+        return (replaced or original)(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, counted)
+        yield calls
