@@ -1,8 +1,9 @@
 """Recomputed logits: the cache stores the teacher's classifier once, and readers apply it to the decoded features.
 
 In: a teacher's classifier on the mean of its last map. Out: empty records; `classifier.safetensors` in the cache.
-Invariant: classifier(mean of F) reproduces the teacher's logits to 1e-4 of the largest one, in float32. This holds for Swin
-and SwinV2. It does not hold for teachers that apply their norm after pooling or use a class token; these are rejected.
+Invariant: classifier(mean of F) reproduces the teacher's logits to 1e-4 of the largest one, in float32. This holds for
+Swin and SwinV2. It does not hold for teachers that apply their norm after pooling or use a class token; these are
+rejected.
 """
 
 import hashlib
