@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from pipelines.command import parse, run
+from scalekd_cache.config.base import require
 from scalekd_cache.config.stage2 import ScaleKDConfig
 
 INTRODUCTION = """# What each part costs
@@ -25,23 +26,34 @@ class CostsConfig:
     """A timm model name."""
     student: str = "resnet50"
     """A timm model name or a short name."""
-    image_size: int = 224
-    """Image size (height and width), pixels."""
+    image_size: int | None = None
+    """Image size (height and width), pixels (None: the size the teacher was made for)."""
     all: bool = False
     """Print the table of all teacher-student pairs of the paper as a Markdown page."""
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
+
+    def __post_init__(self) -> None:
+        size = self.image_size
+        require(size is None or 8 <= size <= 4096, "image_size", size, "8 to 4096 pixels")
 
 
 def main(argv: list[str]) -> None:
     """Count FLOPs and parameters and print them."""
     config = parse(CostsConfig, "costs", argv, {}, __doc__ or "")
-    from scalekd_cache.planning.costs import PAPER_PAIRS, SUMMARY_HEAD, pair_costs, report, summary_row
+    from scalekd_cache.planning.costs import (
+        PAPER_IMAGE_SIZE,
+        PAPER_PAIRS,
+        SUMMARY_HEAD,
+        pair_costs,
+        report,
+        summary_row,
+    )
 
     if not config.all:
         print(report(pair_costs(config.teacher, config.student, config.scalekd, config.image_size)))
         return
     print(INTRODUCTION)
-    pairs = [pair_costs(teacher, student, config.scalekd) for teacher, student in PAPER_PAIRS]
+    pairs = [pair_costs(teacher, student, config.scalekd, PAPER_IMAGE_SIZE) for teacher, student in PAPER_PAIRS]
     print(SUMMARY_HEAD)
     print("\n".join(summary_row(costs) for costs in pairs))
     for costs in pairs:

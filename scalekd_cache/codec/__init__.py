@@ -24,11 +24,6 @@ CODECS: dict[str, tuple[str, str]] = {
     "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
     "float32": ("scalekd_cache.codec.plain", "Float32Codec"),
 }
-OLDER: dict[tuple[str, int], tuple[str, str]] = {
-    ("float16", 1): ("scalekd_cache.codec.plain", "Float16CodecV1"),
-    ("bfloat16", 1): ("scalekd_cache.codec.plain", "BFloat16CodecV1"),
-}
-"""Row layouts of earlier versions that are still readable, by id and version."""
 FITTED = ("transform", "transform-economy", "transform-rotated")
 """Presets of the transform codec, which must be fitted to a teacher (`transform_fit.fit`)."""
 
@@ -42,11 +37,8 @@ def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
     if name not in CODECS:
         raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
     _check_shape(name, shape)
-    return _instantiate(CODECS[name], shape)
-
-
-def _instantiate(place: tuple[str, str], shape: tuple[int, int, int]) -> "FeatureCodec":
-    codec: FeatureCodec = getattr(importlib.import_module(place[0]), place[1])(shape)
+    module, kind = CODECS[name]
+    codec: FeatureCodec = getattr(importlib.import_module(module), kind)(shape)
     return codec
 
 
@@ -79,13 +71,9 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
 def _from_config(
     name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: "StoredPath | None"
 ) -> "FeatureCodec":
-    version = config.get("version")
-    older = OLDER.get((name, version)) if isinstance(version, int) else None
-    if name != "transform" and older is None:
+    if name != "transform":
         return make_codec(name, shape)
     _check_shape(name, shape)
-    if older is not None:
-        return _instantiate(older, shape)
     from scalekd_cache.codec.transform import load_transform
 
     return load_transform(config, shape, folder)

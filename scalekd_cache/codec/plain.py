@@ -92,17 +92,3 @@ class BFloat16Codec(_PlainCodec):
 
     def largest(self) -> float:
         return FLOAT16_MAX
-
-
-class Float16CodecV1(Float16Codec):
-    """Version 1, without means. Existing caches can be read and extended."""
-
-    version = 1
-    stores_means = False
-
-
-class BFloat16CodecV1(BFloat16Codec):
-    """Version 1, without means."""
-
-    version = 1
-    stores_means = False

@@ -22,10 +22,17 @@ from scalekd_cache.data.base import (
 )
 from scalekd_cache.data.classes import normalize_name, read_class_names, reorder_classes
 from scalekd_cache.data.devkit import flat_val_labels
-from scalekd_cache.data.image_formats import IMAGE_SUFFIXES, START_BYTES, is_image_file, is_image_name, suffix_of
+from scalekd_cache.data.image_formats import (
+    IMAGE_SUFFIXES,
+    OTHER_SUFFIXES,
+    START_BYTES,
+    is_image_file,
+    is_image_name,
+    suffix_of,
+)
 from scalekd_cache.errors import UserError, closest_names
 
-LAYOUT = "train/<class>/*.jpg and val/<class>/*.jpg (or png, webp, tif, gif, bmp, ppm, avif, jp2)"
+LAYOUT = f"train/<class>/*.jpg and val/<class>/*.jpg (or {OTHER_SUFFIXES})"
 SYSTEM_NAMES = frozenset(
     {
         "__macosx",

@@ -20,7 +20,7 @@ from PIL import (
     WebPImagePlugin,
 )
 
-_PLUGINS = (
+_PLUGINS = [
     BmpImagePlugin,
     GifImagePlugin,
     JpegImagePlugin,
@@ -28,34 +28,26 @@ _PLUGINS = (
     PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
-)
+]
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "BMP": (".bmp",),
+    "DIB": (".dib",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+}
+"""Suffixes of every format that is decoded. Not JPEG 2000: Pillow decodes some truncated files."""
 if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
-    importlib.import_module("PIL.AvifImagePlugin")
-
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "AVIF")
-"""Formats that are decoded, whatever the file name. Not JPEG 2000: Pillow decodes some truncated files."""
-IMAGE_SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".mpo",
-        ".png",
-        ".apng",
-        ".webp",
-        ".bmp",
-        ".dib",
-        ".gif",
-        ".tif",
-        ".tiff",
-        ".ppm",
-        ".pgm",
-        ".pbm",
-        ".pnm",
-        ".avif",
-    ]
-)
+    _PLUGINS.append(importlib.import_module("PIL.AvifImagePlugin"))
+    SUFFIXES["AVIF"] = (".avif",)
+FORMATS = tuple(SUFFIXES)
+"""Formats that are decoded, whatever the file name."""
+IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
+OTHER_SUFFIXES = ", ".join(suffixes[0][1:] for suffixes in SUFFIXES.values() if suffixes[0] != ".jpg")
+"""One suffix of every format except JPEG, for messages."""
 START_BYTES = 16
 """Number of first bytes from which Pillow recognizes a format."""
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")

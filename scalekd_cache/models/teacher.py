@@ -128,6 +128,20 @@ def demo_teacher_args() -> dict[str, Any]:
     }
 
 
+def own_image_size(name: str) -> int:
+    """Side (pixels) of the images that a teacher was made for."""
+    if name == DEMO_TEACHER:
+        return int(demo_teacher_args()["img_size"])
+    return default_image_size(check_name(name, "teacher"))
+
+
+def size_args(name: str, image_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The timm model's required and optional arguments for images of this size (`create_timm_model`)."""
+    if name == DEMO_TEACHER:
+        return {**demo_teacher_args(), "img_size": image_size}, {}
+    return {}, {"img_size": image_size} if image_size != own_image_size(name) else {}
+
+
 def load_teacher(
     config: TeacherConfig,
     *,
@@ -153,13 +167,8 @@ def load_teacher(
     if config.weights is None and config.pretrained and demo:
         raise _no_weights(config.name, "demo_swin is not a published model; stage 1 trains it")
     shapes = stored_shapes(config.weights) if config.weights is not None else None
-    args: dict[str, Any] = {**(demo_teacher_args() if demo else {}), **(model_args or {})}
-    optional = {}
-    if demo:
-        args["img_size"] = image_size
-    elif image_size != default_image_size(name):
-        optional["img_size"] = image_size
-    args["num_classes"] = teacher_classes(config, name, shapes, num_classes)
+    required, optional = size_args(config.name, image_size)
+    args = {**required, **(model_args or {}), "num_classes": teacher_classes(config, name, shapes, num_classes)}
     fetch = config.weights is None and config.pretrained
     try:
         model, used = create_timm_model(name, json.loads(json.dumps(args)), optional, pretrained=fetch)
@@ -220,15 +229,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
     """Run one black image through the model to get its shapes, and build its specification."""
     family = family_of(model, name)
     parts = family.parts(model)
-    try:
-        with torch.no_grad():
-            taps = run_with_taps(model, parts, torch.zeros(1, 3, image_size, image_size))
-    except (AssertionError, RuntimeError) as error:
-        raise UserError(
-            f"the teacher failed on images of {image_size} x {image_size} pixels: {error}",
-            got=name,
-            fix="choose another views.size or another teacher",
-        ) from error
+    taps = probe_taps(model, parts, name, image_size)
     feature_shape = map_shape(taps.after, parts, parts.unrolled[1])
     if feature_shape[1:] == (1, 1):
         raise UserError(
@@ -253,6 +254,23 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
         weights_sha256=weights_digest(model.state_dict()),
         has_classifier=has_classifier,
     )
+
+
+@torch.no_grad()
+def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -> Taps:
+    """What comes out of the tapped layers for one black image.
+
+    Raises:
+        UserError: the model does not take images of this size.
+    """
+    try:
+        return run_with_taps(model, parts, torch.zeros(1, 3, image_size, image_size))
+    except (AssertionError, RuntimeError) as error:
+        raise UserError(
+            f"the teacher failed on images of {image_size} x {image_size} pixels: {error}",
+            got=name,
+            fix=f"choose another image size (this teacher was made for {own_image_size(name)} px) or another teacher",
+        ) from error
 
 
 def map_shape(x: Tensor, parts: TailParts, unrolled: int = 0) -> Shape:

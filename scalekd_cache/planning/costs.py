@@ -17,9 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, build_tail, family_of
-from scalekd_cache.models.teacher import demo_teacher_args, map_shape, run_with_taps
+from scalekd_cache.models.teacher import map_shape, own_image_size, probe_taps, size_args
 from scalekd_cache.models.teacher_spec import Shape
-from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
+from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
@@ -49,7 +49,7 @@ PAPER_PAIRS = (
     (BEIT_L, "vit_base_14"),
 )
 """The pairs that the paper reports and releases. Its Mixer-B/14 has no timm name; Mixer-B/16 replaces it."""
-IMAGE_SIZE = 224
+PAPER_IMAGE_SIZE = 224
 
 
 class Part(NamedTuple):
@@ -74,6 +74,8 @@ class PairCosts(NamedTuple):
 
     teacher_name: str
     student_name: str
+    image_size: int
+    """Side of the images, pixels."""
     student: Part
     heads: list[Part]
     """Projectors of both taps, and passes through the frozen tail."""
@@ -106,7 +108,7 @@ def pair_costs(
     teacher: str,
     student: str,
     config: ScaleKDConfig | None = None,
-    image_size: int = IMAGE_SIZE,
+    image_size: int | None = None,
     num_classes: int = CLASSES,
     student_size: int | None = None,
 ) -> PairCosts:
@@ -116,7 +118,7 @@ def pair_costs(
         teacher: name of the teacher.
         student: name of the student.
         config: constants of the method (None: as published).
-        image_size: side of the views, pixels.
+        image_size: side of the views, pixels (None: the size the teacher was made for).
         num_classes: classes of teacher and student.
         student_size: side of the student's images, pixels (None: that of the views).
 
@@ -124,6 +126,7 @@ def pair_costs(
         UserError: a name, family or image size that stage 1 or 2 refuses.
     """
     config = config or ScaleKDConfig()
+    image_size = image_size or own_image_size(teacher)
     with torch.device("meta"):
         parts = meta_teacher(teacher, image_size, num_classes)
         learner = build_student(
@@ -134,6 +137,7 @@ def pair_costs(
         return PairCosts(
             teacher,
             student,
+            image_size,
             _student_cost(learner),
             _head_costs(heads, learner.tap_shapes, parts),
             Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0),
@@ -142,13 +146,13 @@ def pair_costs(
 
 def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
     """A teacher with this many classes; call it under `torch.device("meta")`."""
-    timm = check_name(timm_name(name), "teacher")
-    args: dict[str, Any] = demo_teacher_args() if name == DEMO_TEACHER else {}
-    optional = {"img_size": image_size} if image_size != default_image_size(timm) else {}
-    model, _ = create_timm_model(timm, {"num_classes": num_classes, **args}, optional)
+    required, optional = size_args(name, image_size)
+    model, _ = create_timm_model(
+        check_name(timm_name(name), "teacher"), {"num_classes": num_classes, **required}, optional
+    )
     model.requires_grad_(False).eval()
     ends = family_of(model, name).parts(model)
-    taps = run_with_taps(model, ends, torch.empty(1, 3, image_size, image_size))
+    taps = probe_taps(model, ends, name, image_size)
     before, after = map_shape(taps.before, ends, ends.unrolled[0]), map_shape(taps.after, ends, ends.unrolled[1])
     tail = build_tail(model, name, before, after)
     return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
@@ -219,7 +223,7 @@ def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTea
 def report(costs: PairCosts) -> str:
     """One pair as a Markdown table, one row per part."""
     lines = [
-        f"{costs.teacher_name} -> {costs.student_name}",
+        f"{costs.teacher_name} -> {costs.student_name}, {costs.image_size} px",
         "",
         "| part | parameters, M | forward, GFLOP | backward, GFLOP | both |",
         "|---|---:|---:|---:|---:|",

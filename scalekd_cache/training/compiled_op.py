@@ -6,12 +6,17 @@ removed, so no start waits forever. This is the only place that handles torch's 
 """
 
 import errno
+import hashlib
+import importlib.util
 import os
+import platform
 import shutil
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch.utils import cpp_extension
 
 from scalekd_cache.distributed import Process
@@ -19,6 +24,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.locks import lock, open_lock
 
 OPERATOR, NAME = "ShareMemCommBuilder", "deepspeed_shm_comm"
+VARIABLE = "TORCH_EXTENSIONS_DIR"
+"""The environment variable that sets torch's folder of compiled operators."""
 STALE_S = 300.0
 """A build with no file change for this long is dead; a build takes about a minute."""
 POLL_S = 0.5
@@ -55,6 +62,8 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
         elif LOCK_IS_A_FILE:
             _wait_for_others(folder, process)
         marker.write(b"building")
+        given = os.environ.get(VARIABLE)
+        os.environ[VARIABLE] = str(folder.parent)
         try:
             load()
         except RuntimeError as error:
@@ -62,13 +71,21 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
             fix = "check that g++ works and the disk has space, remove the folder, and rerun"
             raise UserError("DeepSpeed's operator failed to compile", got=got, where=folder, fix=fix) from error
         finally:
+            if given is None:
+                del os.environ[VARIABLE]
+            else:
+                os.environ[VARIABLE] = given
             marker.truncate(0)
 
 
 def _build_folder() -> Path:
-    """The folder in which torch compiles the operator, created if missing."""
+    """The folder in which torch compiles the operator, created if missing.
+
+    If the user sets none, it is a folder of torch's cache for this environment and processor (`_build_key`).
+    """
     try:
-        folder = Path(cpp_extension._get_build_directory(NAME, verbose=False))
+        folder = Path(os.environ.get(VARIABLE) or Path(cpp_extension.get_default_build_root()) / _build_key()) / NAME
+        folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK | os.X_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
@@ -76,9 +93,30 @@ def _build_folder() -> Path:
             "the build folder of DeepSpeed's operator cannot be written",
             got=error.strerror,
             where=error.filename,
-            fix="set TORCH_EXTENSIONS_DIR or HOME to a folder that only you can write",
+            fix=f"set {VARIABLE} or HOME to a folder that only you can write",
         ) from error
     return folder
+
+
+def _build_key() -> str:
+    """What a compiled operator depends on, as a folder name: environment, torch, DeepSpeed, ninja and processor.
+
+    With one folder for all, two environments that are used in turn would compile it at every start, and a machine with
+    an older processor and the same home would load code that it cannot run (-march=native).
+    """
+    deepspeed = importlib.util.find_spec("deepspeed")
+    parts = (sys.version, torch.__version__, torch.__file__, deepspeed and deepspeed.origin, shutil.which("ninja"))
+    digest = hashlib.sha256(repr((*parts, platform.machine(), _processor())).encode())
+    return f"scalekd-{digest.hexdigest()[:16]}"
+
+
+def _processor() -> str:
+    """The instruction sets of the processor, as the kernel lists them; empty if it does not."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return ""
+    return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
 def _wait_for_others(folder: Path, process: Process) -> None:

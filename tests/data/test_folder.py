@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from urllib.parse import unquote
 
 import numpy as np
@@ -18,6 +19,7 @@ from image_files import (
 from PIL import features
 
 from scalekd_cache.data.base import SampleRef, encode_key
+from scalekd_cache.data.image_formats import IMAGE_SUFFIXES
 from scalekd_cache.data.images import decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import check_key
@@ -67,6 +69,19 @@ def test_every_image_that_can_be_decoded_is_taken(tmp_path, name, kind, split):
     assert len(taken) == 1
     assert decode_image(source.read(taken[0]), "k").shape == (9, 12, 3)
     assert source.ignored == ()
+
+
+def test_messages_name_the_suffixes_that_are_decoded(tmp_path):
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError) as error:
+        source_of(tmp_path)
+    named = re.search(r"\(or (.*)\)", str(error.value))[1].split(", ")
+    assert {"png", "webp", "tif", "gif"} <= set(named)
+    assert "jp2" not in named
+    for suffix in named:
+        kind = {"tif": "TIFF"}.get(suffix, suffix.upper())
+        assert decode_image(encoded(picture(), kind), suffix).shape == (9, 12, 3)
+        assert f".{suffix}" in IMAGE_SUFFIXES
 
 
 def test_avif_images_are_taken(tmp_path):

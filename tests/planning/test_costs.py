@@ -8,6 +8,7 @@ from torch import nn
 
 from pipelines import costs as costs_command
 from scalekd_cache.config.stage2 import ScaleKDConfig
+from scalekd_cache.errors import UserError
 from scalekd_cache.planning import costs
 
 torch.set_num_threads(1)
@@ -29,6 +30,33 @@ def test_grouped_convolutions_count_their_gradients_once():
     """A depthwise convolution's gradients cost twice its forward pass, for MobileNet as for ResNet."""
     pair = costs.pair_costs("swin_tiny_patch4_window7_224", "mobilenetv1")
     assert pair.student.backward / pair.student.forward == pytest.approx(2, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "size"),
+    [
+        ("demo_swin", "resnet10t", 64),
+        ("demo_swin", "mixer_s16", 64),
+        ("vit_tiny_patch16_384", "mixer_s16", 384),
+        ("eva02_tiny_patch14_336", "vit_tiny_patch16_224", 336),
+        ("deit3_small_patch16_384_in21ft1k", "resnet10t", 384),  # a deprecated name
+    ],
+)
+def test_a_pair_is_counted_at_the_size_that_the_teacher_was_made_for(teacher, student, size):
+    pair = costs.pair_costs(teacher, student)
+    assert (pair.image_size, pair.ceiling > 1) == (size, True)
+
+
+@pytest.mark.parametrize(("teacher", "size"), [("hiera_tiny_224", 200), ("demo_swin", 16), ("demo_swin", 8)])
+def test_a_size_that_the_teacher_does_not_take_is_a_message(teacher, size):
+    with pytest.raises(UserError, match="the teacher"):
+        costs.pair_costs(teacher, "resnet10t", image_size=size)
+
+
+@pytest.mark.parametrize("size", [0, -3, 100_000])
+def test_an_impossible_size_is_a_message(size):
+    with pytest.raises(UserError, match="image_size"):
+        costs_command.CostsConfig(image_size=size)
 
 
 def test_linear_layer_by_hand():
@@ -63,5 +91,5 @@ def test_command_and_committed_page(capsys):
     assert row in page, "docs/COSTS.md is stale: make costs ALL=1 > docs/COSTS.md"
     costs_command.main(["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
     text = capsys.readouterr().out
-    assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18\n")
+    assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
     assert "maximum speedup" in text

@@ -1,10 +1,13 @@
 """The operator that DeepSpeed compiles: whatever prevents the build is one message, never a hang or a traceback."""
 
+import importlib.util
 import os
+import shutil
 import time
 
 import pytest
 import torch
+from torch.utils import cpp_extension
 
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -60,8 +63,6 @@ def test_the_lock_file_of_newer_versions_of_torch_is_ignored(folder, monkeypatch
 
 
 def test_the_kind_of_lock_of_the_installed_torch():
-    from torch.utils import cpp_extension
-
     assert hasattr(cpp_extension, "FileLock") != compiled_op.LOCK_IS_A_FILE
 
 
@@ -96,3 +97,37 @@ def test_a_running_build_is_waited_for(folder, capsys, monkeypatch):
     monkeypatch.setattr(compiled_op.time, "sleep", lambda _: (folder / "lock").unlink())
     prepare_build(CPU, lambda: None)
     assert "waiting for another program" in capsys.readouterr().out
+
+
+def build_folder(monkeypatch, home):
+    """Where torch would compile the operator, as it is told while the operator is loaded."""
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    seen = []
+    prepare_build(CPU, lambda: seen.append(cpp_extension._get_build_directory(NAME, verbose=False)))
+    return seen[0]
+
+
+@pytest.mark.parametrize("part", ["torch", "deepspeed", "ninja", "processor"])
+def test_environments_do_not_share_a_folder(tmp_path, monkeypatch, part):
+    """Used in turn, each would find the other's operator and compile it again."""
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    first = build_folder(monkeypatch, tmp_path)
+    assert build_folder(monkeypatch, tmp_path) == first
+    assert first.startswith(str(tmp_path))
+    assert "TORCH_EXTENSIONS_DIR" not in os.environ
+    which, spec = shutil.which, importlib.util.find_spec("pytest")
+    if part == "torch":
+        monkeypatch.setattr(torch, "__file__", "/other/torch/__init__.py")
+    elif part == "deepspeed":
+        monkeypatch.setattr(importlib.util, "find_spec", lambda _: spec)
+    elif part == "ninja":
+        monkeypatch.setattr(shutil, "which", lambda name: "/other/ninja" if name == "ninja" else which(name))
+    else:
+        monkeypatch.setattr(compiled_op, "_processor", lambda: "flags : sse2")
+    assert build_folder(monkeypatch, tmp_path) != first
+
+
+def test_the_users_folder_is_kept(folder, monkeypatch, tmp_path):
+    assert build_folder(monkeypatch, "/proc/nohome") == str(folder)
+    assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
