@@ -134,7 +134,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 
 # ---- commands -----------------------------------------------------------------------------------------------------
 cache-teacher: $(BASE) ## Stage 1: run the teacher once, store views, features and logits
-	@$(call waiting,$(CACHE)) $(LAUNCH) pipelines.cache_teacher $(STAGE1) $(if $(DRY_RUN),--dry-run)
+	@$(if $(DRY_RUN),,$(call waiting,$(CACHE))) $(LAUNCH) pipelines.cache_teacher $(STAGE1) $(if $(DRY_RUN),--dry-run)
 
 plan: $(BASE) ## Forecast the cost of a cache and its students: DATA= TEACHER= VIEWS= CODEC= STUDENTS=8 EPOCHS=300 GPU=h100 JSON=1
 	@$(PY) -m pipelines.plan $(STAGE1) $(call option,STUDENTS,students) $(call option,EPOCHS,epochs) \

@@ -45,22 +45,23 @@ from scalekd_cache.caching.size_probe import measure_sizes
 from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
+from scalekd_cache.data.builtin import NotDownloadedError
 from scalekd_cache.data.source import open_source
 from scalekd_cache.devices import describe_device, memory_errors
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
-from scalekd_cache.models.evaluate import evaluate, teacher_accuracy
+from scalekd_cache.models.evaluate import Tally, evaluate, teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
-from scalekd_cache.models.teacher_classes import check_class_order
+from scalekd_cache.models.teacher_classes import Answers
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import progress
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
 CHECKED_IMAGES = 512
-"""About this many images are enough to check the order of the classes: training images, or validation images in a
-dry run."""
+"""About this many images are enough to check the order of the classes; training images are added to validation images
+that are fewer."""
 
 
 class Prepared(NamedTuple):
@@ -132,14 +133,19 @@ def prepare(
             teacher's accuracy is measured on about `CHECKED_IMAGES` images.
 
     Returns:
-        The job, and the manifest if the cache is complete; None for a dry run whose demo teacher is not trained yet.
+        The job, and the manifest if the cache is complete; None for a dry run whose data set is not downloaded or whose
+        demo teacher is not trained yet.
 
     Raises:
         UserError: any problem that would otherwise show up hours later.
     """
     process = peers.process
     process.print_rank0(describe_device(process.device))
-    source = _open_images(config, process)
+    try:
+        source = _open_images(config, process, download=not dry_run)
+    except NotDownloadedError as error:
+        process.print_rank0(f"would first download the data set: {error}\ndry run: nothing was written")
+        return None
     teacher_config = _prepare_weights(config, peers, dry_run)
     if teacher_config is None:
         return None
@@ -152,16 +158,16 @@ def prepare(
     if manifest is None:
         _check(config, process, job, student)
         if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
-            top1 = _teacher_top1(config, job.stage, CHECKED_IMAGES if dry_run else None)
+            top1 = _teacher_top1(config, job.stage, dry_run=dry_run)
             job = with_teacher_top1(job, top1)
     return Prepared(job, manifest)
 
 
-def _open_images(config: CacheTeacherConfig, process: Process) -> Source | PixelCache:
+def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool) -> Source | PixelCache:
     """The data set, or the cache whose pixels are shared. Files that are left out are reported."""
     if config.cache.pixels_from:
-        return open_shared_views(config)
-    source = open_source(config.data, "train")
+        return open_shared_views(config, download=download)
+    source = open_source(config.data, "train", download=download)
     for message in source.ignored:
         process.print_rank0(message)
     return source
@@ -322,8 +328,10 @@ def _finish(peers: Peers, job: Job) -> Manifest:
     return read_manifest(root)
 
 
-def _teacher_top1(config: CacheTeacherConfig, stage: Stage, sample: int | None = None) -> float | None:
-    """The teacher's accuracy on the validation images (on about `sample` of them); None when there are none.
+def _teacher_top1(config: CacheTeacherConfig, stage: Stage, *, dry_run: bool) -> float | None:
+    """The teacher's accuracy on the validation images (in a dry run, on some of them); None when there are none.
+
+    The order of the classes is checked on these images, and on training images if they are few.
 
     Raises:
         UserError: its classes are in another order than the data set's, or its accuracy is near chance.
@@ -331,43 +339,48 @@ def _teacher_top1(config: CacheTeacherConfig, stage: Stage, sample: int | None =
     spec = stage.teacher.spec
     if not spec.has_classifier:
         return None
+    top1 = None
+    answers = Answers(spec.name, stage.source.class_names)
     try:
-        images, title = open_source(config.data, "val"), "evaluate the teacher"
+        images = open_source(config.data, "val", download=not dry_run)
     except UserError as error:
         print(f"no validation images: the teacher's accuracy is not measured:\n{error}", flush=True)
-        if isinstance(stage.source, PixelCache):
-            return None
-        images, title, sample = stage.source, "check the order of classes", CHECKED_IMAGES
-    pairs: list[Tensor] = []
+    else:
+        sample = CHECKED_IMAGES if dry_run else None
+        top1 = round(_evaluate(config, stage, images, "evaluate the teacher", sample, answers).top1_percent, 4)
+    if config.teacher.pretrained or config.teacher.weights is not None:
+        if len(answers) < CHECKED_IMAGES:
+            source = stage.source
+            images = source.sample_images(CHECKED_IMAGES) if isinstance(source, PixelCache) else source
+            _evaluate(config, stage, images, "check the order of classes", CHECKED_IMAGES - len(answers), answers)
+        try:
+            answers.check(config.cache.pixels_from)
+        except UserError as error:
+            if config.teacher.check_classes:
+                raise
+            print(f"warning: {error}", flush=True)
+    return top1
+
+
+def _evaluate(
+    config: CacheTeacherConfig, stage: Stage, images: Source, title: str, sample: int | None, answers: Answers
+) -> Tally:
+    """Run the teacher on the images (on about `sample` of them), and keep its answers."""
 
     def predict(pixels: Tensor) -> Tensor:
         output: TeacherOutput = stage.teacher(pixels)
         return output.logits
 
-    def keep(logits: Tensor, labels: Tensor) -> None:
-        pairs.append(torch.stack([labels, logits.argmax(1).cpu()]))
-
-    every = max(1, len(images.samples) // sample) if sample else 1
-    tally = evaluate(
+    return evaluate(
         predict,
         images,
         config.views.size,
         stage.device,
-        world_size=every,  # one rank of `every`: each n-th image
+        world_size=max(1, len(images.samples) // sample) if sample else 1,  # one rank of many: each n-th image
         workers=config.workers,
         title=title,
-        on_batch=keep,
+        on_batch=answers.add,
     )
-    trained = config.teacher.pretrained or config.teacher.weights is not None
-    if pairs and trained:
-        labels, guesses = torch.cat(pairs, 1).numpy()
-        try:
-            check_class_order(labels, guesses, stage.source.class_names, spec.name)
-        except UserError as error:
-            if config.teacher.check_classes:
-                raise
-            print(f"warning: {error}", flush=True)
-    return None if images is stage.source else round(tally.top1_percent, 4)
 
 
 def _report_cache(root: Path, manifest: Manifest) -> None:

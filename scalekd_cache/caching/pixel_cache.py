@@ -9,8 +9,10 @@ from pathlib import Path
 
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.data.base import ListedSource, SampleList, sample_indices
 from scalekd_cache.data.source import data_facts, open_source
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_pixel_cache
 from scalekd_cache.store.sidecar import read_unit, unit_folder
@@ -42,6 +44,16 @@ class PixelCache:
         """Images of a range that have no records: {key, reason}."""
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
+    def sample_images(self, count: int) -> ListedSource:
+        """About `count` labeled images, evenly spaced: their stored view 0, in the place of the image file."""
+        records = [r for r in self.cache.read(sample_indices(len(self.cache), count), 0) if r.label != NO_LABEL]
+        return ListedSource(
+            name=str(self.cache.root),
+            class_names=self.class_names,
+            samples=SampleList([record.key for record in records], [record.label for record in records]),
+            reader=_Encoded([bytes(record.pixels) for record in records]),
+        )
+
     def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
         """View groups of a cache of at least `num_views` views, the first ones `groups`.
 
@@ -68,10 +80,21 @@ class PixelCache:
         return unit_folder(self.cache.root, group, range_id)
 
 
-def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
+class _Encoded:
+    """Encoded images as a `Reader`."""
+
+    def __init__(self, images: list[bytes]) -> None:
+        self._images = images
+
+    def __call__(self, index: int) -> bytes:
+        return self._images[index]
+
+
+def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> PixelCache:
     """Open the cache named by `cache.pixels_from`, and check that it holds the requested views.
 
     Raises:
+        NotDownloadedError: the data set is needed to compare it, it is missing, and `download` is false.
         UserError: another view recipe, another data set, no pixels, or the new cache's own folder.
     """
     assert config.cache.pixels_from is not None
@@ -94,16 +117,16 @@ def open_shared_views(config: CacheTeacherConfig) -> PixelCache:
             where=root,
             fix="use that cache's RECIPE and views.* options, or remove PIXELS_FROM",
         )
-    _check_data(config, cache)
+    _check_data(config, cache, download)
     return PixelCache(cache)
 
 
-def _check_data(config: CacheTeacherConfig, cache: Cache) -> None:
+def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> None:
     """The requested data set is that of the cache. It is opened only if its name or options differ."""
     kept, asked = cache.manifest.facts.data, to_plain(config.data)
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return
-    source = open_source(config.data, "train")
+    source = open_source(config.data, "train", download=download)
     got = data_facts(source)
     expected = cache.manifest.facts.fingerprint_fields["data"]
     if got != expected:

@@ -34,12 +34,20 @@ DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, http.client.HTTP
 Pixels = npt.NDArray[np.uint8]
 
 
-def open_builtin(name: str, config: DataConfig, split: Split) -> ListedSource:
-    """Open demo, cifar10 or imagenette; the last two are downloaded into `config.download_dir` if missing."""
+class NotDownloadedError(UserError):
+    """The data set would have to be downloaded first."""
+
+
+def open_builtin(name: str, config: DataConfig, split: Split, *, download: bool) -> ListedSource:
+    """Open demo, cifar10 or imagenette; the last two are downloaded into `config.download_dir` if missing.
+
+    Raises:
+        NotDownloadedError: it is missing and `download` is false. Nothing was written.
+    """
     folder = Path(config.download_dir).expanduser()
     if name == "demo":
         return _open_demo(split)
-    return _open_cifar10(folder, split) if name == "cifar10" else _open_imagenette(folder, split)
+    return (_open_cifar10 if name == "cifar10" else _open_imagenette)(folder, split, download)
 
 
 class DigitReader:
@@ -95,9 +103,13 @@ class Cifar10Reader:
         return {**self.__dict__, "_images": None}
 
 
-def _open_cifar10(folder: Path, split: Split) -> ListedSource:
-    with _download("cifar10", folder):
-        data = _load_cifar10(folder, split, download=True)
+def _open_cifar10(folder: Path, split: Split, download: bool) -> ListedSource:
+    with _explained("cifar10", folder):
+        try:
+            data = _load_cifar10(folder, split, download=False)
+        except RuntimeError:  # torchvision: not found or corrupted
+            with _download("cifar10", folder, download):
+                data = _load_cifar10(folder, split, download=True)
     keys = [f"cifar10/{index:05d}" for index in range(len(data.targets))]
     order = canonical_order(keys)
     return ListedSource(
@@ -113,29 +125,38 @@ def _load_cifar10(folder: Path, split: Split, *, download: bool) -> Any:
     return _torchvision_datasets().CIFAR10(str(folder), train=split == "train", download=download)
 
 
-def _open_imagenette(folder: Path, split: Split) -> ListedSource:
+def _open_imagenette(folder: Path, split: Split, download: bool) -> ListedSource:
     """imagenette2, shorter side 320 pixels. Unpacked into a temporary folder, then renamed."""
     final = folder / IMAGENETTE_FOLDER
-    with _download("imagenette", folder):
-        if not final.is_dir():
-            temporary = tempfile.mkdtemp(prefix=".tmp-imagenette-", dir=folder)
-            try:
-                _torchvision_datasets().Imagenette(temporary, split="train", size="320px", download=True)
-                os.rename(Path(temporary) / IMAGENETTE_FOLDER, final)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+    if not final.is_dir():
+        with _explained("imagenette", folder), _download("imagenette", folder, download):
+            if not final.is_dir():  # another process may have downloaded it in the meantime
+                temporary = tempfile.mkdtemp(prefix=".tmp-imagenette-", dir=folder)
+                try:
+                    _torchvision_datasets().Imagenette(temporary, split="train", size="320px", download=True)
+                    os.rename(Path(temporary) / IMAGENETTE_FOLDER, final)
+                finally:
+                    shutil.rmtree(temporary, ignore_errors=True)
     return open_folder("imagenette", final, split, devkit=None)
 
 
 @contextmanager
-def _download(name: str, folder: Path) -> Iterator[None]:
-    """Only one process downloads at a time; errors explain what to do without a download."""
+def _download(name: str, folder: Path, allowed: bool) -> Iterator[None]:
+    """Only one process downloads at a time."""
+    if not allowed:
+        raise NotDownloadedError(f"{name} is not in {folder} yet", fix="run the command without DRY_RUN=1")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f".{name}.lock"
+    with open_lock(path) as file:
+        lock(file, path)
+        yield
+
+
+@contextmanager
+def _explained(name: str, folder: Path) -> Iterator[None]:
+    """Errors explain what to do without a download."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / f".{name}.lock"
-        with open_lock(path) as file:
-            lock(file, path)
-            yield
+        yield
     except DOWNLOAD_ERRORS as error:
         raise UserError(
             f"{name} could not be downloaded or unpacked",

@@ -22,19 +22,20 @@ from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.store.manifest import classes_digest
 
 
-def open_source(config: DataConfig, split: Split) -> Source:
+def open_source(config: DataConfig, split: Split, *, download: bool = True) -> Source:
     """List a data set.
 
     Args:
         config: `source` is demo, cifar10, imagenette, a folder (class folders, WebDataset tars or parquet files) or a
             brace pattern of tars; `max_samples` keeps only the first samples of the canonical order.
         split: train or val. Class names come from train in both cases.
+        download: download a data set that is missing; otherwise that is a `NotDownloadedError`.
 
     Raises:
         UserError: an unknown name, a missing or damaged data set, a failed download.
     """
     assert split in ("train", "val"), split
-    return reorder_classes(_open(config, split), config.classes).first(config.max_samples)
+    return reorder_classes(_open(config, split, download), config.classes).first(config.max_samples)
 
 
 def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split) -> Source:
@@ -53,10 +54,10 @@ def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
     )
 
 
-def _open(config: DataConfig, split: Split) -> ListedSource:
+def _open(config: DataConfig, split: Split, download: bool) -> ListedSource:
     name = config.source
     if name in BUILTIN:
-        return open_builtin(name, config, split)
+        return open_builtin(name, config, split, download=download)
     if "://" in name or name.startswith("pipe:"):
         raise UserError(
             "data.source is a URL", got=name, expected="a local or mounted path", fix="copy or mount the data first"

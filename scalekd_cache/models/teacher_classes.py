@@ -8,8 +8,10 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from scipy.optimize import linear_sum_assignment
 from scipy.stats import binom
+from torch import Tensor
 
 from scalekd_cache.data.classes import ORDERS
 from scalekd_cache.errors import UserError
@@ -27,7 +29,32 @@ MAX_FITTED = 4096
 GO_ON = "to continue anyway: SET=teacher.check_classes=false"
 
 
-def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence[str], teacher: str) -> None:
+class Answers:
+    """The teacher's answers on labeled images."""
+
+    def __init__(self, teacher: str, class_names: Sequence[str]) -> None:
+        """`teacher`: its name, for messages; `class_names` of the data set."""
+        self.teacher = teacher
+        self.class_names = class_names
+        self._pairs: list[IntArray] = []
+
+    def __len__(self) -> int:
+        return sum(pairs.shape[1] for pairs in self._pairs)
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep the largest logit of each image: `logits` (B, K), `labels` (B,)."""
+        self._pairs.append(torch.stack([labels, logits.argmax(1).cpu()]).numpy())
+
+    def check(self, pixels_from: str | None = None) -> None:
+        """Raise `UserError` for classes in another order, or accuracy near chance (`check_class_order`)."""
+        if self._pairs:
+            labels, guesses = np.concatenate(self._pairs, 1)
+            check_class_order(labels, guesses, self.class_names, self.teacher, pixels_from)
+
+
+def check_class_order(
+    labels: IntArray, guesses: IntArray, class_names: Sequence[str], teacher: str, pixels_from: str | None = None
+) -> None:
     """Raise `UserError` for a teacher whose classes are in another order, or whose accuracy is near chance.
 
     Args:
@@ -35,6 +62,7 @@ def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence
         guesses: (N,) int64, the largest logit of each image.
         class_names: of the data set.
         teacher: its name, for the message.
+        pixels_from: the cache that shared pixels and labels come from: the order is that of its labels.
 
     Raises:
         UserError: accuracy far below what another order gives, or near chance.
@@ -43,33 +71,27 @@ def check_class_order(labels: IntArray, guesses: IntArray, class_names: Sequence
     count, hits = len(labels), int(right.sum())
     if not count:
         return
+    file = "FILE, one class name per line in the order of the teacher's outputs"
+    here = f" when you make {pixels_from} again (its labels are shared too)" if pixels_from else ""
     for name, key in ORDERS.items():
         ordered = sorted(range(len(class_names)), key=lambda label: (key(class_names[label]), class_names[label]))
         there = np.array(ordered)[guesses] == labels
         if far_above(there, right):
-            raise _other_order(
-                teacher, hits, int(there.sum()), count, f"the classes in {name} order",
-                f"SET=data.classes={name}, or SET=data.classes=FILE, one class name per line in the teacher's order",
-            )  # fmt: skip
+            order, fix = f"the classes in {name} order", f"SET=data.classes={name}{here}, or SET=data.classes={file}"
+            raise _other_order(teacher, hits, int(there.sum()), count, order, fix)
     fitted = right_when_fitted(labels, guesses, len(class_names))
     if far_above(fitted, right):
         best = _assigned(labels, guesses, len(class_names))
         named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
-        raise _other_order(
-            teacher,
-            hits,
-            int(fitted.sum()),
-            count,
-            f"an order that fits half of the images ({named:.100} ...)",
-            "SET=data.classes=FILE with one class name per line, in the order the teacher was trained with",
-        )
+        order = f"an order that fits half of the images ({named:.100} ...)"
+        raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"SET=data.classes={file}{here}")
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
             "the teacher's accuracy is near chance",
             got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images",
             expected=f"a teacher trained on these {len(class_names)} classes",
             where=teacher,
-            fix="correct TEACHER_WEIGHTS=, or SET=data.classes=FILE with the classes in the teacher's order; " + GO_ON,
+            fix=f"correct TEACHER_WEIGHTS=, or SET=data.classes={file}{here}; {GO_ON}",
         )
 
 

@@ -18,7 +18,9 @@ from image_files import (
     source_of,
     write,
 )
+from small_cache import CPU, options, shared_cache, shared_weights
 
+from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data import builtin
 from scalekd_cache.data.images import decode_image
@@ -195,16 +197,33 @@ def test_cifar10(tmp_path, monkeypatch):
 
     def load(root, train, download):
         calls.append((train, download))
+        if not download and (False, True) not in calls:
+            raise RuntimeError("Dataset not found or corrupted")
         return SimpleNamespace(data=pixels, targets=[0, 1, 0, 1, 0, 1], classes=["plane", "car"])
 
     monkeypatch.setattr(builtin, "_torchvision_datasets", lambda: SimpleNamespace(CIFAR10=load))
+    monkeypatch.setattr(builtin, "lock", lambda _, path: calls.append(path.name))
+    assert len(source_of("cifar10", "val", download_dir=str(tmp_path)).samples) == 6
+    assert calls == [(False, False), ".cifar10.lock", (False, True)]
+    (tmp_path / ".cifar10.lock").unlink()
     source = pickle.loads(pickle.dumps(source_of("cifar10", "val", download_dir=str(tmp_path))))  # noqa: S301
     for index, (key, label) in enumerate(source.samples):
         number = int(key.removeprefix("cifar10/"))
         assert label == number % 2
         assert (decode_image(source.read(index), key) == pixels[number]).all()
-    assert calls == [(False, True), (False, False)]
+    assert calls[3:] == [(False, False), (False, False)]  # the second time by the unpickled reader; no lock
+    assert not list(tmp_path.iterdir())
     assert source.class_names == ("plane", "car")
+
+
+@pytest.mark.parametrize("name", ["cifar10", "imagenette"])
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_dry_run_downloads_nothing(tmp_path, capsys, name, shared):
+    cache = {"pixels_from": str(shared_cache().root)} if shared else {}
+    data = {"source": name, "download_dir": str(tmp_path / "data"), "max_samples": None}
+    dry_run(options(tmp_path / "cache", shared_weights(), data=data, cache=cache), CPU)
+    assert f"would first download the data set: {name} is not in" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
 
 
 def test_imagenette_is_unpacked_once(tmp_path, monkeypatch):

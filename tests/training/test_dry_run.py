@@ -87,7 +87,9 @@ def test_the_commands(tmp_path):
     words = ("VENV=none", f"PYTHON={sys.executable}", "DRY_RUN=1", f"CACHE={shared_cache().root}")
     said = execute("make", "distill", *words, "STUDENT=resnet10t", f"RUN={tmp_path / 'run'}")
     assert "dry run: nothing was written" in said
-    assert not (tmp_path / "run").exists()
+    new = (f"CACHE={tmp_path / 'caches' / 'new'}", f"TEACHER_WEIGHTS={shared_weights()}", "SET=data.max_samples=32")
+    assert "nothing was written" in execute("make", "cache-teacher", *words[:-1], *new, "VIEWS=1")
+    assert not list(tmp_path.iterdir())  # no lock file either
 
 
 def test_paths_without_a_cache(tmp_path, monkeypatch):
