@@ -7,10 +7,11 @@ import torch
 from small_cache import CPU, make, shared_weights
 from small_trainer import config_of, finish, trainer_of
 
+from scalekd_cache.caching.job_plan import make_logit_codec
 from scalekd_cache.codec.logits import logit_codec_from_config
-from scalekd_cache.codec.recomputed import FILE, classifier_bytes, load_classifier
+from scalekd_cache.codec.recomputed import FILE, RecomputedLogits, classifier_bytes, load_classifier
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.config.stage1 import StoreConfig, TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import load_teacher
 from scalekd_cache.scalekd.losses import logit_loss, partial_logit_loss
@@ -123,6 +124,19 @@ def test_caches_without_dense_logits_train(tmp_path):
     (kept.root / FILE).write_bytes(b"other")
     with pytest.raises(UserError, match="classifier is damaged"):
         load_classifier(kept.manifest.facts.logit_codec, kept.root)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_teacher_of_any_precision_is_accepted(precision):
+    """In bfloat16 the teacher's own logits have 8 bits: its classifier is checked in its own precision."""
+    config = TeacherConfig(weights=str(shared_weights()), precision=precision)
+    teacher = load_teacher(config, image_size=64, num_classes=10, device=torch.device("cpu"))
+    codec = make_logit_codec(StoreConfig(logits="recomputed"), teacher, exact=False)
+    assert isinstance(codec, RecomputedLogits)
+    images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
+    wrong = teacher(images)._replace(logits=teacher(images.flip(0)).logits)
+    with pytest.raises(UserError, match="cannot be recomputed"):
+        classifier_bytes(teacher.model, *wrong, teacher.autocast_dtype)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])

@@ -36,6 +36,7 @@ def test_commands_parse(page: Path) -> None:
             options = get_args_parser().parse_args(words[1:])
             assert options.module
             check([options.training_script, *options.training_script_args])
+            assert "--train.workers" in words, command  # torchrun has no default for them, as make has
             continue
         check_make(command)
 

@@ -1,4 +1,4 @@
-"""pipelines/launch/slurm.sh on a SLURM of this machine alone: preempted, it is queued again and finishes."""
+"""pipelines/launch/slurm.sh: what it starts and queues again; on a SLURM of this machine, a preempted job finishes."""
 
 import os
 import shutil
@@ -11,7 +11,6 @@ import pytest
 from commands import ENV, LIMIT_S, ROOT, distill_flags, read_json, steps_of
 from hosts import Command
 
-pytestmark = pytest.mark.slow
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "scancel")
 SEARCH = f"{os.environ['PATH']}:/usr/sbin"
 EPOCHS, STEPS = 8, 24
@@ -37,6 +36,72 @@ NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 """The shortest wait of a job that is queued again is the life of a credential, two minutes by default."""
+
+
+SCRIPT = ROOT / "pipelines" / "launch" / "slurm.sh"
+STAND_INS = {
+    "scontrol": 'echo "scontrol $*" >> "$CALLS"; echo first',
+    # srun: its own options, then what the task runs and sees; the exit code of the step
+    "srun": 'echo "srun $*" >> "$CALLS"; while [[ $1 == --* ]]; do shift; done; "$@"; exit "${STATUS:-0}"',
+    "task": 'echo "task $* RANK=$RANK LOCAL_RANK=$LOCAL_RANK LOCAL_WORLD_SIZE=$LOCAL_WORLD_SIZE" >> "$CALLS"',
+}
+
+
+def run_script(folder, *words, **variables):
+    """slurm.sh with stand-ins for SLURM's programs and for Python: the lines of what was called, and its exit code."""
+    for name, text in STAND_INS.items():
+        (folder / name).write_text(f"#!/bin/bash\n{text}\n")
+        (folder / name).chmod(0o755)
+    calls = folder / "calls"
+    calls.write_text("")
+    job = {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-4]", "SLURM_JOB_NUM_NODES": "4", "SLURM_NTASKS": "32"}
+    task = {"SLURM_PROCID": "11", "SLURM_LOCALID": "3", "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}
+    environment = {
+        **ENV,
+        **job,
+        **task,
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "CALLS": str(calls),
+        "PYTHON": "task",
+    }
+    done = subprocess.run(["bash", SCRIPT, *words], env={**environment, **variables}, capture_output=True, text=True)
+    assert "line" not in done.stderr, done.stderr
+    return calls.read_text().splitlines(), done.returncode
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "cores", "added"),
+    [
+        ("distill", [], "12", ["--train.workers", "12"]),
+        ("distill", [], "4", []),
+        ("distill", [], None, []),
+        ("distill", ["--train.workers", "3"], "12", []),
+        ("distill", ["--train.workers=3"], "12", []),
+        ("cache_teacher", ["--cache.path", "x"], "12", ["--workers", "12"]),
+        ("verify", ["--cache", "x"], "12", []),
+    ],
+)
+def test_a_task_gets_its_cores_and_workers(tmp_path, command, words, cores, added):
+    variables = {} if cores is None else {"SLURM_CPUS_PER_TASK": cores}
+    calls, status = run_script(tmp_path, command, *words, **variables)
+    (srun,) = (line for line in calls if line.startswith("srun"))
+    assert status == 0
+    assert (f"--cpus-per-task={cores}" in srun.split()) == (cores is not None)
+    expected = ["task", "-m", f"pipelines.{command}", *words, *added, "RANK=11", "LOCAL_RANK=3", "LOCAL_WORLD_SIZE=8"]
+    assert calls[-1].split() == expected
+
+
+@pytest.mark.parametrize(
+    ("status", "again"), [(75, True), (134, True), (138, True), (143, True), (1, False), (2, False)]
+)
+def test_exit_codes_that_queue_the_job_again(tmp_path, status, again):
+    """134: NCCL's watchdog ended a process because another one was lost."""
+    calls, code = run_script(tmp_path, "distill", STATUS=str(status))
+    assert code == status
+    assert ("scontrol requeue 7" in calls) == again
+    if again:
+        calls, _ = run_script(tmp_path, "distill", STATUS=str(status), SLURM_RESTART_COUNT="3", MAX_RESTARTS="3")
+        assert "scontrol requeue 7" not in calls
 
 
 def free_ports(count):
@@ -85,6 +150,7 @@ def slurm(tmp_path):
             daemon.end()
 
 
+@pytest.mark.slow
 def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tmp_path):
     folder, log = workshop / "runs" / "slurm", tmp_path / "job.log"
     words = distill_flags(cache, folder, **{"train.epochs": EPOCHS, "train.eval_epochs": EPOCHS})

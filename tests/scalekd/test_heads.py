@@ -25,6 +25,22 @@ def _fixed_state():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.parametrize("projector", ["cap", "lite"])
+def test_attention_gets_no_input_with_a_stride_of_zero(projector: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's attention has been wrong for a query that is expanded over the batch."""
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def watched(*args: Tensor, **options: Any) -> Tensor:
+        seen.extend(args)
+        return attention(*args, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    kind = CAP if projector == "cap" else LiteCAP
+    kind(8, (4, 4), (2, 2), 16, num_heads=2)(torch.randn(3, 8, 4, 4))
+    assert len(seen) == 3
+    assert all(0 not in tensor.stride() for tensor in seen)
+
+
 class MergingTail(nn.Module):
     """A stand-in for a hierarchical teacher's tail: 2x2 merging, a layer with a non-linearity, norm; frozen."""
 

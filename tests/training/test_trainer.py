@@ -218,6 +218,55 @@ def test_nan_names_its_first_micro_batch_and_is_never_saved(processes, tmp_path,
     assert sorted(path.name for path in tmp_path.glob("*step-*")) == whole
 
 
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_gradients_are_exchanged_in_float32(processes, zero):
+    """Under autocast too: DeepSpeed would exchange those of Linear and Conv in bfloat16 at ZeRO 1 to 3."""
+    from deepspeed.runtime.torch_autocast import get_all_comm_dtypes
+
+    trainer = trainer_of(config_of(train={"zero": zero, "precision": "bfloat16", "targets": "none"}))
+    assert trainer.engine.torch_autocast_enabled()
+    assert trainer.engine.communication_data_type == torch.float32
+    assert get_all_comm_dtypes(trainer.model.parameters()) == {torch.float32}
+    if zero:
+        assert set(trainer.engine.optimizer.ipg_buckets) == {torch.float32}
+
+
+def test_a_stall_is_reported_before_the_backend_ends_the_process(monkeypatch):
+    import deepspeed
+
+    given = []
+    monkeypatch.setattr(deepspeed, "init_distributed", lambda **options: given.append(options))
+    start_processes(CPU, timeout_minutes=10)
+    assert given[0]["timeout"].total_seconds() == 1.5 * 10 * 60
+
+
+def test_signals_are_exchanged_at_logged_steps_and_every_ten_seconds(processes):
+    """Two ranks, of which the other one received SIGTERM; the interval is two steps from the third one on."""
+    trainer = trainer_of(config_of(train={"log_every": 100, "epochs": 3, "targets": "none"}))
+    found = {}
+    for step in trainer.train(Lines()):
+        trainer.process = CPU._replace(world_size=2)
+        found[step] = trainer.signal_of_any_rank(15)
+        trainer.process = CPU
+        if step == STEPS:
+            assert trainer._signal_steps > STEPS  # these steps take less than ten seconds
+            trainer._signal_steps = 2
+    assert [step for step, signal in found.items() if signal] == [1, 2, STEPS, 4, 6, 9]
+
+
+@pytest.mark.parametrize("at", ["loss", "optimizer"])
+def test_out_of_memory_says_what_to_lower(processes, monkeypatch, at):
+    trainer = trainer_of(config_of(train={"targets": "none"}))
+
+    def full(*args, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+
+    monkeypatch.setattr(trainer.engine, "backward" if at == "loss" else "step", full)
+    with pytest.raises(UserError, match="the GPU is out of memory") as error:
+        next(trainer.train(Lines()))
+    assert "train.micro_batch_size" in str(error.value)
+
+
 ZERO = """
 import sys, torch
 from pathlib import Path
