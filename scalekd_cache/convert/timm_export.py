@@ -25,12 +25,25 @@ from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import load_weights, stored_shapes
 from scalekd_cache.store.checked_files import checked, read_json
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
+from scalekd_cache.views.view import EVAL_CROP
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)
 """All files of an export."""
 LOGIT_TOLERANCE = 1e-5
 """Maximum difference of a reloaded logit, relative to the largest logit."""
+
+
+def eval_transform(config: StudentConfig, image_size: int) -> dict[str, Any]:
+    """The transform of validation images (`views.view.eval_view`, then normalization), in timm's terms."""
+    return {
+        "input_size": (3, image_size, image_size),
+        "interpolation": "bicubic",
+        "mean": config.mean,
+        "std": config.std,
+        "crop_pct": EVAL_CROP,
+        "crop_mode": "center",  # some models' own default is another one
+    }
 
 
 def check_export_place(folder: Path) -> None:
@@ -115,13 +128,7 @@ def _write(
         model_config={"label_names": list(class_names)},
         model_args=student.model_args,
         safe_serialization=True,
-        data_config={
-            "input_size": (3, image_size, image_size),
-            "mean": config.mean,
-            "std": config.std,
-            "interpolation": "bicubic",
-            "crop_pct": 0.875,
-        },
+        data_config=eval_transform(config, image_size),
     )
     (folder / WEIGHTS).chmod(0o644)  # safetensors creates files that only their owner can read
     if card is not None:

@@ -1,7 +1,8 @@
 """The model card of an exported student: README.md.
 
 In: the options of a run, its facts of the cache, its summary. Out: the text of the card.
-Invariant: quoted values are escaped: a name from a file shows as text, never as markup, a link or HTML.
+Invariant: quoted values are escaped: a name from a file shows as text, never as markup, a link or HTML. No path of
+this machine is quoted.
 """
 
 import re
@@ -12,9 +13,11 @@ from typing import Any
 import yaml
 
 from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.convert.timm_export import eval_transform
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.run_files import text_option
 from scalekd_cache.versions import __version__
+from scalekd_cache.views.view import eval_resize
 
 MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})\.")
 """Characters that Markdown renderers interpret."""
@@ -30,10 +33,24 @@ TEMPLATE = """---
 
 ```python
 import timm
-model = timm.create_model({place}, pretrained=True)  # features_only=True for a backbone
+from timm.data import create_transform, resolve_data_config
+model = timm.create_model({place}, pretrained=True).eval()  # features_only=True for a backbone
+transform = create_transform(**resolve_data_config({{}}, model=model))
 ```
 
-Images are {size} x {size} pixels, RGB on a scale of 0 to 1, normalized with mean {mean} and standard deviation {std}.
+## Evaluation transform
+
+`transform` is the one behind the accuracies above; another resize, crop or normalization gives other accuracies.
+
+| step | value |
+|---|---|
+| colors | RGB |
+| resize | shorter side to {resize} pixels, {interpolation} |
+| crop | central {size} x {size} pixels (crop fraction {crop}) |
+| scale | 0 to 1 |
+| mean | {mean} |
+| std | {std} |
+
 Class names are in config.json. Made by scalekd-cache {version}; the method is ScaleKD, https://arxiv.org/abs/2411.06786.
 """
 
@@ -59,6 +76,7 @@ def model_card(
         "pipeline_tag": "image-classification",
         "tags": ["image-classification", "timm", "knowledge-distillation", "scalekd"],
     }
+    transform = eval_transform(student, facts["image_size"])
     return TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False),
         title=_text(student.name),
@@ -66,8 +84,11 @@ def model_card(
         table="\n".join(f"| {name} | {_cell(value)} |" for name, value in card_facts(options, facts, summary).items()),
         place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
         size=facts["image_size"],
-        mean=_numbers(student.mean),
-        std=_numbers(student.std),
+        resize=eval_resize(facts["image_size"], transform["crop_pct"]),
+        interpolation=transform["interpolation"],
+        crop=transform["crop_pct"],
+        mean=_numbers(transform["mean"]),
+        std=_numbers(transform["std"]),
         version=__version__,
     )
 
@@ -84,15 +105,20 @@ def card_facts(
         "top-5": percent(summary["top5"]) if summary else "the run is not finished",
         "validation images": summary.get("val_images", 0) if summary else 0,
         "targets": text_option(options, "train.targets"),
-        "recipe": text_option(options, "recipe"),
+        "recipe": _last_part(text_option(options, "recipe")),
         "epochs": text_option(options, "train.epochs"),
         "seed": text_option(options, "train.seed"),
         "cache fingerprint": facts["fingerprint"],
         "views per image": facts["views"],
-        "data set": facts["data"].get("source"),
+        "data set": _last_part(str(facts["data"].get("source"))),
         "classes": len(facts["class_names"]),
     }
     return {name: str(value) for name, value in rows.items()}
+
+
+def _last_part(place: str) -> str:
+    """The last part of a path or URL: a card leaves the machine, and its folders concern nobody else."""
+    return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or place
 
 
 def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:

@@ -253,18 +253,33 @@ def _noise(seed: int, width: int, height: int) -> Pixels:
     return np.stack([row[quantiles[..., channel]] for channel, row in enumerate(_noise_table())], axis=2)
 
 
-def eval_view(image: Pixels, size: int, crop_share: float = 0.875) -> Pixels:
-    """The validation view of an (H, W, 3) uint8 image: shorter side to round(size / crop_share), bicubic, then the
+EVAL_CROP = 0.875
+"""Share of the resized image's shorter side that the validation view shows."""
+LONG = 8
+"""Sides of an image longer than this, as a multiple of the shorter one, are not resized as a whole."""
+
+
+def eval_resize(size: int, crop_share: float = EVAL_CROP) -> int:
+    """Shorter side of the resized image, pixels, from which a validation view of `size` is cropped; as in timm."""
+    return math.floor(size / crop_share)
+
+
+def eval_view(image: Pixels, size: int, crop_share: float = EVAL_CROP) -> Pixels:
+    """The validation view of an (H, W, 3) uint8 image: shorter side to floor(size / crop_share), bicubic, then the
     central size x size; (size, size, 3) uint8. Images smaller than that are enlarged.
 
-    Only the central part is computed, so a long thin image costs no more than any other.
+    The pixels are those of timm's evaluation transform. Of an image longer than `LONG` times its shorter side, only the
+    central part is resized, so that it costs no more than any other; its pixels may differ from timm's by 1.
     """
     _assert_pixels(image)
     require(0 < crop_share <= 1, "crop_share", crop_share, "above 0, at most 1")
     height, width = image.shape[:2]
-    short = round(size / crop_share)
+    short = eval_resize(size, crop_share)
     scaled = [int(short * side / min(width, height)) for side in (width, height)]
     left, top = (round((side - size) / 2) for side in scaled)
+    if max(scaled) <= LONG * short:
+        resized = Image.fromarray(image).resize((scaled[0], scaled[1]), Image.Resampling.BICUBIC)
+        return np.array(resized.crop((left, top, left + size, top + size)))
     x, y = width / scaled[0], height / scaled[1]  # source pixels per scaled pixel
     box = (left * x, top * y, min(width, (left + size) * x), min(height, (top + size) * y))
     return np.array(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC, box=box))

@@ -2,15 +2,20 @@
 
 import json
 
+import numpy as np
 import pytest
 import timm
 import torch
+from image_files import picture
+from timm.data import create_transform, resolve_data_config
 
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert import timm_export as export
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import build_student
+from scalekd_cache.views.view import eval_view
 
 CLASSES = ["ant", "bee", "cat"]
 
@@ -29,6 +34,7 @@ def student_of(name, seed=0):
 def test_plain_timm_loads_it(tmp_path, name):
     student, folder = student_of(name), tmp_path / "run" / "export"
     folder.parent.mkdir()
+    student.model.pretrained_cfg["crop_mode"] = "squash"  # as some models recommend
     config = StudentConfig(name=name, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     assert export_student(student, config, folder, image_size=64, class_names=CLASSES) <= 1e-4
     reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -38,10 +44,25 @@ def test_plain_timm_loads_it(tmp_path, name):
         torch.testing.assert_close(reloaded(images), expected, rtol=1e-5, atol=1e-5)
     assert float(expected.std()) > 1e-3
     assert reloaded.pretrained_cfg["mean"] in ((0.1, 0.2, 0.3), [0.1, 0.2, 0.3])
-    assert tuple(reloaded.pretrained_cfg["input_size"]) == (3, 64, 64)
+    transform = {"input_size": (3, 64, 64), "interpolation": "bicubic", "crop_pct": 0.875, "crop_mode": "center",
+                 "mean": config.mean, "std": config.std}  # fmt: skip
+    for test_size in (False, True):  # the models' own recommendations for tests are gone
+        found = resolve_data_config({}, model=reloaded, use_test_size=test_size)
+        assert {name: tuple(value) if isinstance(value, list) else value for name, value in found.items()} == transform
     assert json.loads((folder / "config.json").read_text())["label_names"] == CLASSES
     assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
     assert [path.name for path in folder.parent.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("size", [32, 64, 384])  # 32 and 384 are no multiples of the crop fraction
+def test_timm_evaluates_as_we_do(size):
+    """The tensor of `evaluate` and that of timm's transform, made from what an export says."""
+    config = StudentConfig(name="resnet10t", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    transform = create_transform(**export.eval_transform(config, size))
+    for shape in ((100, 75), (75, 100), (20, 20), (500, 90)):
+        image = picture(3, shape)
+        ours = torch.from_numpy(eval_view(np.array(image), size)).permute(2, 0, 1)[None]
+        torch.testing.assert_close(Normalize(config.mean, config.std)(ours)[0], transform(image), rtol=0, atol=1e-5)
 
 
 def test_a_second_export_takes_the_place_of_the_first(tmp_path):

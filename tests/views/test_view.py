@@ -304,11 +304,12 @@ def test_a_view_that_does_not_fit_is_refused():
         apply_view(plain_view(image, erase=(30, 0, 3, 1)), image, PLAIN)
 
 
-@pytest.mark.parametrize("shape", [(75, 100), (100, 75), (20, 20), (64, 300), (11, 17)])
+@pytest.mark.parametrize("shape", [(75, 100), (100, 75), (20, 20), (64, 300), (11, 17), (11, 170)])
 def test_eval_view_equals_resize_and_center_crop(shape):
     image = photo(*shape[::-1])
-    expected = tvf.center_crop(tvf.resize(Image.fromarray(image), 37, InterpolationMode.BICUBIC), [32, 32])
+    expected = tvf.center_crop(tvf.resize(Image.fromarray(image), 36, InterpolationMode.BICUBIC), [32, 32])
     pixels = eval_view(image, 32, crop_share=0.875)
-    assert np.abs(pixels.astype(int) - np.asarray(expected).astype(int)).max() <= 1
+    difference = np.abs(pixels.astype(int) - np.asarray(expected).astype(int)).max()
+    assert difference <= (1 if max(shape) > views.LONG * min(shape) else 0)
     with pytest.raises(UserError, match="crop_share"):
         eval_view(image, 32, crop_share=0.0)

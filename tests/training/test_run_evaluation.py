@@ -1,0 +1,38 @@
+"""An exported student has with timm's own transform the accuracy that `evaluate` measures."""
+
+import timm
+import torch
+from PIL import Image
+from small_cache import CPU
+from timm.data import create_transform, resolve_data_config
+
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.data.images import decode_image
+from scalekd_cache.data.source import open_source
+from scalekd_cache.models.student import build_student
+from scalekd_cache.training.run_evaluation import evaluate_folder
+
+SIZE = 40
+"""Pixels; 40 / 0.875 is not a whole number, and rounding it up or down gives other images."""
+
+
+@torch.no_grad()
+def test_timm_measures_the_same_accuracy(tmp_path):
+    torch.manual_seed(3)
+    config = StudentConfig(name="resnet10t", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    student = build_student(config, num_classes=10, image_size=SIZE)
+    source, folder = open_source(DataConfig(source="demo"), "val"), tmp_path / "export"
+
+    def export():
+        export_student(student, config, folder, image_size=SIZE, class_names=source.class_names)
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        transform = create_transform(**resolve_data_config({}, model=model))
+        images = (Image.fromarray(decode_image(source.read(i), one.key)) for i, one in enumerate(source.samples))
+        return model(torch.stack([transform(image) for image in images]))
+
+    student.model.fc.bias -= export().mean(0)  # random weights alone predict one class for all images
+    predicted, labels = export().argmax(1), torch.tensor([sample.label for sample in source.samples])
+    assert len(predicted.unique()) > 3
+    assert int((predicted == labels).sum()) == evaluate_folder(folder, "demo", CPU, 0).top1
