@@ -126,7 +126,7 @@ class Rates(NamedTuple):
 
     @property
     def ratios(self) -> list[float]:
-        """Rate of stage 1 over that of the bare teacher."""
+        """Rate of stage 1 over that of the plain teacher."""
         return [plain / own for own, plain in zip(self.stage1_s, self.plain_s, strict=True)]
 
 

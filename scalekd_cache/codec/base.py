@@ -23,6 +23,15 @@ assert sys.byteorder == "little", "rows are little-endian and are viewed in plac
 FLOAT16_MAX = 65504.0
 
 
+class EncodedRows(NamedTuple):
+    """Rows that are encoded without waiting for the device."""
+
+    codes: Tensor
+    """(B, bytes_per_view) uint8."""
+    final: Tensor
+    """(B,) bool: whether `codes` holds the row. Where false, `encode` must be called: it finds the row, or raises."""
+
+
 class FeatureMap(NamedTuple):
     """A decoded batch."""
 
@@ -61,6 +70,9 @@ class FeatureCodec(ABC):
         return self.bytes_per_view
 
     @abstractmethod
+    def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
+        """As `encode`, without reading a value on the host: a GPU continues with the work behind it."""
+
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Encode maps (B, C, H, W) float32, on any device, to rows uint8 (B, bytes_per_view) on the same device.
 
@@ -69,6 +81,13 @@ class FeatureCodec(ABC):
         Raises:
             UserError: rows with NaN, infinity, or magnitudes that the codec cannot represent.
         """
+        rows = self.encode_rows(features, seeds)
+        return rows.codes if bool(rows.final.all()) else self.encode_hard_rows(features, seeds)
+
+    def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
+        """Rows of a batch that `encode_rows` could not finish; by default there are only rows that cannot be stored."""
+        self.require_storable(features)
+        raise AssertionError(f"codec {self.id}: every storable row is final")
 
     @abstractmethod
     def decode(self, codes: Tensor) -> FeatureMap:
@@ -97,13 +116,17 @@ class FeatureCodec(ABC):
         """Largest magnitude of a value or norm that a row can represent."""
         return FLOAT16_MAX
 
-    def checked_norms(self, features: Tensor) -> Tensor:
-        """Norms of the maps, (B, 2, H, W) float32. UserError for maps that cannot be stored."""
+    def norms_and_storable(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Norms of the maps, (B, 2, H, W) float32, and which of them can be stored, (B,) bool."""
         assert features.dtype == torch.float32, features.dtype
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         norms = feature_norms(features)
         worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # keeps NaN
-        bad = ~(worst <= self.largest())
+        return norms, worst <= self.largest()
+
+    def require_storable(self, features: Tensor) -> None:
+        """`UserError` for rows that cannot be stored."""
+        bad = ~self.norms_and_storable(features)[1]
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
             raise UserError(
@@ -113,7 +136,6 @@ class FeatureCodec(ABC):
                 where=f"codec {self.id}",
                 fix="check the teacher's weights and precision (bfloat16 and float32 do not overflow, float16 does)",
             )
-        return norms
 
 
 class RowCodec(FeatureCodec):
@@ -142,13 +164,13 @@ class RowCodec(FeatureCodec):
     def decode_values(self, codes: Tensor) -> Tensor:
         """A new contiguous uint8 (B, value_bytes) -> (B, H*W, C) float32."""
 
-    def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
-        norms = self.checked_norms(features)
+    def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
+        norms, storable = self.norms_and_storable(features)
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels).contiguous()
         codes = self.encode_values(values)
-        if not self.stores_norms:
-            return codes
-        return torch.cat((codes, as_bytes(norms.to(torch.float16).flatten(1))), dim=1)
+        if self.stores_norms:
+            codes = torch.cat((codes, as_bytes(norms.to(torch.float16).flatten(1))), dim=1)
+        return EncodedRows(codes, storable)
 
     def decode(self, codes: Tensor) -> FeatureMap:
         assert codes.dtype == torch.uint8, codes.dtype

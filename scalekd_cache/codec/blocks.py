@@ -9,6 +9,7 @@ per symbol. The few symbols outside the range of their class are escapes: the pl
 position and value. Any zstd decoder reads the frame in one call per record.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -48,7 +49,7 @@ def escape_count(count: int) -> int:
 
 def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Pack (B, n) int64 symbols into (B, plane + list) uint8: the plane, then positions, then values of escapes."""
-    beyond = symbols.abs() > _limits(segments, symbols.device)
+    beyond = symbols.abs() > _limits(tuple(segments), symbols.device)
     # A stable sort moves the escapes to the front, in order of position.
     places = beyond.byte().sort(dim=1, descending=True, stable=True).indices[:, : escape_count(symbols.shape[1])]
     values = (symbols * beyond).gather(1, places)
@@ -107,12 +108,13 @@ def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor)
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
     """Whether the symbols (B, n) float64 of each row can be stored: (B,) bool."""
-    beyond = (symbols.abs() > _limits(segments, symbols.device)).sum(1)
+    beyond = (symbols.abs() > _limits(tuple(segments), symbols.device)).sum(1)
     return (beyond <= escape_count(symbols.shape[1])) & (symbols.abs().amax(1) <= LARGEST[16])
 
 
-def _limits(segments: Sequence[Segment], device: torch.device) -> Tensor:
-    """Largest magnitude of each symbol in the plane, (n,) int64."""
+@functools.lru_cache(maxsize=16)
+def _limits(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    """Largest magnitude of each symbol in the plane, (n,) int64. Cached: a copy to the GPU per batch would wait."""
     counts = torch.tensor([segment.count for segment in segments])
     largest = torch.tensor([LARGEST[segment.bits] for segment in segments])
     return largest.repeat_interleave(counts).to(device)

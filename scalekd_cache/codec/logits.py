@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 KL_LIMIT = 1e-4
 INT8, FLOAT16, FLOAT32 = 0, 1, 2
+TOO_COARSE = 255
+"""First byte of a row that mode 0 cannot hold."""
 FLOAT16_MAX = 65504.0
 
 
@@ -74,42 +76,61 @@ class DenseLogits:
 
     def encode(self, logits: "Tensor") -> list[bytes]:
         """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
-        values: NDArray[np.float32] = logits.detach().float().cpu().numpy()
+        return self.pack(self.encode_rows(logits).cpu().numpy())
+
+    def encode_rows(self, logits: "Tensor") -> "Tensor":
+        """The device's part of `encode`, without a value read on the host: (B, K) -> uint8 (B, n), which `pack` takes.
+
+        A row: a record of mode 0, whose first byte is another one if it is too coarse; then the logits, float32.
+        """
+        import torch
+
+        values = logits.detach().float().contiguous()
         assert values.shape[1:] == (self.num_classes,), (values.shape, self.num_classes)
+        raw = values.view(torch.uint8)
+        if self.num_classes == 0 or self.kl_limit == 0:
+            return raw
+        largest = values.amax(1, keepdim=True)
+        distance = largest.double() - values  # (B, K) float64, >= 0
+        step = (distance.amax(1, keepdim=True) / 255).float()
+        codes = torch.round(distance / torch.where(step > 0, step, 1.0).double()).clamp(0, 255).to(torch.uint8)
+        limit = float(np.finfo(np.float32).max)
+        decoded = (largest.double() - codes.double() * step.double()).clamp(-limit, limit).float()
+        log_p, log_q = (part.double().log_softmax(1) for part in (values, decoded))
+        p = log_p.exp()
+        divergence = torch.where(p > 0, p * (log_p - log_q), 0.0).sum(1, keepdim=True)
+        close = (divergence <= KL_LIMIT) & values.isfinite().all(1, keepdim=True)
+        mode = torch.where(close, INT8, TOO_COARSE).to(torch.uint8)
+        return torch.cat((mode, largest.view(torch.uint8), step.view(torch.uint8), codes, raw), dim=1)
+
+    def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
+        """(B, n) uint8 of `encode_rows` -> one record per row. UserError for NaN or infinity; it names the rows."""
         if self.num_classes == 0:
-            return [b""] * len(values)
-        bad = ~np.isfinite(values).all(1)
+            return [b""] * len(rows)
+        start = 0 if self.kl_limit == 0 else self.record_bytes
+        raw = np.ascontiguousarray(rows[:, start:]).view("<f4")
+        coarse = np.ones(len(rows), bool) if start == 0 else rows[:, 0] != INT8
+        bad = coarse & ~np.isfinite(raw).all(1)
         if bad.any():
             raise UserError(
                 "teacher logits cannot be stored",
-                got=f"NaN or infinity in rows {np.flatnonzero(bad)[:16].tolist()} of a batch of {len(values)}",
+                got=f"NaN or infinity in rows {np.flatnonzero(bad)[:16].tolist()} of a batch of {len(rows)}",
                 expected="finite values",
                 where="logit codec",
                 fix="check the teacher's weights and precision",
             )
-        if self.kl_limit == 0:
-            return [struct.pack("<Bf", FLOAT32, row.max()) + row.astype("<f4").tobytes() for row in values]
-        return [] if len(values) == 0 else self._encode(values)
+        return [
+            self._pack_floats(values) if more else row[:start].tobytes()
+            for row, values, more in zip(rows, raw, coarse.tolist(), strict=True)
+        ]
 
-    def _encode(self, values: NDArray[np.float32]) -> list[bytes]:
-        largest = values.max(1)
-        distance = largest[:, None].astype(np.float64) - values  # (B, K) float64, >= 0
-        step = (distance.max(1) / 255).astype(np.float32)
-        divisor = np.where(step > 0, step, 1).astype(np.float64)
-        codes = np.clip(np.rint(distance / divisor[:, None]), 0, 255).astype(np.uint8)
-        halves = np.minimum(distance, FLOAT16_MAX).astype("<f2")
-        fits_int8 = kl_divergence(values, _from_codes(largest, step, codes)) <= KL_LIMIT
-        fits_float16 = kl_divergence(values, _from_halves(largest, halves)) <= KL_LIMIT
-        records = []
-        for row in range(len(values)):
-            if fits_int8[row]:
-                head, body = struct.pack("<Bff", INT8, largest[row], step[row]), codes[row]
-            elif fits_float16[row]:
-                head, body = struct.pack("<Bf", FLOAT16, largest[row]), halves[row]
-            else:
-                head, body = struct.pack("<Bf", FLOAT32, largest[row]), values[row].astype("<f4")
-            records.append(head + body.tobytes())
-        return records
+    def _pack_floats(self, values: NDArray[np.float32]) -> bytes:
+        """A record of mode 1, or of mode 2 if that is too coarse: (K,) float32, finite."""
+        largest = values.max()
+        halves = np.minimum(largest.astype(np.float64) - values, FLOAT16_MAX).astype("<f2")
+        close = self.kl_limit and kl_divergence(values, _from_halves(largest[None], halves[None])[0]) <= self.kl_limit
+        mode, body = (FLOAT16, halves) if close else (FLOAT32, values.astype("<f4"))
+        return struct.pack("<Bf", mode, largest) + body.tobytes()
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
         """Decode a record to (K,) float32. UserError for a mode or length that this codec does not write."""

@@ -49,14 +49,25 @@ class TopKLogits:
         return cls(config.get("num_classes", -1), config.get("k", -1))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
-        if not bool(logits.isfinite().all()):
-            bad = (~logits.isfinite().all(1)).nonzero().flatten().tolist()
-            raise UserError("teacher logits cannot be stored", got=f"NaN or infinity in rows {bad[:16]}")
+        """(B, K) float32 on any device -> one record per row. UserError for NaN or infinity; it names the rows."""
+        return self.pack(self.encode_rows(logits).cpu().numpy())
+
+    def encode_rows(self, logits: "Tensor") -> "Tensor":
+        """The device's part of `encode`, without a value read on the host: uint8 (B, 8 k + 1); 1 last: all finite."""
+        import torch
+
         top = logits.detach().double().log_softmax(1).topk(self.k, dim=1)
-        classes = top.indices.cpu().numpy().astype("<u4")
-        values = top.values.cpu().numpy().astype("<f4")
-        return [which.tobytes() + value.tobytes() for which, value in zip(classes, values, strict=True)]
+        finite = logits.isfinite().all(1, keepdim=True).to(torch.uint8)
+        return torch.cat(
+            (top.indices.int().view(torch.uint8), top.values.float().contiguous().view(torch.uint8), finite), dim=1
+        )
+
+    def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
+        """uint8 (B, 8 k + 1) of `encode_rows` -> a record per row. UserError for NaN or infinity; it names the rows."""
+        bad = np.flatnonzero(rows[:, -1] == 0).tolist()
+        if bad:
+            raise UserError("teacher logits cannot be stored", got=f"NaN or infinity in rows {bad[:16]}")
+        return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
         """Decode a record to (K,) float32 log-probabilities, -inf for classes that are not stored.

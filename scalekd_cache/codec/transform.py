@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.codec.base import FeatureCodec, FeatureMap, as_bytes, contiguous_copy, feature_norms
+from scalekd_cache.codec.base import EncodedRows, FeatureCodec, FeatureMap, as_bytes, contiguous_copy, feature_norms
 from scalekd_cache.codec.blocks import BlockPacker, Segment, fits, pack_symbols, unpack_symbols
 from scalekd_cache.codec.dither import dither, dither_table, subtract_dither
 from scalekd_cache.codec.transform_state import TransformState, check_state, read_state
@@ -113,17 +113,35 @@ class TransformCodec(FeatureCodec):
         """Mean bytes per record over the calibration views."""
         return self.mean_bytes
 
-    def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """See `FeatureCodec.encode`; `seeds` (B,) int64 below 2^32 are required and select the dither of each row."""
+    def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
+        """As `FeatureCodec.encode_rows`; `seeds` (B,) int64 below 2^32 choose the dither of each row (needed here).
+
+        A row whose symbols fit only after its step was doubled is left to `encode`.
+        """
+        return self._encode(features, seeds, double_steps=False)
+
+    def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
+        """Double the steps of a row until its symbols fit; the host reads whether they do."""
+        self.require_storable(features)
+        return self._encode(features, seeds, double_steps=True).codes
+
+    def _encode(self, features: Tensor, seeds: Tensor | None, *, double_steps: bool) -> EncodedRows:
         assert seeds is not None, "a dithered codec needs one seed per row"
-        halves, seeds = self.checked_norms(features).to(torch.float16), seeds.to(features.device)
+        norms, storable = self.norms_and_storable(features)
+        halves, seeds = norms.to(torch.float16), seeds.to(features.device)
         factors, values = self.analyze(features, token_scales(halves.float()))
         noise = dither(seeds, _on(self._encoding, features.device)["dither"], self.tokens * self.channels).double()
-        symbols, doublings = self._quantize(factors, values, noise)
+        doublings = torch.zeros(len(values), dtype=torch.int64, device=values.device)
+        symbols, fit = self._quantize(factors, values, noise, doublings)
+        while double_steps and not bool(fit.all()):
+            doublings += (~fit).long()
+            assert int(doublings.max()) <= MAX_DOUBLINGS, "normalized tokens are bounded"
+            symbols, fit = self._quantize(factors, values, noise, doublings)
         head = torch.zeros(len(features), HEAD, dtype=torch.uint8, device=features.device)
         head[:, :4] = as_bytes(seeds[:, None])[:, :4]
         head[:, 4] = doublings.to(torch.uint8)
-        return torch.cat((head, as_bytes(halves.flatten(1)), pack_symbols(symbols.long(), self.segments)), dim=1)
+        codes = torch.cat((head, as_bytes(halves.flatten(1)), pack_symbols(symbols.long(), self.segments)), dim=1)
+        return EncodedRows(codes, storable & fit)
 
     def analyze(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (B, C, H, W) float32 and token scales (B, T) -> factors (B, T * R) and values to dither (B, T * C).
@@ -156,17 +174,11 @@ class TransformCodec(FeatureCodec):
         grid = fixed_point(torch.matmul(table["rows"], grid), FINE).view(batch * self.height, self.width, self.channels)
         return fixed_point(torch.matmul(table["columns"], grid), FINE).view(batch, self.tokens, self.channels)
 
-    def _quantize(self, factors: Tensor, values: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Quantize to symbols (B, T * R + T * C); also returns how often the step was doubled (B,)."""
-        doublings = torch.zeros(len(values), dtype=torch.int64, device=values.device)
-        while True:
-            rounded = torch.round(values / (2.0**doublings)[:, None] + noise)
-            symbols = torch.cat((factors, rounded), dim=1)
-            fit = fits(symbols, self.segments)
-            if bool(fit.all()):
-                return symbols, doublings
-            doublings += (~fit).long()
-            assert int(doublings.max()) <= MAX_DOUBLINGS, "normalized tokens are bounded"
+    def _quantize(self, factors: Tensor, values: Tensor, noise: Tensor, doublings: Tensor) -> tuple[Tensor, Tensor]:
+        """Float64, doublings of the steps (B,) -> symbols (B, T * R + T * C), whether they fit (B,)."""
+        rounded = torch.round(values / (2.0**doublings)[:, None] + noise)
+        symbols = torch.cat((factors, rounded), dim=1)
+        return symbols, fits(symbols, self.segments)
 
     def decode(self, codes: Tensor) -> FeatureMap:
         """Decode rows uint8 (B, bytes_per_view) to maps and norms, float32, on the device of `codes`."""

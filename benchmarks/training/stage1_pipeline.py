@@ -1,0 +1,155 @@
+"""How many views/s does stage 1's own process handle, when teacher, codec and image work cost nothing?
+
+    python -m benchmarks.training.stage1_pipeline [--images 512] [--views 4] [--batch 128] [--repeats 5]
+
+One worker process sends ready views (224 px, 16.6 KB of JPEG). Teacher and feature codec are stand-ins that return
+ready tensors of Swin-L's shapes. The rest is stage 1's own code: receive, stack, encode 1,000 logits, append to the
+shards. A commit (fsync, sha256, read-back) runs beside it in a real job; it is timed separately.
+"""
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from benchmarks.harness import Measurement, argument_parser, publish_table
+from scalekd_cache.caching import make_units
+from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit
+from scalekd_cache.codec.base import FeatureMap
+from scalekd_cache.codec.fidelity import Fidelity
+from scalekd_cache.codec.int8 import Int8Codec
+from scalekd_cache.codec.logits import DenseLogits
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.data.base import SampleRef
+from scalekd_cache.data.workers import load_items
+from scalekd_cache.models.teacher import TeacherOutput
+
+SHAPE, CLASSES, PIXELS, JPEG_BYTES = (1536, 7, 7), 1000, 224, 16_600
+UNITS = 2
+READY = 16
+"""Images that the worker sends again and again."""
+
+
+class ReadyViews(Dataset[SampledViews]):
+    """Views that are there already; a worker only sends them."""
+
+    def __init__(self, views: int) -> None:
+        self.pixels = torch.randint(0, 256, (READY, views, 3, PIXELS, PIXELS), dtype=torch.uint8)
+        view = '{"box":[10,20,300,200],"flip":true,"ops":[]}'
+        self.encoded = [EncodedView(os.urandom(JPEG_BYTES), view, f"{number:016x}") for number in range(views)]
+
+    def __getitem__(self, number: int) -> SampledViews:
+        sample = SampleRef(f"class/{number:08d}", number % CLASSES)
+        return SampledViews(0, sample, f"{number:064x}", self.pixels[number % READY], self.encoded, "")
+
+
+class FreeTeacher:
+    """Ready features and logits."""
+
+    def __init__(self, batch: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.features = torch.zeros(batch, *SHAPE)
+        self.logits = 2 * torch.randn(batch, CLASSES, generator=generator)
+
+    def __call__(self, images: Tensor) -> TeacherOutput:
+        """The same output for all images."""
+        return TeacherOutput(self.features[: len(images)], self.logits[: len(images)])
+
+
+class FreeCodec(Int8Codec):
+    """int8 whose rows are ready; its work is the device's in a real job."""
+
+    def __init__(self, batch: int) -> None:
+        super().__init__(SHAPE)
+        self.rows = torch.randint(0, 256, (batch, self.bytes_per_view), dtype=torch.uint8)
+
+    def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
+        """Ready rows."""
+        return self.rows[: len(features)]
+
+    def decode(self, codes: Tensor) -> FeatureMap:
+        """Zeros that take no memory."""
+        return FeatureMap(torch.zeros(1).expand(len(codes), *SHAPE), torch.zeros(1).expand(len(codes), 2, *SHAPE[1:]))
+
+
+def free_fidelity(original: Tensor, decoded: Tensor) -> Fidelity:
+    """Ones."""
+    return Fidelity(torch.ones(len(original)), torch.ones(len(original)))
+
+
+class Timing(NamedTuple):
+    """Seconds of one run."""
+
+    fill_s: float
+    """Receive, stack, logits, append."""
+    fill_cpu_s: float
+    """Processor time of the main process in `fill_s`, all threads; other jobs on the machine change it less."""
+    commit_s: float
+
+
+def run(root: Path, images: int, views: int, batch: int) -> Timing:
+    """Fill and commit `UNITS` units; the worker has started before."""
+    stage: Any = make_units.Stage(
+        root=root, backend="webdataset", fingerprint="0" * 64, source=None, views=ViewConfig(size=PIXELS),  # type: ignore[arg-type]
+        teacher=FreeTeacher(batch), codec=FreeCodec(batch), logit_codec=DenseLogits(CLASSES),  # type: ignore[arg-type]
+        batch_size=batch, device=torch.device("cpu"), versions={},
+    )  # fmt: skip
+    item_bytes = views * 3 * PIXELS**2
+    items: Iterator[SampledViews] = load_items(
+        ReadyViews(views), iter(range((UNITS + 1) * images)), workers=1, item_bytes=item_bytes, max_prefetch=32
+    )
+    fill_s, fill_cpu_s, commit_s = 0.0, 0.0, 0.0
+    with mock.patch.object(make_units, "fidelity", free_fidelity), torch.no_grad():
+        for number in range(UNITS + 1):  # the first one starts the worker
+            unit = Unit(group=0, range_id=number, positions=range(images), views=tuple(range(views)))
+            part = itertools.islice(items, images)
+            started, cpu = time.perf_counter(), time.process_time()
+            writer, figures = make_units.fill_unit(stage, unit, part)
+            filled, cpu = time.perf_counter(), time.process_time() - cpu
+            writer.commit(figures)
+            if number:
+                fill_s += filled - started
+                fill_cpu_s += cpu
+                commit_s += time.perf_counter() - filled
+    return Timing(fill_s, fill_cpu_s, commit_s)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark; write and print the results."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--images", type=int, default=512, help="images of a unit")
+    parser.add_argument("--views", type=int, default=4)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as name:
+        found = [
+            run(Path(name) / str(number), options.images, options.views, options.batch)
+            for number in range(options.repeats)
+        ]
+    views = UNITS * options.images * options.views
+    fill, cpu, commit = ([views / seconds for seconds in column] for column in zip(*found, strict=True))
+    what = f"stage 1 with a free teacher: {{}} ({options.views} views, batch {options.batch})"
+    figures = [
+        Measurement(what.format(part), statistics.median(rates), (min(rates), max(rates)), "views/s", "", goal, gap)
+        for part, rates, goal, gap in (
+            ("receive, stack, logits, append", fill, "4,000", "one Python process; copies of pixels and rows"),
+            ("the same, views per second of processor time", cpu, "", ""),
+            ("commit: fsync, sha256, read-back", commit, "", "runs in threads beside the next unit"),
+        )
+    ]
+    publish_table("stage1-pipeline", figures, {"options": vars(options), "seconds": found})
+
+
+if __name__ == "__main__":
+    main()
