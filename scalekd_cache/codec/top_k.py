@@ -49,7 +49,7 @@ class TopKLogits:
         return cls(config.get("num_classes", -1), config.get("k", -1))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """(B, K) float32 on any device -> one record per row. UserError for NaN or infinity; it names the rows."""
+        """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
