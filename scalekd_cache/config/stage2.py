@@ -105,8 +105,9 @@ class OptimConfig:
     """Parameters without weight decay: none, position embeddings, or also all biases and one-dimensional parameters."""
     momentum: float = 0.9
     """Momentum of SGD."""
-    schedule: Literal["cosine", "step"] = "cosine"
-    """Learning-rate schedule; the cosine starts after the warm-up."""
+    schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
+    """Learning-rate schedule; the cosine starts after the warm-up. restarts: a cosine every `cycle_epochs`. All but
+    cosine do not depend on the number of epochs, so that a run can be extended exactly (`extend`)."""
     schedule_per_epoch: bool = False
     """Update the learning rate once per epoch, as upstream does after the warm-up (false: every step)."""
     warmup_epochs: float = 0.0
@@ -117,6 +118,8 @@ class OptimConfig:
     """Final learning rate, as a fraction of `lr`."""
     step_epochs: int = 30
     """Epochs between learning-rate drops by a factor of 10 (step schedule)."""
+    cycle_epochs: int = 10
+    """Epochs of one cosine (restarts schedule)."""
     clip_norm: float = 0.0
     """Maximum gradient norm (0: no clipping)."""
 
@@ -126,6 +129,7 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to 1, 1 excluded")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, ">= 0")
+        require(self.cycle_epochs > 0, "optim.cycle_epochs", self.cycle_epochs, "> 0")
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
 
 
@@ -228,6 +232,9 @@ class DistillConfig:
     """Folder of the cache whose pixels are shared (None: its path at stage 1, relative to this cache)."""
     run: str | None = None
     """Folder of the run (None: runs/<student>-<targets>)."""
+    extend: bool = False
+    """Train a run to more epochs than it was started with (`train.epochs`), from its last checkpoint; all other options
+    stay the same. The learning rate follows the schedule of the new number of epochs."""
     init: str | None = None
     """Folder with initial weights of the student, written by `export` or `import-upstream` (None: random weights); a
     heads.safetensors in it initializes the ScaleKD heads."""

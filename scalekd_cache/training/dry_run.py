@@ -19,10 +19,9 @@ from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.training.checkpoint import latest_checkpoint
-from scalekd_cache.training.optim import describe_lr
+from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
-from scalekd_cache.training.run_files import read_summary
-from scalekd_cache.training.run_folder import check_config
+from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs
 from scalekd_cache.training.targets import load_cache_tail, make_heads, make_order
 
 
@@ -35,7 +34,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     run, train = Path(config.run or "runs/student"), config.train
     check_config(run, to_plain(config))
     reads = open_run_cache(config, run, process)
-    if read_summary(run) is not None:
+    before = started_epochs(run)
+    if finished_summary(run, train.epochs, config.extend) is not None:
         return [f"{run} is finished; nothing to do"]
     cache, manifest = reads.cache, reads.cache.manifest
     with torch.device("cpu"):
@@ -57,6 +57,9 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"
     lines += [describe_lr(config), *(f"skipped: {problem}" for problem in problems)]
+    if before is not None and before < train.epochs:
+        first = checkpoint.facts["loader"]["step"] if checkpoint else 0
+        lines.append(describe_extension(config, before, first, per_epoch))
     return [*lines, f"would {start} in {run}; dry run: nothing was written"]
 
 

@@ -4,6 +4,7 @@ In: a `DistillConfig`. Out: timm's optimizer and schedule, DeepSpeed's configura
 Invariant: the user's DeepSpeed JSON adds to a recipe and never contradicts it. deepspeed is not imported here.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from scalekd_cache.errors import UserError
 
 POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
 """Parts of the names of parameters that hold positions, in students and in the heads."""
+NEVER = 1 << 62
+"""More steps or cycles than any run has."""
 
 
 def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
@@ -95,10 +98,12 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: floa
     """
     warm = min(round(optim.warmup_epochs * epoch), steps - 1)
     warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}
-    if optim.schedule == "step":
-        return StepLRScheduler(
-            optimizer, decay_t=optim.step_epochs * epoch, decay_rate=0.1, warmup_prefix=False, **warmup
-        )
+    if optim.schedule in ("step", "constant"):
+        drop = optim.step_epochs * epoch if optim.schedule == "step" else NEVER
+        return StepLRScheduler(optimizer, decay_t=drop, decay_rate=0.1, warmup_prefix=False, **warmup)
+    if optim.schedule == "restarts":
+        cycle = {"t_initial": optim.cycle_epochs * epoch, "cycle_limit": NEVER}
+        return CosineLRScheduler(optimizer, lr_min=optim.min_lr * lr, warmup_prefix=True, **cycle, **warmup)
     return CosineLRScheduler(optimizer, t_initial=steps - warm, lr_min=optim.min_lr * lr, warmup_prefix=True, **warmup)
 
 
@@ -136,4 +141,27 @@ def describe_lr(config: DistillConfig) -> str:
     return (
         f"{optim.name}: learning rate {optim.lr:g} x {batch} / {optim.base_batch_size} = {scaled_lr(config):g} "
         f"(global batch {batch} of micro-batches of {config.train.micro_batch_size})"
+    )
+
+
+def learning_rate(config: DistillConfig, step: int, per_epoch: int) -> float:
+    """The learning rate of a step, from 0."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=scaled_lr(config))
+    steps = config.train.epochs * per_epoch
+    schedule = make_schedule(optimizer, config.optim, scaled_lr(config), steps, per_epoch)
+    schedule.step_update(schedule_step(config.optim, step, per_epoch))
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def describe_extension(config: DistillConfig, before: int, step: int, per_epoch: int) -> str:
+    """What the schedule does when a run of `before` epochs is extended after `step` steps, as one line of text."""
+    optim, after = config.optim, config.train.epochs
+    text = f"extending {config.run} from {before} to {after} epochs at step {step + 1}: "
+    if optim.schedule != "cosine" or step == 0:
+        return text + f"the {optim.schedule} schedule gives the same run as {after} epochs from the start"
+    old = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=before))
+    rates = learning_rate(old, step - 1, per_epoch), learning_rate(config, step, per_epoch)
+    return text + (
+        f"the cosine is recomputed for {after} epochs, the learning rate goes from {rates[0]:.3g} to {rates[1]:.3g}; "
+        f"a run of {after} epochs from the start had higher rates before (an exact extension: optim.schedule=restarts)"
     )

@@ -5,7 +5,7 @@ Invariant: invalid input is reported before the first step. The summary is writt
 and is not run again.
 """
 
-import time
+import os
 from pathlib import Path
 
 import torch
@@ -29,22 +29,34 @@ from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.model_card import model_card
-from scalekd_cache.training.optim import describe_lr, synchronize_batchnorm
+from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_evaluation import evaluate_state
 from scalekd_cache.training.run_export import export_state, facts_of
-from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, Summary, read_summary
-from scalekd_cache.training.run_folder import RunFolder, check_same_cache
+from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
+from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads, make_order
 from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
 
 
 def distill(config: DistillConfig, process: Process) -> Summary:
-    """Train a student from a cache; return the summary. A finished run only returns its summary."""
+    """Train a student from a cache; return the summary. A finished run only returns its summary.
+
+    With `extend`, a run of fewer epochs continues from its last checkpoint.
+    """
     run = Path(config.run or "runs/student")
-    finished = read_summary(run)
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
+    try:
+        return _distill(config, run, folder, process)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process: Process) -> Summary:
+    """`distill` in a locked folder."""
+    finished, before = finished_summary(run, config.train.epochs, config.extend), started_epochs(run)
     if finished is not None:
         _check_finished(config, run, finished, folder, process)
         process.print_rank0(f"{run} is finished; nothing to do\n{summary_table(run, finished)}")
@@ -56,15 +68,19 @@ def distill(config: DistillConfig, process: Process) -> Summary:
     validation = _validation(cache.manifest, config.data, process)
     checkpoint = _checkpoint(run, process)
     trainer = _make_trainer(config, process, run_cache, checkpoint)
-    if trainer.loader.step:
-        process.print_rank0(f"resuming {run} at step {trainer.loader.step + 1} of {trainer.loader.total_steps}")
+    first = trainer.loader.step
+    if before is not None and before < config.train.epochs:
+        process.print_rank0(describe_extension(config, before, first, trainer.loader.steps_per_epoch))
+    elif first:
+        process.print_rank0(f"resuming {run} at step {first + 1} of {trainer.loader.total_steps}")
     if folder is not None:
         folder.write_facts(facts_of(cache.manifest.facts, run_cache.views, config.student))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
-        damaged = folder.start_metrics(trainer.loader.step)
+        damaged = folder.start_metrics(first)
+        folder.reopen(first)
         if damaged:
             process.print_rank0(f"{damaged} damaged lines of {run / METRICS} were dropped")
-    first, started, tally = trainer.loader.step, time.perf_counter(), None
+    tally = None
     if config.train.log_samples:
         trainer.watchdog.log_samples(run)
     with SignalHandler() as signals, trainer.watchdog.guard(60 * config.train.timeout_minutes):
@@ -79,13 +95,12 @@ def distill(config: DistillConfig, process: Process) -> Summary:
                 tally = evaluate_state(config, cache.manifest, trainer.student_state(), validation, process)
                 if folder is not None and tally is not None:
                     folder.log(step, {"top1": tally.top1_percent, "top5": tally.top5_percent})
-    seconds = time.perf_counter() - started
+    seconds = trainer.seconds()
     state = trainer.student_state()
     tally = evaluate_state(config, cache.manifest, state, validation, process)
     summary = make_summary(config, run_cache, trainer.loader, process.world_size, tally)
     summary["minutes"] = round(seconds / 60, 2)
-    images = (trainer.loader.total_steps - first) * config.train.global_batch_size
-    summary["images_per_s"] = round(images / seconds, 1) if images else 0.0
+    summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
     if folder is not None:
         facts, export = facts_of(cache.manifest.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
@@ -109,7 +124,11 @@ def _check_finished(
 
 
 def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
-    """The checkpoint to resume from: the newest undamaged one. Damaged ones are reported."""
+    """The checkpoint to resume from: the newest undamaged one. Damaged ones are reported.
+
+    Raises:
+        UserError: all are damaged, or a finished run that is to be extended has none.
+    """
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:
         process.print_rank0(f"skipped: {problem}")
@@ -118,6 +137,10 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
             "all checkpoints of this run are damaged",
             where=run / "checkpoints",
             fix="restore the folder, or remove it to train from step 1",
+        )
+    if checkpoint is None and os.path.lexists(run / SUMMARY):
+        raise UserError(
+            f"{run} has no checkpoint to extend from: set INIT={run} with another RUN= for a new run from its weights"
         )
     return checkpoint
 

@@ -17,9 +17,9 @@ from scalekd_cache.config.base import flat
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.store.checked_files import check_regular
-from scalekd_cache.store.durable_files import disk_errors, remove_stale, write_atomically
+from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
-from scalekd_cache.training.metrics import EventFile, drop_lines_after
+from scalekd_cache.training.metrics import EventFile, drop_lines_after, read_metrics
 from scalekd_cache.training.run_files import (
     FACTS,
     METRICS,
@@ -40,7 +40,7 @@ FREE_OPTIONS |= {
     for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps", "log_samples", "timeout_minutes")
 }
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
-FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from"}
+FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend"}
 """Options that may change when a run is resumed: paths and resources, not the computation."""
 
 
@@ -60,9 +60,17 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
             check_paths(path)
             self._lock = self._take_lock()
-        remove_stale(path)
-        check_config(path, config)
+        try:
+            remove_stale(path)
+            check_config(path, config)
+        except BaseException:
+            self.close()  # a traceback that is kept, as in a notebook, would keep the lock
+            raise
         self._config = dict(config)
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
 
     def _take_lock(self) -> IO[bytes]:
         """Take the lock, held as long as this object lives; no effect on a file system without locks."""
@@ -90,8 +98,13 @@ class RunFolder:
         Called after all checks: a refused command must not leave options that conflict with the corrected one.
         """
         file = self.path / OPTIONS
+        epochs = flat(self._config).get("train.epochs")
         if not file.exists():
             write_atomically(file, yaml.safe_dump(self._config, sort_keys=False).encode())
+        elif started_epochs(self.path) != epochs:  # it is extended
+            config = read_config(self.path)
+            config["train"]["epochs"] = epochs
+            write_atomically(file, yaml.safe_dump(config, sort_keys=False).encode())
         write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
     def start_metrics(self, step: int) -> int:
@@ -104,6 +117,20 @@ class RunFolder:
         with disk_errors(self.path, 0):
             self._events = EventFile(self.path / "tensorboard", step)
         return damaged
+
+    def reopen(self, step: int) -> None:
+        """Remove the summary of a run that is extended; its accuracy becomes a line of the metrics at this step.
+
+        Called after `write_facts` and `start_metrics`: a kill in between leaves a run that is extended by a rerun.
+        """
+        summary = self.summary()
+        if summary is None:
+            return
+        logged = any(line["step"] == step and "top1" in line for line in read_metrics(self.path)[0])
+        if summary["steps"] == step and summary["top1"] is not None and not logged:
+            self.log(step, {"top1": summary["top1"], "top5": summary["top5"]})
+        (self.path / SUMMARY).unlink()
+        fsync_path(self.path)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of metrics, and the same scalars to TensorBoard.
@@ -139,8 +166,24 @@ def check_paths(run: Path) -> None:
             raise UserError("expected a folder, found something else", where=run / name, fix="move it away")
 
 
+def started_epochs(run: Path) -> int | None:
+    """The epochs that a run was started with or extended to; None for a folder without options."""
+    if not os.path.lexists(run / OPTIONS):
+        return None
+    epochs = flat(read_config(run)).get("train.epochs")
+    return epochs if isinstance(epochs, int) else None
+
+
+def finished_summary(run: Path, epochs: int, extend: bool) -> Summary | None:
+    """The summary of a run that is finished; None for one that is extended to `epochs`, now or by a killed job."""
+    summary = read_summary(run)
+    if summary is None or (summary["epochs"] < epochs and (extend or started_epochs(run) == epochs)):
+        return None
+    return summary
+
+
 def check_config(run: Path, config: Mapping[str, Any]) -> None:
-    """Check that a folder is new or holds a run with these options.
+    """Check that a folder is new or holds a run with these options; with `extend`, a run of at most these epochs.
 
     Raises:
         UserError: it is a file, or a run with other options.
@@ -151,6 +194,15 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     stored, given = flat(read_config(run)), flat(config)
     names = sorted((stored | given).keys() - FREE_OPTIONS)
     different = [name for name in names if stored.get(name) != given.get(name)]
+    if different == ["train.epochs"] and isinstance(before := stored["train.epochs"], int):
+        after = given["train.epochs"]
+        if before < after and given.get("extend"):
+            return
+        if before < after:
+            fix = f'set SET="extend=true" to extend it, or INIT={run} with another RUN= for a new run from its weights'
+        else:
+            fix = "choose another RUN=, or remove the folder to start over"
+        raise UserError(f"{run} contains a run of {before} epochs, not {after}", fix=fix)
     if different:
         raise UserError(
             "RUN= contains a run with different options",

@@ -141,6 +141,8 @@ class Trainer:
         self.targets = targets
         self.watchdog = Watchdog(process, loader)
         self._signal_steps, self._agree_now = 1, True
+        self._earlier_s = float(checkpoint.facts.get("seconds", 0)) if checkpoint is not None else 0.0
+        self._started: float | None = None
         lr = scaled_lr(config)
         # Load weights and create the moving average before the engine, which may partition the weights.
         if checkpoint is not None:
@@ -164,6 +166,7 @@ class Trainer:
     def train(self, folder: RunFolder | None) -> Iterator[int]:
         """Train from the loader's position to the end; yields the number of finished steps after each step."""
         first, per_epoch, total = self.loader.step, self.loader.steps_per_epoch, self.loader.total_steps
+        self._started = time.perf_counter()
         batches = iter(self.loader)
         sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
         bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
@@ -191,6 +194,10 @@ class Trainer:
             yield step + 1
             started += time.perf_counter() - pause
         bar.close()
+
+    def seconds(self) -> float:
+        """Seconds of training until now, over all sessions of the run, up to the checkpoint that each one left."""
+        return self._earlier_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
         """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of data wait."""
@@ -290,7 +297,8 @@ class Trainer:
         if self.ema is not None:
             files[AVERAGE] = {**self.ema.module.state_dict(), **self._statistics(self.ema.module)}
         if self.process.rank == 0:
-            facts = {"loader": self.loader.state_dict(), "numbers": numbers, "counts": counts}
+            facts: dict[str, Any] = {"loader": self.loader.state_dict(), "numbers": numbers, "counts": counts}
+            facts["seconds"] = round(self.seconds(), 3)
             commit_checkpoint(folder, self.loader.step, files, facts, self.config.train.keep_checkpoints)
 
     def _statistics(self, module: nn.Module) -> dict[str, Tensor]:
