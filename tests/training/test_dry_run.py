@@ -44,7 +44,7 @@ def test_a_dry_run_of_training(tmp_path):
 def test_a_dry_run_refuses_what_training_refuses(tmp_path):
     run = tmp_path / "run"
     RunFolder(run, to_plain(config_of(run))).write_facts({})
-    with pytest.raises(UserError, match="different options"):
+    with pytest.raises(UserError, match="a run of 3 epochs, not 4"):
         plan_distill(config_of(run, epochs=4), CPU)
     with pytest.raises(UserError, match="no model resnet5: did you mean"):
         plan_distill(DistillConfig(cache=str(shared_cache().root), student=StudentConfig(name="resnet5")), CPU)
