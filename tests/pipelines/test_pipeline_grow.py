@@ -63,7 +63,7 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
 def test_make_shares_pixels_and_trains_from_them(cache, finished, weights, tmp_path):
     before = snapshot(cache)
     second = tmp_path / "second"
-    shard = {"cache.samples_per_shard": CACHE_OPTIONS["cache.samples_per_shard"]}
+    shard = {name: CACHE_OPTIONS[name] for name in ("cache.samples_per_shard", "teacher.check_classes")}
     output = make(
         "cache-teacher", CACHE=second, PIXELS_FROM=cache, CODEC="float16", TEACHER_WEIGHTS=weights, SET=words(shard)
     )

@@ -129,21 +129,22 @@ class Job:
         return Outcome(statuses, self._log.read_text(), time.monotonic() - self._start)
 
 
-def on_a_bad_disk(words, root: Path, log: Path, trouble: str, operation: int):
-    """Stage 1 on a disk of its own that goes bad at an operation, then again on the mended disk.
+def on_a_bad_disk(words, root: Path, log: Path, trouble: str, operation: int, command="cache_teacher", size="8m"):
+    """A command on a disk of its own that goes bad at an operation, then again on the mended disk.
 
     Args:
         words: options of the command.
-        root: the cache; its parent becomes a small disk that only these processes see.
+        root: the cache or run; its parent becomes a small disk that only these processes see.
         log: where the command prints.
         trouble: `full`, `read-only` or `denied`.
         operation: number of the file operation before which the trouble begins; 0: before the job.
+        command: the command; `size`: of the disk.
 
     Returns:
         (status, output, names in units/) of both jobs, and the files at the end; None where mounts are not allowed.
     """
     receiver, sender = FORKING.Pipe(duplex=False)
-    process = FORKING.Process(target=_bad_disk, args=(words, root, str(log), trouble, operation, sender))
+    process = FORKING.Process(target=_bad_disk, args=(words, root, str(log), trouble, operation, sender, command, size))
     process.start()
     sender.close()
     try:
@@ -154,14 +155,14 @@ def on_a_bad_disk(words, root: Path, log: Path, trouble: str, operation: int):
     return result
 
 
-def _bad_disk(words, root, log, trouble, operation, sender) -> None:
+def _bad_disk(words, root, log, trouble, operation, sender, command, size) -> None:
     disk = root.parent
-    if not _own_disk(disk):
+    if not own_disk(disk, size):
         sender.send(None)
         return
     root.mkdir()
     begin, mend = {
-        "full": (lambda *_: _fill(disk), lambda: (disk / "ballast").unlink()),
+        "full": (lambda *_: fill(disk), lambda: (disk / "ballast").unlink()),
         "read-only": (lambda *_: _mount("-o", "remount,ro", disk), lambda: _mount("-o", "remount,rw", disk)),
         "denied": (lambda *_: _folders(root, 0o555), lambda: _folders(root, 0o755)),
     }[trouble]
@@ -175,7 +176,7 @@ def _bad_disk(words, root, log, trouble, operation, sender) -> None:
         child = os.fork()
         if child == 0:
             try:
-                run_command(words, {}, log, root, hit, begin)
+                run_command(words, {}, log, root, hit, begin, command)
             except SystemExit as end:
                 os._exit(end.code or 0)
             finally:  # an exception that nobody expected
@@ -191,7 +192,7 @@ def _bad_disk(words, root, log, trouble, operation, sender) -> None:
     sender.send((*results, files))
 
 
-def _own_disk(folder: Path) -> bool:
+def own_disk(folder: Path, size: str = "8m") -> bool:
     """A tmpfs at `folder` for this process and its children; False when the machine does not allow it."""
     flags, user = 0x00020000, os.geteuid()  # CLONE_NEWNS
     if user != 0:
@@ -201,7 +202,9 @@ def _own_disk(folder: Path) -> bool:
     if user != 0:
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     private = subprocess.run(["mount", "--make-rprivate", "/"], capture_output=True, check=False)
-    small = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", folder], capture_output=True, check=False)
+    small = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True, check=False
+    )
     return private.returncode == small.returncode == 0
 
 
@@ -209,12 +212,12 @@ def _mount(*words) -> None:
     subprocess.run(["mount", *words], check=True)
 
 
-def _fill(disk: Path) -> None:
-    """Leave room for a folder, not for a unit."""
+def fill(disk: Path, room: int = 1 << 14) -> None:
+    """Leave `room` bytes: by default enough for a folder, not for a unit."""
     with (disk / "ballast").open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(1 << 14))
-    os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - (1 << 14))
+    os.truncate(disk / "ballast", (disk / "ballast").stat().st_size - room)
 
 
 def _folders(root: Path, mode: int) -> None:
