@@ -17,7 +17,7 @@ class StudentConfig:
     """The student (`models/student.py`)."""
 
     name: str = "resnet18"
-    """A timm model name."""
+    """A timm model name, or a short name; several, separated by commas: one run after the other."""
     image_size: int | None = None
     """Side of the student's images, pixels: views are resized on the device, bicubic with antialiasing; evaluation and
     export use this size too (None: the size of the views)."""
@@ -164,6 +164,9 @@ class TrainConfig:
     """Decay of the exponential moving average of the weights, which is then evaluated and exported (0: off)."""
     seed: int = 0
     """Seed of initialization, order and regularization."""
+    seeds: str | None = None
+    """Several seeds, separated by commas: one run after the other in folders <run>-seed<N>, with mean and standard
+    deviation at the end (None: one run with `seed`)."""
     shuffle_block: int = 64
     """Adjacent samples that are read together."""
     shuffle_window: int | None = None
@@ -208,6 +211,8 @@ class TrainConfig:
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
         smoothing_is_used = self.label_loss == "ce" or self.label_smoothing == 0
         require(smoothing_is_used, "train.label_smoothing", self.label_smoothing, "0 with train.label_loss=bce")
+        listed = (self.seeds or "0").split(",")
+        require(all(one.strip().isdecimal() for one in listed), "train.seeds", self.seeds, "numbers such as 0,1,2")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
         require(self.timeout_minutes > 0, "train.timeout_minutes", self.timeout_minutes, "> 0")
         require(self.checkpoint_steps >= 0, "train.checkpoint_steps", self.checkpoint_steps, ">= 0")

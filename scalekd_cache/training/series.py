@@ -1,0 +1,111 @@
+"""Several runs of one command: a list of seeds, a list of students; mean and spread over the seeds.
+
+In: a `DistillConfig` whose `student.name` and `train.seeds` may list several values. Out: one configuration a run,
+their summaries, and one row a student.
+Invariant: a run of a series is the run that the command with its single student and seed makes, in its own folder.
+"""
+
+import dataclasses
+import gc
+import math
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.distributed import Process
+from scalekd_cache.models.evaluate import percent
+from scalekd_cache.training.dry_run import plan_distill
+from scalekd_cache.training.run import distill
+from scalekd_cache.training.run_files import Summary
+
+
+def default_run(config: DistillConfig) -> str:
+    """The folder of a run without `run`: runs/<student>, with the targets where they are not the cached ones."""
+    suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
+    return f"runs/{config.student.name}{suffix}"
+
+
+def single_runs(config: DistillConfig) -> list[DistillConfig]:
+    """One configuration for each student and seed, students first, each with its folder.
+
+    The folder is `run` (None: `default_run`), followed by -<student> where several students share a `run`, and by
+    -seed<N> where `train.seeds` is set.
+    """
+    students = [name.strip() for name in config.student.name.split(",") if name.strip()]
+    seeds = seeds_of(config)
+    runs = []
+    for name in students:
+        one = dataclasses.replace(config, student=dataclasses.replace(config.student, name=name))
+        shared = config.run is not None and len(students) > 1
+        run = f"{config.run}-{name}" if shared else config.run or default_run(one)
+        for seed in seeds or [config.train.seed]:
+            train = dataclasses.replace(config.train, seed=seed, seeds=None)
+            runs.append(dataclasses.replace(one, train=train, run=f"{run}-seed{seed}" if seeds else run))
+    return runs
+
+
+def seeds_of(config: DistillConfig) -> list[int]:
+    """The seeds of `train.seeds`, each once; empty when it is not set."""
+    return list(dict.fromkeys(int(seed) for seed in (config.train.seeds or "").split(",") if seed.strip()))
+
+
+def distill_series(configs: Sequence[DistillConfig], process: Process) -> list[Summary]:
+    """Train one run after the other. All are checked before the first one starts; finished ones are not run again.
+
+    Raises:
+        UserError: of the first run that fails; a rerun continues there.
+    """
+    if len(configs) > 1:
+        for config in configs:
+            plan_distill(config, process)
+    summaries = []
+    for number, config in enumerate(configs, 1):
+        if len(configs) > 1:
+            process.print_rank0(f"run {number} of {len(configs)}: {config.run}")
+        summaries.append(distill(config, process))
+        gc.collect()  # an engine of DeepSpeed refers to itself
+        if process.device.type == "cuda":
+            torch.cuda.empty_cache()
+    return summaries
+
+
+def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
+    """One row for all runs that differ in their seed only: number, mean and sample standard deviation, as JSON values.
+
+    The deviation is None for one run; mean and deviation are None where a run was not evaluated.
+    """
+    groups: dict[tuple[Any, ...], list[Summary]] = {}
+    for summary in summaries:
+        same = ("student", "teacher", "targets", "cache_fingerprint", "steps", "image_size")
+        groups.setdefault(tuple(summary.get(name) for name in same), []).append(summary)
+    return [_row(runs) for runs in groups.values()]
+
+
+def _row(runs: Sequence[Summary]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: runs[0][name] for name in ("student", "teacher", "targets", "epochs", "steps")}
+    row |= {"n": len(runs), "seeds": [run["seed"] for run in runs]}
+    for name in ("top1", "top5"):
+        values = [run[name] for run in runs]
+        known = None not in values
+        row[name] = values
+        row[f"{name}_mean"] = round(statistics.mean(values), 4) if known else None
+        row[f"{name}_std"] = round(statistics.stdev(values), 4) if known and len(values) > 1 else None
+    return {**row, "minutes": round(math.fsum(run["minutes"] for run in runs), 2)}
+
+
+def series_table(rows: Sequence[dict[str, Any]]) -> str:
+    """The rows of `summarize_series` as a table of text."""
+    head = ("student", "targets", "n", "top-1", "std", "top-5", "each top-1", "epochs", "minutes")
+    lines = [head]
+    for row in rows:
+        spread = "-" if row["top1_std"] is None else f"{row['top1_std']:.2f}"
+        each = ", ".join("-" if value is None else f"{value:.2f}" for value in row["top1"])
+        accuracies = percent(row["top1_mean"]), spread, percent(row["top5_mean"]), each
+        lines.append(
+            (row["student"], row["targets"], str(row["n"]), *accuracies, str(row["epochs"]), f"{row['minutes']:.1f}")
+        )
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)
