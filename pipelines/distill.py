@@ -1,6 +1,5 @@
 """Stage 2: train a student from a cache (`make distill STUDENT=resnet50`); --dry-run runs the checks only."""
 
-import dataclasses
 import os
 
 from pipelines.command import check_cache_path, check_recipe_given, parse, run, value_of, without_flag
@@ -29,20 +28,18 @@ def main(argv: list[str]) -> None:
             f"(RECIPE={facts.recipe} uses the file)"
         )
     check_recipe_given(argv, facts.view_recipe, cache)
-    if config.run is None:
-        suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
-        config = dataclasses.replace(config, run=f"runs/{config.student.name}{suffix}")
     from scalekd_cache.distributed import this_process
+    from scalekd_cache.training.dry_run import plan_distill
+    from scalekd_cache.training.series import distill_series, series_table, single_runs, summarize_series
 
+    process, runs = this_process(config.device), single_runs(config)
     if dry:
-        from scalekd_cache.training.dry_run import plan_distill
-
-        process = this_process(config.device)
-        process.print_rank0("\n".join(plan_distill(config, process)))
+        for one in runs:
+            process.print_rank0("\n".join(plan_distill(one, process)))
         return
-    from scalekd_cache.training.run import distill
-
-    distill(config, this_process(config.device))
+    summaries = distill_series(runs, process)
+    if len(runs) > 1:
+        process.print_rank0(series_table(summarize_series(summaries)))
 
 
 def _facts(cache: StoredPath, argv: list[str]) -> ManifestFacts:

@@ -35,6 +35,7 @@ def single_runs(config: DistillConfig) -> list[DistillConfig]:
     -seed<N> where `train.seeds` is set.
     """
     students = [name.strip() for name in config.student.name.split(",") if name.strip()]
+    students = students or [config.student.name]
     seeds = seeds_of(config)
     runs = []
     for name in students:
