@@ -12,25 +12,25 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from benchmarks.harness import Measurement, argument_parser, publish_table
-from scalekd_cache.caching import make_units
+from scalekd_cache.caching import encode_batch, make_units, sample_views
 from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit
-from scalekd_cache.codec.base import FeatureMap
+from scalekd_cache.codec.base import EncodedRows
 from scalekd_cache.codec.fidelity import Fidelity
 from scalekd_cache.codec.int8 import Int8Codec
 from scalekd_cache.codec.logits import DenseLogits
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import SampleRef
-from scalekd_cache.data.workers import load_items
 from scalekd_cache.models.teacher import TeacherOutput
 
 SHAPE, CLASSES, PIXELS, JPEG_BYTES = (1536, 7, 7), 1000, 224, 16_600
@@ -39,17 +39,20 @@ READY = 16
 """Images that the worker sends again and again."""
 
 
-class ReadyViews(Dataset[SampledViews]):
-    """Views that are there already; a worker only sends them."""
+class ReadyViews(Dataset[list[SampledViews]]):
+    """Stands for stage 1's `ViewDataset`: views that are there already; a worker only sends them."""
 
     def __init__(self, views: int) -> None:
         self.pixels = torch.randint(0, 256, (READY, views, 3, PIXELS, PIXELS), dtype=torch.uint8)
         view = '{"box":[10,20,300,200],"flip":true,"ops":[]}'
         self.encoded = [EncodedView(os.urandom(JPEG_BYTES), view, f"{number:016x}") for number in range(views)]
 
-    def __getitem__(self, number: int) -> SampledViews:
-        sample = SampleRef(f"class/{number:08d}", number % CLASSES)
-        return SampledViews(0, sample, f"{number:064x}", self.pixels[number % READY], self.encoded, "")
+    def __getitem__(self, place: tuple[int, Sequence[int]]) -> list[SampledViews]:
+        return [self._image(place[0], index) for index in place[1]]
+
+    def _image(self, unit: int, index: int) -> SampledViews:
+        sample = SampleRef(f"class/{index:08d}", index % CLASSES)
+        return SampledViews(unit, sample, f"{index:064x}", self.pixels[index % READY], self.encoded, "")
 
 
 class FreeTeacher:
@@ -57,8 +60,9 @@ class FreeTeacher:
 
     def __init__(self, batch: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.features = torch.zeros(batch, *SHAPE)
-        self.logits = 2 * torch.randn(batch, CLASSES, generator=generator)
+        self.features = torch.zeros(batch, 1, 1, 1)  # nothing looks at them
+        self.logits = torch.randn(batch, CLASSES, generator=generator)
+        self.logits[:, 0] += 9  # about as sure as a trained teacher
 
     def __call__(self, images: Tensor) -> TeacherOutput:
         """The same output for all images."""
@@ -72,18 +76,14 @@ class FreeCodec(Int8Codec):
         super().__init__(SHAPE)
         self.rows = torch.randint(0, 256, (batch, self.bytes_per_view), dtype=torch.uint8)
 
-    def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
+    def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
         """Ready rows."""
-        return self.rows[: len(features)]
-
-    def decode(self, codes: Tensor) -> FeatureMap:
-        """Zeros that take no memory."""
-        return FeatureMap(torch.zeros(1).expand(len(codes), *SHAPE), torch.zeros(1).expand(len(codes), 2, *SHAPE[1:]))
+        return EncodedRows(self.rows[: len(features)], torch.ones(len(features), dtype=torch.bool))
 
 
-def free_fidelity(original: Tensor, decoded: Tensor) -> Fidelity:
+def free_similarity(codec: FreeCodec, features: Tensor, codes: Tensor) -> Fidelity:
     """Ones."""
-    return Fidelity(torch.ones(len(original)), torch.ones(len(original)))
+    return Fidelity(torch.ones(len(features)), torch.ones(len(features)))
 
 
 class Timing(NamedTuple):
@@ -103,17 +103,22 @@ def run(root: Path, images: int, views: int, batch: int) -> Timing:
         teacher=FreeTeacher(batch), codec=FreeCodec(batch), logit_codec=DenseLogits(CLASSES),  # type: ignore[arg-type]
         batch_size=batch, device=torch.device("cpu"), versions={},
     )  # fmt: skip
-    item_bytes = views * 3 * PIXELS**2
-    items: Iterator[SampledViews] = load_items(
-        ReadyViews(views), iter(range((UNITS + 1) * images)), workers=1, item_bytes=item_bytes, max_prefetch=32
-    )
+    units = [
+        Unit(group=0, range_id=number, positions=range(number * images, (number + 1) * images), views=(*range(views),))
+        for number in range(UNITS + 1)
+    ]
+    source: Any = mock.Mock(order=lambda group: np.arange((UNITS + 1) * images))
+    ready = ReadyViews(views)
+    with mock.patch.object(sample_views, "ViewDataset", return_value=ready):
+        items = sample_views.views_of_units(source, stage.views, units, iter(range(len(units))), 1)
+        items = itertools.chain([next(items)], items)  # the worker starts
+    buffers = encode_batch.PixelBuffers(stage.device)
     fill_s, fill_cpu_s, commit_s = 0.0, 0.0, 0.0
-    with mock.patch.object(make_units, "fidelity", free_fidelity), torch.no_grad():
-        for number in range(UNITS + 1):  # the first one starts the worker
-            unit = Unit(group=0, range_id=number, positions=range(images), views=tuple(range(views)))
+    with mock.patch.object(encode_batch, "compare", free_similarity), torch.no_grad():
+        for number, unit in enumerate(units):  # the first one is not timed
             part = itertools.islice(items, images)
             started, cpu = time.perf_counter(), time.process_time()
-            writer, figures = make_units.fill_unit(stage, unit, part)
+            writer, figures = make_units.fill_unit(stage, unit, part, buffers=buffers)
             filled, cpu = time.perf_counter(), time.process_time() - cpu
             writer.commit(figures)
             if number:

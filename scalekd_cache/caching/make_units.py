@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalekd_cache.caching.encode_batch import HostBatch, PixelBuffers, compare, encode_batch, page_locked
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit, views_of_units
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
-from scalekd_cache.codec.fidelity import fidelity
+from scalekd_cache.codec.fidelity import Fidelity
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
@@ -35,8 +36,9 @@ from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import unit_name
 
 NO_SKIPS: Mapping[str, str] = {}
+NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 QUEUED_BATCHES = 2
-"""Batches that are queued to be encoded and appended. With two, a GPU does not wait between batches."""
+"""Batches that are queued to be appended. With two, a GPU does not wait between batches."""
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
@@ -168,10 +170,11 @@ def make_units(
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
+    buffers = PixelBuffers(stage.device)
     with CommitQueue() as commits:
         for number, sampled in groupby(all_views, key=lambda item: item.unit):
             left_out = skips.required_skips(units[number]) if skips else {}
-            writer, figures = fill_unit(stage, units[number], sampled, left_out)
+            writer, figures = fill_unit(stage, units[number], sampled, left_out, buffers)
             if skips and not skips.accepts(units[number], writer):
                 writer.abort()
                 continue
@@ -179,20 +182,26 @@ def make_units(
 
 
 def fill_unit(
-    stage: Stage, unit: Unit, sampled: Iterator[SampledViews], left_out: Mapping[str, str] = NO_SKIPS
+    stage: Stage,
+    unit: Unit,
+    sampled: Iterator[SampledViews],
+    left_out: Mapping[str, str] = NO_SKIPS,
+    buffers: PixelBuffers | None = None,
 ) -> tuple[UnitWriter, dict[str, Any]]:
-    """Run one unit through the teacher and the codecs into a writer. Codecs and writer run in a background thread.
+    """Run one unit through the teacher and the codecs into a writer. Records are written in a background thread.
 
     Args:
         stage: what units are made with.
         unit: the unit.
         sampled: its images with their views.
         left_out: sample keys that are skipped in any case, with the reasons.
+        buffers: memory for pixels, kept from unit to unit (None: new).
 
     Returns:
         The writer and the unit's fidelity; the caller runs `writer.commit(fidelity)`. After an error, nothing is left.
     """
     figures: dict[str, list[float]] = {}
+    buffers = buffers or PixelBuffers(stage.device)
     writer = UnitWriter(
         stage.root,
         backend=stage.backend,
@@ -206,12 +215,14 @@ def fill_unit(
     )
     try:
         with BackgroundWriter("encode", QUEUED_BATCHES) as background:
-            for batch in _batches(stage, writer, sampled, left_out):
+            for batch, pixels in _batches(stage, writer, sampled, left_out, buffers):
                 for column, number in enumerate(unit.views):
+                    output = stage.teacher(pixels[column].to(stage.device, non_blocking=True))
+                    seeds = _seeds(batch, number, stage.device)
+                    encoded = encode_batch(stage.codec, stage.logit_codec, output, seeds)
                     views = [item.views[column] for item in batch]
-                    pixels = torch.stack([item.pixels[column] for item in batch])
-                    output = stage.teacher(_on_device(pixels, stage.device))
-                    background.submit(_append_batch, stage, writer, number, batch, views, output, figures)
+                    background.submit(_append_batch, stage, writer, number, batch, views, output, encoded, figures)
+                buffers.sent()
     except BaseException:
         writer.abort()
         raise
@@ -219,26 +230,41 @@ def fill_unit(
 
 
 def _batches(
-    stage: Stage, writer: UnitWriter, sampled: Iterator[SampledViews], left_out: Mapping[str, str]
-) -> Iterator[list[SampledViews]]:
-    """Teacher batches of the unit's images; those left out or that could not be decoded are skipped in the writer."""
+    stage: Stage,
+    writer: UnitWriter,
+    sampled: Iterator[SampledViews],
+    left_out: Mapping[str, str],
+    buffers: PixelBuffers,
+) -> Iterator[tuple[list[SampledViews], Tensor]]:
+    """Teacher batches: some images, without their pixels, and the pixels of all of them, (V, B, 3, size, size) uint8,
+    which are valid until the next batch but one is taken.
+
+    Each image is copied once, when it arrives: its shared memory is free again, and the pixels of a view are
+    contiguous. Images left out or that could not be decoded are skipped in the writer.
+    """
     batch: list[SampledViews] = []
+    pixels = NO_PIXELS
     for item in sampled:
         reason = left_out.get(item.sample.key, item.reason)
         if reason:
             writer.skip(item.sample.key, reason)
             continue
-        batch.append(item)
+        if not batch:
+            views, *shape = item.pixels.shape
+            pixels = buffers.take((views, stage.batch_size, *shape))
+        pixels[:, len(batch)] = item.pixels
+        batch.append(item._replace(pixels=NO_PIXELS))
         if len(batch) == stage.batch_size:
-            yield batch
+            yield batch, pixels
             batch = []
     if batch:
-        yield batch
+        yield batch, pixels[:, : len(batch)]
 
 
-def _on_device(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the device; the copy to a GPU is asynchronous."""
-    return images.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else images.to(device)
+def _seeds(batch: Sequence[SampledViews], number: int, device: torch.device) -> Tensor:
+    """(B,) int64 on the device: the dither seeds of one view of a batch."""
+    seeds = [dither_seed(item.sample.key, number) for item in batch]
+    return torch.tensor(seeds, pin_memory=page_locked(device)).to(device, non_blocking=True)
 
 
 @torch.no_grad()
@@ -249,17 +275,20 @@ def _append_batch(
     batch: Sequence[SampledViews],
     views: Sequence[EncodedView],
     output: TeacherOutput,
+    arriving: HostBatch,
     figures: dict[str, list[float]],
 ) -> None:
-    """Encode and append the teacher's outputs for one view of a batch; fidelity per view is added to `figures`."""
-    _check_finite(output.features, output.logits, batch, number)
-    seeds = torch.tensor([dither_seed(item.sample.key, number) for item in batch])
-    codes = stage.codec.encode(output.features, seeds)
-    close = fidelity(output.features, stage.codec.decode(codes).features)
-    for name, values in zip(close._fields, close, strict=True):
+    """Append one view of a batch, once its encoded rows have arrived; fidelity per view is added to `figures`."""
+    encoded = arriving.wait()
+    _check_finite(encoded.finite, batch, number)
+    codes, similarity = encoded.codes, encoded.similarity
+    if not encoded.final.all():  # rare: rows that need a second look, or that cannot be stored
+        codes = stage.codec.encode(output.features, _seeds(batch, number, output.features.device))
+        similarity = torch.stack(compare(stage.codec, output.features, codes)).cpu()
+    for name, values in zip(Fidelity._fields, similarity, strict=True):
         figures.setdefault(name, []).extend(values.tolist())
-    logits = stage.logit_codec.encode(output.logits)
-    for item, view, code, logit in zip(batch, views, stage.codec.pack(codes.cpu().numpy()), logits, strict=True):
+    rows, logits = stage.codec.pack(codes.cpu().numpy()), stage.logit_codec.pack(encoded.logits.numpy())
+    for item, view, code, logit in zip(batch, views, rows, logits, strict=True):
         record = Record(
             key=item.sample.key,
             label=item.sample.label,
@@ -272,9 +301,8 @@ def _append_batch(
         writer.append(number, record, item.image)
 
 
-def _check_finite(features: Tensor, logits: Tensor, batch: Sequence[SampledViews], view: int) -> None:
-    finite = features.flatten(1).isfinite().all(1) & logits.isfinite().all(1)
-    if not bool(finite.all()):
+def _check_finite(finite: Tensor, batch: Sequence[SampledViews], view: int) -> None:
+    if not finite.all():
         bad = [item.sample.key for item, ok in zip(batch, finite.tolist(), strict=True) if not ok]
         raise UserError(
             "the teacher's output is not finite",

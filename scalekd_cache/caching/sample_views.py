@@ -28,6 +28,8 @@ from scalekd_cache.views.view import apply_view, sample_view
 
 SPAN = 32
 """Prefetch limit of a worker, images; also the records of a pixel cache that are read in one call."""
+IMAGES_PER_ITEM = 8
+"""Images that a worker sends together: sending one item costs the main process about a millisecond."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +65,8 @@ class SampledViews(NamedTuple):
     image: str
     """Digest of the image file; empty when the views come from another cache."""
     pixels: Tensor
-    """(V, 3, size, size) uint8: the teacher's input; decoded from the stored bytes when pixels are baked."""
+    """(V, 3, size, size) uint8: the teacher's input; decoded from the stored bytes when pixels are baked. From a worker
+    it is a view of shared memory: copy it, and keep no reference."""
     views: list[EncodedView]
     reason: str
 
@@ -92,26 +95,16 @@ def views_of_units(
     dataset: Dataset[Any]
     places: Iterator[Any]
     one = _image_bytes(units, config)
+    span = max(1, min(SPAN, bytes_per_worker(workers) // (2 * one)))
     if isinstance(source, PixelCache):
-        span = max(1, min(SPAN, bytes_per_worker(workers) // (2 * one)))
-        dataset, places, size, waiting = (
-            SharedViewDataset(source, config, units),
-            _spans(source, units, claims, span),
-            span * one,
-            2,
-        )
+        waiting = 2
+        dataset, places = SharedViewDataset(source, config, units), _spans(source, units, claims, span)
     else:
-        dataset, places, size, waiting = (
-            ViewDataset(source, config, units, first),
-            _places(source, units, claims),
-            one,
-            SPAN,
-        )
-    for item in load_items(dataset, places, workers=workers, item_bytes=size, max_prefetch=waiting):
-        if isinstance(item, SampledViews):
-            yield item
-        else:
-            yield from item
+        span = min(span, IMAGES_PER_ITEM)
+        waiting = SPAN // span
+        dataset, places = ViewDataset(source, config, units, first), _places(source, units, claims, span)
+    for items in load_items(dataset, places, workers=workers, item_bytes=span * one, max_prefetch=waiting, borrow=True):
+        yield from items
 
 
 def spread_views(
@@ -135,7 +128,7 @@ def spread_views(
         items = (shared[0, range(at, at + 1)][0] for at in sample_indices(len(source.cache), count))
     else:
         dataset, order = ViewDataset(source, config, [unit]), source.order(0)
-        items = (dataset[0, int(order[at])] for at in sample_indices(len(order), count))
+        items = (dataset[0, [int(order[at])]][0] for at in sample_indices(len(order), count))
     found, reason = 0, ""
     for item in items:
         if item.reason:
@@ -160,8 +153,8 @@ def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
     return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
 
 
-class ViewDataset(Dataset[SampledViews]):
-    """Samples the views of one image, in a worker process of stage 1."""
+class ViewDataset(Dataset[list[SampledViews]]):
+    """Samples the views of some images, in a worker process of stage 1."""
 
     def __init__(
         self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
@@ -171,8 +164,11 @@ class ViewDataset(Dataset[SampledViews]):
         self.units = units
         self.first = first
 
-    def __getitem__(self, place: tuple[int, int]) -> SampledViews:
-        number, index = place
+    def __getitem__(self, place: tuple[int, Sequence[int]]) -> list[SampledViews]:
+        number, indices = place
+        return [self._image(number, index) for index in indices]
+
+    def _image(self, number: int, index: int) -> SampledViews:
         sample = self.source.samples[index]
         data = self.source.read(index)
         try:
@@ -246,15 +242,15 @@ def _skipped(number: int, sample: SampleRef, reason: str) -> SampledViews:
     return SampledViews(number, sample, "", torch.empty(0, dtype=torch.uint8), [], reason)
 
 
-def _places(source: Source, units: Sequence[Unit], claims: Iterator[int]) -> Iterator[tuple[int, int]]:
-    """(unit number, image index) of every image of the claimed units."""
+def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, list[int]]]:
+    """(unit number, image indices) of the claimed units, some images at a time."""
     orders: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
     for number in claims:
         unit = units[number]
         if unit.group not in orders:
             orders = {unit.group: source.order(unit.group)}
-        for position in unit.positions:
-            yield number, int(orders[unit.group][position])
+        for start in range(unit.positions.start, unit.positions.stop, span):
+            yield number, orders[unit.group][start : min(start + span, unit.positions.stop)].tolist()
 
 
 def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:

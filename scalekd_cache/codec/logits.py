@@ -108,29 +108,35 @@ class DenseLogits:
         if self.num_classes == 0:
             return [b""] * len(rows)
         start = 0 if self.kl_limit == 0 else self.record_bytes
-        raw = np.ascontiguousarray(rows[:, start:]).view("<f4")
-        coarse = np.ones(len(rows), bool) if start == 0 else rows[:, 0] != INT8
-        bad = coarse & ~np.isfinite(raw).all(1)
-        if bad.any():
+        coarse = np.arange(len(rows)) if start == 0 else np.flatnonzero(rows[:, 0] != INT8)
+        raw = np.ascontiguousarray(rows[coarse, start:]).view("<f4")
+        bad = coarse[~np.isfinite(raw).all(1)].tolist()
+        if bad:
             raise UserError(
                 "teacher logits cannot be stored",
-                got=f"NaN or infinity in rows {np.flatnonzero(bad)[:16].tolist()} of a batch of {len(rows)}",
+                got=f"NaN or infinity in rows {bad[:16]} of a batch of {len(rows)}",
                 expected="finite values",
                 where="logit codec",
                 fix="check the teacher's weights and precision",
             )
-        return [
-            self._pack_floats(values) if more else row[:start].tobytes()
-            for row, values, more in zip(rows, raw, coarse.tolist(), strict=True)
-        ]
+        records = [row[:start].tobytes() for row in rows]
+        for row, record in zip(coarse.tolist(), self._pack_floats(raw), strict=True):
+            records[row] = record
+        return records
 
-    def _pack_floats(self, values: NDArray[np.float32]) -> bytes:
-        """A record of mode 1, or of mode 2 if that is too coarse: (K,) float32, finite."""
-        largest = values.max()
-        halves = np.minimum(largest.astype(np.float64) - values, FLOAT16_MAX).astype("<f2")
-        close = self.kl_limit and kl_divergence(values, _from_halves(largest[None], halves[None])[0]) <= self.kl_limit
-        mode, body = (FLOAT16, halves) if close else (FLOAT32, values.astype("<f4"))
-        return struct.pack("<Bf", mode, largest) + body.tobytes()
+    def _pack_floats(self, values: NDArray[np.float32]) -> list[bytes]:
+        """Records of mode 1, or of mode 2 where that is too coarse: (n, K) float32, finite."""
+        if len(values) == 0:
+            return []
+        largest = values.max(1)
+        halves = np.minimum(largest[:, None].astype(np.float64) - values, FLOAT16_MAX).astype("<f2")
+        close = np.zeros(len(values), bool)
+        if self.kl_limit:
+            close = kl_divergence(values, _from_halves(largest, halves)) <= self.kl_limit
+        return [
+            struct.pack("<Bf", FLOAT16 if small else FLOAT32, peak) + (half if small else row).tobytes()
+            for small, peak, half, row in zip(close, largest, halves, values.astype("<f4"), strict=True)
+        ]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
         """Decode a record to (K,) float32. UserError for a mode or length that this codec does not write."""

@@ -2,15 +2,17 @@
 
 In: a data set, the order of its items, the size of one item in bytes. Out: the items, in that order.
 Invariant: all tensors of an item are sent in one block of shared memory (one file descriptor) and copied out of it when
-received. Prefetching is limited by the free shared memory and the open-file limit. A worker that cannot send an item
-exits, and a worker that exits raises an error. Every worker runs one thread.
+received, by the loader or by its caller. Prefetching is limited by the free shared memory and the open-file limit. A
+worker that cannot send an item exits, and a worker that exits raises an error. Every worker runs one thread.
 """
 
 import contextlib
+import itertools
+import math
 import multiprocessing.queues
 import os
 import resource
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,6 +85,7 @@ def load_items(
     item_bytes: int,
     max_prefetch: int,
     pin_memory: bool = False,
+    borrow: bool = False,
 ) -> Iterator[Any]:
     """Yields `dataset[index]` for each index of `order`; `order` is advanced only when a worker needs an index.
 
@@ -93,6 +96,8 @@ def load_items(
         item_bytes: approximate size of the tensors of one item.
         max_prefetch: maximum number of items that each worker prefetches.
         pin_memory: return tensors in page-locked memory.
+        borrow: return tensors that are views of an item's shared memory, not copies. An item whose tensors are kept
+            keeps a file descriptor open.
 
     Raises:
         UserError: too little shared memory or file descriptors, or a worker that exited.
@@ -110,7 +115,10 @@ def load_items(
     received = iter(loader)
     try:
         for item in received:
-            yield item.received() if isinstance(item, _SharedItem) else item
+            if isinstance(item, _SharedItem):
+                item = item.received(borrow=borrow)
+            yield item
+            del item
     except (RuntimeError, EOFError, ConnectionError) as error:
         raise ((worker_failure(error) if workers else None) or error) from error
     finally:  # shut down now: while a traceback keeps the iterator alive, torch may raise for dead workers anywhere
@@ -150,27 +158,33 @@ class _TensorSlot(NamedTuple):
     shape: tuple[int, ...]
 
 
+Place = tuple[int, ...]
+"""Where something is in nested lists and tuples: an index per level."""
+
+
 @dataclass(frozen=True)
 class _SharedItem:
-    """An item in transfer: its tensors in one block; in `rest` each tensor is replaced by its `_TensorSlot`."""
+    """An item in transfer: its tensors in one block."""
 
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""
+    slots: list[tuple[Place, _TensorSlot]]
+    """Where each tensor belongs, and where it is in the block."""
     rest: Any
+    """The item with None instead of its tensors."""
 
     def pin_memory(self) -> "_SharedItem":
         """Called by DataLoader's pinning thread: a pinned copy, so that the shared block is freed."""
-        return _SharedItem(self.block.pin_memory(), self.rest)
+        return _SharedItem(self.block.pin_memory(), self.slots, self.rest)
 
-    def received(self) -> Any:
-        """The item. The shared block is copied, so its file descriptor is closed now."""
-        block = self.block if self.block.is_pinned() else self.block.clone()
-
-        def tensor(place: _TensorSlot) -> Tensor:
-            count = place.dtype.itemsize * torch.Size(place.shape).numel()
-            return block[place.start : place.start + count].view(place.dtype).view(place.shape)
-
-        return _map_structure(self.rest, _TensorSlot, tensor)
+    def received(self, *, borrow: bool = False) -> Any:
+        """The item. Unless it is borrowed, the shared block is copied, so that its file descriptor is closed now."""
+        block = self.block if borrow or self.block.is_pinned() else self.block.clone()
+        item = self.rest
+        for path, slot in self.slots:
+            count = slot.dtype.itemsize * math.prod(slot.shape)
+            item = _put(item, path, block[slot.start : slot.start + count].view(slot.dtype).view(slot.shape))
+        return item
 
 
 class _SharedMemoryItems(Dataset[_SharedItem]):
@@ -183,21 +197,15 @@ class _SharedMemoryItems(Dataset[_SharedItem]):
         self.dataset = dataset
 
     def __getitem__(self, place: Any) -> _SharedItem:
-        tensors: list[tuple[_TensorSlot, Tensor]] = []
-        end = 0
-
-        def placed(tensor: Tensor) -> _TensorSlot:
-            nonlocal end
-            place = _TensorSlot(end, tensor.dtype, tuple(tensor.shape))
-            tensors.append((place, tensor))
-            end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-            return place
-
-        rest = _map_structure(self.dataset[place], Tensor, placed)
-        block = _shared_block(max(end, ALIGNMENT))
-        for place_of, tensor in tensors:
-            block[place_of.start : place_of.start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
-        return _SharedItem(block, rest)
+        tensors: list[tuple[Place, Tensor]] = []
+        rest = _without_tensors(self.dataset[place], (), tensors)
+        starts = list(itertools.accumulate((-(-t.nbytes // ALIGNMENT) * ALIGNMENT for _, t in tensors), initial=0))
+        block = _shared_block(max(starts[-1], ALIGNMENT))
+        slots = []
+        for start, (path, tensor) in zip(starts, tensors, strict=False):
+            block[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
+            slots.append((path, _TensorSlot(start, tensor.dtype, tuple(tensor.shape))))
+        return _SharedItem(block, slots, rest)
 
 
 def _shared_block(size: int) -> Tensor:
@@ -215,15 +223,31 @@ def _shared_block(size: int) -> Tensor:
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 
 
-def _map_structure(item: Any, kind: type, change: Callable[[Any], Any]) -> Any:
-    """The item with `change` applied to every part of type `kind`."""
-    if isinstance(item, kind):
-        return change(item)
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(_map_structure(part, kind, change) for part in item))
+def _without_tensors(item: Any, path: Place, tensors: list[tuple[Place, Tensor]]) -> Any:
+    """The item with None instead of its tensors, which are added to `tensors` with their places."""
+    if isinstance(item, Tensor):
+        tensors.append((path, item))
+        return None
     if isinstance(item, list | tuple):
-        return type(item)(_map_structure(part, kind, change) for part in item)
+        return _like(item, [_without_tensors(part, (*path, n), tensors) for n, part in enumerate(item)])
     return item
+
+
+def _put(item: Any, path: Place, tensor: Tensor) -> Any:
+    """The item with the tensor in its place; lists are changed, since a received item belongs to the receiver."""
+    if not path:
+        return tensor
+    first = path[0]
+    part = _put(item[first], path[1:], tensor)
+    if isinstance(item, list):
+        item[first] = part
+        return item
+    return _like(item, [*item[:first], part, *item[first + 1 :]])
+
+
+def _like(item: Any, parts: list[Any]) -> Any:
+    """The parts as a list, tuple or named tuple of the item's type."""
+    return item._make(parts) if hasattr(item, "_make") else type(item)(parts)
 
 
 class _LazySampler:

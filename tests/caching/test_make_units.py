@@ -156,7 +156,7 @@ def test_drawn_views_are_what_is_stored(tmp_path):
     config = options(tmp_path, shared_weights(), views={"jpeg_quality": 20})
     source = open_source(config.data, "train")
     draw = drawing.ViewDataset(source, config.views, plan_units(source, [[0, 1]], 32))
-    drawn = draw[0, 7]
+    (drawn,) = draw[0, [7]]
     assert drawn.sample == source.samples[7]
     assert len(drawn.views) == 2
     for pixels, view in zip(drawn.pixels, drawn.views, strict=True):

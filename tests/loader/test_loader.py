@@ -189,12 +189,14 @@ def replayed(tmp_path_factory):
     names = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(20)]
     root = folder_tree(folder / "data", train=names)
     seen = {}
-    append = caching._append_batch
+    batches = caching._batches
 
-    def spy(stage, writer, number, batch, views, output, figures):
-        for item in batch:
-            seen[item.sample.key, number] = item.pixels[number].clone()
-        append(stage, writer, number, batch, views, output, figures)
+    def spy(*args):
+        for batch, pixels in batches(*args):
+            seen.update(
+                {(item.sample.key, n): pixels[n, row].clone() for row, item in enumerate(batch) for n in range(VIEWS)}
+            )
+            yield batch, pixels
 
     recipe = {
         "pixels": "replayed",
@@ -205,7 +207,7 @@ def replayed(tmp_path_factory):
     }
     teacher = {"weights": None, "pretrained": False}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(caching, "_append_batch", spy)
+        patch.setattr(caching, "_batches", spy)
         cache = make(folder / "cache", shared_weights(), data={"source": str(root)}, views=recipe, teacher=teacher)
     return cache, seen, root
 

@@ -1,0 +1,123 @@
+"""Between host and device: pixels to the teacher, and what is stored of a batch back to the host, without waiting.
+
+In: pixels of images; a teacher's output. Out: pixels of a view; encoded rows and flags on the host, with an event that
+says when they have arrived.
+Invariant: nothing here reads a value on the host, so the next forward pass is enqueued at once. Encoding stands right
+behind its own forward pass on the device's stream; only the thread that writes records waits.
+"""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.fidelity import Fidelity, fidelity
+from scalekd_cache.codec.logits import LogitCodec
+from scalekd_cache.models.teacher import TeacherOutput
+
+
+class Encoded(NamedTuple):
+    """A batch of views, encoded."""
+
+    codes: Tensor
+    """(B, bytes_per_view) uint8: rows of the feature codec."""
+    final: Tensor
+    """(B,) bool: `EncodedRows.final`."""
+    finite: Tensor
+    """(B,) bool: whether the teacher's output has neither NaN nor infinity."""
+    similarity: Tensor
+    """(2, B) float32: the fields of `Fidelity`."""
+    logits: Tensor
+    """(B, n) uint8: `encode_rows` of the logit codec."""
+
+
+class Event(Protocol):
+    """The part of `torch.cuda.Event` that is used."""
+
+    def synchronize(self) -> None:
+        """Wait until the work before the event is done."""
+
+
+class HostBatch(NamedTuple):
+    """An encoded batch in page-locked memory of the host; valid after `arrived`."""
+
+    encoded: Encoded
+    arrived: Event
+
+    def wait(self) -> Encoded:
+        """The batch, once it has arrived."""
+        self.arrived.synchronize()
+        return self.encoded
+
+
+class PixelBuffers:
+    """Host memory for the pixels of a batch of images; two buffers alternate.
+
+    New memory would cost more time than the copy into it. A buffer is filled again when its copies to the device are
+    done, which with two buffers they usually are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._buffers: list[Tensor] = []
+        self._sent: list[Event] = [Done(), Done()]
+        self._turn = 0
+
+    def take(self, shape: tuple[int, ...]) -> Tensor:
+        """A buffer (V, B, 3, size, size) uint8 for the next batch, page-locked for a GPU."""
+        if not self._buffers or self._buffers[0].shape != shape:
+            self._buffers = [
+                torch.empty(shape, dtype=torch.uint8, pin_memory=page_locked(self.device)) for _ in self._sent
+            ]
+        self._turn = (self._turn + 1) % len(self._sent)
+        self._sent[self._turn].synchronize()
+        return self._buffers[self._turn]
+
+    def sent(self) -> None:
+        """All copies of the buffer last taken are enqueued."""
+        self._sent[self._turn] = recorded_event(self.device)
+
+
+class Done:
+    """The event of a CPU, where work is done when its call returns."""
+
+    def synchronize(self) -> None:
+        """Return at once."""
+
+
+@torch.no_grad()
+def encode_batch(codec: FeatureCodec, logit_codec: LogitCodec, output: TeacherOutput, seeds: Tensor) -> HostBatch:
+    """Enqueue encoding, fidelity, flags and the copies to the host behind the teacher's forward pass.
+
+    Args:
+        codec: of the features.
+        logit_codec: of the logits.
+        output: of the teacher.
+        seeds: (B,) int64 on the teacher's device: the seed of each view's dither.
+    """
+    rows = codec.encode_rows(output.features, seeds)
+    finite = output.features.flatten(1).isfinite().all(1) & output.logits.isfinite().all(1)
+    similarity = compare(codec, output.features, rows.codes)
+    encoded = Encoded(*rows, finite, torch.stack(similarity), logit_codec.encode_rows(output.logits))
+    host = Encoded(*(part.to("cpu", non_blocking=True) for part in encoded))  # torch allocates page-locked memory
+    return HostBatch(host, recorded_event(encoded.codes.device))
+
+
+def compare(codec: FeatureCodec, features: Tensor, codes: Tensor) -> Fidelity:
+    """Similarity of features and decoded rows."""
+    return fidelity(features, codec.decode(codes).features)
+
+
+def recorded_event(device: torch.device) -> Event:
+    """An event behind everything that was enqueued on the current stream of the device."""
+    if device.type != "cuda":
+        return Done()
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record()
+    return event
+
+
+def page_locked(device: torch.device) -> bool:
+    """Whether host memory must be page-locked, so that copies to and from the device do not wait."""
+    return device.type == "cuda"
