@@ -44,7 +44,7 @@ class Variant:
     train: dict[str, Any] = field(default_factory=dict)
     scalekd: dict[str, Any] = field(default_factory=dict)
     optim: dict[str, Any] = field(default_factory=dict)
-    free: bool = False
+    synthetic: bool = False
     """Targets are random numbers on the device; nothing is decoded."""
 
 
@@ -53,7 +53,7 @@ def variants(sizes: Sizes) -> list[Variant]:
     found = []
     for micro in sizes.micro_batches:
         found += [
-            Variant(f"free {micro}", micro, free=True),
+            Variant(f"synthetic {micro}", micro, synthetic=True),
             Variant(f"cached {micro}", micro),
             Variant(f"live {micro}", micro, train={"targets": "live"}),
             Variant(f"baseline {micro}", micro, train={"targets": "none"}),
@@ -134,8 +134,8 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
         torch.cuda.reset_peak_memory_stats()
     made = time.perf_counter()
     run = trainer_of(config_of(sizes, variant, cache, runs / variant.name), process)
-    if variant.free:
-        run.targets = free_targets(run, variant.micro)  # type: ignore[assignment]
+    if variant.synthetic:
+        run.targets = synthetic_targets(run, variant.micro)  # type: ignore[assignment]
     made = time.perf_counter() - made
     lines, count = Lines(), run.loader.steps_per_epoch
     steps = run.train(lines)  # type: ignore[arg-type]
@@ -156,14 +156,14 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     }
     if gpu:
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if run.targets is not None and not variant.free and run.targets.teacher is not None:
+    if run.targets is not None and not variant.synthetic and run.targets.teacher is not None:
         teacher, px = run.targets.teacher, sizes.views_px
         images = torch.zeros(variant.micro, 3, px, px, dtype=torch.uint8, device=process.device)
         figures["teacher_ms"] = milliseconds(lambda: teacher(images), process.device, sizes.repeats)
     return figures
 
 
-def free_targets(run: Trainer, batch: int) -> Any:
+def synthetic_targets(run: Trainer, batch: int) -> Any:
     """A source of targets that costs nothing."""
     device, shape = run.process.device, run.loader.codec.shape
     targets = Targets(

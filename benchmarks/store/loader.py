@@ -32,7 +32,7 @@ BATCH = 32
 
 
 def make_cache(root: Path, data: Path, images: int, teacher: str, **changes: Any) -> Cache:
-    """Cache one view of `images` images with a randomly initialized teacher."""
+    """Cache one view of `images` images with a randomly initialized teacher, on the device `device` (cpu)."""
     config = CacheTeacherConfig(
         data=DataConfig(source=str(data), max_samples=images),
         views=ViewConfig(pixels=changes.get("pixels", "baked")),
@@ -42,7 +42,7 @@ def make_cache(root: Path, data: Path, images: int, teacher: str, **changes: Any
             num_views=1, views_per_group=1, samples_per_shard=512, pixels_from=changes.get("pixels_from"),
         ),
     )  # fmt: skip
-    cache_teacher(config, Process(0, 1, torch.device("cpu")))
+    cache_teacher(config, Process(0, 1, torch.device(changes.get("device", "cpu"))))
     return Cache.open(root)
 
 

@@ -10,6 +10,7 @@ memory allocated by PyTorch on a GPU.
 """
 
 import multiprocessing
+import os
 import statistics
 import tempfile
 import time
@@ -47,10 +48,13 @@ PARTS = ("loader", "decoding", "forward", "backward", "optimizer")
 """Parts of a cached step, in order."""
 
 
-def endless_loader(cache: Cache, batch: int, workers: int) -> CacheLoader:
-    """A loader with more micro-batches than a benchmark uses."""
+def endless_loader(cache: Cache, batch: int, workers: int, device: torch.device) -> CacheLoader:
+    """A loader with more micro-batches than a benchmark uses, for a device, as `distill` makes it."""
     order = Order(num_samples=len(cache), block=64, window=32, seed=0)
-    return CacheLoader(cache, order, epochs=100_000, global_batch=batch, micro_batch=batch, workers=workers)
+    pinned = device.type == "cuda"
+    return CacheLoader(
+        cache, order, epochs=100_000, global_batch=batch, micro_batch=batch, workers=workers, pin_memory=pinned
+    )
 
 
 class Stopwatch:
@@ -89,11 +93,11 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         heads = make_heads(config, student, tail) if with_heads else None
         model = DistillModel(config, student, heads).to(device).train()
         both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))
-    batches = iter(endless_loader(cache, batch, workers))
-    loader = endless_loader(cache, batch, workers)
+    loader = endless_loader(cache, batch, workers, device)
+    batches = iter(loader)
     cached_source = TargetSource(loader.codec, loader.logit_codec)
     live_source = TargetSource(loader.codec, loader.logit_codec, teacher=teacher)
-    first = next(iter(loader)).to(device)
+    first = next(batches).to(device)  # worker processes start here, before anything is timed
     synthetic = Targets(torch.randn(batch, *spec.feature_shape, device=device),
                    torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
                    torch.randn(batch, classes, device=device))  # fmt: skip
@@ -166,9 +170,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--workers", type=int, help="loader processes (default 0; on a GPU all cores but one)")
     options = parser.parse_args(argv)
     device = torch.device(options.device)
+    if options.workers is None:
+        options.workers = max(1, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 0
     pairs = [(s, t, int(b)) for s, t, b in options.pair or []] or (GPU_PAIRS if device.type == "cuda" else PAIRS)
     figures: list[Measurement] = []
     raw = {}
@@ -176,7 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         with tempfile.TemporaryDirectory() as name:
             count = max(options.images, batch)
             data = write_photographs(Path(name) / "data", count)
-            cache = make_cache(Path(name) / "cache", data, count, teacher)
+            cache = make_cache(Path(name) / "cache", data, count, teacher, device=options.device)
             where = (student, teacher, batch, Path(name) / "cache", options.device)
             memory = peaks(*where) if device.type == "cuda" or not raw else {}
             actions, watch = steps(student, teacher, batch, cache, device, options.workers)

@@ -44,7 +44,7 @@ def test_what_a_failing_part_reported_is_kept(tmp_path, monkeypatch):
 
 
 def test_ratios_with_goals():
-    trained = {"free 8": 100, "cached 8": 101, "live 8": 190}
+    trained = {"synthetic 8": 100, "cached 8": 101, "live 8": 190}
     figures = {name: {"step_ms": value} for name, value in trained.items()}
     figures["live 8"]["teacher_ms"] = 100
     parts = {
@@ -56,7 +56,7 @@ def test_ratios_with_goals():
     assert met == {
         "decode, int8, ms a batch": True,
         "stage 1 / plain teacher": False,
-        "cached / free targets, micro-batch 8": True,
+        "cached / synthetic targets, micro-batch 8": True,
         "live / cached, micro-batch 8": False,
     }
 
