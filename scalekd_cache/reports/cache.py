@@ -4,6 +4,7 @@ In: a finished cache, and its teacher if available. Out: HTML.
 Invariant: what cannot be shown (missing pixels, no teacher weights) is reported on the page.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,9 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.weights import weights_available
-from scalekd_cache.reports.figures import histogram, stacked_bar
-from scalekd_cache.reports.gallery import Gallery, TeacherOutputs, load_views, rerun_on_views
-from scalekd_cache.reports.page import Picture, render
+from scalekd_cache.reports.charts import Chart, histogram, stacked_bar
+from scalekd_cache.reports.gallery import Card, Gallery, TeacherOutputs, load_views, rerun_on_views
+from scalekd_cache.reports.page import render
 from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, read_sample
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.reader import Cache
@@ -31,6 +32,8 @@ from scalekd_cache.versions import __version__
 OUTLIERS = 6
 """Views shown for each type of outlier."""
 GALLERY_VIEWS = 2
+SWITCHES = {"flip_": "flip_probability", "randaugment_": "randaugment_ops", "erase_": "erase_probability"}
+"""Options of a view recipe by the beginning of their names, and the one that is 0 when they are off."""
 UNITS = 500
 """Units whose fidelity is plotted, at most."""
 
@@ -91,7 +94,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         sizes=_sizes(cache.manifest),
         fidelity=_fidelity(cache, outputs),
         notes=[*notes, *sample.unreadable[:20]],
-        gallery=gallery.cards([(info, _closeness(outputs, info)) for info in gallery.views]),
+        gallery=_by_image(gallery.cards([(info, _closeness(outputs, info)) for info in gallery.views])),
         scanned=len(sample.views),
         disagreeing=sum(info.disagrees for info in sample.views),
         judged=sum(info.predicted is not None for info in sample.views),
@@ -146,6 +149,14 @@ def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]
     return [(view, position) for position in positions for view in views]
 
 
+def _by_image(cards: list[Card]) -> list[list[Card]]:
+    """The views of one image together."""
+    images: dict[int, list[Card]] = {}
+    for card in cards:
+        images.setdefault(card.info.position, []).append(card)
+    return list(images.values())
+
+
 def _evenly_spaced(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
     """At most `count` places, evenly spaced."""
     return [places[index] for index in sample_indices(len(places), count)[:count]] if count else []
@@ -174,19 +185,28 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
 
 def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
     """Fidelity measured in stage 1, by unit, and by re-running the teacher."""
-    manifest, pictures = cache.manifest, list[Picture]()
+    manifest, charts = cache.manifest, list[Chart]()
     rows = manifest.units[:: max(1, len(manifest.units) // UNITS)][:UNITS]
     units = [read_unit(unit_folder(cache.root, row.group, row.range_id))[0].fidelity for row in rows]
     worst = [unit["cosine_mean_removed"]["p1"] for unit in units if "cosine_mean_removed" in unit]
     if len(worst) > 1:
         title = "1st percentile of each unit, measured in stage 1"
-        pictures.append(histogram(worst, "mean-removed cosine, 1st percentile", "units", title))
+        charts.append(histogram(worst, "mean-removed cosine, 1st percentile", "units", title))
     if len(outputs.cosines) > 1:
         p1 = manifest.fidelity.get("cosine_mean_removed", {}).get("p1")
         mark = None if p1 is None else ("1st percentile in stage 1", p1)
         text = "Stored maps compared with live maps"
-        pictures.append(histogram(list(outputs.cosines.values()), "mean-removed cosine of a view", "views", text, mark))
-    return {"rows": manifest.fidelity, "pictures": pictures}
+        charts.append(histogram(list(outputs.cosines.values()), "mean-removed cosine of a view", "views", text, mark))
+    table = [
+        {
+            "measured in stage 1": name.replace("_", " "),
+            "mean": f"{row['mean']:.6f}",
+            "1st percentile": f"{row['p1']:.6f}" if "p1" in row else "",
+            "views": f"{row['count']:,}",
+        }
+        for name, row in manifest.fidelity.items()
+    ]
+    return {"rows": table, "charts": charts}
 
 
 def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
@@ -196,7 +216,7 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
     codec = ", ".join(
         f"{name} {value}" for name, value in manifest.facts.codec.items() if name != "id" and _short(value)
     )
-    views = ", ".join(f"{name.replace('_', ' ')} {_text(value)}" for name, value in recipe.items())
+    views = ", ".join(f"{name.replace('_', ' ')} {_text(recipe[name])}" for name in recipe if _is_on(name, recipe))
     return [
         ("path", str(cache.root)),
         (
@@ -215,6 +235,16 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("fingerprint", manifest.facts.fingerprint),
         ("written with", ", ".join(f"{name} {version}" for name, version in manifest.facts.versions.items())),
     ]
+
+
+def _is_on(name: str, recipe: Mapping[str, Any]) -> bool:
+    """Whether an option of a view recipe has an effect and no row of its own."""
+    off = [part for part, switch in SWITCHES.items() if not recipe.get(switch)]
+    if recipe["pixels"] == "replayed":
+        off.append("pixel_format")
+    if recipe["pixels"] == "replayed" or recipe.get("pixel_format") != "jpeg":
+        off.append("jpeg_")
+    return name != "pixels" and not name.startswith(tuple(off))
 
 
 def _text(value: object) -> str:

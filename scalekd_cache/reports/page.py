@@ -1,20 +1,28 @@
-"""The HTML page of a report: templates, embedded images, and the output file.
+"""The HTML page of a report: templates, embedded images and charts, and the output file.
 
-In: a template and values. Out: HTML in one file. Invariant: the page has no script and loads nothing (its content
-security policy enforces this), the template engine escapes all text, and the size is bounded.
+In: a template and values. Out: HTML in one file. Invariant: the page loads nothing and runs one script, Bokeh's with
+`page.js`, which does not depend on the data: its content security policy admits that script by its hash and no other.
+The template engine escapes all text, and the size is bounded.
 """
 
 import base64
+import functools
+import hashlib
 import io
+import re
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jinja2
 import numpy as np
+from bokeh.resources import Resources
+from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.reports.charts import Chart
 from scalekd_cache.store.durable_files import write_atomically
 
 MAX_BYTES = 5_000_000
@@ -30,8 +38,6 @@ class Picture(NamedTuple):
     """A data URI."""
     alt: str
     """Alternative text for screen readers."""
-    caption: str = ""
-    """Caption; may be empty."""
 
 
 def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
@@ -51,8 +57,35 @@ def data_uri(data: bytes, kind: str) -> str:
     return f"data:{kind};base64,{base64.b64encode(data).decode()}"
 
 
+@functools.cache
+def page_script() -> str:
+    """The script of every report: Bokeh's library, then ours, which draws the charts and sorts tables."""
+    library = Path(Resources(mode="server", minified=True, components=["bokeh"]).base_dir, "js", "bokeh.min.js")
+    own = files(__package__).joinpath("templates/page.js")
+    script = f"{library.read_text(encoding='utf-8')}\n{own.read_text(encoding='utf-8')}"
+    assert not re.search(r"</script|<!--|\r", script), "it would end the script's element, or change its hash"
+    return script
+
+
+def script_hash(script: str) -> str:
+    """The hash of a script as a content security policy names it."""
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def breakable(text: object) -> Markup:
+    """Text that browsers may break after a separator, so that they do not break words."""
+    return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
+
+
 def render(template: str, **values: Any) -> str:
     """Fill in a template of this package."""
+    charts: list[dict[str, Any]] = []
+
+    def place(chart: Chart) -> str:
+        """The id of the element for a chart."""
+        charts.append({**chart.item, "target_id": f"chart-{len(charts)}"})
+        return str(charts[-1]["target_id"])
+
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader(__package__),
         autoescape=True,
@@ -60,7 +93,13 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template(template).render(**values)
+    environment.policies["json.dumps_kwargs"] = {}  # jinja sorts by default: Bokeh reads definitions before references
+    environment.filters["breakable"] = breakable
+    environment.globals["place"] = place
+    script = page_script()
+    return environment.get_template(template).render(
+        **values, charts=charts, script=Markup(script), script_hash=script_hash(script)
+    )
 
 
 def write_page(path: Path, html: str) -> int:

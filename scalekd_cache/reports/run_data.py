@@ -13,7 +13,7 @@ from scalekd_cache.config.base import require
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.reports.figures import Series
+from scalekd_cache.reports.charts import Series
 from scalekd_cache.reports.predictions import (
     Images,
     Predictions,

@@ -15,7 +15,8 @@ from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import percent
-from scalekd_cache.reports.figures import Series, curves, matrix, scatter
+from scalekd_cache.reports.charts import Chart, Series, curves, matrix
+from scalekd_cache.reports.comparison import compare_runs, heads_of
 from scalekd_cache.reports.page import Picture, picture, render
 from scalekd_cache.reports.predictions import (
     Images,
@@ -31,7 +32,7 @@ from scalekd_cache.reports.run_data import (
     unique_paths,
 )
 from scalekd_cache.scalekd.losses import LossTerms
-from scalekd_cache.training.run_files import read_facts, text_option
+from scalekd_cache.training.run_files import read_facts
 from scalekd_cache.training.run_summary import baseline_summary
 from scalekd_cache.versions import __version__
 
@@ -77,7 +78,7 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
         title=title,
         version=__version__,
         notes=notes,
-        comparison=_comparison(runs, teacher, images) if len(runs) > 1 else None,
+        comparison=compare_runs(runs, teacher, images) if len(runs) > 1 else None,
         sections=sections,
         left_out=[run.name for run in runs[len(sections) :]],
     )
@@ -85,7 +86,7 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
 
 def _section(run: Run, teacher: Predictions | None, images: Images | None, names: list[str]) -> dict[str, Any]:
     """The section of one run."""
-    matrices: list[Picture] = []
+    matrices: list[Chart] = []
     if images is not None and run.predictions is not None:
         matrices.append(_matrix(run.predictions, images, names, f"Predictions of {run.name}"))
         if teacher is not None:
@@ -106,8 +107,14 @@ def _teacher_comparison(
     """Student compared with the teacher, if both have predictions."""
     if student is None or teacher is None or images is None:
         return {"agreement": None, "differing": []}
+    shares = agreement(student, teacher, images.labels)
+    words = {"same": "same prediction", "both_right": "both correct", "only_teacher": "only the teacher correct",
+             "only_student": "only the student correct", "both_wrong": "both wrong"}  # fmt: skip
     return {
-        "agreement": agreement(student, teacher, images.labels),
+        "agreement": [
+            {"student and teacher": words[name], "share of images": f"{share:.1f} %"}
+            for name, share in shares._asdict().items()
+        ],
         "differing": _disagreements(student, teacher, images, names),
     }
 
@@ -117,6 +124,7 @@ def _facts(run: Run) -> list[tuple[str, str]]:
     rows = [
         ("student", str(options.get("student.name"))),
         ("targets", str(options.get("train.targets"))),
+        ("heads", heads_of(run.options)),
         ("recipe", str(options.get("recipe"))),
         ("cache", f"{options.get('cache')}, fingerprint {run.facts['fingerprint'][:16]}, {run.facts['views']} views"),
         ("epochs", str(options.get("train.epochs"))),
@@ -144,13 +152,13 @@ def _headline(run: Run) -> list[tuple[str, str]]:
     return [*rows, (f"{summary['images_per_s']:,.0f}", "images/s"), (f"{summary['minutes']:.1f}", "minutes")]
 
 
-def _curves(run: Run) -> list[Picture]:
+def _curves(run: Run) -> list[Chart]:
     if not any("loss" in line for line in run.lines):
         return []
     terms = [run.series(name, name.replace("_", " ")) for name in LossTerms._fields]
     shown = [one for one in terms if any(one.y)]
     found = [
-        curves(shown, "step", "weighted loss", "Loss terms"),
+        curves(shown, "step", "weighted loss", "Loss terms, weighted"),
         curves([run.series("lr", "learning rate")], "step", "learning rate", "Learning rate"),
         curves([run.series("images_per_s", "images/s")], "step", "images/s", "Throughput"),
         curves([run.series("data_wait", "waiting")], "step", "share of time", "Waiting for data", percent=True),
@@ -163,7 +171,7 @@ def _curves(run: Run) -> list[Picture]:
     return found
 
 
-def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Picture:
+def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Chart:
     counts = confusion(images.labels, predictions, len(names))
     chosen = np.arange(len(names))
     accuracy = f"{predictions.accuracy(images.labels):.2f} % of {len(images.labels):,} images are correct"
@@ -176,7 +184,7 @@ def _matrix(predictions: Predictions, images: Images, names: list[str], title: s
 
 
 class PredictionAgreement(NamedTuple):
-    """PredictionAgreement of student and teacher, percent of the images."""
+    """How often student and teacher agree, percent of the images."""
 
     same: float
     both_right: float
@@ -186,7 +194,7 @@ class PredictionAgreement(NamedTuple):
 
 
 def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int64]) -> PredictionAgreement:
-    """PredictionAgreement of student and teacher on the same images."""
+    """How often student and teacher agree on the same images."""
     s, t = student.classes == labels, teacher.classes == labels
     shares = (student.classes == teacher.classes, s & t, ~s & t, s & ~t, ~s & ~t)
     return PredictionAgreement(*(100 * float(share.mean()) for share in shares))
@@ -210,44 +218,3 @@ def _disagreements(student: Predictions, teacher: Predictions, images: Images, n
 
 def _name(names: Sequence[str], number: Any) -> str:
     return names[int(number)] if 0 <= int(number) < len(names) else f"class {int(number)}"
-
-
-def _comparison(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
-    """The comparison of several runs."""
-    predicted = [run for run in runs if run.predictions is not None]
-    figures = [
-        curves([run.series("loss") for run in runs if run.lines], "step", "weighted loss", "Loss"),
-        curves([run.series("images_per_s") for run in runs if run.lines], "step", "images/s", "Throughput"),
-    ]
-    measured = [
-        (run.name, run.student, float(run.summary["top1"]))
-        for run in runs
-        if run.student is not None and run.summary is not None and run.summary["top1"] is not None
-    ]
-    if measured:
-        sizes = [(name, student.parameters / 1e6, top1) for name, student, top1 in measured]
-        speeds = [(name, student.images_per_s, top1) for name, student, top1 in measured]
-        figures.append(scatter(sizes, "million parameters", "top-1, percent", "Accuracy and size"))
-        figures.append(scatter(speeds, "images/s, forward", "top-1, percent", "Accuracy and inference speed"))
-    if images is not None and len(predicted) > 1:
-        names = [run.name for run in predicted] + (["teacher"] if teacher else [])
-        predictions = [run.predictions for run in predicted if run.predictions] + ([teacher] if teacher else [])
-        shares = np.array([[float((a.classes == b.classes).mean()) for b in predictions] for a in predictions])
-        figures.append(matrix(shares, names, names, ("", ""), "Share of images with the same prediction"))
-    return {"rows": [_row(run) for run in runs], "figures": figures}
-
-
-def _row(run: Run) -> dict[str, str]:
-    student, summary = run.student, run.summary
-    return {
-        "run": run.name,
-        "student": text_option(run.options, "student.name"),
-        "targets": text_option(run.options, "train.targets"),
-        "top-1": "in progress" if summary is None else percent(summary["top1"]),
-        "top-5": "" if summary is None else percent(summary["top5"]),
-        "parameters": "" if student is None else f"{student.parameters / 1e6:.2f} M",
-        "weights": "" if student is None else f"{student.bytes / 1e6:.1f} MB",
-        "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
-        "inference images/s": "" if student is None else f"{student.images_per_s:,.0f}",
-        "minutes": "" if summary is None else f"{summary['minutes']:.1f}",
-    }

@@ -1,0 +1,269 @@
+"""The charts of reports, drawn by Bokeh in the browser.
+
+In: series, counts, matrices. Out: `Chart`s: a Bokeh document as JSON, and a text for screen readers and pages without
+scripts. Invariant: the same numbers give the same bytes. Series differ by color, line style and name; colors have a
+contrast of 3 to 1 or more with the light and the dark page, numbers on colored cells of 4.5 to 1 or more.
+Axes and legends take their colors from the page (Bokeh reads CSS variables, `--bk-...` in base.html).
+"""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.models import (
+    ColumnDataSource,
+    DataRange1d,
+    FixedTicker,
+    GlyphRenderer,
+    HoverTool,
+    Legend,
+    LegendItem,
+    NumeralTickFormatter,
+    Range1d,
+)
+from bokeh.palettes import Cividis256
+from bokeh.plotting import figure
+from numpy.typing import ArrayLike, NDArray
+
+COLORS = ("#0072b2", "#d55e00", "#008a64", "#b3589a", "#2f87c6", "#9a7200", "#767676")
+"""After Okabe and Ito, safe for color-blind readers; the bright ones are darker, so that they show on white."""
+DASHES = ("solid", "dashed", "dashdot", "dotted", "dotdash", [12, 3], [2, 6])
+MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star")
+HATCHES = (" ", "/", ".", "x")
+MAX_POINTS = 400
+"""Maximum points of a curve; longer curves are averaged."""
+MAX_NAME = 24
+"""Characters of a name in a chart."""
+NUMBERED = 12
+"""Columns of the largest matrix whose cells show their numbers; larger ones show them under the pointer."""
+NAMED = 40
+"""Columns of the largest matrix with names at its axes."""
+MATH = re.compile(r"\$\$|\\[(\[]")
+"""What Bokeh takes for the beginning of a formula."""
+
+
+class Chart(NamedTuple):
+    """A chart for a template."""
+
+    item: dict[str, Any]
+    """Bokeh's JSON."""
+    alt: str
+    """What it shows, in words."""
+    caption: str
+
+
+class Series(NamedTuple):
+    """One curve."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def plain(name: str) -> str:
+    """A name from a data set, made safe for a chart: short, printable, not parsed as a formula."""
+    printable = "".join(character if character.isprintable() else "?" for character in name)
+    short = printable if len(printable) <= MAX_NAME else printable[: MAX_NAME - 1] + "…"
+    return MATH.sub(lambda found: " ".join(found[0]), short)
+
+
+def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, percent: bool = False) -> Chart:
+    """Curves with a common x axis; both axes include zero; `percent` shows shares as percent."""
+    plot = _plot(x_name, y_name, 260)
+    plot.x_range, plot.y_range = DataRange1d(start=0), DataRange1d()
+    if all(value >= 0 for one in series for value in one.y):
+        plot.y_range.start = 0
+    drawn = []
+    for number, one in enumerate(series):
+        source = ColumnDataSource({"x": _downsampled(one.x), "y": _downsampled(one.y)})
+        style = {"line_color": COLORS[number % 7], "name": plain(one.name)}
+        lines = [plot.line("x", "y", source=source, line_dash=DASHES[number % 7], line_width=2, **style)]
+        if len(one.x) < 12:
+            lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
+        drawn.append((one.name, lines))
+    value = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
+    lines = [group[0] for _, group in drawn]
+    _hover(plot, [("", "$name"), (x_name, "@x{0,0}"), (y_name, value[0])], lines, {"@y": value[1]}, mode="vline")
+    if percent:
+        plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
+    if len(series) > 1:
+        _legend(plot, drawn)
+    ends = "; ".join(f"{one.name} goes from {one.y[0]:.4g} to {one.y[-1]:.4g}" for one in series if len(one.y))
+    return _chart(plot, f"{title}. {y_name} over {x_name}: {ends or 'no values yet'}.", title)
+
+
+def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tuple[str, float] | None = None) -> Chart:
+    """Histogram of values, with an optional named vertical line."""
+    data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    counts, edges = np.histogram(data, bins=min(40, max(8, len(data) // 8)))
+    plot = _plot(x_name, y_name, 240)
+    plot.y_range = DataRange1d(start=0)
+    source = ColumnDataSource({"count": counts.tolist(), "left": edges[:-1].tolist(), "right": edges[1:].tolist()})
+    bars = plot.quad(
+        bottom=0, top="count", left="left", right="right", source=source, fill_color=COLORS[0], line_alpha=0
+    )
+    _hover(
+        plot,
+        [(x_name, "@left{%.6f} to @right{%.6f}"), (y_name, "@count")],
+        [bars],
+        {"@left": "printf", "@right": "printf"},
+    )
+    plot.xaxis.ticker.desired_num_ticks = 3
+    if mark is not None:
+        line = plot.line([mark[1]] * 2, [0, int(counts.max())], line_color=COLORS[1], line_dash="dashed", line_width=2)
+        _legend(plot, [(f"{mark[0]} {mark[1]:.5f}", [line])], shorten=False)
+    text = f"{title}: {len(data)} values from {data.min():.5f} to {data.max():.5f}, median {np.median(data):.5f}."
+    return _chart(plot, text, title)
+
+
+def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:
+    """Parts of a total as one stacked bar."""
+    plot = _plot(unit, "", 150)
+    plot.x_range = DataRange1d(start=0)
+    plot.yaxis.visible = False
+    left, drawn = 0.0, []
+    for number, (name, size) in enumerate(parts.items()):
+        source = ColumnDataSource({"name": [name], "size": [size], "left": [left], "right": [left + size]})
+        part = plot.hbar(y=0, height=0.8, left="left", right="right", source=source, fill_color=COLORS[number % 7],
+                         line_color="white", hatch_pattern=HATCHES[number % 4], hatch_color="white",
+                         hatch_alpha=0.5)  # fmt: skip
+        drawn.append((f"{name} {size:,.0f}", [part]))
+        left += size
+    _hover(plot, [("", "@name"), (unit, "@size{0,0}")], [group[0] for _, group in drawn])
+    _legend(plot, drawn)
+    text = ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
+    return _chart(plot, f"{title} in {unit}: {text}.", title)
+
+
+def matrix(
+    counts: NDArray[Any], rows: Sequence[str], columns: Sequence[str], names: tuple[str, str], title: str
+) -> Chart:
+    """A matrix of counts or shares, with numbers if it is small; `names` label its rows and columns."""
+    side, whole = len(columns), np.issubdtype(counts.dtype, np.integer)
+    plot = _plot(names[1], names[0], 420 if side > 6 else 300)
+    plot.x_range, plot.y_range = Range1d(-0.5, side - 0.5), Range1d(len(rows) - 0.5, -0.5)
+    plot.grid.visible = False
+    y, x = np.indices(counts.shape).reshape(2, -1).tolist()
+    colors = [Cividis256[round(255 * float(value) / max(float(counts.max()), 1e-12))] for value in counts.ravel()]
+    source = ColumnDataSource(
+        {
+            "x": x,
+            "y": y,
+            "color": colors,
+            "ink": [readable_ink(color) for color in colors],
+            "text": [f"{value:,}" if whole else f"{100 * value:.0f}" for value in counts.ravel().tolist()],
+            "row": [plain(rows[number]) for number in y],
+            "column": [plain(columns[number]) for number in x],
+        }
+    )
+    cells = plot.rect("x", "y", width=1, height=1, source=source, fill_color="color", line_alpha=0)
+    unit = "" if whole else " %"
+    _hover(plot, [(names[0] or "first", "@row"), (names[1] or "second", "@column"), ("", f"@text{unit}")], [cells])
+    if side <= NUMBERED:
+        plot.text("x", "y", text="text", source=source, text_color="ink", text_align="center", text_baseline="middle",
+                  text_font_size="12px" if side <= 10 else "10px")  # fmt: skip
+    for axis, labels in ((plot.xaxis, columns), (plot.yaxis, rows)):
+        axis.ticker = FixedTicker(ticks=list(range(len(labels))) if side <= NAMED else [])
+        axis.major_label_overrides = {number: plain(name) for number, name in enumerate(labels)}
+        axis.major_label_text_font_size = "11px" if side <= NUMBERED else "9px"
+    if any(len(name) > 2 for name in columns):
+        plot.xaxis.major_label_orientation = math.pi / 3
+    return _chart(plot, title, title)
+
+
+def scatter(points: Sequence[tuple[str, float, float]], x_name: str, y_name: str, title: str) -> Chart:
+    """Named points."""
+    plot = _plot(x_name, y_name, 280)
+    plot.x_range, plot.y_range = DataRange1d(range_padding=0.3), DataRange1d(range_padding=0.3)
+    drawn = []
+    for number, (name, x, y) in enumerate(points):
+        source = ColumnDataSource({"x": [x], "y": [y]})
+        drawn.append((name, [plot.scatter("x", "y", source=source, size=12, marker=MARKERS[number % 7],
+                                          color=COLORS[number % 7], name=plain(name))]))  # fmt: skip
+    formats = {"@x": "printf", "@y": "printf"}
+    shown = [group[0] for _, group in drawn]
+    _hover(plot, [("", "$name"), (x_name, "@x{%.4g}"), (y_name, "@y{%.4g}")], shown, formats)
+    _legend(plot, drawn)
+    text = "; ".join(f"{name}: {x:.4g}, {y:.4g}" for name, x, y in points)
+    return _chart(plot, f"{title} ({x_name}, {y_name}): {text}.", title)
+
+
+def luminance(color: str) -> float:
+    """Relative luminance of #rrggbb (WCAG 2.2)."""
+    channels = [int(color[start : start + 2], 16) / 255 for start in (1, 3, 5)]
+    linear = [value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in channels]
+    return sum(weight * value for weight, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(first: str, second: str) -> float:
+    """Contrast of two colors, 1 to 21 (WCAG 2.2)."""
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def readable_ink(color: str) -> str:
+    """Black or white, whichever is easier to read on a color; the contrast is at least 4.58."""
+    return max("#000000", "#ffffff", key=lambda ink: contrast(ink, color))
+
+
+def _plot(x_name: str, y_name: str, height: int) -> Any:
+    plot = figure(height=height, sizing_mode="stretch_width", tools="", toolbar_location=None, min_border_right=8,
+                  x_axis_label=x_name or None, y_axis_label=y_name or None, outline_line_color=None,
+                  background_fill_color=None, border_fill_color=None)  # fmt: skip
+    plot.axis.axis_label_text_font_style = "normal"
+    plot.axis.major_label_text_font_size = "12px"
+    plot.axis.minor_tick_line_color = None
+    plot.xaxis.formatter.use_scientific = False
+    plot.yaxis.formatter.power_limit_low = -5
+    return plot
+
+
+def _hover(
+    plot: Any,
+    rows: list[tuple[str, str]],
+    renderers: Sequence[GlyphRenderer],
+    formatters: Mapping[str, str] | None = None,
+    mode: str = "mouse",
+) -> None:
+    """Show these values under the pointer."""
+    plot.add_tools(HoverTool(tooltips=rows, renderers=list(renderers), formatters=dict(formatters or {}), mode=mode))
+
+
+def _legend(plot: Any, drawn: Sequence[tuple[str, list[GlyphRenderer]]], *, shorten: bool = True) -> None:
+    """A legend above the plot; a click on a name hides its curve."""
+    names = [plain(name) if shorten else name for name, _ in drawn]
+    items = [LegendItem(label=name, renderers=group) for name, (_, group) in zip(names, drawn, strict=True)]
+    longest = max(map(len, names))
+    columns = 1 if longest > 17 else 2 if longest > 9 else 3
+    legend = Legend(items=items, ncols=min(columns, len(items)), click_policy="hide", label_text_font_size="12px",
+                    location="left", border_line_color=None, background_fill_color=None, margin=0, spacing=10,
+                    glyph_width=26, label_standoff=6,
+                    stylesheets=[".bk-label { color: var(--ink) !important; }"])  # fmt: skip
+    plot.add_layout(legend, "above")
+    plot.height += 28 * math.ceil(len(items) / columns)
+
+
+def _chart(plot: Any, alt: str, caption: str) -> Chart:
+    # Bokeh numbers its objects through the whole process: number them through the chart.
+    ids: dict[str, str] = {}
+
+    def renumbered(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                name: ids.setdefault(part, f"m{len(ids)}") if name in ("id", "root_id") else renumbered(part)
+                for name, part in value.items()
+            }
+        return [renumbered(part) for part in value] if isinstance(value, list) else value
+
+    return Chart(renumbered(dict(json_item(plot))), alt, caption)
+
+
+def _downsampled(values: Sequence[float]) -> list[float]:
+    """At most `MAX_POINTS` values of 6 digits: means of consecutive values."""
+    data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    if len(data) > MAX_POINTS:
+        data = np.array([part.mean() for part in np.array_split(data, MAX_POINTS)])
+    return [float(f"{value:.6g}") for value in data]

@@ -1,0 +1,145 @@
+"""The comparison of several runs: a table with the teacher, mean and spread over seeds, and charts.
+
+In: runs, and the teacher's predictions if available. Out: values for the template.
+Invariant: losses are drawn in one chart only if they are the same sum of terms, so that they can be compared.
+"""
+
+import json
+import statistics
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from scalekd_cache.config.base import flat
+from scalekd_cache.models.evaluate import percent
+from scalekd_cache.reports.charts import Chart, curves, matrix, scatter
+from scalekd_cache.reports.predictions import Images, Predictions
+from scalekd_cache.reports.run_data import Run
+from scalekd_cache.training.run_files import text_option
+
+NUMBERS = ("top-1", "top-5", "parameters, M", "weights, MB", "training images/s", "inference images/s", "minutes")
+"""Columns of the table that hold numbers."""
+NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
+               "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
+"""Options of `train` in which the runs of one mean may differ."""
+
+
+def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
+    """The values of the comparison."""
+    return {
+        "rows": [*(_row(run) for run in runs), *_teacher_rows(runs)],
+        "numbers": NUMBERS,
+        "seeds": mean_over_seeds(runs),
+        "charts": [*_loss_charts(runs), *_other_charts(runs), *_agreement_chart(runs, teacher, images)],
+    }
+
+
+def heads_of(options: Mapping[str, Any]) -> str:
+    """The kind of a run's heads; none without distillation."""
+    targets = text_option(options, "train.targets")
+    return "none" if targets == "none" else text_option(options, "scalekd.projector")
+
+
+def _row(run: Run) -> dict[str, str]:
+    student, summary = run.student, run.summary
+    return {
+        "run": run.name,
+        "model": text_option(run.options, "student.name"),
+        "targets": text_option(run.options, "train.targets"),
+        "heads": heads_of(run.options),
+        "top-1": "in progress" if summary is None else percent(summary["top1"]),
+        "top-5": "" if summary is None else percent(summary["top5"]),
+        "parameters, M": "" if student is None else f"{student.parameters / 1e6:.2f}",
+        "weights, MB": "" if student is None else f"{student.bytes / 1e6:.1f}",
+        "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
+        "inference images/s": "" if student is None else f"{student.images_per_s:,.0f}",
+        "minutes": "" if summary is None else f"{summary['minutes']:.1f}",
+    }
+
+
+def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
+    """One row for each teacher of the finished runs."""
+    found = {run.summary["teacher"]: run.summary["teacher_top1"] for run in runs if run.summary is not None}
+    empty = dict.fromkeys(_row(runs[0]), "")
+    return [{**empty, "run": "teacher", "model": name, "top-1": percent(top1)} for name, top1 in found.items()]
+
+
+def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
+    """Rows of mean and spread for the finished runs that differ in their seed only; none for a single seed."""
+    groups: dict[str, dict[str, Run]] = {}
+    for run in runs:
+        if run.summary is not None and run.summary["top1"] is not None:
+            train = {name: value for name, value in _part(run, "train").items() if name not in NOT_RESULTS}
+            parts = [run.facts["fingerprint"], run.options.get("student"), _part(run, "scalekd"), _part(run, "optim")]
+            key = json.dumps([*parts, train], sort_keys=True, default=str)
+            groups.setdefault(key, {})[text_option(run.options, "train.seed")] = run
+    return [_mean_row(list(group.values())) for group in groups.values() if len(group) > 1]
+
+
+def _mean_row(runs: list[Run]) -> dict[str, str]:
+    top1, top5 = ([run.summary[name] for run in runs if run.summary] for name in ("top1", "top5"))
+    return {
+        "model": text_option(runs[0].options, "student.name"),
+        "targets": text_option(runs[0].options, "train.targets"),
+        "heads": heads_of(runs[0].options),
+        "seeds": str(len(runs)),
+        "top-1": f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} %",
+        "lowest": f"{min(top1):.2f} %",
+        "highest": f"{max(top1):.2f} %",
+        "top-5": "" if None in top5 else f"{statistics.mean(top5):.2f} ± {statistics.stdev(top5):.2f} %",
+    }
+
+
+def _part(run: Run, name: str) -> dict[str, Any]:
+    part = run.options.get(name)
+    return part if isinstance(part, dict) else {}
+
+
+def _loss_charts(runs: list[Run]) -> list[Chart]:
+    """One chart for each sum of terms: targets, weights and the label loss."""
+    groups: dict[str, list[Run]] = {}
+    for run in runs:
+        if any("loss" in line for line in run.lines):
+            options = flat(run.options)
+            names = sorted(name for name in options if name.startswith(("scalekd.", "train.label")))
+            terms = [] if heads_of(run.options) == "none" else [options[name] for name in names if "weight" in name]
+            key = [text_option(run.options, "train.targets"), text_option(run.options, "train.label_loss"), *terms]
+            groups.setdefault(json.dumps(key, default=str), []).append(run)
+    charts = []
+    for group in groups.values():
+        targets = text_option(group[0].options, "train.targets")
+        name = "Loss without distillation" if targets == "none" else f"Loss, {targets} targets"
+        same = sum(text_option(other[0].options, "train.targets") == targets for other in groups.values())
+        title = f"{name}: {', '.join(run.name for run in group)}" if same > 1 else name
+        charts.append(curves([run.series("loss") for run in group], "step", "weighted loss", title))
+    return charts
+
+
+def _other_charts(runs: list[Run]) -> list[Chart]:
+    """Throughput, and accuracy against size and speed."""
+    started = [run.series("images_per_s") for run in runs if run.lines]
+    charts = [curves(started, "step", "images/s", "Training throughput")]
+    measured = [
+        (run.name, run.student, float(run.summary["top1"]))
+        for run in runs
+        if run.student is not None and run.summary is not None and run.summary["top1"] is not None
+    ]
+    if measured:
+        sizes = [(name, student.parameters / 1e6, top1) for name, student, top1 in measured]
+        speeds = [(name, student.images_per_s, top1) for name, student, top1 in measured]
+        charts.append(scatter(sizes, "million parameters", "top-1, percent", "Accuracy and size"))
+        charts.append(scatter(speeds, "images/s, forward", "top-1, percent", "Accuracy and inference speed"))
+    return charts
+
+
+def _agreement_chart(runs: list[Run], teacher: Predictions | None, images: Images | None) -> list[Chart]:
+    """How often the students, and the teacher, predict the same class."""
+    predicted = [(run.name, run.predictions) for run in runs if run.predictions is not None]
+    if images is None or len(predicted) < 2:
+        return []
+    if teacher is not None:
+        predicted.append(("teacher", teacher))
+    names = [name for name, _ in predicted]
+    shares = np.array([[float((a.classes == b.classes).mean()) for _, b in predicted] for _, a in predicted])
+    return [matrix(shares, names, names, ("", ""), "Same prediction, percent of the images")]
