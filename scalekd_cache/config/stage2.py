@@ -175,6 +175,8 @@ class TrainConfig:
     """Loader worker processes per rank (0: main process)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    tracker: Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"] = "tensorboard"
+    """Where the lines of metrics.jsonl go too, besides the TensorBoard events that every run writes."""
     log_samples: bool = False
     """Write the sample positions of every micro-batch to samples-r00000.jsonl, one file per rank."""
     timeout_minutes: float = 30.0

@@ -23,6 +23,7 @@ from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs
 from scalekd_cache.training.targets import load_cache_tail, make_heads, make_order
+from scalekd_cache.training.trackers import check_tracker
 
 
 def plan_distill(config: DistillConfig, process: Process) -> list[str]:
@@ -34,6 +35,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     run, train = Path(config.run or "runs/student"), config.train
     check_config(run, to_plain(config))
     reads = open_run_cache(config, run, process)
+    check_tracker(train.tracker)
     before = started_epochs(run)
     if finished_summary(run, train.epochs, config.extend) is not None:
         return [f"{run} is finished; nothing to do"]

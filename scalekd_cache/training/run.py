@@ -37,17 +37,25 @@ from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, S
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.trackers import Logger, check_tracker, start_tracker
 from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
 
 
-def distill(config: DistillConfig, process: Process) -> Summary:
+def distill(config: DistillConfig, process: Process, log: Logger | None = None) -> Summary:
     """Train a student from a cache; return the summary. A finished run only returns its summary.
 
     With `extend`, a run of fewer epochs continues from its last checkpoint.
+
+    Args:
+        config: all options of stage 2.
+        process: this process.
+        log: called on rank 0 with (step, values) for every line of metrics.jsonl.
     """
     run = Path(config.run or "runs/student")
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
     try:
+        if folder is not None:
+            folder.add_logger(log)
         return _distill(config, run, folder, process)
     finally:
         if folder is not None:
@@ -63,6 +71,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         return finished
     process.print_rank0(describe_device(process.device))
     check_export_place(run / "export")
+    check_tracker(config.train.tracker)
     run_cache = open_run_cache(config, run, process)
     cache = run_cache.cache
     validation = _validation(cache.manifest, config.data, process)
@@ -77,6 +86,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         folder.write_facts(facts_of(cache.manifest.facts, run_cache.views, config.student))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(first)
+        folder.add_logger(start_tracker(config.train.tracker, run, to_plain(config), process.print_rank0))
         folder.reopen(first)
         if damaged:
             process.print_rank0(f"{damaged} damaged lines of {run / METRICS} were dropped")

@@ -31,6 +31,7 @@ from scalekd_cache.training.run_files import (
     read_facts,
     read_summary,
 )
+from scalekd_cache.training.trackers import CSV, ID, CsvFile, Logger, Tracker
 
 LOCK = ".lock"
 FOLDERS = ("checkpoints", "tensorboard", "export")
@@ -40,7 +41,7 @@ FREE_OPTIONS |= {
     for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps", "log_samples", "timeout_minutes")
 }
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
-FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend", "train.seeds"}
+FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend", "train.seeds", "train.tracker"}
 """Options that may change when a run is resumed: paths and resources, not the computation."""
 
 
@@ -55,6 +56,7 @@ class RunFolder:
         """
         self.path = path
         self._events: EventFile | None = None
+        self._loggers: list[Logger] = []
         require_folder(path, "RUN")
         with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
@@ -69,7 +71,11 @@ class RunFolder:
         self._config = dict(config)
 
     def close(self) -> None:
-        """Release the lock."""
+        """End the trackers and release the lock."""
+        for logger in self._loggers:
+            if isinstance(logger, CsvFile | Tracker):
+                logger.close()
+        self._loggers = []
         self._lock.close()
 
     def _take_lock(self) -> IO[bytes]:
@@ -118,6 +124,11 @@ class RunFolder:
             self._events = EventFile(self.path / "tensorboard", step)
         return damaged
 
+    def add_logger(self, logger: Logger | None) -> None:
+        """Call a function for each later line of metrics.jsonl."""
+        if logger is not None:
+            self._loggers.append(logger)
+
     def reopen(self, step: int) -> None:
         """Remove the summary of a run that is extended; its accuracy becomes a line of the metrics at this step.
 
@@ -133,7 +144,7 @@ class RunFolder:
         fsync_path(self.path)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Append one line of metrics, and the same scalars to TensorBoard.
+        """Append one line of metrics; the same scalars go to TensorBoard and to the loggers.
 
         Raises:
             UserError: the disk is full or fails; earlier lines remain.
@@ -144,6 +155,8 @@ class RunFolder:
                 file.write(line)
             assert self._events is not None
             self._events.add(step, values)
+        for logger in self._loggers:
+            logger(step, values)
 
     def finish(self, summary: Summary) -> None:
         """Write the summary, which marks the run as finished."""
@@ -158,7 +171,7 @@ def check_paths(run: Path) -> None:
     Raises:
         UserError: something else (a folder, a FIFO, a link loop) has the name of one of its files or folders.
     """
-    for name in (OPTIONS, FACTS, SUMMARY, METRICS):
+    for name in (OPTIONS, FACTS, SUMMARY, METRICS, CSV, ID):
         if os.path.lexists(run / name):
             check_regular(run / name, "a file of the run")
     for name in FOLDERS:

@@ -20,6 +20,7 @@ from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_files import Summary
+from scalekd_cache.training.trackers import Logger
 
 
 def default_run(config: DistillConfig) -> str:
@@ -53,8 +54,10 @@ def seeds_of(config: DistillConfig) -> list[int]:
     return list(dict.fromkeys(int(seed) for seed in (config.train.seeds or "").split(",") if seed.strip()))
 
 
-def distill_series(configs: Sequence[DistillConfig], process: Process) -> list[Summary]:
+def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logger | None = None) -> list[Summary]:
     """Train one run after the other. All are checked before the first one starts; finished ones are not run again.
+
+    `log` is called as by `distill`.
 
     Raises:
         UserError: of the first run that fails; a rerun continues there.
@@ -66,7 +69,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process) -> list[S
     for number, config in enumerate(configs, 1):
         if len(configs) > 1:
             process.print_rank0(f"run {number} of {len(configs)}: {config.run}")
-        summaries.append(distill(config, process))
+        summaries.append(distill(config, process, log))
         gc.collect()  # an engine of DeepSpeed refers to itself
         if process.device.type == "cuda":
             torch.cuda.empty_cache()

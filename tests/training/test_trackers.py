@@ -1,0 +1,133 @@
+"""Trackers get what metrics.jsonl gets. No server: CSV, mlflow's folder, and stand-ins for wandb and trackio."""
+
+import csv
+import dataclasses
+import json
+import sys
+import types
+
+import pytest
+from commands import metric_lines
+from small_cache import CPU, shared_cache
+
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.training.dry_run import plan_distill
+from scalekd_cache.training.run import distill
+from scalekd_cache.training.trackers import Tracker
+
+OPTIONS = {"train": {"epochs": 2, "deepspeed": None}, "student": {"mean": [0.5, 0.5, 0.5]}}
+
+
+def config_of(run, tracker, epochs=2):
+    small = TrainConfig(epochs=epochs, global_batch_size=48, micro_batch_size=16, log_every=1, tracker=tracker)
+    return DistillConfig(
+        cache=str(shared_cache().root), run=str(run), student=StudentConfig(name="test_resnet"), train=small
+    )
+
+
+def test_a_csv_file_and_a_function_get_every_line(tmp_path):
+    run, seen = tmp_path / "run", []
+    distill(config_of(run, "csv"), CPU, log=lambda step, values: seen.append({"step": step, **values}))
+    lines = metric_lines(run)
+    assert seen == lines
+    assert len(lines) == 5  # four steps and the evaluation after the first epoch
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(value) for name, value in row.items() if value} for row in rows] == lines
+    assert not (run / "tracker.json").exists()
+
+
+class Session:
+    """What wandb and trackio give."""
+
+    def __init__(self):
+        self.started, self.lines, self.ended = [], [], 0
+
+    def init(self, **given):
+        self.started.append(given)
+        return self
+
+    def log(self, values, step):
+        self.lines.append({"step": step, **values})
+
+    def finish(self):
+        self.ended += 1
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    def install(name):
+        session, module = Session(), types.ModuleType(name)
+        module.init = session.init
+        monkeypatch.setitem(sys.modules, name, module)
+        return session
+
+    return install
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio"])
+def test_a_resumed_run_continues_in_its_tracker(tmp_path, stand_in, name):
+    session = stand_in(name)
+    for step in (1, 2):
+        tracker = Tracker(name, tmp_path, OPTIONS, print)
+        tracker(step, {"loss": 0.5})
+        tracker.close()
+    assert session.lines == [{"step": 1, "loss": 0.5}, {"step": 2, "loss": 0.5}]
+    assert session.ended == 2
+    assert session.started[0]["config"] == {
+        "train.epochs": 2,
+        "train.deepspeed": "None",
+        "student.mean": "[0.5, 0.5, 0.5]",
+    }
+    first, second = session.started
+    assert first == second
+    assert (first["project"], first["name"], first["resume"]) == ("scalekd-cache", tmp_path.name, "allow")
+    other = tmp_path / "other"
+    other.mkdir()
+    Tracker(name, other, OPTIONS, print).close()
+    if name == "wandb":
+        assert session.started[2]["id"] != first["id"]
+        (other / "tracker.json").write_text("[")
+        Tracker(name, other, OPTIONS, print).close()
+        assert session.started[3]["id"] != session.started[2]["id"]
+
+
+def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, stand_in, capsys):
+    session = stand_in("wandb")
+
+    def fail(*_, **__):
+        raise OSError("no route to host")
+
+    session.log = fail
+    tracker = Tracker("wandb", tmp_path, OPTIONS, print)
+    tracker(1, {"loss": 1.0})
+    tracker(2, {"loss": 1.0})
+    tracker.close()
+    assert capsys.readouterr().out.count("the tracker wandb failed and is off") == 1
+    session.init = sys.modules["wandb"].init = fail
+    with pytest.raises(UserError, match=r"the tracker wandb cannot be started(.|\n)*no route(.|\n)*WANDB_MODE=offline"):
+        Tracker("wandb", tmp_path, OPTIONS, print)
+
+
+def test_mlflow_without_a_server(tmp_path, monkeypatch):
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    for step in (1, 2):
+        tracker = Tracker("mlflow", tmp_path, OPTIONS, print)
+        tracker(step, {"loss": 0.5 / step})
+        tracker.close()
+    kept = json.loads((tmp_path / "tracker.json").read_text())["mlflow"]
+    found = mlflow.MlflowClient().get_metric_history(kept, "loss")
+    assert [(metric.step, metric.value) for metric in found] == [(1, 0.5), (2, 0.25)]
+
+
+def test_a_missing_tracker_is_refused_before_the_run(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = config_of(tmp_path / "run", "wandb")
+    for start in (plan_distill, distill):
+        with pytest.raises(UserError, match=r"train\.tracker=wandb needs wandb(.|\n)*\[wandb\]"):
+            start(config, CPU)
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert dataclasses.replace(config.train, tracker="csv").tracker == "csv"
