@@ -1,7 +1,7 @@
 """The exception for errors that a user can fix.
 
 In: the facts of a failure. Out: `UserError`, whose text has up to five parts in a fixed order.
-Invariant: whatever a user can cause (a typing error, a bad file, a full disk) raises it; `assert` is for our bugs.
+Invariant: every error that a user can cause (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
 """
 
 import difflib
@@ -57,7 +57,7 @@ class UserError(Exception):
 def worker_failure(error: BaseException) -> UserError | None:
     """The `UserError` for torch's report that a DataLoader worker died; None for any other error.
 
-    Torch raises that report in the main thread, at whatever line it happens to be.
+    Torch raises that report in the main thread, at an arbitrary line.
     """
     text = str(error)
     # The pipe to a worker that has exited; an error raised in a worker begins with "Caught".

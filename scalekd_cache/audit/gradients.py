@@ -83,7 +83,7 @@ class GradientComparison:
     noise_ratio_db: float | None
     """Sampling noise over codec noise in decibels (None: no codec noise)."""
     bias_share: float
-    """Share of the codec's error that is the same in all micro-batches (0 for unbiased targets)."""
+    """Fraction of the codec's squared error that is constant over micro-batches, its bias (0 for unbiased targets)."""
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -186,7 +186,7 @@ class _GradientSums:
         device = self.parameters[0].device
         self.live, self.error = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
         self.squares: list[tuple[float, float, float]] = []
-        """Of each micro-batch: |g|^2, |e|^2, cosine."""
+        """|g|^2, |e|^2 and cosine of each micro-batch."""
         self.figures: dict[str, list[float]] = {}
 
     def add(self, batch: Batch) -> None:

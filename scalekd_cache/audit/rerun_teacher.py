@@ -57,7 +57,7 @@ class RerunBatch(NamedTuple):
     decoded: Tensor
     """(B, C, H, W) float32 features as the cache stores them."""
     close: Fidelity
-    """Cosines of `output.features` and `decoded`, one value a view."""
+    """Cosines of `output.features` and `decoded`, one value per view."""
 
 
 def sample_places(cache: Cache, count: int, seed: int) -> list[Place]:
@@ -106,8 +106,8 @@ def check_targets(
         cache: a finished cache.
         teacher: its teacher.
         checker: of this cache; it knows where the pixels are.
-        records: number of views, at most.
-        seed: of the sample.
+        records: maximum number of views.
+        seed: seed of the random sample.
     """
     figures: dict[str, list[float]] = {}
     same: list[bool] = []

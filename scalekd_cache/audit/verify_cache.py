@@ -2,7 +2,7 @@
 
 In: the folder or URL of a cache; optionally the new places of its data set and its teacher's weights.
 Out: a `VerifyResult`.
-Invariant: what cannot be checked here (no teacher, no images, no pixels) is reported as a note.
+Invariant: a check that is not possible here (no teacher, no images, no pixels) is reported as a note.
 """
 
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def verify_deep(
         weights: file of the teacher's weights (None: as recorded in the cache).
         pixels_from: folder or URL of the cache that holds the pixels (None: as recorded).
         records: number of views to re-run the teacher on (0: none).
-        seed: of that random sample.
+        seed: seed of that random sample.
         device: device of the teacher.
         progress: called with (units done, total units).
 

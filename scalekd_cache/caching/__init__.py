@@ -4,6 +4,6 @@ In: a `CacheTeacherConfig` and the processes of a job. Out: committed work units
 `job.py` runs the job, `job_plan.py` plans its units, `make_units.py` makes them from `sample_views.py`;
 `codec_selection.py` selects the codec, `preflight.py` and `size_probe.py` check and measure before the work starts,
 and `pixel_cache.py` reads the views of another cache.
-Written here although libraries exist: handing out units (torchrun's store counts claims, so ranks may join and leave;
-DistributedSampler needs a fixed world size).
+Custom code instead of a library: unit assignment. It counts claims in torchrun's store, so ranks may join and leave;
+DistributedSampler needs a fixed world size.
 """

@@ -49,12 +49,12 @@ class CodecMeasurement(NamedTuple):
     noise: float
     """Noise of the transform codec; 0 for other codecs."""
     bytes: float
-    """Mean bytes of a record, norms included."""
+    """Mean bytes per record, including norms."""
     cosine_mean: float
-    """Of mean-removed features."""
+    """Cosine of mean-removed features, mean over views."""
     cosine_p1: float
     kl_mean: float | None
-    """Nats, through the teacher's own head; None if the head does not read the mean of the features."""
+    """KL in nats, through the teacher's head; None if the head does not read the mean of the features."""
     kl_p99: float | None
     top1_agreement: float | None
     meets: bool
@@ -65,21 +65,21 @@ class CodecMeasurement(NamedTuple):
 
 
 class CodecChoice(NamedTuple):
-    """The chosen codec, and all that were measured."""
+    """The selected codec, and all measured codecs."""
 
     codec: FeatureCodec
     rows: list[CodecMeasurement]
-    """In order of bytes, the smallest first."""
+    """Sorted by size, smallest first."""
     chosen: CodecMeasurement
 
 
 def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarget) -> CodecChoice:
-    """The smallest codec that meets a target; for a target in bytes, the most accurate one that meets it.
+    """Select the smallest codec that meets a target; for a target in bytes, the most accurate one.
 
     Args:
         features: (N, C, H, W) float32 on the CPU, one view of each of N images; a third of them is held out.
-        logits: (N, K) float32, the teacher's.
-        teacher: its head gives the KL.
+        logits: (N, K) float32 from the teacher.
+        teacher: provides the head for the KL.
         target: 99 % of the views must meet a cosine or KL; the mean must meet a size in bytes.
 
     Raises:
@@ -91,7 +91,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
             got=f"{len(features)} images",
             expected=MIN_VIEWS,
             where="CODEC=auto",
-            fix="name a codec: CODEC=int8",
+            fix="select a codec by name: CODEC=int8",
         )
     judged = torch.arange(len(features)) % 3 == 2
     head = _readable_head(teacher, features[:2], logits[:2], needed=target.metric == "kl")
@@ -120,7 +120,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
 def _measure_transforms(
     features: Tensor, held_out: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
 ) -> list[tuple[FeatureCodec, CodecMeasurement]]:
-    """The transform coder at the noise levels of a binary search for the one that just meets the target."""
+    """The transform codec at the noise levels of a binary search for the highest one that meets the target."""
     state = fit_moments(features)
     found: list[tuple[FeatureCodec, CodecMeasurement]] = []
 
@@ -141,7 +141,7 @@ def _measure_transforms(
 
 
 def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: bool) -> "torch.nn.Linear | None":
-    """The teacher's classifier, where it reads the mean of the features."""
+    """The teacher's classifier if it reads the mean of the features; else None."""
     model: Any = teacher.model
     device = next(model.parameters()).device
     reason = "it has no classifier"
@@ -220,7 +220,7 @@ def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | Non
 
 
 CALIBRATION_VIEWS = 512
-"""Views that a codec is fitted to: view 0 of this many images."""
+"""Number of images whose view 0 a codec is fitted to."""
 AUTO = "auto"
 
 
@@ -277,7 +277,7 @@ def load_or_select_codec(
 
 
 def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
-    """Before the plan is written: the codec's files belong to this job; files of a job without a plan are removed.
+    """Before the plan is written: check that the codec files belong to this job; remove files of a job without a plan.
 
     Raises:
         UserError: another job has written a different codec.
@@ -294,7 +294,7 @@ def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> 
 
 
 def check_codec_options(config: CacheTeacherConfig) -> None:
-    """UserError if the noise is out of range, or the codec takes none."""
+    """UserError if the noise is out of range, or the codec has no noise option."""
     name, noise = config.cache.codec, config.cache.codec_noise
     if not 0 <= noise <= 1 or (noise and name not in FITTED):
         raise UserError(
@@ -319,7 +319,7 @@ def write_codec_choice(root: Path, fields: Mapping[str, Any]) -> None:
     from scalekd_cache.codec.transform_fit import preset_name
 
     codec = fields["codec"]
-    if "noise" not in codec:  # selected by a target but not fitted: its name is enough
+    if "noise" not in codec:  # selected by a target but not fitted, so its name is enough
         (root / CODEC_FILE).unlink(missing_ok=True)
         return
     preset = preset_name(codec)
@@ -341,10 +341,10 @@ def _preset(config: CacheTeacherConfig) -> str:
 
 
 def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
-    """Whether the cache has its codec. Before there is a plan, a codec of another preset or teacher is replaced."""
+    """Whether the cache has its codec. While there is no plan, a codec of another preset or teacher is replaced."""
     planned = (root / PLAN).exists()
     if not (root / CODEC_FILE).exists():
-        # A repair removes a damaged state, and the same fit is made again.
+        # A repair removes a damaged state and repeats the same fit.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
                 "the cache was started with a codec that is not fitted",
@@ -360,7 +360,7 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
 def select_codec(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device
 ) -> SelectedCodec:
-    """Fit or select the codec on view 0 of images that are spread over the data set; nothing is written."""
+    """Fit or select the codec on view 0 of images spread over the data set; writes nothing."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
     name = config.cache.codec
@@ -381,19 +381,19 @@ def select_codec(
 
 
 def _calibration_batches(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
-    """View 0 of the calibration images, (B, 3, S, S) uint8, as the teacher will see them."""
+    """View 0 of the calibration images, (B, 3, S, S) uint8, exactly as the teacher gets them."""
     images = spread_views(source, config.views, (0,), CALIBRATION_VIEWS)
     while batch := [item.pixels for item in islice(images, config.teacher.batch_size)]:
         yield torch.cat(batch)
 
 
 def _write_codec(config: CacheTeacherConfig, root: Path, selected: SelectedCodec, teacher: Teacher) -> None:
-    """Write the state, then codec.json: a job that is killed in between fits again."""
+    """Write the state, then codec.json; a job that is killed in between repeats the fit."""
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes
 
     if isinstance(selected.codec, TransformCodec):
         write_atomically(root / FILE, state_bytes(selected.codec.state))
     else:
-        (root / FILE).unlink(missing_ok=True)  # left by a fit with other options, without a plan
+        (root / FILE).unlink(missing_ok=True)  # left over from a fit with other options and no plan
     _write_mark(root, _preset(config), teacher.spec.weights_sha256, selected.codec.get_config(), selected.rows)

@@ -60,8 +60,8 @@ from scalekd_cache.progress import progress
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
 CHECKED_IMAGES = 512
-"""About this many images are enough to check the order of the classes; training images are added to validation images
-that are fewer."""
+"""Approximate number of images used to check the order of the classes; if there are fewer validation images, training
+images are added."""
 
 
 class Prepared(NamedTuple):
@@ -69,11 +69,11 @@ class Prepared(NamedTuple):
 
     job: Job
     manifest: Manifest | None
-    """The manifest of a complete cache: there is nothing to do."""
+    """The manifest if the cache is already complete, else None."""
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
-    """Make a cache, or what is missing of it.
+    """Make a cache, or the missing part of it.
 
     Args:
         config: all options of stage 1.
@@ -216,7 +216,7 @@ def _report_kept_views(config: CacheTeacherConfig, process: Process, job: Job) -
 
 
 def _check(config: CacheTeacherConfig, process: Process, job: Job, student: DistillConfig | None) -> None:
-    """Find problems now that would otherwise show up hours later (`preflight.py`)."""
+    """Check now for problems that would otherwise show up hours later (`preflight.py`)."""
     stage = job.stage
     check_worker_memory(job.units, stage.views, config.workers)
     pixels = probe_views(stage.source, stage.views)
@@ -236,7 +236,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
 
 
 def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:
-    """The missing units fit on the disk: sizes are measured as `make plan` does, on fewer images."""
+    """Check that the missing units fit on the disk; sizes are measured as in `make plan`, on fewer images."""
     units = [unit for unit in job.units if not is_committed(job, unit)]
     missing = sum(map(_views, units))
     if not missing:
@@ -248,7 +248,7 @@ def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:
 
 
 def _start(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
-    """Rank 0 writes the plan and the tail, and drops damaged units. From now on a student can follow the cache."""
+    """Rank 0 writes the plan and the tail, and drops damaged units. From then on a student can train with FOLLOW=1."""
     if peers.process.rank == 0:
         open_folder(job.stage.root)
         job = create_or_join_plan(job, config.cache)
@@ -259,9 +259,9 @@ def _start(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
-    """Make units until none is left, with one progress bar for all processes.
+    """Make units until none are left, with one progress bar for all processes.
 
-    Rank 0 ends last. It makes the units that lost processes had claimed, and the deferred ones (`SkipPolicy`).
+    Rank 0 finishes last. It redoes the units of lost ranks, and the deferred ones (`SkipPolicy`).
     """
     stage, rank = job.stage, peers.process.rank
     skips = SkipPolicy(stage.root, stage.source, job.ledger)
@@ -302,14 +302,14 @@ def _views(unit: Unit) -> int:
 
 
 def _claims(peers: Peers, job: Job) -> Iterator[int]:
-    """Numbers of the units that this process claims, one at a time. Committed units are passed over."""
+    """Numbers of the units that this process claims, one at a time. Committed units are skipped."""
     while (number := peers.add("claims", 1) - 1) < len(job.units):
         if not is_committed(job, job.units[number]):
             yield number
 
 
 def _report_complete(peers: Peers, job: Job, manifest: Manifest) -> Manifest:
-    """The manifest of a cache that was complete before this job made a unit."""
+    """Finish a job whose cache was already complete; returns the manifest."""
     process = peers.process
     peers.publish(f"rank {process.rank} has no more units")  # rank 0 may still wait for this rank
     images = f"{manifest.num_samples:,} images x {manifest.num_views} views"
@@ -376,7 +376,7 @@ def _evaluate(
         images,
         config.views.size,
         stage.device,
-        world_size=max(1, len(images.samples) // sample) if sample else 1,  # one rank of many: each n-th image
+        world_size=max(1, len(images.samples) // sample) if sample else 1,  # one rank of many, so every n-th image
         workers=config.workers,
         title=title,
         on_batch=answers.add,
@@ -392,7 +392,7 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
         for name, row in manifest.fidelity.items()
     )
     print(
-        f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes a view "
+        f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes per view "
         f"({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {manifest.facts.teacher['spec']['name']}: {teacher_accuracy(manifest.facts.teacher)}; "

@@ -63,7 +63,7 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
     there, here = flat(kept), flat(asked)
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
     if different:
-        lines = [f"{name}: {here.get(name)} (asked) / {there.get(name)} (cache)" for name in different]
+        lines = [f"{name}: {here.get(name)} (requested) / {there.get(name)} (cache)" for name in different]
         raise UserError(
             "the cache was made with other options",
             got="; ".join(lines),
@@ -73,7 +73,7 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
 
 
 def _renamed(different: Sequence[str]) -> str:
-    """What to do if images or labels have changed: renamed files must not cost a cache."""
+    """A fix for changed images or labels, so that renamed files do not make a cache useless."""
     if not any(name.endswith("data.listing") for name in different):
         return ""
     return (
@@ -87,14 +87,14 @@ LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
 
 
 class Job(NamedTuple):
-    """What a stage-1 job works with."""
+    """The inputs of a stage-1 job."""
 
     stage: Stage
     plan: Plan
     """Facts of the cache that are known before the first unit; they go into the manifest."""
     units: list[Unit]
     ledger: CommittedUnits
-    """Which units are in the cache already."""
+    """The units that the cache already has."""
 
 
 def make_plan(
@@ -249,7 +249,7 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
 
 
 def _class_likeness(source: Source | PixelCache) -> list[float]:
-    """How often neighboring images have the same class, and any two (`order.py`); it decides how training shuffles."""
+    """How often neighboring images, and any two images, have the same class (`order.py`); sets the shuffle window."""
     if isinstance(source, PixelCache):
         return list(source.cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     found = class_correlation(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
@@ -267,7 +267,7 @@ def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> L
 
 
 def _classifier(teacher: Teacher) -> bytes:
-    """The teacher's classifier as the bytes of a file, tested on noise."""
+    """File content of the teacher's classifier, after a check on noise."""
     size = teacher.spec.image_size
     noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     output = teacher(noise)
@@ -343,11 +343,11 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 write_plan(root, plan)
         else:
             check_codec_files(options, root, job.stage.codec)
-            for unit in job.units:  # units of another cache whose plan was lost are refused here
+            for unit in job.units:  # rejects units of another cache whose plan was lost
                 is_committed(job, unit)
             try:
                 write_plan(root, plan, create=True)
-            except FileExistsError:  # by a job on another machine, if the file system has no locks
+            except FileExistsError:  # by a job on another node, if the file system has no locks
                 return create_or_join_plan(job, options)
         classifier = codec_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
@@ -375,7 +375,7 @@ def write_final_manifest(job: Job) -> Manifest:
     """Rank 0: write the manifest, unless another job has added view groups and finished the cache."""
     root, groups = job.stage.root, job.plan.facts.groups
     with plans.locked_plan(root):
-        with contextlib.suppress(UserError):  # absent, or replaced now
+        with contextlib.suppress(UserError):  # missing, or replaced at this moment
             there = read_manifest(root)
             if there.facts.fingerprint == job.stage.fingerprint and len(there.facts.groups) > len(groups):
                 return there
@@ -404,7 +404,7 @@ def is_committed(job: Job, unit: Unit) -> bool:
 def drop_damaged_units(job: Job, process: Process) -> None:
     """Rank 0: remove damaged and mismatched units, and report them (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
-        process.print_rank0(f"{folder} is damaged (right file sizes, wrong sha256): it is made again")
+        process.print_rank0(f"{folder} is damaged (right file sizes, wrong sha256) and will be rebuilt")
     drop_mismatched_units(job, process)
 
 
@@ -420,7 +420,7 @@ def remove_stale_files(root: Path, process: Process) -> None:
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
         process.print_rank0(
-            f"{root}: {len(others)} temporary files or folders were written by other machines, or before the last "
-            f"boot of this one, and are kept; the oldest is {oldest.path.relative_to(root)}, last changed "
+            f"{root}: {len(others)} temporary files or folders from other machines, or from before the last boot of "
+            f"this one, are kept; the oldest is {oldest.path.relative_to(root)}, last changed "
             f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
         )

@@ -42,12 +42,12 @@ QUEUED_BATCHES = 2
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
-    """The ranges of images that units are made of, the same in every group of views."""
+    """The ranges of images, one per unit, the same in every group of views."""
     return source.ranges() if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
 
 
 def plan_units(source: Source | PixelCache, groups: Sequence[Sequence[int]], samples_per_shard: int) -> list[Unit]:
-    """All work units of a cache, in the order they are handed out."""
+    """All work units of a cache, in the order in which they are assigned."""
     ranges = unit_ranges(source, samples_per_shard)
     return [
         Unit(group=group, range_id=range_id, positions=positions, views=tuple(views))
@@ -71,7 +71,7 @@ class Stage:
     batch_size: int
     device: torch.device
     versions: dict[str, str]
-    """Library versions, kept in every unit."""
+    """Library versions, recorded in every unit."""
 
 
 class SkipPolicy:
@@ -107,7 +107,7 @@ class SkipPolicy:
         return not wrong
 
     def start_last_pass(self) -> None:
-        """From now on, `check` raises for every deferred unit."""
+        """Start the last pass: `check` now raises for every deferred unit."""
         self._deferred, self._last_pass = {}, True
 
     def check(self) -> None:
@@ -136,7 +136,7 @@ class SkipPolicy:
         return wrong | dict.fromkeys(writer.keys & first.keys(), "left out of view group 0")
 
     def _readable_now(self, unit: Unit, skipped: Mapping[str, str]) -> Iterator[str]:
-        """Skipped images that can be decoded at a second try."""
+        """Skipped images that decode on a second attempt."""
         assert not isinstance(self._source, PixelCache)
         order = self._source.order(unit.group)
         for position in unit.positions if skipped else []:
@@ -163,7 +163,7 @@ def make_units(
     Args:
         stage: what units are made with.
         units: all units of the cache.
-        claims: numbers of the units that this process makes; the next number is taken as late as possible.
+        claims: numbers of the units that this process makes; the next one is claimed as late as possible.
         workers: processes that sample views.
         done: called after a unit is committed, when the next one is already filled.
         skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).

@@ -25,9 +25,9 @@ from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.durable_files import existing_folder, free_bytes
 
 TAIL_TOLERANCE = 1e-5
-"""Largest relative difference between the teacher's features and its tail run on what comes before."""
+"""Maximum relative difference between the teacher's features and its tail's output on the teacher's stage-3 map."""
 PROBE_IMAGES = 16
-"""Images that the teacher is tried on."""
+"""Number of images for the trial run of the teacher."""
 
 
 def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
@@ -40,7 +40,7 @@ def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
 
 
 def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
-    """The teacher has the classes of the data set, and its tail reproduces its features."""
+    """Check that the teacher has the classes of the data set, and that its tail reproduces its features."""
     spec = teacher.spec
     if spec.has_classifier and spec.num_classes != len(class_names):
         raise UserError(
@@ -51,7 +51,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
         )
     if spec.feature_shape[1:] == (1, 1):
         raise UserError(
-            "the teacher's last feature map has one position: nothing is left after its mean is removed",
+            "the teacher's last feature map is 1x1: feature distillation needs a spatial grid",
             got=f"features {spec.feature_shape} at {spec.image_size} px",
             fix="use larger views (views.size) or a teacher with a finer last stage",
         )
@@ -67,7 +67,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
 
 
 def check_writable(root: Path) -> None:
-    """The cache's folder, or the nearest folder above it that exists, can be written; nothing is left there."""
+    """Check that the cache's folder, or its nearest existing parent, is writable; leaves nothing there."""
     try:
         with tempfile.TemporaryFile(dir=existing_folder(root)):
             pass
@@ -78,7 +78,7 @@ def check_writable(root: Path) -> None:
 
 
 def check_disk_space(path: Path, views: int, needed: float) -> None:
-    """The `needed` bytes of `views` views fit on the disk."""
+    """Check that the `needed` bytes of `views` views fit on the disk."""
     free = free_bytes(path)
     if needed > free:
         raise UserError(
@@ -93,7 +93,7 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
     """Check that a recipe's batches can be split over this world size.
 
-    A data set smaller than the global batch is no error here, because options of stage 2 can still be set.
+    A data set smaller than the global batch is not an error here, because options of stage 2 can still be set.
 
     Returns:
         "the training recipe", with the smaller batches that a small data set needs.
@@ -105,7 +105,7 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
 
 
 def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, output: TeacherOutput) -> None:
-    """Run one training step on two images: student, heads and losses fit together.
+    """Run one training step on two images to check that student, heads and losses fit together.
 
     Args:
         config: the training options of the recipe.

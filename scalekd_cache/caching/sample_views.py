@@ -116,7 +116,7 @@ def spread_views(
         source: images, or another cache's views of them.
         config: the view recipe.
         views: view numbers.
-        count: images wanted; fewer where unreadable ones take their place, or the data set is smaller.
+        count: number of images; fewer are returned if images are unreadable or the data set is smaller.
 
     Raises:
         UserError: none of the images can be decoded.
@@ -215,7 +215,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         wrong = wrong_digest(record, pixels)
         if wrong is not None:
             raise UserError(
-                "stored pixels decode to other values than when the cache was made",
+                "stored pixels decode to different values than when the cache was made",
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"{record.key} in {self.pixels.cache.root}",
@@ -254,7 +254,7 @@ def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: 
 
 
 def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:
-    """(unit number, positions in the pixel cache) of the claimed units, some neighbors at a time."""
+    """(unit number, positions in the pixel cache) of the claimed units, a few adjacent positions at a time."""
     for number in claims:
         records = pixels.records(units[number].views[0], units[number].range_id)
         for start in range(records.start, max(records.stop, records.start + 1), span):

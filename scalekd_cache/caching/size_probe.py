@@ -26,9 +26,9 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 VIEWS = 48
-"""About this many views go through the teacher and the codecs."""
+"""Approximate number of views that go through the teacher and the codecs."""
 PIXEL_IMAGES = 256
-"""Images of which one view is sampled for the size of its pixels, which varies most."""
+"""Number of images whose pixels are encoded to measure their size, which varies most."""
 PARTS = ("features", "target", "pixels", "index")
 
 
@@ -50,13 +50,13 @@ class SizeProbe(NamedTuple):
     """Sizes and times measured on a small unit."""
 
     per_view: dict[str, float]
-    """Bytes of a view, by part, without those of a shard."""
+    """Bytes per view, by part, without the overhead of the shard."""
     per_shard: dict[str, float]
-    """Bytes of a shard and its share of its unit, by part."""
+    """Overhead bytes per shard, including its share of the unit's overhead, by part."""
     sample_s: float
-    """Seconds of one core for a view: reading, decoding, sampling, encoding."""
+    """Seconds per view on one core: reading, decoding, sampling, encoding."""
     teacher_s: float
-    """Seconds of the teacher, codec and store for a view on this machine."""
+    """Seconds per view for teacher, codec and store on this machine."""
     images: int
     views: int
 
@@ -74,8 +74,8 @@ def measure_sizes(
     Args:
         stage: what the cache's units are made with; its teacher may be a `PlaceholderTeacher`.
         cache: the cache's options.
-        num_views: about this many views go through the teacher.
-        pixel_images: images of which one view is sampled for the size of its pixels.
+        num_views: approximate number of views that go through the teacher.
+        pixel_images: number of images whose pixels are encoded to measure their size.
 
     Raises:
         UserError: no image can be decoded, or the codec refuses the teacher's output.
@@ -129,7 +129,7 @@ def _small_units(
 
 
 def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
-    """Bytes of a unit by part, and those of its sidecar."""
+    """Bytes of a unit by part, and the bytes of its sidecar."""
     folder = unit_folder(root, 0, range_id)
     info, data = read_unit(folder)
     total = len(data) + sum(fact.bytes for fact in info.files.values())
@@ -138,7 +138,7 @@ def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
 
 
 def _pixel_bytes(stage: Stage, images: Sequence[SampledViews], count: int) -> float:
-    """Mean bytes of a view's stored pixels, over many more images than go through the teacher."""
+    """Mean bytes of stored pixels per view, over many more images than go through the teacher."""
     more = spread_views(stage.source, stage.views, (0,), count)
     sizes = [len(item.views[0].encoded) for item in more]
     sizes += [len(view.encoded) for item in images for view in item.views[1:]]

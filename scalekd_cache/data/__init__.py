@@ -3,6 +3,6 @@
 In: `DataConfig` (a path or a name) and a split. Out: a `Source`: sample keys, labels, the encoded bytes of each image.
 `source.py` opens any data set; `folder.py`, `shards.py`, `parquet.py` and `builtin.py` hold one kind each;
 `images.py` decodes an image; `workers.py` runs worker processes for any data set.
-Written here although libraries exist: tar reading (a damaged tar must raise; WebDataset stops without an error) and the
-transfer from workers (DataLoader's own takes a file descriptor per tensor and hangs when shared memory is full).
+Custom code instead of a library: tar reading (a damaged tar must raise; WebDataset stops without an error) and the
+transfer from workers (DataLoader takes one file descriptor per tensor and hangs when shared memory is full).
 """

@@ -211,13 +211,13 @@ def canonical_order(keys: Sequence[str]) -> IntArray:
 
 
 def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequence[int]:
-    """Indices of a part of `total` items, in rising order.
+    """Indices of a subset of `total` items, in ascending order.
 
     Args:
         total: number of items.
-        count: items wanted; all are taken when there are fewer.
+        count: number of items; all items if there are fewer.
         seed: None for evenly spaced items, at least `count` and fewer than twice as many: a caller that stops at
-            `count` can pass over unreadable ones. Otherwise the seed of a random sample of `count` items.
+            `count` can skip unreadable ones. Otherwise the seed of a random sample of `count` items.
     """
     if seed is None:
         return range(0, total, max(1, total // count))

@@ -62,7 +62,7 @@ class ParquetReader:
         self._latest: tuple[int, Any] | None = None
 
     def __call__(self, index: int) -> bytes:
-        """Bytes of row `index`, counted over all files, or of the file that it names; b"" for a null."""
+        """Image bytes of row `index` (counted over all files), embedded or read from its path; b"" for a null."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         latest = self._latest
         if latest is None or latest[0] != group:

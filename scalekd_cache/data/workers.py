@@ -123,7 +123,7 @@ def load_items(
         raise ((worker_failure(error) if workers else None) or error) from error
     finally:  # shut down now: while a traceback keeps the iterator alive, torch may raise for dead workers anywhere
         if workers:
-            with contextlib.suppress(RuntimeError):  # the same error again; torch cleans up anyway
+            with contextlib.suppress(RuntimeError):  # repeats the same error; torch cleans up anyway
                 received._shutdown_workers()  # type: ignore[attr-defined]
 
 

@@ -32,11 +32,11 @@ from scalekd_cache.store.reader import Cache
 DIGEST_STEPS = 2
 """Steps at the start of a session in which the digests of all stored views are compared."""
 DIGEST_EVERY = 16
-"""After that, one stored view in this many, different ones each time a view is used. Replayed views are always
+"""After these steps, one in this many stored views is compared, rotating over all views. Replayed views are always
 compared: the image may have been replaced, and the digest costs 9 % of generating a view (docs/LOG.md)."""
 
 MOST_WAITING = 4
-"""Most micro-batches that a worker keeps waiting."""
+"""Maximum number of micro-batches that a worker prefetches."""
 
 
 class Batch(NamedTuple):
@@ -143,7 +143,7 @@ class MicroBatches(Dataset[Batch]):
                 )
 
     def _print_once(self, text: str) -> None:
-        """Print what the loader waits for, from one worker only."""
+        """Print what the loader is waiting for, from one worker only."""
         worker = get_worker_info()
         if self.verbose and (worker is None or worker.id == 0):
             print(text, flush=True)
@@ -185,7 +185,7 @@ class MicroBatches(Dataset[Batch]):
 
 
 def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:
-    """About the bytes of a micro-batch on its way from a worker; `UserError` when there is no room for it."""
+    """Approximate bytes of a micro-batch in transfer from a worker; `UserError` if shared memory is too small."""
     manifest = cache.manifest
     pixels, logits = 3 * int(manifest.facts.view_recipe["size"]) ** 2, 4 * len(manifest.facts.class_names)
     size = micro_batch * (pixels + codec.bytes_per_view + logits + 16)

@@ -2,7 +2,7 @@
 
 In: names and options of timm models, weights files (safetensors), uint8 images. Out: `Teacher` (features and logits),
 `Tail` (the end of a teacher, kept in a cache), `Student` (two feature maps and logits), `Tally` (accuracy).
-Written by hand although timm has `forward_intermediates`: the maps of teachers and students, taken by hooks in one
-plain call of the model, because ZeRO 3 gathers parameters only then, and because the map after the final norm needs a
-definition for each family.
+Custom code instead of timm's `forward_intermediates`: hooks record the maps of teachers and students in one plain call
+of the model, because ZeRO 3 gathers parameters only then, and because the map after the final norm needs a definition
+for each family.
 """

@@ -10,8 +10,8 @@ patch tokens only. Mixer: the third block from the end and the last. S4 of ViT, 
 model's final norm (on every position, where timm normalizes after pooling); all others are taken without a norm.
 These are upstream's choices where its code shows them (docs/METHOD.md).
 
-The maps are recorded by hooks while the whole model is called. ZeRO 3 gathers parameters only when a module is called,
-so its parts are not called by hand.
+Hooks record the maps while the whole model is called. ZeRO 3 gathers parameters only when a module is called, so the
+parts of a model are not called separately.
 """
 
 import math

@@ -114,7 +114,7 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
     """Register a class of models as a teacher family, like a row of `FAMILIES` (docs/GUIDES.md).
 
     Args:
-        name: of the family; caches record it, and reading such a cache requires registering it again.
+        name: name of the family; caches record it, and reading such a cache requires registering the family again.
         kind: the class.
         parts: returns the tail's modules of a model of this class.
 

@@ -22,11 +22,11 @@ Hits = npt.NDArray[np.bool_]
 LEAST_IMAGES = 100
 """Minimum number of images to decide that a teacher is near chance."""
 LEAST_GAIN = 0.02
-"""Minimum gain in accuracy of another order, as a share of the images."""
+"""Minimum gain in accuracy of another order, as a fraction of the images."""
 UNLIKELY = 1e-3
 MAX_FITTED = 4096
 """Maximum number of classes for which an order is fitted."""
-GO_ON = "to continue anyway: SET=teacher.check_classes=false"
+CONTINUE_HINT = "to continue anyway: SET=teacher.check_classes=false"
 
 
 class Answers:
@@ -91,7 +91,7 @@ def check_class_order(
             got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images",
             expected=f"a teacher trained on these {len(class_names)} classes",
             where=teacher,
-            fix=f"correct TEACHER_WEIGHTS=, or SET=data.classes={file}{here}; {GO_ON}",
+            fix=f"correct TEACHER_WEIGHTS=, or SET=data.classes={file}{here}; {CONTINUE_HINT}",
         )
 
 
@@ -138,5 +138,5 @@ def _other_order(teacher: str, hits: int, better: int, count: int, order: str, f
         got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images in the order of the data set",
         expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,
-        fix=f"{fix}; {GO_ON}",
+        fix=f"{fix}; {CONTINUE_HINT}",
     )

@@ -29,7 +29,7 @@ DEMO_TIMM_NAME = "swin_tiny_patch4_window7_224"
 
 
 def timm_name(name: str) -> str:
-    """The timm model behind a teacher's name."""
+    """The timm model that a teacher's name stands for."""
     return DEMO_TIMM_NAME if name == DEMO_TEACHER else name
 
 

@@ -21,7 +21,7 @@ def weights_file(folder: str | Path, name: str) -> Path:
 
 
 def find_weights(config: TeacherConfig) -> TeacherConfig:
-    """The options with the file in `weights_dir` as `weights`, where pretrained weights are asked for and it exists."""
+    """The options with `weights` set to the file in `weights_dir`, if that exists and `pretrained` is true."""
     file = weights_file(config.weights_dir, config.name)
     if config.weights or not config.pretrained or not file.exists():
         return config

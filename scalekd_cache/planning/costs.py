@@ -2,8 +2,8 @@
 
 In: names of timm models, a `ScaleKDConfig`. Out: one `Part` for the student, each head, the tail and the teacher.
 Invariant: nothing is allocated or computed. PyTorch's counter counts a multiply and an add as two FLOPs, in matrix
-products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected once a
-batch).
+products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected once
+per batch).
 """
 
 import math

@@ -68,7 +68,7 @@ class Forecast:
     teacher_s_per_view_here: float | None
     """Measured on this machine: teacher, codec and store (None: no weights)."""
     draw_s_per_view: float
-    """Time to sample a view, measured on one core of this machine."""
+    """Seconds to sample one view, measured on one core of this machine."""
     cores_per_gpu: float
     """CPU cores that stage 1 needs per GPU: views/s of the GPU x draw_s_per_view."""
     student_gpu_hours: float

@@ -159,7 +159,7 @@ class LiteCAP(nn.Module):
     FFN is dim / 2 wide. Same order of operations and attention scale as CAP; not in the paper. One projector serves
     both views.
 
-    Args: as of `CAP`; num_heads divides dim // 4 (`lite_width`).
+    Args: those of `CAP`; num_heads divides dim // 4 (`lite_width`).
     """
 
     def __init__(
@@ -194,7 +194,7 @@ class LiteCAP(nn.Module):
             self.query = nn.Parameter(torch.randn(query_grid[0] * query_grid[1], dim))
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """Project x (B, in_channels, h, w) with the own query, or with the one handed in, (B, dim, H, W)."""
+        """Project x (B, in_channels, h, w) with the learned query, or with `query` (B, dim, H, W)."""
         assert x.shape[1:] == self.in_shape, (tuple(x.shape), self.in_shape)
         asked = query_tokens(self.query, query, self.query_shape)
         tokens = (self.proj_student(x) + self.pos_embed).flatten(2).transpose(1, 2)  # (B, h w, width)

@@ -3,7 +3,7 @@
 In: records. Out: the same records, or an error. Importing the readers and writers imports neither torch nor zarr.
 `formats/` holds the two shard formats, `remote/` reads a cache behind a URL through verified local copies.
 
-Hand-written although libraries exist: the tar reader (by index and pread; WebDataset stops without an error at a
+Custom code instead of libraries: the tar reader (by index and pread; WebDataset stops without an error at a
 truncated tar, and its `.decode()` unpickles), the Zarr reader and writer (zarr-python 3.1 returns zeros for a missing
 chunk or file), file locks (libraries poll or leave stale lock files), and atomic writes that are read back after fsync.
 """

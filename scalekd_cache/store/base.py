@@ -28,7 +28,7 @@ MAX_UNIT_SAMPLES = 65_536
 """Maximum number of records in a shard; a file that claims more is rejected before anything is allocated."""
 MAX_VIEWS = 10_000
 MAX_RECORD_BYTES = 1 << 28
-"""Most bytes of a record; an index that claims more is refused before anything is allocated."""
+"""Maximum bytes per record; an index that claims more is rejected before anything is allocated."""
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
 """Adjacent records are read in one call up to this size; larger reads no longer fit the CPU cache and were slower."""
@@ -313,7 +313,7 @@ def check_key(key: str, where: object) -> str:
     plain = key.isprintable() and not any(character.isspace() for character in key)
     if not plain or "" in parts or "." in key or "\\" in key or not 0 < len(key.encode()) <= MAX_KEY_BYTES:
         raise UserError(
-            "bad sample key",
+            "invalid sample key",
             got=repr(key[:200]),
             expected="names joined by '/', without dots, spaces, control characters or backslashes, at most 1 KiB",
             where=where,

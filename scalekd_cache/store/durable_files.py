@@ -64,7 +64,7 @@ class Written(NamedTuple):
 class NewFile:
     """A new file that records the length and crc32c of everything written to it, without copying.
 
-    It buffers at most `BUFFER_BYTES` plus one piece, and keeps alive whatever the pieces are views of.
+    It buffers at most `BUFFER_BYTES` plus one piece. Buffered pieces keep the memory they are views of alive.
     """
 
     def __init__(self, path: Path) -> None:

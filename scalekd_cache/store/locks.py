@@ -2,7 +2,7 @@
 
 In: a lock file. Out: an open file that holds the lock until it is closed; the kernel closes it for a killed process.
 Invariant: on a file system without flock (some NFS and Lustre mounts) one warning is printed and work continues without
-the lock. Only regular files are opened. Hand-written: lock libraries poll, or leave stale lock files.
+the lock. Only regular files are opened. Custom code, because lock libraries poll or leave stale lock files.
 """
 
 import errno

@@ -68,7 +68,7 @@ def _layout_of(info: UnitInfo) -> tuple[str, list[int], tuple[int, int]]:
 
 
 class CommittedUnits:
-    """The committed units of a cache. Each unit is checked once per job, when it is first asked for.
+    """The committed units of a cache. Each unit is checked once per job, at its first use.
 
     Args:
         root: the cache's folder.

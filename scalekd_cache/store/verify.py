@@ -99,7 +99,7 @@ def check_cache(
         place: the cache's folder or URL; for a URL every file is fetched again.
         deep: read every file and record too.
         make_checker: makes the function that looks into records (`audit/records.py`), once it is known what to expect.
-        progress: called with (units done, units in all).
+        progress: called with (units done, total units).
     """
     root = open_uncached(place)
     problems, notes = list[Problem](), list[str]()

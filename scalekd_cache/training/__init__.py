@@ -3,6 +3,6 @@
 In: a `DistillConfig`: cache, student, recipe. Out: a run folder with metrics, checkpoints, an exported student and a
 summary. `run.py` is the whole job, `trainer.py` the loop, `targets.py` where targets come from; `run_*.py` and
 `model_card.py` read and write a run's folder.
-Hand-written: checkpoints in safetensors, because DeepSpeed's own are pickles with one part a process, which cannot be
+Custom code: checkpoints in safetensors, because DeepSpeed's own are pickles with one file per process, which cannot be
 loaded at another world size; TensorBoard events, because torch's `SummaryWriter` reports a full disk in a thread.
 """

@@ -2,8 +2,9 @@
 
 In: an operation's name with a magnitude (0 to 10) and a sign, or with a resolved argument, and a PIL image.
 Out: the argument, a plain number that a view record keeps, and the changed image.
-Invariant: the argument alone decides the pixels; nothing here draws random numbers. Names, ranges and results are those
-of `timm.data.auto_augment`; the order and number of `OPERATIONS` decide how views are sampled, so they never change.
+Invariant: the argument fully determines the pixels; nothing here uses random numbers. Names, ranges and results are
+those of `timm.data.auto_augment`. The order and number of `OPERATIONS` affect how views are sampled, so they never
+change.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ class Operation(NamedTuple):
     """One operation: how its argument is computed, its valid range, and how it is applied."""
 
     resolve: Callable[[float, int], float]
-    """(level, sign) -> argument, in the unit named beside the operation."""
+    """(level, sign) -> argument, in the unit given next to the operation."""
     apply: Callable[[Image.Image, float, Image.Resampling], Image.Image]
     """(image, argument, filter of geometric operations) -> image of the same size."""
     low: float

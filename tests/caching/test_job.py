@@ -76,16 +76,16 @@ def test_a_second_call_makes_nothing(tmp_path, no_work, capsys):
 @pytest.mark.parametrize(
     ("changes", "texts"),
     [
-        ({"views": {"seed": 7}}, ["fingerprint_fields.views.seed: 7 (asked) / 0 (cache)"]),
-        ({"views": {"pixels": "replayed"}}, ["views.pixels: replayed (asked) / baked (cache)"]),
-        ({"cache": {"codec": "float16"}}, ["codec.id: float16 (asked) / int8 (cache)"]),
-        ({"cache": {"backend": "zarr"}}, ["backend: zarr (asked) / webdataset (cache)"]),
-        ({"cache": {"samples_per_shard": 16}}, ["samples_per_shard: 16 (asked) / 32 (cache)"]),
+        ({"views": {"seed": 7}}, ["fingerprint_fields.views.seed: 7 (requested) / 0 (cache)"]),
+        ({"views": {"pixels": "replayed"}}, ["views.pixels: replayed (requested) / baked (cache)"]),
+        ({"cache": {"codec": "float16"}}, ["codec.id: float16 (requested) / int8 (cache)"]),
+        ({"cache": {"backend": "zarr"}}, ["backend: zarr (requested) / webdataset (cache)"]),
+        ({"cache": {"samples_per_shard": 16}}, ["samples_per_shard: 16 (requested) / 32 (cache)"]),
         (
             {"data": {"max_samples": 64}},
-            ["data.samples: 64 (asked) / 96 (cache)", "data.listing: ", "names in units/*/keys.txt"],
+            ["data.samples: 64 (requested) / 96 (cache)", "data.listing: ", "names in units/*/keys.txt"],
         ),
-        ({"teacher": {"precision": "bfloat16"}}, ["precision: bfloat16 (asked) / float32 (cache)"]),
+        ({"teacher": {"precision": "bfloat16"}}, ["precision: bfloat16 (requested) / float32 (cache)"]),
         ({"teacher": {"weights": None, "pretrained": False}, "views": {"seed": 3}}, ["teacher.weights_sha256: "]),
     ],
 )
@@ -106,9 +106,9 @@ def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_pa
         cache_teacher(options(tmp_path / "new", shared_weights(), views={"size": 32}), CPU)
     with pytest.raises(UserError, match="made with other options") as error:
         cache_teacher(options(root, shared_weights(), views={"size": 32}), CPU)
-    assert "fingerprint_fields.views.size: 32 (asked) / 64 (cache)" in str(error.value)
+    assert "fingerprint_fields.views.size: 32 (requested) / 64 (cache)" in str(error.value)
     assert "made with other options" not in str(alone.value)
-    assert str(error.value).count("(asked)") == 1
+    assert str(error.value).count("(requested)") == 1
 
 
 def test_growth_touches_nothing_that_is_there(tmp_path):

@@ -45,7 +45,7 @@ def test_a_tail_that_is_not_the_end_of_the_teacher(teacher, monkeypatch):
 
 def test_a_map_of_one_position(teacher):
     flat = Teacher(teacher.model, dataclasses.replace(teacher.spec, feature_shape=(128, 1, 1)))
-    with pytest.raises(UserError, match="one position"):
+    with pytest.raises(UserError, match="feature map is 1x1"):
         check_teacher(flat, CLASSES, PIXELS)
 
 
@@ -102,7 +102,9 @@ def test_plans_that_differ_are_compared_field_by_field():
     check_plan(kept, {"d": 3, "a": {"c": 2, "b": 1}}, Path("here"))
     with pytest.raises(UserError, match="other options") as error:
         check_plan(kept, {"a": {"b": 1, "c": 5}, "e": 4}, Path("here"))
-    assert "a.c: 5 (asked) / 2 (cache); d: None (asked) / 3 (cache); e: 4 (asked) / None (cache)" in str(error.value)
+    assert "a.c: 5 (requested) / 2 (cache); d: None (requested) / 3 (cache); e: 4 (requested) / None (cache)" in str(
+        error.value
+    )
     assert "here" in str(error.value)
     assert "a.b" not in str(error.value)
 

@@ -96,7 +96,7 @@ def test_recipe_with_other_views_names_the_field(cache, tmp_path):
 
 def test_cache_of_other_options_names_the_field(cache, weights):
     output = refused("cache_teacher", *cache_flags(cache, weights, **{"views.jpeg_quality": 80}))
-    assert "views.jpeg_quality: 80 (asked) / 90 (cache)" in output
+    assert "views.jpeg_quality: 80 (requested) / 90 (cache)" in output
 
 
 def test_cache_of_another_teacher_names_the_field(cache, weights):

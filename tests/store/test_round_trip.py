@@ -172,7 +172,7 @@ def test_long_and_unusual_keys(tmp_path):
 
 @pytest.mark.parametrize("key", ["", "/a", "a/", "../a", "a/../b", "a.b", "a b", "a\nb", "a\\b", "x" * 1025, "a\u2028"])
 def test_keys_that_no_tar_should_hold_are_refused(tmp_path, key):
-    with open_unit(tmp_path, "webdataset") as writer, pytest.raises(UserError, match="bad sample key"):
+    with open_unit(tmp_path, "webdataset") as writer, pytest.raises(UserError, match="invalid sample key"):
         writer.append(0, make_record(0, 0)._replace(key=key))
 
 

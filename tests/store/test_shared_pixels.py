@@ -245,5 +245,5 @@ def test_stored_pixels_that_decode_differently_stop_the_teacher(pair, tmp_path, 
     monkeypatch.setattr(
         "scalekd_cache.caching.sample_views.decode_pixels", lambda data, size: np.zeros((size, size, 3), np.uint8)
     )
-    with pytest.raises(UserError, match="decode to other values than"):
+    with pytest.raises(UserError, match="decode to different values than"):
         second(tmp_path / "new", first.root)
