@@ -1,4 +1,4 @@
-"""What several tests of whole commands share: a teacher's weights, caches and runs, each made once a session."""
+"""Fixtures shared by tests of whole commands: a teacher's weights, caches and runs, each made once per session."""
 
 import os
 
@@ -6,16 +6,15 @@ import commands
 import pytest
 from commands import LIMIT_S, TEST_LIMITS, TRAIN_OPTIONS, cache_flags, distill_flags, make, run
 
-os.environ["DS_ACCELERATOR"] = (
-    "cpu"  # the tests use the CPU on any machine (`device=auto` too), except those marked gpu
-)
-os.environ.setdefault("PYTEST_TIMEOUT", str(TEST_LIMITS * LIMIT_S))  # pytest-timeout's own variable: for every test
+# All tests use the CPU on any machine (also with `device=auto`), except those marked gpu.
+os.environ["DS_ACCELERATOR"] = "cpu"
+os.environ.setdefault("PYTEST_TIMEOUT", str(TEST_LIMITS * LIMIT_S))  # pytest-timeout's variable, applies to every test
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+@pytest.hookimpl(tryfirst=True)  # must run before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """What continuous integration runs is slow too. With several test processes: a file stays in one, and so do all
-    tests of the session's caches and runs."""
+    """Mark tests for continuous integration as slow. With several test processes, one process gets all tests of a
+    file, and one gets all tests that use the session's caches and runs."""
     for item in items:
         if item.get_closest_marker("ci_slow"):
             item.add_marker(pytest.mark.slow)
@@ -30,7 +29,7 @@ def workshop(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def weights(workshop):
-    """A demo teacher with random weights: what it knows does not matter here, that it is the same one does."""
+    """A demo teacher with random weights; accuracy does not matter here, but all tests use the same weights."""
     import timm
     import torch
     from safetensors.torch import save_file
@@ -69,7 +68,7 @@ def zarr_cache(workshop, weights):
 
 @pytest.fixture(scope="session")
 def finished(workshop, cache):
-    """A run from the cache to its end by `make distill`: what other runs are compared with."""
+    """A finished run of `make distill` from the cache; the reference for other runs."""
     folder = workshop / "runs" / "finished"
     output = make("distill", STUDENT=commands.STUDENT, CACHE=cache, RUN=folder, SET=_set(TRAIN_OPTIONS))
     assert "resuming" not in output
@@ -78,7 +77,7 @@ def finished(workshop, cache):
 
 @pytest.fixture(scope="session")
 def alone(workshop, cache):
-    """The same student at the same steps without a teacher."""
+    """The same student and steps without a teacher."""
     folder = workshop / "runs" / "alone"
     run("distill", *distill_flags(cache, folder, **{"train.targets": "none"}))
     return folder

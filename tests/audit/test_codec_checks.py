@@ -1,4 +1,4 @@
-"""Checks, repair and inspection of caches whose codecs keep files of their own: a fitted state, a classifier."""
+"""Checks, repair and inspection of caches whose codec has its own files: a fitted state, a classifier."""
 
 import functools
 import json
@@ -81,7 +81,7 @@ def test_files_of_the_codecs_are_checked_and_made_again(root, kind, name, gone):
     }
     assert (report.agreement is None) == (name != "codec.json")
     assert bool(report.findings.notes) == (name != "codec.json")
-    if name == "codec.json" and kind == "economy":  # a preset with a noise of its own: only this file knew its name
+    if name == "codec.json" and kind == "economy":  # a preset with custom noise: only this file had its name
         assert repair_cache(root, CPU).left == []
         assert json.loads((root / name).read_text())["preset"] == "transform, noise 0.02"
         return

@@ -1,4 +1,4 @@
-"""Every file of a cache, replaced by what a file can become: findings and one message, never a traceback or a hang."""
+"""Every file of a cache, damaged in every way: commands report findings or one error, never a traceback or a hang."""
 
 import errno
 import os
@@ -39,7 +39,7 @@ PLACES = [(backend, name) for backend, names in FILES.items() for name in names]
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A cache in each store; the tar one has every file that a cache can have."""
+    """One cache per store; the tar cache has every kind of file."""
     root = tmp_path_factory.mktemp("caches")
     layout = {"num_views": 2, "views_per_group": 2, "samples_per_shard": 12}
     small = {"data": {"max_samples": 24}}
@@ -78,7 +78,7 @@ def commands(root: Path, out: Path) -> dict[str, Callable[[], Any]]:
 
 
 def outcomes(root: Path, out: Path) -> dict[str, int]:
-    """What each use of a cache ends with: 0, 1, or 2 for a `UserError`; anything else is raised."""
+    """Exit code of each use of a cache: 0, 1, or 2 for a `UserError`; other exceptions are raised."""
     found = {}
     for name, use in commands(root, out).items():
         try:
@@ -97,7 +97,7 @@ def test_a_damaged_file_is_a_finding(
     caches: dict[str, Path], tmp_path: Path, backend: str, name: str, damage: str
 ) -> None:
     if "/" not in name and damage not in ("directory", "FIFO", "too large"):
-        return  # the others differ in what `open` says only
+        return  # the others differ only in the error of `open`
     root = Path(shutil.copytree(caches[backend], tmp_path / "cache"))
     (root / name).unlink()
     DAMAGE[damage](root / name)
@@ -112,7 +112,7 @@ def test_a_damaged_file_is_a_finding(
 def test_a_bad_sector_is_a_finding(
     caches: dict[str, Path], tmp_path: Path, backend: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """EIO where Python reads this file; libraries that map a file themselves are not reached by this."""
+    """Raise EIO when Python reads this file; libraries that mmap a file are not affected."""
     bad, pread = str(caches[backend] / name), os.pread
 
     def fail(descriptor: int, *place: int) -> bytes:

@@ -42,13 +42,13 @@ def cache(backend, tmp_path):
 
 
 def batches_of(root):
-    """Every record, as a training run reads it."""
+    """Read every record as a training run does."""
     order = Order(num_samples=SAMPLES, block=SHARD, window=2, seed=1)
     return list(CacheLoader(Cache.open(root), order, epochs=VIEWS, global_batch=SHARD, micro_batch=SHARD))
 
 
 def assert_right_or_refused(root, batches):
-    """The original batches, all of them, or an error that names the file, and the sample where it has one."""
+    """Either all original batches, or an error that names the file, and the sample if there is one."""
     try:
         found = batches_of(root)
     except UserError as error:
@@ -68,7 +68,7 @@ def all_files(root):
 
 
 def positions(files, count, seed):
-    """(file, offset): two thirds over all bytes, one third over all files alike, so that small files get a share."""
+    """Random (file, offset) pairs: two thirds uniform over bytes, one third uniform over files to cover small ones."""
     rng = np.random.default_rng(seed)
     sizes = np.array([path.stat().st_size for path in files])
     ends = np.cumsum(sizes)

@@ -1,4 +1,4 @@
-"""Cached against live: targets, and what they do to a student's gradient."""
+"""Cached compared with live targets, and their effect on a student's gradient."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ def prove(root, views=64, **changes):
 
 @pytest.fixture(scope="module")
 def proofs(tmp_path_factory):
-    """One proof a codec, over the same views and student."""
+    """One comparison per codec, with the same views and student."""
     folder = tmp_path_factory.mktemp("proofs")
     found = {"int8": prove(shared_cache().root)}
     for codec in ("float32", "transform-economy"):
@@ -67,7 +67,7 @@ def test_targets_of_other_views_do_not_hold(proofs):
 
 
 def test_targets_that_were_changed_are_found(tmp_path, monkeypatch):
-    """A cache whose features are those of the neighbors, under good checksums."""
+    """A cache in which each record has its neighbor's features, with valid checksums."""
     from scalekd_cache.codec.int8 import Int8Codec
 
     encode = Int8Codec.encode

@@ -1,4 +1,4 @@
-"""inspect, repair and verify as commands: what they print, what they import, and their exit status."""
+"""The commands inspect, repair and verify: output, imports, exit codes."""
 
 import json
 import subprocess

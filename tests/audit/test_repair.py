@@ -1,4 +1,4 @@
-"""Repair: exactly what is damaged is made again, byte for byte; what is whole is not touched; errors change nothing."""
+"""Repair: regenerates exactly what is damaged, byte for byte; intact files and failed repairs change nothing."""
 
 import shutil
 
@@ -75,7 +75,7 @@ REST = [damage_manifest, delete_manifest, damage_tail, delete_tail, damage_plan,
 
 @pytest.fixture
 def quick(monkeypatch):
-    """The teacher's accuracy is not measured again: it stands in manifest and plan."""
+    """The teacher's accuracy is not measured again, because manifest and plan have it."""
     shared_weights()
     monkeypatch.setattr(job, "_teacher_top1", None)
 
@@ -111,7 +111,7 @@ def test_a_plan_is_written_again_without_a_teacher(tmp_path, monkeypatch):
 
 
 def test_wrong_numbers_under_right_checksums_are_made_again(tmp_path, quick):
-    """A unit that is whole in itself, but holds what the teacher never said: only the teacher notices."""
+    """A consistent unit with wrong targets: only re-running the teacher detects it."""
     root = copy_of_cache(tmp_path / "cache")
     manifest = read_manifest(root)
     from damage import rewrite_unit

@@ -1,4 +1,4 @@
-"""Checks, repair and inspection of a cache whose pixels lie in another one, and of caches behind a URL."""
+"""Checks, repair and inspection of a cache that shares another cache's pixels, and of caches behind a URL."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ UNIT = "units/g000-r00001"
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """The small cache, and a float16 one beside it that shares its pixels; nobody may change them."""
+    """The small cache, and a float16 cache that shares its pixels; tests must not change them."""
     folder = tmp_path_factory.mktemp("made")
     first = copy_of_cache(folder / "first")
     make(folder / "second", shared_weights(), cache={"codec": "float16", "pixels_from": str(first)})
@@ -36,13 +36,13 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def pair(made, tmp_path):
-    """(first, second) of one's own."""
+    """Private copies (first, second) that a test may change."""
     shutil.copytree(made, tmp_path / "pair")
     return tmp_path / "pair" / "first", tmp_path / "pair" / "second"
 
 
 def flip_in_pixels(root, position=40, view=1):
-    """Damage a record's pixels; gives its key."""
+    """Damage a record's pixels; returns its key."""
     record = Cache.open(root).read([position], view)[0]
     tar = root / UNIT / f"v{view:04d}.tar"
     flip_byte(tar, tar.read_bytes().index(record.pixels) + 5)
@@ -50,7 +50,7 @@ def flip_in_pixels(root, position=40, view=1):
 
 
 def darker(root):
-    """Another picture under the same view record: right in itself, not what the teacher of a sharing cache saw."""
+    """Another image under the same view record: consistent, but not what the teacher of the sharing cache saw."""
     config = ViewConfig(**from_plain(read_manifest(root).facts.view_recipe))
 
     def change(record):

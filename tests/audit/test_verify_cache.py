@@ -1,4 +1,4 @@
-"""What only a look into the records finds: checksums are right, contents are not; and what the teacher says again."""
+"""Problems that only decoding finds (valid checksums, wrong contents), and re-running the teacher."""
 
 import hashlib
 import json

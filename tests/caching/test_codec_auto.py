@@ -1,4 +1,4 @@
-"""CODEC=auto: the table, the choice, and that it is made once."""
+"""CODEC=auto: the table, the selection, and that it happens once."""
 
 import json
 
@@ -18,7 +18,7 @@ from scalekd_cache.store.verify import CODEC_FILE, verify_cache
 
 @pytest.fixture(autouse=True)
 def fewer_classes(monkeypatch):
-    """Fits that look at fewer classes: a fifth of the time."""
+    """Fit with fewer classes, in a fifth of the time."""
     monkeypatch.setattr(variance_classes, "BINS", 12)
 
 
@@ -73,7 +73,7 @@ def test_the_best_that_meets_is_chosen(teacher, outputs, text):
         assert choice.chosen.bytes > 0.9 * target.value
     else:
         assert choice.chosen == meeting[0]
-        # the search went to the very next noise
+        # the search reached the adjacent noise level
         assert min(row.noise / choice.chosen.noise for row in rows if row.noise > choice.chosen.noise) < 1.1
     assert choice.codec.get_config()["id"] == choice.chosen.codec
     lines = codec_table(rows, choice.chosen).splitlines()
@@ -126,13 +126,13 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     before = unit_files(root)
     from scalekd_cache.caching import codec_selection as calibration
 
-    monkeypatch.setattr(calibration, "select_codec", None)  # nobody chooses again
+    monkeypatch.setattr(calibration, "select_codec", None)  # the codec is not selected again
     grown = make(root, shared_weights(), cache={**auto, "codec_target": "ac-cosine:0.990", "num_views": 2})
     assert before.items() <= unit_files(root).items()
     assert grown.manifest.facts.codec == cache.manifest.facts.codec
     codec_from_config(grown.manifest.facts.codec, root)
     assert verify_cache(root) == []
-    assert codec_options(root) == {"codec": "auto", "codec_target": "ac-cosine:0.99"}  # what a repair goes by
+    assert codec_options(root) == {"codec": "auto", "codec_target": "ac-cosine:0.99"}  # the options that a repair uses
     for other in ("ac-cosine:0.98", "bytes:900"):
         with pytest.raises(UserError, match="another preset"):
             cache_teacher(options(root, shared_weights(), cache={**auto, "codec_target": other}), CPU)
@@ -166,7 +166,7 @@ def test_before_the_plan_a_choice_for_other_options_is_replaced(tmp_path, monkey
     root = tmp_path / "cache"
     from scalekd_cache.caching import job as stage
 
-    shared_weights()  # made by stage 1 too, if this is the first test
+    shared_weights()  # stage 1 creates it if this is the first test
     with monkeypatch.context() as patch:
         patch.setattr(stage, "_start", None)  # stops after the codec
         with pytest.raises(TypeError):

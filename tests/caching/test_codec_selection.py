@@ -1,4 +1,4 @@
-"""A codec that is fitted: once a cache, found again by jobs that continue and by readers, in both backends."""
+"""A fitted codec: fitted once per cache, reused by resumed jobs and by readers, in both backends."""
 
 import json
 

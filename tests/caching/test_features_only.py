@@ -1,4 +1,4 @@
-"""A teacher without a classifier through stage 1: features alone are kept, and every place says so."""
+"""Stage 1 with a teacher without a classifier: only features are stored, and every command reports it."""
 
 import dataclasses
 
@@ -52,7 +52,7 @@ def test_stage_one_without_a_classifier(tmp_path, capsys, backend):
     logits = torch.randn(2, 10)
     targets = Targets(torch.zeros(2, 192, 4, 4), torch.zeros(2, 2, 4, 4), batch.logits)
     terms = distillation_losses(ScaleKDConfig(), TrainConfig(), logits, batch.labels, None, targets)
-    assert torch.equal(terms.label, label_loss(logits, batch.labels))  # its whole weight, not half of it
+    assert torch.equal(terms.label, label_loss(logits, batch.labels))  # its full weight instead of half
     assert float(terms.logit) == 0
 
 

@@ -1,4 +1,4 @@
-"""Stage 1 as a job: done once, continued, refused before anything is written, repaired."""
+"""Stage-1 jobs: complete, resumed, rejected before anything is written, repaired."""
 
 import dataclasses
 import json
@@ -25,9 +25,9 @@ def everything(root):
 
 @pytest.fixture
 def no_work(monkeypatch):
-    """Making a view is a failure."""
+    """Fail if a view is made."""
 
-    shared_weights()  # its cache is made now, if no test before has asked for it
+    shared_weights()  # creates its cache if no test has used it yet
 
     def fail(*args):
         raise AssertionError("a view was made")
@@ -100,7 +100,7 @@ def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
 
 
 def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_path):
-    """A weights file made for 64 px cannot be loaded at 32: that the cache has 64 is the answer, not the weights."""
+    """A weights file for 64 px cannot be loaded at 32; the error must name the cache's view size."""
     root = copy_of_cache(tmp_path / "cache")
     with pytest.raises(UserError, match="do not fit the model") as alone:
         cache_teacher(options(tmp_path / "new", shared_weights(), views={"size": 32}), CPU)
@@ -134,7 +134,7 @@ def test_the_teacher_is_measured_once(tmp_path, monkeypatch):
 
 
 def test_a_copy_elsewhere_is_valid_and_may_be_read_only(tmp_path, no_work):
-    """Copies keep neither inodes nor times; nothing is written by reading, nor by asking again for what is there."""
+    """Copies have new inodes and times. Reading and rerunning a finished job write nothing."""
     root = copy_of_cache(tmp_path / "cache")
     copy = tmp_path / "other" / "name"
     copy.parent.mkdir()
@@ -202,7 +202,7 @@ def test_an_interrupted_job_goes_on(tmp_path, monkeypatch):
     calls = []
 
     def interrupted(stage, *args):
-        if stage.root == root:  # not the small unit that measures sizes
+        if stage.root == root:  # ignore the small unit that measures sizes
             calls.append(1)
             if len(calls) == 6:  # in the second unit
                 raise KeyboardInterrupt
@@ -215,7 +215,7 @@ def test_an_interrupted_job_goes_on(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="not a finished cache"):
         Cache.open(root)
     cache_teacher(options(root, shared_weights()), CPU)
-    assert len(calls) == 6 + 8  # two batches of two views for each of the two units that were left
+    assert len(calls) == 6 + 8  # two batches of two views for each of the two remaining units
     assert unit_files(root) == unit_files(copy_of_cache(tmp_path / "other"))
 
 

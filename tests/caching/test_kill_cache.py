@@ -1,4 +1,4 @@
-"""Stage 1, growth and repair killed before every file operation: rerun, each leaves the files of an undisturbed one."""
+"""Stage 1, growth and repair killed before every file operation: a rerun leaves the files of an uninterrupted job."""
 
 import os
 import random
@@ -11,14 +11,14 @@ from small_cache import flip_byte
 from stage1_process import KILLED, Job, warm_up
 
 OPTIONS = {"data.max_samples": 8, "cache.samples_per_shard": 4, "cache.views_per_group": 1, "teacher.batch_size": 4}
-"""Two units a view."""
+"""Two units per view."""
 BACKENDS = ("webdataset", "zarr")
 STRIDE = {"webdataset": 1, "zarr": 12}
-"""Every operation, or every twelfth from a random one on: a zarr unit takes hundreds of equal ones."""
+"""Every operation, or every twelfth from a random start: a zarr unit has hundreds of similar ones."""
 
 
 def damage(root):
-    """A record, the tail and the plan: what a repair makes again in each of its ways."""
+    """A record, the tail and the plan: one case for each kind of repair."""
     unit = root / "units" / "g000-r00001"
     payload = next(path for path in sorted(unit.rglob("*")) if path.suffix == ".tar" or path.parent.name == "c")
     flip_byte(payload, payload.stat().st_size // 2)
@@ -27,11 +27,11 @@ def damage(root):
 
 
 class Story:
-    """A command on a folder in the state that it finds.
+    """A command, and the folder state it starts from.
 
     Args:
-        place: where its folders are made.
-        weights: of the teacher.
+        place: parent of its folders.
+        weights: weights file of the teacher.
         name: `new`, `growth` or `repair`.
         backend: the store.
     """
@@ -65,7 +65,7 @@ class Story:
         return Job(self.words, self.root, self.place / "log", operation=operation, command=self.command).wait()
 
     def killed_at(self, operation):
-        """Kill the command before a file operation and rerun it; False when it has fewer operations."""
+        """Kill the command before a file operation and rerun it; False if it has fewer operations."""
         self.start()
         outcome = self.run(operation)
         if outcome.statuses == [0]:

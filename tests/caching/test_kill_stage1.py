@@ -1,4 +1,4 @@
-"""Stage 1 killed at random moments and started again: the finished cache is byte for byte that of an untouched job."""
+"""Stage 1 killed at random moments and rerun: the finished cache equals that of an uninterrupted job byte for byte."""
 
 import contextlib
 import os
@@ -32,7 +32,7 @@ def place(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def untouched(place, weights):
-    """By backend: the files of an uninterrupted job, and how long it took."""
+    """Files and duration of an uninterrupted job, by backend."""
     made = {}
     warm_up()
     for backend in BACKENDS:
@@ -45,7 +45,7 @@ def untouched(place, weights):
 
 
 OPERATIONS = {"webdataset": 15, "zarr": 280}
-"""About how many file operations a unit takes."""
+"""Approximate number of file operations per unit."""
 
 
 def units_left(root):
@@ -54,7 +54,7 @@ def units_left(root):
 
 
 class Killer:
-    """Starts a job again and again, kills it, and keeps count of what it was doing."""
+    """Repeatedly starts a job, kills it, and counts the phases in which it was killed."""
 
     def __init__(self, place, weights, untouched, seed):
         self.place, self.weights, self.untouched = place, weights, untouched
@@ -63,8 +63,8 @@ class Killer:
         self.kills = self.first = 0
 
     def one_kill(self, root, backend, ranks):
-        """Start, kill; True when the job was faster. Half of the kills come after a random time, from outside, half
-        just before a random file operation, from inside."""
+        """Start and kill; True if the job finished first. Half of the kills happen after a random time, half just
+        before a random file operation of the process itself."""
         options = words(root, self.weights, backend, workers=self.random.choice((0, 0, 1)))
         if self.random.random() < 0.5:
             after = self.random.uniform(0.0, 1.1 * self.untouched[backend][1])
@@ -79,7 +79,7 @@ class Killer:
         return outcome.statuses == [0] * ranks
 
     def until_finished(self, root, backend, kills):
-        """At most `kills` kills, 1 and 2 ranks in turn, then a job that may end: the cache is the untouched one."""
+        """At most `kills` kills, alternating 1 and 2 ranks, then a job without kills; the cache must be identical."""
         for number in range(kills):
             if self.one_kill(root, backend, 1 + (number + self.first) % 2):
                 break
@@ -95,7 +95,7 @@ class Killer:
 
 
 def kill_until(killer, place, kills):
-    """New caches until there were `kills` kills; both backends in turn."""
+    """Make new caches until there were `kills` kills, alternating the backends."""
     tries = 0
     while killer.kills < kills:
         backend = BACKENDS[tries % len(BACKENDS)]
@@ -108,7 +108,7 @@ def kill_until(killer, place, kills):
 
 
 def seed_of_the_day():
-    """A new one each time, printed; SEED= repeats a run."""
+    """A new, printed seed each time; SEED= repeats a run."""
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(10**6)))
     print(f"SEED={seed}")
     return seed
@@ -129,17 +129,17 @@ def test_killed_forty_times(place, weights, untouched):
 @pytest.mark.ci_slow
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_command_itself_killed(place, weights, untouched, backend):
-    """Without the fork server: python, torchrun and every process they started, each from nothing."""
+    """Without the fork server: real python and torchrun processes."""
     draw, root = random.Random(seed_of_the_day()), place / f"commands-{backend}"
     check, killed = Killer(place, weights, untouched, 0), 0
     for nproc in (2, 1) * 5:
         command = [*launcher(nproc), "pipelines.cache_teacher", *words(root, weights, backend)]
         started = subprocess.Popen([str(word) for word in command], cwd=ROOT, env=ENV, stderr=subprocess.DEVNULL)
         seen = phase(root, UNITS)
-        while phase(root, UNITS) == seen and started.poll() is None:  # something changes in the folder, then a moment
+        while phase(root, UNITS) == seen and started.poll() is None:  # wait for a change in the folder, then a moment
             time.sleep(0.01)
         time.sleep(draw.uniform(0, 0.5 * untouched[backend][1]))
-        with contextlib.suppress(psutil.NoSuchProcess):  # it may have come to its end
+        with contextlib.suppress(psutil.NoSuchProcess):  # it may have finished
             job = psutil.Process(started.pid)
             for process in [*job.children(recursive=True), job]:
                 with contextlib.suppress(psutil.NoSuchProcess):
@@ -148,7 +148,7 @@ def test_the_command_itself_killed(place, weights, untouched, backend):
         print(f"nproc {nproc}: {phase(root, UNITS)}")
         if killed == 3:
             break
-        if phase(root, UNITS) == "after the manifest":  # faster than we were: once more from nothing
+        if phase(root, UNITS) == "after the manifest":  # it finished before the kill: start over
             check.same(root, backend)
             shutil.rmtree(root)
     assert killed == 3
@@ -158,7 +158,7 @@ def test_the_command_itself_killed(place, weights, untouched, backend):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_jobs_at_once(place, weights, untouched, backend):
-    """Each makes every unit that it does not find; one of two writers of a unit wins, and both jobs end well."""
+    """Each job makes the units that are missing; one of two writers of a unit wins, and both jobs succeed."""
     root = place / f"both-{backend}"
     jobs = [
         Job(words(root, weights, backend), root, place / f"log-{ranks}", ranks=ranks) for ranks in (1, 2)

@@ -1,4 +1,4 @@
-"""Making units: what is skipped, what a unit's bytes depend on, what stops it."""
+"""Making units: skipped images, what a unit's bytes depend on, errors."""
 
 import json
 import re
@@ -52,7 +52,7 @@ def test_units_cover_every_image_and_view_once():
 def test_the_bytes_of_a_unit_do_not_depend_on_the_other_units(tmp_path):
     whole = make_some(tmp_path / "whole", range(6), teacher={"batch_size": 20})
     assert len(whole) == 6 * 5
-    few = make_some(tmp_path / "few", [4, 1], teacher={"batch_size": 20})  # a batch of 20 leaves 12 of 32 images over
+    few = make_some(tmp_path / "few", [4, 1], teacher={"batch_size": 20})  # batches of 20 and 12 images
     assert few == {name: digest for name, digest in whole.items() if name in few}
     assert len(few) == 2 * 5
     backwards = make_some(tmp_path / "backwards", [5, 3, 2], workers=2, teacher={"batch_size": 20})
@@ -61,7 +61,7 @@ def test_the_bytes_of_a_unit_do_not_depend_on_the_other_units(tmp_path):
 
 def test_a_batch_never_spans_two_units(tmp_path, monkeypatch):
     sizes = []
-    shared_weights()  # made by a teacher too, where this is the first test
+    shared_weights()  # a teacher creates it if this is the first test
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, images: sizes.append(len(images)) or forward(self, images))
     make_some(tmp_path / "cache", range(3), teacher={"batch_size": 20})

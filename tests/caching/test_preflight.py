@@ -1,4 +1,4 @@
-"""Checks before the work: teacher, disk, student, and whether options agree with a cache."""
+"""Checks before the start: teacher, disk, student, and options that match the cache."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded for a while: every view group leaves out the same ones, and a cache can always grow."""
+"""Images that are temporarily unreadable: every view group skips the same ones, and a cache can always grow."""
 
 import dataclasses
 import shutil
@@ -34,7 +34,7 @@ def data(tmp_path):
 
 
 def grown(root, data, views, backend="webdataset", **changes):
-    """Options of a cache of this many views, a view a group, four units a group."""
+    """Options of a cache with this many views, one view per group, four units per group."""
     layout = {"num_views": views, "views_per_group": 1, "samples_per_shard": 5, "backend": backend}
     return options(root, shared_weights(), data={"source": str(data), "max_samples": None}, cache=layout, **changes)
 
@@ -48,12 +48,12 @@ def image(data):
 
 
 def mend(data):
-    """The image as it was."""
+    """Restore the image."""
     write(image(data), encoded(picture(NAMES.index(f"{BAD}.png"))))
 
 
 def left_out(root):
-    """(group, key) of every image that a unit leaves out."""
+    """(group, key) of every skipped image."""
     infos = [read_unit(folder)[0] for folder in sorted((root / "units").glob("g*"))]
     return [(info.group, row["key"]) for info in infos for row in info.skipped]
 
@@ -75,7 +75,7 @@ def test_growth_waits_for_an_image_that_cannot_be_decoded(tmp_path, data, backen
         ) as error:
             make(root, data, 2, backend)
     assert "remove the units that hold its image (units/g000-r0000" in str(error.value)
-    assert read_manifest(root).num_views == 1  # the cache of before can be trained on
+    assert read_manifest(root).num_views == 1  # the previous cache can be used for training
     assert verify_cache(root, deep=True) == []
     assert len(list((root / "units").glob("g001-*"))) == 3
     mend(data)
@@ -84,7 +84,7 @@ def test_growth_waits_for_an_image_that_cannot_be_decoded(tmp_path, data, backen
 
 
 def test_an_image_that_is_lost_for_good_can_be_left_out_of_every_view(tmp_path, data):
-    """The advice of the error, followed."""
+    """Do what the error recommends."""
     root = tmp_path / "cache"
     make(root, data, 2)
     write(image(data), b"")
@@ -101,7 +101,7 @@ def test_an_image_that_is_lost_for_good_can_be_left_out_of_every_view(tmp_path, 
 @STORES
 @pytest.mark.parametrize("times", [1, 2, 3])
 def test_a_fault_that_passes_leaves_no_trace(tmp_path, data, monkeypatch, backend, times):
-    """In the first group or while the cache grows; the image is read again before anything is left out."""
+    """In the first group or in later ones, an image is read a second time before it is skipped."""
     root = tmp_path / "cache"
     real, seen = ListedSource.read, []
 
@@ -124,13 +124,13 @@ def test_a_fault_that_passes_leaves_no_trace(tmp_path, data, monkeypatch, backen
     assert verify_cache(root, deep=True) == []
     if not left_out(root):
         assert tree(root) == expected
-    else:  # it could not be read when the first group was made, at the second try neither
+    else:  # it was unreadable in the first group, on both attempts
         assert times > 1
         assert left_out(root) == [(0, BAD), (1, BAD), (2, BAD)]
 
 
 def test_an_image_that_was_mended_stays_left_out(tmp_path, data):
-    """The first group decides, whatever can be decoded by now: what is there is not touched."""
+    """The first group decides, even if the image is readable now; existing units are not changed."""
     root = tmp_path / "cache"
     write(image(data), b"")
     make(root, data, 1)
@@ -143,7 +143,7 @@ def test_an_image_that_was_mended_stays_left_out(tmp_path, data):
 
 
 def apart(root, data, backend="webdataset", *, first_misses=False):
-    """As older versions left a cache: units of group 1 leave out what group 0 holds, or hold what it leaves out."""
+    """A cache from an older version: units of group 1 skip images that group 0 holds, or the reverse."""
     make(root, data, 1, backend)
     config = grown(root, data, 2, backend)
     if first_misses:
@@ -208,7 +208,7 @@ def test_a_repair_of_units_apart_needs_the_image(tmp_path, data):
 
 
 def test_a_later_group_waits_for_the_first(tmp_path, data, capsys):
-    """A rank that begins group 1 while group 0 is not whole does not know yet what is left out."""
+    """A rank that starts group 1 while group 0 is incomplete does not know yet which images are skipped."""
     config = grown(tmp_path / "cache", data, 2)
     write(image(data), b"")
     source = open_source(config.data, "train")

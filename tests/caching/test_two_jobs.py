@@ -1,4 +1,4 @@
-"""Two jobs of stage 1 with one CACHE: the later one is refused, or joins when all is equal; what is finished stays."""
+"""Two stage-1 jobs with the same CACHE: the second is rejected, or joins if all options match; finished units stay."""
 
 import json
 import shutil
@@ -23,7 +23,7 @@ EMPTY = "0" * 64
 
 
 def asked(root, **changes):
-    """Options of a small job; `changes` as in `small_cache.options`."""
+    """Options of a small job; `changes` are those of `small_cache.options`."""
     changes = {**changes, "cache": {**LAYOUT, **changes.get("cache", {})}}
     weights = changes.pop("weights", shared_weights())
     return options(root, weights, data=SMALL, **changes)
@@ -31,7 +31,7 @@ def asked(root, **changes):
 
 @pytest.fixture
 def meanwhile(monkeypatch):
-    """Call it with a function: that is called while the next job measures its teacher, before it has a plan."""
+    """Register a function that is called while the next job measures its teacher, before it has a plan."""
     real = job._teacher_top1
 
     def arrange(act):
@@ -117,7 +117,7 @@ def test_an_equal_job_joins(tmp_path, meanwhile, capsys):
 
 @pytest.mark.parametrize("views", [(1, 3), (3, 1), (2, 3)])
 def test_a_job_of_fewer_views_does_not_undo_the_growth_of_another(tmp_path, monkeypatch, views):
-    """The first has written its plan and makes its units; the second lets the cache grow and finishes it."""
+    """The first job has a plan and makes its units; the second extends the cache and finishes it."""
     root = tmp_path / "cache"
     first, second = (asked(root, cache={"num_views": number}) for number in views)
     real = job.make_units
@@ -135,7 +135,7 @@ def test_a_job_of_fewer_views_does_not_undo_the_growth_of_another(tmp_path, monk
 
 
 def test_two_jobs_that_let_a_cache_grow_agree_on_the_plan(tmp_path, meanwhile, monkeypatch):
-    """Both read the plan of one view; one adds [1], [2], the other would have added [1, 2]."""
+    """Both jobs read a plan with one view; one adds groups [1], [2], the other would add [1, 2]."""
     root = tmp_path / "cache"
     cache_teacher(asked(root, cache={"num_views": 1}), CPU)
     real = job.open_folder
@@ -153,7 +153,7 @@ def test_two_jobs_that_let_a_cache_grow_agree_on_the_plan(tmp_path, meanwhile, m
 
 @pytest.mark.parametrize("links", [True, False])
 def test_a_plan_is_created_once(tmp_path, monkeypatch, links):
-    """Also where the file system has neither locks nor hard links."""
+    """Also on a file system without locks and hard links."""
     root = tmp_path / "cache"
     make(root, shared_weights(), data=SMALL, cache=LAYOUT)
     plan = read_plan(root)
@@ -175,7 +175,7 @@ def test_a_plan_is_created_once(tmp_path, monkeypatch, links):
 
 
 def test_a_plan_that_appears_where_there_are_no_locks_is_joined(tmp_path, monkeypatch):
-    """The other job's plan comes between the look at the folder and the writing."""
+    """The other job writes its plan between our check and our write."""
     root = tmp_path / "cache"
     real = plans.write_plan
     other = asked(root, cache={"num_views": 1})
@@ -211,7 +211,7 @@ def test_a_unit_of_another_job_is_refused_and_stays(tmp_path, field, value):
 
 
 def test_a_lost_plan_does_not_let_another_teacher_in(tmp_path):
-    """Neither plan nor manifest: the units say whose the folder is, and the tail is not touched."""
+    """Without plan and manifest, the units identify the cache, and the tail is not changed."""
     root = tmp_path / "cache"
     cache_teacher(asked(root), CPU)
     original = tree(root)
@@ -226,7 +226,7 @@ def test_a_lost_plan_does_not_let_another_teacher_in(tmp_path):
 
 
 def test_a_codec_is_not_fitted_over_that_of_a_plan(tmp_path, monkeypatch):
-    """The second job fits its codec while the first one begins and ends."""
+    """The second job fits its codec while the first one starts and finishes."""
     root = tmp_path / "cache"
     first, second = (asked(root, cache={"codec": "transform", "codec_noise": noise}) for noise in (0.3, 0.5))
     real = calibration.select_codec

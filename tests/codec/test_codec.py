@@ -1,4 +1,4 @@
-"""Codecs: declared bounds hold, old bytes stay readable, bad numbers are refused, logits keep their distribution."""
+"""Codecs: error bounds hold, old bytes stay readable, NaN and Inf are rejected, logits keep their distribution."""
 
 import json
 
@@ -50,14 +50,14 @@ def test_round_trip_within_the_declared_bound(name, shape):
 @pytest.mark.parametrize("name", CODECS)
 @pytest.mark.parametrize("kind", cases())
 def test_every_kind_of_map_is_within_the_declared_bound(name, kind):
-    """Random, constant, sparse, outlier channels, tiny norms, signs, values half-way between codes."""
+    """Random, constant, sparse, outlier channels, tiny norms, signs, values halfway between codes."""
     codec, features = make_codec(name, SHAPE), cases()[kind]
     codes = codec.encode(features)
     assert torch.equal(codes, codec.encode(features.clone()))
     decoded = codec.decode(codes)
     assert bool(((decoded.features - features).abs() <= codec.error_bound(features)).all())
     norms = feature_norms(features)
-    rounding = norms[:, :1] * 2**-20  # of means in float32, where the sums' order differs
+    rounding = norms[:, :1] * 2**-20  # of float32 means, where the summation order differs
     assert bool(((decoded.norms - norms).abs() <= norms * 2**-11 + 2**-25 + rounding).all())
 
 
@@ -68,7 +68,7 @@ def test_rows_do_not_depend_on_the_batch(name):
     together = codec.encode(features)
     alone = torch.cat([codec.encode(features[row : row + 1].contiguous()) for row in range(4)])
     assert torch.equal(together, alone)
-    odd = torch.empty(4 * codec.bytes_per_view + 1, dtype=torch.uint8)[1:].view(4, -1)  # rows at an odd address
+    odd = torch.empty(4 * codec.bytes_per_view + 1, dtype=torch.uint8)[1:].view(4, -1)  # rows at an unaligned address
     odd.copy_(together)
     assert torch.equal(codec.decode(odd).features, codec.decode(together).features)
 
@@ -135,11 +135,11 @@ def test_codecs_do_not_spend_their_precision_on_channel_means(name, least, stren
 
 @pytest.mark.parametrize(("name", "most"), [("float16", 0.001), ("bfloat16", 0.005)])
 def test_the_gradient_of_a_codec_whose_means_are_large(name, most):
-    """Means of 1,000 times the spread: rounding whole values gave errors of 24 % and 150 %."""
+    """Means 1,000 times the spread: rounding the values themselves gave errors of 24 % and 150 %."""
     codec, features = make_codec(name, (384, 8, 8)), with_means(1000)
     decoded = codec.decode(codec.encode(features))
 
-    def gradient(target: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:  # of the frequency view, up to a factor
+    def gradient(target: torch.Tensor, norms: torch.Tensor) -> torch.Tensor:  # the frequency view up to a factor
         centered = target.double() - target.double().mean((2, 3), keepdim=True)
         return centered / norms[:, 1:].double()
 

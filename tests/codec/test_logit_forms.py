@@ -1,4 +1,4 @@
-"""Top-k logits and logits recomputed from features: what is kept, and what the loss makes of it."""
+"""Top-k logits and logits recomputed from features: stored values, and the loss computed from them."""
 
 import dataclasses
 
@@ -40,7 +40,7 @@ def test_top_k_keeps_the_most_probable_exactly_and_the_mass_of_the_rest():
 
 
 def by_hand(student, teacher, keep):
-    """The cross entropy over keep + 1 events: each kept class, and all others as one."""
+    """Cross entropy over keep + 1 events: each stored class, and all others as one event."""
     p, q = teacher.double().softmax(1), student.double().softmax(1)
     total = 0.0
     for row in range(len(p)):
@@ -60,11 +60,11 @@ def test_the_loss_is_the_cross_entropy_of_the_events(keep):
     assert float(loss.detach()) == pytest.approx(0.5 * by_hand(student.detach(), teacher, keep), rel=1e-5)
     loss.backward()
     assert student.grad.isfinite().all()
-    if keep == 11:  # the rest is one class: nothing is lost
+    if keep == 11:  # the rest is a single class, so nothing is lost
         dense = logits_of(6, 12, 2.0, seed=1).requires_grad_()
         logit_loss(dense, teacher, weight=0.5).backward()
         assert torch.allclose(student.grad, dense.grad, atol=1e-6)
-    # A student that has the teacher's own probabilities is at the minimum: renormalizing would move it.
+    # A student with the teacher's probabilities is at the minimum; renormalizing would move it.
     best = teacher.clone().requires_grad_()
     partial_logit_loss(best, target).backward()
     assert float(best.grad.abs().max()) < 1e-6
@@ -73,7 +73,7 @@ def test_the_loss_is_the_cross_entropy_of_the_events(keep):
 def test_extreme_rows_stay_finite():
     target = torch.full((2, 5), -torch.inf)
     target[0, 3] = 0.0  # all mass on one class
-    target[1] = torch.tensor([0.2] * 5).log()  # everything is known
+    target[1] = torch.tensor([0.2] * 5).log()  # all probabilities are known
     student = torch.tensor([[0.0, 0, 0, -200, 200], [0.0, 1, 2, 3, 4]], requires_grad=True)
     loss = partial_logit_loss(student, target)
     loss.backward()
@@ -105,7 +105,7 @@ def test_numbers_that_make_no_sense_are_refused(k):
 
 
 def test_caches_without_dense_logits_train(tmp_path):
-    """The same images and maps; top-k has the teacher's probabilities, and recomputed ones are the stored ones."""
+    """Caches of the same images and maps: top-k has the teacher's probabilities, recomputed logits the stored ones."""
     start_processes(CPU)
     dense = make(tmp_path / "dense", shared_weights(), cache={"codec": "float32"})
     kept = make(tmp_path / "none", shared_weights(), cache={"codec": "float32", "logits": "recomputed"})

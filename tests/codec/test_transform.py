@@ -1,4 +1,4 @@
-"""The transform coder: unbiased, of the noise it declares, exact in what it writes, refusing what is not its own."""
+"""The transform codec: unbiased, has the declared noise, writes reproducible bytes, rejects foreign records."""
 
 import hashlib
 import json
@@ -56,7 +56,7 @@ def test_error_is_within_the_declared_bound(name, noise, rotated):
 )
 @KINDS
 def test_error_energy_is_what_the_codec_declares(name, rotated):
-    """Energy of the error over that of the divisor, mean over many dithers and tokens: step^2 / 12 a coefficient."""
+    """Error energy over squared divisor, mean over many dithers and tokens: step^2 / 12 per coefficient."""
     features, coder = cases()[name][:1].expand(400, *SHAPE).contiguous(), codec(rotated=rotated)
     rows = coder.encode(features, seeds(400))
     scales = token_scales(feature_norms(features).half().float())
@@ -89,7 +89,7 @@ def test_decoded_maps_are_unbiased(rotated):
 
 @pytest.mark.parametrize("loss", [spatial_loss, frequency_loss])
 def test_gradients_are_unbiased_with_stored_norms_only(loss):
-    """The mean over n dithers nears the exact gradient like 1 / sqrt(n); with the noisy map's own norms it does not."""
+    """The mean over n dithers approaches the exact gradient like 1 / sqrt(n), but not with the noisy map's norms."""
     features, coder = maps(1, seed=4), codec(0.5)
     student = maps(1, seed=11).requires_grad_()
 
@@ -103,19 +103,19 @@ def test_gradients_are_unbiased_with_stored_norms_only(loss):
     for start in range(0, 4096, 256):
         rows = coder.encode(features.expand(256, *SHAPE).contiguous(), seeds(256, start))
         decoded = coder.decode(rows)
-        norms = feature_norms(features).expand(256, 2, 4, 3)  # float16 rounding aside, what the record carries
+        norms = feature_norms(features).expand(256, 2, 4, 3)  # up to float16 rounding, the norms in the record
         assert torch.allclose(decoded.norms, norms, rtol=2**-10)
         stored.append(gradient(decoded.features, norms))
         own.append(gradient(decoded.features, feature_norms(decoded.features)))
 
     def distances(gradients: list[torch.Tensor]) -> tuple[float, float]:
-        """Root mean square distance to the exact gradient of means over 256 and over 4096 dithers, relative."""
+        """Relative RMS distance to the exact gradient, for means over 256 and over 4096 dithers."""
         few = torch.stack([(g - exact).square().sum() for g in gradients]).mean().sqrt()
         many = (torch.stack(gradients).mean(0) - exact).norm()
         return float(few / exact.norm()), float(many / exact.norm())
 
     few, many = distances(stored)
-    assert many == pytest.approx(few / 4, rel=0.5)  # 16 times as many: a quarter
+    assert many == pytest.approx(few / 4, rel=0.5)  # 16 times as many dithers: a quarter of the error
     few, many = distances(own)
     assert many > few * 0.7
     assert many > 5 * distances(stored)[1]
@@ -247,7 +247,7 @@ def test_too_few_views_cannot_calibrate():
 
 
 def golden_codec(kind: str) -> TransformCodec:
-    """A coder of whole numbers, two bands, all kinds of classes: permutations and signs for bases, or a factor each."""
+    """An integer codec with two bands and all kinds of classes; bases are signed permutations, or one factor each."""
     basis = torch.eye(3, dtype=torch.float64)[[2, 0, 1]] * torch.tensor([1.0, -1.0, 1.0])
     nothing = basis.new_zeros(2, 0, 3)
     state = TransformState(
@@ -301,7 +301,7 @@ def test_channels_are_rotated_up_to_512():
 
 
 def golden_content(kind: str) -> dict[str, object]:
-    """What a golden file says of a coder."""
+    """The fields of a golden file about a codec."""
     coder = golden_codec(kind)
     rows = coder.encode(golden_input([3, 2, 3]), torch.tensor([1, 2**32 - 1]))
     return {

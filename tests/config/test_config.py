@@ -1,4 +1,4 @@
-"""Options: every refusal, defaults that are valid, immutability, the fingerprint."""
+"""Options: rejected values, valid defaults, immutability, the fingerprint."""
 
 import dataclasses
 

@@ -1,4 +1,4 @@
-"""Recipes: every file is understood, says what it stands for, and its views are tied to the cache's."""
+"""Recipes: every file parses, its header is complete, and its views must match those of the cache."""
 
 import json
 import re
@@ -30,7 +30,7 @@ from scalekd_cache.scalekd.heads import ScaleKDHeads
 
 NAMES = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 OWN = {"demo", "cifar10", "cifar10-small"}
-"""Recipes that stand for no row of the paper."""
+"""Recipes that reproduce no row of the paper."""
 SHARED = [
     {"traditional", "traditional-mobilenet", "traditional-swin-s"},
     {"advanced-vit", "advanced-swin", "advanced-convnext"},
@@ -39,7 +39,7 @@ TEACHERS = {
     "swin_large_patch4_window7_224": ((768, 14, 14), (1536, 7, 7)),
     "swin_small_patch4_window7_224.ms_in1k": ((384, 14, 14), (768, 7, 7)),
 }
-"""What the tail takes and gives (tests/scalekd/test_method_matrix.py)."""
+"""Input and output shapes of the tail (tests/scalekd/test_method_matrix.py)."""
 
 
 def views(name: str) -> dict[str, object]:
@@ -92,7 +92,7 @@ def test_upstreams_constants():
     assert all(rows[name].optim.step_epochs == 30 for name in stairs)
     assert all(schedules[name][1] for name in schedules.keys() - stairs)
     assert all(row[2] == (300 if name.startswith("advanced") else 100) for name, row in schedules.items())
-    for c in rows.values():  # the batch that the rate belongs to, nothing is scaled as it stands
+    for c in rows.values():  # the batch size of the learning rate: by default nothing is scaled
         assert c.train.global_batch_size == c.optim.base_batch_size
     swin_s = rows["traditional-swin-s"].scalekd
     assert (swin_s.heads_s3, swin_s.heads_s4, swin_s.s4_query) == (3, 6, "learned")
@@ -121,7 +121,7 @@ def test_upstreams_augmentation():
 
 @pytest.mark.parametrize("name", [name for name in NAMES if name not in OWN])
 def test_heads_fit_the_recipes_teacher_and_students(name):
-    """On the meta device: the pair of the header's command, with the recipe's numbers of heads."""
+    """Build the pair of the header's command on the meta device, with the recipe's number of heads."""
     header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("cache:\n")[0]
     config = training(name)
     teacher = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(name, "cache"), "").teacher.name

@@ -75,11 +75,11 @@ def test_onnx(tmp_path):
     assert [one.name for one in session.get_inputs()] == ["images"]
     images = (
         np.random.default_rng(0).normal(size=(3, 3, 64, 64)).astype(np.float32)
-    )  # another batch than it was made with
+    )  # a different batch size than at export
     got = session.run(["logits"], {"images": images})[0]
     with torch.no_grad():
         np.testing.assert_allclose(got, student.model(torch.from_numpy(images)).numpy(), rtol=1e-3, atol=1e-3)
-    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]  # weights inside
+    assert [path.name for path in tmp_path.iterdir()] == ["student.onnx"]  # includes the weights
 
 
 @pytest.mark.parametrize("fault", ["missing", "broken"])
@@ -121,7 +121,7 @@ TORCHVISION = {
 
 @pytest.mark.parametrize("name", TORCHVISION)
 def test_names_of_torchvision_load_strictly_and_answer_the_same(name):
-    """ResNet-50, Swin-T and ViT-B at their own size, into the constructors that a user calls."""
+    """ResNet-50, Swin-T and ViT-B at full size, loaded into the public constructors."""
     size, args, make = TORCHVISION[name]
     student = student_of(name, size, **args)
     twin = make().eval()
@@ -163,9 +163,9 @@ MMPRETRAIN = {
     ),  # with_cls_token=False, out_type="featmap"
     "swin_tiny": (224, "deb293e8f49839cca547fbd4547161bb2f9de1c16b7495faab9012c4aa3b3e1a"),
 }
-"""sha256 over the names and shapes (sorted, "name (1, 2)", a line each) of mmpretrain 1.2.0's own modules with
-5 classes, image sizes as given. The package is no dependency; when these were noted, the exports loaded into its
-modules strictly and gave the same logits to 1e-5."""
+"""sha256 over the names and shapes (sorted, one line "name (1, 2)" each) of mmpretrain 1.2.0's modules with 5 classes
+at the given image sizes. The package is not a dependency. When these were recorded, the exports loaded strictly into
+its modules and gave the same logits to 1e-5."""
 
 
 def slow_but(quick, cases):
@@ -194,7 +194,7 @@ TRANSCRIBED = {
 
 @pytest.mark.parametrize("name", slow_but({"resnet50d", "mobilenetv1"}, TRANSCRIBED))
 def test_names_of_mmpretrain_load_strictly_and_answer_the_same(name):
-    """Into the transcribed modules that the importer is tested with."""
+    """Load into the transcribed modules that the importer tests use."""
     size = TRANSCRIBED[name]
     student = student_of(name, size, classes=5)
     twin = upstream_students.paper_student(name, 5)
@@ -212,12 +212,12 @@ def test_names_of_mmpretrain_load_strictly_and_answer_the_same(name):
             ("resnetblur18", 64, "with different operations"),
             ("resnet26t", 64, "another variant of"),
             ("ecaresnet50t", 64, "another variant of"),
-            ("seresnet18", 64, "another variant of"),  # SEResNet has no such block
+            ("seresnet18", 64, "another variant of"),  # SEResNet lacks this block
             ("mobilenetv1_100", 64, "with different operations"),  # ReLU6
             ("mobilenetv2_050", 64, "another variant of"),
             ("swin_tiny", 64, "one window size"),  # windows of 7, 4 and 2
             ("swin_tiny", 128, "one window size"),
-            ("swin_tiny", 256, "must divide"),  # padded maps: mmpretrain's mask is another one
+            ("swin_tiny", 256, "must divide"),  # padded maps: mmpretrain's mask differs
             ("vit_small_patch14_dinov2", 56, "another variant of"),
             ("resmlp_12_224", 64, "another variant of"),
             ("convnextv2_atto", 64, "another variant of"),
@@ -246,7 +246,7 @@ def test_models_that_no_codebase_names():
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run with a checkpoint of a student of random weights."""
+    """A run with a checkpoint of a randomly initialized student."""
     folder = tmp_path_factory.mktemp("run") / "first"
     run = RunFolder(folder, to_plain(DistillConfig(student=StudentConfig(name="resnet10t"))))
     run.write_facts(

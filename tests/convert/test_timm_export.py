@@ -1,4 +1,4 @@
-"""Export: plain timm loads it, answers the same, and nothing half-done or pickled is left."""
+"""Export: plain timm loads it with the same logits; no partial or pickled files are left."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Checkpoints of upstream's distiller, made here from its own module definitions, through the importer."""
+"""Importing checkpoints of upstream's distiller, generated here from transcribed module definitions."""
 
 import os
 import pickle
@@ -47,7 +47,7 @@ PAPER = ["resnet50", "resnet50d", "mobilenetv1", "convnext_tiny", "mixer_s16", "
 
 
 def scattered(module: nn.Module) -> nn.Module:
-    """Every tensor off the values that would hide an exchange: no norm of ones, no bias of zeros, no running mean 0."""
+    """Randomize every tensor, so that a swap shows: no norm weights of one, no zero biases, no zero running means."""
     for name, value in module.state_dict().items():
         if value.is_floating_point():
             noise = torch.randn_like(value)
@@ -60,7 +60,7 @@ def scattered(module: nn.Module) -> nn.Module:
 
 @pytest.mark.parametrize("name", PAPER)
 def test_names_and_shapes_of_every_student(name: str) -> None:
-    """At real size, without memory: every tensor of timm's model gets one, and nothing is over."""
+    """At full size on the meta device: every tensor of timm's model is filled, and none is left over."""
     with torch.device("meta"):
         upstream = paper_student(name)
         timm_name, args = SHORT_NAMES.get(name, (name, {}))
@@ -68,7 +68,7 @@ def test_names_and_shapes_of_every_student(name: str) -> None:
     state = upstream.state_dict()
     family = family_of(state)
     assert family is not None
-    assert all(args.get(key) == value for key, value in family.args.items())  # short names compute what upstream does
+    assert all(args.get(key) == value for key, value in family.args.items())  # short names compute the same as upstream
     problems, left_out = Problems(), []
     tensors = import_student(family, state, model.state_dict(), problems, left_out, "student.")
     assert problems == Problems()
@@ -152,7 +152,7 @@ def test_patch_merging_is_reordered() -> None:
     x = torch.randn(2, 4, 8, 6)
     torch.testing.assert_close(ours(x), upstream(x), rtol=1e-5, atol=1e-5)
     ours.load_state_dict(upstream.state_dict())
-    assert not torch.allclose(ours(x), upstream(x), atol=0.1)  # the order is not a detail
+    assert not torch.allclose(ours(x), upstream(x), atol=0.1)  # the order matters
 
 
 def checkpoint(path: Path, *, name: str = "mobilenetv1", classes: int = 5, **options) -> dict[str, Tensor]:
@@ -234,7 +234,7 @@ def test_student_of_the_transfer_script(whole, tmp_path) -> None:
 
 
 def test_transformer_from_the_command_at_its_own_size(tmp_path, capsys) -> None:
-    """A ViT whose class token and its position are left."""
+    """A ViT that keeps its class token and its position."""
     torch.manual_seed(0)
     upstream = scattered(Classifier(VisionTransformer(192, 12, 3, 16), 192, 5)).eval()
     path, out = tmp_path / "c.pth", tmp_path / "out"
@@ -327,7 +327,7 @@ def test_objects_in_a_checkpoint_do_not_run(whole, tmp_path, legacy) -> None:
 
 
 class HistoryBuffer:
-    """As mmengine's: arrays, and methods by name; pickled under mmengine's name."""
+    """Like mmengine's message hub: arrays, and methods by name, pickled under mmengine's name."""
 
     def __init__(self) -> None:
         self._log_history = np.arange(3.0)
@@ -339,7 +339,7 @@ class HistoryBuffer:
 
 
 class Argumented:
-    """An object that `copyreg` makes with arguments."""
+    """An object that `copyreg` reconstructs with arguments."""
 
     def __init__(self, path: Path) -> None:
         self.path = str(path)
@@ -357,7 +357,7 @@ class Called:
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_logs_in_a_checkpoint_become_inert(whole, tmp_path, monkeypatch, legacy) -> None:
-    """Released checkpoints of mmengine hold its message hub; no mmengine is needed to leave it out."""
+    """mmengine's checkpoints hold its message hub; skipping it must not need mmengine."""
     monkeypatch.setattr(HistoryBuffer, "__module__", "mmengine.logging.history_buffer")
     module = types.ModuleType("mmengine.logging.history_buffer")
     module.HistoryBuffer = HistoryBuffer

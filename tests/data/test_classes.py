@@ -25,7 +25,7 @@ def classes_of_keys(source):
 def test_natural_order_is_that_of_timm():
     names = [*FOLDERS, "N3", "007", "7", "a1b20", "a1b3", ""]
     assert sorted(names, key=natural_key) == sorted(names, key=natural_key_of_timm)
-    assert natural_key("x²")  # timm's fails here: a digit that int() does not take
+    assert natural_key("x²")  # timm's key fails here: a digit that int() rejects
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_a_list_of_class_names_orders_folders(tmp_path):
     source = source_of(tree(tmp_path / "data"), classes=str(listed))
     assert source.class_names == ("n2", "Zebra", "n10", "ant")
     assert classes_of_keys(source) == {name: name for name in FOLDERS}
-    write_list(tmp_path / "data/classes.txt", ["n10", "n2", "ant", "Zebra"])  # found by itself
+    write_list(tmp_path / "data/classes.txt", ["n10", "n2", "ant", "Zebra"])  # found automatically
     assert source_of(tmp_path / "data", "val").class_names == ("n10", "n2", "ant", "Zebra")
     assert source_of(tmp_path / "data", classes="natural").class_names[0] == "ant"
 

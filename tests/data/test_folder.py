@@ -285,7 +285,7 @@ def test_flat_val_errors(tmp_path):
     with pytest.raises(UserError, match="no label in the ground truth"):
         source_of(root, "val")
     truth = kit / "data/ILSVRC2012_validation_ground_truth.txt"
-    truth.write_text("1\n2\n1\n3\n")  # 3 has children: not a class
+    truth.write_text("1\n2\n1\n3\n")  # 3 has children, so it is not a class
     with pytest.raises(UserError, match=r"id 3, not in meta\.mat"):
         source_of(root, "val")
     truth.write_text("1\nx\n")

@@ -1,4 +1,4 @@
-"""The decoder gives the whole image or says why not; sources keep one order and travel between processes."""
+"""The decoder returns a complete image or a reason; sources have a fixed order and can be pickled."""
 
 import hashlib
 import io
@@ -28,7 +28,7 @@ def test_order_is_a_permutation_keyed_by_group():
     smaller = open_source(DataConfig(max_samples=100), "train")
     position = {source.samples[i].key: rank for rank, i in enumerate(orders[0])}
     ranks = [position[smaller.samples[i].key] for i in smaller.order(1)]
-    assert ranks == sorted(ranks)  # the order of two samples depends on their keys alone
+    assert ranks == sorted(ranks)  # the order of two samples depends only on their keys
 
 
 def test_max_samples_takes_the_first_of_the_canonical_order():
@@ -59,7 +59,7 @@ def test_sources_pickle_small_and_read_in_a_spawned_process(tmp_path):
     parquet_file(tmp_path / "pq/data/train-0.parquet", [0, 1, 1])
     sources = [open_source(DataConfig(max_samples=50), "train")]
     sources += [source_of(tmp_path / kind) for kind in ("folder", "tars", "pq")]
-    expected = [source.read(1) for source in sources]  # readers are warm now: nothing of that may travel
+    expected = [source.read(1) for source in sources]  # readers have open state now, which must not be pickled
     assert all(len(pickle.dumps(source)) < 200_000 for source in sources)
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         assert [pool.apply(source.read, (1,)) for source in sources] == expected
@@ -148,7 +148,7 @@ def test_damaged_exif_does_not_cost_the_image():
 def test_truncated_images_are_refused_or_whole(kind, monkeypatch):
     if kind == "AVIF" and not features.check("avif"):
         pytest.skip("this Pillow has no AVIF")
-    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # what another library may have done
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", True)  # another library may have set this
     data = encoded(picture(size=(40, 30)), kind)
     whole = decode_image(data, "k")
     refused = 0

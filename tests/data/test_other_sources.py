@@ -161,7 +161,7 @@ def test_parquet_rows_whose_file_is_gone_are_refused_at_opening(tmp_path, kind):
 
 
 def test_a_broken_optional_package_is_named(tmp_path, monkeypatch):
-    """Some packages fail on import with whatever their author did not think of, not with ImportError."""
+    """Some packages fail on import with exceptions other than ImportError."""
     write(tmp_path / "data/train/x.parquet", b"PAR1")
     write(tmp_path / "broken/pyarrow/__init__.py", b"raise ValueError('invalid literal for int(): post0')")
     for name in [name for name in sys.modules if name.partition(".")[0] == "pyarrow"]:

@@ -1,4 +1,4 @@
-"""WebDataset tars: order, borders, keys, and every way a tar can be wrong."""
+"""WebDataset tars: order, unit boundaries, keys, and every kind of invalid tar."""
 
 import os
 import tarfile

@@ -1,4 +1,4 @@
-"""Worker processes: what crosses and how, how much of it waits, and that one which ends is an error at once."""
+"""Worker processes: transfer of items, prefetch limits, and an immediate error when a worker exits."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ class Item(NamedTuple):
 
 
 class Items(Dataset[Item]):
-    """Items of several tensors; the number that `bad` names does something else."""
+    """Items of several tensors; the item number `bad` fails."""
 
     def __init__(self, bad=None, does=None):
         self.bad, self.does = bad, does
@@ -74,7 +74,7 @@ def test_items_that_are_kept_hold_no_descriptors():
     kept = [next(items)]
     before = open_files()
     kept += [next(items) for _ in range(150)]
-    assert open_files() <= before + 2 * 4  # what may wait at this moment
+    assert open_files() <= before + 2 * 4  # items that may be prefetched now
     assert len(kept) == 151
 
 
@@ -122,7 +122,7 @@ def unsendable():
 @pytest.mark.parametrize("does", [killed, left, unsendable])
 def test_a_worker_that_ends_or_cannot_send_is_an_error_at_once(does):
     started = time.monotonic()
-    with pytest.raises((UserError, RuntimeError)) as caught:  # torch's, where its signal arrives between two items
+    with pytest.raises((UserError, RuntimeError)) as caught:  # torch's error, if its signal arrives between two items
         list(received(Items(bad=7, does=does)))
     error = worker_failure(caught.value) or caught.value
     assert "a data loader worker died" in str(error)
@@ -182,7 +182,7 @@ def test_both_stages_refuse_before_they_start(tmp_path, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "status"), [("64m", 0), ("8m", 0), ("100k", 2)])
 def test_commands_in_a_container_of_little_shared_memory(tmp_path, size, status):
-    """Docker's 64 MB and less, for both stages; what does not fit is refused by name, nothing hangs."""
+    """Docker's 64 MB and less, for both stages: too large items are an error, and nothing hangs."""
     if subprocess.run(["unshare", "-m", "true"], capture_output=True).returncode:
         pytest.skip("needs the right to mount")
     data = folder_tree(tmp_path / "data", train=[f"{kind}/{number}.png" for kind in "ab" for number in range(100)])

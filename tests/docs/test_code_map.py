@@ -1,4 +1,4 @@
-"""docs/CODE_MAP.md: every path it names exists, and every name is defined in the file it is given for."""
+"""docs/CODE_MAP.md: every path exists, and every name is defined in the stated file."""
 
 import re
 

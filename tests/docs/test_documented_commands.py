@@ -1,4 +1,4 @@
-"""Commands written in docs/METHOD.md and in the recipes' headers: make knows them, and the real parsers take them."""
+"""Commands in docs/METHOD.md and in the recipes' headers: make has the targets, and the real parsers accept them."""
 
 import re
 import shlex
@@ -18,7 +18,7 @@ PAGES = [ROOT / "docs" / "METHOD.md", *sorted(RECIPES.glob("*.yaml"))]
 
 
 def commands_of(page: Path) -> list[str]:
-    """Whole commands of a page; what stands for something else (`...`, `[OPTION=]`) is none."""
+    """Complete commands of a page, without those that have placeholders (`...`, `[OPTION=]`)."""
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".yaml":
         text = re.sub(r"^#", "", text, flags=re.MULTILINE).replace("\\\n", " ")
@@ -55,14 +55,14 @@ def test_switches_of_the_ablations_are_options() -> None:
 
 
 def readme_commands() -> list[str]:
-    """Every `make ...` of the README: in blocks, in tables, in sentences; "..." stands for what is said before."""
+    """Every `make ...` in the README: in blocks, tables and sentences; "..." repeats earlier options."""
     text = README.read_text(encoding="utf-8").replace("...", "")
     found = re.findall(r"^(make [^#\n]*)", text, re.MULTILINE) + re.findall(r"`(make [^`\n]+)`", text)
     return [command.strip() for command in found]
 
 
 NEEDED = {"distill": "STUDENT=resnet50", "export": "RUN=run", "evaluate": "RUN=run", "fetch": "TEACHER=resnet50"}
-"""What a command cannot do without, for those that a table shortens."""
+"""Required options, for commands that a table abbreviates."""
 OWN = ("help", "test", "test-all", "lint", "format", "study", "docs", "VENV=none")
 """Targets that run none of the pipelines."""
 

@@ -1,4 +1,4 @@
-"""docs/GUIDES.md and examples/: every block is run, and what the guide shows is what the examples hold."""
+"""docs/GUIDES.md and examples/: every block runs, and the guide shows the code of the examples."""
 
 import importlib
 import re

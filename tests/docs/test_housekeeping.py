@@ -1,4 +1,4 @@
-"""Files that a maintainer and a user expect: they are there, and they say what is true."""
+"""Files that maintainers and users expect: they exist, and their statements are true."""
 
 import ast
 import re
@@ -69,7 +69,7 @@ def test_files_and_links_of_the_pages_exist(page):
 
 
 def _own_limits(tree):
-    """Lines of calls that wait for another process or thread with a number of seconds of their own."""
+    """Lines with calls that wait for another process or thread with a hard-coded number of seconds."""
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
         name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
         given = [keyword.value for keyword in call.keywords if keyword.arg == "timeout"]
@@ -81,7 +81,7 @@ def _own_limits(tree):
 
 
 def test_what_the_tests_wait_for_has_one_limit():
-    """A limit ends a hang: it is `commands.LIMIT_S`, at least ten minutes, for a load that nobody has measured."""
+    """Timeouts only end hangs: they are `commands.LIMIT_S`, at least ten minutes, so that a loaded machine passes."""
     assert list(_own_limits(ast.parse("process.wait(60); run(x, timeout=100)"))) == [1, 1]
     files = (ROOT / "tests").rglob("*.py")
     own = [f"{file.name}:{line}" for file in files for line in _own_limits(ast.parse(file.read_text(encoding="utf-8")))]

@@ -1,4 +1,4 @@
-"""The README's blocks are run: the Python as it stands, the commands on smaller data (their variables are kept)."""
+"""Run the README's blocks: Python unchanged, commands on smaller data with the same variables."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ def commands_of(block):
 
 @pytest.fixture
 def checkout(tmp_path):
-    """The files that git knows, in a folder that a command may fill."""
+    """The tracked files, in a folder that a command may write to."""
     names = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in names.split("\0")[:-1]:
         if (ROOT / name).is_file():
@@ -42,14 +42,14 @@ def test_loop_of_ones_own():
 
 
 def run_in(folder, words, *given):
-    """One of the README's commands, with the tests' interpreter and what makes it small."""
+    """One of the README's commands, with the tests' interpreter and options that make it small."""
     assert words[0] == "make"
     return execute("env", "-C", folder, "make", "VENV=none", f"PYTHON={sys.executable}", *words[1:], *given)
 
 
 @pytest.mark.slow
 def test_quick_start(checkout):
-    """Both commands; only epochs are fewer."""
+    """Both commands, with fewer epochs."""
     first, second = commands_of(QUICK_START)
     run_in(checkout, first)
     run_in(checkout, second, "EPOCHS=1")
@@ -60,8 +60,8 @@ def test_quick_start(checkout):
 
 @pytest.mark.slow
 def test_imagenet_in_five_lines(checkout):
-    """All but the download: eight images of two classes for ImageNet, a Swin-T without training for Swin-L. Stage 1 is
-    not told the student: it would rightly say that eight images do not fill the recipe's batch."""
+    """All except the download: eight images of two classes replace ImageNet, an untrained Swin-T replaces Swin-L.
+    Stage 1 gets no student, because eight images do not fill the recipe's batch."""
     for number in range(12):
         split, name = ("train", "val")[number >= 8], "ab"[number % 2]
         place = checkout / "imagenet" / split / name / f"{number}.jpg"

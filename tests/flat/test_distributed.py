@@ -1,4 +1,4 @@
-"""Who this process is, and what stage 1's processes tell each other."""
+"""Rank and device of this process, and communication between the processes of stage 1."""
 
 import json
 import os
@@ -84,7 +84,7 @@ def test_two_processes_share_every_claim_and_the_first_leaves_last():
 
 @pytest.fixture
 def store(monkeypatch):
-    """A launcher's store, as torchrun keeps one; in a list, from which a test can take it away."""
+    """A launcher's store, as torchrun provides; in a list, so that a test can remove it."""
     kept = [torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)]
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     monkeypatch.setenv("MASTER_PORT", str(kept[0].port))
@@ -103,7 +103,7 @@ def test_a_slow_process_is_waited_for(store):
         seen = []
         assert other.wait("planned", 0, lambda: seen.append(1))
         assert len(seen) > 2
-        assert slow.wait("never published", 0)  # nobody waits for himself
+        assert slow.wait("never published", 0)  # a rank does not wait for itself
 
 
 def test_a_process_without_a_sign_of_life_is_given_up(store):
@@ -114,7 +114,7 @@ def test_a_process_without_a_sign_of_life_is_given_up(store):
         begun = time.monotonic()
         assert not first.wait("never", 1)
         assert 0.9 < time.monotonic() - begun < 10
-        assert first.wait("here", 1)  # what it said still counts
+        assert first.wait("here", 1)  # its published values remain
     with peers_of(1) as second, pytest.raises(RunInterrupted, match="no heartbeat from rank 0") as stop:
         second.wait("never")
     assert stop.value.exit_code == EXIT_RESUMABLE

@@ -1,4 +1,4 @@
-"""The nearest right thing to what somebody typed."""
+"""Suggestions for mistyped names."""
 
 import pytest
 

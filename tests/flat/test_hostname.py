@@ -1,4 +1,4 @@
-"""A machine whose host name does not resolve starts its own processes all the same, whoever starts them."""
+"""Multi-process commands start on a machine whose host name does not resolve, with every launcher."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Imports run one way between rooms: the layers stand once, in setup.cfg, and every room has its place there."""
+"""Imports run only downwards between rooms: setup.cfg lists the layers once, and every room is in the list."""
 
 import os
 import shutil

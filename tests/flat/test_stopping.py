@@ -1,4 +1,4 @@
-"""Signals between steps: noted, one stop a press."""
+"""Signals between steps: recorded, one stop per signal."""
 
 import os
 import signal

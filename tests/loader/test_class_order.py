@@ -1,4 +1,4 @@
-"""Images of one class side by side: stage 1 keeps how many there are, stage 2 mixes wider."""
+"""Class-sorted data: stage 1 records the class correlation of neighbors, stage 2 enlarges its shuffle window."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ def labels_of(cache):
 
 @pytest.fixture(scope="module")
 def sorted_tars(tmp_path_factory):
-    """A cache of two tars that were written class by class."""
+    """A cache of two tars written class by class."""
     root = tmp_path_factory.mktemp("sorted")
     for number in range(2):
         labels = np.repeat(np.arange(5) + 5 * number, 20)

@@ -1,4 +1,4 @@
-"""A label outside the classes reaches no loss: the cache that holds it is refused by key and shard."""
+"""A label outside the classes never reaches a loss: the error names key and shard."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ from scalekd_cache.training.targets import CachedTargets
 
 
 def with_label(root: Path, label: int) -> Cache:
-    """A cache, right in every checksum, in which record 3 of view 0 has this label."""
+    """A cache with valid checksums in which record 3 of view 0 has this label."""
     copy_of_cache(root)
     cache, folder = Cache.open(root), root / "units/g000-r00000"
     unit = json.loads((folder / "unit.json").read_text())

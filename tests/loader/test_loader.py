@@ -1,4 +1,4 @@
-"""The loader: batches against records read by hand, position, workers, and everything that must stop it."""
+"""The loader: batches compared with records read directly, position, workers, and all errors."""
 
 import io
 import itertools
@@ -100,7 +100,7 @@ def test_a_state_of_another_order_is_refused():
         make_loader(global_batch=16).load_state_dict(state)
     with pytest.raises(UserError, match="fingerprint"):
         make_loader(shared_cache("replayed")).load_state_dict(state)
-    make_loader(workers=2, rank=1, world_size=2).load_state_dict(state)  # these do not decide the samples
+    make_loader(workers=2, rank=1, world_size=2).load_state_dict(state)  # these do not affect the sample order
 
 
 def test_pixels_that_are_not_the_teachers_are_reported(monkeypatch):
@@ -171,7 +171,7 @@ def test_a_flipped_byte_stops_the_loader_and_names_the_sample(tmp_path, workers)
     with pytest.raises(UserError) as error:
         read()
     assert record.key in str(error.value)
-    assert len(seen) >= STEPS * MICROS  # view 0 is whole
+    assert len(seen) >= STEPS * MICROS  # view 0 is intact
     assert "Traceback" not in str(error.value)
 
 
@@ -184,7 +184,7 @@ def test_a_missing_shard_stops_the_loader(tmp_path):
 
 @pytest.fixture(scope="module")
 def replayed(tmp_path_factory):
-    """A replayed cache of a folder of noise pictures, and every view the teacher was shown."""
+    """A replayed cache of a folder of noise images, and every view that the teacher got."""
     folder = tmp_path_factory.mktemp("replayed")
     names = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(20)]
     root = folder_tree(folder / "data", train=names)
@@ -247,7 +247,7 @@ def test_a_replayed_image_that_changed_or_went_is_reported(replayed, tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("resumed", [False, True])
 def test_any_replaced_image_is_reported_the_first_time_it_is_used(replayed, tmp_path, workers, resumed):
-    """Whatever its position, in a session that begins anywhere, and before one batch with it is handed out."""
+    """For any position, in a session that starts anywhere, before a batch with it is returned."""
     cache, _, root = replayed
     other = shutil.copytree(root, tmp_path / "data")
     victim = int(epoch_ids(REPLAY_ORDER, 0, 39, 40)[0]) if resumed else int(epoch_ids(REPLAY_ORDER, 1, 33, 34)[0])

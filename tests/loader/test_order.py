@@ -1,4 +1,4 @@
-"""Order: permutations, disjoint shares, independence of ranks and of the point of resumption."""
+"""Order: permutations, disjoint shares, independence of the number of ranks and of where a run resumes."""
 
 import numpy as np
 import pytest
@@ -63,7 +63,7 @@ def test_ranks_together_see_the_global_batch_once(order: Order, world_size: int,
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(orders, st.integers(1, 12), st.integers(0, 3), st.data())
 def test_a_resumed_run_sees_the_rest(order: Order, global_batch: int, epoch: int, data: st.DataObject) -> None:
-    """What came before a stop and what comes after it, on other ranks, is the epoch that nobody stopped."""
+    """The batches before and after an interruption, on other ranks, form the epoch of an uninterrupted run."""
     if order.num_samples < global_batch:
         return
     steps = steps_per_epoch(order.num_samples, global_batch)
@@ -93,14 +93,14 @@ def test_a_resumed_run_sees_the_rest(order: Order, global_batch: int, epoch: int
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(st.integers(2, 40), st.integers(2, 60), st.integers(1, 80))
 def test_windows_of_class_sorted_samples_are_as_mixed_as_promised(classes: int, each: int, block: int) -> None:
-    """At most a tenth more pairs of one class in a window than by chance, or the data set is one window."""
+    """At most a tenth more same-class pairs in a window than by chance, or the data set is one window."""
     labels = np.repeat(np.arange(classes), each)
     found = class_correlation(labels)
     window = mixing_window(len(labels), block, found)
     if window * block >= len(labels):
         return
     blocks = -(-len(labels) // block)
-    if window > WINDOW:  # where neighbors are not alike, a short window at the end does no harm
+    if window > WINDOW:  # if neighbors are unrelated, a short last window does no harm
         assert blocks % window in (0, *range(window - blocks // window, window)), "a short window at the end"
     same = (block - 1) / (window * block - 1)
     assert same * found.neighbors + (1 - same) * found.chance <= 1.1 * found.chance
@@ -122,7 +122,7 @@ def test_the_window_grows_with_likeness_alone() -> None:
 
 
 def test_a_class_sorted_folder_is_mixed_before_it_is_cached(tmp_path) -> None:
-    """The canonical order of a folder is that of hashed keys: its neighbors are of one class by chance alone."""
+    """The canonical order of a folder is that of hashed keys, so neighbors share a class only by chance."""
     for split, each in (("train", 300), ("val", 1)):
         for label in range(10):
             folder = tmp_path / split / f"class{label}"
@@ -146,7 +146,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
 
 
 def test_the_order_is_fixed_for_ever() -> None:
-    """Resuming a run with another version of this program must meet the same samples."""
+    """A run resumed with another version of this package must get the same samples."""
     order = Order(num_samples=23, block=4, window=2, seed=7)
     assert epoch_ids(order, 2, 0, 23).tolist() == [
         6,

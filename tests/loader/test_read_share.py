@@ -1,4 +1,4 @@
-"""How much of a cache a rank reads, counted by the kernel: /proc/self/io has the bytes of all read calls."""
+"""Bytes of a cache that each rank reads, counted by the kernel: /proc/self/io has the bytes of all read calls."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(not COUNTER.exists(), reason="needs Linux: /proc
 
 @pytest.fixture(scope="module", params=BACKENDS)
 def root(request, tmp_path_factory):
-    """Records of some 10 KB: beside those of a real cache, ten times as large, an index weighs little."""
+    """Records of about 10 KB; those of a real cache are ten times as large, so its indexes matter even less."""
     folder = tmp_path_factory.mktemp("share") / "cache"
     make(folder, shared_weights(), cache={"codec": "float32", "backend": request.param, "samples_per_shard": 96})
     return folder
@@ -36,7 +36,7 @@ def view_bytes(root, view):
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_a_rank_reads_its_share(root, world_size):
-    """An epoch of a view: at most 1.1 / N of its bytes on each of N ranks, indexes and sidecars included."""
+    """In an epoch, each of N ranks reads at most 1.1 / N of the view's bytes, including indexes and sidecars."""
     whole, seen = view_bytes(root, 0), []
     assert whole > 10**5
     for rank in range(world_size):

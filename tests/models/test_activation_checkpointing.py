@@ -48,7 +48,7 @@ def passes(name, grad_checkpointing, steps=2, **options):
 
 @pytest.mark.parametrize("name", STUDENTS)
 def test_numbers_are_those_of_a_run_that_keeps_everything(name):
-    """Drop path is on where the model has it: a recomputation must drop the same paths."""
+    """Drop path is on if the model has it: the recomputation must drop the same paths."""
     options = {} if name.startswith("mobilenet") else {"drop_path": 0.3}
     plain, ours = passes(name, False, **options), passes(name, True, **options)
     assert ours[0] == plain[0]

@@ -1,4 +1,4 @@
-"""The demo's teacher: one short training, a file that is whole or absent, the augmentation."""
+"""The demo's teacher: a short training, an atomically written file, the augmentation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Accuracy: counts by hand, shares of ranks, images that cannot be decoded."""
+"""Accuracy: reference counts, shares of ranks, images that cannot be decoded."""
 
 import json
 
@@ -43,7 +43,7 @@ def test_percentages():
 
 
 def guess(images):
-    """Logits from what is in the picture, different for every picture."""
+    """Logits that depend on the image content."""
     return images.float().mean((1, 2, 3))[:, None] * torch.arange(1, 11) % 7
 
 
@@ -71,7 +71,7 @@ def test_unreadable_images_are_counted(tmp_path):
         batches.append(tuple(images.shape))
         return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
 
-    result = evaluate(predict, source_of(root, "val"), 32, CPU, batch_size=1)  # batches with nothing readable
+    result = evaluate(predict, source_of(root, "val"), 32, CPU, batch_size=1)  # batches without a readable image
     assert result == Tally(2, 3, 3, 3)
     assert batches == [(1, 3, 32, 32)] * 3
     assert evaluate(predict, source_of(root, "val"), 32, CPU) == result
@@ -97,7 +97,7 @@ def exported(folder, names):
 @pytest.mark.parametrize("place", [".", "student"])
 @pytest.mark.parametrize("names", [["a", "b", "c"], []])
 def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, names):
-    """`import-upstream` writes student/, without names of classes."""
+    """`import-upstream` writes student/ without class names."""
     exported(tmp_path / "out" / place, names)
     main(["--run", str(tmp_path / "out"), "--data", str(pictures(tmp_path / "data", "abc")), "--device", "cpu"])
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])

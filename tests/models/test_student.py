@@ -15,8 +15,8 @@ CASES = [
     ("resnet50", (1024, 4, 4), (2048, 2, 2), False),
     ("mobilenetv1", (512, 4, 4), (1024, 2, 2), False),
     ("mobilenetv3_small_100", (48, 4, 4), (576, 2, 2), False),
-    ("convnext_atto", (160, 4, 4), (320, 2, 2), True),  # its norm comes after the pooling
-    ("convnext_tiny", (384, 4, 4), (768, 2, 2), True),  # the short name's before it
+    ("convnext_atto", (160, 4, 4), (320, 2, 2), True),  # norm after pooling
+    ("convnext_tiny", (384, 4, 4), (768, 2, 2), True),  # with the short name, norm before pooling
     ("swin_tiny", (384, 4, 4), (768, 2, 2), True),
     ("vit_tiny_patch16_224", (192, 4, 4), (192, 4, 4), True),
     ("vit_small", (384, 4, 4), (384, 4, 4), True),
@@ -61,7 +61,7 @@ def test_taps_and_logits(case):
 
 
 def reference_maps(model, x):
-    """The documented definition, by timm's own intermediates."""
+    """The documented definition, compared with timm's `forward_intermediates`."""
     if len({entry["reduction"] for entry in model.feature_info}) > 1:
         s3, s4 = model.forward_intermediates(x, indices=2, intermediates_only=True)
         if isinstance(model, timm.models.swin_transformer.SwinTransformer):
@@ -146,7 +146,7 @@ def test_an_old_name_is_resolved():
 
 
 def test_mixer_b14_is_a_model_of_timm():
-    """It can be exported and loaded by name, where the module that registers it is imported."""
+    """It can be exported, and loaded by name once the module that registers it is imported."""
     student = build_student(
         StudentConfig(name="mixer_b14"), num_classes=5, image_size=56, args={"embed_dim": 24, "num_blocks": 4}
     )

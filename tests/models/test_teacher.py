@@ -22,7 +22,7 @@ CASES = [
     ("demo_swin", 64, {}, "swin", (128, 4, 4), (64, 8, 8)),
     ("swin_tiny_patch4_window7_224", 128, {"embed_dim": 24, "depths": [1, 1, 1, 2]}, "swin", (192, 4, 4), (96, 8, 8)),
     (
-        "swin_tiny_patch4_window7_224",  # a last stage that is shifted, with an attention mask
+        "swin_tiny_patch4_window7_224",  # shifted windows in the last stage, with an attention mask
         128,
         {"embed_dim": 24, "depths": [1, 1, 1, 2], "window_size": 2},
         "swin",
@@ -72,7 +72,7 @@ def views(size: int, batch: int = 2) -> torch.Tensor:
 
 
 def scramble(teacher: Teacher) -> Teacher:
-    """Random values everywhere: at initialization many biases, scales and position tables are zero or one."""
+    """Randomize all parameters: at initialization many biases, scales and position tables are zero or one."""
     generator = torch.Generator().manual_seed(2)
     for value in teacher.model.parameters():
         value += 0.1 * torch.randn(value.shape, generator=generator)
@@ -114,7 +114,7 @@ def test_families(case, tmp_path):
 
 
 def reference_features(model, x):
-    """The definition, by timm's own intermediates: normed, or with fc_norm / head.norm on every token."""
+    """Compare with timm's `forward_intermediates`: with norm, or with fc_norm / head.norm on every token."""
     normed = not isinstance(getattr(model, "norm", None), torch.nn.Identity | None)
     _, maps = model.forward_intermediates(x, indices=1, norm=normed)
     if normed:
@@ -127,7 +127,7 @@ def reference_features(model, x):
 
 
 def test_patch_tokens_do_not_see_placeholders():
-    """Without prefix tokens, BEiT's tail is the tail of a model in which nothing but patches exists."""
+    """Without prefix tokens, BEiT's tail equals that of a model that has only patch tokens."""
     teacher = scramble(make("beit_base_patch16_224", 64, {**TOKENS, "use_rel_pos_bias": False}))
     tail = split_tail(teacher)
     x = torch.randn(2, 48, 4, 4)
@@ -208,7 +208,7 @@ def test_pretrained_without_a_network(monkeypatch):
     ],
 )
 def test_a_teacher_by_its_old_name_has_the_classes_of_its_weights(monkeypatch, name, size, classes):
-    """Not a random head for the data set's classes on weights that are pretrained."""
+    """Pretrained weights never get a random head for the data set's classes."""
     create, asked = timm.create_model, {}
 
     def pretrained_model(name, pretrained, **args):
@@ -226,7 +226,7 @@ def test_a_teacher_by_its_old_name_has_the_classes_of_its_weights(monkeypatch, n
 
 
 def test_weights_of_an_old_name_without_a_head(tmp_path):
-    """A file decides about the classifier, and the specification holds timm's name of today."""
+    """A weights file determines the classifier, and the specification holds timm's current name."""
     path, name = tmp_path / "teacher.safetensors", "vit_small_patch16_224_dino"
     state = make(name, 64, TOKENS, num_classes=0).model.state_dict()
     save_file({key: value.clone() for key, value in state.items()}, path)

@@ -1,4 +1,4 @@
-"""A teacher whose classes are in another order than the data set's is stopped before the first unit."""
+"""Stage 1 stops before the first unit if the teacher's classes are in another order than the data set's."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from scalekd_cache.models.teacher_classes import check_class_order
 
 
 def answers(count, classes, accuracy, order=None, seed=0):
-    """Labels, and what a teacher of this accuracy guesses whose output k is class order[k]."""
+    """Labels, and the guesses of a teacher of this accuracy whose output k is class order[k]."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     right = np.where(rng.random(count) < accuracy, labels, rng.integers(0, classes, count))
@@ -24,7 +24,7 @@ def make_order(names, key):
     return [names.index(name) for name in sorted(names, key=key)]
 
 
-NUMBERS = sorted(str(number) for number in range(100))  # as folders are sorted: 0, 1, 10, 11, ...
+NUMBERS = sorted(str(number) for number in range(100))  # the order of sorted folders: 0, 1, 10, 11, ...
 CASES = sorted(["Abyssinian", "beagle", "Bengal", "boxer", "Birman", "pug", "Sphynx", "samoyed", "Zwerg", "akita"])
 
 
@@ -71,7 +71,7 @@ def test_near_chance_is_stopped_when_images_are_enough():
     labels = np.arange(1000) % 10
     with pytest.raises(UserError, match="near chance"):
         check_class_order(labels, np.zeros_like(labels), names, "t")  # one class, always
-    check_class_order(*answers(36, 10, 0.0), names, "t")  # too few to tell
+    check_class_order(*answers(36, 10, 0.0), names, "t")  # too few images to decide
     check_class_order(np.zeros(0, np.int64), np.zeros(0, np.int64), names, "t")
 
 

@@ -1,4 +1,4 @@
-"""timm models by name: bringing weights to a folder."""
+"""timm models by name, and downloading weights to a folder."""
 
 import pytest
 import timm
@@ -12,7 +12,7 @@ NAME = "vit_tiny_patch16_224"
 
 
 def test_fetched_weights_are_the_models(tmp_path, monkeypatch):
-    """No hub is asked here: timm's own constructor stands in for its pretrained one."""
+    """No network: timm's plain constructor replaces its pretrained one."""
     create, asked = timm.create_model, []
 
     def offline(name, pretrained):
@@ -71,7 +71,7 @@ def test_every_old_name_is_resolved_or_refused():
     for name, current in timm.models.get_deprecated_models().items():
         try:
             assert check_name(name, "teacher") == current
-        except UserError as error:  # timm knows no weights of this tag
+        except UserError as error:  # timm has no weights with this tag
             assert current.partition(".")[2] in str(error)  # noqa: PT017
 
 
@@ -83,7 +83,7 @@ def test_names_as_copied_from_a_models_page(prefix, name):
 
 
 def weights_of(monkeypatch, change):
-    """timm's pretrained constructor gives trained values: those of another seed, changed by a test."""
+    """Replace timm's pretrained weights by random ones of another seed, which a test may change."""
     create = timm.create_model
 
     def pretrained_model(name, pretrained=False, **args):
@@ -98,7 +98,7 @@ def weights_of(monkeypatch, change):
 
 
 def train(*names):
-    """Add one to the tensors whose names begin so."""
+    """Add one to the tensors whose names start with the prefix."""
 
     def change(model):
         for name, value in model.named_parameters():
@@ -110,7 +110,7 @@ def train(*names):
 
 @pytest.mark.parametrize("distilled", [False, True])
 def test_a_head_that_is_not_in_the_weights_is_removed(monkeypatch, distilled):
-    """A loader of a model's own, of which timm does not know whether it brought a head (a plugin's, or npz files)."""
+    """A model's custom loader, for which timm does not know whether it loaded a head (a plugin, or npz files)."""
     name = "deit_tiny_distilled_patch16_224" if distilled else NAME
     monkeypatch.setattr(timm, "get_pretrained_cfg", lambda name: None)
     heads = ("head.", "head_dist.")
@@ -127,7 +127,7 @@ def test_a_head_that_is_not_in_the_weights_is_removed(monkeypatch, distilled):
 
 
 def test_a_head_of_another_number_of_classes_is_removed(monkeypatch):
-    """timm drops the head of the weights when the caller asks for other classes."""
+    """timm drops the pretrained head if the caller sets another number of classes."""
     weights_of(monkeypatch, train("blocks."))
     model, used = create_timm_model(NAME, {"num_classes": 7}, pretrained=True)
     assert model.num_classes == used["num_classes"] == 0

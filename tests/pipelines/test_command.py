@@ -1,4 +1,4 @@
-"""The command line: recipes, overrides, mistypes."""
+"""The command line: recipes, overrides, typos."""
 
 import sys
 

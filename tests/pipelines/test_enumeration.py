@@ -1,7 +1,7 @@
-"""Every command, with every file that it opens replaced in eight ways: it ends with a message or a finding.
+"""Every command, with every file that it opens replaced in eight ways, must end with an error message or a finding.
 
-The files are found by running each command once under an audit hook. Each case is a forked child with a limit of time
-and memory. `python tests/pipelines/test_enumeration.py COMMAND...` prints the whole table.
+An audit hook finds the files in one run of each command. Each case is a forked child with time and memory limits.
+`python tests/pipelines/test_enumeration.py COMMAND...` prints the whole table.
 """
 
 import errno
@@ -26,9 +26,9 @@ from store_cases import write_cache
 from scalekd_cache.store.verify import verify_cache
 
 LIMIT_OF_A_CASE_S = 20.0
-"""Of the processor's time, so that a busy machine does not matter; a case that waits has ten times as long."""
+"""Limit in CPU seconds, so that a busy machine does not matter; in wall time the limit is ten times as long."""
 IDLE_S = 3.0
-"""Seconds before a case that uses no processor time counts as waiting for ever."""
+"""Seconds without CPU use after which a case counts as a hang."""
 MEMORY_BYTES = 2 << 30
 SPARSE_BYTES = 64 << 30
 KINDS = ("missing", "empty", "cut", "folder", "loop", "fifo", "unreadable", "huge")
@@ -46,9 +46,9 @@ COMMANDS = {
     "prove": "--cache cache --views 4",
     "import_upstream": "--ckpt upstream.pth --out imported",
 }
-"""`fetch` and `costs` open no file of the user; `distill` checks everything that it does before its first step."""
+"""`fetch` and `costs` open no user files; `distill` is checked up to its first step."""
 FINE = (
-    # commands, `file kind`, and why the command may end with 0
+    # commands, `file kind`, and why exit code 0 is correct
     ("cache_teacher|repair", r"cache/\S+ \w+", "made again"),
     ("repair", r"teacher\.safetensors \w+", "a cache that is whole needs no teacher"),
     ("plan|cache_teacher|evaluate", r"data/\S+ \w+", "images that cannot be read are counted and left out"),
@@ -58,9 +58,9 @@ FINE = (
     ("report", r"\S+ \w+", "the page shows what is there, with a note about the rest"),
 )
 SLOW = ("report", "repair", "cache_teacher", "plan", "prove")
-"""Commands that take seconds: half of the kinds are tried on each of their files, chosen by SEED."""
+"""Commands that take seconds: half of the kinds, chosen by SEED, are tried on each of their files."""
 NEVER_ENDS_WELL = ("import_upstream",)
-"""Commands whose own file in the small world is not one that they take."""
+"""Commands that reject their own file in the small world."""
 NOTE = re.compile(r'<p class="note">(.*?)</p>', re.DOTALL)
 
 
@@ -89,7 +89,7 @@ def words_of(command: str) -> list[str]:
 
 
 class World:
-    """The small world at one place, put back before each case; large files are links to the original."""
+    """A copy of the small world, restored before each case; large files are links to the original."""
 
     def __init__(self, folder: Path) -> None:
         self.original, self.place = folder / "original", folder / "world"
@@ -143,7 +143,7 @@ def _child(command: str, words: list[str], place: Path, output: Path, log: int, 
 
 
 def call(command: str, world: World, log: int = -1, broken: str | None = None) -> tuple[int, str]:
-    """(exit status, output); a command that does not end is killed: status -9."""
+    """(exit code, output); a command that hangs is killed and has code -9."""
     output = world.place.parent / "output"
     pid = os.fork()
     if pid == 0:
@@ -164,13 +164,13 @@ def call(command: str, world: World, log: int = -1, broken: str | None = None) -
 
 
 def _asleep_after(pid: int) -> tuple[str, ...] | None:
-    """The processor time of a process that is asleep; None while it runs."""
+    """CPU time of a sleeping process; None while it runs."""
     fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return tuple(fields[11:15]) if fields[0] == "S" else None
 
 
 def files_of(command: str, world: World) -> list[str]:
-    """What the command opens, one file of each kind: names that differ in numbers only count as one."""
+    """Files that the command opens, one of each kind; names that differ only in numbers count as one."""
     world.put_back()
     reading, writing = os.pipe()
     os.set_inheritable(writing, True)
@@ -187,7 +187,7 @@ def files_of(command: str, world: World) -> list[str]:
 
 
 def replace(world: World, name: str, kind: str) -> str | None:
-    """Put something else in a file's place; the path that cannot be read, if that is what is wrong with it."""
+    """Replace a file; returns the path that cannot be read, if that is the damage."""
     world.put_back()
     file = world.place / name
     data = file.read_bytes()
@@ -201,7 +201,7 @@ def replace(world: World, name: str, kind: str) -> str | None:
 
 
 def put(file: Path, kind: str) -> None:
-    """Something that is no file, where `file` was."""
+    """Replace `file` by something that is not a regular file."""
     if kind == "folder":
         file.mkdir()
     elif kind == "loop":
@@ -211,7 +211,7 @@ def put(file: Path, kind: str) -> None:
 
 
 def verdict(command: str, case: str, status: int, output: str, notes: set[str]) -> str | None:
-    """What is wrong with an ending; None for a message, a finding, or a file that may be missing."""
+    """The problem with an outcome; None for an error message, a finding, or a file that may be missing."""
     if status < 0:
         return f"hangs or was killed by signal {-status}"
     if "Traceback (most recent call last)" in output or '  File "' in output:
@@ -230,7 +230,7 @@ def notes_of(world: World) -> set[str]:
 
 
 def faults(command: str, world: World, seed: int | None = None) -> list[str]:
-    """`file kind: what is wrong` of every case; with a seed, of a random half of those of slow commands."""
+    """`file kind: problem` of every case; with a seed, of a random half of the cases of slow commands."""
     found, names = [], files_of(command, world)
     usual = notes_of(world)
     sampler = random.Random(seed)
@@ -248,7 +248,7 @@ def faults(command: str, world: World, seed: int | None = None) -> list[str]:
 
 
 def small_world(folder: Path) -> World:
-    """Make the world by the commands themselves."""
+    """Create the world with the commands themselves."""
     import timm
     import torch
     from safetensors.torch import save_file

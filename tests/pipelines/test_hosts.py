@@ -1,4 +1,4 @@
-"""Both stages on two machines (network namespaces): by torchrun and by deepspeed, with one of them lost on the way."""
+"""Both stages on two hosts (network namespaces), with torchrun and deepspeed, and with one host lost during the run."""
 
 import os
 import shutil
@@ -44,14 +44,14 @@ def hosts(tmp_path):
 
 
 def make_words(target, options, **variables):
-    """`make <target>`, as a user types it on one of the machines."""
+    """`make <target>` on one of the hosts."""
     pairs = " ".join(f"{name}={value}" for name, value in options.items())
     given = [f"{name}={value}" for name, value in variables.items()]
     return ["make", target, "VENV=none", f"PYTHON={sys.executable}", "WORKERS=0", *given, f"SET={pairs}"]
 
 
 def torchrun(hosts, target, options, nnodes=2, **variables):
-    """The command on both machines."""
+    """The command on both hosts."""
     for host in range(2):
         variables = {**variables, "MASTER_ADDR": hosts.names[0], "MASTER_PORT": PORT}
         yield hosts.start(host, *make_words(target, options, NNODES=nnodes, NODE_RANK=host, **variables))
@@ -68,14 +68,14 @@ def units(folder):
 
 @pytest.fixture(scope="module")
 def untouched(workshop, weights):
-    """The cache that one process makes."""
+    """A cache made by one process."""
     folder = workshop / "caches" / "hosts-alone"
     run("cache_teacher", *cache_flags(folder, weights, **IMAGES))
     return file_bytes(folder)
 
 
 def assert_same_cache(folder, untouched):
-    """Temporary files that a killed process of another host left stay: there is no proof that they are nobody's."""
+    """Temporary files of a killed process on another host are kept, because their writer may still be running."""
     found = {name: value for name, value in file_bytes(folder).items() if ".tmp-" not in name}
     assert found.keys() == untouched.keys()
     assert [name for name in found if found[name] != untouched[name] and name != "plan.json"] == []
@@ -83,7 +83,8 @@ def assert_same_cache(folder, untouched):
 
 @pytest.mark.parametrize("lost", [0, 1], ids=["the first host lost", "the second host lost"])
 def test_stage_1_when_a_host_is_lost(lost, hosts, weights, untouched, tmp_path):
-    """Without the first host, which keeps the counters, the other says so; without the second the first finishes."""
+    """Without the first host, which holds the counters, the other one reports an error; without the second the first
+    finishes."""
     folder = tmp_path / "cache"
     options, variables = stage1(folder, weights, peer_timeout_minutes=0.1)
     both = list(torchrun(hosts, "cache-teacher", options, **variables))
@@ -108,7 +109,7 @@ RUN = {**TRAIN_OPTIONS, "train.epochs": 6, "train.checkpoint_steps": 2, "train.t
 
 @pytest.fixture(scope="module")
 def uninterrupted(workshop, cache):
-    """What two processes on one machine give that nobody disturbs."""
+    """The result of two undisturbed processes on one host."""
     folder = workshop / "runs" / "hosts-alone"
     run("distill", *distill_flags(cache, folder, **RUN), nproc=2)
     return folder
@@ -136,7 +137,7 @@ def trained(folder):
 
 @pytest.mark.parametrize("way", ["killed", "killed first", "cable"])
 def test_stage_2_when_a_host_is_lost(way, hosts, cache, uninterrupted, workshop):
-    """The other says which process is behind and ends within the time-out; both started again, the run finishes."""
+    """The remaining host names the stalled rank and exits within the timeout; a rerun on both finishes the run."""
     folder = workshop / "runs" / f"hosts-{way.replace(' ', '-')}"
     lost = 0 if way == "killed first" else 1
     both = list(torchrun(hosts, "distill", RUN, **distill_words(cache, folder)))
@@ -195,7 +196,7 @@ def test_deepspeed_with_ssh(hosts, cache, uninterrupted, workshop, tmp_path):
 
 
 def ssh_between(hosts, folder):
-    """Start sshd on both hosts with keys of their own; returns a PATH whose ssh uses them."""
+    """Start sshd on both hosts with new keys; returns a PATH whose ssh uses them."""
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", folder / name], check=True)
     shutil.copy(folder / "user.pub", folder / "authorized_keys")
@@ -224,7 +225,7 @@ def workers(hosts, host, module):
 
 @pytest.mark.parametrize("stage", [1, 2])
 def test_torchrun_starts_a_killed_process_again(stage, hosts, weights, cache, untouched, uninterrupted, workshop):
-    """NNODES=1:2: a process is killed, torchrun starts all of them again; then a host is lost, the other finishes."""
+    """NNODES=1:2: after a kill, torchrun restarts all processes; after the loss of a host, the other one finishes."""
     folder = workshop / ("caches" if stage == 1 else "runs") / f"elastic-{stage}"
     if stage == 1:
         target, module = "cache-teacher", "pipelines.cache_teacher"
@@ -252,7 +253,7 @@ def test_torchrun_starts_a_killed_process_again(stage, hosts, weights, cache, un
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_torchrun_saves_once(number, cache, workshop):
-    """One checkpoint of the same step for all processes; torchrun does not hand on their exit status."""
+    """All processes save one checkpoint of the same step; torchrun does not forward their exit code."""
     folder = workshop / "runs" / f"signal-{number.name}"
     options = {**RUN, "train.epochs": 200}
     words = make_words("distill", options, NPROC=2, **distill_words(cache, folder))
@@ -266,6 +267,6 @@ def test_a_signal_to_torchrun_saves_once(number, cache, workshop):
     finally:
         command.end()
     print(number.name, command.process.returncode, command.output()[-3000:])
-    assert command.output().count(f"{number.name}: checkpoint saved at step") == 2  # said by each process
+    assert command.output().count(f"{number.name}: checkpoint saved at step") == 2  # printed by each process
     last = max(int(path.name.partition("-")[2]) for path in folder.glob("checkpoints/step-*"))
     assert last == trained(folder)

@@ -1,4 +1,4 @@
-"""What a command prints after `next:` is typed as it stands, and has to work."""
+"""Commands printed after `next:` must work when copied unchanged."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ NAMES = [f"{kind}/{number}.png" for kind in ("ant", "bee") for number in range(1
 
 
 def next_of(output):
-    """The commands that an output advises."""
+    """The commands that an output suggests."""
     return [line.removeprefix("next: ") for line in output.splitlines() if line.startswith("next: ")]
 
 
@@ -33,7 +33,7 @@ def typed(command, status=0):
     ],
 )
 def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables, views):
-    """Fewer images than the recipe's batch, view options that the recipe has otherwise, a student that was tried."""
+    """Fewer images than the recipe's batch, other view options than the recipe's, and a student that was checked."""
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
     options = {"DATA": data, "CACHE": cache, "RECIPE": "demo", "VIEWS": 1, "PRETRAINED": 0, "STUDENT": "resnet10t"}
     output = make("cache-teacher", **options, **variables)
@@ -41,7 +41,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     assert {name: kept[name] for name in views} == views
     assert f"for {len(NAMES)} images fit this cache" in output
     (command,) = next_of(output)
-    assert next_of(make("cache-teacher", **options, **variables)) == [command]  # a finished cache advises the same
+    assert next_of(make("cache-teacher", **options, **variables)) == [command]  # a finished cache suggests the same
     command += f" RUN={tmp_path / 'run'}"
     assert "top-1" in typed(command)
     assert "is finished; nothing to do" in typed(command)

@@ -1,4 +1,4 @@
-"""Both stages by the commands that a user types, in one process."""
+"""Both stages with the user's commands, in one process."""
 
 import os
 import signal
@@ -133,10 +133,10 @@ def test_without_targets_the_same_samples_train_on_labels_only(finished, alone):
     for line in lines:
         assert line["loss"] == line["label"]
         assert not any(line[name] for name in TERMS if name != "label")
-    # The first step's learning rate is 0, so these two losses tell samples, views and initial weights alone.
+    # The first step's learning rate is 0, so these two losses depend only on samples, views and initial weights.
     assert lines[0]["lr"] == 0
     for line, other in zip(lines[:2], taught[:2]):
-        assert line["label"] == pytest.approx(2 * other["label"], rel=1e-5)  # beside targets, labels weigh a half
+        assert line["label"] == pytest.approx(2 * other["label"], rel=1e-5)  # with targets, labels have weight 1/2
 
 
 def test_zarr_and_webdataset_give_the_same_losses(finished, zarr_cache, cache, workshop):
@@ -148,8 +148,8 @@ def test_zarr_and_webdataset_give_the_same_losses(finished, zarr_cache, cache, w
 
 def test_lossless_cache_gives_the_losses_of_the_live_teacher(workshop, weights):
     cache = workshop / "caches" / "float32"
-    # The teacher sees batches of one size in both: on some machines the order of its sums depends on it, and AdamW
-    # makes much of the last bit of a gradient near 0.
+    # The teacher gets the same batch size in both: on some machines its summation order depends on it, and AdamW
+    # amplifies the last bit of a gradient near 0.
     run("cache_teacher", *cache_flags(cache, weights, **{"cache.codec": "float32", "teacher.batch_size": 8}))
     options = {"train.global_batch_size": 8, "train.micro_batch_size": 8}
     folders = {}
@@ -162,7 +162,7 @@ def test_lossless_cache_gives_the_losses_of_the_live_teacher(workshop, weights):
 
 @pytest.mark.parametrize(("sent", "status", "saved"), [(signal.SIGKILL, -9, 3), (signal.SIGTERM, 75, None)])
 def test_an_interrupted_run_goes_on_where_its_checkpoint_is(finished, cache, workshop, sent, status, saved):
-    """Killed, it goes on at the end of an epoch; asked to stop, at the step at which it was asked."""
+    """After a kill, a run resumes at the end of an epoch; after a stop signal, at the step of the signal."""
     folder = workshop / "runs" / sent.name
     words = distill_flags(cache, folder)
     command = [*map(str, launcher()), "pipelines.distill", *words]

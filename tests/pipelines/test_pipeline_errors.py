@@ -1,4 +1,4 @@
-"""Whatever a user can put right ends with status 2, one message and no traceback."""
+"""Every user error ends with exit code 2, one message and no traceback."""
 
 import fcntl
 
@@ -20,7 +20,7 @@ def refused(name, *words):
 
 
 def one_line(name, *words):
-    """The answer to a mistype: the last line and the only one of the error."""
+    """The error for a typo, which has a single line, the last one."""
     *before, last = answer(name, *words).splitlines()
     assert last.startswith("error: "), before
     return last
@@ -108,7 +108,7 @@ def test_cache_of_another_teacher_names_the_field(cache, weights):
 
 @pytest.fixture
 def copy_of_run(finished, tmp_path):
-    """A finished run's options and nothing else."""
+    """A run folder with only the options of a finished run."""
     folder = tmp_path / "run"
     folder.mkdir()
     text = (finished / "config.yaml").read_text().replace(str(finished), str(folder))

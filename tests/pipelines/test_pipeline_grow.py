@@ -1,4 +1,4 @@
-"""Growing and sharing by the commands that a user types, with a real writer beside the student."""
+"""Growing and sharing caches with the user's commands, with a writer running next to the student."""
 
 import subprocess
 
@@ -35,7 +35,7 @@ def exact(folder):
 @pytest.mark.slow
 @pytest.mark.parametrize(("backend", "nproc", "workers"), [("webdataset", 2, 0), ("zarr", 1, 1)])
 def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
-    """The student is started first: it waits for the plan, for the first group, and for the second."""
+    """The student starts first: it waits for the plan, the first group, and the second group."""
     cache, run_folder = tmp_path / "cache", tmp_path / "followed"
     options = {**TRAIN_OPTIONS, "train.epochs": 3, "train.workers": workers}
     flags = distill_flags(cache, run_folder, **options, follow="true")
@@ -43,7 +43,7 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
         command = [*map(str, launcher(nproc)), "pipelines.distill", *flags]
         student = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=output, stderr=subprocess.STDOUT)
         try:
-            # Small batches and a view at a time: the writer takes its time.
+            # Small batches and one view at a time make the writer slow.
             layout = {"cache.backend": backend, "cache.views_per_group": 1, "teacher.batch_size": 1}
             run("cache_teacher", *cache_flags(cache, weights, **layout))
             assert student.wait(LIMIT_S) == 0, (tmp_path / "output").read_text()[-3000:]
@@ -73,7 +73,7 @@ def test_make_shares_pixels_and_trains_from_them(cache, finished, weights, tmp_p
     output = make("distill", NPROC=2, STUDENT=STUDENT, CACHE=second, RUN=folder, SET=words(TRAIN_OPTIONS))
     assert f"pixels from {cache}" in output
     assert len(steps_of(folder)) == STEPS
-    assert_same_losses(folder, finished, 0.02)  # another codec's targets of the same views
+    assert_same_losses(folder, finished, 0.02)  # targets of the same views from another codec
     assert exact(folder) != exact(finished)
     make("distill", status=2, STUDENT=STUDENT, CACHE=second, RUN=tmp_path / "no", PIXELS_FROM=tmp_path / "nothing")
 

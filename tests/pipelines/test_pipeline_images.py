@@ -1,4 +1,4 @@
-"""A folder of real photographs, two of them damaged, through both stages with a Swin-T at 224 px."""
+"""Both stages on a folder of real photographs, two of them damaged, with a Swin-T at 224 px."""
 
 import io
 
@@ -19,7 +19,7 @@ def jpeg(image, left, top):
 
 @pytest.fixture(scope="module")
 def photographs(tmp_path_factory):
-    """Class folders china/ and flower/: 12 + 4 crops of two photographs, and two files that are no images."""
+    """Class folders china/ and flower/: 12 + 4 crops of two photographs, and two files that are not images."""
     root = tmp_path_factory.mktemp("photographs")
     rng = np.random.default_rng(0)
     for name, pixels in zip(("china", "flower"), load_sample_images().images):

@@ -1,4 +1,4 @@
-"""Several processes do what one does: the same bytes in stage 1, the same losses in stage 2."""
+"""Several processes give the same results as one: the same bytes in stage 1, the same losses in stage 2."""
 
 import shutil
 import socket
@@ -40,7 +40,7 @@ def test_who_wrote_a_cache_is_not_in_its_bytes(backend, cache, zarr_cache, weigh
 def test_two_processes_give_the_losses_of_one(zero, finished, cache, workshop):
     folder = workshop / "runs" / f"two-zero{zero}"
     words = distill_flags(cache, folder, **{"train.zero": zero})
-    if zero == 0:  # one of the four by DeepSpeed's own launcher, at a port that nobody else has
+    if zero == 0:  # one of the four with DeepSpeed's launcher, on a free port
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
@@ -65,11 +65,11 @@ def test_two_processes_give_the_losses_of_one(zero, finished, cache, workshop):
     ],
 )
 def test_a_run_goes_on_with_other_processes(before, after, finished, cache, workshop):
-    """Stopped in the middle of an epoch, it ends with the losses of the run that was never stopped."""
+    """A run that is stopped within an epoch and resumed has the losses of an uninterrupted run."""
     folder = workshop / "runs" / f"from-{before}-to-{after}"
     steps = {"train.checkpoint_steps": 2, "train.keep_checkpoints": 9}
     run("distill", *distill_flags(cache, folder, **steps, **{"train.zero": before[1]}), nproc=before[0])
-    for later in sorted(folder.glob("checkpoints/step-*"))[1:]:  # as if it had ended after step 2
+    for later in sorted(folder.glob("checkpoints/step-*"))[1:]:  # simulates a stop after step 2
         shutil.rmtree(later)
     (folder / "summary.json").unlink()
     output = run("distill", *distill_flags(cache, folder, **{"train.zero": after[1]}), nproc=after[0])

@@ -1,4 +1,4 @@
-"""pipelines/launch/slurm.sh: what it starts and queues again; on a SLURM of this machine, a preempted job finishes."""
+"""pipelines/launch/slurm.sh: started tasks, requeuing, and a preempted job that finishes on a single-node SLURM."""
 
 import os
 import shutil
@@ -35,21 +35,21 @@ ReturnToService=2
 NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
 PartitionName=all Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
-"""The shortest wait of a job that is queued again is the life of a credential, two minutes by default."""
+"""The minimum wait of a requeued job is the lifetime of a credential, two minutes by default."""
 
 
 SCRIPT = ROOT / "pipelines" / "launch" / "slurm.sh"
-STAND_INS = {
+MOCKS = {
     "scontrol": 'echo "scontrol $*" >> "$CALLS"; echo first',
-    # srun: its own options, then what the task runs and sees; the exit code of the step
+    # srun: skips its options, then runs the task; exits with the code of the step
     "srun": 'echo "srun $*" >> "$CALLS"; while [[ $1 == --* ]]; do shift; done; "$@"; exit "${STATUS:-0}"',
     "task": 'echo "task $* RANK=$RANK LOCAL_RANK=$LOCAL_RANK LOCAL_WORLD_SIZE=$LOCAL_WORLD_SIZE" >> "$CALLS"',
 }
 
 
 def run_script(folder, *words, **variables):
-    """slurm.sh with stand-ins for SLURM's programs and for Python: the lines of what was called, and its exit code."""
-    for name, text in STAND_INS.items():
+    """Run slurm.sh with mock SLURM programs and a mock Python; returns the recorded calls and the exit code."""
+    for name, text in MOCKS.items():
         (folder / name).write_text(f"#!/bin/bash\n{text}\n")
         (folder / name).chmod(0o755)
     calls = folder / "calls"
@@ -94,8 +94,8 @@ def test_a_task_gets_its_cores_and_workers(tmp_path, command, words, cores, adde
 @pytest.mark.parametrize(
     ("status", "again"), [(75, True), (134, True), (138, True), (143, True), (1, False), (2, False)]
 )
-def test_exit_codes_that_queue_the_job_again(tmp_path, status, again):
-    """134: NCCL's watchdog ended a process because another one was lost."""
+def test_exit_codes_that_requeue_the_job(tmp_path, status, again):
+    """134: NCCL's watchdog ended a process after another rank was lost."""
     calls, code = run_script(tmp_path, "distill", STATUS=str(status))
     assert code == status
     assert ("scontrol requeue 7" in calls) == again
@@ -116,7 +116,7 @@ def free_ports(count):
 
 @pytest.fixture
 def slurm(tmp_path):
-    """Starts the controller and the one node; a function that runs a client command."""
+    """Starts the controller and the node; returns a function that runs a client command."""
     missing = [name for name in PROGRAMS if shutil.which(name, path=SEARCH) is None]
     if missing or os.geteuid() != 0:
         pytest.skip(f"needs SLURM and root: {', '.join(missing) or 'not root'}")

@@ -1,4 +1,4 @@
-"""The cost table against figures counted by other means, and against the parameters of real modules."""
+"""The cost table compared with independent counts, and with the parameters of real modules."""
 
 from pathlib import Path
 
@@ -18,7 +18,7 @@ def test_swin_l_and_resnet50():
     pair = costs.pair_costs(costs.SWIN_L, "resnet50")
     assert pair.teacher.forward / 1e9 == pytest.approx(69, abs=0.5)
     assert pair.student.total / 1e9 == pytest.approx(24, abs=0.5)
-    # 107 with a learned query projected for every sample; once a batch saves 2.8
+    # 107 with a learned query projected per sample; once per batch saves 2.8
     per_sample = 2 * 3 * 2 * 2 * 196 * 768 * 768 / 1e9 * (1 - 1 / costs.BATCH)
     assert pair.heads_total / 1e9 + per_sample == pytest.approx(107, abs=0.5)
     trainable = sum(part.params for part in pair.heads if "projector" in part.name)

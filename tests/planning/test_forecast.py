@@ -1,4 +1,4 @@
-"""The forecast against what stage 1 then writes, and against a real training step."""
+"""The forecast compared with a cache that stage 1 writes, and with a real training step."""
 
 import dataclasses
 import json
@@ -24,7 +24,7 @@ from scalekd_cache.scalekd import projectors
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    """Fits that look at fewer classes, and only of the codec that is asked for."""
+    """Fit with fewer classes, and only the requested codec."""
     monkeypatch.setattr(variance_classes, "BINS", 12)
     monkeypatch.setattr(planning, "MAX_EXTRA_S", 0.0)
 
@@ -98,7 +98,10 @@ def test_bytes_of_photographs_at_224(tmp_path):
 
 
 def test_a_teacher_that_is_not_at_hand(tmp_path, monkeypatch):
-    teacher = {"weights": None, "weights_dir": str(tmp_path)}  # demo_swin without its file: nothing can be fetched
+    teacher = {
+        "weights": None,
+        "weights_dir": str(tmp_path),
+    }  # no weights file, and no download
     config = options(tmp_path / "cache", None, teacher=teacher)
     found = plan_of(config)
     assert not found.teacher_at_hand
@@ -138,13 +141,13 @@ def test_hours_and_students_add_up(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind", ["ce", "bce"])
 def test_the_memory_of_a_step_is_that_of_a_real_one(kind, monkeypatch):
-    """What is counted on the meta device is what autograd keeps when the step is computed."""
+    """The count on the meta device equals the bytes that autograd keeps in a real step."""
     train = TrainConfig(global_batch_size=4, micro_batch_size=4, label_loss=kind)
     training = dataclasses.replace(TRAINING, train=train, optim=OptimConfig(name="adamw"))
     with torch.device("meta"):
         meta = meta_teacher("demo_swin", 64, 10)
         counted = step_memory(training, meta, 64, 10)
-    monkeypatch.setattr(projectors, "TINY_MAP", 0)  # a CPU's way around convolutions of tiny maps keeps more
+    monkeypatch.setattr(projectors, "TINY_MAP", 0)  # the CPU path for convolutions of tiny maps keeps more
     real: MetaTeacher = meta_teacher("demo_swin", 64, 10)
     assert step_memory(training, real, 64, 10)["activations"] == pytest.approx(counted["activations"], rel=0.05)
     student = build_student(training.student, num_classes=10, image_size=64)

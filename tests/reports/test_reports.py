@@ -140,7 +140,7 @@ def test_a_cache_report_says_what_the_cache_is(cache_page):
     assert f"{manifest.fidelity['cosine_mean_removed']['p1']:.6f}" in text
     assert "crop " in text
     assert text.count("stored map") >= 6
-    assert text.count("live map") >= 6  # the teacher's weights are at hand
+    assert text.count("live map") >= 6  # the teacher's weights are available
     assert "cosine of stored and live map" in text
     assert re.search(r"\d+ of 40 views \(\d+\.\d %\)", text)  # where the teacher disagrees with the label
     assert "size 64" in text
@@ -165,7 +165,7 @@ def test_without_the_teacher_it_is_said(tmp_path):
     page = Page(cache_report(Cache.open(folder), CacheReport(views=10, teacher_views=0, images=1), CPU)).text
     assert "The teacher was not re-run." in page
     assert "cosine of stored and live map" not in page
-    assert "stored map" not in page  # one map is just the map
+    assert "stored map" not in page  # a single map is shown as is
     with pytest.raises(UserError, match="teacher weights"):
         cache_report(Cache.open(folder), CacheReport(teacher_weights=str(tmp_path / "none")), CPU)
 

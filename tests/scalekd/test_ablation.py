@@ -1,4 +1,4 @@
-"""Ablations: each row of the table builds what it says, and the whole method is untouched by the switches."""
+"""Ablations: each row of the table builds its variant, and the default switches leave the full method unchanged."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP
 torch.set_num_threads(1)
 SHAPES = ((6, 4, 4), (8, 2, 2)), (12, 4, 4), (24, 2, 2)
 PLAIN = {"tpp": False, "frequency": False}
-# switches, terms that are on (s3 spatial, s3 frequency, s4 spatial, s4 frequency), calls of the tail
+# switches, enabled terms (s3 spatial, s3 frequency, s4 spatial, s4 frequency), calls of the tail
 ROWS = {
     "logit KD": ({"s3": False, "s4": False}, (0, 0, 0, 0), 0),
     "feature distillation": ({"projector": "linear", **PLAIN, "s3": False}, (0, 0, 1, 0), 0),

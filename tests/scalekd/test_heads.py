@@ -1,4 +1,4 @@
-"""Heads: each projector against a dense reference written from the equations; tail, query and shapes of the whole."""
+"""Heads: each projector compared with a dense reference written from the equations; tail, query and shapes."""
 
 import math
 from collections.abc import Callable
@@ -42,7 +42,7 @@ def test_attention_gets_no_input_with_a_stride_of_zero(projector: str, monkeypat
 
 
 class MergingTail(nn.Module):
-    """A stand-in for a hierarchical teacher's tail: 2x2 merging, a layer with a non-linearity, norm; frozen."""
+    """A minimal tail of a hierarchical teacher: 2x2 merging, a layer with a nonlinearity, norm; frozen."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class MergingTail(nn.Module):
 
 
 class FlatTail(nn.Module):
-    """A stand-in for a plain ViT's tail: grid and width stay."""
+    """A minimal tail of a plain ViT: grid and width stay the same."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ def targets_of(features: Tensor, num_classes: int = 0) -> Targets:
 
 
 def dense_norm(w: dict[str, Tensor], z: Tensor, norm: str) -> Tensor:
-    """ReLU(norm(z)) of a projector's first layers: stored statistics, those of the batch, or of each position."""
+    """ReLU(norm(z)) of a projector's first layers, with stored statistics, batch statistics, or per position."""
     if norm == "stored":
         mean, var = (w[f"proj_student.1.running_{name}"].view(1, -1, 1, 1) for name in ("mean", "var"))
     else:
@@ -86,7 +86,7 @@ def dense_norm(w: dict[str, Tensor], z: Tensor, norm: str) -> Tensor:
 
 
 def dense_attention(w: dict[str, Tensor], tokens: Tensor, asked: Tensor, heads: int, scale: float) -> Tensor:
-    """Attention of one sample with explicit loops and softmax: tokens (N, C), asked (M, D) -> (M, width)."""
+    """Attention of one sample with explicit loops and softmax: tokens (N, C), query (M, D) -> (M, width)."""
     a = {
         name: source @ w[f"pos_attention.{name}.weight"].T + w[f"pos_attention.{name}.bias"]
         for name, source in (("q", asked), ("k", tokens), ("v", tokens))
@@ -110,7 +110,7 @@ def dense_end(w: dict[str, Tensor], y: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def dense_cap(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale: float, norm: str) -> Tensor:
-    """CAP from its equations: real convolutions, one query a sample, explicit loops and softmax."""
+    """CAP from its equations: real convolutions, one query per sample, explicit loops and softmax."""
     z = F.conv2d(x, w["proj_student.0.weight"], w["proj_student.0.bias"], padding=1)
     kv = dense_norm(w, z, norm) + w["pos_embed"]
     q = torch.relu(F.conv2d(query, w["proj_pos.0.weight"][:, :, None, None], w["proj_pos.0.bias"]))
@@ -123,7 +123,7 @@ def dense_cap(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale:
 
 
 def dense_lite(w: dict[str, Tensor], x: Tensor, query: Tensor, heads: int, scale: float, norm: str) -> Tensor:
-    """The lite projector from its equations: first to a quarter of the width, then as CAP, then to the whole width."""
+    """The lite projector from its equations: reduce to a quarter of the width, run CAP, expand to the full width."""
     narrow = torch.einsum("bchw,dc->bdhw", x, w["proj_student.0.weight"][:, :, 0, 0])
     narrow = narrow + w["proj_student.0.bias"][:, None, None]
     z = F.conv2d(narrow, w["proj_student.1.weight"], w["proj_student.1.bias"], padding=1)
@@ -149,7 +149,7 @@ def test_projectors_equal_dense_references(
     cap = kind(
         5, (4, 3), (2, 3), 12, num_heads=heads, attention_scale=scale, learned_query=learned, layer_norm=layer_norm
     ).double()
-    for parameter in cap.parameters():  # no gain of one and no bias of zero that would hide a mistake
+    for parameter in cap.parameters():  # gains of one and biases of zero would hide errors
         parameter.data += 0.1 * torch.randn_like(parameter)
     if not layer_norm:
         cap.proj_student[-2].running_mean.normal_()
@@ -159,7 +159,7 @@ def test_projectors_equal_dense_references(
     x = torch.randn(batch, 5, 4, 3, dtype=torch.float64, requires_grad=True)
     given = None if learned else torch.randn(batch, 12, 2, 3, dtype=torch.float64, requires_grad=True)
     weights = {name: value.detach().clone().requires_grad_() for name, value in cap.named_parameters()}
-    buffers = {name: value.clone() for name, value in cap.named_buffers()}  # before the forward pass moves them
+    buffers = {name: value.clone() for name, value in cap.named_buffers()}  # before the forward pass updates them
 
     ours = cap(x, given)
     query = weights["query"].T.reshape(1, 12, 2, 3).repeat(batch, 1, 1, 1) if given is None else given
@@ -263,7 +263,7 @@ def test_projectors_without_a_loss_are_not_built() -> None:
     swin_s = ScaleKDHeads(ScaleKDConfig(s4_query="learned", frequency_weight_s4=0), *shapes)
     maps = swin_s(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), MergingTail(12))
     assert [m is None for m in maps] == [False, False, False, True]
-    handed = ScaleKDHeads(ScaleKDConfig(frequency_weight_s3=0), *shapes)  # S4's query still comes through S3
+    handed = ScaleKDHeads(ScaleKDConfig(frequency_weight_s3=0), *shapes)  # S4's query still comes from S3
     maps = handed(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), MergingTail(12))
     assert all(m is not None for m in maps)
     bare = ScaleKDConfig(frequency_weight_s3=0, frequency_weight_s4=0, spatial_weight=0)
@@ -294,7 +294,7 @@ def test_tail_is_called_once_a_view_with_its_own_shape() -> None:
     heads(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), counted(MergingTail(12)))
     assert seen == [(2, 12, 4, 4)] * 2
     with pytest.raises(AssertionError):
-        heads(torch.randn(2, 6, 1, 1), torch.randn(2, 8, 2, 2), MergingTail(12))  # would broadcast over positions
+        heads(torch.randn(2, 6, 1, 1), torch.randn(2, 8, 2, 2), MergingTail(12))  # this would broadcast over positions
 
 
 @pytest.mark.parametrize(
@@ -356,7 +356,7 @@ def test_autocast_leaves_losses_in_float32() -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 3, 4, 5])
 def test_convolution_on_tiny_maps_is_the_convolution(side):
-    """Both ways of `Conv3x3` (side 5 is past the limit), values and gradients."""
+    """Both code paths of `Conv3x3` (side 5 exceeds the limit), values and gradients."""
     torch.manual_seed(side)
     ours = Conv3x3(6).double()
     theirs = torch.nn.Conv2d(6, 6, 3, padding=1).double()

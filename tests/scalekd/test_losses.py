@@ -107,7 +107,7 @@ def test_noisy_targets_with_stored_norms_are_unbiased(loss) -> None:
     stored = gradients(noisy, norms_of(exact).expand(draws, -1, -1, -1))
     error = (stored.mean(0) - want[0]) / (stored.std(0) / draws**0.5)
     assert error.abs().max() < 5
-    assert error.square().mean() < 1.5  # about one when only sampling noise is left
+    assert error.square().mean() < 1.5  # about one if only sampling noise is left
     assert (stored.mean(0) * want[0]).sum() / want.square().sum() == pytest.approx(1, abs=0.005)
     renormalized = gradients(noisy, norms_of(noisy))
     assert (renormalized.mean(0) * want[0]).sum() / want.square().sum() < 0.98
@@ -130,7 +130,7 @@ def test_each_view_reads_its_own_norm() -> None:
 def test_zero_norms_and_zero_predictions_stay_finite() -> None:
     features = torch.zeros(1, 4, 2, 2)
     norms = torch.zeros(1, 2, 2, 2)
-    noise = 1e-3 * torch.randn_like(features)  # a decoder's noise around an exact zero
+    noise = 1e-3 * torch.randn_like(features)  # decoding noise around an exact zero
     prediction = torch.zeros(1, 4, 2, 2, requires_grad=True)
     for loss in (spatial_loss, frequency_loss):
         value = loss(prediction, features + noise, norms)
@@ -230,7 +230,7 @@ def test_label_weight_is_one_without_a_logit_term() -> None:
     terms = distillation_losses(ScaleKDConfig(), TrainConfig(targets="none"), logits, labels, None, None)
     torch.testing.assert_close(terms.total, full)
     terms = distillation_losses(ScaleKDConfig(logit_weight=0), TrainConfig(), logits, labels, *batch_of(7)[2:])
-    torch.testing.assert_close(terms.label, full)  # other classes do not matter when logits are not compared
+    torch.testing.assert_close(terms.label, full)  # other classes do not matter if logits are not compared
 
 
 def test_weight_zero_skips_the_branch_and_keeps_the_term() -> None:

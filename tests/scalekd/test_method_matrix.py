@@ -1,7 +1,7 @@
-"""The method over the whole matrix: every student, every teacher family, at real size on paper and small in fact.
+"""The method with every student and every teacher family, at full size on the meta device and at small size for real.
 
-At real dimensions the shapes must meet (meta device, nothing is computed). At small size a whole step runs: student,
-projectors, frozen tail, all losses, backward, and what must not happen is looked for while it runs.
+At full size the shapes must match (nothing is computed). At small size a whole training step runs: student, projectors,
+frozen tail, all losses, backward. Hooks check for operations that must not happen.
 """
 
 import pytest
@@ -120,7 +120,7 @@ def test_real_students_run_forward_and_backward(name, students):
 
 
 class Watch(TorchDispatchMode):
-    """Notes the dtypes that normalizations and squares see."""
+    """Records the dtypes of the inputs of normalizations and squares."""
 
     NAMES = ("aten::linalg_vector_norm", "aten::pow", "aten::mean", "aten::_log_softmax", "aten::_softmax")
 
@@ -170,7 +170,7 @@ def test_a_whole_step_at_small_size(name, teacher):
     terms.total.backward()
 
     assert all(term.isfinite() and term > 0 for term in terms)
-    assert learned == [1] * 4  # two S3 projectors, each query projected and asked once for the batch of three
+    assert learned == [1] * 4  # two S3 projectors, each query projected once for the batch of three
     assert {"aten::linalg_vector_norm", "aten::pow", "aten::mean"} <= set(watch.seen)
     assert all(dtypes == {torch.float32} for dtypes in watch.seen.values()), watch.seen
     assert all(value.grad is not None for value in student.parameters())
@@ -179,7 +179,7 @@ def test_a_whole_step_at_small_size(name, teacher):
 
 
 def _frozen(tail: nn.Module, heads: nn.Module, before: dict[str, Tensor]) -> None:
-    """The tail: no gradient, no change, eval mode, and nowhere in the heads."""
+    """The tail has no gradients, does not change, stays in eval mode and is not in the heads' module tree."""
     assert not any(value.requires_grad or value.grad is not None for value in tail.parameters())
     assert all(torch.equal(value, before[key]) for key, value in tail.state_dict().items())
     assert not any(module.training for module in tail.modules())

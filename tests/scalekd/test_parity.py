@@ -1,4 +1,4 @@
-"""The method against upstream: same weights through the importer's names, same inputs, same losses and gradients."""
+"""Parity with upstream: the same weights (via the importer) and inputs give the same losses and gradients."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 @dataclass(frozen=True)
 class Setting:
-    """One of upstream's configurations, and ours for the same."""
+    """One of upstream's configurations, and our equivalent."""
 
     config: ScaleKDConfig
     frequency_s4: float
@@ -64,7 +64,7 @@ LABELS: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], TrainConfig]] = {
 
 
 class Stage4(nn.Module):
-    """A frozen stand-in for the teacher's last stage on tokens, (B, 196, 12) -> (B, 49, 24): merging, block, norm."""
+    """A frozen minimal last stage of a teacher on tokens, (B, 196, 12) -> (B, 49, 24): merging, block, norm."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ def assert_close(got: Tensor, want: Tensor, dtype: torch.dtype, name: str) -> No
 
 
 def build(setting: Setting, dtype: torch.dtype) -> tuple[nn.ModuleDict, ScaleKDHeads]:
-    """Upstream's loss modules, every parameter off its initial value, and ours with the same weights."""
+    """Upstream's loss modules with randomized parameters, and ours with the same weights."""
     upstream = nn.ModuleDict(
         {
             "loss_fmd_s3": FreqMaskingDistillLoss(
@@ -115,7 +115,7 @@ def build(setting: Setting, dtype: torch.dtype) -> tuple[nn.ModuleDict, ScaleKDH
     mapped = head_tensors(upstream.state_dict(), s4_query=setting.config.s4_query)
     assert not mapped.unknown
     shapes = {name: value.shape for name, value in ours.state_dict().items()}
-    # Upstream computes a branch of weight zero, we do not build it (docs/METHOD.md, deviations).
+    # Upstream computes branches of weight zero; ours does not build them (docs/METHOD.md, deviations).
     unused = {name for name in mapped.tensors if name.startswith("s4.frequency.") and setting.frequency_s4 == 0}
     assert mapped.tensors.keys() - unused == shapes.keys()
     ours.load_state_dict({name: mapped.tensors[name].clone().reshape(shape) for name, shape in shapes.items()})
@@ -171,7 +171,7 @@ def test_losses_and_gradients_are_upstreams(setting: Setting, dtype: torch.dtype
             assert_close(g, e, dtype, f"{kind}: gradient of {name}")
 
     mapped = head_tensors(dict(upstream.named_buffers()), s4_query="s3").tensors
-    for name, buffer in ours.named_buffers():  # moved in the same way by three training passes, or by none
+    for name, buffer in ours.named_buffers():  # updated identically by three training passes, or by none
         assert_close(buffer.to(dtype), mapped[name].to(dtype), dtype, name)
 
 

@@ -1,4 +1,4 @@
-"""Calls in a thread of their own: in order, few at a time, no error lost."""
+"""Calls in a background thread: in order, with a bounded queue, without lost errors."""
 
 import threading
 

@@ -59,7 +59,7 @@ def test_groups_must_hold_the_same_images(tmp_path):
 
 
 def change_manifest(root: Path, change) -> None:
-    """A lie with the right checksum over it."""
+    """Change the manifest and update its checksum."""
     path = root / "manifest.json"
     fields = json.loads(path.read_text())
     del fields[SEAL]

@@ -1,4 +1,4 @@
-"""Whatever lies in a file's place is a `UserError` that names it, at once and without filling memory."""
+"""Anything other than the expected file is an immediate `UserError` that names it, with bounded memory."""
 
 import errno
 import os
@@ -164,7 +164,7 @@ def test_types_are_checked_all_the_way_down() -> None:
     assert checked(GOOD, Whole, "it", "here") == Whole(
         rows=[Row(1, "0" * 64)], range=Range(bounds=(0.0, 1.5)), names={}
     )
-    for change, words in (  # what is replaced by what, and the words that name it
+    for change, words in (  # file, replacement, and words in the error
         (("1,", '"1",'), r"rows\[0\]\[0\]: .*integer"),
         (("1,", "1.0,"), r"rows\[0\]\[0\]: .*integer"),
         (("1,", "true,"), r"rows\[0\]\[0\]: .*integer"),

@@ -38,7 +38,7 @@ pytestmark = pytest.mark.usefixtures("no_fsync")
 
 
 def planned(backend: str, group: int = 0, range_id: int = 0) -> ExpectedUnit:
-    """What `write_unit` makes."""
+    """The unit that `write_unit` makes."""
     return ExpectedUnit(group, range_id, FINGERPRINT, backend, GROUPS[group], tuple(RANGES[range_id]))
 
 

@@ -1,4 +1,4 @@
-"""Units committed behind the caller: in order, one at a time, and no error is lost."""
+"""Units committed in the background: in order, one at a time, without lost errors."""
 
 import threading
 

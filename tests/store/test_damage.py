@@ -68,7 +68,7 @@ def test_a_truncated_shard(copy):
     path = payload_file(copy)
     if path.suffix == ".tar":
         with tarfile.open(path) as tar:
-            end = tar.getmembers()[-6].offset  # two samples fewer, and still a tar for every reader
+            end = tar.getmembers()[-6].offset  # two samples fewer, but still a valid tar
         path.write_bytes(path.read_bytes()[:end])
         with tarfile.open(path) as tar:
             assert len(tar.getnames()) == 3 * 17

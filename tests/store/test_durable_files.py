@@ -1,4 +1,4 @@
-"""Files that gather what is written: the same bytes, length and checksum whatever the pieces and the system's calls."""
+"""Buffered files: the same bytes, length and checksum for all piece sizes and all partial writes."""
 
 import os
 import random
@@ -31,7 +31,7 @@ def written(path, calls):
 @pytest.mark.parametrize("at_once", [1, 3, 2_500])
 def test_what_is_written_is_there(tmp_path, monkeypatch, buffered, at_once):
     monkeypatch.setattr(files, "BUFFER_BYTES", buffered)
-    pieces = pieces_of(2_600)  # more than the system takes in a call
+    pieces = pieces_of(2_600)  # more than one system call accepts
     whole = b"".join(map(bytes, pieces))
     done = written(tmp_path / "x", [pieces[start : start + at_once] for start in range(0, len(pieces), at_once)])
     assert (tmp_path / "x").read_bytes() == whole

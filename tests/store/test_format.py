@@ -1,4 +1,4 @@
-"""docs/FORMAT.md is enough: a reader written from it alone gives what our own reader and codecs give."""
+"""docs/FORMAT.md is complete: a reader written only from it gives the same results as our reader and codecs."""
 
 import ast
 import json
@@ -62,7 +62,7 @@ def test_a_reader_written_from_the_page_alone(tmp_path, backend, codec, pixels, 
 
 
 def assert_same_maps(codec, ours, other):
-    """Bit for bit; `transform` up to the order of its float32 sums."""
+    """Bit for bit equal; `transform` up to the order of its float32 sums."""
     assert ours.shape == other.shape
     if codec == "transform":
         assert np.abs(ours - other).max() <= 1e-5 * np.abs(ours).max()

@@ -1,4 +1,4 @@
-"""A cache that grows while it is read: what is waited for, what is said, what is refused."""
+"""A cache that grows while it is read: waiting, progress messages, errors."""
 
 import dataclasses
 import json
@@ -43,7 +43,7 @@ def test_batches_are_those_of_the_finished_cache(tmp_path, capfd, backend, worke
     assert isinstance(cache, GrowingCache)
     assert (len(cache), cache.manifest.num_views) == (IMAGES, 2)
     batches = iter(batches_of(cache, epochs=4, workers=workers))
-    growing = [next(batches) for _ in range(6)]  # the first epoch is there; the next one is waited for from here on
+    growing = [next(batches) for _ in range(6)]  # the first epoch; the loader now waits for the next one
     timer = writer.later(1.0, group=1)
     growing += batches
     timer.join()
@@ -73,7 +73,7 @@ def test_following_begins_with_the_first_whole_group(tmp_path):
 def test_a_finished_cache_is_not_waited_for(tmp_path):
     root = copy_of_cache(tmp_path / "cache")
     assert type(open_growing_cache(root, 0.1, silent)) is Cache
-    (root / "plan.json").unlink()  # a copy of what readers need
+    (root / "plan.json").unlink()  # a copy of the files that readers need
     assert type(open_growing_cache(root, 0.1, silent)) is Cache
 
 
@@ -98,7 +98,7 @@ def test_a_time_out_reaches_the_trainer_from_a_worker(tmp_path):
     with pytest.raises(UserError, match="has stopped growing"):
         seen.extend(batches_of(open_growing_cache(tmp_path, 0.5, silent), epochs=2, workers=1))
     assert {batch.view for batch in seen} == {0}
-    assert len(seen) == 6  # the whole first epoch was handed out
+    assert len(seen) == 6  # the whole first epoch was returned
 
 
 def test_not_following_an_unfinished_cache_names_the_option(tmp_path):

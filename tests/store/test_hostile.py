@@ -1,4 +1,4 @@
-"""Files made to harm: no pickle runs, no claim is believed, memory stays bounded, the outcome is right or an error."""
+"""Malicious files: no pickle runs, declared sizes are checked, memory is bounded, the result is correct or an error."""
 
 import ast
 import io
@@ -66,7 +66,7 @@ def test_no_module_unpickles():
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = {alias.name for alias in node.names}
-                # its unpickler admits tensors and containers, and makes all else inert (test_upstream.py)
+                # allows tensors and containers, makes everything else inert (test_upstream_checkpoint.py)
                 assert names.isdisjoint(FORBIDDEN) or (path.name, names) == ("upstream_file.py", {"pickle"}), path
             elif isinstance(node, ast.ImportFrom):
                 assert node.module not in FORBIDDEN, path
@@ -89,7 +89,7 @@ def _check_call(node, path):
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -99,7 +99,7 @@ class Bomb:
 
 
 def read_everything(root):
-    """What any command does with a cache: check it, read it, decode it."""
+    """Check, read and decode a cache, as any command does."""
     findings = check_cache(root, deep=True, make_checker=lambda expected: RecordChecker(expected.fields, root, None))
     try:
         cache = Cache.open(root)
@@ -142,7 +142,7 @@ def test_planted_pickles_do_not_run(tmp_path, backend, zarr_root):
             path.write_bytes(hostile)
             assert verify_cache(root, deep=True), path
             found = right_or_refused(lambda: all_records(root))
-            assert found is None or found == kept  # names in a tar are not what is read
+            assert found is None or found == kept  # readers do not use the names in a tar
             assert found is None or path.suffix in (".tar", ".safetensors") or path.name in (PLAN, "images.txt")
         path.write_bytes(data)
     assert not bomb.exists()
@@ -163,7 +163,7 @@ def test_pickled_members_under_their_own_names_do_not_run(tmp_path):
     assert not (root.parent / "a.pickle").exists()
 
 
-# Claims
+# Declared sizes and types
 
 
 def peak_bytes(action):
@@ -249,7 +249,7 @@ def test_a_zstd_frame_that_claims_300_megabytes_is_not_decoded(tmp_path):
     assert peak_bytes(refuse) < 5e6
 
 
-# Anything at all
+# Random content
 
 
 def right_or_refused(action):
@@ -317,7 +317,7 @@ def test_any_index(tmp_path_factory, at, value, size):
     assert load_index(path, SHARD, 2, 10_240).tolist() == ROWS.tolist()
     path.write_bytes(good[:at] + bytes([value]) + good[at + 1 :])
     rows = right_or_refused(lambda: load_index(path, SHARD, 2, 10_240))
-    if rows is not None:  # header and lengths are right, every member lies inside the tar
+    if rows is not None:  # header and lengths are correct, every member is inside the tar
         assert at >= HEADER.size or good[at] == value
         for member in ("json", "pixels", "features"):
             assert (rows[f"{member}_offset"] + rows[f"{member}_bytes"] <= 10_240).all()
@@ -330,7 +330,7 @@ def test_any_index(tmp_path_factory, at, value, size):
 def test_a_record_that_claims_gigabytes_is_refused_before_they_are_allocated(member, tmp_path):
     rows, tar_bytes = ROWS.copy(), 64 << 30
     rows[f"{member}_bytes"][1] = (1 << 32) - 1
-    rows["pixels_offset"][1], rows["features_offset"][1] = 10 << 30, 20 << 30  # a gap between members counts too
+    rows["pixels_offset"][1], rows["features_offset"][1] = 10 << 30, 20 << 30  # a gap between members is invalid too
     path = tmp_path / "v0003.idx"
     path.write_bytes(pack_index(rows, SHARD, tar_bytes))
     with pytest.raises(UserError, match=r"too large(?s:.*)268,435,456"):
@@ -373,7 +373,7 @@ def test_any_record_is_examined_and_has_its_own_checksum(record, other):
     assert {finding.key for finding in findings} == {record.key}
     try:
         assert (record_crc(record) == record_crc(other)) == (record == other)
-    except UnicodeEncodeError:  # lone surrogates: no key and no JSON text holds them
+    except UnicodeEncodeError:  # lone surrogates are not allowed in keys or JSON
         assert any("\ud800" <= letter <= "\udfff" for letter in str(record) + str(other))
 
 

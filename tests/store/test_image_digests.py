@@ -1,4 +1,4 @@
-"""Stage 1 notices an image file that changed between two groups of views, and there is a way on."""
+"""Stage 1 detects an image file that changed between two view groups, and the error's fix works."""
 
 import shutil
 
@@ -44,11 +44,11 @@ def test_growth_stops_at_an_image_that_changed_and_goes_on_once_it_is_back(folde
     grow(1)
     before = (folder / "data/train/bee/7.png").read_bytes()
     replace(folder, "bee/7")
-    grow(1)  # nothing is drawn
+    grow(1)  # nothing is sampled
     with pytest.raises(UserError, match="an image changed since earlier views") as error:
         grow(2)
     assert "bee/7 differs from the file that units/g000-r0000" in str(error.value)
-    assert Cache.open(folder / "cache").manifest.num_views == 1  # as it was
+    assert Cache.open(folder / "cache").manifest.num_views == 1  # restored
     (folder / "data/train/bee/7.png").write_bytes(before)
     grow(2)
     assert Cache.open(folder / "cache").manifest.num_views == 2
@@ -61,7 +61,7 @@ def test_the_new_file_is_taken_by_making_the_units_of_the_old_one_again(folder):
     for group in range(2):
         (number,) = (number for number in range(4) if "ant/3" in keys_of(folder, group, number))
         holders.append(f"units/g{group:03d}-r{number:05d}")
-    for unit in holders:  # as the messages say, one after the other
+    for unit in holders:  # follow the messages one after the other
         with pytest.raises(UserError, match=f"changed(.|\n)*{unit}"):
             cache_teacher(job(folder, 3), CPU)
         shutil.rmtree(folder / "cache" / unit)
@@ -85,7 +85,7 @@ def images_of(folder, group):
 
 
 def test_a_file_that_changes_within_one_job_is_found_before_the_manifest(folder, monkeypatch):
-    """A process whose first group was not finished when it began to draw the second."""
+    """A process that started sampling the second group before the first group was finished."""
 
     def late(source, config, units, claims, workers, first):
         for item in views_of_units(source, config, units, claims, workers):

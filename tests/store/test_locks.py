@@ -1,4 +1,4 @@
-"""Locks between processes, and the same commands on a file system that has none."""
+"""Locks between processes, and the same commands on a file system without locks."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def no_flock(request, monkeypatch):
 def test_a_run_folder_without_locks(tmp_path, no_flock, capsys):
     folder = RunFolder(tmp_path, {"a": 1})
     assert not is_locked(tmp_path)
-    assert RunFolder(tmp_path, {"a": 1}).path == folder.path  # nobody can see that the first one is there
+    assert RunFolder(tmp_path, {"a": 1}).path == folder.path  # the second process cannot detect the first
     assert capsys.readouterr().err.count("warning: the file system of ") == 1
 
 
@@ -52,7 +52,7 @@ def fetch_copy(folder, start, results):
 
 
 def test_local_copies_without_locks(tmp_path, no_flock, capsys):
-    """Several processes fetch one file: each has the right bytes, one copy stays, what a killed one left is removed."""
+    """Several processes fetch one file: each gets the right bytes, one copy stays, files of killed ones are removed."""
     folder = tmp_path / "copies"
     (folder / "incoming").mkdir(parents=True)
     dead = subprocess.Popen(["true"])
@@ -71,7 +71,7 @@ def test_local_copies_without_locks(tmp_path, no_flock, capsys):
         process.join()
     assert [path.name for path in folder.rglob("*") if path.is_file()] == [".lock", SHA256]
     LocalCopies(folder, 3 * len(DATA)).open("0" * 64, None, lambda target: target.write_bytes(DATA))
-    assert capsys.readouterr().err.count("no file locks") == 2  # the folder's and the one for what arrives
+    assert capsys.readouterr().err.count("no file locks") == 2  # the folder's lock and the incoming file's lock
 
 
 def test_other_failures_of_a_lock_are_not_hidden(tmp_path, monkeypatch):
@@ -89,7 +89,7 @@ def _loop(path):
 
 @pytest.mark.parametrize("put", [os.mkfifo, os.mkdir, _loop], ids=["FIFO", "folder", "loop"])
 def test_something_else_in_the_place_of_a_lock(tmp_path, put):
-    """Opening a FIFO would wait for ever."""
+    """Opening a FIFO would block forever."""
     put(tmp_path / ".lock")
     for call in (lambda: RunFolder(tmp_path, {}), lambda: is_locked(tmp_path)):
         with pytest.raises(UserError, match="a lock file is not a regular file"):
@@ -97,7 +97,7 @@ def test_something_else_in_the_place_of_a_lock(tmp_path, put):
 
 
 def waiting_make(folder, cache, recipe, path=None):
-    """A recipe behind the Makefile's lock of a cache."""
+    """Run a recipe under the Makefile's cache lock."""
     file = folder / "probe.mk"
     file.write_text(f"include Makefile\nprobe:\n\t@$(call waiting,$(CACHE)) {recipe}\n")
     words = ["make", "-f", file, "probe", "VENV=none", f"PYTHON={sys.executable}", f"CACHE={cache}"]
@@ -117,7 +117,7 @@ def test_two_makes_wait_for_each_other(tmp_path):
 
 @pytest.mark.parametrize("trouble", ["no locks", "a file in the way"])
 def test_make_goes_on_without_a_lock(tmp_path, trouble):
-    """The recipe's own exit status stays."""
+    """The exit code of the recipe is preserved."""
     (tmp_path / "flock").write_text("#!/bin/sh\nexit 71\n")
     (tmp_path / "flock").chmod(0o755)
     cache = tmp_path / ("cache" if trouble == "no locks" else "flock/cache")

@@ -1,4 +1,4 @@
-"""A manifest or plan that contradicts itself is refused when it is read, and the words say where."""
+"""An inconsistent manifest or plan is rejected when it is read, and the error names the field."""
 
 import hashlib
 import json
@@ -62,7 +62,7 @@ def test_facts_that_disagree_are_refused_when_they_are_read(tmp_path: Path, case
 
 
 def test_a_lie_in_both_places_is_another_cache(tmp_path: Path) -> None:
-    """With the fingerprint made anew, too: then no unit belongs to it."""
+    """Also with a recomputed fingerprint: then no unit belongs to the cache."""
     root = copy_of_cache(tmp_path / "cache")
 
     def change(fields: dict[str, Any]) -> None:

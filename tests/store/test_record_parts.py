@@ -1,4 +1,4 @@
-"""Parts of a record may be absent, in both stores; parts that this version does not know are refused by name."""
+"""Parts of a record are optional in both stores; unknown parts are rejected with an error that names them."""
 
 from pathlib import Path
 
@@ -24,7 +24,7 @@ PARTIAL = {
 
 
 def write_partial(root: Path, backend: str) -> list[Record]:
-    """A cache of one unit whose records hold other parts each; the first one all but the second target."""
+    """A cache of one unit in which each record has different parts; the first one has all but the second target."""
     records = [make_record(position, 0) for position in range(len(PARTIAL) + 1)]
     records[1:] = [record._replace(**change) for record, change in zip(records[1:], PARTIAL.values(), strict=True)]
     count = len(records)
@@ -53,7 +53,7 @@ def test_parts_of_a_record_may_be_absent(tmp_path, backend):
 
 @backends
 def test_flags_that_are_not_known_are_refused_by_name(tmp_path, backend, monkeypatch):
-    """A later version may store more; this one must not take such a record for a whole one."""
+    """A later version may store more parts; this version must not accept such a record as complete."""
     later = lambda record, places: target_json(record, places=places).replace(b'"flags":7', b'"flags":23')  # noqa: E731
     monkeypatch.setattr(f"scalekd_cache.store.formats.{backend}.target_json", later)
     with pytest.raises(UserError, match="parts that this version does not know\n  got: flags 23"):

@@ -1,4 +1,4 @@
-"""Servers that mean no good: bytes one at a time, redirects to other places."""
+"""Malicious servers: one byte at a time, redirects to other hosts."""
 
 import pytest
 from remote_cases import ALL, config
@@ -24,7 +24,7 @@ def server(folder):
 
 @pytest.fixture
 def other(folder):
-    """The same files on another host: another port counts as one."""
+    """The same files on another host; another port counts as another host."""
     with faulty_server(folder) as server:
         yield server
 
@@ -32,7 +32,7 @@ def other(folder):
 @pytest.mark.parametrize("end", ["manifest.json", "unit.json", TAR])
 @pytest.mark.parametrize("bound", [{"least_rate": 1000}, {"total_s": 0.6}], ids=["rate", "total"])
 def test_bytes_one_at_a_time_end(server, tmp_path, end, bound):
-    """Each byte comes in time; together they would take hours."""
+    """Each byte arrives before the timeout, but the whole file would take hours."""
     server.fail(end, "drip")
     with pytest.raises(UserError, match=r"cannot download a file(.|\n)*(least_rate|[Tt]imeout)") as caught:
         Cache.open(server.url, config(tmp_path, attempts=1, **bound)).read(ALL, 1)
@@ -62,6 +62,6 @@ def test_hosts_that_the_user_named_may_be_redirected_to(server, other, tmp_path)
     named = config(tmp_path, redirect_hosts=f"elsewhere.org,{other.url[7:]}")
     assert Cache.open(server.url, named).read(ALL, 1) == expected(1)
     assert other.gets(TAR) == 1
-    server.fail("manifest.json", f"{other.url}/manifest.json")  # what everything else is checked by
+    server.fail("manifest.json", f"{other.url}/manifest.json")  # the manifest, which all other checks depend on
     with pytest.raises(UserError, match="redirects to a host that is not allowed"):
         Cache.open(server.url, named)

@@ -1,4 +1,4 @@
-"""A cache behind a URL: right records or an error that names file and reason, whatever the server does."""
+"""A cache behind a URL: correct records, or an error that names file and reason, for any behavior of the server."""
 
 import multiprocessing
 import os
@@ -49,7 +49,7 @@ def tar_server(tar_cache):
 
 
 def payload(server):
-    """The end of the path of a file that holds features of view 1."""
+    """Path suffix of a file that holds features of view 1."""
     return next(end for end in PAYLOAD.values() if (server.folder / "units" / end).exists())
 
 
@@ -151,13 +151,13 @@ def test_a_sidecar_of_another_cache_is_refused(tar_cache, tar_server, tmp_path):
 
 def test_copies_stay_within_the_limit_and_the_least_recently_used_go(tar_server, tmp_path):
     sizes = {str(path): path.stat().st_size for path in tar_server.folder.rglob("*.tar")}
-    limit = 2 * max(sizes.values()) + 20_000  # two of the six shards, and what belongs to them
+    limit = 2 * max(sizes.values()) + 20_000  # two of the six shards, and their indexes
     cache = Cache.open(tar_server.url, config(tmp_path, limit_bytes=limit))
     for view, position in [(0, 0), (1, 0), (0, 0), (2, 0)]:
         assert cache.read([position], view) == [expected(view)[position]]
         assert sum(copies(tmp_path).values()) <= limit
     assert tar_server.gets("g000-r00000/v0000.tar") == 1
-    assert cache.read([0], 0) == [expected(0)[0]]  # view 1 was the one to go
+    assert cache.read([0], 0) == [expected(0)[0]]  # view 1 was evicted
     assert tar_server.gets("g000-r00000/v0000.tar") == 1
     for view in (0, 1, 2, 0, 1):
         assert cache.read(ALL, view) == expected(view)
@@ -181,7 +181,7 @@ def test_a_copy_that_rots_is_fetched_again(server, tmp_path, damage):
                 data[at] ^= 4
         path.write_bytes({"flip": bytes(data), "cut": bytes(data[:-7]), "zeros": bytes(len(data))}[damage])
     assert Cache.open(server.url, config(tmp_path)).read(ALL, 1) == expected(1)
-    cache = Cache.open(server.url, config(tmp_path))  # and with a shard that is open already
+    cache = Cache.open(server.url, config(tmp_path))  # also with a shard that is already open
     cache.read([0], 1)
     for path in tmp_path.glob("??/*"):
         path.write_bytes(bytes(path.stat().st_size))
@@ -235,7 +235,7 @@ def test_a_process_killed_while_it_fetches_leaves_nothing_that_is_believed(tar_s
     assert [name.partition(".")[2] for name in leftovers(tmp_path)] == ["data", "lock"]
     cache = Cache.open(tar_server.url, settings)
     assert cache.read(ALL, 2) == expected(2)
-    assert leftovers(tmp_path) == []  # another fetch has cleaned up
+    assert leftovers(tmp_path) == []  # removed by another fetch
     assert cache.read(ALL, 1) == expected(1)
 
 
@@ -253,7 +253,7 @@ class Records(Dataset):
 
 def test_forked_loader_workers_read_after_their_parent_has(server, tmp_path):
     cache = Cache.open(server.url, config(tmp_path, timeout_s=20))
-    cache.read([0], 0)  # the parent's event loop runs when the workers are started
+    cache.read([0], 0)  # the parent's event loop is running when the workers start
     loader = DataLoader(Records(cache), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=LIMIT_S)
     assert [Record(*fields) for fields in loader] == expected(1)
 
@@ -337,7 +337,7 @@ def test_verify_reads_what_is_on_the_server_now(server, tmp_path, monkeypatch):
     assert verify_cache(server.url) == verify_cache(server.url, deep=True) == []
     server.fail(payload(server), 404)
     server.fail("g001-r00000/keys.txt", 404)
-    found = verify_cache(server.url, deep=True)  # the copies from before are whole
+    found = verify_cache(server.url, deep=True)  # the earlier copies are complete
     places = {problem.where for problem in found}
     assert f"units/{payload(server)}" in places
     assert any(place.startswith("units/g001-r00000") for place in places)

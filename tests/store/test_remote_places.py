@@ -1,4 +1,4 @@
-"""A cache may be moved, linked to and mounted read-only: reading it writes nothing into it."""
+"""A cache may be moved, linked and mounted read-only: reading never writes to it."""
 
 import shutil
 import subprocess
@@ -54,7 +54,7 @@ def test_a_moved_or_linked_cache_is_the_same(whole, tmp_path):
     copied = shutil.copytree(whole, tmp_path / "copies" / "moved")
     linked = tmp_path / "linked"
     linked.symlink_to(copied)
-    inside = tmp_path / "links inside"  # each unit on another disk, as a large cache may be spread
+    inside = tmp_path / "links inside"  # each unit on another disk, as for a large cache
     (inside / "units").mkdir(parents=True)
     shutil.copy(whole / "manifest.json", inside)
     for unit in (whole / "units").iterdir():
@@ -67,7 +67,7 @@ def test_a_moved_or_linked_cache_is_the_same(whole, tmp_path):
 
 
 def test_reading_and_checking_write_nothing(whole):
-    """As on a read-only mount: no rights to write, and, since root has them all, any attempt ends the reader."""
+    """Like a read-only mount: no write permission; because root ignores permissions, any write attempt is an error."""
     before = snapshot(whole)
     paths = [whole, *whole.rglob("*")]
     for path in paths:

@@ -1,4 +1,4 @@
-"""Whole commands and readers against real servers: nginx, which serves ranges, and those of S3 and Google Cloud."""
+"""Whole commands and readers with real servers: nginx with range support, S3 and Google Cloud Storage."""
 
 import shutil
 import urllib.request
@@ -22,7 +22,7 @@ KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAU
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
-    """nginx over a folder with a cache of each backend; (URL, folder)."""
+    """nginx serving a folder with one cache per backend; (URL, folder)."""
     folder = tmp_path_factory.mktemp("site")
     for backend in BACKENDS:
         write_cache(folder / backend, backend)
@@ -33,7 +33,7 @@ def site(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory):
-    """An S3-compatible server and a client of it, found by the environment alone, as a user's would be."""
+    """An S3-compatible server and its client, configured only by environment variables, as for a user."""
     pytest.importorskip("s3fs")
     server_module = pytest.importorskip("moto.server")
     import boto3
@@ -53,7 +53,7 @@ def s3(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def gs():
-    """A server that speaks Google Cloud Storage's interface, found by the environment alone; uploads a folder."""
+    """A Google Cloud Storage emulator, configured only by environment variables; uploads a folder."""
     pytest.importorskip("gcsfs")
     emulator = pytest.importorskip("gcp_storage_emulator.server")
     port = free_port()
@@ -85,7 +85,7 @@ def upload(client, folder, prefix):
 
 @pytest.fixture(autouse=True)
 def _copies(tmp_path, monkeypatch):
-    """Local copies of this test's own, for commands too."""
+    """A separate folder of local copies for this test and its commands."""
     monkeypatch.setenv("SCALEKD_CACHE_DIR", str(tmp_path / "copies"))
     monkeypatch.setitem(ENV, "SCALEKD_CACHE_DIR", str(tmp_path / "copies"))
 
@@ -95,7 +95,7 @@ def test_a_cache_on_nginx(site, backend):
     url = site[0]
     request = urllib.request.Request(f"{url}/{backend}/manifest.json", headers={"Range": "bytes=2-5"})
     with urllib.request.urlopen(request) as answer:
-        assert answer.status == 206  # a server with ranges, as python's is not
+        assert answer.status == 206  # nginx supports ranges, Python's server does not
     cache = Cache.open(f"{url}/{backend}")
     for view in range(3):
         assert cache.read(ALL, view) == expected(view)
@@ -172,7 +172,7 @@ def test_make_verify_refuses_a_command(tmp_path):
 
 @pytest.mark.slow
 def test_make_distill_over_http_gives_the_run_of_the_folder(site, tmp_path):
-    """Two loader workers, tail included: every loss is that of the same run from the folder."""
+    """Two loader workers, and the tail from the URL: every loss equals that of the same run from the folder."""
     url, folder = site
     copy_of_cache(folder / "whole")
     settings = {**TRAIN_OPTIONS, "train.epochs": 1, "train.workers": 2}

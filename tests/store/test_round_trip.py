@@ -66,18 +66,18 @@ def test_a_second_write_gives_the_same_bytes(whole, tmp_path, backend):
 
 
 def test_a_zarr_record_has_the_checksum_of_its_fields(tmp_path):
-    """That of a tar's record is computed again in tests/support/format_reader.py."""
+    """tests/support/format_reader.py recomputes the checksum of a tar's record."""
     write_cache(tmp_path, "zarr")
     cache = Cache.open(tmp_path)
     cache.read(range(NUM_SAMPLES), 0)
     found = [crc for _, reader in sorted(cache._readers.items()) for crc in reader.crcs.tolist()]
     assert found == [record_crc(record) for record in expected(0)]
-    assert record_crc(Record("k", 1, "{}", "00", b"p", b"f", b"l")) == 0x81260AAD  # stands in docs/FORMAT.md
+    assert record_crc(Record("k", 1, "{}", "00", b"p", b"f", b"l")) == 0x81260AAD  # documented in docs/FORMAT.md
 
 
 @pytest.mark.parametrize("byte", range(36))
 def test_a_flip_in_any_byte_of_an_index_row_is_noticed_by_a_reader(tmp_path, byte):
-    """Not only by `make verify`: a reader goes by the row, whose sha256 it does not take."""
+    """Detected not only by `make verify`: a reader uses the index row without checking its sha256."""
     root = write_cache(tmp_path, "webdataset")
     index = root / "units" / "g000-r00000" / "v0000.idx"
     data = bytearray(index.read_bytes())
@@ -106,7 +106,7 @@ def test_large_arrays_span_shard_files(tmp_path, backend, monkeypatch):
 
 @pytest.mark.parametrize("run_bytes", [1, 2_000, 5_000, 1 << 20])
 def test_neighbors_are_read_at_once_and_cut_rightly(whole, run_bytes, monkeypatch):
-    """Runs end at `RUN_BYTES`, at the end of a unit and where rows do not follow each other; chunks are crossed."""
+    """Runs end at `RUN_BYTES`, at the end of a unit and at gaps between rows; they may cross chunks."""
     for module in ("webdataset", "zarr_read"):
         monkeypatch.setattr(f"scalekd_cache.store.formats.{module}.RUN_BYTES", run_bytes)
     cache, records = Cache.open(whole), expected(0)

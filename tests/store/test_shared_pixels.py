@@ -1,4 +1,4 @@
-"""Two caches of one set of pixels: the same images, another codec's features, and whatever must not pass for them."""
+"""Two caches that share pixels: the same images, features of another codec, and pixels that must be rejected."""
 
 import json
 import shutil
@@ -36,7 +36,7 @@ CPU = Process(0, 1, torch.device("cpu"))
 
 
 def second(root, pixels, *, cache=None, **changes):
-    """A cache of another codec with the pixels of the first."""
+    """A cache with another codec and the pixels of the first."""
     return make(
         root, shared_weights(), cache={"codec": "float16", "pixels_from": str(pixels), **(cache or {})}, **changes
     )
@@ -44,7 +44,7 @@ def second(root, pixels, *, cache=None, **changes):
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """The small cache, and a float16 one beside it that shares its pixels; made without the data set."""
+    """The small cache, and a float16 cache that shares its pixels; made without the data set."""
     folder = tmp_path_factory.mktemp("pair")
     first = copy_of_cache(folder / "first")
     with pytest.MonkeyPatch.context() as patch:
@@ -65,7 +65,7 @@ def test_both_give_the_same_images_labels_and_views(pair, tmp_path):
             assert record.pixels == b""
             assert len(other.pixels) > 100
             assert record[:4] == other[:4]  # key, label, view, digest
-            assert record == direct._replace(pixels=b"")  # as a cache with pixels of its own has it
+            assert record == direct._replace(pixels=b"")  # the same as in a cache with its own pixels
     assert list(verify_cache(cache.root, deep=True)) == []
     sizes = cache.manifest.bytes_per_view
     assert sizes["pixels"] == 0
@@ -115,7 +115,7 @@ def test_other_pixels_are_refused_before_training(pair, tmp_path):
 
 
 def test_a_view_of_another_digest_is_refused(pair, tmp_path, monkeypatch):
-    """Pixels encoded by another library are another cache's, though recipe and data are the same."""
+    """Pixels encoded by another library are different pixels, even with the same recipe and data."""
     first, cache = pair
     pixels = Cache.open(first.root)
     read = pixels.read
@@ -161,7 +161,7 @@ def test_chains_replayed_views_and_itself_are_refused(pair, tmp_path):
         second(tmp_path / "third", shared_cache("replayed").root)
     with pytest.raises(UserError, match="cannot share its own pixels"):
         second(first.root, first.root)
-    with pytest.raises(UserError, match="pixels: None \\(asked\\) / shared"):
+    with pytest.raises(UserError, match="pixels: None \\(requested\\) / shared"):
         make(cache.root, shared_weights(), cache={"codec": "float16"})
 
 
@@ -225,7 +225,7 @@ def test_images_that_were_skipped_stay_skipped(tmp_path):
     }
     layout = {"num_views": 3, "samples_per_shard": 6}
     first = make(tmp_path / "first", None, cache=layout, **given)
-    write(root / "train" / "ant" / "3.png", PNG)  # mended since: the pixels are those of then
+    write(root / "train" / "ant" / "3.png", PNG)  # repaired since then; the pixels are the old ones
     config = options(tmp_path / "second", None, cache={**layout, "pixels_from": str(first.root)}, workers=1, **given)
     manifest = cache_teacher(config, CPU)
     cache = Cache(tmp_path / "second", manifest)

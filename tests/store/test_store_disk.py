@@ -1,4 +1,4 @@
-"""Disks and folders that misbehave: full, read-only, forbidden, crowded, left behind; a clock that runs backwards."""
+"""Disk problems: full, read-only, no permission, stale and unknown files; a clock that runs backwards."""
 
 import itertools
 import os
@@ -29,7 +29,7 @@ def words(path, backend):
 
 @pytest.fixture(scope="module")
 def untouched(tmp_path_factory):
-    """By backend: the files of a job on a good disk."""
+    """Files of a job on a healthy disk, by backend."""
     place = tmp_path_factory.mktemp("untouched")
     made = {}
     for backend in ("webdataset", "zarr"):
@@ -100,7 +100,7 @@ def test_what_killed_writers_left_is_removed_and_the_rest_is_named(tmp_path):
     for path in (stale[2], others[1]):
         path.write_text("x")
     os.utime(others[0], (0, 0))
-    os.utime(others[1], (2**33, 2**33))  # written by a machine whose clock is ahead
+    os.utime(others[1], (2**33, 2**33))  # written by a host whose clock is ahead
     found = {leftover.path: leftover.age_s for leftover in remove_stale(tmp_path) + remove_stale(units)}
     assert found.keys() == set(others)
     assert found[others[0]] > 10**9
@@ -124,7 +124,7 @@ def test_a_job_says_whose_leftovers_it_leaves_alone(tmp_path, capsys):
     assert verify_cache(root, deep=True) == []
 
 
-# Resume accepts only what verifies
+# Resume accepts only verified units
 
 
 def test_a_unit_that_lost_its_bytes_but_not_its_length_is_made_again(tmp_path, capsys):
@@ -132,7 +132,7 @@ def test_a_unit_that_lost_its_bytes_but_not_its_length_is_made_again(tmp_path, c
     files = unit_files(root)
     (root / "manifest.json").unlink()
     tar = unit_folder(root, 0, 2) / "v0001.tar"
-    tar.write_bytes(bytes(tar.stat().st_size))  # what a power cut leaves when the disk did not keep its word
+    tar.write_bytes(bytes(tar.stat().st_size))  # the state after a power cut if the disk ignored fsync
     cache_teacher(options(root, shared_weights()), CPU)
     assert f"{tar.parent} is damaged" in capsys.readouterr().out
     assert unit_files(root) == files
@@ -158,7 +158,7 @@ def test_a_whole_unit_that_came_in_between_is_put_back(tmp_path):
     files = unit_files(root)
     resume.remove_damaged_unit(unit_folder(root, 0, 1), resume.has_wrong_sizes)
     assert unit_files(root) == files
-    resume.remove_damaged_unit(unit_folder(root, 7, 1), resume.has_wrong_sizes)  # somebody else removed it
+    resume.remove_damaged_unit(unit_folder(root, 7, 1), resume.has_wrong_sizes)  # another process removed it
     assert unit_files(root) == files
 
 
@@ -173,7 +173,7 @@ def test_a_unit_is_looked_at_once(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("entries", [1_000, pytest.param(100_000, marks=pytest.mark.slow)])
 def test_a_crowded_folder(entries, tmp_path, monkeypatch):
-    """A job reads the folder of units once, not once a unit, and meets nothing there that stops it."""
+    """A job lists the units folder once, not once per unit, and unknown entries do not stop it."""
     units = tmp_path / "cache" / "units"
     units.mkdir(parents=True)
     for number in range(entries):
@@ -192,7 +192,7 @@ def test_a_crowded_folder(entries, tmp_path, monkeypatch):
 
 
 def test_a_clock_that_runs_backwards(tmp_path, monkeypatch):
-    """Every look at the clock gives an earlier time, and every file that is there is from the future."""
+    """Every clock call returns an earlier time, and every existing file is from the future."""
     now = itertools.count(2_000_000_000, -3600)
     monkeypatch.setattr(time, "time", lambda: float(next(now)))
     root = copy_of_cache(tmp_path / "cache")

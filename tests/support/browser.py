@@ -1,4 +1,4 @@
-"""Headless Chromium, where there is one: what a page measures and what it looks like."""
+"""Headless Chromium, if installed: page measurements and screenshots."""
 
 import html
 import json
@@ -57,7 +57,7 @@ frame.onload = async () => {
 
 
 def _frame(page, width, folder):
-    """A page that shows another one at a width; phones are narrower than a browser's smallest window."""
+    """A page that embeds another one at a given width; phones are narrower than a browser's minimum window."""
     file = folder / "frame.html"
     frame = f'<iframe style="width:{width}px;height:2000px;border:0" srcdoc="{html.escape(page)}"></iframe>'
     file.write_text(
@@ -74,7 +74,7 @@ def _chromium(*options, folder):
 
 
 def measure(page, width, folder):
-    """What a browser says of a page at a width in pixels."""
+    """Measurements of a page at a width in pixels."""
     file = _frame(page, width, folder)
     dom = _chromium("--virtual-time-budget=5000", "--dump-dom", file.as_uri(), folder=folder)
     answer = re.search(r'<pre id="answer">(.*?)</pre>', dom, re.DOTALL)

@@ -1,4 +1,4 @@
-"""What a manifest of a cache without a teacher says: facts that agree with each other."""
+"""Consistent manifest facts of a cache without a teacher."""
 
 from typing import Any
 
@@ -19,7 +19,7 @@ FINGERPRINT = fingerprint(FIELDS)
 
 
 def cache_facts(**changes: Any) -> ManifestFacts:
-    """Facts that hold together, but for `changes`; backend and groups are among those."""
+    """Consistent facts except for `changes`, which may include backend and groups."""
     values = {
         "fingerprint": FINGERPRINT,
         "fingerprint_fields": FIELDS,

@@ -1,4 +1,4 @@
-"""Feature maps that are hard on codecs, by name."""
+"""Feature maps that are difficult for codecs, by name."""
 
 import torch
 

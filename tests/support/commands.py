@@ -1,4 +1,4 @@
-"""The commands a user types, run from the tests; and what they leave behind, read back."""
+"""Run the user's commands from tests, and read back their output files."""
 
 import json
 import os
@@ -9,14 +9,14 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 LIMIT_S = max(600.0, float(os.environ.get("TEST_LIMIT_S", "0")))
-"""Seconds after which anything that a test waits for counts as a hang: a process, a state, an answer. Never a measure
-of speed: on a busy machine a command takes ten times as long. TEST_LIMIT_S raises it."""
+"""Seconds after which anything that a test waits for (a process, a state, a reply) counts as a hang. Not a measure of
+speed: on a busy machine a command takes ten times as long. TEST_LIMIT_S raises it."""
 TEST_LIMITS = 3
-"""A test, with the fixtures that it is the first to use, may take this many times `LIMIT_S` (conftest.py)."""
-# One PATH for all, as the Makefile has it: two versions of ninja compile DeepSpeed's operator anew in turn.
+"""A test, including fixtures that it creates, may take this many times `LIMIT_S` (conftest.py)."""
+# One PATH for all, as in the Makefile: alternating between two versions of ninja would recompile DeepSpeed's operator.
 PATH = f"{BIN}{os.pathsep}{os.environ['PATH']}"
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PATH": PATH, "DS_ACCELERATOR": "cpu"}
-# What a launcher around the tests may have set is not for the processes started here.
+# Processes started here must not inherit variables of a launcher around the tests.
 for name in (
     "RANK",
     "LOCAL_RANK",
@@ -38,7 +38,7 @@ CACHE_OPTIONS = {
 }
 """A small cache of the demo set: three units of two views."""
 TRAIN_OPTIONS = {
-    "optim.lr": 1e-4,  # the recipe says 1e-3: AdamW then makes more of rounding between numbers of processes
+    "optim.lr": 1e-4,  # the recipe's 1e-3 would amplify rounding differences between numbers of processes
     "train.epochs": 2,
     "train.global_batch_size": 32,
     "train.micro_batch_size": 16,
@@ -55,7 +55,7 @@ def flags(options):
 
 
 def execute(*command, status=0):
-    """Run a command in the repository's root; its whole output. A wrong exit status fails with the tail of it."""
+    """Run a command in the repository's root and return its output; fails with its last lines on a wrong exit code."""
     words = [str(word) for word in command]
     done = subprocess.run(
         words, cwd=ROOT, env=ENV, timeout=LIMIT_S, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -66,7 +66,7 @@ def execute(*command, status=0):
 
 
 def launcher(nproc=1):
-    """The words before `pipelines.<name>`, as the Makefile has them: one process as it is, several by torchrun."""
+    """The words before `pipelines.<name>`, as in the Makefile: python for one process, torchrun for several."""
     here = ["--standalone", "--local-addr", "127.0.0.1"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *here, "--nproc-per-node", nproc, "-m", "--"]
     return [sys.executable, "-m"] if nproc == 1 else torchrun
@@ -101,12 +101,12 @@ def metric_lines(folder):
 
 
 def steps_of(folder):
-    """The lines of metrics.jsonl that training steps wrote, in the file's order."""
+    """The lines of training steps in metrics.jsonl, in order."""
     return [line for line in metric_lines(folder) if "loss" in line]
 
 
 def assert_same_losses(folder, expected, relative, steps=None):
-    """Every logged loss term of every step is that of another run."""
+    """Assert that every logged loss term of every step equals that of another run."""
     ours, theirs = steps_of(folder)[:steps], steps_of(expected)[:steps]
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
     assert len(ours) == (steps or len(theirs)) > 0
@@ -117,7 +117,7 @@ def assert_same_losses(folder, expected, relative, steps=None):
 
 
 def snapshot(folder):
-    """What tells whether a file was touched: inode, modification time and size, by path."""
+    """Inode, modification time and size of each file by path; detects changes."""
     return {
         str(path.relative_to(folder)): (path.stat().st_ino, path.stat().st_mtime_ns, path.stat().st_size)
         for path in sorted(folder.rglob("*"))

@@ -1,4 +1,4 @@
-"""Units rewritten with other records under right checksums."""
+"""Units rewritten with other records and valid checksums."""
 
 import shutil
 
@@ -10,7 +10,7 @@ from scalekd_cache.store.unit import UnitWriter
 
 
 def rewrite_unit(root, change, range_id=0):
-    """Write a unit and the manifest anew with changed records: every checksum is right again."""
+    """Rewrite a unit and the manifest with changed records, so that every checksum is valid."""
     manifest, folder = read_manifest(root), unit_folder(root, 0, range_id)
     info, _ = read_unit(folder)
     cache = Cache.open(root)

@@ -1,4 +1,4 @@
-"""Commands of the documents, through make and the real parsers."""
+"""Checks commands from the documents with make and the real parsers."""
 
 import shlex
 
@@ -51,12 +51,12 @@ def check(words: list[str]) -> None:
         parse(OTHERS[words[0]], words[0].partition(".")[2], words[1:], {}, "")
         return
     config_class, section = SECTIONS[words[0]]
-    recipe = value_of(words, "--recipe") or "demo"  # a cache whose pixels are shared knows its own
+    recipe = value_of(words, "--recipe") or "demo"  # a cache with shared pixels has no data option
     parse(config_class, section, words[1:], recipe_section(recipe, section), "")
 
 
 def check_make(command: str) -> None:
-    """One `make target NAME=value ...`: make knows it, and what make would run is understood."""
+    """Check one `make target NAME=value ...`: the target exists, and the parsers accept what make would run."""
     words = shlex.split(command, comments=True)
     given = [] if any(word.startswith("RECIPE=") for word in words) else ["RECIPE=demo"]
     printed = execute("make", "-n", *words[1:], *given, "VENV=none", "CACHE=x").replace("\\\n", " ")

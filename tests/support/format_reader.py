@@ -1,4 +1,4 @@
-"""A reader of caches written from docs/FORMAT.md alone: nothing of scalekd_cache is imported here, zarr neither."""
+"""A cache reader written only from docs/FORMAT.md; imports neither scalekd_cache nor zarr."""
 
 import hashlib
 import json
@@ -92,7 +92,7 @@ LABEL, FEATURES, LOGITS, SECOND = 1, 2, 4, 8
 
 
 def check_flags(flags, label, features, second, logits):
-    """What is absent has no bytes; flags that are not known are refused."""
+    """Absent parts have no bytes; unknown flags are an error."""
     assert 0 <= flags < 16
     for flag, there in ((LABEL, label is not None), (FEATURES, features), (LOGITS, logits), (SECOND, second)):
         assert bool(flags & flag) == bool(there)
@@ -115,7 +115,7 @@ def record_crc(key, label, view, digest, pixels, features, second, logits):
 
 
 def view_text(target):
-    """The view record stands verbatim at the end of the JSON."""
+    """The view record is stored unchanged at the end of the JSON."""
     return target[target.index('"view":') + len('"view":') : -1]
 
 
@@ -148,7 +148,7 @@ def read_tar(stem, place, keys):
 
 
 def read_members(path):
-    """{key: {extension: data}} by a tar library, without the index."""
+    """{key: {extension: data}}, read with a tar library, without the index."""
     members = {}
     with tarfile.open(path) as tar:
         for member in tar:
@@ -163,7 +163,7 @@ FLAT = ("features", "pixels", "target", "logits")
 
 
 def read_array(folder):
-    """A whole array: every chunk of every shard file, one after the other along the first axis."""
+    """A whole array: every chunk of every shard file, concatenated along the first axis."""
     meta = json.loads((folder / "zarr.json").read_text())
     (sharding,) = meta["codecs"]
     assert (meta["zarr_format"], meta["node_type"], sharding["name"]) == (3, "array", "sharding_indexed")
@@ -180,7 +180,7 @@ def read_array(folder):
         index = file[-16 * chunks - 4 :]
         assert google_crc32c.value(index[:-4]) == struct.unpack("<I", index[-4:])[0]
         for offset, size in struct.iter_unpack("<QQ", index[:-4]):
-            if offset == 2**64 - 1:  # nothing of this chunk lies within the array's shape
+            if offset == 2**64 - 1:  # this chunk is entirely outside the array's shape
                 continue
             chunk = file[offset : offset + size]
             if folder.name in FLAT:
@@ -259,7 +259,7 @@ def decode_features(codec, state, row):
 
 
 def decode_codes(kind, data):
-    """What the codes of int8, int4 and fp8 stand for, in scales."""
+    """The values of int8, int4 and fp8 codes, in units of the scale."""
     if kind == "int8":
         return np.frombuffer(data, np.int8).astype(np.float32)
     codes = np.frombuffer(data, np.uint8)

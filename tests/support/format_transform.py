@@ -1,4 +1,4 @@
-"""Decodes records of codec `transform`, from docs/FORMAT.md alone: nothing of scalekd_cache is imported here."""
+"""Decodes records of codec `transform`, written only from docs/FORMAT.md; does not import scalekd_cache."""
 
 import hashlib
 import json

@@ -1,4 +1,4 @@
-"""A finished cache of two view groups, and the same cache as a slow writer makes it: plan and tail, then units."""
+"""A finished cache of two view groups, and the same cache as written by a slow writer: plan and tail, then units."""
 
 import functools
 import shutil
@@ -20,20 +20,20 @@ def _holder():
 
 @functools.cache
 def two_groups(backend="webdataset"):
-    """A finished cache of 24 images x 2 views, a view a group, three units a group; nobody may change it."""
+    """A finished cache of 24 images x 2 views, one view per group, three units per group; tests must not change it."""
     root = Path(_holder().name) / backend
     make_growing(root, cache={"backend": backend})
     return Cache.open(root)
 
 
 def make_growing(root, cache=None, **changes):
-    """Make or continue such a cache."""
+    """Make or resume such a cache."""
     layout = {"samples_per_shard": IMAGES // 3, "views_per_group": 1, **(cache or {})}
     return make(root, shared_weights(), data={"max_samples": IMAGES}, cache=layout, **changes)
 
 
 class Writer:
-    """Brings the units of a finished cache into a folder, one rename each, as a writer commits them."""
+    """Moves the units of a finished cache into a folder with one rename each, as a writer commits them."""
 
     def __init__(self, root, whole):
         self.root, self.whole = root, whole.root
@@ -52,7 +52,7 @@ class Writer:
         shutil.copy(self.whole / "manifest.json", self.root / "manifest.json")
 
     def later(self, seconds, group):
-        """Commit a group after some seconds, beside the test."""
+        """Commit a group after some seconds, in parallel to the test."""
         timer = threading.Timer(seconds, self.commit, (group,))
         timer.start()
         return timer

@@ -1,4 +1,4 @@
-"""Two "machines" with an address each: network namespaces with a cable between them, on one file system."""
+"""Two simulated hosts: connected network namespaces with one address each, on one file system."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ def _ip(*words):
 
 
 class Command:
-    """A command that runs on a host, its output in a file."""
+    """A command running on a host, with its output in a file."""
 
     def __init__(self, words, environment, log: Path) -> None:
         self.log = log
@@ -39,7 +39,7 @@ class Command:
         return self.log.read_text(errors="replace")
 
     def until(self, happened):
-        """Wait until something is so while the command runs."""
+        """Wait until a condition holds while the command runs."""
         end = time.monotonic() + LIMIT_S
         while not happened():
             assert self.process.poll() is None, f"ended with {self.process.returncode}:\n{self.output()[-4000:]}"
@@ -47,14 +47,14 @@ class Command:
             time.sleep(0.02)
 
     def wait(self):
-        """Its exit status."""
+        """Its exit code."""
         try:
             return self.process.wait(LIMIT_S)
         except subprocess.TimeoutExpired:
             raise AssertionError(f"still running after {LIMIT_S} s:\n{self.output()[-4000:]}") from None
 
     def end(self) -> None:
-        """Kill it and every process it started, torchrun's in their own sessions too."""
+        """Kill it and every process it started, including torchrun's, which have separate sessions."""
         with contextlib.suppress(psutil.NoSuchProcess):
             whole = psutil.Process(self.process.pid)
             for process in [*whole.children(recursive=True), whole]:
@@ -64,7 +64,7 @@ class Command:
 
 
 class Hosts:
-    """A context manager; what runs on the hosts is killed and the namespaces are removed at its end."""
+    """A context manager; at its end processes on the hosts are killed and the namespaces removed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,7 +77,7 @@ class Hosts:
         try:
             for space in self.spaces:
                 _ip("netns", "add", space)
-                hosts = Path("/etc/netns", space, "hosts")  # ip netns exec puts it in the place of /etc/hosts
+                hosts = Path("/etc/netns", space, "hosts")  # ip netns exec mounts it over /etc/hosts
                 hosts.parent.mkdir(parents=True)
                 lines = [f"{address} {name}" for address, name in zip(self.addresses, self.names, strict=True)]
                 hosts.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
@@ -108,14 +108,14 @@ class Hosts:
         return Command(inside, {**ENV, **own, **environment}, log)
 
     def kill(self, host: int) -> None:
-        """SIGKILL to everything that runs on a host."""
-        for _ in range(3):  # a process may have started another meanwhile
+        """Send SIGKILL to every process on a host."""
+        for _ in range(3):  # a process may have started another one in the meantime
             for pid in self.pids(host):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
 
     def pids(self, host: int) -> list[int]:
-        """Everything that runs on a host."""
+        """All processes on a host."""
         return [int(pid) for pid in _ip("netns", "pids", self.spaces[host]).split()]
 
     @staticmethod
@@ -123,11 +123,11 @@ class Hosts:
         """A process's command line."""
         try:
             return Path("/proc", str(pid), "cmdline").read_text().replace("\0", " ")
-        except OSError:  # it has ended meanwhile
+        except OSError:  # it has exited in the meantime
             return ""
 
     def cut(self, host: int) -> None:
-        """Pull the cable: no connection is closed, nothing answers."""
+        """Disconnect the network: no connection is closed, and no packet arrives."""
         _ip("-n", self.spaces[host], "link", "set", INTERFACE, "down")
 
     def mend(self, host: int) -> None:

@@ -1,4 +1,4 @@
-"""Small real image files, folders and tars that the tests of image sources read."""
+"""Small real image files, folders and tars for tests of image sources."""
 
 import io
 import json

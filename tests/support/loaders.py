@@ -1,4 +1,4 @@
-"""Loaders over the small cache, and how two runs of batches are compared."""
+"""Loaders over the small cache, and comparison of two sequences of batches."""
 
 import torch
 from small_cache import SAMPLES, shared_cache

@@ -1,4 +1,4 @@
-"""What tests of caches behind a URL share."""
+"""Shared code of the tests of caches behind a URL."""
 
 from store_cases import NUM_SAMPLES
 

@@ -1,4 +1,4 @@
-"""Every state that a kill can leave a run's folder in: copies taken before each file operation of one training run."""
+"""All states in which a kill can leave a run folder: copies taken before each file operation of one training run."""
 
 import hashlib
 import os
@@ -10,14 +10,14 @@ from stage1_process import FORKING, WRITES, run_command
 
 CHANGES = (*WRITES, "os.truncate")
 BIG_BYTES = 1 << 20
-"""Files of weights: written once under a temporary name, so a hard link keeps their state."""
+"""Weights files: written once under a temporary name, so a hard link preserves their state."""
 
 
 def record_states(words, root: Path, states: Path, log: Path) -> int:
     """Run `distill` in `root`; copy the folder to `states/0000`, ... before each file operation that finds it changed.
 
     Returns:
-        The exit status.
+        The exit code.
     """
     process = FORKING.Process(target=_recorded, args=(words, root, states, str(log)))
     process.start()
@@ -56,7 +56,7 @@ def _may_change(event, arguments, root) -> bool:
 
 
 def _digest(root) -> str:
-    """Names and bytes of all files; of files of weights, the inode instead of the bytes."""
+    """Names and bytes of all files; for weights files the inode instead of the bytes."""
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         big = path.is_file() and path.stat().st_size >= BIG_BYTES

@@ -19,9 +19,9 @@ PIECE = 4096
 
 
 class FaultyServer(http.server.ThreadingHTTPServer):
-    """Serves a folder without range support, as Python's own server does; `faults` says what goes wrong.
+    """Serves a folder without range support, like Python's server; `faults` defines failures.
 
-    A fault is (end of the path, kind, times). Kinds: a status; drop: the connection breaks half-way; short: half
+    A fault is (path suffix, kind, times). Kinds: a status; drop: the connection breaks halfway; short: half
     of the body, without a length; flipped: one byte changed; zeros; endless; slow: nothing for a while; held: half of
     the body, then nothing until `release` is set; drip: a byte at a time; a URL or path: a redirect.
     """
@@ -42,7 +42,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         self.faults.append([end, kind, times])
 
     def gets(self, end=""):
-        """How often files whose path ends so were asked for."""
+        """Number of requests for files with this path suffix."""
         return sum(method == "GET" and path.endswith(end) for method, path in self.log)
 
     def fault_of(self, path):
@@ -54,7 +54,7 @@ class FaultyServer(http.server.ThreadingHTTPServer):
         return None
 
     def handle_error(self, request, client_address):
-        """Clients that give up are part of the game."""
+        """Clients that disconnect are expected."""
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -141,7 +141,7 @@ def free_port():
 
 @contextlib.contextmanager
 def nginx(folder, work):
-    """nginx over a folder, configuration and all its files in `work`; yields its URL. /closed/ answers 403."""
+    """nginx serving a folder, with its configuration and files in `work`; yields its URL. /closed/ returns 403."""
     binary = shutil.which("nginx") or shutil.which("nginx", path="/usr/sbin:/usr/local/sbin")
     if binary is None:
         pytest.skip("nginx is not installed (apt-get install nginx-light)")
@@ -164,7 +164,7 @@ def nginx(folder, work):
 
 
 def user_line():
-    """Workers keep the rights of whoever runs the tests: temporary folders are closed to others."""
+    """Workers run as the user of the tests, because other users cannot read temporary folders."""
     return "user root;" if os.getuid() == 0 else ""
 
 

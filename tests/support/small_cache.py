@@ -26,7 +26,7 @@ SAMPLES, SHARD, VIEWS = 96, 32, 2
 
 
 def write_weights(path, num_classes=10):
-    """Random weights of the demo's teacher."""
+    """A weights file for the demo's teacher, randomly initialized."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model(DEMO_TIMM_NAME, num_classes=num_classes, **demo_teacher_args())
@@ -35,7 +35,7 @@ def write_weights(path, num_classes=10):
 
 
 def options(root, weights, *, data=None, views=None, teacher=None, cache=None, **rest):
-    """Stage 1's options for a cache in `root`; keyword arguments change sections."""
+    """Stage-1 options for a cache in `root`; keyword arguments override sections."""
     small = {"num_views": VIEWS, "views_per_group": VIEWS, "samples_per_shard": SHARD}
     drawn = {"size": 64, "crop_scale": (0.5, 1.0), "interpolation": "bilinear", "flip_probability": 0.0}
     return CacheTeacherConfig(
@@ -68,24 +68,24 @@ def shared_weights():
 
 
 def shared_cache(pixels="baked"):
-    """A finished cache that nobody may change."""
+    """A finished cache that tests must not change."""
     return Cache.open(_pristine(pixels)[2])
 
 
 def copy_of_cache(folder, pixels="baked"):
-    """A finished cache of one's own, to damage."""
+    """A private copy of a finished cache that a test may damage."""
     shutil.copytree(_pristine(pixels)[2], folder)
     return folder
 
 
 def unit_files(root):
-    """What lies in the units: {path: sha256}."""
+    """Files in the units: {path: sha256}."""
     files = sorted(path for path in (root / "units").rglob("*") if path.is_file())
     return {path.relative_to(root).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def unit_stats(root):
-    """Inode and time of change of everything in the units."""
+    """Inode and modification time of every file in the units."""
     return {
         path.relative_to(root): (s.st_ino, s.st_mtime_ns) for path in (root / "units").rglob("*") if (s := path.stat())
     }
@@ -104,7 +104,7 @@ def tree(root):
 
 
 def reseal(path, change):
-    """Change the object in manifest.json or plan.json: a lie with the right checksum over it."""
+    """Change the object in manifest.json or plan.json and update its checksum."""
     fields = json.loads(path.read_text())
     del fields[SEAL]
     change(fields)

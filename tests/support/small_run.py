@@ -1,4 +1,4 @@
-"""What the small files of a finished run hold."""
+"""Contents of the small files of a finished run."""
 
 FACTS = {"fingerprint": "f" * 64, "views": 2, "image_size": 64, "class_names": ["a", "b"], "data": {"source": "demo"}}
 SUMMARY = {

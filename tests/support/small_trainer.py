@@ -1,4 +1,4 @@
-"""A trainer of a tiny student on the tiny cache, and a run folder that keeps its lines in memory."""
+"""A trainer of a tiny student on the tiny cache, and a run folder that keeps metric lines in memory."""
 
 import torch
 from small_cache import CPU, shared_cache
@@ -54,7 +54,7 @@ def trainer_of(config: DistillConfig, folder=None, cache=None, process=CPU, kind
 
 
 class Lines:
-    """A run folder that keeps the lines."""
+    """A run folder that keeps metric lines in memory."""
 
     def __init__(self):
         self.steps, self.lines = [], []

@@ -1,7 +1,7 @@
-"""The real command of stage 1 in processes of its own, killed or given a bad disk on the way.
+"""Runs the stage-1 command in separate processes, and kills them or makes their disk fail.
 
-A fork server imports torch and the command once; every process after that is forked from it, so that a try costs its
-work and not five seconds of imports. The command runs as `python -m pipelines.cache_teacher` does, by its `__main__`.
+A fork server imports torch and the command once. All other processes are forked from it, which saves five seconds of
+imports each. The command runs via `__main__`, like `python -m pipelines.cache_teacher`.
 """
 
 import contextlib
@@ -29,23 +29,23 @@ WRITES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")
 
 
 class Outcome(NamedTuple):
-    """How a job of one or more processes ended."""
+    """Outcome of a job of one or more processes."""
 
     statuses: list[int]
-    """Exit status of each process; -9 for one that was killed."""
+    """Exit code of each process; -9 for a killed one."""
     output: str
     seconds: float
 
 
 def warm_up() -> None:
-    """Start the fork server and wait until it has imported everything."""
+    """Start the fork server and wait for its imports."""
     process = FORKING.Process(target=os.getpid)
     process.start()
     process.join()
 
 
 def at_operation(number: int, root: Path, act) -> None:
-    """Call `act` just before the `number`-th change this process makes below `root` (from 1)."""
+    """Call `act` just before the `number`-th file operation (from 1) of this process below `root`."""
     below, left = f"{root}{os.sep}", [number]
 
     def hook(event, arguments):
@@ -70,7 +70,7 @@ def _kill_group(*_) -> None:
 def run_command(words, environment, log, root, operation, act=_kill_group, command="cache_teacher") -> None:
     """The body of a forked process."""
     os.setpgid(0, 0)
-    multiprocessing.set_start_method("fork", force=True)  # as in a process of its own; here it would be forkserver
+    multiprocessing.set_start_method("fork", force=True)  # as in a normal process; here it would be forkserver
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -82,9 +82,9 @@ def run_command(words, environment, log, root, operation, act=_kill_group, comma
 
 
 class Job:
-    """Stage 1, or another command, on some ranks.
+    """Stage 1, or another command, on several ranks.
 
-    torchrun's part is played here: the store, the environment, ending all when one dies.
+    Emulates torchrun: provides the store and the environment, and ends all processes when one dies.
     """
 
     def __init__(
@@ -109,13 +109,13 @@ class Job:
             self.processes[-1].start()
 
     def kill(self) -> None:
-        """SIGKILL to every process and the workers it started."""
+        """Send SIGKILL to every process and its workers."""
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
 
     def wait(self, seconds: float = LIMIT_S, *, then_kill: bool = False) -> Outcome:
-        """Wait for the end; a process that fails ends the others. `then_kill` ends all after `seconds` instead."""
+        """Wait until all exit; a process that fails ends the others. `then_kill` kills all after `seconds` instead."""
         end = time.monotonic() + seconds
         while any(process.is_alive() for process in self.processes):
             late = time.monotonic() >= end
@@ -130,18 +130,19 @@ class Job:
 
 
 def on_a_bad_disk(words, root: Path, log: Path, trouble: str, operation: int, command="cache_teacher", size="8m"):
-    """A command on a disk of its own that goes bad at an operation, then again on the mended disk.
+    """Run a command on a separate disk that fails at an operation, then rerun it on the repaired disk.
 
     Args:
         words: options of the command.
-        root: the cache or run; its parent becomes a small disk that only these processes see.
-        log: where the command prints.
+        root: the cache or run; its parent becomes a small disk that is visible only to these processes.
+        log: file for the output of the command.
         trouble: `full`, `read-only` or `denied`.
-        operation: number of the file operation before which the trouble begins; 0: before the job.
-        command: the command; `size`: of the disk.
+        operation: number of the file operation before which the failure starts; 0: before the job.
+        command: the command.
+        size: size of the disk.
 
     Returns:
-        (status, output, names in units/) of both jobs, and the files at the end; None where mounts are not allowed.
+        (exit code, output, names in units/) of both jobs, and the final files; None if mounts are not allowed.
     """
     receiver, sender = FORKING.Pipe(duplex=False)
     process = FORKING.Process(target=_bad_disk, args=(words, root, str(log), trouble, operation, sender, command, size))
@@ -179,7 +180,7 @@ def _bad_disk(words, root, log, trouble, operation, sender, command, size) -> No
                 run_command(words, {}, log, root, hit, begin, command)
             except SystemExit as end:
                 os._exit(end.code or 0)
-            finally:  # an exception that nobody expected
+            finally:  # an unexpected exception
                 os._exit(1)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         units = root / "units"
@@ -193,7 +194,7 @@ def _bad_disk(words, root, log, trouble, operation, sender, command, size) -> No
 
 
 def own_disk(folder: Path, size: str = "8m") -> bool:
-    """A tmpfs at `folder` for this process and its children; False when the machine does not allow it."""
+    """Mount a tmpfs at `folder` for this process and its children; False if that is not allowed."""
     flags, user = 0x00020000, os.geteuid()  # CLONE_NEWNS
     if user != 0:
         flags |= 0x10000000  # CLONE_NEWUSER
@@ -236,7 +237,7 @@ def _obey_permissions() -> None:
 
 
 def phase(root: Path, units: int) -> str:
-    """What a killed job was doing, from what it left."""
+    """The phase in which a job was killed, derived from its files."""
     names = sorted(path.name for path in (root / "units").iterdir()) if (root / "units").is_dir() else []
     temps = [name for name in names if name.startswith(".tmp-")]
     whole = len(names) - len(temps)

@@ -1,4 +1,4 @@
-"""Records, caches and kinds of damage that the store tests share."""
+"""Records, caches and kinds of damage shared by the store tests."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def make_record(position: int, view: int, *, replayed: bool = False) -> Record:
 
 
 def order(group: int) -> np.ndarray:
-    """The canonical order of a group: another one for each."""
+    """The canonical order of a group; different for each group."""
     return np.random.default_rng(group).permutation(NUM_SAMPLES)
 
 

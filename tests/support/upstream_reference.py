@@ -1,9 +1,9 @@
-"""Upstream's projectors and losses, written down again as plain modules with upstream's parameter names.
+"""Upstream's projectors and losses, transcribed as plain modules with upstream's parameter names.
 
-A transcription of what the public ScaleKD code computes (`FreqMaskingDistillLossv2`, `FreqMaskingDistillLossConvNext`,
-`KDLoss`, the order of calls in `ClassificationDistiller.loss`, mmcv's `FFN`, mmcls's classification losses), in words
-of our own and as literal as can be: tokens (B, N, C), queries repeated for every sample, an explicit softmax, a real
-DCT and its inverse, targets normalized by their own norms. It shares no code with `scalekd_cache`.
+An independent, literal transcription of what the public ScaleKD code computes (`FreqMaskingDistillLossv2`,
+`FreqMaskingDistillLossConvNext`, `KDLoss`, the order of calls in `ClassificationDistiller.loss`, mmcv's `FFN`, mmcls's
+classification losses): tokens (B, N, C), queries repeated for every sample, an explicit softmax, a DCT and its inverse,
+targets normalized by their own norms. It shares no code with `scalekd_cache`.
 """
 
 import math
@@ -31,7 +31,7 @@ def inverse_dct_matrix(size: int) -> Tensor:
 
 
 class FFN(nn.Module):
-    """mmcv's two-layer network with its input added: Linear, ReLU, Dropout(0), Linear, Dropout(0), + x."""
+    """mmcv's two-layer network with a residual connection: Linear, ReLU, Dropout(0), Linear, Dropout(0), + x."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ class AttentionProjector(nn.Module):
         self.query = nn.Embedding(query_hw[0] * query_hw[1], teacher_dim) if self_query else None
 
     def forward(self, x: Tensor, query: Tensor | None = None) -> Tensor:
-        """x (B, C, h, w) and, where one is handed in, query tokens (B, H W, D) -> tokens (B, H W, D)."""
+        """x (B, C, h, w) and optional query tokens (B, H W, D) -> tokens (B, H W, D)."""
         batch, (height, width) = len(x), self.query_hw
         if query is not None:
             q = query.permute(0, 2, 1).reshape(batch, -1, height, width)
@@ -125,7 +125,7 @@ class FreqMaskingDistillLoss(nn.Module):
 
 
 def without_direct_coefficient(x: Tensor) -> Tensor:
-    """A square map (B, C, N, N) through the 2-D DCT, its coefficient (0, 0) set to zero, and back."""
+    """2-D DCT of a square map (B, C, N, N), coefficient (0, 0) set to zero, inverse DCT."""
     forward, backward = dct_matrix(x.shape[-1]).to(x), inverse_dct_matrix(x.shape[-1]).to(x)
     spectrum = (forward @ x @ forward.T).clone()
     spectrum[:, :, 0, 0] = 0
@@ -133,7 +133,7 @@ def without_direct_coefficient(x: Tensor) -> Tensor:
 
 
 def kd_loss(student: Tensor, teacher: Tensor, temperature: float, alpha: float) -> tuple[float, Tensor]:
-    """The weight that the label loss gets, and the loss on logits."""
+    """The weight of the label loss, and the loss on logits."""
     s, t = F.softmax(student / temperature, dim=1), F.softmax(teacher / temperature, dim=1)
     return 1 - alpha, -alpha * temperature**2 * (t * torch.log(s)).sum(dim=1).mean()
 
@@ -170,10 +170,10 @@ def distiller_losses(
     logits: tuple[Tensor, Tensor] | None,
     hand_over: bool,
 ) -> dict[str, Tensor]:
-    """The terms of a step, by upstream's keys.
+    """The loss terms of a step, by upstream's keys.
 
     `stage_4` takes tokens through the teacher's last stage; `logits` are the student's and the teacher's, or None
-    without a logit loss. `hand_over` gives the S3 branch to S4 as its query.
+    without a logit loss. `hand_over` passes the S3 branch to S4 as its query.
     """
     first, last = losses["loss_fmd_s3"], losses["loss_fmd_s4"]
     spatial, frequency = stage_4(first.projector_0(s3)), stage_4(first.projector_1(s3))

@@ -1,8 +1,8 @@
-"""Upstream's students, written down again as plain modules with upstream's names: what a checkpoint of theirs holds.
+"""Upstream's students, transcribed as plain modules with upstream's names, as found in its checkpoints.
 
-Transcribed from what the public ScaleKD code (its mmpretrain and mmcv) builds for its student configurations, without
-a look at timm or at the importer: the names and shapes are those modules', and so is what they compute. Drop path and
-initialization are left out. Every student is `backbone`, global average pooling, `head.fc`.
+Transcribed from the modules that the public ScaleKD code (its mmpretrain and mmcv) builds for its student
+configurations, independently of timm and of the importer: names, shapes and computation are those of upstream. Drop
+path and initialization are omitted. Every student is `backbone`, global average pooling, `head.fc`.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class ResNet(nn.Module):
-    """`deep` is V1d: three 3x3 convolutions for a stem, and average pooling before a strided shortcut."""
+    """`deep` is V1d: three 3x3 convolutions as the stem, and average pooling before a strided shortcut."""
 
     def __init__(self, depths: Sequence[int], deep: bool) -> None:
         super().__init__()
@@ -118,7 +118,7 @@ class MobileNetV1(nn.Module):
 
 
 class FFN(nn.Module):
-    """mmcv's FFN with GELU; adds what it is told to."""
+    """mmcv's FFN with GELU; adds the given identity."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class EncoderLayer(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Without a class token in its blocks: one is added with its position and taken away again."""
+    """Without a class token in its blocks: upstream adds one with its position and removes it again."""
 
     def __init__(self, dim: int, depth: int, heads: int, positions: int) -> None:
         super().__init__()
@@ -297,7 +297,7 @@ class SwinBlock(nn.Module):
 
     def attend(self, x: Tensor) -> Tensor:
         batch, height, width, dim = x.shape
-        shift = self.shift if height > self.window else 0  # one window: nothing to shift
+        shift = self.shift if height > self.window else 0  # a single window, so nothing to shift
         mask = None
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
@@ -358,7 +358,7 @@ class SwinTransformer(nn.Module):
 
 
 class Distiller(nn.Module):
-    """Everything that a checkpoint of upstream's distiller holds, with small projectors and a stand-in teacher."""
+    """All modules of a checkpoint of upstream's distiller, with small projectors and a minimal teacher."""
 
     def __init__(self, student: nn.Module, *, self_query_s4: bool = False, layer_norm: bool = False) -> None:
         super().__init__()

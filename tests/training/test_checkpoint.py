@@ -119,7 +119,7 @@ def test_a_disk_that_is_full_for_safetensors_is_explained(tmp_path, monkeypatch,
 @pytest.mark.parametrize("keep", [1, 2, 3])
 @pytest.mark.parametrize("bad", [(30,), (20, 30), (10, 30), (10, 20), (10, 20, 30), (25,)])
 def test_damaged_ones_never_displace_undamaged_ones(tmp_path, keep, bad):
-    """After a fall back to an older checkpoint the new one has a lower step than the damaged ones."""
+    """After falling back to an older checkpoint, the new one has a lower step than the damaged ones."""
     for step in (5, 10, 20, 25, 30):
         commit(tmp_path, step, keep=9)
     for step in bad:

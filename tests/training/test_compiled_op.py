@@ -1,4 +1,4 @@
-"""The operator that DeepSpeed compiles: whatever prevents the build is one message, never a hang or a traceback."""
+"""The operator that DeepSpeed compiles: every build failure is one message, never a hang or a traceback."""
 
 import importlib.util
 import os
@@ -50,7 +50,7 @@ def test_a_compiler_that_fails_is_explained(folder):
 
 @pytest.fixture
 def baton(monkeypatch):
-    """torch as it was until 2.13: the existence of the lock file is the lock."""
+    """torch up to 2.13: the existence of the lock file is the lock."""
     monkeypatch.setattr(compiled_op, "LOCK_IS_A_FILE", True)
 
 

@@ -1,4 +1,4 @@
-"""Damaged files of a run, a full disk, a kill before the summary: one clear message or a finding, and what to do."""
+"""Damaged files of a run, a full disk, a kill before the summary: one clear message or finding, with a fix."""
 
 import json
 import os
@@ -73,7 +73,7 @@ def test_a_damaged_file_of_a_run_is_named(run, tmp_path, kind, name):
         else:
             call()
             damaged_lines = name == "metrics.jsonl" and kind in ("another type", "not a number")
-            silent = name == "metrics.jsonl" and kind in ("empty", "cut", "not text")  # no line was finished
+            silent = name == "metrics.jsonl" and kind in ("empty", "cut", "not text")  # no complete line
             text = page.read_text()
             assert silent or (("damaged lines of" if damaged_lines else name) in text)
 
@@ -97,7 +97,7 @@ def test_a_full_disk_is_one_message(tmp_path, target):
 
 
 def test_killed_before_the_summary(tmp_path, monkeypatch):
-    """The export is there with its card, the summary is not: a rerun writes it and leaves nothing behind."""
+    """With an export and card but no summary, a rerun writes the summary and leaves no other files."""
     run = tmp_path / "run"
     config = DistillConfig(
         cache=str(two_groups().root),

@@ -27,7 +27,7 @@ def pair(seed, name="resnet10t", classes=10):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What import-upstream writes: student/ and heads.safetensors."""
+    """The output of import-upstream: student/ and heads.safetensors."""
     folder = tmp_path_factory.mktemp("start")
     student, heads = pair(0)
     export_student(student, StudentConfig(name="resnet10t"), folder / "student", image_size=64, class_names=[])

@@ -15,7 +15,7 @@ from commands import ENV, LIMIT_S, ROOT, STEPS, assert_same_losses, distill_flag
 pytestmark = pytest.mark.slow
 SEED = int(os.environ.get("SEED", "0")) or random.randrange(1, 10**6)
 EPOCHS = 20
-"""Steps enough for twenty kills: three an epoch."""
+"""Enough steps for twenty kills: three per epoch."""
 
 
 def samples(folder):
@@ -37,7 +37,7 @@ def start(words, nproc=1):
 
 @pytest.mark.timeout(6 * LIMIT_S)
 def test_twenty_kills(cache, workshop):
-    """Killed at random moments, saving included, the run has the steps, losses and samples of an undisturbed one."""
+    """A run killed at random moments, also while saving, has the steps, losses and samples of an uninterrupted one."""
     print(f"SEED={SEED}")
     draw = random.Random(SEED)
     options = {"train.epochs": EPOCHS, "train.eval_epochs": EPOCHS, "train.log_samples": True}
@@ -49,7 +49,7 @@ def test_twenty_kills(cache, workshop):
         process = start(words)
         before = metrics.stat().st_size if metrics.exists() else 0
         while process.poll() is None and not (metrics.exists() and metrics.stat().st_size > before):
-            time.sleep(0.01)  # the kills shall fall into training, not into the seconds of imports before it
+            time.sleep(0.01)  # kills should hit training, not the seconds of imports before it
         time.sleep(draw.uniform(0, 0.4))
         assert process.poll() is None, f"ended by itself after {kills} kills\n{process.communicate()[0][-2000:]}"
         os.killpg(process.pid, signal.SIGKILL)

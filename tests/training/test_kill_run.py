@@ -1,8 +1,8 @@
-"""Stage 2 killed before every file operation: a rerun leaves the files and losses of an undisturbed run.
+"""Stage 2 killed before every file operation: a rerun leaves the files and losses of an uninterrupted run.
 
-One run is recorded: its folder is copied before each file operation that finds it changed (an audit hook; the bytes of
-operations inside safetensors are seen when the file is fsynced). Each copy is what a SIGKILL at that moment leaves, and
-is finished by one rerun of the command. Of more than `MOST` copies a random sample is rerun, chosen by SEED.
+One run is recorded: an audit hook copies its folder before each file operation if the folder has changed (writes inside
+safetensors are detected at the fsync). Each copy is the state after a SIGKILL at that moment, and one rerun of the
+command must finish it. Of more than `MOST` copies, a random sample chosen by SEED is rerun.
 """
 
 import os
@@ -29,7 +29,7 @@ OPTIONS = {
 
 
 def files(run):
-    """Names of everything in a run's folder; of TensorBoard's files, which are named by time, the folder only."""
+    """Names of all files in a run folder; for TensorBoard's files, which are named by time, only their folder."""
     return {str(path.relative_to(run)) for path in run.rglob("*") if path.parent.name != "tensorboard"}
 
 

@@ -47,7 +47,7 @@ def test_quoted_names_are_escaped():
     assert [line for line in body.splitlines() if line.startswith("# ")] == [body.splitlines()[0]]
     lines = body.splitlines()
     rows = [line for line in lines if line.startswith("|")]
-    assert all(row.count("|") == 3 for row in rows)  # a cell stays a cell
+    assert all(row.count("|") == 3 for row in rows)  # the table cell stays intact
     cells = [row for row in rows if "evil" in row]
     assert len(cells) >= 3
     assert all(row.count("`") == 2 for row in cells)  # as code

@@ -1,4 +1,4 @@
-"""Optimization: weight decay groups, schedules, learning rate scaling, and what is refused."""
+"""Optimization: weight decay groups, schedules, learning rate scaling, and rejected options."""
 
 import math
 

@@ -94,7 +94,7 @@ def test_cosine_with_warm_up():
     found = rates(OptimConfig(warmup_epochs=2, warmup_start=0.25, min_lr=0.1), 100, 10)
     for step in (0, 1, 10, 19):  # linear from 0.25 x lr
         assert found[step] == pytest.approx(0.1 + (0.4 - 0.1) * step / 20)
-    for step in (20, 21, 50, 99):  # then a cosine over what is left
+    for step in (20, 21, 50, 99):  # then a cosine over the remaining steps
         assert found[step] == pytest.approx(0.04 + 0.5 * (0.4 - 0.04) * (1 + math.cos(math.pi * (step - 20) / 80)))
     assert rates(OptimConfig(), 100, 10)[0] == pytest.approx(0.4)
 

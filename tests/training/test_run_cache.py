@@ -1,4 +1,4 @@
-"""The cache of a run: while it grows, after it grew, and with fewer views than it has."""
+"""The cache of a run: growing, extended afterwards, and used with fewer views than it has."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""The folder of a run: its lock, its options, metrics over interruptions, the summary table."""
+"""Run folders: lock, options, metrics across interruptions, the summary table."""
 
 import json
 import subprocess
@@ -41,7 +41,7 @@ RunFolder(Path({str(tmp_path / "run")!r}), {{"a": 1}})
 def test_other_options_are_named(tmp_path):
     path = tmp_path / "run"
     config = DistillConfig(train=TrainConfig(epochs=3))
-    RunFolder(path, {"a": 1})  # refused before its first step: nothing of it is kept
+    RunFolder(path, {"a": 1})  # rejected before its first step, so nothing is kept
     RunFolder(path, to_plain(config)).write_facts({})
     assert read_config(path) == to_plain(config) == yaml.safe_load((path / "config.yaml").read_text())
     RunFolder(path, to_plain(config))
@@ -58,7 +58,10 @@ def test_folders_without_a_run(tmp_path):
         RunFolder(tmp_path / "file", {})
     with pytest.raises(UserError, match="no run"):
         read_config(tmp_path)
-    for text in ("- 1", "cache: caches/a\nstudent:\n  name: resnet50\ntrain:\n  epochs: 3\n"):  # the second one is half
+    for text in (
+        "- 1",
+        "cache: caches/a\nstudent:\n  name: resnet50\ntrain:\n  epochs: 3\n",
+    ):  # the second is truncated
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match="configuration is damaged"):
             read_config(tmp_path)
@@ -137,7 +140,7 @@ def test_only_a_comparable_run_is_the_baseline(tmp_path, change):
 
 def test_a_run_belongs_to_one_cache(tmp_path):
     run = tmp_path / "run"
-    check_same_cache(run, "f" * 64, tmp_path / "cache")  # nothing there yet
+    check_same_cache(run, "f" * 64, tmp_path / "cache")  # nothing exists yet
     RunFolder(run, {"seed": 0}).write_facts(FACTS)
     check_same_cache(run, "f" * 64, tmp_path / "cache")
     with pytest.raises(UserError, match="a different cache") as error:

@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
 
 @pytest.mark.parametrize(("save_every", "named"), [(STEPS, "logit"), (1, "weights")])
 def test_nan_names_its_first_micro_batch_and_is_never_saved(processes, tmp_path, save_every, named):
-    """Found when the loss is logged, or when a checkpoint within the epoch would save it."""
+    """Detected when the loss is logged, or before a checkpoint within the epoch is saved."""
     trainer = trainer_of(config_of(train={"log_every": 10}))
     original, calls = trainer.targets, []
 

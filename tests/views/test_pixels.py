@@ -1,4 +1,4 @@
-"""Pixels of a view as bytes: decoded as Pillow decodes them, and nothing decoded whose header says something else."""
+"""Encoded pixels of a view: decoded like Pillow, and rejected if the header does not match."""
 
 import io
 import struct
@@ -45,8 +45,8 @@ LARGE = encoded(PHOTOGRAPH.resize((600, 600)), "JPEG")
 
 
 def hidden(marker):
-    """The large image behind a marker that has no length: whoever takes the next two bytes for one (ff fe, 65,534)
-    passes the true header by and lands on a small one, which lies in a comment."""
+    """A large image after a marker without a length. A parser that reads the next two bytes (ff fe) as a length of
+    65,534 skips the real header and finds a small one inside a comment."""
     comment = b"\xff\xfe" + struct.pack(">H", 65_000) + bytes(64_998)
     start = LARGE[:2] + bytes([0xFF, marker]) + comment
     inside = bytes(4 + 0xFFFE - len(start) - 4) + JPEG[FRAME : FRAME + 19] + bytes(40)

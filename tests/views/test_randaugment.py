@@ -13,7 +13,7 @@ from scalekd_cache.views import randaugment as augment
 
 
 def photo(width=100, height=75, seed=0):
-    """A smooth picture with all values and some texture."""
+    """A smooth image with all values and some texture."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -35,7 +35,7 @@ def test_operation_equals_timm(name, filter_name, monkeypatch):
             theirs = to_argument(min(magnitude, 10.0), {}) if to_argument else ()
             assert argument == pytest.approx(theirs[0] if theirs else 0.0, abs=1e-6)
             arguments = (type(theirs[0])(argument),) if theirs else ()
-            if name == "PosterizeIncreasing" and argument == 0:  # timm crashes here from Pillow 13 on; black before it
+            if name == "PosterizeIncreasing" and argument == 0:  # timm crashes here with Pillow >= 13; black before
                 assert not np.asarray(augment.apply_operation(name, argument, image, resample)).any()
                 continue
             expected = timm_augment.NAME_TO_OP[name](image, *arguments, fillcolor=augment.FILL, resample=resample)

@@ -1,4 +1,4 @@
-"""Views: pure, order-free sampling, timm and torchvision as oracles, replay through JSON."""
+"""Views: sampling as a pure function, timm and torchvision as references, replay from JSON."""
 
 import dataclasses
 import json
@@ -39,7 +39,7 @@ quick = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 def photo(width=100, height=75, seed=0):
-    """A smooth picture with all values and some texture."""
+    """A smooth image with all values and some texture."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
@@ -134,7 +134,7 @@ def test_distributions():
 
 
 def test_crops_follow_torchvision():
-    """Area share and place of the crops, against torchvision's sampler with the same numbers of draws."""
+    """Area and position of the crops, compared with torchvision's sampler over the same number of samples."""
     import torch
     from torchvision.transforms import RandomResizedCrop
 
@@ -151,13 +151,13 @@ def test_crops_follow_torchvision():
         a, b = column(ours), column(theirs)
         assert abs(a.mean() - b.mean()) < 4.5 * math.sqrt((a.var() + b.var()) / 3000)
         assert np.abs(np.quantile(a, [0.1, 0.5, 0.9]) - np.quantile(b, [0.1, 0.5, 0.9])).max() < 0.05
-    fitting = draw(dataclasses.replace(PLAIN, crop_scale=(0.1, 0.5), crop_ratio=(1.0, 1.0)), 3000)  # first try fits
+    fitting = draw(dataclasses.replace(PLAIN, crop_scale=(0.1, 0.5), crop_ratio=(1.0, 1.0)), 3000)  # the first try fits
     areas = np.array([view.crop[2] * view.crop[3] / 7500 for view in fitting])
     assert abs(areas.mean() - 0.3) < 4.5 * 0.4 / math.sqrt(12 * 3000) + 0.002
 
 
 def test_erase_boxes_follow_timm(monkeypatch):
-    """The same uniform numbers through timm's sampler give boxes of the same size."""
+    """With the same uniform numbers, timm's sampler gives boxes of the same size."""
     uniform = np.random.default_rng(0).random((200, 40)).tolist()
     import torch
 
@@ -232,7 +232,7 @@ def test_stages_are_applied_in_order():
     step[2:22, 1:11] = pixels[2:22, 1:11]
     np.testing.assert_array_equal(pixels, step)
     reverse = dataclasses.replace(view, operations=view.operations[::-1])
-    assert (apply_view(reverse, image, PLAIN) != pixels).any()  # gray is brought in before or after the inversion
+    assert (apply_view(reverse, image, PLAIN) != pixels).any()  # gray is added before or after the inversion
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is kept of a view: its JSON record is strictly checked, its encoded pixels decode safely."""
+"""Stored views: the JSON record is strictly checked, encoded pixels are decoded safely."""
 
 import io
 import json
@@ -19,7 +19,7 @@ quick = settings(max_examples=60, derandomize=True, deadline=None)
 
 
 def photo(width=100, height=75, seed=0):
-    """A smooth picture with all values and some texture."""
+    """A smooth image with all values and some texture."""
     rng = np.random.default_rng(seed)
     small = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8))
     smooth = np.asarray(small.resize((width, height), Image.Resampling.BICUBIC)).astype(int)
