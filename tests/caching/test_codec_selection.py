@@ -59,7 +59,7 @@ def test_a_damaged_state_is_refused(tmp_path):
     state = root / "codec.safetensors"
     state.write_bytes(state.read_bytes()[:-1])
     order = Order(num_samples=SAMPLES, block=16, window=32, seed=0)
-    with pytest.raises(UserError, match="not that of the cache"):
+    with pytest.raises(UserError, match="does not match the cache"):
         CacheLoader(cache, order, epochs=1, global_batch=32, micro_batch=16)
     (root / "codec.json").write_text(json.dumps({"preset": 1}))
     with pytest.raises(UserError, match="damaged"):
