@@ -1,80 +1,84 @@
-"""Stage 1: run the teacher once over augmented views and store what students need (`make cache-teacher`).
+"""Stage 1: run the teacher once over augmented views and store what students need.
 
---dry-run runs all checks, prints what would be done and writes nothing.
+Every command is resumable: after an interruption, rerun it.
 """
 
+import contextlib
 import os
 import shlex
-import sys
+from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import check_recipe_given, parse, run, value_of, without_flag
-from scalekd_cache.config.places import default_cache
-from scalekd_cache.config.recipes import recipe_section, training_options
-from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
+import click
+
+from pipelines.command import Command, Given, Output, run, take
+from pipelines.launcher import LaunchConfig
+from scalekd_cache.api import cache_info, cache_teacher_config, checked_student
+from scalekd_cache.config.options import build
+from scalekd_cache.config.recipes import training_options
+from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.order import batches_that_fit
-from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
+from scalekd_cache.store.locks import lock, open_lock
+from scalekd_cache.store.manifest import Manifest
 
 
-def main(argv: list[str]) -> None:
-    """Parse the options of stage 1 and run it, or only its checks (`--dry-run`)."""
-    argv, dry = without_flag(argv, "--dry-run")
-    section = stage1_section(argv)
-    config = parse(CacheTeacherConfig, "cache_teacher", argv, section, __doc__ or "")
-    chosen = ["--student.name", config.student] if config.student else []
-    training = parse(DistillConfig, "distill", chosen, recipe_section(config.recipe, "distill"), "")
-    student = training if config.student else None
+def main(given: Given) -> None:
+    """Run stage 1, or only its checks."""
+    output = take(given, Output)
+    config = cache_teacher_config(CacheTeacherConfig, given)
+    student = checked_student(config)
     from scalekd_cache.caching.job import cache_teacher, dry_run
     from scalekd_cache.distributed import this_process
 
-    if dry:
-        dry_run(config, this_process(config.device), student)
+    facts: dict[str, Any] = {"cache": config.cache.path, "dry_run": output.dry_run}
+    with output.printed(facts):
+        process = this_process(config.device)
+        if output.dry_run:
+            dry_run(config, process, student)
+            return
+        with _one_job_per_node(Path(config.cache.path)):
+            manifest = cache_teacher(config, process, student)
+        process.print_rank0(f"next: {next_command(config, manifest)}")
+        facts |= {**asdict(cache_info(Path(config.cache.path), manifest)), "path": config.cache.path}
+
+
+@contextlib.contextmanager
+def _one_job_per_node(root: Path) -> Iterator[None]:
+    """Two commands on one node that write one cache run one after the other, if the file system has locks."""
+    if os.environ.get("RANK", "0") != "0":
+        yield
         return
-    process = this_process(config.device)
-    manifest = cache_teacher(config, process, student)
-    process.print_rank0(f"next: {next_command(config, manifest)}")
+    root.parent.mkdir(parents=True, exist_ok=True)
+    path = root.with_name(f"{root.name}.{os.uname().nodename}.lock")
+    with open_lock(path) as file:
+        lock(file, path)
+        yield
 
 
 def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
-    """The `make distill` command for this cache, for the folder in which this command was run.
+    """The command that trains a student from this cache, as it is typed in this folder: make's form under make.
 
     It sets smaller batches if the recipe's global batch is larger than the data set.
     """
-    options = training_options(None, manifest.facts.recipe, manifest.facts.distill)
-    train = parse(DistillConfig, "distill", [], options, "").train
-    words = ["make", "distill", f"STUDENT={config.student or 'resnet50'}", f"CACHE={config.cache.path}"]
-    plugin = value_of(sys.argv, "--plugin")
-    words += [f"PLUGIN={plugin}"] if plugin else []
-    if manifest.num_samples < train.global_batch_size:
-        words.append(f"SET={batches_that_fit(manifest.num_samples, train.micro_batch_size)}")
+    train = build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
+    plugin = click.get_current_context().params["plugin"]
+    options = {"student": config.student or "resnet50", "cache": config.cache.path, "plugin": plugin}
+    smaller = manifest.num_samples < train.global_batch_size
+    batches = batches_that_fit(manifest.num_samples, train.micro_batch_size) if smaller else None
+    if "MAKELEVEL" not in os.environ:
+        words = [word for name, value in options.items() if value for word in (f"--{name}", value)]
+        return shlex.join(["scalekd", "distill", *words, *([f"--{batches}"] if batches else [])])
+    words = [f"{name.upper()}={value}" for name, value in {**options, "set": batches}.items() if value]
     # VENV= and PYTHON= of this make; make passes them on in MAKEFLAGS.
     given = shlex.split(os.environ.get("MAKEFLAGS", ""))
     words += [word for word in given if word.startswith(("VENV=", "PYTHON="))]
-    return shlex.join(words)
+    return shlex.join(["make", "distill", *words])
 
 
-def stage1_section(argv: list[str]) -> dict[str, Any]:
-    """The recipe's options of stage 1, with views and data set of the cache whose pixels are shared, if any."""
-    pixels_from = value_of(argv, "--cache.pixels_from")
-    shared = read_manifest(Path(pixels_from)).facts if pixels_from else None
-    recipe = value_of(argv, "--recipe") or (shared.recipe if shared else "demo")
-    section = {**recipe_section(recipe, "cache"), "recipe": recipe}
-    if shared is not None and pixels_from is not None:
-        check_recipe_given(argv, shared.view_recipe, pixels_from)
-        section = _of_pixels(section, shared)
-    source = value_of(argv, "--data.source") or section.get("data", {}).get("source", DataConfig.source)
-    section["cache"] = {"path": default_cache(source), **section.get("cache", {})}
-    return section
-
-
-def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
-    """A recipe's options with views and data set replaced by those of the cache whose pixels are shared."""
-    data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
-    views = {"num_views": shared.num_views}
-    return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}
-
+COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__)
 
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

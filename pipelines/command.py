@@ -1,98 +1,196 @@
-"""Command line parsing and exit codes, shared by all commands of this folder.
+"""The command line: options made from the configuration dataclasses, errors of one line, exit codes.
 
-In: argv and a recipe. Out: a configuration dataclass.
+In: the arguments of a process. Out: the options that were given, by dotted name, for a command's `main`.
 Invariant: an error that the user can fix prints one message without a traceback and exits with code 2.
+Click parses, completes and formats help. Values are checked by `config/options.py`, as in recipes and in Python.
 """
 
+import contextlib
 import importlib
+import json
 import logging
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
-from jsonargparse import ArgumentParser, set_parsing_settings
+import click
+from pydantic.dataclasses import dataclass
 
-from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.recipes import check_recipe, recipe_section
-from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.errors import RunInterrupted, UserError, join_or, unknown_name, worker_failure
+from pipelines.launcher import LaunchConfig, launch
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import Option, build, options_of
+from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.errors import RunInterrupted, UserError, unknown_name, worker_failure
 
-ALWAYS = "Also: --debug (print the traceback of an error), --plugin MODULE (import this Python module first)."
-BAD_VALUE = re.compile(
-    r'Parser key "(?P<option>.+?)":\s+Expected (?:an? )?(?P<kind>.+?)\. Got value: (?P<got>.*)', re.DOTALL
-)
-UNKNOWN_OPTION = re.compile(r"--(?P<typed>[\w.-]+)|(?:Group '(?P<group>[\w.-]+)' .*)?[Oo]ption '(?P<written>[\w.-]+)'")
-"""On a command line, or in a recipe."""
 Config = TypeVar("Config")
+Given = dict[str, Any]
+"""Options that were given: dotted name -> text."""
+COMPLETION = "_SCALEKD_COMPLETE"
+"""Set by the completion script: `eval "$(_SCALEKD_COMPLETE=bash_source scalekd)"`."""
+FIRST = 10
+"""Options in the first group of `--help`."""
 
 
-class Parser(ArgumentParser):
-    """A parser whose errors are `UserError`s of one line."""
+class Command(click.Command):
+    """A command whose options are the fields of configuration dataclasses.
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
-        """Raise jsonargparse's error as a `UserError` of one line."""
-        if isinstance(ex, UserError):
-            raise ex
-        options = [name for action in self._actions for name in action.option_strings if name.startswith("--")]
-        raise option_error(message, options)
-
-
-def option_error(message: str, options: Sequence[str]) -> UserError:
-    """jsonargparse's error message in one line, with the closest valid option; `options` start with --."""
-    value = BAD_VALUE.search(message)
-    if value:
-        option, kind, got = value["option"], value["kind"], value["got"]
-        known = re.findall(r"[^\s',]+", kind.partition("Literal[")[2].rstrip("]"))
-        expected = join_or(known) if known else kind.removeprefix("<class '").removesuffix("'>")
-        return UserError(f"{option} cannot be {got}: expected {expected} (--help)")
-    unknown = UNKNOWN_OPTION.search(message)
-    if unknown and "expected" not in message:
-        name = unknown["typed"] or ".".join(filter(None, unknown.group("group", "written")))
-        return unknown_name("option", f"--{name}", options, "--help lists all")
-    return UserError(f"invalid command line: {' '.join(message.split())} (--help)")
-
-
-def check_recipe_given(argv: Sequence[str], kept: Mapping[str, Any], where: object) -> None:
-    """A recipe given by RECIPE= must have the view options `kept` of the cache; without RECIPE= there is no check.
-
-    The views of a cache may differ from its recipe, through `views.*` options of stage 1.
-
-    Raises:
-        UserError: view options differ; the message names each.
+    Args:
+        name: its name on the command line.
+        main: takes the given options; returns the exit code, None for 0.
+        config_classes: the dataclasses with the options. With `LaunchConfig`, it may start several processes.
+        about: first line: summary.
     """
-    recipe = value_of(argv, "--recipe")
-    if recipe:
-        views = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(recipe, "cache"), "").views
-        check_recipe(kept, recipe, to_plain(views), where)
+
+    def __init__(
+        self, name: str, main: Callable[[Given], int | None], config_classes: Sequence[type], about: str | None
+    ) -> None:
+        self.main_function, self.config_classes = main, tuple(config_classes)
+        self.plain = PLAIN_NAMES[name]
+        found = [option for config_class in config_classes for option in options_of(config_class)]
+        self.dotted = {option.name.replace(".", "__"): option.name for option in found}
+        shown = {dotted: plain for plain, dotted in self.plain.items()}
+        super().__init__(
+            name,
+            params=[*(_click_option(option, shown.get(option.name)) for option in found), *_common()],
+            help=about,
+            short_help=str(about).partition("\n")[0],
+            callback=self._call,
+            context_settings={"token_normalize_func": lambda word: word.replace("-", "_"), "max_content_width": 110},
+        )
+
+    def _call(self, plugin: str | None, debug: bool, local_rank: str | None, **values: str | None) -> int | None:
+        """Run the command, or start the processes that run it."""
+        import_plugin(plugin)
+        given = self.given(values)
+        if LaunchConfig in self.config_classes:
+            status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv)
+            if status is not None:
+                return status
+        return self.main_function(given)
+
+    def given(self, values: Mapping[str, str | None]) -> Given:
+        """The options that were given, by dotted name, from click's parameters."""
+        given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
+        if empty := [name for name, text in given.items() if not text]:
+            raise UserError(f"--{empty[0]} has an empty value: is a variable of the shell not set?")
+        return {name: None if text in ("null", "None") else text for name, text in given.items()}
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, with errors of one line that name the closest option."""
+        words = list(args)  # click removes what it has parsed
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            typed = error.option_name.replace("_", "-") if "." not in error.option_name else error.option_name
+            raise unknown_name("option", typed, self._option_names(), "--help lists all") from error
+        except click.UsageError as error:
+            extra = [word for word in words if not word.startswith("-") and f"({word})" in error.message]
+            if extra:
+                text = f"unexpected argument {extra[0]}: each value follows the name of its option (--help)"
+                raise UserError(text) from error
+            raise UserError(f"{error.format_message().rstrip('.')} (--help)") from error
+
+    def _option_names(self) -> list[str]:
+        return [name for option in self.params for name in option.opts if name.startswith("--")]
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """The options people use first, then the rest in groups."""
+        order = {dotted: index for index, dotted in enumerate(self.plain.values())}
+
+        def group(param: click.Parameter) -> tuple[int, str]:
+            dotted = self.dotted.get(str(param.name), "")
+            if order.get(dotted, FIRST) < FIRST:
+                return 0, "Options"
+            if dotted in order or not dotted:
+                return 1, "More options"
+            prefix = dotted.partition(".")[0] if "." in dotted else ""
+            return 2, f"{prefix}.*" if prefix else "Other options"
+
+        params = [param for param in self.get_params(ctx) if param.get_help_record(ctx)]
+        params.sort(key=lambda param: (group(param), order.get(self.dotted.get(str(param.name), ""), len(order))))
+        for (_, title), members in groupby(params, key=group):
+            records = [record for param in members if (record := param.get_help_record(ctx))]
+            with formatter.section(title):
+                formatter.write_dl(records, col_max=38)
 
 
-def parse(config_class: type[Config], command: str, argv: Sequence[str], recipe: dict[str, Any], about: str) -> Config:
-    """A configuration: defaults, overridden by the recipe, overridden by the command line.
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Output:
+    """Options of a long command that are not part of its configuration."""
 
-    Every field of the dataclass is a typed option with its docstring as help. Unknown keys are errors.
-    """
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = Parser(prog=f"python -m pipelines.{command}", description=f"{about} {ALWAYS}")
-    parser.add_class_arguments(config_class, as_positional=False)
+    dry_run: bool = False
+    """Run all checks, print what would be done, write nothing."""
+    json: bool = False
+    """Print one JSON object; everything else goes to standard error."""
+
+    @contextlib.contextmanager
+    def printed(self, facts: dict[str, Any]) -> Iterator[None]:
+        """With `json`: move prints to standard error, then print the facts that the block has added."""
+        if not self.json:
+            yield
+            return
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(facts))
+
+
+def take(given: Given, config_class: type[Config]) -> Config:
+    """Remove the options of a configuration from `given`, and build it."""
+    names = [option.name for option in options_of(config_class) if option.name in given]
+    return build(config_class, {name: given.pop(name) for name in names})
+
+
+def _click_option(option: Option, plain: str | None) -> click.Option:
+    """The click option of one field. A switch may stand alone: `--deep` is `--deep true`."""
+    kind = option.info.annotation
+    literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
+    names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (plain, option.name) if name]
+    switch = kind is bool
+    default = option.info.get_default(call_default_factory=True)
+    hint = "" if option.info.is_required() or default in (None, "", False) else f"  [default: {_text(default)}]"
+    return click.Option(
+        [option.name.replace(".", "__"), *dict.fromkeys(names)],
+        **({"is_flag": False, "flag_value": "true"} if switch else {}),
+        metavar="" if switch else "|".join(literal) or _kind(kind),
+        help=option.help + hint,
+        shell_complete=lambda ctx, param, start: [word for word in literal if word.startswith(start)],
+    )
+
+
+def _kind(kind: Any) -> str:
+    """The metavar of a type: INT, FLOAT or TEXT."""
+    kinds = {part for part in (kind, *get_args(kind)) if part in (int, float)}
+    return "INT" if int in kinds else "FLOAT" if float in kinds and get_origin(kind) is not tuple else "TEXT"
+
+
+def _text(value: object) -> str:
+    return "[" + ",".join(f"{part:.3g}" for part in value) + "]" if isinstance(value, tuple) else str(value)
+
+
+def _common() -> Iterator[click.Option]:
+    """Options of every command."""
+    yield click.Option(["--plugin"], metavar="MODULE", help="Import this Python module first (custom models).")
+    yield click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")
+    # DeepSpeed's launcher adds it. `distributed.py` reads the same value from the environment.
+    yield click.Option(["--local_rank"], hidden=True)
+
+
+def import_plugin(name: str | None) -> None:
+    """Import a module that registers custom teachers and students."""
+    if name is None:
+        return
+    sys.path.insert(0, os.getcwd())
     try:
-        base = parser.parse_object(recipe) if recipe else None
-        options = parser.instantiate(parser.parse_args(list(argv), namespace=base))
-        return config_class(**{name: getattr(options, name) for name in config_class.__dataclass_fields__})  # type: ignore[attr-defined]
-    except (TypeError, KeyError, ValueError) as error:
-        raise UserError("invalid configuration", got=error, fix="see --help") from error
-
-
-def value_of(argv: Sequence[str], option: str) -> str | None:
-    """The value of one option, before the command line is parsed."""
-    for index, word in enumerate(argv):
-        if word == option and index + 1 < len(argv):
-            return argv[index + 1]
-        if word.startswith(f"{option}="):
-            return word.partition("=")[2]
-    return None
+        importlib.import_module(name)
+    except ImportError as error:
+        expected = "the name of a Python module that can be imported from this folder, such as examples.my_teacher"
+        raise UserError(
+            "the plugin cannot be imported", got=error, expected=expected, where=f"--plugin {name}"
+        ) from error
 
 
 def check_cache_path(place: str) -> None:
@@ -110,53 +208,31 @@ def check_cache_path(place: str) -> None:
     raise unknown_name("cache", place, there, f"CACHE=; create it with `make cache-teacher CACHE={place}`")
 
 
-def without_flag(argv: Sequence[str], flag: str) -> tuple[list[str], bool]:
-    """A command line without `flag`, and whether it had it."""
-    return [word for word in argv if word != flag], flag in argv
-
-
-def with_flags(argv: Sequence[str], *options: str) -> list[str]:
-    """A command line in which each of these options without a value gets the value true."""
-    words: list[str] = []
-    for word, following in zip(argv, [*argv[1:], ""], strict=True):
-        words.append(word)
-        if word in options and following.lower() not in ("true", "false"):
-            words.append("true")
-    return words
-
-
-def import_plugin(argv: list[str]) -> list[str]:
-    """The command line without `--plugin MODULE`, after importing that module (custom teachers and students)."""
-    name = value_of(argv, "--plugin")
-    if name is None:
-        return argv
-    sys.path.insert(0, os.getcwd())
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        fix = "the name of a Python module that can be imported from this folder, such as examples.my_teacher"
-        raise UserError("the plugin cannot be imported", got=error, expected=fix, where=f"PLUGIN={name}") from error
-    index = argv.index("--plugin") if "--plugin" in argv else argv.index(f"--plugin={name}")
-    return argv[:index] + argv[index + (2 if "--plugin" in argv else 1) :]
-
-
-def run(main: Callable[[list[str]], object]) -> NoReturn:
+def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit.
 
     Exit codes: 0 success, 1 check failed, 2 usage error or invalid input, 75 checkpointed: rerun to resume,
     130 interrupted, 141 the reader of the output closed the pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # DeepSpeed's launcher adds --local_rank. `distributed.py` reads the same value from the environment.
-    argv = [word for word in sys.argv[1:] if not word.startswith("--local_rank=")]
-    debug = "--debug" in argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
     try:
-        status = main(import_plugin([word for word in argv if word != "--debug"]))
+        if COMPLETION in os.environ:
+            command.main(words, prog_name="scalekd", complete_var=COMPLETION)
+        # Not `command.main`: it turns a closed pipe into exit code 1.
+        with command.make_context(_program(command), words) as context:
+            status = command.invoke(context)
         sys.stdout.flush()
+    except click.exceptions.Exit as stop:  # after --help
+        _exit(stop.exit_code)
     except UserError as error:
         if debug:
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
+        _exit(2)
+    except click.ClickException as error:
+        print(f"error: {error.format_message()}", file=sys.stderr, flush=True)
         _exit(2)
     except RunInterrupted as stop:
         print(stop, file=sys.stderr, flush=True)
@@ -174,6 +250,11 @@ def run(main: Callable[[list[str]], object]) -> NoReturn:
         print("interrupted; rerun the same command to resume", file=sys.stderr, flush=True)
         _exit(130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _program(command: click.Command) -> str:
+    """The program's name in help texts."""
+    return "scalekd" if isinstance(command, click.Group) else f"scalekd {command.name}"
 
 
 def _exit(status: int) -> NoReturn:

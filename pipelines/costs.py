@@ -1,9 +1,12 @@
-"""FLOPs and parameters of a teacher, a student and the ScaleKD heads (`make costs [TEACHER=] [STUDENT=] [ALL=1]`)."""
+"""FLOPs and parameters of a teacher, a student and the ScaleKD heads."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
-from pipelines.command import parse, run
-from scalekd_cache.config.base import require
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.options import build
 from scalekd_cache.config.stage2 import ScaleKDConfig
 
 INTRODUCTION = """# What each part costs
@@ -18,7 +21,7 @@ has no timm name; Mixer-B/16 is used instead.
 """
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CostsConfig:
     """Options of `costs`."""
 
@@ -37,9 +40,9 @@ class CostsConfig:
         require(size is None or 8 <= size <= 4096, "image_size", size, "8 to 4096 pixels")
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Count FLOPs and parameters and print them."""
-    config = parse(CostsConfig, "costs", argv, {}, __doc__ or "")
+    config = build(CostsConfig, given)
     from scalekd_cache.planning.costs import (
         PAPER_IMAGE_SIZE,
         PAPER_PAIRS,
@@ -60,5 +63,7 @@ def main(argv: list[str]) -> None:
         print(f"\n## {report(costs)}")
 
 
+COMMAND = Command("costs", main, [CostsConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

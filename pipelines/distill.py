@@ -1,63 +1,59 @@
-"""Stage 2: train a student from a cache (`make distill STUDENT=resnet50`); --dry-run runs the checks only."""
+"""Stage 2: train a student from a cache, evaluate and export it.
 
-import os
+Every command is resumable: after an interruption, rerun it.
+"""
 
-from pipelines.command import check_cache_path, check_recipe_given, parse, run, value_of, without_flag
-from scalekd_cache.config.recipes import has_changed, training_options
+from pathlib import Path
+from typing import Any
+
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, Output, check_cache_path, run, take
+from pipelines.launcher import LaunchConfig
+from scalekd_cache.api import cache_place, distill_config
+from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.store.growing import read_cache_facts
-from scalekd_cache.store.manifest import ManifestFacts
-from scalekd_cache.store.path import StoredPath
-from scalekd_cache.store.remote.remote_path import open_place
+from scalekd_cache.errors import UserError
+from scalekd_cache.training.run_files import OPTIONS
 
 
-def main(argv: list[str]) -> None:
-    """Parse the options of stage 2, compare RECIPE= with the cache, then train or print the dry run."""
-    argv, dry = without_flag(argv, "--dry-run")
-    cache = open_place(value_of(argv, "--cache") or DistillConfig().cache)
-    facts = None if "--help" in argv or "-h" in argv else _facts(cache, argv)
-    given = value_of(argv, "--recipe")
-    section = (
-        training_options(given, facts.recipe, facts.distill) if facts else training_options(given or "demo", "demo", {})
-    )
-    config = parse(DistillConfig, "distill", argv, section, __doc__ or "")
-    assert facts is not None
-    if not given and has_changed(facts.recipe, facts.distill):
-        _print_rank0(
-            f"recipe {facts.recipe} has changed since stage 1; this run uses the options stored in the cache "
-            f"(RECIPE={facts.recipe} uses the file)"
-        )
-    check_recipe_given(argv, facts.view_recipe, cache)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class RunOutput(Output):
+    """Options of `distill` that are not part of its configuration."""
+
+    resume: bool = False
+    """Only resume: an error if the run folder holds no run (default: start or resume)."""
+
+
+def main(given: Given) -> None:
+    """Train, or print what a run would do."""
+    output = take(given, RunOutput)
+    if "student.name" not in given:
+        raise UserError("set the student, for example --student resnet50")
+    if not given.get("follow"):
+        check_cache_path(cache_place(given))
+    config = distill_config(given)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.dry_run import plan_distill
-    from scalekd_cache.training.series import distill_series, series_table, single_runs, summarize_series
+    from scalekd_cache.training.series import distill_series, series_facts, series_table, single_runs
 
-    process, runs = this_process(config.device), single_runs(config)
-    if dry:
-        for one in runs:
-            process.print_rank0("\n".join(plan_distill(one, process)))
-        return
-    summaries = distill_series(runs, process)
-    if len(runs) > 1:
-        process.print_rank0(series_table(summarize_series(summaries)))
-
-
-def _facts(cache: StoredPath, argv: list[str]) -> ManifestFacts:
-    """The facts of the cache. With --follow, wait for a cache that no writer has started yet."""
-    follow = value_of(argv, "--follow") in ("true", "True", "yes", "1")
-    if not follow:
-        check_cache_path(value_of(argv, "--cache") or DistillConfig().cache)
-    minutes = value_of(argv, "--follow_timeout_minutes") or str(DistillConfig().follow_timeout_minutes)
-    timeout_s = (
-        60 * float(minutes) if minutes.replace(".", "", 1).isdigit() else 0.0
-    )  # the parser reports an invalid value
-    return read_cache_facts(cache, follow, timeout_s, _print_rank0)
+    runs = single_runs(config)
+    for one in runs if output.resume else ():
+        if not (Path(str(one.run)) / OPTIONS).exists():
+            raise UserError(f"{one.run} holds no run to resume: remove --resume to start one")
+    facts: dict[str, Any] = {}
+    with output.printed(facts):
+        process = this_process(config.device)
+        if output.dry_run:
+            facts["dry_run"] = [line for one in runs for line in plan_distill(one, process)]
+            process.print_rank0("\n".join(facts["dry_run"]))
+            return
+        facts |= series_facts(distill_series(runs, process))
+        if len(runs) > 1:
+            process.print_rank0(series_table(facts["series"]))
 
 
-def _print_rank0(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        print(text, flush=True)
-
+COMMAND = Command("distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__)
 
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

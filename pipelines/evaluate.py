@@ -1,14 +1,17 @@
-"""Measure the accuracy of a run's student, or of an exported folder (`make evaluate RUN=dir`)."""
+"""Measure the accuracy of a run's student, or of an exported folder."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import parse, run, with_flags
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 from scalekd_cache.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class EvaluateConfig:
     """Options of `evaluate`."""
 
@@ -24,9 +27,9 @@ class EvaluateConfig:
     """Print only the line of JSON."""
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Evaluate the exported student; print a sentence and a line of JSON."""
-    config = parse(EvaluateConfig, "evaluate", with_flags(argv, "--json"), {}, __doc__ or "")
+    config = build(EvaluateConfig, given)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.run_evaluation import evaluate_folder, evaluate_run, find_exported_folder
 
@@ -44,5 +47,7 @@ def main(argv: list[str]) -> None:
     print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
 
 
+COMMAND = Command("evaluate", main, [EvaluateConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

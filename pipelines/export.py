@@ -1,12 +1,15 @@
-"""Export the student of a run to a standard format (`make export RUN=dir [FORMAT=timm|safetensors|onnx|...]`)."""
+"""Export the student of a run to a standard format."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import parse, run
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ExportConfig:
     """Options of `export`."""
 
@@ -19,9 +22,9 @@ class ExportConfig:
     mmpretrain: the state dict with that library's parameter names (docs/METHOD.md lists the architectures)."""
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Export the student of the last checkpoint and print what was checked."""
-    config = parse(ExportConfig, "export", argv, {}, __doc__ or "")
+    config = build(ExportConfig, given)
     from scalekd_cache.training.run_export import export_run
 
     path, difference = export_run(Path(config.run), Path(config.out) if config.out else None, config.format)
@@ -34,5 +37,7 @@ def main(argv: list[str]) -> None:
     print(f"{path}: {how}; {checked}")
 
 
+COMMAND = Command("export", main, [ExportConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

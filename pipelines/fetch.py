@@ -1,13 +1,16 @@
-"""Download pretrained weights to a local folder, for nodes without a network (`make fetch TEACHER=name`)."""
+"""Download pretrained weights to a local folder, for nodes without a network."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import parse, run
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 from scalekd_cache.config.stage1 import TeacherConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class FetchConfig:
     """Options of `fetch`."""
 
@@ -17,14 +20,16 @@ class FetchConfig:
     """Folder for the weights; `cache_teacher` looks there first."""
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Download the weights and save them as safetensors."""
-    config = parse(FetchConfig, "fetch", argv, {}, __doc__ or "")
+    config = build(FetchConfig, given)
     from scalekd_cache.models.timm_models import fetch_weights
 
     file = fetch_weights(config.teacher, Path(config.weights_dir))
     print(f"{file}: `make cache-teacher TEACHER={config.teacher}` will use this file")
 
 
+COMMAND = Command("fetch", main, [FetchConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

@@ -1,13 +1,16 @@
-"""Convert a published ScaleKD checkpoint to timm (`make import-upstream CKPT=file.pth OUT=dir`)."""
+"""Convert a published ScaleKD checkpoint to timm."""
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipelines.command import parse, run
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ImportConfig:
     """Options of `import_upstream`."""
 
@@ -25,9 +28,9 @@ class ImportConfig:
     """learned: import S4's learned queries. The published distiller does not use them when S3 has projectors."""
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Import a checkpoint; print what was imported and what was skipped."""
-    config = parse(ImportConfig, "import_upstream", argv, {}, __doc__ or "")
+    config = build(ImportConfig, given)
     from scalekd_cache.convert.upstream_checkpoint import import_checkpoint, summary
 
     report = import_checkpoint(
@@ -50,5 +53,7 @@ def main(argv: list[str]) -> None:
     print(f"not imported: {', '.join(summary(report.left_out)) or 'nothing'}")
 
 
+COMMAND = Command("import-upstream", main, [ImportConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

@@ -1,18 +1,21 @@
-"""Show a cache, or one record of it (`make inspect CACHE=dir [KEY=key|INDEX=n] [VIEW=v] [OUT=file] [JSON=1]`)."""
+"""Show a cache, or one record of it."""
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import check_cache_path, parse, run, with_flags
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, check_cache_path, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
     from scalekd_cache.store.reader import Cache
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class InspectConfig:
     """Options of `inspect`."""
 
@@ -32,9 +35,9 @@ class InspectConfig:
     """Print one JSON object instead of text."""
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Print the facts of the cache or of one record."""
-    config = parse(InspectConfig, "inspect_cache", with_flags(argv, "--json"), {}, __doc__ or "")
+    config = build(InspectConfig, given)
     if config.key is not None and config.index is not None:
         raise UserError("key and index are mutually exclusive", got=f"{config.key} and {config.index}", fix="set one")
     from scalekd_cache.audit.describe import describe_cache, describe_record
@@ -102,5 +105,7 @@ def _text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else "-" if value is None else str(value)
 
 
+COMMAND = Command("inspect", main, [InspectConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

@@ -1,19 +1,21 @@
-"""Forecast the cost of a cache and its students, before anything runs (`make plan DATA= TEACHER= VIEWS= CODEC=`)."""
+"""Forecast the cost of a cache and its students, before anything runs."""
 
 import contextlib
 import json
 import sys
-from dataclasses import dataclass
 
-from pipelines.cache_teacher import stage1_section
-from pipelines.command import parse, run, with_flags
-from scalekd_cache.config.base import require
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.api import cache_teacher_config
+from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanConfig(CacheTeacherConfig):
     """Options of `plan`: all options of stage 1, and these."""
 
@@ -32,16 +34,11 @@ class PlanConfig(CacheTeacherConfig):
         require(self.epochs is None or self.epochs > 0, "epochs", self.epochs, "> 0")
 
 
-def main(argv: list[str]) -> int:
+def main(given: Given) -> int:
     """Print the forecast; exit code 1 when the cache does not fit on the disk."""
-    section = stage1_section(argv)
-    config = parse(PlanConfig, "plan", with_flags(argv, "--json"), section, __doc__ or "")
-    training = parse(
-        DistillConfig,
-        "distill",
-        ["--student.name", config.student or "resnet50"],
-        recipe_section(config.recipe, "distill"),
-        "",
+    config = cache_teacher_config(PlanConfig, given)
+    training = build(
+        DistillConfig, recipe_section(config.recipe, "distill"), {"student.name": config.student or "resnet50"}
     )
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import describe, forecast
@@ -59,5 +56,7 @@ def main(argv: list[str]) -> int:
     return 0 if found.total_bytes <= found.free_bytes else 1
 
 
+COMMAND = Command("plan", main, [PlanConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

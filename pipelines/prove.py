@@ -1,17 +1,19 @@
-"""Re-run the teacher on cached views and compare a student's gradients (`make prove CACHE=dir [STUDENT=name]`)."""
+"""Re-run the teacher on cached views and compare a student's gradients."""
 
 import json
-from dataclasses import dataclass
 
-from pipelines.command import check_cache_path, parse, run, with_flags
-from scalekd_cache.config.base import require
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, check_cache_path, run
+from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import training_options
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ProveConfig:
     """Options of `prove`."""
 
@@ -43,9 +45,9 @@ class ProveConfig:
         require(self.seed >= 0, "seed", self.seed, ">= 0")
 
 
-def main(argv: list[str]) -> int:
+def main(given: Given) -> int:
     """Print a sentence and a line of JSON; exit code 1 when cached targets do not match the teacher's outputs."""
-    config = parse(ProveConfig, "prove", with_flags(argv, "--json"), {}, __doc__ or "")
+    config = build(ProveConfig, given)
     check_cache_path(config.cache)
     facts = read_manifest(open_place(config.cache)).facts
     options = {
@@ -57,8 +59,8 @@ def main(argv: list[str]) -> int:
         "student.name": config.student,
         "train.seed": config.seed,
     }
-    words = [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
-    training = parse(DistillConfig, "distill", words, training_options(config.recipe, facts.recipe, facts.distill), "")
+    options = {name: value for name, value in options.items() if value is not None}
+    training = build(DistillConfig, training_options(config.recipe, facts.recipe, facts.distill), options)
     from scalekd_cache.audit.gradients import compare_gradients
     from scalekd_cache.distributed import this_process
 
@@ -69,5 +71,7 @@ def main(argv: list[str]) -> int:
     return 0 if proof.holds else 1
 
 
+COMMAND = Command("prove", main, [ProveConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

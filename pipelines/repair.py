@@ -1,12 +1,15 @@
-"""Rebuild the damaged parts of a cache, and nothing else (`make repair CACHE=dir`)."""
+"""Rebuild the damaged parts of a cache, and nothing else."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import parse, run
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RepairConfig:
     """Options of `repair`; all others are read from the cache."""
 
@@ -24,9 +27,9 @@ class RepairConfig:
     """auto, cpu, cuda or cuda:N."""
 
 
-def main(argv: list[str]) -> int:
+def main(given: Given) -> int:
     """Print what was damaged, rebuilt and not repaired; exit code 1 when problems remain."""
-    config = parse(RepairConfig, "repair", argv, {}, __doc__ or "")
+    config = build(RepairConfig, given)
     root = Path(config.cache)
     from pipelines.verify import check_folder, line_of
 
@@ -56,5 +59,7 @@ def main(argv: list[str]) -> int:
     return 1 if done.left else 0
 
 
+COMMAND = Command("repair", main, [RepairConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

@@ -1,13 +1,16 @@
-"""Write a report as one HTML file (`make report CACHE=dir`, `make report RUN=dir`, `make report RUNS="a b c"`)."""
+"""Write a report as one HTML file."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.command import check_cache_path, parse, run
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, check_cache_path, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 from scalekd_cache.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReportConfig:
     """Options of `report`: one of `cache`, `run` and `runs`, and what to sample."""
 
@@ -46,9 +49,9 @@ class ReportConfig:
             )
 
 
-def main(argv: list[str]) -> None:
+def main(given: Given) -> None:
     """Write the report and print its path."""
-    config = parse(ReportConfig, "report", argv, {}, __doc__ or "")
+    config = build(ReportConfig, given)
     from scalekd_cache.reports.page import write_page
 
     path, page = _of_cache(config) if config.cache else _of_runs(config)
@@ -96,5 +99,7 @@ def _of_runs(config: ReportConfig) -> tuple[Path, str]:
     return paths[0] / "report.html" if config.run else paths[0].parent / "comparison.html", page
 
 
+COMMAND = Command("report", main, [ReportConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

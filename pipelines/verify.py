@@ -1,12 +1,15 @@
-"""Check a cache: sizes and fingerprints, or all bytes and records (`make verify CACHE=dir|URL [DEEP=1] [JSON=1]`)."""
+"""Check a cache: sizes and fingerprints, or all bytes and records."""
 
 import json
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipelines.command import check_cache_path, parse, run, with_flags
+from pydantic.dataclasses import dataclass
+
+from pipelines.command import Command, Given, check_cache_path, run
+from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.options import build
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
     from scalekd_cache.store.verify_unit import Problem
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class VerifyConfig:
     """Options of `verify`."""
 
@@ -40,9 +43,9 @@ class VerifyConfig:
     """Where the teacher runs: auto, cpu, cuda or cuda:N."""
 
 
-def main(argv: list[str]) -> int:
+def main(given: Given) -> int:
     """Print every problem with its location; exit code 0 without problems, else 1."""
-    config = parse(VerifyConfig, "verify", with_flags(argv, "--deep", "--json"), {}, __doc__ or "")
+    config = build(VerifyConfig, given)
     from scalekd_cache.store.remote.remote_path import open_place
 
     root = open_place(config.cache)
@@ -147,5 +150,7 @@ def _as_json(
     }
 
 
+COMMAND = Command("verify", main, [VerifyConfig], __doc__)
+
 if __name__ == "__main__":
-    run(main)
+    run(COMMAND)

@@ -8,6 +8,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scalekd_cache.api import CacheInfo, cache_teacher, distill
+    from scalekd_cache.config.stage2 import ScaleKDConfig
     from scalekd_cache.errors import UserError
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
@@ -16,11 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Cache",
+    "CacheInfo",
     "CachedTargets",
+    "ScaleKDConfig",
     "ScaleKDLoss",
     "TailParts",
     "UserError",
     "__version__",
+    "cache_teacher",
+    "distill",
     "register_family",
     "timm_student",
 ]
@@ -28,10 +34,14 @@ __all__ = [
 _HOME = {
     "__version__": "versions",
     "Cache": "store.reader",
+    "CacheInfo": "api",
     "CachedTargets": "training.targets",
+    "ScaleKDConfig": "config.stage2",
     "ScaleKDLoss": "training.targets",
     "TailParts": "models.tail",
     "UserError": "errors",
+    "cache_teacher": "api",
+    "distill": "api",
     "register_family": "models.tail",
     "timm_student": "training.targets",
 }

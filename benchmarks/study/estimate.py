@@ -26,7 +26,7 @@ def seconds_of(run: Run, lines: Sequence[Line]) -> float | None:
 
 def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], float]:
     """Seconds per step by kind of targets, and bytes per view of int8 features."""
-    from pipelines.command import parse
+    from scalekd_cache.config.options import build
     from scalekd_cache.config.recipes import recipe_section
     from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
     from scalekd_cache.config.stage2 import DistillConfig
@@ -39,10 +39,9 @@ def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], fl
 
     device = this_process().device
     section = recipe_section(setting.recipe, "cache")
-    stage1 = parse(CacheTeacherConfig, "cache_teacher", [], section, "")
-    words = [word for option in setting.stage2 for word in (f"--{option.partition('=')[0]}", option.partition("=")[2])]
-    argv = ["--student.name", student, *words]
-    config = parse(DistillConfig, "distill", argv, recipe_section(setting.recipe, "distill"), "")
+    stage1 = build(CacheTeacherConfig, section)
+    given = dict(option.split("=", 1) for option in (*setting.stage2, f"student.name={student}"))
+    config = build(DistillConfig, recipe_section(setting.recipe, "distill"), given)
     size, batch = stage1.views.size, config.train.micro_batch_size
     random = TeacherConfig(name=stage1.teacher.name, pretrained=False)
     teacher = load_teacher(random, image_size=size, num_classes=10, device=device)

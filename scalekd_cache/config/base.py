@@ -1,4 +1,4 @@
-"""Helpers of all configurations: the range check, conversion to and from JSON values, the fingerprint.
+"""Helpers of all configurations: the dataclass settings, the range check, JSON values, the fingerprint.
 
 In: options and dataclasses. Out: an error, JSON values, a hash.
 Invariant: equal configurations give equal fingerprints.
@@ -8,9 +8,34 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
+
+import yaml
+from pydantic import BeforeValidator, ConfigDict
 
 from scalekd_cache.errors import UserError
+
+STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+"""Settings of every options dataclass: unknown names are errors, and a field's docstring is its help."""
+
+
+def _read_list(value: object) -> object:
+    """A list as a tuple; one typed on a command line is YAML: `[0.2,1]` or `0.2,1`."""
+    if isinstance(value, str):
+        try:
+            value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
+        except yaml.YAMLError:
+            return value
+    return tuple(value) if isinstance(value, list) else value
+
+
+def read_number(value: object) -> object:
+    """A whole number typed on a command line, for options with a few allowed numbers."""
+    return int(value) if isinstance(value, str) and value.isdigit() else value
+
+
+Range = Annotated[tuple[float, float], BeforeValidator(_read_list)]
+Channels = Annotated[tuple[float, float, float], BeforeValidator(_read_list)]
 
 
 def require(ok: bool, option: str, got: object, expected: str) -> None:

@@ -5,17 +5,18 @@ Invariant: none of these options changes the data, only how it is downloaded.
 """
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 
-from scalekd_cache.config.base import require
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, require
 from scalekd_cache.errors import UserError
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "SCALEKD_CACHE_DIR", "SCALEKD_CACHE_BYTES"
 DEFAULT_LIMIT_BYTES = 50_000_000_000
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class RemoteConfig:
     """Options for reading a cache behind a URL; no effect on a cache in a local folder."""
 

@@ -4,14 +4,16 @@ In: values from a recipe and the command line. Out: checked, immutable dataclass
 Invariant: a configuration that exists is valid on its own.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Literal
 
-from scalekd_cache.config.base import require
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, Range, require
 from scalekd_cache.config.target import parse_target
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DataConfig:
     """The data set (`data/source.py`)."""
 
@@ -32,15 +34,15 @@ class DataConfig:
         require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ViewConfig:
     """The view recipe (`views/view.py`): how augmented views are sampled and how their pixels are stored."""
 
     size: int = 224
     """Side length of a square view, pixels."""
-    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_scale: Range = (0.08, 1.0)
     """Range of the crop area, as a fraction of the image area."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Range = (3 / 4, 4 / 3)
     """Range of the crop's aspect ratio (width over height), sampled log-uniformly."""
     interpolation: Literal["bilinear", "bicubic"] = "bicubic"
     """Resampling filter of the resize."""
@@ -54,9 +56,9 @@ class ViewConfig:
     """Standard deviation of the magnitude, on the same scale."""
     erase_probability: float = 0.0
     """Probability of random erasing with per-pixel noise."""
-    erase_area: tuple[float, float] = (0.02, 1 / 3)
+    erase_area: Range = (0.02, 1 / 3)
     """Range of the erased area, as a fraction of the view's area."""
-    erase_ratio: tuple[float, float] = (0.3, 10 / 3)
+    erase_ratio: Range = (0.3, 10 / 3)
     """Range of the erased box's aspect ratio (height over width), sampled log-uniformly."""
     pixels: Literal["baked", "replayed"] = "baked"
     """baked: encoded pixels are stored; replayed: only view parameters and a digest are stored, and training recomputes
@@ -93,7 +95,7 @@ class ViewConfig:
         require(0 <= self.seed < 2**63, "views.seed", self.seed, "0 to 2^63 - 1")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TeacherConfig:
     """The frozen teacher (`models/teacher.py`)."""
 
@@ -122,7 +124,7 @@ class TeacherConfig:
         require(self.num_classes is None or self.num_classes >= 0, "teacher.num_classes", self.num_classes, ">= 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class StoreConfig:
     """The cache on disk (`store/`, `codec/`)."""
 
@@ -168,7 +170,7 @@ class StoreConfig:
         require(1 <= self.samples_per_shard <= 65_536, "cache.samples_per_shard", self.samples_per_shard, "1 to 65,536")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class CacheTeacherConfig:
     """All options of stage 1 (`cache_teacher`)."""
 

@@ -4,15 +4,18 @@ In: values from a recipe and the command line. Out: checked, immutable dataclass
 Invariant: a configuration that exists is valid on its own.
 """
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import field
+from typing import Annotated, Literal
 
-from scalekd_cache.config.base import require
+from pydantic import BeforeValidator
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, Channels, read_number, require
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class StudentConfig:
     """The student (`models/student.py`)."""
 
@@ -26,9 +29,9 @@ class StudentConfig:
     grad_checkpointing: bool = False
     """Activation checkpointing of the student's blocks, the projectors and the tail: less memory, more time, the same
     results."""
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    mean: Channels = (0.485, 0.456, 0.406)
     """Channel means of the student's normalization, on a scale of 0 to 1."""
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    std: Channels = (0.229, 0.224, 0.225)
     """Channel standard deviations of the student's normalization, on a scale of 0 to 1."""
 
     def __post_init__(self) -> None:
@@ -38,7 +41,7 @@ class StudentConfig:
         require(min(self.std) > 0, "student.std", self.std, "all > 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScaleKDConfig:
     """Constants of the method (`scalekd/`); the defaults are upstream's for Swin-L with ResNet and MobileNet."""
 
@@ -89,7 +92,7 @@ class ScaleKDConfig:
         require(self.attention_scale > 0, "scalekd.attention_scale", self.attention_scale, "> 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class OptimConfig:
     """Optimizer and learning-rate schedule (`training/optim.py`; from timm)."""
 
@@ -133,7 +136,7 @@ class OptimConfig:
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class TrainConfig:
     """The training loop (`training/trainer.py`)."""
 
@@ -154,7 +157,7 @@ class TrainConfig:
     """SyncBatchNorm in the student (upstream's traditional ResNet; GPUs only)."""
     targets: Literal["cached", "live", "none"] = "cached"
     """cached: from the cache; live: from the teacher, run in the training loop; none: labels only."""
-    zero: Literal[0, 1, 2, 3] = 0
+    zero: Annotated[Literal[0, 1, 2, 3], BeforeValidator(read_number)] = 0
     """DeepSpeed ZeRO stage."""
     deepspeed: str | None = None
     """A DeepSpeed JSON file; values set by this configuration take precedence."""
@@ -221,7 +224,7 @@ class TrainConfig:
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, config=STRICT)
 class DistillConfig:
     """All options of stage 2 (`distill`)."""
 

@@ -235,6 +235,16 @@ def _unfit(name: str, reason: str) -> UserError:
     )
 
 
+def check_student_name(name: str) -> tuple[str, dict[str, Any]]:
+    """timm's name of a student, given by a short name or timm name, and the arguments that a short name implies.
+
+    Raises:
+        UserError: there is no such model; the message names the nearest ones.
+    """
+    name, known = SHORT_NAMES.get(name, (name, {}))
+    return check_name(name, "student.name"), known
+
+
 def build_student(
     config: StudentConfig, *, num_classes: int, image_size: int, args: Mapping[str, Any] | None = None
 ) -> Student:
@@ -250,8 +260,8 @@ def build_student(
     Raises:
         UserError: an unknown name, no two usable maps at this size, or no support for activation checkpointing.
     """
-    name, known = SHORT_NAMES.get(config.name, (config.name, {}))
-    name, image_size = check_name(name, "student.name"), config.image_size or image_size
+    name, known = check_student_name(config.name)
+    image_size = config.image_size or image_size
     optional: dict[str, Any] = {"drop_path_rate": config.drop_path}
     if image_size != default_image_size(name):
         optional["img_size"] = image_size

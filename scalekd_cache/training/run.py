@@ -20,7 +20,7 @@ from scalekd_cache.devices import describe_device
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
-from scalekd_cache.models.student import build_student
+from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.growing import read_cache_facts
@@ -52,6 +52,7 @@ def distill(config: DistillConfig, process: Process, log: Logger | None = None) 
         log: called on rank 0 with (step, values) for every line of metrics.jsonl.
     """
     run = Path(config.run or "runs/student")
+    check_student_name(config.student.name)  # a mistyped name leaves no folder
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
     try:
         if folder is not None:

@@ -88,6 +88,12 @@ def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
     return [_row(runs) for runs in groups.values()]
 
 
+def series_facts(summaries: Sequence[Summary]) -> dict[str, Any]:
+    """The summary of one run; for several, `runs` (their summaries) and `series` (`summarize_series`)."""
+    one = len(summaries) == 1
+    return summaries[0] if one else {"runs": list(summaries), "series": summarize_series(summaries)}
+
+
 def _row(runs: Sequence[Summary]) -> dict[str, Any]:
     row: dict[str, Any] = {name: runs[0][name] for name in ("student", "teacher", "targets", "epochs", "steps")}
     row |= {"n": len(runs), "seeds": [run["seed"] for run in runs]}

@@ -8,9 +8,9 @@ import pytest
 import torch
 from timm.models import get_pretrained_cfg
 
-from pipelines import distill as distill_command
-from pipelines.command import parse
+from scalekd_cache import api
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import (
     RECIPE_BYTES,
     RECIPES,
@@ -43,13 +43,13 @@ TEACHERS = {
 
 
 def views(name: str) -> dict[str, object]:
-    plain = to_plain(parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(name, "cache"), "").views)
+    plain = to_plain(build(CacheTeacherConfig, recipe_section(name, "cache")).views)
     assert isinstance(plain, dict)
     return plain
 
 
 def training(name: str) -> DistillConfig:
-    return parse(DistillConfig, "distill", [], recipe_section(name, "distill"), "")
+    return build(DistillConfig, recipe_section(name, "distill"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -124,7 +124,7 @@ def test_heads_fit_the_recipes_teacher_and_students(name):
     """Build the pair of the header's command on the meta device, with the recipe's number of heads."""
     header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("cache:\n")[0]
     config = training(name)
-    teacher = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section(name, "cache"), "").teacher.name
+    teacher = build(CacheTeacherConfig, recipe_section(name, "cache")).teacher.name
     students = set(re.findall(r"STUDENT=(\w+)", header))
     assert students
     for student_name in students:
@@ -139,7 +139,7 @@ def test_heads_fit_the_recipes_teacher_and_students(name):
 
 def test_swin_s_is_upstreams_weights():
     """timm's default for this name is pre-trained on ImageNet-22K."""
-    section = parse(CacheTeacherConfig, "cache_teacher", [], recipe_section("traditional-swin-s", "cache"), "")
+    section = build(CacheTeacherConfig, recipe_section("traditional-swin-s", "cache"))
     assert get_pretrained_cfg(section.teacher.name).tag == "ms_in1k"
     for name in ("swin_base_patch4_window7_224", "swin_large_patch4_window7_224"):
         assert get_pretrained_cfg(name).tag == "ms_in22k_ft_in1k"
@@ -163,9 +163,9 @@ def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):
         recipe = "advanced"
         distill = kept_options("advanced")
 
-    monkeypatch.setattr(distill_command, "read_cache_facts", lambda *_: Kept)
+    monkeypatch.setattr(api, "read_cache_facts", lambda *_: Kept)
     with pytest.raises(UserError, match=r"randaugment_magnitude=9\.0"):
-        distill_command.main(["--cache", str(tmp_path), "--recipe", "advanced-vit"])
+        api.distill_config({"cache": str(tmp_path), "recipe": "advanced-vit"})
 
 
 def test_pixels_and_seed_are_the_caches_own_business():

@@ -179,7 +179,7 @@ def altered(whole: tuple[Path, dict[str, Tensor]], path: Path, change) -> Path:
 def test_command_imports_student_and_projectors(whole, tmp_path, capsys) -> None:
     path, state = whole
     out = tmp_path / "out"
-    main(["--ckpt", str(path), "--out", str(out), "--image_size", "64"])
+    main({"ckpt": str(path), "out": str(out), "image_size": "64"})
     printed = capsys.readouterr().out
     assert "mobilenetv1 (MobileNet-V1)" in printed
     assert "5 classes" in printed
@@ -196,7 +196,7 @@ def test_command_imports_student_and_projectors(whole, tmp_path, capsys) -> None
         assert file.metadata() == {"s4_query": "s3"}
     theirs = state["distill_losses.loss_fmd_s4.projector_1.ffn.layers.1.weight"]
     assert torch.equal(heads.s4["frequency"].ffn[2].weight, theirs)
-    main(["--ckpt", str(path), "--out", str(out), "--student", "mobilenetv1", "--image_size", "64"])  # again
+    main({"ckpt": str(path), "out": str(out), "image_size": "64", "student": "mobilenetv1"})  # again
 
 
 def test_layer_norm_projectors_and_the_wrapped_student(tmp_path) -> None:
@@ -239,7 +239,7 @@ def test_transformer_from_the_command_at_its_own_size(tmp_path, capsys) -> None:
     upstream = scattered(Classifier(VisionTransformer(192, 12, 3, 16), 192, 5)).eval()
     path, out = tmp_path / "c.pth", tmp_path / "out"
     torch.save({"state_dict": {f"student.{k}": v for k, v in upstream.state_dict().items()}}, path)
-    main(["--ckpt", str(path), "--out", str(out), "--student", "vit_tiny_patch16_224", "--image_size", "64"])
+    main({"ckpt": str(path), "out": str(out), "image_size": "64", "student": "vit_tiny_patch16_224"})
     assert "student.backbone.cls_token" in capsys.readouterr().out
     model = timm.create_model(f"local-dir:{out / 'student'}", pretrained=True).eval()
     x = torch.randn(2, 3, 64, 64)

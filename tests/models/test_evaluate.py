@@ -99,7 +99,7 @@ def exported(folder, names):
 def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, names):
     """`import-upstream` writes student/ without class names."""
     exported(tmp_path / "out" / place, names)
-    main(["--run", str(tmp_path / "out"), "--data", str(pictures(tmp_path / "data", "abc")), "--device", "cpu"])
+    main({"run": str(tmp_path / "out"), "data": str(pictures(tmp_path / "data", "abc")), "device": "cpu"})
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["images"] == 6
     assert facts["top5"] == 100
@@ -109,20 +109,20 @@ def test_exported_students_that_cannot_be_judged(tmp_path):
     folder = tmp_path / "out"
     exported(folder, ["a", "b", "c"])
     with pytest.raises(UserError, match=r"DATA=folder"):
-        main(["--run", str(folder)])
+        main({"run": str(folder)})
     for number, classes in enumerate(("abd", "ab")):
         with pytest.raises(UserError, match="different classes"):
-            main(["--run", str(folder), "--data", str(pictures(tmp_path / str(number), classes))])
+            main({"run": str(folder), "data": str(pictures(tmp_path / str(number), classes))})
     data = str(pictures(tmp_path / "data", "abc"))
     description = (folder / "config.json").read_text()
     (folder / "config.json").write_text(description.replace("resnet10t", "resnet18"))
     with pytest.raises(UserError, match="do not fit"):
-        main(["--run", str(folder), "--data", data])
+        main({"run": str(folder), "data": data})
     (folder / "config.json").write_text(description.replace('"mean"', '"average"'))
     with pytest.raises(UserError, match="mean: missing"):
-        main(["--run", str(folder), "--data", data])
+        main({"run": str(folder), "data": data})
     (folder / "config.json").write_text(description)
     (folder / "model.safetensors").unlink()
     torch.save({}, folder / "pytorch_model.bin")  # never opened
     with pytest.raises(UserError, match=r"model\.safetensors"):
-        main(["--run", str(folder), "--data", data])
+        main({"run": str(folder), "data": data})

@@ -1,14 +1,20 @@
 """The command line: recipes, overrides, typos."""
 
+import shlex
 import sys
 
+import click
 import pytest
 from commands import execute
+from documented import given_by
 
-from pipelines import command
-from pipelines.cache_teacher import stage1_section
-from pipelines.command import parse, value_of
+from pipelines import command, launcher
+from pipelines.__main__ import SCALEKD
+from pipelines.make_options import options
+from scalekd_cache.api import cache_teacher_config
+from scalekd_cache.config.options import build, options_of
 from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import RECIPES, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig
@@ -16,11 +22,11 @@ from scalekd_cache.errors import UserError
 
 
 def cache_options(argv=(), recipe=None):
-    return parse(CacheTeacherConfig, "cache_teacher", argv, recipe or {}, "about")
+    return build(CacheTeacherConfig, recipe or {}, given_by("cache-teacher", argv))
 
 
 def distill_options(argv=(), recipe=None):
-    return parse(DistillConfig, "distill", argv, recipe or {}, "about")
+    return build(DistillConfig, recipe or {}, given_by("distill", argv))
 
 
 def test_without_anything_the_defaults_hold():
@@ -40,7 +46,53 @@ def test_dotted_options_reach_their_fields():
     assert config.data.max_samples == 10
     assert config.views.pixels == "replayed"
     assert isinstance(config.views, ViewConfig)
-    assert distill_options(["--optim.lr", "1e-3", "--train.zero=2"]).optim.lr == 1e-3
+    assert distill_options(["--optim.lr", "1e-3", "--train.zero=2"]) == build(
+        DistillConfig, {"optim": {"lr": 0.001}, "train": {"zero": 2}}
+    )
+
+
+def test_plain_names_are_the_dotted_options():
+    plain = [
+        "--data",
+        "/data",
+        "--views",
+        "7",
+        "--size",
+        "64",
+        "--codec=float16",
+        "--teacher-weights",
+        "w",
+        "--store=zarr",
+    ]
+    dotted = ["--data.source", "/data", "--cache.num_views", "7", "--views.size=64", "--cache.codec", "float16",
+              "--teacher.weights=w", "--cache.backend", "zarr"]  # fmt: skip
+    assert cache_options(plain) == cache_options(dotted)
+    assert distill_options(["--epochs", "3", "--heads", "lite"]) == distill_options(
+        ["--train.epochs=3", "--scalekd.projector=lite"]
+    )
+    assert cache_options(["--teacher_weights", "w"]) == cache_options(["--teacher-weights", "w"])
+    assert distill_options(["--train.views", "3", "--train.views", "null"]) == DistillConfig()
+
+
+@pytest.mark.parametrize("name", sorted(PLAIN_NAMES))
+def test_every_plain_name_is_an_option_and_a_variable_of_make(name):
+    own = [option.name for config_class in SCALEKD.commands[name].config_classes for option in options_of(config_class)]
+    assert set(PLAIN_NAMES[name].values()) <= set(own)
+    without_dots = {option for option in own if "." not in option}
+    assert without_dots - set(PLAIN_NAMES[name]) <= LESS_USED
+    for plain in PLAIN_NAMES[name]:
+        words = options(name, [*(["STUDENT=x"] if name == "distill" else []), f"{plain.upper()}=1"])
+        assert f"--{plain.replace('_', '-')}" in words
+
+
+LESS_USED = {"peer_timeout_minutes", "follow_timeout_minutes", "records", "seed", "views", "asked", "images",
+             "image_size", "weights_dir"}  # fmt: skip
+"""Options without dots that no plain name repeats."""
+
+
+def test_a_switch_may_stand_alone():
+    assert given_by("verify", ["--deep", "--json", "--cache", "x"]) == {"deep": "true", "json": "true", "cache": "x"}
+    assert given_by("verify", ["--deep", "false"]) == {"deep": "false"}
 
 
 def test_the_command_line_goes_over_the_recipe_and_the_recipe_over_defaults():
@@ -98,14 +150,52 @@ def test_options_that_clash_keep_their_message():
         distill_options(["--optim.name=lamb", "--train.zero=1"])
 
 
-def test_value_of():
-    argv = ["--cache", "here", "--recipe=mine", "--train.epochs", "3"]
-    assert value_of(argv, "--cache") == "here"
-    assert value_of(argv, "--recipe") == "mine"
-    assert value_of(argv, "--train.epochs") == "3"
-    assert value_of(argv, "--run") is None
-    assert value_of(["--cache"], "--cache") is None
-    assert value_of(["--cachet", "x"], "--cache") is None
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (["--epoch", "3"], "there is no option --epoch: did you mean --epochs"),
+        (["--train.epoch=3"], "there is no option --train.epoch: did you mean --train.epochs"),
+        (["resnet50"], "unexpected argument resnet50: each value follows the name of its option"),
+        (["--epochs"], "Option '--epochs' requires an argument"),
+        (["--cache", ""], "--cache has an empty value"),
+    ],
+)
+def test_a_mistyped_command_line_is_one_line(words, text):
+    with pytest.raises(UserError) as error:
+        given_by("distill", words)
+    assert str(error.value).startswith(text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("typed", "text"), [("distil", "distill"), ("cache", "cache-teacher"), ("verfy", "verify")])
+def test_a_mistyped_command_is_one_line(typed, text):
+    output = execute(sys.executable, "-m", "pipelines", typed, "--student", "x", status=2)
+    assert output.startswith(f"error: there is no command {typed}: did you mean {text}")
+    assert output.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("target", "words", "text"),
+    [
+        ("distill", ["student=x"], "there is no variable student: did you mean STUDENT?"),
+        ("distill", ["STUDENT=x", "EPOCH=1"], "there is no variable EPOCH: did you mean EPOCHS?"),
+        ("verify", ["CASHE=x"], "there is no variable CASHE: did you mean CACHE?"),
+        ("verify", ["VIEWS=3"], "there is no variable VIEWS"),
+        ("distill", ["EPOCHS=1"], "set STUDENT="),
+        ("distill", ["STUDENT=x", "SET=lr"], 'SET="lr" has no value'),
+    ],
+)
+def test_mistyped_variables_of_make(target, words, text):
+    with pytest.raises(UserError) as error:
+        options(target, words)
+    assert str(error.value).startswith(text)
+
+
+def test_variables_of_make_become_options():
+    assert options("distill", ["STUDENT=a b", "TEACHER=t", "EPOCHS=2", "DATA=", "SET=optim.lr=0.1 train.views=2"]) == [
+        "--student", "a b", "--epochs", "2", "--optim.lr=0.1", "--train.views=2"]  # fmt: skip
+    assert options("cache-teacher", ["STUDENT=a", "EPOCHS=2"]) == ["--student", "a"]
+    assert options("study", ["PLAN=1", "FORM=cpu"]) == ["--plan", "--form", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -118,38 +208,57 @@ def test_value_of():
     ],
 )
 def test_the_exit_status(monkeypatch, capsys, raised, status, text):
-    def main(argv):
-        assert argv == ["--x"]
+    def main(given):
+        assert given == {"deep": "true"}
         if isinstance(raised, BaseException):
             raise raised
         return raised
 
-    monkeypatch.setattr(sys, "argv", ["prog", "--x"])
+    monkeypatch.setattr(SCALEKD.commands["verify"], "main_function", main)
     monkeypatch.setattr(command.os, "_exit", sys.exit)
     with pytest.raises(SystemExit) as stopped:
-        command.run(main)
+        command.run(SCALEKD, ["verify", "--deep"])
     assert (stopped.value.code or 0) == status
     assert capsys.readouterr().err == text
 
 
-def test_debug_shows_where_it_broke(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prog", "--debug", "--x"])
-
-    def main(argv):
-        raise UserError(" ".join(argv))
-
-    with pytest.raises(UserError, match=r"^--x$"):
-        command.run(main)
+def test_debug_shows_where_it_broke():
+    with pytest.raises(UserError, match="views"):
+        command.run(SCALEKD, ["prove", "--debug", "--views", "1"])
 
 
-def test_help_lists_every_option(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        distill_options(["--help"])
-    assert not stopped.value.code
-    text = capsys.readouterr().out
-    for name in ("--student.name", "--scalekd.temperature", "--optim.lr", "--train.zero", "--cache"):
-        assert name in text
+def test_help_lists_every_option_the_first_ones_first():
+    text = SCALEKD.commands["distill"].get_help(click.Context(SCALEKD.commands["distill"], info_name="scalekd distill"))
+    for option in options_of(DistillConfig):
+        assert f"--{option.name}" in text.replace("-", "_").replace("__", "--")
     assert "DeepSpeed ZeRO stage" in text
+    first = text.partition("Options:")[2].partition("More options:")[0]
+    assert first.count("\n  --") == command.FIRST
+    for line in SCALEKD.commands["plan"].params:
+        assert line.hidden or line.help, line.name
+    assert first.index("--student") < first.index("--cache") < first.index("--dry-run")
+
+
+def test_a_launcher_is_started_once(monkeypatch):
+    """With several processes torchrun is started; the processes themselves, which have a rank, start none."""
+    started = []
+    monkeypatch.setattr(launcher, "_torchrun", lambda options, nproc, words: started.append((nproc, words)) or 75)
+    monkeypatch.delenv("RANK", raising=False)
+    argv = ["scalekd", "cache-teacher", "--nproc", "2", "--views", "1"]
+    monkeypatch.setattr(launcher.os, "environ", dict(launcher.os.environ))
+    settings = build(launcher.LaunchConfig, {"nproc": "2"})
+    assert launcher.launch(settings, "cache-teacher", {}, argv) == 75
+    assert started == [(2, ["pipelines.cache_teacher", "--nproc", "2", "--views", "1"])]
+    assert launcher.launch(settings, "cache-teacher", {}, ["cache_teacher.py", "--nproc", "2"]) == 75
+    assert started[1] == (2, ["pipelines.cache_teacher", "--nproc", "2"])
+    launcher.os.environ["RANK"] = "1"
+    assert launcher.launch(settings, "cache-teacher", {}, argv) is None
+    assert len(started) == 2
+
+
+def test_a_node_of_several_needs_its_number():
+    with pytest.raises(UserError, match="--nnodes 2 needs --node-rank on every node"):
+        build(launcher.LaunchConfig, {"nnodes": "2"})
 
 
 @pytest.mark.parametrize(
@@ -169,8 +278,9 @@ def test_help_lists_every_option(capsys):
 )
 def test_the_default_cache_has_a_plain_name(data, cache):
     assert default_cache(data) == cache
-    assert stage1_section(["--data.source", data])["cache"]["path"] == cache
-    assert "path" in stage1_section(["--data.source", data, "--cache.path", "x"])["cache"]
+    assert cache_teacher_config(CacheTeacherConfig, {"data.source": data}).cache.path == cache
+    given = {"data.source": data, "cache.path": "x"}
+    assert cache_teacher_config(CacheTeacherConfig, given).cache.path == "x"
 
 
 @pytest.mark.parametrize(("data", "name"), [(".", "here"), ("./", "here"), ("..", "above"), ("../../above", "above")])
@@ -182,5 +292,6 @@ def test_the_default_cache_of_a_relative_folder(tmp_path, monkeypatch, data, nam
 
 @pytest.mark.parametrize("data", ["/sets/my pets", "/sets/x-{0..1}.tar", "/sets/it's", "..", "demo"])
 def test_make_has_the_same_default(data):
-    words = execute("make", "-n", "cache-teacher", "VENV=none", f"PYTHON={sys.executable}", f"DATA={data}")
-    assert f'--cache.path "{default_cache(data)}"' in words
+    words = execute("make", "-n", "distill", "VENV=none", f"PYTHON={sys.executable}", f"DATA={data}", "STUDENT=x")
+    assert f"test -f {default_cache(data)}/manifest.json" in words
+    assert shlex.join(["--data", data]) in words

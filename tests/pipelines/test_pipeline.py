@@ -32,13 +32,20 @@ from commands import (
 
 def test_make_help_names_targets_and_variables():
     output = make("help")
-    for word in ("make cache-teacher", "make distill", "make evaluate", "make export", "STUDENT=", "TEACHER_WEIGHTS="):
+    for word in (
+        "make cache-teacher",
+        "make distill",
+        "make evaluate",
+        "make export",
+        " STUDENT ",
+        " TEACHER_WEIGHTS ",
+    ):
         assert word in output
 
 
 def test_make_distill_asks_for_a_student():
     output = make("distill", status=2)
-    assert "give STUDENT=" in output
+    assert "set STUDENT=" in output
     assert "Traceback" not in output
 
 

@@ -68,7 +68,7 @@ def test_cache_that_is_a_file_names_the_folder(command, cache):
         (["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill?"),
         (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
         (["cache-teacher", "LR=0.1"], "there is no variable LR (make help; other options: SET="),
-        (["distill"], "give STUDENT=, for example make distill STUDENT=resnet50"),
+        (["distill"], "set STUDENT=, for example make distill STUDENT=resnet50"),
     ],
 )
 def test_words_that_make_does_not_know(words, answer):

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from scalekd_cache.config.plain_names import PLAIN_NAMES
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 LIMIT_S = max(600.0, float(os.environ.get("TEST_LIMIT_S", "0")))
@@ -80,7 +82,8 @@ def run(name, *words, nproc=1, status=0, **options):
 def make(target, status=0, **variables):
     """`make <target>` with the interpreter of the tests."""
     given = [f"{name}={value}" for name, value in variables.items()]
-    return execute("make", target, "VENV=none", f"PYTHON={sys.executable}", "WORKERS=0", *given, status=status)
+    workers = ["WORKERS=0"] if "workers" in PLAIN_NAMES.get(target, ()) else []
+    return execute("make", target, "VENV=none", f"PYTHON={sys.executable}", *workers, *given, status=status)
 
 
 def cache_flags(path, weights, **options):

@@ -4,64 +4,41 @@ import shlex
 
 from commands import execute
 
-from pipelines.command import parse, value_of, with_flags
-from pipelines.evaluate import EvaluateConfig
-from pipelines.export import ExportConfig
-from pipelines.fetch import FetchConfig
-from pipelines.import_upstream import ImportConfig
-from pipelines.inspect_cache import InspectConfig
-from pipelines.plan import PlanConfig
-from pipelines.prove import ProveConfig
-from pipelines.repair import RepairConfig
-from pipelines.report import ReportConfig
-from pipelines.verify import VerifyConfig
+from pipelines.__main__ import SCALEKD
+from pipelines.command import Command, Given
+from scalekd_cache.config.options import build, options_of
+from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import recipe_section
-from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.config.stage2 import DistillConfig
 
-SECTIONS = {
-    "pipelines.distill": (DistillConfig, "distill"),
-    "pipelines.cache_teacher": (CacheTeacherConfig, "cache"),
-    "pipelines.plan": (PlanConfig, "cache"),
-}
+SECTIONS = {"distill": "distill", "cache-teacher": "cache", "plan": "cache"}
 
 
-OTHERS = {
-    "pipelines.evaluate": EvaluateConfig,
-    "pipelines.export": ExportConfig,
-    "pipelines.report": ReportConfig,
-    "pipelines.verify": VerifyConfig,
-    "pipelines.inspect_cache": InspectConfig,
-    "pipelines.prove": ProveConfig,
-    "pipelines.fetch": FetchConfig,
-    "pipelines.repair": RepairConfig,
-    "pipelines.import_upstream": ImportConfig,
-}
-"""Commands without a recipe."""
+def given_by(name: str, words: list[str]) -> Given:
+    """The options that the words of a command give, by dotted name."""
+    command = SCALEKD.commands[name]
+    assert isinstance(command, Command)
+    return command.given(command.make_context(name, list(words)).params)
 
 
-def check(words: list[str]) -> None:
-    """One `pipelines.<name> --option value ...`."""
-    words = [word for word in words if word != "--dry-run"]
-    if "--plugin" in words:
-        place = words.index("--plugin")
-        words = words[:place] + words[place + 2 :]
-    if words[0] in OTHERS:
-        words = with_flags(words, "--json", "--deep")
-        parse(OTHERS[words[0]], words[0].partition(".")[2], words[1:], {}, "")
-        return
-    config_class, section = SECTIONS[words[0]]
-    recipe = value_of(words, "--recipe") or "demo"  # a cache with shared pixels has no data option
-    parse(config_class, section, words[1:], recipe_section(recipe, section), "")
+def check(name: str, words: list[str]) -> None:
+    """One `scalekd <name> --option value ...`: its options exist and its values are valid."""
+    command, given = SCALEKD.commands[name], given_by(name, words)
+    assert isinstance(command, Command)
+    recipe = given.get("recipe") or "demo"  # a cache whose pixels are shared knows its own
+    section = recipe_section(recipe, SECTIONS[name]) if name in SECTIONS else {}
+    for config_class in command.config_classes:
+        names = [option.name for option in options_of(config_class)]
+        own = {name: value for name, value in given.items() if name in names}
+        build(config_class, section if config_class is command.config_classes[0] else {}, own)
 
 
-def check_make(command: str) -> None:
-    """Check one `make target NAME=value ...`: the target exists, and the parsers accept what make would run."""
-    words = shlex.split(command, comments=True)
-    given = [] if any(word.startswith("RECIPE=") for word in words) else ["RECIPE=demo"]
-    printed = execute("make", "-n", *words[1:], *given, "VENV=none", "CACHE=x").replace("\\\n", " ")
-    calls = [line for line in printed.splitlines() if "pipelines." in line]
-    assert calls, command
+def check_make(text: str) -> None:
+    """One `make target NAME=value ...`: make knows it, and what make would run is understood."""
+    words = shlex.split(text, comments=True)
+    cache = ["CACHE=x"] if "cache" in PLAIN_NAMES[words[1]] and "CACHE=" not in text else []
+    printed = execute("make", "-n", *words[1:], "VENV=none", *cache).replace("\\\n", " ")
+    calls = [line for line in printed.splitlines() if "-m pipelines " in line]
+    assert calls, text
     for call in calls:
-        call_words = shlex.split(call)
-        check(call_words[next(i for i, word in enumerate(call_words) if word.startswith("pipelines.")) :])
+        words_of_call = shlex.split(call.partition("-m pipelines ")[2])
+        check(words_of_call[0], words_of_call[1:])

@@ -1,0 +1,67 @@
+"""`scalekd`, also `python -m pipelines`: all commands under one name.
+
+In: the arguments of the process. Out: the exit code of the command.
+"""
+
+from typing import NoReturn
+
+import click
+
+from pipelines import (
+    cache_teacher,
+    costs,
+    distill,
+    evaluate,
+    export,
+    fetch,
+    import_upstream,
+    inspect_cache,
+    plan,
+    prove,
+    repair,
+    report,
+    verify,
+)
+from pipelines.command import run
+from scalekd_cache.errors import unknown_name
+from scalekd_cache.versions import __version__
+
+MODULES = (cache_teacher, distill, evaluate, export, report, verify, repair, inspect_cache, plan, prove, fetch, costs,
+           import_upstream)  # fmt: skip
+"""In the order of `scalekd --help`. The formatter would take fifteen lines for it."""
+
+
+class Commands(click.Group):
+    """The group of all commands; an unknown command is an error of one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Names in the order people use them."""
+        return list(self.commands)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; underscores are accepted for hyphens."""
+        name = args[0].replace("_", "-")
+        if name not in self.commands and not name.startswith("-"):
+            raise unknown_name("command", args[0], self.commands, "scalekd --help")
+        return super().resolve_command(ctx, [name, *args[1:]])
+
+
+SCALEKD = Commands(
+    "scalekd",
+    commands=[module.COMMAND for module in MODULES],
+    help="Run a frozen vision teacher once, keep its features and logits, train any number of students from them.",
+    epilog="Exit codes: 0 success, 1 check failed, 2 usage error or invalid input, 75 checkpointed: rerun to resume, "
+    "130 interrupted.",
+)
+click.version_option(__version__, message="scalekd %(version)s")(SCALEKD)
+
+
+def main() -> NoReturn:
+    """The console script."""
+    run(SCALEKD)
+
+
+if __name__ == "__main__":
+    main()

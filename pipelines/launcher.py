@@ -1,0 +1,131 @@
+"""Several processes: `--nproc 8` starts torchrun or DeepSpeed's launcher, which run the same command on every rank.
+
+In: the launch options and the command as typed. Out: the exit code of the processes, or None: run here.
+Invariant: a process that a launcher has started (RANK is set) never starts another one. Exit codes arrive unchanged.
+"""
+
+import importlib
+import os
+import signal
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.machine import available_cores, visible_gpus
+from scalekd_cache.errors import UserError
+
+ENVIRONMENT = {
+    # A new key-value store for every start of the processes: a shared one keeps the values of the previous start.
+    "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    # The signals of schedulers are forwarded to the processes, which have five minutes to save.
+    "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
+    "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
+    "PYTHONUNBUFFERED": "1",
+}
+"""What the processes need; values that are set already stay."""
+STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
+"""Exit code after a signal to torchrun: the ranks have saved what they can resume from."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class LaunchConfig:
+    """Options that start several processes."""
+
+    nproc: int | None = None
+    """Processes on this node (default: one per visible GPU, else 1)."""
+    nnodes: str = "1"
+    """Number of nodes; run the command on each. 1:16: elastic, nodes may join and leave."""
+    node_rank: int | None = None
+    """Number of this node, from 0; with several nodes."""
+    master_addr: str | None = None
+    """Host name or address of node 0; with several nodes."""
+    master_port: int = 29500
+    """Free port of node 0; with several nodes."""
+    hostfile: str | None = None
+    """File with hosts and slots: DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
+    launcher: Literal["torchrun", "deepspeed"] | None = None
+    """Default: torchrun, or deepspeed with hostfile."""
+    restarts: int = 10
+    """Elastic: maximum number of restarts."""
+    job: str = "scalekd"
+    """Elastic: name of the job, the same on all nodes."""
+    local_addr: str | None = None
+    """Elastic: address of this node."""
+    threads: int | None = None
+    """CPU threads per process (default: $OMP_NUM_THREADS, else cores / processes)."""
+
+    def __post_init__(self) -> None:
+        require(self.nproc is None or 1 <= self.nproc <= 1024, "nproc", self.nproc, "1 to 1,024")
+        require(self.threads is None or self.threads > 0, "threads", self.threads, "> 0")
+        if self.nnodes != "1" and not self.hostfile:
+            for name in ("node_rank", "master_addr"):
+                if getattr(self, name) is None:
+                    raise UserError(f"--nnodes {self.nnodes} needs --{name.replace('_', '-')} on every node")
+
+
+def launch(options: LaunchConfig, command: str, given: Mapping[str, Any], argv: list[str]) -> int | None:
+    """Start the processes of a command and wait for them.
+
+    Returns:
+        The exit code; None if the command runs in this process.
+    """
+    nproc = options.nproc or (1 if given.get("device") == "cpu" else max(1, visible_gpus()))
+    if "RANK" in os.environ:
+        return None
+    os.environ.setdefault("OMP_NUM_THREADS", str(options.threads or max(1, available_cores() // nproc)))
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    if nproc == 1 and options.nnodes == "1" and not options.hostfile:
+        return None
+    module = f"pipelines.{command.replace('-', '_')}"
+    words = argv[2:] if argv[1:2] and argv[1].replace("_", "-") == command else argv[1:]
+    if (options.launcher or ("deepspeed" if options.hostfile else "torchrun")) == "deepspeed":
+        return _deepspeed(options, nproc, [module, *words])
+    return _torchrun(options, nproc, [module, *words])
+
+
+def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
+    """Run torchrun in this process; the exit code is that of the first rank that failed."""
+    run = importlib.import_module("torch.distributed.run")
+    errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
+    api = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
+    # Without the --, torchrun would read our --run as an abbreviation of its --run-path.
+    words = [*_nodes(options), "--nproc-per-node", str(nproc), "-m", "--", *command]
+    try:
+        run.run(run.parse_args(words))
+    except errors.ChildFailedError as error:
+        code = int(error.get_first_failure()[1].exitcode)
+        return 128 - code if code < 0 else code
+    except api.SignalException as stop:
+        return STOPPED.get(signal.Signals(stop.sigval), 128 + int(stop.sigval))
+    return 0
+
+
+def _nodes(options: LaunchConfig) -> list[str]:
+    """torchrun's options for the nodes."""
+    port = str(options.master_port)
+    if options.nnodes == "1":  # the loopback address, however the host name resolves
+        return ["--standalone", "--local-addr", "127.0.0.1"]
+    assert options.master_addr is not None
+    if ":" not in options.nnodes:
+        place = ["--master-addr", options.master_addr, "--master-port", port]
+        return ["--nnodes", options.nnodes, "--node-rank", str(options.node_rank), *place]
+    host = "1" if options.node_rank == 0 else "0"  # node 0 hosts the rendezvous
+    words = ["--nnodes", options.nnodes, "--max-restarts", str(options.restarts), "--rdzv-backend", "c10d"]
+    words += ["--rdzv-id", options.job, "--rdzv-endpoint", f"{options.master_addr}:{port}", "--rdzv-conf"]
+    return [*words, f"is_host={host}", *(["--local-addr", options.local_addr] if options.local_addr else [])]
+
+
+def _deepspeed(options: LaunchConfig, nproc: int, command: list[str]) -> int:
+    """Run DeepSpeed's launcher in the place of this process."""
+    words = ["--num_gpus", str(nproc)]
+    if options.hostfile:
+        words = ["--hostfile", options.hostfile, "--master_port", str(options.master_port)]
+        words += ["--master_addr", options.master_addr] if options.master_addr else []
+        words += ["--no_ssh", "--node_rank", str(options.node_rank)] if options.node_rank is not None else []
+    program = Path(sys.executable).parent / "deepspeed"
+    os.execv(sys.executable, [sys.executable, str(program), *words, "--module", *command])

@@ -1,0 +1,84 @@
+"""The variables of `make` as options: `make distill STUDENT=x NPROC=2` is `scalekd distill --student x --nproc 2`.
+
+In: a target and `NAME=value` words. Out: the options, quoted for a shell; or an error of one line and exit code 2.
+Invariant: standard library only, so that a mistyped variable is reported before an environment exists.
+"""
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.errors import UserError, closest_names, unknown_name
+
+MAKE_ONLY = {"PYTHON", "VENV", "JOBS", "ARGS", "SHELL", "OMP_NUM_THREADS", "BENCHES", "GPU_BENCHES"}
+"""Variables of the Makefile itself, for every target."""
+BENCHMARKS = {
+    "bench-codec": ("cache", "features", "ids", "head", "name"),
+    "bench-scale": ("check",),
+    "study": ("form", "data", "teacher_weights", "teacher", "hours", "results", "plan"),
+}
+SWITCHES = {("bench-scale", "check"), ("study", "plan")}
+"""Options of benchmarks that take no value."""
+STAGES = {"cache-teacher", "distill"}
+"""`make distill` creates a missing cache, so each stage accepts the variables of the other one."""
+
+
+def options(target: str, words: Sequence[str]) -> list[str]:
+    """The options of a target.
+
+    Raises:
+        UserError: an unknown variable, with the closest one.
+    """
+    names = set(PLAIN_NAMES.get(target, BENCHMARKS.get(target, ())))
+    others = set().union(*(PLAIN_NAMES[stage] for stage in STAGES)) if target in STAGES else set()
+    command = target in PLAIN_NAMES
+    known = {name.upper() for name in names | others} | MAKE_ONLY | ({"SET", "PLUGIN"} if command else set())
+    found = []
+    for word in words:
+        variable, _, value = word.partition("=")
+        if variable not in known:
+            where = f'make {target}; `make help` lists the commands, SET="option=value" sets any other option'
+            if variable.upper() in known:
+                raise UserError(f"there is no variable {variable}: did you mean {variable.upper()}? ({where})")
+            raise unknown_name("variable", variable, known - MAKE_ONLY, where, 1)
+        name = variable.lower()
+        if variable == "SET":
+            found += [_dotted(pair) for pair in value.split()]
+        elif (target, name) in SWITCHES:
+            found += [f"--{name}"] if value not in ("", "0") else []
+        elif (name in names or variable == "PLUGIN") and value:
+            found += [f"--{name.replace('_', '-')}", value]
+    if target == "distill" and not any(word.startswith("STUDENT=") for word in words):
+        raise UserError("set STUDENT=, for example make distill STUDENT=resnet50")
+    return found
+
+
+def _dotted(pair: str) -> str:
+    if "=" not in pair:
+        raise UserError(f'SET="{pair}" has no value: write SET="option=value option=value"')
+    return f"--{pair}"
+
+
+def main(words: Sequence[str]) -> int:
+    """`place DATA`: print the default cache of a data set. `target TARGET KNOWN...`: the error of an unknown target.
+    `options TARGET NAME=value...`: print the options."""
+    kind, first, *rest = words
+    if kind == "place":
+        print(shlex.quote(default_cache(first)))
+        return 0
+    if kind == "target":
+        hint = f": did you mean {closest_names(first, rest)}?"
+        print(f"error: there is no target {first}{hint} (make help)", file=sys.stderr)
+        return 2
+    try:
+        print(shlex.join(options(first, rest)))
+    except UserError as error:
+        print(f"error: {error}")  # make looks at the first word
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

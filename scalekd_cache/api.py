@@ -1,0 +1,258 @@
+"""The two commands as Python functions, with the same names, defaults, checks and errors.
+
+In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts of the cache, or the run's summary.
+Invariant: the command line builds its configurations here too, so a command and a function cannot differ.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.machine import default_workers
+from scalekd_cache.config.options import build
+from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.config.recipes import check_recipe, has_changed, recipe_section, training_options
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.growing import read_cache_facts
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
+from scalekd_cache.store.remote.remote_path import open_place
+
+Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
+Given = Mapping[str, Any]
+"""Options that were given, by dotted name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheInfo:
+    """A finished cache."""
+
+    path: Path
+    """Its folder."""
+    images: int
+    """Images per view."""
+    views: int
+    """Views per image."""
+    teacher: str
+    """Name of the teacher."""
+    teacher_top1: float | None
+    """Accuracy of the teacher on the validation images, percent (None: not measured)."""
+    bytes_per_view: dict[str, float]
+    """Mean bytes on disk: pixels, features, target, index, total."""
+    fidelity: dict[str, dict[str, float]]
+    """Of the decoded features: mean and 1st percentile of the cosine and of the mean-removed cosine."""
+    fingerprint: str
+    """Hash of everything that changes the cached bytes."""
+
+
+def cache_teacher(
+    *,
+    data: str | os.PathLike[str] | None = None,
+    teacher: str | None = None,
+    teacher_weights: str | os.PathLike[str] | None = None,
+    cache: str | os.PathLike[str] | None = None,
+    views: int | None = None,
+    size: int | None = None,
+    codec: str | None = None,
+    student: str | None = None,
+    recipe: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CacheInfo:
+    """Stage 1: run the teacher once over augmented views and store what students need.
+
+    A rerun makes only what is missing. Under torchrun, every rank calls this function.
+
+    Args:
+        data: demo, cifar10, imagenette, or a folder, tars or parquet files (None: demo).
+        teacher: a timm model name (None: the recipe's).
+        teacher_weights: a .safetensors file (None: timm's pretrained weights).
+        cache: folder of the cache (None: caches/<data>).
+        views: views per image (None: the recipe's).
+        size: side length of a view, pixels (None: the recipe's).
+        codec: feature codec (None: int8).
+        student: a student to check before stage 1 starts.
+        recipe: name or YAML file of a recipe (None: demo, or traditional for other data).
+        options: any other option, by plain or dotted name: `{"views.seed": 1, "store": "zarr"}`.
+
+    Raises:
+        UserError: anything that the command would report as an error.
+    """
+    given = _given("cache-teacher", options, data=data, teacher=teacher, teacher_weights=teacher_weights, cache=cache,
+                   views=views, size=size, codec=codec, student=student, recipe=recipe)  # fmt: skip
+    config = cache_teacher_config(CacheTeacherConfig, given)
+    from scalekd_cache.caching.job import cache_teacher as run_job
+    from scalekd_cache.distributed import this_process
+
+    return cache_info(Path(config.cache.path), run_job(config, this_process(config.device), checked_student(config)))
+
+
+def distill(
+    *,
+    student: str,
+    cache: str | os.PathLike[str] | None = None,
+    run: str | os.PathLike[str] | None = None,
+    epochs: int | None = None,
+    targets: str | None = None,
+    heads: str | None = None,
+    data: str | os.PathLike[str] | None = None,
+    recipe: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Stage 2: train a student from a cache, evaluate and export it.
+
+    A rerun resumes; a finished run only returns its summary. Under torchrun, every rank calls this function.
+
+    Args:
+        student: a timm model name, or several, separated by commas.
+        cache: folder or URL of the cache (None: caches/<data>, or caches/demo).
+        run: folder of the run (None: runs/<student>, with -<targets> unless cached).
+        epochs: passes over the data (None: the recipe's).
+        targets: cached, live (the teacher runs in the training loop) or none (the baseline).
+        heads: projectors: cap (as published), lite or linear.
+        data: validation images (None: as recorded in the cache).
+        recipe: name or YAML file of a recipe (None: the cache's).
+        options: any other option, by plain or dotted name: `{"optim.lr": 0.1, "zero": 1}`.
+
+    Returns:
+        The summary: what summary.json of the run holds (accuracy in percent, steps, minutes, ...). For several students
+        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`): `runs`, all summaries, and `series`, a
+        row a student with mean and standard deviation over the seeds.
+
+    Raises:
+        UserError: anything that the command would report as an error.
+    """
+    given = _given("distill", options, student=student, cache=cache, run=run, epochs=epochs, targets=targets,
+                   heads=heads, data=data, recipe=recipe)  # fmt: skip
+    config = distill_config(given)
+    from scalekd_cache.distributed import this_process
+    from scalekd_cache.training.series import distill_series, series_facts, single_runs
+
+    return series_facts(distill_series(single_runs(config), this_process(config.device)))
+
+
+def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
+    """The facts of a finished cache."""
+    facts = manifest.facts
+    return CacheInfo(
+        path=root,
+        images=manifest.num_samples,
+        views=manifest.num_views,
+        teacher=str(facts.teacher["spec"]["name"]),
+        teacher_top1=facts.teacher["top1"],
+        bytes_per_view=dict(manifest.bytes_per_view),
+        fidelity={name: dict(row) for name, row in manifest.fidelity.items()},
+        fingerprint=facts.fingerprint,
+    )
+
+
+def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
+    """The configuration of stage 1: defaults, recipe, and the given options.
+
+    A cache that shares the pixels of another one takes views, data set and recipe from there.
+
+    Args:
+        config_class: `CacheTeacherConfig` or a subclass.
+        given: options by dotted name.
+    """
+    pixels_from = given.get("cache.pixels_from")
+    shared = read_manifest(Path(pixels_from)).facts if pixels_from else None
+    source = given.get("data.source") or (shared.data["source"] if shared else DataConfig.source)
+    recipe = given.get("recipe") or (shared.recipe if shared else default_recipe(source))
+    section = recipe_section(recipe, "cache")
+    if shared is not None:
+        check_given_recipe(given, shared, pixels_from)
+        section = _of_pixels(section, shared)
+    defaults = {"cache.path": default_cache(source), "workers": _workers()}
+    return build(config_class, defaults, section, {"recipe": recipe}, given)
+
+
+def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
+    """The training options of the student that stage 1 checks before it starts, if there is one.
+
+    Raises:
+        UserError: the recipe's training options are invalid, with or without a student.
+    """
+    student = {"student.name": config.student} if config.student else {}
+    training = build(DistillConfig, recipe_section(config.recipe, "distill"), student)
+    return training if config.student else None
+
+
+def distill_config(given: Given) -> DistillConfig:
+    """The configuration of stage 2: defaults, the recipe of the cache or the given one, and the given options.
+
+    Raises:
+        UserError: no such cache, invalid options, or a given recipe with other views than the cache.
+    """
+    place = cache_place(given)
+    waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
+    facts = read_cache_facts(open_place(place), waiting.follow, 60 * waiting.follow_timeout_minutes, _print_rank0)
+    recipe = given.get("recipe")
+    if not recipe and has_changed(facts.recipe, facts.distill):
+        _print_rank0(
+            f"recipe {facts.recipe} has changed since stage 1; this run uses the options stored in the cache "
+            f"(--recipe {facts.recipe} uses the file)"
+        )
+    check_given_recipe(given, facts, place)
+    defaults = {"cache": place, "train.workers": _workers()}
+    return build(DistillConfig, defaults, training_options(recipe, facts.recipe, facts.distill), given)
+
+
+def cache_place(given: Given) -> str:
+    """The cache that stage 2 reads: the given one, or the default one of the data set."""
+    return str(given.get("cache") or default_cache(given.get("data") or DataConfig.source))
+
+
+def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
+    """A recipe that the user gave must have the view options of the cache; without one there is no check.
+
+    The views of a cache may differ from its recipe, through `views.*` options of stage 1.
+
+    Raises:
+        UserError: view options differ; the message names each.
+    """
+    if given.get("recipe"):
+        views = build(CacheTeacherConfig, recipe_section(given["recipe"], "cache")).views
+        check_recipe(facts.view_recipe, given["recipe"], to_plain(views), where)
+
+
+def default_recipe(source: str) -> str:
+    """The recipe of a data set: demo for the embedded digits, otherwise traditional."""
+    return "demo" if source == DataConfig.source else "traditional"
+
+
+def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dict[str, Any]:
+    """The arguments of a function by dotted name.
+
+    Raises:
+        UserError: a name in `options` that is neither plain nor dotted, or that is an argument too.
+    """
+    names = PLAIN_NAMES[command]
+    given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
+             for name, value in plain.items() if value is not None}  # fmt: skip
+    for name, value in (options or {}).items():
+        dotted = names.get(name, name)
+        if dotted in given:
+            raise UserError(f"{name} is given twice: as an argument and in options")
+        given[dotted] = value
+    return given
+
+
+def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
+    """A recipe's options with views and data set replaced by those of the cache whose pixels are shared."""
+    data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
+    views = {"num_views": shared.num_views}
+    return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}
+
+
+def _workers() -> int:
+    return default_workers(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def _print_rank0(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(text, flush=True)

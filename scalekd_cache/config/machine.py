@@ -1,0 +1,37 @@
+"""What this machine has: cores and GPUs that this process may use, for the defaults of processes and workers.
+
+In: affinity, control groups, environment, device files. Out: counts.
+Invariant: torch is not imported: a command that only starts other processes stays quick.
+"""
+
+import os
+import re
+from pathlib import Path
+
+
+def available_cores() -> int:
+    """Cores that this process may use (affinity, then the CPU quota of its control group), at least 1."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        cores = min(cores, max(1, int(quota) // int(period)))
+    except (OSError, ValueError):  # no control group, or no quota ("max")
+        pass
+    return max(1, cores)
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else the device files."""
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    there = len([file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)])
+    if chosen is None:
+        return there
+    return min(there, len([word for word in chosen.split(",") if word.strip() not in ("", "-1")]))
+
+
+def default_workers(processes: int = 1) -> int:
+    """Loader processes per rank. With few cores, loading runs in the main process between the steps: a worker would
+    only take a core from training. Otherwise the rank's share of the cores, one left for the rank itself, at most 16.
+    """
+    cores = available_cores()
+    return 0 if cores <= 4 else min(16, max(0, cores // processes - 1))

@@ -1,0 +1,92 @@
+"""Options in layers: a recipe, then what the user gave, as one checked configuration.
+
+In: mappings of nested or dotted names (`{"train": {"epochs": 2}}` or `{"train.epochs": "2"}`); later ones override.
+Out: a configuration. Invariant: the command line, the Python functions and the recipes are checked by this code only.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple, TypeVar
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from scalekd_cache.errors import UserError, unknown_name
+
+Config = TypeVar("Config")
+EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number",
+            "bool_parsing": "true or false", "bool_type": "true or false", "string_type": "text",
+            "int_type": "a whole number", "float_type": "a number", "tuple_type": "a list such as [0.2,1]",
+            "missing": "a longer list, such as [0.2,1]", "too_long": "a shorter list, such as [0.2,1]",
+            "dataclass_type": "a group of options"}  # fmt: skip
+"""What is expected, by pydantic's error type. The formatter would take eight lines for it."""
+
+
+class Option(NamedTuple):
+    """One option of a configuration."""
+
+    name: str
+    """Dotted name."""
+    info: FieldInfo
+    """Type and default."""
+    help: str
+    """The docstring of the field, in one line."""
+
+
+def options_of(config_class: type, prefix: str = "") -> Iterator[Option]:
+    """All options of a configuration class, in the order of its fields."""
+    infos: Mapping[str, FieldInfo] = config_class.__pydantic_fields__  # type: ignore[attr-defined]
+    for name, info in infos.items():
+        if dataclasses.is_dataclass(info.annotation):
+            assert isinstance(info.annotation, type)
+            yield from options_of(info.annotation, f"{prefix}{name}.")
+        else:
+            # A subclass has only the docstrings of its own fields.
+            owners = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in config_class.__mro__)
+            text = next((owner.description for owner in owners if owner is not None and owner.description), "")
+            yield Option(prefix + name, info, " ".join(text.split()))
+
+
+def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
+    """A configuration: the defaults, overridden by each layer in turn.
+
+    Raises:
+        UserError: an unknown option (with the closest names), or an invalid value.
+    """
+    tree: dict[str, Any] = {}
+    for layer in layers:
+        _merge(tree, layer)
+    try:
+        return config_class(**tree)
+    except ValidationError as error:
+        raise _option_error(error, config_class) from error
+
+
+def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """Add a layer to the tree; dotted names become nested."""
+    for name, value in layer.items():
+        head, _, rest = name.partition(".")
+        inner = {rest: value} if rest else value
+        if isinstance(inner, Mapping):
+            branch = tree.setdefault(head, {})
+            if isinstance(branch, dict):
+                _merge(branch, inner)
+                continue
+        tree[head] = inner
+
+
+def _option_error(error: ValidationError, config_class: type) -> UserError:
+    """The first problem as one line; an unknown option before an invalid value."""
+    problems = error.errors(include_url=False)
+    problem = min(problems, key=lambda found: found["type"] != "unexpected_keyword_argument")
+    name = ".".join(str(part) for part in problem["loc"])
+    names = [option.name for option in options_of(config_class)]
+    if problem["type"] == "unexpected_keyword_argument":
+        return unknown_name("option", name, names, "--help lists all")
+    if problem["type"] == "missing" and name in names:
+        return UserError(f"--{name} is required (--help)")
+    if name not in names:  # a part of an option, such as one number of a list
+        name = next((known for known in names if name.startswith(f"{known}.")), name)
+    got = problem["input"]
+    expected = EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
+    return UserError(f"{name} cannot be {got}: expected {str(expected).replace(chr(39), '')}")

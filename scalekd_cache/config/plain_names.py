@@ -1,0 +1,44 @@
+"""The everyday options by plain names: `--epochs` for `--train.epochs`, on the command line, in Python and in make.
+
+In: nothing. Out: for each command its plain names, the ten that people use first in front, with their dotted names.
+Invariant: standard library only: the Makefile checks its variables with it before an environment exists.
+"""
+
+
+def _names(text: str) -> dict[str, str]:
+    """Plain name -> dotted name, from words `plain` or `plain:dotted`."""
+    pairs = (word.partition(":") for word in text.split())
+    return {plain: dotted or plain for plain, _, dotted in pairs}
+
+
+_LAUNCH = "nnodes node_rank master_addr master_port hostfile launcher restarts job local_addr threads"
+_STAGE1 = (
+    "data:data.source teacher:teacher.name teacher_weights:teacher.weights views:cache.num_views size:views.size "
+    "codec:cache.codec cache:cache.path student"
+)
+_STAGE1_MORE = (
+    "recipe target:cache.codec_target store:cache.backend pixels:views.pixels pixels_from:cache.pixels_from "
+    "classes:data.classes pretrained:teacher.pretrained workers device"
+)
+_OVERRIDES = "data teacher_weights pixels_from device"
+
+PLAIN_NAMES: dict[str, dict[str, str]] = {
+    "cache-teacher": _names(f"{_STAGE1} nproc dry_run {_STAGE1_MORE} json {_LAUNCH}"),
+    "distill": _names(
+        "student:student.name cache epochs:train.epochs run targets:train.targets heads:scalekd.projector "
+        "zero:train.zero nproc dry_run recipe resume extend seeds:train.seeds size:student.image_size init follow workers:train.workers json "
+        f"{_OVERRIDES} {_LAUNCH}"
+    ),
+    "evaluate": _names("run data workers device json"),
+    "export": _names("run format out"),
+    "report": _names(f"cache run runs out {_OVERRIDES}"),
+    "verify": _names(f"cache deep json {_OVERRIDES}"),
+    "repair": _names(f"cache workers {_OVERRIDES}"),
+    "inspect": _names("cache key index view out pixels_from json"),
+    "plan": _names(f"{_STAGE1} students epochs gpu json {_STAGE1_MORE}"),
+    "prove": _names(f"cache student views init recipe json {_OVERRIDES}"),
+    "fetch": _names("teacher"),
+    "costs": _names("teacher student all"),
+    "import-upstream": _names("ckpt out student classes s4_query"),
+}
+"""Command -> plain name -> dotted name. Names have underscores here; on the command line hyphens work too."""

@@ -1,0 +1,74 @@
+"""The two functions: the same names, checks and results as the commands, in one process."""
+
+import pytest
+from commands import CACHE_OPTIONS, STUDENT, TRAIN_OPTIONS, read_json, run
+from small_cache import shared_weights
+
+import scalekd_cache
+from scalekd_cache import UserError
+from scalekd_cache.api import distill_config
+from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.training.series import single_runs
+
+OPTIONS = {**CACHE_OPTIONS, "device": "cpu"}
+del OPTIONS["cache.num_views"]
+TRAINING = {**TRAIN_OPTIONS, "train.epochs": 1, "device": "cpu"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("api") / "cache"
+    return scalekd_cache.cache_teacher(cache=place, teacher_weights=shared_weights(), views=1, options=OPTIONS)
+
+
+def test_a_cache_by_function(made):
+    assert (made.images, made.views, made.teacher) == (96, 1, "demo_swin")
+    assert made.bytes_per_view["total"] > made.bytes_per_view["features"] > 0
+    assert made.fingerprint == read_manifest(made.path).facts.fingerprint
+    assert made.fidelity["cosine"]["mean"] > 0.999
+    again = scalekd_cache.cache_teacher(cache=made.path, teacher_weights=shared_weights(), views=1, options=OPTIONS)
+    assert again == made
+
+
+def test_students_by_function_one_after_the_other(made, tmp_path):
+    """Two runs in one process; the losses are those of the command."""
+    runs = [
+        scalekd_cache.distill(student=STUDENT, cache=made.path, run=tmp_path / name, targets=targets, options=TRAINING)
+        for name, targets in (("a", None), ("b", "none"))
+    ]
+    assert [summary["targets"] for summary in runs] == ["cached", "none"]
+    assert runs[0] == read_json(tmp_path / "a" / "summary.json")
+    words = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]
+    run("distill", "--cache", made.path, "--student", STUDENT, "--run", tmp_path / "c", *words)
+    command = read_json(tmp_path / "c" / "summary.json")
+    assert {name: command[name] for name in ("top1", "top5", "steps")} == {
+        name: runs[0][name] for name in ("top1", "top5", "steps")
+    }
+
+
+@pytest.mark.parametrize(
+    ("function", "arguments", "text"),
+    [
+        ("cache_teacher", {"codec": "int9"}, "there is no feature codec int9: did you mean int8"),
+        ("cache_teacher", {"options": {"vews": 3}}, "there is no option vews: did you mean views"),
+        ("cache_teacher", {"views": 2, "options": {"cache.num_views": 3}}, "cache.num_views is given twice"),
+        ("cache_teacher", {"size": 5}, "views.size is out of range"),
+        ("distill", {"student": STUDENT, "cache": "no/such"}, "no/such"),
+        ("distill", {"student": "resnet1O", "cache": None}, "there is no model resnet1O"),
+        ("distill", {"student": STUDENT, "cache": None, "options": {"optim.lr": "fast"}}, "optim.lr cannot be fast"),
+    ],
+)
+def test_errors_are_those_of_the_command(made, tmp_path, function, arguments, text):
+    if function == "distill":
+        arguments = {**arguments, "run": tmp_path / "run", "cache": arguments["cache"] or made.path}
+    else:
+        arguments = {"cache": tmp_path / "cache", "teacher_weights": shared_weights(), **arguments}
+    with pytest.raises(UserError, match=text.replace(".", r"\.")):
+        getattr(scalekd_cache, function)(**arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_default_run_folder_names_the_targets(made):
+    given = {"cache": str(made.path), "student.name": STUDENT}
+    assert single_runs(distill_config(given))[0].run == f"runs/{STUDENT}"
+    assert single_runs(distill_config({**given, "train.targets": "none"}))[0].run == f"runs/{STUDENT}-none"
