@@ -53,8 +53,7 @@ $(VENV)/.installed-test: $(VENV)/.installed
 .PHONY: help install $(COMMANDS) $(BENCHMARKS) study-figures bench bench-gpu bench-shuffle test test-ci test-all lint format docs clean
 
 help: ## Show this help
-	@echo "Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists the options):"
-	@printf '  make %s\n' $(COMMANDS)
+	@$(PYTHON) -m pipelines.make_options help
 	@echo "Other targets:"
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1  - \2/p' $(MAKEFILE_LIST)
 	@echo; echo 'Variables of make: PYTHON=python3, VENV=dir (none: the active environment), SET="option=value ...", PLUGIN=module'

@@ -62,8 +62,12 @@ def _dotted(pair: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """`place DATA`: print the default cache of a data set. `target TARGET KNOWN...`: the error of an unknown target.
+    """`help`: print the commands and their variables. `place DATA`: print the default cache of a data set. `target TARGET KNOWN...`: the error of an unknown target.
     `options TARGET NAME=value...`: print the options."""
+    if words == ["help"]:
+        print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")
+        print("\n".join(f"  make {name:<16} {' '.join(names).upper()}" for name, names in PLAIN_NAMES.items()))
+        return 0
     kind, first, *rest = words
     if kind == "place":
         print(shlex.quote(default_cache(first)))
