@@ -62,8 +62,11 @@ def _dotted(pair: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """`help`: print the commands and their variables. `place DATA`: print the default cache of a data set. `target TARGET KNOWN...`: the error of an unknown target.
-    `options TARGET NAME=value...`: print the options."""
+    """Print what make asks for.
+
+    `help`: commands and variables; `place DATA`: the default cache; `target NAME KNOWN...`: the error of an unknown
+    target; `options TARGET NAME=value...`: the options.
+    """
     if words == ["help"]:
         print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")
         print("\n".join(f"  make {name:<16} {' '.join(names).upper()}" for name, names in PLAIN_NAMES.items()))
