@@ -25,6 +25,6 @@ class Distillation(lightning.LightningModule):
 
 
 lightning.seed_everything(0)
-targets = CachedTargets(sys.argv[1], batch_size=32, epochs=1)  # one pass of these is all epochs: max_epochs=1
+targets = CachedTargets(sys.argv[1], batch_size=32, epochs=1)  # one pass contains all epochs, so max_epochs=1
 trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
 trainer.fit(Distillation(targets), targets)

@@ -1,4 +1,4 @@
-"""A custom teacher: any `nn.Module` whose last part can be named (PLUGIN=examples.my_teacher TEACHER=my_net)."""
+"""A custom teacher: any `nn.Module` with a separate last stage (PLUGIN=examples.my_teacher TEACHER=my_net)."""
 
 from itertools import pairwise
 from typing import Any
@@ -10,7 +10,7 @@ from scalekd_cache import TailParts, register_family
 
 
 class MyNet(nn.Module):
-    """Stands for your network: four stages, a norm, a classifier."""
+    """Placeholder for your network: four stages, a norm, a classifier."""
 
     def __init__(self, num_classes: int) -> None:
         super().__init__()

@@ -1,10 +1,11 @@
-"""A downstream task: segment digits in clutter with an exported student, against the same network from random weights.
+"""A downstream task: segment digits in clutter with an exported student, compared with random initialization.
 
 python examples/segmentation.py runs/resnet18/export [steps]
 
-Scenes are made here: handwritten digits, enlarged, on gray noise; each pixel is to be called background or one of ten
-digits. The exported folder gives the backbone (`features_only`) and its architecture; the head is two convolutions.
-Both networks see the same scenes in the same order. Prints the mean intersection over union (mIoU) of each, percent.
+The scenes are generated: enlarged handwritten digits on gray noise. Each pixel is classified as background or one of
+ten digits. The exported folder provides the backbone (`features_only`) and its architecture; the head is two
+convolutions. Both networks get the same scenes in the same order. Prints the mean intersection over union (mIoU) of
+each in percent.
 """
 
 import sys
@@ -20,7 +21,7 @@ SIDE, CLASSES, BATCH = 64, 11, 16
 
 
 class Segmenter(nn.Module):
-    """A backbone's last maps, brought to one size and added, and a classifier a pixel."""
+    """A backbone whose last maps are resized and added, and a per-pixel classifier."""
 
     def __init__(self, folder: str, pretrained: bool) -> None:
         super().__init__()
@@ -38,7 +39,7 @@ class Segmenter(nn.Module):
 
 
 def scenes(count: int, seed: int, test: bool) -> tuple[Tensor, Tensor]:
-    """(B, 3, SIDE, SIDE) images on a scale of 0 to 1, (B, SIDE, SIDE) classes; test digits are never trained on."""
+    """(B, 3, SIDE, SIDE) images from 0 to 1, and (B, SIDE, SIDE) classes; test digits are held out."""
     digits, random = load_digits(), np.random.default_rng(seed)
     chosen = random.choice(np.flatnonzero((np.arange(len(digits.target)) % 5 == 4) == test), count)
     images = random.uniform(0.0, 0.35, (count, SIDE, SIDE)).astype(np.float32)
@@ -55,7 +56,7 @@ def scenes(count: int, seed: int, test: bool) -> tuple[Tensor, Tensor]:
 
 
 def train(folder: str, pretrained: bool, steps: int) -> float:
-    """Train a segmenter and return its mIoU on scenes of digits it has not seen, percent."""
+    """Train a segmenter; returns its mIoU on scenes of held-out digits, in percent."""
     torch.manual_seed(0)
     model = Segmenter(folder, pretrained)
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
