@@ -2,7 +2,8 @@
 
 In: a `Stage` and the units to make. Out: committed units.
 Invariant: a unit's bytes depend on its images, the view recipe, the teacher and the codec, never on the rank that made
-it; batch size and GPU model can change the last bits of the teacher's output. A committed unit is never changed. Every view group holds the same images as the first one (`SkipPolicy`).
+it; batch size and GPU model can change the last bits of the teacher's output. A committed unit is never changed. Every
+view group holds the same images as the first one (`SkipPolicy`).
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence

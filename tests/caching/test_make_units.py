@@ -1,18 +1,20 @@
 """Making units: skipped images, what a unit's bytes depend on, errors."""
 
 import json
+import os
 import re
 
 import pytest
 import torch
 from image_files import PNG, folder_tree, write
-from small_cache import CPU, copy_of_cache, make, options, shared_weights, unit_files, unit_stats
+from small_cache import CPU, SHARD, copy_of_cache, make, options, shared_weights, unit_files, unit_stats
 
 from scalekd_cache.caching import sample_views as drawing
 from scalekd_cache.caching.job_plan import extend_groups, make_plan
 from scalekd_cache.caching.make_units import make_units, plan_units
 from scalekd_cache.codec import make_codec
 from scalekd_cache.data.source import open_source
+from scalekd_cache.data.workers import _SharedItem
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.store.reader import Cache
@@ -163,3 +165,17 @@ def test_drawn_views_are_what_is_stored(tmp_path):
         decoded = drawing.decode_pixels(view.encoded, 64)
         assert torch.equal(pixels, torch.from_numpy(decoded).permute(2, 0, 1))
         assert view.digest == drawing.pixel_digest(decoded)
+
+
+def test_one_block_of_shared_memory_carries_several_images(tmp_path, monkeypatch):
+    """32 images of a unit arrive in 4 blocks, one file descriptor each, and no more than a few are open at a time."""
+    received, open_files = _SharedItem.received, []
+
+    def counted(self, *, borrow):
+        open_files.append(len(os.listdir("/proc/self/fd")))
+        return received(self, borrow=borrow)
+
+    monkeypatch.setattr(_SharedItem, "received", counted)
+    make_some(tmp_path / "cache", [0, 1, 2], workers=1)
+    assert len(open_files) == 3 * SHARD // drawing.IMAGES_PER_ITEM
+    assert max(open_files) <= min(open_files) + 2 * drawing.SPAN // drawing.IMAGES_PER_ITEM
