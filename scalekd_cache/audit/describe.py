@@ -14,7 +14,7 @@ from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.record_pixels import decode_features, record_view, wrong_digest
-from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import unit_folder
@@ -133,7 +133,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         "recipe": manifest.facts.recipe,
         "fingerprint": manifest.facts.fingerprint,
         "teacher": {
-            "name": spec.name,
+            "name": teacher_label(manifest.facts.teacher),
             "feature_shape": list(spec.feature_shape),
             "top1": manifest.facts.teacher["top1"],
         },

@@ -35,7 +35,7 @@ from scalekd_cache.models.evaluate import percent
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
-from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
@@ -235,7 +235,7 @@ def _summarize(
         cache=config.cache,
         fingerprint=manifest.facts.fingerprint,
         codec=manifest.facts.codec,
-        teacher=manifest.facts.teacher["spec"]["name"],
+        teacher=teacher_label(manifest.facts.teacher),
         student=config.student.name,
         start=config.init,
         views=count * micro,

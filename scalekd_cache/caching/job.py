@@ -34,6 +34,7 @@ from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
 from scalekd_cache.caching.preflight import (
     PROBE_IMAGES,
     check_batches,
+    check_before_weights,
     check_disk_space,
     check_student,
     check_teacher,
@@ -54,6 +55,7 @@ from scalekd_cache.models.demo_teacher import train_demo_teacher
 from scalekd_cache.models.evaluate import Tally, evaluate, teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import Answers
+from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import progress
@@ -125,6 +127,8 @@ def prepare(
 ) -> Prepared | None:
     """Open the data set, load the teacher, get the codec, plan the units, and run all checks.
 
+    What can be checked without the teacher's weights is checked before they are trained or downloaded.
+
     Args:
         config: all options of stage 1.
         peers: the processes of this job.
@@ -146,6 +150,8 @@ def prepare(
     except NotDownloadedError as error:
         process.print_rank0(f"would first download the data set: {error}\ndry run: nothing was written")
         return None
+    check_before_weights(config, source, student, process)
+    validation = _open_validation(config, dry_run=dry_run) if process.rank == 0 else None
     teacher_config = _prepare_weights(config, peers, dry_run)
     if teacher_config is None:
         return None
@@ -158,7 +164,7 @@ def prepare(
     if manifest is None:
         _check(config, process, job, student)
         if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
-            top1 = _teacher_top1(config, job.stage, dry_run=dry_run)
+            top1 = _teacher_top1(config, job.stage, validation, dry_run=dry_run)
             job = with_teacher_top1(job, top1)
     return Prepared(job, manifest)
 
@@ -328,7 +334,18 @@ def _finish(peers: Peers, job: Job) -> Manifest:
     return read_manifest(root)
 
 
-def _teacher_top1(config: CacheTeacherConfig, stage: Stage, *, dry_run: bool) -> float | None:
+def _open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
+    """The validation images; None, with a note, when there are none. In a dry run nothing is downloaded."""
+    try:
+        return open_source(config.data, "val", download=not dry_run)
+    except UserError as error:
+        print(f"no validation images: the teacher's accuracy is not measured:\n{error}", flush=True)
+        return None
+
+
+def _teacher_top1(
+    config: CacheTeacherConfig, stage: Stage, validation: Source | None, *, dry_run: bool
+) -> float | None:
     """The teacher's accuracy on the validation images (in a dry run, on some of them); None when there are none.
 
     The order of the classes is checked on these images, and on training images if they are few.
@@ -341,13 +358,9 @@ def _teacher_top1(config: CacheTeacherConfig, stage: Stage, *, dry_run: bool) ->
         return None
     top1 = None
     answers = Answers(spec.name, stage.source.class_names)
-    try:
-        images = open_source(config.data, "val", download=not dry_run)
-    except UserError as error:
-        print(f"no validation images: the teacher's accuracy is not measured:\n{error}", flush=True)
-    else:
+    if validation is not None:
         sample = CHECKED_IMAGES if dry_run else None
-        top1 = round(_evaluate(config, stage, images, "evaluate the teacher", sample, answers).top1_percent, 4)
+        top1 = round(_evaluate(config, stage, validation, "evaluate the teacher", sample, answers).top1_percent, 4)
     if config.teacher.pretrained or config.teacher.weights is not None:
         if len(answers) < CHECKED_IMAGES:
             source = stage.source
@@ -395,7 +408,7 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes per view "
         f"({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
-        + f"\nteacher {manifest.facts.teacher['spec']['name']}: {teacher_accuracy(manifest.facts.teacher)}; "
+        + f"\nteacher {teacher_label(manifest.facts.teacher)}: {teacher_accuracy(manifest.facts.teacher)}; "
         f"decoded features: {fidelity}",
         flush=True,
     )

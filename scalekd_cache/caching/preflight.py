@@ -12,17 +12,23 @@ import torch
 
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import spread_views
+from scalekd_cache.codec import check_codec_name
 from scalekd_cache.codec.base import feature_norms
-from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.data.base import Source
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
+from scalekd_cache.models.demo_teacher import DEMO_CLASSES
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail
+from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail, teacher_classes
+from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
+from scalekd_cache.models.weights import find_weights
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.durable_files import existing_folder, free_bytes
+from scalekd_cache.store.plan import NAME as PLAN
 
 TAIL_TOLERANCE = 1e-5
 """Maximum relative difference between the teacher's features and its tail's output on the teacher's stage-3 map."""
@@ -43,12 +49,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
     """Check that the teacher has the classes of the data set, and that its tail reproduces its features."""
     spec = teacher.spec
     if spec.has_classifier and spec.num_classes != len(class_names):
-        raise UserError(
-            "the number of classes differs between teacher and data set",
-            got=f"{spec.name} has {spec.num_classes} classes",
-            expected=f"{len(class_names)} classes ({', '.join(class_names[:3])}, ...)",
-            fix="fine-tune the teacher on this data set and give TEACHER_WEIGHTS=file.safetensors",
-        )
+        raise _other_classes(spec.name, spec.num_classes, class_names)
     if spec.feature_shape[1:] == (1, 1):
         raise UserError(
             "the teacher's last feature map is 1x1: feature distillation needs a spatial grid",
@@ -88,6 +89,43 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
             where=existing_folder(path),
             fix="use fewer VIEWS, another CODEC, or CACHE= on a larger disk",
         )
+
+
+def check_before_weights(
+    config: CacheTeacherConfig, source: Source | PixelCache, student: DistillConfig | None, process: Process
+) -> None:
+    """What can be checked before a demo teacher is trained or weights are downloaded.
+
+    Names of codec, teacher and student; the student at this size; its batches; the teacher's classes, as far as they
+    are known; the folder of a new cache.
+    """
+    check_codec_name(config.cache.codec)
+    options = find_weights(config.teacher)
+    name = check_name(timm_name(options.name), "teacher.name")
+    classes = len(source.class_names)
+    if options.weights is not None and not Path(options.weights).is_file():
+        raise UserError(f"TEACHER_WEIGHTS={options.weights} is not a file")
+    if options.weights is None and options.pretrained and options.num_classes is None:
+        known = DEMO_CLASSES if options.name == DEMO_TEACHER else teacher_classes(options, name, None, classes)
+        if known not in (0, classes):
+            raise _other_classes(options.name, known, source.class_names)
+    if student is not None:
+        with torch.device("meta"):
+            build_student(student.student, num_classes=classes, image_size=config.views.size)
+        samples = source.cache.manifest.num_samples if isinstance(source, PixelCache) else len(source.samples)
+        check_batches(student.train, samples, process.world_size)
+    root = Path(config.cache.path)
+    if process.rank == 0 and not (root / PLAN).exists():  # a finished cache may be read-only
+        check_writable(root)
+
+
+def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:
+    return UserError(
+        "the number of classes differs between teacher and data set",
+        got=f"{teacher} has {classes} classes",
+        expected=f"{len(class_names)} classes ({', '.join(class_names[:3])}, ...)",
+        fix="fine-tune the teacher on this data set and give TEACHER_WEIGHTS=file.safetensors",
+    )
 
 
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:

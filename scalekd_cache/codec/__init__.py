@@ -28,6 +28,12 @@ FITTED = ("transform", "transform-economy", "transform-rotated")
 """Presets of the transform codec, which must be fitted to a teacher (`transform_fit.fit`)."""
 
 
+def check_codec_name(name: str) -> None:
+    """`UserError` for an unknown codec; auto is known: it selects one of the others."""
+    if name not in (*CODECS, *FITTED, "auto"):
+        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
+
+
 def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
     """The codec called `name` for maps of `shape` (C, H, W).
 

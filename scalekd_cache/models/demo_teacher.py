@@ -26,6 +26,8 @@ from scalekd_cache.models.teacher import demo_teacher_args
 from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 from scalekd_cache.progress import progress
 
+DEMO_CLASSES = 10
+"""Digits."""
 EPOCHS = 30
 BATCH_SIZE = 32
 PEAK_LR = 2e-3
@@ -63,7 +65,7 @@ def train_demo_teacher(
     generator = torch.Generator().manual_seed(seed)
     pixels, labels = _images(open_source(DataConfig(source="demo", download_dir=data.download_dir), "train"))
     args = {**demo_teacher_args(), **(model_args or {})}
-    model = timm.create_model(DEMO_TIMM_NAME, num_classes=10, drop_path_rate=0.1, **args)
+    model = timm.create_model(DEMO_TIMM_NAME, num_classes=DEMO_CLASSES, drop_path_rate=0.1, **args)
     normalize = Normalize(model.pretrained_cfg["mean"], model.pretrained_cfg["std"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     steps = epochs * (len(labels) // BATCH_SIZE)

@@ -27,6 +27,8 @@ Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DEPTH = re.compile("depth|layer|block")
 MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
 """Limits of model arguments: number of layers, length of a list, any other number."""
+RANDOM = " (random weights)"
+"""Follows the name of a teacher without trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +87,12 @@ def _is_plain(name: str, value: object, inside: int = 0) -> bool:
     if isinstance(value, int | float) and type(value) is not bool:
         return math.isfinite(value) and abs(value) <= (MAX_DEPTH if DEPTH.search(name) else MAX_NUMBER)
     return value is None or isinstance(value, str | bool)
+
+
+def teacher_label(teacher: Mapping[str, Any]) -> str:
+    """The teacher's name, from its entry in the manifest; random weights (PRETRAINED=0) are called random."""
+    random = not teacher["config"]["pretrained"] and teacher["config"]["weights"] is None
+    return f"{teacher['spec']['name']}{RANDOM if random else ''}"
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:

@@ -6,6 +6,7 @@ Only names in timm's registry are built. `local-dir:` and `hf-hub:` names are re
 silently gives them random weights, and with it they may load a pickle.
 """
 
+import contextlib
 import inspect
 import os
 import re
@@ -20,6 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.models.hub import hub_or_cache
 from scalekd_cache.models.weights import weights_file
 
 DEMO_TEACHER = "demo_swin"
@@ -104,7 +106,8 @@ def create_timm_model(
         used = {**args, **extra}
         generator = torch.get_rng_state()
         try:
-            model: Any = timm.create_model(name, pretrained=pretrained, **used)
+            with hub_or_cache() if pretrained else contextlib.nullcontext():
+                model: Any = timm.create_model(name, pretrained=pretrained, **used)
             if pretrained and _random_head(name, model, used, generator):
                 model.reset_classifier(0)
                 used["num_classes"] = 0
@@ -160,6 +163,11 @@ def fetch_weights(name: str, folder: Path) -> Path:
     current = check_name(name, "teacher")
     try:
         model, _ = create_timm_model(current, {}, pretrained=True)
+    except ConnectionError as error:
+        raise UserError(
+            f"the pretrained weights of {name} cannot be downloaded: {error}. Run `make fetch TEACHER={name}` on a "
+            f"machine with a network, and copy {folder}/ here"
+        ) from error
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         raise UserError(
             "the pretrained weights cannot be downloaded",

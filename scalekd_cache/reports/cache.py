@@ -18,6 +18,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.weights import weights_available
 from scalekd_cache.reports.charts import Chart, histogram, stacked_bar
 from scalekd_cache.reports.gallery import Card, Gallery, TeacherOutputs, load_views, rerun_on_views
@@ -224,7 +225,7 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
             f"{manifest.num_samples:,} of {len(manifest.facts.class_names):,} classes, {manifest.num_views} views each",
         ),
         ("data set", str(manifest.facts.data.get("source"))),
-        ("teacher", f"{spec['name']}, {teacher_accuracy(manifest.facts.teacher)}"),
+        ("teacher", f"{teacher_label(manifest.facts.teacher)}, {teacher_accuracy(manifest.facts.teacher)}"),
         ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
         ("feature codec", f"{manifest.facts.codec['id']} ({codec})"),
         ("logits", str(manifest.facts.logit_codec.get("id"))),

@@ -36,7 +36,14 @@ from scalekd_cache.training.run_export import export_state, facts_of
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
-from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.targets import (
+    TargetSource,
+    heads_note,
+    load_cache_classifier,
+    load_cache_tail,
+    make_heads,
+    make_order,
+)
 from scalekd_cache.training.trackers import Logger, check_tracker, start_tracker
 from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
 
@@ -198,6 +205,9 @@ def _make_trainer(
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
+        note = heads_note(config, student, heads, tail)
+        if note is not None:
+            process.print_rank0(note)
     if config.init is not None and checkpoint is None:
         process.print_rank0("initial weights: " + ", ".join(load_init_weights(config.init, student.model, heads)))
     teacher = None

@@ -9,6 +9,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import Tally, percent, teacher_accuracy
+from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_files import SUMMARY, Summary, read_summary
 
@@ -20,7 +21,7 @@ def make_summary(
     manifest = reads.cache.manifest
     return {
         "student": config.student.name,
-        "teacher": manifest.facts.teacher["spec"]["name"],
+        "teacher": teacher_label(manifest.facts.teacher),
         "image_size": config.student.image_size or manifest.facts.view_recipe["size"],
         "targets": config.train.targets,
         "top1": round(tally.top1_percent, 4) if tally else None,

@@ -5,6 +5,7 @@ In: a finished cache, a student. Out: `TargetSource`, targets of a batch; `Cache
 Invariant: samples, order, checks, decoding and losses are those of `make distill`.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,6 +80,25 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
     if config.student.grad_checkpointing:
         heads.checkpoint_gradients()
     return heads
+
+
+HEAVY_HEADS = 10
+"""Heads with this many times the student's parameters are reported."""
+
+
+def heads_note(config: DistillConfig, student: Student, heads: ScaleKDHeads, tail: Tail) -> str | None:
+    """One line when the heads are far larger than the student: what they cost, and the cheaper option."""
+    own, trained = (sum(value.numel() for value in module.parameters()) for module in (student.model, heads))
+    if config.scalekd.projector != "cap" or trained < HEAVY_HEADS * own:
+        return None
+    cheap = dataclasses.replace(config, scalekd=dataclasses.replace(config.scalekd, projector="lite"))
+    cheap = dataclasses.replace(cheap, scalekd=dataclasses.replace(cheap.scalekd, heads_s3=None, heads_s4=None))
+    with torch.device("meta"):
+        lite = sum(value.numel() for value in make_heads(cheap, student, tail).parameters())
+    return (
+        f"the heads have {trained / 1e6:.1f} M parameters, the student {own / 1e6:.1f} M: most of a step is spent on "
+        f"the heads; HEADS=lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; `make costs` for FLOPs)"
+    )
 
 
 def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:

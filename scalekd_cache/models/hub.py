@@ -1,0 +1,57 @@
+"""Whether the hub of pretrained models can be reached, so that a machine without a network gets its answer in seconds.
+
+In: nothing but huggingface_hub's settings. Out: a context in which downloads work, or fail at once.
+Invariant: files in the hub's local cache are found either way. huggingface_hub alone retries for about a minute.
+"""
+
+import contextlib
+import queue
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+
+from huggingface_hub import constants
+
+TIMEOUT_S = 3.0
+"""Longest wait for the first answer of the hub, name lookup included."""
+
+
+def hub_answers() -> bool:
+    """Whether the hub answers within `TIMEOUT_S`; proxies of the environment are used."""
+    answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
+
+    def ask() -> None:
+        try:
+            request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+            with urllib.request.urlopen(request, timeout=TIMEOUT_S):
+                answers.put(True)
+        except urllib.error.HTTPError:  # an answer all the same
+            answers.put(True)
+        except (OSError, ValueError):
+            answers.put(False)
+
+    threading.Thread(target=ask, daemon=True).start()  # a name lookup has no timeout of its own
+    try:
+        return answers.get(timeout=TIMEOUT_S)
+    except queue.Empty:
+        return False
+
+
+@contextlib.contextmanager
+def hub_or_cache() -> Iterator[None]:
+    """Within it, downloads use the local cache only when the hub does not answer.
+
+    Raises:
+        ConnectionError: the hub does not answer, and what was asked for is not in the local cache.
+    """
+    if constants.is_offline_mode() or hub_answers():
+        yield
+        return
+    before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
+    try:
+        yield
+    except Exception as error:  # hub clients raise many kinds of errors
+        raise ConnectionError(f"no connection to {constants.ENDPOINT}, and not in the local cache") from error
+    finally:
+        constants.HF_HUB_OFFLINE = before

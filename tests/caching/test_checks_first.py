@@ -1,0 +1,123 @@
+"""Wrong names, classes and folders are errors before a demo teacher is trained or weights are downloaded."""
+
+import re
+import time
+
+import pytest
+from image_files import folder_tree
+from small_cache import CPU, make, options, shared_cache, shared_weights
+
+from scalekd_cache.caching import job
+from scalekd_cache.caching.job import cache_teacher, dry_run
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models import hub, timm_models
+from scalekd_cache.models.student import build_student
+from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
+from scalekd_cache.training import targets
+from scalekd_cache.training.targets import heads_note, load_cache_tail, make_heads
+
+
+def student_of(name):
+    return DistillConfig(student=StudentConfig(name=name))
+
+
+CASES = {
+    "codec": ({"cache": {"codec": "int9"}}, None, "no feature codec int9: did you mean int8"),
+    "teacher": ({"teacher": {"name": "swin_smal"}}, None, "no model swin_smal"),
+    "student": ({}, student_of("resnet5"), "no model resnet5"),
+    "student of another size": ({"views": {"size": 50}}, student_of("test_vit"), "failed on images of 50 x 50"),
+    "weights": ({"teacher": {"weights": "none.safetensors"}}, None, "TEACHER_WEIGHTS=none.safetensors is not a file"),
+}
+
+
+@pytest.fixture
+def no_teacher(monkeypatch, tmp_path):
+    def fail(*_, **__):
+        raise AssertionError("a teacher was trained, loaded or downloaded")
+
+    monkeypatch.setattr(job, "train_demo_teacher", fail)
+    monkeypatch.setattr(job, "load_teacher", fail)
+    return {"weights": None, "pretrained": True, "weights_dir": str(tmp_path / "teachers")}
+
+
+@pytest.mark.parametrize("start", [cache_teacher, dry_run])
+@pytest.mark.parametrize("case", CASES)
+def test_names_are_checked_first(tmp_path, no_teacher, case, start):
+    changes, student, message = CASES[case]
+    config = options(tmp_path / "cache", None, **{**changes, "teacher": {**no_teacher, **changes.get("teacher", {})}})
+    with pytest.raises(UserError, match=message):
+        start(config, CPU, student)
+    assert not (tmp_path / "cache").exists()
+    assert not (tmp_path / "teachers").exists()
+
+
+@pytest.mark.parametrize("teacher", ["demo_swin", "resnet18"])
+def test_other_classes_are_found_without_the_teacher(tmp_path, no_teacher, teacher):
+    data = {"source": str(folder_tree(tmp_path / "data")), "max_samples": None}
+    config = options(tmp_path / "cache", None, data=data, teacher={**no_teacher, "name": teacher})
+    with pytest.raises(UserError, match=r"number of classes differs(.|\n)*2 classes \(ant, bee, \.\.\.\)"):
+        cache_teacher(config, CPU)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_found_first(tmp_path, no_teacher):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError):
+        cache_teacher(options(tmp_path / "file" / "cache", None, teacher=no_teacher), CPU)
+
+
+def test_missing_validation_images_are_reported_before_the_teacher(tmp_path, no_teacher, capsys):
+    data = {"source": str(folder_tree(tmp_path / "data", val=())), "max_samples": None}
+    config = options(tmp_path / "cache", None, data=data, teacher={**no_teacher, "pretrained": False})
+    with pytest.raises(AssertionError, match="a teacher was"):
+        dry_run(config, CPU)
+    assert "no validation images: the teacher's accuracy is not measured" in capsys.readouterr().out
+
+
+def test_random_weights_are_called_random(tmp_path, capsys):
+    small = {"num_views": 1, "samples_per_shard": 96}
+    cache = make(tmp_path / "cache", None, cache=small, teacher={"weights": None, "pretrained": False})
+    assert "teacher demo_swin (random weights): top-1" in capsys.readouterr().out
+    facts = cache.manifest.facts.teacher
+    assert teacher_label(facts) == "demo_swin (random weights)"
+    assert TeacherSpec.from_json(facts["spec"]).name == "demo_swin"  # the name that loads it is unchanged
+    assert teacher_label(shared_cache().manifest.facts.teacher) == "demo_swin"
+    assert shared_weights().exists()
+
+
+@pytest.mark.parametrize("answer", [OSError("no route"), None])
+def test_without_a_network_a_download_fails_in_seconds(monkeypatch, tmp_path, answer):
+    """No route to the hub, or a hub that never answers."""
+
+    def urlopen(*_, **__):
+        if answer is not None:
+            raise answer
+        time.sleep(60)
+
+    monkeypatch.setattr(hub.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.2)
+    monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    started = time.monotonic()
+    with pytest.raises(UserError) as error:
+        timm_models.fetch_weights("test_resnet", tmp_path / "teachers")
+    assert time.monotonic() - started < 60
+    (line,) = str(error.value).splitlines()
+    assert "no connection to https://" in line
+    assert "make fetch TEACHER=test_resnet" in line
+    assert hub.constants.HF_HUB_OFFLINE is False
+    assert not (tmp_path / "teachers").exists()
+
+
+def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
+    cache = shared_cache()
+    tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
+    student = build_student(StudentConfig(name="resnet18"), num_classes=10, image_size=64)
+    config = DistillConfig(scalekd=ScaleKDConfig(heads_s3=4, heads_s4=4))
+    lite = DistillConfig(scalekd=ScaleKDConfig(projector="lite"))
+    assert heads_note(config, student, make_heads(config, student, tail), tail) is None
+    monkeypatch.setattr(targets, "HEAVY_HEADS", 0.01)
+    note = heads_note(config, student, make_heads(config, student, tail), tail)
+    assert re.search(r"the heads have 6\.7 M parameters, the student 11\.2 M: .* HEADS=lite has 0\.1 M", note)
+    assert heads_note(lite, student, make_heads(lite, student, tail), tail) is None
