@@ -66,7 +66,7 @@ def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
 def describe_view_record(view: View) -> str:
     """A view record as text."""
     left, top, width, height = view.crop
-    words = [f"crop {width} x {height} at ({left}, {top})", "flipped" if view.flip else "not flipped"]
+    words = [f"crop {width} x {height} at ({left}, {top})", *(["flipped"] if view.flip else [])]
     words += [f"{name} {argument:g}" for name, argument in view.operations]
     if view.erase is not None:
         left, top, width, height = view.erase

@@ -80,7 +80,7 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
     for number, one in enumerate(series):
         source = ColumnDataSource({"x": _downsampled(one.x), "y": _downsampled(one.y)})
         style = {"line_color": COLORS[number % 7], "name": plain(one.name)}
-        lines = [plot.line("x", "y", source=source, line_dash=DASHES[number % 7], line_width=2, **style)]
+        lines = [plot.line("x", "y", source=source, line_dash=_style(DASHES, number), line_width=2, **style)]
         if len(one.x) < 12:
             lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
         drawn.append((one.name, lines))
@@ -112,6 +112,7 @@ def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tup
         {"@left": "printf", "@right": "printf"},
     )
     plot.xaxis.ticker.desired_num_ticks = 3
+    plot.yaxis.ticker.min_interval = 1
     if mark is not None:
         line = plot.line([mark[1]] * 2, [0, int(counts.max())], line_color=COLORS[1], line_dash="dashed", line_width=2)
         _legend(plot, [(f"{mark[0]} {mark[1]:.5f}", [line])], shorten=False)
@@ -123,7 +124,7 @@ def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:
     """Parts of a total as one stacked bar."""
     plot = _plot(unit, "", 150)
     plot.x_range = DataRange1d(start=0)
-    plot.yaxis.visible = False
+    plot.yaxis.visible = plot.ygrid.visible = False
     left, drawn = 0.0, []
     for number, (name, size) in enumerate(parts.items()):
         source = ColumnDataSource({"name": [name], "size": [size], "left": [left], "right": [left + size]})
@@ -181,7 +182,7 @@ def scatter(points: Sequence[tuple[str, float, float]], x_name: str, y_name: str
     drawn = []
     for number, (name, x, y) in enumerate(points):
         source = ColumnDataSource({"x": [x], "y": [y]})
-        drawn.append((name, [plot.scatter("x", "y", source=source, size=12, marker=MARKERS[number % 7],
+        drawn.append((name, [plot.scatter("x", "y", source=source, size=12, marker=_style(MARKERS, number),
                                           color=COLORS[number % 7], name=plain(name))]))  # fmt: skip
     formats = {"@x": "printf", "@y": "printf"}
     shown = [group[0] for _, group in drawn]
@@ -209,6 +210,11 @@ def readable_ink(color: str) -> str:
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, color))
 
 
+def _style(styles: Sequence[Any], number: int) -> Any:
+    """A style for series `number` that differs from that of other series with the same color."""
+    return styles[(number + number // len(COLORS)) % len(styles)]
+
+
 def _plot(x_name: str, y_name: str, height: int) -> Any:
     plot = figure(height=height, sizing_mode="stretch_width", tools="", toolbar_location=None, min_border_right=8,
                   x_axis_label=x_name or None, y_axis_label=y_name or None, outline_line_color=None,
@@ -228,8 +234,12 @@ def _hover(
     formatters: Mapping[str, str] | None = None,
     mode: str = "mouse",
 ) -> None:
-    """Show these values under the pointer."""
-    plot.add_tools(HoverTool(tooltips=rows, renderers=list(renderers), formatters=dict(formatters or {}), mode=mode))
+    """Show these values under the pointer; Bokeh escapes them."""
+    label = '<span style="color: #57606a">{}</span> '.format  # Bokeh's own table has light blue labels on white
+    tooltips = "".join(f"<div>{label(name) if name else ''}{value}</div>" for name, value in rows)
+    plot.add_tools(
+        HoverTool(tooltips=tooltips, renderers=list(renderers), formatters=dict(formatters or {}), mode=mode)
+    )
 
 
 def _legend(plot: Any, drawn: Sequence[tuple[str, list[GlyphRenderer]]], *, shorten: bool = True) -> None:

@@ -205,6 +205,12 @@ def test_names_from_data_sets_are_escaped(hostile_cache, tmp_path):
     assert any("window.hacked" in image["alt"] for image in parsed.images) or "window.hacked" in parsed.text
 
 
+def test_curves_of_one_color_differ_in_style():
+    lines = json.dumps(curves([Series(str(n), [1, 2], [1, 2]) for n in range(12)], "x", "y", "t").item)
+    styles = re.findall(r'"line_color": "(#\w{6})", "line_width": 2, "line_dash": (\[[^\]]*\]|"\w+")', lines)
+    assert len(set(styles)) == 11  # and the solid line, which is not written
+
+
 def test_names_for_charts():
     assert plain("a\nb\u202e") == "a?b?"
     assert plain("$$x$$ \\(y\\)") == "$ $x$ $ \\ (y\\)"  # no formula: a library for them would be loaded
@@ -382,7 +388,7 @@ def test_a_browser_shows_it_at_any_width(cache_page, four_pages, hostile_cache, 
         assert found["fetched"] == 0
         assert found["plots"] > 0
         assert found["undrawn"] == 0  # the policy admits the library
-    assert re.search(r"first.*step: \d+.*weighted loss: \d", found["tooltip"])
+    assert re.search(r"first.*step \d+.*weighted loss \d", found["tooltip"])
     names = next(rows for head, rows in found["sorted"].items() if head.startswith("run"))
     assert names == sorted(names)
 
