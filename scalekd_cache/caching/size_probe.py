@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scalekd_cache.caching.make_units import Stage, fill_unit
 from scalekd_cache.caching.sample_views import SampledViews, Unit, spread_views
+from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage1 import StoreConfig
 from scalekd_cache.models.teacher import TeacherOutput
 from scalekd_cache.store.formats.zarr import padding
@@ -36,7 +37,7 @@ PARTS = ("features", "target", "pixels", "index")
 class PlaceholderTeacher:
     """Random features of a teacher's shape, if its weights are not available. Sizes of fixed-size codecs are exact."""
 
-    feature_shape: tuple[int, int, int]
+    feature_shape: Shape
     num_classes: int
 
     def __call__(self, images: Tensor) -> TeacherOutput:

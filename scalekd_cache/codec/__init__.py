@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from scalekd_cache.codec.base import FeatureCodec
     from scalekd_cache.store.path import StoredPath
 
+Shape = tuple[int, int, int]
+"""(C, H, W) of a feature map."""
 CODECS: dict[str, tuple[str, str]] = {
     "int8": ("scalekd_cache.codec.int8", "Int8Codec"),
     "int4": ("scalekd_cache.codec.int8", "Int4Codec"),
@@ -29,12 +31,12 @@ FITTED = ("transform", "transform-economy", "transform-rotated")
 
 
 def check_codec_name(name: str) -> None:
-    """`UserError` for an unknown codec; auto is known: it selects one of the others."""
+    """Raise `UserError` for an unknown codec name; `auto` is valid."""
     if name not in (*CODECS, *FITTED, "auto"):
         raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
 
 
-def make_codec(name: str, shape: tuple[int, int, int]) -> "FeatureCodec":
+def make_codec(name: str, shape: Shape) -> "FeatureCodec":
     """The codec called `name` for maps of `shape` (C, H, W).
 
     Raises:
@@ -74,9 +76,7 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
     return codec
 
 
-def _from_config(
-    name: str, shape: tuple[int, int, int], config: Mapping[str, Any], folder: "StoredPath | None"
-) -> "FeatureCodec":
+def _from_config(name: str, shape: Shape, config: Mapping[str, Any], folder: "StoredPath | None") -> "FeatureCodec":
     if name != "transform":
         return make_codec(name, shape)
     _check_shape(name, shape)
@@ -85,7 +85,7 @@ def _from_config(
     return load_transform(config, shape, folder)
 
 
-def _check_shape(name: str, shape: tuple[int, int, int]) -> None:
+def _check_shape(name: str, shape: Shape) -> None:
     if len(shape) != 3 or not all(type(side) is int and 0 < side <= 65_536 for side in shape):
         raise UserError(
             "invalid feature shape", got=shape, expected="(C, H, W), each 1 to 65,536", where=f"codec {name}"

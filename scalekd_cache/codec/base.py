@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.errors import UserError
 
 assert sys.byteorder == "little", "rows are little-endian and are viewed in place"
@@ -59,7 +60,7 @@ class FeatureCodec(ABC):
     bytes_per_view: int
     """Bytes per row; a stored record may have a different length."""
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: Shape) -> None:
         self.shape = shape
         self.channels, self.height, self.width = shape
         self.tokens = self.height * self.width
@@ -147,7 +148,7 @@ class RowCodec(FeatureCodec):
 
     stores_norms: ClassVar[bool] = True
 
-    def __init__(self, shape: tuple[int, int, int]) -> None:
+    def __init__(self, shape: Shape) -> None:
         super().__init__(shape)
         self.bytes_per_view = self.value_bytes + (4 * self.tokens if self.stores_norms else 0)
 

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.codec.base import EncodedRows, FeatureCodec, FeatureMap, as_bytes, contiguous_copy, feature_norms
 from scalekd_cache.codec.blocks import BlockPacker, Segment, fits, pack_symbols, unpack_symbols
 from scalekd_cache.codec.dither import dither, dither_table, subtract_dither
@@ -59,7 +60,7 @@ class TransformCodec(FeatureCodec):
 
     def __init__(
         self,
-        shape: tuple[int, int, int],
+        shape: Shape,
         state: TransformState,
         *,
         noise: float,
@@ -301,9 +302,7 @@ def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
         torch.matmul(factors.float(), loadings.float(), out=into)
 
 
-def load_transform(
-    config: Mapping[str, Any], shape: tuple[int, int, int], folder: "StoredPath | None"
-) -> TransformCodec:
+def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath | None") -> TransformCodec:
     """The codec of a config, with its state from `folder`/codec.safetensors; raises like `read_state`."""
     sha256 = config.get("state_sha256")
     state = read_state(folder, sha256)

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.dither import dither, dither_table
 from scalekd_cache.codec.transform import (
@@ -116,7 +117,7 @@ def codec_for_noise(moments: Moments, features: Tensor, noise: float) -> Transfo
     return codec
 
 
-def _start(shape: tuple[int, int, int]) -> TransformState:
+def _start(shape: Shape) -> TransformState:
     """The identity state with one band."""
     channels, tokens = shape[0], shape[1] * shape[2]
     eye = torch.eye(channels, dtype=torch.float64)[None]
@@ -140,7 +141,7 @@ def _empty_factors(state: TransformState) -> TransformState:
     return state._replace(analysis=nothing, loadings=nothing.long(), units=torch.ones_like(nothing[:, :1].sum(1)))
 
 
-def _sized(state: TransformState, shape: tuple[int, int, int]) -> TransformState:
+def _sized(state: TransformState, shape: Shape) -> TransformState:
     """The state with a trivial order and a single class."""
     tokens, components, factors = shape[1] * shape[2], state.basis.shape[1], state.loadings.shape[1]
     count = tokens * (components + factors + (0 if components else shape[0]))
@@ -204,7 +205,7 @@ def _leading(matrix: Tensor, count: int, start: Tensor | None) -> tuple[Tensor, 
     return values.flip(0), (start @ turn).flip(1)
 
 
-def _codec(shape: tuple[int, int, int], state: TransformState, noise: float) -> TransformCodec:
+def _codec(shape: Shape, state: TransformState, noise: float) -> TransformCodec:
     return TransformCodec(shape, state, noise=noise, state_sha256=hashlib.sha256(state_bytes(state)).hexdigest())
 
 

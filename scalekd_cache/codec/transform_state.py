@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.codec.blocks import LARGEST
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import read_file
@@ -105,7 +106,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
         raise UserError("the codec state cannot be read", got=error, expected="safetensors", where=path) from error
 
 
-def check_state(state: TransformState, shape: tuple[int, int, int], noise: float) -> None:
+def check_state(state: TransformState, shape: Shape, noise: float) -> None:
     """Raise UserError unless the state fits maps of this shape."""
     channels, tokens, segments = shape[0], shape[1] * shape[2], state.segments
     bands, factors = len(state.bands), state.loadings.shape[1] if state.loadings.dim() == 3 else -1

@@ -26,11 +26,11 @@ from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from torch import Tensor, nn
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import check_tapped, last_called, recompute_blocks
 from scalekd_cache.models.mixer_b14 import mixer_b14_224
-from scalekd_cache.models.teacher_spec import Shape
 from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
 
 POOLED_VIT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}

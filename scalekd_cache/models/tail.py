@@ -28,8 +28,9 @@ from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
+from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.models.weights import check_tensors
 from scalekd_cache.store.checked_files import check_safetensors

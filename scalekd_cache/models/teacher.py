@@ -15,13 +15,14 @@ import timm
 import torch
 from torch import Tensor, nn
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.devices import autocast, autocast_dtype
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map
-from scalekd_cache.models.teacher_spec import Shape, TeacherSpec, weights_digest
+from scalekd_cache.models.teacher_spec import TeacherSpec, weights_digest
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
 from scalekd_cache.models.weights import load_weights, stored_shapes
 from scalekd_cache.store.manifest import Manifest

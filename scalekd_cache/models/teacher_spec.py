@@ -21,7 +21,6 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import Sha256, checked_value
 
 Side = Annotated[int, Field(gt=0, le=1 << 16)]
-Shape = tuple[int, int, int]
 Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DEPTH = re.compile("depth|layer|block")

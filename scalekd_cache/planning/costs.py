@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, build_tail, family_of
 from scalekd_cache.models.teacher import map_shape, own_image_size, probe_taps, size_args
-from scalekd_cache.models.teacher_spec import Shape
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses

@@ -19,7 +19,7 @@ from scalekd_cache.caching.job_plan import make_logit_codec, make_stage
 from scalekd_cache.caching.make_units import unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
 from scalekd_cache.caching.size_probe import PlaceholderTeacher, SizeProbe, measure_sizes
-from scalekd_cache.codec import FITTED, make_codec
+from scalekd_cache.codec import FITTED, Shape, make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
@@ -155,7 +155,7 @@ class _Teacher:
     """The teacher, or a placeholder without weights."""
 
     live: Teacher | PlaceholderTeacher
-    shape: tuple[int, int, int]
+    shape: Shape
     classes: int
 
 

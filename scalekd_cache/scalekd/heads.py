@@ -11,10 +11,10 @@ from contextlib import nullcontext
 
 from torch import Tensor, nn
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
-from scalekd_cache.models.teacher_spec import Shape
 from scalekd_cache.scalekd.losses import HeadOutputs, check_grid, term_weights
 from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP, lite_width
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalekd_cache.models.teacher_spec import Shape
+from scalekd_cache.codec import Shape
 
 TINY_MAP = 16
 """Maximum number of positions for which a convolution on a CPU runs as a matrix product."""

@@ -217,8 +217,9 @@ class Target(NamedTuple):
 
 TARGET = re.compile(
     rb'\{"digest":"([^"]*)"(?:,"features_bytes":(\d{1,10}))?,"flags":(\d{1,10})(?:,"label":(-?\d{1,19}))?'
-    rb'(?:,"second_bytes":(\d{1,10}))?,"view":(.*)\}', re.DOTALL
-)  # fmt: skip
+    rb'(?:,"second_bytes":(\d{1,10}))?,"view":(.*)\}',
+    re.DOTALL,
+)
 
 
 def target_json(record: Record, *, places: bool) -> bytes:

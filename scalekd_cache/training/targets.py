@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from scalekd_cache.codec import Shape
 from scalekd_cache.codec.base import FeatureCodec, feature_norms
 from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
@@ -25,7 +26,7 @@ from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher
-from scalekd_cache.models.teacher_spec import Shape, TeacherSpec
+from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
 from scalekd_cache.store.checked_files import is_there
