@@ -163,6 +163,12 @@ class TrainConfig:
     """A DeepSpeed JSON file; values set by this configuration take precedence."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student; auto: bfloat16 on a GPU, float32 on a CPU."""
+    compile: bool = False
+    """Compile student and projectors with torch.compile; equal results within rounding (not measured on a GPU yet)."""
+    channels_last: bool = False
+    """Keep the weights of convolutions in channels-last memory (ZeRO 0; not measured on a GPU yet)."""
+    cudnn_benchmark: bool = False
+    """Let cuDNN try its algorithms for each shape and keep the fastest (GPU only; not measured yet)."""
     ema_decay: float = 0.0
     """Decay of the exponential moving average of the weights, which is then evaluated and exported (0: off)."""
     seed: int = 0
@@ -275,6 +281,19 @@ class DistillConfig:
                 got=f"optim.name=lamb with train.zero={self.train.zero}",
                 expected="train.zero=0 with lamb, or sgd / adamw with any stage",
                 fix='set ZERO=0, or SET="optim.name=adamw"',
+            )
+        if self.train.channels_last and self.train.zero > 0:
+            raise UserError(
+                "channels-last weights need ZeRO 0: ZeRO 1-3 keep weights as flat partitions",
+                got=f"train.channels_last=true with train.zero={self.train.zero}",
+                fix='set ZERO=0, or SET="train.channels_last=false"',
+            )
+        if self.train.compile and (self.train.zero == 3 or self.student.grad_checkpointing):
+            raise UserError(
+                "torch.compile works with neither ZeRO 3 nor activation checkpointing here",
+                got=f"train.compile=true with train.zero={self.train.zero} and "
+                f"student.grad_checkpointing={str(self.student.grad_checkpointing).lower()}",
+                fix='set SET="train.compile=false"',
             )
         if self.train.ema_decay > 0 and self.train.zero == 3:
             raise UserError(

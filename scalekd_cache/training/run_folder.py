@@ -41,6 +41,7 @@ FREE_OPTIONS |= {
     for name in ("keep_checkpoints", "checkpoint_epochs", "checkpoint_steps", "log_samples", "timeout_minutes")
 }
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
+FREE_OPTIONS |= {"train.compile", "train.channels_last", "train.cudnn_benchmark"}
 FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend", "train.seeds", "train.tracker"}
 """Options that may change when a run is resumed: paths and resources, not the computation."""
 

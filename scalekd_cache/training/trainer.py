@@ -55,6 +55,12 @@ class DistillModel(nn.Module):
         self.heads = heads
         self.normalize = Normalize(config.student.mean, config.student.std, folded=True)
 
+    def compile_parts(self) -> None:
+        """Compile the student's model and the heads in place; names of parameters do not change."""
+        self.student.model.compile()
+        if self.heads is not None:
+            self.heads.compile()
+
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
         """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
         pixels = self.normalize(resize(images, self.student.image_size))
@@ -150,9 +156,14 @@ class Trainer:
         ema = config.train.ema_decay
         self.ema = ModelEmaV3(model.student.model, decay=ema) if ema else None
         optimizer = make_optimizer(model, config.optim, lr)
+        torch.backends.cudnn.benchmark = config.train.cudnn_benchmark
+        if config.train.compile:  # after the moving average, which copies the model
+            model.compile_parts()
         self.schedule = make_schedule(optimizer, config.optim, lr, loader.total_steps, loader.steps_per_epoch)
         with memory_errors(LESS_MEMORY):
             self.engine = self._initialize(model, optimizer)
+        if config.train.channels_last:  # before the engine, its broadcast of the weights fails
+            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is not None:
             self._resume_optimizer(checkpoint)
 

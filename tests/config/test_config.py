@@ -90,6 +90,17 @@ def test_a_moving_average_needs_whole_weights():
         DistillConfig(train=TrainConfig(zero=3, ema_decay=0.9))
 
 
+def test_options_for_speed_are_refused_where_they_cannot_work():
+    DistillConfig(train=TrainConfig(compile=True, channels_last=True))
+    for changed in (
+        {"train": TrainConfig(zero=1, channels_last=True)},
+        {"train": TrainConfig(zero=3, compile=True)},
+        {"train": TrainConfig(compile=True), "student": StudentConfig(grad_checkpointing=True)},
+    ):
+        with pytest.raises(UserError, match=r"channels-last weights need ZeRO 0|torch\.compile works"):
+            DistillConfig(**changed)
+
+
 @pytest.mark.parametrize("owner", CLASSES)
 def test_options_are_frozen_keyword_only_and_documented(owner):
     config = owner()
