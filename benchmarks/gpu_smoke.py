@@ -1,17 +1,17 @@
-"""Does everything run on a GPU, is it right, and is it fast? All parts in at most 10 minutes on one H100.
+"""Smoke run on a GPU: does everything run, is it correct, is it fast? At most 10 minutes on one H100.
 
     python -m benchmarks.gpu_smoke [--out FILE] [--parts abcdefg] [--stand-in]
 
-Each part runs in a process of its own with a limit of 180 seconds. After each part its figures are printed as one JSON
-line and the file `--out` is rewritten, so that an interrupted run keeps what it measured. A part that fails or is
-stopped keeps the figures it has reported. Weights are random, and the images are made before the parts start.
+Each part runs in a separate process with a limit of 180 seconds. After each part its results are printed as one JSON
+line and written to the file `--out`, so an interrupted run keeps them. A part that fails or is stopped keeps the
+results it has reported. Weights are random, and the images are generated before the parts start.
 
-    a  environment                                   e  stage 1 over the plain teacher
+    a  environment                                   e  stage 1 compared with the plain teacher
     b  attention at the projectors' shapes           f  the real trainer: targets, heads, batches, ZeRO, LAMB
-    c  codecs on the device against the CPU          g  save and resume, verify and repair, --device cpu
+    c  codecs on the device and on the CPU          g  save and resume, verify and repair, --device cpu
     d  the teacher: batches, attention, compile
 
-`--stand-in` runs the same code on a CPU with tiny models; its figures mean nothing.
+`--stand-in` runs the same code on a CPU with tiny models; its results are meaningless.
 
 It needs no network. On the GPU machine torch, torchvision and timm are installed (Python 3.12). Everything else comes
 as wheels (55 MB, most of it scipy), collected on a machine with a network:
@@ -53,7 +53,7 @@ PARTS = {
 
 
 def guarded(command: Sequence[str], limit_s: float, log: Path) -> tuple[str, float]:
-    """Run a command for at most `limit_s` seconds, then end it with its child processes: what happened, seconds."""
+    """Run a command for at most `limit_s` seconds, then end it and its child processes; returns status and seconds."""
     started = time.monotonic()
     with log.open("w") as output:
         child = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True)
@@ -61,7 +61,7 @@ def guarded(command: Sequence[str], limit_s: float, log: Path) -> tuple[str, flo
             code: int | None = child.wait(limit_s)
         except subprocess.TimeoutExpired:
             code = None
-        finally:  # also after Ctrl-C: no worker process keeps the GPU
+        finally:  # also after Ctrl-C, so that no worker process keeps the GPU
             if child.poll() is None:
                 os.killpg(child.pid, signal.SIGKILL)
                 child.wait()
@@ -78,7 +78,7 @@ def run_parts(
     part_limit_s: float = PART_LIMIT_S,
     total_limit_s: float = TOTAL_LIMIT_S,
 ) -> dict[str, Any]:
-    """Run the parts one after another; returns their figures by part, which are also in `out`.
+    """Run the parts one after another; returns their results by part, and writes them to `out`.
 
     Args:
         parts: letters of `PARTS`.
@@ -107,7 +107,7 @@ def run_parts(
 
 
 def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
-    """The figures with a goal (docs/BENCHMARKS.md), as far as they were measured."""
+    """The measured results that have a goal (docs/BENCHMARKS.md)."""
     figures = {part: result["figures"] for part, result in parts.items()}
     rows: list[dict[str, Any]] = []
 
@@ -116,7 +116,7 @@ def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
 
     for codec, facts in figures.get("c", {}).items():
         if "decode_ms" in facts:
-            row(f"decode, {codec}, ms a batch", facts["decode_ms"], "at most 5", facts["decode_ms"] <= 5)
+            row(f"decode, {codec}, ms per batch", facts["decode_ms"], "at most 5", facts["decode_ms"] <= 5)
     stage1 = figures.get("e", {}).get("stage1")
     if stage1:
         row("stage 1 / plain teacher", stage1["ratio"], "at least 0.97", stage1["ratio"] >= 0.97)
@@ -139,7 +139,7 @@ def ratios(parts: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Make the images, run the parts; exit code 1 when a part failed."""
+    """Generate the images, run the parts; exit code 1 if a part failed."""
     parser = argument_parser(__doc__)
     parser.add_argument("--parts", default="".join(PARTS), help=f"letters of the parts (default {''.join(PARTS)})")
     parser.add_argument("--out", type=Path, help="JSON file (default benchmarks/results/gpu-smoke.json)")

@@ -59,7 +59,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def exact_float32() -> None:
-    """Compute float32 matrix products and convolutions in float32: cuDNN would use TF32, 10 bits of mantissa."""
+    """Compute float32 matrix products and convolutions in float32; cuDNN would use TF32 with 10 mantissa bits."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
@@ -78,7 +78,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def has_own_gpu() -> bool:
-    """Whether srun started this process as a task that sees one GPU: its number is 0, whatever the local rank."""
+    """Whether srun started this process as a task that sees one GPU; its number is then 0 for any local rank."""
     local_rank = os.environ.get("LOCAL_RANK")
     return local_rank is not None and os.environ.get("SLURM_LOCALID") == local_rank and torch.cuda.device_count() == 1
 
@@ -100,7 +100,7 @@ def _cuda_works() -> bool:
         return False
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
-        reason = "PyTorch gives no reason"
+        reason = "PyTorch reports no reason"
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0][:200]
     built = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPUs only"
@@ -185,7 +185,7 @@ def set_launcher_variables(device: torch.device) -> None:
 
 @contextmanager
 def deepspeed_device(device: torch.device) -> Iterator[None]:
-    """Around the import of DeepSpeed, which then takes its device from `DS_ACCELERATOR`, or else from the machine."""
+    """Context for importing DeepSpeed, which takes its device from `DS_ACCELERATOR`, otherwise from the machine."""
     before = os.environ.get(ACCELERATOR)
     os.environ[ACCELERATOR] = device.type
     try:
@@ -198,7 +198,7 @@ def deepspeed_device(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def memory_errors(fix: str) -> Iterator[None]:
-    """Around work on a GPU: "out of memory" becomes a `UserError` that says what to lower (`fix`)."""
+    """Context for work on a GPU: "out of memory" becomes a `UserError` with advice (`fix`)."""
     try:
         yield
     except torch.OutOfMemoryError as error:

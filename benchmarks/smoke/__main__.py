@@ -1,7 +1,7 @@
 """One part of `benchmarks.gpu_smoke`, in this process.
 
-In: the letter of a part, the folder with the images. Out: <letter>.json there, rewritten after every figure.
-Invariant: what was reported is on the disk, so a part that is stopped keeps it.
+In: the letter of a part, the folder with the images. Out: <letter>.json there, rewritten after every result.
+Invariant: every reported result is on disk, so a part that is stopped keeps it.
 """
 
 import argparse
@@ -17,13 +17,13 @@ from benchmarks.smoke.sizes import sizes_of
 
 
 class Report:
-    """The figures of a part; every `add` rewrites its file."""
+    """The results of a part; every `add` rewrites its file."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.figures = file, dict[str, Any]()
 
     def add(self, name: str, value: Any) -> None:
-        """Keep a figure; a name that is there is replaced."""
+        """Add a result; replaces an existing one of the same name."""
         self.figures[name] = value
         temporary = self.file.with_suffix(".tmp")
         temporary.write_text(json.dumps(self.figures), encoding="utf-8")
@@ -31,7 +31,7 @@ class Report:
 
 
 def run_part(part: str, folder: Path, *, stand_in: bool) -> dict[str, Any]:
-    """Run a part; returns its figures."""
+    """Run a part; returns its results."""
     module, name = PARTS[part]
     report = Report(folder / f"{part}.json")
     getattr(importlib.import_module(f"benchmarks.smoke.{module}"), name)(sizes_of(stand_in), folder, report.add)

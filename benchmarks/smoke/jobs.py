@@ -1,7 +1,7 @@
 """Parts e to g of the GPU smoke run: stage 1, the real trainer, recovery.
 
-In: `Sizes`, the folder of the run. Out: figures, reported one by one.
-Invariant: what runs is the project's own code: the jobs of `cache_teacher` and `distill`, the audit, a command line.
+In: `Sizes`, the folder of the run. Out: results, reported one by one.
+Invariant: the parts run the project's own code: the jobs of `cache_teacher` and `distill`, the audit, a command line.
 """
 
 import gc
@@ -36,7 +36,7 @@ CPU_RUN_LIMIT_S = 150
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train; what it does not set is as in `config_of`."""
+    """One training variant; unset options are those of `config_of`."""
 
     name: str
     """Kind and micro-batch."""
@@ -49,7 +49,7 @@ class Variant:
 
 
 def variants(sizes: Sizes) -> list[Variant]:
-    """All variants, the most important ones first: the part may be stopped."""
+    """All variants, most important first, because the part may be stopped."""
     found = []
     for micro in sizes.micro_batches:
         found += [
@@ -65,18 +65,18 @@ def variants(sizes: Sizes) -> list[Variant]:
 
 
 class Lines:
-    """Stands for a run folder: keeps what the trainer logs."""
+    """Replaces a run folder: keeps the trainer's logged values in memory."""
 
     def __init__(self) -> None:
         self.lines: list[dict[str, float]] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:
-        """Keep the values of a step."""
+        """Store the values of a step."""
         self.lines.append(dict(values))
 
 
 def config_of(sizes: Sizes, variant: Variant, cache: Path, run: Path) -> DistillConfig:
-    """The options of two epochs; metrics are logged once an epoch."""
+    """Options for two epochs; metrics are logged once per epoch."""
     micro = variant.micro
     return DistillConfig(
         cache=str(cache),
@@ -98,7 +98,7 @@ def trainer_of(config: DistillConfig, process: Process, checkpoint: Checkpoint |
 
 
 def stage1(sizes: Sizes, folder: Path, add: Add) -> None:
-    """Part e: stage 1 of all images over the plain teacher."""
+    """Part e: rate of stage 1 on all images, relative to the plain teacher."""
     found = measure(
         folder / "stage1", folder / "images", teacher=sizes.teacher, images=sizes.images, views=sizes.views,
         batch=sizes.teacher_batches[-1], workers=sizes.workers, device=torch.device(sizes.device),
@@ -164,7 +164,7 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
 
 
 def synthetic_targets(run: Trainer, batch: int) -> Any:
-    """A source of targets that costs nothing."""
+    """A source of targets without any cost."""
     device, shape = run.process.device, run.loader.codec.shape
     targets = Targets(
         torch.randn(batch, *shape, device=device),
@@ -189,7 +189,7 @@ def recovery(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def resumed(sizes: Sizes, cache: Path, folder: Path, process: Process) -> dict[str, Any]:
-    """Save after the first epoch at ZeRO 0; the loss of the second one there and resumed at ZeRO 2."""
+    """Save after the first epoch at ZeRO 0; compare the loss of the second epoch with a resume at ZeRO 2."""
     micro = sizes.micro_batches[-1]
     whole = trainer_of(config_of(sizes, Variant("zero 0", micro), cache, folder / "run"), process)
     lines, other = Lines(), Lines()
@@ -213,7 +213,7 @@ def resumed(sizes: Sizes, cache: Path, folder: Path, process: Process) -> dict[s
 
 
 def audited(cache: Path, process: Process) -> dict[str, Any]:
-    """Verify the cache, damage one byte of it, repair it; whether the repaired file has its old bytes."""
+    """Verify the cache, damage one byte, repair it; checks that the repaired file has its original bytes."""
     whole = verify_deep(cache, device=process.device)
     file = max((path for path in (cache / "units").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     data = bytearray(file.read_bytes())
@@ -233,7 +233,7 @@ def audited(cache: Path, process: Process) -> dict[str, Any]:
 
 
 def trained_on_cpu(cache: Path, run: Path) -> dict[str, Any]:
-    """`distill --device cpu` in a process of its own, on a machine that has a GPU."""
+    """`distill --device cpu` in a separate process, on a machine with a GPU."""
     options = {"cache": cache, "run": run, "student.name": "resnet10t", "train.epochs": 1, "device": "cpu",
                "train.global_batch_size": 8, "train.micro_batch_size": 8}  # fmt: skip
     command = [sys.executable, "-m", "pipelines.distill", *option_words(options)]

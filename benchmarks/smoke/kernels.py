@@ -1,7 +1,7 @@
 """Parts a to d of the GPU smoke run: environment, attention, codecs, the teacher.
 
-In: `Sizes`, the folder of the run. Out: figures, reported one by one.
-Invariant: times on a GPU are those of events on its stream; a kernel that is missing is a figure, not an error.
+In: `Sizes`, the folder of the run. Out: results, reported one by one.
+Invariant: GPU times come from CUDA events; a missing kernel is a result, not an error.
 """
 
 import resource
@@ -30,7 +30,7 @@ BACKENDS = ("MATH", "FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
 
 
 def milliseconds(action: Callable[[], object], device: torch.device, repeats: int) -> float:
-    """Median time of a call, after one call that is not timed."""
+    """Median time of a call, after one warm-up call."""
     action()
     times = []
     for _ in range(repeats):
@@ -49,7 +49,7 @@ def milliseconds(action: Callable[[], object], device: torch.device, repeats: in
 
 
 def synchronizations(action: Callable[[], object], device: torch.device) -> int | None:
-    """How often a call waits for the GPU; None on a CPU."""
+    """Number of GPU synchronizations in a call; None on a CPU."""
     if device.type != "cuda":
         action()
         return None
@@ -90,7 +90,7 @@ def environment(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def attention(sizes: Sizes, folder: Path, add: Add) -> None:
-    """Part b: each backend at the projectors' shapes, the query expanded or contiguous, against float32 math."""
+    """Part b: each attention backend at the projectors' shapes, query expanded or contiguous, against float32 math."""
     device = torch.device(sizes.device)
     for stage, shape in sizes.attention.items():
         torch.manual_seed(0)
@@ -132,7 +132,7 @@ def attention(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def codecs(sizes: Sizes, folder: Path, add: Add) -> None:
-    """Part c: rows made on the device against those of the CPU, times of a batch, waits."""
+    """Part c: rows encoded on the device compared with the CPU, time per batch, synchronizations."""
     device, count = torch.device(sizes.device), sizes.codec_views
     maps = synthetic_maps(count, 2, sizes.feature_shape)
     placed = maps.to(device)
@@ -192,7 +192,7 @@ def teacher(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def rates(model: Teacher, images: Tensor, sizes: Sizes, add: Add, name: str) -> None:
-    """Views a second for each batch size."""
+    """Views per second for each batch size."""
     device, found = images.device, {}
     for batch in sizes.teacher_batches:
         part = images[:batch]
@@ -204,7 +204,7 @@ def rates(model: Teacher, images: Tensor, sizes: Sizes, add: Add, name: str) -> 
 
 
 def bytes_by_batch(model: Teacher, images: Tensor) -> dict[str, Any]:
-    """How many int8 rows and bytes differ when the same images run again, or in a batch with one image less."""
+    """Number of int8 rows and bytes that differ when the same images run again, or in a batch with one image less."""
     codec = make_codec("int8", model.spec.feature_shape)
     first = codec.encode(model(images).features)
     again = codec.encode(model(images).features)

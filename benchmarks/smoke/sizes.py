@@ -1,4 +1,4 @@
-"""Sizes of the GPU smoke run and of its stand-in on a CPU; the images and the caches that several parts use.
+"""Sizes of the GPU smoke run and of its CPU stand-in; images and caches that several parts use.
 
 In: nothing. Out: `Sizes`, a folder of images, finished caches.
 Invariant: the images need no package beyond numpy and Pillow, and are the same in every run.
@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 Add = Callable[[str, Any], None]
-"""Reports a figure of a part: its name and a JSON value."""
+"""Reports a result of a part: its name and a JSON value."""
 
 
 class Attention(NamedTuple):
@@ -38,7 +38,7 @@ class Sizes(NamedTuple):
     views: int
     workers: int
     teacher_batches: tuple[int, ...]
-    """The last one is stage 1's."""
+    """The last one is also used for stage 1."""
     attention: dict[str, Attention]
     attention_batch: int
     feature_shape: tuple[int, int, int]
@@ -72,7 +72,7 @@ def sizes_of(stand_in: bool) -> Sizes:
 
 
 def write_images(folder: Path, sizes: Sizes) -> None:
-    """JPEG files of smooth random color in two classes under train/, a few under val/; none if they are there."""
+    """Write JPEG files of smooth random color in two classes under train/, and a few under val/, unless they exist."""
     if (folder / "val").exists():
         return
 
@@ -94,12 +94,12 @@ def write_images(folder: Path, sizes: Sizes) -> None:
 
 
 def cache_of(folder: Path, sizes: Sizes, *, tiny: bool = False) -> Path:
-    """The cache that training reads: one view of `trained` images. Stage 1 makes it once; later calls find it.
+    """The cache for training: one view of `trained` images. Stage 1 makes it in the first call; later calls reuse it.
 
     Args:
-        folder: with the images.
-        sizes: of the run.
-        tiny: of the demo teacher at 64 px instead.
+        folder: folder with the images.
+        sizes: sizes of the run.
+        tiny: use the demo teacher at 64 px.
     """
     import torch
 

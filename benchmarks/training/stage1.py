@@ -43,7 +43,7 @@ POLL_S = 0.05
 
 
 class TimedTeacher(nn.Module):
-    """A teacher that notes when its first forward pass begins and how long all of them take on its device."""
+    """A teacher that records the start of its first forward pass and the device time of all passes."""
 
     def __init__(self, teacher: Teacher) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class TimedTeacher(nn.Module):
         self._spans: list[tuple[Any, Any]] = []
 
     def forward(self, images: Tensor) -> TeacherOutput:
-        """As the teacher's."""
+        """See `Teacher`."""
         self.started = self.started or time.perf_counter()
         first = self._mark()
         output: TeacherOutput = self.teacher(images)
@@ -74,7 +74,7 @@ class TimedTeacher(nn.Module):
 
 
 class Usage:
-    """Most file descriptors of this process and most memory of its child processes. A context manager."""
+    """Peak file descriptors of this process and peak memory of its child processes. A context manager."""
 
     def __init__(self) -> None:
         self.descriptors, self.children_bytes = 0, 0
@@ -105,28 +105,28 @@ def _resident_bytes(pid: str) -> int:
     """Shared pages count once for each process."""
     try:
         return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    except OSError:  # it has just ended
+    except OSError:  # it has just exited
         return 0
 
 
 class Rates(NamedTuple):
-    """What one benchmark run of stage 1 gives; one entry a repeat."""
+    """Results of a stage-1 benchmark; one entry per repeat."""
 
     stage1_s: list[float]
     """From the first forward pass to the last commit."""
     plain_s: list[float]
-    """The plain teacher over as many views."""
+    """The plain teacher on the same number of views."""
     idle: list[float]
-    """Share of stage 1's time in which no forward pass ran."""
+    """Fraction of stage 1's time without a forward pass."""
     start_s: list[float]
-    """Until the first forward pass: worker processes start, the first images are decoded."""
+    """Time to the first forward pass: starting worker processes, decoding the first images."""
     descriptors: int
     children_bytes: int
     peak_bytes: int
 
     @property
     def ratios(self) -> list[float]:
-        """Rate of stage 1 over that of the plain teacher."""
+        """Rate of stage 1 divided by that of the plain teacher."""
         return [plain / own for own, plain in zip(self.stage1_s, self.plain_s, strict=True)]
 
 
@@ -143,19 +143,19 @@ def measure(
     size: int = 224,
     repeats: int = 2,
 ) -> Rates:
-    """Stage 1 and the plain teacher in turn, `repeats` times.
+    """Run stage 1 and the plain teacher alternately, `repeats` times.
 
     Args:
-        folder: where caches are made.
+        folder: folder for the caches.
         data: the images, class folders under train/.
         teacher: timm name; random weights.
-        images: images of the data set.
-        views: of an image, in one group.
-        batch: views of a forward pass; divides images * views.
+        images: number of images.
+        views: views per image, in one group.
+        batch: views per forward pass; divides images * views.
         workers: processes that sample views.
-        device: of the teacher.
-        size: of a view, pixels.
-        repeats: how often.
+        device: device of the teacher.
+        size: side of a view, pixels.
+        repeats: number of repeats.
     """
     assert images * views % batch == 0, "images x views must be a multiple of the batch size"
     config = CacheTeacherConfig(

@@ -1,10 +1,10 @@
-"""How many views/s does stage 1's own process handle, when teacher, codec and image work cost nothing?
+"""How many views/s does the main process of stage 1 handle if teacher, codec and image decoding cost nothing?
 
     python -m benchmarks.training.stage1_pipeline [--images 512] [--views 4] [--batch 128] [--repeats 5]
 
-One worker process sends ready views (224 px, 16.6 KB of JPEG). Teacher and feature codec are stand-ins that return
-ready tensors of Swin-L's shapes. The rest is stage 1's own code: receive, stack, encode 1,000 logits, append to the
-shards. A commit (fsync, sha256, read-back) runs beside it in a real job; it is timed separately.
+One worker process sends ready views (224 px, 16.6 KB of JPEG). Mock teacher and feature codec return ready tensors of
+Swin-L's shapes. The rest is stage 1's own code: receive, stack, encode 1,000 logits, append to the shards. In a real
+job, a commit (fsync, sha256, read-back) runs in the background; it is timed separately.
 """
 
 import itertools
@@ -36,11 +36,11 @@ from scalekd_cache.models.teacher import TeacherOutput
 SHAPE, CLASSES, PIXELS, JPEG_BYTES = (1536, 7, 7), 1000, 224, 16_600
 UNITS = 2
 READY = 16
-"""Images that the worker sends again and again."""
+"""Images that the worker sends repeatedly."""
 
 
 class ReadyViews(Dataset[list[SampledViews]]):
-    """Stands for stage 1's `ViewDataset`: views that are there already; a worker only sends them."""
+    """Replaces stage 1's `ViewDataset` with ready views that a worker only sends."""
 
     def __init__(self, views: int) -> None:
         self.pixels = torch.randint(0, 256, (READY, views, 3, PIXELS, PIXELS), dtype=torch.uint8)
@@ -60,9 +60,9 @@ class FreeTeacher:
 
     def __init__(self, batch: int) -> None:
         generator = torch.Generator().manual_seed(0)
-        self.features = torch.zeros(batch, 1, 1, 1)  # nothing looks at them
+        self.features = torch.zeros(batch, 1, 1, 1)  # the values are unused
         self.logits = torch.randn(batch, CLASSES, generator=generator)
-        self.logits[:, 0] += 9  # about as sure as a trained teacher
+        self.logits[:, 0] += 9  # about the confidence of a trained teacher
 
     def __call__(self, images: Tensor) -> TeacherOutput:
         """The same output for all images."""
@@ -70,7 +70,7 @@ class FreeTeacher:
 
 
 class FreeCodec(Int8Codec):
-    """int8 whose rows are ready; its work is the device's in a real job."""
+    """An int8 codec with ready rows; in a real job the device encodes them."""
 
     def __init__(self, batch: int) -> None:
         super().__init__(SHAPE)
@@ -92,12 +92,12 @@ class Timing(NamedTuple):
     fill_s: float
     """Receive, stack, logits, append."""
     fill_cpu_s: float
-    """Processor time of the main process in `fill_s`, all threads; other jobs on the machine change it less."""
+    """CPU time of the main process in `fill_s`, all threads; less sensitive to load on the machine."""
     commit_s: float
 
 
 def run(root: Path, images: int, views: int, batch: int) -> Timing:
-    """Fill and commit `UNITS` units; the worker has started before."""
+    """Fill and commit `UNITS` units; the worker starts before."""
     stage: Any = make_units.Stage(
         root=root, backend="webdataset", fingerprint="0" * 64, source=None, views=ViewConfig(size=PIXELS),  # type: ignore[arg-type]
         teacher=FreeTeacher(batch), codec=FreeCodec(batch), logit_codec=DenseLogits(CLASSES),  # type: ignore[arg-type]
@@ -115,7 +115,7 @@ def run(root: Path, images: int, views: int, batch: int) -> Timing:
     buffers = encode_batch.PixelBuffers(stage.device)
     fill_s, fill_cpu_s, commit_s = 0.0, 0.0, 0.0
     with mock.patch.object(encode_batch, "compare", free_similarity), torch.no_grad():
-        for number, unit in enumerate(units):  # the first one is not timed
+        for number, unit in enumerate(units):  # the first unit is not timed
             part = itertools.islice(items, images)
             started, cpu = time.perf_counter(), time.process_time()
             writer, figures = make_units.fill_unit(stage, unit, part, buffers=buffers)
@@ -131,7 +131,7 @@ def run(root: Path, images: int, views: int, batch: int) -> Timing:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark; write and print the results."""
     parser = argument_parser(__doc__)
-    parser.add_argument("--images", type=int, default=512, help="images of a unit")
+    parser.add_argument("--images", type=int, default=512, help="images per unit")
     parser.add_argument("--views", type=int, default=4)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
@@ -149,8 +149,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         Measurement(what.format(part), statistics.median(rates), (min(rates), max(rates)), "views/s", "", goal, gap)
         for part, rates, goal, gap in (
             ("receive, stack, logits, append", fill, "4,000", "one Python process; copies of pixels and rows"),
-            ("the same, views per second of processor time", cpu, "", ""),
-            ("commit: fsync, sha256, read-back", commit, "", "runs in threads beside the next unit"),
+            ("the same, views per CPU second", cpu, "", ""),
+            ("commit: fsync, sha256, read-back", commit, "", "runs in threads during the next unit"),
         )
     ]
     publish_table("stage1-pipeline", figures, {"options": vars(options), "seconds": found})

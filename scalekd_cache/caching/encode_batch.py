@@ -75,12 +75,12 @@ class PixelBuffers:
         return self._buffers[self._turn]
 
     def sent(self) -> None:
-        """All copies of the buffer last taken are enqueued."""
+        """Mark that all copies from the last buffer are enqueued."""
         self._sent[self._turn] = recorded_event(self.device)
 
 
 class Done:
-    """The event of a CPU, where work is done when its call returns."""
+    """The event of a CPU, where work is complete when its call returns."""
 
     def synchronize(self) -> None:
         """Return at once."""
@@ -110,7 +110,7 @@ def compare(codec: FeatureCodec, features: Tensor, codes: Tensor) -> Fidelity:
 
 
 def recorded_event(device: torch.device) -> Event:
-    """An event behind everything that was enqueued on the current stream of the device."""
+    """An event after everything enqueued so far on the device's current stream."""
     if device.type != "cuda":
         return Done()
     event = torch.cuda.Event()  # type: ignore[no-untyped-call]

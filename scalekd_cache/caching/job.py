@@ -127,7 +127,7 @@ def prepare(
 ) -> Prepared | None:
     """Open the data set, load the teacher, get the codec, plan the units, and run all checks.
 
-    What can be checked without the teacher's weights is checked before they are trained or downloaded.
+    Checks that need no teacher weights run before the weights are trained or downloaded.
 
     Args:
         config: all options of stage 1.
@@ -335,7 +335,7 @@ def _finish(peers: Peers, job: Job) -> Manifest:
 
 
 def _open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
-    """The validation images; None, with a note, when there are none. In a dry run nothing is downloaded."""
+    """The validation images; None, with a note, if there are none. A dry run downloads nothing."""
     try:
         return open_source(config.data, "val", download=not dry_run)
     except UserError as error:
@@ -378,7 +378,7 @@ def _teacher_top1(
 def _evaluate(
     config: CacheTeacherConfig, stage: Stage, images: Source, title: str, sample: int | None, answers: Answers
 ) -> Tally:
-    """Run the teacher on the images (on about `sample` of them), and keep its answers."""
+    """Run the teacher on the images (on about `sample` of them) and record its predictions."""
 
     def predict(pixels: Tensor) -> Tensor:
         output: TeacherOutput = stage.teacher(pixels)

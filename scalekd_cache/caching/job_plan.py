@@ -224,7 +224,7 @@ def _training_options(
     local = local_options(config.recipe)
     if local:
         process.print_rank0(
-            f"the cache does not keep {', '.join(local)} of recipe {config.recipe}: "
+            f"the cache does not store {', '.join(local)} of recipe {config.recipe}: "
             f"paths and resources of one machine. Give them to `make distill`, or RECIPE={config.recipe}"
         )
     return kept_options(config.recipe)

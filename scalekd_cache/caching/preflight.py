@@ -94,7 +94,7 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
 def check_before_weights(
     config: CacheTeacherConfig, source: Source | PixelCache, student: DistillConfig | None, process: Process
 ) -> None:
-    """What can be checked before a demo teacher is trained or weights are downloaded.
+    """Run the checks that are possible before a demo teacher is trained or weights are downloaded.
 
     Names of codec, teacher and student; the student at this size; its batches; the teacher's classes, as far as they
     are known; the folder of a new cache.

@@ -1,4 +1,4 @@
-"""Codecs convert teacher feature maps and logits to bytes and back. This file is the registry of feature codecs.
+"""Codecs convert teacher feature maps and logits to bytes and back, one file per codec; this file is the registry.
 
 In: a codec's name, or the JSON config from a manifest. Out: the codec (`base.py` defines the contract).
 Invariant: importing this package does not import torch; a codec's module is imported on demand.

@@ -1,4 +1,4 @@
-"""Upload of an exported student to a model hub, with timm's own function.
+"""Uploads an exported student to a model hub with timm's function.
 
 In: a folder that `timm_export.export_student` wrote, the name of a repository. Out: the URL of the commit.
 Invariant: the hub receives exactly the files of the export. No pickle is uploaded.
@@ -19,7 +19,7 @@ LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token with write acce
 def push_export(folder: Path, repo: str, *, private: bool = False, token: str | None = None) -> str:
     """Upload an exported student; `timm.create_model("hf-hub:user/name", pretrained=True)` then loads it.
 
-    The model card is uploaded first: timm's function would otherwise write one, with a license that nobody chose.
+    The model card is uploaded first: timm's function would otherwise write one with a default license.
 
     Args:
         folder: the export.

@@ -159,7 +159,7 @@ class _TensorSlot(NamedTuple):
 
 
 Place = tuple[int, ...]
-"""Where something is in nested lists and tuples: an index per level."""
+"""Position in nested lists and tuples: one index per level."""
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ class _SharedItem:
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""
     slots: list[tuple[Place, _TensorSlot]]
-    """Where each tensor belongs, and where it is in the block."""
+    """Position of each tensor in the item and in the block."""
     rest: Any
     """The item with None instead of its tensors."""
 
@@ -224,7 +224,7 @@ def _shared_block(size: int) -> Tensor:
 
 
 def _without_tensors(item: Any, path: Place, tensors: list[tuple[Place, Tensor]]) -> Any:
-    """The item with None instead of its tensors, which are added to `tensors` with their places."""
+    """The item with None instead of its tensors, which are added to `tensors` with their positions."""
     if isinstance(item, Tensor):
         tensors.append((path, item))
         return None
@@ -234,7 +234,7 @@ def _without_tensors(item: Any, path: Place, tensors: list[tuple[Place, Tensor]]
 
 
 def _put(item: Any, path: Place, tensor: Tensor) -> Any:
-    """The item with the tensor in its place; lists are changed, since a received item belongs to the receiver."""
+    """The item with the tensor inserted; lists are changed in place, because the receiver owns the item."""
     if not path:
         return tensor
     first = path[0]

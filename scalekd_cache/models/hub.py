@@ -1,6 +1,6 @@
-"""Whether the hub of pretrained models can be reached, so that a machine without a network gets its answer in seconds.
+"""Checks whether the hub of pretrained models can be reached, so that offline machines fail within seconds.
 
-In: nothing but huggingface_hub's settings. Out: a context in which downloads work, or fail at once.
+In: huggingface_hub's settings. Out: a context in which downloads work or fail at once.
 Invariant: files in the hub's local cache are found either way. huggingface_hub alone retries for about a minute.
 """
 
@@ -14,11 +14,11 @@ from collections.abc import Iterator
 from huggingface_hub import constants
 
 TIMEOUT_S = 3.0
-"""Longest wait for the first answer of the hub, name lookup included."""
+"""Timeout in seconds for the first reply of the hub, including name lookup."""
 
 
 def hub_answers() -> bool:
-    """Whether the hub answers within `TIMEOUT_S`; proxies of the environment are used."""
+    """Whether the hub replies within `TIMEOUT_S`; uses the proxies of the environment."""
     answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -40,10 +40,10 @@ def hub_answers() -> bool:
 
 @contextlib.contextmanager
 def hub_or_cache() -> Iterator[None]:
-    """Within it, downloads use the local cache only when the hub does not answer.
+    """A context in which downloads use only the local cache if the hub does not reply.
 
     Raises:
-        ConnectionError: the hub does not answer, and what was asked for is not in the local cache.
+        ConnectionError: the hub does not reply, and the requested file is not in the local cache.
     """
     if constants.is_offline_mode() or hub_answers():
         yield

@@ -130,7 +130,7 @@ def demo_teacher_args() -> dict[str, Any]:
 
 
 def own_image_size(name: str) -> int:
-    """Side (pixels) of the images that a teacher was made for."""
+    """Native image size of a teacher, pixels."""
     if name == DEMO_TEACHER:
         return int(demo_teacher_args()["img_size"])
     return default_image_size(check_name(name, "teacher"))
@@ -259,7 +259,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
 
 @torch.no_grad()
 def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -> Taps:
-    """What comes out of the tapped layers for one black image.
+    """Outputs of the tapped layers for one black image.
 
     Raises:
         UserError: the model does not take images of this size.

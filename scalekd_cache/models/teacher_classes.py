@@ -30,7 +30,7 @@ CONTINUE_HINT = "to continue anyway: SET=teacher.check_classes=false"
 
 
 class Answers:
-    """The teacher's answers on labeled images."""
+    """The teacher's predictions on labeled images."""
 
     def __init__(self, teacher: str, class_names: Sequence[str]) -> None:
         """`teacher`: its name, for messages; `class_names` of the data set."""
@@ -72,7 +72,7 @@ def check_class_order(
     if not count:
         return
     file = "FILE, one class name per line in the order of the teacher's outputs"
-    here = f" when you make {pixels_from} again (its labels are shared too)" if pixels_from else ""
+    here = f" when you rebuild {pixels_from} (its labels are shared too)" if pixels_from else ""
     for name, key in ORDERS.items():
         ordered = sorted(range(len(class_names)), key=lambda label: (key(class_names[label]), class_names[label]))
         there = np.array(ordered)[guesses] == labels

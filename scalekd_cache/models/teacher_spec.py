@@ -27,7 +27,7 @@ DEPTH = re.compile("depth|layer|block")
 MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
 """Limits of model arguments: number of layers, length of a list, any other number."""
 RANDOM = " (random weights)"
-"""Follows the name of a teacher without trained weights."""
+"""Suffix of the name of a teacher without trained weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +89,7 @@ def _is_plain(name: str, value: object, inside: int = 0) -> bool:
 
 
 def teacher_label(teacher: Mapping[str, Any]) -> str:
-    """The teacher's name, from its entry in the manifest; random weights (PRETRAINED=0) are called random."""
+    """The teacher's name, from its entry in the manifest, with a suffix for random weights (PRETRAINED=0)."""
     random = not teacher["config"]["pretrained"] and teacher["config"]["weights"] is None
     return f"{teacher['spec']['name']}{RANDOM if random else ''}"
 

@@ -54,7 +54,7 @@ def test_ratios_with_goals():
     }
     met = {row["what"]: row["met"] for row in ratios(parts)}
     assert met == {
-        "decode, int8, ms a batch": True,
+        "decode, int8, ms per batch": True,
         "stage 1 / plain teacher": False,
         "cached / synthetic targets, micro-batch 8": True,
         "live / cached, micro-batch 8": False,

@@ -139,7 +139,7 @@ def test_without_validation_images_the_training_images_are_used(trained, tmp_pat
     shared = {"pixels_from": str(tmp_path / "pixels")}
     with pytest.raises(UserError, match="in natural order") as error:  # of the stored views
         cache_teacher(stage1(tmp_path / "wrong", data, wrong, cache=shared), CPU)
-    assert f"when you make {tmp_path / 'pixels'} again" in str(error.value)
+    assert f"when you rebuild {tmp_path / 'pixels'}" in str(error.value)
     assert not (tmp_path / "wrong").exists()
     assert "warning" not in capsys.readouterr().out
     cache_teacher(stage1(tmp_path / "second", data, right, cache=shared), CPU)
