@@ -33,6 +33,7 @@ from scalekd_cache.codec.base import EncodedRows, FeatureCodec, FeatureMap, as_b
 from scalekd_cache.codec.blocks import BlockPacker, Segment, fits, pack_symbols, unpack_symbols
 from scalekd_cache.codec.dither import dither, dither_table, subtract_dither
 from scalekd_cache.codec.transform_state import TransformState, check_state, read_state
+from scalekd_cache.devices import autocast
 from scalekd_cache.errors import UserError
 
 if TYPE_CHECKING:
@@ -195,7 +196,7 @@ class TransformCodec(FeatureCodec):
         # New memory costs one page fault per 4 KB, so three buffers are reused.
         symbols = values.new_empty(min(part, batch), self.factors + self.tokens * self.channels)
         spare = torch.empty_like(values[:part])
-        with torch.autocast(codes.device.type, enabled=False):
+        with autocast(codes.device, torch.float32):
             for rows, scale, into in zip(*(torch.split(all_, part) for all_ in (codes, scales, values)), strict=True):
                 joined, other = symbols[: len(rows)], spare[: len(rows)]
                 unpack_symbols(rows[:, split:], self.segments, joined)

@@ -1,4 +1,4 @@
-"""Watches what a real loop does with a device, where no device exists: meta tensors stand for those on a GPU."""
+"""Counts what a real training loop reads from its device and whom it waits for; an engine for any device."""
 
 import sys
 from collections import Counter
@@ -8,11 +8,8 @@ from pathlib import Path
 import torch
 from commands import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
-DEVICE = torch.device("meta")
-COPIES = (aten._to_copy.default, aten.copy_.default)
 READS = (aten._local_scalar_dense, aten.nonzero, aten.is_nonzero, aten.equal, aten.masked_select, aten._unique2)
 """Operators whose result the host needs: on a GPU each waits for everything enqueued before it."""
 PACKAGE, LIBRARIES = ROOT / "scalekd_cache", Path(torch.__file__).parents[1]
@@ -30,44 +27,6 @@ def caller(*also):
                 return f"{file.relative_to(root.parent if root != PACKAGE else root)} {name}"
         frame = frame.f_back
     return "elsewhere"
-
-
-class DeviceTrace(TorchDispatchMode):
-    """Records every crossing between host and device, and refuses operators that mix their tensors.
-
-    A 0-dimensional host tensor is an argument of a kernel, as a Python number is: allowed. What the host reads from a
-    meta tensor is zero, or the largest int64.
-    """
-
-    def __init__(self):
-        super().__init__()
-        self.crossings, self.mixed = Counter(), []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
-        host = [tensor for tensor in tensors if tensor.device.type == "cpu"]
-        device = [tensor for tensor in tensors if tensor.is_meta]
-        if func.overloadpacket in READS and device:
-            self.crossings["device to host", caller()] += 1
-            assert func is aten._local_scalar_dense.default, func
-            return torch.iinfo(torch.int64).max if args[0].dtype == torch.int64 else 0
-        if func in COPIES:
-            return self._copied(func, args, kwargs)
-        if device and any(tensor.ndim for tensor in host):
-            self.mixed.append((str(func), caller()))
-        return func(*args, **kwargs)
-
-    def _copied(self, func, args, kwargs):
-        source = args[0] if func is COPIES[0] else args[1]
-        target = kwargs.get("device") or source.device if func is COPIES[0] else args[0].device
-        if source.device.type != torch.device(target).type:
-            direction = "device to host" if source.is_meta else "host to device"
-            self.crossings[direction, caller()] += 1
-            if source.is_meta:  # the values are not known
-                zeros = torch.zeros(source.shape, dtype=kwargs.get("dtype") or source.dtype)
-                return zeros if func is COPIES[0] else args[0].zero_()
-        return func(*args, **kwargs)
 
 
 class ReadCounter(TorchDispatchMode):

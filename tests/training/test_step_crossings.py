@@ -4,16 +4,21 @@ There is no device here: meta tensors stand for it, and operators that would wai
 """
 
 import pytest
+import torch
 import torch.distributed as dist
+from codec_maps import SHAPE, maps
+from crossings import META, device_crossings
 from deepspeed.accelerator import get_accelerator
-from device_trace import DEVICE, DeviceTrace, PlainEngine, ReadCounter, counted_calls
+from device_trace import PlainEngine, ReadCounter, counted_calls
 from small_cache import CPU
-from small_trainer import STEPS, Lines, config_of, trainer_of
+from small_trainer import MICRO, STEPS, Lines, config_of, trainer_of
 
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.transform_fit import fit
 from scalekd_cache.training.trainer import Trainer, start_processes
 
-MICROS, LOGS = 2, 1
-"""Micro-batches of a step, and logged steps (the last of an epoch)."""
+MICROS = 2
+"""Micro-batches of a step."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -28,29 +33,42 @@ class MetaTrainer(Trainer):
         return PlainEngine(model, optimizer, MICROS)
 
 
-IN_A_STEP = {("host to device", "loader/loader.py Batch.to"): 4 * MICROS}
-AT_A_LOG = {
-    ("device to host", "training/trainer.py Trainer._average"): 1,
-    ("device to host", "training/watchdog.py Watchdog.first_nonfinite"): 1,
-}
-"""Every crossing of the loop, with its count: the four tensors of each micro-batch; the figures that are logged."""
-
-
 @pytest.mark.parametrize(("targets", "optim"), [("cached", "adamw"), ("live", "sgd"), ("none", "lamb")])
 def test_every_crossing_is_in_the_list(monkeypatch, targets, optim):
     """A whole epoch: the next batch, its targets, student, heads, losses, backward, optimizer, average, one log."""
     train = {"targets": targets, "epochs": 1, "log_every": 100}
-    process = CPU._replace(device=DEVICE)
+    process = CPU._replace(device=META)
     trainer = trainer_of(config_of(train=train, optim={"name": optim}), process=process, kind=MetaTrainer)
     lines, per_step = Lines(), []
-    with counted_calls(monkeypatch, dist, "all_reduce", lambda *args, **kwargs: None), DeviceTrace() as trace:
+    with counted_calls(monkeypatch, dist, "all_reduce", lambda *args, **kwargs: None), device_crossings() as seen:
         for _ in trainer.train(lines):
-            per_step.append(dict(trace.crossings))
-            trace.crossings.clear()
-    assert trace.mixed == []
-    assert per_step == [IN_A_STEP] * (STEPS - 1) + [{**IN_A_STEP, **AT_A_LOG}]
+            per_step.append(list(seen))
+            seen.clear()
+    row, classes = trainer.loader.codec.bytes_per_view, 10
+    shapes = ((MICRO, 3, 64, 64), (MICRO,), (MICRO, row), (MICRO, classes))  # pixels, labels, codes, logits
+    in_a_step = [("to device", shape) for shape in shapes] * MICROS
+    logged = [("to host", (6,)), ("read", ())]  # the mean terms; the first micro-batch with NaN
+    assert per_step == [in_a_step] * (STEPS - 1) + [in_a_step + logged]
     assert lines.steps == [STEPS]
     assert all(parameter.is_meta for parameter in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("name", ["int8", "int4", "fp8", "float16", "bfloat16", "float32", "rotated", "predicted"])
+def test_decoding_stays_on_the_device(name):
+    """The tables of a transform codec go there once."""
+    if name in ("rotated", "predicted"):
+        codec, features = fit(maps(200), 0.01, rotated=name == "rotated"), maps(3)
+        rows = codec.encode(features, torch.arange(3))
+    else:
+        codec, features = make_codec(name, SHAPE), maps(3)
+        rows = codec.encode(features)
+    codec.decode(rows.to(META))
+    with device_crossings() as seen:
+        decoded = codec.decode(rows.to(META))
+    assert seen == [("to device", tuple(rows.shape))]
+    assert decoded.features.shape == features.shape
+    assert decoded.features.is_meta
+    assert decoded.norms.is_meta
 
 
 @pytest.mark.parametrize(
