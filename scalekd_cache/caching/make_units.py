@@ -79,7 +79,7 @@ class SkipPolicy:
     """Decides which images a unit skips, and defers units that cannot follow the rule yet.
 
     The rule: every view group skips the images that the first group skips, because one of its images could not be
-    decoded. A unit that breaks it is not committed. It is made again at the end of the job, when the image may be
+    decoded. A unit that breaks it is not committed. It is retried at the end of the job, when the image may be
     readable; if it still breaks the rule, `check` raises.
 
     Args:

@@ -206,7 +206,7 @@ def _bad_sample(tar: str, stem: str, got: str) -> UserError:
         got=got,
         expected="neighboring members with one image (.jpg, .png, .webp, ...) and one .cls, a whole number in ASCII",
         where=tar,
-        fix="write the shard again, with the members of a sample next to each other",
+        fix="rewrite the shard, with the members of a sample next to each other",
     )
 
 
@@ -220,6 +220,6 @@ def _check_unique(tars: Iterable[str], samples: Iterable[list[ShardSample]]) -> 
                     got=f"in {seen[sample.key]} and in {tar}",
                     expected="keys that are unique over all tars of a split",
                     where=tar,
-                    fix="write the shards again with unique keys, the members of a sample next to each other",
+                    fix="rewrite the shards with unique keys, the members of a sample next to each other",
                 )
             seen[sample.key] = tar

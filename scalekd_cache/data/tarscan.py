@@ -74,7 +74,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
             got=f"{error} (last complete header: {last})",
             expected="an uncompressed tar with its end-of-archive mark",
             where=path,
-            fix="copy or write the shard again",
+            fix="copy the shard again, or rewrite it",
         ) from error
     return members
 

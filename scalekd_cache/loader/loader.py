@@ -43,7 +43,7 @@ class Batch(NamedTuple):
     """One micro-batch of one view number."""
 
     images: Tensor
-    """(B, 3, H, W) uint8: the pixels the teacher saw."""
+    """(B, 3, H, W) uint8: the pixels that were the teacher's input."""
     labels: Tensor
     """(B,) int64."""
     codes: Tensor
@@ -167,13 +167,13 @@ class MicroBatches(Dataset[Batch]):
         return whole
 
     def _pixels(self, record: Record, view: int, *, check: bool) -> NDArray[np.uint8]:
-        """The view's uint8 pixels (size, size, 3), compared with the digest of what the teacher saw if `check`."""
+        """The view's uint8 pixels (size, size, 3), compared with the digest of the teacher's input if `check`."""
         pixels, replayed = self.record_pixels(record), self.record_pixels.source is not None
         assert pixels is not None
         wrong = wrong_digest(record, pixels) if check else None
         if wrong is not None:
             raise UserError(
-                "a view's pixels differ from those the teacher saw",
+                "a view's pixels differ from the teacher's input",
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"view {view} of {record.key} in {self.cache.root}",

@@ -32,7 +32,7 @@ def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
     """The sidecar of a committed unit of this cache whose files all have full length; None otherwise.
 
     Costs one small read, and one stat per file. A unit with truncated or missing files counts as missing and is
-    written again.
+    rewritten.
 
     Raises:
         UserError: the unit has another fingerprint (teacher, recipe, codec or data) or other images or views, or its

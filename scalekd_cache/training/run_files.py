@@ -31,7 +31,7 @@ OPTIONS_BYTES = SUMMARY_BYTES = 1 << 17
 FACTS_BYTES = 1 << 26
 WRITTEN_OPTIONS = ("cache", "student", "train", "device")
 """Options that every complete config.yaml has, including the last one written."""
-AGAIN = "remove this file and rerun `make distill` with the options of this run to write it again"
+AGAIN = "remove this file and rerun `make distill` with the options of this run to recreate it"
 T = TypeVar("T")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -181,7 +181,7 @@ def read_summary(run: Path) -> Summary | None:
     try:
         return dict(read_checked(file, SummaryFields, "a run's summary", SUMMARY_BYTES))
     except UserError as error:
-        fix = "remove this file and rerun `make distill` with the options of this run to measure and write it again"
+        fix = "remove this file and rerun `make distill` with the options of this run to recreate it"
         raise UserError(f"a run's summary is damaged: {error}", fix=fix) from error
 
 

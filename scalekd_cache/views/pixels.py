@@ -2,7 +2,7 @@
 
 In: (size, size, 3) uint8 pixels, or the bytes of a cache. Out: a JPEG or PNG file, pixels, 16 hex characters.
 Invariant: the header of stored bytes is checked before anything is decoded or allocated; JPEG is always decoded by the
-same library, so that a student sees the pixels that the teacher saw.
+same library, so that a student gets exactly the teacher's pixels.
 """
 
 import hashlib

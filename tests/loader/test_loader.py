@@ -115,7 +115,7 @@ def test_pixels_that_are_not_the_teachers_are_reported(monkeypatch):
 
     loader_decode = record_pixels.decode_pixels
     monkeypatch.setattr(record_pixels, "decode_pixels", drifted)
-    with pytest.raises(UserError, match="differ from those the teacher saw") as error:
+    with pytest.raises(UserError, match="differ from the teacher's input") as error:
         next(iter(make_loader(cache)))
     assert f"view 0 of {key} " in str(error.value)
     assert f"torch {torch.__version__.partition('+')[0]}" in str(error.value)
@@ -235,7 +235,7 @@ def test_a_replayed_image_that_changed_or_went_is_reported(replayed, tmp_path):
     other = shutil.copytree(root, tmp_path / "data")
     file = other / "train" / f"{key}.png"
     Image.fromarray(np.zeros((9, 12, 3), np.uint8)).save(file)
-    with pytest.raises(UserError, match="differ from those the teacher saw") as error:
+    with pytest.raises(UserError, match="differ from the teacher's input") as error:
         list(replay_loader(cache, data=str(other)))
     assert f"view 0 of {key} " in str(error.value)
     file.unlink()
@@ -258,7 +258,7 @@ def test_any_replaced_image_is_reported_the_first_time_it_is_used(replayed, tmp_
         steps.load_state_dict({**steps.state_dict(), "step": 1})
     used = []
     with pytest.raises(
-        UserError, match=f"differ from those the teacher saw(.|\n)*of {key} (.|\n)*replaced after stage 1"
+        UserError, match=f"differ from the teacher's input(.|\n)*of {key} (.|\n)*replaced after stage 1"
     ):
         used.extend(batch.ids.tolist() for batch in steps)
     assert all(victim not in ids for ids in used)
