@@ -12,6 +12,7 @@ import urllib.request
 from collections.abc import Iterator
 
 from huggingface_hub import constants
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
 TIMEOUT_S = 3.0
 """Timeout in seconds for the first reply of the hub, including name lookup."""
@@ -45,13 +46,13 @@ def hub_or_cache() -> Iterator[None]:
     Raises:
         ConnectionError: the hub does not reply, and the requested file is not in the local cache.
     """
-    if constants.is_offline_mode() or hub_answers():
+    if not constants.is_offline_mode() and hub_answers():
         yield
         return
     before, constants.HF_HUB_OFFLINE = constants.HF_HUB_OFFLINE, True
     try:
         yield
-    except Exception as error:  # hub clients raise many kinds of errors
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled, urllib.error.URLError) as error:
         raise ConnectionError(f"no connection to {constants.ENDPOINT}, and not in the local cache") from error
     finally:
         constants.HF_HUB_OFFLINE = before
