@@ -225,7 +225,7 @@ def _training_options(
     if local:
         process.print_rank0(
             f"the cache does not store {', '.join(local)} of recipe {config.recipe}: "
-            f"paths and resources of one machine. Give them to `make distill`, or RECIPE={config.recipe}"
+            f"paths and resources of one machine. Pass them to `make distill`, or set RECIPE={config.recipe}"
         )
     return kept_options(config.recipe)
 

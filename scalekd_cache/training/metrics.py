@@ -1,6 +1,6 @@
 """The measurements of a run over its steps: metrics.jsonl and TensorBoard events.
 
-In: values by step. Out: one JSON object a line, and event files; read back for reports and for resuming.
+In: values by step. Out: one JSON object per line, and event files; read back for reports and for resuming.
 Invariant: each line is written in one append and each event is flushed, so a full disk is reported at that step. On
 resume, damaged lines and lines of lost steps are dropped.
 """
@@ -19,9 +19,9 @@ from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.training.run_files import METRICS, Finite
 
 LINES_BYTES = 1 << 30
-"""Largest file of lines that a run resumes: about 3 million logged steps."""
+"""Maximum size of metrics.jsonl that a run can resume: about 3 million logged steps."""
 SHOWN_BYTES = 1 << 27
-"""Largest metrics file that a report shows."""
+"""Maximum size of metrics.jsonl that a report shows."""
 LINE_BYTES = 1 << 20
 
 

@@ -117,7 +117,7 @@ def card_facts(
 
 
 def _last_part(place: str) -> str:
-    """The last part of a path or URL: a card leaves the machine, and its folders concern nobody else."""
+    """The last part of a path or URL; a published card should not contain local folders."""
     return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or place
 
 

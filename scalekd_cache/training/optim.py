@@ -24,7 +24,7 @@ from scalekd_cache.errors import UserError
 POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
 """Parts of the names of parameters that hold positions, in students and in the heads."""
 NEVER = 1 << 62
-"""More steps or cycles than any run has."""
+"""Larger than the number of steps or cycles of any run."""
 
 
 def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:

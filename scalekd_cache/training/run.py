@@ -132,7 +132,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
 def _check_finished(
     config: DistillConfig, run: Path, summary: Summary, folder: RunFolder | None, process: Process
 ) -> None:
-    """Check that a finished run belongs to this cache; write missing options and facts again."""
+    """Check that a finished run belongs to this cache; recreate missing options and facts."""
     root = open_place(config.cache, config.remote)
     facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.print_rank0)
     check_same_cache(run, facts.fingerprint, root)

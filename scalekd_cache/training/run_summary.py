@@ -17,7 +17,7 @@ from scalekd_cache.training.run_files import SUMMARY, Summary, read_summary
 def make_summary(
     config: DistillConfig, reads: RunCache, loader: CacheLoader, world_size: int, tally: Tally | None
 ) -> Summary:
-    """The fields that are known when training ends; `tally` is None without validation images."""
+    """The fields that are known at the end of training; `tally` is None without validation images."""
     manifest = reads.cache.manifest
     return {
         "student": config.student.name,

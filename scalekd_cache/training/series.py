@@ -1,8 +1,8 @@
 """Several runs of one command: a list of seeds, a list of students; mean and spread over the seeds.
 
-In: a `DistillConfig` whose `student.name` and `train.seeds` may list several values. Out: one configuration a run,
-their summaries, and one row a student.
-Invariant: a run of a series is the run that the command with its single student and seed makes, in its own folder.
+In: a `DistillConfig` whose `student.name` and `train.seeds` may list several values. Out: one configuration per run,
+their summaries, and one row per student.
+Invariant: each run of a series equals the run of a command with this single student and seed, in its own folder.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from scalekd_cache.training.trackers import Logger
 
 
 def default_run(config: DistillConfig) -> str:
-    """The folder of a run without `run`: runs/<student>, with the targets where they are not the cached ones."""
+    """The default folder of a run: runs/<student>, followed by the kind of targets unless they are cached."""
     suffix = "" if config.train.targets == "cached" else f"-{config.train.targets}"
     return f"runs/{config.student.name}{suffix}"
 
@@ -60,7 +60,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
     `log` is called as by `distill`.
 
     Raises:
-        UserError: of the first run that fails; a rerun continues there.
+        UserError: from the first run that fails; a rerun resumes there.
     """
     if len(configs) > 1:
         for config in configs:
@@ -70,7 +70,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
         if len(configs) > 1:
             process.print_rank0(f"run {number} of {len(configs)}: {config.run}")
         summaries.append(distill(config, process, log))
-        gc.collect()  # an engine of DeepSpeed refers to itself
+        gc.collect()  # DeepSpeed engines contain reference cycles
         if process.device.type == "cuda":
             torch.cuda.empty_cache()
     return summaries

@@ -88,7 +88,7 @@ HEAVY_HEADS = 10
 
 
 def heads_note(config: DistillConfig, student: Student, heads: ScaleKDHeads, tail: Tail) -> str | None:
-    """One line when the heads are far larger than the student: what they cost, and the cheaper option."""
+    """One line about the cost of the heads and the cheaper option, if they are far larger than the student."""
     own, trained = (sum(value.numel() for value in module.parameters()) for module in (student.model, heads))
     if config.scalekd.projector != "cap" or trained < HEAVY_HEADS * own:
         return None
@@ -130,9 +130,9 @@ class TargetSource(NamedTuple):
     """Where the targets of a batch come from: the cache, or a live teacher. All training and auditing code uses it."""
 
     codec: FeatureCodec
-    """Of the cache's features."""
+    """Codec of the cache's features."""
     logit_codec: LogitCodec
-    """Of the cache's logits."""
+    """Codec of the cache's logits."""
     classifier: nn.Linear | None = None
     """The teacher's classifier, for a cache that stores it instead of logits (`load_cache_classifier`)."""
     teacher: Teacher | None = None
@@ -167,7 +167,7 @@ class CachedTargets:
         cache: a finished cache, or its folder or URL.
         batch_size: samples per batch (also the BatchNorm group); a partial last batch is dropped.
         epochs: passes over the data.
-        seed: of the sample order.
+        seed: seed of the sample order.
         workers: loader processes.
         device: where features are decoded and batches are returned.
         mean: the student's channel means, on a scale of 0 to 1.

@@ -1,8 +1,8 @@
 """Trackers: the measurements of a run in wandb, mlflow, trackio, a CSV file, or a function of the caller.
 
-In: a run's folder, its options, values by step. Out: the same values in a tracker, by three calls of its own library.
+In: a run's folder, its options, values by step. Out: the same values in a tracker, through its own library.
 Invariant: a tracker gets what metrics.jsonl gets, after it was written there. A tracker that fails does not end a run.
-Its id is kept in the run's folder, so that a resumed run continues in the tracker.
+Its ID is stored in the run's folder, so that a resumed run continues in the tracker.
 """
 
 import csv
@@ -55,7 +55,7 @@ def start_tracker(name: str, run: Path, options: Mapping[str, Any], report: Call
 
 
 class CsvFile:
-    """metrics.csv: metrics.jsonl as a table, one column a value; written at each evaluation and at the end."""
+    """metrics.csv: metrics.jsonl as a table, one column per value; written at each evaluation and at the end."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -95,7 +95,7 @@ class Tracker:
                 place = {"id": kept, "dir": str(run)} if name == "wandb" else {}
                 session = library.init(project=PROJECT, name=run.name, resume="allow", config=config, **place)
                 self._log, self._finish = session.log, session.finish
-        except Exception as error:  # of any kind: these packages talk to servers
+        except Exception as error:  # any exception: these packages connect to servers
             raise UserError(
                 f"the tracker {name} cannot be started",
                 got=error,
@@ -115,7 +115,7 @@ class Tracker:
             return
         try:
             act()
-        except Exception as error:  # of any kind: the run is worth more than its tracker
+        except Exception as error:  # any exception: a failing tracker must not end the run
             self._works = False
             self._report(f"the tracker {self._name} failed and is off; metrics.jsonl is complete: {error}")
 

@@ -24,7 +24,7 @@ from scalekd_cache.training.metrics import drop_lines_after
 from scalekd_cache.training.run_files import SampleLine
 
 MICROS = 1 << 20
-"""More micro-batches than any step has, so (step, micro-batch) fits in one integer."""
+"""Larger than the number of micro-batches of any step, so that (step, micro-batch) fits in one integer."""
 NONE = torch.iinfo(torch.int64).max
 BACKEND_TIMEOUTS = 1.5
 """Timeout of NCCL and Gloo in timeouts of this watchdog, which then reports first: NCCL's aborts the process."""
@@ -73,7 +73,7 @@ class Watchdog:
 
     @contextmanager
     def guard(self, timeout_s: float) -> Iterator[None]:
-        """Around training: report a lost or stalled rank instead of hanging.
+        """Context for training: report a lost or stalled rank instead of hanging.
 
         A failed collective becomes a `RunInterrupted` with the exit code for a rerun. When no step finishes within
         `timeout_s`, the process exits, whatever call it is blocked in: the timeouts of the backends do not apply to
@@ -95,7 +95,7 @@ class Watchdog:
 
     @contextmanager
     def pause_timeout(self) -> Iterator[None]:
-        """Around a wait with its own timeout: for a growing cache."""
+        """Context for a wait with its own timeout, for a growing cache."""
         self._progress_at = float("inf")
         try:
             yield
