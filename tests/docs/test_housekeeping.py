@@ -34,6 +34,12 @@ def test_pre_commit_runs_the_checks_of_make_lint():
     assert [hook["entry"].split()[0:2][0] for hook in hooks] == re.findall(r"-m (\w+)", lint)
 
 
+def test_test_files_have_different_names():
+    """Two of one name in different rooms cannot be collected together."""
+    names = [file.name for file in (ROOT / "tests").rglob("*.py") if file.name not in ("conftest.py", "__init__.py")]
+    assert sorted(set(names)) == sorted(names)
+
+
 def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
     scripts = (ROOT / "benchmarks").rglob("*.py")
     names = {
