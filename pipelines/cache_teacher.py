@@ -39,14 +39,14 @@ def main(given: Given) -> None:
         if output.dry_run:
             dry_run(config, process, student)
             return
-        with _one_job_per_node(Path(config.cache.path)):
+        with one_job_per_node(Path(config.cache.path)):
             manifest = cache_teacher(config, process, student)
         process.print_rank0(f"next: {next_command(config, manifest)}")
         facts |= {**asdict(cache_info(Path(config.cache.path), manifest)), "path": config.cache.path}
 
 
 @contextlib.contextmanager
-def _one_job_per_node(root: Path) -> Iterator[None]:
+def one_job_per_node(root: Path) -> Iterator[None]:
     """Two commands on one node that write one cache run one after the other, if the file system has locks."""
     if os.environ.get("RANK", "0") != "0":
         yield
@@ -70,8 +70,12 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
     batches = batches_that_fit(manifest.num_samples, train.micro_batch_size) if smaller else None
     if "MAKELEVEL" not in os.environ:
         words = [word for name, value in options.items() if value for word in (f"--{name}", value)]
-        return shlex.join(["scalekd", "distill", *words, *([f"--{batches}"] if batches else [])])
-    words = [f"{name.upper()}={value}" for name, value in {**options, "set": batches}.items() if value]
+        return shlex.join(["scalekd", "distill", *words, *shlex.split(batches or "")])
+    words = [
+        f"{name.upper()}={value}"
+        for name, value in {**options, "set": (batches or "").replace("--", "")}.items()
+        if value
+    ]
     # VENV= and PYTHON= of this make; make passes them on in MAKEFLAGS.
     given = shlex.split(os.environ.get("MAKEFLAGS", ""))
     words += [word for word in given if word.startswith(("VENV=", "PYTHON="))]

@@ -201,11 +201,11 @@ def check_cache_path(place: str) -> None:
     if path.is_file():
         folder = path.parent
         holds = (folder / "manifest.json").exists()
-        fix = f"CACHE={folder}" if holds else "CACHE= to a cache folder"
+        fix = f"--cache {folder}" if holds else "--cache to a cache folder"
         raise UserError(f"{place} is a file, not a cache: set {fix}")
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
-    raise unknown_name("cache", place, there, f"CACHE=; create it with `make cache-teacher CACHE={place}`")
+    raise unknown_name("cache", place, there, f"--cache; create it with `scalekd cache-teacher --cache {place}`")
 
 
 def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:

@@ -39,7 +39,7 @@ def main(given: Given) -> None:
     else:
         tally = evaluate_run(Path(config.run), config.data, process, config.workers)
     if tally.images == 0:
-        raise UserError("no validation image could be read", where=config.data or config.run, fix="check DATA=")
+        raise UserError("no validation image could be read", where=config.data or config.run, fix="check --data")
     if not config.json:
         read = f"{tally.images:,} images" + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
         print(f"{config.run}: top-1 {tally.top1_percent:.2f} %, top-5 {tally.top5_percent:.2f} % of {read}")

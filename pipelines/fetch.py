@@ -26,7 +26,7 @@ def main(given: Given) -> None:
     from scalekd_cache.models.timm_models import fetch_weights
 
     file = fetch_weights(config.teacher, Path(config.weights_dir))
-    print(f"{file}: `make cache-teacher TEACHER={config.teacher}` will use this file")
+    print(f"{file}: `scalekd cache-teacher --teacher {config.teacher}` will use this file")
 
 
 COMMAND = Command("fetch", main, [FetchConfig], __doc__)

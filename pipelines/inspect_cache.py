@@ -74,7 +74,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
         raise UserError(
             "no pixels available: they are replayed, or shared with another cache",
             where=path,
-            fix="for shared pixels, give PIXELS_FROM=",
+            fix="for shared pixels, set --pixels-from",
         )
     ends = (".png",) if pixels.startswith(b"\x89PNG") else (".jpg", ".jpeg")
     if path.suffix not in ends:

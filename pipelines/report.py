@@ -45,7 +45,7 @@ class ReportConfig:
             raise UserError(
                 "set exactly one of cache, run and runs",
                 got=" and ".join(given) or "nothing",
-                fix='give CACHE=dir, RUN=dir or RUNS="dir dir"',
+                fix='set --cache dir, --run dir or --runs"dir dir"',
             )
 
 

@@ -52,7 +52,7 @@ def choose_device(name: str) -> torch.device:
             "the CUDA device does not exist",
             got=f"cuda:{index}",
             expected=f"one of the {count} devices of this node",
-            fix="decrease NPROC, or set device=cpu",
+            fix="lower --nproc, or use --device cpu",
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
@@ -175,7 +175,7 @@ def set_launcher_variables(device: torch.device) -> None:
                 "several processes of one node cannot train on one GPU",
                 got=f"device={device} for local rank {_local_rank()}",
                 expected="device=cuda: each process uses the GPU of its local rank",
-                fix="set device=cuda, or NPROC=1",
+                fix="set device=cuda, or --nproc 1",
             )
         os.environ["LOCAL_RANK"] = str(device.index)
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}

@@ -67,7 +67,7 @@ def worker_failure(error: BaseException) -> UserError | None:
     return UserError(
         "a data loader worker died",
         got="its pipe is closed" if closed else text.splitlines()[0].strip(),
-        fix="see the worker's own message above; one killed by signal 9 ran out of memory: use fewer WORKERS",
+        fix="see the worker's own message above; one killed by signal 9 ran out of memory: use fewer --workers",
     )
 
 
@@ -105,10 +105,10 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
     return UserError(f"there is no {what} {got}{hint} ({where})")
 
 
-def require_folder(place: Path, variable: str) -> None:
-    """`UserError` if `place` is a file. A folder that does not exist yet is fine. `variable`: its make variable."""
+def require_folder(place: Path, option: str) -> None:
+    """`UserError` if `place`, given by `option`, is a file. A folder that does not exist yet is fine."""
     if place.exists() and not place.is_dir():
-        raise UserError(f"{variable}={place} is a file: choose a folder")
+        raise UserError(f"{option} {place} is a file: choose a folder")
 
 
 def _close(name: str, names: Sequence[str], count: int) -> list[str]:

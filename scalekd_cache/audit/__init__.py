@@ -1,4 +1,4 @@
-"""Checks and repairs of a cache (`verify DEEP=1`, `repair`, `inspect`, `prove`).
+"""Checks and repairs of a cache (`verify --deep`, `repair`, `inspect`, `prove`).
 
 In: the folder or URL of a cache; for some checks also its data set and the weights of its teacher.
 Out: problems with their place on disk, repaired units, facts about one record, or a comparison of gradients.

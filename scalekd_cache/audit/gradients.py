@@ -1,4 +1,4 @@
-"""Measures what the cached targets do to a student's gradients (`make prove`).
+"""Measures what the cached targets do to a student's gradients (`scalekd prove`).
 
 The cache's teacher is re-run on a sample of its views. One student's gradients from the stored targets are compared
 with those from the live targets.
@@ -142,7 +142,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
             got=f"{count} micro-batches of {micro} views",
             expected="at least 2",
             where=config.cache,
-            fix="increase VIEWS= or reduce train.micro_batch_size",
+            fix="increase --views or reduce train.micro_batch_size",
         )
     model, tail = _student(config, cache, device)
     classifier = load_cache_classifier(config, cache, data.logit_codec, process)

@@ -161,7 +161,7 @@ def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
             "the teacher's weights are not available",
             got=config.teacher.weights or "timm's pretrained weights, which need a download",
             where=root,
-            fix="set TEACHER_WEIGHTS=file.safetensors to the file that the cache was made with",
+            fix="set --teacher-weights file.safetensors to the file that the cache was made with",
         )
     pixels = config.cache.pixels_from
     if pixels is not None and not (Path(pixels) / MANIFEST).exists():
@@ -169,21 +169,21 @@ def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
             "the cache that holds the pixels is missing",
             got=f"no manifest in {pixels}",
             where=root,
-            fix="move it there, or give its path with PIXELS_FROM=",
+            fix="move it there, or give its path with --pixels-from",
         )
 
 
 def _options_unreadable(root: Path, problems: list[Problem]) -> UserError:
     if not (root / UNITS).is_dir():
-        return UserError("this is not a cache", where=root, fix="check the path (CACHE=...)")
+        return UserError("this is not a cache", where=root, fix="check the path (--cache ...)")
     return UserError(
         "neither manifest.json nor plan.json can be read, so the options of the cache are unknown",
         got="; ".join(
             problem.what.splitlines()[0] for problem in problems if problem.part in (Part.PLAN, Part.MANIFEST)
         ),
         where=root,
-        fix="delete both files and run `make cache-teacher` with the original options: it keeps the units "
-        "with the same fingerprint and refuses others; then run `make verify CACHE=... DEEP=1`",
+        fix="delete both files and run `scalekd cache-teacher` with the original options: it keeps the units "
+        "with the same fingerprint and refuses others; then run `scalekd verify --cache ... --deep`",
     )
 
 
@@ -207,7 +207,7 @@ def _rebuild_plan(root: Path, found: CheckResult) -> None:
     raise UserError(
         "plan.json is damaged and cannot be rebuilt: no group of views has all its sidecars",
         where=root / PLAN,
-        fix="delete plan.json and the damaged units, then run `make cache-teacher` with the original options",
+        fix="delete plan.json and the damaged units, then run `scalekd cache-teacher` with the original options",
     )
 
 

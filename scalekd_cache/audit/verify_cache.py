@@ -161,7 +161,7 @@ def _rerun_teacher(
     if not weights_available(config):
         notes.append(
             f"the teacher was not run: its weights ({config.weights or 'pretrained'}) are not available; "
-            "give TEACHER_WEIGHTS=file.safetensors"
+            "set --teacher-weights file.safetensors"
         )
         return None
     if (checker.shares and checker.pixels is None) or (checker.source is None and checker.views.pixels != "baked"):

@@ -90,8 +90,8 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
             "too few images to select a codec",
             got=f"{len(features)} images",
             expected=MIN_VIEWS,
-            where="CODEC=auto",
-            fix="select a codec by name: CODEC=int8",
+            where="--codec auto",
+            fix="select a codec by name: --codec int8",
         )
     judged = torch.arange(len(features)) % 3 == 2
     head = _readable_head(teacher, features[:2], logits[:2], needed=target.metric == "kl")
@@ -107,8 +107,8 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
         raise UserError(
             "no codec meets the target",
             got=f"{target.text}\n{codec_table(rows, None)}",
-            where="CODEC=auto",
-            fix="relax TARGET=",
+            where="--codec auto",
+            fix="relax --target",
         )
     if target.metric == "bytes":
         codec, chosen = max(fitting, key=lambda pair: (pair[1].cosine_p1, -pair[1].bytes))
@@ -157,8 +157,8 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
         raise UserError(
             "the KL cannot be measured through this teacher's head",
             got=f"{teacher.spec.name}: {reason}",
-            where="TARGET=kl:...",
-            fix="use TARGET=ac-cosine:... or TARGET=bytes:...",
+            where="--target kl:...",
+            fix="use --target ac-cosine:... or --target bytes:...",
         )
     return None
 
@@ -271,7 +271,7 @@ def load_or_select_codec(
             got=asked,
             expected=kept.preset,
             where=root,
-            fix="use the codec, noise and target the cache was made with, or another folder (CACHE=...)",
+            fix="use the codec, noise and target the cache was made with, or another folder (--cache ...)",
         )
     return codec_from_config(kept.codec, root)
 
@@ -289,7 +289,7 @@ def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> 
         raise UserError(
             "another job is writing this cache with another teacher or codec",
             where=root,
-            fix="use another CACHE= for one of the jobs",
+            fix="use another --cache for one of the jobs",
         )
 
 
@@ -350,7 +350,7 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
                 "the cache was started with a codec that is not fitted",
                 got=_preset(config),
                 where=root,
-                fix="use the CODEC= the cache was made with, or another CACHE=",
+                fix="use the --codec the cache was made with, or another --cache",
             )
         return False
     kept = read_codec_choice(root)

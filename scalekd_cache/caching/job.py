@@ -86,9 +86,9 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
         UserError: any problem that `prepare` finds, before the first unit is made.
     """
     root = Path(config.cache.path)
-    lower = 'lower the teacher\'s batch: SET="teacher.batch_size=32"'
+    lower = "lower the teacher's batch: --teacher.batch_size=32"
     with Peers(process, 60 * config.peer_timeout_minutes) as peers, memory_errors(lower):
-        require_folder(root, "CACHE")
+        require_folder(root, "--cache")
         if process.rank == 0:
             remove_stale_files(root, process)
         prepared = prepare(config, peers, student)
@@ -111,7 +111,7 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
     """
     root = Path(config.cache.path)
     with Peers(process, 60 * config.peer_timeout_minutes) as peers:
-        require_folder(root, "CACHE")
+        require_folder(root, "--cache")
         prepared = prepare(config, peers, student, dry_run=True)
     if prepared is not None:
         job = prepared.job
@@ -202,7 +202,7 @@ def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) ->
 
 def _load_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> Teacher:
     """The frozen teacher. If it cannot be loaded and the cache has other options, the error names the options."""
-    torch.manual_seed(config.views.seed)  # random weights (PRETRAINED=0) are the same on every process
+    torch.manual_seed(config.views.seed)  # random weights (--pretrained false) are the same on every process
     try:
         return load_teacher(
             config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
@@ -217,7 +217,7 @@ def _report_kept_views(config: CacheTeacherConfig, process: Process, job: Job) -
         asked, there = config.cache.num_views, job.plan.num_views
         process.print_rank0(
             f"{asked} views requested, but {job.stage.root} is planned with {there}; no view is removed. "
-            f'To train on the first {asked}: make distill ... SET="train.views={asked}"'
+            f"To train on the first {asked}: scalekd distill ... --train.views={asked}"
         )
 
 
@@ -242,7 +242,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
 
 
 def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:
-    """Check that the missing units fit on the disk; sizes are measured as in `make plan`, on fewer images."""
+    """Check that the missing units fit on the disk; sizes are measured as in `scalekd plan`, on fewer images."""
     units = [unit for unit in job.units if not is_committed(job, unit)]
     missing = sum(map(_views, units))
     if not missing:
@@ -254,7 +254,7 @@ def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:
 
 
 def _start(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
-    """Rank 0 writes the plan and the tail, and drops damaged units. From then on a student can train with FOLLOW=1."""
+    """Rank 0 writes the plan and the tail, and drops damaged units. From then on a student can train with --follow."""
     if peers.process.rank == 0:
         open_folder(job.stage.root)
         job = create_or_join_plan(job, config.cache)

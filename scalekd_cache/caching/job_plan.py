@@ -68,7 +68,7 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
             "the cache was made with other options",
             got="; ".join(lines),
             where=where,
-            fix="use another CACHE=, or the options the cache was made with" + _renamed(different),
+            fix="use another --cache, or the options the cache was made with" + _renamed(different),
         )
 
 
@@ -186,7 +186,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
             got=f"{len(ranges)} ranges",
             expected=f"{len(kept.ranges)} ranges, as in plan.json",
             where=root,
-            fix="use the tar or parquet files that the cache was made from, or another CACHE=",
+            fix="use the tar or parquet files that the cache was made from, or another --cache",
         )
     groups = _groups(kept.facts.groups, options, job.stage.source)
     top1 = kept.facts.teacher.get("top1")
@@ -225,7 +225,7 @@ def _training_options(
     if local:
         process.print_rank0(
             f"the cache does not store {', '.join(local)} of recipe {config.recipe}: "
-            f"paths and resources of one machine. Pass them to `make distill`, or set RECIPE={config.recipe}"
+            f"paths and resources of one machine. Pass them to `scalekd distill`, or set --recipe {config.recipe}"
         )
     return kept_options(config.recipe)
 
@@ -392,7 +392,7 @@ def open_folder(root: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            "the cache's folder cannot be written", got=error, where=root, fix="choose another CACHE="
+            "the cache's folder cannot be written", got=error, where=root, fix="choose another --cache"
         ) from error
 
 

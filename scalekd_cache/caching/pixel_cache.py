@@ -69,7 +69,7 @@ class PixelCache:
                 got=f"{manifest.num_views} views",
                 expected=f"at least {num_views}",
                 where=self.cache.root,
-                fix=f"add views to it first: make cache-teacher CACHE={self.cache.root} VIEWS={num_views}",
+                fix=f"add views to it first: scalekd cache-teacher --cache {self.cache.root} --views {num_views}",
             )
         first = sum(len(group) for group in groups)
         new = [[view for view in group if first <= view < num_views] for group in manifest.facts.groups]
@@ -102,9 +102,9 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
     if root.resolve() == Path(config.cache.path).resolve():
         raise UserError(
             "a cache cannot share its own pixels",
-            got=f"PIXELS_FROM={root}",
+            got=f"--pixels-from {root}",
             where=config.cache.path,
-            fix="give the new cache its own folder with CACHE=",
+            fix="give the new cache its own folder with --cache",
         )
     cache = open_pixel_cache(root)
     kept, asked = cache.manifest.facts.view_recipe, to_plain(config.views)
@@ -115,7 +115,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=root,
-            fix="use that cache's RECIPE and views.* options, or remove PIXELS_FROM",
+            fix="use that cache's --recipe and --views.* options, or remove --pixels-from",
         )
     _check_data(config, cache, download)
     return PixelCache(cache)
@@ -135,5 +135,5 @@ def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> Non
             got=f"{source.name}: {got['samples']} images, listing {got['listing'][:16]}",
             expected=f"{kept.get('source')}: {expected['samples']} images, listing {expected['listing'][:16]}",
             where=cache.root,
-            fix="use the same DATA= and data.max_samples, or remove PIXELS_FROM",
+            fix="use the same --data and data.max_samples, or remove --pixels-from",
         )

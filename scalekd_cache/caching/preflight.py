@@ -74,7 +74,7 @@ def check_writable(root: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            "the cache's folder cannot be written", got=error, where=root, fix="choose another CACHE="
+            "the cache's folder cannot be written", got=error, where=root, fix="choose another --cache"
         ) from error
 
 
@@ -87,7 +87,7 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
             got=f"{free / 1e9:.2f} GB free",
             expected=f"{needed / 1e9:.2f} GB: {views:,} views of about {needed / views:,.0f} bytes",
             where=existing_folder(path),
-            fix="use fewer VIEWS, another CODEC, or CACHE= on a larger disk",
+            fix="use fewer --views, another --codec, or a --cache on a larger disk",
         )
 
 
@@ -104,7 +104,7 @@ def check_before_weights(
     name = check_name(timm_name(options.name), "teacher.name")
     classes = len(source.class_names)
     if options.weights is not None and not Path(options.weights).is_file():
-        raise UserError(f"TEACHER_WEIGHTS={options.weights} is not a file")
+        raise UserError(f"--teacher-weights {options.weights} is not a file")
     if options.weights is None and options.pretrained and options.num_classes is None:
         known = DEMO_CLASSES if options.name == DEMO_TEACHER else teacher_classes(options, name, None, classes)
         if known not in (0, classes):
@@ -124,7 +124,7 @@ def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Us
         "the number of classes differs between teacher and data set",
         got=f"{teacher} has {classes} classes",
         expected=f"{len(class_names)} classes ({', '.join(class_names[:3])}, ...)",
-        fix="fine-tune the teacher on this data set and give TEACHER_WEIGHTS=file.safetensors",
+        fix="fine-tune the teacher on this data set and give --teacher-weights file.safetensors",
     )
 
 
@@ -137,7 +137,7 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
         "the training recipe", with the smaller batches that a small data set needs.
     """
     if num_samples < train.global_batch_size:
-        return f'with SET="{batches_that_fit(num_samples, train.micro_batch_size)}" for {num_samples} images'
+        return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {num_samples} images"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
     return "the training recipe"
 

@@ -140,7 +140,7 @@ def spread_views(
             return
     if not found:
         where = source.cache.root if isinstance(source, PixelCache) else source.name
-        raise UserError("no image of the data set could be decoded", got=reason, where=where, fix="check DATA=")
+        raise UserError("no image of the data set could be decoded", got=reason, where=where, fix="check --data")
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:

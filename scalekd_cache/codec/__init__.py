@@ -33,7 +33,7 @@ FITTED = ("transform", "transform-economy", "transform-rotated")
 def check_codec_name(name: str) -> None:
     """Raise `UserError` for an unknown codec name; `auto` is valid."""
     if name not in (*CODECS, *FITTED, "auto"):
-        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
+        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "--codec, cache.codec, or codec.id in a manifest")
 
 
 def make_codec(name: str, shape: Shape) -> "FeatureCodec":
@@ -43,7 +43,7 @@ def make_codec(name: str, shape: Shape) -> "FeatureCodec":
         UserError: unknown codec (suggests the closest names), or a shape that is not three positive integers.
     """
     if name not in CODECS:
-        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "CODEC=, cache.codec, or codec.id in a manifest")
+        raise unknown_name("feature codec", name, [*CODECS, *FITTED], "--codec, cache.codec, or codec.id in a manifest")
     _check_shape(name, shape)
     module, kind = CODECS[name]
     codec: FeatureCodec = getattr(importlib.import_module(module), kind)(shape)

@@ -201,7 +201,7 @@ def damaged_record(got: object, expected: object) -> UserError:
         got=got,
         expected=expected,
         where="features of a record",
-        fix="run `make verify` on the cache",
+        fix="run `scalekd verify` on the cache",
     )
 
 

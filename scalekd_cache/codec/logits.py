@@ -151,7 +151,7 @@ class DenseLogits:
                 got=f"mode {mode}, {len(record)} bytes",
                 expected=f"one of these pairs of mode and bytes: {sizes}",
                 where="logits of a record",
-                fix="run `make verify` on the cache",
+                fix="run `scalekd verify` on the cache",
             )
         if mode == FLOAT32:
             return np.frombuffer(record, "<f4", offset=5).astype(np.float32)

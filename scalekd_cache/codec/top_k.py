@@ -95,5 +95,5 @@ def _damaged(got: str, expected: str) -> UserError:
         got=got,
         expected=expected,
         where="logits of a record",
-        fix="run `make verify` on the cache",
+        fix="run `scalekd verify` on the cache",
     )

@@ -33,7 +33,7 @@ def recipe_file(name: str) -> Path:
     file = Path(name) if name.endswith((".yaml", ".yml")) else RECIPES / f"{name}.yaml"
     if not file.is_file():
         known = [path.stem for path in RECIPES.glob("*.yaml")]
-        raise unknown_name("recipe", name, known, "RECIPE=, or the path of a YAML file")
+        raise unknown_name("recipe", name, known, "--recipe, or the path of a YAML file")
     return file
 
 
@@ -131,6 +131,6 @@ def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any],
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=where,
-            fix="remove RECIPE= to train with the recipe of the cache, "
-            f"or make a cache with RECIPE={recipe} and no views.* options",
+            fix="remove --recipe to train with the recipe of the cache, "
+            f"or make a cache with --recipe {recipe} and no views.* options",
         )

@@ -163,7 +163,7 @@ class StoreConfig:
             (self.codec == "auto") == (self.codec_target is not None),
             "cache.codec_target",
             self.codec_target,
-            "TARGET=ac-cosine:0.999 (or bytes:20000, kl:0.01) with CODEC=auto, none with another codec",
+            "--target ac-cosine:0.999 (or bytes:20000, kl:0.01) with --codec auto, none with another codec",
         )
         if self.codec_target is not None:
             parse_target(self.codec_target)

@@ -273,32 +273,32 @@ class DistillConfig:
                 "statistics between processes during the backward pass",
                 got="train.sync_bn=true with student.grad_checkpointing=true",
                 expected="one of them",
-                fix='set SET="train.sync_bn=false", or SET="student.grad_checkpointing=false"',
+                fix="set --train.sync_bn=false, or --student.grad_checkpointing=false",
             )
         if self.optim.name == "lamb" and self.train.zero > 0:
             raise UserError(
                 "LAMB does not work with ZeRO 1-3: trust ratios would be per flat partition instead of per layer",
                 got=f"optim.name=lamb with train.zero={self.train.zero}",
                 expected="train.zero=0 with lamb, or sgd / adamw with any stage",
-                fix='set ZERO=0, or SET="optim.name=adamw"',
+                fix="set --zero 0, or --optim.name=adamw",
             )
         if self.train.channels_last and self.train.zero > 0:
             raise UserError(
                 "channels-last weights need ZeRO 0: ZeRO 1-3 keep weights as flat partitions",
                 got=f"train.channels_last=true with train.zero={self.train.zero}",
-                fix='set ZERO=0, or SET="train.channels_last=false"',
+                fix="set --zero 0, or --train.channels_last=false",
             )
         if self.train.compile and (self.train.zero == 3 or self.student.grad_checkpointing):
             raise UserError(
                 "torch.compile works with neither ZeRO 3 nor activation checkpointing here",
                 got=f"train.compile=true with train.zero={self.train.zero} and "
                 f"student.grad_checkpointing={str(self.student.grad_checkpointing).lower()}",
-                fix='set SET="train.compile=false"',
+                fix="set --train.compile=false",
             )
         if self.train.ema_decay > 0 and self.train.zero == 3:
             raise UserError(
                 "a moving average of the weights needs full weights at every step, but ZeRO 3 partitions them",
                 got=f"train.ema_decay={self.train.ema_decay} with train.zero=3",
                 expected="ema_decay=0, or ZeRO 0 to 2",
-                fix='set ZERO=2, or SET="train.ema_decay=0"',
+                fix="set --zero 2, or --train.ema_decay=0",
             )

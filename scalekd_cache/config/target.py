@@ -33,7 +33,7 @@ def parse_target(text: str) -> CodecTarget:
     metric, _, number = text.partition(":")
     example = "ac-cosine:0.999, bytes:20000 or kl:0.01"
     if metric not in RANGES:
-        raise unknown_name("codec target", metric, RANGES, f"TARGET=, cache.codec_target, as in {example}")
+        raise unknown_name("codec target", metric, RANGES, f"--target, cache.codec_target, as in {example}")
     low, high = RANGES[metric]
     try:
         value = float(number)
@@ -45,6 +45,6 @@ def parse_target(text: str) -> CodecTarget:
             got=text,
             expected=f"a number above {low:g} and below {high:g}",
             where="cache.codec_target",
-            fix=f"correct TARGET=, as in {example}",
+            fix=f"correct --target, as in {example}",
         )
     return CodecTarget(cast(Literal["ac-cosine", "kl", "bytes"], metric), value)

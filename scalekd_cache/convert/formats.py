@@ -37,7 +37,7 @@ RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 
 def check_format(name: str) -> str:
     """The name itself; `UserError` for an unknown format (with the nearest names) or missing packages."""
     if name not in FORMATS:
-        raise unknown_name("form of export", name, FORMATS, "FORMAT=")
+        raise unknown_name("form of export", name, FORMATS, "--format")
     if name == "onnx":
         for module in ("onnx", "onnxscript", "onnxruntime"):
             import_optional(module, f"an export to ONNX needs {module}", "export")
@@ -130,7 +130,7 @@ def _torchvision(model: nn.Module, file: Path, image_size: int) -> nn.Module:
             "torchvision's module of this architecture has different tensors",
             got=str(error).splitlines()[1].strip() if "\n" in str(error) else error,
             where=type(model).__name__,
-            fix="use FORMAT=timm; some variants (deep stems, other windows for small images) exist in timm only",
+            fix="use --format timm; some variants (deep stems, other windows for small images) exist in timm only",
         ) from error
     plain: nn.Module = twin.eval()
     return plain

@@ -330,5 +330,5 @@ def _unfit(got: str, codebase: str) -> UserError:
         f"this student has no counterpart in {codebase}",
         got=got,
         expected=EXPECTED[codebase],
-        fix="use FORMAT=timm, safetensors, onnx or torch-export",
+        fix="use --format timm, safetensors, onnx or torch-export",
     )

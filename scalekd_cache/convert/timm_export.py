@@ -55,7 +55,7 @@ def check_export_place(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise UserError("the export path is a file", where=folder, expected="a folder", fix="correct OUT=")
+        raise UserError("the export path is a file", where=folder, expected="a folder", fix="correct --out")
     others = sorted(entry.name for entry in folder.iterdir() if entry.name not in FILES)
     if others:
         raise UserError(
@@ -63,7 +63,7 @@ def check_export_place(folder: Path) -> None:
             got=", ".join(others[:8]),
             expected=f"nothing, or only {', '.join(FILES)}",
             where=folder,
-            fix="move them, or choose another folder (OUT=)",
+            fix="move them, or choose another folder (--out)",
         )
 
 
@@ -199,7 +199,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         image_size: side of the model's images, pixels; one forward pass checks it.
 
     Raises:
-        UserError: a file is missing or damaged, or the files do not match; `make export` rewrites them.
+        UserError: a file is missing or damaged, or the files do not match; `scalekd export` rewrites them.
     """
     file = folder / WEIGHTS
     try:
@@ -212,7 +212,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         _try(model.eval(), image_size, folder)
     except UserError as error:
         in_run = (folder.parent / "config.yaml").exists()
-        fix = f"rewrite the export: make export RUN={folder.parent}" if in_run else "export or import it again"
+        fix = f"rewrite the export: scalekd export --run {folder.parent}" if in_run else "export or import it again"
         raise UserError(f"the exported student cannot be loaded: {error}", fix=fix) from error
     return model
 

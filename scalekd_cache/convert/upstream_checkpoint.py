@@ -46,7 +46,7 @@ class Problems:
                 got="; ".join(lines),
                 expected=f"upstream's {title} and projectors, as docs/METHOD.md lists them (missing: our names)",
                 where=where,
-                fix="set STUDENT and CLASSES to those it was trained with",
+                fix="set --student and --classes to those it was trained with",
             )
 
 
@@ -251,7 +251,7 @@ def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int,
         f"this {family.title} is not one of the paper's students",
         expected=", ".join(PAPER_STUDENTS),
         where=path,
-        fix="set STUDENT=name of the model; the error then names the tensors that do not match",
+        fix="set --student to the name of the model; the error then names the tensors that do not match",
     )
 
 

@@ -144,7 +144,7 @@ def _open_imagenette(folder: Path, split: Split, download: bool) -> ListedSource
 def _download(name: str, folder: Path, allowed: bool) -> Iterator[None]:
     """Only one process downloads at a time."""
     if not allowed:
-        raise NotDownloadedError(f"{name} is not in {folder} yet", fix="run the command without DRY_RUN=1")
+        raise NotDownloadedError(f"{name} is not in {folder} yet", fix="run the command without --dry-run")
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f".{name}.lock"
     with open_lock(path) as file:

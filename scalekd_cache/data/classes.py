@@ -103,5 +103,5 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
         got="; ".join(found),
         expected=f"the {len(names)} class names, one per line, in the order of the teacher's outputs",
         where=where,
-        fix=f"correct the file, or choose an order by name: SET=data.classes={'|'.join(ORDERS)}",
+        fix=f"correct the file, or choose an order by name: --classes {'|'.join(ORDERS)}",
     )

@@ -77,18 +77,18 @@ def _open(config: DataConfig, split: Split, download: bool) -> ListedSource:
 
 def _not_a_folder(name: str, root: Path) -> UserError:
     if root.is_file():
-        return UserError(f"DATA={name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files")
+        return UserError(f"--data {name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files")
     beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
     for folder in beside:
         if normalize_name(folder) == normalize_name(str(root)):
             return UserError(
-                "DATA= names the folder in another Unicode form (NFC or NFD)",
+                "--data names the folder in another Unicode form (NFC or NFD)",
                 got=ascii(name),
                 expected=ascii(folder),
                 fix="use the shell's tab completion for the name, or rename the folder",
             )
     return unknown_name(
-        "data set", name, [*BUILTIN, *beside], "DATA=, data.source: a name, or a folder with train/ and val/"
+        "data set", name, [*BUILTIN, *beside], "--data, data.source: a name, or a folder with train/ and val/"
     )
 
 

@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from scalekd_cache.errors import UserError, worker_failure
 
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host), or use fewer WORKERS (or 0)"
+SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host), or use fewer --workers (or 0)"
 MAX_PREFETCH_BYTES = 2 << 30
 """Maximum prefetched bytes of one loader in shared memory, even if more is free."""
 ALIGNMENT = 64
@@ -72,7 +72,7 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
             "the open-file limit is too low for the loader's worker processes",
             got=f"limit {open_files.limit} (ulimit -n), {open_files.now} files open",
             expected=f"at least {needed} for {workers} workers",
-            fix="raise the limit (ulimit -n 65536; docker run --ulimit nofile=65536), or use fewer WORKERS (or 0)",
+            fix="raise the limit (ulimit -n 65536; docker run --ulimit nofile=65536), or use fewer --workers (or 0)",
         )
     return min(most, fits, left)
 

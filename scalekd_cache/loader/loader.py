@@ -161,7 +161,7 @@ class MicroBatches(Dataset[Batch]):
                     got=f"{other.key}, digest {other.digest}",
                     expected=f"{record.key}, digest {record.digest}",
                     where=f"view {view} of {self.pixels.root}, for {self.cache.root}",
-                    fix="use the cache that was set as PIXELS_FROM= when this cache was made",
+                    fix="use the cache that was set as --pixels-from when this cache was made",
                 )
             whole.append(record._replace(pixels=other.pixels))
         return whole
@@ -291,7 +291,7 @@ class CacheLoader:
                 "the checkpoint was saved with a different sample order",
                 got=", ".join(f"{name}={identity[name]}" for name in different),
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
-                fix="resume with the options the run was started with, or choose another RUN=",
+                fix="resume with the options the run was started with, or choose another --run",
             )
         self.step = int(state["step"])
 

@@ -134,7 +134,7 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
             "the global batch is larger than the data set",
             got=f"{num_samples} samples, global batch {global_batch_size}",
             expected=f"a global batch of at most {num_samples}",
-            fix=f'lower it, for example SET="{batches_that_fit(num_samples, global_batch_size)}"',
+            fix=f"lower it, for example {batches_that_fit(num_samples, global_batch_size)}",
         )
     return steps
 
@@ -142,7 +142,7 @@ def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
     """Stage-2 options of the largest global batch for a small data set, with micro-batches of at most this size."""
     micro = min(micro_batch_size, num_samples)
-    return f"train.global_batch_size={num_samples // micro * micro} train.micro_batch_size={micro}"
+    return f"--train.global_batch_size={num_samples // micro * micro} --train.micro_batch_size={micro}"
 
 
 def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
@@ -168,6 +168,6 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
             "the micro-batches of a global batch cannot be divided evenly among the processes",
             got=f"{count} micro-batches (global {global_batch} / micro {micro_batch}) on {world_size} processes",
             expected=f"a number of processes that divides {count}: {', '.join(map(str, sorted(near)))}",
-            fix="change NPROC, train.global_batch_size or train.micro_batch_size",
+            fix="change --nproc, train.global_batch_size or train.micro_batch_size",
         )
     return range(rank, count, world_size)

@@ -58,7 +58,7 @@ class RecordPixels:
                 "the image of a replayed view is not in the data set",
                 got=f"no sample {record.key}",
                 where=self.source.name,
-                fix="give the data set the cache was made from with DATA=",
+                fix="give the data set the cache was made from with --data",
             )
         image = decode_image(self.source.read(self._index[record.key]), record.key)
         return apply_view(record_view(record), image, self.views)

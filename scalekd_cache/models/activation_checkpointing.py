@@ -96,5 +96,5 @@ def _refusal(name: str, reason: str) -> UserError:
     return UserError(
         f"this student does not support activation checkpointing: {reason}",
         got=f"student.grad_checkpointing=true with {name}",
-        fix='set SET="student.grad_checkpointing=false", or lower train.micro_batch_size',
+        fix="set --student.grad_checkpointing=false, or lower train.micro_batch_size",
     )

@@ -190,8 +190,8 @@ def _no_weights(name: str, reason: str) -> UserError:
     return UserError(
         f"no weights for the teacher {name}: {reason}",
         expected="a weights file, or a network connection to download timm's weights",
-        fix=f"run `make fetch TEACHER={name}` on a machine with a network, set TEACHER_WEIGHTS=file.safetensors, "
-        "or set PRETRAINED=0 for random weights (for testing only)",
+        fix=f"run `scalekd fetch --teacher {name}` on a machine with a network, set --teacher-weights, or set "
+        "--pretrained false for random weights (for testing only)",
     )
 
 
@@ -319,7 +319,7 @@ def cache_teacher_config(
         UserError: no such file.
     """
     if weights is not None and not Path(weights).is_file():
-        raise UserError("no such file of teacher weights", got=weights, fix="correct TEACHER_WEIGHTS=")
+        raise UserError("no such file of teacher weights", got=weights, fix="correct --teacher-weights")
     fields = dict(from_plain(options))
     return TeacherConfig(
         **{**fields, "weights": weights or fields["weights"], "precision": precision or fields["precision"]}
@@ -345,6 +345,6 @@ def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.
             got=f"teacher.weights_sha256 {teacher.spec.weights_sha256}",
             expected=expected,
             where=config.weights,
-            fix="set TEACHER_WEIGHTS= to the file that the cache was made with",
+            fix="set --teacher-weights to the file that the cache was made with",
         )
     return teacher

@@ -26,7 +26,7 @@ LEAST_GAIN = 0.02
 UNLIKELY = 1e-3
 MAX_FITTED = 4096
 """Maximum number of classes for which an order is fitted."""
-CONTINUE_HINT = "to continue anyway: SET=teacher.check_classes=false"
+CONTINUE_HINT = "to continue anyway: --teacher.check_classes=false"
 
 
 class Answers:
@@ -77,21 +77,21 @@ def check_class_order(
         ordered = sorted(range(len(class_names)), key=lambda label: (key(class_names[label]), class_names[label]))
         there = np.array(ordered)[guesses] == labels
         if far_above(there, right):
-            order, fix = f"the classes in {name} order", f"SET=data.classes={name}{here}, or SET=data.classes={file}"
+            order, fix = f"the classes in {name} order", f"--classes {name}{here}, or --classes {file}"
             raise _other_order(teacher, hits, int(there.sum()), count, order, fix)
     fitted = right_when_fitted(labels, guesses, len(class_names))
     if far_above(fitted, right):
         best = _assigned(labels, guesses, len(class_names))
         named = ", ".join(f"output {out} is {class_names[label]}" for out, label in best.items() if out != label)
         order = f"an order that fits half of the images ({named:.100} ...)"
-        raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"SET=data.classes={file}{here}")
+        raise _other_order(teacher, hits, int(fitted.sum()), count, order, f"--classes {file}{here}")
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
             "the teacher's accuracy is near chance",
             got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images",
             expected=f"a teacher trained on these {len(class_names)} classes",
             where=teacher,
-            fix=f"correct TEACHER_WEIGHTS=, or SET=data.classes={file}{here}; {CONTINUE_HINT}",
+            fix=f"correct --teacher-weights, or --classes {file}{here}; {CONTINUE_HINT}",
         )
 
 

@@ -89,7 +89,7 @@ def _is_plain(name: str, value: object, inside: int = 0) -> bool:
 
 
 def teacher_label(teacher: Mapping[str, Any]) -> str:
-    """The teacher's name, from its entry in the manifest, with a suffix for random weights (PRETRAINED=0)."""
+    """The teacher's name, from its entry in the manifest, with a suffix for random weights (--pretrained false)."""
     random = not teacher["config"]["pretrained"] and teacher["config"]["weights"] is None
     return f"{teacher['spec']['name']}{RANDOM if random else ''}"
 

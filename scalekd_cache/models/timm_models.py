@@ -165,8 +165,8 @@ def fetch_weights(name: str, folder: Path) -> Path:
         model, _ = create_timm_model(current, {}, pretrained=True)
     except ConnectionError as error:
         raise UserError(
-            f"the pretrained weights of {name} cannot be downloaded: {error}. Run `make fetch TEACHER={name}` on a "
-            f"machine with a network, and copy {folder}/ here"
+            f"the pretrained weights of {name} cannot be downloaded: {error}. Run `scalekd fetch --teacher {name}` "
+            f"on a machine with a network, and copy {folder}/ here"
         ) from error
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         raise UserError(

@@ -16,7 +16,7 @@ from scalekd_cache.store.checked_files import check_safetensors
 
 
 def weights_file(folder: str | Path, name: str) -> Path:
-    """File of a teacher's weights in a folder of weights (`teacher.weights_dir`, `make fetch`)."""
+    """File of a teacher's weights in a folder of weights (`teacher.weights_dir`, `scalekd fetch`)."""
     return Path(folder) / f"{name}.safetensors"
 
 

@@ -315,9 +315,9 @@ def _codec(
     if not isinstance(teacher.live, Teacher):
         raise UserError(
             "this codec's size depends on the teacher's features, and its weights are not available",
-            got=f"CODEC={config.cache.codec}, teacher {config.teacher.name}",
-            fix=f"run `make fetch TEACHER={config.teacher.name}` where there is a network, give TEACHER_WEIGHTS=, "
-            "or plan with CODEC=int8",
+            got=f"--codec {config.cache.codec}, teacher {config.teacher.name}",
+            fix=f"run `scalekd fetch --teacher {config.teacher.name}` where there is a network, set --teacher-weights, "
+            "or plan with --codec int8",
         )
     return select_codec(config, source, teacher.live, process.device).codec
 
@@ -359,7 +359,7 @@ def _alternatives(
     total = sum(found.bytes_of(ranges, views).values()) + once
     for other in sorted({max(1, views // 4), max(1, views // 2), 2 * views} - {views}):
         size = sum(found.bytes_of(ranges, other).values()) + once
-        rows.append({"change": f"VIEWS={other}", "bytes": size, "gpu_hours": stage_1 * other / views})
+        rows.append({"change": f"--views {other}", "bytes": size, "gpu_hours": stage_1 * other / views})
     records: dict[str, int] = {}
     for name in ("int8", "float16"):
         records[name] = make_codec(name, teacher.shape).record_bytes
@@ -375,5 +375,5 @@ def _alternatives(
     for name, size in records.items():
         if name != codec.id:
             change = (size - found.per_view["features"]) * images * views
-            rows.append({"change": f"CODEC={name}", "bytes": total + change, "gpu_hours": stage_1})
+            rows.append({"change": f"--codec {name}", "bytes": total + change, "gpu_hours": stage_1})
     return rows

@@ -131,7 +131,7 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
     if not weights_available(config):
         notes.append(
             "The teacher's weights are not available, so stored maps are not compared with live maps "
-            f"(weights file: {config.weights or 'none recorded'}; set TEACHER_WEIGHTS=)."
+            f"(weights file: {config.weights or 'none recorded'}; set --teacher-weights)."
         )
         return None
     try:

@@ -108,7 +108,7 @@ def write_page(path: Path, html: str) -> int:
     assert len(data) <= MAX_BYTES, f"a report of {len(data)} bytes"
     if path.is_dir():
         raise UserError(
-            "the output path of the report is a folder", where=path, expected="a file name", fix="correct OUT="
+            "the output path of the report is a folder", where=path, expected="a file name", fix="correct --out"
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, data)

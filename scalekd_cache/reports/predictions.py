@@ -140,7 +140,7 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
         raise UserError(
             "the teacher's weights are not available, or it has no classifier",
             where=config.weights,
-            fix="set TEACHER_WEIGHTS=",
+            fix="set --teacher-weights",
         )
     teacher = load_cache_teacher(manifest, config, process.device)
     return lambda images: teacher(images).logits

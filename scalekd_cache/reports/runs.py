@@ -63,7 +63,7 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
     """
     if not 1 <= len(paths) <= MAX_RUNS:
         raise UserError(
-            "wrong number of runs for a report", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct RUNS="
+            "wrong number of runs for a report", got=len(paths), expected=f"1 to {MAX_RUNS}", fix="correct --runs"
         )
     notes: list[str] = []
     first = read_facts(paths[0])

@@ -38,7 +38,7 @@ INT64 = struct.Struct("<q").pack
 NO_LABEL = -1
 """The label of a record without a label."""
 
-REPAIR = "run `make repair CACHE=...` to rebuild the damaged parts (`make verify CACHE=... DEEP=1` lists them)"
+REPAIR = "run `scalekd repair --cache ...` to rebuild damaged parts (`scalekd verify --cache ... --deep` lists them)"
 
 BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "scalekd_cache.store.formats.zarr"}
 
@@ -177,7 +177,7 @@ def shard_reader(backend: str, folder: StoredPath, shard: ShardId, keys: list[st
 def check_backend(backend: str) -> str:
     """The name itself; UserError with the nearest names for an unknown backend."""
     if backend not in BACKENDS:
-        raise unknown_name("store", backend, BACKENDS, "STORE=, cache.backend, or backend in a manifest")
+        raise unknown_name("store", backend, BACKENDS, "--store, cache.backend, or backend in a manifest")
     return backend
 
 

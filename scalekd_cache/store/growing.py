@@ -70,7 +70,7 @@ class GrowingCache(Cache):
                 got=f"{manifest.num_samples} images",
                 expected=f"{len(self)} images",
                 where=root,
-                fix="start a new run in another folder (RUN=...)",
+                fix="start a new run in another folder (--run ...)",
             )
         super().__init__(root, manifest)
         self._complete_groups = group + 1
@@ -86,10 +86,10 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: R
         return read_manifest(root).facts
     if not isinstance(root, Path):
         raise UserError(
-            "FOLLOW=1 needs a cache in a local folder",
+            "--follow needs a cache in a local folder",
             got=root,
             expected="a folder",
-            fix="remove FOLLOW, or give a folder as CACHE=",
+            fix="remove --follow, or set --cache to a folder",
         )
     if (root / MANIFEST).exists() and not (root / plans.NAME).exists():
         return read_manifest(root).facts
@@ -101,10 +101,10 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: R
                 "no writer has started this cache yet",
                 got=f"no {plans.NAME} after {_minutes(waited)}",
                 where=root,
-                fix="run make cache-teacher with this CACHE=",
+                fix="run scalekd cache-teacher with this --cache",
             )
         if waited - reported_s >= REPORT_S:
-            report(f"waiting for a writer to start {root} (make cache-teacher), {_minutes(waited)} so far")
+            report(f"waiting for a writer to start {root} (scalekd cache-teacher), {_minutes(waited)} so far")
             reported_s = waited
         time.sleep(POLL_S)
     return read_plan(root).facts
@@ -155,7 +155,7 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
                 "the cache has stopped growing",
                 got=f"{there}; no new unit for {_minutes(now - progress)}",
                 where=root,
-                fix="rerun make cache-teacher (it resumes), then this command (it resumes from its checkpoint); "
+                fix="rerun scalekd cache-teacher (it resumes), then this command (it resumes from its checkpoint); "
                 "for a slow writer increase follow_timeout_minutes",
             )
         if now - started - reported_s >= REPORT_S:

@@ -21,7 +21,7 @@ LINE_BYTES = 17
 """16 hex characters and a newline."""
 FIX = (
     "restore the old image files, or delete the folders of the units made from them; then rerun "
-    "make cache-teacher, which rebuilds missing units. Use another CACHE= for another data set"
+    "scalekd cache-teacher, which rebuilds missing units. Use another --cache for another data set"
 )
 
 
@@ -85,7 +85,7 @@ def read_images(folder: Path, info: UnitInfo) -> list[str]:
     data = read_file(folder / NAME, "the list of a unit's image files", size)
     lines = data.decode("ascii", "replace").split("\n")[:-1]
     if len(data) != size or not all(is_hex(line, LINE_BYTES - 1) for line in lines):
-        raise UserError("the list of a unit's image files is damaged", where=folder / NAME, fix="run `make repair`")
+        raise UserError("the list of a unit's image files is damaged", where=folder / NAME, fix="run `scalekd repair`")
     return lines
 
 

@@ -208,7 +208,7 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
             got=got,
             expected=expected,
             where=folder,
-            fix="use the options the cache was made with, or another folder (CACHE=...)",
+            fix="use the options the cache was made with, or another folder (--cache ...)",
         )
     wrong = wrong_sizes(folder, info.files)
     if wrong:
@@ -228,7 +228,7 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
                 got=f"group {group}: {content[0]} images",
                 expected=f"group 0: {contents[0][0]} images, with the same keys",
                 where=root / "units",
-                fix="rerun `make cache-teacher`: it lists the units that differ and rebuilds them",
+                fix="rerun `scalekd cache-teacher`: it lists the units that differ and rebuilds them",
             )
     if not contents or contents[0][0] == 0:
         raise UserError("the cache holds no images", where=root / "units", fix="check the data set: all were skipped")
@@ -265,8 +265,8 @@ def read_manifest(root: StoredPath) -> Manifest:
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,
-            fix="check the path (CACHE=...), rerun `make cache-teacher` to finish it, or train while it is "
-            "being written with `make distill ... FOLLOW=1`",
+            fix="check the path (--cache ...), rerun `scalekd cache-teacher` to finish it, or train while it is "
+            "being written with `scalekd distill ... --follow`",
         )
     fields, data = read_json(path, "the manifest")
     manifest = _parse(fields, data, path)
@@ -357,7 +357,7 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
 
 def without_arguments(spec: object) -> object:
     """A teacher's specification except `model_args`, which are compared with the tail's file before they are used
-    and in `make verify`."""
+    and in `scalekd verify`."""
     return {name: value for name, value in spec.items() if name != "model_args"} if isinstance(spec, dict) else spec
 
 

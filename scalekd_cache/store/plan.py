@@ -79,7 +79,7 @@ def read_plan(root: StoredPath) -> Plan:
         UserError: it is missing, damaged, of another format version, or contradicts itself.
     """
     path = root / NAME
-    fields, data = read_json(path, WHAT, fix="rerun `make cache-teacher`: it resumes")
+    fields, data = read_json(path, WHAT, fix="rerun `scalekd cache-teacher`: it resumes")
     check_version(fields, path)
     fields = unsealed(fields, data, path)
     ranges = checked_value(fields.pop("ranges", None), list[list[int]], f"{WHAT}, ranges,", path)

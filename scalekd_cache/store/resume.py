@@ -6,7 +6,7 @@ What is verified at a start. For every unit: its sidecar (parsed; fingerprint, s
 skipped images, and the length of every file. This detects the results of a kill, a full disk or an interrupted copy.
 For the last committed units also the sha256 of every file: a power cut with an unflushed write cache can leave files of
 the right length full of zeros. Other damage to older units is not searched for, because that would read the whole cache
-at every start: readers verify the checksum of every record, and `make verify DEEP=1` reads every byte.
+at every start: readers verify the checksum of every record, and `scalekd verify --deep` reads every byte.
 """
 
 import contextlib
@@ -48,7 +48,7 @@ def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
             got=f"fingerprint {info.fingerprint}",
             expected=f"fingerprint {unit.fingerprint} of the current options",
             where=folder,
-            fix="use the options the cache was made with, or another folder (CACHE=...)",
+            fix="use the options the cache was made with, or another folder (--cache ...)",
         )
     got, expected = _layout_of(info), (unit.backend, unit.views, unit.bounds)
     if got != expected:
@@ -57,7 +57,7 @@ def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
             got="store {}, views {}, images {}".format(*got),
             expected="store {}, views {}, images {}".format(*expected),
             where=folder,
-            fix="use the options the cache was made with, or another folder (CACHE=...); `make repair CACHE=...` "
+            fix="use the options the cache was made with, or another folder (--cache ...); `scalekd repair` "
             "rebuilds the units that do not match the plan",
         )
     return None if wrong_sizes(folder, info.files) else info

@@ -37,7 +37,7 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
             "this cache has no pixels of its own: it shares those of another cache",
             got=root,
             expected="the cache that stores the pixels",
-            fix=f"give PIXELS_FROM={shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
+            fix=f"set --pixels-from {shared_pixels_path(root, manifest.facts) or 'the cache that stores the pixels'}",
         )
     if manifest.facts.view_recipe.get("pixels") != "baked":
         raise UserError(
@@ -45,7 +45,7 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
             got=f"views.pixels={manifest.facts.view_recipe.get('pixels')}",
             expected="views.pixels=baked",
             where=root,
-            fix="remove PIXELS_FROM",
+            fix="remove --pixels-from",
         )
     return cache
 
@@ -81,9 +81,9 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
         if place is not None:
             raise UserError(
                 "this cache has pixels of its own",
-                got=f"PIXELS_FROM={place}",
+                got=f"--pixels-from {place}",
                 where=cache.root,
-                fix="remove PIXELS_FROM",
+                fix="remove --pixels-from",
             )
         return None
     root = open_place(place, remote) if place is not None else shared_pixels_path(cache.root, manifest.facts)
@@ -93,7 +93,7 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             got="no path: the cache is behind a URL" if root is None else f"no manifest in {root}",
             expected=f"the cache with the pixels of {cache.root}",
             where=cache.root,
-            fix="copy it there, or give its location with PIXELS_FROM=",
+            fix="copy it there, or give its location with --pixels-from",
         )
     pixels = open_pixel_cache(root)
     found = (pixel_identity(pixels.manifest.facts.fingerprint_fields), len(pixels))
@@ -104,6 +104,6 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
             got=f"{found[0][:16]}, {found[1]} images, {pixels.manifest.num_views} views",
             expected=f"{expected[0][:16]}, {expected[1]} images, at least {views} views",
             where=root,
-            fix="set PIXELS_FROM= to the cache that was used when this cache was made",
+            fix="set --pixels-from to the cache that was used when this cache was made",
         )
     return pixels

@@ -91,7 +91,7 @@ def sidecar_text(info: UnitInfo) -> str:
 def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
     """unit.json, checked, and its bytes. UserError when missing, damaged, or of another format version."""
     path = folder / "unit.json"
-    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `make cache-teacher`: it resumes")
+    fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `scalekd cache-teacher`: it resumes")
     check_version(fields, path, "format")
     info = checked(data, UnitInfo, WHAT, path)
     _check_unit(info, path)

@@ -157,7 +157,7 @@ def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]
     grown = [unit for unit in missing if unit.sha256 is None]
     if grown and expected.finished:
         notes.append(
-            f"the plan lists {len(grown)} more units that are not written yet (`make cache-teacher` writes them)"
+            f"the plan lists {len(grown)} more units that are not written yet (`scalekd cache-teacher` writes them)"
         )
 
 
@@ -184,7 +184,7 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
         if _exists(root / PLAN) or manifest is None:
             problems.append(Problem(PLAN, None, str(error), Part.PLAN))
         elif isinstance(root, Path):
-            notes.append("no plan.json: the cache is readable, and `make repair` rewrites the plan")
+            notes.append("no plan.json: the cache is readable, and `scalekd repair` rewrites the plan")
     if manifest is not None and plan is not None and (what := _disagree(manifest, plan)):
         problems.append(Problem(PLAN, None, what, Part.PLAN))
         plan = None

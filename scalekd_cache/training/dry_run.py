@@ -27,7 +27,7 @@ from scalekd_cache.training.trackers import check_tracker
 
 
 def plan_distill(config: DistillConfig, process: Process) -> list[str]:
-    """What `make distill` would do, one line per fact.
+    """What `scalekd distill` would do, one line per fact.
 
     Raises:
         UserError: as the run would before its first step.

@@ -37,7 +37,7 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
             "no initial weights in this folder",
             expected="a folder with " + ", or ".join(STUDENT_FILES),
             where=folder,
-            fix="set INIT= to a folder written by make export or make import-upstream",
+            fix="set --init to a folder written by scalekd export or scalekd import-upstream",
         )
     load_weights(student, str(file), stored_shapes(str(file)))
     loaded = [str(file)]

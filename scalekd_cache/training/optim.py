@@ -124,7 +124,7 @@ def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
         raise UserError(
             "BatchNorm cannot be synchronized here: PyTorch's SyncBatchNorm needs GPUs",
             got=f"train.sync_bn=true on {process.device}",
-            fix='set SET="train.sync_bn=false": BatchNorm then uses micro-batches, at any world size',
+            fix="set --train.sync_bn=false: BatchNorm then uses micro-batches, at any world size",
         )
     synchronized: nn.Module = convert_sync_batchnorm(model)
     return synchronized

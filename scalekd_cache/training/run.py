@@ -158,7 +158,7 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
         )
     if checkpoint is None and os.path.lexists(run / SUMMARY):
         raise UserError(
-            f"{run} has no checkpoint to extend from: set INIT={run} with another RUN= for a new run from its weights"
+            f"{run} has no checkpoint to extend: set --init {run} and another --run for a new run from its weights"
         )
     return checkpoint
 
@@ -182,7 +182,7 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
     try:
         return open_cache_source(manifest.facts.data, data, "val")
     except UserError as error:
-        process.print_rank0(f"no validation images found, so accuracy will not be measured (set DATA=):\n{error}")
+        process.print_rank0(f"no validation images found, so accuracy will not be measured (set --data):\n{error}")
         return None
 
 

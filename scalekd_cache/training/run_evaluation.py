@@ -70,7 +70,7 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     folder = run / "export"
     if not os.path.lexists(folder):
         state = "is still running" if is_locked(run) else "is not finished"
-        raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: make export RUN={run}")
+        raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: scalekd export --run {run}")
     model = load_export(folder, facts["image_size"]).to(process.device)
     predict = make_predictor(model, student.mean, student.std)
     return evaluate(predict, open_source(source, "val"), facts["image_size"], process.device, workers=workers)
@@ -91,7 +91,7 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
         UserError: no data set is given, a file is damaged, or data set and student have different classes.
     """
     if data is None:
-        raise UserError("the exported student has no recorded data set", where=folder, fix="set DATA=folder")
+        raise UserError("the exported student has no recorded data set", where=folder, fix="set --data folder")
     description = read_description(folder)
     images = description.pretrained_cfg
     size = images.input_size[-1]

@@ -79,7 +79,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     options, facts = read_config(run), read_facts(run)
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     if checkpoint is None:
-        where, fix = run / "checkpoints", "wait for the first one; make report RUN= shows the progress"
+        where, fix = run / "checkpoints", "wait for the first one; scalekd report --run shows the progress"
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
     state, config = checkpoint.tensors(STUDENT), student_options(run)
     if form == "timm":
@@ -89,6 +89,6 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     student = consolidated_student(config, state, len(facts["class_names"]), facts["image_size"])
     file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
     if file.is_dir():
-        raise UserError("OUT= is a folder", where=file, expected="a file name", fix="set OUT= to a file name")
+        raise UserError("--out is a folder", where=file, expected="a file name", fix="set --out to a file name")
     about = card_facts(options, facts, read_summary(run))
     return Exported(file, export_file(student, form, file, image_size=facts["image_size"], facts=about))

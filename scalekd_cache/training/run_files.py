@@ -31,7 +31,7 @@ OPTIONS_BYTES = SUMMARY_BYTES = 1 << 17
 FACTS_BYTES = 1 << 26
 WRITTEN_OPTIONS = ("cache", "student", "train", "device")
 """Options that every complete config.yaml has, including the last one written."""
-AGAIN = "remove this file and rerun `make distill` with the options of this run to recreate it"
+AGAIN = "remove this file and rerun `scalekd distill` with the options of this run to recreate it"
 T = TypeVar("T")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
@@ -181,13 +181,13 @@ def read_summary(run: Path) -> Summary | None:
     try:
         return dict(read_checked(file, SummaryFields, "a run's summary", SUMMARY_BYTES))
     except UserError as error:
-        fix = "remove this file and rerun `make distill` with the options of this run to recreate it"
+        fix = "remove this file and rerun `scalekd distill` with the options of this run to recreate it"
         raise UserError(f"a run's summary is damaged: {error}", fix=fix) from error
 
 
 def missing_run(run: Path, name: str) -> UserError:
     """The error for a folder without a run; suggests neighboring runs with similar names."""
     if run.is_file():
-        return UserError(f"{run} is a file: set RUN= to the folder of a run")
+        return UserError(f"{run} is a file: set --run to the folder of a run")
     there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
-    return unknown_name("run", str(run), there, f"RUN=, a folder with {name}")
+    return unknown_name("run", str(run), there, f"--run, a folder with {name}")

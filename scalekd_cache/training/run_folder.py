@@ -58,7 +58,7 @@ class RunFolder:
         self.path = path
         self._events: EventFile | None = None
         self._loggers: list[Logger] = []
-        require_folder(path, "RUN")
+        require_folder(path, "--run")
         with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
             check_paths(path)
@@ -86,7 +86,7 @@ class RunFolder:
             lock(file, self.path / LOCK, wait=False)
         except BlockingIOError as error:
             file.close()
-            what = f"another process is training in {self.path}: wait for it, or choose another RUN="
+            what = f"another process is training in {self.path}: wait for it, or choose another --run"
             raise UserError(what) from error
         return file
 
@@ -202,7 +202,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     Raises:
         UserError: it is a file, or a run with other options.
     """
-    require_folder(run, "RUN")
+    require_folder(run, "--run")
     if not os.path.lexists(run / OPTIONS):
         return
     stored, given = flat(read_config(run)), flat(config)
@@ -213,17 +213,17 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         if before < after and given.get("extend"):
             return
         if before < after:
-            fix = f'set SET="extend=true" to extend it, or INIT={run} with another RUN= for a new run from its weights'
+            fix = f"set --extend to extend it, or --init {run} with another --run for a new run from its weights"
         else:
-            fix = "choose another RUN=, or remove the folder to start over"
+            fix = "choose another --run, or remove the folder to start over"
         raise UserError(f"{run} contains a run of {before} epochs, not {after}", fix=fix)
     if different:
         raise UserError(
-            "RUN= contains a run with different options",
+            "--run contains a run with different options",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
             where=run / OPTIONS,
-            fix="choose another RUN=, or remove the folder to start over",
+            fix="choose another --run, or remove the folder to start over",
         )
 
 
@@ -247,9 +247,9 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     """
     if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(
-            "RUN= contains a run with a different cache",
+            "--run contains a run with a different cache",
             got=f"{cache} with fingerprint {fingerprint[:16]}",
             expected=f"the cache with fingerprint {read_facts(run)['fingerprint'][:16]}",
             where=run,
-            fix="choose another RUN=, or remove the folder to start over",
+            fix="choose another --run, or remove the folder to start over",
         )

@@ -42,7 +42,7 @@ def make_summary(
 
 
 def baseline_summary(run: Path, summary: Summary) -> Summary | None:
-    """The summary of the baseline: a finished neighboring run of the same student, TARGETS=none, equal steps.
+    """The summary of the baseline: a finished neighboring run of the same student, --targets none, equal steps.
 
     A neighboring run that cannot be read is skipped.
     """
@@ -63,7 +63,7 @@ def summary_table(run: Path, summary: Summary) -> str:
     facts = {"spec": {"has_classifier": summary.get("has_classifier", True)}, "top1": summary["teacher_top1"]}
     teacher = teacher_accuracy(facts)
     top1, top5 = percent(summary["top1"]), percent(summary["top5"])
-    baseline_text = f"top-1 {percent(baseline['top1'])} at equal steps" if baseline else "not run (TARGETS=none)"
+    baseline_text = f"top-1 {percent(baseline['top1'])} at equal steps" if baseline else "not run (--targets none)"
     rows = [
         ("teacher", f"{summary['teacher']}, {teacher}"),
         ("student", f"{summary['student']}, top-1 {top1}, top-5 {top5}"),

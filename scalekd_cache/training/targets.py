@@ -2,7 +2,7 @@
 
 In: a finished cache, a student. Out: `TargetSource`, targets of a batch; `CachedTargets`, an iterable of batches;
 `ScaleKDLoss`, the loss as a module.
-Invariant: samples, order, checks, decoding and losses are those of `make distill`.
+Invariant: samples, order, checks, decoding and losses are those of `scalekd distill`.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
             got=f"scalekd.temperature={config.temperature}",
             expected="1, or a cache with dense logits",
             where=cache.root,
-            fix='set SET="scalekd.temperature=1", or make a cache with cache.logits=dense',
+            fix="set --scalekd.temperature=1, or make a cache with cache.logits=dense",
         )
 
 
@@ -64,7 +64,7 @@ def load_cache_tail(cache: Cache, spec: TeacherSpec) -> Tail:
             "the teacher's tail is missing or damaged",
             expected=f"sha256 {cache.manifest.facts.tail_sha256[:16]}",
             where=file,
-            fix="restore the file, or delete the manifest and rerun make cache-teacher: it reuses the units",
+            fix="restore the file, or delete the manifest and rerun scalekd cache-teacher: it reuses the units",
         )
     return load_tail(local_path(file), spec)
 
@@ -98,7 +98,7 @@ def heads_note(config: DistillConfig, student: Student, heads: ScaleKDHeads, tai
         lite = sum(value.numel() for value in make_heads(cheap, student, tail).parameters())
     return (
         f"the heads have {trained / 1e6:.1f} M parameters, the student {own / 1e6:.1f} M: most of a step is spent on "
-        f"the heads; HEADS=lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; `make costs` for FLOPs)"
+        f"the heads; --heads lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; `scalekd costs` for FLOPs)"
     )
 
 

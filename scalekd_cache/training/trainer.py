@@ -40,7 +40,7 @@ from scalekd_cache.training.zero_state import gather_state, gather_weights, scat
 SIGNAL_S = 10.0
 """Ranks agree on a signal at every logged step, and between these when that takes longer than this, seconds."""
 LESS_MEMORY = (
-    "set student.grad_checkpointing=true, HEADS=lite or ZERO=2, or lower train.micro_batch_size, which is also the "
+    "set student.grad_checkpointing=true, --heads lite or --zero 2, or lower train.micro_batch_size, which is also the "
     "BatchNorm group"
 )
 
@@ -340,5 +340,5 @@ def diverged(got: str, where: str) -> UserError:
         "the loss or the weights became NaN or Inf",
         got=got,
         where=where,
-        fix="lower optim.lr or set optim.clip_norm and use another RUN=; the last checkpoint of this run is intact",
+        fix="lower optim.lr or set optim.clip_norm and use another --run; the last checkpoint of this run is intact",
     )

@@ -54,7 +54,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
         "the pixels of a view cannot be decoded",
         got=got,
         expected=f"a JPEG or PNG file, RGB, {size} x {size} pixels",
-        fix="the cache is damaged: run `make verify`, then `make repair`",
+        fix="the cache is damaged: run `scalekd verify`, then `scalekd repair`",
     )
 
 

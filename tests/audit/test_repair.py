@@ -193,7 +193,7 @@ def test_moved_data_and_weights_are_found(tmp_path, quick):
         reseal(root / name, lambda fields: fields["teacher"]["config"].update(weights="gone.safetensors"))
     units = {path: data for path, data in tree(root).items() if path.startswith("units/")}
     damage_record(root)
-    with pytest.raises(UserError, match=r"not available(.|\n)*TEACHER_WEIGHTS"):
+    with pytest.raises(UserError, match=r"not available(.|\n)*--teacher-weights"):
         repair_cache(root, CPU)
     assert repair_cache(root, CPU, weights=str(shared_weights()), data="demo").left == []
     assert {path: data for path, data in tree(root).items() if path.startswith("units/")} == units
@@ -205,6 +205,6 @@ def test_without_plan_and_manifest_it_says_what_to_do(tmp_path, damaged):
     for name in ("manifest.json", "plan.json"):
         flip_byte(root / name, 40) if damaged else (root / name).unlink()
     before = tree(root)
-    with pytest.raises(UserError, match="make cache-teacher"):
+    with pytest.raises(UserError, match="scalekd cache-teacher"):
         repair_cache(root, CPU)
     assert tree(root) == before

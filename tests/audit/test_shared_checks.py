@@ -117,7 +117,7 @@ def test_pixels_that_are_elsewhere(pair, tmp_path):
     assert findings.problems == findings.notes == []
     flip_byte(second / UNIT / "v0001.tar", 5000)
     before = tree(second)
-    with pytest.raises(UserError, match="PIXELS_FROM="):
+    with pytest.raises(UserError, match="--pixels-from"):
         repair_cache(second, CPU)
     assert tree(second) == before
     done = repair_cache(second, CPU, pixels_from=str(moved))
@@ -159,7 +159,7 @@ def test_inspecting_shared_pixels(pair, tmp_path, capsys):
     first.rename(tmp_path / "moved")
     inspect_cache.main(words)
     assert json.loads(capsys.readouterr().out)["digest_ok"] is None
-    with pytest.raises(UserError, match="PIXELS_FROM="):
+    with pytest.raises(UserError, match="--pixels-from"):
         inspect_cache.main([*words, "--out", str(tmp_path / "view.jpg")])
     inspect_cache.main([*words, "--pixels_from", str(tmp_path / "moved")])
     assert json.loads(capsys.readouterr().out)["digest_ok"] is True

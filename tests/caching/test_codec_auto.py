@@ -1,4 +1,4 @@
-"""CODEC=auto: the table, the selection, and that it happens once."""
+"""--codec auto: the table, the selection, and that it happens once."""
 
 import json
 

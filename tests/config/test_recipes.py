@@ -154,7 +154,7 @@ def test_a_cache_serves_the_recipes_of_its_views_alone(one, other):
         return
     with pytest.raises(UserError, match=f"other views than recipe {other}") as caught:
         check_recipe(views(one), other, views(other), Path("cache"))
-    assert f"make a cache with RECIPE={other}" in str(caught.value)
+    assert f"make a cache with --recipe {other}" in str(caught.value)
 
 
 def test_the_command_refuses_before_it_trains(tmp_path, monkeypatch):

@@ -137,7 +137,7 @@ def test_torchvision_as_a_file(tmp_path):
         args = VIT if name == "vit_base" else {}
         with pytest.raises(UserError, match="torchvision") as error:
             export_file(student_of(name, size, **args), "torchvision", tmp_path / "x", image_size=size, facts={})
-        assert "FORMAT=timm" in str(error.value)
+        assert "--format timm" in str(error.value)
     assert [path.name for path in tmp_path.iterdir()] == ["s.safetensors"]
 
 

@@ -421,7 +421,7 @@ def test_a_folder_with_other_things_is_refused(whole, tmp_path) -> None:
 def test_a_student_of_another_size_asks_for_its_name(tmp_path) -> None:
     path = tmp_path / "c.pth"
     torch.save({"state_dict": Classifier(VisionTransformer(32, 1, 2, 16), 32, 5).state_dict()}, path)
-    with pytest.raises(UserError, match="STUDENT=name"):
+    with pytest.raises(UserError, match="set --student to the name"):
         import_checkpoint(path, tmp_path / "out")
 
 

@@ -27,11 +27,11 @@ def test_lists_in_words():
 
 
 def test_a_mistype_is_one_line():
-    error = unknown_name("model", "resnet5", MODELS, "STUDENT=")
+    error = unknown_name("model", "resnet5", MODELS, "--student")
     assert isinstance(error, UserError)
-    assert str(error) == "there is no model resnet5: did you mean resnet50, resnet50d or resnet18? (STUDENT=)"
-    assert str(unknown_name("cache", "x", [], "CACHE=")) == "there is no cache x (CACHE=)"
+    assert str(error) == "there is no model resnet5: did you mean resnet50, resnet50d or resnet18? (--student)"
+    assert str(unknown_name("cache", "x", [], "--cache")) == "there is no cache x (--cache)"
     many = [f"name{number}" for number in range(100)]
-    assert str(unknown_name("model", "zzz", many, "STUDENT=")) == "there is no model zzz (STUDENT=)", (
+    assert str(unknown_name("model", "zzz", many, "--student")) == "there is no model zzz (--student)", (
         "a hundred are no help"
     )

@@ -174,7 +174,7 @@ def test_wrong_images(value, message):
         ({"name": "vit_tiny_patch16_224", "size": 16}, "1x1"),
         ({"name": "vit_tiny_patch16_224", "args": {"nonsense": 1}}, "does not accept the argument nonsense"),
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),
-        ({"pretrained": True}, "make fetch TEACHER=demo_swin"),
+        ({"pretrained": True}, "scalekd fetch --teacher demo_swin"),
         ({"weights": "weights.pth"}, "pickle"),
         ({"weights": "missing.safetensors"}, "weights is missing"),
     ],
@@ -189,10 +189,10 @@ def test_pretrained_without_a_network(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(zoo.timm, "create_model", offline)
-    with pytest.raises(UserError, match="make fetch TEACHER=vit_tiny_patch16_224") as caught:
+    with pytest.raises(UserError, match="scalekd fetch --teacher vit_tiny_patch16_224") as caught:
         make("vit_tiny_patch16_224", 224, pretrained=True)
     assert "TEACHER_WEIGHTS" in str(caught.value)
-    assert "PRETRAINED=0" in str(caught.value)
+    assert "--pretrained false" in str(caught.value)
     config = TeacherConfig(name="vit_tiny_patch16_224", num_classes=7)
     with pytest.raises(UserError, match="a different number of classes"):
         load_teacher(config, image_size=224, num_classes=7, device=torch.device("cpu"))

@@ -19,8 +19,9 @@ def next_of(output):
 
 def typed(command, status=0):
     """Run a printed command in a shell, for one epoch."""
-    env = {**ENV, "EPOCHS": "1", "WORKERS": "0"}
-    done = subprocess.run(command, shell=True, cwd=ROOT, env=env, text=True, capture_output=True)
+    done = subprocess.run(
+        f"{command} EPOCHS=1 WORKERS=0", shell=True, cwd=ROOT, env=ENV, text=True, capture_output=True
+    )
     assert done.returncode == status, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout + done.stderr
 
@@ -45,7 +46,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     command += f" RUN={tmp_path / 'run'}"
     assert "top-1" in typed(command)
     assert "is finished; nothing to do" in typed(command)
-    assert "remove RECIPE= to train" in typed(f"{command} RECIPE=demo", status=2)
+    assert "remove --recipe to train" in typed(f"{command} RECIPE=demo", status=2)
 
 
 def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
@@ -56,4 +57,6 @@ def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
     refused = typed(command, status=2)
     assert "larger than the data set" in refused
     advice = refused.rpartition("lower it, for example ")[2].splitlines()[0]
-    typed(f"{command} {advice}")
+    assert advice.count("--train.") == 2
+    set_options = advice.replace("--", "")
+    typed(f'{command} SET="{set_options}"')

@@ -86,9 +86,9 @@ def test_lite_projectors_cost_at_most_a_quarter(student: str) -> None:
 
 def test_command_and_committed_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "COSTS.md").read_text(encoding="utf-8")
-    assert "make costs ALL=1" in page
+    assert "scalekd costs --all" in page
     row = costs.summary_row(costs.pair_costs(costs.SWIN_L, "resnet50"))
-    assert row in page, "docs/COSTS.md is stale: make costs ALL=1 > docs/COSTS.md"
+    assert row in page, "docs/COSTS.md is stale: scalekd costs --all > docs/COSTS.md"
     costs_command.main(["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")

@@ -133,8 +133,8 @@ def test_hours_and_students_add_up(tmp_path, monkeypatch):
     assert slower.images_per_s == pytest.approx(found.images_per_s * 121 / 989)
     assert found.read_mb_per_s == pytest.approx(found.images_per_s * found.bytes_per_view["total"] / 1e6)
     changes = {row["change"]: row for row in found.alternatives}
-    assert changes["VIEWS=2"]["gpu_hours"] == pytest.approx(found.teacher_gpu_hours / 2)
-    assert changes["CODEC=transform"]["bytes"] < found.total_bytes < changes["CODEC=float16"]["bytes"]
+    assert changes["--views 2"]["gpu_hours"] == pytest.approx(found.teacher_gpu_hours / 2)
+    assert changes["--codec transform"]["bytes"] < found.total_bytes < changes["--codec float16"]["bytes"]
     with pytest.raises(UserError, match="no GPU h1000: did you mean h100"):
         plan_of(config, gpu="h1000")
 
@@ -171,7 +171,15 @@ def test_the_command(tmp_path, capsys):
 def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
     found = plan_of(options(tmp_path / "cache", shared_weights()))
     text = describe(found)
-    for words in ("features (int8)", "CPU cores", "GPU-hours", "images/s", "memory of a step", "data sheet", "VIEWS=4"):
+    for words in (
+        "features (int8)",
+        "CPU cores",
+        "GPU-hours",
+        "images/s",
+        "memory of a step",
+        "data sheet",
+        "--views 4",
+    ):
         assert words in text
     assert "DOES NOT FIT" not in text
     assert "DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))

@@ -103,12 +103,12 @@ def test_a_time_out_reaches_the_trainer_from_a_worker(tmp_path):
 
 def test_not_following_an_unfinished_cache_names_the_option(tmp_path):
     Writer(tmp_path, two_groups()).commit(0)
-    with pytest.raises(UserError, match="FOLLOW=1"):
+    with pytest.raises(UserError, match="--follow"):
         read_cache_facts(tmp_path, False, 60, silent)
 
 
 def test_a_url_is_not_followed(tmp_path):
-    with pytest.raises(UserError, match="FOLLOW=1 needs a cache in a local folder"):
+    with pytest.raises(UserError, match="--follow needs a cache in a local folder"):
         open_growing_cache(open_place("https://example.com/cache"), 0.1, silent)
 
 

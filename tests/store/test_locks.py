@@ -7,10 +7,12 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import threading
 
 import pytest
 from commands import ENV, LIMIT_S, ROOT
 
+from pipelines.cache_teacher import one_job_per_node
 from scalekd_cache.data.builtin import _download
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import locks
@@ -96,11 +98,11 @@ def test_something_else_in_the_place_of_a_lock(tmp_path, put):
             call()
 
 
-def waiting_make(folder, cache, recipe, path=None):
-    """Run a recipe under the Makefile's cache lock."""
+def waiting_make(folder, place, recipe, path=None):
+    """Run a recipe under the Makefile's lock of an environment."""
     file = folder / "probe.mk"
-    file.write_text(f"include Makefile\nprobe:\n\t@$(call waiting,$(CACHE)) {recipe}\n")
-    words = ["make", "-f", file, "probe", "VENV=none", f"PYTHON={sys.executable}", f"CACHE={cache}"]
+    file.write_text(f"include Makefile\nprobe:\n\t@$(waiting) {recipe}\n")
+    words = ["make", "-f", file, "probe", f"VENV={place}", f"PYTHON={sys.executable}"]
     environment = {**ENV, "PATH": f"{path}:{ENV['PATH']}"} if path else ENV
     return subprocess.Popen(
         list(map(str, words)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -108,9 +110,9 @@ def waiting_make(folder, cache, recipe, path=None):
 
 
 def test_two_makes_wait_for_each_other(tmp_path):
-    log, cache = tmp_path / "log", tmp_path / "a b" / "cache"
-    recipe = f"echo begins >>{log}; sleep 0.5; echo ends >>{log}"
-    for process in [waiting_make(tmp_path, cache, recipe) for _ in range(2)]:
+    log = tmp_path / "log"
+    recipe = f"{{ echo begins >>{log}; sleep 0.5; echo ends >>{log}; }}"
+    for process in [waiting_make(tmp_path, tmp_path / "venv", recipe) for _ in range(2)]:
         assert process.communicate(timeout=LIMIT_S)[0] == ""
     assert log.read_text().split() == ["begins", "ends"] * 2
 
@@ -120,9 +122,25 @@ def test_make_goes_on_without_a_lock(tmp_path, trouble):
     """The exit code of the recipe is preserved."""
     (tmp_path / "flock").write_text("#!/bin/sh\nexit 71\n")
     (tmp_path / "flock").chmod(0o755)
-    cache = tmp_path / ("cache" if trouble == "no locks" else "flock/cache")
-    process = waiting_make(tmp_path, cache, "exit 3", tmp_path if trouble == "no locks" else None)
+    place = tmp_path / ("venv" if trouble == "no locks" else "flock/venv")
+    process = waiting_make(tmp_path, place, "exit 3", tmp_path if trouble == "no locks" else None)
     output = process.communicate(timeout=LIMIT_S)[0]
     assert process.returncode == 2
-    assert f"warning: no file lock next to {cache}" in output
+    assert f"warning: no file lock next to {place}" in output
     assert "Error 3" in output
+
+
+def test_two_commands_that_write_one_cache_on_one_node_wait_for_each_other(tmp_path):
+    steps, root = [], tmp_path / "new" / "cache"
+
+    def second():
+        with one_job_per_node(root):
+            steps.append("second")
+
+    with one_job_per_node(root):
+        thread = threading.Thread(target=second)
+        thread.start()
+        thread.join(0.3)
+        steps.append("first")
+    thread.join(LIMIT_S)
+    assert steps == ["first", "second"]

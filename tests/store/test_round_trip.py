@@ -77,7 +77,7 @@ def test_a_zarr_record_has_the_checksum_of_its_fields(tmp_path):
 
 @pytest.mark.parametrize("byte", range(36))
 def test_a_flip_in_any_byte_of_an_index_row_is_noticed_by_a_reader(tmp_path, byte):
-    """Detected not only by `make verify`: a reader uses the index row without checking its sha256."""
+    """Detected not only by `scalekd verify`: a reader uses the index row without checking its sha256."""
     root = write_cache(tmp_path, "webdataset")
     index = root / "units" / "g000-r00000" / "v0000.idx"
     data = bytearray(index.read_bytes())

@@ -96,7 +96,7 @@ def test_the_two_move_together_and_apart(pair, tmp_path):
     config = DistillConfig(cache=str(moved.root), train=TrainConfig())
     with pytest.raises(UserError, match="whose pixels are shared is missing") as error:
         open_run_cache(config, tmp_path / "run", CPU)
-    assert "PIXELS_FROM=" in str(error.value)
+    assert "--pixels-from" in str(error.value)
     config = DistillConfig(cache=str(moved.root), pixels_from=str(tmp_path / "elsewhere"))
     assert open_run_cache(config, tmp_path / "run", CPU).pixels.root == tmp_path / "elsewhere"
     with pytest.raises(UserError, match="has pixels of its own"):
@@ -111,7 +111,7 @@ def test_other_pixels_are_refused_before_training(pair, tmp_path):
     assert f"40 images, {VIEWS} views" in str(error.value)
     with pytest.raises(UserError, match="shares those of another") as error:
         open_shared_pixels(cache, str(cache.root), VIEWS)
-    assert "PIXELS_FROM=" in str(error.value)
+    assert "--pixels-from" in str(error.value)
 
 
 def test_a_view_of_another_digest_is_refused(pair, tmp_path, monkeypatch):
@@ -156,7 +156,7 @@ def test_chains_replayed_views_and_itself_are_refused(pair, tmp_path):
     first, cache = pair
     with pytest.raises(UserError, match="no pixels of its own") as error:
         second(tmp_path / "third", cache.root)
-    assert f"give PIXELS_FROM={first.root}" in str(error.value)
+    assert f"set --pixels-from {first.root}" in str(error.value)
     with pytest.raises(UserError, match="has no pixels"):
         second(tmp_path / "third", shared_cache("replayed").root)
     with pytest.raises(UserError, match="cannot share its own pixels"):

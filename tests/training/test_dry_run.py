@@ -98,7 +98,7 @@ def test_paths_without_a_cache(tmp_path, monkeypatch):
     check_cache_path("https://host/cache")
     with pytest.raises(UserError, match="is a file") as error:
         check_cache_path(str(root / "manifest.json"))
-    assert f"set CACHE={root}" in str(error.value)
+    assert f"set --cache {root}" in str(error.value)
     shutil.copytree(root, tmp_path / "caches" / "digits")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"no cache caches/digit: did you mean caches/digits\?"):

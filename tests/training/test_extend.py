@@ -58,8 +58,8 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     with pytest.raises(UserError) as error:
         distill(config_of(run, 2), CPU)
     assert str(error.value).splitlines()[0] == f"{run} contains a run of 1 epochs, not 2"
-    assert 'SET="extend=true"' in str(error.value)
-    assert f"INIT={run}" in str(error.value)
+    assert "--extend" in str(error.value)
+    assert f"--init {run}" in str(error.value)
     assert "would resume at step 4" in plan_distill(config_of(run, 2, extend=True), CPU)[-1]
     assert read_summary(run) == before
     capsys.readouterr()
@@ -102,7 +102,7 @@ def test_without_a_checkpoint_only_the_weights_remain(one_epoch, tmp_path):
     run = copy_of(one_epoch, tmp_path)
     shutil.rmtree(run / "checkpoints")
     before = json.loads((run / "summary.json").read_text())
-    with pytest.raises(UserError, match=f"no checkpoint to extend from: set INIT={run}"):
+    with pytest.raises(UserError, match=f"no checkpoint to extend: set --init {run}"):
         distill(config_of(run, 2, extend=True), CPU)
     assert json.loads((run / "summary.json").read_text()) == before
     with pytest.raises(UserError, match="different options"):

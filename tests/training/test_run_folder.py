@@ -109,7 +109,7 @@ def test_the_summary_table_without_a_baseline(tmp_path):
         "teacher   demo_swin, top-1 97.00 %",
         "student   resnet18, top-1 91.25 %, top-5 99.50 %",
         "targets   cached",
-        "baseline  not run (TARGETS=none)",
+        "baseline  not run (--targets none)",
         "epochs    3 (66 steps, 120 images/s)",
         "minutes   2.3",
         "cache     4 views, 6,245 bytes per view, including pixels",

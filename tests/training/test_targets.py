@@ -1,4 +1,4 @@
-"""Custom loops: the losses of `make distill`, resuming, and students with wrong outputs."""
+"""Custom loops: the losses of `scalekd distill`, resuming, and students with wrong outputs."""
 
 import json
 import subprocess

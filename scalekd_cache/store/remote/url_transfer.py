@@ -36,7 +36,7 @@ RETRY_STATUS = {408, 425, 429}
 FIXES = {
     401: "give credentials (docs/REMOTE.md)",
     403: "give credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
-    404: "check the URL (CACHE=...); if it is correct, the cache there is incomplete: copy it again",
+    404: "check the URL (--cache ...); if it is correct, the cache there is incomplete: copy it again",
 }
 T = TypeVar("T")
 
