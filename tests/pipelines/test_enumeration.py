@@ -49,13 +49,13 @@ COMMANDS = {
 """`fetch` and `costs` open no user files; `distill` is checked up to its first step."""
 FINE = (
     # commands, `file kind`, and why exit code 0 is correct
-    ("cache_teacher|repair", r"cache/\S+ \w+", "made again"),
-    ("repair", r"teacher\.safetensors \w+", "a cache that is whole needs no teacher"),
-    ("plan|cache_teacher|evaluate", r"data/\S+ \w+", "images that cannot be read are counted and left out"),
-    ("verify", r"cache/plan\.json missing", "older caches have none: a note says so"),
-    ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "a line says that the teacher was not run"),
-    ("export", r"run/summary\.json missing", "a run that is not finished is exported from its last checkpoint"),
-    ("report", r"\S+ \w+", "the page shows what is there, with a note about the rest"),
+    ("cache_teacher|repair", r"cache/\S+ \w+", "rebuilt"),
+    ("repair", r"teacher\.safetensors \w+", "an intact cache needs no teacher"),
+    ("plan|cache_teacher|evaluate", r"data/\S+ \w+", "unreadable images are counted and skipped"),
+    ("verify", r"cache/plan\.json missing", "older caches have none; a note reports it"),
+    ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "a line reports that the teacher was not run"),
+    ("export", r"run/summary\.json missing", "an unfinished run is exported from its last checkpoint"),
+    ("report", r"\S+ \w+", "the page shows the available data, with a note about the rest"),
 )
 SLOW = ("report", "repair", "cache_teacher", "plan", "prove")
 """Commands that take seconds: half of the kinds, chosen by SEED, are tried on each of their files."""
