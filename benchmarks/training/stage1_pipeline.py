@@ -82,7 +82,7 @@ class FreeCodec(Int8Codec):
 
 
 def free_similarity(codec: FreeCodec, features: Tensor, codes: Tensor) -> Fidelity:
-    """Ones."""
+    """Constant values of one."""
     return Fidelity(torch.ones(len(features)), torch.ones(len(features)))
 
 

@@ -1,4 +1,4 @@
-"""What `make bench-gpu` times: page-locked batches, worker processes that are there, caches made on the device."""
+"""Conditions of `make bench-gpu`: page-locked batches, running worker processes, caches made on the device."""
 
 import multiprocessing
 

@@ -28,7 +28,7 @@ def test_a_part_that_hangs_ends_with_its_children(tmp_path):
 
 
 def test_what_a_failing_part_reported_is_kept(tmp_path, monkeypatch):
-    """The first part reports and fails, the second one has no time left: the file holds both."""
+    """The first part reports and fails, the second one has no time left; the file records both."""
     Report(tmp_path / "a.json").add("ms", 3)
     monkeypatch.setattr(
         gpu_smoke, "guarded", lambda command, limit_s, log: (log.write_text("why"), ("exit code 1", 5.0))[1]
@@ -78,7 +78,7 @@ def test_sizes_of_the_real_run_fit():
 
 @pytest.mark.slow
 def test_whole_stand_in(tmp_path):
-    """Every part in a process of its own, as on a GPU."""
+    """Every part in a separate process, as on a GPU."""
     assert gpu_smoke.main(["--stand-in", "--out", str(tmp_path / "out.json")]) == 0
     parts = json.loads((tmp_path / "out.json").read_text())["parts"]
     assert set(parts) == set(PARTS)

@@ -1,4 +1,4 @@
-"""A trained teacher whose classes are in another order than the class folders: stage 1 stops before the first unit."""
+"""Stage 1 stops before the first unit if a trained teacher's classes are in another order than the class folders."""
 
 import re
 import shutil
@@ -74,7 +74,7 @@ def folders(root, names=NUMBERS, val=12):
 
 
 def in_order(names, key):
-    """The numbers of the classes, sorted by their names: what a teacher trained with this order has."""
+    """The numbers of the classes, sorted by their names: the outputs of a teacher trained with this order."""
     return sorted(range(11), key=lambda label: key(names[label]))
 
 
@@ -90,7 +90,7 @@ def stage1(root, images, file, **sections):
 
 @pytest.mark.ci_slow
 def test_the_command_stops_names_the_order_and_passes_with_it(trained, tmp_path):
-    """As a user has it: folders 0 ... 10, a teacher trained by timm, which sorts 10 behind 9."""
+    """A common case: folders 0 ... 10, and a teacher trained with timm, which sorts 10 after 9."""
     data, file = folders(tmp_path / "data"), weights(trained, tmp_path / "t.safetensors", list(range(11)))
     words = flags({"data.source": data, "teacher.weights": file, "cache.path": tmp_path / "cache",
                    "cache.num_views": 1, "recipe": "demo"})  # fmt: skip

@@ -1,6 +1,6 @@
-"""Stage 1 on a device that is not the host: what crosses between the two, in which order, and who waits.
+"""Transfers between host and device in stage 1: what is copied, in which order, and which thread waits.
 
-The device is torch's meta device (`crossings.py`): shapes are real, numbers are not. The loop is stage 1's own.
+The device is torch's meta device (`crossings.py`): shapes are real, values are not. The loop is stage 1's own code.
 """
 
 import threading
@@ -41,7 +41,7 @@ def fill(stage, count=IMAGES):
 
 
 def test_every_crossing_of_stage_1(tmp_path):
-    """Two batches of two views: pixels and seeds go to the device, five results come back, nothing is read."""
+    """Two batches of two views: pixels and seeds are copied to the device, five results back, no value is read."""
     config = options(tmp_path, shared_weights()).teacher
     teacher = load_teacher(config, image_size=64, num_classes=CLASSES, device=torch.device("cpu"))
     stage = stage_of(tmp_path, teacher.to(META), META, teacher.spec.feature_shape)
@@ -57,7 +57,7 @@ def test_every_crossing_of_stage_1(tmp_path):
 
 
 class Log:
-    """The order of forward passes, of events and of waiting for them, with the thread."""
+    """The order of forward passes, events and waits, with the thread of each."""
 
     def __init__(self, monkeypatch):
         self.lines, main = [], threading.current_thread()
@@ -93,7 +93,7 @@ def test_only_the_writer_waits(tmp_path, monkeypatch):
     writer, _ = fill(stage, 3 * BATCH)
     writer.abort()
     main = [line for line in log.lines if line[0] != "writer waits"]
-    # 2 views a batch, then the event of the batch's pixels (numbers 2, 5 and 8)
+    # 2 views per batch, then the event of the batch's pixels (numbers 2, 5 and 8)
     batch = ["forward", "event", "forward", "event", "event"]
     assert [what for what, _ in main] == [*batch, *batch, "main waits", *batch]
     assert ("main waits", 2) in main

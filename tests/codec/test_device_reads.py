@@ -48,7 +48,7 @@ def test_logit_codecs_do_not_wait(codec):
 
 
 def test_rows_that_encode_must_finish():
-    """A row that cannot be stored is not final; nor is one whose step must be doubled, which `encode` then does."""
+    """Rows that cannot be stored, or whose step must be doubled, are not final; `encode` handles them."""
     broken = MAPS[:4].clone()
     broken[1, 0, 0, 0] = torch.nan
     assert make_codec("int8", SHAPE).encode_rows(broken).final.tolist() == [True, False, True, True]
@@ -57,7 +57,7 @@ def test_rows_that_encode_must_finish():
     codec, seeds = codec_of("rotated"), torch.arange(4)
     with pytest.raises(UserError, match=r"rows \[1\] of a batch of 4"):
         codec.encode(broken, seeds)
-    codec.step /= 1e5  # symbols beyond 16 bits in all rows that are not zero
+    codec.step /= 1e5  # symbols beyond 16 bits in all nonzero rows
     flat = MAPS[:4].clone()
     flat[2] = 0
     rows, whole = codec.encode_rows(flat, seeds), codec.encode(flat, seeds)

@@ -1,4 +1,4 @@
-"""Upload to a model hub, with a local stand-in: the hub gets the export's own files, and errors say what to do."""
+"""Upload to a model hub, with a local mock server: it receives the files of the export, and errors contain a fix."""
 
 import base64
 import http.server
@@ -20,7 +20,7 @@ CARD = "---\nlibrary_name: timm\n---\n# a student\n"
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """The part of the hub's protocol that an upload needs; `server.files` holds what was committed."""
+    """The part of the hub's protocol that an upload needs; `server.files` holds the committed files."""
 
     def answer(self, status, fields=None):
         body = json.dumps(fields or {}).encode()

@@ -1,4 +1,4 @@
-"""Which device a process takes, what it reports about it, and that DeepSpeed takes the same one."""
+"""The device of a process, its report, and that DeepSpeed uses the same device."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def no_launcher(monkeypatch):
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """A machine with two GPUs, or another number."""
+    """A machine with two GPUs (by default)."""
 
     def set_count(count):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
@@ -107,7 +107,7 @@ def test_a_gpu_that_cannot_be_used_is_an_error(name, unusable, monkeypatch):
     for part in ("550.54.15", "driver on your system is too old", "/whl/cu126", "device=cpu"):
         assert part in str(error.value)
     assert choose_device("cpu") == CPU
-    if name == "auto":  # the user hid it, or it belongs to others
+    if name == "auto":  # hidden by the user, or not accessible
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
         assert choose_device(name) == CPU
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

@@ -1,7 +1,7 @@
-"""A stand-in for a GPU: tensors of the meta device, and a list of everything that crosses between it and the host.
+"""A mock GPU: tensors on the meta device, and a list of all transfers between it and the host.
 
-What arrives on the host is ones, so code that reads flags continues. Reading a value (`bool(x)`, `x.item()`) would
-make a GPU's host wait: it is listed as such. Operators that mix devices fail, as they do on a GPU.
+Copies to the host are filled with ones, so code that reads flags continues. Reading a value (`bool(x)`, `x.item()`),
+which would make the host wait for a GPU, is listed too. Operators that mix devices fail, as on a GPU.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 META = torch.device("meta")
 READ = {torch.bool: True, torch.int64: torch.iinfo(torch.int64).max}
-"""What is read instead of a value: the watchdog's number of the first NaN is the largest int64 if there is none."""
+"""Replaces every value that is read; the watchdog's position of the first NaN is the largest int64 if there is none."""
 aten = torch.ops.aten
 
 

@@ -1,4 +1,4 @@
-"""Counts what a real training loop reads from its device and whom it waits for; an engine for any device."""
+"""Counts reads from the device and waits in a real training loop; provides an engine for any device."""
 
 import sys
 from collections import Counter
@@ -43,7 +43,7 @@ class ReadCounter(TorchDispatchMode):
 
 
 class PlainEngine:
-    """What the trainer uses of DeepSpeed's engine at ZeRO 0, on any device."""
+    """The part of DeepSpeed's engine that the trainer uses at ZeRO 0, on any device."""
 
     def __init__(self, model, optimizer, accumulation):
         self.module, self.optimizer, self.accumulation, self.micros = model, optimizer, accumulation, 0
@@ -64,7 +64,7 @@ class PlainEngine:
 
 @contextmanager
 def counted_calls(monkeypatch, owner, name, replaced=None):
-    """The number of calls of a function, in a list; `replaced` is called instead of it."""
+    """Counts the calls of a function in a list; calls `replaced` instead."""
     calls, original = [], getattr(owner, name)
 
     def counted(*args, **kwargs):

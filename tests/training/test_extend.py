@@ -1,4 +1,4 @@
-"""A run that is extended: exactly, where the schedule does not depend on the epochs; and never by accident."""
+"""Extending a run: exact if the schedule does not depend on the number of epochs, and never by accident."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_files import read_config, read_summary
 
 STEPS = 3
-"""Of an epoch: 96 images in batches of 32."""
+"""Steps per epoch: 96 images in batches of 32."""
 
 
 def config_of(run, epochs, *, schedule="constant", extend=False, **changes):
@@ -81,7 +81,7 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
 
 @pytest.mark.parametrize("kept", ["summary.json", "export"])
 def test_a_job_killed_while_it_extends_is_resumed_by_a_rerun(one_epoch, tmp_path, monkeypatch, kept):
-    """Killed after the new number of epochs was written: before the summary went, and before the first step."""
+    """Killed after the new number of epochs was written: before the summary is removed, and before the first step."""
     run = copy_of(one_epoch, tmp_path)
 
     def killed(*_):

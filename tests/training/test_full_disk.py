@@ -1,4 +1,4 @@
-"""A full disk (a small one that only the test sees): one message, no damaged file, and a rerun that finishes."""
+"""A full disk (a small tmpfs visible only to the test): one message, no damaged file, and a rerun finishes."""
 
 import pytest
 from commands import cache_flags, distill_flags
@@ -10,7 +10,7 @@ from scalekd_cache.training.metrics import read_metrics
 from scalekd_cache.training.run_folder import RunFolder
 
 VALUES = {"events": {"loss": 0.5}, "metrics": {f"loss of part {n}": 1 / 3 for n in range(8)}}
-"""What is logged so that this file is the first to need another page of the disk."""
+"""Log values so that this file is the first to need another page of the disk."""
 
 
 def _log_until_full(disk, values, sender) -> None:
@@ -62,7 +62,7 @@ def test_metrics_and_tensorboard(tmp_path, first):
 
 @pytest.mark.ci_slow
 def test_a_run_on_a_disk_that_fills_up(tmp_path, weights):
-    """Before operations all over the run: checkpoint, metrics, export, model card, summary."""
+    """The disk fills up before various operations: checkpoint, metrics, export, model card, summary."""
     FORKING.set_forkserver_preload(["scalekd_cache.training.run", "scalekd_cache.caching.job", "pipelines.command"])
     cache, disk, log = tmp_path / "cache", tmp_path / "disk", tmp_path / "log"
     disk.mkdir()

@@ -1,4 +1,4 @@
-"""An exported student has with timm's own transform the accuracy that `evaluate` measures."""
+"""With timm's own transform, an exported student has the accuracy that `evaluate` measures."""
 
 import timm
 import torch
@@ -32,7 +32,7 @@ def test_timm_measures_the_same_accuracy(tmp_path):
         images = (Image.fromarray(decode_image(source.read(i), one.key)) for i, one in enumerate(source.samples))
         return model(torch.stack([transform(image) for image in images]))
 
-    student.model.fc.bias -= export().mean(0)  # random weights alone predict one class for all images
+    student.model.fc.bias -= export().mean(0)  # purely random weights predict one class for all images
     predicted, labels = export().argmax(1), torch.tensor([sample.label for sample in source.samples])
     assert len(predicted.unique()) > 3
     assert int((predicted == labels).sum()) == evaluate_folder(folder, "demo", CPU, 0).top1

@@ -1,6 +1,6 @@
-"""Where the real training loop crosses between host and device, and that nothing in it waits for the device.
+"""Transfers between host and device in the real training loop, and a check that nothing waits for the device.
 
-There is no device here: meta tensors stand for it, and operators that would wait are counted on the CPU.
+No device is needed: meta tensors replace it, and operators that would wait are counted on the CPU.
 """
 
 import pytest
@@ -18,7 +18,7 @@ from scalekd_cache.codec.transform_fit import fit
 from scalekd_cache.training.trainer import Trainer, start_processes
 
 MICROS = 2
-"""Micro-batches of a step."""
+"""Micro-batches per step."""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -55,7 +55,7 @@ def test_every_crossing_is_in_the_list(monkeypatch, targets, optim):
 
 @pytest.mark.parametrize("name", ["int8", "int4", "fp8", "float16", "bfloat16", "float32", "rotated", "predicted"])
 def test_decoding_stays_on_the_device(name):
-    """The tables of a transform codec go there once."""
+    """The tables of a transform codec are copied to the device once."""
     if name in ("rotated", "predicted"):
         codec, features = fit(maps(200), 0.01, rotated=name == "rotated"), maps(3)
         rows = codec.encode(features, torch.arange(3))
@@ -75,9 +75,9 @@ def test_decoding_stays_on_the_device(name):
     ("zero", "optim"), [(0, "adamw"), (0, "sgd"), (0, "lamb"), (1, "adamw"), (2, "sgd"), (3, "sgd")]
 )
 def test_nothing_waits_between_logged_steps(monkeypatch, zero, optim):
-    """With DeepSpeed's engine: no value is read, no synchronization and no exchange of ours until a logged step.
+    """With DeepSpeed's engine, our code reads no value, and does not synchronize or communicate until a logged step.
 
-    At ZeRO 1 to 3, DeepSpeed reads the norm of the gradient, once or twice an optimizer step.
+    At ZeRO 1 to 3, DeepSpeed reads the norm of the gradient once or twice per optimizer step.
     """
     average = 0.5 if optim == "adamw" else 0.0
     train = {"zero": zero, "log_every": 100, "ema_decay": average, "epochs": 2, "log_samples": True}

@@ -1,4 +1,4 @@
-"""Trackers get what metrics.jsonl gets. No server: CSV, mlflow's folder, and stand-ins for wandb and trackio."""
+"""Trackers receive the content of metrics.jsonl. No servers: CSV, mlflow's folder, mocks of wandb and trackio."""
 
 import csv
 import dataclasses
@@ -39,7 +39,7 @@ def test_a_csv_file_and_a_function_get_every_line(tmp_path):
 
 
 class Session:
-    """What wandb and trackio give."""
+    """The API of wandb and trackio that is used."""
 
     def __init__(self):
         self.started, self.lines, self.ended = [], [], 0
