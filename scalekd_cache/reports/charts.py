@@ -84,9 +84,10 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
         if len(one.x) < 12:
             lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
         drawn.append((one.name, lines))
-    value = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
-    lines = [group[0] for _, group in drawn]
-    _hover(plot, [("", "$name"), (x_name, "@x{0,0}"), (y_name, value[0])], lines, {"@y": value[1]}, mode="vline")
+    value, kind = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
+    # One line each: the values of all curves at a step show at once.
+    shown = [("", f"$name: {value} at {x_name} @x{{0,0}}")]
+    _hover(plot, shown, [group[0] for _, group in drawn], {"@y": kind}, mode="vline")
     if percent:
         plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
     if len(series) > 1:

@@ -388,7 +388,7 @@ def test_a_browser_shows_it_at_any_width(cache_page, four_pages, hostile_cache, 
         assert found["fetched"] == 0
         assert found["plots"] > 0
         assert found["undrawn"] == 0  # the policy admits the library
-    assert re.search(r"first.*step \d+.*weighted loss \d", found["tooltip"])
+    assert re.search(r"first: [\d.]+ at step \d+", found["tooltip"])
     names = next(rows for head, rows in found["sorted"].items() if head.startswith("run"))
     assert names == sorted(names)
 
