@@ -8,13 +8,14 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
-from sklearn.datasets import load_sample_images
 
 SIZE = (500, 375)
 
 
 def write_photographs(folder: Path, count: int, *, classes: int = 2, validation: int = 8, seed: int = 0) -> Path:
     """Write `count` training images and a few validation images; returns `folder`."""
+    from sklearn.datasets import load_sample_images  # the GPU smoke run imports this module without scikit-learn
+
     pictures = [Image.fromarray(picture) for picture in load_sample_images().images]
     rng = np.random.default_rng(seed)
     for number in range(count + validation):
