@@ -58,6 +58,13 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def describe_setup(device: torch.device, precision: str, processes: int, workers: int) -> str:
+    """One line for the start of a job: device, precision, number of processes and of loader workers in each."""
+    kind = str(autocast_dtype(precision, device)).removeprefix("torch.")
+    each = f"{processes} process" if processes == 1 else f"{processes} processes"
+    return f"{describe_device(device)}, {kind}, {each}, {workers} loader workers"
+
+
 def exact_float32() -> None:
     """Compute float32 matrix products and convolutions in float32; cuDNN would use TF32 with 10 mantissa bits."""
     torch.set_float32_matmul_precision("highest")

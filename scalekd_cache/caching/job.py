@@ -48,7 +48,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.builtin import NotDownloadedError
 from scalekd_cache.data.source import open_source
-from scalekd_cache.devices import describe_device, memory_errors
+from scalekd_cache.devices import describe_setup, memory_errors
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
@@ -144,7 +144,7 @@ def prepare(
         UserError: any problem that would otherwise show up hours later.
     """
     process = peers.process
-    process.print_rank0(describe_device(process.device))
+    process.print_rank0(describe_setup(process.device, config.teacher.precision, process.world_size, config.workers))
     try:
         source = _open_images(config, process, download=not dry_run)
     except NotDownloadedError as error:

@@ -12,7 +12,7 @@ import torch
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.devices import describe_device
+from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process
 from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
@@ -44,7 +44,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         student = build_student(
             config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
         )
-    lines = [describe_device(process.device), f"student {config.student.name}: {_millions(student.model)} M parameters"]
+    setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
+    lines = [setup, f"student {config.student.name}: {_millions(student.model)} M parameters"]
     if train.targets != "none":
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail)

@@ -16,7 +16,7 @@ from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
-from scalekd_cache.devices import describe_device
+from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
@@ -77,7 +77,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         _check_finished(config, run, finished, folder, process)
         process.print_rank0(f"{run} is finished; nothing to do\n{summary_table(run, finished)}")
         return finished
-    process.print_rank0(describe_device(process.device))
+    process.print_rank0(
+        describe_setup(process.device, config.train.precision, process.world_size, config.train.workers)
+    )
     check_export_place(run / "export")
     check_tracker(config.train.tracker)
     run_cache = open_run_cache(config, run, process)

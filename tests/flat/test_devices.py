@@ -14,6 +14,7 @@ from scalekd_cache.devices import (
     choose_device,
     deepspeed_device,
     describe_device,
+    describe_setup,
     memory_errors,
     recorded_versions,
     set_launcher_variables,
@@ -119,6 +120,7 @@ def test_the_line_and_the_recorded_versions(gpus, monkeypatch):
     assert describe_device(CPU) == f"device: cpu ({torch.get_num_threads()} threads; 2 GPUs not used)"
     gpus(0)
     assert describe_device(CPU) == f"device: cpu ({torch.get_num_threads()} threads)"
+    assert describe_setup(CPU, "auto", 2, 0).endswith("threads), float32, 2 processes, 0 loader workers")
     assert recorded_versions(CPU) == library_versions()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     properties = type("Properties", (), {"total_memory": 80 << 30})
