@@ -2,10 +2,11 @@
 
 In: the name or path of a recipe. Out: its file, or the options of one section as plain values. A cache keeps the
 training options of its recipe, so that a run does not depend on the file.
-Invariant: at most `RECIPE_BYTES` of a regular file are read, and only by PyYAML's safe loader.
+Invariant: at most `RECIPE_BYTES` of a regular file are read, and only by a subclass of PyYAML's safe loader.
 """
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,23 @@ KEPT = ("student", "scalekd", "optim", "train")
 """The parts of `distill:` that a cache keeps. The others are places and resources of one machine."""
 LOCAL = ("train.deepspeed",)
 """Options in these parts that are paths of one machine; a cache does not keep them."""
+
+
+class PlainLoader(yaml.SafeLoader):
+    """YAML without aliases, of which a few lines can expand to billions of values, and without repeated keys, of which
+    YAML would silently drop all but the last."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("an alias (*name); write the values out")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+        for key, count in keys.most_common(1):
+            if count > 1:
+                raise yaml.YAMLError(f"{key} is given {count} times")
+        return super().construct_mapping(node, deep)
 
 
 def recipe_file(name: str) -> Path:
@@ -45,8 +63,10 @@ def recipe_section(name: str, section: str) -> dict[str, Any]:
     """
     file = recipe_file(name)
     try:
-        recipe = yaml.safe_load(_read(file))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        recipe = PlainLoader(_read(file)).get_single_data()
+    except UserError:
+        raise
+    except Exception as error:  # PyYAML's constructors raise errors of many kinds
         raise UserError("the recipe is not valid YAML", got=error, where=file, fix="correct the file") from error
     if not isinstance(recipe, dict) or not set(recipe) <= {"cache", "distill"}:
         got = list(recipe) if isinstance(recipe, dict) else type(recipe).__name__

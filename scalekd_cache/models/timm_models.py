@@ -52,7 +52,7 @@ def check_name(name: str, option: str) -> str:
     Raises:
         UserError: no architecture or tag in timm's registry; the message names the nearest ones.
     """
-    stem, _, tag = name.partition(".")
+    stem, dot, tag = name.partition(".")
     old = timm.models.get_deprecated_models()
     if stem in old:
         if old[stem] is None:
@@ -62,10 +62,10 @@ def check_name(name: str, option: str) -> str:
         name = f"{stem}.{tag}" if tag else stem
     elif not timm.is_model(name):
         where = f"{option}; python -c 'import timm; print(timm.list_models())' lists those of timm {timm.__version__}"
-        page = HUB_PREFIX.sub("", name, count=1)
+        page = HUB_PREFIX.sub("", name.strip().lower(), count=1).partition("/")[0]
         raise unknown_name("model", name, [page] if timm.is_model(page) else timm.list_models(), where)
     tags = [known.partition(".")[2] for known in timm.list_pretrained(f"{stem}.*")]
-    if tag and tag not in tags:
+    if dot and tag not in tags:
         raise unknown_name(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which is optional")
     return name
 

@@ -11,11 +11,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypeVar
 
-import yaml
 from pydantic import Field
 from typing_extensions import TypedDict
 
 from scalekd_cache.config.base import flat
+from scalekd_cache.config.recipes import PlainLoader
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError, unknown_name
@@ -82,15 +82,6 @@ class SampleLine(TypedDict):
     ids: list[int]
 
 
-class _NoAliases(yaml.SafeLoader):
-    """YAML without aliases: we never write them, and a few lines can expand to billions of values."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("an alias")
-        return super().compose_node(parent, index)
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """The options a run was started with.
 
@@ -105,7 +96,7 @@ def read_config(run: Path) -> dict[str, Any]:
     except UserError as error:
         raise _with_fix(error) from error
     try:
-        config = _NoAliases(data).get_single_data()
+        config = PlainLoader(data).get_single_data()
     except Exception as error:  # PyYAML's constructors raise errors of many kinds
         raise UserError("a run's configuration is damaged", got=error, where=file, fix=AGAIN) from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
@@ -189,5 +180,8 @@ def missing_run(run: Path, name: str) -> UserError:
     """The error for a folder without a run; suggests neighboring runs with similar names."""
     if run.is_file():
         return UserError(f"{run} is a file: set --run to the folder of a run")
+    if (run / OPTIONS).is_file():
+        fix = "rerun `distill` with the options of this run"
+        return UserError(f"this run ended before it wrote {name}", where=run, fix=fix)
     there = [str(run.parent / file.parent.name) for file in run.absolute().parent.glob(f"*/{OPTIONS}")]
     return unknown_name("run", str(run), there, f"--run, a folder with {name}")

@@ -181,6 +181,10 @@ def test_unknown_recipes_are_named(tmp_path):
         recipe_file(str(tmp_path / "mine.yaml"))
 
 
+DOUBLED = "".join(f"  l{n}: &l{n} [*l{n - 1}, *l{n - 1}]\n" for n in range(1, 40))
+"""A list of 2^39 values, in 40 lines."""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -191,6 +195,11 @@ def test_unknown_recipes_are_named(tmp_path):
         ("cache: !!python/object/apply:os.getcwd []", "not valid YAML"),
         ("cache: {name: \udcff}", "not valid YAML"),
         ("[" * 100_000, "not valid YAML"),
+        ("cache: {views: 2020-99-99}", "not valid YAML"),
+        ("cache: {a: &a [1], b: *a}", "an alias"),
+        (f"cache:\n  l0: &l0 [1]\n{DOUBLED}", "an alias"),
+        ("cache: {views: {size: 64, seed: 1, size: 96}}", "size is given 2 times"),
+        ("cache: {}\ndistill: {}\ncache: {}", "cache is given 2 times"),
         ("# long\n" + " " * RECIPE_BYTES, "too large"),
     ],
 )

@@ -75,6 +75,26 @@ def test_every_old_name_is_resolved_or_refused():
             assert current.partition(".")[2] in str(error)  # noqa: PT017
 
 
+@pytest.mark.parametrize(
+    ("typed", "name"),
+    [
+        ("https://huggingface.co/timm/resnet50.a1_in1k/", "resnet50.a1_in1k"),
+        ("huggingface.co/timm/resnet50.a1_in1k/tree/main", "resnet50.a1_in1k"),
+        ("ResNet50.A1_IN1K", "resnet50.a1_in1k"),
+        (" resnet50 ", "resnet50"),
+    ],
+)
+def test_a_name_as_copied_is_answered_with_one_that_works(typed, name):
+    with pytest.raises(UserError, match=rf"did you mean {name}\?"):
+        check_name(typed, "teacher")
+
+
+@pytest.mark.parametrize("name", ["resnet50.", "resnet50..", "mixer_b14_224.", "resnet50.a1_in1k."])
+def test_a_dot_without_a_tag_is_a_message(name):
+    with pytest.raises(UserError, match="there is no"):
+        check_name(name, "teacher")
+
+
 @pytest.mark.parametrize("prefix", ["hf-hub:timm/", "hf_hub:timm/", "timm/", "https://huggingface.co/timm/"])
 @pytest.mark.parametrize("name", [NAME, f"{NAME}.augreg_in21k", "vit_base_patch16_224_in21k"])
 def test_names_as_copied_from_a_models_page(prefix, name):

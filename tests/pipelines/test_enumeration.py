@@ -1,7 +1,7 @@
 """Every command, with every file that it opens replaced in eight ways, must end with an error message or a finding.
 
 An audit hook finds the files in one run of each command. Each case is a forked child with time and memory limits.
-`python tests/pipelines/test_enumeration.py COMMAND...` prints the whole table.
+`PYTHONPATH=.:tests/support python tests/pipelines/test_enumeration.py COMMAND...` prints the whole table.
 """
 
 import errno
@@ -35,7 +35,8 @@ KINDS = ("missing", "empty", "cut", "folder", "loop", "fifo", "unreadable", "hug
 
 COMMANDS = {
     "cache_teacher": "{cache_again}",
-    "distill": "--cache cache --run new --student.name resnet10t {train} --dry-run",
+    "distill": "--cache cache --run half --student.name resnet10t {train}",
+    "distill --dry-run": "--cache cache --run new --student.name resnet10t {train} --dry-run",
     "evaluate": "--run run",
     "export": "--run run --out out",
     "report": "--run run --out page.html",
@@ -46,19 +47,22 @@ COMMANDS = {
     "prove": "--cache cache --views 4",
     "import_upstream": "--ckpt upstream.pth --out imported",
 }
-"""`fetch` and `costs` open no user files; `distill` is checked up to its first step."""
+"""`fetch` and `costs` open no user files; `distill` resumes an interrupted run and finishes it."""
 FINE = (
     # commands, `file kind`, and why exit code 0 is correct
     ("cache_teacher|repair", r"cache/\S+ \w+", "rebuilt"),
     ("repair", r"teacher\.safetensors \w+", "an intact cache needs no teacher"),
-    ("plan|cache_teacher|evaluate", r"data/\S+ \w+", "unreadable images are counted and skipped"),
+    ("distill", r"half/checkpoints/\S+ \w+", "a damaged checkpoint is skipped, with a message"),
+    ("distill", r"run/summary\.json \w+", "of another run: compared with when it is readable"),
+    ("distill", r"half/metrics.jsonl (missing|empty|cut)", "metrics are not needed to resume"),
+    ("plan|cache_teacher|evaluate|distill", r"data/\S+ \w+", "unreadable images are counted and skipped"),
     ("verify", r"cache/plan\.json missing", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "a line reports that the teacher was not run"),
     ("export", r"run/summary\.json missing", "an unfinished run is exported from its last checkpoint"),
     ("report", r"\S+ \w+", "the page shows the available data, with a note about the rest"),
 )
-SLOW = ("report", "repair", "cache_teacher", "plan", "prove")
-"""Commands that take seconds: half of the kinds, chosen by SEED, are tried on each of their files."""
+SLOW = {"report": 4, "repair": 4, "cache_teacher": 4, "plan": 4, "prove": 4, "distill": 1}
+"""Commands that take seconds: this many kinds are tried on each of their files, chosen by SEED."""
 NEVER_ENDS_WELL = ("import_upstream",)
 """Commands that reject their own file in the small world."""
 NOTE = re.compile(r'<p class="note">(.*?)</p>', re.DOTALL)
@@ -75,7 +79,7 @@ def build(world: Path) -> None:
 
 def words_of(command: str) -> list[str]:
     stage1 = {"data.source": "data", "cache.samples_per_shard": 8, "cache.num_views": 1, "teacher.batch_size": 8}
-    train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8}
+    train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8, "train.checkpoint_steps": 1}
     return (
         COMMANDS[command]
         .format(
@@ -128,7 +132,7 @@ def _child(command: str, words: list[str], place: Path, output: Path, log: int, 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         sys.addaudithook(_hook(log, f"{place}{os.sep}", broken))
         sys.argv = [command, *words]
-        runpy.run_module(f"pipelines.{command}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"pipelines.{command.split()[0]}", run_name="__main__", alter_sys=True)
     except SystemExit as end:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -230,12 +234,12 @@ def notes_of(world: World) -> set[str]:
 
 
 def faults(command: str, world: World, seed: int | None = None) -> list[str]:
-    """`file kind: problem` of every case; with a seed, of a random half of the cases of slow commands."""
+    """`file kind: what is wrong` of every case; with a seed, of some of those of slow commands."""
     found, names = [], files_of(command, world)
     usual = notes_of(world)
     sampler = random.Random(seed)
     for name in names:
-        kinds = KINDS if seed is None or command not in SLOW else sampler.sample(KINDS, len(KINDS) // 2)
+        kinds = KINDS if seed is None else sampler.sample(KINDS, SLOW.get(command, len(KINDS)))
         for kind in kinds:
             broken = replace(world, name, kind)
             started = time.monotonic()
@@ -266,19 +270,30 @@ def small_world(folder: Path) -> World:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for command in (
         ["cache_teacher", *words_of("cache_teacher")],
-        ["distill", *[word for word in words_of("distill") if word != "--dry-run"]],
+        ["distill", *words_of("distill")],
     ):
-        words = ["run" if word == "new" else word for word in command[1:]]
+        words = ["run" if word == "half" else word for word in command[1:]]
         done = subprocess.run([sys.executable, "-m", f"pipelines.{command[0]}", *words], cwd=place, env=environment,
                               capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
+    interrupt(place / "run", place / "half")
     shutil.copytree(place, world.original)
     import scalekd_cache.loader.loader
     import scalekd_cache.models.evaluate
     import scalekd_cache.models.student
-    import scalekd_cache.models.teacher  # noqa: F401
+    import scalekd_cache.models.teacher
+    import scalekd_cache.training.run  # noqa: F401
 
     return world
+
+
+def interrupt(run: Path, half: Path) -> None:
+    """A run as it was after its first of two steps."""
+    shutil.copytree(run, half)
+    (half / "summary.json").unlink()
+    shutil.rmtree(half / "export")
+    shutil.rmtree(max((half / "checkpoints").iterdir()))
+    assert len(list((half / "checkpoints").iterdir())) == 1
 
 
 @pytest.fixture(scope="module")

@@ -49,6 +49,18 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
     assert "remove --recipe to train" in typed(f"{command} RECIPE=demo", status=2)
 
 
+@pytest.mark.ci_slow
+@pytest.mark.parametrize("size", [384, 96])
+def test_a_teacher_of_another_image_size(tmp_path, size):
+    """At its own size, and at a size that differs from both the recipe's and its own."""
+    data, cache = folder_tree(tmp_path / "data", train=NAMES[:3] + NAMES[-3:]), tmp_path / "cache"
+    options = {"DATA": data, "CACHE": cache, "TEACHER": "vit_tiny_patch16_384", "STUDENT": "resnet10t"}
+    output = make("cache-teacher", **options, VIEWS=1, PRETRAINED=0, SET=f"views.size={size}")
+    assert read_manifest(cache).facts.teacher["spec"]["image_size"] == size
+    (command,) = next_of(output)
+    assert "top-1" in typed(f"{command} RUN={tmp_path / 'run'}")
+
+
 def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
     output = make("cache-teacher", DATA=data, CACHE=cache, RECIPE="demo", VIEWS=1, PRETRAINED=0)

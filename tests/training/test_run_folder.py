@@ -11,7 +11,7 @@ from small_run import FACTS, SUMMARY
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.training.run_files import read_config, read_summary
+from scalekd_cache.training.run_files import read_config, read_facts, read_summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache
 from scalekd_cache.training.run_summary import baseline_summary, summary_table
 
@@ -65,6 +65,8 @@ def test_folders_without_a_run(tmp_path):
         (tmp_path / "config.yaml").write_text(text)
         with pytest.raises(UserError, match="configuration is damaged"):
             read_config(tmp_path)
+    with pytest.raises(UserError, match=r"this run ended before it wrote cache\.json"):
+        read_facts(tmp_path)
 
 
 def test_metrics_after_an_interruption_have_each_step_once(tmp_path):
