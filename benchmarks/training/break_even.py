@@ -48,6 +48,7 @@ def measure(folder: Path, data: Path, students: Sequence[str], epochs: int, batc
         "cache.path": cache,
         "teacher.name": TEACHER,
         "teacher.weights": weights,
+        "teacher.check_classes": "false",
         "cache.num_views": epochs,
         "cache.views_per_group": epochs,
     }
