@@ -54,7 +54,7 @@ FINE = (
     ("repair", r"teacher\.safetensors \w+", "an intact cache needs no teacher"),
     ("distill", r"half/checkpoints/\S+ \w+", "a damaged checkpoint is skipped, with a message"),
     ("distill", r"run/summary\.json \w+", "of another run: compared with when it is readable"),
-    ("distill", r"half/metrics.jsonl (missing|empty|cut)", "metrics are not needed to resume"),
+    ("distill", r"half/(metrics.jsonl (missing|empty|cut)|cache.json missing)", "not needed to resume"),
     ("plan|cache_teacher|evaluate|distill", r"data/\S+ \w+", "unreadable images are counted and skipped"),
     ("verify", r"cache/plan\.json missing", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "a line reports that the teacher was not run"),
