@@ -11,7 +11,7 @@ JOBS ?= 2
 COMMANDS = cache-teacher distill evaluate export report verify repair inspect plan prove fetch costs import-upstream
 BENCHMARKS = bench-codec bench-scale study
 
-# ---- variables as options: one rule (pipelines/make_options.py), checked before an environment exists ---------------
+# ---- variables as options: one rule (pipelines/make_options.py), checked before an environment exists
 typed = $(foreach name,$(filter-out MAKE%,$(.VARIABLES)),$(if $(filter command,$(firstword $(origin $(name)))),$(name)))
 quoted = '$(subst ','\'',$(1))'
 translate = $(shell $(PYTHON) -m pipelines.make_options options $(1) $(foreach name,$(typed),$(call quoted,$(name)=$($(name)))))
@@ -111,9 +111,8 @@ lint: $(TESTS) ## Check formatting, lint and types
 format: $(TESTS) ## Format the code
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
-docs: $(TESTS) ## Build the API reference from the docstrings, into build/docs
-	@$(PY) -m pdoc --docformat google --output-directory build/docs $(MODULES) && echo "build/docs/index.html"
-MODULES = $(subst /,.,$(basename $(filter-out %/__init__.py,$(wildcard scalekd_cache/*.py scalekd_cache/*/*.py scalekd_cache/*/*/*.py))))
+docs: $(TESTS) ## Build the documentation as one site, into build/docs
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "build/docs/index.html"
 
 clean: ## Remove the environment and tool caches (keeps caches/, runs/ and teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

@@ -1,6 +1,6 @@
 """scalekd-cache: run a frozen ViT teacher once, keep what students need, train any number of students from it.
 
-In: nothing. Out: the names for a custom training loop (docs/GUIDES.md), each imported on first use.
+In: nothing. Out: the names for a custom training loop (docs/guides/students.md), each imported on first use.
 Invariant: importing the package imports neither torch nor anything else that takes time.
 """
 

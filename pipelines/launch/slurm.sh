@@ -1,5 +1,5 @@
 #!/bin/bash
-# Either stage as a SLURM job that resumes after preemption, time limit and lost nodes (docs/SCALE.md).
+# Either stage as a SLURM job that resumes after preemption, time limit and lost nodes (docs/guides/several-machines.md).
 #
 #   sbatch --nodes 4 --ntasks-per-node 8 --gpus-per-node 8 --cpus-per-task 12 --time 24:00:00 \
 #     pipelines/launch/slurm.sh distill --student.name resnet50 --cache /shared/caches/imagenet --run /shared/runs/r50

@@ -112,7 +112,7 @@ _ADDED: list[Family] = []
 
 
 def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], TailParts]) -> None:
-    """Register a class of models as a teacher family, like a row of `FAMILIES` (docs/GUIDES.md).
+    """Register a class of models as a teacher family, like a row of `FAMILIES` (docs/guides/teacher.md).
 
     Args:
         name: name of the family; caches record it, and reading such a cache requires registering the family again.
@@ -141,7 +141,7 @@ def family_of(model: nn.Module, name: str) -> Family:
         "this model cannot be a teacher: its architecture is not supported",
         got=f"{name}, a {type(model).__name__}",
         expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
-        fix="choose a supported model, or register its family with register_family (docs/GUIDES.md)",
+        fix="choose a supported model, or register its family with register_family (docs/guides/teacher.md)",
     )
 
 

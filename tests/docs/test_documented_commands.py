@@ -1,4 +1,4 @@
-"""Commands in docs/METHOD.md and in the recipes' headers: make has the targets, and the real parsers accept them."""
+"""Commands in README, reference, docs/METHOD.md and the headers of recipes: make and the real parsers accept them."""
 
 import re
 import shlex
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT
-from documented import check, check_make
+from documented import check, check_make, check_scalekd
 from torch.distributed.run import get_args_parser
 
 from scalekd_cache.config.options import build
@@ -55,11 +55,14 @@ def test_switches_of_the_ablations_are_options() -> None:
     assert len(options) == 8
 
 
-def readme_commands() -> list[str]:
-    """Every `make ...` in the README: in blocks, tables and sentences; "..." repeats earlier options."""
-    text = README.read_text(encoding="utf-8").replace("...", "")
-    found = re.findall(r"^(make [^#\n]*)", text, re.MULTILINE) + re.findall(r"`(make [^`\n]+)`", text)
-    return [command.strip() for command in found]
+README_PAGES = (README, ROOT / "docs" / "reference" / "cli.md")
+
+
+def shown_commands(program: str) -> list[str]:
+    """Every command of a program in README and CLI reference, in blocks, tables and sentences, without "..."."""
+    text = "\n".join(page.read_text(encoding="utf-8") for page in README_PAGES).replace("...", "")
+    found = re.findall(rf"^({program} [^#\n]*)", text, re.MULTILINE) + re.findall(rf"`({program} [^`\n]+)`", text)
+    return sorted({command.strip() for command in found if "<command>" not in command})
 
 
 NEEDED = {"distill": "STUDENT=resnet50", "export": "RUN=run", "evaluate": "RUN=run", "fetch": "TEACHER=resnet50"}
@@ -68,8 +71,8 @@ OWN = ("help", "test", "test-all", "lint", "format", "study", "docs", "VENV=none
 """Targets that run none of the pipelines."""
 
 
-@pytest.mark.parametrize("command", readme_commands())
-def test_commands_of_the_readme(command: str) -> None:
+@pytest.mark.parametrize("command", shown_commands("make"))
+def test_make_commands_of_the_readme(command: str) -> None:
     target = shlex.split(command)[1]
     targets = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
     assert target in [*targets, *PLAIN_NAMES, "VENV=none"]
@@ -79,3 +82,11 @@ def test_commands_of_the_readme(command: str) -> None:
     check_make(
         command if f" {name.partition('=')[0]}=" in command and not command.endswith("=") else f"{command} {name}"
     )
+
+
+@pytest.mark.parametrize("command", [command for command in shown_commands("scalekd") if "--help" not in command])
+def test_scalekd_commands_of_readme_and_reference(command: str) -> None:
+    name, value = f"{NEEDED.get(shlex.split(command)[1], 'x=x')}".lower().split("=")
+    option = [f"--{name}", value] if name != "x" and f"--{name}" not in shlex.split(command)[:-1] else []
+    words = shlex.split(command.removesuffix(f" --{name}"))
+    check_scalekd(shlex.join([*words, *option]))

@@ -1,4 +1,4 @@
-"""docs/GUIDES.md and examples/: every block runs, and the guide shows the code of the examples."""
+"""The how-to guides and examples/: every block runs, and the guides show the code of the examples."""
 
 import importlib
 import re
@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 from commands import ENV, LIMIT_S, ROOT, execute
-from documented import check_make
+from documented import check_scalekd
 from image_files import folder_tree, shard
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, options, shared_cache
@@ -27,22 +27,31 @@ from scalekd_cache.models.tail import TailParts, register_family
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
-GUIDE = (ROOT / "docs" / "GUIDES.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(python)?\n(.*?)```", GUIDE, re.DOTALL)
-PYTHON = [text for kind, text in BLOCKS if kind]
-COMMANDS = [line for kind, text in BLOCKS if not kind for line in text.splitlines() if line.startswith("make ")]
+DOCS = ROOT / "docs"
+PAGES = [*sorted((DOCS / "guides").glob("*.md")), *(DOCS / name for name in ("tutorial.md", "REPORTS.md", "REMOTE.md"))]
+BLOCKS = {page.stem: re.findall(r"```(\w*)\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL) for page in PAGES}
+PYTHON = {name: [text for kind, text in blocks if kind == "python"] for name, blocks in BLOCKS.items()}
+LINES = {
+    name: [line for _, text in blocks for line in text.replace("\\\n", " ").splitlines()]
+    for name, blocks in BLOCKS.items()
+}
+COMMANDS = [(name, line) for name, lines in LINES.items() for line in lines if line.startswith("scalekd ")]
 
 
-def test_every_command_is_understood():
-    assert len(COMMANDS) == 15
-    for command in COMMANDS:
-        check_make(command)
+def test_the_guides_have_commands():
+    assert {name for name, _ in COMMANDS} >= {"data", "teacher", "take-away", "tutorial", "REPORTS", "REMOTE"}
+    assert not [line for lines in LINES.values() for line in lines if line.startswith("make ")]
 
 
-def test_the_guide_shows_the_examples():
-    assert len(PYTHON) == 6
-    files = ("my_teacher", "plain_pytorch", "my_student")
-    for text, name in zip(PYTHON[1:4], files, strict=True):
+@pytest.mark.parametrize(("page", "command"), COMMANDS)
+def test_every_command_is_understood(page, command):
+    check_scalekd(command)
+
+
+def test_the_guides_show_the_examples():
+    shown = {"my_teacher": PYTHON["teacher"][0], "plain_pytorch": PYTHON["students"][0],
+             "my_student": PYTHON["students"][1]}  # fmt: skip
+    for name, text in shown.items():
         assert text.strip() in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
 
 
@@ -73,7 +82,7 @@ def test_the_lightning_loop():
 
 
 def test_the_plain_loop_is_short():
-    assert len(PYTHON[2].strip().splitlines()) <= 22
+    assert len(PYTHON["students"][0].strip().splitlines()) <= 22
 
 
 def test_a_teacher_of_ones_own(tmp_path, monkeypatch):
@@ -128,7 +137,7 @@ def test_hugging_face_datasets(tmp_path, monkeypatch):
     one = datasets.Dataset.from_dict(rows, features=features)
     monkeypatch.chdir(tmp_path)
     datasets.DatasetDict({"train": one, "validation": one}).save_to_disk("pets-arrow")
-    exec(PYTHON[0], {})
+    exec(PYTHON["data"][0], {})
     for split in ("train", "val"):
         source = open_source(DataConfig(source=str(tmp_path / "pets-hf")), split)
         assert (source.class_names, len(source.samples)) == (("ant", "bee"), 4)
@@ -144,9 +153,9 @@ def test_what_is_taken_away(tmp_path, monkeypatch):
     export_file(student, "mmpretrain", folder / "resnet50-mmpretrain.safetensors", image_size=64, facts={})
     monkeypatch.chdir(tmp_path)
     found: dict = {}
-    exec(PYTHON[4], found)
+    exec(PYTHON["take-away"][1], found)
     assert found["backbone"].feature_info.channels()[-2:] == [1024, 2048]
-    exec(PYTHON[5], {})
+    exec(PYTHON["take-away"][2], {})
     backbone = {
         name.removeprefix("backbone."): value
         for name, value in torch.load(tmp_path / "student.pth", weights_only=True).items()

@@ -12,6 +12,8 @@ import yaml
 from commands import LIMIT_S, ROOT, execute
 
 from benchmarks import harness as measure
+from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.config.recipes import RECIPES
 from scalekd_cache.versions import __version__
 
 
@@ -58,7 +60,7 @@ def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "page", ["CONTRIBUTING.md", "CHANGELOG.md", "README.md", *map(str, (ROOT / "docs").glob("*.md"))]
+    "page", ["CONTRIBUTING.md", "CHANGELOG.md", "README.md", *map(str, (ROOT / "docs").rglob("*.md"))]
 )
 def test_files_and_links_of_the_pages_exist(page):
     file = ROOT / page
@@ -116,8 +118,24 @@ def test_a_built_package_holds_its_data(tmp_path):
     assert any(name.endswith("licenses/LICENSE") or name.endswith("LICENSE") for name in names)
 
 
-def test_the_pages_of_the_api_are_made_from_docstrings():
+def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere():
     execute("make", "docs", "VENV=none", f"PYTHON={sys.executable}")
-    pages = ROOT / "build" / "docs" / "scalekd_cache"
-    assert "Iteration continues from" in (pages / "training" / "targets.html").read_text(encoding="utf-8")
-    assert (pages / "store" / "base.html").is_file()
+    site = ROOT / "build" / "docs"
+    assert "Iteration continues from" in (site / "reference" / "python.html").read_text(encoding="utf-8")
+    command_line = (site / "reference" / "cli.html").read_text(encoding="utf-8")
+    assert all(f"scalekd {name}" in command_line for name in PLAIN_NAMES)
+    assert "--train.epochs" in command_line
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|img|link|iframe)[^>]*(?:src|href)=\"(?:https?:)?//[^\"]*", page.read_text())
+        assert not loaded, (page, loaded)
+
+
+def test_every_page_is_in_the_navigation():
+    nav = text_of("mkdocs.yml").partition("\nnav:\n")[2]
+    pages = {str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")}
+    assert set(re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)) == pages | {"index.md"}
+
+
+def test_every_recipe_is_in_the_reference():
+    page = text_of("docs/reference/recipes.md")
+    assert set(re.findall(r"recipes/([\w-]+)\.yaml", page)) == {recipe.stem for recipe in RECIPES.glob("*.yaml")}

@@ -8,13 +8,12 @@ import sys
 import pytest
 from commands import ROOT, execute, read_json
 from image_files import encoded, picture
-from safetensors.torch import save_file
 from small_cache import shared_cache
-from timm import create_model
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"```(python)?\n(.*?)```", README, re.DOTALL)
-QUICK_START, _PICTURE, IMAGENET, LOOP = (text for _, text in BLOCKS)
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, re.DOTALL)
+QUICK_START, OWN_DATA = (text for kind, text in BLOCKS if not kind)
+(LOOP,) = (text for kind, text in BLOCKS if kind == "python")
 
 
 def commands_of(block):
@@ -30,6 +29,15 @@ def checkout(tmp_path):
             (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, tmp_path / name)
     return tmp_path
+
+
+def test_the_readme_is_short():
+    lines = README.splitlines()
+    assert len(lines) <= 120
+    assert max(map(len, lines)) <= 110
+    assert len(commands_of(OWN_DATA)) == 5
+    table = README.partition("## Everyday commands")[2].partition("\n\n[")[0]
+    assert 0 < len([line for line in table.splitlines() if line.startswith("| `")]) <= 8
 
 
 def test_loop_of_ones_own():
@@ -59,23 +67,19 @@ def test_quick_start(checkout):
 
 
 @pytest.mark.slow
-def test_imagenet_in_five_lines(checkout):
-    """All except the download: eight images of two classes replace ImageNet, an untrained Swin-T replaces Swin-L.
-    Stage 1 gets no student, because eight images do not fill the recipe's batch."""
+def test_own_data_in_five_lines(checkout):
+    """All except the download: twelve images of two classes, and a teacher with random weights."""
     for number in range(12):
         split, name = ("train", "val")[number >= 8], "ab"[number % 2]
-        place = checkout / "imagenet" / split / name / f"{number}.jpg"
+        place = checkout / "photos" / split / name / f"{number}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(encoded(picture(number).resize((256, 240)), "JPEG"))
-    teacher = "swin_tiny_patch4_window7_224"
-    save_file(create_model(teacher, num_classes=2).state_dict(), str(checkout / "teacher.safetensors"))
-    fetch, cache, verify, *students = commands_of(IMAGENET)
-    assert fetch[1] == "fetch"
-    small = [f"DATA={checkout / 'imagenet'}", "CACHE=caches/imagenet", "NPROC=2", "WORKERS=0"]
-    own = [f"TEACHER={teacher}", f"TEACHER_WEIGHTS={checkout / 'teacher.safetensors'}", "VIEWS=2", "STUDENT="]
-    run_in(checkout, cache, *small, *own, "SET=teacher.batch_size=4 cache.samples_per_shard=4")
-    run_in(checkout, verify, f"TEACHER_WEIGHTS={checkout / 'teacher.safetensors'}", small[0])
-    for command in students:
-        student = next(word.partition("=")[2] for word in command if word.startswith("STUDENT="))
-        run_in(checkout, command, *small, "EPOCHS=1", "SET=train.global_batch_size=8 train.micro_batch_size=4")
-        assert read_json(checkout / "runs" / student / "summary.json")["val_images"] == 4
+    fetch, cache, verify, distill, export = commands_of(OWN_DATA)
+    assert fetch[1:] == ["fetch", cache[4]]
+    run_in(checkout, cache, "PRETRAINED=0", "VIEWS=2", "WORKERS=0")
+    run_in(checkout, verify)
+    small = "train.global_batch_size=8 train.micro_batch_size=4"
+    run_in(checkout, distill, "EPOCHS=1", "WORKERS=0", f"SET={small}")
+    assert read_json(checkout / "runs" / "resnet18" / "summary.json")["val_images"] == 4
+    run_in(checkout, export)
+    assert (checkout / "runs" / "resnet18" / "resnet18.onnx").is_file()

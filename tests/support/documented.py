@@ -32,6 +32,13 @@ def check(name: str, words: list[str]) -> None:
         build(config_class, section if config_class is command.config_classes[0] else {}, own)
 
 
+def check_scalekd(text: str) -> None:
+    """One `scalekd command --option value ...`; options of SLURM scripts and pipes are not part of it."""
+    program, name, *words = shlex.split(text, comments=True)
+    assert program == "scalekd"
+    check(name, words)
+
+
 def check_make(text: str) -> None:
     """One `make target NAME=value ...`: make knows it, and what make would run is understood."""
     words = shlex.split(text, comments=True)
