@@ -112,7 +112,7 @@ format: $(TESTS) ## Format the code
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
 
 docs: $(TESTS) ## Build the documentation as one site, into build/docs
-	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "build/docs/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "build/docs/index.html (search: $(PY) -m http.server -d build/docs)"
 
 clean: ## Remove the environment and tool caches (keeps caches/, runs/ and teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build

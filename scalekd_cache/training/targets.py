@@ -317,7 +317,7 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
             got=", ".join(map(str, shapes)),
             expected=f"S3 (B, C, H, W), S4 (B, C, H, W), logits (B, {num_classes})",
             where=type(student).__name__,
-            fix='see docs/guides/students.md',
+            fix="see docs/guides/students.md",
         )
     s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
     return s3, s4
