@@ -97,8 +97,9 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
 
 
 def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tuple[str, float] | None = None) -> Chart:
-    """Histogram of values, with an optional named vertical line."""
+    """Histogram of the finite values, with an optional named vertical line."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
+    lost, data = int((~np.isfinite(data)).sum()), data[np.isfinite(data)]
     counts, edges = np.histogram(data, bins=min(40, max(8, len(data) // 8)))
     plot = _plot(x_name, y_name, 240)
     plot.y_range = DataRange1d(start=0)
@@ -117,8 +118,12 @@ def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tup
     if mark is not None:
         line = plot.line([mark[1]] * 2, [0, int(counts.max())], line_color=COLORS[1], line_dash="dashed", line_width=2)
         _legend(plot, [(f"{mark[0]} {mark[1]:.5f}", [line])], shorten=False)
-    text = f"{title}: {len(data)} values from {data.min():.5f} to {data.max():.5f}, median {np.median(data):.5f}."
-    return _chart(plot, text, title)
+    text = f"{title}: {len(data)} values"
+    if len(data):
+        text += f" from {data.min():.5f} to {data.max():.5f}, median {np.median(data):.5f}"
+    if lost:
+        title += f" ({lost} values are not finite)"
+    return _chart(plot, f"{text}.", title)
 
 
 def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:

@@ -24,7 +24,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.reports.cache import CacheReport, cache_report
 from scalekd_cache.reports.charts import COLORS, Series, contrast, curves, histogram, matrix, plain
 from scalekd_cache.reports.colors import fit_palette, overlay, paint
-from scalekd_cache.reports.page import MAX_BYTES, page_script, picture, script_hash, write_page
+from scalekd_cache.reports.page import MAX_BYTES, breakable, page_script, picture, script_hash, write_page
 from scalekd_cache.reports.predictions import Predictions, confusion
 from scalekd_cache.reports.run_data import RunReport
 from scalekd_cache.reports.runs import agreement, run_report
@@ -160,6 +160,16 @@ def test_the_gallery_shows_the_pixels_that_are_stored(cache_page):
     assert shown <= stored
 
 
+def test_views_of_one_image_are_next_to_each_other(cache_page):
+    gallery = cache_page.partition('id="gallery"')[2].partition('id="outliers"')[0]
+    cards = gallery.split("<article")[1:]
+    assert len(cards) == SMALL.images
+    for card in cards:
+        assert card.count("<strong>") == 1  # the image's key
+        assert re.findall(r"<div>view (\d)", card) == ["0", "1"]
+    assert "anywhere" not in cache_page.partition("</style>")[0]  # it breaks words that would fit
+
+
 def test_without_the_teacher_it_is_said(tmp_path):
     folder = copy_of_cache(tmp_path / "cache")
     page = Page(cache_report(Cache.open(folder), CacheReport(views=10, teacher_views=0, images=1), CPU)).text
@@ -226,6 +236,20 @@ def test_charts_are_the_same_every_time_and_have_words():
     assert "3 values from 0.10000 to 0.20000" in first.alt
     long = curves([Series("a", range(100_000), range(100_000))], "x", "y", "t")
     assert len(json.dumps(long.item)) < 30_000
+
+
+def test_values_that_are_not_finite():
+    chart = histogram([0.5, float("nan"), float("inf")], "cosine", "views", "Fidelity")
+    assert "1 values from 0.50000" in chart.alt
+    assert "2 values are not finite" in chart.caption
+    assert "0 values" in histogram([float("nan")] * 2, "cosine", "views", "Fidelity").alt
+    broken = curves([Series("a", [1, 2, 3], [1.0, float("nan"), float("inf")])], "x", "y", "t")
+    assert json.loads(json.dumps(broken.item, allow_nan=False))
+
+
+def test_text_breaks_after_separators_and_is_escaped():
+    assert breakable("train/n01_<b>") == "train/<wbr>n01_&lt;b&gt;"
+    assert breakable("a_b/c") == "a_<wbr>b/<wbr>c"
 
 
 def test_colors_have_enough_contrast():
