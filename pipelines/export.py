@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic.dataclasses import dataclass
 
 from pipelines.command import Command, Given, run
-from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.base import STRICT, require
 from scalekd_cache.config.options import build
 
 
@@ -20,6 +20,13 @@ class ExportConfig:
     format: str = "timm"
     """timm: a folder with a model card; safetensors: the state dict; onnx; torch-export: a .pt2 program; torchvision or
     mmpretrain: the state dict with that library's parameter names (docs/METHOD.md lists the architectures)."""
+    push: str | None = None
+    """Also upload the folder to the model hub as user/name, with timm's function (format timm)."""
+    private: bool = False
+    """With push: a new repository is private."""
+
+    def __post_init__(self) -> None:
+        require(self.push is None or self.format == "timm", "format", self.format, "timm with --push")
 
 
 def main(given: Given) -> None:
@@ -35,6 +42,10 @@ def main(given: Given) -> None:
         else f"largest logit difference {difference:.2g}"
     )
     print(f"{path}: {how}; {checked}")
+    if config.push is not None:
+        from scalekd_cache.convert.hub import push_export
+
+        print(f"uploaded: {push_export(path, config.push, private=config.private)}")
 
 
 COMMAND = Command("export", main, [ExportConfig], __doc__)

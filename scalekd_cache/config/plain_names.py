@@ -31,7 +31,7 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
         f"{_OVERRIDES} {_LAUNCH}"
     ),
     "evaluate": _names("run data workers device json"),
-    "export": _names("run format out"),
+    "export": _names("run format out push private"),
     "report": _names(f"cache run runs out {_OVERRIDES}"),
     "verify": _names(f"cache deep json {_OVERRIDES}"),
     "repair": _names(f"cache workers {_OVERRIDES}"),
