@@ -43,6 +43,7 @@ from scalekd_cache.training.targets import (
     load_cache_tail,
     make_heads,
     make_order,
+    weights_note,
 )
 from scalekd_cache.training.trackers import Logger, check_tracker, start_tracker
 from scalekd_cache.training.trainer import DistillModel, Trainer, start_processes
@@ -207,9 +208,10 @@ def _make_trainer(
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
-        note = heads_note(config, student, heads, tail)
-        if note is not None:
-            process.print_rank0(note)
+        classes = len(manifest.facts.class_names)
+        for note in (heads_note(config, student, heads, tail), weights_note(config.scalekd, classes)):
+            if note is not None:
+                process.print_rank0(note)
     if config.init is not None and checkpoint is None:
         process.print_rank0("initial weights: " + ", ".join(load_init_weights(config.init, student.model, heads)))
     teacher = None

@@ -59,6 +59,7 @@ class RunFolder:
         self._events: EventFile | None = None
         self._loggers: list[Logger] = []
         require_folder(path, "--run")
+        self._new = not path.exists()
         with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
             check_paths(path)
@@ -72,11 +73,14 @@ class RunFolder:
         self._config = dict(config)
 
     def close(self) -> None:
-        """End the trackers and release the lock."""
+        """End the trackers and release the lock. A new folder in which no run has started is removed."""
         for logger in self._loggers:
             if isinstance(logger, CsvFile | Tracker):
                 logger.close()
         self._loggers = []
+        if self._new and [entry.name for entry in self.path.iterdir()] == [LOCK]:
+            (self.path / LOCK).unlink()
+            self.path.rmdir()
         self._lock.close()
 
     def _take_lock(self) -> IO[bytes]:

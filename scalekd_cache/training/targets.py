@@ -28,7 +28,7 @@ from scalekd_cache.models.tail import Tail, load_tail
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
+from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses, term_weights
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.reader import Cache
@@ -99,6 +99,22 @@ def heads_note(config: DistillConfig, student: Student, heads: ScaleKDHeads, tai
     return (
         f"the heads have {trained / 1e6:.1f} M parameters, the student {own / 1e6:.1f} M: most of a step is spent on "
         f"the heads; --heads lite has {lite / 1e6:.1f} M (docs/METHOD.md, Lite projectors; `scalekd costs` for FLOPs)"
+    )
+
+
+FEW_CLASSES = 20
+"""Up to this many classes, the published feature weights are reported (docs/METHOD.md, Few classes)."""
+
+
+def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
+    """One line when the published feature weights, chosen for 1,000 classes, are used with few classes."""
+    published = term_weights(ScaleKDConfig())
+    if classes > FEW_CLASSES or term_weights(config) != published:
+        return None
+    return (
+        f"{classes} classes with the feature weights for 1,000: in short runs with 10 classes a sixteenth was better "
+        "(docs/METHOD.md, Few classes): "
+        'SET="scalekd.spatial_weight=0.005 scalekd.frequency_weight_s3=0.004 scalekd.frequency_weight_s4=0.004"'
     )
 
 

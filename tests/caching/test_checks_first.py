@@ -121,3 +121,10 @@ def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
     note = heads_note(config, student, make_heads(config, student, tail), tail)
     assert re.search(r"the heads have 6\.7 M parameters, the student 11\.2 M: .* HEADS=lite has 0\.1 M", note)
     assert heads_note(lite, student, make_heads(lite, student, tail), tail) is None
+
+
+def test_published_weights_with_few_classes_are_reported():
+    demo = ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004, frequency_weight_s4=0.004)
+    assert "with 10 classes" in targets.weights_note(ScaleKDConfig(), 10)
+    assert targets.weights_note(ScaleKDConfig(), 1000) is None
+    assert targets.weights_note(demo, 10) is None

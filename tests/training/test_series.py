@@ -72,6 +72,9 @@ def test_a_series_of_runs(tmp_path, capsys):
     with pytest.raises(UserError, match="no model resnet5"):
         distill_series(single_runs(wrong), CPU)
     assert not list(tmp_path.iterdir())
+    with pytest.raises(UserError, match="no model resnet5"):  # alone, as a single run too
+        distill_series(single_runs(dataclasses.replace(config, student=StudentConfig(name="resnet5"))), CPU)
+    assert not list(tmp_path.iterdir())
     summaries = distill_series(single_runs(config), CPU)
     assert [summary["seed"] for summary in summaries] == [0, 1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["r-seed0", "r-seed1"]
