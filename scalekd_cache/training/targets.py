@@ -114,7 +114,7 @@ def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
     return (
         f"{classes} classes with the feature weights for 1,000: in short runs with 10 classes a sixteenth was better "
         "(docs/METHOD.md, Few classes): "
-        'SET="scalekd.spatial_weight=0.005 scalekd.frequency_weight_s3=0.004 scalekd.frequency_weight_s4=0.004"'
+        "--scalekd.spatial_weight 0.005 --scalekd.frequency_weight_s3 0.004 --scalekd.frequency_weight_s4 0.004"
     )
 
 
