@@ -98,8 +98,8 @@ def test_the_command_stops_names_the_order_and_passes_with_it(trained, tmp_path)
     assert "the teacher's classes are in another order" in output
     assert "in natural order" in output
     assert not list(tmp_path.glob("cache/*"))
-    option = re.search(r"SET=(data\.classes=natural)", output)[1]
-    run("cache_teacher", *words, f"--{option}")
+    option = re.search(r"--classes natural", output)[0]
+    run("cache_teacher", *words, *option.split())
     facts = read_manifest(tmp_path / "cache").facts
     assert facts.class_names == list(NUMBERS)
     assert facts.teacher["top1"] > 80
@@ -119,7 +119,7 @@ def test_orders_of_the_same_kind(trained, tmp_path, names, key, named, val):
     file = weights(trained, tmp_path / "t.safetensors", in_order(names, key))
     with pytest.raises(UserError, match="another order") as error:
         dry_run(stage1(tmp_path / "cache", data, file), CPU)
-    assert f"data.classes={named}" in str(error.value)
+    assert f"--classes {named}" in str(error.value)
     if named == "FILE":
         named = str(tmp_path / "classes")
         write(tmp_path / "classes", "\n".join(names[label] for label in in_order(names, key)).encode())
