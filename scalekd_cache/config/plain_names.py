@@ -26,8 +26,8 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "cache-teacher": _names(f"{_STAGE1} nproc dry_run {_STAGE1_MORE} json {_LAUNCH}"),
     "distill": _names(
         "student:student.name cache epochs:train.epochs run targets:train.targets heads:scalekd.projector "
-        "zero:train.zero nproc dry_run recipe resume extend seeds:train.seeds size:student.image_size tracker:train.tracker "
-        "init follow workers:train.workers json "
+        "zero:train.zero nproc dry_run recipe resume extend seeds:train.seeds size:student.image_size "
+        "tracker:train.tracker init follow workers:train.workers json "
         f"{_OVERRIDES} {_LAUNCH}"
     ),
     "evaluate": _names("run data workers device json"),
