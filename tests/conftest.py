@@ -56,6 +56,7 @@ def cache(workshop, weights):
     options = {name: value for name, value in commands.CACHE_OPTIONS.items() if name != "cache.num_views"}
     output = make("cache-teacher", CACHE=folder, TEACHER_WEIGHTS=weights, VIEWS=2, SET=_set(options))
     assert "96 images x 2 views" in output
+    assert "device: cpu (" in output
     return folder
 
 
@@ -72,6 +73,7 @@ def finished(workshop, cache):
     folder = workshop / "runs" / "finished"
     output = make("distill", STUDENT=commands.STUDENT, CACHE=cache, RUN=folder, SET=_set(TRAIN_OPTIONS))
     assert "resuming" not in output
+    assert "device: cpu (" in output
     return folder
 
 
