@@ -74,22 +74,16 @@ GPU_BENCHES = training.heads training.stage1 training.step codec.decode
 
 bench: $(BASE) ## Run the benchmarks of docs/BENCHMARKS.md (20 minutes on 2 cores); BENCHES="store.throughput ..."
 	@for bench in $(BENCHES); do OMP_NUM_THREADS=1 $(PY) -m benchmarks.$$bench || exit 1; done
-
 bench-gpu: $(BASE) ## Run the benchmarks that need a GPU
 	@for bench in $(GPU_BENCHES); do $(PY) -m benchmarks.$$bench --device cuda || exit 1; done
-
 bench-shuffle: $(BASE) ## Measure how well samples are shuffled and how much each process reads
 	@$(PY) -m benchmarks.store.shuffle_quality
-
 bench-codec: $(BASE) ## Benchmark codecs on real features: CACHE=dir of a float32 cache, or FEATURES=maps.npy IDS=images.npy
 	@$(PY) -m benchmarks.codec.fidelity $(OPTIONS_$@)
-
 bench-scale: $(BASE) ## Simulate 1 to 1,024 processes; CHECK=1 first measures the demo on 1 and 2 processes
 	@$(PY) -m benchmarks.scaling $(OPTIONS_$@)
-
 study: $(BASE) ## Compare cached with live training: FORM=cpu|cpu-long|full DATA= HOURS=1.5 PLAN=1; resumable
 	@$(PY) -m benchmarks.study $(OPTIONS_$@)
-
 study-figures: $(BASE) ## Make the figures and tables of the study from its JSON lines
 	@$(PY) -m benchmarks.study.figures
 
@@ -98,22 +92,16 @@ PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
 test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n in parallel
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
-
 test-ci: $(TESTS) ## Run the slow tests of continuous integration: kills, damage, replaced files
 	@$(PYTEST) -m "ci_slow and not gpu" $(ARGS)
-
 test-all: $(TESTS) ## Run all tests, slow ones included
 	@$(PYTEST) $(ARGS)
-
 lint: $(TESTS) ## Check formatting, lint and types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
-
 format: $(TESTS) ## Format the code
 	@$(PY) -m ruff format . && $(PY) -m ruff check --fix .
-
 docs: $(TESTS) ## Build the documentation as one site, into build/docs
 	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet && echo "build/docs/index.html (search: $(PY) -m http.server -d build/docs)"
-
 clean: ## Remove the environment and tool caches (keeps caches/, runs/ and teachers/)
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info build
 

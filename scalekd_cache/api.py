@@ -71,7 +71,7 @@ def cache_teacher(
         data: demo, cifar10, imagenette, or a folder, tars or parquet files (None: demo).
         teacher: a timm model name (None: the recipe's).
         teacher_weights: a .safetensors file (None: timm's pretrained weights).
-        cache: folder of the cache (None: caches/<data>).
+        cache: folder of the cache (None: `caches/<data>`).
         views: views per image (None: the recipe's).
         size: side length of a view, pixels (None: the recipe's).
         codec: feature codec (None: int8).
@@ -109,8 +109,8 @@ def distill(
 
     Args:
         student: a timm model name, or several, separated by commas.
-        cache: folder or URL of the cache (None: caches/<data>, or caches/demo).
-        run: folder of the run (None: runs/<student>, with -<targets> unless cached).
+        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo).
+        run: folder of the run (None: `runs/<student>`, with `-<targets>` unless cached).
         epochs: passes over the data (None: the recipe's).
         targets: cached, live (the teacher runs in the training loop) or none (the baseline).
         heads: projectors: cap (as published), lite or linear.
