@@ -51,7 +51,8 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
             student.kill()
             student.wait()
     said = (tmp_path / "output").read_text()
-    assert said.count(f"waiting for a writer to start {cache}") == 1
+    waits = [line for line in said.splitlines() if f"waiting for a writer to start {cache}" in line]
+    assert len(waits) == len(set(waits)) > 0  # once a minute, by one rank
     run("distill", *distill_flags(cache, tmp_path / "after", **options), nproc=nproc)
     assert exact(run_folder) == exact(tmp_path / "after")
     assert len(exact(run_folder)) == 9
