@@ -9,11 +9,11 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 
-from pipelines.command import Command, Given, Output, run, take
+from pipelines.command import Command, Given, Output, make_words, run, take
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_info, cache_teacher_config, checked_student
 from scalekd_cache.config.options import build
@@ -47,15 +47,37 @@ def main(given: Given) -> None:
 
 @contextlib.contextmanager
 def one_job_per_node(root: Path) -> Iterator[None]:
-    """Two commands on one node that write one cache run one after the other, if the file system has locks."""
+    """Two commands on one node that write one cache run one after the other, if the file system has locks.
+
+    A job that ends without a cache leaves neither the lock file nor the folders made for it.
+    """
     if os.environ.get("RANK", "0") != "0":
         yield
         return
+    made = [folder for folder in root.parents if not folder.exists()]
     root.parent.mkdir(parents=True, exist_ok=True)
     path = root.with_name(f"{root.name}.{os.uname().nodename}.lock")
-    with open_lock(path) as file:
+    with _locked(path):
+        try:
+            yield
+        finally:
+            if not os.path.lexists(root):
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # another command has put something there
+                    for folder in made:
+                        folder.rmdir()
+
+
+def _locked(path: Path) -> IO[bytes]:
+    """The open file that holds the lock. A file that another job has removed in the meantime is not the lock."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open_lock(path)
         lock(file, path)
-        yield
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
+                return file
+        file.close()
 
 
 def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
@@ -76,10 +98,7 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
         for name, value in {**options, "set": (batches or "").replace("--", "")}.items()
         if value
     ]
-    # VENV= and PYTHON= of this make; make passes them on in MAKEFLAGS.
-    given = shlex.split(os.environ.get("MAKEFLAGS", ""))
-    words += [word for word in given if word.startswith(("VENV=", "PYTHON="))]
-    return shlex.join(["make", "distill", *words])
+    return shlex.join(["make", "distill", *words, *make_words()])
 
 
 COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__)

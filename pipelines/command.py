@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
@@ -23,7 +24,7 @@ from pipelines.launcher import LaunchConfig, launch
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import Option, build, options_of
 from scalekd_cache.config.plain_names import PLAIN_NAMES
-from scalekd_cache.errors import RunInterrupted, UserError, unknown_name, worker_failure
+from scalekd_cache.errors import RunInterrupted, UserError, join_or, unknown_name, worker_failure
 
 Config = TypeVar("Config")
 Given = dict[str, Any]
@@ -194,10 +195,15 @@ def import_plugin(name: str | None) -> None:
 
 
 def check_cache_path(place: str) -> None:
-    """`UserError` if `place` is a file or does not exist; the message names similar caches. URLs are not checked."""
+    """`UserError` unless `place` is a folder with parts of a cache; the message names similar caches. URLs are not
+    checked."""
     path = Path(place)
-    if "://" in place or path.is_dir():
+    if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
         return
+    if path.is_dir():
+        inside = sorted(str(file.parent) for file in path.glob("*/manifest.json"))[:3]
+        hint = f": did you mean {join_or(inside)}?" if inside else ": it has no plan.json"
+        raise UserError(f"{place} is not a cache{hint} (--cache; `scalekd cache-teacher` creates one)")
     if path.is_file():
         folder = path.parent
         holds = (folder / "manifest.json").exists()
@@ -206,6 +212,11 @@ def check_cache_path(place: str) -> None:
     there = [str(file.parent) for file in path.absolute().parent.glob("*/manifest.json")]
     there = [os.path.relpath(folder) if not path.is_absolute() else folder for folder in there]
     raise unknown_name("cache", place, there, f"--cache; create it with `scalekd cache-teacher --cache {place}`")
+
+
+def make_words() -> list[str]:
+    """VENV= and PYTHON= of the make that runs this command; make passes them on in MAKEFLAGS."""
+    return [word for word in shlex.split(os.environ.get("MAKEFLAGS", "")) if word.startswith(("VENV=", "PYTHON="))]
 
 
 def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:

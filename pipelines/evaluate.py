@@ -24,11 +24,11 @@ class EvaluateConfig:
     workers: int = 0
     """Worker processes that decode images (0: the main process)."""
     json: bool = False
-    """Print only the line of JSON."""
+    """Print one JSON object instead of a sentence."""
 
 
 def main(given: Given) -> None:
-    """Evaluate the exported student; print a sentence and a line of JSON."""
+    """Evaluate the exported student; print its accuracy."""
     config = build(EvaluateConfig, given)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.run_evaluation import evaluate_folder, evaluate_run, find_exported_folder
@@ -40,11 +40,12 @@ def main(given: Given) -> None:
         tally = evaluate_run(Path(config.run), config.data, process, config.workers)
     if tally.images == 0:
         raise UserError("no validation image could be read", where=config.data or config.run, fix="check --data")
-    if not config.json:
-        read = f"{tally.images:,} images" + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
-        print(f"{config.run}: top-1 {tally.top1_percent:.2f} %, top-5 {tally.top5_percent:.2f} % of {read}")
-    facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
-    print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
+    if config.json:
+        facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
+        print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
+        return
+    read = f"{tally.images:,} images" + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
+    print(f"{config.run}: top-1 {tally.top1_percent:.2f} %, top-5 {tally.top5_percent:.2f} % of {read}")
 
 
 COMMAND = Command("evaluate", main, [EvaluateConfig], __doc__)

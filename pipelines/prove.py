@@ -38,7 +38,7 @@ class ProveConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False
-    """Print only the line of JSON."""
+    """Print one JSON object instead of a sentence."""
 
     def __post_init__(self) -> None:
         require(self.views >= 2, "views", self.views, ">= 2")
@@ -46,7 +46,7 @@ class ProveConfig:
 
 
 def main(given: Given) -> int:
-    """Print a sentence and a line of JSON; exit code 1 when cached targets do not match the teacher's outputs."""
+    """Print what was found; exit code 1 when cached targets do not match the teacher's outputs."""
     config = build(ProveConfig, given)
     check_cache_path(config.cache)
     facts = read_manifest(open_place(config.cache)).facts
@@ -65,9 +65,7 @@ def main(given: Given) -> int:
     from scalekd_cache.distributed import this_process
 
     proof = compare_gradients(training, this_process(config.device), config.views)
-    if not config.json:
-        print(proof.sentence())
-    print(json.dumps(proof.to_json()))
+    print(json.dumps(proof.to_json()) if config.json else proof.sentence())
     return 0 if proof.holds else 1
 
 

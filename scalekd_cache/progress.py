@@ -1,30 +1,57 @@
-"""Progress bars: a moving bar in a terminal, one line every 15 seconds in a log.
+"""What people read while they wait: progress bars, sizes with a unit.
 
-In: a total and a unit. Out: a tqdm bar with rate and remaining time. Invariant: only rank 0 prints.
+In: a total and a unit. Out: a tqdm bar with rate and remaining time. It moves in a terminal and in a notebook; a log
+gets one line every 15 seconds. Invariant: only rank 0 prints.
 """
 
 import sys
-from typing import Any
+from typing import IO, Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
+from tqdm.notebook import tqdm_notebook
 
 LINE_SECONDS = 15.0
-"""Interval between two lines when the output is not a terminal, seconds."""
+"""Interval between two lines when the output is a log, seconds."""
+
+
+class _Lines:
+    """Writes what tqdm draws as whole lines, without carriage returns, padding and blank lines."""
+
+    def __init__(self, file: IO[str]) -> None:
+        self._file = file
+
+    def write(self, text: str) -> None:
+        """Write one line, if there is text."""
+        if line := text.strip():
+            self._file.write(line + "\n")
+
+    def flush(self) -> None:
+        """Flush the log."""
+        self._file.flush()
 
 
 def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0) -> "tqdm[Any]":
-    """A progress bar on standard error that counts to `total` in `unit`s."""
-    terminal = sys.stderr.isatty()
-    line = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} done, {remaining} left, {rate_fmt}{postfix}\n"
+    """A progress bar that counts to `total` in `unit`s: on standard error, or in the notebook."""
+    moving = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
+    line = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} done, {remaining} left, {rate_fmt}{postfix}"
     return tqdm(
         total=total,
         initial=initial,
         desc=title,
         unit=unit,
         disable=rank > 0,
-        mininterval=0.5 if terminal else LINE_SECONDS,
-        maxinterval=10.0 if terminal else LINE_SECONDS,
-        miniters=None if terminal else 1,
-        bar_format=None if terminal else line,
+        file=None if moving else _Lines(sys.stderr),
+        mininterval=0.5 if moving else LINE_SECONDS,
+        maxinterval=10.0 if moving else LINE_SECONDS,
+        miniters=None if moving else 1,
+        bar_format=None if moving else line,
         leave=True,
     )
+
+
+def size_text(size: float) -> str:
+    """Bytes in the largest decimal unit that gives at least 1: "1.50 MB"."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
+        if size >= scale:
+            return f"{size / scale:.2f} {unit}"
+    return f"{size:.0f} bytes"

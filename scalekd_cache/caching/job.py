@@ -58,7 +58,7 @@ from scalekd_cache.models.teacher_classes import Answers
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file
-from scalekd_cache.progress import progress
+from scalekd_cache.progress import progress, size_text
 from scalekd_cache.store.manifest import Manifest, read_manifest
 
 CHECKED_IMAGES = 512
@@ -250,7 +250,7 @@ def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:
     sizes = measure_sizes(job.stage, config.cache, num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES)
     needed = sum(sum(sizes.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
     check_disk_space(job.stage.root, missing, needed)
-    print(f"{missing:,} views to make, about {needed / missing:,.0f} bytes each, {needed / 1e9:.2f} GB", flush=True)
+    print(f"{missing:,} views to make, about {needed / missing:,.0f} bytes each, {size_text(needed)}", flush=True)
 
 
 def _start(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:

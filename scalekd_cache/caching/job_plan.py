@@ -63,13 +63,29 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
     there, here = flat(kept), flat(asked)
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
     if different:
-        lines = [f"{name}: {here.get(name)} (requested) / {there.get(name)} (cache)" for name in different]
         raise UserError(
             "the cache was made with other options",
-            got="; ".join(lines),
+            got=_differences(different, here, there),
             where=where,
             fix="use another --cache, or the options the cache was made with" + _renamed(different),
         )
+
+
+SHOWN = 3
+"""Differences that the message names; one option can change a dozen fields."""
+DERIVED = ("sha256", "shape", "image_size", "img_size", "fingerprint")
+"""Ends of names of fields that follow from options and files; they are named last."""
+
+
+def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """The first fields that differ, options first, with both values."""
+    names = sorted(different, key=lambda name: name.endswith(DERIVED))
+    lines = [
+        f"{name.removeprefix('fingerprint_fields.')}: {str(here.get(name))[:40]} (requested) / "
+        f"{str(there.get(name))[:40]} (cache)"
+        for name in names[:SHOWN]
+    ]
+    return "; ".join(lines) + (f"; and {len(names) - SHOWN} fields that follow" if len(names) > SHOWN else "")
 
 
 def _renamed(different: Sequence[str]) -> str:

@@ -25,6 +25,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail, teacher_classes
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
 from scalekd_cache.models.weights import find_weights
+from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.durable_files import existing_folder, free_bytes
@@ -84,8 +85,8 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
     if needed > free:
         raise UserError(
             "the cache does not fit on the disk",
-            got=f"{free / 1e9:.2f} GB free",
-            expected=f"{needed / 1e9:.2f} GB: {views:,} views of about {needed / views:,.0f} bytes",
+            got=f"{size_text(free)} free",
+            expected=f"{size_text(needed)}: {views:,} views of about {needed / views:,.0f} bytes",
             where=existing_folder(path),
             fix="use fewer --views, another --codec, or a --cache on a larger disk",
         )

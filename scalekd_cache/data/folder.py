@@ -98,9 +98,7 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
     """
     train = root / "train"
     if not train.is_dir():
-        raise missing_folder_error(
-            "the image folder has no train/", train, LAYOUT, "create train/ with one folder per class"
-        )
+        raise UserError(f"{root} has no train/", got=_contents(root), expected=LAYOUT, fix=_sort_images(root))
     ignored = IgnoredFiles()
     class_names, stray = _entries(train, ignored if split == "train" else IgnoredFiles())
     if stray or not class_names:
@@ -124,6 +122,20 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
         return reorder_classes(source, str(listed))
     note = f"ignored: {listed}, which does not list the {len(class_names)} class folders; they are sorted by code point"
     return dataclasses.replace(source, ignored=(*source.ignored, note))
+
+
+def _contents(root: Path) -> str:
+    """The first names in a folder."""
+    names = sorted(entry.name for entry in root.iterdir())
+    return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "") if names else "nothing"
+
+
+def _sort_images(root: Path) -> str:
+    """What to do with a folder without train/: it may hold class folders, or images without labels."""
+    classes, images = _entries(root, IgnoredFiles())
+    if classes and not images:
+        return "move most images of each class into train/<class>/ and some into val/<class>/"
+    return "sort the images into one folder per class (the folder is the label): most below train/, some below val/"
 
 
 def _by_normalized_name(train: Path, class_names: list[str]) -> dict[str, str]:

@@ -38,6 +38,7 @@ from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
 from scalekd_cache.planning.costs import meta_teacher, pair_costs, step_memory
 from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of
+from scalekd_cache.progress import size_text
 from scalekd_cache.store.durable_files import free_bytes
 
 
@@ -94,11 +95,11 @@ class Forecast:
         return dataclasses.asdict(self)
 
 
-def _size(number: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return f"{number / 1e3:.1f} KB"
+def _gpu_time(hours: float) -> str:
+    """GPU time in hours, minutes or seconds, with three digits."""
+    units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
+    unit, scale = next((pair for pair in units if abs(hours * pair[1]) >= 1), units[-1])
+    return f"{float(f'{hours * scale:.3g}'):,.10g} GPU-{unit}"
 
 
 def describe(plan: Forecast) -> str:
@@ -111,24 +112,27 @@ def describe(plan: Forecast) -> str:
         f"{plan.images:,} images of {plan.data} x {plan.views} views, teacher {plan.teacher}, student {plan.student}",
         "",
         f"  {'bytes per view':<48}{'':>10}{'total':>14}",
-        *(f"  {name:<48}{one[part]:>10,.0f}{_size(one[part] * total):>14}" for part, name in names.items()),
-        f"  {'tail and codec, once':<48}{'':>10}{_size(plan.once_bytes):>14}",
-        f"  {'total':<48}{one['total']:>10,.0f}{_size(plan.total_bytes):>14}",
-        f"  {'free at ' + plan.cache:<58}{_size(plan.free_bytes):>14}{'  DOES NOT FIT' if short else ''}",
+        *(f"  {name:<48}{one[part]:>10,.0f}{size_text(one[part] * total):>14}" for part, name in names.items()),
+        f"  {'tail and codec, once':<48}{'':>10}{size_text(plan.once_bytes):>14}",
+        f"  {'total':<48}{one['total']:>10,.0f}{size_text(plan.total_bytes):>14}",
+        f"  {'free at ' + plan.cache:<58}{size_text(plan.free_bytes):>14}{'  DOES NOT FIT' if short else ''}",
         "",
-        f"  stage 1 on one {plan.gpu}: {plan.teacher_gpu_hours:.3g} GPU-hours, {plan.cores_per_gpu:.0f} CPU cores "
+        f"  stage 1 on one {plan.gpu}: {_gpu_time(plan.teacher_gpu_hours)}, {plan.cores_per_gpu:.0f} CPU cores "
         f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
-        f"  one student from the cache, {plan.epochs} epochs: {plan.student_gpu_hours:.3g} GPU-hours; "
-        f"with the teacher in every step: {plan.online_gpu_hours:.3g}",
+        f"  one student from the cache, {plan.epochs} epochs: {_gpu_time(plan.student_gpu_hours)}; "
+        f"with the teacher in every step: {_gpu_time(plan.online_gpu_hours)}",
         f"  the cache breaks even with student {plan.pays_after_students}; {plan.students} students save "
-        f"{plan.saved_gpu_hours:.3g} GPU-hours",
+        f"{_gpu_time(plan.saved_gpu_hours)}",
         f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
-        f"  memory of a step, one micro-batch in float32: {_size(memory['total'])} "
-        f"(weights {_size(memory['weights'])}, gradients {_size(memory['gradients'])}, "
-        f"optimizer {_size(memory['optimizer'])}, activations {_size(memory['activations'])})",
+        f"  memory of a step, one micro-batch in float32: {size_text(memory['total'])} "
+        f"(weights {size_text(memory['weights'])}, gradients {size_text(memory['gradients'])}, "
+        f"optimizer {size_text(memory['optimizer'])}, activations {size_text(memory['activations'])})",
         "",
-        f"  {'alternative':<30}{'total':>14}{'GPU-hours':>12}",
-        *(f"  {row['change']:<30}{_size(row['bytes']):>14}{row['gpu_hours']:>12.3g}" for row in plan.alternatives),
+        f"  {'alternative':<30}{'total':>14}{'stage 1':>20}",
+        *(
+            f"  {row['change']:<30}{size_text(row['bytes']):>14}{_gpu_time(row['gpu_hours']):>20}"
+            for row in plan.alternatives
+        ),
         "",
         f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); assumed utilization "
         f"{FORWARD_UTILIZATION:.0%} for the teacher and {TRAINING_UTILIZATION:.0%} for training; "

@@ -5,6 +5,7 @@ Invariant: a run folder belongs to one set of options and one job at a time. met
 step, in order, also after a resume.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -59,7 +60,7 @@ class RunFolder:
         self._events: EventFile | None = None
         self._loggers: list[Logger] = []
         require_folder(path, "--run")
-        self._new = not path.exists()
+        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
             check_paths(path)
@@ -73,14 +74,16 @@ class RunFolder:
         self._config = dict(config)
 
     def close(self) -> None:
-        """End the trackers and release the lock. A new folder in which no run has started is removed."""
+        """End the trackers and release the lock. A run that has written nothing leaves no folder."""
         for logger in self._loggers:
             if isinstance(logger, CsvFile | Tracker):
                 logger.close()
         self._loggers = []
-        if self._new and [entry.name for entry in self.path.iterdir()] == [LOCK]:
-            (self.path / LOCK).unlink()
-            self.path.rmdir()
+        with contextlib.suppress(OSError):
+            if os.listdir(self.path) == [LOCK]:
+                (self.path / LOCK).unlink()
+                for folder in self._made:
+                    folder.rmdir()
         self._lock.close()
 
     def _take_lock(self) -> IO[bytes]:

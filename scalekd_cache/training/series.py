@@ -30,12 +30,12 @@ def default_run(config: DistillConfig) -> str:
 
 
 def single_runs(config: DistillConfig) -> list[DistillConfig]:
-    """One configuration for each student and seed, students first, each with its folder.
+    """One configuration for each student and seed (each once), students first, each with its folder.
 
     The folder is `run` (None: `default_run`), followed by -<student> where several students share a `run`, and by
     -seed<N> where `train.seeds` is set.
     """
-    students = [name.strip() for name in config.student.name.split(",") if name.strip()]
+    students = list(dict.fromkeys(name.strip() for name in config.student.name.split(",") if name.strip()))
     students = students or [config.student.name]
     seeds = seeds_of(config)
     runs = []

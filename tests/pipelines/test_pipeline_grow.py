@@ -57,7 +57,7 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
     assert exact(run_folder) == exact(tmp_path / "after")
     assert len(exact(run_folder)) == 9
     assert read_json(run_folder / "summary.json")["views"] == 2
-    assert '"top1": ' in make("evaluate", RUN=run_folder)
+    assert ": top-1 " in make("evaluate", RUN=run_folder)
 
 
 @pytest.mark.slow

@@ -1,0 +1,33 @@
+"""Progress in a log, and sizes for people."""
+
+import re
+
+import pytest
+
+from scalekd_cache.progress import progress, size_text
+
+
+def test_a_log_has_whole_lines_only(capsys, monkeypatch):
+    monkeypatch.setattr("scalekd_cache.progress.LINE_SECONDS", 0.0)
+    with progress("cache", 3, "view") as bar:
+        for _ in range(3):
+            bar.update()
+    text = capsys.readouterr().err
+    lines = text.splitlines()
+    assert "\r" not in text
+    assert "\x1b" not in text
+    assert all(re.fullmatch(r"cache: [0-3]/3 views, \d\d:\d\d done, .*", line) for line in lines), lines
+    assert lines[-1].startswith("cache: 3/3 views")
+
+
+def test_another_rank_prints_nothing(capsys):
+    with progress("cache", 3, "view", rank=1) as bar:
+        bar.update(3)
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("size", "text"), [(0, "0 bytes"), (999, "999 bytes"), (1500, "1.50 KB"), (2.5e6, "2.50 MB"), (7.02e9, "7.02 GB")]
+)
+def test_sizes_have_the_unit_that_fits(size, text):
+    assert size_text(size) == text

@@ -1,0 +1,174 @@
+"""The first hour of a newcomer with a folder of photographs: steps and mistakes, each with a short answer.
+
+All commands run in this process and folder. A command that fails leaves no file and no folder behind.
+"""
+
+import contextlib
+import io
+import sys
+import time
+
+import pytest
+from image_files import encoded, picture, write
+
+from pipelines import command
+from pipelines.__main__ import SCALEKD
+
+CACHE = ("cache-teacher", "--data", "photos", "--teacher", "test_vit", "--pretrained", "false", "--size", "64")
+SMALL = ("--views", "1", "--device", "cpu", "--workers", "0")
+TRAIN = ("--student", "resnet10t", "--cache", "caches/photos", "--device", "cpu", "--workers", "0")
+BATCH = ("--train.global_batch_size", "8", "--train.micro_batch_size", "4")
+
+
+def photographs(folder, names):
+    for number, name in enumerate(names):
+        write(folder / name, encoded(picture(number, (96, 72)), "JPEG"))
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with photographs in several layouts, a finished cache, and a run that has only started."""
+    home = tmp_path_factory.mktemp("home")
+    classes = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(8)]
+    photographs(home / "photos", [f"{split}/{name}" for split in ("train", "val") for name in classes])
+    photographs(home / "noval", [f"train/{name}" for name in classes])
+    photographs(home / "classes", classes)
+    photographs(home / "flat", [f"{number}.jpg" for number in range(6)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(home)
+        status, text = typed(*CACHE, *SMALL)
+    assert status == 0, text
+    assert "next: scalekd distill --student resnet50 --cache caches/photos" in text
+    (home / "runs" / "started").mkdir(parents=True)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def typed(*words):
+    """Exit code and output of `scalekd WORDS`."""
+    output = io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        patch.setattr(command.os, "_exit", sys.exit)
+        patch.setattr(sys, "argv", ["scalekd", *words])
+        with pytest.raises(SystemExit) as stopped:
+            command.run(SCALEKD, words)
+    return int(stopped.value.code or 0), output.getvalue()
+
+
+def everything(folder):
+    """All files and folders, with the files' times."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.is_file() and path.stat().st_mtime_ns for path in paths}
+
+
+MISTAKES = {
+    "a mistyped command": ("distil --student resnet18", "did you mean distill?"),
+    "a mistyped option": ("cache-teacher --dta photos", "did you mean --data"),
+    "a mistyped student": ("distill --student resnet5 --cache caches/photos", "did you mean resnet50"),
+    "a mistyped teacher": (
+        "cache-teacher --data photos --teacher vit_smal_patch16_224",
+        "did you mean vit_small_patch16",
+    ),
+    "a mistyped codec": (
+        "cache-teacher --data photos --codec in8 --teacher test_vit --cache caches/b",
+        "did you mean int8",
+    ),
+    "a mistyped recipe": ("cache-teacher --data photos --recipe traditonal", "did you mean traditional"),
+    "a mistyped cache": ("distill --student resnet18 --cache caches/photo", "did you mean caches/photos?"),
+    "a mistyped data set": ("cache-teacher --data photo", "did you mean photos?"),
+    "a file as data": (
+        "cache-teacher --data photos/train/cat/0.jpg",
+        "is a file: give a folder with train/<class>/*.jpg",
+    ),
+    "a flat folder": ("cache-teacher --data flat", "sort the images into one folder per class"),
+    "class folders without train/": (
+        "cache-teacher --data classes",
+        "move most images of each class into train/<class>/",
+    ),
+    "a teacher of other classes": (
+        "cache-teacher --data photos --teacher vit_small_patch16_224",
+        "2 classes (cat, dog",
+    ),
+    "no weights offline": (
+        "cache-teacher --data photos --teacher vit_small_patch14_dinov2 --size 98 --cache caches/b",
+        "scalekd fetch --teacher vit_small_patch14_dinov2",
+    ),
+    "fetch offline": ("fetch --teacher test_vit", "on a machine with a network"),
+    "a word without an option": ("distill resnet50", "unexpected argument resnet50"),
+    "an option without a value": ("distill --student resnet18 --epochs", "'--epochs' requires an argument"),
+    "an empty value": ("distill --student resnet18 --cache=", "--cache has an empty value"),
+    "no student": ("distill --cache caches/photos", "set the student, for example --student resnet50"),
+    "no epochs": (f"distill {' '.join(TRAIN)} --epochs 0", "train.epochs is out of range: 0"),
+    "epochs in words": (
+        f"distill {' '.join(TRAIN)} --epochs two",
+        "train.epochs cannot be two",
+    ),
+    "no views": ("cache-teacher --data photos --views 0", "out of range: 0"),
+    "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "train.global_batch_size="),
+    "another codec in the same cache": (" ".join((*CACHE, *SMALL, "--codec", "float16")), "int8"),
+    "another size in the same cache": (
+        " ".join((*CACHE, *SMALL, "--size", "96")),
+        "views.size: 96 (requested) / 64 (cache)",
+    ),
+    "evaluate without a run": ("evaluate --run runs/none", "there is no run runs/none"),
+    "export without a run": ("export --run runs/none", "there is no run runs/none"),
+    "report without a run": ("report --run runs/none", "there is no run runs/none"),
+    "a report of nothing": ("report", "set exactly one of cache, run and runs"),
+    "a report of a run that has not begun": ("report --run runs/started", "runs/started"),
+    "to verify the photographs": ("verify --cache photos", "photos is not a cache"),
+    "to verify the folder of caches": ("verify --cache caches", "did you mean caches/photos?"),
+    "to inspect the photographs": ("inspect --cache photos", "photos is not a cache"),
+    "to repair the photographs": ("repair --cache photos", "photos is not a cache"),
+    "to train on the photographs": ("distill --student resnet18 --cache photos", "photos is not a cache"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_has_a_short_answer_and_leaves_nothing(name, home):
+    words, text = MISTAKES[name]
+    before, start = everything(home), time.monotonic()
+    status, output = typed(*words.split())
+    assert status == 2, output
+    assert text in output
+    assert time.monotonic() - start < 60
+    answer = output[output.index("error: ") :].splitlines()
+    assert len(answer) <= (4 if any(line.startswith("  got:") for line in answer) else 3), output
+    assert max(map(len, answer)) < 300, output
+    assert everything(home) == before
+
+
+STEPS = {
+    "the cache again": ((*CACHE, *SMALL), "nothing to do"),
+    "a dry run of stage 1": ((*CACHE, *SMALL, "--cache", "caches/dry", "--dry-run"), "nothing was written"),
+    "a dry run of stage 1 at 384 pixels": (
+        (*CACHE, *SMALL, "--size", "384", "--cache", "caches/384", "--dry-run"),
+        "nothing was written",
+    ),
+    "a dry run without val/": (
+        (*CACHE, *SMALL, "--data", "noval", "--dry-run"),
+        "no validation images",
+    ),
+    "a dry run of stage 2": (("distill", *TRAIN, *BATCH, "--dry-run"), "nothing was written"),
+    "a student listed twice is trained once": (
+        ("distill", *TRAIN, *BATCH, "--student", "resnet10t,resnet10t", "--run", "runs/once", "--dry-run"),
+        "runs/once",
+    ),
+    "a forecast": (("plan", *CACHE[1:], *SMALL), "GPU-seconds"),
+    "verify": (("verify", "--cache", "caches/photos"), "no problems"),
+    "inspect": (("inspect", "--cache", "caches/photos"), "int8"),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_a_step_that_writes_nothing(name, home):
+    words, text = STEPS[name]
+    before = everything(home)
+    status, output = typed(*words)
+    assert status == 0, output
+    assert text in output
+    assert everything(home) == before
