@@ -174,7 +174,7 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
     for words in (
         "features (int8)",
         "CPU cores",
-        "GPU-hours",
+        "GPU-seconds",
         "images/s",
         "memory of a step",
         "data sheet",
