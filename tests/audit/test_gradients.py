@@ -70,8 +70,8 @@ def test_targets_that_were_changed_are_found(tmp_path, monkeypatch):
     """A cache in which each record has its neighbor's features, with valid checksums."""
     from scalekd_cache.codec.int8 import Int8Codec
 
-    encode = Int8Codec.encode
-    monkeypatch.setattr(Int8Codec, "encode", lambda self, maps, seeds=None: encode(self, maps.roll(1, 0)))
+    encode = Int8Codec.encode_rows
+    monkeypatch.setattr(Int8Codec, "encode_rows", lambda self, maps, seeds=None: encode(self, maps.roll(1, 0)))
     cache = make(tmp_path / "cache", shared_weights())
     monkeypatch.undo()
     fidelity = {name: {**row, "p1": 0.999} for name, row in cache.manifest.fidelity.items()}
