@@ -112,7 +112,7 @@ def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
     if classes > FEW_CLASSES or term_weights(config) != published:
         return None
     return (
-        f"{classes} classes with the feature weights for 1,000: in short runs with 10 classes a sixteenth was better "
+        f"{classes} classes with the feature weights for 1,000: a sixteenth was better in 5 of 6 short runs with 10 "
         "(docs/METHOD.md, Few classes): "
         "--scalekd.spatial_weight 0.005 --scalekd.frequency_weight_s3 0.004 --scalekd.frequency_weight_s4 0.004"
     )
