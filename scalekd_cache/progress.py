@@ -15,14 +15,17 @@ LINE_SECONDS = 15.0
 
 
 class _Lines:
-    """Writes what tqdm draws as whole lines, without carriage returns, padding and blank lines."""
+    """Writes what tqdm draws as whole lines, without carriage returns, padding, blank and repeated lines."""
 
     def __init__(self, file: IO[str]) -> None:
-        self._file = file
+        self._file, self._count = file, ""
 
     def write(self, text: str) -> None:
-        """Write one line, if there is text."""
-        if line := text.strip():
+        """Write one line, if there is text with another count than before."""
+        line = text.strip()
+        count = line.partition(",")[0]
+        if line and count != self._count:
+            self._count = count
             self._file.write(line + "\n")
 
     def flush(self) -> None:

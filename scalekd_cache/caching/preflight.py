@@ -125,7 +125,7 @@ def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Us
         "the number of classes differs between teacher and data set",
         got=f"{teacher} has {classes} classes",
         expected=f"{len(class_names)} classes ({', '.join(class_names[:3])}, ...)",
-        fix="fine-tune the teacher on this data set and give --teacher-weights file.safetensors",
+        fix="set --teacher.num_classes 0 to use its features only, or give --teacher-weights fine-tuned on this data",
     )
 
 

@@ -226,10 +226,9 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
         raise UserError(f"{run} contains a run of {before} epochs, not {after}", fix=fix)
     if different:
         raise UserError(
-            "--run contains a run with different options",
+            f"{run} contains a run with different options",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
-            where=run / OPTIONS,
             fix="choose another --run, or remove the folder to start over",
         )
 
@@ -254,9 +253,8 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     """
     if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(
-            "--run contains a run with a different cache",
+            f"{run} contains a run with a different cache",
             got=f"{cache} with fingerprint {fingerprint[:16]}",
             expected=f"the cache with fingerprint {read_facts(run)['fingerprint'][:16]}",
-            where=run,
             fix="choose another --run, or remove the folder to start over",
         )

@@ -12,12 +12,13 @@ def test_a_log_has_whole_lines_only(capsys, monkeypatch):
     with progress("cache", 3, "view") as bar:
         for _ in range(3):
             bar.update()
+            bar.set_postfix_str("loss=1")
     text = capsys.readouterr().err
     lines = text.splitlines()
     assert "\r" not in text
     assert "\x1b" not in text
     assert all(re.fullmatch(r"cache: [0-3]/3 views, \d\d:\d\d done, .*", line) for line in lines), lines
-    assert lines[-1].startswith("cache: 3/3 views")
+    assert [line[:10] for line in lines] == [f"cache: {done}/3" for done in range(4)]
 
 
 def test_another_rank_prints_nothing(capsys):

@@ -5,6 +5,7 @@ All commands run in this process and folder. A command that fails leaves no file
 
 import contextlib
 import io
+import shutil
 import sys
 import time
 
@@ -18,6 +19,7 @@ CACHE = ("cache-teacher", "--data", "photos", "--teacher", "test_vit", "--pretra
 SMALL = ("--views", "1", "--device", "cpu", "--workers", "0")
 TRAIN = ("--student", "resnet10t", "--cache", "caches/photos", "--device", "cpu", "--workers", "0")
 BATCH = ("--train.global_batch_size", "8", "--train.micro_batch_size", "4")
+FIRST = ("distill", *TRAIN, *BATCH, "--run", "runs/first", "--epochs", "1")
 
 
 def photographs(folder, names):
@@ -27,18 +29,26 @@ def photographs(folder, names):
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder with photographs in several layouts, a finished cache, and a run that has only started."""
+    """Photographs in several layouts, two finished caches, a finished run, an interrupted run, and an empty folder."""
     home = tmp_path_factory.mktemp("home")
     classes = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(8)]
     photographs(home / "photos", [f"{split}/{name}" for split in ("train", "val") for name in classes])
     photographs(home / "noval", [f"train/{name}" for name in classes])
     photographs(home / "classes", classes)
     photographs(home / "flat", [f"{number}.jpg" for number in range(6)])
+    other = ("--cache", "caches/other", "--views.seed", "1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        status, text = typed(*CACHE, *SMALL)
-    assert status == 0, text
-    assert "next: scalekd distill --student resnet50 --cache caches/photos" in text
+        for words, text in (
+            ((*CACHE, *SMALL), "next: scalekd distill --student resnet50 --cache caches/photos"),
+            ((*CACHE, *SMALL, *other), "next: scalekd distill"),
+            (FIRST, "next: scalekd report --run runs/first\n"),
+        ):
+            status, output = typed(*words)
+            assert status == 0, output
+            assert text in output
+    shutil.copytree(home / "runs" / "first", home / "runs" / "interrupted")
+    (home / "runs" / "interrupted" / "summary.json").unlink()
     (home / "runs" / "started").mkdir(parents=True)
     return home
 
@@ -79,7 +89,7 @@ MISTAKES = {
         "did you mean int8",
     ),
     "a mistyped recipe": ("cache-teacher --data photos --recipe traditonal", "did you mean traditional"),
-    "a mistyped cache": ("distill --student resnet18 --cache caches/photo", "did you mean caches/photos?"),
+    "a mistyped cache": ("distill --student resnet18 --cache caches/photo", "did you mean caches/"),
     "a mistyped data set": ("cache-teacher --data photo", "did you mean photos?"),
     "a file as data": (
         "cache-teacher --data photos/train/cat/0.jpg",
@@ -115,13 +125,19 @@ MISTAKES = {
         " ".join((*CACHE, *SMALL, "--size", "96")),
         "views.size: 96 (requested) / 64 (cache)",
     ),
+    "more epochs of a finished run": (f"{' '.join(FIRST)} --epochs 2", "set --extend to extend it"),
+    "another student in the same run": (f"{' '.join(FIRST)} --student resnet18", "choose another --run"),
+    "another cache in the same run": (
+        f"{' '.join(FIRST)} --cache caches/other",
+        "a run with a different cache",
+    ),
     "evaluate without a run": ("evaluate --run runs/none", "there is no run runs/none"),
     "export without a run": ("export --run runs/none", "there is no run runs/none"),
     "report without a run": ("report --run runs/none", "there is no run runs/none"),
     "a report of nothing": ("report", "set exactly one of cache, run and runs"),
     "a report of a run that has not begun": ("report --run runs/started", "runs/started"),
     "to verify the photographs": ("verify --cache photos", "photos is not a cache"),
-    "to verify the folder of caches": ("verify --cache caches", "did you mean caches/photos?"),
+    "to verify the folder of caches": ("verify --cache caches", "did you mean caches/"),
     "to inspect the photographs": ("inspect --cache photos", "photos is not a cache"),
     "to repair the photographs": ("repair --cache photos", "photos is not a cache"),
     "to train on the photographs": ("distill --student resnet18 --cache photos", "photos is not a cache"),
@@ -143,6 +159,8 @@ def test_a_mistake_has_a_short_answer_and_leaves_nothing(name, home):
 
 
 STEPS = {
+    "the run again": (FIRST, "runs/first is finished; nothing to do"),
+    "evaluate": (("evaluate", "--run", "runs/first"), "runs/first: top-1 "),
     "the cache again": ((*CACHE, *SMALL), "nothing to do"),
     "a dry run of stage 1": ((*CACHE, *SMALL, "--cache", "caches/dry", "--dry-run"), "nothing was written"),
     "a dry run of stage 1 at 384 pixels": (
@@ -172,3 +190,19 @@ def test_a_step_that_writes_nothing(name, home):
     assert status == 0, output
     assert text in output
     assert everything(home) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        (("report", "--run", "runs/first"), "runs/first/report.html"),
+        (("report", "--run", "runs/interrupted"), "runs/interrupted/report.html"),
+        (("report", "--cache", "caches/photos"), "caches/photos.report.html"),
+        (("export", "--run", "runs/first", "--out", "student"), "student"),
+    ],
+)
+def test_a_step_that_writes_a_result(words, text, home):
+    status, output = typed(*words)
+    assert status == 0, output
+    assert text in output
+    assert (home / text).exists()
