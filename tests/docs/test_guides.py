@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 
@@ -173,3 +174,25 @@ def test_the_downstream_example(tmp_path):
     figures = re.findall(r"(random initialization|exported student): mIoU ([\d.]+) % after 3 steps", said)
     assert [name for name, _ in figures] == ["random initialization", "exported student"]
     assert all(0 < float(value) < 100 for _, value in figures)
+
+
+SMALL = {
+    "cache-teacher": ["--pretrained", "false", "--views", "2", "--workers", "0"],
+    "distill": ["--epochs", "1", "--train.global_batch_size", "8", "--train.micro_batch_size", "4", "--workers", "0"],
+}
+
+
+@pytest.mark.slow
+def test_the_tutorial(tmp_path, monkeypatch, capsys):
+    """Every command, on twelve images and with a teacher of random weights, and the code that loads the student."""
+    images = [f"{'cat' if number % 2 else 'dog'}/{number}.jpg" for number in range(8)]
+    folder_tree(tmp_path / "photos", images, ["cat/3.jpg", "cat/5.jpg", "dog/4.jpg", "dog/6.jpg"])
+    for page, command in COMMANDS:
+        if page == "tutorial":
+            words = shlex.split(command)[1:]
+            program = ["env", "-C", tmp_path, f"PYTHONPATH={ROOT}", sys.executable, "-m", "pipelines"]
+            execute(*program, *words, *SMALL.get(words[0], []))
+    assert (tmp_path / "runs" / "comparison.html").is_file()
+    monkeypatch.chdir(tmp_path)
+    exec(PYTHON["tutorial"][0], {})
+    assert "tensor" in capsys.readouterr().out
