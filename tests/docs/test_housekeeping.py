@@ -136,6 +136,16 @@ def test_every_page_is_in_the_navigation():
     assert set(re.findall(r": ([\w/-]+\.md)$", nav, re.MULTILINE)) == pages | {"index.md"}
 
 
+def test_documents_that_code_and_messages_name_exist():
+    files = [
+        file for room in ("scalekd_cache", "pipelines", "benchmarks", "tests") for file in (ROOT / room).rglob("*.*")
+    ]
+    texts = {file: file.read_text(encoding="utf-8") for file in files if file.suffix in (".py", ".yaml", ".sh")}
+    named = [(name, file) for file, text in texts.items() for name in re.findall(r"\bdocs/[\w/-]+\.md\b", text)]
+    assert len(named) > 30
+    assert [(name, str(file)) for name, file in named if not (ROOT / name).is_file()] == []
+
+
 def test_every_recipe_is_in_the_reference():
     page = text_of("docs/reference/recipes.md")
     assert set(re.findall(r"recipes/([\w-]+)\.yaml", page)) == {recipe.stem for recipe in RECIPES.glob("*.yaml")}
