@@ -17,7 +17,6 @@ from scalekd_cache.data.base import (
     Split,
     canonical_order,
     encode_key,
-    missing_folder_error,
     read_listed_file,
 )
 from scalekd_cache.data.classes import normalize_name, read_class_names, reorder_classes
@@ -103,10 +102,9 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
     class_names, stray = _entries(train, ignored if split == "train" else IgnoredFiles())
     if stray or not class_names:
         raise UserError(
-            "train/ has images outside of class folders" if stray else "train/ has no class folders",
+            f"{train} has images outside of class folders" if stray else f"{train} has no class folders",
             got=f"{stray[0]} ({len(stray)} such images)" if stray else "no folders",
             expected=LAYOUT,
-            where=train,
             fix="move the images into one folder per class",
         )
     by_text = _by_normalized_name(train, class_names)
@@ -159,7 +157,7 @@ def _list_validation(
 ) -> tuple[list[str], list[int]]:
     folder = root / "val"
     if not folder.is_dir():
-        raise missing_folder_error("the image folder has no val/", folder, LAYOUT, "add val/ with one folder per class")
+        raise UserError(f"{root} has no val/", fix="add val/<class>/ with some images of each class")
     folders, flat = _entries(folder, ignored)
     if folders and flat:
         raise UserError(

@@ -97,6 +97,8 @@ class Forecast:
 
 def _gpu_time(hours: float) -> str:
     """GPU time in hours, minutes or seconds, with three digits."""
+    if abs(hours) * 3600 < 0.01:
+        return "< 0.01 GPU-seconds"
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
     unit, scale = next((pair for pair in units if abs(hours * pair[1]) >= 1), units[-1])
     return f"{float(f'{hours * scale:.3g}'):,.10g} GPU-{unit}"

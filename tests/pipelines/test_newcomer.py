@@ -169,7 +169,7 @@ STEPS = {
     ),
     "a dry run without val/": (
         (*CACHE, *SMALL, "--data", "noval", "--dry-run"),
-        "no validation images",
+        "accuracy is not measured:\nnoval has no val/\n  what to do: add val/<class>/ with",
     ),
     "a dry run of stage 2": (("distill", *TRAIN, *BATCH, "--dry-run"), "nothing was written"),
     "a student listed twice is trained once": (
