@@ -4,12 +4,14 @@ Every command is resumable: after an interruption, rerun it.
 """
 
 import contextlib
+import hashlib
 import os
 import shlex
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import click
 
@@ -17,8 +19,9 @@ from pipelines.command import Command, Given, Output, make_words, run, take
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_info, cache_teacher_config, checked_student
 from scalekd_cache.config.options import build
+from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import training_options
-from scalekd_cache.config.stage1 import CacheTeacherConfig
+from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.loader.order import batches_that_fit
 from scalekd_cache.store.locks import lock, open_lock
@@ -39,45 +42,30 @@ def main(given: Given) -> None:
         if output.dry_run:
             dry_run(config, process, student)
             return
-        with one_job_per_node(Path(config.cache.path)):
-            manifest = cache_teacher(config, process, student)
+        manifest = cache_teacher(config, process, student)
         process.print_rank0(f"next: {next_command(config, manifest)}")
         facts |= {**asdict(cache_info(Path(config.cache.path), manifest)), "path": config.cache.path}
 
 
 @contextlib.contextmanager
-def one_job_per_node(root: Path) -> Iterator[None]:
-    """Two commands on one node that write one cache run one after the other, if the file system has locks.
+def one_job_per_node(given: Given) -> Iterator[None]:
+    """Two commands on one node that write one cache run one after the other, if locks work.
 
-    A job that ends without a cache leaves neither the lock file nor the folders made for it.
+    The lock is in the node's folder for temporary files: a failed command leaves nothing beside the cache.
     """
-    if os.environ.get("RANK", "0") != "0":
+    root = Path(given.get("cache.path") or default_cache(given.get("data.source") or DataConfig.source))
+    name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        file = open_lock(folder / name)
+    except OSError as error:
+        print(f"warning: no lock in {folder} ({error.strerror}): do not run two commands that write {root}", flush=True)
         yield
         return
-    made = [folder for folder in root.parents if not folder.exists()]
-    root.parent.mkdir(parents=True, exist_ok=True)
-    path = root.with_name(f"{root.name}.{os.uname().nodename}.lock")
-    with _locked(path):
-        try:
-            yield
-        finally:
-            if not os.path.lexists(root):
-                path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # another command has put something there
-                    for folder in made:
-                        folder.rmdir()
-
-
-def _locked(path: Path) -> IO[bytes]:
-    """The open file that holds the lock. A file that another job has removed in the meantime is not the lock."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open_lock(path)
-        lock(file, path)
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(path.stat(), os.fstat(file.fileno())):
-                return file
-        file.close()
+    with file:
+        lock(file, folder / name)
+        yield
 
 
 def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
@@ -101,7 +89,7 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
     return shlex.join(["make", "distill", *words, *make_words()])
 
 
-COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__)
+COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__, one_job_per_node)
 
 if __name__ == "__main__":
     run(COMMAND)

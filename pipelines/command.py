@@ -43,12 +43,19 @@ class Command(click.Command):
         main: takes the given options; returns the exit code, None for 0.
         config_classes: the dataclasses with the options. With `LaunchConfig`, it may start several processes.
         about: first line: summary.
+        lock: held while the command runs, by the process that starts the others.
     """
 
     def __init__(
-        self, name: str, main: Callable[[Given], int | None], config_classes: Sequence[type], about: str | None
+        self,
+        name: str,
+        main: Callable[[Given], int | None],
+        config_classes: Sequence[type],
+        about: str | None,
+        lock: Callable[[Given], contextlib.AbstractContextManager[None]] | None = None,
     ) -> None:
         self.main_function, self.config_classes = main, tuple(config_classes)
+        self.lock = lock if lock and "RANK" not in os.environ else lambda given: contextlib.nullcontext()
         self.plain = PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
@@ -66,11 +73,12 @@ class Command(click.Command):
         """Run the command, or start the processes that run it."""
         import_plugin(plugin)
         given = self.given(values)
-        if LaunchConfig in self.config_classes:
-            status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv)
-            if status is not None:
-                return status
-        return self.main_function(given)
+        with self.lock(given):
+            if LaunchConfig in self.config_classes:
+                status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv)
+                if status is not None:
+                    return status
+            return self.main_function(given)
 
     def given(self, values: Mapping[str, str | None]) -> Given:
         """The options that were given, by dotted name, from click's parameters."""
@@ -236,7 +244,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
             status = command.invoke(context)
         sys.stdout.flush()
     except click.exceptions.Exit as stop:  # after --help
-        _exit(stop.exit_code)
+        sys.exit(stop.exit_code)
     except UserError as error:
         if debug:
             raise

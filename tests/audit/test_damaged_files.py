@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from documented import call
 from small_cache import make, shared_weights
 
 from pipelines import inspect_cache, report, verify
@@ -68,10 +69,10 @@ DAMAGE: dict[str, Callable[[Path], Any]] = {
 def commands(root: Path, out: Path) -> dict[str, Callable[[], Any]]:
     few = ["--views", "4", "--images", "1", "--asked", "0"]
     return {
-        "verify": lambda: verify.main(["--cache", str(root)]),
-        "verify DEEP": lambda: verify.main(["--cache", str(root), "--deep", "--records", "0"]),
-        "inspect": lambda: inspect_cache.main(["--cache", str(root), "--index", "13"]),
-        "report": lambda: report.main(["--cache", str(root), "--out", str(out), *few]),
+        "verify": lambda: call(verify, ["--cache", str(root)]),
+        "verify DEEP": lambda: call(verify, ["--cache", str(root), "--deep", "--records", "0"]),
+        "inspect": lambda: call(inspect_cache, ["--cache", str(root), "--index", "13"]),
+        "report": lambda: call(report, ["--cache", str(root), "--out", str(out), *few]),
         "read": lambda: Cache.open(root).read(np.arange(24), 0),
         "train": lambda: list(CachedTargets(root, batch_size=12)),
     }

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+from documented import call
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, copy_of_cache, make, shared_cache, shared_weights
 
@@ -112,7 +113,7 @@ def test_one_micro_batch_says_nothing():
 def test_the_command_prints_a_sentence_and_json(capsys):
     root = shared_cache().root
     words = ["--cache", str(root), "--student", "resnet10t", "--views", "32"]
-    assert command.main(words) == 0
+    assert call(command, words) == 0
     sentence, line = capsys.readouterr().out.splitlines()[-2:]
     fields = json.loads(line)
     assert sentence.startswith(f"{root}: 32 views re-run through demo_swin")
@@ -120,4 +121,4 @@ def test_the_command_prints_a_sentence_and_json(capsys):
     assert {"torch", "timm", "scalekd_cache"} <= set(fields["versions"])
     assert fields["student"] == "resnet10t"
     with pytest.raises(UserError, match="views is out of range"):
-        command.main(["--views", "1"])
+        call(command, ["--views", "1"])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 from commands import ENV, LIMIT_S, ROOT
+from documented import call
 from small_cache import copy_of_cache, flip_byte, shared_cache
 
 from pipelines import inspect_cache, repair, verify
@@ -65,7 +66,7 @@ def test_a_cache_in_short(capsys):
 )
 def test_what_is_not_there_is_said(words):
     with pytest.raises(UserError):
-        inspect_cache.main(["--cache", str(shared_cache().root), *map(str, words)])
+        call(inspect_cache, ["--cache", str(shared_cache().root), *map(str, words)])
 
 
 def test_verify_for_scripts(tmp_path, capsys):
@@ -101,7 +102,7 @@ def test_repair_as_a_command(tmp_path, capsys):
 def test_a_mistyped_path_is_no_damaged_cache(tmp_path):
     for command in (verify, repair, inspect_cache):
         with pytest.raises(UserError, match="there is no cache"):
-            command.main(["--cache", str(tmp_path / "nothing")])
+            call(command, ["--cache", str(tmp_path / "nothing")])
 
 
 @pytest.mark.parametrize("words", ["repair --help", "verify --cache {root}", "inspect_cache --cache {root}"])

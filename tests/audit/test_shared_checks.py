@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from damage import rewrite_unit
+from documented import call
 from servers import faulty_server
 from small_cache import CPU, copy_of_cache, flip_byte, make, shared_weights, tree
 
@@ -151,22 +152,22 @@ def test_an_unfinished_sharing_cache(pair):
 def test_inspecting_shared_pixels(pair, tmp_path, capsys):
     first, second = pair
     words = ["--cache", str(second), "--index", "40", "--view", "1", "--json"]
-    inspect_cache.main([*words, "--out", str(tmp_path / "view.jpg")])
+    call(inspect_cache, [*words, "--out", str(tmp_path / "view.jpg")])
     facts = json.loads(capsys.readouterr().out)
     assert facts["digest_ok"] is True
     assert facts["bytes"]["pixels"] == 0
     assert (tmp_path / "view.jpg").read_bytes() == Cache.open(first).read([40], 1)[0].pixels
     first.rename(tmp_path / "moved")
-    inspect_cache.main(words)
+    call(inspect_cache, words)
     assert json.loads(capsys.readouterr().out)["digest_ok"] is None
     with pytest.raises(UserError, match="--pixels-from"):
-        inspect_cache.main([*words, "--out", str(tmp_path / "view.jpg")])
-    inspect_cache.main([*words, "--pixels_from", str(tmp_path / "moved")])
+        call(inspect_cache, [*words, "--out", str(tmp_path / "view.jpg")])
+    call(inspect_cache, [*words, "--pixels_from", str(tmp_path / "moved")])
     assert json.loads(capsys.readouterr().out)["digest_ok"] is True
 
 
 def checked(capsys, *words):
-    status = verify.main(["--json", *words])
+    status = call(verify, ["--json", *words])
     return status, json.loads(capsys.readouterr().out)
 
 

@@ -191,7 +191,7 @@ def test_pretrained_without_a_network(monkeypatch):
     monkeypatch.setattr(zoo.timm, "create_model", offline)
     with pytest.raises(UserError, match="scalekd fetch --teacher vit_tiny_patch16_224") as caught:
         make("vit_tiny_patch16_224", 224, pretrained=True)
-    assert "TEACHER_WEIGHTS" in str(caught.value)
+    assert "--teacher-weights" in str(caught.value)
     assert "--pretrained false" in str(caught.value)
     config = TeacherConfig(name="vit_tiny_patch16_224", num_classes=7)
     with pytest.raises(UserError, match="a different number of classes"):

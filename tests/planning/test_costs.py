@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from documented import call
 from torch import nn
 
 from pipelines import costs as costs_command
@@ -89,7 +90,7 @@ def test_command_and_committed_page(capsys):
     assert "scalekd costs --all" in page
     row = costs.summary_row(costs.pair_costs(costs.SWIN_L, "resnet50"))
     assert row in page, "docs/COSTS.md is stale: scalekd costs --all > docs/COSTS.md"
-    costs_command.main(["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
+    call(costs_command, ["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
     assert "maximum speedup" in text

@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from documented import given_by
+from documented import call
 from image_files import encoded, write
 from PIL import Image
 from sklearn.datasets import load_sample_images
@@ -162,11 +162,11 @@ def test_the_command(tmp_path, capsys):
         "--recipe", "demo", "--data.max_samples", "40", "--teacher.weights", str(shared_weights()), "--student",
         "resnet10t", "--cache.path", str(tmp_path / "cache"), "--gpu", "a100",
     ]  # fmt: skip
-    assert command.main(given_by("plan", [*words, "--json", "true"])) == 0
+    assert call(command, [*words, "--json", "true"]) == 0
     fields = json.loads(capsys.readouterr().out)
     assert (fields["images"], fields["epochs"], fields["gpu"], fields["students"]) == (40, 2, "a100", 8)
     with pytest.raises(UserError, match="students is out of range"):
-        command.main(given_by("plan", [*words, "--students", "0"]))
+        call(command, [*words, "--students", "0"])
 
 
 def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):

@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 
 import pytest
@@ -130,17 +131,20 @@ def test_make_goes_on_without_a_lock(tmp_path, trouble):
     assert "Error 3" in output
 
 
-def test_two_commands_that_write_one_cache_on_one_node_wait_for_each_other(tmp_path):
-    steps, root = [], tmp_path / "new" / "cache"
+def test_two_commands_that_write_one_cache_on_one_node_wait_for_each_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    steps, given = [], {"cache.path": str(tmp_path / "new" / "cache")}
 
     def second():
-        with one_job_per_node(root):
+        with one_job_per_node(given):
             steps.append("second")
 
-    with one_job_per_node(root):
+    with one_job_per_node(given):
         thread = threading.Thread(target=second)
         thread.start()
-        thread.join(0.3)
+        with one_job_per_node({"cache.path": "another"}):
+            thread.join(0.3)
         steps.append("first")
     thread.join(LIMIT_S)
     assert steps == ["first", "second"]
+    assert not (tmp_path / "new").exists()

@@ -1,6 +1,8 @@
 """Checks commands from the documents with make and the real parsers."""
 
 import shlex
+from collections.abc import Sequence
+from typing import Any
 
 from commands import execute
 
@@ -18,6 +20,12 @@ def given_by(name: str, words: list[str]) -> Given:
     command = SCALEKD.commands[name]
     assert isinstance(command, Command)
     return command.given(command.make_context(name, list(words)).params)
+
+
+def call(module: Any, words: Sequence[object]) -> int | None:
+    """Run the command of a module of `pipelines/` in this process; its exit code."""
+    name = str(module.COMMAND.name)
+    return module.main(given_by(name, [str(word) for word in words]))
 
 
 def check(name: str, words: list[str]) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 
 import pytest
+from documented import call
 from growing import two_groups
 from small_cache import CPU
 from small_run import FACTS, SUMMARY
@@ -59,19 +60,19 @@ def test_a_damaged_file_of_a_run_is_named(run, tmp_path, kind, name):
     needed = name in ("config.yaml", "cache.json")
     page = tmp_path / "page.html"
     words = ["--run", str(run)]
-    commands = {"report": lambda: report.main([*words, "--out", str(page), "--images", "0"])}
+    commands = {"report": lambda: call(report, [*words, "--out", str(page), "--images", "0"])}
     if needed:
-        commands["evaluate"] = lambda: evaluate.main([*words, "--device", "cpu"])
+        commands["evaluate"] = lambda: call(evaluate, [*words, "--device", "cpu"])
     if name != "metrics.jsonl":
-        commands["export"] = lambda: export.main([*words, "--out", str(tmp_path / "out")])
-    for command, call in commands.items():
+        commands["export"] = lambda: call(export, [*words, "--out", str(tmp_path / "out")])
+    for command, run_command in commands.items():
         if needed or command == "export":
             with pytest.raises(UserError) as error:
-                call()
+                run_command()
             assert name in str(error.value) or "config.yaml" in str(error.value), command
             assert "what to do" in str(error.value), command
         else:
-            call()
+            run_command()
             damaged_lines = name == "metrics.jsonl" and kind in ("another type", "not a number")
             silent = name == "metrics.jsonl" and kind in ("empty", "cut", "not text")  # no complete line
             text = page.read_text()
