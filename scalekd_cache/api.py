@@ -5,7 +5,7 @@ Invariant: the command line builds its configurations here too, so a command and
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -102,6 +102,7 @@ def distill(
     data: str | os.PathLike[str] | None = None,
     recipe: str | None = None,
     options: Mapping[str, Any] | None = None,
+    log: Callable[[int, Mapping[str, float]], None] | None = None,
 ) -> dict[str, Any]:
     """Stage 2: train a student from a cache, evaluate and export it.
 
@@ -117,6 +118,7 @@ def distill(
         data: validation images (None: as recorded in the cache).
         recipe: name or YAML file of a recipe (None: the cache's).
         options: any other option, by plain or dotted name: `{"optim.lr": 0.1, "zero": 1}`.
+        log: called on rank 0 with (step, values) for every line of metrics.jsonl.
 
     Returns:
         The summary: what summary.json of the run holds (accuracy in percent, steps, minutes, ...). For several students
@@ -132,7 +134,7 @@ def distill(
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.series import distill_series, series_facts, single_runs
 
-    return series_facts(distill_series(single_runs(config), this_process(config.device)))
+    return series_facts(distill_series(single_runs(config), this_process(config.device), log))
 
 
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:

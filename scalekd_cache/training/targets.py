@@ -17,6 +17,7 @@ from scalekd_cache.codec import Shape
 from scalekd_cache.codec.base import FeatureCodec, feature_norms
 from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
+from scalekd_cache.config.options import build
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -261,9 +262,9 @@ class ScaleKDLoss(nn.Module):
         targets: a cache or its `CachedTargets`; provides the teacher's frozen tail and the size of the images.
         student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
             `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
-        config: the method's constants (None: as published).
-        label_loss: ce or bce.
-        label_smoothing: for ce.
+        config: the method's constants (None: those of the cache's recipe; the loss weights are printed).
+        label_loss: ce or bce (None: that of the cache's recipe).
+        label_smoothing: for ce (None: that of the cache's recipe).
 
     Raises:
         UserError: the cache's tail is missing or damaged, or the student has other outputs.
@@ -275,14 +276,18 @@ class ScaleKDLoss(nn.Module):
         student: nn.Module,
         config: ScaleKDConfig | None = None,
         *,
-        label_loss: str = "ce",
-        label_smoothing: float = 0.0,
+        label_loss: str | None = None,
+        label_smoothing: float | None = None,
     ) -> None:
         super().__init__()
         cache = targets.cache if isinstance(targets, CachedTargets) else targets
         manifest = cache.manifest
-        self.config = config or ScaleKDConfig()
-        self.train_config = TrainConfig(label_loss=label_loss, label_smoothing=label_smoothing)  # type: ignore[arg-type]
+        recipe, given = manifest.facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
+        self.config = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
+        if config is None:
+            print(f"{self._weights()}, of the cache's recipe {manifest.facts.recipe} (config= sets others)")
+        label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
+        self.train_config = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
         check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         if self.config.tail_drop_path:
@@ -299,6 +304,11 @@ class ScaleKDLoss(nn.Module):
             layer_norm=layer_norm,
         )
         self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
+
+    def _weights(self) -> str:
+        config = self.config
+        frequency = f"frequency {config.frequency_weight_s3:g} and {config.frequency_weight_s4:g}"
+        return f"loss weights: spatial {config.spatial_weight:g}, {frequency}, logits {config.logit_weight:g}"
 
     def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
         """The six weighted terms; differentiate `.total`. All inputs are on one device."""

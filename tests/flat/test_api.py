@@ -32,10 +32,20 @@ def test_a_cache_by_function(made):
 
 def test_students_by_function_one_after_the_other(made, tmp_path):
     """Two runs in one process; the losses are those of the command."""
+    logged = []
     runs = [
-        scalekd_cache.distill(student=STUDENT, cache=made.path, run=tmp_path / name, targets=targets, options=TRAINING)
+        scalekd_cache.distill(
+            student=STUDENT,
+            cache=made.path,
+            run=tmp_path / name,
+            targets=targets,
+            options=TRAINING,
+            log=lambda step, values: logged.append((step, values)),
+        )
         for name, targets in (("a", None), ("b", "none"))
     ]
+    steps = runs[0]["steps"]
+    assert [step for step, values in logged if "loss" in values] == [*range(1, steps + 1)] * 2
     assert [summary["targets"] for summary in runs] == ["cached", "none"]
     assert runs[0] == read_json(tmp_path / "a" / "summary.json")
     words = [word for name, value in TRAINING.items() for word in (f"--{name}", value)]

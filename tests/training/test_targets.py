@@ -83,7 +83,7 @@ def test_the_losses_are_those_of_make_distill():
     torch.manual_seed(0)
     targets = small_targets()
     student = timm_student("resnet10t", targets)
-    loss = ScaleKDLoss(targets, student)
+    loss = ScaleKDLoss(targets, student, config.scalekd)
     images, labels, target = next(iter(targets))
     assert (images.dtype, images.shape) == (torch.float32, (GLOBAL, 3, 64, 64))
     assert labels.tolist() == batch.labels.tolist()
@@ -92,6 +92,18 @@ def test_the_losses_are_those_of_make_distill():
     assert min(terms) > 0
     assert set(loss.state_dict()) == {f"heads.{name}" for name in loss.heads.state_dict()}  # does not contain the tail
     assert sum(parameter.numel() for parameter in loss.parameters()) == sum(p.numel() for p in loss.heads.parameters())
+
+
+def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
+    targets = small_targets()
+    loss = ScaleKDLoss(targets, timm_student("resnet10t", targets))
+    kept = targets.cache.manifest.facts.distill["scalekd"]
+    assert {name: getattr(loss.config, name) for name in kept} == kept != {}
+    said = capsys.readouterr().out
+    assert said == "loss weights: spatial 0.005, frequency 0.004 and 0.004, logits 0.5, of the cache's recipe demo " \
+        "(config= sets others)\n"  # fmt: skip
+    ScaleKDLoss(targets, timm_student("resnet10t", targets), ScaleKDConfig())
+    assert capsys.readouterr().out == ""
 
 
 def test_a_custom_loop_resumes():
