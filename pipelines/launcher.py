@@ -40,11 +40,11 @@ class LaunchConfig:
     nnodes: str = "1"
     """Number of nodes; run the command on each. 1:16: elastic, nodes may join and leave."""
     node_rank: int | None = None
-    """Number of this node, from 0; with several nodes."""
+    """Number of this node, from 0 (multi-node only)."""
     master_addr: str | None = None
-    """Host name or address of node 0; with several nodes."""
+    """Host name or address of node 0 (multi-node only)."""
     master_port: int = 29500
-    """Free port of node 0; with several nodes."""
+    """Free port of node 0 (multi-node only)."""
     hostfile: str | None = None
     """File with hosts and slots: DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
     launcher: Literal["torchrun", "deepspeed"] | None = None

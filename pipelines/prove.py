@@ -30,11 +30,11 @@ class ProveConfig:
     seed: int = 0
     """Seed for the choice of views and the student's weights."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (None: as in stage 1)."""
+    """File with the teacher's weights (default: as in stage 1)."""
     pixels_from: str | None = None
-    """Folder of the cache whose pixels are shared (None: as in stage 1)."""
+    """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
     data: str | None = None
-    """Path of the data set, for a cache without pixels (None: as in stage 1)."""
+    """Path of the data set, for a cache without pixels (default: as in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False

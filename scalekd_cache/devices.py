@@ -114,7 +114,7 @@ def _cuda_works() -> bool:
     raise UserError(
         "this machine has an NVIDIA GPU, but PyTorch cannot use it",
         got=f"torch {torch.__version__}, built for {built}; NVIDIA driver {driver_version()}; {reason}",
-        expected="a PyTorch build for this driver: CUDA 13 needs driver 580, CUDA 12 needs 525",
+        expected="a PyTorch build for this driver: CUDA 13 needs driver 580 or newer, CUDA 12 needs 525",
         where=files[0],
         fix=f"pip install --force-reinstall torch torchvision --index-url {INDEX} (CUDA 12), or update the driver; to "
         "use the CPU, set device=cpu",

@@ -347,8 +347,9 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
         # A repair removes a damaged state and repeats the same fit.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
-                "the cache was started with a codec that is not fitted",
-                got=_preset(config),
+                "this cache was created with another codec",
+                got=f"--codec {_preset(config)}, a codec that is fitted to the data set",
+                expected=f"--codec {read_plan(root).facts.codec.get('id')}",
                 where=root,
                 fix="use the --codec the cache was made with, or another --cache",
             )

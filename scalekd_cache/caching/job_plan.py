@@ -408,7 +408,7 @@ def open_folder(root: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            "the cache's folder cannot be written", got=error, where=root, fix="choose another --cache"
+            "cannot write to the cache folder", got=error, where=root, fix="choose another --cache"
         ) from error
 
 

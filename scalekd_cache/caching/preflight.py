@@ -75,7 +75,7 @@ def check_writable(root: Path) -> None:
             pass
     except OSError as error:
         raise UserError(
-            "the cache's folder cannot be written", got=error, where=root, fix="choose another --cache"
+            "cannot write to the cache folder", got=error, where=root, fix="choose another --cache"
         ) from error
 
 

@@ -153,8 +153,8 @@ class StoreConfig:
     samples_per_shard: int = 512
     """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
-    """Folder of a finished cache of the same data set and view recipe whose baked pixels are shared; the new cache
-    stores only features and logits, in shards of the same images (None: store pixels)."""
+    """Reuse the pixels of this finished cache of the same data set and view recipe. The new cache stores only features
+    and logits, with the same sharding (None: store pixels)."""
 
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")

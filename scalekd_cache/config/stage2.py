@@ -143,8 +143,8 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the data; epoch e reads view e mod V."""
     views: int | None = None
-    """Number of views V to use, the first ones of the cache (None: all, including planned ones, when the run
-    starts)."""
+    """Use only the first V views of the cache (None: all views at the start of the run, including those still being
+    written)."""
     global_batch_size: int = 256
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: int = 32

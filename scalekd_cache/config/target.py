@@ -41,7 +41,7 @@ def parse_target(text: str) -> CodecTarget:
         value = math.nan
     if not low < value < high:
         raise UserError(
-            "invalid value of a codec target",
+            "invalid codec target",
             got=text,
             expected=f"a number above {low:g} and below {high:g}",
             where="cache.codec_target",

@@ -38,13 +38,13 @@ class Problems:
 
     def check(self, where: Path, title: str) -> None:
         """Raise `UserError` naming them, if there are any."""
-        groups = (("missing", self.missing), ("surplus", self.surplus), ("unfit", self.wrong))
+        groups = (("missing", self.missing), ("unexpected", self.surplus), ("mismatched", self.wrong))
         lines = [f"{len(names)} {what}: {shown_names(names)}" for what, names in groups if names]
         if lines:
             raise UserError(
                 "this checkpoint does not match the student and the projectors",
                 got="; ".join(lines),
-                expected=f"upstream's {title} and projectors, as docs/METHOD.md lists them (missing: our names)",
+                expected=f"upstream's {title} and projector weights (docs/METHOD.md; missing ones by our names)",
                 where=where,
                 fix="set --student and --classes to those it was trained with",
             )

@@ -142,4 +142,4 @@ def _agreement_chart(runs: list[Run], teacher: Predictions | None, images: Image
         predicted.append(("teacher", teacher))
     names = [name for name, _ in predicted]
     shares = np.array([[float((a.classes == b.classes).mean()) for _, b in predicted] for _, a in predicted])
-    return [matrix(shares, names, names, ("", ""), "Same prediction, percent of the images")]
+    return [matrix(shares, names, names, ("", ""), "Prediction agreement (% of images)")]

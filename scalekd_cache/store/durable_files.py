@@ -292,7 +292,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
             fix="free space or use another disk, then rerun: committed work is kept",
         ) from error
     what = {
-        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "the folder cannot be written"),
+        **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "cannot write to the folder"),
         **dict.fromkeys((errno.EISDIR, errno.ENOTDIR, errno.ELOOP), "expected a file, found a folder or link"),
         **dict.fromkeys((errno.EIO, errno.ESTALE), "I/O error on the disk"),
     }.get(number or 0)

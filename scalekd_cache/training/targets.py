@@ -125,9 +125,9 @@ def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
         process.print_rank0(
-            f"the cache is sorted by class ({found.neighbors:.0%} of neighbors share a class, {found.chance:.1%} by "
-            f"chance): shuffle window {window:,} blocks = {window * train.shuffle_block:,} images instead of {WINDOW} "
-            f"blocks; this needs more seeks, and more local copies for a URL (docs/SCALE.md)"
+            f"the cache is sorted by class: {found.neighbors:.0%} of neighboring images share a class, "
+            f"{found.chance:.1%} expected by chance. The shuffle window grows from {WINDOW} to {window:,} blocks "
+            f"({window * train.shuffle_block:,} images): more seeks, and more local copies of a remote cache"
         )
     return Order(num_samples=len(cache), block=train.shuffle_block, window=window, seed=train.seed)
 

@@ -250,7 +250,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
     with pytest.raises(UserError, match="is a file"):
         cache_teacher(options(file, shared_weights()), CPU)
     below = file / "cache"
-    with pytest.raises(UserError, match="cannot be written") as error:
+    with pytest.raises(UserError, match="cannot write to") as error:
         cache_teacher(options(below, shared_weights()), CPU)
     assert str(below) in str(error.value)
     assert file.read_text() == "hello"
@@ -259,7 +259,7 @@ def test_folders_that_cannot_be_written_are_refused(tmp_path):
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_read_only_folder_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="cannot be written"):
+    with pytest.raises(UserError, match="cannot write to"):
         cache_teacher(options(tmp_path / "cache", shared_weights()), CPU)
 
 

@@ -44,9 +44,9 @@ def untouched(tmp_path_factory):
     [
         ("full", "webdataset", 9, "the disk is full"),
         ("full", "zarr", 9, "the disk is full"),
-        ("read-only", "webdataset", 0, "cannot be written"),
-        ("denied", "webdataset", 0, "cannot be written"),
-        ("denied", "webdataset", 9, "cannot be written"),
+        ("read-only", "webdataset", 0, "cannot write to"),
+        ("denied", "webdataset", 0, "cannot write to"),
+        ("denied", "webdataset", 9, "cannot write to"),
     ],
 )
 def test_a_job_goes_on_when_the_disk_is_mended(trouble, backend, operation, text, untouched, tmp_path):
@@ -72,7 +72,7 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
         raise PermissionError(13, "Permission denied", str(tmp_path))
 
     monkeypatch.setattr("scalekd_cache.store.durable_files.fsync", refuse)
-    with pytest.raises(UserError, match=r"cannot be written\n.*Permission denied\n.*\n.*rerun"):
+    with pytest.raises(UserError, match=r"cannot write to the folder\n.*Permission denied\n.*\n.*rerun"):
         write_atomically(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
