@@ -71,7 +71,7 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
             got=f"{available} views in its manifest",
             expected=f"{views} views, " + ("as when the run started" if started else "as set by train.views"),
             where=cache.root,
-            fix="wait for the writer with --follow, or add views: scalekd cache-teacher --views" + str(views),
+            fix=f"wait for the writer with --follow, or add views: scalekd cache-teacher --views {views}",
         )
     return views
 

@@ -76,7 +76,7 @@ def test_a_second_call_makes_nothing(tmp_path, no_work, capsys):
 @pytest.mark.parametrize(
     ("changes", "texts"),
     [
-        ({"views": {"seed": 7}}, ["fingerprint_fields.views.seed: 7 (requested) / 0 (cache)"]),
+        ({"views": {"seed": 7}}, ["views.seed: 7 (requested) / 0 (cache)"]),
         ({"views": {"pixels": "replayed"}}, ["views.pixels: replayed (requested) / baked (cache)"]),
         ({"cache": {"codec": "float16"}}, ["codec.id: float16 (requested) / int8 (cache)"]),
         ({"cache": {"backend": "zarr"}}, ["backend: zarr (requested) / webdataset (cache)"]),
@@ -106,7 +106,7 @@ def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_pa
         cache_teacher(options(tmp_path / "new", shared_weights(), views={"size": 32}), CPU)
     with pytest.raises(UserError, match="made with other options") as error:
         cache_teacher(options(root, shared_weights(), views={"size": 32}), CPU)
-    assert "fingerprint_fields.views.size: 32 (requested) / 64 (cache)" in str(error.value)
+    assert "views.size: 32 (requested) / 64 (cache)" in str(error.value)
     assert "made with other options" not in str(alone.value)
     assert str(error.value).count("(requested)") == 1
 

@@ -35,10 +35,10 @@ def meanwhile(monkeypatch):
     real = job._teacher_top1
 
     def arrange(act):
-        def measure(config, stage, sample):
+        def measure(*arguments, **options):
             monkeypatch.setattr(job, "_teacher_top1", real)
             act()
-            return real(config, stage, sample)
+            return real(*arguments, **options)
 
         monkeypatch.setattr(job, "_teacher_top1", measure)
 

@@ -99,8 +99,8 @@ def exported(folder, names):
 def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, names):
     """`import-upstream` writes student/ without class names."""
     exported(tmp_path / "out" / place, names)
-    main({"run": str(tmp_path / "out"), "data": str(pictures(tmp_path / "data", "abc")), "device": "cpu"})
-    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    main({"run": str(tmp_path / "out"), "data": str(pictures(tmp_path / "data", "abc")), "device": "cpu", "json": True})
+    facts = json.loads(capsys.readouterr().out)
     assert facts["images"] == 6
     assert facts["top5"] == 100
 

@@ -38,7 +38,7 @@ def test_unknown_option_of_distill_names_the_nearest(cache, tmp_path):
 
 
 def test_value_of_another_type_names_the_option(tmp_path):
-    assert "num_views cannot be many: expected int" in one_line("cache_teacher", "--cache.num_views", "many")
+    assert "num_views cannot be many: expected a whole number" in one_line("cache_teacher", "--cache.num_views", "many")
 
 
 def test_unknown_recipe_names_the_nearest(tmp_path):
@@ -59,15 +59,15 @@ def test_unknown_codec_names_the_nearest(tmp_path):
 @pytest.mark.parametrize("command", ["verify", "inspect_cache", "prove"])
 def test_cache_that_is_a_file_names_the_folder(command, cache):
     output = one_line(command, "--cache", cache / "manifest.json")
-    assert output == f"error: {cache / 'manifest.json'} is a file, not a cache: set CACHE={cache}"
+    assert output == f"error: {cache / 'manifest.json'} is a file, not a cache: set --cache {cache}"
 
 
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
-        (["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill?"),
+        (["distil", "STUDENT=resnet18"], "there is no target distil: did you mean distill or install?"),
         (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
-        (["cache-teacher", "LR=0.1"], "there is no variable LR (make help; other options: SET="),
+        (["cache-teacher", "LR=0.1"], "there is no variable LR (make cache-teacher; `make help` lists"),
         (["distill"], "set STUDENT=, for example make distill STUDENT=resnet50"),
     ],
 )
@@ -79,7 +79,7 @@ def test_words_that_make_does_not_know(words, answer):
 
 def test_no_cache_says_how_to_make_one(tmp_path):
     output = one_line("distill", *distill_flags(tmp_path / "nothing", tmp_path / "run"))
-    assert "make cache-teacher" in output
+    assert "create it with `scalekd cache-teacher --cache" in output
     assert not (tmp_path / "run").exists()
 
 
