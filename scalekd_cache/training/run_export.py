@@ -73,7 +73,8 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
         form: one of `formats.FORMATS`.
 
     Raises:
-        UserError: no run, no checkpoint yet, or a format that does not support the student.
+        UserError: no run, no checkpoint yet, a damaged newest checkpoint, or a format that does not support the
+            student.
     """
     check_format(form)
     options, facts = read_config(run), read_facts(run)
@@ -81,6 +82,13 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     if checkpoint is None:
         where, fix = run / "checkpoints", "wait for the first one; scalekd report --run shows the progress"
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
+    if problems:  # an older student than the run's must not be exported unnoticed
+        raise UserError(
+            "the newest checkpoint of the run is damaged",
+            got="; ".join(problems),
+            fix=f"rerun scalekd distill to train again from {checkpoint.folder.name}, or remove the damaged folder to "
+            "export that older checkpoint",
+        )
     state, config = checkpoint.tensors(STUDENT), student_options(run)
     if form == "timm":
         folder = out or run / "export"

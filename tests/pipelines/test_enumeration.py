@@ -54,7 +54,7 @@ FINE = (
     ("repair", r"teacher\.safetensors \w+", "an intact cache needs no teacher"),
     ("distill", r"half/checkpoints/\S+ \w+", "a damaged checkpoint is skipped, with a message"),
     ("distill", r"run/summary\.json \w+", "of another run: compared with when it is readable"),
-    ("distill", r"half/(metrics.jsonl (missing|empty|cut)|cache.json missing)", "not needed to resume"),
+    ("distill", r"half/(metrics.jsonl (missing|empty|cut)|(cache.json|.lock) missing)", "not needed to resume"),
     ("plan|cache_teacher|evaluate|distill", r"data/\S+ \w+", "unreadable images are counted and skipped"),
     ("verify", r"cache/plan\.json missing", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "a line reports that the teacher was not run"),
@@ -78,7 +78,13 @@ def build(world: Path) -> None:
 
 
 def words_of(command: str) -> list[str]:
-    stage1 = {"data.source": "data", "cache.samples_per_shard": 8, "cache.num_views": 1, "teacher.batch_size": 8}
+    stage1 = {
+        "recipe": "demo",
+        "data.source": "data",
+        "cache.samples_per_shard": 8,
+        "cache.num_views": 1,
+        "teacher.batch_size": 8,
+    }
     train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8, "train.checkpoint_steps": 1}
     return (
         COMMANDS[command]
