@@ -353,7 +353,7 @@ def test_several_runs_are_compared(four_pages):
         "inference images/s",
         "60.00 %",
         "Accuracy and size",
-        "Same prediction, percent of the images",
+        "Prediction agreement (% of images)",
     ):
         assert words in page.text
     assert page.text.count("Options") == 4
