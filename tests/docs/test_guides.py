@@ -59,7 +59,10 @@ def test_the_guides_show_the_examples():
 def run_example(name, *words):
     command = [sys.executable, str(ROOT / "examples" / name), str(shared_cache().root), *map(str, words)]
     env = {**ENV, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S, env=env).stdout
+    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S, env=env).stdout
+    first, _, rest = said.partition("\n")
+    assert first.startswith("loss weights: spatial 0.005"), said
+    return rest
 
 
 def test_the_plain_loop(tmp_path):
