@@ -20,7 +20,7 @@ if process.world_size == 1:  # as engine.py has it
 dist.init_process_group("gloo")
 ranks = torch.tensor([process.rank + 1])
 dist.all_reduce(ranks)
-print("sum of ranks:", int(ranks))
+print(f"sum of ranks: {int(ranks)};", end="")  # one write: lines of two ranks can mix
 dist.barrier()
 dist.destroy_process_group()
 """
