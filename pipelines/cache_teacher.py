@@ -6,7 +6,6 @@ Every command is resumable: after an interruption, rerun it.
 import contextlib
 import hashlib
 import os
-import shlex
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from typing import Any
 
 import click
 
-from pipelines.command import Command, Given, Output, make_words, run, take
+from pipelines.command import Command, Given, Output, run, take, typed_command
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_info, cache_teacher_config, checked_student
 from scalekd_cache.config.options import build
@@ -53,6 +52,9 @@ def one_job_per_node(given: Given) -> Iterator[None]:
 
     The lock is in the node's folder for temporary files: a failed command leaves nothing beside the cache.
     """
+    if take(dict(given), Output).dry_run:  # writes nothing, so it waits for nobody
+        yield
+        return
     root = Path(given.get("cache.path") or default_cache(given.get("data.source") or DataConfig.source))
     name = hashlib.sha256(os.fsencode(root.absolute())).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"scalekd-locks-{os.getuid()}"
@@ -69,7 +71,7 @@ def one_job_per_node(given: Given) -> Iterator[None]:
 
 
 def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
-    """The command that trains a student from this cache, as it is typed in this folder: make's form under make.
+    """The command that trains a student from this cache, as it is typed in this folder.
 
     It sets smaller batches if the recipe's global batch is larger than the data set.
     """
@@ -78,15 +80,8 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
     options = {"student": config.student or "resnet50", "cache": config.cache.path, "plugin": plugin}
     smaller = manifest.num_samples < train.global_batch_size
     batches = batches_that_fit(manifest.num_samples, train.micro_batch_size) if smaller else None
-    if "MAKELEVEL" not in os.environ:
-        words = [word for name, value in options.items() if value for word in (f"--{name}", value)]
-        return shlex.join(["scalekd", "distill", *words, *shlex.split(batches or "")])
-    words = [
-        f"{name.upper()}={value}"
-        for name, value in {**options, "set": (batches or "").replace("--", "")}.items()
-        if value
-    ]
-    return shlex.join(["make", "distill", *words, *make_words()])
+    dotted = [word.removeprefix("--") for word in (batches or "").split()]
+    return typed_command("distill", options, dotted)
 
 
 COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__, one_job_per_node)

@@ -222,9 +222,22 @@ def check_cache_path(place: str) -> None:
     raise unknown_name("cache", place, there, f"--cache; create it with `scalekd cache-teacher --cache {place}`")
 
 
-def make_words() -> list[str]:
-    """VENV= and PYTHON= of the make that runs this command; make passes them on in MAKEFLAGS."""
-    return [word for word in shlex.split(os.environ.get("MAKEFLAGS", "")) if word.startswith(("VENV=", "PYTHON="))]
+def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence[str] = ()) -> str:
+    """A command as it is typed in this folder; under make in make's form, with that make's VENV= and PYTHON=.
+
+    Args:
+        name: the command.
+        options: plain name -> value; those without a value are left out.
+        dotted: further options, as `train.epochs=2`.
+    """
+    given = {option: value for option, value in options.items() if value}
+    if "MAKELEVEL" not in os.environ:
+        words = [word for option, value in given.items() for word in (f"--{option}", value)]
+        return shlex.join(["scalekd", name, *words, *(f"--{pair}" for pair in dotted)])
+    words = [f"{option.upper()}={value}" for option, value in given.items()]
+    words += [f"SET={' '.join(dotted)}"] if dotted else []
+    make = [word for word in shlex.split(os.environ.get("MAKEFLAGS", "")) if word.startswith(("VENV=", "PYTHON="))]
+    return shlex.join(["make", name, *words, *make])
 
 
 def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:

@@ -3,14 +3,12 @@
 Every command is resumable: after an interruption, rerun it.
 """
 
-import os
-import shlex
 from pathlib import Path
 from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipelines.command import Command, Given, Output, check_cache_path, make_words, run, take
+from pipelines.command import Command, Given, Output, check_cache_path, run, take, typed_command
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_place, distill_config
 from scalekd_cache.config.base import STRICT
@@ -53,15 +51,8 @@ def main(given: Given) -> None:
         facts |= series_facts(distill_series(runs, process))
         if len(runs) > 1:
             process.print_rank0(series_table(facts["series"]))
-        process.print_rank0(f"next: {report_command([str(one.run) for one in runs])}")
-
-
-def report_command(runs: list[str]) -> str:
-    """The command that reports on these runs, as it is typed in this folder: make's form under make."""
-    name, value = ("run", runs[0]) if len(runs) == 1 else ("runs", " ".join(runs))
-    if "MAKELEVEL" not in os.environ:
-        return shlex.join(["scalekd", "report", f"--{name}", value])
-    return shlex.join(["make", "report", f"{name.upper()}={value}", *make_words()])
+        places = " ".join(str(one.run) for one in runs)
+        process.print_rank0(f"next: {typed_command('report', {'run' if len(runs) == 1 else 'runs': places})}")
 
 
 COMMAND = Command("distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__)

@@ -142,7 +142,7 @@ def test_two_commands_that_write_one_cache_on_one_node_wait_for_each_other(tmp_p
     with one_job_per_node(given):
         thread = threading.Thread(target=second)
         thread.start()
-        with one_job_per_node({"cache.path": "another"}):
+        with one_job_per_node({"cache.path": "another"}), one_job_per_node({**given, "dry_run": "true"}):
             thread.join(0.3)
         steps.append("first")
     thread.join(LIMIT_S)
