@@ -124,7 +124,7 @@ def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Us
     return UserError(
         "the number of classes differs between teacher and data set",
         got=f"{teacher} has {classes} classes",
-        expected=f"{len(class_names)} classes ({', '.join(class_names[:3])}, ...)",
+        expected=f"{len(class_names)} classes ({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
         fix="set --teacher.num_classes 0 to use its features only, or give --teacher-weights fine-tuned on this data",
     )
 

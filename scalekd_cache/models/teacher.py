@@ -169,7 +169,11 @@ def load_teacher(
         raise _no_weights(config.name, "demo_swin is not a published model; stage 1 trains it")
     shapes = stored_shapes(config.weights) if config.weights is not None else None
     required, optional = size_args(config.name, image_size)
-    args = {**required, **(model_args or {}), "num_classes": teacher_classes(config, name, shapes, num_classes)}
+    classes = teacher_classes(config, name, shapes, num_classes)
+    if shapes is not None and classes == 0:  # the file's classifier is left out
+        heads = tuple(f"{head}." for head in _classifiers(name))
+        shapes = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
+    args = {**required, **(model_args or {}), "num_classes": classes}
     fetch = config.weights is None and config.pretrained
     try:
         model, used = create_timm_model(name, json.loads(json.dumps(args)), optional, pretrained=fetch)
@@ -198,7 +202,8 @@ def _no_weights(name: str, reason: str) -> UserError:
 def teacher_classes(
     config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int
 ) -> int:
-    """Width of the classifier: that of the weights, else the configured number, else the data set's.
+    """Width of the classifier: 0 if configured, else that of the weights, else the configured number, else the data
+    set's.
 
     `name` is timm's current name (`check_name`): timm knows the classes of pretrained weights under that name only.
     """
@@ -206,24 +211,29 @@ def teacher_classes(
     if known is None:  # a model registered by a plugin: its classifier tensor is not known
         return data_classes if config.num_classes is None else config.num_classes
     if shapes is not None:
-        heads = known.classifier
-        head = f"{heads[0] if isinstance(heads, list | tuple) else heads}.weight"
-        stored = shapes[head][0] if shapes.get(head) else 0
+        stored = next((shapes[f"{head}.weight"][0] for head in _classifiers(name) if shapes.get(f"{head}.weight")), 0)
     elif config.pretrained and config.name != DEMO_TEACHER:  # its weights never come from timm
         stored = known.num_classes
     elif known.num_classes == 0:
         return config.num_classes or 0
     else:
         return data_classes if config.num_classes is None else config.num_classes
-    if config.num_classes not in (None, stored):
+    if config.num_classes not in (None, 0, stored):
         raise UserError(
             "the teacher's weights have a classifier for a different number of classes",
             got=f"teacher.num_classes={config.num_classes}",
             expected=stored,
             where=config.weights or f"timm's weights of {name}",
-            fix="omit teacher.num_classes, or use weights that were fine-tuned for these classes",
+            fix="omit teacher.num_classes, set it to 0 to use features only, or use weights for these classes",
         )
-    return int(stored)
+    return int(stored if config.num_classes is None else config.num_classes)
+
+
+def _classifiers(name: str) -> tuple[str, ...]:
+    """Names of the classifier's modules in a timm model: none, one, or two in distilled models."""
+    known = timm.get_pretrained_cfg(name)
+    heads = () if known is None or known.classifier is None else known.classifier
+    return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
 def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> TeacherSpec:

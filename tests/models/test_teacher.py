@@ -11,7 +11,14 @@ from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models import timm_models as zoo
 from scalekd_cache.models.tail import load_tail, tail_bytes
-from scalekd_cache.models.teacher import Teacher, check_tail, demo_teacher_args, load_teacher, split_tail
+from scalekd_cache.models.teacher import (
+    Teacher,
+    check_tail,
+    demo_teacher_args,
+    load_teacher,
+    split_tail,
+    teacher_classes,
+)
 from scalekd_cache.models.teacher_spec import TeacherSpec, weights_digest
 from scalekd_cache.models.timm_models import timm_name
 
@@ -244,6 +251,27 @@ def test_weights_file(tmp_path):
     assert loaded.spec.num_classes == 7
     assert loaded.spec.weights_sha256 == weights_digest(teacher.model.state_dict()) != teacher.spec.weights_sha256
     assert torch.equal(loaded(views(64)).logits, teacher(views(64)).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "args"),
+    [("demo_swin", 64, {}), ("tiny_vit_5m_224", 64, {}), ("deit_tiny_distilled_patch16_224", 64, TOKENS)],
+)
+def test_num_classes_0_leaves_out_the_classifier_of_a_weights_file(tmp_path, name, size, args):
+    """What the README does with a teacher of ImageNet and photographs of other classes."""
+    path = tmp_path / "teacher.safetensors"
+    whole = make(name, size, args, num_classes=7)
+    save_file({key: value.clone() for key, value in whole.model.state_dict().items()}, path)
+    config = TeacherConfig(name=name, weights=str(path), num_classes=0, precision="float32")
+    teacher = load_teacher(config, image_size=size, num_classes=5, device=torch.device("cpu"), model_args=args)
+    assert not teacher.spec.has_classifier
+    assert torch.equal(teacher(views(size)).features, whole(views(size)).features)
+    assert teacher(views(size)).logits.shape == (2, 0)
+
+
+def test_num_classes_0_leaves_out_the_classifier_of_pretrained_weights():
+    config = TeacherConfig(name="tiny_vit_5m_224", num_classes=0)
+    assert teacher_classes(config, timm_name("tiny_vit_5m_224"), None, 5) == 0
 
 
 @pytest.mark.parametrize(
