@@ -77,7 +77,7 @@ ARMS: dict[str, Arm] = {
     "economy-own-norms": Arm(cache="economy", norms="decoded"),
     "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
     "linear-projector": Arm(
-        options=("scalekd.projector=linear", "scalekd.tpp=false", "scalekd.frequency=false", "scalekd.s3=false")
+        options=("scalekd.projector=linear-tpp", "scalekd.tpp=false", "scalekd.frequency=false", "scalekd.s3=false")
     ),
     "CAP": Arm(options=("scalekd.tpp=false", "scalekd.frequency=false")),
     "CAP+DFM": Arm(options=("scalekd.tpp=false",)),

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scalekd_cache.codec.fidelity import fidelity
 from scalekd_cache.codec.logits import kl_divergence
@@ -30,18 +30,25 @@ from scalekd_cache.devices import recorded_versions
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
-from scalekd_cache.loader.order import Order
+from scalekd_cache.loader.order import steps_per_epoch
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
-from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.training.init_weights import load_init_weights
-from scalekd_cache.training.targets import TargetSource, load_cache_classifier, load_cache_tail, make_heads
+from scalekd_cache.training.targets import (
+    TargetSource,
+    feature_samples,
+    load_cache_classifier,
+    load_cache_tail,
+    make_heads,
+    make_order,
+)
 from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.versions import __version__
 
@@ -126,15 +133,17 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     options = cache_teacher_config(manifest.facts.teacher["config"], config.teacher_weights, precision)
     teacher = load_cache_teacher(manifest, options, device)
     micro = min(config.train.micro_batch_size, len(cache), max(1, views // 2))
+    features = feature_samples(config.scalekd, cache, micro)
+    order = make_order(dataclasses.replace(config.train, shuffle_block=1, shuffle_window=len(cache)), cache, process)
     data = MicroBatches(
         cache,
-        Order(num_samples=len(cache), block=1, window=len(cache), seed=config.train.seed),
+        order,
         micro,
         micro,
         pixels=open_shared_pixels(cache, config.pixels_from, manifest.num_views, config.remote),
         data=config.data,
     )
-    each = len(cache) // micro
+    each = steps_per_epoch(order, micro)
     count = min(views // micro, manifest.num_views * each)
     if count < 2:
         raise UserError(
@@ -146,7 +155,8 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
         )
     model, tail = _student(config, cache, device)
     classifier = load_cache_classifier(config, cache, data.logit_codec, process)
-    compare = _GradientSums(model, tail, teacher, data, classifier, config.train.seed)
+    cached = TargetSource(data.codec, data.logit_codec, classifier, features=features)
+    compare = _GradientSums(model, tail, cached, cached._replace(teacher=teacher), config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
     return _summarize(config, cache, compare, micro, device)
@@ -173,14 +183,12 @@ class _GradientSums:
         self,
         model: DistillModel,
         tail: Tail,
-        teacher: Teacher,
-        data: MicroBatches,
-        classifier: nn.Linear | None,
+        cached: TargetSource,
+        live: TargetSource,
         seed: int,
     ) -> None:
         self.model, self.tail, self.seed = model, tail, seed
-        self.cached_source = TargetSource(data.codec, data.logit_codec, classifier)
-        self.live_source = TargetSource(data.codec, data.logit_codec, teacher=teacher)
+        self.cached_source, self.live_source = cached, live
         self.parameters = [parameter for parameter in model.student.parameters() if parameter.requires_grad]
         size = sum(parameter.numel() for parameter in self.parameters)
         device = self.parameters[0].device

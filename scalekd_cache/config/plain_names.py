@@ -26,6 +26,7 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "cache-teacher": _names(f"{_STAGE1} nproc dry_run {_STAGE1_MORE} json {_LAUNCH}"),
     "distill": _names(
         "student:student.name cache epochs:train.epochs run targets:train.targets heads:scalekd.projector "
+        "feature_share:scalekd.feature_share "
         "zero:train.zero nproc dry_run recipe resume extend seeds:train.seeds student_size:student.image_size "
         "tracker:train.tracker init follow workers:train.workers json "
         f"{_OVERRIDES} {_LAUNCH}"

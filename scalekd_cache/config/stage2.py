@@ -72,9 +72,13 @@ class ScaleKDConfig:
     tpp: bool = True
     """Pass the S3 projection through the teacher's frozen tail (false: ablation, projects directly to the last
     grid)."""
-    projector: Literal["cap", "lite", "linear"] = "cap"
+    projector: Literal["cap", "lite", "linear", "linear-tpp"] = "cap"
     """cap: cross attention projectors; lite: cheaper ones, one per tap for both views (not in the paper;
-    docs/METHOD.md); linear: a 1x1 convolution, plain feature distillation (ablation)."""
+    docs/METHOD.md); linear: plain feature distillation, linear maps from S4 to the teacher's map and to its mean, no
+    tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
+    feature_share: float | None = None
+    """Share of the samples of every micro-batch that the feature losses use; label and logit losses use all
+    (None: all, or as many as the cache has features for)."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss)."""
     temperature: float = 1.0
@@ -90,6 +94,8 @@ class ScaleKDConfig:
         for name in ("spatial_weight", "frequency_weight_s3", "frequency_weight_s4"):
             require(getattr(self, name) >= 0, f"scalekd.{name}", getattr(self, name), ">= 0")
         require(self.attention_scale > 0, "scalekd.attention_scale", self.attention_scale, "> 0")
+        share = self.feature_share
+        require(share is None or 0 < share <= 1, "scalekd.feature_share", share, "0 to 1, 0 excluded")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

@@ -17,13 +17,22 @@ from torch.utils.data import Dataset, get_worker_info
 from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items, prefetch_count
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.order import Order, micro_batch_ids, micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.loader.order import (
+    Ids,
+    Order,
+    SparseEpoch,
+    featured,
+    micro_batch_ids,
+    micro_batches_of_rank,
+    steps_per_epoch,
+)
 from scalekd_cache.loader.record_pixels import RecordPixels, wrong_digest
 from scalekd_cache.store.base import Parts, Record
 from scalekd_cache.store.growing import GrowingCache
@@ -47,7 +56,8 @@ class Batch(NamedTuple):
     labels: Tensor
     """(B,) int64."""
     codes: Tensor
-    """(B, bytes_per_view) uint8: rows of the feature codec, decoded on the training device."""
+    """(F, bytes_per_view) uint8: rows of the feature codec for the first F <= B samples, decoded on the training
+    device."""
     logits: Tensor
     """(B, K) float32: decoded logits (K = 0 if the logit codec stores none)."""
     ids: Tensor
@@ -81,6 +91,7 @@ class MicroBatches(Dataset[Batch]):
         global_batch: int,
         micro_batch: int,
         *,
+        features: int | None = None,
         views: int | None = None,
         pixels: Cache | None = None,
         data: str | None = None,
@@ -96,6 +107,10 @@ class MicroBatches(Dataset[Batch]):
         self.micro_batch = micro_batch
         self.codec: FeatureCodec = codec_from_config(manifest.facts.codec, cache.root)
         self.logit_codec = logit_codec_from_config(manifest.facts.logit_codec)
+        if features is None or isinstance(self.logit_codec, RecomputedLogits):
+            features = featured(order, micro_batch)[0]
+        self.features: int = features
+        self._epoch: SparseEpoch | None = None
         views_config = ViewConfig(**from_plain(manifest.facts.view_recipe))
         source: Source | None = None
         if views_config.pixels == "replayed":
@@ -106,14 +121,7 @@ class MicroBatches(Dataset[Batch]):
         view = slot.epoch % self.views
         if isinstance(self.cache, GrowingCache):
             self.cache.wait_for(view, self._print_once)
-        ids = micro_batch_ids(
-            self.order,
-            epoch=slot.epoch,
-            step=slot.step,
-            micro=slot.micro,
-            global_batch=self.global_batch,
-            micro_batch=self.micro_batch,
-        )
+        ids = self.ids(slot.epoch, slot.step, slot.micro)
         records = self._with_pixels(self.cache.read(ids, view), ids, view)
         self._check_parts(records, view)
         always, turn = slot.check_all or self.record_pixels.source is not None, slot.epoch // self.views
@@ -121,7 +129,7 @@ class MicroBatches(Dataset[Batch]):
             self._pixels(record, view, check=always or (position + turn) % DIGEST_EVERY == 0)
             for record, position in zip(records, ids.tolist(), strict=True)
         ]
-        codes = self.codec.unpack([record.features for record in records])
+        codes = self.codec.unpack([record.features for record in records[: self.features]])
         return Batch(
             images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
             labels=torch.tensor([record.label for record in records], dtype=torch.int64),
@@ -131,14 +139,29 @@ class MicroBatches(Dataset[Batch]):
             view=view,
         )
 
+    def ids(self, epoch: int, step: int, micro: int) -> Ids:
+        """Positions (B,) of a micro-batch, in the view that the epoch reads."""
+        sizes = {"step": step, "micro": micro, "global_batch": self.global_batch, "micro_batch": self.micro_batch}
+        if self.order.features_every == 1:
+            return micro_batch_ids(self.order, epoch=epoch, **sizes)
+        if self._epoch is None or self._epoch.epoch != epoch:
+            view = epoch % self.views
+            self._epoch = SparseEpoch(self.order, epoch, lambda positions: self.cache.has_features(positions, view))
+        return self._epoch.micro_batch_ids(**sizes)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_epoch": None}
+
     def _check_parts(self, records: list[Record], view: int) -> None:
-        """Raise `UserError` for a record without label or features; `Cache.read` checks labels against the classes."""
-        for record in records:
-            if not {Parts.LABEL, Parts.FEATURES} <= set(record.parts):
+        """Raise `UserError` for a record without label, or without features that are needed; `Cache.read` checks labels
+        against the classes."""
+        for number, record in enumerate(records):
+            needed = {Parts.LABEL, Parts.FEATURES} if number < self.features else {Parts.LABEL}
+            if not needed <= set(record.parts):
                 raise UserError(
                     "a record has no label or no features",
                     got=repr(record.parts),
-                    expected="both: training needs a label and the teacher's features of every image",
+                    expected=" and ".join(str(part.name).lower() for part in sorted(needed)),
                     where=f"view {view} of {record.key} in {self.cache.root}",
                 )
 
@@ -210,6 +233,7 @@ class CacheLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
+        features: int | None = None,
         views: int | None = None,
         pixels: Cache | None = None,
         data: str | None = None,
@@ -219,11 +243,19 @@ class CacheLoader:
         self.epochs = epochs
         self.global_batch = global_batch
         self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
-        self.steps_per_epoch = steps_per_epoch(order.num_samples, global_batch)
+        self.steps_per_epoch = steps_per_epoch(order, global_batch)
         self.step = 0
         self._fingerprint = cache.manifest.facts.fingerprint
         self._dataset = MicroBatches(
-            cache, order, global_batch, micro_batch, views=views, pixels=pixels, data=data, verbose=rank == 0
+            cache,
+            order,
+            global_batch,
+            micro_batch,
+            features=features,
+            views=views,
+            pixels=pixels,
+            data=data,
+            verbose=rank == 0,
         )
         self.codec = self._dataset.codec
         self.logit_codec = self._dataset.logit_codec
@@ -240,14 +272,7 @@ class CacheLoader:
         """The view and shards that a micro-batch of a step comes from, as text."""
         data = self._dataset
         epoch, inside = divmod(step, self.steps_per_epoch)
-        ids = micro_batch_ids(
-            self.order,
-            epoch=epoch,
-            step=inside,
-            micro=micro,
-            global_batch=self.global_batch,
-            micro_batch=data.micro_batch,
-        )
+        ids = data.ids(epoch, inside, micro)
         view = epoch % data.views
         shards = sorted({data.cache.shard_at(position, view) for position in ids.tolist()})
         more = f" and {len(shards) - 3} more" if len(shards) > 3 else ""

@@ -6,9 +6,14 @@ Invariant: pure functions. The global batch of a step does not depend on ranks, 
 An epoch is a block shuffle: the blocks of `block` neighboring samples are permuted, then the samples of every
 `window` successive blocks are permuted together. Reads stay contiguous (a block is one read), any sample can
 land anywhere, and no array of the data set's size is allocated: memory is O(num_samples / block + block * window).
+
+A sparse cache stores features for one in `features_every` samples of a view. Its epochs are two streams in the order
+above, samples with features and samples without; every micro-batch takes a fixed number of each, those with features
+first.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -19,6 +24,8 @@ from numpy.typing import NDArray
 from scalekd_cache.errors import UserError
 
 Ids = NDArray[np.int64]
+FeatureMask = Callable[[Ids], NDArray[np.bool_]]
+"""For positions of a view: which samples have features."""
 WINDOW = 64
 """Minimum number of blocks in a window; used where neighboring samples are unrelated."""
 NEIGHBORS = 64
@@ -38,6 +45,10 @@ class Order:
     window: int
     """Blocks whose samples are shuffled together."""
     seed: int
+    features_every: int = 1
+    """One in this many samples of a view has features (1: all)."""
+    ranges: int = 1
+    """Ranges of images; the samples with features are counted in each one separately."""
 
 
 class ClassCorrelation(NamedTuple):
@@ -109,31 +120,86 @@ def epoch_ids(order: Order, epoch: int, start: int, stop: int) -> Ids:
     """Entries [start, stop) of the epoch's permutation of range(num_samples), int64."""
     assert 0 <= start <= stop <= order.num_samples
     _, begins = _block_order(order, epoch)
-    window_begins = begins[:: order.window]
+    return _joined(begins[:: order.window], lambda window: _window_ids(order, epoch, window), start, stop)
+
+
+def _joined(begins: Ids, ids_of: Callable[[int], Ids], start: int, stop: int) -> Ids:
+    """Entries [start, stop) of the windows' ids, one window after the other; window w starts at entry begins[w]."""
     parts = []
     at = start
     while at < stop:
-        window = int(np.searchsorted(window_begins, at, side="right")) - 1
-        ids = _window_ids(order, epoch, window)
-        offset = at - int(window_begins[window])
-        part = ids[offset : offset + stop - at]
+        window = int(np.searchsorted(begins, at, side="right")) - 1
+        offset = at - int(begins[window])
+        part = ids_of(window)[offset : offset + stop - at]
+        assert len(part), (start, stop, begins[-1])
         parts.append(part)
         at += len(part)
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
 
-def steps_per_epoch(num_samples: int, global_batch_size: int) -> int:
+class SparseEpoch:
+    """One epoch of a sparse cache: the samples with features and those without, each in the order of `epoch_ids`."""
+
+    def __init__(self, order: Order, epoch: int, mask: FeatureMask) -> None:
+        self.order, self.epoch, self._mask = order, epoch, mask
+        _, begins = _block_order(order, epoch)
+        sizes = np.diff([*begins[: -1 : order.window].tolist(), order.num_samples])
+        there = np.array([mask(_window_ids(order, epoch, window)).sum() for window in range(len(sizes))], np.int64)
+        self._begins = {wanted: self._starts(there if wanted else sizes - there) for wanted in (True, False)}
+
+    @staticmethod
+    def _starts(counts: Ids) -> Ids:
+        starts: Ids = np.concatenate([np.zeros(1, np.int64), np.cumsum(counts)])
+        return starts
+
+    def ids(self, start: int, stop: int, *, features: bool) -> Ids:
+        """Entries [start, stop) of the samples with features, or of those without."""
+
+        def of_window(window: int) -> Ids:
+            ids = _window_ids(self.order, self.epoch, window)
+            chosen: Ids = ids[self._mask(ids) == features]
+            return chosen
+
+        return _joined(self._begins[features], of_window, start, stop)
+
+    def micro_batch_ids(self, *, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
+        """Positions (micro_batch,) of a micro-batch, as `micro_batch_ids`: first those of the samples with features."""
+        number = step * (global_batch // micro_batch) + micro
+        parts = []
+        for features, count in zip((True, False), featured(self.order, micro_batch), strict=True):
+            parts.append(self.ids(number * count, (number + 1) * count, features=features))
+        return np.concatenate(parts)
+
+
+def featured(order: Order, count: int) -> tuple[int, int]:
+    """Of `count` samples of a batch, how many are read with features and how many without."""
+    there = count // order.features_every
+    return there, count - there
+
+
+def steps_per_epoch(order: Order, global_batch_size: int) -> int:
     """Whole global batches in an epoch. The last partial batch (different samples each epoch) is dropped.
+
+    In a sparse cache, every range may have up to one sample with features, or without, less than its share. The number
+    of steps is that of the least favorable view, so that it is the same in every epoch.
 
     Raises:
         UserError: the data set is smaller than one global batch.
     """
+    num_samples, every = order.num_samples, order.features_every
     steps = num_samples // global_batch_size
+    if every > 1:
+        lost = order.ranges * (every - 1)
+        there, rest = featured(order, global_batch_size)
+        steps = max(
+            0, min((num_samples - lost) // every // there, (num_samples - (num_samples + lost) // every) // rest)
+        )
     if steps == 0:
         raise UserError(
             "the global batch is larger than the data set",
-            got=f"{num_samples} samples, global batch {global_batch_size}",
-            expected=f"a global batch of at most {num_samples}",
+            got=f"{num_samples} samples, global batch {global_batch_size}"
+            + (f", features for one in {every} samples of {order.ranges} shards" if every > 1 else ""),
+            expected=f"a global batch of at most {num_samples}" + (", with room for each shard" if every > 1 else ""),
             fix=f"lower it, for example {batches_that_fit(num_samples, global_batch_size)}",
         )
     return steps

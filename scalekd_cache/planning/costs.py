@@ -3,7 +3,7 @@
 In: names of timm models, a `ScaleKDConfig`. Out: one `Part` for the student, each head, the tail and the teacher.
 Invariant: nothing is allocated or computed. PyTorch's counter counts a multiply and an add as two FLOPs, in matrix
 products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected once
-per batch).
+per batch); with a feature share, the heads see that share of it.
 """
 
 import math
@@ -139,7 +139,7 @@ def pair_costs(
             student,
             image_size,
             _student_cost(learner),
-            _head_costs(heads, learner.tap_shapes, parts),
+            _head_costs(heads, learner.tap_shapes, parts, max(1, round(BATCH * (config.feature_share or 1)))),
             Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0),
         )
 
@@ -196,16 +196,24 @@ def _student_cost(student: Student) -> Part:
     return Part("student", _params(student), forward, backward)
 
 
-def _map_cost(name: str, params: int, run: Callable[..., Tensor], *inputs: Tensor) -> Part:
+def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Part:
     """Cost of a module between maps: gradients reach its inputs and its trainable parameters."""
     outputs: list[Tensor] = []
-    forward = _flops(lambda: outputs.append(run(*inputs)))
-    return Part(name, params, forward, _flops(lambda: outputs[0].sum().backward()))  # type: ignore[no-untyped-call]
+
+    def forward() -> None:
+        output = run(*inputs)
+        outputs.extend(output if isinstance(output, tuple) else (output,))
+
+    return Part(
+        name, params, _flops(forward), _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
+    )
 
 
-def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher) -> list[Part]:
+def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int) -> list[Part]:
+    """Cost of the heads on the first `samples` images of the batch."""
+
     def leaf(shape: Shape) -> Tensor:
-        return torch.empty(BATCH, *shape, requires_grad=True)
+        return torch.empty(samples, *shape, requires_grad=True)
 
     rows = []
     for view, module in heads.s3.items():
@@ -279,6 +287,7 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         heads.checkpoint_gradients()
     trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
     batch, device = training.train.micro_batch_size, torch.get_default_device()
+    featured = max(1, round(batch * (training.scalekd.feature_share or 1)))
     modules = (student, heads, teacher.tail)
     own = {x.untyped_storage()._cdata for module in modules for x in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}
@@ -293,12 +302,12 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         s3, s4, logits = student(torch.zeros(batch, 3, student.image_size, student.image_size, device=device))
         height, width = teacher.tail_out[1:]
         targets = Targets(
-            torch.ones(batch, *teacher.tail_out, device=device),
-            torch.ones(batch, 2, height, width, device=device),
+            torch.ones(featured, *teacher.tail_out, device=device),
+            torch.ones(featured, 2, height, width, device=device),
             torch.ones(batch, num_classes, device=device),
         )
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        maps = heads(s3, s4, teacher.tail)
+        maps = heads(s3[:featured], s4[:featured], teacher.tail)
         total = distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total
     assert total.requires_grad
     parts = {

@@ -1,7 +1,8 @@
 """The trainable heads of ScaleKD: the projectors of both maps, and the forward pass through them and the tail.
 
 In: the student's two last maps S3 and S4 and the teacher's frozen tail, passed as a callable.
-Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py`.
+Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py`; with linear heads one map and
+one vector (B, C).
 Invariant: the tail is not a submodule, so it is in no state dict, optimizer or ZeRO partition; every parameter is
 used only in the forward pass of its own module; a learned query is projected once per batch.
 """
@@ -16,7 +17,7 @@ from scalekd_cache.config.stage2 import ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.activation_checkpointing import FirstPass, recomputed
 from scalekd_cache.scalekd.losses import HeadOutputs, check_grid, term_weights
-from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP, lite_width
+from scalekd_cache.scalekd.projectors import CAP, LinearHead, LinearProjector, LiteCAP, lite_width
 
 WIDTH_PER_HEAD_S3 = 48
 """Default channels per attention head of the S3 projector: 16 heads for Swin-L's 768."""
@@ -46,7 +47,8 @@ class ScaleKDHeads(nn.Module):
     """The projectors of both taps and both views (dual-view feature mimicking, DFM).
 
     Projectors that no loss of `config` uses are not built, so every parameter gets a gradient. Lite projectors serve
-    both views of a tap: one map and one pass through the tail, used by both losses.
+    both views of a tap: one map and one pass through the tail, used by both losses. Linear heads use S4 only, and no
+    tail.
 
     Args:
         config: loss weights, head counts, attention scale, source of S4's query.
@@ -70,9 +72,16 @@ class ScaleKDHeads(nn.Module):
         super().__init__()
         check_grid(*tail_out_shape[1:])
         self.tail_in_shape, self.tail_out_shape = tail_in_shape, tail_out_shape
+        self.s3, self.s4 = nn.ModuleDict(), nn.ModuleDict()
+        self._first_pass: FirstPass | None = None
         self.tpp = config.tpp
         self.lite = config.projector == "lite"
-        self.hand_over = config.s4_query == "s3" and config.s3 and config.projector != "linear"
+        self.hand_over = config.s4_query == "s3" and config.s3 and config.projector != "linear-tpp"
+        on = term_weights(config)
+        if config.projector == "linear":
+            if on.s4_spatial > 0:
+                self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape)
+            return
         layer_norm = layer_norm if config.cap_norm == "auto" else config.cap_norm == "layer"
         shape_s3 = tail_in_shape if config.tpp else tail_out_shape
         widths = [lite_width(shape[0]) if self.lite else shape[0] for shape in (shape_s3, tail_out_shape)]
@@ -80,7 +89,7 @@ class ScaleKDHeads(nn.Module):
         heads_s4 = choose_heads("heads_s4", config.heads_s4, widths[1], WIDTH_PER_HEAD_S4)
 
         def projector(tap: Shape, out: Shape, num_heads: int, learned_query: bool) -> nn.Module:
-            if config.projector == "linear":
+            if config.projector == "linear-tpp":
                 return LinearProjector(tap[0], out)
             return (LiteCAP if self.lite else CAP)(
                 tap[0],
@@ -93,8 +102,6 @@ class ScaleKDHeads(nn.Module):
                 layer_norm=layer_norm,
             )
 
-        self.s3, self.s4 = nn.ModuleDict(), nn.ModuleDict()
-        on = term_weights(config)
         weights = {"spatial": (on.s3_spatial, on.s4_spatial), "frequency": (on.s3_frequency, on.s4_frequency)}
         if self.lite:
             weights = {"both": (on.s3_spatial + on.s3_frequency, on.s4_spatial + on.s4_frequency)}
@@ -103,7 +110,6 @@ class ScaleKDHeads(nn.Module):
                 self.s3[view] = projector(tap_shapes[0], shape_s3, heads_s3, True)
             if weight_s4 > 0:
                 self.s4[view] = projector(tap_shapes[1], tail_out_shape, heads_s4, not self.hand_over)
-        self._first_pass: FirstPass | None = None
 
     def checkpoint_gradients(self) -> None:
         """Recompute projectors and tail in the backward pass (`activation_checkpointing.py`)."""
@@ -116,6 +122,9 @@ class ScaleKDHeads(nn.Module):
         (B, C, H, W), and the gradient flows back through it. With s4_query = s3 that map is also S4's query; it is
         not detached, so S4's losses train S3's projector too.
         """
+        if "linear" in self.s4:
+            map_s4, pooled = self.s4["linear"](s4)
+            return HeadOutputs(None, None, map_s4, None, pooled)
         with self._first_pass() if self._first_pass is not None else nullcontext():
             if self.lite:
                 map_s3, map_s4 = self._project("both", s3, s4, tail)

@@ -1,7 +1,7 @@
 """The losses of ScaleKD as pure functions, and the tuples passed between student, heads and trainer.
 
 In: projected student maps, the teacher's targets (decoded map, stored token norms, logits), student logits, labels.
-Out: six weighted scalar terms; their sum is the training loss.
+Out: seven weighted scalar terms; their sum is the training loss.
 Invariant: all losses are computed in float32 or float64, even under autocast. Every gradient with respect to a
 student map is linear in the decoded target map: targets are divided by stored norms, not by their own.
 """
@@ -19,17 +19,24 @@ from scalekd_cache.errors import UserError
 
 
 class TermWeights(NamedTuple):
-    """Weights of the four feature terms."""
+    """Weights of the feature terms."""
 
     s3_spatial: float
     s3_frequency: float
     s4_spatial: float
     s4_frequency: float
+    pooled: float = 0.0
 
 
 def term_weights(config: ScaleKDConfig) -> TermWeights:
-    """Weights of the feature terms; 0 for terms that are switched off."""
+    """Weights of the feature terms; 0 for terms that are switched off.
+
+    Linear heads have two terms: the map at S4, and its mean, which has the weight of the whole map.
+    """
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
+    if config.projector == "linear":
+        spatial = config.spatial_weight * s4
+        return TermWeights(0.0, 0.0, spatial, 0.0, spatial * REFERENCE_POSITIONS)
     return TermWeights(
         config.spatial_weight * s3,
         config.frequency_weight_s3 * s3 * frequency,
@@ -48,23 +55,29 @@ class Targets(NamedTuple):
     """The teacher's targets of a batch, decoded from the cache or computed live."""
 
     features: Tensor
-    """(B, C, H, W) float32: last-stage map after the final norm, not normalized."""
+    """(F, C, H, W) float32: last-stage maps after the final norm, not normalized, of the first F <= B samples."""
     norms: Tensor
-    """(B, 2, H, W) float32: exact L2 norm of every token, [:, 0] raw, [:, 1] with each channel's mean removed."""
+    """(F, 2, H, W) float32: exact L2 norm of every token, [:, 0] raw, [:, 1] with each channel's mean removed."""
     logits: Tensor
     """(B, K) float32; K = 0 for a teacher without a classifier. Logits; or, if `partial`, log-probabilities of some
     classes and -inf for the others, of which only the total probability is known (`partial_logit_loss`)."""
     partial: bool = False
     """Whether `logits` holds log-probabilities of some classes only."""
 
+    def with_features(self, samples: int | None) -> "Targets":
+        """The targets with features of the first `samples` samples only (None: of all)."""
+        return self if samples is None else self._replace(features=self.features[:samples], norms=self.norms[:samples])
+
 
 class HeadOutputs(NamedTuple):
-    """The projected student maps, each (B, C, H, W) on the teacher's last grid; None where no loss uses it."""
+    """The projected student maps, each (F, C, H, W) on the teacher's last grid; None where no loss uses it."""
 
     s3_spatial: Tensor | None
     s3_frequency: Tensor | None
     s4_spatial: Tensor | None
     s4_frequency: Tensor | None
+    pooled: Tensor | None = None
+    """(F, C): the projected mean of S4."""
 
 
 class LossTerms(NamedTuple):
@@ -76,6 +89,7 @@ class LossTerms(NamedTuple):
     s3_frequency: Tensor
     s4_spatial: Tensor
     s4_frequency: Tensor
+    pooled: Tensor
 
     @property
     def total(self) -> Tensor:
@@ -154,6 +168,17 @@ def frequency_loss(
         return feature_loss(p, f, wide(norms[:, 1]), weight, grid_scaling)
 
 
+def pooled_loss(prediction: Tensor, features: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight * sum((P / ||P|| - m / ||m||)^2) / B, m the mean of F over positions; P (B, C), F (B, C, H, W) -> scalar.
+
+    The mean averages out most of a codec's noise, so it is divided by its own norm.
+    """
+    with full_precision(prediction):
+        mean = F.normalize(wide(features).mean((2, 3)), dim=1, eps=NORM_EPS)
+        difference = F.normalize(wide(prediction), dim=1, eps=NORM_EPS) - mean
+        return difference.square().sum() * (weight / len(features))
+
+
 def logit_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, weight: float = 1.0
 ) -> Tensor:
@@ -216,6 +241,9 @@ def distillation_losses(
 ) -> LossTerms:
     """All terms of a batch: student_logits (B, K), labels (B,) int64; maps and targets are None without distillation.
 
+    Maps and the targets' features are those of the first F <= B samples. The feature terms are divided by F, so their
+    expected value does not depend on it.
+
     The label term has weight 1 - logit_weight next to a logit term, and 1 without one (no targets, or a teacher without
     a classifier). Terms of weight 0 are not computed.
     """
@@ -231,7 +259,7 @@ def distillation_losses(
     elif targets is not None and logit_weight > 0:
         logit = logit_loss(student_logits, targets.logits, temperature=config.temperature, weight=logit_weight)
     if maps is None or targets is None:
-        return LossTerms(label, logit, zero, zero, zero, zero)
+        return LossTerms(label, logit, *[zero] * len(TermWeights._fields))
 
     features, norms = targets.features, targets.norms
 
@@ -242,6 +270,10 @@ def distillation_losses(
         return view(projected, features, norms, weight=weight, grid_scaling=config.grid_scaling)
 
     weights = term_weights(config)
+    pooled = zero
+    if weights.pooled > 0:
+        assert maps.pooled is not None, "a weighted term without its vector"
+        pooled = pooled_loss(maps.pooled, features, weight=weights.pooled)
     return LossTerms(
         label,
         logit,
@@ -249,4 +281,5 @@ def distillation_losses(
         mimic(frequency_loss, maps.s3_frequency, weights.s3_frequency),
         mimic(spatial_loss, maps.s4_spatial, weights.s4_spatial),
         mimic(frequency_loss, maps.s4_frequency, weights.s4_frequency),
+        pooled,
     )

@@ -207,8 +207,33 @@ def lite_width(dim: int) -> int:
     return max(1, dim // LITE_NARROWING)
 
 
+class LinearHead(nn.Module):
+    """The cheapest head: linear maps from S4 to the teacher's map and from its mean to the mean of the teacher's map.
+
+    The map is resized to the teacher's grid after the projection, which gives the same values as before it and costs
+    less. Not in the paper.
+
+    Args:
+        in_channels: channels of S4.
+        out: (C, H, W) of the teacher's map.
+    """
+
+    def __init__(self, in_channels: int, out: Shape) -> None:
+        super().__init__()
+        self.grid = out[1:]
+        self.map = nn.Conv2d(in_channels, out[0], 1)
+        self.pooled = nn.Linear(in_channels, out[0])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C', h, w) -> (B, C, H, W) and (B, C)."""
+        y: Tensor = self.map(x)
+        if y.shape[2:] != self.grid:
+            y = F.interpolate(y, self.grid, mode="bilinear", antialias=True)
+        return y, self.pooled(x.mean((2, 3)))
+
+
 class LinearProjector(nn.Module):
-    """Plain feature distillation: a student map (B, C', h, w), pooled to the grid of `out`, then a 1x1 convolution.
+    """Projector of `linear-tpp`: a student map (B, C', h, w), pooled to the grid of `out`, then a 1x1 convolution.
 
     Args:
         in_channels: channels of the student's map.

@@ -85,6 +85,17 @@ class Record(NamedTuple):
         return Parts(sum(part for part, is_there in zip(Parts, there, strict=True) if is_there))
 
 
+def stores_features(rows: NDArray[np.int64], view: int, every: int) -> NDArray[np.bool_]:
+    """Which rows of a shard have features, (n,) bool.
+
+    One row in every block of `every` rows, so that a shard has an exact quota; another one in the next view, so that
+    `every` consecutive views of a group have the features of every image once; and another one in the next block, so
+    that a data set with a periodic order of classes has features of all of them in every view.
+    """
+    selected: NDArray[np.bool_] = (rows + rows // every + view) % every == 0
+    return selected
+
+
 class ShardId(NamedTuple):
     """Identifies a shard; stored inside it, so that a shard under a wrong name is detected."""
 

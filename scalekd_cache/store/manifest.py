@@ -111,6 +111,11 @@ class ManifestFacts:
         """Views of every image, over all groups."""
         return sum(len(views) for views in self.groups)
 
+    @property
+    def features_every(self) -> int:
+        """One in this many records of a shard has features (`base.stores_features`); 1: all."""
+        return int(self.fingerprint_fields.get(FEATURES_EVERY, 1))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
@@ -147,6 +152,8 @@ FIELDS = (
     *("logit_codec", "second_codec", "data", "pixels_from", "bytes_per_view", "fidelity", "versions"),
 )
 """The fields of manifest.json, in the order in which they are written."""
+FEATURES_EVERY = "features_every"
+"""The field of `fingerprint_fields` of a sparse cache."""
 FACTS = tuple(one.name for one in dataclasses.fields(ManifestFacts))
 
 

@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import NO_LABEL, Record, ShardId, ShardReader, damaged, shard_reader
+from scalekd_cache.store.base import NO_LABEL, Record, ShardId, ShardReader, damaged, shard_reader, stores_features
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
@@ -55,6 +55,17 @@ class Cache:
 
     def __len__(self) -> int:
         return self.manifest.num_samples
+
+    @property
+    def num_ranges(self) -> int:
+        """Ranges of images, the units of one view group."""
+        return len(self._units[0])
+
+    def has_features(self, positions: NDArray[np.int64], view: int) -> NDArray[np.bool_]:
+        """Which positions of a view have features, (n,) bool; all of them unless the cache is sparse."""
+        starts = np.asarray(self._starts[self._group_of[view]])
+        rows = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
+        return stores_features(rows, view, self.manifest.facts.features_every)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_readers": OrderedDict()}

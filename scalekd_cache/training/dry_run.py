@@ -22,7 +22,14 @@ from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs
-from scalekd_cache.training.targets import heads_note, load_cache_tail, make_heads, make_order, weights_note
+from scalekd_cache.training.targets import (
+    feature_samples,
+    heads_note,
+    load_cache_tail,
+    make_heads,
+    make_order,
+    weights_note,
+)
 from scalekd_cache.training.trackers import check_tracker
 
 
@@ -47,15 +54,18 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
     lines = [setup, f"student {config.student.name}: {_millions(student.model)} M parameters"]
     if train.targets != "none":
+        samples = feature_samples(config.scalekd, cache, train.micro_batch_size)
+        if samples < train.micro_batch_size:
+            lines.append(f"feature losses on {samples} of {train.micro_batch_size} samples of a micro-batch")
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail)
         lines.append(f"projectors: {_millions(heads)} M parameters, not exported")
         notes = heads_note(config, student, heads, tail), weights_note(config.scalekd, len(manifest.facts.class_names))
         lines += filter(None, notes)
-    make_order(train, cache, process)
+    order = make_order(train, cache, process)
     check_workers(cache, codec_from_config(manifest.facts.codec, cache.root), train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
-    per_epoch = steps_per_epoch(len(cache), train.global_batch_size)
+    per_epoch = steps_per_epoch(order, train.global_batch_size)
     lines.append(
         f"{train.epochs} epochs of {per_epoch} steps of {train.global_batch_size} images, "
         f"{len(micros)} micro-batches of {train.micro_batch_size} a process"

@@ -38,6 +38,7 @@ from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finis
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import (
     TargetSource,
+    feature_samples,
     heads_note,
     load_cache_classifier,
     load_cache_tail,
@@ -194,6 +195,7 @@ def _make_trainer(
 ) -> Trainer:
     """Build and check the trainer on each rank."""
     cache, manifest, train = run_cache.cache, run_cache.cache.manifest, config.train
+    features = feature_samples(config.scalekd, cache, train.micro_batch_size) if train.targets != "none" else None
     torch.manual_seed(train.seed)
     student = build_student(
         config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
@@ -227,6 +229,7 @@ def _make_trainer(
         rank=process.rank,
         world_size=process.world_size,
         workers=train.workers,
+        features=features,
         views=run_cache.views,
         pixels=run_cache.pixels,
         data=config.data,
@@ -237,5 +240,5 @@ def _make_trainer(
     model = DistillModel(config, student, heads)
     classifier = load_cache_classifier(config, cache, loader.logit_codec, process)
     if train.targets != "none":
-        targets = TargetSource(loader.codec, loader.logit_codec, classifier, teacher)
+        targets = TargetSource(loader.codec, loader.logit_codec, classifier, teacher, features)
     return Trainer(config, process, loader, model, tail, targets, checkpoint)

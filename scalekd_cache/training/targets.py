@@ -49,6 +49,45 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
         )
 
 
+def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int) -> int:
+    """How many samples of a micro-batch the feature losses use.
+
+    Raises:
+        UserError: the cache has features for fewer samples, or the share is not a whole number of at least 2 samples
+            (the BatchNorm group of the projectors).
+    """
+    every = cache.manifest.facts.features_every
+    share = 1 / every if config.feature_share is None else config.feature_share
+    if micro_batch % every:
+        raise UserError(
+            "a micro-batch cannot be divided into samples with and without features",
+            got=f"train.micro_batch_size={micro_batch}, features for one in {every} samples",
+            expected=f"a multiple of {every}",
+            where=cache.root,
+            fix=f"set --train.micro_batch_size={max(1, micro_batch // every) * every}, and a multiple of it as "
+            "train.global_batch_size",
+        )
+    if share * every > 1 + 1e-9:
+        raise UserError(
+            "the feature losses need more samples than the cache has features for",
+            got=f"scalekd.feature_share={share:g}",
+            expected=f"at most {1 / every:g}: one in {every} samples of a view has features",
+            where=cache.root,
+            fix=f"set --feature-share {1 / every:g}, or make a cache with a larger --stored-features",
+        )
+    samples = round(share * micro_batch)
+    least = min(2, micro_batch)
+    if abs(samples - share * micro_batch) > 1e-6 or samples < least:
+        near = sorted({max(least, min(micro_batch, count)) for count in (samples, samples - 1, samples + 1)})
+        raise UserError(
+            "the feature share of a micro-batch is not a whole number of samples, at least 2",
+            got=f"scalekd.feature_share={share:g} of train.micro_batch_size={micro_batch}",
+            expected=", ".join(f"{count / micro_batch:.6g} ({count} samples)" for count in near),
+            fix="change --feature-share or train.micro_batch_size",
+        )
+    return samples
+
+
 def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec, process: Process) -> nn.Linear | None:
     """The teacher's classifier if the cache stores it instead of logits; checks the temperature (`check_logits`)."""
     check_logits(config.scalekd, cache, codec)
@@ -129,7 +168,14 @@ def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
             f"{found.chance:.1%} expected by chance. The shuffle window grows from {WINDOW} to {window:,} blocks "
             f"({window * train.shuffle_block:,} images): more seeks, and more local copies of a remote cache"
         )
-    return Order(num_samples=len(cache), block=train.shuffle_block, window=window, seed=train.seed)
+    return Order(
+        num_samples=len(cache),
+        block=train.shuffle_block,
+        window=window,
+        seed=train.seed,
+        features_every=cache.manifest.facts.features_every,
+        ranges=cache.num_ranges,
+    )
 
 
 @torch.no_grad()
@@ -154,16 +200,19 @@ class TargetSource(NamedTuple):
     """The teacher's classifier, for a cache that stores it instead of logits (`load_cache_classifier`)."""
     teacher: Teacher | None = None
     """The live teacher; None: targets are decoded from the batch."""
+    features: int | None = None
+    """Samples of a batch that keep their features, the first ones (None: all that the batch has)."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch, computed on its device."""
         if self.teacher is not None:
-            return live_targets(self.teacher, batch.images)
-        decoded = self.codec.decode(batch.codes)
+            return live_targets(self.teacher, batch.images).with_features(self.features)
         if self.classifier is not None:
-            return Targets(*decoded, self.classifier(decoded.features.mean((2, 3))))
-        return Targets(*decoded, batch.logits, self.logit_codec.partial)
+            decoded = self.codec.decode(batch.codes)
+            logits = self.classifier(decoded.features.mean((2, 3)))
+            return Targets(*decoded, logits).with_features(self.features)
+        return Targets(*self.codec.decode(batch.codes[: self.features]), batch.logits, self.logit_codec.partial)
 
 
 class CachedBatch(NamedTuple):
@@ -183,6 +232,8 @@ class CachedTargets:
     Args:
         cache: a finished cache, or its folder or URL.
         batch_size: samples per batch (also the BatchNorm group); a partial last batch is dropped.
+        feature_share: share of a batch's samples that have features in its targets, the first ones (None: all, or as
+            many as the cache has).
         epochs: passes over the data.
         seed: seed of the sample order.
         workers: loader processes.
@@ -202,6 +253,7 @@ class CachedTargets:
         cache: Cache | Path | str,
         *,
         batch_size: int,
+        feature_share: float | None = None,
         epochs: int = 1,
         seed: int = 0,
         workers: int = 0,
@@ -219,6 +271,7 @@ class CachedTargets:
             raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
         self.num_classes = len(manifest.facts.class_names)
         self.image_size = image_size or int(manifest.facts.view_recipe["size"])
+        features = feature_samples(ScaleKDConfig(feature_share=feature_share), self.cache, batch_size)
         self.loader = CacheLoader(
             self.cache,
             make_order(TrainConfig(seed=seed), self.cache, process),
@@ -226,12 +279,13 @@ class CachedTargets:
             global_batch=batch_size,
             micro_batch=batch_size,
             workers=workers,
+            features=features,
             pixels=open_shared_pixels(self.cache, pixels_from, manifest.num_views),
             data=data,
             pin_memory=self.device.type == "cuda",
         )
         classifier = load_cache_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
-        self._source = TargetSource(self.loader.codec, self.loader.logit_codec, classifier)
+        self._source = TargetSource(self.loader.codec, self.loader.logit_codec, classifier, features=features)
         self._normalize = Normalize(mean, std, folded=True).to(self.device)
 
     def __len__(self) -> int:
@@ -311,9 +365,10 @@ class ScaleKDLoss(nn.Module):
         return f"loss weights: spatial {config.spatial_weight:g}, {frequency}, logits {config.logit_weight:g}"
 
     def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
-        """The six weighted terms; differentiate `.total`. All inputs are on one device."""
+        """The weighted terms; differentiate `.total`. All inputs are on one device."""
         tail = self._tail[0] = self._tail[0].to(s4.device)
-        maps = self.heads(s3, s4, tail)
+        featured = len(targets.features)
+        maps = self.heads(s3[:featured], s4[:featured], tail)
         return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
 
 

@@ -62,7 +62,10 @@ class DistillModel(nn.Module):
             self.heads.compile()
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
-        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
+        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms.
+
+        The heads see the first F <= B samples, those that the targets have features for.
+        """
         pixels = self.normalize(resize(images, self.student.image_size))
         if pixels.is_cuda:  # slower on a CPU (docs/LOG.md)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
@@ -71,7 +74,8 @@ class DistillModel(nn.Module):
         if self.heads is not None:
             assert targets is not None
             assert tail is not None
-            maps = self.heads(s3, s4, tail)
+            featured = len(targets.features)
+            maps = self.heads(s3[:featured], s4[:featured], tail)
         return distillation_losses(self.config.scalekd, self.config.train, logits, labels, maps, targets)
 
 

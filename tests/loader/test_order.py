@@ -12,6 +12,7 @@ from scalekd_cache.loader.order import (
     WINDOW,
     ClassCorrelation,
     Order,
+    SparseEpoch,
     class_correlation,
     epoch_ids,
     micro_batch_ids,
@@ -19,6 +20,7 @@ from scalekd_cache.loader.order import (
     mixing_window,
     steps_per_epoch,
 )
+from scalekd_cache.store.base import stores_features
 
 orders = st.builds(
     Order,
@@ -50,7 +52,7 @@ def test_ranks_together_see_the_global_batch_once(order: Order, world_size: int,
     global_batch = 12 * micro_batch
     if order.num_samples < global_batch:
         return
-    step = steps_per_epoch(order.num_samples, global_batch) - 1
+    step = steps_per_epoch(order, global_batch) - 1
     seen = [
         micro_batch_ids(order, epoch=1, step=step, micro=m, global_batch=global_batch, micro_batch=micro_batch)
         for rank in range(world_size)
@@ -66,7 +68,7 @@ def test_a_resumed_run_sees_the_rest(order: Order, global_batch: int, epoch: int
     """The batches before and after an interruption, on other ranks, form the epoch of an uninterrupted run."""
     if order.num_samples < global_batch:
         return
-    steps = steps_per_epoch(order.num_samples, global_batch)
+    steps = steps_per_epoch(order, global_batch)
     stop = data.draw(st.integers(0, steps))
     possible = [count for count in range(1, global_batch + 1) if global_batch % count == 0]
     worlds = [data.draw(st.sampled_from(possible)) for _ in range(2)]
@@ -185,4 +187,51 @@ def test_uneven_shares_are_refused_with_the_nearest_possible() -> None:
     with pytest.raises(UserError, match="divides 8: 1, 2, 4"):
         micro_batches_of_rank(256, 32, 0, 3)
     with pytest.raises(UserError, match="larger than the data set"):
-        steps_per_epoch(10, 11)
+        steps_per_epoch(Order(num_samples=10, block=8, window=3, seed=0), 11)
+
+
+def sparse_order(num_samples, every, ranges, block=8, window=3):
+    return Order(num_samples=num_samples, block=block, window=window, seed=3, features_every=every, ranges=ranges)
+
+
+@pytest.mark.parametrize(("num_samples", "every", "shard"), [(96, 4, 32), (1000, 4, 128), (777, 2, 100), (640, 8, 64)])
+def test_micro_batches_of_a_sparse_cache(num_samples, every, shard):
+    """Each has its share of samples with features first, no sample is repeated, and every step of every view exists."""
+    ranges, global_batch, micro_batch = -(-num_samples // shard), 32, 16
+    order = sparse_order(num_samples, every, ranges)
+    steps = steps_per_epoch(order, global_batch)
+    assert steps >= (num_samples - 2 * ranges * every) // global_batch
+    for epoch in range(every):
+
+        def mask(positions, view=epoch):
+            return stores_features(positions % shard, view, every)
+
+        found = SparseEpoch(order, epoch, mask)
+        seen = [
+            found.micro_batch_ids(step=step, micro=micro, global_batch=global_batch, micro_batch=micro_batch)
+            for step in range(steps)
+            for micro in range(global_batch // micro_batch)
+        ]
+        for ids in seen:
+            there = micro_batch // every
+            assert mask(ids).tolist() == [True] * there + [False] * (micro_batch - there)
+        everything = np.concatenate(seen)
+        assert len(np.unique(everything)) == len(everything)
+        assert everything.min() >= 0
+        assert everything.max() < num_samples
+
+
+def test_every_image_has_features_equally_often():
+    rows = np.arange(70)
+    for every in (2, 4, 8):
+        counts = sum(stores_features(rows, view, every).astype(int) for view in range(10, 10 + every))
+        assert counts.tolist() == [1] * len(rows)
+        for view in range(every):
+            quota = int(stores_features(rows, view, every).sum())
+            assert len(rows) // every <= quota <= -(-len(rows) // every)
+
+
+def test_a_sparse_cache_too_small_for_a_batch():
+    with pytest.raises(UserError, match="global batch is larger than the data set") as caught:
+        steps_per_epoch(sparse_order(64, 4, 20), 32)
+    assert "one in 4 samples of 20 shards" in str(caught.value)

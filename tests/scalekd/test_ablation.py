@@ -9,24 +9,26 @@ from scalekd_cache.config.stage2 import ScaleKDConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses, term_weights
-from scalekd_cache.scalekd.projectors import CAP, LinearProjector, LiteCAP
+from scalekd_cache.scalekd.projectors import CAP, LinearHead, LinearProjector, LiteCAP
 
 torch.set_num_threads(1)
 SHAPES = ((6, 4, 4), (8, 2, 2)), (12, 4, 4), (24, 2, 2)
 PLAIN = {"tpp": False, "frequency": False}
-# switches, enabled terms (s3 spatial, s3 frequency, s4 spatial, s4 frequency), calls of the tail
+# switches, enabled terms (s3 spatial, s3 frequency, s4 spatial, s4 frequency, pooled), calls of the tail
 ROWS = {
-    "logit KD": ({"s3": False, "s4": False}, (0, 0, 0, 0), 0),
-    "feature distillation": ({"projector": "linear", **PLAIN, "s3": False}, (0, 0, 1, 0), 0),
-    "feature distillation, both taps": ({"projector": "linear", **PLAIN}, (1, 0, 1, 0), 0),
-    "linear through the tail": ({"projector": "linear"}, (1, 1, 1, 1), 2),
-    "CAP": (PLAIN, (1, 0, 1, 0), 0),
-    "CAP + DFM": ({"tpp": False}, (1, 1, 1, 1), 0),
-    "CAP + DFM + TPP": ({}, (1, 1, 1, 1), 2),
-    "lite": ({"projector": "lite"}, (1, 1, 1, 1), 1),
-    "lite, stage 4 only": ({"projector": "lite", "s3": False}, (0, 0, 1, 1), 0),
-    "stage 4 only": ({"s3": False}, (0, 0, 1, 1), 0),
-    "stage 3 only": ({"s4": False}, (1, 1, 0, 0), 2),
+    "logit KD": ({"s3": False, "s4": False}, (0, 0, 0, 0, 0), 0),
+    "feature distillation": ({"projector": "linear-tpp", **PLAIN, "s3": False}, (0, 0, 1, 0, 0), 0),
+    "feature distillation, both taps": ({"projector": "linear-tpp", **PLAIN}, (1, 0, 1, 0, 0), 0),
+    "linear through the tail": ({"projector": "linear-tpp"}, (1, 1, 1, 1, 0), 2),
+    "CAP": (PLAIN, (1, 0, 1, 0, 0), 0),
+    "CAP + DFM": ({"tpp": False}, (1, 1, 1, 1, 0), 0),
+    "CAP + DFM + TPP": ({}, (1, 1, 1, 1, 0), 2),
+    "linear": ({"projector": "linear"}, (0, 0, 1, 0, 1), 0),
+    "linear without S4": ({"projector": "linear", "s4": False}, (0, 0, 0, 0, 0), 0),
+    "lite": ({"projector": "lite"}, (1, 1, 1, 1, 0), 1),
+    "lite, stage 4 only": ({"projector": "lite", "s3": False}, (0, 0, 1, 1, 0), 0),
+    "stage 4 only": ({"s3": False}, (0, 0, 1, 1, 0), 0),
+    "stage 3 only": ({"s4": False}, (1, 1, 0, 0, 0), 2),
 }
 
 
@@ -45,7 +47,7 @@ def test_rows(row: str) -> None:
     maps = heads(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), tail)
     assert tuple(int(m is not None) for m in maps) == on
     assert calls == [(12, 4, 4)] * tail_calls
-    kind = {"linear": LinearProjector, "lite": LiteCAP, "cap": CAP}[config.projector]
+    kind = {"linear-tpp": LinearProjector, "linear": LinearHead, "lite": LiteCAP, "cap": CAP}[config.projector]
     assert all(type(cap) is kind for tap in (heads.s3, heads.s4) for cap in tap.values())
 
     features = torch.randn(2, 24, 2, 2)
@@ -60,7 +62,7 @@ def test_rows(row: str) -> None:
 
 
 def test_defaults_are_the_published_weights() -> None:
-    assert term_weights(ScaleKDConfig()) == (0.08, 0.06, 0.08, 0.06)
+    assert term_weights(ScaleKDConfig()) == (0.08, 0.06, 0.08, 0.06, 0)
 
 
 def test_s4_owns_its_query_without_s3() -> None:

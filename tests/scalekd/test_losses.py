@@ -17,6 +17,7 @@ from scalekd_cache.scalekd.losses import (
     frequency_loss,
     label_loss,
     logit_loss,
+    pooled_loss,
     remove_spatial_mean,
     spatial_loss,
 )
@@ -213,6 +214,7 @@ def test_terms_are_weighted_and_summed() -> None:
         0.01 * frequency_loss(maps.s3_frequency, features, norms),
         0.08 * spatial_loss(maps.s4_spatial, features, norms),
         0.02 * frequency_loss(maps.s4_frequency, features, norms),
+        torch.zeros(()),
     ]
     for got, expected in zip(terms, want, strict=True):
         assert got.shape == ()
@@ -243,3 +245,18 @@ def test_weight_zero_skips_the_branch_and_keeps_the_term() -> None:
         assert terms.s4_frequency == 0
         assert terms.s4_frequency.dtype == torch.float32
         assert terms.total.isfinite()
+
+
+def test_pooled_loss_compares_directions_of_means() -> None:
+    """2 - 2 cos per sample; a batch of the first samples has the mean of theirs."""
+    torch.manual_seed(0)
+    features, prediction = torch.randn(3, 8, 2, 2), torch.randn(3, 8)
+    cosine = F.cosine_similarity(prediction, features.mean((2, 3)))
+    assert torch.allclose(pooled_loss(prediction, features, weight=5.0), 5 * (2 - 2 * cosine).mean())
+    assert torch.allclose(pooled_loss(3 * prediction, features), pooled_loss(prediction, 0.1 * features))
+    logits, labels, maps, targets = batch_of(5)
+    config = ScaleKDConfig(projector="linear")
+    maps = maps._replace(pooled=prediction)
+    terms = distillation_losses(config, TrainConfig(), logits, labels, maps, targets)
+    assert terms.pooled == pooled_loss(prediction, targets.features, weight=0.08 * 49)
+    assert terms.s3_spatial == terms.s3_frequency == terms.s4_frequency == 0

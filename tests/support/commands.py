@@ -49,7 +49,7 @@ TRAIN_OPTIONS = {
 """A small run: two epochs of three steps of two micro-batches."""
 STEPS = 6
 STUDENT = "resnet10t"
-TERMS = ("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial", "s4_frequency")
+TERMS = ("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial", "s4_frequency", "pooled")
 
 
 def flags(options):
