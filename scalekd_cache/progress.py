@@ -48,6 +48,7 @@ def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int =
         maxinterval=10.0 if moving else LINE_SECONDS,
         miniters=None if moving else 1,
         bar_format=None if moving else line,
+        position=None if moving else 0,  # a log has no cursor to move below a bar that an interrupted run left open
         leave=True,
     )
 

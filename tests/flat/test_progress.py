@@ -7,13 +7,19 @@ import pytest
 from scalekd_cache.progress import progress, size_text
 
 
-def test_a_log_has_whole_lines_only(capsys, monkeypatch):
+@pytest.mark.parametrize("open_bars", [0, 2])
+def test_a_log_has_whole_lines_only(capsys, monkeypatch, open_bars):
+    """Also when interrupted runs of the same process left bars open."""
     monkeypatch.setattr("scalekd_cache.progress.LINE_SECONDS", 0.0)
+    left_open = [progress("distill", 3, "step") for _ in range(open_bars)]
+    capsys.readouterr()
     with progress("cache", 3, "view") as bar:
         for _ in range(3):
             bar.update()
             bar.set_postfix_str("loss=1")
     text = capsys.readouterr().err
+    for bar in left_open:
+        bar.close()
     lines = text.splitlines()
     assert "\r" not in text
     assert "\x1b" not in text

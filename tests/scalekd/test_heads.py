@@ -192,7 +192,8 @@ def test_shapes_and_gradients(case: str, query: str) -> None:
     tail = make_tail(tail_in[0])
     s3, s4 = (torch.randn(2, *shape, requires_grad=True) for shape in (s3_shape, s4_shape))
     maps = heads(s3, s4, tail)
-    assert all(m.shape == (2, *tail_out) for m in maps)
+    assert maps.pooled is None
+    assert all(m.shape == (2, *tail_out) for m in maps[:4])
     targets = targets_of(torch.randn(2, *tail_out))
     terms = distillation_losses(ScaleKDConfig(), TrainConfig(), torch.randn(2, 5), torch.tensor([0, 4]), maps, targets)
     terms.total.backward()
@@ -262,10 +263,10 @@ def test_projectors_without_a_loss_are_not_built() -> None:
     shapes = ((6, 4, 4), (8, 2, 2)), (12, 4, 4), (24, 2, 2)
     swin_s = ScaleKDHeads(ScaleKDConfig(s4_query="learned", frequency_weight_s4=0), *shapes)
     maps = swin_s(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), MergingTail(12))
-    assert [m is None for m in maps] == [False, False, False, True]
+    assert [m is None for m in maps] == [False, False, False, True, True]
     handed = ScaleKDHeads(ScaleKDConfig(frequency_weight_s3=0), *shapes)  # S4's query still comes from S3
     maps = handed(torch.randn(2, 6, 4, 4), torch.randn(2, 8, 2, 2), MergingTail(12))
-    assert all(m is not None for m in maps)
+    assert all(m is not None for m in maps[:4])
     bare = ScaleKDConfig(frequency_weight_s3=0, frequency_weight_s4=0, spatial_weight=0)
     heads = ScaleKDHeads(bare, *shapes)
     assert list(heads.parameters()) == []
@@ -347,7 +348,7 @@ def test_autocast_leaves_losses_in_float32() -> None:
         inside = distillation_losses(ScaleKDConfig(), TrainConfig(), logits, labels, maps, targets)
     assert all(term.dtype == torch.float32 for term in inside)
     assert inside.total.dtype == torch.float32
-    widened = type(maps)(*(m.float() for m in maps))
+    widened = type(maps)(*(m.float() for m in maps[:4]))
     outside = distillation_losses(ScaleKDConfig(), TrainConfig(), logits.float(), labels, widened, targets)
     assert all(torch.equal(a, b) for a, b in zip(inside, outside, strict=True))
     inside.total.backward()
