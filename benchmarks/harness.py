@@ -1,6 +1,6 @@
 """Code shared by the benchmarks: interleaved timing, subprocesses, results files, the tables of docs/BENCHMARKS.md.
 
-In: functions to time. Out: benchmarks/results/<name>.json, and its table in docs/BENCHMARKS.md between
+In: functions to time. Out: benchmarks/results/<name>.json, and its table in docs/BENCHMARKS.md or another page, between
 `<!-- <name> -->` and `<!-- end -->`. Invariant: a ratio compares two actions that were timed alternately, so that load
 on the machine affects both; the results of the previous run are kept next to the new ones.
 """
@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "BENCHMARKS.md"
+PAGES = [ROOT / "docs" / name for name in ("BENCHMARKS.md", "PEERS.md")]
+"""Pages with markers for tables."""
 PACKAGES = ("torch", "timm", "deepspeed", "webdataset", "zarr", "numcodecs", "numpy", "pillow")
 
 
@@ -84,19 +85,21 @@ def peak_memory_bytes() -> int:
     return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def timed(action: Callable[[], object]) -> float:
+def timed(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one call."""
-    start = time.perf_counter()
+    start = clock()
     action()
-    return time.perf_counter() - start
+    return clock() - start
 
 
-def time_interleaved(repeats: int, **actions: Callable[[], object]) -> dict[str, list[float]]:
-    """Seconds of each action; every repeat runs all actions once, in order."""
+def time_interleaved(
+    repeats: int, *, clock: Callable[[], float] = time.perf_counter, **actions: Callable[[], object]
+) -> dict[str, list[float]]:
+    """Seconds of each action; every repeat runs all actions once, in order. `time.process_time` gives CPU seconds."""
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():
-            seconds[name].append(timed(action))
+            seconds[name].append(timed(action, clock))
     return seconds
 
 
@@ -161,10 +164,10 @@ def write_results(name: str, content: Mapping[str, Any], *, allow_nan: bool = Fa
 
 
 def publish_table(name: str, figures: Sequence[Measurement], raw: Mapping[str, Any], *, note: str = "") -> None:
-    """Write the results file, put the table into docs/BENCHMARKS.md and print it.
+    """Write the results file, put the table into the page of the documentation that has its marker, and print it.
 
     Args:
-        name: name of the results file and of the marker in docs/BENCHMARKS.md.
+        name: name of the results file and of the marker.
         figures: rows of the table.
         raw: options and raw timings.
         note: text below the table.
@@ -212,11 +215,11 @@ def _table(
 
 
 def _put_table(name: str, table: str) -> None:
-    text = PAGE.read_text()
     start, end = f"<!-- {name} -->\n", "\n<!-- end -->"
-    head, found, rest = text.partition(start)
-    assert found, f"{PAGE} has no marker for {name}; add {start!r} and {end!r}"
+    page = next((page for page in PAGES if start in page.read_text()), None)
+    assert page is not None, f"no page has a marker for {name}; add {start!r} and {end!r} to one of {PAGES}"
+    head, _, rest = page.read_text().partition(start)
     old, found, tail = rest.partition(end)
-    assert found, f"the marker for {name} in {PAGE} has no end marker"
-    assert "<!--" not in old, f"the end marker for {name} in {PAGE} must be on a line of its own"
-    PAGE.write_text(head + start + table + end + tail)
+    assert found, f"the marker for {name} in {page} has no end marker"
+    assert "<!--" not in old, f"the end marker for {name} in {page} must be on a line of its own"
+    page.write_text(head + start + table + end + tail)

@@ -50,13 +50,13 @@ def test_every_benchmark_has_its_place(monkeypatch, tmp_path):
         for argument in re.findall(r"publish_table\(\s*([^,]+),", file.read_text(encoding="utf-8"))
         for name in re.findall(r'"([a-z0-9-]+)"', argument)
     } - {"cuda"}
-    assert {"store", "heads-gpu", "codec-decode"} <= names
-    page = tmp_path / "page.md"
-    shutil.copyfile(measure.PAGE, page)
-    monkeypatch.setattr(measure, "PAGE", page)
+    assert {"store", "heads-gpu", "codec-decode", "peers-reading"} <= names
+    pages = [shutil.copyfile(page, tmp_path / page.name) for page in measure.PAGES]
+    monkeypatch.setattr(measure, "PAGES", pages)
     for name in names:
         measure._put_table(name, f"the table of {name}")
-    assert all(f"the table of {name}\n<!-- end -->" in page.read_text(encoding="utf-8") for name in names)
+    text = "".join(page.read_text(encoding="utf-8") for page in pages)
+    assert all(f"the table of {name}\n<!-- end -->" in text for name in names)
 
 
 @pytest.mark.parametrize(
