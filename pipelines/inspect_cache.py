@@ -30,7 +30,7 @@ class InspectConfig:
     pixels_from: str | None = None
     """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
     out: str | None = None
-    """Also write the stored pixels of the view to this file (.jpg or .png)."""
+    """Also write the stored pixels of the view to this file (.jpg, .webp or .png)."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -70,16 +70,18 @@ def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
 
 
 def _write_pixels(pixels: bytes, path: Path) -> None:
+    from scalekd_cache.store.base import pixels_suffix
+
     if not pixels:
         raise UserError(
             "no pixels available: they are replayed, or shared with another cache",
             where=path,
             fix="for shared pixels, set --pixels-from",
         )
-    ends = (".png",) if pixels.startswith(b"\x89PNG") else (".jpg", ".jpeg")
-    if path.suffix not in ends:
+    end = pixels_suffix(pixels)
+    if path.suffix not in (end, end.replace("jpg", "jpeg")):
         raise UserError(
-            "the pixels are stored in another format", got=path.name, expected=f"a file name ending in {ends[0]}"
+            "the pixels are stored in another format", got=path.name, expected=f"a file name ending in {end}"
         )
     path.write_bytes(pixels)
 

@@ -50,7 +50,7 @@ class EncodedView(NamedTuple):
     """One view of one image, ready for the store."""
 
     encoded: bytes
-    """JPEG or PNG bytes to store; empty when pixels are replayed, or shared with another cache."""
+    """JPEG, WebP or PNG bytes to store; empty when pixels are replayed, or shared with another cache."""
     view: str
     """The view record, canonical JSON."""
     digest: str

@@ -63,12 +63,13 @@ class ViewConfig:
     pixels: Literal["baked", "replayed"] = "baked"
     """baked: encoded pixels are stored; replayed: only view parameters and a digest are stored, and training recomputes
     the view."""
-    pixel_format: Literal["jpeg", "png"] = "jpeg"
-    """Encoding of baked pixels (png is lossless)."""
+    pixel_format: Literal["jpeg", "jpeg-optimized", "webp", "png"] = "jpeg"
+    """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, slower to encode; webp: fewer
+    bytes, for views of up to 128 pixels (larger ones decode slowly); png: lossless (docs/CODECS.md)."""
     jpeg_quality: int = 90
-    """JPEG quality, 1 to 100."""
+    """Quality of JPEG and WebP, 1 to 100."""
     jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
-    """JPEG chroma subsampling."""
+    """JPEG chroma subsampling (WebP: always 4:2:0)."""
     seed: int = 0
     """Seed of the counter-based generator of all views."""
 
@@ -92,6 +93,12 @@ class ViewConfig:
             ">= 0",
         )
         require(1 <= self.jpeg_quality <= 100, "views.jpeg_quality", self.jpeg_quality, "1 to 100")
+        require(
+            self.pixel_format != "webp" or self.jpeg_subsampling == "4:2:0",
+            "views.jpeg_subsampling",
+            self.jpeg_subsampling,
+            "4:2:0, the only one of views.pixel_format=webp",
+        )
         require(0 <= self.seed < 2**63, "views.seed", self.seed, "0 to 2^63 - 1")
 
 

@@ -242,9 +242,9 @@ def _is_on(name: str, recipe: Mapping[str, Any]) -> bool:
     """Whether an option of a view recipe has an effect and no row of its own."""
     off = [part for part, switch in SWITCHES.items() if not recipe.get(switch)]
     if recipe["pixels"] == "replayed":
-        off.append("pixel_format")
-    if recipe["pixels"] == "replayed" or recipe.get("pixel_format") != "jpeg":
-        off.append("jpeg_")
+        off += ["pixel_format", "jpeg_"]
+    elif recipe.get("pixel_format") in ("png", "webp"):
+        off.append("jpeg_" if recipe["pixel_format"] == "png" else "jpeg_subsampling")
     return name != "pixels" and not name.startswith(tuple(off))
 
 

@@ -70,7 +70,7 @@ class Record(NamedTuple):
     digest: str
     """16 hex characters: digest of the view's uint8 pixels."""
     pixels: Payload
-    """The encoded view (JPEG or PNG); empty when views are replayed."""
+    """The encoded view (JPEG, WebP or PNG); empty when views are replayed."""
     features: Payload
     """A row of the feature codec; empty when there is none."""
     logits: Payload
@@ -310,6 +310,12 @@ def crc_input(data: Payload) -> Any:
 
 
 @functools.cache
+def pixels_suffix(pixels: Payload) -> str:
+    """The suffix of a file with these encoded pixels."""
+    start = bytes(pixels[:4])
+    return ".png" if start == b"\x89PNG" else ".webp" if start == b"RIFF" else ".jpg"
+
+
 def keep_freed_memory() -> None:
     """Make malloc keep the freed memory of a batch for the next one: new pages cost four times as much as the read.
 

@@ -1,8 +1,8 @@
 """Pixels of a view: encoding, decoding, digest.
 
-In: (size, size, 3) uint8 pixels, or the bytes of a cache. Out: a JPEG or PNG file, pixels, 16 hex characters.
-Invariant: the header of stored bytes is checked before anything is decoded or allocated; JPEG is always decoded by the
-same library, so that a student gets exactly the teacher's pixels.
+In: (size, size, 3) uint8 pixels, or the bytes of a cache. Out: a JPEG, WebP or PNG file, pixels, 16 hex characters.
+Invariant: the header of stored bytes is checked before anything is decoded or allocated; a format is always decoded by
+the same library, so that a student gets exactly the teacher's pixels.
 """
 
 import hashlib
@@ -20,15 +20,18 @@ Pixels = NDArray[np.uint8]
 
 
 def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
-    """A (size, size, 3) uint8 view as a JPEG or PNG file; always three channels, the same bytes for the same pixels."""
+    """A (size, size, 3) uint8 view as a file of `pixel_format`; always three channels, equal bytes for equal pixels."""
     assert pixels.dtype == np.uint8, pixels.dtype
     assert pixels.shape == (config.size, config.size, 3), pixels.shape
     buffer = io.BytesIO()
     picture = Image.fromarray(pixels)
     if config.pixel_format == "png":
         picture.save(buffer, "PNG", compress_level=3)
+    elif config.pixel_format == "webp":
+        picture.save(buffer, "WEBP", quality=config.jpeg_quality, method=4)
     else:
-        picture.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=config.jpeg_subsampling)
+        options = {"optimize": True} if config.pixel_format == "jpeg-optimized" else {}
+        picture.save(buffer, "JPEG", quality=config.jpeg_quality, subsampling=config.jpeg_subsampling, **options)
     return buffer.getvalue()
 
 
@@ -36,11 +39,12 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
     before anything is decoded; UserError when they differ or the bytes are damaged.
 
-    JPEGs are decoded by torchvision: the same libjpeg-turbo as Pillow's, without Pillow's copies (docs/LOG.md).
+    JPEG and WebP are decoded by torchvision: the same libraries as Pillow's, without Pillow's copies (docs/LOG.md).
     """
     try:
-        if jpeg_shape(data) == (size, size, 3):
-            pixels = _decode_jpeg(data)
+        jpeg = jpeg_shape(data) == (size, size, 3)
+        if jpeg or webp_size(data) == (size, size):
+            pixels = _decode_by_torchvision(data, "decode_jpeg" if jpeg else "decode_webp")
             if pixels.shape != (size, size, 3):
                 raise ValueError(f"{pixels.shape}, which differs from the header")
             return pixels
@@ -53,7 +57,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     raise UserError(
         "the pixels of a view cannot be decoded",
         got=got,
-        expected=f"a JPEG or PNG file, RGB, {size} x {size} pixels",
+        expected=f"a JPEG, WebP or PNG file, RGB, {size} x {size} pixels",
         fix="the cache is damaged: run `scalekd verify`, then `scalekd repair`",
     )
 
@@ -78,12 +82,25 @@ def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
     return None
 
 
-def _decode_jpeg(data: bytes | memoryview) -> Pixels:
+def webp_size(data: bytes | memoryview) -> tuple[int, int] | None:
+    """(width, height) of a WebP file with one lossy key frame and nothing else (RFC 9649, 2.5; RFC 6386, 9.1); None for
+    anything else."""
+    if (
+        len(data) < 30
+        or bytes(data[:4]) + bytes(data[8:16]) != b"RIFFWEBPVP8 "
+        or bytes(data[23:26]) != b"\x9d\x01\x2a"
+    ):
+        return None
+    width, height = struct.unpack("<HH", data[26:30])
+    return width & 0x3FFF, height & 0x3FFF  # two bits of each are a scaling hint, which decoders ignore
+
+
+def _decode_by_torchvision(data: bytes | memoryview, decoder: str) -> Pixels:
     import torch
-    from torchvision.io import decode_jpeg
+    import torchvision.io
 
     try:
-        planes = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        planes = getattr(torchvision.io, decoder)(torch.frombuffer(bytearray(data), dtype=torch.uint8))
     except RuntimeError as error:  # in C++, with the place in its source
         raise ValueError(str(error).rpartition(", ")[2]) from error
     pixels: Pixels = planes.permute(1, 2, 0).numpy()

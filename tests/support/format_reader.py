@@ -134,7 +134,7 @@ def read_tar(stem, place, keys):
         target, pixels, features = (tar[at : at + size] for at, size in zip(places[:3], places[3:], strict=True))
         assert members[key]["json"] == target
         assert members[key]["features"] == features
-        assert members[key].get("jpg", members[key].get("png", b"")) == pixels
+        assert next((members[key][end] for end in ("jpg", "webp", "png") if end in members[key]), b"") == pixels
         text = target.decode()
         fields = json.loads(text)
         cut = fields["features_bytes"]

@@ -11,7 +11,7 @@ from sklearn.datasets import load_sample_images
 
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.views.pixels import decode_pixels, encode_pixels, jpeg_shape
+from scalekd_cache.views.pixels import decode_pixels, encode_pixels, jpeg_shape, webp_size
 
 PHOTOGRAPH = Image.fromarray(load_sample_images().images[0]).crop((100, 50, 324, 274))
 
@@ -25,6 +25,32 @@ def test_jpeg_is_decoded_as_pillow_does(subsampling, quality, size):
         found = decode_pixels(memoryview(data), size)
         assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data))))
         assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize(("quality", "size"), [(90, 224), (75, 97), (100, 64), (1, 8)])
+def test_webp_is_decoded_as_pillow_does(quality, size):
+    image = PHOTOGRAPH.resize((size, size))
+    data = encode_pixels(np.asarray(image), ViewConfig(size=size, pixel_format="webp", jpeg_quality=quality))
+    assert webp_size(data) == (size, size)
+    found = decode_pixels(memoryview(data), size)
+    assert np.array_equal(found, np.asarray(Image.open(io.BytesIO(data))))
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("options", [{}, {"jpeg_quality": 75, "jpeg_subsampling": "4:4:4"}])
+def test_optimized_jpeg_has_the_same_pixels_in_fewer_bytes(options):
+    pixels = np.asarray(PHOTOGRAPH)
+    plain, small = (
+        encode_pixels(pixels, ViewConfig(pixel_format=kind, **options)) for kind in ("jpeg", "jpeg-optimized")
+    )
+    assert len(small) < 0.98 * len(plain)
+    assert np.array_equal(decode_pixels(small, 224), decode_pixels(plain, 224))
+
+
+def test_jpeg_and_png_files_are_those_of_earlier_releases():
+    pixels = np.asarray(PHOTOGRAPH)
+    assert encode_pixels(pixels, ViewConfig()) == encoded(PHOTOGRAPH, "JPEG", quality=90, subsampling="4:2:0")
+    assert encode_pixels(pixels, ViewConfig(pixel_format="png")) == encoded(PHOTOGRAPH, "PNG", compress_level=3)
 
 
 def test_what_is_written_is_read():
@@ -41,7 +67,8 @@ def test_fill_bytes_before_a_marker():
 
 JPEG = encoded(PHOTOGRAPH, "JPEG", quality=90)
 FRAME = JPEG.index(b"\xff\xc0")
-LARGE = encoded(PHOTOGRAPH.resize((600, 600)), "JPEG")
+LARGE_PICTURE = PHOTOGRAPH.resize((600, 600))
+LARGE = encoded(LARGE_PICTURE, "JPEG")
 
 
 def hidden(marker):
@@ -53,6 +80,9 @@ def hidden(marker):
     data = start + b"\xff\xfe" + struct.pack(">H", len(inside) + 2) + inside + LARGE[2:]
     assert data[4 + 0xFFFE :].startswith(JPEG[FRAME : FRAME + 19])
     return data
+
+
+WEBP = encoded(PHOTOGRAPH, "WEBP", quality=80)
 
 
 OTHERS = {
@@ -69,7 +99,16 @@ OTHERS = {
     "gray": encoded(PHOTOGRAPH.convert("L"), "JPEG"),
     "four components": encoded(PHOTOGRAPH.convert("CMYK"), "JPEG"),
     "gray, PNG": encoded(PHOTOGRAPH.convert("L"), "PNG"),
-    "another format": encoded(PHOTOGRAPH, "WEBP", lossless=True),
+    "another format": encoded(PHOTOGRAPH, "TIFF"),
+    "another size, WebP": encoded(PHOTOGRAPH.resize((225, 224)), "WEBP"),
+    "lossless WebP": encoded(PHOTOGRAPH, "WEBP", lossless=True),
+    "WebP with alpha": encoded(PHOTOGRAPH.convert("RGBA").rotate(9), "WEBP"),
+    "animated WebP": encoded(PHOTOGRAPH, "WEBP", save_all=True, append_images=[PHOTOGRAPH.rotate(9)]),
+    "half a WebP": WEBP[: len(WEBP) // 2],
+    "no end, WebP": WEBP[:-2],
+    "a WebP header alone": WEBP[:30],
+    "a WebP header of 16,383 x 16,383": WEBP[:26] + struct.pack("<HH", 16_383, 16_383) + WEBP[30:],
+    "two headers that differ": WEBP[:12] + encoded(LARGE_PICTURE, "WEBP")[12:],
     "a segment of length 0": JPEG[:4] + b"\0\0" + JPEG[6:],
     "noise": np.random.default_rng(0).bytes(20_000),
 }

@@ -109,6 +109,7 @@ def test_any_value_in_a_record_is_taken_or_refused_cleanly(field, value):
 
 @pytest.mark.parametrize(("options", "limit"), [
     ({"pixel_format": "png"}, 0), ({"jpeg_quality": 95, "jpeg_subsampling": "4:4:4"}, 6), ({"jpeg_quality": 90}, 30),
+    ({"pixel_format": "jpeg-optimized"}, 30), ({"pixel_format": "webp"}, 30),
 ])  # fmt: skip
 @pytest.mark.parametrize("gray", [False, True])
 def test_pixels_round_trip(options, limit, gray):
@@ -156,7 +157,7 @@ def test_a_giant_header_is_refused_before_decoding(monkeypatch):
 
 
 @quick
-@given(st.sampled_from(["png", "jpeg"]), st.integers(0, 10**6), st.integers(1, 255), st.booleans())
+@given(st.sampled_from(["png", "jpeg", "webp"]), st.integers(0, 10**6), st.integers(1, 255), st.booleans())
 def test_damaged_bytes_never_crash(pixel_format, position, change, cut):
     data = bytearray(encode_pixels(photo(32, 32), ViewConfig(size=32, pixel_format=pixel_format)))
     position %= len(data)

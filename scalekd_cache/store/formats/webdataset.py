@@ -1,9 +1,9 @@
 """The `webdataset` backend: a shard is a plain tar, `v0000.tar`, with a byte-offset index next to it.
 
-In: records. Out: members <key>.json (label, view parameters, digest, flags), <key>.jpg or .png (baked pixels only),
-<key>.features (features, second target, logits), in this order; any WebDataset reader can stream the tar. Invariant:
-headers contain no time, owner or host, so equal records give equal bytes. The reader uses the index and pread; it never
-extracts the tar and does not use its headers.
+In: records. Out: members <key>.json (label, view parameters, digest, flags), <key>.jpg, .webp or .png (baked pixels
+only), <key>.features (features, second target, logits), in this order; any WebDataset reader can stream the tar.
+Invariant: headers contain no time, owner or host, so equal records give equal bytes. The reader uses the index and
+pread; it never extracts the tar and does not use its headers.
 """
 
 import functools
@@ -28,6 +28,7 @@ from scalekd_cache.store.base import (
     damaged,
     keep_freed_memory,
     parse_target_json,
+    pixels_suffix,
     target_json,
 )
 from scalekd_cache.store.checked_files import read_at
@@ -37,7 +38,6 @@ from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import descriptor_of
 
 BLOCK = 512
-PNG_MAGIC = b"\x89PNG"
 PADDING = [bytes(count) for count in range(BLOCK)]
 
 
@@ -59,8 +59,7 @@ class Writer(ShardWriter):
         json_offset = self._member(pieces, self._tar.bytes, record.key + ".json", target)
         pixels_offset, end = 0, json_offset + len(target)
         if len(pixels):
-            extension = ".png" if bytes(pixels[:4]) == PNG_MAGIC else ".jpg"
-            pixels_offset = self._member(pieces, end, record.key + extension, pixels)
+            pixels_offset = self._member(pieces, end, record.key + pixels_suffix(pixels), pixels)
             end = pixels_offset + len(pixels)
         features_offset = self._member(pieces, end, record.key + ".features", features, second, logits)
         kept = len(features) + len(second)
