@@ -107,7 +107,7 @@ class ShardedArray:
 
     def _plain_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
         """Adjacent spans are read in one call, up to `RUN_BYTES`."""
-        files: dict[int, int] = {}
+        files: dict[int, tuple[int, StoredPath]] = {}
         cut: list[memoryview] = []
         row, done = self.row_bytes, 0
         try:
@@ -118,22 +118,26 @@ class ShardedArray:
                 data = self._plain_span(start * row, end * row, files)
                 cut += [data[(first - start) * row : (last - start) * row] for first, last in spans[index:done]]
         finally:
-            for descriptor in files.values():
+            for descriptor, _ in files.values():
                 os.close(descriptor)
         return cut
 
-    def _plain_span(self, at: int, end: int, files: dict[int, int]) -> memoryview:
-        """Bytes `at` to `end` of the array: one read per file, from which the chunks' checksums are removed."""
+    def _plain_span(self, at: int, end: int, files: dict[int, tuple[int, StoredPath]]) -> memoryview:
+        """Bytes `at` to `end` of the array: one read per file, from which the chunks' checksums are removed.
+
+        `files` are the open files of the call; making a path per span would take as long as reading it.
+        """
         pieces: list[bytes | memoryview] = []
         while at < end:
             shard, first = divmod(at, self.shard_chunks * self.chunk_bytes)
             last = min(end - at + first, self.shard_chunks * self.chunk_bytes)
             if shard not in files:
-                files[shard] = self._open(shard)
+                files[shard] = self._open(shard), self._path(shard)
+            descriptor, path = files[shard]
             start, stop = self._in_file(first), self._in_file(last - 1) + 1
-            data = read_at(files[shard], stop - start, start, self._path(shard))
+            data = read_at(descriptor, stop - start, start, path)
             if len(data) != stop - start:
-                raise damaged("a shard file ends early", f"{len(data)} bytes", stop - start, self._path(shard))
+                raise damaged("a shard file ends early", f"{len(data)} bytes", stop - start, path)
             if stop - start == last - first:
                 pieces.append(data)
             else:
