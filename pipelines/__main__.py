@@ -3,28 +3,32 @@
 In: the arguments of the process. Out: the exit code of the command.
 """
 
+import sys
 from typing import NoReturn
 
-import click
+try:
+    import click
 
-from pipelines import (
-    cache_teacher,
-    costs,
-    distill,
-    evaluate,
-    export,
-    fetch,
-    import_upstream,
-    inspect_cache,
-    plan,
-    prove,
-    repair,
-    report,
-    verify,
-)
-from pipelines.command import run
-from scalekd_cache.errors import unknown_name
-from scalekd_cache.versions import __version__
+    from pipelines import (
+        cache_teacher,
+        costs,
+        distill,
+        evaluate,
+        export,
+        fetch,
+        import_upstream,
+        inspect_cache,
+        plan,
+        prove,
+        repair,
+        report,
+        verify,
+    )
+    from pipelines.command import HELP, run
+    from scalekd_cache.errors import unknown_name
+    from scalekd_cache.versions import __version__
+except KeyboardInterrupt:  # in the first second, before `run` answers it
+    sys.exit(130)
 
 MODULES = (cache_teacher, distill, evaluate, export, report, verify, repair, inspect_cache, plan, prove, fetch, costs,
            import_upstream)  # fmt: skip
@@ -51,6 +55,7 @@ class Commands(click.Group):
 SCALEKD = Commands(
     "scalekd",
     commands=[module.COMMAND for module in MODULES],
+    context_settings=HELP,
     help="Run a frozen vision teacher once, keep its features and logits, train any number of students from them.",
     epilog="Exit codes: 0 success, 1 check failed, 2 usage error or invalid input, 75 checkpointed: rerun to resume, "
     "130 interrupted.",

@@ -66,7 +66,11 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         yield
         return
     with file:
-        lock(file, folder / name)
+        try:
+            lock(file, folder / name, wait=False)
+        except BlockingIOError:
+            print(f"waiting: another command writes {root}", flush=True)
+            lock(file, folder / name)
         yield
 
 
@@ -79,12 +83,21 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
     plugin = click.get_current_context().params["plugin"]
     options = {"student": config.student or "resnet50", "cache": config.cache.path, "plugin": plugin}
     smaller = manifest.num_samples < train.global_batch_size
-    batches = batches_that_fit(manifest.num_samples, train.micro_batch_size) if smaller else None
-    dotted = [word.removeprefix("--") for word in (batches or "").split()]
-    return typed_command("distill", options, dotted)
+    batch = batches_that_fit(manifest.num_samples, train.micro_batch_size).split()[1] if smaller else None
+    return typed_command("distill", {**options, "batch": batch})
 
 
-COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__, one_job_per_node)
+def check(given: Given) -> None:
+    """What a start of several processes would report many seconds later: mistyped options and names."""
+    take(given, Output)
+    config = cache_teacher_config(CacheTeacherConfig, given)
+    student = checked_student(config)
+    from scalekd_cache.caching.preflight import check_names
+
+    check_names(config, student)
+
+
+COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__, one_job_per_node, check)
 
 if __name__ == "__main__":
     run(COMMAND)

@@ -6,7 +6,9 @@ Click parses, completes and formats help. Values are checked by `config/options.
 """
 
 import contextlib
+import hashlib
 import importlib
+import io
 import json
 import logging
 import os
@@ -20,17 +22,20 @@ from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 import click
 from pydantic.dataclasses import dataclass
 
-from pipelines.launcher import LaunchConfig, launch
+from pipelines.launcher import REPORTED, LaunchConfig, launch
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import Option, build, options_of
+from scalekd_cache.config.places import expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
-from scalekd_cache.errors import RunInterrupted, UserError, join_or, unknown_name, worker_failure
+from scalekd_cache.errors import CLEAR_LINE, RunInterrupted, UserError, join_or, unknown_name, worker_failure
 
 Config = TypeVar("Config")
 Given = dict[str, Any]
 """Options that were given: dotted name -> text."""
 COMPLETION = "_SCALEKD_COMPLETE"
 """Set by the completion script: `eval "$(_SCALEKD_COMPLETE=bash_source scalekd)"`."""
+HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 110}
+"""Settings of click for all help texts."""
 FIRST = 10
 """Options in the first group of `--help`."""
 
@@ -44,6 +49,7 @@ class Command(click.Command):
         config_classes: the dataclasses with the options. With `LaunchConfig`, it may start several processes.
         about: first line: summary.
         lock: held while the command runs, by the process that starts the others.
+        check: run by that process, before it starts the others.
     """
 
     def __init__(
@@ -53,10 +59,11 @@ class Command(click.Command):
         config_classes: Sequence[type],
         about: str | None,
         lock: Callable[[Given], contextlib.AbstractContextManager[None]] | None = None,
+        check: Callable[[Given], None] = lambda given: None,
     ) -> None:
         self.main_function, self.config_classes = main, tuple(config_classes)
         self.lock = lock if lock and "RANK" not in os.environ else lambda given: contextlib.nullcontext()
-        self.plain = PLAIN_NAMES[name]
+        self.check, self.plain = check, PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
         shown = {dotted: plain for plain, dotted in self.plain.items()}
@@ -66,7 +73,7 @@ class Command(click.Command):
             help=about,
             short_help=str(about).partition("\n")[0],
             callback=self._call,
-            context_settings={"token_normalize_func": lambda word: word.replace("-", "_"), "max_content_width": 110},
+            context_settings={**HELP, "token_normalize_func": lambda word: word.replace("-", "_")},
         )
 
     def _call(self, plugin: str | None, debug: bool, local_rank: str | None, **values: str | None) -> int | None:
@@ -75,17 +82,22 @@ class Command(click.Command):
         given = self.given(values)
         with self.lock(given):
             if LaunchConfig in self.config_classes:
-                status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv)
+                status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv, self._checked)
                 if status is not None:
                     return status
             return self.main_function(given)
+
+    def _checked(self, given: Given) -> None:
+        """Run the checks; what they print is printed again by rank 0."""
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.check(dict(given))
 
     def given(self, values: Mapping[str, str | None]) -> Given:
         """The options that were given, by dotted name, from click's parameters."""
         given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
         if empty := [name for name, text in given.items() if not text]:
             raise UserError(f"--{empty[0]} has an empty value: is a variable of the shell not set?")
-        return {name: None if text in ("null", "None") else text for name, text in given.items()}
+        return {name: None if text in ("null", "None") else expand_home(text) for name, text in given.items()}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Parse, with errors of one line that name the closest option."""
@@ -247,6 +259,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted, 141 the reader of the output closed the pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # not: CUDA_HOME is set, but there is no GPU
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:
@@ -258,16 +271,21 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         sys.stdout.flush()
     except click.exceptions.Exit as stop:  # after --help
         sys.exit(stop.exit_code)
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.format_message(), file=sys.stderr, flush=True)
+        _exit(2)
     except UserError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        if _first_to_report(str(error)):
+            print(f"error: {error}", file=sys.stderr, flush=True)
         _exit(2)
     except click.ClickException as error:
         print(f"error: {error.format_message()}", file=sys.stderr, flush=True)
         _exit(2)
     except RunInterrupted as stop:
-        print(stop, file=sys.stderr, flush=True)
+        if _first_to_report(str(stop)):
+            _print_over(str(stop))
         _exit(stop.exit_code)
     except RuntimeError as error:
         ended = worker_failure(error)  # the only RuntimeError that a user can fix
@@ -279,9 +297,29 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)
     except KeyboardInterrupt:
-        print("interrupted; rerun the same command to resume", file=sys.stderr, flush=True)
+        if os.environ.get("RANK", "0") == "0":
+            _print_over("interrupted; rerun the same command to resume")
         _exit(130)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _print_over(text: str) -> None:
+    """Print a message after Ctrl-C; in a terminal, over the line with ^C and an open bar."""
+    print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
+
+
+def _first_to_report(text: str) -> bool:
+    """Whether no other rank of this job has printed this: most errors are found by all ranks."""
+    folder = os.environ.get(REPORTED)
+    if folder is None:
+        return True
+    try:
+        (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
+    except FileExistsError:
+        return False
+    except OSError:  # the folder is on another node, or gone: rather twice than never
+        return True
+    return True
 
 
 def _program(command: click.Command) -> str:

@@ -28,11 +28,7 @@ class RunOutput(Output):
 def main(given: Given) -> None:
     """Train, or print what a run would do."""
     output = take(given, RunOutput)
-    if "student.name" not in given:
-        raise UserError("set the student, for example --student resnet50")
-    if not given.get("follow"):
-        check_cache_path(cache_place(given))
-    config = distill_config(given)
+    config = _configured(given)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.training.dry_run import plan_distill
     from scalekd_cache.training.series import distill_series, series_facts, series_table, single_runs
@@ -55,7 +51,28 @@ def main(given: Given) -> None:
         process.print_rank0(f"next: {typed_command('report', {'run' if len(runs) == 1 else 'runs': places})}")
 
 
-COMMAND = Command("distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__)
+def _configured(given: Given) -> DistillConfig:
+    if "student.name" not in given:
+        raise UserError("set the student, for example --student resnet50")
+    if not given.get("follow"):
+        check_cache_path(cache_place(given))
+    return distill_config(given)
+
+
+def check(given: Given) -> None:
+    """What a start of several processes would report many seconds later: mistyped options and names."""
+    take(given, RunOutput)
+    if given.get("follow"):  # the cache may not be there yet
+        return
+    config = _configured(given)
+    from scalekd_cache.models.student import check_student_name
+    from scalekd_cache.training.series import single_runs
+
+    for one in single_runs(config):
+        check_student_name(one.student.name)
+
+
+COMMAND = Command("distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__, check=check)
 
 if __name__ == "__main__":
     run(COMMAND)

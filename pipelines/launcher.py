@@ -5,10 +5,14 @@ Invariant: a process that a launcher has started (RANK is set) never starts anot
 """
 
 import importlib
+import logging
 import os
+import re
+import shutil
 import signal
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +31,10 @@ ENVIRONMENT = {
     "PYTHONUNBUFFERED": "1",
 }
 """What the processes need; values that are set already stay."""
+OWN_EXIT = r"failed \(exitcode: (1|2|75|130)\)"
+"""Torch's log line about a process that exited with one of our exit codes."""
+REPORTED = "SCALEKD_REPORTED"
+"""Variable with a folder in which ranks note the errors that they have printed, so that each is printed once."""
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
 """Exit code after a signal to torchrun: the ranks have saved what they can resume from."""
 
@@ -67,8 +75,10 @@ class LaunchConfig:
                     raise UserError(f"--nnodes {self.nnodes} needs --{name.replace('_', '-')} on every node")
 
 
-def launch(options: LaunchConfig, command: str, given: Mapping[str, Any], argv: list[str]) -> int | None:
-    """Start the processes of a command and wait for them.
+def launch(
+    options: LaunchConfig, command: str, given: dict[str, Any], argv: list[str], check: Callable[[dict[str, Any]], None]
+) -> int | None:
+    """Start the processes of a command and wait for them; `check` is called with the given options before.
 
     Returns:
         The exit code; None if the command runs in this process.
@@ -81,6 +91,7 @@ def launch(options: LaunchConfig, command: str, given: Mapping[str, Any], argv: 
         os.environ.setdefault(name, value)
     if nproc == 1 and options.nnodes == "1" and not options.hostfile:
         return None
+    check(given)
     module = f"pipelines.{command.replace('-', '_')}"
     words = argv[2:] if argv[1:2] and argv[1].replace("_", "-") == command else argv[1:]
     if (options.launcher or ("deepspeed" if options.hostfile else "torchrun")) == "deepspeed":
@@ -95,6 +106,9 @@ def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
     api = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
     # Without the --, torchrun would read our --run as an abbreviation of its --run-path.
     words = [*_nodes(options), "--nproc-per-node", str(nproc), "-m", "--", *command]
+    for module in (api, importlib.import_module("torch.distributed.elastic.agent.server.api")):
+        logging.getLogger(module.__name__).addFilter(_is_news)
+    folder = os.environ[REPORTED] = tempfile.mkdtemp(prefix="scalekd-")
     try:
         run.run(run.parse_args(words))
     except errors.ChildFailedError as error:
@@ -102,7 +116,14 @@ def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
         return 128 - code if code < 0 else code
     except api.SignalException as stop:
         return STOPPED.get(signal.Signals(stop.sigval), 128 + int(stop.sigval))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     return 0
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """Whether a log record of torchrun says more than our message: not about our exit codes and signals passed on."""
+    return record.levelno >= logging.ERROR and not re.search(OWN_EXIT, record.getMessage())
 
 
 def _nodes(options: LaunchConfig) -> list[str]:

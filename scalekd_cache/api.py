@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build
-from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.places import default_cache, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import check_recipe, has_changed, recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
-from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, read_manifest
@@ -201,7 +201,8 @@ def distill_config(given: Given) -> DistillConfig:
         )
     check_given_recipe(given, facts, place)
     defaults = {"cache": place, "train.workers": _workers()}
-    return build(DistillConfig, defaults, training_options(recipe, facts.recipe, facts.distill), given)
+    training = training_options(recipe, facts.recipe, facts.distill)
+    return build(DistillConfig, defaults, training, _one_micro_batch(training, given), given)
 
 
 def cache_place(given: Given) -> str:
@@ -241,7 +242,14 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
         if dotted in given:
             raise UserError(f"{name} is given twice: as an argument and in options")
         given[dotted] = value
-    return given
+    return {name: expand_home(value) for name, value in given.items()}
+
+
+def _one_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
+    """A given global batch below the recipe's micro-batch is one micro-batch."""
+    micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
+    batch = str(given.get("train.global_batch_size", ""))
+    return {"train.micro_batch_size": int(batch)} if batch.isdecimal() and 0 < int(batch) < micro else {}
 
 
 def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:

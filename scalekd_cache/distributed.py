@@ -21,7 +21,7 @@ import torch
 import torch.distributed
 
 from scalekd_cache.devices import choose_device
-from scalekd_cache.errors import RunInterrupted
+from scalekd_cache.errors import CLEAR_LINE, RunInterrupted
 
 EXIT_RESUMABLE = 75
 """Exit code: state is saved, rerun the command to resume (EX_TEMPFAIL of sysexits)."""
@@ -61,6 +61,11 @@ class SignalHandler:
             raise KeyboardInterrupt
         if not self.received:
             self.received, self._received_at = number, now
+            if os.environ.get("RANK", "0") == "0":
+                again = " (a second Ctrl-C, 3 s later, stops at once)" if number == signal.SIGINT else ""
+                text = f"{signal.Signals(number).name}: saving a checkpoint after this step{again}\n"
+                # Not `print`: the signal may have interrupted one.
+                os.write(2, f"{CLEAR_LINE if os.isatty(2) else ''}{text}".encode())
 
 
 def interrupted_by(number: int, step: int, total: int) -> RunInterrupted:

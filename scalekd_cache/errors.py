@@ -8,6 +8,9 @@ import difflib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+CLEAR_LINE = "\r\x1b[K"
+"""Clears the line of the cursor in a terminal."""
+
 
 class RunInterrupted(Exception):  # noqa: N818 - not an error
     """The run stopped early and can be resumed.
@@ -112,7 +115,10 @@ def require_folder(place: Path, option: str) -> None:
 
 
 def _close(name: str, names: Sequence[str], count: int) -> list[str]:
-    """Names that start with this one, shortest first, then similar names."""
+    """Dotted options that end in this name; else names that start with it, shortest first, then similar names."""
+    last = name.lstrip("-").replace("-", "_")
+    if options := [known for known in names if "." in known and known.lstrip("-").rpartition(".")[2] == last]:
+        return options[:count]
     completions = sorted((known for known in names if name and known.startswith(name)), key=len)
     similar = difflib.get_close_matches(name, names, n=count, cutoff=0.5)
     return list(dict.fromkeys([*completions, *similar]))[:count]

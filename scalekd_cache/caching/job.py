@@ -275,15 +275,26 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
     there = sum(_views(unit) for unit in job.units if is_committed(job, unit)) if rank == 0 else 0
     bar = progress("cache", total, "view", rank=rank, initial=there)
 
+    committed, in_work = 0, 0  # views of all processes; of this one
+
     def show() -> None:
-        bar.update(there + peers.add("views", 0) - bar.n)
+        nonlocal committed
+        committed = peers.add("views", 0)
+        arrived(0)
+
+    def arrived(views: int) -> None:
+        nonlocal in_work
+        in_work += views
+        bar.update(max(0, min(total, there + committed + in_work) - bar.n))
 
     def count(unit: Unit) -> None:
+        nonlocal in_work
+        in_work -= _views(unit)
         peers.add("views", _views(unit))
         show()
 
     with torch.no_grad():
-        make_units(stage, job.units, _claims(peers, job), config.workers, count, skips)
+        make_units(stage, job.units, _claims(peers, job), config.workers, count, skips, arrived)
         peers.publish(f"rank {rank} has no more units")
         if rank == 0:
             for peer in range(1, peers.process.world_size):
@@ -297,7 +308,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job) -> None:
                     drop_mismatched_units(job, peers.process)
                 left = [n for n, u in enumerate(job.units) if (u.group == 0) is first and not is_committed(job, u)]
                 if left:
-                    make_units(stage, job.units, iter(left), config.workers, count, skips)
+                    make_units(stage, job.units, iter(left), config.workers, count, skips, arrived)
             skips.check()
             bar.update(total - bar.n)
     bar.close()

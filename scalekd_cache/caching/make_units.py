@@ -158,6 +158,7 @@ def make_units(
     workers: int,
     done: Callable[[Unit], None],
     skips: SkipPolicy | None = None,
+    arrived: Callable[[int], None] = lambda views: None,
 ) -> None:
     """Make the claimed units. Each is committed while the next one is being made.
 
@@ -168,6 +169,7 @@ def make_units(
         workers: processes that sample views.
         done: called after a unit is committed, when the next one is already filled.
         skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).
+        arrived: called with a number of views when they reach the teacher.
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
@@ -175,11 +177,18 @@ def make_units(
     with CommitQueue() as commits:
         for number, sampled in groupby(all_views, key=lambda item: item.unit):
             left_out = skips.required_skips(units[number]) if skips else {}
+            sampled = _counted(sampled, partial(arrived, len(units[number].views)))
             writer, figures = fill_unit(stage, units[number], sampled, left_out, buffers)
             if skips and not skips.accepts(units[number], writer):
                 writer.abort()
                 continue
             commits.put(writer, figures, partial(done, units[number]))
+
+
+def _counted(sampled: Iterator[SampledViews], count: Callable[[], None]) -> Iterator[SampledViews]:
+    for item in sampled:
+        yield item
+        count()
 
 
 def fill_unit(

@@ -21,7 +21,7 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
 from scalekd_cache.models.demo_teacher import DEMO_CLASSES
-from scalekd_cache.models.student import build_student
+from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, check_tail, split_tail, teacher_classes
 from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, timm_name
 from scalekd_cache.models.weights import find_weights
@@ -92,6 +92,14 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
         )
 
 
+def check_names(config: CacheTeacherConfig, student: DistillConfig | None) -> None:
+    """`UserError` for an unknown name of codec, teacher or student."""
+    check_codec_name(config.cache.codec)
+    check_name(timm_name(config.teacher.name), "teacher.name")
+    if student is not None:
+        check_student_name(student.student.name)
+
+
 def check_before_weights(
     config: CacheTeacherConfig, source: Source | PixelCache, student: DistillConfig | None, process: Process
 ) -> None:
@@ -100,7 +108,7 @@ def check_before_weights(
     Names of codec, teacher and student; the student at this size; its batches; the teacher's classes, as far as they
     are known; the folder of a new cache.
     """
-    check_codec_name(config.cache.codec)
+    check_names(config, student)
     options = find_weights(config.teacher)
     name = check_name(timm_name(options.name), "teacher.name")
     classes = len(source.class_names)

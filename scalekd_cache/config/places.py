@@ -7,6 +7,12 @@ no brace pattern, no spaces. The Makefile runs this file too, so it uses the sta
 import re
 import sys
 from pathlib import Path
+from typing import Any
+
+
+def expand_home(value: Any) -> Any:
+    """A text that starts with ~/ as a path in the home folder; shells leave --data=~/photos as it is."""
+    return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def default_cache(source: str) -> str:

@@ -25,9 +25,9 @@ _OVERRIDES = "data teacher_weights pixels_from device"
 PLAIN_NAMES: dict[str, dict[str, str]] = {
     "cache-teacher": _names(f"{_STAGE1} nproc dry_run {_STAGE1_MORE} json {_LAUNCH}"),
     "distill": _names(
-        "student:student.name cache epochs:train.epochs run targets:train.targets heads:scalekd.projector "
-        "feature_share:scalekd.feature_share "
-        "zero:train.zero nproc dry_run recipe resume extend seeds:train.seeds student_size:student.image_size "
+        "student:student.name cache epochs:train.epochs batch:train.global_batch_size run targets:train.targets "
+        "heads:scalekd.projector zero:train.zero nproc dry_run recipe feature_share:scalekd.feature_share "
+        "resume extend seeds:train.seeds student_size:student.image_size "
         "tracker:train.tracker init follow workers:train.workers json "
         f"{_OVERRIDES} {_LAUNCH}"
     ),

@@ -47,6 +47,10 @@ SYSTEM_NAMES = frozenset(
 """Files and folders (in lower case) that operating systems add."""
 
 
+OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
+"""Names, in lower case, that people give to the folder of a split."""
+
+
 class FileReader:
     """Reads single image files. Holds paths only."""
 
@@ -130,10 +134,20 @@ def _contents(root: Path) -> str:
 
 def _sort_images(root: Path) -> str:
     """What to do with a folder without train/: it may hold class folders, or images without labels."""
+    if renames := [text for split in OTHER_NAMES if (text := _rename(root, split))]:
+        return " and ".join(renames)
     classes, images = _entries(root, IgnoredFiles())
     if classes and not images:
         return "move most images of each class into train/<class>/ and some into val/<class>/"
     return "sort the images into one folder per class (the folder is the label): most below train/, some below val/"
+
+
+def _rename(root: Path, split: str) -> str:
+    """What to do if the folder of a split has another name; empty if there is none."""
+    for entry in sorted(root.iterdir()):
+        if entry.name.lower() in OTHER_NAMES[split] and entry.name != split and not (root / split).exists():
+            return f"rename {entry.name}/ to {split}/"
+    return ""
 
 
 def _by_normalized_name(train: Path, class_names: list[str]) -> dict[str, str]:
@@ -157,7 +171,8 @@ def _list_validation(
 ) -> tuple[list[str], list[int]]:
     folder = root / "val"
     if not folder.is_dir():
-        raise UserError(f"{root} has no val/", fix="add val/<class>/ with some images of each class")
+        fix = _rename(root, "val") or "add val/<class>/ with some images of each class"
+        raise UserError(f"{root} has no val/", fix=fix)
     folders, flat = _entries(folder, ignored)
     if folders and flat:
         raise UserError(
@@ -197,11 +212,13 @@ def _list_classes(
         labels += [number[normalize_name(name)]] * len(found)
     if empty or not paths:
         raise UserError(
-            f"{folder.name}/ has empty class folders" if empty else f"{folder.name}/ has no images",
-            got=", ".join(empty[:5]) + f" ({len(empty)} of {len(folders)} folders)" if empty else "no folders",
+            f"{folder.name}/ has class folders without images" if empty else f"{folder.name}/ has no images",
+            got="; ".join([", ".join(empty[:5]) + f" ({len(empty)} of {len(folders)} folders)", *ignored.messages()])
+            if empty
+            else "no folders",
             expected=f"at least one image in every class folder: {', '.join(sorted(IMAGE_SUFFIXES))}",
             where=folder / empty[0] if empty else folder,
-            fix="add images to these folders, or remove them from train/ and val/",
+            fix="add images to these folders (HEIC and raw files: convert them to JPEG), or remove the folders",
         )
     return paths, labels
 

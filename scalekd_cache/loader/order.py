@@ -206,9 +206,9 @@ def steps_per_epoch(order: Order, global_batch_size: int) -> int:
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """Stage-2 options of the largest global batch for a small data set, with micro-batches of at most this size."""
+    """The option of the largest global batch for a small data set, with micro-batches of at most this size."""
     micro = min(micro_batch_size, num_samples)
-    return f"--train.global_batch_size={num_samples // micro * micro} --train.micro_batch_size={micro}"
+    return f"--batch {num_samples // micro * micro}"
 
 
 def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:

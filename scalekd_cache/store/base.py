@@ -10,6 +10,7 @@ import functools
 import importlib
 import re
 import struct
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -156,8 +157,9 @@ class ShardReader(ABC):
     def close(self) -> None:  # noqa: B027 - a reader without open files needs no code here
         """Close files."""
 
-    def __del__(self) -> None:
-        self.close()
+    def __del__(self, exiting: Callable[[], bool] = sys.is_finalizing) -> None:
+        if not exiting():  # modules that `close` uses are gone; the system closes the files
+            self.close()
 
     def check_crc(self, row: int, found: int) -> None:
         """UserError unless the crc32c of a record matches the one in the index."""

@@ -89,13 +89,14 @@ class Cache:
         """
         if view not in self._group_of:
             raise UserError("no such view", got=view, expected=f"0 to {self.manifest.num_views - 1}", where=self.root)
-        group = self._group_of[view]
+        group, some = self._group_of[view], ""
         for start, row in zip(self._starts[group], self._units[group], strict=False):
             folder = unit_folder(self.root, row.group, row.range_id)
             keys = read_keys(folder, read_unit(folder)[0])
             if key in keys:
                 return start + keys.index(key)
-        raise UserError("no such sample", got=key, expected="a line of units/*/keys.txt", where=self.root)
+            some = f", such as {keys[0]}"
+        raise UserError("no such sample", got=key, expected=f"a line of units/*/keys.txt{some}", where=self.root)
 
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
         """Records at these positions (integers from 0 to len(cache) - 1) of a view, in this order.

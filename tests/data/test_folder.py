@@ -185,6 +185,10 @@ def break_stray(root):
     write(root / "train/stray.jpg", b"x")
 
 
+def break_other_format(root):
+    write(root / "train/cow/1.HEIC", b"x")
+
+
 def break_link(root):
     (root / "train/ant/3.png").symlink_to(root / "gone")
 
@@ -197,7 +201,8 @@ def break_link_loop(root):
     ("damage", "message"),
     [
         (break_nothing_there, "has no train/"),
-        (break_empty_class, "empty class folders"),
+        (break_empty_class, "class folders without images"),
+        (break_other_format, r"cow \(1 of 3 folders\); ignored: 1 .*, such as cow/1.HEIC"),
         (break_no_classes, "no class folders"),
         (break_stray, "outside of class folders"),
         (break_link, "not a file"),
@@ -216,6 +221,25 @@ def test_missing_train_says_what_is_there_instead(tmp_path):
     break_nothing_there(folder_tree(tmp_path))
     with pytest.raises(UserError, match="training, val"):
         source_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("names", "fix"),
+    [
+        (("Train", "Validation"), "rename Train/ to train/ and rename Validation/ to val/"),
+        (("training", "val"), "rename training/ to train/$"),
+        (("train", "test"), "rename test/ to val/"),
+        (("train", "Valid"), "rename Valid/ to val/"),
+    ],
+)
+def test_a_split_with_another_name(tmp_path, names, fix):
+    folder_tree(tmp_path)
+    (tmp_path / "train").rename(tmp_path / "a")
+    (tmp_path / "val").rename(tmp_path / "b")
+    (tmp_path / "a").rename(tmp_path / names[0])
+    (tmp_path / "b").rename(tmp_path / names[1])
+    with pytest.raises(UserError, match=fix):
+        source_of(tmp_path, "val")
 
 
 def test_folder_without_val(tmp_path):

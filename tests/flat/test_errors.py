@@ -21,6 +21,12 @@ def test_the_nearest_comes_first(typed, first):
     assert closest_names(typed, MODELS).startswith(first)
 
 
+def test_a_dotted_option_is_found_by_its_last_part():
+    options = ["--run", "--optim.lr", "--optim.min_lr", "--teacher.batch_size", "--train.compile"]
+    assert closest_names("--lr", options) == "--optim.lr"
+    assert closest_names("--batch-size", options) == "--teacher.batch_size"
+
+
 def test_lists_in_words():
     assert [join_or(list(names)) for names in ("", "a", "ab", "abc")] == ["", "a", "a or b", "a, b or c"]
     assert closest_names("zzz", ["b", "a"]) == "a or b", "none is close: all of them"

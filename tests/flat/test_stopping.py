@@ -10,12 +10,13 @@ from scalekd_cache.distributed import SignalHandler, interrupted_by
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
-def test_a_signal_is_noted_and_says_how_to_go_on(number, status):
+def test_a_signal_is_noted_and_says_how_to_go_on(number, status, capfd):
     before = signal.getsignal(number)
     with SignalHandler() as signals:
         assert signals.received == 0
         os.kill(os.getpid(), number)
         assert signals.received == number
+        assert f"{number.name}: saving a checkpoint after this step" in capfd.readouterr().err
         os.kill(os.getpid(), signal.SIGTERM)  # the first one counts
         assert signals.received == number
     assert signal.getsignal(number) is before

@@ -18,7 +18,7 @@ from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.recipes import RECIPES, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import RunInterrupted, UserError
 
 
 def cache_options(argv=(), recipe=None):
@@ -156,6 +156,9 @@ def test_options_that_clash_keep_their_message():
         (["--epoch", "3"], "there is no option --epoch: did you mean --epochs"),
         (["--train.epoch=3"], "there is no option --train.epoch: did you mean --train.epochs"),
         (["resnet50"], "unexpected argument resnet50: each value follows the name of its option"),
+        (["--lr", "3"], "there is no option --lr: did you mean --optim.lr? ("),
+        (["--compile"], "there is no option --compile: did you mean --train.compile? ("),
+        (["--batch-size", "3"], "there is no option --batch-size: did you mean --batch"),
         (["--epochs"], "Option '--epochs' requires an argument"),
         (["--cache", ""], "--cache has an empty value"),
     ],
@@ -222,6 +225,40 @@ def test_the_exit_status(monkeypatch, capsys, raised, status, text):
     assert capsys.readouterr().err == text
 
 
+@pytest.mark.parametrize("stop", [UserError("it broke"), RunInterrupted("SIGINT: checkpoint saved", 130)])
+def test_ranks_print_the_same_message_once(monkeypatch, capsys, tmp_path, stop):
+    def main(given):
+        raise stop
+
+    monkeypatch.setattr(SCALEKD.commands["verify"], "main_function", main)
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
+    monkeypatch.setenv(launcher.REPORTED, str(tmp_path))
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            command.run(SCALEKD, ["verify"])
+    assert capsys.readouterr().err.count(str(stop)) == 1
+    stop.args = ("another",)
+    with pytest.raises(SystemExit):
+        command.run(SCALEKD, ["verify"])
+    assert "another" in capsys.readouterr().err
+
+
+def test_without_a_command_help_is_printed(monkeypatch, capsys):
+    monkeypatch.setattr(command.os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as stopped:
+        command.run(SCALEKD, [])
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err.startswith("Usage: ")
+
+
+def test_a_path_may_start_with_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert given_by("distill", ["--cache=~/caches/x", "--student", "a~/b"]) == {
+        "cache": "/home/me/caches/x",
+        "student.name": "a~/b",
+    }
+
+
 def test_debug_shows_where_it_broke():
     with pytest.raises(UserError, match="views"):
         command.run(SCALEKD, ["prove", "--debug", "--views", "1"])
@@ -241,19 +278,20 @@ def test_help_lists_every_option_the_first_ones_first():
 
 def test_a_launcher_is_started_once(monkeypatch):
     """With several processes torchrun is started; the processes themselves, which have a rank, start none."""
-    started = []
+    started, checked = [], []
     monkeypatch.setattr(launcher, "_torchrun", lambda options, nproc, words: started.append((nproc, words)) or 75)
     monkeypatch.delenv("RANK", raising=False)
     argv = ["scalekd", "cache-teacher", "--nproc", "2", "--views", "1"]
     monkeypatch.setattr(launcher.os, "environ", dict(launcher.os.environ))
     settings = build(launcher.LaunchConfig, {"nproc": "2"})
-    assert launcher.launch(settings, "cache-teacher", {}, argv) == 75
+    assert launcher.launch(settings, "cache-teacher", {}, argv, checked.append) == 75
     assert started == [(2, ["pipelines.cache_teacher", "--nproc", "2", "--views", "1"])]
-    assert launcher.launch(settings, "cache-teacher", {}, ["cache_teacher.py", "--nproc", "2"]) == 75
+    words = ["cache_teacher.py", "--nproc", "2"]
+    assert launcher.launch(settings, "cache-teacher", {}, words, checked.append) == 75
     assert started[1] == (2, ["pipelines.cache_teacher", "--nproc", "2"])
     launcher.os.environ["RANK"] = "1"
-    assert launcher.launch(settings, "cache-teacher", {}, argv) is None
-    assert len(started) == 2
+    assert launcher.launch(settings, "cache-teacher", {}, argv, checked.append) is None
+    assert len(started) == len(checked) == 2
 
 
 def test_a_node_of_several_needs_its_number():

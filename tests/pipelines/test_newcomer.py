@@ -12,7 +12,7 @@ import time
 import pytest
 from image_files import encoded, picture, write
 
-from pipelines import command
+from pipelines import command, launcher
 from pipelines.__main__ import SCALEKD
 
 CACHE = ("cache-teacher", "--data", "photos", "--teacher", "test_vit", "--pretrained", "false", "--size", "64")
@@ -121,7 +121,7 @@ MISTAKES = {
         "train.epochs cannot be two",
     ),
     "no views": ("cache-teacher --data photos --views 0", "out of range: 0"),
-    "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "train.global_batch_size="),
+    "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "lower it, for example --batch 16"),
     "another codec in the same cache": (" ".join((*CACHE, *SMALL, "--codec", "float16")), "int8"),
     "another size in the same cache": (
         " ".join((*CACHE, *SMALL, "--size", "96")),
@@ -157,6 +157,27 @@ def test_a_mistake_has_a_short_answer_and_leaves_nothing(name, home):
     answer = output[output.index("error: ") :].splitlines()
     assert len(answer) <= (4 if any(line.startswith("  got:") for line in answer) else 3), output
     assert max(map(len, answer)) < 300, output
+    assert everything(home) == before
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ("distill --cache caches/photos --student resnet5", "there is no model resnet5"),
+        ("distill --cache caches/photos --student resnet18,resnet5", "there is no model resnet5"),
+        ("distill --cache caches/photos --student resnet18 --targets cahced", "train.targets cannot be cahced"),
+        ("cache-teacher --codec in8", "there is no feature codec in8"),
+        ("cache-teacher --teacher vit_smal", "there is no model vit_smal"),
+        ("cache-teacher --student resnet5", "there is no model resnet5"),
+    ],
+)
+def test_a_mistype_is_found_before_several_processes_start(monkeypatch, home, words, text):
+    monkeypatch.setattr(launcher, "_torchrun", lambda *args: pytest.fail("torchrun was started"))
+    monkeypatch.setattr(launcher.os, "environ", {k: v for k, v in launcher.os.environ.items() if k != "RANK"})
+    before = everything(home)
+    status, output = typed(*words.split(), "--nproc", "2")
+    assert (status, output.count("\n")) == (2, 1), output
+    assert output.startswith(f"error: {text}")
     assert everything(home) == before
 
 
