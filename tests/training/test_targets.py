@@ -89,7 +89,7 @@ def test_the_losses_are_those_of_make_distill():
     assert labels.tolist() == batch.labels.tolist()
     terms = loss(*student(images), labels, target)
     torch.testing.assert_close(tuple(terms), tuple(expected), rtol=1e-6, atol=1e-7)
-    assert min(terms) > 0
+    assert min(terms[:6]) > 0 == terms.pooled  # only linear heads compare pooled features
     assert set(loss.state_dict()) == {f"heads.{name}" for name in loss.heads.state_dict()}  # does not contain the tail
     assert sum(parameter.numel() for parameter in loss.parameters()) == sum(p.numel() for p in loss.heads.parameters())
 
