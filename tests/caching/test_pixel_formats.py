@@ -11,6 +11,7 @@ from pipelines import inspect_cache
 from scalekd_cache.audit.describe import describe_record
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
+from scalekd_cache.caching import job
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
@@ -25,11 +26,11 @@ SUFFIX = {"webp": "webp", "jpeg-optimized": "jpg", "png": "png"}
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """{(pixel format, backend): (cache, digests of the images that were the teacher's input)}."""
+    """{(pixel format, backend): (cache, digests of the teacher's input images, forecast bytes)}."""
     folder, found = tmp_path_factory.mktemp("formats"), {}
     forward = Teacher.forward
     for kind, backend in (("webp", "webdataset"), ("webp", "zarr"), ("jpeg-optimized", "webdataset"), ("png", "zarr")):
-        seen = set()
+        seen, forecast = set(), []
 
         def watched(self, images, seen=seen):
             seen.update(pixel_digest(image.permute(1, 2, 0).numpy()) for image in images)
@@ -37,15 +38,16 @@ def made(tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Teacher, "forward", watched)
+            patch.setattr(job, "check_disk_space", lambda path, views, needed, asked=forecast: asked.append(needed))
             root = folder / f"{kind}-{backend}"
             few, recipe = {"max_samples": COUNT}, {"pixel_format": kind}
             cache = make(root, shared_weights(), data=few, views=recipe, cache={"backend": backend})
-        found[kind, backend] = cache, seen
+        found[kind, backend] = cache, seen, forecast[-1]
     return found
 
 
 def test_the_teacher_saw_what_is_stored(made):
-    for (kind, _), (cache, seen) in made.items():
+    for (kind, _), (cache, seen, _) in made.items():
         for view in range(2):
             for record in cache.read(range(len(cache)), view):
                 pixels = decode_pixels(record.pixels, 64)
@@ -84,7 +86,8 @@ def test_members_of_a_tar_have_the_suffix_of_their_format(made, tmp_path):
 
 
 def test_training_checks_and_reports_read_them(made):
-    for cache, _ in made.values():
+    for cache, _, forecast in made.values():
+        assert forecast == pytest.approx(cache.manifest.bytes_per_view["total"] * COUNT * 2, rel=0.05)
         batch = next(iter(make_loader(cache, order=Order(num_samples=COUNT, block=8, window=3, seed=5))))
         assert batch.images.shape[1:] == (3, 64, 64)
         assert describe_record(cache, 0, 3, None)["digest_ok"] is True
