@@ -85,7 +85,10 @@ def peak_memory_bytes() -> int:
     return 1024 * (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
-def timed(action: Callable[[], object], clock: Callable[[], float] = time.perf_counter) -> float:
+Clock = Callable[[], float]
+
+
+def timed(action: Callable[[], object], clock: Clock = time.perf_counter) -> float:
     """Seconds of one call."""
     start = clock()
     action()
@@ -93,9 +96,12 @@ def timed(action: Callable[[], object], clock: Callable[[], float] = time.perf_c
 
 
 def time_interleaved(
-    repeats: int, *, clock: Callable[[], float] = time.perf_counter, **actions: Callable[[], object]
+    repeats: int, *, clock: Clock = time.perf_counter, **actions: Callable[[], object]
 ) -> dict[str, list[float]]:
-    """Seconds of each action; every repeat runs all actions once, in order. `time.process_time` gives CPU seconds."""
+    """Seconds of each action; every repeat runs all actions once, in order.
+
+    `time.process_time` as the clock: CPU seconds of all threads of this process, on a machine that runs other work.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in actions}
     for _ in range(repeats):
         for name, action in actions.items():

@@ -25,6 +25,10 @@ class PlanConfig(CacheTeacherConfig):
     """Training epochs of each student (None: as in the recipe)."""
     gpu: str = "h100"
     """GPU model for the GPU-hours: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
+    heads: str | None = None
+    """Heads of the students: cap, lite or linear (None: as in the recipe)."""
+    feature_share: float | None = None
+    """Share of the samples that the feature losses use (None: as in the recipe)."""
     json: bool = False
     """Print JSON."""
 
@@ -37,9 +41,13 @@ class PlanConfig(CacheTeacherConfig):
 def main(given: Given) -> int:
     """Print the forecast; exit code 1 when the cache does not fit on the disk."""
     config = cache_teacher_config(PlanConfig, given)
-    training = build(
-        DistillConfig, recipe_section(config.recipe, "distill"), {"student.name": config.student or "resnet50"}
-    )
+    options = {
+        "student.name": config.student or "resnet50",
+        "scalekd.projector": config.heads,
+        "scalekd.feature_share": config.feature_share,
+    }
+    given_options = {name: value for name, value in options.items() if value is not None}
+    training = build(DistillConfig, recipe_section(config.recipe, "distill"), given_options)
     from scalekd_cache.distributed import this_process
     from scalekd_cache.planning.forecast import describe, forecast
 

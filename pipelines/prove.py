@@ -23,6 +23,10 @@ class ProveConfig:
     """Student whose gradients are compared: a short name or a timm name."""
     init: str | None = None
     """Folder with a trained student (None: random weights)."""
+    heads: str | None = None
+    """Heads: cap, lite or linear (None: as in the recipe)."""
+    feature_share: float | None = None
+    """Share of the samples that the feature losses use (None: as in the recipe, or as many as the cache has)."""
     recipe: str | None = None
     """Training recipe (None: the training options that the cache keeps)."""
     views: int = 256
@@ -57,6 +61,8 @@ def main(given: Given) -> int:
         "data": config.data,
         "pixels_from": config.pixels_from,
         "student.name": config.student,
+        "scalekd.projector": config.heads,
+        "scalekd.feature_share": config.feature_share,
         "train.seed": config.seed,
     }
     options = {name: value for name, value in options.items() if value is not None}

@@ -2,28 +2,42 @@
 
     python -m benchmarks.training.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 4] [--device cuda]
 
+Seconds are CPU seconds on a CPU, so that other work on the machine changes them little.
 One process without DeepSpeed, SGD, the same micro-batch for all kinds of steps, timed alternately:
 baseline (labels only), synthetic (ScaleKD heads, random targets already on the device), cached (targets and pixels
-through the real loader), live (pixels from the cache, targets from the teacher), teacher (forward pass only).
+through the real loader), live (pixels from the cache, targets from the teacher), teacher (forward pass only), and
+cached with cheaper heads and feature shares (`CHEAPER`).
 Peak memory comes from a fresh process that runs two steps of one kind: resident memory on a CPU (first pair only),
 memory allocated by PyTorch on a GPU.
 """
 
+import dataclasses
 import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.harness import Measurement, argument_parser, peak_memory_bytes, publish_table, ratio, time_interleaved
+from benchmarks.harness import (
+    Clock,
+    Measurement,
+    argument_parser,
+    peak_memory_bytes,
+    publish_table,
+    ratio,
+    time_interleaved,
+)
 from benchmarks.photographs import write_photographs
 from benchmarks.store.loader import make_cache
 from scalekd_cache.config.stage1 import TeacherConfig
-from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
@@ -33,17 +47,26 @@ from scalekd_cache.planning.costs import pair_costs
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
-from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_heads
+from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_heads
 from scalekd_cache.training.trainer import DistillModel
 
-PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 8), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 8)]
+PAIRS = [("resnet18", "swin_tiny_patch4_window7_224", 32), ("mobilenetv1_100", "swin_tiny_patch4_window7_224", 32)]
 GPU_PAIRS = [
     (student, "swin_large_patch4_window7_224", 256)
     for student in ("resnet50", "mobilenetv1_100", "vit_small_patch16_224")
 ]
 
 
-KINDS = ("baseline", "synthetic", "cached", "live", "teacher")
+CHEAPER: dict[str, dict[str, Any]] = {
+    "cached 1/2": {"feature_share": 0.5},
+    "cached 1/4": {"feature_share": 0.25},
+    "lite": {"projector": "lite"},
+    "lite 1/4": {"projector": "lite", "feature_share": 0.25},
+    "linear": {"projector": "linear"},
+    "linear 1/4": {"projector": "linear", "feature_share": 0.25},
+}
+"""Cached steps with options of `ScaleKDConfig`."""
+KINDS = ("baseline", "synthetic", "cached", "live", "teacher", *CHEAPER)
 PARTS = ("loader", "decoding", "forward", "backward", "optimizer")
 """Parts of a cached step, in order."""
 
@@ -57,19 +80,25 @@ def endless_loader(cache: Cache, batch: int, workers: int, device: torch.device)
     )
 
 
+def clock_of(device: torch.device) -> Clock:
+    """Wall time with a GPU, CPU time without one."""
+    return time.perf_counter if device.type == "cuda" else time.process_time
+
+
 class Stopwatch:
-    """Seconds between marks, by name; synchronizes a GPU first."""
+    """Seconds between marks, by name, by the benchmark's clock; synchronizes a GPU first."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.seconds, self._at = device, {name: [] for name in PARTS}, 0.0
+        self._clock = clock_of(device)
 
     def start(self) -> None:
-        self._at = time.perf_counter()
+        self._at = self._clock()
 
     def mark(self, name: str) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = self._clock()
         self.seconds[name].append(now - self._at)
         self._at = now
 
@@ -87,12 +116,13 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
     tail = load_cache_tail(cache, spec).to(device)
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
-    both, watch = {}, Stopwatch(device)
-    for with_heads in {kind != "baseline" for kind in kinds}:
-        student = build_student(config.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
-        heads = make_heads(config, student, tail) if with_heads else None
-        model = DistillModel(config, student, heads).to(device).train()
-        both[with_heads] = (model, make_optimizer(model, config.optim, 0.01))
+    models, watch = {}, Stopwatch(device)
+    for kind in {kind if kind in CHEAPER or kind == "baseline" else "cached" for kind in kinds}:
+        own = dataclasses.replace(config, scalekd=ScaleKDConfig(**CHEAPER.get(kind, {})))
+        student = build_student(own.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
+        heads = make_heads(own, student, tail) if kind != "baseline" else None
+        model = DistillModel(own, student, heads).to(device).train()
+        models[kind] = (model, make_optimizer(model, own.optim, 0.01), feature_samples(own.scalekd, cache, batch))
     loader = endless_loader(cache, batch, workers, device)
     batches = iter(loader)
     cached_source = TargetSource(loader.codec, loader.logit_codec)
@@ -102,8 +132,8 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
                    torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
                    torch.randn(batch, classes, device=device))  # fmt: skip
 
-    def step(targets: Targets | None, images: torch.Tensor, labels: torch.Tensor, watch: Stopwatch) -> None:
-        model, optimizer = both[targets is not None]
+    def step(kind: str, targets: Targets | None, images: Tensor, labels: Tensor, watch: Stopwatch) -> None:
+        model, optimizer, _ = models[kind]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
             loss = model(images, labels, targets, tail).total
         watch.mark("forward")
@@ -113,17 +143,17 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         optimizer.zero_grad(set_to_none=True)
         watch.mark("optimizer")
 
-    def cached() -> None:
+    def cached(kind: str, watch: Stopwatch) -> None:
         watch.start()
         loaded = next(batches).to(device)
         watch.mark("loader")
-        targets = cached_source(loaded)
+        targets = cached_source._replace(features=models[kind][2])(loaded)
         watch.mark("decoding")
-        step(targets, loaded.images, loaded.labels, watch)
+        step(kind, targets, loaded.images, loaded.labels, watch)
 
     def live() -> None:
         loaded = next(batches).to(device)
-        step(live_source(loaded), loaded.images, loaded.labels, Stopwatch(device))
+        step("cached", live_source(loaded), loaded.images, loaded.labels, Stopwatch(device))
 
     def forward() -> None:
         teacher(first.images)
@@ -131,11 +161,12 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
             torch.cuda.synchronize()
 
     actions = {
-        "baseline": lambda: step(None, first.images, first.labels, Stopwatch(device)),
-        "synthetic": lambda: step(synthetic, first.images, first.labels, Stopwatch(device)),
-        "cached": cached,
+        "baseline": lambda: step("baseline", None, first.images, first.labels, Stopwatch(device)),
+        "synthetic": lambda: step("cached", synthetic, first.images, first.labels, Stopwatch(device)),
+        "cached": lambda: cached("cached", watch),
         "live": live,
         "teacher": forward,
+        **{kind: partial(cached, kind, Stopwatch(device)) for kind in CHEAPER},
     }
     return {kind: actions[kind] for kind in kinds}, watch
 
@@ -188,12 +219,13 @@ def main(argv: Sequence[str] | None = None) -> None:
             actions, watch = steps(student, teacher, batch, cache, device, options.workers)
             for action in actions.values():
                 action()
-            seconds = time_interleaved(options.repeats, **actions)
+            seconds = time_interleaved(options.repeats, clock=clock_of(device), **actions)
         parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
         raw[f"{student} {teacher}"] = {**seconds, "parts of cached": watch.seconds, "peak_bytes": memory}
         ceiling = pair_costs(teacher, student).ceiling
         pair = f"{student}, {teacher.partition('_patch')[0]}"
         figures += pair_rows(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
+        figures += cheaper_rows(pair, seconds, student, teacher)
         figures += [breakdown_row(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
     publish_table("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
 
@@ -213,8 +245,26 @@ def pair_rows(
             Measurement(f"{pair}: live / cached", statistics.median(gain), (min(gain), max(gain)), "x",
                    f"upper limit {limit:.2f} in this run, {ceiling:.2f} by FLOPs", f"at least {0.95 * limit:.2f}", ""),
             ]  # fmt: skip
-    what, gap = f"{pair}: baseline / synthetic targets", "heads and tail (`make costs`)"
+    what, gap = f"{pair}: baseline / synthetic targets", "heads and tail (`scalekd costs`)"
     rows.append(ratio(what, seconds, "baseline", "synthetic", amount=batch, unit="images/s", goal="", gap=gap))
+    return rows
+
+
+def cheaper_rows(pair: str, seconds: dict[str, list[float]], student: str, teacher: str) -> list[Measurement]:
+    """Cost of a step over the baseline, by heads and feature share; gain over a live step, and what FLOPs allow."""
+    rows, full = [], pair_costs(teacher, student)
+    live = full.student.total + full.heads_total + full.teacher.forward
+    for kind in ("cached", *CHEAPER):
+        over = [a / b for a, b in zip(seconds[kind], seconds["baseline"], strict=True)]
+        gain = statistics.median(a / b for a, b in zip(seconds["live"], seconds[kind], strict=True))
+        costs = pair_costs(teacher, student, ScaleKDConfig(**CHEAPER.get(kind, {})))
+        own = costs.student.total + costs.heads_total
+        compared = f"{own / costs.student.total:.2f} by FLOPs; live / {kind} {gain:.2f}, {live / own:.2f} by FLOPs"
+        goals = {"cached 1/4": "at most 1.8 (ResNet-18)", "linear": "at most 1.15 (ResNet-18)"}
+        what = f"{pair}: {kind} / baseline"
+        rows.append(
+            Measurement(what, statistics.median(over), (min(over), max(over)), "x", compared, goals.get(kind, ""), "")
+        )
     return rows
 
 

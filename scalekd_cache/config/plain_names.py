@@ -37,10 +37,10 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "verify": _names(f"cache deep json {_OVERRIDES}"),
     "repair": _names(f"cache workers {_OVERRIDES}"),
     "inspect": _names("cache key index view out pixels_from json"),
-    "plan": _names(f"{_STAGE1} students epochs gpu json {_STAGE1_MORE}"),
-    "prove": _names(f"cache student views init recipe json {_OVERRIDES}"),
+    "plan": _names(f"{_STAGE1} students epochs gpu heads feature_share json {_STAGE1_MORE}"),
+    "prove": _names(f"cache student views init recipe heads feature_share json {_OVERRIDES}"),
     "fetch": _names("teacher"),
-    "costs": _names("teacher student all"),
+    "costs": _names("teacher student heads:scalekd.projector feature_share:scalekd.feature_share all"),
     "import-upstream": _names("ckpt out student classes s4_query"),
 }
 """Command -> plain name -> dotted name. Names have underscores here; on the command line hyphens work too."""

@@ -76,7 +76,7 @@ class ScaleKDHeads(nn.Module):
         self._first_pass: FirstPass | None = None
         self.tpp = config.tpp
         self.lite = config.projector == "lite"
-        self.hand_over = config.s4_query == "s3" and config.s3 and config.projector != "linear-tpp"
+        self.hand_over = config.s4_query == "s3" and config.s3 and config.projector in ("cap", "lite")
         on = term_weights(config)
         if config.projector == "linear":
             if on.s4_spatial > 0:

@@ -85,6 +85,24 @@ def test_lite_projectors_cost_at_most_a_quarter(student: str) -> None:
     assert any("tail, 1 pass" in part.name for part in lite.heads)
 
 
+@pytest.mark.parametrize(("student", "gain"), [("resnet18", 2.46), ("mobilenetv1", 3.87)])
+def test_a_feature_share_divides_the_cost_of_the_heads(student, gain):
+    """Live at share 1 over cached at share 1/4, by FLOPs; a learned query is projected once per batch at any share."""
+    teacher = "swin_tiny_patch4_window7_224"
+    full = costs.pair_costs(teacher, student)
+    quarter = costs.pair_costs(teacher, student, ScaleKDConfig(feature_share=0.25))
+    assert quarter.student == full.student
+    assert quarter.heads_total == pytest.approx(full.heads_total / 4, rel=0.01)
+    live = full.student.total + full.heads_total + full.teacher.forward
+    assert live / (quarter.student.total + quarter.heads_total) == pytest.approx(gain, abs=0.01)
+
+
+def test_linear_heads_cost_a_hundredth_of_the_student():
+    linear = costs.pair_costs("vit_small_patch14_dinov2", "resnet18", ScaleKDConfig(projector="linear"), 224)
+    assert [part.name for part in linear.heads] == ["S4 projector, linear"]
+    assert linear.heads_total < 0.01 * linear.student.total
+
+
 def test_command_and_committed_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "COSTS.md").read_text(encoding="utf-8")
     assert "scalekd costs --all" in page
