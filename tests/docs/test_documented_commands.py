@@ -23,7 +23,7 @@ def commands_of(page: Path) -> list[str]:
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".yaml":
         text = re.sub(r"^#", "", text, flags=re.MULTILINE).replace("\\\n", " ")
-    found = re.findall(r"make (?:cache-teacher|distill) [^`\n]*|torchrun [^`\n]*", text)
+    found = re.findall(r"(?:make|scalekd) (?:cache-teacher|distill) [^`\n]*|torchrun [^`\n]*", text)
     return [command for command in found if "..." not in command and "[" not in command]
 
 
@@ -38,16 +38,15 @@ def test_commands_parse(page: Path) -> None:
             assert options.module
             check(options.training_script.removeprefix("pipelines.").replace("_", "-"), options.training_script_args)
             continue
-        check_make(command)
+        (check_make if words[0] == "make" else check_scalekd)(command)
 
 
 def test_switches_of_the_ablations_are_options() -> None:
     page = (ROOT / "docs" / "METHOD.md").read_text(encoding="utf-8")
     table = page.partition("## Ablations")[2].partition("## Cost")[0]
-    switches = re.findall(r"scalekd\.\w+=\w+", table)
+    switches = re.findall(r"--(scalekd\.\w+) ([\w-]+)", table)
     assert len(switches) > 10
-    for switch in switches:
-        name, _, value = switch.partition("=")
+    for name, value in switches:
         build(DistillConfig, {name: value})
     names = next(line for line in table.splitlines() if line.startswith("| weights, temperature"))
     options = [name.removeprefix("scalekd.") for name in re.findall(r"`([\w.]+)`", names)]
