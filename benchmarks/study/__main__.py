@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import RESULTS, argument_parser, machine
+from benchmarks.harness import RESULTS, argument_parser, machine, run_command
 from benchmarks.study.demo_teachers import WIDTHS
-from benchmarks.study.plan import ARMS, CACHES, FORMS, Arm, Run, Setting, runs_of
+from benchmarks.study.plan import CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
 from scalekd_cache.errors import RunInterrupted, UserError
 from scalekd_cache.store.manifest import read_manifest
@@ -74,7 +74,7 @@ def stage1_command(setting: Setting, name: str, paths: StudyPaths, options: tupl
     folder = paths.work / setting.name / "caches"
     words = ["--cache.path", str(folder / name), *teacher_options(setting, name, paths)]
     if CACHES[name].own_pixels:
-        words += ["--recipe", setting.recipe, "--cache.num_views", str(setting.epochs), *dotted(setting.stage1)]
+        words += ["--recipe", setting.recipe, "--cache.num_views", str(setting.views or setting.epochs), *dotted(setting.stage1)]
         words += ["--data.source", paths.data] if setting.given and paths.data else []
     else:
         words += ["--cache.pixels_from", str(folder / "default")]
@@ -84,12 +84,12 @@ def stage1_command(setting: Setting, name: str, paths: StudyPaths, options: tupl
 
 def stage2_command(setting: Setting, run: Run, paths: StudyPaths) -> list[str]:
     """Arguments of `pipelines.distill` for a run."""
-    arm = ARMS[run.arm]
+    arm, epochs = setting.arms[run.arm], setting.epochs_of(run.arm)
     return [
         "--cache", str(paths.work / setting.name / "caches" / arm.cache), "--run", str(run_folder(run, paths)),
         "--student.name", run.student, "--train.targets", arm.targets, "--train.seed", str(run.seed),
-        "--train.epochs", str(setting.epochs), "--train.eval_epochs", str(setting.epochs),
-        "--train.checkpoint_epochs", str(max(setting.epochs // 2, 1)), "--train.keep_checkpoints", "1",
+        "--train.epochs", str(epochs), "--train.eval_epochs", str(epochs),
+        "--train.checkpoint_epochs", str(max(epochs // 2, 1)), "--train.keep_checkpoints", "1",
         *(["--train.views", str(arm.views)] if arm.views else []),
         *(["--teacher_weights", paths.teacher_weights] if setting.given and paths.teacher_weights else []),
         *dotted(setting.stage2), *dotted(arm.options),
@@ -102,15 +102,17 @@ def run_folder(run: Run, paths: StudyPaths) -> Path:
 
 
 @contextmanager
-def codec_ablations(arm: Arm) -> Iterator[None]:
+def ablations(arm: Arm) -> Iterator[None]:
     """Apply the ablations of an arm that have no command-line option (`evaluation.py`)."""
-    from benchmarks.study.evaluation import decoded_norms, without_dither
+    from benchmarks.study.evaluation import decoded_norms, heads_on_one_of, without_dither
 
     with ExitStack() as stack:
         if not CACHES[arm.cache].dither:
             stack.enter_context(without_dither())
         if arm.norms == "decoded":
             stack.enter_context(decoded_norms())
+        if arm.heads_every > 1:
+            stack.enter_context(heads_on_one_of(arm.heads_every))
         yield
 
 
@@ -132,7 +134,7 @@ def run_logged(log: Path, command: Any, argv: list[str]) -> None:
     """Run a command in this process and append its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
-        command(argv)
+        run_command(command, argv)
 
 
 def make_cache(setting: Setting, name: str, paths: StudyPaths) -> Path:
@@ -147,10 +149,10 @@ def make_cache(setting: Setting, name: str, paths: StudyPaths) -> Path:
 
     print(f"  making the cache {setting.name}/{name}", flush=True)
     train_teacher(setting, name, paths)
-    with Timer() as timer, codec_ablations(Arm(cache=name)):
+    with Timer() as timer, ablations(Arm(cache=name)):
         options = resolve_options(setting, name, paths)
         argv = stage1_command(setting, name, paths, options)
-        run_logged(paths.work / setting.name / "logs" / f"cache-{name}.log", cache_teacher.main, argv)
+        run_logged(paths.work / setting.name / "logs" / f"cache-{name}.log", cache_teacher.COMMAND, argv)
     manifest = read_manifest(root)
     append_line(
         file,
@@ -202,12 +204,12 @@ def train(setting: Setting, run: Run, paths: StudyPaths, evaluators: dict[str, A
     from benchmarks.study.evaluation import HeldOutLosses
     from pipelines import distill
 
-    arm, folder = ARMS[run.arm], run_folder(run, paths)
+    arm, folder = setting.arms[run.arm], run_folder(run, paths)
     cache = make_cache(setting, arm.cache, paths)
     argv = stage2_command(setting, run, paths)
     resumed = (folder / "metrics.jsonl").exists()
-    with Timer() as timer, codec_ablations(arm):
-        run_logged(paths.work / setting.name / "logs" / f"{folder.name}.log", distill.main, argv)
+    with Timer() as timer, ablations(arm):
+        run_logged(paths.work / setting.name / "logs" / f"{folder.name}.log", distill.COMMAND, argv)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     if setting.name not in evaluators:
         weights = paths.teacher_weights if setting.given else None
@@ -215,7 +217,7 @@ def train(setting: Setting, run: Run, paths: StudyPaths, evaluators: dict[str, A
     same_teacher = CACHES[arm.cache].teacher is None
     held_out = evaluators[setting.name].losses(folder) if same_teacher and arm.targets != "none" else None
     metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    last = [line["loss"] for line in metrics if line.get("epoch") == setting.epochs - 1 and "loss" in line]
+    last = [line["loss"] for line in metrics if line.get("epoch") == summary["epochs"] - 1 and "loss" in line]
     return {
         "key": run.key, **run._asdict(), **{name: summary[name] for name in FROM_SUMMARY},
         "feature_bytes": read_manifest(cache).bytes_per_view["features"],
@@ -245,7 +247,7 @@ def run_pending(settings: list[Setting], paths: StudyPaths, budget_s: float) -> 
     started = time.monotonic()
     for number, (setting, run) in enumerate(todo):
         spent = time.monotonic() - started
-        ahead = [seconds_of(later, read_lines(paths.results / f"{one.name}.jsonl")) for one, later in todo[number:]]
+        ahead = [seconds_of(one, later, read_lines(paths.results / f"{one.name}.jsonl")) for one, later in todo[number:]]
         if spent + (ahead[0] or 0) > budget_s:
             print(f"time limit reached: {len(todo) - number} runs remain; rerun to resume", flush=True)
             return False

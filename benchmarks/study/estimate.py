@@ -10,17 +10,18 @@ from typing import Any
 
 import torch
 
-from benchmarks.study.plan import ARMS, CACHES, Run, Setting, runs_of
+from benchmarks.study.plan import CACHES, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, read_lines
 
 START_S = 5.0
 """Seconds per run for evaluation, export and checkpoints."""
 
 
-def seconds_of(run: Run, lines: Sequence[Line]) -> float | None:
-    """Mean wall time of finished runs of the same student and targets; None if there are none."""
-    kind = (run.student, ARMS[run.arm].targets)
-    walls = [line["wall_s"] for line in lines if (line["student"], ARMS[line["arm"]].targets) == kind]
+def seconds_of(setting: Setting, run: Run, lines: Sequence[Line]) -> float | None:
+    """Mean wall time of finished runs of the same student and arm, else of the same targets; None if there are none."""
+    mine, kind = [line for line in lines if line["student"] == run.student], setting.arms[run.arm].targets
+    walls = [line["wall_s"] for line in mine if line["arm"] == run.arm]
+    walls = walls or [line["wall_s"] for line in mine if setting.arms[line["arm"]].targets == kind]
     return sum(walls) / len(walls) if walls else None
 
 
@@ -98,13 +99,13 @@ def print_estimate(settings: Sequence[Setting], paths: Any) -> None:
         measured: dict[str, dict[str, float]] = {}
         minutes, values = 0.0, 0.0
         for run in runs:
-            known = seconds_of(run, lines)
+            known = seconds_of(setting, run, lines)
             if known is None:
                 if run.student not in measured:
                     measured[run.student], values = measured_steps(setting, run.student)
-                known = START_S + steps * measured[run.student][ARMS[run.arm].targets]
+                known = START_S + steps * measured[run.student][setting.arms[run.arm].targets]
             minutes += known / 60
-        caches = {ARMS[run.arm].cache for run in runs_of(setting)}
+        caches = {setting.arms[run.arm].cache for run in runs_of(setting)}
         size = recipe_section(setting.recipe, "cache")["views"]["size"]
         views = images * setting.epochs
         own = {name: 4000 + 0.3 * size * size if CACHES[name].own_pixels else 2000 for name in caches}

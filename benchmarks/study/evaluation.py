@@ -4,6 +4,7 @@ In: a finished run with its checkpoint, the live teacher. Out: loss terms on hel
 Invariant: no file is changed, and code patched for an ablation is restored afterwards.
 """
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -27,10 +28,11 @@ from scalekd_cache.distributed import this_process
 from scalekd_cache.models.evaluate import ValidationImages
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.scalekd.losses import LossTerms
+from scalekd_cache.scalekd.losses import LossTerms, TermWeights
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.checkpoint import MODEL, latest_checkpoint
 from scalekd_cache.training.run_files import read_config
+from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.views.view import apply_view, sample_view
 
 BATCH = 64
@@ -59,6 +61,25 @@ def decoded_norms() -> Iterator[None]:
         return FeatureMap(features, feature_norms(features))
 
     with patch.object(TransformCodec, "decode", own):
+        yield
+
+
+@contextmanager
+def heads_on_one_of(count: int) -> Iterator[None]:
+    """Ablation: the heads see the first of every `count` micro-batches, with feature terms times `count`."""
+    forward, calls = DistillModel.forward, itertools.count()
+
+    def some(self: DistillModel, *inputs: Any) -> LossTerms:
+        if next(calls) % count == 0:
+            terms = forward(self, *inputs)
+            return terms._replace(**{name: count * getattr(terms, name) for name in TermWeights._fields})
+        heads, self.heads = self.heads, None
+        try:
+            return forward(self, *inputs)
+        finally:
+            self.heads = heads
+
+    with patch.object(DistillModel, "forward", some):
         yield
 
 
@@ -149,7 +170,6 @@ class HeldOutLosses:
     def losses(self, run: Path) -> dict[str, float]:
         """Mean weighted loss terms of a finished run's student and heads, in eval mode."""
         from scalekd_cache.training.targets import make_heads
-        from scalekd_cache.training.trainer import DistillModel
 
         options = read_config(run)
         config = DistillConfig(

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, argument_parser, pyplot
-from benchmarks.study.plan import ARMS, FORMS, Question, Setting, canonical
+from benchmarks.study.plan import FORMS, Question, Setting, canonical
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired, read_lines
 
 MARGIN = 0.5
@@ -91,7 +91,7 @@ def tables_of(setting: Setting, lines: list[Line], caches: list[Line]) -> str:
             loss, loss_spread, losses_count = mean_and_std(mine, arm, "held_out_features")
             some = next(line for line in mine if line["arm"] == arm)
             wall, cpu = (mean_and_std(mine, arm, name)[0] for name in ("wall_s", "cpu_s"))
-            kept = f"{some['feature_bytes']:,.0f}" if ARMS[arm].targets == "cached" else "-"
+            kept = f"{some['feature_bytes']:,.0f}" if setting.arms[arm].targets == "cached" else "-"
             rows.append([student, arm, str(count), f"{top1:.2f} ± {spread:.2f}",
                          f"{loss:.4f} ± {loss_spread:.4f}" if losses_count else "-", str(some["views"]), kept,
                          f"{wall:.0f}", f"{cpu:.0f}"])  # fmt: skip

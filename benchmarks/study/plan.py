@@ -7,6 +7,7 @@ An arm defines what varies. Everything else (views, order, initialization, steps
 and seed, so two arms of one question are paired by (student, seed).
 """
 
+from collections.abc import Mapping
 from typing import Literal, NamedTuple
 
 
@@ -66,6 +67,10 @@ class Arm(NamedTuple):
     """Stage-2 options, dotted.key=value."""
     norms: Literal["stored", "decoded"] = "stored"
     """Norms that the losses divide targets by; `decoded` is the ablation: the norms of the decoded map."""
+    length: float = 1.0
+    """Epochs as a multiple of the setting's."""
+    heads_every: int = 1
+    """Ablation: the heads see one of this many micro-batches of a step, and feature weights grow by as much."""
 
 
 ARMS: dict[str, Arm] = {
@@ -110,10 +115,18 @@ class Setting(NamedTuple):
     """dotted.key=value for every cache."""
     stage2: tuple[str, ...] = ()
     """dotted.key=value for every run."""
+    arms: Mapping[str, Arm] = ARMS
+    """Arms by name."""
+    views: int | None = None
+    """Views of every cache (None: one per epoch)."""
     given: bool = True
     """The user provides data and teacher. False: the demo's."""
     held_out: int = 512
     """Held-out images on which losses against the live teacher are measured."""
+
+    def epochs_of(self, arm: str) -> int:
+        """Epochs of an arm."""
+        return round(self.epochs * self.arms[arm].length)
 
 
 def _bits(*bits: int, seeds: int = 3) -> tuple[Question, ...]:

@@ -1,7 +1,7 @@
 """Paired differences and their confidence intervals, from the study's result lines.
 
-In: lines written by `__main__.py`. Out: numbers. Invariant: two runs are compared only if student, seed and number of
-steps agree; seeds that one arm lacks are ignored in the other.
+In: lines written by `__main__.py`. Out: numbers. Invariant: two runs are compared only if student, seed and, unless
+the caller compares lengths, number of steps agree; seeds that one arm lacks are ignored in the other.
 """
 
 import json
@@ -30,12 +30,17 @@ class Difference(NamedTuple):
         return -margin < self.low and self.high < margin
 
 
-def paired(lines: Iterable[Line], arm: str, against: str, value: str = "top1") -> list[float]:
-    """Differences arm - against for every (setting, student, seed, steps) that both have, sorted by seed."""
+def paired(
+    lines: Iterable[Line], arm: str, against: str, value: str = "top1", same_steps: bool = True
+) -> list[float]:
+    """Differences arm - against for every (setting, student, seed, steps) that both have, sorted by seed.
+
+    Arms of different lengths are compared only with `same_steps=False`.
+    """
     values: dict[str, dict[tuple[Any, ...], float]] = {arm: {}, against: {}}
     for line in lines:
         if line["arm"] in values and line.get(value) is not None:
-            pair = (line["seed"], line["setting"], line["student"], line["steps"])
+            pair = (line["seed"], line["setting"], line["student"], line["steps"] if same_steps else None)
             values[line["arm"]][pair] = float(line[value])
     return [values[arm][pair] - values[against][pair] for pair in sorted(values[arm].keys() & values[against].keys())]
 

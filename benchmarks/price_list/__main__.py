@@ -1,0 +1,82 @@
+"""The price list: accuracy against the cost of training, for heads, feature shares and lengths of training.
+
+    python -m benchmarks.price_list --setting demo [--hours 1]
+    python -m benchmarks.price_list --setting demo --plan            # cost of a step and estimated hours only
+    python -m benchmarks.price_list --setting cifar10 --data data/cifar10-small --teacher-weights teachers/file.safetensors
+
+In: the plan in `plan.py`. Out: one JSON line per run in benchmarks/results/price-list/<setting>.jsonl, the cost of a
+step of every arm in <setting>-steps.json, then the figures and tables of `figures.py`. The runs are those of the study
+(`benchmarks/study`): resumable, one line per finished run.
+"""
+
+import sys
+from pathlib import Path
+
+from benchmarks.harness import RESULTS, argument_parser
+from benchmarks.price_list.costs import measure
+from benchmarks.price_list.figures import draw
+from benchmarks.price_list.plan import SETTINGS
+from benchmarks.study.__main__ import StudyPaths, make_cache, pending, run_pending
+from benchmarks.study.estimate import START_S, images_of
+from benchmarks.study.plan import Setting
+from benchmarks.study.statistics import read_lines
+from scalekd_cache.errors import RunInterrupted, UserError
+
+PRICE_RESULTS = RESULTS / "price-list"
+
+
+def print_estimate(setting: Setting, paths: StudyPaths, seconds: dict[str, float]) -> float:
+    """Print cost and length of every arm; returns the estimated hours of the runs without result line."""
+    from benchmarks.price_list.costs import config_of
+
+    todo = [run.arm for run in pending(setting, paths)]
+    lines = read_lines(paths.results / f"{setting.name}.jsonl")
+    images, total = images_of(setting, paths.data), 0.0
+    for arm, cost in seconds.items():
+        steps = setting.epochs_of(arm) * (images // config_of(setting, setting.arms[arm]).train.global_batch_size)
+        walls = [line["wall_s"] for line in lines if line["arm"] == arm]
+        each = sum(walls) / len(walls) if walls else START_S + steps * cost
+        total += todo.count(arm) * each
+        print(
+            f"  {arm:26} {1000 * cost:6.1f} ms per step, {cost / seconds['baseline']:5.2f} x baseline, {steps:5} steps, "
+            f"about {each:4.0f} s per run, {todo.count(arm)} runs left"
+        )
+    print(f"{setting.name}: {len(todo)} runs left, about {total / 3600:.2f} hours", flush=True)
+    return total / 3600
+
+
+def main() -> None:
+    """Parse options, print the estimate, run, and plot."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--setting", choices=SETTINGS, default="demo")
+    parser.add_argument("--data", help="image folder (the demo settings need none)")
+    parser.add_argument("--teacher-weights", help="teacher for --data (benchmarks/study/finetune_teacher.py)")
+    parser.add_argument("--work", type=Path, default=Path("runs/price-list"), help="folder for caches and runs")
+    parser.add_argument("--results", type=Path, default=PRICE_RESULTS)
+    parser.add_argument(
+        "--hours", type=float, default=float("inf"), help="start no run that would end after this many hours"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
+    options = parser.parse_args()
+    setting = SETTINGS[options.setting]
+    paths = StudyPaths(options.work, options.results, options.data, options.teacher_weights)
+    if setting.given and not (paths.data and paths.teacher_weights):
+        raise UserError(f"{setting.name} needs --data and --teacher-weights", fix="see docs/PRICE_LIST.md")
+    seconds = measure(setting, make_cache(setting, "default", paths), paths.results / f"{setting.name}-steps.json")
+    print_estimate(setting, paths, seconds)
+    if options.plan:
+        return
+    complete = run_pending([setting], paths, 3600 * options.hours)
+    draw(paths.results)
+    sys.exit(0 if complete else 75)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunInterrupted as stop:
+        print(f"{stop}\nrerun the same command to resume", file=sys.stderr)
+        sys.exit(stop.exit_code)

@@ -1,0 +1,93 @@
+"""The plan of the price list as data, in the terms of the study's plan (`benchmarks/study/plan.py`).
+
+In: the name of a setting. Out: its arms and questions. Invariant: an arm's name says its heads and its share; arms of
+one question have the same seeds, so they are paired.
+"""
+
+from benchmarks.study.plan import Arm, Question, Setting
+
+
+def heads(projector: str = "cap", share: float = 1.0, length: float = 1.0, *options: str) -> Arm:
+    """An arm with some heads, a feature share, and a multiple of the setting's epochs."""
+    named = (f"scalekd.projector={projector}", f"scalekd.feature_share={share:g}", *options)
+    return Arm(options=named, length=length)
+
+
+SHARES = (1.0, 0.5, 0.25, 0.125)
+LAYER_NORM = "scalekd.cap_norm=layer"
+MICRO_32 = "train.micro_batch_size=32"
+EQUAL_COST = {"cap-0.25": 1.5, "lite": 1.75, "linear": 2.5}
+"""Epochs, as a multiple, at about the cost of `cap-1` (demo: 1.46, 1.72, 2.50 in `demo-steps.json`)."""
+
+
+def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
+    """All arms, with the lengths of those of equal cost."""
+    return {
+        **{"baseline" + ("" if times == 1 else f"-{times}x"): Arm(targets="none", length=times) for times in (1, 2, 4)},
+        **{f"cap-{share:g}": heads(share=share) for share in SHARES},
+        "lite": heads("lite"),
+        "lite-0.25": heads("lite", 0.25),
+        "linear": heads("linear"),
+        "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
+        "cap-0.25-equal-cost": heads(share=0.25, length=equal_cost["cap-0.25"]),
+        "lite-equal-cost": heads("lite", length=equal_cost["lite"]),
+        "linear-equal-cost": heads("linear", length=equal_cost["linear"]),
+        "cap-1-of-4-micro-batches": heads()._replace(heads_every=4),
+        "cap-1-layer-norm": heads("cap", 1.0, 1.0, LAYER_NORM),
+        "cap-0.25-layer-norm": heads("cap", 0.25, 1.0, LAYER_NORM),
+        "cap-1-micro-32": heads("cap", 1.0, 1.0, MICRO_32),
+        "cap-0.25-micro-32": heads("cap", 0.25, 1.0, MICRO_32),
+    }
+
+
+FIRST = ("baseline", "cap-0.25", "lite", "linear", "cap-0.25-equal-cost")
+REST = ("cap-0.5", "cap-0.125", "lite-0.25", "logits-only", "baseline-2x", "baseline-4x", "lite-equal-cost",
+        "linear-equal-cost")  # fmt: skip
+DEMO = Setting(
+    name="demo",
+    recipe="demo",
+    epochs=8,
+    student="test_resnet",
+    views=32,
+    stage1=("data.max_samples=360", "cache.views_per_group=8"),
+    stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
+    given=False,
+    arms=arms(EQUAL_COST),
+    questions=(Question("price", "cap-1", FIRST, 8), Question("rest of the list", "cap-1", REST, 8)),
+)
+"""176 steps of one micro-batch of 16."""
+DEMO_LONG = DEMO._replace(
+    name="demo-long",
+    epochs=24,
+    views=96,
+    stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
+)
+"""264 steps of one micro-batch of 32."""
+DEMO_MICRO = DEMO._replace(
+    name="demo-micro",
+    epochs=12,
+    views=12,
+    stage1=("data.max_samples=360", "cache.views_per_group=4"),
+    stage2=("train.global_batch_size=32", "train.micro_batch_size=8", "optim.lr=2e-3"),
+    questions=(
+        Question("the two ways", "cap-1", ("cap-0.25", "cap-1-of-4-micro-batches", "baseline"), 8),
+        Question("groups of 8", "cap-1-micro-32", ("cap-0.25-micro-32",), 8),
+        Question("layer norm", "cap-1-layer-norm", ("cap-0.25-layer-norm",), 8),
+    ),
+)
+"""132 steps of four micro-batches of 8: which samples should have features?"""
+CIFAR = Setting(
+    name="cifar10",
+    recipe="cifar10-small",
+    epochs=8,
+    student="test_resnet",
+    views=32,
+    stage1=("data.max_samples=2000", "cache.views_per_group=8"),
+    stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
+    arms=arms(EQUAL_COST),
+    questions=(Question("price", "cap-1", FIRST, 4), Question("rest of the list", "cap-1", REST, 4)),
+)
+"""--data, --teacher-weights: as for the study (docs/STUDY.md)."""
+FASHION = CIFAR._replace(name="fashion-mnist")
+"""--data, --teacher-weights: an image folder of Fashion-MNIST and TinyViT fine-tuned on it."""
+SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION)}
