@@ -1,2 +1,164 @@
-def draw(results):
-    pass
+"""Tables and charts of the price list, computed from its result lines and the cost of a step.
+
+    python -m benchmarks.price_list.figures [--results benchmarks/results/price-list]
+
+In: <setting>.jsonl, <setting>-steps.json. Out: <setting>.png (accuracy against the cost of a step and against the cost
+of the training, one curve per method, and all paired differences), and tables.md, which is also printed. Invariant:
+every number is in a line or in the cost file, or is a mean, standard deviation or paired interval of such numbers.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.harness import RESULTS, argument_parser, pyplot
+from benchmarks.price_list.costs import flops
+from benchmarks.price_list.plan import SETTINGS
+from benchmarks.study.figures import draw_differences, load, table, text_of, verdict
+from benchmarks.study.plan import Setting
+from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired
+
+METHODS = {
+    "baseline": ("baseline", "baseline-2x", "baseline-4x"),
+    "cap": ("cap-0.125", "cap-0.25", "cap-0.5", "cap-1"),
+    "lite": ("lite-0.25", "lite"),
+    "linear": ("linear",),
+    "logits only": ("logits-only",),
+}
+"""The curves: arms of one method with the setting's epochs, cheapest step first. Baselines differ in epochs only."""
+LONGER = {"cap": ("cap-0.25", "cap-0.25-equal-cost"), "lite": ("lite", "lite-equal-cost"),
+          "linear": ("linear", "linear-equal-cost")}  # fmt: skip
+"""The same method with more epochs."""
+
+
+def read_costs(results: Path, setting: Setting) -> dict[str, float]:
+    """CPU seconds per step by arm."""
+    seconds: dict[str, float] = json.loads((results / f"{setting.name}-steps.json").read_text(encoding="utf-8"))[
+        "seconds"
+    ]
+    return seconds
+
+
+def differences(setting: Setting, lines: Sequence[Line]) -> dict[tuple[str, str], Difference]:
+    """Paired differences of top-1 of the setting's questions, by (arm, reference); also those from the baseline."""
+    found: dict[tuple[str, str], Difference] = {}
+    for question in setting.questions:
+        for arm in (question.against, *question.arms):
+            for reference in (question.against, "baseline"):
+                pairs = paired(lines, arm, reference, same_steps=False) if arm != reference else []
+                if len(pairs) > 1:
+                    found[arm, reference] = interval(pairs)
+    return found
+
+
+def tables_of(setting: Setting, lines: list[Line], costs: dict[str, float]) -> str:
+    """Cost and accuracy of all arms, and all paired differences."""
+    rows = []
+    for arm in costs:
+        mine = [line for line in lines if line["arm"] == arm]
+        if mine:
+            (top1, spread, count), (loss, _, losses) = (mean_and_std(mine, arm, name) for name in ("top1", FEATURES))
+            cpu, steps = mean_and_std(mine, arm, "cpu_s")[0], mine[0]["steps"]
+            rows.append([arm, str(mine[0]["epochs"]), str(steps), f"{costs[arm] / costs['baseline']:.2f}",
+                         f"{training_cost(lines, costs, arm):.2f}", f"{cpu:.0f}", str(count),
+                         f"{top1:.2f} ± {spread:.2f}", f"{loss:.4f}" if losses else "-"])  # fmt: skip
+    head = ["arm", "epochs", "steps", "cost of a step", "cost of the training", "CPU s per run", "seeds", "top-1 %",
+            "held-out feature loss"]  # fmt: skip
+    parts = [f"## {setting.name}\n", "Costs: CPU time, baseline = 1.\n", table(head, rows)]
+    rows = [
+        [f"{arm} - {reference}", str(one.pairs), text_of(one, 2), verdict(one)]
+        for (arm, reference), one in differences(setting, lines).items()
+    ]
+    return "\n".join([*parts, table(["difference", "pairs", "top-1, points [95 %]", "verdict"], rows)])
+
+
+FEATURES = "held_out_features"
+
+
+def training_cost(lines: Sequence[Line], costs: dict[str, float], arm: str) -> float:
+    """Cost of all steps of an arm over that of the baseline's."""
+    steps = {line["arm"]: line["steps"] for line in lines}
+    return costs[arm] * steps[arm] / (costs["baseline"] * steps["baseline"])
+
+
+def flops_table() -> str:
+    """Cost of a cached step of Swin-L -> ResNet-50 over the baseline's, by heads and share."""
+    ratios = flops()
+    shares = sorted({share for _, share in ratios}, reverse=True)
+    rows = [[name, *(f"{ratios[name, share]:.2f}" for share in shares)] for name in ("cap", "lite", "linear")]
+    head = ["heads", *(f"share {share:g}" for share in shares)]
+    return f"## FLOPs of a step, Swin-L -> ResNet-50, baseline = 1\n\n{table(head, rows)}"
+
+
+def complete(lines: list[Line]) -> list[Line]:
+    """The lines of the arms with the most seeds: means over different seeds are not comparable."""
+    seeds = {arm: {line["seed"] for line in lines if line["arm"] == arm} for arm in {line["arm"] for line in lines}}
+    most = max(seeds.values(), key=len)
+    return [line for line in lines if seeds[line["arm"]] == most]
+
+
+def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Path) -> None:
+    """Accuracy against cost of a step and of the training, and paired differences."""
+    plt, found, shown = pyplot(), differences(setting, lines), complete(lines)
+    have = {line["arm"] for line in shown}
+    figure, axes = plt.subplots(1, 3, figsize=(16, max(5, 1.2 + 0.24 * len(found))), layout="constrained")
+    for number, (method, members) in enumerate(METHODS.items()):
+        color = f"C{number}"
+        arms = [arm for arm in members if arm in have]
+        curve(axes[0], shown, {arm: costs[arm] / costs["baseline"] for arm in arms[:1] + arms[1:] * (number > 0)},
+              color, method)  # fmt: skip
+        lengths = arms if method == "baseline" else [arm for arm in LONGER.get(method, members) if arm in have]
+        extra = ["cap-1"] if method == "cap" and "cap-1" in have else []
+        for group in (lengths, extra):
+            curve(axes[1], shown, {arm: training_cost(shown, costs, arm) for arm in group}, color, method)
+    count = len({line["seed"] for line in shown})
+    axes[0].set_xlabel("cost of a step (CPU time, baseline = 1)")
+    axes[1].set_xlabel("cost of the training (CPU time, baseline = 1); lines: more epochs")
+    for axis in axes[:2]:
+        axis.set_ylabel(f"top-1 %, mean and standard error over {count} seeds")
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    draw_differences(axes[2], [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()])
+    figure.suptitle(
+        f"{setting.name}: {setting.epochs} epochs, {lines[0]['student']}, teacher {lines[0]['teacher_top1']:.1f} %"
+    )
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def curve(axis: Any, lines: list[Line], costs: dict[str, float], color: str, label: str) -> None:
+    """One method: a point with its standard error per arm."""
+    if not costs:
+        return
+    points = [(cost, *mean_and_std(lines, arm)) for arm, cost in costs.items()]
+    errors = [spread / max(count, 1) ** 0.5 for _, _, spread, count in points]
+    axis.errorbar([one[0] for one in points], [one[1] for one in points], errors, marker="o", capsize=3, color=color,
+                  label=label)  # fmt: skip
+    for (cost, mean, _, _), arm in zip(points, costs, strict=True):
+        axis.annotate(arm, (cost, mean), textcoords="offset points", xytext=(5, 5), fontsize=7, color=color)
+
+
+def draw(results: Path) -> None:
+    """Draw all settings that have lines and write the tables."""
+    texts = [flops_table()]
+    for name, setting in SETTINGS.items():
+        lines = load(results, name)
+        if any(line["arm"] == "baseline" for line in lines):
+            costs = read_costs(results, setting)
+            texts.append(tables_of(setting, lines, costs))
+            chart(setting, lines, costs, results / f"{name}.png")
+    text = "\n".join(texts)
+    (results / "tables.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def main() -> None:
+    """Parse options and draw."""
+    parser = argument_parser(__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS / "price-list")
+    draw(parser.parse_args().results)
+
+
+if __name__ == "__main__":
+    main()

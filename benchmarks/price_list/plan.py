@@ -41,8 +41,16 @@ def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
 
 
 FIRST = ("baseline", "cap-0.25", "lite", "linear", "cap-0.25-equal-cost")
-REST = ("cap-0.5", "cap-0.125", "lite-0.25", "logits-only", "baseline-2x", "baseline-4x", "lite-equal-cost",
-        "linear-equal-cost")  # fmt: skip
+LONGER = ("baseline-2x", "baseline-4x", "linear-equal-cost", "lite-equal-cost")
+REST = ("cap-0.5", "cap-0.125", "lite-0.25", "logits-only")
+
+
+def questions(seeds: int) -> tuple[Question, ...]:
+    """The price list, most important arms first."""
+    parts = {"price": FIRST, "more epochs": LONGER, "rest of the list": REST}
+    return tuple(Question(name, "cap-1", members, seeds) for name, members in parts.items())
+
+
 DEMO = Setting(
     name="demo",
     recipe="demo",
@@ -53,7 +61,7 @@ DEMO = Setting(
     stage2=("train.global_batch_size=16", "train.micro_batch_size=16", "optim.lr=2e-3"),
     given=False,
     arms=arms(EQUAL_COST),
-    questions=(Question("price", "cap-1", FIRST, 8), Question("rest of the list", "cap-1", REST, 8)),
+    questions=questions(8),
 )
 """176 steps of one micro-batch of 16."""
 DEMO_LONG = DEMO._replace(
@@ -70,7 +78,8 @@ DEMO_MICRO = DEMO._replace(
     stage1=("data.max_samples=360", "cache.views_per_group=4"),
     stage2=("train.global_batch_size=32", "train.micro_batch_size=8", "optim.lr=2e-3"),
     questions=(
-        Question("the two ways", "cap-1", ("cap-0.25", "cap-1-of-4-micro-batches", "baseline"), 8),
+        Question("the two ways", "cap-1", ("cap-0.25", "cap-1-of-4-micro-batches"), 8),
+        Question("baseline", "cap-1", ("baseline",), 8),
         Question("groups of 8", "cap-1-micro-32", ("cap-0.25-micro-32",), 8),
         Question("layer norm", "cap-1-layer-norm", ("cap-0.25-layer-norm",), 8),
     ),
@@ -85,7 +94,7 @@ CIFAR = Setting(
     stage1=("data.max_samples=2000", "cache.views_per_group=8"),
     stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
     arms=arms(EQUAL_COST),
-    questions=(Question("price", "cap-1", FIRST, 4), Question("rest of the list", "cap-1", REST, 4)),
+    questions=questions(4),
 )
 """--data, --teacher-weights: as for the study (docs/STUDY.md)."""
 FASHION = CIFAR._replace(name="fashion-mnist")

@@ -74,7 +74,13 @@ def stage1_command(setting: Setting, name: str, paths: StudyPaths, options: tupl
     folder = paths.work / setting.name / "caches"
     words = ["--cache.path", str(folder / name), *teacher_options(setting, name, paths)]
     if CACHES[name].own_pixels:
-        words += ["--recipe", setting.recipe, "--cache.num_views", str(setting.views or setting.epochs), *dotted(setting.stage1)]
+        words += [
+            "--recipe",
+            setting.recipe,
+            "--cache.num_views",
+            str(setting.views or setting.epochs),
+            *dotted(setting.stage1),
+        ]
         words += ["--data.source", paths.data] if setting.given and paths.data else []
     else:
         words += ["--cache.pixels_from", str(folder / "default")]
@@ -247,7 +253,9 @@ def run_pending(settings: list[Setting], paths: StudyPaths, budget_s: float) -> 
     started = time.monotonic()
     for number, (setting, run) in enumerate(todo):
         spent = time.monotonic() - started
-        ahead = [seconds_of(one, later, read_lines(paths.results / f"{one.name}.jsonl")) for one, later in todo[number:]]
+        ahead = [
+            seconds_of(one, later, read_lines(paths.results / f"{one.name}.jsonl")) for one, later in todo[number:]
+        ]
         if spent + (ahead[0] or 0) > budget_s:
             print(f"time limit reached: {len(todo) - number} runs remain; rerun to resume", flush=True)
             return False

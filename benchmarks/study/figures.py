@@ -157,7 +157,7 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     axes[1].set_xlabel("feature bytes per view (x: no dither)")
     for axis in axes[:2]:
         axis.set_ylabel("top-1 %, mean ± std over seeds common to all arms")
-    _differences(axes[2], rows)
+    draw_differences(axes[2], rows)
     figure.suptitle(f"{setting.name}: {setting.epochs} epochs, teacher {lines[0]['teacher_top1']:.1f} %")
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -213,7 +213,8 @@ def differences_of(setting: Setting, lines: list[Line]) -> list[tuple[str, Diffe
     return list(rows.items())
 
 
-def _differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
+def draw_differences(axis: Any, rows: list[tuple[str, Difference]]) -> None:
+    """One interval per row, and the margin."""
     for place, (_, difference) in enumerate(rows):
         low, high = difference.mean - difference.low, difference.high - difference.mean
         color = "tab:green" if difference.inside(MARGIN) else "tab:blue"

@@ -30,9 +30,7 @@ class Difference(NamedTuple):
         return -margin < self.low and self.high < margin
 
 
-def paired(
-    lines: Iterable[Line], arm: str, against: str, value: str = "top1", same_steps: bool = True
-) -> list[float]:
+def paired(lines: Iterable[Line], arm: str, against: str, value: str = "top1", same_steps: bool = True) -> list[float]:
     """Differences arm - against for every (setting, student, seed, steps) that both have, sorted by seed.
 
     Arms of different lengths are compared only with `same_steps=False`.
