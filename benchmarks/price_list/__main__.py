@@ -2,7 +2,7 @@
 
     python -m benchmarks.price_list --setting demo [--hours 1]
     python -m benchmarks.price_list --setting demo --plan            # cost of a step and estimated hours only
-    python -m benchmarks.price_list --setting cifar10 --data data/cifar10-small --teacher-weights teachers/file.safetensors
+    python -m benchmarks.price_list --setting cifar10 --data data/cifar10 --teacher-weights teachers/file.safetensors
 
 In: the plan in `plan.py`. Out: one JSON line per run in benchmarks/results/price-list/<setting>.jsonl, the cost of a
 step of every arm in <setting>-steps.json, then the figures and tables of `figures.py`. The runs are those of the study
@@ -38,11 +38,24 @@ def print_estimate(setting: Setting, paths: StudyPaths, seconds: dict[str, float
         each = sum(walls) / len(walls) if walls else START_S + steps * cost
         total += todo.count(arm) * each
         print(
-            f"  {arm:26} {1000 * cost:6.1f} ms per step, {cost / seconds['baseline']:5.2f} x baseline, {steps:5} steps, "
+            f"  {arm:26} {1000 * cost:6.1f} ms per step, {cost / seconds['baseline']:.2f} x baseline, {steps:5} steps, "
             f"about {each:4.0f} s per run, {todo.count(arm)} runs left"
         )
     print(f"{setting.name}: {len(todo)} runs left, about {total / 3600:.2f} hours", flush=True)
     return total / 3600
+
+
+def chosen(setting: Setting, names: list[str] | None, seeds: int) -> Setting:
+    """A setting with some of its questions and seeds.
+
+    Raises:
+        UserError: no question has this name.
+    """
+    known = {question.name: question for question in setting.questions}
+    if unknown := [name for name in names or () if name not in known]:
+        raise UserError("no question has this name", got=unknown[0], expected=", ".join(known))
+    asked = [known[name] for name in names or known]
+    return setting._replace(questions=tuple(one._replace(seeds=min(one.seeds, seeds)) for one in asked))
 
 
 def main() -> None:
@@ -56,13 +69,17 @@ def main() -> None:
     parser.add_argument(
         "--hours", type=float, default=float("inf"), help="start no run that would end after this many hours"
     )
+    parser.add_argument("--questions", nargs="+", help="only these questions of the plan, in this order")
+    parser.add_argument("--seeds", type=int, default=100, help="at most this many seeds per question")
     parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
     options = parser.parse_args()
-    setting = SETTINGS[options.setting]
+    setting = chosen(SETTINGS[options.setting], options.questions, options.seeds)
     paths = StudyPaths(options.work, options.results, options.data, options.teacher_weights)
     if setting.given and not (paths.data and paths.teacher_weights):
         raise UserError(f"{setting.name} needs --data and --teacher-weights", fix="see docs/PRICE_LIST.md")
-    seconds = measure(setting, make_cache(setting, "default", paths), paths.results / f"{setting.name}-steps.json")
+    seconds = measure(
+        SETTINGS[options.setting], make_cache(setting, "default", paths), paths.results / f"{setting.name}-steps.json"
+    )
     print_estimate(setting, paths, seconds)
     if options.plan:
         return
