@@ -9,13 +9,14 @@ import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.harness import machine
+from benchmarks.price_list.plan import SHARES
 from benchmarks.study.__main__ import ablations
 from benchmarks.study.plan import Arm, Setting
 from scalekd_cache.config.options import build
@@ -32,6 +33,7 @@ from scalekd_cache.training.targets import TargetSource, feature_samples, load_c
 from scalekd_cache.training.trainer import DistillModel
 
 REPEATS = 24
+HEADS = ("cap", "lite", "linear")
 CPU = Process(0, 1, torch.device("cpu"))
 
 
@@ -92,10 +94,12 @@ def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
     return seconds
 
 
-def flops(teacher: str = SWIN_L, student: str = "resnet50") -> dict[tuple[str, float], float]:
+def flops(
+    teacher: str = SWIN_L, student: str = "resnet50", names: Sequence[str] = HEADS, shares: Sequence[float] = SHARES
+) -> dict[str, dict[str, float]]:
     """FLOPs of a cached step over those of the baseline, by heads and share."""
-    found = {}
-    for projector, share in itertools.product(("cap", "lite", "linear"), (1.0, 0.5, 0.25, 0.125)):
+    found: dict[str, dict[str, float]] = {name: {} for name in names}
+    for projector, share in itertools.product(names, shares):
         costs = pair_costs(teacher, student, ScaleKDConfig(projector=projector, feature_share=share))  # type: ignore[arg-type]
-        found[projector, share] = (costs.student.total + costs.heads_total) / costs.student.total
+        found[projector][f"{share:g}"] = (costs.student.total + costs.heads_total) / costs.student.total
     return found

@@ -82,12 +82,13 @@ def training_cost(lines: Sequence[Line], costs: dict[str, float], arm: str) -> f
     return costs[arm] * steps[arm] / (costs["baseline"] * steps["baseline"])
 
 
-def flops_table() -> str:
-    """Cost of a cached step of Swin-L -> ResNet-50 over the baseline's, by heads and share."""
-    ratios = flops()
-    shares = sorted({share for _, share in ratios}, reverse=True)
-    rows = [[name, *(f"{ratios[name, share]:.2f}" for share in shares)] for name in ("cap", "lite", "linear")]
-    head = ["heads", *(f"share {share:g}" for share in shares)]
+def flops_table(file: Path) -> str:
+    """Cost of a cached step of Swin-L -> ResNet-50 over the baseline's, by heads and share; counted once."""
+    if not file.exists():
+        file.write_text(json.dumps(flops(), indent=1) + "\n", encoding="utf-8")
+    ratios = json.loads(file.read_text(encoding="utf-8"))
+    rows = [[name, *(f"{value:.2f}" for value in shares.values())] for name, shares in ratios.items()]
+    head = ["heads", *(f"share {share}" for share in ratios["cap"])]
     return f"## FLOPs of a step, Swin-L -> ResNet-50, baseline = 1\n\n{table(head, rows)}"
 
 
@@ -141,7 +142,7 @@ def curve(axis: Any, lines: list[Line], costs: dict[str, float], color: str, lab
 
 def draw(results: Path) -> None:
     """Draw all settings that have lines and write the tables."""
-    texts = [flops_table()]
+    texts = [flops_table(results / "flops.json")]
     for name, setting in SETTINGS.items():
         lines = load(results, name)
         if any(line["arm"] == "baseline" for line in lines):
