@@ -75,3 +75,21 @@ def test_a_run_goes_on_with_other_processes(before, after, finished, cache, work
     output = run("distill", *distill_flags(cache, folder, **{"train.zero": after[1]}), nproc=after[0])
     assert f"resuming {folder} at step 3 of {STEPS}" in output
     assert_same_losses(folder, finished, 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero", [0, 1, 2, 3])
+def test_a_feature_share_on_two_processes_and_resumed(zero, cache, workshop):
+    """Half of each micro-batch: the losses of one process, of two, and of a run that two processes resume."""
+    options = {"scalekd.feature_share": 0.5, "train.checkpoint_steps": 2, "train.keep_checkpoints": 9}
+    one, two = workshop / "runs" / "share-one", workshop / "runs" / f"share-two-zero{zero}"
+    if not one.exists():
+        run("distill", *distill_flags(cache, one, **options))
+    words = distill_flags(cache, two, **options, **{"train.zero": zero})
+    run("distill", *words, nproc=2)
+    assert_same_losses(two, one, 1e-4)
+    for later in sorted(two.glob("checkpoints/step-*"))[1:]:
+        shutil.rmtree(later)
+    (two / "summary.json").unlink()
+    assert "resuming" in run("distill", *words, nproc=2)
+    assert_same_losses(two, one, 1e-4)
