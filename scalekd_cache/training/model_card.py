@@ -126,8 +126,9 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
         return f"A checkpoint of a run that is not finished: {_text(student)}."
     teacher = _text(str(summary["teacher"]))
     how = "trained on labels only" if summary["targets"] == "none" else f"distilled from {teacher}"
-    images = f"{summary.get('val_images', 0):,} validation images"
-    return f"{_text(student)}, {how}; top-1 {percent(summary['top1'])} on {images}."
+    images = summary.get("val_images", 0)
+    accuracy = f"{percent(summary['top1'])} on {images:,} validation images" if images else "not measured"
+    return f"{_text(student)}, {how}; top-1 {accuracy}."
 
 
 def _plain(value: str) -> str:

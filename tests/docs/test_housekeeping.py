@@ -9,7 +9,7 @@ import zipfile
 
 import pytest
 import yaml
-from commands import LIMIT_S, ROOT, execute
+from commands import ENV, LIMIT_S, ROOT, execute
 
 from benchmarks import harness as measure
 from scalekd_cache.config.plain_names import PLAIN_NAMES
@@ -103,7 +103,7 @@ def test_what_the_tests_wait_for_has_one_limit():
 
 
 @pytest.mark.slow
-def test_a_built_package_holds_its_data(tmp_path):
+def test_a_built_package_holds_its_data_and_works_outside_of_the_repository(tmp_path, cache):
     source = tmp_path / "source"
     for name in ("scalekd_cache", "pipelines"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -116,6 +116,30 @@ def test_a_built_package_holds_its_data(tmp_path):
     for name in ("scalekd_cache/py.typed", "scalekd_cache/reports/templates/cache.html", "pipelines/recipes/demo.yaml"):
         assert name in names
     assert any(name.endswith("licenses/LICENSE") or name.endswith("LICENSE") for name in names)
+    words = ["pip", "install", "--no-deps", "--quiet", "--target", str(tmp_path / "site"), wheel.filename]
+    subprocess.run([sys.executable, "-m", *words], check=True, timeout=LIMIT_S)
+    (tmp_path / "home").mkdir()
+    for words in (
+        ("--help",),
+        (
+            "cache-teacher",
+            "--pretrained",
+            "false",
+            "--data.max_samples",
+            "64",
+            "--teacher.check_classes=0",
+            "--dry-run",
+        ),
+        ("distill", "--student", "resnet10t", "--cache", str(cache), "--dry-run"),
+    ):
+        subprocess.run(
+            [tmp_path / "site" / "bin" / "scalekd", *words],
+            check=True,
+            timeout=LIMIT_S,
+            cwd=tmp_path / "home",
+            env={**ENV, "PYTHONPATH": str(tmp_path / "site")},
+        )
+    assert not list((tmp_path / "home").iterdir())
 
 
 def test_the_site_is_built_strictly_and_loads_nothing_from_elsewhere():

@@ -1,6 +1,7 @@
 """Every user error ends with exit code 2, one message and no traceback."""
 
 import fcntl
+import sys
 
 import pytest
 from commands import cache_flags, distill_flags, execute, run
@@ -69,6 +70,10 @@ def test_cache_that_is_a_file_names_the_folder(command, cache):
         (["distill", "STUDENT=resnet18", "EPOCH=3"], "there is no variable EPOCH: did you mean EPOCHS?"),
         (["cache-teacher", "LR=0.1"], "there is no variable LR (make cache-teacher; `make help` lists"),
         (["distill"], "set STUDENT=, for example make distill STUDENT=resnet50"),
+        (
+            ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none", "STUDENT=resnet18", "SET=optm.lr=3"],
+            "there is no option --optm.lr: did you mean --optim.lr",  # not: there is no data set none
+        ),
     ],
 )
 def test_words_that_make_does_not_know(words, answer):

@@ -60,10 +60,17 @@ def test_a_record_by_key_and_view():
         expected = cache.read([position], view)[0]
         assert cache[expected.key, view] == expected
         assert cache.position(expected.key, view) == position
-    with pytest.raises(UserError, match="no such sample"):
+    with pytest.raises(UserError, match=r"(?s)no such sample.*keys.txt, such as digits/"):
         _ = cache["nothing", 0]
     with pytest.raises(UserError, match="no such view"):
         _ = cache[expected.key, 7]
+
+
+def test_an_open_cache_at_the_end_of_a_script_prints_nothing():
+    root, key = str(shared_cache().root), shared_cache().read([0], 0)[0].key
+    code = f"import scalekd_cache\ncache = scalekd_cache.Cache.open({root!r})\ncache[{key!r}, 0]"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert (done.stdout, done.stderr) == ("", "")
 
 
 def small_targets(**options):
