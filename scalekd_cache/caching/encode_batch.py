@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.base import EncodedRows, FeatureCodec
 from scalekd_cache.codec.fidelity import Fidelity, fidelity
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.models.teacher import TeacherOutput
@@ -21,13 +21,13 @@ class Encoded(NamedTuple):
     """A batch of views, encoded."""
 
     codes: Tensor
-    """(B, bytes_per_view) uint8: rows of the feature codec."""
+    """(F, bytes_per_view) uint8: rows of the feature codec, for the F <= B views whose features are stored."""
     final: Tensor
-    """(B,) bool: `EncodedRows.final`."""
+    """(F,) bool: `EncodedRows.final`."""
     finite: Tensor
     """(B,) bool: whether the teacher's output has neither NaN nor infinity."""
     similarity: Tensor
-    """(2, B) float32: the fields of `Fidelity`."""
+    """(2, F) float32: the fields of `Fidelity`."""
     logits: Tensor
     """(B, n) uint8: `encode_rows` of the logit codec."""
 
@@ -87,18 +87,25 @@ class Done:
 
 
 @torch.no_grad()
-def encode_batch(codec: FeatureCodec, logit_codec: LogitCodec, output: TeacherOutput, seeds: Tensor) -> HostBatch:
+def encode_batch(
+    codec: FeatureCodec, logit_codec: LogitCodec, output: TeacherOutput, stored: Tensor, seeds: Tensor
+) -> HostBatch:
     """Enqueue encoding, fidelity, flags and the copies to the host behind the teacher's forward pass.
 
     Args:
         codec: of the features.
         logit_codec: of the logits.
         output: of the teacher.
-        seeds: (B,) int64 on the teacher's device: the seed of each view's dither.
+        stored: (F, C, H, W): the features that are stored; F may be 0.
+        seeds: (F,) int64 on the teacher's device: the seed of each stored view's dither.
     """
-    rows = codec.encode_rows(output.features, seeds)
+    if len(stored):
+        rows = codec.encode_rows(stored, seeds)
+        similarity = compare(codec, stored, rows.codes)
+    else:
+        rows = EncodedRows(seeds.new_empty(0, 1, dtype=torch.uint8), seeds.new_empty(0, dtype=torch.bool))
+        similarity = Fidelity(*stored.new_empty(len(Fidelity._fields), 0))
     finite = output.features.flatten(1).isfinite().all(1) & output.logits.isfinite().all(1)
-    similarity = compare(codec, output.features, rows.codes)
     encoded = Encoded(*rows, finite, torch.stack(similarity), logit_codec.encode_rows(output.logits))
     host = Encoded(*(part.to("cpu", non_blocking=True) for part in encoded))  # torch allocates page-locked memory
     return HostBatch(host, recorded_event(encoded.codes.device))

@@ -40,6 +40,7 @@ from scalekd_cache.store import plan as plans
 from scalekd_cache.store.durable_files import hash_file, remove_stale, write_atomically
 from scalekd_cache.store.manifest import (
     CLASSIFIER,
+    FEATURES_EVERY,
     TAIL,
     Manifest,
     ManifestFacts,
@@ -80,11 +81,12 @@ DERIVED = ("sha256", "shape", "image_size", "img_size", "fingerprint")
 def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
     """The first fields that differ, options first, with both values."""
     names = sorted(different, key=lambda name: name.endswith(DERIVED))
-    lines = [
-        f"{name.removeprefix('fingerprint_fields.')}: {str(here.get(name))[:40]} (requested) / "
-        f"{str(there.get(name))[:40]} (cache)"
-        for name in names[:SHOWN]
-    ]
+    lines = []
+    for name in names[:SHOWN]:
+        plain, values = name.removeprefix("fingerprint_fields."), [here.get(name), there.get(name)]
+        if plain == FEATURES_EVERY:
+            plain, values = "stored_features", [f"{1 / int(every or 1):.6g}" for every in values]
+        lines.append(f"{plain}: {str(values[0])[:40]} (requested) / {str(values[1])[:40]} (cache)")
     return "; ".join(lines) + (f"; and {len(names) - SHOWN} fields that follow" if len(names) > SHOWN else "")
 
 
@@ -171,6 +173,7 @@ def make_stage(
         codec=codec,
         logit_codec=logit_codec,
         batch_size=config.teacher.batch_size,
+        features_every=config.cache.features_every,
         device=process.device,
         versions=recorded_versions(process.device),
     )
@@ -248,12 +251,13 @@ def _training_options(
 
 def _known_fields(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> dict[str, Any]:
     """The fields of the fingerprint that do not depend on the teacher's weights."""
-    shares = isinstance(source, PixelCache)
+    shares, every = isinstance(source, PixelCache), config.cache.features_every
     return {
         "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
         "views": to_plain(config.views),
         "data": _data_fields(source),
         **({"pixels": "shared"} if shares else {}),
+        **({FEATURES_EVERY: every} if every > 1 else {}),
     }
 
 
@@ -308,15 +312,25 @@ def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
     }
     if "fingerprint" not in asked:
         fields = kept.facts.fingerprint_fields
-        own = asked["fingerprint_fields"].keys() | ({"pixels"} & fields.keys())
+        own = asked["fingerprint_fields"].keys() | ({"pixels", FEATURES_EVERY} & fields.keys())
         there["fingerprint_fields"] = {name: fields.get(name) for name in own}
     return {name: there[name] for name in asked}
 
 
 def _groups(groups: list[list[int]], config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
-    if isinstance(source, PixelCache):
-        return source.extend_groups(groups, config.num_views)
-    return extend_groups(groups, config.num_views, config.views_per_group)
+    if not isinstance(source, PixelCache):
+        return extend_groups(groups, config.num_views, config.views_per_group)
+    extended, every = source.extend_groups(groups, config.num_views), config.features_every
+    wrong = [group for group in extended if len(group) % every]
+    if wrong:
+        raise UserError(
+            "the view groups of the cache whose pixels are shared do not fit the share of stored features",
+            got=f"a group of {len(wrong[0])} views, features for one in {every} views of every image",
+            expected=f"groups of a multiple of {every} views",
+            where=source.cache.root,
+            fix="change --stored-features or --views, or make the pixels with a matching --cache.views_per_group",
+        )
+    return extended
 
 
 def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:

@@ -6,14 +6,16 @@ it; batch size and GPU model can change the last bits of the teacher's output. A
 view group holds the same images as the first one (`SkipPolicy`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.caching.encode_batch import HostBatch, PixelBuffers, compare, encode_batch, page_locked
@@ -27,9 +29,9 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import Teacher, TeacherOutput
+from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.store.background import BackgroundWriter, CommitQueue
-from scalekd_cache.store.base import Record
+from scalekd_cache.store.base import Record, stores_features
 from scalekd_cache.store.fidelity_summary import summarize
 from scalekd_cache.store.image_digests import ImageFiles
 from scalekd_cache.store.resume import CommittedUnits, some_keys
@@ -70,6 +72,8 @@ class Stage:
     codec: FeatureCodec
     logit_codec: LogitCodec
     batch_size: int
+    features_every: int = 1
+    """Features of one in this many views of every image are stored (`store/base.py`: `stores_features`)."""
     device: torch.device
     versions: dict[str, str]
     """Library versions, recorded in every unit."""
@@ -225,14 +229,19 @@ def fill_unit(
     )
     try:
         with BackgroundWriter("encode", QUEUED_BATCHES) as background:
+            first = 0
             for batch, pixels in _batches(stage, writer, sampled, left_out, buffers):
+                rows = np.arange(first, first + len(batch))
                 for column, number in enumerate(unit.views):
                     output = stage.teacher(pixels[column].to(stage.device, non_blocking=True))
-                    seeds = _seeds(batch, number, stage.device)
-                    encoded = encode_batch(stage.codec, stage.logit_codec, output, seeds)
-                    views = [item.views[column] for item in batch]
-                    background.submit(_append_batch, stage, writer, number, batch, views, output, encoded, figures)
+                    there = stores_features(rows, number, stage.features_every)
+                    stored = _stored_features(output.features, there)
+                    seeds = _seeds(batch, number, there, stage.device)
+                    encoded = encode_batch(stage.codec, stage.logit_codec, output, stored, seeds)
+                    views = zip(batch, [item.views[column] for item in batch], there.tolist(), strict=True)
+                    background.submit(_append_batch, stage, writer, number, list(views), stored, encoded, figures)
                 buffers.sent()
+                first += len(batch)
     except BaseException:
         writer.abort()
         raise
@@ -271,10 +280,18 @@ def _batches(
         yield batch, pixels[:, : len(batch)]
 
 
-def _seeds(batch: Sequence[SampledViews], number: int, device: torch.device) -> Tensor:
-    """(B,) int64 on the device: the dither seeds of one view of a batch."""
-    seeds = [dither_seed(item.sample.key, number) for item in batch]
-    return torch.tensor(seeds, pin_memory=page_locked(device)).to(device, non_blocking=True)
+def _seeds(batch: Iterable[SampledViews], number: int, there: Iterable[bool], device: torch.device) -> Tensor:
+    """(F,) int64 on the device: the dither seeds of one view of those samples of a batch that are `there`."""
+    seeds = [dither_seed(item.sample.key, number) for item, is_there in zip(batch, there, strict=True) if is_there]
+    return torch.tensor(seeds, dtype=torch.int64, pin_memory=page_locked(device)).to(device, non_blocking=True)
+
+
+def _stored_features(features: Tensor, there: NDArray[np.bool_]) -> Tensor:
+    """The maps (F, C, H, W) of a batch that are stored."""
+    if there.all():
+        return features
+    places = torch.tensor(np.flatnonzero(there), pin_memory=page_locked(features.device))
+    return features[places.to(features.device, non_blocking=True)]
 
 
 @torch.no_grad()
@@ -282,30 +299,41 @@ def _append_batch(
     stage: Stage,
     writer: UnitWriter,
     number: int,
-    batch: Sequence[SampledViews],
-    views: Sequence[EncodedView],
-    output: TeacherOutput,
+    views: Sequence[tuple[SampledViews, EncodedView, bool]],
+    stored: Tensor,
     arriving: HostBatch,
     figures: dict[str, list[float]],
 ) -> None:
-    """Append one view of a batch, once its encoded rows have arrived; fidelity per view is added to `figures`."""
+    """Append one view of a batch, once its encoded rows have arrived; fidelity per view is added to `figures`.
+
+    Args:
+        stage: what units are made with.
+        writer: of the unit.
+        number: number of the view.
+        views: sample, encoded view, and whether its features are stored.
+        stored: (F, C, H, W): the features that are stored.
+        arriving: the encoded batch.
+        figures: fidelity by metric.
+    """
     encoded = arriving.wait()
+    batch, _, there = zip(*views, strict=True)
     _check_finite(encoded.finite, batch, number)
     codes, similarity = encoded.codes, encoded.similarity
     if not encoded.final.all():  # rare: rows that need a second look, or that cannot be stored
-        codes = stage.codec.encode(output.features, _seeds(batch, number, output.features.device))
-        similarity = torch.stack(compare(stage.codec, output.features, codes)).cpu()
+        codes = stage.codec.encode(stored, _seeds(batch, number, there, stored.device))
+        similarity = torch.stack(compare(stage.codec, stored, codes)).cpu()
     for name, values in zip(Fidelity._fields, similarity, strict=True):
         figures.setdefault(name, []).extend(values.tolist())
-    rows, logits = stage.codec.pack(codes.cpu().numpy()), stage.logit_codec.pack(encoded.logits.numpy())
-    for item, view, code, logit in zip(batch, views, rows, logits, strict=True):
+    rows = iter(stage.codec.pack(codes.cpu().numpy()) if len(codes) else [])
+    logits = stage.logit_codec.pack(encoded.logits.numpy())
+    for (item, view, has_features), logit in zip(views, logits, strict=True):
         record = Record(
             key=item.sample.key,
             label=item.sample.label,
             view=view.view,
             digest=view.digest,
             pixels=view.encoded,
-            features=code,
+            features=next(rows) if has_features else b"",
             logits=logit,
         )
         writer.append(number, record, item.image)

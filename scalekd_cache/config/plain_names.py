@@ -18,6 +18,7 @@ _STAGE1 = (
 )
 _STAGE1_MORE = (
     "recipe target:cache.codec_target store:cache.backend pixels:views.pixels pixels_from:cache.pixels_from "
+    "stored_features:cache.stored_features "
     "classes:data.classes pretrained:teacher.pretrained workers device"
 )
 _OVERRIDES = "data teacher_weights pixels_from device"

@@ -4,6 +4,7 @@ In: values from a recipe and the command line. Out: checked, immutable dataclass
 Invariant: a configuration that exists is valid on its own.
 """
 
+import math
 from dataclasses import field
 from typing import Literal
 
@@ -11,6 +12,7 @@ from pydantic.dataclasses import dataclass
 
 from scalekd_cache.config.base import STRICT, Range, require
 from scalekd_cache.config.target import parse_target
+from scalekd_cache.errors import UserError
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -157,6 +159,9 @@ class StoreConfig:
     """Number of augmented views per image."""
     views_per_group: int = 4
     """Views per work unit; an image is decoded once for all of them."""
+    stored_features: float = 1.0
+    """Share of the views of every image that features are stored for; labels, logits and pixels are stored for all.
+    1 / share is a whole number that divides num_views and views_per_group."""
     samples_per_shard: int = 512
     """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
@@ -175,6 +180,48 @@ class StoreConfig:
         if self.codec_target is not None:
             parse_target(self.codec_target)
         require(1 <= self.samples_per_shard <= 65_536, "cache.samples_per_shard", self.samples_per_shard, "1 to 65,536")
+        self._check_share()
+
+    @property
+    def features_every(self) -> int:
+        """Features are stored for one in this many views of every image."""
+        return round(1 / self.stored_features)
+
+    def _check_share(self) -> None:
+        """Raise `UserError` unless every image gets features equally often."""
+        share = self.stored_features
+        require(1 / 64 <= share <= 1, "cache.stored_features", share, "1/64 to 1")
+        every = self.features_every
+        if abs(1 / share - every) > 0.01:
+            near = sorted({math.floor(1 / share), math.ceil(1 / share)})
+            raise UserError(
+                "1 / share of the stored features is not a whole number",
+                got=f"cache.stored_features={share:g}, 1 / {share:g} = {1 / share:.4g}",
+                expected=" or ".join(f"{1 / whole:.6g}" for whole in near),
+                fix="change --stored-features",
+            )
+        if every > 1 and self.logits == "recomputed":
+            raise UserError(
+                "logits=recomputed needs the features of every view",
+                got=f"cache.logits=recomputed with cache.stored_features={share:g}",
+                expected="stored logits",
+                fix="set --cache.logits=dense (or top_k), or remove --stored-features",
+            )
+        counts = {"cache.num_views": self.num_views}
+        if self.pixels_from is None:  # otherwise the view groups are those of the other cache
+            counts["cache.views_per_group"] = self.views_per_group
+        for name, count in counts.items():
+            if count % every:
+                near = sorted({max(every, count // every * every), -(-count // every) * every})
+                raise UserError(
+                    "the views cannot be divided so that every image has features equally often",
+                    got=f"{name}={count}, features for one in {every} views (cache.stored_features={share:g})",
+                    expected=f"a multiple of {every}",
+                    fix=f"set {_OPTIONS[name]} to {' or '.join(map(str, near))}, or change --stored-features",
+                )
+
+
+_OPTIONS = {"cache.num_views": "--views", "cache.views_per_group": "--cache.views_per_group"}
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)

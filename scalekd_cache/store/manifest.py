@@ -356,10 +356,19 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
         "pixels_from": facts.pixels_from.keys() in (set(), {"identity", "path"}),
         "groups": 0 < len(facts.groups) <= len(views) <= MAX_VIEWS and all(facts.groups),
         "views of groups": views == list(range(len(views))),
+        "features_every": _divides_groups(fields.get(FEATURES_EVERY), facts),
         "backend": facts.backend in BACKENDS,
         "distill": facts.distill.keys() <= set(KEPT) and not any(name in flat(facts.distill) for name in LOCAL),
     }
     return [name for name, right in agreements.items() if not right]
+
+
+def _divides_groups(every: object, facts: ManifestFacts) -> bool:
+    """Whether every image has features equally often, and their logits are stored."""
+    if FEATURES_EVERY not in facts.fingerprint_fields:
+        return True
+    sparse = type(every) is int and every > 1 and all(len(group) % every == 0 for group in facts.groups)
+    return sparse and facts.logit_codec.get("id") != "logits-recomputed"
 
 
 def without_arguments(spec: object) -> object:

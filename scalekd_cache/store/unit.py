@@ -125,8 +125,8 @@ class UnitWriter:
             self._add_key(record.key)
             self._images.append(image)
         assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
-        if not self._record_bytes:
-            self._record_bytes = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
+        size = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
+        self._record_bytes = max(self._record_bytes, size)
         with _DiskGuard(self):
             self._writer(view_number).append(record)
         self._counts[view_number] += 1
@@ -177,7 +177,7 @@ class UnitWriter:
         return self._skipped
 
     def needed_bytes(self) -> int:
-        """Estimated size of this unit, from its first record."""
+        """Estimated size of this unit, from its largest record so far."""
         return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
 
     def _add_key(self, key: str) -> None:

@@ -5,7 +5,6 @@ uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give eq
 error. `zarr_read.py` is the reader, because zarr-python returns zeros for both.
 """
 
-from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -61,24 +60,23 @@ class Writer(ShardWriter):
         """Append the record to every array."""
         features = b"".join((record.features, record.second)) if record.second else record.features
         fields = (features, record.pixels, target_json(record, places=False), record.logits)
-        if not self._arrays:
-            self._open_arrays(fields)
         for name, data in zip(FLAT, fields, strict=True):
-            self._arrays[name].append(data)
+            if len(data):
+                self._array(name, data).append(data)
             self._offsets[name].append(self._offsets[name][-1] + len(data))
         self._labels.append(0 if record.label == NO_LABEL else record.label)
         self.crcs.append(record_crc(record))
 
-    def _open_arrays(self, first: Sequence[Payload]) -> None:
-        """Create the flat arrays, with a chunk size for records like the first one."""
-        for name, data in zip(FLAT, first, strict=True):
-            chunk = min(max(1 << (len(data) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
+    def _array(self, name: str, first: Payload) -> ArrayWriter:
+        """A flat array; created with a chunk size for parts like the first one that is not empty."""
+        if name not in self._arrays:
+            chunk = min(max(1 << (len(first) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
             self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
+        return self._arrays[name]
 
     def finish(self) -> ShardSummary:
         """Write the rest."""
-        if not self._arrays:
-            self._open_arrays([b""] * len(FLAT))
+        self._arrays = {name: self._array(name, b"") for name in FLAT}
         small = {f"{name}_offsets": np.array(self._offsets[name], "<u8") for name in FLAT}
         small |= {"labels": np.array(self._labels, "<i8"), "crc32c": np.array(self.crcs, "<u4")}
         for name, values in small.items():  # each in a single chunk
