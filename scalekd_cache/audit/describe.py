@@ -22,6 +22,7 @@ from scalekd_cache.views.pixels import decode_pixels
 from scalekd_cache.views.view import View
 
 TOP = 5
+NO_FEATURES = "no features stored for this view of this image"
 
 
 def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:
@@ -37,7 +38,7 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
     manifest = cache.manifest
     names = manifest.facts.class_names
     checker = RecordChecker(manifest.facts.fingerprint_fields, cache.root, len(names))
-    decoded = decode_features(checker.codec, [record])
+    decoded = decode_features(checker.codec, [record]) if len(record.features) else None
     return {
         "key": record.key,
         "position": position,
@@ -50,8 +51,8 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         "view_in_words": describe_view_record(record_view(record)),
         "digest": record.digest,
         "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
-        "features": _features(checker.codec, decoded),
-        "top_logits": top_logits(checker.logits([record], decoded.features)[0], names),
+        "features": NO_FEATURES if decoded is None else _features(checker.codec, decoded),
+        "top_logits": top_logits(checker.logits([record], decoded and decoded.features)[0], names),
     }
 
 
@@ -139,6 +140,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         },
         "classes": len(manifest.facts.class_names),
         "codec": manifest.facts.codec,
+        "stored_features": 1 / manifest.facts.features_every,
         "view_recipe": manifest.facts.view_recipe,
         "data": manifest.facts.data,
         "bytes_per_view": manifest.bytes_per_view,

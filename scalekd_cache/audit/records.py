@@ -22,7 +22,8 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.record_pixels import RecordPixels, decode_features, record_view, wrong_digest
-from scalekd_cache.store.base import Record, ShardId
+from scalekd_cache.store.base import Record, ShardId, stores_features, wrong_share
+from scalekd_cache.store.manifest import FEATURES_EVERY
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify_unit import Part, RecordProblem
@@ -57,7 +58,7 @@ class RecordChecker:
         self.classifier = load_classifier(fields["logit_codec"], root) if recomputed else None
         self.views = ViewConfig(**from_plain(fields["views"]))
         self.num_classes, self.source, self.pixels = num_classes, source, pixels
-        self.shares = "pixels" in fields
+        self.shares, self.features_every = "pixels" in fields, int(fields.get(FEATURES_EVERY, 1))
         self.record_pixels = RecordPixels(self.views, source)
 
     def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[RecordProblem]:
@@ -74,7 +75,8 @@ class RecordChecker:
                     found.append(RecordProblem(record.key, what))
         if self.pixels is not None:
             found += self._shared(self.pixels, records, shard, rows)
-        return found + self._features(records)
+        there = stores_features(np.asarray(rows), shard.view, self.features_every).tolist()
+        return found + self._features(records, there)
 
     def picture(self, record: Record, view: int, position: int) -> NDArray[np.uint8] | None:
         """The (size, size, 3) uint8 pixels of a record; None if they are not available.
@@ -136,14 +138,18 @@ class RecordChecker:
             return str(error)
         return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
-    def _features(self, records: list[Record]) -> list[RecordProblem]:
+    def _features(self, records: list[Record], there: list[bool]) -> list[RecordProblem]:
+        """Problems of the features; `there`: which records must have some."""
         found, whole = list[RecordProblem](), list[Record]()
-        for record in records:
-            what = self._unpacking(record)
-            if what is None:
-                whole.append(record)
-            else:
+        for record, is_there in zip(records, there, strict=True):
+            wrong = wrong_share(record, is_there)
+            what = self._unpacking(record) if wrong is None and is_there else None
+            if wrong is not None:
+                what = "{}: got {}, expected {}".format(*wrong)
+            if what is not None:
                 found.append(RecordProblem(record.key, what))
+            elif is_there:
+                whole.append(record)
         if whole:
             decoded = decode_features(self.codec, whole)
             finite = decoded.features.flatten(1).isfinite().all(1) & decoded.norms.flatten(1).isfinite().all(1)
@@ -162,15 +168,19 @@ class RecordChecker:
             return str(error)
         return None
 
-    def logits(self, records: Sequence[Record], features: torch.Tensor) -> NDArray[np.float32]:
-        """(B, K) logits of records with these decoded maps (B, C, H, W); -inf for classes that are not stored."""
+    def logits(self, records: Sequence[Record], features: torch.Tensor | None) -> NDArray[np.float32]:
+        """(B, K) logits of records with these decoded maps (B, C, H, W); -inf for classes that are not stored.
+
+        Without maps, the logits must be stored.
+        """
         if self.classifier is not None:
+            assert features is not None
             recomputed: NDArray[np.float32] = self.classifier(features.mean((2, 3))).numpy()
             return recomputed
         return np.stack([self.logit_codec.decode(record.logits) for record in records])
 
     def usable(self, record: Record) -> bool:
-        """Whether a record's features and logits can be decoded."""
+        """Whether a record has features, and they and its logits can be decoded."""
         try:
             self.logit_codec.decode(record.logits)
         except UserError:

@@ -134,6 +134,7 @@ def stage1_config(
             **_codec_options(fields, root),
             num_views=sum(len(group) for group in facts.groups),
             views_per_group=max(len(group) for group in facts.groups),
+            stored_features=1 / facts.features_every,
             samples_per_shard=facts.samples_per_shard,
             pixels_from=pixels_from,
         ),

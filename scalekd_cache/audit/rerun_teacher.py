@@ -61,9 +61,19 @@ class RerunBatch(NamedTuple):
 
 
 def sample_places(cache: Cache, count: int, seed: int) -> list[Place]:
-    """(view, position) of at most `count` records: a random sample without repeats, in reading order."""
+    """(view, position) of at most `count` records: a random sample without repeats, in reading order.
+
+    In a sparse cache, about `count` records that have features.
+    """
     total = len(cache) * cache.manifest.num_views
-    return [divmod(place, len(cache)) for place in sample_indices(total, count, seed=seed)]
+    sampled = sample_indices(total, count * cache.manifest.facts.features_every, seed=seed)
+    return [place for place in (divmod(index, len(cache)) for index in sampled) if has_features(cache, place)]
+
+
+def has_features(cache: Cache, place: Place) -> bool:
+    """Whether the record at a place has features."""
+    view, position = place
+    return bool(cache.has_features(np.array([position]), view)[0])
 
 
 def rerun_teacher(

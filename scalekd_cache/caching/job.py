@@ -59,7 +59,7 @@ from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import progress, size_text
-from scalekd_cache.store.manifest import Manifest, read_manifest
+from scalekd_cache.store.manifest import Manifest, read_manifest, stored_share
 
 CHECKED_IMAGES = 512
 """Approximate number of images used to check the order of the classes; if there are fewer validation images, training
@@ -418,6 +418,7 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
     print(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes per view "
         f"({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
+        + (f"; features{share[1:]}" if (share := stored_share(manifest.facts.features_every)) else "")
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {teacher_label(manifest.facts.teacher)}: {teacher_accuracy(manifest.facts.teacher)}; "
         f"decoded features: {fidelity}",

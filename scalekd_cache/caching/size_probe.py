@@ -81,7 +81,8 @@ def measure_sizes(
     Raises:
         UserError: no image can be decoded, or the codec refuses the teacher's output.
     """
-    views = tuple(range(min(cache.num_views, cache.views_per_group)))
+    every = cache.features_every
+    views = tuple(range(-(-min(cache.num_views, cache.views_per_group) // every) * every))  # the share is exact then
     started = time.perf_counter()
     images = list(spread_views(stage.source, stage.views, views, max(4, -(-num_views // len(views)))))
     count = len(images) * len(views)

@@ -55,6 +55,8 @@ class Forecast:
     """False: the weights are not available, and sizes come from random features of the teacher's shape."""
     student: str
     codec: str
+    stored_features: float
+    """Share of the views of every image that have features."""
     bytes_per_view: dict[str, float]
     """features, target (label, view record, digest, logits), pixels, index, total: as in a manifest."""
     logit_bytes: int
@@ -108,7 +110,13 @@ def describe(plan: Forecast) -> str:
     """The forecast as text."""
     one, memory, total = plan.bytes_per_view, plan.step_memory, plan.images * plan.views
     logits = f"target (logits {plan.logit_bytes:,}, label, view record)"
-    names = {"features": f"features ({plan.codec})", "target": logits, "pixels": "pixels", "index": "index, headers"}
+    share = f", {plan.stored_features:.3g} of the views" if plan.stored_features < 1 else ""
+    names = {
+        "features": f"features ({plan.codec}{share})",
+        "target": logits,
+        "pixels": "pixels",
+        "index": "index, headers",
+    }
     short = plan.free_bytes < plan.total_bytes
     lines = [
         f"{plan.images:,} images of {plan.data} x {plan.views} views, teacher {plan.teacher}, student {plan.student}",
@@ -203,6 +211,7 @@ def forecast(
     """
     card = gpu_of(gpu)
     check_codec_options(config)
+    training = _with_share(config, training)
     source = open_shared_views(config) if config.cache.pixels_from else open_source(config.data, "train")
     teacher = _teacher(config, len(source.class_names), process)
     codec = _codec(config, source, teacher, process)
@@ -222,6 +231,7 @@ def forecast(
         teacher_at_hand=at_hand,
         student=training.student.name,
         codec=_name(codec),
+        stored_features=1 / config.cache.features_every,
         bytes_per_view=sizes.per_view,
         logit_bytes=logits.record_bytes,
         once_bytes=sizes.once,
@@ -244,6 +254,24 @@ def forecast(
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
         assumptions=_assumptions(card),
     )
+
+
+def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillConfig:
+    """The training options with the feature share that students of this cache use.
+
+    Raises:
+        UserError: more than is stored.
+    """
+    stored, asked = 1 / config.cache.features_every, training.scalekd.feature_share
+    if asked is not None and asked > stored + 1e-9:
+        raise UserError(
+            "the feature losses need more samples than the cache would have features for",
+            got=f"scalekd.feature_share={asked:g}",
+            expected=f"at most {stored:g} (cache.stored_features)",
+            fix="raise --stored-features, or lower --feature-share",
+        )
+    share = (stored if stored < 1 else None) if asked is None else asked
+    return dataclasses.replace(training, scalekd=dataclasses.replace(training.scalekd, feature_share=share))
 
 
 def _assumptions(card: Gpu) -> dict[str, float]:
@@ -363,7 +391,8 @@ def _alternatives(
     views, images = config.cache.num_views, sum(map(len, ranges))
     rows: list[dict[str, Any]] = []
     total = sum(found.bytes_of(ranges, views).values()) + once
-    for other in sorted({max(1, views // 4), max(1, views // 2), 2 * views} - {views}):
+    every = config.cache.features_every
+    for other in sorted({*(max(every, views // part // every * every) for part in (4, 2)), 2 * views} - {views}):
         size = sum(found.bytes_of(ranges, other).values()) + once
         rows.append({"change": f"--views {other}", "bytes": size, "gpu_hours": stage_1 * other / views})
     records: dict[str, int] = {}
@@ -380,6 +409,6 @@ def _alternatives(
                 break
     for name, size in records.items():
         if name != codec.id:
-            change = (size - found.per_view["features"]) * images * views
+            change = (size / every - found.per_view["features"]) * images * views
             rows.append({"change": f"--codec {name}", "bytes": total + change, "gpu_hours": stage_1})
     return rows

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scalekd_cache.audit.records import RecordChecker
-from scalekd_cache.audit.rerun_teacher import sample_places
+from scalekd_cache.audit.rerun_teacher import has_features, sample_places
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.config.base import require
 from scalekd_cache.data.base import sample_indices
@@ -24,7 +24,7 @@ from scalekd_cache.reports.charts import Chart, histogram, stacked_bar
 from scalekd_cache.reports.gallery import Card, Gallery, TeacherOutputs, load_views, rerun_on_views
 from scalekd_cache.reports.page import render
 from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, read_sample
-from scalekd_cache.store.manifest import Manifest
+from scalekd_cache.store.manifest import Manifest, stored_share
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.sidecar import read_unit, unit_folder
@@ -144,10 +144,12 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
 
 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
-    """A random sample of images; views of one group, in which an image has the same position."""
-    views = cache.manifest.facts.groups[0][:GALLERY_VIEWS]
-    positions = sample_indices(len(cache), options.images, seed=options.seed)
-    return [(view, position) for position in positions for view in views]
+    """A random sample of images; views with features of one group, in which an image has the same position."""
+    places = []
+    for position in sample_indices(len(cache), options.images, seed=options.seed):
+        of_image = ((view, position) for view in cache.manifest.facts.groups[0])
+        places += [place for place in of_image if has_features(cache, place)][:GALLERY_VIEWS]
+    return places
 
 
 def _by_image(cards: list[Card]) -> list[list[Card]]:
@@ -227,7 +229,7 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("data set", str(manifest.facts.data.get("source"))),
         ("teacher", f"{teacher_label(manifest.facts.teacher)}, {teacher_accuracy(manifest.facts.teacher)}"),
         ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
-        ("feature codec", f"{manifest.facts.codec['id']} ({codec})"),
+        ("feature codec", f"{manifest.facts.codec['id']} ({codec})" + stored_share(manifest.facts.features_every)),
         ("logits", str(manifest.facts.logit_codec.get("id"))),
         ("pixels", "in another cache" if manifest.facts.pixels_from else str(recipe["pixels"])),
         ("views", views),

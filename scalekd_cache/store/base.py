@@ -97,6 +97,15 @@ def stores_features(rows: NDArray[np.int64], view: int, every: int) -> NDArray[n
     return selected
 
 
+def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
+    """What is wrong, got and expected, if a record does not have features where `stores_features` says that they are
+    `there`, or has them elsewhere."""
+    if (len(record.features) > 0) is there:
+        return None
+    got, expected = ("none", "features") if there else (f"{len(record.features)} bytes", "none: stored for other views")
+    return "features are stored for other views of an image than the share of stored features gives", got, expected
+
+
 class ShardId(NamedTuple):
     """Identifies a shard; stored inside it, so that a shard under a wrong name is detected."""
 

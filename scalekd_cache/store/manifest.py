@@ -363,6 +363,11 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
     return [name for name, right in agreements.items() if not right]
 
 
+def stored_share(every: int) -> str:
+    """Which views have features, as the end of a sentence; empty for all."""
+    return f", stored for one in {every} views of every image" if every > 1 else ""
+
+
 def _divides_groups(every: object, facts: ManifestFacts) -> bool:
     """Whether every image has features equally often, and their logits are stored."""
     if FEATURES_EVERY not in facts.fingerprint_fields:

@@ -17,7 +17,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.store.base import NO_LABEL, Record, ShardId, ShardReader, damaged, shard_reader, stores_features
+from scalekd_cache.store.base import (
+    NO_LABEL,
+    Record,
+    ShardId,
+    ShardReader,
+    damaged,
+    shard_reader,
+    stores_features,
+    wrong_share,
+)
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
@@ -121,7 +130,12 @@ class Cache:
         for unit, places in by_unit.items():
             found = self._read_unit(view, unit, positions[places] - starts[unit])
             records.update(zip(places, found, strict=True))
-        return [self._checked(records[place], positions[place], view) for place in range(len(positions))]
+        found = [self._checked(records[place], positions[place], view) for place in range(len(positions))]
+        if self.manifest.facts.features_every > 1:
+            for record, position, there in zip(found, positions, self.has_features(positions, view), strict=True):
+                if (what := wrong_share(record, bool(there))) is not None:
+                    raise damaged(*what, f"{self.root}/{self.shard_at(position, view)}", record.key)
+        return found
 
     def _checked(self, record: Record, position: int, view: int) -> Record:
         """The record itself; UserError for a label outside the classes."""

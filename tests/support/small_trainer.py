@@ -28,7 +28,9 @@ def config_of(*, train=None, optim=None, student="resnet10t") -> DistillConfig:
     )
 
 
-def trainer_of(config: DistillConfig, folder=None, cache=None, process=CPU, kind=Trainer) -> Trainer:
+def trainer_of(
+    config: DistillConfig, folder=None, cache=None, process=CPU, kind=Trainer, order=None, features=None
+) -> Trainer:
     """A trainer at the last checkpoint of a folder, or at the first step."""
     cache, train = cache or shared_cache(), config.train
     torch.manual_seed(train.seed)
@@ -38,10 +40,9 @@ def trainer_of(config: DistillConfig, folder=None, cache=None, process=CPU, kind
         tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail)
         tail = tail.to(process.device)
-    order = Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
-    loader = CacheLoader(
-        cache, order, epochs=train.epochs, global_batch=train.global_batch_size, micro_batch=train.micro_batch_size
-    )
+    order = order or Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
+    sizes = {"global_batch": train.global_batch_size, "micro_batch": train.micro_batch_size}
+    loader = CacheLoader(cache, order, epochs=train.epochs, features=features, **sizes)
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
     classifier = load_cache_classifier(config, cache, loader.logit_codec, process)
@@ -49,7 +50,9 @@ def trainer_of(config: DistillConfig, folder=None, cache=None, process=CPU, kind
     if train.targets == "live":
         options = cache_teacher_config(cache.manifest.facts.teacher["config"], None)
         teacher = load_cache_teacher(cache.manifest, options, process.device)
-    source = TargetSource(loader.codec, loader.logit_codec, classifier, teacher) if heads is not None else None
+    source = (
+        TargetSource(loader.codec, loader.logit_codec, classifier, teacher, features) if heads is not None else None
+    )
     return kind(config, process, loader, model, tail, source, checkpoint)
 
 
