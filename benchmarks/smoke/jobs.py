@@ -57,9 +57,15 @@ def variants(sizes: Sizes) -> list[Variant]:
             Variant(f"cached {micro}", micro),
             Variant(f"live {micro}", micro, train={"targets": "live"}),
             Variant(f"baseline {micro}", micro, train={"targets": "none"}),
+            Variant(f"share 1/4 {micro}", micro, scalekd={"feature_share": 0.25}),
             Variant(f"lite {micro}", micro, scalekd={"projector": "lite"}),
+            Variant(f"linear {micro}", micro, scalekd={"projector": "linear"}),
         ]
     micro = sizes.micro_batches[0]
+    found += [
+        Variant(f"share 1/2 {micro}", micro, scalekd={"feature_share": 0.5}),
+        Variant(f"lite, share 1/4 {micro}", micro, scalekd={"projector": "lite", "feature_share": 0.25}),
+    ]
     found += [Variant(f"zero{stage} {micro}", micro, train={"zero": stage}) for stage in (1, 2, 3)]
     return [*found, Variant(f"lamb {micro}", micro, optim={"name": "lamb", "lr": 1e-3})]
 
