@@ -71,13 +71,24 @@ def stepper(setting: Setting, arm: Arm, cache: Cache) -> Callable[[], None]:
     return step
 
 
-def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
-    """Median CPU seconds per step of every arm with its own kind of step; measured once and kept in `file`."""
-    if file.exists():
-        return {name: float(value) for name, value in json.loads(file.read_text(encoding="utf-8"))["seconds"].items()}
+def read_costs(setting: Setting, file: Path) -> dict[str, float]:
+    """CPU seconds per step of the arms of a setting's questions, as far as their kind of step was measured."""
+    known = json.loads(file.read_text(encoding="utf-8"))["seconds"] if file.exists() else {}
+    kinds = {setting.arms[name]._replace(length=1.0): float(value) for name, value in known.items()}
     used = dict.fromkeys(name for question in setting.questions for name in (question.against, *question.arms))
+    found = {name: kinds.get(setting.arms[name]._replace(length=1.0)) for name in used}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
+    """Median CPU seconds per step of every arm; measured once per kind of step and kept in `file`."""
+    used = dict.fromkeys(name for question in setting.questions for name in (question.against, *question.arms))
+    known = read_costs(setting, file)
+    if set(known) == set(used):
+        return known
     kinds: dict[Any, str] = {}
-    kind_of = {name: kinds.setdefault(setting.arms[name]._replace(length=1.0), name) for name in used}
+    for name in used:
+        kinds.setdefault(setting.arms[name]._replace(length=1.0), name)
     opened = Cache.open(cache)
     steppers = {name: stepper(setting, setting.arms[name], opened) for name in kinds.values()}
     times: dict[str, list[float]] = {name: [] for name in steppers}
@@ -87,11 +98,11 @@ def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
             step()
             if repeat >= 2:
                 times[name].append(time.process_time() - started)
-    seconds = {name: round(statistics.median(times[kind_of[name]]), 5) for name in used}
+    seconds = {name: round(statistics.median(values), 5) for name, values in times.items()}
     facts = {name: machine()[name] for name in ("cpu", "cores", "threads", "commit", "date", "load")}
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps({"seconds": seconds, "repeats": REPEATS, **facts}, indent=1) + "\n", encoding="utf-8")
-    return seconds
+    return read_costs(setting, file)
 
 
 def flops(

@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import RESULTS, argument_parser, pyplot
-from benchmarks.price_list.costs import flops
+from benchmarks.price_list.costs import flops, read_costs
 from benchmarks.price_list.plan import SETTINGS
 from benchmarks.study.figures import draw_differences, load, table, text_of, verdict
 from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired
 
 METHODS = {
-    "baseline": ("baseline", "baseline-2x", "baseline-4x"),
+    "baseline": ("baseline", "baseline-2x", "baseline-3x", "baseline-4x"),
     "cap": ("cap-0.125", "cap-0.25", "cap-0.5", "cap-1"),
     "lite": ("lite-0.25", "lite"),
     "linear": ("linear",),
@@ -30,14 +30,6 @@ METHODS = {
 LONGER = {"cap": ("cap-0.25", "cap-0.25-equal-cost"), "lite": ("lite", "lite-equal-cost"),
           "linear": ("linear", "linear-equal-cost")}  # fmt: skip
 """The same method with more epochs."""
-
-
-def read_costs(results: Path, setting: Setting) -> dict[str, float]:
-    """CPU seconds per step by arm."""
-    seconds: dict[str, float] = json.loads((results / f"{setting.name}-steps.json").read_text(encoding="utf-8"))[
-        "seconds"
-    ]
-    return seconds
 
 
 def differences(setting: Setting, lines: Sequence[Line]) -> dict[tuple[str, str], Difference]:
@@ -146,7 +138,7 @@ def draw(results: Path) -> None:
     for name, setting in SETTINGS.items():
         lines = load(results, name)
         if any(line["arm"] == "baseline" for line in lines):
-            costs = read_costs(results, setting)
+            costs = read_costs(setting, results / f"{name}-steps.json")
             texts.append(tables_of(setting, lines, costs))
             chart(setting, lines, costs, results / f"{name}.png")
     text = "\n".join(texts)

@@ -23,7 +23,10 @@ EQUAL_COST = {"cap-0.25": 1.5, "lite": 1.75, "linear": 2.5}
 def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
     """All arms, with the lengths of those of equal cost."""
     return {
-        **{"baseline" + ("" if times == 1 else f"-{times}x"): Arm(targets="none", length=times) for times in (1, 2, 4)},
+        **{
+            "baseline" + ("" if times == 1 else f"-{times}x"): Arm(targets="none", length=times)
+            for times in (1, 2, 3, 4)
+        },
         **{f"cap-{share:g}": heads(share=share) for share in SHARES},
         "lite": heads("lite"),
         "lite-0.25": heads("lite", 0.25),
@@ -41,7 +44,7 @@ def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
 
 
 FIRST = ("baseline", "cap-0.25", "lite", "linear", "cap-0.25-equal-cost")
-LONGER = ("baseline-2x", "baseline-4x", "linear-equal-cost", "lite-equal-cost")
+LONGER = ("baseline-3x", "baseline-2x", "baseline-4x", "linear-equal-cost", "lite-equal-cost")
 REST = ("cap-0.5", "cap-0.125", "lite-0.25", "logits-only")
 
 
