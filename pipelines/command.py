@@ -259,7 +259,9 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted, 141 the reader of the output closed the pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # not: CUDA_HOME is set, but there is no GPU
+    # Not: CUDA_HOME is set, but there is no GPU; a cosine of one epoch is constant.
+    for name in ("torch.utils.cpp_extension", "timm.scheduler.cosine_lr"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     try:

@@ -181,7 +181,7 @@ def test_the_downstream_example(tmp_path):
 
 SMALL = {
     "cache-teacher": ["--pretrained", "false", "--views", "2", "--workers", "0"],
-    "distill": ["--epochs", "1", "--train.global_batch_size", "8", "--train.micro_batch_size", "4", "--workers", "0"],
+    "distill": ["--epochs", "1", "--batch", "8", "--workers", "0"],
 }
 
 

@@ -78,8 +78,7 @@ def test_own_data_in_five_lines(checkout):
     assert fetch[1:] == ["fetch", cache[4]]
     run_in(checkout, cache, "PRETRAINED=0", "VIEWS=2", "WORKERS=0")
     run_in(checkout, verify)
-    small = "train.global_batch_size=8 train.micro_batch_size=4"
-    run_in(checkout, distill, "EPOCHS=1", "WORKERS=0", f"SET={small}")
+    run_in(checkout, distill, "EPOCHS=1", "WORKERS=0", "BATCH=8")
     assert read_json(checkout / "runs" / "resnet18" / "summary.json")["val_images"] == 4
     run_in(checkout, export)
     assert (checkout / "runs" / "resnet18" / "resnet18.onnx").is_file()
