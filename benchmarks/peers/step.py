@@ -11,6 +11,7 @@ Makes build/peers on first use (benchmarks/peers/environment.py). Takes 10 minut
 """
 
 import itertools
+import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,7 @@ from scalekd_cache.training.trainer import DistillModel
 TEACHER = "vit_small_patch14_dinov2"
 PEER, PEER_TEACHER, PEER_QUEUE = "lightly-train, live", "dinov2/vits14-noreg", 8192
 """Row of the peer; its name of the same teacher; its queue of teacher embeddings for more than 20,000 images."""
+ALONE = "student alone"
 IMAGES, EPOCHS = 64, 100_000
 
 
@@ -49,12 +51,14 @@ class Arm(NamedTuple):
     """Fields of `ScaleKDConfig`."""
     goal: str = ""
     """Cost over that of the peer."""
+    rest: str = ""
+    """What the cost is besides the student."""
 
 
 ARMS = (
-    Arm("published heads", {}),
+    Arm("published heads", {}, rest="cross attention on 16 x 16 positions, the tail, their gradients"),
     Arm("published heads, share 1/4", {"feature_share": 0.25}, "at most 0.7"),
-    Arm("lite heads", {"projector": "lite"}, "at most 0.5"),
+    Arm("lite heads", {"projector": "lite"}, "at most 0.5", "the tail, on all samples"),
     Arm("lite heads, share 1/4", {"projector": "lite", "feature_share": 0.25}, "at most 0.5"),
     Arm("linear heads", {"projector": "linear"}, "at most 0.45"),
     Arm("linear heads, share 1/4", {"projector": "linear", "feature_share": 0.25}, "at most 0.45"),
@@ -142,20 +146,18 @@ def forward(name: str, batch: int, cache: Cache) -> Callable[[], None]:
     return partial(teacher, images)
 
 
-def rows(seconds: dict[str, list[float]], batch: int, goals: dict[str, str]) -> list[Measurement]:
+def rows(seconds: dict[str, list[float]], batch: int, arms: dict[str, Arm]) -> list[Measurement]:
     """Cost of each arm over that of the peer's step."""
     table = []
     for name, values in seconds.items():
         if name == PEER:
             continue
-        ratios = sorted(own / peer for own, peer in zip(values, seconds[PEER], strict=True))
-        own, peer = (1e3 * sorted(found)[len(found) // 2] / batch for found in (values, seconds[PEER]))
-        alone = sorted(value / base for value, base in zip(values, seconds["student alone"], strict=True))
-        rates = f"{own:.1f} vs {peer:.1f} ms per image; {alone[len(alone) // 2]:.2f} x the student alone"
+        ratios, alone = ([own / base for own, base in zip(values, seconds[row], strict=True)] for row in (PEER, ALONE))
+        own, peer = (1e3 * statistics.median(found) / batch for found in (values, seconds[PEER]))
+        rates = f"{own:.1f} vs {peer:.1f} ms per image; {statistics.median(alone):.2f} x the {ALONE}"
+        arm, spread = arms.get(name, Arm(name, {})), (min(ratios), max(ratios))
         what = f"{name} / {PEER}"
-        table.append(
-            Measurement(what, ratios[len(ratios) // 2], (ratios[0], ratios[-1]), "x", rates, goals.get(name, ""), "")
-        )
+        table.append(Measurement(what, statistics.median(ratios), spread, "x", rates, arm.goal, arm.rest))
     return table
 
 
@@ -176,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         data = write_photographs(Path(name) / "data", count)
         cache = make_cache(Path(name) / "cache", data, count, TEACHER)
         actions: dict[str, Callable[[], object]] = {
-            "student alone": own_step(None, options.student, options.batch, cache),
+            ALONE: own_step(None, options.student, options.batch, cache),
             "teacher forward": forward(TEACHER, options.batch, cache),
             PEER: peer_step(options.student, options.batch, data / "train"),
         }
@@ -184,7 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for action in actions.values():
             action()
         seconds = time_interleaved(options.repeats, clock=time.process_time, **actions)
-    goals = {f"ours, cached, {arm.name}": arm.goal for arm in chosen}
+    arms = {f"ours, cached, {arm.name}": arm for arm in chosen}
     pair = f"{options.student}, ViT-S/14, 224 px, micro-batch {options.batch}, SGD"
     note = f"{pair}; {versions('lightly-train', 'torch', 'timm')}. Time only: accuracy was not compared."
     raw = {
@@ -193,7 +195,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "arms": [arm._asdict() for arm in chosen],
         "cpu_seconds": seconds,
     }
-    publish_table("peers-step", rows(seconds, options.batch, goals), raw, note=note)
+    publish_table("peers-step", rows(seconds, options.batch, arms), raw, note=note)
 
 
 if __name__ == "__main__":
