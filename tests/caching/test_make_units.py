@@ -30,10 +30,11 @@ def job_of(config):
 def make_some(root, numbers, workers=0, **changes):
     """Make these units, in this order."""
     job = job_of(options(root, shared_weights(), cache={"views_per_group": 1}, **changes))
-    done = []
+    done, arrived = [], []
     with torch.no_grad():
-        make_units(job.stage, job.units, iter(numbers), workers, done.append)
+        make_units(job.stage, job.units, iter(numbers), workers, done.append, arrived=arrived.append)
     assert done == [job.units[number] for number in numbers]
+    assert arrived == [len(unit.views) for unit in done for _ in unit.positions]  # the bar moves within a unit
     return unit_files(root)
 
 

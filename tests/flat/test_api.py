@@ -78,6 +78,20 @@ def test_errors_are_those_of_the_command(made, tmp_path, function, arguments, te
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("given", "sizes"),
+    [
+        ({"train.global_batch_size": "8"}, (8, 8)),
+        ({"train.global_batch_size": 64}, (64, 16)),
+        ({"train.global_batch_size": "8", "train.micro_batch_size": "4"}, (8, 4)),
+        ({}, (32, 16)),
+    ],
+)
+def test_a_small_batch_is_one_micro_batch(made, given, sizes):
+    train = distill_config({"cache": str(made.path), "student.name": STUDENT, **given}).train
+    assert (train.global_batch_size, train.micro_batch_size) == sizes
+
+
 def test_the_default_run_folder_names_the_targets(made):
     given = {"cache": str(made.path), "student.name": STUDENT}
     assert single_runs(distill_config(given))[0].run == f"runs/{STUDENT}"

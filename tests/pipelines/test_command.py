@@ -1,14 +1,16 @@
 """The command line: recipes, overrides, typos."""
 
+import contextlib
 import shlex
 import sys
+import threading
 
 import click
 import pytest
 from commands import execute
 from documented import given_by
 
-from pipelines import command, launcher
+from pipelines import cache_teacher, command, launcher
 from pipelines.__main__ import SCALEKD
 from pipelines.make_options import options
 from scalekd_cache.api import cache_teacher_config
@@ -19,6 +21,7 @@ from scalekd_cache.config.recipes import RECIPES, recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.store.locks import lock
 
 
 def cache_options(argv=(), recipe=None):
@@ -241,6 +244,18 @@ def test_ranks_print_the_same_message_once(monkeypatch, capsys, tmp_path, stop):
     with pytest.raises(SystemExit):
         command.run(SCALEKD, ["verify"])
     assert "another" in capsys.readouterr().err
+
+
+def test_a_second_command_that_writes_a_cache_says_that_it_waits(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(cache_teacher.tempfile, "gettempdir", lambda: str(tmp_path))
+    given = {"cache.path": str(tmp_path / "cache")}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(cache_teacher.one_job_per_node(given))
+        waits = threading.Thread(target=lambda: stack.enter_context(cache_teacher.one_job_per_node(given)))
+        monkeypatch.setattr(cache_teacher, "lock", lambda *args, wait=True: wait or lock(*args, wait=False))
+        waits.start()
+        waits.join()
+    assert capsys.readouterr().out == f"waiting: another command writes {tmp_path / 'cache'}\n"
 
 
 def test_without_a_command_help_is_printed(monkeypatch, capsys):
