@@ -4,7 +4,8 @@
 
 Positions: the position of samples within an epoch, over many epochs, compared with independent uniform numbers.
 Mixing: distinct classes per batch, and same-class pairs within 16 batches. Compares a data set sorted by class (tars
-written class by class), the same data set in hashed order (as for an image folder) and a full permutation.
+written class by class), the same data set in hashed order (as for an image folder), a full permutation, and caches with
+features for a quarter of the views, whose epochs deal from two streams.
 Training: a small network with BatchNorm on scikit-learn's digits sorted by class.
 Reading: bytes that each of N processes reads per epoch from a default cache, as counted by the kernel.
 Writes benchmarks/results/shuffle-quality.json and .png. Takes about a minute.
@@ -27,17 +28,21 @@ from scalekd_cache.loader.order import (
     WINDOW,
     Ids,
     Order,
+    SparseEpoch,
     class_correlation,
     epoch_ids,
     micro_batch_ids,
     micro_batches_of_rank,
     mixing_window,
+    steps_per_epoch,
 )
-from scalekd_cache.store.base import ShardId, shard_reader
+from scalekd_cache.store.base import ShardId, shard_reader, stores_features
 from scalekd_cache.store.sidecar import read_keys, read_unit
 
 CLASSES, EACH, BATCH, MICRO = 1000, 1281, 256, 32
 """ImageNet's class counts and the batch sizes of the traditional recipe."""
+SHARD = 512
+"""Images per shard, which decide where features are stored in a sparse cache."""
 SEEDS = range(8)
 
 
@@ -67,10 +72,25 @@ def positions(samples: int = 40_000, epochs: int = 200, chosen: int = 64) -> dic
     }  # fmt: skip
 
 
+def ids_in_turn(order: Order, count: int) -> Ids:
+    """The first positions of epoch 0, in the order in which they are read."""
+    if order.features_every == 1:
+        return epoch_ids(order, 0, 0, count)
+    epoch = SparseEpoch(order, 0, lambda ids: stores_features(ids % SHARD, 0, order.features_every))
+    steps = min(count // BATCH, steps_per_epoch(order, BATCH))
+    return np.concatenate(
+        [
+            epoch.micro_batch_ids(step=step, micro=micro, global_batch=BATCH, micro_batch=MICRO)
+            for step in range(steps)
+            for micro in range(BATCH // MICRO)
+        ]
+    )
+
+
 def mixing(labels: Ids, order: Order | None, batches: int = 200) -> dict[str, float]:
     """Distinct classes per batch and per micro-batch, and the rate of same-class pairs within 16 batches."""
     count = len(labels)
-    ids = np.random.default_rng(1).permutation(count) if order is None else epoch_ids(order, 0, 0, count)
+    ids = np.random.default_rng(1).permutation(count) if order is None else ids_in_turn(order, count)
     seen = labels[ids[: count // BATCH * BATCH]].reshape(-1, BATCH)
     chosen = seen[np.linspace(0, len(seen) - 1, batches).astype(int)]
     runs = seen[: len(seen) // 16 * 16].reshape(-1, 16 * BATCH)
@@ -88,6 +108,7 @@ def orders(labels: Ids) -> dict[str, tuple[Ids, Order | None]]:
     hashed = np.random.default_rng(2).permutation(labels)
     wide = mixing_window(len(labels), 64, class_correlation(labels))
     plain = {"num_samples": len(labels), "block": 64, "seed": 0}
+    sparse = {**plain, "features_every": 4, "ranges": -(-len(labels) // SHARD)}
     return {
         "full permutation": (labels, None),
         "image folder (hashed), 64 blocks of 64": (hashed, Order(window=WINDOW, **plain)),
@@ -96,6 +117,8 @@ def orders(labels: Ids) -> dict[str, tuple[Ids, Order | None]]:
             labels,
             Order(window=wide, **plain),
         ),
+        "image folder, features of a quarter": (hashed, Order(window=WINDOW, **sparse)),
+        "class-sorted tars, likeness, features of a quarter": (labels, Order(window=wide, **sparse)),
     }
 
 
@@ -195,11 +218,9 @@ def plot(mixed: dict[str, dict[str, float]], labels: Ids, trained: dict[str, dic
 
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.6), width_ratios=(1.3, 1, 1))
     for (name, (canonical, order)), color in zip(
-        orders(labels).items(), ("k", "tab:green", "tab:red", "tab:blue"), strict=True
+        orders(labels).items(), ("k", "tab:green", "tab:red", "tab:blue", "tab:olive", "tab:cyan"), strict=True
     ):
-        ids = (
-            np.random.default_rng(1).permutation(len(labels)) if order is None else epoch_ids(order, 0, 0, 200 * BATCH)
-        )
+        ids = np.random.default_rng(1).permutation(len(labels)) if order is None else ids_in_turn(order, 200 * BATCH)
         seen = canonical[ids[: 200 * BATCH]].reshape(200, BATCH)
         axes[0].plot([len(np.unique(batch)) for batch in seen], color=color, lw=1, label=name)
     axes[0].set(

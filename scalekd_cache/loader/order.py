@@ -146,6 +146,7 @@ class SparseEpoch:
         sizes = np.diff([*begins[: -1 : order.window].tolist(), order.num_samples])
         there = np.array([mask(_window_ids(order, epoch, window)).sum() for window in range(len(sizes))], np.int64)
         self._begins = {wanted: self._starts(there if wanted else sizes - there) for wanted in (True, False)}
+        self._chosen = lru_cache(maxsize=4)(self._of_window)
 
     @staticmethod
     def _starts(counts: Ids) -> Ids:
@@ -154,13 +155,13 @@ class SparseEpoch:
 
     def ids(self, start: int, stop: int, *, features: bool) -> Ids:
         """Entries [start, stop) of the samples with features, or of those without."""
+        return _joined(self._begins[features], lambda window: self._chosen(window, features), start, stop)
 
-        def of_window(window: int) -> Ids:
-            ids = _window_ids(self.order, self.epoch, window)
-            chosen: Ids = ids[self._mask(ids) == features]
-            return chosen
-
-        return _joined(self._begins[features], of_window, start, stop)
+    def _of_window(self, window: int, features: bool) -> Ids:
+        """The shuffled positions of a window that have features, or those that have none."""
+        ids = _window_ids(self.order, self.epoch, window)
+        chosen: Ids = ids[self._mask(ids) == features]
+        return chosen
 
     def micro_batch_ids(self, *, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
         """Positions (micro_batch,) of a micro-batch, as `micro_batch_ids`: first those of the samples with features."""

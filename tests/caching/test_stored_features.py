@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from damage import rewrite_unit
 from documented import call
+from format_reader import read_cache
 from growing import Writer
 from loaders import assert_same_batches, make_loader
 from small_cache import CPU, flip_byte, options, reseal, shared_weights, tree, unit_files
@@ -16,11 +17,16 @@ from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.caching import job
 from scalekd_cache.caching import make_units as caching
+from scalekd_cache.caching.job_plan import make_stage
+from scalekd_cache.caching.size_probe import PlaceholderTeacher, measure_sizes
+from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.logits import DenseLogits
 from scalekd_cache.config.stage1 import StoreConfig
+from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order
 from scalekd_cache.reports.cache import CacheReport, cache_report
-from scalekd_cache.store.base import BACKENDS, Parts, stores_features
+from scalekd_cache.store.base import BACKENDS, Parts
 from scalekd_cache.store.growing import GrowingCache, open_growing_cache
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
@@ -28,6 +34,7 @@ from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.verify import verify_cache
 
 EVERYTHING = range(IMAGES)
+PROBED = {"num_views": EVERY, "views_per_group": EVERY, "samples_per_shard": 21, "stored_features": 0.25}
 
 
 def copy_of(cache, root):
@@ -54,6 +61,13 @@ def test_records_are_those_of_the_full_cache_without_some_features(backend):
     assert sizes["features"] == whole["features"] / EVERY
     assert sparse.manifest.fidelity["cosine"]["count"] == IMAGES
     assert "features_every" not in full.manifest.facts.fingerprint_fields
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_reader_written_from_the_page_alone(backend):
+    """It checks the rule of docs/FORMAT.md too."""
+    views = read_cache(finished(backend=backend).root)
+    assert sum(record.features is not None for view in views.values() for record in view) == IMAGES
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -162,7 +176,7 @@ def test_rows_are_counted_over_written_records(tmp_path):
     assert len(cache) == IMAGES - 1
     for view in range(EVERY):
         there = [len(record.features) > 0 for record in cache.read(range(20), view)]
-        assert there == stores_features(np.arange(20), view, EVERY).tolist()
+        assert there == [(row + row // 4 + view) % 4 == 0 for row in range(20)]  # docs/FORMAT.md, sparse caches
     assert verify_deep(root).findings.problems == []
 
 
@@ -255,4 +269,13 @@ def test_the_probe_measures_the_share(tmp_path):
     assert asked == [pytest.approx(finished().manifest.bytes_per_view["total"], rel=0.03)]
 
 
-PROBED = {"num_views": EVERY, "views_per_group": EVERY, "samples_per_shard": 21, "stored_features": 0.25}
+def test_bytes_at_the_size_of_swin_l():
+    """Exact for int8. All but features and pixels takes at most 2.7 KB in Zarr; the headers of a tar take more."""
+    config = options("unused", shared_weights(), views={"size": 224}, cache={**PROBED, "backend": "zarr"})
+    teacher, source = PlaceholderTeacher((1536, 7, 7), 1000), open_source(config.data, "train")
+    codecs = make_codec("int8", teacher.feature_shape), DenseLogits(1000)
+    stage = make_stage(config, CPU, source, teacher, *codecs, fingerprint="")
+    sizes = measure_sizes(stage, config.cache, num_views=32, pixel_images=4).bytes_of([range(512)], EVERY)
+    per_view = {name: size / (512 * EVERY) for name, size in sizes.items()}
+    assert per_view["features"] == 79_708 / EVERY
+    assert per_view["target"] + per_view["index"] < 2700

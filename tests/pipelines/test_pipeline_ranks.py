@@ -81,8 +81,21 @@ def test_a_run_goes_on_with_other_processes(before, after, finished, cache, work
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_a_feature_share_on_two_processes_and_resumed(zero, cache, workshop):
     """Half of each micro-batch: the losses of one process, of two, and of a run that two processes resume."""
-    options = {"scalekd.feature_share": 0.5, "train.checkpoint_steps": 2, "train.keep_checkpoints": 9}
-    one, two = workshop / "runs" / "share-one", workshop / "runs" / f"share-two-zero{zero}"
+    compare_on_two_processes(cache, workshop / "runs", "share", zero, {"scalekd.feature_share": 0.5})
+
+
+@pytest.mark.slow
+def test_a_sparse_cache_on_two_processes_and_resumed(weights, workshop):
+    """Made by two processes, with features for half of the views."""
+    root = workshop / "caches" / "sparse"
+    run("cache_teacher", *cache_flags(root, weights, **{"cache.stored_features": 0.5}), nproc=2)
+    compare_on_two_processes(root, workshop / "runs", "sparse", 0, {})
+
+
+def compare_on_two_processes(cache, runs, name, zero, options):
+    """The losses of one process, of two, and of a run that two processes resume."""
+    options = {**options, "train.checkpoint_steps": 2, "train.keep_checkpoints": 9}
+    one, two = runs / f"{name}-one", runs / f"{name}-two-zero{zero}"
     if not one.exists():
         run("distill", *distill_flags(cache, one, **options))
     words = distill_flags(cache, two, **options, **{"train.zero": zero})

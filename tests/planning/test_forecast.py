@@ -184,3 +184,21 @@ def test_a_full_disk_is_said(tmp_path, monkeypatch, capsys):
         assert words in text
     assert "DOES NOT FIT" not in text
     assert "DOES NOT FIT" in describe(dataclasses.replace(found, free_bytes=1000))
+
+
+def test_a_plan_knows_the_stored_share(tmp_path):
+    """Bytes as stage 1 writes them; students take the share, so they cost less; more than is stored is refused."""
+    sparse = {"num_views": 4, "views_per_group": 4, "stored_features": 0.25}
+    config = options(tmp_path / "cache", shared_weights(), cache=sparse)
+    found, full = plan_of(config), plan_of(options(tmp_path / "full", shared_weights(), cache={"num_views": 4}))
+    assert_close(found, make(tmp_path / "cache", shared_weights(), cache=sparse))
+    assert found.bytes_per_view["features"] == full.bytes_per_view["features"] / 4
+    assert found.student_gpu_hours < full.student_gpu_hours
+    assert found.step_memory["activations"] < full.step_memory["activations"]
+    assert "features (int8, 0.25 of the views)" in describe(found)
+    changes = {row["change"] for row in found.alternatives}
+    assert "--views 8" in changes
+    assert not changes & {"--views 1", "--views 2"}
+    asked = dataclasses.replace(TRAINING, scalekd=dataclasses.replace(TRAINING.scalekd, feature_share=0.5))
+    with pytest.raises(UserError, match="need more samples than the cache would have features for"):
+        plan_of(config, training=asked)

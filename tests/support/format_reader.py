@@ -84,8 +84,11 @@ def read_view(root, view):
         assert len(keys) == count
         place = (group, range_id, view)
         read = read_tar if manifest["backend"] == "webdataset" else read_zarr
-        for record in read(folder / f"v{view:04d}", place, keys):
-            yield decode(manifest, state, *record)
+        every = manifest["fingerprint_fields"].get("features_every", 1)
+        for row, record in enumerate(read(folder / f"v{view:04d}", place, keys)):
+            decoded = decode(manifest, state, *record)
+            assert every == 1 or (decoded.features is not None) == ((row + row // every + view) % every == 0)
+            yield decoded
 
 
 LABEL, FEATURES, LOGITS, SECOND = 1, 2, 4, 8
