@@ -36,20 +36,16 @@ class CustomStudent(nn.Module):
         return s3, s4, self.head(s4.mean((2, 3)))
 
 
-def test_the_package_imports_fast_and_without_torch():
+def test_the_package_imports_without_torch():
     code = """
-import sys, time
-started = time.perf_counter()
+import sys
 import scalekd_cache
-seconds = time.perf_counter() - started
 assert "torch" not in sys.modules and "numpy" not in sys.modules
 assert {"Cache", "CachedTargets", "ScaleKDLoss"} <= set(dir(scalekd_cache))
 scalekd_cache.Cache
 assert "torch" not in sys.modules
-print(seconds)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert float(done.stdout) < 0.3
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = scalekd_cache.nothing
 
