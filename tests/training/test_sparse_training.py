@@ -8,7 +8,8 @@ from small_trainer import GLOBAL, MICRO, Lines, config_of, finish, trainer_of
 from sparse_cache import EVERY, finished
 
 from scalekd_cache import CachedTargets
-from scalekd_cache.config.stage2 import ScaleKDConfig
+from scalekd_cache.audit.gradients import compare_gradients
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.store.reader import Cache
@@ -83,3 +84,14 @@ def test_more_than_is_stored_is_refused(share, micro, texts):
         feature_samples(ScaleKDConfig(feature_share=share), finished(), micro)
     for text in texts:
         assert text in str(caught.value)
+
+
+def test_prove_compares_the_stored_features():
+    """Of 32 views, a quarter has features; logits and the student's gradient use all."""
+    train = dataclasses.replace(CONFIG.train, epochs=1)
+    config = DistillConfig(cache=str(finished().root), student=StudentConfig(name="resnet10t"), train=train)
+    found = compare_gradients(config, CPU, views=32)
+    assert found.holds
+    assert found.fidelity["cosine"]["count"] == 32 // EVERY
+    assert found.fidelity["logit_kl"]["count"] == found.views == 32
+    assert found.gradient_cosine > 0.999
