@@ -30,7 +30,7 @@ class CostsConfig:
     student: str = "resnet50"
     """A timm model name or a short name."""
     image_size: int | None = None
-    """Image size (height and width), pixels (None: the size the teacher was made for)."""
+    """Image size (height and width), pixels (default: the teacher's native size)."""
     all: bool = False
     """Print the table of all teacher-student pairs of the paper as a Markdown page."""
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)

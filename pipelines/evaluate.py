@@ -18,7 +18,7 @@ class EvaluateConfig:
     run: str
     """Folder of a finished run, or of an exported or imported student (with `data`)."""
     data: str | None = None
-    """Data set with the validation images (None: the one of stage 1; required for an exported student)."""
+    """Data set with the validation images (default: the data set used in stage 1; required for an exported student)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     workers: int = 0

@@ -16,7 +16,7 @@ class ExportConfig:
     run: str
     """Folder of a run with a checkpoint."""
     out: str | None = None
-    """Folder (timm) or file to write (None: inside the run folder)."""
+    """Folder (timm) or file to write (default: in the run folder)."""
     format: str = "timm"
     """timm: a folder with a model card; safetensors: the state dict; onnx; torch-export: a .pt2 program; torchvision or
     mmpretrain: the state dict with that library's parameter names (docs/METHOD.md lists the architectures)."""

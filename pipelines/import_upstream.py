@@ -19,11 +19,11 @@ class ImportConfig:
     out: str
     """Output folder: student/ for timm, and heads.safetensors."""
     student: str | None = None
-    """Short name or timm name of the student (None: the student of the paper that fits)."""
+    """Short name or timm name of the student (default: the paper's student that matches the checkpoint)."""
     classes: int | None = None
-    """Number of classes (None: as in the checkpoint)."""
+    """Number of classes (default: read from the checkpoint)."""
     image_size: int | None = None
-    """Image size, pixels (None: timm's default for this model)."""
+    """Image size, pixels (default: timm's default for this model)."""
     s4_query: Literal["s3", "learned"] = "s3"
     """learned: import S4's learned queries. The published distiller does not use them when S3 has projectors."""
 

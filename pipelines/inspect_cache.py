@@ -28,7 +28,7 @@ class InspectConfig:
     view: int = 0
     """View number."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
+    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     out: str | None = None
     """Also write the stored pixels of the view to this file (.jpg, .webp or .png)."""
     json: bool = False

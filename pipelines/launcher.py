@@ -56,7 +56,7 @@ class LaunchConfig:
     hostfile: str | None = None
     """File with hosts and slots: DeepSpeed's launcher starts all nodes over ssh (with node_rank: without ssh)."""
     launcher: Literal["torchrun", "deepspeed"] | None = None
-    """Default: torchrun, or deepspeed with hostfile."""
+    """Program that starts the processes (default: torchrun; with hostfile: deepspeed)."""
     restarts: int = 10
     """Elastic: maximum number of restarts."""
     job: str = "scalekd"

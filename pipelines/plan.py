@@ -22,13 +22,13 @@ class PlanConfig(CacheTeacherConfig):
     students: int = 8
     """Number of students to be trained from the cache."""
     epochs: int | None = None
-    """Training epochs of each student (None: as in the recipe)."""
+    """Training epochs of each student (default: from the recipe)."""
     gpu: str = "h100"
     """GPU model for the GPU-hours: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
     heads: str | None = None
-    """Heads of the students: cap, lite or linear (None: as in the recipe)."""
+    """Heads of the students: cap, lite or linear (default: from the recipe)."""
     feature_share: float | None = None
-    """Share of the samples that the feature losses use (None: as in the recipe)."""
+    """Share of the samples that the feature losses use (default: from the recipe)."""
     json: bool = False
     """Print JSON."""
 

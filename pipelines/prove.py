@@ -22,23 +22,24 @@ class ProveConfig:
     student: str = "resnet18"
     """Student whose gradients are compared: a short name or a timm name."""
     init: str | None = None
-    """Folder with a trained student (None: random weights)."""
+    """Folder with a trained student (default: random weights)."""
     heads: str | None = None
-    """Heads: cap, lite or linear (None: as in the recipe)."""
+    """Heads: cap, lite or linear (default: from the recipe)."""
     feature_share: float | None = None
-    """Share of the samples that the feature losses use (None: as in the recipe, or as many as the cache has)."""
+    """Share of the samples that the feature losses use (default: from the recipe, or all
+    samples with stored features)."""
     recipe: str | None = None
-    """Training recipe (None: the training options that the cache keeps)."""
+    """Training recipe (default: the training options stored in the cache)."""
     views: int = 256
     """Number of views on which the teacher is re-run."""
     seed: int = 0
     """Seed for the choice of views and the student's weights."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: as in stage 1)."""
+    """File with the teacher's weights (default: the path used in stage 1)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
+    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     data: str | None = None
-    """Path of the data set, for a cache without pixels (default: as in stage 1)."""
+    """Path of the data set, for a cache without pixels (default: the path used in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     json: bool = False

@@ -16,11 +16,11 @@ class RepairConfig:
     cache: str = "caches/demo"
     """Folder of the cache."""
     data: str | None = None
-    """Path of the data set (default: as recorded in the cache)."""
+    """Path of the data set (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: as recorded in the cache)."""
+    """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
+    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     workers: int = 0
     """Worker processes that decode images and sample views (0: the main process)."""
     device: str = "auto"

@@ -21,21 +21,21 @@ class ReportConfig:
     runs: str | None = None
     """Folders of runs to compare, separated by spaces."""
     out: str | None = None
-    """Output file (None: next to the cache, in the run folder, or next to the first of several runs)."""
+    """Output file (default: next to the cache, in the run folder, or next to the first of several runs)."""
     views: int = 1000
     """Cache: number of views sampled to find outliers."""
     asked: int = 64
     """Cache: number of sampled views on which the teacher is re-run, if its weights are available (0: none)."""
     images: int | None = None
-    """Cache: images in the gallery (None: 8). Runs: validation images evaluated (None: 1000; 0: none)."""
+    """Cache: images in the gallery (default: 8). Runs: validation images evaluated (default: 1000; 0: none)."""
     seed: int = 0
     """Seed of these random samples."""
     data: str | None = None
-    """Path of the data set (default: as recorded in the cache)."""
+    """Path of the data set (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: as recorded in the cache)."""
+    """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
+    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     device: str = "auto"
     """auto, cpu, cuda or cuda:N."""
 
@@ -45,7 +45,7 @@ class ReportConfig:
             raise UserError(
                 "set exactly one of cache, run and runs",
                 got=" and ".join(given) or "nothing",
-                fix='set --cache dir, --run dir or --runs"dir dir"',
+                fix='set --cache dir, --run dir or --runs "dir dir"',
             )
 
 

@@ -34,11 +34,11 @@ class VerifyConfig:
     seed: int = 0
     """Seed of that random sample."""
     data: str | None = None
-    """Path of the data set (default: as recorded in the cache); needed for replayed views only."""
+    """Path of the data set (default: the path recorded in the cache); needed for replayed views only."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: as recorded in the cache)."""
+    """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None
-    """Folder or URL of the cache that holds the shared pixels (default: as recorded in this cache)."""
+    """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     device: str = "auto"
     """Where the teacher runs: auto, cpu, cuda or cuda:N."""
 

@@ -21,9 +21,9 @@ class RemoteConfig:
     """Options for reading a cache behind a URL; no effect on a cache in a local folder."""
 
     folder: str | None = None
-    """Folder of local copies (None: $SCALEKD_CACHE_DIR, or ~/.cache/scalekd-cache)."""
+    """Folder of local copies (default: $SCALEKD_CACHE_DIR, or ~/.cache/scalekd-cache)."""
     limit_bytes: int | None = None
-    """Maximum bytes of local copies; the least recently used are removed (None: $SCALEKD_CACHE_BYTES, or 50 GB)."""
+    """Maximum bytes of local copies; the least recently used are removed (default: $SCALEKD_CACHE_BYTES, or 50 GB)."""
     attempts: int = 5
     """Maximum number of attempts per transfer."""
     backoff_s: float = 0.5

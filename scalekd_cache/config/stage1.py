@@ -25,12 +25,12 @@ class DataConfig:
     """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed when val/ has no class folders."""
     classes: str | None = None
     """Order of the classes; must match the teacher's outputs. A file with one class name per line, or: sorted (by code
-    point, as torchvision), natural (2 before 10, as timm), caseless. None: classes.txt in the data set's folder if it
-    lists exactly the class folders, otherwise sorted."""
+    point, as torchvision), natural (2 before 10, as timm), caseless. Default: classes.txt in the data set's folder if
+    it lists exactly the class folders, otherwise sorted."""
     download_dir: str = "data"
     """Folder for data sets downloaded by torchvision."""
     max_samples: int | None = None
-    """Use only the first N samples of the canonical order (None: all)."""
+    """Use only the first N samples of the canonical order (default: all)."""
 
     def __post_init__(self) -> None:
         require(self.max_samples is None or self.max_samples > 0, "data.max_samples", self.max_samples, "> 0")
@@ -111,14 +111,14 @@ class TeacherConfig:
     name: str = "demo_swin"
     """A timm model name, or demo_swin, a small Swin that is trained on the demo set if its weights are missing."""
     weights: str | None = None
-    """A .safetensors file with the state dict of the timm model (None: pretrained or random weights)."""
+    """A .safetensors file with the state dict of the timm model (default: pretrained or random weights)."""
     pretrained: bool = True
     """Download timm's pretrained weights when no file is given (false: random weights, for tests)."""
     weights_dir: str = "teachers"
     """Folder of the demo teacher and of weights downloaded by `fetch`; searched before pretrained weights are
     downloaded."""
     num_classes: int | None = None
-    """Number of classes of the head (None: that of the weights file, the data set or the pretrained head; 0: no head,
+    """Number of classes of the head (default: from the weights file, the data set or the pretrained head; 0: no head,
     only features are distilled)."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
@@ -166,7 +166,7 @@ class StoreConfig:
     """Images per shard (a shard holds one view of each)."""
     pixels_from: str | None = None
     """Reuse the pixels of this finished cache of the same data set and view recipe. The new cache stores only features
-    and logits, with the same sharding (None: store pixels)."""
+    and logits, with the same sharding (default: store pixels)."""
 
     def __post_init__(self) -> None:
         require(1 <= self.num_views <= 10_000, "cache.num_views", self.num_views, "1 to 10,000")
@@ -195,7 +195,7 @@ class StoreConfig:
         if abs(1 / share - every) > 0.01:
             near = sorted({math.floor(1 / share), math.ceil(1 / share)})
             raise UserError(
-                "1 / share of the stored features is not a whole number",
+                "the reciprocal of cache.stored_features is not a whole number",
                 got=f"cache.stored_features={share:g}, 1 / {share:g} = {1 / share:.4g}",
                 expected=" or ".join(f"{1 / whole:.6g}" for whole in near),
                 fix="change --stored-features",

@@ -20,10 +20,10 @@ class StudentConfig:
     """The student (`models/student.py`)."""
 
     name: str = "resnet18"
-    """A timm model name, or a short name; several, separated by commas: one run after the other."""
+    """A timm model name, or a short name. Several, separated by commas, are trained one after the other."""
     image_size: int | None = None
-    """Side of the student's images, pixels: views are resized on the device, bicubic with antialiasing; evaluation and
-    export use this size too (None: the size of the views)."""
+    """Side length of the student's images, pixels: views are resized on the device, bicubic with antialiasing;
+    evaluation and export use this size too (default: the size of the views)."""
     drop_path: float = 0.0
     """Stochastic depth rate, for models that have it."""
     grad_checkpointing: bool = False
@@ -52,14 +52,14 @@ class ScaleKDConfig:
     frequency_weight_s4: float = 0.06
     """Weight of the frequency feature loss at S4."""
     heads_s3: int | None = None
-    """Attention heads of the S3 projector (None: width / 48, 16 for Swin-L; lite: a quarter of the width)."""
+    """Attention heads of the S3 projector (default: width / 48, 16 for Swin-L; lite: a quarter of the width)."""
     heads_s4: int | None = None
-    """Attention heads of the S4 projector (None: width / 64, 24 for Swin-L; lite: a quarter of the width)."""
+    """Attention heads of the S4 projector (default: width / 64, 24 for Swin-L; lite: a quarter of the width)."""
     cap_norm: Literal["auto", "batch", "layer"] = "auto"
     """Norm after the projectors' convolution; auto: layer norm for students without batch norm, otherwise batch norm
     (upstream uses batch norm for ViT students too)."""
     attention_scale: float = 5.0
-    """Factor of the attention scale head_dim^-0.5."""
+    """Multiplier of the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
     """Query of the S4 projector: s3: output of the S3 branch after the tail; learned: a learned embedding (always used
     without the S3 branch)."""
@@ -78,7 +78,7 @@ class ScaleKDConfig:
     tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
     feature_share: float | None = None
     """Share of the samples of every micro-batch that the feature losses use; label and logit losses use all
-    (None: all, or as many as the cache has features for)."""
+    (default: all samples, or all with stored features)."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss)."""
     temperature: float = 1.0
@@ -111,7 +111,7 @@ class OptimConfig:
     weight_decay: float = 1e-4
     """Weight decay."""
     no_decay: Literal["nothing", "position", "norm_bias_position"] = "nothing"
-    """Parameters without weight decay: none, position embeddings, or also all biases and one-dimensional parameters."""
+    """Parameters without weight decay: none; position embeddings; or also biases and one-dimensional parameters."""
     momentum: float = 0.9
     """Momentum of SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
@@ -149,7 +149,7 @@ class TrainConfig:
     epochs: int = 100
     """Passes over the data; epoch e reads view e mod V."""
     views: int | None = None
-    """Use only the first V views of the cache (None: all views at the start of the run, including those still being
+    """Use only the first V views of the cache (default: all views at the start of the run, including those still being
     written)."""
     global_batch_size: int = 256
     """Samples per optimizer step, over all ranks."""
@@ -180,18 +180,18 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialization, order and regularization."""
     seeds: str | None = None
-    """Several seeds, separated by commas: one run after the other in folders <run>-seed<N>, with mean and standard
-    deviation at the end (None: one run with `seed`)."""
+    """Several seeds, separated by commas, are run one after the other in folders <run>-seed<N>, with mean and standard
+    deviation at the end (default: one run with `seed`)."""
     shuffle_block: int = 64
     """Adjacent samples that are read together."""
     shuffle_window: int | None = None
-    """Number of blocks that are shuffled together (None: 64, more if adjacent images have the same class)."""
+    """Number of blocks that are shuffled together (default: 64, more if adjacent images have the same class)."""
     workers: int = 0
     """Loader worker processes per rank (0: main process)."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
     tracker: Literal["tensorboard", "csv", "wandb", "mlflow", "trackio"] = "tensorboard"
-    """Where the lines of metrics.jsonl go too, besides the TensorBoard events that every run writes."""
+    """Also send the metrics to this tracker; every run writes metrics.jsonl and TensorBoard events."""
     log_samples: bool = False
     """Write the sample positions of every micro-batch to samples-r00000.jsonl, one file per rank."""
     timeout_minutes: float = 30.0
@@ -241,7 +241,7 @@ class DistillConfig:
     """All options of stage 2 (`distill`)."""
 
     recipe: str | None = None
-    """Name or file of the recipe (None: the training options that the cache keeps)."""
+    """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
     """Folder or URL (file, http, https, s3, gs) of the cache."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
@@ -251,23 +251,23 @@ class DistillConfig:
     follow_timeout_minutes: float = 60.0
     """With `follow`: minutes to wait for a new unit before the run stops with an error."""
     pixels_from: str | None = None
-    """Folder of the cache whose pixels are shared (None: its path at stage 1, relative to this cache)."""
+    """Folder of the cache whose pixels are shared (default: the path used in stage 1, relative to this cache)."""
     run: str | None = None
-    """Folder of the run (None: runs/<student>-<targets>)."""
+    """Folder of the run (default: runs/<student>-<targets>)."""
     extend: bool = False
     """Train a run to more epochs than it was started with (`train.epochs`), from its last checkpoint; all other options
     stay the same. The learning rate follows the schedule of the new number of epochs."""
     init: str | None = None
-    """Folder with initial weights of the student, written by `export` or `import-upstream` (None: random weights); a
+    """Folder with initial weights of the student, written by `export` or `import-upstream` (default: random weights); a
     heads.safetensors in it initializes the ScaleKD heads."""
     student: StudentConfig = field(default_factory=StudentConfig)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     teacher_weights: str | None = None
-    """Weights of the teacher, only for train.targets=live (None: the path used at stage 1)."""
+    """Weights of the teacher, only for train.targets=live (default: the path used in stage 1)."""
     data: str | None = None
-    """Folder of the validation images (None: the path used at stage 1)."""
+    """Folder of the validation images (default: the path used in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
