@@ -62,14 +62,17 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         folder.mkdir(mode=0o700, exist_ok=True)
         file = open_lock(folder / name)
     except OSError as error:
-        print(f"warning: no lock in {folder} ({error.strerror}): do not run two commands that write {root}", flush=True)
+        print(
+            f"warning: no lock in {folder} ({error.strerror}): do not write {root} by two commands at a time",
+            flush=True,
+        )
         yield
         return
     with file:
         try:
             lock(file, folder / name, wait=False)
         except BlockingIOError:
-            print(f"waiting: another command writes {root}", flush=True)
+            print(f"waiting: another command is writing to {root}", flush=True)
             lock(file, folder / name)
         yield
 

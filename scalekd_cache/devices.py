@@ -179,7 +179,7 @@ def set_launcher_variables(device: torch.device) -> None:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if device.index != _local_rank() and (processes > 1 or _local_rank() > 0) and not has_own_gpu():
             raise UserError(
-                "several processes of one node cannot train on one GPU",
+                "several processes on one node cannot share a GPU",
                 got=f"device={device} for local rank {_local_rank()}",
                 expected="device=cuda: each process uses the GPU of its local rank",
                 fix="set device=cuda, or --nproc 1",

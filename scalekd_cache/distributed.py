@@ -243,7 +243,7 @@ class Peers:
         try:
             yield
         except RuntimeError as error:  # torch's DistStoreError and DistNetworkError
-            raise connection_lost(f"the store cannot be reached ({str(error).splitlines()[0][:200]})") from error
+            raise connection_lost(f"cannot reach the store ({str(error).splitlines()[0][:200]})") from error
 
 
 def connection_lost(reason: str) -> RunInterrupted:

@@ -1,6 +1,6 @@
-"""Registers the demo's teacher at half and at twice its width with timm, for the study's question on teacher size.
+"""Registers the demo teacher at half and at twice its width with timm, for the study's question on teacher size.
 
-In: an import. Out: timm models. Invariant: apart from the width, model and training are those of the demo's teacher.
+In: an import. Out: timm models. Invariant: apart from the width, model and training are those of the demo teacher.
 """
 
 from typing import Any

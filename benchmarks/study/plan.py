@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 
 
 class OwnTeacher(NamedTuple):
-    """The demo's teacher with one change."""
+    """The demo teacher with one change."""
 
     epochs: int = 30
     """Training epochs."""

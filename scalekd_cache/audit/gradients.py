@@ -66,7 +66,7 @@ class GradientComparison:
     teacher: str
     student: str
     start: str | None
-    """Folder of the student's weights (None: random weights)."""
+    """Folder of the student's weights (default: random weights)."""
     views: int
     """Views that the teacher was re-run on."""
     micro_batches: int
@@ -147,7 +147,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     count = min(views // micro, manifest.num_views * each)
     if count < 2:
         raise UserError(
-            "gradient noise cannot be estimated from one micro-batch",
+            "cannot estimate gradient noise from one micro-batch",
             got=f"{count} micro-batches of {micro} views",
             expected="at least 2",
             where=config.cache,

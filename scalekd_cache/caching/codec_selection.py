@@ -155,7 +155,7 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
             return linear
     if needed:
         raise UserError(
-            "the KL cannot be measured through this teacher's head",
+            "cannot measure the KL divergence through this teacher's head",
             got=f"{teacher.spec.name}: {reason}",
             where="--target kl:...",
             fix="use --target ac-cosine:... or --target bytes:...",
@@ -267,7 +267,7 @@ def load_or_select_codec(
     kept, asked = read_codec_choice(root), _preset(config)
     if kept.preset != asked:
         raise UserError(
-            "this cache's codec was fitted for another preset",
+            "this cache's codec was fitted for a different preset",
             got=asked,
             expected=kept.preset,
             where=root,

@@ -131,7 +131,7 @@ class FeatureCodec(ABC):
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
             raise UserError(
-                "teacher features cannot be stored",
+                "cannot store the teacher's features",
                 got=f"NaN, infinity or more than {self.largest():g} in rows {rows[:16]} of a batch of {len(bad)}",
                 expected="finite values, and token norms that the codec can represent",
                 where=f"codec {self.id}",

@@ -113,7 +113,7 @@ class DenseLogits:
         bad = coarse[~np.isfinite(raw).all(1)].tolist()
         if bad:
             raise UserError(
-                "teacher logits cannot be stored",
+                "cannot store the teacher's logits",
                 got=f"NaN or infinity in rows {bad[:16]} of a batch of {len(rows)}",
                 expected="finite values",
                 where="logit codec",

@@ -100,7 +100,7 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "t
             tensors = {name: value.detach().cpu().contiguous() for name, value in linear.state_dict().items()}
             return bytes(save(tensors))
     raise UserError(
-        "this teacher's logits cannot be recomputed from its features",
+        "cannot recompute this teacher's logits from its features",
         got=type(model).__name__,
         expected="a linear classifier on the mean of the last map after its norm, as in Swin",
         where="cache.logits=recomputed",
@@ -134,5 +134,5 @@ def load_classifier(config: Mapping[str, Any], folder: "StoredPath") -> "nn.Line
         linear = nn.Linear(tensors["weight"].shape[1], config["num_classes"], bias="bias" in tensors)
         linear.load_state_dict(tensors)
     except (SafetensorError, KeyError, IndexError, RuntimeError) as error:
-        raise UserError("the teacher's classifier cannot be read", got=error, where=path, fix=RESTORE) from error
+        raise UserError("cannot read the teacher's classifier", got=error, where=path, fix=RESTORE) from error
     return linear.requires_grad_(False)

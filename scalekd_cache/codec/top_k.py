@@ -66,7 +66,7 @@ class TopKLogits:
         """uint8 (B, 8 k + 1) of `encode_rows` -> a record per row. UserError for NaN or infinity; it names the rows."""
         bad = np.flatnonzero(rows[:, -1] == 0).tolist()
         if bad:
-            raise UserError("teacher logits cannot be stored", got=f"NaN or infinity in rows {bad[:16]}")
+            raise UserError("cannot store the teacher's logits", got=f"NaN or infinity in rows {bad[:16]}")
         return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:

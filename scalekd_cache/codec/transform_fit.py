@@ -81,7 +81,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
     """Compute the statistics that do not depend on the noise; raises like `fit`."""
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError(
-            "the codec cannot be calibrated on these features",
+            "cannot calibrate the codec on these features",
             got=f"{len(features)} views",
             expected="at least 2 views, all values finite",
         )

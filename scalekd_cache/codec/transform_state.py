@@ -103,7 +103,7 @@ def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
             )
         )
     except (SafetensorError, KeyError, RuntimeError) as error:
-        raise UserError("the codec state cannot be read", got=error, expected="safetensors", where=path) from error
+        raise UserError("cannot read the codec state", got=error, expected="safetensors", where=path) from error
 
 
 def check_state(state: TransformState, shape: Shape, noise: float) -> None:

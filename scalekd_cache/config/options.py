@@ -89,4 +89,4 @@ def _option_error(error: ValidationError, config_class: type) -> UserError:
         name = next((known for known in names if name.startswith(f"{known}.")), name)
     got = problem["input"]
     expected = EXPECTED.get(problem["type"]) or problem.get("ctx", {}).get("expected") or problem["msg"]
-    return UserError(f"{name} cannot be {got}: expected {str(expected).replace(chr(39), '')}")
+    return UserError(f"invalid value for {name}: {got} (expected {str(expected).replace(chr(39), '')})")

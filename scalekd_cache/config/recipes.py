@@ -132,7 +132,7 @@ def _read(file: Path) -> str:
         with file.open("rb") as opened:
             data = opened.read(RECIPE_BYTES + 1)
     except OSError as error:
-        raise UserError("the recipe cannot be read", got=error.strerror or error, where=file) from error
+        raise UserError("cannot read the recipe", got=error.strerror or error, where=file) from error
     if len(data) > RECIPE_BYTES:
         raise UserError("the recipe is too large", expected=f"at most {RECIPE_BYTES:,} bytes", where=file)
     return data.decode("utf-8")
@@ -147,7 +147,7 @@ def check_recipe(kept: Mapping[str, Any], recipe: str, asked: Mapping[str, Any],
     different = [name for name in asked if name not in own and kept.get(name) != asked[name]]
     if different:
         raise UserError(
-            f"the cache holds other views than recipe {recipe} trains on",
+            f"the views in the cache differ from those of recipe {recipe}",
             got=", ".join(f"views.{name}={kept.get(name)}" for name in different),
             expected=", ".join(f"views.{name}={asked[name]}" for name in different),
             where=where,

@@ -127,10 +127,10 @@ def _torchvision(model: nn.Module, file: Path, image_size: int) -> nn.Module:
         twin.load_state_dict(load_file(file))
     except RuntimeError as error:
         raise UserError(
-            "torchvision's module of this architecture has different tensors",
+            "the student's tensors differ from those of torchvision's model",
             got=str(error).splitlines()[1].strip() if "\n" in str(error) else error,
             where=type(model).__name__,
-            fix="use --format timm; some variants (deep stems, other windows for small images) exist in timm only",
+            fix="use --format timm; some variants (deep stems, window sizes for small images) exist only in timm",
         ) from error
     plain: nn.Module = twin.eval()
     return plain

@@ -64,5 +64,5 @@ def push_export(folder: Path, repo: str, *, private: bool = False, token: str | 
         ) from error
     except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of the hub's HTTP library
         fix = "connect to a network (and unset HF_HUB_OFFLINE), then rerun"
-        raise UserError("the model hub cannot be reached", got=str(error), where=api.endpoint, fix=fix) from error
+        raise UserError("cannot reach the model hub", got=str(error), where=api.endpoint, fix=fix) from error
     return str(done.commit_url)

@@ -213,7 +213,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
     except UserError as error:
         in_run = (folder.parent / "config.yaml").exists()
         fix = f"rewrite the export: scalekd export --run {folder.parent}" if in_run else "export or import it again"
-        raise UserError(f"the exported student cannot be loaded: {error}", fix=fix) from error
+        raise UserError(f"cannot load the exported student: {error}", fix=fix) from error
     return model
 
 

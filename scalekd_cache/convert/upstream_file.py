@@ -117,7 +117,7 @@ def _unreadable(path: Path, error: Exception) -> UserError:
             fix="download it again, and compare its size and checksum",
         )
     return UserError(
-        "this checkpoint cannot be opened with weights_only: it calls functions that can run arbitrary code",
+        "cannot open this checkpoint with weights_only: it calls functions that can run arbitrary code",
         got=called[1],
         expected="tensors, plain containers and objects that are data, such as mmengine's logs (they are skipped)",
         where=path,

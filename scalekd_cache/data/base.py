@@ -250,11 +250,11 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
     highest = int(labels.max(initial=-1))
     if highest >= max(MAX_UNNAMED_CLASSES, len(labels)):
         raise UserError(
-            "a label is too large for a class number",
+            "a label is larger than the maximum class index",
             got=f"label {highest} at position {int(labels.argmax())} of {len(labels)} training images",
             expected=f"0 to {MAX_UNNAMED_CLASSES - 1}, unless there is a list of class names",
             where=where,
-            fix="number the classes from 0 (is the label an id?), or add a list of class names",
+            fix="number the classes from 0 (does the label column hold IDs?), or add a list of class names",
         )
     return tuple(str(label) for label in range(highest + 1))
 

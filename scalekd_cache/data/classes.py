@@ -46,7 +46,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
         text = read_file(path, what, MAX_LIST_BYTES).decode("utf-8-sig")
     except ValueError as error:
         raise UserError(
-            f"{what} cannot be read",
+            f"cannot read {what}",
             got=error,
             expected="UTF-8, one name per line",
             where=path,

@@ -73,7 +73,7 @@ def _read_wnids(path: Path) -> dict[int, str]:
         return {int(number): str(wnid) for number, wnid, children in rows if int(children) == 0}
     except Exception as error:  # scipy raises many exception types on a damaged file
         raise UserError(
-            "the devkit's meta.mat cannot be read",
+            "cannot read the devkit's meta.mat",
             got=f"{type(error).__name__}: {error}",
             expected="a struct array `synsets` with ILSVRC2012_ID, WNID and num_children",
             where=path,
@@ -87,7 +87,7 @@ def _read_truth(path: Path) -> list[int]:
         return [int(line) for line in path.read_text("ascii").split()]
     except ValueError as error:
         raise UserError(
-            "the devkit's ground truth cannot be read",
+            "cannot read the devkit's ground truth file",
             got=error,
             expected="one number per line",
             where=path,

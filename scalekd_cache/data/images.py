@@ -36,7 +36,7 @@ class UnreadableImage(Exception):  # noqa: N818 (not a program error)
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"image {self.key} cannot be decoded: {self.reason}"
+        return f"cannot decode image {self.key}: {self.reason}"
 
 
 def image_digest(data: bytes) -> str:

@@ -279,7 +279,7 @@ def _wrong_columns(path: Path, got: str) -> UserError:
 
 def _damaged(path: str | Path, error: object) -> UserError:
     return UserError(
-        "a parquet file cannot be read",
+        "cannot read a parquet file",
         got=error,
         expected="a complete parquet file",
         where=path,

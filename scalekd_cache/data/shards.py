@@ -53,7 +53,7 @@ class TarReader:
                 now = os.fstat(file.fileno()).st_size
                 data = _pread(file.fileno(), size, offset) if now == self._tar_bytes[number] else b""
         except OSError as error:
-            raise UserError("a shard cannot be read", got=error, where=tar, fix="check the disk") from error
+            raise UserError("cannot read a shard", got=error, where=tar, fix="check the disk") from error
         if len(data) != size:
             raise UserError(
                 "a shard has changed since it was opened",
@@ -164,7 +164,7 @@ def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
         with open(tar, "rb", buffering=0) as file:
             return [_sample(tar, file.fileno(), stem, members) for stem, members in groups]
     except OSError as error:
-        raise UserError("a shard cannot be read", got=error, where=tar, fix="check the disk") from error
+        raise UserError("cannot read a shard", got=error, where=tar, fix="check the disk") from error
 
 
 def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember]) -> ShardSample:

@@ -66,7 +66,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
                     others["links, sparse or special files"] += 1
             _check_end(file, tar.offset)
     except OSError as error:
-        raise UserError("a shard cannot be opened", got=error.strerror, where=path, fix="check the path") from error
+        raise UserError("cannot open a shard", got=error.strerror, where=path, fix="check the path") from error
     except SCAN_ERRORS as error:
         key = (split_name(last) or (last, ""))[0]
         raise UserError(

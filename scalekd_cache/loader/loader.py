@@ -180,7 +180,7 @@ class MicroBatches(Dataset[Batch]):
             got, expected = ((one.key, one.label, one.digest, one.view) for one in (other, record))
             if got != expected:
                 raise UserError(
-                    "the shared pixels belong to another view than the features",
+                    "the shared pixels and the features belong to different views",
                     got=f"{other.key}, digest {other.digest}",
                     expected=f"{record.key}, digest {record.digest}",
                     where=f"view {view} of {self.pixels.root}, for {self.cache.root}",

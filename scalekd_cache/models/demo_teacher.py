@@ -1,4 +1,4 @@
-"""The demo's teacher: a small Swin, trained once on the digits when its weights are missing.
+"""The demo teacher: a small Swin, trained once on the digits when its weights are missing.
 
 In: the demo's training images. Out: a safetensors file of the timm model's state dict.
 Invariant: the file is written atomically; the same machine and thread count give the same weights.
@@ -56,7 +56,7 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 def train_demo_teacher(
     path: Path, data: DataConfig, *, epochs: int = EPOCHS, seed: int = 0, model_args: Mapping[str, Any] | None = None
 ) -> float:
-    """Train the demo's teacher and save it; `model_args` override `demo_teacher_args`.
+    """Train the demo teacher and save it; `model_args` override `demo_teacher_args`.
 
     Returns:
         Its top-1 accuracy on the demo's held-out images, percent.
@@ -70,7 +70,7 @@ def train_demo_teacher(
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     steps = epochs * (len(labels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.2)
-    bar = progress("train the demo's teacher (once)", steps, "step")
+    bar = progress("training the demo teacher", steps, "step")
     for _ in range(epochs):
         order = torch.randperm(len(labels), generator=generator)
         for at in range(0, len(labels) // BATCH_SIZE * BATCH_SIZE, BATCH_SIZE):

@@ -227,7 +227,7 @@ class Student(nn.Module):
 
 def _unfit(name: str, reason: str) -> UserError:
     return UserError(
-        f"this model cannot be a student: {reason}",
+        f"this model cannot be used as a student: {reason}",
         got=name,
         expected="a timm model with two feature maps, such as resnet50, mobilenetv1_100, convnext_tiny, swin_tiny, "
         "vit_small, mixer_s16",

@@ -138,7 +138,7 @@ def family_of(model: nn.Module, name: str) -> Family:
         if isinstance(model, family.classes) and not getattr(model, "rope_mixed", False):
             return family
     raise UserError(
-        "this model cannot be a teacher: its architecture is not supported",
+        "this model cannot be used as a teacher: its architecture is not supported",
         got=f"{name}, a {type(model).__name__}",
         expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
         fix="choose a supported model, or register its family with register_family (docs/guides/teacher.md)",

@@ -329,7 +329,7 @@ def cache_teacher_config(
         UserError: no such file.
     """
     if weights is not None and not Path(weights).is_file():
-        raise UserError("no such file of teacher weights", got=weights, fix="correct --teacher-weights")
+        raise UserError("the teacher's weights file does not exist", got=weights, fix="correct --teacher-weights")
     fields = dict(from_plain(options))
     return TeacherConfig(
         **{**fields, "weights": weights or fields["weights"], "precision": precision or fields["precision"]}

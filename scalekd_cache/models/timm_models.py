@@ -165,12 +165,12 @@ def fetch_weights(name: str, folder: Path) -> Path:
         model, _ = create_timm_model(current, {}, pretrained=True)
     except ConnectionError as error:
         raise UserError(
-            f"the pretrained weights of {name} cannot be downloaded: {error}. Run `scalekd fetch --teacher {name}` "
+            f"cannot download the pretrained weights of {name}: {error}. Run `scalekd fetch --teacher {name}` "
             f"on a machine with a network, and copy {folder}/ here"
         ) from error
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         raise UserError(
-            "the pretrained weights cannot be downloaded",
+            "cannot download the pretrained weights",
             got=f"{type(error).__name__}: {error}",
             where=name,
             fix="run this on a machine with a network, and copy the folder to the other machines",

@@ -118,7 +118,7 @@ def pair_costs(
         teacher: name of the teacher.
         student: name of the student.
         config: constants of the method (None: as published).
-        image_size: side of the views, pixels (None: the size the teacher was made for).
+        image_size: side of the views, pixels (default: the teacher's native size).
         num_classes: classes of teacher and student.
         student_size: side of the student's images, pixels (None: that of the views).
 

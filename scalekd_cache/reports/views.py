@@ -106,7 +106,7 @@ def read_one(cache: Cache, checker: RecordChecker, view: int, position: int) -> 
         record_view(record)
     except UserError as error:
         return None, f"view {view}, position {position}: {str(error).splitlines()[0]}"
-    return (record, "") if checker.usable(record) else (None, f"view {view}, {record.key}: it cannot be decoded")
+    return (record, "") if checker.usable(record) else (None, f"view {view}, {record.key}: cannot decode it")
 
 
 def _view_info(record: Record, place: tuple[int, int], logits: NDArray[np.float32], names: Sequence[str]) -> ViewInfo:

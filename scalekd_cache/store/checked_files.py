@@ -131,7 +131,7 @@ def is_there(path: StoredPath) -> bool:
 def unreadable(error: OSError | ValueError, path: object, what: str = "a file") -> UserError:
     """The error for an existing file that cannot be opened or read: a bad sector, no permission, a link loop."""
     got = (error.strerror if isinstance(error, OSError) else None) or error
-    return UserError(f"{what} cannot be read", got=got, where=path, fix="check the path, its permissions and the disk")
+    return UserError(f"cannot read {what}", got=got, where=path, fix="check the path, its permissions and the disk")
 
 
 def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
@@ -197,7 +197,7 @@ def read_json(
 def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
     """The JSON object (without NaN and infinity) in these bytes. UserError when they are something else."""
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
-        raise UserError(f"{what} holds too many values", expected=f"at most {JSON_VALUES:,}", where=where)
+        raise UserError(f"{what} contains too many values", expected=f"at most {JSON_VALUES:,}", where=where)
     try:
         value = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:

@@ -315,7 +315,7 @@ def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
         if isinstance(error, OSError):
             got, where = error.strerror or error, error.filename or folder
             raise UserError(
-                "a file cannot be written", got=got, where=where, fix="move or remove the existing entry at this path"
+                "cannot write a file", got=got, where=where, fix="move or remove the existing entry at this path"
             ) from error
         raise
 

@@ -148,7 +148,7 @@ def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
     try:
         keys = data.decode("utf-8").split("\n")[:-1]
     except UnicodeDecodeError as error:
-        raise damaged("the keys of a unit cannot be read", error, "UTF-8", path) from error
+        raise damaged("cannot read the keys of a unit", error, "UTF-8", path) from error
     if len(keys) != info.count:
         raise damaged("a unit has the wrong number of keys", len(keys), info.count, path)
     return [check_key(key, path) for key in keys]

@@ -257,7 +257,7 @@ class UnitWriter:
             fsync_path(self.folder.parent)
             fsync_path(self.root)
             return True
-        raise UserError("a damaged unit cannot be replaced", where=self.folder, fix="delete this folder, then rerun")
+        raise UserError("cannot replace a damaged unit", where=self.folder, fix="delete this folder, then rerun")
 
 
 class _DiskGuard:

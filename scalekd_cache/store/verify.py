@@ -107,7 +107,7 @@ def check_cache(
     if isinstance(root, Path):
         problems += _unknown_files(root, expected, notes)
     else:
-        notes.append("a remote folder cannot be listed: only the files of the cache were checked")
+        notes.append("cannot list a remote folder: only the files of the cache were checked")
     if expected is None:
         return CheckResult(problems, notes, 0, None)
     problems += _tail_problems(root, expected.tail_sha256, deep)
@@ -278,7 +278,7 @@ def _listing(folder: Path, notes: list[str]) -> list[Path]:
     try:
         return sorted(folder.iterdir()) if os.path.isdir(folder) else []
     except OSError as error:
-        notes.append(f"{folder} cannot be listed ({error.strerror}): unknown files in it were not searched for")
+        notes.append(f"cannot list {folder} ({error.strerror}): not searched for unknown files")
         return []
 
 

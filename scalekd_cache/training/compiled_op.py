@@ -90,7 +90,7 @@ def _build_folder() -> Path:
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
     except OSError as error:
         raise UserError(
-            "the build folder of DeepSpeed's operator cannot be written",
+            "cannot write to the build folder of DeepSpeed's operator",
             got=error.strerror,
             where=error.filename,
             fix=f"set {VARIABLE} or HOME to a folder that only you can write",

@@ -38,7 +38,7 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
                 raise ValueError(f"it holds a {type(given).__name__}, not an object")
         except (OSError, ValueError) as error:
             raise UserError(
-                "the DeepSpeed JSON cannot be read", got=error, where=train.deepspeed, fix="check train.deepspeed"
+                "cannot read the DeepSpeed JSON", got=error, where=train.deepspeed, fix="check train.deepspeed"
             ) from error
     low = autocast_dtype(train.precision, process.device) == torch.bfloat16
     own: dict[str, Any] = {
@@ -122,7 +122,7 @@ def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
     """
     if process.device.type != "cuda":
         raise UserError(
-            "BatchNorm cannot be synchronized here: PyTorch's SyncBatchNorm needs GPUs",
+            "train.sync_bn needs a GPU: PyTorch's SyncBatchNorm does not run on a CPU",
             got=f"train.sync_bn=true on {process.device}",
             fix="set --train.sync_bn=false: BatchNorm then uses micro-batches, at any world size",
         )

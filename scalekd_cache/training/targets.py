@@ -60,7 +60,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int) -> in
     share = 1 / every if config.feature_share is None else config.feature_share
     if micro_batch % every:
         raise UserError(
-            "a micro-batch cannot be divided into samples with and without features",
+            "train.micro_batch_size does not match the cache's share of samples with features",
             got=f"train.micro_batch_size={micro_batch}, features for one in {every} samples",
             expected=f"a multiple of {every}",
             where=cache.root,
@@ -339,7 +339,7 @@ class ScaleKDLoss(nn.Module):
         recipe, given = manifest.facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
         self.config = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
         if config is None:
-            print(f"{self._weights()}, of the cache's recipe {manifest.facts.recipe} (config= sets others)")
+            print(f"{self._weights()}, from the cache's recipe {manifest.facts.recipe} (override with config=)")
         label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
         self.train_config = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
         check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))

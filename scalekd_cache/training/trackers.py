@@ -97,7 +97,7 @@ class Tracker:
                 self._log, self._finish = session.log, session.finish
         except Exception as error:  # any exception: these packages connect to servers
             raise UserError(
-                f"the tracker {name} cannot be started",
+                f"cannot start the tracker {name}",
                 got=error,
                 fix=f"check the settings of {name} (offline: WANDB_MODE=offline), or remove train.tracker",
             ) from error

@@ -55,7 +55,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
         got = f"{len(data)} bytes: {type(error).__name__}: {error}"
     raise UserError(
-        "the pixels of a view cannot be decoded",
+        "cannot decode the pixels of a view",
         got=got,
         expected=f"a JPEG, WebP or PNG file, RGB, {size} x {size} pixels",
         fix="the cache is damaged: run `scalekd verify`, then `scalekd repair`",

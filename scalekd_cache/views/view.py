@@ -86,7 +86,9 @@ class View:
         """
         if not isinstance(record, dict) or set(record) != set(_FIELDS):
             got = sorted(map(str, record)) if isinstance(record, dict) else type(record).__name__
-            raise UserError("a view record has the wrong keys", got=got, expected=sorted(_FIELDS), fix=RECORD_FIX)
+            raise UserError(
+                "a view record has unexpected or missing keys", got=got, expected=sorted(_FIELDS), fix=RECORD_FIX
+            )
         operations = record["operations"]
         pairs = isinstance(operations, list) and all(isinstance(op, list) and len(op) == 2 for op in operations)
         _check_field(pairs and len(operations) <= _OPS_MAX, record, "operations", "up to 15 pairs of name and argument")
@@ -104,7 +106,7 @@ class View:
 def _check_field(ok: bool, record: dict[str, Any], name: str, expected: str) -> None:
     if not ok:
         got = repr(record[name])[:200]
-        raise UserError(f"field {name!r} of a view record is wrong", got=got, expected=expected, fix=RECORD_FIX)
+        raise UserError(f"invalid field {name!r} in a view record", got=got, expected=expected, fix=RECORD_FIX)
 
 
 def _whole(record: dict[str, Any], name: str, limit: int) -> int:

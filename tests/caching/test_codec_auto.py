@@ -110,7 +110,7 @@ def test_what_cannot_be_chosen_is_said(teacher, outputs):
         TeacherConfig(name="vit_tiny_patch16_224", pretrained=False), image_size=64, num_classes=10, device=CPU.device
     )
     images = torch.zeros(8, 3, 64, 64, dtype=torch.uint8)
-    with pytest.raises(UserError, match="cannot be measured through this teacher's head"):
+    with pytest.raises(UserError, match="cannot measure the KL divergence through this teacher's head"):
         choose_codec(*vit(images), vit, parse_target("kl:0.01"))
 
 
@@ -134,7 +134,7 @@ def test_a_cache_keeps_its_choice(tmp_path, monkeypatch, capsys):
     assert verify_cache(root) == []
     assert codec_options(root) == {"codec": "auto", "codec_target": "ac-cosine:0.99"}  # the options that a repair uses
     for other in ("ac-cosine:0.98", "bytes:900"):
-        with pytest.raises(UserError, match="another preset"):
+        with pytest.raises(UserError, match="different preset"):
             cache_teacher(options(root, shared_weights(), cache={**auto, "codec_target": other}), CPU)
 
 

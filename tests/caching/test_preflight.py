@@ -115,7 +115,7 @@ def test_a_recipe_must_train_on_the_views_of_the_cache():
     own = ViewConfig(size=64, seed=9, pixels="replayed", pixel_format="png", jpeg_quality=50, jpeg_subsampling="4:4:4")
     check_recipe(kept, "mine", to_plain(own), Path("here"))
     other = ViewConfig(size=96, flip_probability=0.1)
-    with pytest.raises(UserError, match="other views than recipe mine") as error:
+    with pytest.raises(UserError, match="differ from those of recipe mine") as error:
         check_recipe(kept, "mine", to_plain(other), Path("here"))
     assert "got: views.size=64, views.flip_probability=0.5" in str(error.value)
     assert "expected: views.size=96, views.flip_probability=0.1" in str(error.value)

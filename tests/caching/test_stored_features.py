@@ -93,7 +93,7 @@ def test_inspect_and_the_report_say_what_is_stored(capsys):
     assert "stored features: 0.25" in capsys.readouterr().out
     page = cache_report(cache, CacheReport(views=40, teacher_views=4, images=3), CPU)
     assert "stored for one in 4 views of every image" in page
-    assert "cannot be decoded" not in page
+    assert "cannot decode it" not in page
 
 
 def without_features(record):

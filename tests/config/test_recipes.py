@@ -152,7 +152,7 @@ def test_a_cache_serves_the_recipes_of_its_views_alone(one, other):
     if same:
         check_recipe(views(one), other, views(other), Path("cache"))
         return
-    with pytest.raises(UserError, match=f"other views than recipe {other}") as caught:
+    with pytest.raises(UserError, match=f"differ from those of recipe {other}") as caught:
         check_recipe(views(one), other, views(other), Path("cache"))
     assert f"make a cache with --recipe {other}" in str(caught.value)
 

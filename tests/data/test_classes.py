@@ -133,7 +133,7 @@ def test_labels_that_are_ids_are_refused(tmp_path, label):
     shard(tmp_path / "tars/train/0.tar", ["a", "b"], [label, 0])
     parquet_file(tmp_path / "pq/train/x.parquet", [0, label])
     for root in (tmp_path / "tars", tmp_path / "pq"):
-        with pytest.raises(UserError, match="too large for a class number") as error:
+        with pytest.raises(UserError, match="larger than the maximum class index") as error:
             source_of(root)
         assert f"label {label} at position" in str(error.value)
 

@@ -313,10 +313,10 @@ def test_flat_val_errors(tmp_path):
     with pytest.raises(UserError, match=r"id 3, not in meta\.mat"):
         source_of(root, "val")
     truth.write_text("1\nx\n")
-    with pytest.raises(UserError, match="ground truth cannot be read"):
+    with pytest.raises(UserError, match="cannot read the devkit's ground truth"):
         source_of(root, "val")
     (kit / "data/meta.mat").write_bytes(b"MATLAB" * 40)
-    with pytest.raises(UserError, match=r"meta\.mat cannot be read"):
+    with pytest.raises(UserError, match=r"cannot read the devkit's meta\.mat"):
         source_of(root, "val")
     write(root / "val/n01/x.JPEG", b"x")
     with pytest.raises(UserError, match="both class folders and images"):

@@ -103,7 +103,7 @@ def test_parquet_errors(tmp_path):
     with pytest.raises(UserError, match="label: float"):
         source_of(tmp_path)
     train.write_bytes(train.read_bytes()[:-20])
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         source_of(tmp_path)
 
 

@@ -198,5 +198,5 @@ def test_shard_that_changes_later(tmp_path):
     with pytest.raises(UserError, match="changed since"):
         source.read(0)
     path.unlink()
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         source.read(0)

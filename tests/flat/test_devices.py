@@ -162,7 +162,7 @@ def test_deepspeed_gets_the_chosen_gpu(monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     set_launcher_variables(torch.device("cuda", 1))
     assert os.environ["LOCAL_RANK"] == "1"
-    with pytest.raises(UserError, match="cannot train on one GPU"):
+    with pytest.raises(UserError, match="cannot share a GPU"):
         set_launcher_variables(torch.device("cuda", 0))
 
 

@@ -1,4 +1,4 @@
-"""The demo's teacher: a short training, an atomically written file, the augmentation."""
+"""The demo teacher: a short training, an atomically written file, the augmentation."""
 
 import pytest
 import torch

@@ -136,7 +136,7 @@ def test_maps_in_another_order_are_refused():
     ],
 )
 def test_maps_of_other_kinds_are_refused(name, reason):
-    with torch.device("meta"), pytest.raises(UserError, match=f"cannot be a student: .*{reason}"):
+    with torch.device("meta"), pytest.raises(UserError, match=f"cannot be used as a student: .*{reason}"):
         build_student(StudentConfig(name=name), num_classes=5, image_size=224)
 
 

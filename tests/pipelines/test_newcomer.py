@@ -118,7 +118,7 @@ MISTAKES = {
     "no epochs": (f"distill {' '.join(TRAIN)} --epochs 0", "train.epochs is out of range: 0"),
     "epochs in words": (
         f"distill {' '.join(TRAIN)} --epochs two",
-        "train.epochs cannot be two",
+        "invalid value for train.epochs: two",
     ),
     "no views": ("cache-teacher --data photos --views 0", "out of range: 0"),
     "too few photographs for a batch": (f"distill {' '.join(TRAIN)}", "lower it, for example --batch 16"),
@@ -165,7 +165,10 @@ def test_a_mistake_has_a_short_answer_and_leaves_nothing(name, home):
     [
         ("distill --cache caches/photos --student resnet5", "there is no model resnet5"),
         ("distill --cache caches/photos --student resnet18,resnet5", "there is no model resnet5"),
-        ("distill --cache caches/photos --student resnet18 --targets cahced", "train.targets cannot be cahced"),
+        (
+            "distill --cache caches/photos --student resnet18 --targets cahced",
+            "invalid value for train.targets: cahced",
+        ),
         ("cache-teacher --codec in8", "there is no feature codec in8"),
         ("cache-teacher --teacher vit_smal", "there is no model vit_smal"),
         ("cache-teacher --student resnet5", "there is no model resnet5"),

@@ -39,7 +39,7 @@ def test_unknown_option_of_distill_names_the_nearest(cache, tmp_path):
 
 
 def test_value_of_another_type_names_the_option(tmp_path):
-    assert "num_views cannot be many: expected a whole number" in one_line("cache_teacher", "--cache.num_views", "many")
+    assert "num_views: many (expected a whole number" in one_line("cache_teacher", "--cache.num_views", "many")
 
 
 def test_unknown_recipe_names_the_nearest(tmp_path):

@@ -117,7 +117,7 @@ def test_missing_is_left_to_the_caller_of_open_regular(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a\0b", "x" * 300])
 def test_names_that_no_file_can_have(tmp_path: Path, name: str) -> None:
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="cannot read"):
         read_file(tmp_path / name, "a file", 10)
 
 

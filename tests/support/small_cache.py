@@ -26,7 +26,7 @@ SAMPLES, SHARD, VIEWS = 96, 32, 2
 
 
 def write_weights(path, num_classes=10):
-    """A weights file for the demo's teacher, randomly initialized."""
+    """A weights file for the demo teacher, randomly initialized."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = timm.create_model(DEMO_TIMM_NAME, num_classes=num_classes, **demo_teacher_args())

@@ -35,7 +35,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch, variabl
     if place == "read-only":
         monkeypatch.setattr(compiled_op.shutil, "which", lambda _: "g++")
         monkeypatch.setattr(os, "access", lambda *_: False)
-    with pytest.raises(UserError, match="operator cannot be written") as error:
+    with pytest.raises(UserError, match="cannot write to the build folder") as error:
         prepare_build(CPU, lambda: None)
     assert "TORCH_EXTENSIONS_DIR" in str(error.value)
 

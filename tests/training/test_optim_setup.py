@@ -60,7 +60,7 @@ def test_an_invalid_deepspeed_file_is_refused(tmp_path, text):
     file = tmp_path / "ds.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(UserError, match="DeepSpeed JSON cannot be read"):
+    with pytest.raises(UserError, match="cannot read the DeepSpeed JSON"):
         deepspeed_config(config_of(train={"deepspeed": str(file)}), CPU)
 
 

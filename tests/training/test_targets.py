@@ -103,8 +103,8 @@ def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
     kept = targets.cache.manifest.facts.distill["scalekd"]
     assert {name: getattr(loss.config, name) for name in kept} == kept != {}
     said = capsys.readouterr().out
-    assert said == "loss weights: spatial 0.005, frequency 0.004 and 0.004, logits 0.5, of the cache's recipe demo " \
-        "(config= sets others)\n"  # fmt: skip
+    assert said == "loss weights: spatial 0.005, frequency 0.004 and 0.004, logits 0.5, from the cache's recipe demo " \
+        "(override with config=)\n"  # fmt: skip
     ScaleKDLoss(targets, timm_student("resnet10t", targets), ScaleKDConfig())
     assert capsys.readouterr().out == ""
 

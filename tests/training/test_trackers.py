@@ -106,7 +106,7 @@ def test_a_tracker_that_fails_does_not_end_the_run(tmp_path, stand_in, capsys):
     tracker.close()
     assert capsys.readouterr().out.count("the tracker wandb failed and is off") == 1
     session.init = sys.modules["wandb"].init = fail
-    with pytest.raises(UserError, match=r"the tracker wandb cannot be started(.|\n)*no route(.|\n)*WANDB_MODE=offline"):
+    with pytest.raises(UserError, match=r"cannot start the tracker wandb(.|\n)*no route(.|\n)*WANDB_MODE=offline"):
         Tracker("wandb", tmp_path, OPTIONS, print)
 
 

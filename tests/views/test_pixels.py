@@ -116,7 +116,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("name", OTHERS)
 def test_anything_else_is_refused(name):
-    with pytest.raises(UserError, match="pixels of a view cannot be decoded"):
+    with pytest.raises(UserError, match="cannot decode the pixels of a view"):
         decode_pixels(OTHERS[name], 224)
 
 

@@ -188,7 +188,7 @@ class Reader(ShardReader):
                 records.append(check_parts(record, target.parts))
             except ValueError as error:
                 raise damaged(
-                    "a record's JSON cannot be read", repr(error), "what was written", self.where, key
+                    "cannot read a record's JSON", repr(error), "what was written", self.where, key
                 ) from error
         return records
 

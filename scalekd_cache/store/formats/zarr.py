@@ -155,7 +155,7 @@ class Reader(ShardReader):
             record = Record(key, label, fields.view.decode(), fields.digest.decode(), pixels, features, logits, second)
             return check_parts(record, fields.parts)
         except ValueError as error:
-            raise damaged("a record's JSON cannot be read", repr(error), "what was written", self.where, key) from error
+            raise damaged("cannot read a record's JSON", repr(error), "what was written", self.where, key) from error
 
 
 def padding(unit: Path) -> tuple[int, float]:

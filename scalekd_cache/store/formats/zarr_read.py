@@ -46,7 +46,7 @@ class ShardedArray:
         try:
             self._read_layout(meta, dtype)
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
-            raise damaged("the metadata of a zarr array cannot be read", repr(error), "Zarr v3", folder) from error
+            raise damaged("cannot read the metadata of a zarr array", repr(error), "Zarr v3", folder) from error
         self._indexes: dict[int, NDArray[np.uint64]] = {}
 
     def _read_layout(self, meta: dict[str, Any], dtype: str) -> None:
@@ -251,7 +251,7 @@ class ShardedArray:
         try:
             data = zstandard.ZstdDecompressor().decompress(frame)
         except zstandard.ZstdError as error:
-            raise damaged("a chunk cannot be decompressed", error, "a zstd frame", path) from error
+            raise damaged("cannot decompress a chunk", error, "a zstd frame", path) from error
         target[:] = np.frombuffer(data, np.uint8)  # the decoder fails unless the length is the declared one
 
 
