@@ -81,7 +81,8 @@ DEMO_MICRO = DEMO._replace(
     stage1=("data.max_samples=360", "cache.views_per_group=4"),
     stage2=("train.global_batch_size=32", "train.micro_batch_size=8", "optim.lr=2e-3"),
     questions=(
-        Question("the two ways", "cap-1", ("cap-0.25", "cap-1-of-4-micro-batches"), 8),
+        Question("the two ways", "cap-0.25", ("cap-1-of-4-micro-batches",), 8),
+        Question("share 1", "cap-1", ("cap-0.25", "cap-1-of-4-micro-batches"), 8),
         Question("baseline", "cap-1", ("baseline",), 8),
         Question("groups of 8", "cap-1-micro-32", ("cap-0.25-micro-32",), 8),
         Question("layer norm", "cap-1-layer-norm", ("cap-0.25-layer-norm",), 8),
@@ -93,13 +94,13 @@ CIFAR = Setting(
     recipe="cifar10-small",
     epochs=8,
     student="test_resnet",
-    views=32,
+    views=8,
     stage1=("data.max_samples=2000", "cache.views_per_group=8"),
     stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
     arms=arms(EQUAL_COST),
     questions=questions(4),
 )
-"""--data, --teacher-weights: as for the study (docs/STUDY.md)."""
+"""--data, --teacher-weights: as for the study (docs/STUDY.md). Longer runs repeat views."""
 FASHION = CIFAR._replace(name="fashion-mnist")
 """--data, --teacher-weights: an image folder of Fashion-MNIST and TinyViT fine-tuned on it."""
 SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION)}

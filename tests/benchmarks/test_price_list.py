@@ -29,7 +29,7 @@ def test_plan_is_whole(setting):
         train = costs.config_of(setting, arm).train
         assert train.global_batch_size % train.micro_batch_size == 0
         assert (train.global_batch_size // train.micro_batch_size) % arm.heads_every == 0
-        assert 1 <= setting.epochs_of(run.arm) <= setting.views or run.arm == "baseline-4x"
+        assert setting.epochs_of(run.arm) >= 1
         assert "/" not in run.arm
 
 
