@@ -8,7 +8,7 @@ every number is in a line or in the cost file, or is a mean, standard deviation 
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,35 +84,46 @@ def flops_table(file: Path) -> str:
     return f"## FLOPs of a step, Swin-L -> ResNet-50, baseline = 1\n\n{table(head, rows)}"
 
 
-def complete(lines: list[Line]) -> list[Line]:
-    """The lines of the arms with the most seeds: means over different seeds are not comparable."""
-    seeds = {arm: {line["seed"] for line in lines if line["arm"] == arm} for arm in {line["arm"] for line in lines}}
-    most = max(seeds.values(), key=len)
-    return [line for line in lines if seeds[line["arm"]] == most]
+LEAST_SEEDS = 3
+"""Arms with fewer seeds are in the tables only."""
+
+
+def comparable(lines: list[Line], arms: Iterable[str]) -> list[Line]:
+    """The lines of some arms with enough seeds, for the seeds that all of them have; other means do not compare."""
+    seeds = {arm: {line["seed"] for line in lines if line["arm"] == arm} for arm in arms}
+    seeds = {arm: found for arm, found in seeds.items() if len(found) >= LEAST_SEEDS or arm == "baseline"}
+    common = set.intersection(*seeds.values())
+    return [line for line in lines if line["arm"] in seeds and line["seed"] in common]
 
 
 def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Path) -> None:
     """Accuracy against cost of a step and of the training, and paired differences."""
-    plt, found, shown = pyplot(), differences(setting, lines), complete(lines)
-    have = {line["arm"] for line in shown}
-    figure, axes = plt.subplots(1, 3, figsize=(16, max(5, 1.2 + 0.24 * len(found))), layout="constrained")
-    for number, (method, members) in enumerate(METHODS.items()):
-        color = f"C{number}"
-        arms = [arm for arm in members if arm in have]
-        curve(axes[0], shown, {arm: costs[arm] / costs["baseline"] for arm in arms[:1] + arms[1:] * (number > 0)},
-              color, method)  # fmt: skip
-        lengths = arms if method == "baseline" else [arm for arm in LONGER.get(method, members) if arm in have]
-        extra = ["cap-1"] if method == "cap" and "cap-1" in have else []
-        for group in (lengths, extra):
-            curve(axes[1], shown, {arm: training_cost(shown, costs, arm) for arm in group}, color, method)
-    count = len({line["seed"] for line in shown})
+    plt, found = pyplot(), differences(setting, lines)
+    rows = [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()
+            if one.pairs >= LEAST_SEEDS and arm != "baseline"]  # fmt: skip
+    figure, axes = plt.subplots(1, 3, figsize=(16, max(5, 1.2 + 0.24 * len(rows))), layout="constrained")
+    step = [group[:1] if method == "baseline" else group for method, group in METHODS.items()]
+    training = [LONGER.get(method, group) for method, group in METHODS.items()]
+    for axis, groups in ((axes[0], step), (axes[1], training)):
+        arms = [arm for group in groups for arm in group] + ["cap-1"]
+        shown = comparable(lines, arms)
+        have = {line["arm"] for line in shown}
+        for number, (method, group) in enumerate(zip(METHODS, groups, strict=True)):
+            parts = [group, ("cap-1",)] if method == "cap" and axis is axes[1] else [group]
+            for part in parts:
+                at = {
+                    arm: training_cost(shown, costs, arm) if axis is axes[1] else costs[arm] / costs["baseline"]
+                    for arm in part
+                    if arm in have
+                }
+                curve(axis, shown, at, f"C{number}", method)
+        axis.set_ylabel(f"top-1 %, mean and standard error over {len({line['seed'] for line in shown})} seeds")
+        axis.margins(x=0.2)
+        axis.grid(alpha=0.3)
     axes[0].set_xlabel("cost of a step (CPU time, baseline = 1)")
     axes[1].set_xlabel("cost of the training (CPU time, baseline = 1); lines: more epochs")
-    for axis in axes[:2]:
-        axis.set_ylabel(f"top-1 %, mean and standard error over {count} seeds")
-        axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)
-    draw_differences(axes[2], [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()])
+    draw_differences(axes[2], rows)
     figure.suptitle(
         f"{setting.name}: {setting.epochs} epochs, {lines[0]['student']}, teacher {lines[0]['teacher_top1']:.1f} %"
     )

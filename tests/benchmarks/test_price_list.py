@@ -104,7 +104,7 @@ def test_a_tiny_price_list(tmp_path, monkeypatch):
 def test_tables_and_chart_from_lines_only(tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "flops_table", lambda _: "")
     (tmp_path / "demo-steps.json").write_text(json.dumps(STEPS))
-    for seed, arm in ((seed, arm) for seed in range(2) for arm in STEPS["seconds"]):
+    for seed, arm in ((seed, arm) for seed in range(3) for arm in STEPS["seconds"]):
         steps = 12 if arm.endswith("equal-cost") else 8
         append_line(tmp_path / "demo.jsonl", {
             "setting": "demo", "student": "a", "arm": arm, "seed": seed, "epochs": steps, "steps": steps, "cpu_s": 1.0,
@@ -113,7 +113,7 @@ def test_tables_and_chart_from_lines_only(tmp_path, monkeypatch):
     figures.draw(tmp_path)
     text = (tmp_path / "tables.md").read_text()
     assert "| cap-0.25-equal-cost | 12 | 12 | 1.50 | 2.25 |" in text
-    assert "| cap-0.25 - cap-1 | 2 | +0.30 [+0.30, +0.30] | within ±0.5 |" in text
+    assert "| cap-0.25 - cap-1 | 3 | +0.30 [+0.30, +0.30] | within ±0.5 |" in text
     assert (tmp_path / "demo.png").stat().st_size > 10_000
 
 
