@@ -30,6 +30,9 @@ METHODS = {
 LONGER = {"cap": ("cap-0.25", "cap-0.25-equal-cost"), "lite": ("lite", "lite-equal-cost"),
           "linear": ("linear", "linear-equal-cost")}  # fmt: skip
 """The same method with more epochs."""
+FEATURES = "held_out_features"
+LEAST_SEEDS = 3
+"""Arms with fewer seeds are in the table of means only."""
 
 
 def differences(setting: Setting, lines: Sequence[Line]) -> dict[tuple[str, str], Difference]:
@@ -39,7 +42,7 @@ def differences(setting: Setting, lines: Sequence[Line]) -> dict[tuple[str, str]
         for arm in (question.against, *question.arms):
             for reference in (question.against, "baseline"):
                 pairs = paired(lines, arm, reference, same_steps=False) if arm != reference else []
-                if len(pairs) > 1:
+                if len(pairs) >= LEAST_SEEDS:
                     found[arm, reference] = interval(pairs)
     return found
 
@@ -65,13 +68,10 @@ def tables_of(setting: Setting, lines: list[Line], costs: dict[str, float]) -> s
     return "\n".join([*parts, table(["difference", "pairs", "top-1, points [95 %]", "verdict"], rows)])
 
 
-FEATURES = "held_out_features"
-
-
 def training_cost(lines: Sequence[Line], costs: dict[str, float], arm: str) -> float:
-    """Cost of all steps of an arm over that of the baseline's."""
+    """Cost of all steps of an arm over that of the baseline's, which has the fewest steps."""
     steps = {line["arm"]: line["steps"] for line in lines}
-    return costs[arm] * steps[arm] / (costs["baseline"] * steps["baseline"])
+    return costs[arm] * steps[arm] / (costs["baseline"] * min(steps.values()))
 
 
 def flops_table(file: Path) -> str:
@@ -82,10 +82,6 @@ def flops_table(file: Path) -> str:
     rows = [[name, *(f"{value:.2f}" for value in shares.values())] for name, shares in ratios.items()]
     head = ["heads", *(f"share {share}" for share in ratios["cap"])]
     return f"## FLOPs of a step, Swin-L -> ResNet-50, baseline = 1\n\n{table(head, rows)}"
-
-
-LEAST_SEEDS = 3
-"""Arms with fewer seeds are in the tables only."""
 
 
 def comparable(lines: list[Line], arms: Iterable[str]) -> list[Line]:
@@ -100,7 +96,7 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Pa
     """Accuracy against cost of a step and of the training, and paired differences."""
     plt, found = pyplot(), differences(setting, lines)
     rows = [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()
-            if one.pairs >= LEAST_SEEDS and arm != "baseline"]  # fmt: skip
+            if arm != "baseline"]  # fmt: skip
     figure, axes = plt.subplots(1, 3, figsize=(16, max(5, 1.2 + 0.24 * len(rows))), layout="constrained")
     step = [group[:1] if method == "baseline" else group for method, group in METHODS.items()]
     training = [LONGER.get(method, group) for method, group in METHODS.items()]
@@ -148,10 +144,11 @@ def draw(results: Path) -> None:
     texts = [flops_table(results / "flops.json")]
     for name, setting in SETTINGS.items():
         lines = load(results, name)
-        if any(line["arm"] == "baseline" for line in lines):
+        if lines:
             costs = read_costs(setting, results / f"{name}-steps.json")
             texts.append(tables_of(setting, lines, costs))
-            chart(setting, lines, costs, results / f"{name}.png")
+            if any(line["arm"] == "baseline" for line in lines):
+                chart(setting, lines, costs, results / f"{name}.png")
     text = "\n".join(texts)
     (results / "tables.md").write_text(text, encoding="utf-8")
     print(text)
