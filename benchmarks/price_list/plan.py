@@ -50,8 +50,13 @@ REST = ("cap-0.5", "cap-0.125", "lite-0.25", "logits-only")
 
 def questions(seeds: int) -> tuple[Question, ...]:
     """The price list, most important arms first."""
-    parts = {"price": FIRST, "more epochs": LONGER, "rest of the list": REST}
-    return tuple(Question(name, "cap-1", members, seeds) for name, members in parts.items())
+    longer = tuple(f"{name}-equal-cost" for name in EQUAL_COST)
+    return (
+        Question("price", "cap-1", FIRST, seeds),
+        Question("more epochs", "cap-1", LONGER, seeds),
+        Question("equal cost", "baseline-3x", longer, seeds),
+        Question("rest of the list", "cap-1", REST, seeds),
+    )
 
 
 DEMO = Setting(
