@@ -209,9 +209,7 @@ def import_plugin(name: str | None) -> None:
         importlib.import_module(name)
     except ImportError as error:
         expected = "the name of a Python module that can be imported from this folder, such as examples.my_teacher"
-        raise UserError(
-            "the plugin cannot be imported", got=error, expected=expected, where=f"--plugin {name}"
-        ) from error
+        raise UserError("cannot import the plugin", got=error, expected=expected, where=f"--plugin {name}") from error
 
 
 def check_cache_path(place: str) -> None:

@@ -122,12 +122,12 @@ class SkipPolicy:
         keys = {key for wrong in self._deferred.values() for key in wrong}
         held = ", ".join(unit_name(place) for place in self._ledger.units_with(keys))
         raise UserError(
-            "images that the first view group holds cannot be decoded now",
+            "cannot decode images that the first view group contains",
             got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
             expected="the same images in every view group",
             where=self._root,
             fix="restore these image files and rerun: only these units are missing. If a file is lost, remove the "
-            f"units that hold its image ({held}) and rerun: the image is then left out of every view",
+            f"units that hold its image ({held}) and rerun: every view then skips the image",
         )
 
     def _wrong_skips(self, unit: Unit, writer: UnitWriter) -> dict[str, str]:

@@ -134,7 +134,7 @@ def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, in
 
 def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
     return UserError(
-        "the teacher's classes are in another order than the data set's",
+        "the teacher's class order differs from the data set's",
         got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images in the order of the data set",
         expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,

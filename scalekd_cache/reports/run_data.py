@@ -83,17 +83,15 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
     if damaged:
-        notes.append(f"{path.name}: {damaged} damaged lines of {METRICS} are left out.")
+        notes.append(f"{path.name}: {damaged} damaged lines of {METRICS} are omitted.")
     if summary is not None and not lines:
-        notes.append(f"{path.name} has no lines in {METRICS}: its curves are left out.")
+        notes.append(f"{path.name} has no lines in {METRICS}: its curves are omitted.")
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
-        notes.append(f"{path.name} has no exported student yet: its predictions are left out.")
+        notes.append(f"{path.name} has no exported student yet: its predictions are omitted.")
     elif not same:
-        notes.append(
-            f"{path.name} has other classes or another image size than the first run: its predictions are left out."
-        )
+        notes.append(f"{path.name} differs from the first run in classes or image size: its predictions are omitted.")
     elif images is not None:
         predictions = predict_images(student.predict, images, process.device)
     if summary is None:
@@ -136,5 +134,5 @@ def teacher_predictions(
     except UserError as error:
         if report.teacher_weights:
             raise
-        notes.append(f"The teacher is left out: {str(error).splitlines()[0]}")
+        notes.append(f"The teacher is omitted: {str(error).splitlines()[0]}")
         return None

@@ -35,7 +35,7 @@ CASES = sorted(["Abyssinian", "beagle", "Bengal", "boxer", "Birman", "pug", "Sph
 @pytest.mark.parametrize("count", [40, 3000])
 def test_the_order_that_fits_is_named(names, key, name, count):
     labels, guesses = answers(count, len(names), 0.97, make_order(names, key))
-    with pytest.raises(UserError, match="another order") as error:
+    with pytest.raises(UserError, match="class order differs") as error:
         check_class_order(labels, guesses, names, "t")
     assert f"in {name} order" in str(error.value)
     assert f"--classes {name}" in str(error.value)
@@ -51,10 +51,10 @@ def test_numbered_tars_of_a_teacher_that_sorted_them_as_text():
 def test_any_other_order_is_found_when_there_are_images_enough():
     names = [f"c{number:03d}" for number in range(50)]
     shuffled = np.random.default_rng(1).permutation(50)
-    with pytest.raises(UserError, match=r"another order(?s:.*)that fits half(?s:.*)--classes FILE"):
+    with pytest.raises(UserError, match=r"class order differs(?s:.*)that fits half(?s:.*)--classes FILE"):
         check_class_order(*answers(5000, 50, 0.9, shuffled), names, "t")
     two = [1, 0, *range(2, 50)]
-    with pytest.raises(UserError, match="another order"):
+    with pytest.raises(UserError, match="class order differs"):
         check_class_order(*answers(5000, 50, 0.9, two), names, "t")
 
 

@@ -176,7 +176,7 @@ def test_without_the_teacher_it_is_said(tmp_path):
     assert "The teacher was not re-run." in page
     assert "cosine of stored and live map" not in page
     assert "stored map" not in page  # a single map is shown as is
-    with pytest.raises(UserError, match="teacher weights"):
+    with pytest.raises(UserError, match="weights file does not exist"):
         cache_report(Cache.open(folder), CacheReport(teacher_weights=str(tmp_path / "none")), CPU)
 
 
@@ -387,7 +387,7 @@ def test_a_run_without_its_data_and_its_cache(done, tmp_path):
     assert "No validation images are available" in text
     assert "Loss terms" in text
     other = changed(done, tmp_path / "other", "config.yaml", str(shared_cache().root), str(tmp_path / "no-cache"))
-    assert "The teacher is left out: no manifest" in Page(run_report([other], RunReport(images=5), CPU)).text
+    assert "The teacher is omitted: no manifest" in Page(run_report([other], RunReport(images=5), CPU)).text
 
 
 def test_folders_that_are_no_runs(tmp_path):
