@@ -320,13 +320,13 @@ def crc_input(data: Payload) -> Any:
     return data if isinstance(data, bytes) else np.frombuffer(data, np.uint8)
 
 
-@functools.cache
 def pixels_suffix(pixels: Payload) -> str:
     """The suffix of a file with these encoded pixels."""
     start = bytes(pixels[:4])
     return ".png" if start == b"\x89PNG" else ".webp" if start == b"RIFF" else ".jpg"
 
 
+@functools.cache
 def keep_freed_memory() -> None:
     """Make malloc keep the freed memory of a batch for the next one: new pages cost four times as much as the read.
 

@@ -59,8 +59,8 @@ def test_every_recipe_is_understood_and_says_what_it_is(name):
     if name not in OWN:
         for word in ("paper row", "8 GPUs", "4 x 8", "expected   top-1", "TB", "GPU-hours", "= "):
             assert word in header, word
-        assert any(f"STUDENT={student} " in header for student in SHORT_NAMES)
-        assert f"RECIPE={name} " in header
+        assert any(f"--student {student} " in header for student in SHORT_NAMES)
+        assert f"--recipe {name} " in header
         processes = 32 * config.train.micro_batch_size
         assert config.train.global_batch_size % processes == 0 or name.startswith("traditional")
     assert config.train.global_batch_size % (8 * config.train.micro_batch_size) == 0 or name in OWN
@@ -125,7 +125,7 @@ def test_heads_fit_the_recipes_teacher_and_students(name):
     header = (RECIPES / f"{name}.yaml").read_text(encoding="utf-8").partition("cache:\n")[0]
     config = training(name)
     teacher = build(CacheTeacherConfig, recipe_section(name, "cache")).teacher.name
-    students = set(re.findall(r"STUDENT=(\w+)", header))
+    students = set(re.findall(r"--student (\w+)", header))
     assert students
     for student_name in students:
         with torch.device("meta"):

@@ -38,7 +38,7 @@ def passes(name, grad_checkpointing, steps=2, **options):
         torch.manual_seed(step)
         output = student(torch.randn(4, 3, 64, 64))
         maps = heads(output.s3, output.s4, tail)
-        loss = output.logits.square().mean() + sum(part.square().mean() for part in maps)
+        loss = output.logits.square().mean() + sum(part.square().mean() for part in maps[:4])
         loss.backward()
         losses.append(loss.item())
     modules = nn.ModuleList([student.model, heads])

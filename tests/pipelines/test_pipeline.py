@@ -61,7 +61,7 @@ def test_run_folder_holds_what_was_asked_and_measured(finished, cache):
         assert line["epoch"] == (line["step"] - 1) // 3
         assert line["images_per_s"] > 0
         assert 0 <= line["data_wait"] <= 1
-    assert min(line[name] for line in lines for name in TERMS) > 0
+    assert min(line[name] for line in lines for name in TERMS[:-1]) > 0
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert [line["step"] for line in metric_lines(finished) if "top1" in line] == [3]
     assert list((finished / "tensorboard").glob("events.out.tfevents.*"))

@@ -110,6 +110,6 @@ def test_learning_rate_is_scaled_and_reported():
 
 def test_sync_bn_is_refused_on_a_cpu():
     model = nn.Sequential(nn.BatchNorm2d(3))
-    with pytest.raises(UserError, match=r"needs GPUs[\s\S]*sync_bn=false"):
+    with pytest.raises(UserError, match=r"needs a GPU[\s\S]*sync_bn=false"):
         synchronize_batchnorm(model, Process(0, 1, torch.device("cpu")))
     assert isinstance(synchronize_batchnorm(model, Process(0, 1, torch.device("cuda", 0)))[0], nn.SyncBatchNorm)

@@ -47,7 +47,7 @@ def test_every_crossing_is_in_the_list(monkeypatch, targets, optim):
     row, classes = trainer.loader.codec.bytes_per_view, 10
     shapes = ((MICRO, 3, 64, 64), (MICRO,), (MICRO, row), (MICRO, classes))  # pixels, labels, codes, logits
     in_a_step = [("to device", shape) for shape in shapes] * MICROS
-    logged = [("to host", (6,)), ("read", ())]  # the mean terms; the first micro-batch with NaN
+    logged = [("to host", (7,)), ("read", ())]  # the mean terms; the first micro-batch with NaN
     assert per_step == [in_a_step] * (STEPS - 1) + [in_a_step + logged]
     assert lines.steps == [STEPS]
     assert all(parameter.is_meta for parameter in trainer.model.parameters())

@@ -45,7 +45,7 @@ def test_training(processes, tmp_path):
     expected = [0.0, 1e-3 / 3, 2e-3 / 3] + [5e-4 * (1 + math.cos(math.pi * step / 3)) for step in range(3)]
     assert lines.column("lr") == pytest.approx(expected)
     terms = [name for name in lines.lines[0] if name not in ("epoch", "lr", "loss", "images_per_s", "data_wait")]
-    assert len(terms) == 6
+    assert len(terms) == 7
     for line in lines.lines:
         assert line["loss"] == pytest.approx(sum(line[name] for name in terms), rel=1e-5)
         assert 0 <= line["data_wait"] <= 1
