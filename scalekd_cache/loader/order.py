@@ -178,14 +178,14 @@ def featured(order: Order, count: int) -> tuple[int, int]:
     return there, count - there
 
 
-def steps_per_epoch(order: Order, global_batch_size: int) -> int:
+def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int | None = None) -> int:
     """Whole global batches in an epoch. The last partial batch (different samples each epoch) is dropped.
 
     In a sparse cache, every range may have up to one sample with features, or without, less than its share. The number
     of steps is that of the least favorable view, so that it is the same in every epoch.
 
     Raises:
-        UserError: the data set is smaller than one global batch.
+        UserError: the data set is smaller than one global batch; the message names a multiple of `micro_batch_size`.
     """
     num_samples, every = order.num_samples, order.features_every
     steps = num_samples // global_batch_size
@@ -201,7 +201,7 @@ def steps_per_epoch(order: Order, global_batch_size: int) -> int:
             got=f"{num_samples} samples, global batch {global_batch_size}"
             + (f", features for one in {every} samples of {order.ranges} shards" if every > 1 else ""),
             expected=f"a global batch of at most {num_samples}" + (", with room for each shard" if every > 1 else ""),
-            fix=f"lower it, for example {batches_that_fit(num_samples, global_batch_size)}",
+            fix=f"lower it, for example {batches_that_fit(num_samples, micro_batch_size or global_batch_size)}",
         )
     return steps
 

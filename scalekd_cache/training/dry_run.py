@@ -65,7 +65,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     order = make_order(train, cache, process)
     check_workers(cache, codec_from_config(manifest.facts.codec, cache.root), train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
-    per_epoch = steps_per_epoch(order, train.global_batch_size)
+    per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size)
     lines.append(
         f"{train.epochs} epochs of {per_epoch} steps of {train.global_batch_size} images, "
         f"{len(micros)} micro-batches of {train.micro_batch_size} a process"
