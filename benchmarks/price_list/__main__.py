@@ -16,11 +16,11 @@ from benchmarks.harness import RESULTS, argument_parser
 from benchmarks.price_list.costs import measure
 from benchmarks.price_list.figures import draw
 from benchmarks.price_list.plan import SETTINGS
-from benchmarks.study.__main__ import StudyPaths, make_cache, pending, run_pending
+from benchmarks.study.__main__ import StudyPaths, exit_with_code, make_cache, pending, run_pending
 from benchmarks.study.estimate import START_S, images_of
 from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import read_lines
-from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.errors import UserError
 
 PRICE_RESULTS = RESULTS / "price-list"
 
@@ -89,11 +89,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunInterrupted as stop:
-        print(f"{stop}\nrerun the same command to resume", file=sys.stderr)
-        sys.exit(stop.exit_code)
+    exit_with_code(main, "resume")

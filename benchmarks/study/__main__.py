@@ -15,7 +15,7 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -318,12 +318,17 @@ def main() -> None:
     sys.exit(0 if complete else 75)
 
 
-if __name__ == "__main__":
+def exit_with_code(main: Callable[[], None], resume: str) -> None:
+    """Run `main`; errors and interruptions become one message and an exit code, as for the project's commands."""
     try:
         main()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except RunInterrupted as stop:
-        print(f"{stop}\nrerun the same command to resume the study", file=sys.stderr)
+        print(f"{stop}\nrerun the same command to {resume}", file=sys.stderr)
         sys.exit(stop.exit_code)
+
+
+if __name__ == "__main__":
+    exit_with_code(main, "resume the study")

@@ -418,7 +418,7 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
     print(
         f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes per view "
         f"({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
-        + (f"; features{share[1:]}" if (share := stored_share(manifest.facts.features_every)) else "")
+        + (f"; features {share}" if (share := stored_share(manifest.facts.features_every)) else "")
         + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {teacher_label(manifest.facts.teacher)}: {teacher_accuracy(manifest.facts.teacher)}; "
         f"decoded features: {fidelity}",

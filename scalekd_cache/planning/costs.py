@@ -139,7 +139,7 @@ def pair_costs(
             student,
             image_size,
             _student_cost(learner),
-            _head_costs(heads, learner.tap_shapes, parts, max(1, round(BATCH * (config.feature_share or 1)))),
+            _head_costs(heads, learner.tap_shapes, parts, _featured(config, BATCH)),
             Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0),
         )
 
@@ -156,6 +156,11 @@ def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
     before, after = map_shape(taps.before, ends, ends.unrolled[0]), map_shape(taps.after, ends, ends.unrolled[1])
     tail = build_tail(model, name, before, after)
     return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
+
+
+def _featured(config: ScaleKDConfig, batch: int) -> int:
+    """Samples of a batch that the heads see."""
+    return max(1, round(batch * (config.feature_share or 1)))
 
 
 def _params(module: nn.Module) -> int:
@@ -287,7 +292,7 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         heads.checkpoint_gradients()
     trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
     batch, device = training.train.micro_batch_size, torch.get_default_device()
-    featured = max(1, round(batch * (training.scalekd.feature_share or 1)))
+    featured = _featured(training.scalekd, batch)
     modules = (student, heads, teacher.tail)
     own = {x.untyped_storage()._cdata for module in modules for x in (*module.parameters(), *module.buffers())}
     kept: dict[int, int] = {}

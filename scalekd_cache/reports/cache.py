@@ -229,7 +229,12 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("data set", str(manifest.facts.data.get("source"))),
         ("teacher", f"{teacher_label(manifest.facts.teacher)}, {teacher_accuracy(manifest.facts.teacher)}"),
         ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
-        ("feature codec", f"{manifest.facts.codec['id']} ({codec})" + stored_share(manifest.facts.features_every)),
+        (
+            "feature codec",
+            ", ".join(
+                filter(None, (f"{manifest.facts.codec['id']} ({codec})", stored_share(manifest.facts.features_every)))
+            ),
+        ),
         ("logits", str(manifest.facts.logit_codec.get("id"))),
         ("pixels", "in another cache" if manifest.facts.pixels_from else str(recipe["pixels"])),
         ("views", views),

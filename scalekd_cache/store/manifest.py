@@ -364,8 +364,8 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
 
 
 def stored_share(every: int) -> str:
-    """Which views have features, as the end of a sentence; empty for all."""
-    return f", stored for one in {every} views of every image" if every > 1 else ""
+    """Which views have features, as a part of a sentence; empty for all."""
+    return f"stored for one in {every} views of every image" if every > 1 else ""
 
 
 def _divides_groups(every: object, facts: ManifestFacts) -> bool:
