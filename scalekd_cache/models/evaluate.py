@@ -5,7 +5,7 @@ Invariant: every readable validation image counts exactly once whatever the numb
 are counted as unreadable.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -79,21 +79,54 @@ class ValidationImages(Dataset[Example]):
         return torch.from_numpy(eval_view(image, self.size)).permute(2, 0, 1), sample.label
 
 
-class _Batches(Dataset[tuple[Tensor | None, Tensor, int]]):
-    """Several validation images at a time."""
+class CenterViews(NamedTuple):
+    """The center views of the readable ones of some images."""
+
+    images: Tensor
+    """(B, 3, size, size) uint8"""
+    labels: Tensor
+    """(B,) int64"""
+    indices: list[int]
+    """Their indices in the source."""
+    unreadable: int
+    """Images that could not be decoded."""
+
+
+class _Batches(Dataset[CenterViews]):
+    """The center views of several images at a time."""
 
     def __init__(self, images: ValidationImages) -> None:
         self.images = images
 
-    def __getitem__(self, indices: range) -> tuple[Tensor | None, Tensor, int]:
-        return _collate([self.images[index] for index in indices])
+    def __getitem__(self, indices: Sequence[int]) -> CenterViews:
+        found = {index: example for index in indices if (example := self.images[index]) is not None}
+        labels = torch.tensor([label for _, label in found.values()], dtype=torch.int64)
+        size = self.images.size
+        views = torch.stack([view for view, _ in found.values()]) if found else torch.empty(0, 3, size, size).byte()
+        return CenterViews(views, labels, list(found), len(indices) - len(found))
 
 
-def _collate(examples: list[Example]) -> tuple[Tensor | None, Tensor, int]:
-    readable = [example for example in examples if example is not None]
-    labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
-    images = torch.stack([image for image, _ in readable]) if readable else None
-    return images, labels, len(examples) - len(readable)
+def center_views(
+    source: Source, indices: Sequence[int], size: int, *, batch_size: int = 64, workers: int = 0
+) -> Iterator[CenterViews]:
+    """The center views of some images of a source, in order, at most `batch_size` at a time.
+
+    Args:
+        source: the images.
+        indices: which ones.
+        size: side of a view, pixels.
+        batch_size: most images at a time.
+        workers: processes that decode images.
+    """
+    if workers:  # a whole batch per worker if two fit into shared memory, else a part of one
+        batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
+    yield from load_items(
+        _Batches(ValidationImages(source, size)),
+        (indices[start : start + batch_size] for start in range(0, len(indices), batch_size)),
+        workers=workers,
+        item_bytes=batch_size * 3 * size**2,
+        max_prefetch=2,
+    )
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tally:
@@ -132,20 +165,11 @@ def evaluate(
         on_batch: called with the logits (B, K) and labels (B,) of every batch.
     """
     share = range(rank, len(source.samples), world_size)
-    if workers:  # a whole batch per worker if two fit into shared memory, else a part of one
-        batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
-    loader = load_items(
-        _Batches(ValidationImages(source, size)),
-        (share[start : start + batch_size] for start in range(0, len(share), batch_size)),
-        workers=workers,
-        item_bytes=batch_size * 3 * size**2,
-        max_prefetch=2,
-    )
     total = Tally(0, 0, 0, 0)
     with progress(title, len(share), "image", rank=rank) as bar:
-        for images, labels, unreadable in loader:
+        for images, labels, _, unreadable in center_views(source, share, size, batch_size=batch_size, workers=workers):
             total = total.plus(Tally(0, 0, 0, unreadable))
-            if images is not None:
+            if len(images):
                 logits = predict(images.to(device)).float()
                 total = total.plus(tally(logits, labels.to(device)))
                 if on_batch is not None:
