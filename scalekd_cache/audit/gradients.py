@@ -153,6 +153,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
             where=config.cache,
             fix="increase --views or reduce train.micro_batch_size",
         )
+    config = config.on_data(labeled=cache.manifest.facts.labeled)
     model, tail = _student(config, cache, device)
     classifier = load_cache_classifier(config, cache, data.logit_codec, process)
     cached = TargetSource(data.codec, data.logit_codec, classifier, features=features)
@@ -167,7 +168,7 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
     manifest = cache.manifest
     torch.manual_seed(config.train.seed)
     student = build_student(
-        config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
+        config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
     )
     tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"])).to(device)
     heads = make_heads(config, student, tail)

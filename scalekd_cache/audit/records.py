@@ -22,7 +22,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.record_pixels import RecordPixels, decode_features, record_view, wrong_digest
-from scalekd_cache.store.base import Record, ShardId, stores_features, wrong_share
+from scalekd_cache.store.base import NO_LABEL, Record, ShardId, stores_features, wrong_share
 from scalekd_cache.store.manifest import FEATURES_EVERY
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache
@@ -36,7 +36,7 @@ class RecordChecker:
     Args:
         fields: `fingerprint_fields` of a manifest or plan.
         root: the cache, for the state of a fitted codec and the teacher's classifier.
-        num_classes: number of classes of the data set, if known.
+        num_classes: number of classes of the data set, if known; 0: it has no labels.
         source: the images, to recompute replayed views; without them their pixels are not checked.
         pixels: for a cache that shares pixels, the cache that holds them; without it they are not checked.
 
@@ -90,8 +90,11 @@ class RecordChecker:
         return decode_pixels(other.pixels, self.views.size)
 
     def _label(self, record: Record, _: int) -> str | None:
-        if record.label < 0 or (self.num_classes is not None and record.label >= self.num_classes):
-            return f"label {record.label} is out of range for {self.num_classes} classes"
+        classes = self.num_classes
+        if classes == 0:
+            return None if record.label == NO_LABEL else f"label {record.label}, but the data set has no labels"
+        if record.label < 0 or (classes is not None and record.label >= classes):
+            return f"label {record.label} is out of range for {classes} classes"
         return None
 
     def _logits(self, record: Record, _: int) -> str | None:

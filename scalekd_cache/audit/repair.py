@@ -37,7 +37,7 @@ from scalekd_cache.store.verify_unit import Part, Problem
 
 ASIDE = ".aside-"
 """Name prefix of files and folders that were moved aside; readers and writers ignore them."""
-FILES = (Part.MANIFEST, Part.TAIL, Part.CODEC_STATE)
+FILES = (Part.MANIFEST, Part.TEACHER, Part.CODEC_STATE)
 """Files next to the units that stage 1 writes."""
 
 
@@ -89,7 +89,7 @@ def repair_cache(
     units, facts = bad_units(problems), read_plan(root).facts
     if Part.CODEC_CHOICE in parts:
         write_codec_choice(root, facts.fingerprint_fields)
-    if parts & {Part.UNIT, Part.TAIL, Part.CODEC_STATE, Part.MANIFEST, Part.UNFINISHED}:
+    if parts & {Part.UNIT, Part.TEACHER, Part.CODEC_STATE, Part.MANIFEST, Part.UNFINISHED}:
         config = stage1_config(
             facts, root, process, data=data, weights=weights, pixels_from=pixels_from, workers=workers
         )

@@ -21,6 +21,7 @@ from scalekd_cache.caching.job_plan import (
     drop_damaged_units,
     drop_mismatched_units,
     finished_manifest,
+    has_held_out,
     is_committed,
     join_plan,
     make_plan,
@@ -53,6 +54,7 @@ from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
 from scalekd_cache.models.evaluate import Tally, evaluate, teacher_accuracy
+from scalekd_cache.models.held_out import held_out_bytes, run_held_out
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import Answers
 from scalekd_cache.models.teacher_spec import teacher_label
@@ -166,6 +168,8 @@ def prepare(
         if process.rank == 0 and job.plan.facts.teacher["top1"] is None:
             top1 = _teacher_top1(config, job.stage, validation, dry_run=dry_run)
             job = with_teacher_top1(job, top1)
+        if process.rank == 0 and not dry_run and validation is not None:
+            job = _with_held_out(config, job, validation)
     return Prepared(job, manifest)
 
 
@@ -357,7 +361,8 @@ def _open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | N
 def _teacher_top1(
     config: CacheTeacherConfig, stage: Stage, validation: Source | None, *, dry_run: bool
 ) -> float | None:
-    """The teacher's accuracy on the validation images (in a dry run, on some of them); None when there are none.
+    """The teacher's accuracy on the validation images (in a dry run, on some of them); None when there are none,
+    or no labels.
 
     The order of the classes is checked on these images, and on training images if they are few.
 
@@ -365,7 +370,7 @@ def _teacher_top1(
         UserError: its classes are in another order than the data set's, or its accuracy is near chance.
     """
     spec = stage.teacher.spec
-    if not spec.has_classifier:
+    if not spec.has_classifier or not stage.source.class_names:
         return None
     top1 = None
     answers = Answers(spec.name, stage.source.class_names)
@@ -384,6 +389,15 @@ def _teacher_top1(
                 raise
             print(f"warning: {error}", flush=True)
     return top1
+
+
+def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> Job:
+    """The job with the teacher's outputs on held-out images, if the cache needs them and does not have them."""
+    if has_held_out(job.stage.root, job.plan.facts):
+        return job
+    size, workers = config.teacher.batch_size, config.workers
+    found = run_held_out(job.stage.teacher, validation, batch_size=size, workers=workers)
+    return job._replace(held_out=held_out_bytes(found, validation))
 
 
 def _evaluate(

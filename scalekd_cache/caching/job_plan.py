@@ -41,9 +41,11 @@ from scalekd_cache.store.durable_files import hash_file, remove_stale, write_ato
 from scalekd_cache.store.manifest import (
     CLASSIFIER,
     FEATURES_EVERY,
+    HELD_OUT,
     TAIL,
     Manifest,
     ManifestFacts,
+    TeacherFacts,
     build_manifest,
     codec_files,
     read_manifest,
@@ -113,6 +115,8 @@ class Job(NamedTuple):
     units: list[Unit]
     ledger: CommittedUnits
     """The units that the cache already has."""
+    held_out: bytes | None = None
+    """Content of heldout.safetensors, where it is still to be written."""
 
 
 def make_plan(
@@ -208,16 +212,23 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
             fix="use the tar or parquet files that the cache was made from, or another --cache",
         )
     groups = _groups(kept.facts.groups, options, job.stage.source)
-    top1 = kept.facts.teacher.get("top1")
     there = dataclasses.replace(
         facts,
         recipe=kept.facts.recipe,
         distill=kept.facts.distill,
         groups=groups,
-        teacher=facts.teacher if top1 is None else {**facts.teacher, "top1": top1},
+        teacher=_measured_teacher(facts.teacher, kept.facts.teacher),
         tail_sha256=kept.facts.tail_sha256,
     )
-    return _job(job.stage, Plan(facts=there, ranges=ranges))
+    return _job(job.stage, Plan(facts=there, ranges=ranges))._replace(held_out=job.held_out)
+
+
+def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:
+    """The teacher with what another job has measured."""
+    known: TeacherFacts = {**teacher, "top1": teacher["top1"] if kept["top1"] is None else kept["top1"]}
+    if "held_out_sha256" in kept:
+        known["held_out_sha256"] = kept["held_out_sha256"]
+    return known
 
 
 def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
@@ -269,9 +280,12 @@ def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
 
 
 def _class_likeness(source: Source | PixelCache) -> list[float]:
-    """How often neighboring images, and any two images, have the same class (`order.py`); sets the shuffle window."""
+    """How often neighboring images, and any two images, have the same class (`order.py`); sets the shuffle window.
+    Not known without labels."""
     if isinstance(source, PixelCache):
         return list(source.cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
+    if not source.class_names:
+        return [1.0, 1.0]
     found = class_correlation(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
     return [round(share, 9) for share in found]
 
@@ -367,6 +381,10 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
         if not _is_there(root / TAIL, facts.tail_sha256):
             tail = tail_bytes(split_tail(job.stage.teacher), job.stage.teacher.spec)
             facts = dataclasses.replace(facts, tail_sha256=hashlib.sha256(tail).hexdigest())
+        held_out = None if has_held_out(root, facts) else job.held_out
+        if held_out is not None:
+            digest = hashlib.sha256(held_out).hexdigest()
+            facts = dataclasses.replace(facts, teacher={**facts.teacher, "held_out_sha256": digest})
         plan = Plan(facts=facts, ranges=job.plan.ranges)
         if (root / plans.NAME).exists():
             if plan != read_plan(root):
@@ -384,7 +402,14 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
             write_atomically(root / CLASSIFIER, _classifier(job.stage.teacher))
         if tail is not None:
             write_atomically(root / TAIL, tail)
+        if held_out is not None:
+            write_atomically(root / HELD_OUT, held_out)
     return job._replace(plan=plan)
+
+
+def has_held_out(root: Path, facts: ManifestFacts) -> bool:
+    """Whether the cache has the teacher's outputs on held-out images, or needs none."""
+    return facts.labeled or _is_there(root / HELD_OUT, facts.teacher_files.get(HELD_OUT, ""))
 
 
 def _is_there(path: Path, sha256: str) -> bool:
@@ -398,6 +423,7 @@ def finished_manifest(job: Job) -> Manifest | None:
         return None
     manifest = read_manifest(root)
     whole = manifest.facts.groups == job.plan.facts.groups and all(is_committed(job, unit) for unit in job.units)
+    whole = whole and all((root / name).exists() for name in manifest.facts.teacher_files)
     return manifest if whole else None
 
 

@@ -47,9 +47,9 @@ def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
 
 
 def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
-    """Check that the teacher has the classes of the data set, and that its tail reproduces its features."""
+    """Check that the teacher has the classes of a labeled data set, and that its tail reproduces its features."""
     spec = teacher.spec
-    if spec.has_classifier and spec.num_classes != len(class_names):
+    if class_names and spec.has_classifier and spec.num_classes != len(class_names):
         raise _other_classes(spec.name, spec.num_classes, class_names)
     if spec.feature_shape[1:] == (1, 1):
         raise UserError(
@@ -116,7 +116,7 @@ def check_before_weights(
         raise UserError(f"--teacher-weights {options.weights} is not a file")
     if options.weights is None and options.pretrained and options.num_classes is None:
         known = DEMO_CLASSES if options.name == DEMO_TEACHER else teacher_classes(options, name, None, classes)
-        if known not in (0, classes):
+        if classes and known not in (0, classes):
             raise _other_classes(options.name, known, source.class_names)
     if student is not None:
         with torch.device("meta"):
@@ -157,10 +157,12 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     Args:
         config: the training options of the recipe.
         teacher: the teacher.
-        num_classes: classes of the data set.
+        num_classes: classes of the data set; 0 without labels.
         output: the teacher's output for at least two images.
     """
-    student = build_student(config.student, num_classes=num_classes, image_size=teacher.spec.image_size)
+    config = config.on_data(labeled=num_classes > 0)
+    classes = num_classes or teacher.spec.num_classes
+    student = build_student(config.student, num_classes=classes, image_size=teacher.spec.image_size)
     tail = split_tail(teacher).cpu()
     heads = ScaleKDHeads(
         config.scalekd,

@@ -4,7 +4,7 @@ In: values from a recipe and the command line. Out: checked, immutable dataclass
 Invariant: a configuration that exists is valid on its own.
 """
 
-from dataclasses import field
+from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -155,8 +155,9 @@ class TrainConfig:
     """Samples per optimizer step, over all ranks."""
     micro_batch_size: int = 32
     """Samples per forward pass and BatchNorm group, independent of the number of ranks."""
-    label_loss: Literal["ce", "bce"] = "ce"
-    """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples."""
+    label_loss: Literal["ce", "bce", "none"] = "ce"
+    """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples; none: no label loss,
+    the rule for a cache without labels."""
     label_smoothing: float = 0.0
     """Label smoothing for ce (not for bce)."""
     sync_bn: bool = False
@@ -227,7 +228,8 @@ class TrainConfig:
         )
         require(0 <= self.label_smoothing < 1, "train.label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
         smoothing_is_used = self.label_loss == "ce" or self.label_smoothing == 0
-        require(smoothing_is_used, "train.label_smoothing", self.label_smoothing, "0 with train.label_loss=bce")
+        expected = f"0 with train.label_loss={self.label_loss}"
+        require(smoothing_is_used, "train.label_smoothing", self.label_smoothing, expected)
         listed = (self.seeds or "0").split(",")
         require(all(one.strip().isdecimal() for one in listed), "train.seeds", self.seeds, "numbers such as 0,1,2")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
@@ -271,6 +273,23 @@ class DistillConfig:
     device: str = "auto"
     """auto, cpu or cuda."""
 
+    def on_data(self, *, labeled: bool) -> "DistillConfig":
+        """The options on a data set with or without labels: without labels there is no label loss.
+
+        Raises:
+            UserError: no labels, and train.targets=none.
+        """
+        if labeled or self.train.label_loss == "none":
+            return self
+        if self.train.targets == "none":
+            raise UserError(
+                "the cache has no labels, so there is nothing to train on without the teacher's targets",
+                got="train.targets=none",
+                expected="cached or live",
+                fix="set --targets cached, or make a cache of labeled images",
+            )
+        return replace(self, train=replace(self.train, label_loss="none", label_smoothing=0.0))
+
     def __post_init__(self) -> None:
         require(self.follow_timeout_minutes > 0, "follow_timeout_minutes", self.follow_timeout_minutes, "> 0")
         if self.student.grad_checkpointing and self.train.sync_bn:
@@ -280,6 +299,12 @@ class DistillConfig:
                 got="train.sync_bn=true with student.grad_checkpointing=true",
                 expected="one of them",
                 fix="set --train.sync_bn=false, or --student.grad_checkpointing=false",
+            )
+        if self.train.label_loss == "none" and self.train.targets == "none":
+            raise UserError(
+                "there is nothing to train on",
+                got="train.label_loss=none with train.targets=none",
+                fix="set --targets cached, or --train.label_loss=ce",
             )
         if self.optim.name == "lamb" and self.train.zero > 0:
             raise UserError(

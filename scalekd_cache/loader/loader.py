@@ -153,10 +153,11 @@ class MicroBatches(Dataset[Batch]):
         return {**self.__dict__, "_epoch": None}
 
     def _check_parts(self, records: list[Record], view: int) -> None:
-        """Raise `UserError` for a record without label, or without features that are needed; `Cache.read` checks labels
-        against the classes."""
+        """Raise `UserError` for a record of a labeled data set without label, or without features that are needed;
+        `Cache.read` checks labels against the classes."""
+        always = {Parts.LABEL} if self.cache.manifest.facts.labeled else set[Parts]()
         for number, record in enumerate(records):
-            needed = {Parts.LABEL, Parts.FEATURES} if number < self.features else {Parts.LABEL}
+            needed = always | {Parts.FEATURES} if number < self.features else always
             if not needed <= set(record.parts):
                 raise UserError(
                     "a record has no label or no features",

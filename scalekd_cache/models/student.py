@@ -74,7 +74,7 @@ class StudentOutput(NamedTuple):
     s4: Tensor
     """(B, C4, H4, W4)"""
     logits: Tensor
-    """(B, K)"""
+    """(B, K); for a student without a classifier its pooled embedding, (B, E)."""
 
 
 class TapPlan(NamedTuple):
@@ -165,6 +165,19 @@ class Student(nn.Module):
         if self._first_pass is not None:
             check_tapped(s3, self.model_name)
         return StudentOutput(self._to_map(s3), self._to_map(self._normed(s4)), logits)
+
+    @property
+    def num_classes(self) -> int:
+        """Width of the classifier; 0: none."""
+        return int(self.model_args["num_classes"])
+
+    def embed(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) normalized images to pooled embeddings (B, E), as timm defines them: the classifier's input."""
+        if self.num_classes == 0:
+            return self.forward(images).logits
+        model: Any = self.model
+        pooled: Tensor = model.forward_head(model.forward_features(images), pre_logits=True)
+        return pooled
 
     def _tapped(self, images: Tensor) -> StudentOutput:
         """One call of the model; maps in its own layout."""

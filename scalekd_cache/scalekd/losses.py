@@ -240,20 +240,25 @@ def distillation_losses(
     targets: Targets | None,
 ) -> LossTerms:
     """All terms of a batch: student_logits (B, K), labels (B,) int64; maps and targets are None without distillation.
+    Logits and labels are not read where neither a label term nor a logit term is computed.
 
     Maps and the targets' features are those of the first F <= B samples. The feature terms are divided by F, so their
     expected value does not depend on it.
 
     The label term has weight 1 - logit_weight next to a logit term, and 1 without one (no targets, or a teacher without
-    a classifier). Terms of weight 0 are not computed.
+    a classifier). Without a label term (`train.label_loss` = none) the logit term has weight 1, unless logit_weight is
+    0. Terms of weight 0 are not computed.
     """
     assert maps is None or targets is not None, "projected maps without targets"
     zero = torch.zeros((), dtype=wide(student_logits).dtype, device=student_logits.device)
     logit_weight = config.logit_weight if targets is not None and targets.logits.shape[1] > 0 else 0.0
-    label = label_loss(
-        student_logits, labels, kind=train.label_loss, smoothing=train.label_smoothing, weight=1 - logit_weight
-    )
-    logit = zero
+    label, logit = zero, zero
+    if train.label_loss == "none":
+        logit_weight = 1.0 if logit_weight > 0 else 0.0
+    else:
+        label = label_loss(
+            student_logits, labels, kind=train.label_loss, smoothing=train.label_smoothing, weight=1 - logit_weight
+        )
     if targets is not None and logit_weight > 0 and targets.partial:
         logit = partial_logit_loss(student_logits, targets.logits, weight=logit_weight)
     elif targets is not None and logit_weight > 0:

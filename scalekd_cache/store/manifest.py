@@ -40,7 +40,7 @@ from scalekd_cache.store.remote.remote_path import pin_files
 from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, unit_folder, wrong_sizes
 
-NAME, TAIL = "manifest.json", "tail.safetensors"
+NAME, TAIL, HELD_OUT = "manifest.json", "tail.safetensors", "heldout.safetensors"
 Share = Annotated[float, Field(ge=0, le=1)]
 STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
 
@@ -65,6 +65,8 @@ class TeacherFacts(TypedDict):
     """The `TeacherConfig` of the job that created the cache."""
     top1: FiniteFloat | None
     """Accuracy on the data set in percent; None when it was not measured."""
+    held_out_sha256: NotRequired[Sha256]
+    """Of heldout.safetensors, which only unlabeled caches have."""
 
 
 class DataFacts(TypedDict):
@@ -110,6 +112,22 @@ class ManifestFacts:
     def num_views(self) -> int:
         """Views of every image, over all groups."""
         return sum(len(views) for views in self.groups)
+
+    @property
+    def teacher_files(self) -> dict[str, str]:
+        """The files with parts or outputs of the teacher, with their sha256."""
+        digests = {TAIL: self.tail_sha256, HELD_OUT: self.teacher.get("held_out_sha256", "")}
+        return {name: digest for name, digest in digests.items() if digest}
+
+    @property
+    def labeled(self) -> bool:
+        """Whether records have labels."""
+        return bool(self.class_names)
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of a student: those of the data set; without labels, those of the stored logits (0: none)."""
+        return len(self.class_names) or int(self.logit_codec.get("num_classes", 0))
 
     @property
     def features_every(self) -> int:
@@ -279,7 +297,7 @@ def read_manifest(root: StoredPath) -> Manifest:
     manifest = _parse(fields, data, path)
     sidecars = {unit_folder(Path("."), row.group, row.range_id).as_posix(): row.sha256 for row in manifest.units}
     pin_files(root, {f"{folder}/unit.json": (None, sha256) for folder, sha256 in sidecars.items()})
-    pin_files(root, {TAIL: (None, manifest.facts.tail_sha256)})
+    pin_files(root, {name: (None, sha256) for name, sha256 in manifest.facts.teacher_files.items()})
     pin_files(root, {name: (None, sha256) for name, sha256 in codec_files(manifest.facts.fingerprint_fields).items()})
     return manifest
 

@@ -141,11 +141,11 @@ class Cache:
         """The record itself; UserError for a label outside the classes."""
         if record.label == NO_LABEL or 0 <= record.label < len(self.manifest.facts.class_names):
             return record
-        where = f"{self.root}/{self.shard_at(position, view)}"
+        where, classes = f"{self.root}/{self.shard_at(position, view)}", len(self.manifest.facts.class_names)
         raise damaged(
             "the label of a record is outside the classes",
             record.label,
-            f"0 to {len(self.manifest.facts.class_names) - 1}",
+            f"0 to {classes - 1}" if classes else "none: the data set has no labels",
             where,
             record.key,
         )

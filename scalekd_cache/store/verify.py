@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
+from scalekd_cache.store.manifest import HELD_OUT, STATE, TAIL, Manifest, codec_files, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
-from scalekd_cache.store.manifest import STATE, TAIL, Manifest, codec_files, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan
@@ -61,8 +61,8 @@ class Expected(NamedTuple):
     fields: dict[str, Any]
     """Everything that the fingerprint covers."""
     units: list[ExpectedUnit]
-    tail_sha256: str
-    """sha256 of the tail's file; empty without a tail."""
+    teacher_files: dict[str, str]
+    """Files of the teacher (`ManifestFacts.teacher_files`) with their sha256."""
     finished: bool
     """Whether there is a manifest; without one, missing units are not written yet, which is not damage."""
 
@@ -110,7 +110,7 @@ def check_cache(
         notes.append("cannot list a remote folder: only the files of the cache were checked")
     if expected is None:
         return CheckResult(problems, notes, 0, None)
-    problems += _tail_problems(root, expected.tail_sha256, deep)
+    problems += _teacher_problems(root, expected.teacher_files, deep)
     kept = list(_kept_problems(root, expected, deep))
     lost = [problem.where for problem in kept if problem.part is Part.CODEC_STATE]
     if lost:
@@ -228,18 +228,16 @@ def expected_contents(manifest: Manifest | None, plan: Plan | None) -> Expected 
                 row.sha256,
             )
         in_turn = [units[place] for place in sorted(units)]
-        return Expected(manifest.facts.fingerprint_fields, in_turn, manifest.facts.tail_sha256, True)
+        return Expected(manifest.facts.fingerprint_fields, in_turn, manifest.facts.teacher_files, True)
     if plan is None:
         return None
-    return Expected(plan.facts.fingerprint_fields, list(units.values()), plan.facts.tail_sha256, False)
+    return Expected(plan.facts.fingerprint_fields, list(units.values()), plan.facts.teacher_files, False)
 
 
-def _tail_problems(root: StoredPath, expected: str, deep: bool) -> Iterator[Problem]:
-    path = root / TAIL
-    if not expected:
-        return
-    if (what := file_problem(path)) or (deep and (what := hash_problem(path, expected, "manifest"))):
-        yield Problem(path.name, None, what, Part.TAIL)
+def _teacher_problems(root: StoredPath, expected: dict[str, str], deep: bool) -> Iterator[Problem]:
+    for name, digest in expected.items():
+        if (what := file_problem(root / name)) or (deep and (what := hash_problem(root / name, digest, "manifest"))):
+            yield Problem(name, None, what, Part.TEACHER)
 
 
 def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator[Problem]:
@@ -257,8 +255,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
 def _unknown_files(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
     """Files and folders that do not belong to the cache; temporary ones are only noted."""
     known = {MANIFEST, PLAN, UNITS}
-    if expected is None or expected.tail_sha256 != "":
-        known.add(TAIL)
+    known |= {TAIL, HELD_OUT} if expected is None else expected.teacher_files.keys()
     kept = {} if expected is None else codec_files(expected.fields)
     known |= {*kept, CODEC_FILE}
     units = None if expected is None else {unit_folder(root, *unit.place).name for unit in expected.units}

@@ -33,7 +33,8 @@ class Part(Enum):
     """Rebuild the unit."""
     MANIFEST = "manifest"
     PLAN = "plan"
-    TAIL = "tail"
+    TEACHER = "tail"
+    """A file with a part or outputs of the teacher."""
     CODEC_STATE = "kept"
     """A file that decoding all units needs (codec state, classifier): restore it from a copy of the cache, or refit
     and compare its sha256."""

@@ -23,6 +23,7 @@ from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs
 from scalekd_cache.training.targets import (
+    describe_targets,
     feature_samples,
     heads_note,
     load_cache_tail,
@@ -47,9 +48,10 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     if finished_summary(run, train.epochs, config.extend) is not None:
         return [f"{run} is finished; nothing to do"]
     cache, manifest = reads.cache, reads.cache.manifest
+    config = config.on_data(labeled=manifest.facts.labeled)
     with torch.device("cpu"):
         student = build_student(
-            config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
+            config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
         )
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
     lines = [setup, f"student {config.student.name}: {_millions(student.model)} M parameters"]
@@ -60,7 +62,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail)
         lines.append(f"projectors: {_millions(heads)} M parameters, not exported")
-        notes = heads_note(config, student, heads, tail), weights_note(config.scalekd, len(manifest.facts.class_names))
+        notes = heads_note(config, student, heads, tail), weights_note(config.scalekd, manifest.facts.num_classes)
         lines += filter(None, notes)
     order = make_order(train, cache, process)
     check_workers(cache, codec_from_config(manifest.facts.codec, cache.root), train.micro_batch_size, train.workers)
@@ -72,6 +74,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     )
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"
+    if not manifest.facts.labeled:
+        lines.append(describe_targets(config, manifest.facts))
     lines += [describe_lr(config), *(f"skipped: {problem}" for problem in problems)]
     if before is not None and before < train.epochs:
         first = checkpoint.facts["loader"]["step"] if checkpoint else 0

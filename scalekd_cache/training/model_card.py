@@ -15,7 +15,7 @@ import yaml
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.timm_export import eval_transform
 from scalekd_cache.models.evaluate import percent
-from scalekd_cache.training.run_files import text_option
+from scalekd_cache.training.run_files import classes_of, text_option
 from scalekd_cache.versions import __version__
 from scalekd_cache.views.view import eval_resize
 
@@ -71,10 +71,11 @@ def model_card(
         summary: the run's summary (None: not finished).
         folder: of the exported student.
     """
+    task = "image-classification" if classes_of(facts) else "image-feature-extraction"
     header = {
         "library_name": "timm",
-        "pipeline_tag": "image-classification",
-        "tags": ["image-classification", "timm", "knowledge-distillation", "scalekd"],
+        "pipeline_tag": task,
+        "tags": [task, "timm", "knowledge-distillation", "scalekd"],
     }
     transform = eval_transform(student, facts["image_size"])
     return TEMPLATE.format(
@@ -111,7 +112,7 @@ def card_facts(
         "cache fingerprint": facts["fingerprint"],
         "views per image": facts["views"],
         "data set": _last_part(str(facts["data"].get("source"))),
-        "classes": len(facts["class_names"]),
+        "classes": classes_of(facts),
     }
     return {name: str(value) for name, value in rows.items()}
 
@@ -127,8 +128,17 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
     teacher = _text(str(summary["teacher"]))
     how = "trained on labels only" if summary["targets"] == "none" else f"distilled from {teacher}"
     images = summary.get("val_images", 0)
+    held_out = summary.get("held_out")
+    if held_out:
+        return f"{_text(student)}, {how} without labels; {_figures(held_out)}."
     accuracy = f"{percent(summary['top1'])} on {images:,} validation images" if images else "not measured"
     return f"{_text(student)}, {how}; top-1 {accuracy}."
+
+
+def _figures(held_out: Mapping[str, float]) -> str:
+    """Figures of held-out images as text."""
+    units = {name: " %" if "knn" in name or "probe" in name else "" for name in held_out}
+    return ", ".join(f"{name.replace('_', ' ')} {value:g}{units[name]}" for name, value in held_out.items())
 
 
 def _plain(value: str) -> str:

@@ -27,17 +27,19 @@ from scalekd_cache.store.growing import read_cache_facts
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
+from scalekd_cache.training.held_out_evaluation import TeacherComparison
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
-from scalekd_cache.training.run_evaluation import evaluate_state
-from scalekd_cache.training.run_export import export_state, facts_of
+from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state
+from scalekd_cache.training.run_export import consolidated_student, export_state, facts_of
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import (
     TargetSource,
+    describe_targets,
     feature_samples,
     heads_note,
     load_cache_classifier,
@@ -86,8 +88,11 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     check_tracker(config.train.tracker)
     run_cache = open_run_cache(config, run, process)
     cache = run_cache.cache
+    config = config.on_data(labeled=cache.manifest.facts.labeled)
     validation = _validation(cache.manifest, config.data, process)
     checkpoint = _checkpoint(run, process)
+    compare = validation is not None and not cache.manifest.facts.labeled
+    comparison = TeacherComparison(cache, validation, process) if validation is not None and compare else None
     trainer = _make_trainer(config, process, run_cache, checkpoint)
     first = trainer.loader.step
     if before is not None and before < config.train.epochs:
@@ -102,7 +107,6 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         folder.reopen(first)
         if damaged:
             process.print_rank0(f"{damaged} damaged lines of {run / METRICS} were dropped")
-    tally = None
     if config.train.log_samples:
         trainer.watchdog.log_samples(run)
     with SignalHandler() as signals, trainer.watchdog.guard(60 * config.train.timeout_minutes):
@@ -114,13 +118,13 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
                 dist.barrier()  # launchers end all ranks once one has exited, and rank 0 may still be writing
                 raise interrupted_by(signal, step, trainer.loader.total_steps)
             if _is_evaluation_due(config.train, step, trainer.loader):
-                tally = evaluate_state(config, cache.manifest, trainer.student_state(), validation, process)
-                if folder is not None and tally is not None:
-                    folder.log(step, {"top1": tally.top1_percent, "top5": tally.top5_percent})
+                found = _evaluate(config, cache.manifest, trainer, validation, comparison)
+                if folder is not None and found.metrics:
+                    folder.log(step, found.metrics)
     seconds = trainer.seconds()
     state = trainer.student_state()
-    tally = evaluate_state(config, cache.manifest, state, validation, process)
-    summary = make_summary(config, run_cache, trainer.loader, process.world_size, tally)
+    found = _evaluate(config, cache.manifest, trainer, validation, comparison, final=True)
+    summary = make_summary(config, run_cache, trainer.loader, process.world_size, found)
     summary["minutes"] = round(seconds / 60, 2)
     summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
     if folder is not None:
@@ -184,10 +188,36 @@ def _is_evaluation_due(train: TrainConfig, step: int, loader: CacheLoader) -> bo
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
     """The validation images, or None; missing ones are reported before training starts."""
     try:
-        return open_cache_source(manifest.facts.data, data, "val")
+        source = open_cache_source(manifest.facts.data, data, "val")
+        if manifest.facts.labeled and not source.class_names:
+            raise UserError("the validation images have no labels", where=source.name)
+        return source
     except UserError as error:
         process.print_rank0(f"no validation images found, so accuracy will not be measured (set --data):\n{error}")
         return None
+
+
+def _evaluate(
+    config: DistillConfig,
+    manifest: Manifest,
+    trainer: Trainer,
+    validation: Source | None,
+    comparison: TeacherComparison | None,
+    *,
+    final: bool = False,
+) -> Evaluation:
+    """Evaluate the student on the validation images, which are split over all ranks; empty without any."""
+    process, state = trainer.process, trainer.student_state()
+    if comparison is not None and trainer.tail is not None:
+        size = config.student.image_size or manifest.facts.view_recipe["size"]
+        student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
+        heads = make_heads(config, student, trainer.tail)
+        heads.load_state_dict(trainer.heads_state())
+        model = DistillModel(config, student, heads).to(process.device).eval()
+        return Evaluation(held_out=comparison.figures(model, trainer.tail, final=final))
+    if validation is None or not manifest.facts.labeled:
+        return Evaluation()
+    return Evaluation(evaluate_state(config, manifest, state, validation, process))
 
 
 def _make_trainer(
@@ -198,11 +228,13 @@ def _make_trainer(
     features = feature_samples(config.scalekd, cache, train.micro_batch_size) if train.targets != "none" else None
     torch.manual_seed(train.seed)
     student = build_student(
-        config.student, num_classes=len(manifest.facts.class_names), image_size=manifest.facts.view_recipe["size"]
+        config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
     )
     if train.sync_bn:
         student.model = synchronize_batchnorm(student.model, process)
     process.print_rank0(describe_lr(config))
+    if not manifest.facts.labeled:
+        process.print_rank0(describe_targets(config, manifest.facts))
     spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
     tail, heads, targets = None, None, None
     if train.targets != "none":
@@ -210,7 +242,7 @@ def _make_trainer(
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
         heads = make_heads(config, student, tail)
-        classes = len(manifest.facts.class_names)
+        classes = manifest.facts.num_classes
         for note in (heads_note(config, student, heads, tail), weights_note(config.scalekd, classes)):
             if note is not None:
                 process.print_rank0(note)

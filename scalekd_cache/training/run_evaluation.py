@@ -7,6 +7,7 @@ Invariant: no cache is needed, and deepspeed is not imported.
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,21 @@ from scalekd_cache.training.run_files import OPTIONS, data_of, read_facts, stude
 from scalekd_cache.training.run_folder import is_locked
 
 
+class Evaluation(NamedTuple):
+    """How good a student is: accuracies, or for a cache without labels its distance to the teacher."""
+
+    tally: Tally | None = None
+    """Accuracies; None without labeled validation images."""
+    held_out: dict[str, float] = {}
+    """`held_out_evaluation.FIGURES`; empty for a labeled cache."""
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What is logged."""
+        tally = self.tally
+        return {**self.held_out, **({"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {})}
+
+
 def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
     """A function from uint8 pixels (B, 3, S, S) to the model's logits (B, K)."""
     device = next(model.parameters()).device
@@ -35,17 +51,11 @@ def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]
 
 
 def evaluate_state(
-    config: DistillConfig, manifest: Manifest, state: State, validation: Source | None, process: Process
-) -> Tally | None:
-    """Accuracy of the student with these weights; the validation images are split over all ranks.
-
-    Returns:
-        None without validation images.
-    """
-    if validation is None:
-        return None
+    config: DistillConfig, manifest: Manifest, state: State, validation: Source, process: Process
+) -> Tally:
+    """Accuracy of the student with these weights; the validation images are split over all ranks."""
     size = config.student.image_size or manifest.facts.view_recipe["size"]
-    student = consolidated_student(config.student, state, len(manifest.facts.class_names), size)
+    student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
     share = evaluate(
         make_predictor(student.model.to(process.device), config.student.mean, config.student.std),
         validation,
@@ -71,9 +81,19 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     if not os.path.lexists(folder):
         state = "is still running" if is_locked(run) else "is not finished"
         raise UserError(f"the run {run} {state}: finish it, or export its last checkpoint: scalekd export --run {run}")
+    if not facts["class_names"]:
+        raise _no_classes(run)
     model = load_export(folder, facts["image_size"]).to(process.device)
     predict = make_predictor(model, student.mean, student.std)
     return evaluate(predict, open_source(source, "val"), facts["image_size"], process.device, workers=workers)
+
+
+def _no_classes(folder: Path) -> UserError:
+    return UserError(
+        "a student that was trained without labels has no accuracy",
+        where=folder,
+        fix=f"measure its embeddings: scalekd probe --backbone {folder} --data DIR, with labeled images",
+    )
 
 
 def find_exported_folder(place: Path) -> Path | None:
@@ -94,6 +114,8 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
         raise UserError("the exported student has no recorded data set", where=folder, fix="set --data folder")
     description = read_description(folder)
     images = description.pretrained_cfg
+    if description.num_classes == 0:
+        raise _no_classes(folder)
     size = images.input_size[-1]
     model = load_export(folder, size).to(process.device)
     source = open_source(DataConfig(source=data), "val")

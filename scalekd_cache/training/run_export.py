@@ -18,7 +18,7 @@ from scalekd_cache.models.weights import check_tensors
 from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.training.model_card import card_facts, model_card
-from scalekd_cache.training.run_files import read_config, read_facts, read_summary, student_options
+from scalekd_cache.training.run_files import classes_of, read_config, read_facts, read_summary, student_options
 
 State = dict[str, Tensor]
 
@@ -31,6 +31,7 @@ def facts_of(cache: ManifestFacts, views: int, student: StudentConfig) -> dict[s
         "views": views,
         "image_size": student.image_size or cache.view_recipe["size"],
         "class_names": cache.class_names,
+        "num_classes": cache.num_classes,
         "data": cache.data,
     }
 
@@ -51,7 +52,7 @@ def export_state(
 ) -> float:
     """Export a student with its model card; returns the largest difference of a reloaded logit."""
     size, names = facts["image_size"], facts["class_names"]
-    student = consolidated_student(config, state, len(names), size)
+    student = consolidated_student(config, state, classes_of(facts), size)
     return export_student(student, config, folder, image_size=size, class_names=names, card=card)
 
 
@@ -94,7 +95,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
         folder = out or run / "export"
         card = model_card(config, options, facts, read_summary(run), folder)
         return Exported(folder, export_state(config, state, facts, folder, card))
-    student = consolidated_student(config, state, len(facts["class_names"]), facts["image_size"])
+    student = consolidated_student(config, state, classes_of(facts), facts["image_size"])
     file = out or run / f"{config.name.replace('/', '_')}{SUFFIXES[form]}"
     if file.is_dir():
         raise UserError("--out is a folder", where=file, expected="a file name", fix="set --out to a file name")

@@ -57,6 +57,7 @@ class SummaryFields(TypedDict):
     has_classifier: NotRequired[bool]
     image_size: NotRequired[Count]
     val_images: NotRequired[Count]
+    held_out: NotRequired[dict[str, Finite]]
     zero: NotRequired[Count]
     world_size: NotRequired[Count]
     codec: NotRequired[str]
@@ -70,6 +71,7 @@ class CacheFacts(TypedDict):
     views: Annotated[int, Field(ge=1, lt=2**31)]
     image_size: Annotated[int, Field(ge=1, le=2048)]
     class_names: list[str]
+    num_classes: NotRequired[Count]
     data: dict[str, Any]
 
 
@@ -138,6 +140,11 @@ def read_facts(run: Path) -> dict[str, Any]:
         return dict(read_checked(file, CacheFacts, "a run's facts of its cache", FACTS_BYTES))
     except UserError as error:
         raise _with_fix(error) from error
+
+
+def classes_of(facts: Mapping[str, Any]) -> int:
+    """Width of a student's classifier, from a run's facts of its cache; 0: none."""
+    return int(facts.get("num_classes", len(facts["class_names"])))
 
 
 def data_of(run: Path, source: str | None) -> DataConfig:

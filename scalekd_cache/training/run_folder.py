@@ -148,6 +148,8 @@ class RunFolder:
         logged = any(line["step"] == step and "top1" in line for line in read_metrics(self.path)[0])
         if summary["steps"] == step and summary["top1"] is not None and not logged:
             self.log(step, {"top1": summary["top1"], "top5": summary["top5"]})
+        if summary["steps"] == step and summary.get("held_out"):
+            self.log(step, summary["held_out"])
         (self.path / SUMMARY).unlink()
         fsync_path(self.path)
 

@@ -3,22 +3,25 @@
 In: options, cache, accuracies. Out: a `Summary` for summary.json; a table of text.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
-from scalekd_cache.models.evaluate import Tally, percent, teacher_accuracy
+from scalekd_cache.models.evaluate import percent, teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.training.run_cache import RunCache
+from scalekd_cache.training.run_evaluation import Evaluation
 from scalekd_cache.training.run_files import SUMMARY, Summary, read_summary
 
 
 def make_summary(
-    config: DistillConfig, reads: RunCache, loader: CacheLoader, world_size: int, tally: Tally | None
+    config: DistillConfig, reads: RunCache, loader: CacheLoader, world_size: int, found: Evaluation
 ) -> Summary:
-    """The fields that are known at the end of training; `tally` is None without validation images."""
-    manifest = reads.cache.manifest
+    """The fields that are known at the end of training."""
+    manifest, tally = reads.cache.manifest, found.tally
+    held_out = {name: round(value, 4) for name, value in found.held_out.items()}
     return {
         "student": config.student.name,
         "teacher": teacher_label(manifest.facts.teacher),
@@ -27,6 +30,7 @@ def make_summary(
         "top1": round(tally.top1_percent, 4) if tally else None,
         "top5": round(tally.top5_percent, 4) if tally else None,
         "val_images": tally.images if tally else 0,
+        **({"held_out": held_out} if held_out else {}),
         "teacher_top1": manifest.facts.teacher["top1"],
         "has_classifier": manifest.facts.teacher["spec"]["has_classifier"],
         "epochs": config.train.epochs,
@@ -57,6 +61,23 @@ def baseline_summary(run: Path, summary: Summary) -> Summary | None:
     return None
 
 
+def _held_out_rows(held_out: Mapping[str, float]) -> list[tuple[str, str]]:
+    """The rows of a run on a cache without labels."""
+    if not held_out:
+        return []
+    cosines = [
+        f"{held_out[f'cosine_{name}']:.3f} ({name})" for name in ("patch", "pooled") if f"cosine_{name}" in held_out
+    ]
+    rows = [
+        ("held out", f"cosine to the teacher {', '.join(cosines)}; feature loss {held_out['held_out_loss']:.4f}"),
+        ("neighbors", f"{held_out['retrieval']:.0%} of the 10 nearest are the teacher's too"),
+    ]
+    for name, title in (("knn", "k-NN"), ("linear_probe", "linear probe")):
+        if name in held_out:
+            rows.append((title, f"{percent(held_out[name])} (teacher {percent(held_out[f'teacher_{name}'])})"))
+    return rows
+
+
 def summary_table(run: Path, summary: Summary) -> str:
     """The table printed at the end of a run."""
     baseline = baseline_summary(run, summary) if summary["targets"] != "none" else None
@@ -69,14 +90,17 @@ def summary_table(run: Path, summary: Summary) -> str:
         ("student", f"{summary['student']}, top-1 {top1}, top-5 {top5}"),
         ("targets", str(summary["targets"])),
         ("baseline", baseline_text),
+        *_held_out_rows(summary.get("held_out", {})),
         ("epochs", f"{summary['epochs']} ({summary['steps']} steps, {summary['images_per_s']:.0f} images/s)"),
         ("minutes", f"{summary['minutes']:.1f}"),
         ("cache", f"{summary['views']} views, {summary['bytes_per_view']:,.0f} bytes per view, including pixels"),
         ("run", str(run)),
         ("export", str(run / "export")),
     ]
-    if summary["targets"] == "none":
+    if summary["targets"] == "none" or "held_out" in summary:
         rows = [row for row in rows if row[0] != "baseline"]
+    if "held_out" in summary:
+        rows = [(name, summary["student"] if name == "student" else text) for name, text in rows]
     width = max(len(name) for name, _ in rows)
     line = "-" * 72
     return "\n".join([line, *(f"{name:<{width}}  {text}" for name, text in rows), line])

@@ -32,6 +32,7 @@ from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses, term_weights
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import hash_file
+from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
 from scalekd_cache.store.shared_pixels import open_shared_pixels
@@ -123,6 +124,15 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHe
     return heads
 
 
+def describe_targets(config: DistillConfig, facts: ManifestFacts) -> str:
+    """One line about what a run on a cache without labels minimizes."""
+    classes = facts.num_classes
+    terms = ["the teacher's feature map", "its pooled embedding"]
+    if classes and config.scalekd.logit_weight > 0:
+        terms.append(f"its soft labels ({classes:,} classes)")
+    return f"the cache has no labels: no label loss; the student learns {', '.join(terms[:-1])} and {terms[-1]}"
+
+
 HEAVY_HEADS = 10
 """Heads with this many times the student's parameters are reported."""
 
@@ -149,7 +159,7 @@ FEW_CLASSES = 20
 def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
     """One line when the published feature weights, chosen for 1,000 classes, are used with few classes."""
     published = term_weights(ScaleKDConfig())
-    if classes > FEW_CLASSES or term_weights(config) != published:
+    if not 0 < classes <= FEW_CLASSES or term_weights(config) != published:
         return None
     return (
         f"{classes} classes with the feature weights for 1,000: a sixteenth was better in 5 of 6 short runs with 10 "
@@ -269,7 +279,7 @@ class CachedTargets:
         manifest, process = self.cache.manifest, Process(0, 1, self.device)
         if len(self.cache) < batch_size:
             raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
-        self.num_classes = len(manifest.facts.class_names)
+        self.num_classes = manifest.facts.num_classes
         self.image_size = image_size or int(manifest.facts.view_recipe["size"])
         features = feature_samples(ScaleKDConfig(feature_share=feature_share), self.cache, batch_size)
         self.loader = CacheLoader(
@@ -317,7 +327,7 @@ class ScaleKDLoss(nn.Module):
         student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
             `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
         config: the method's constants (None: those of the cache's recipe; the loss weights are printed).
-        label_loss: ce or bce (None: that of the cache's recipe).
+        label_loss: ce, bce or none (None: that of the cache's recipe; none for a cache without labels).
         label_smoothing: for ce (None: that of the cache's recipe).
 
     Raises:
@@ -341,14 +351,15 @@ class ScaleKDLoss(nn.Module):
         if config is None:
             print(f"{self._weights()}, from the cache's recipe {manifest.facts.recipe} (override with config=)")
         label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
-        self.train_config = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
+        train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
+        self.train_config = DistillConfig(train=train).on_data(labeled=manifest.facts.labeled).train
         check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         if self.config.tail_drop_path:
             tail.enable_drop_path()
         views_size = int(manifest.facts.view_recipe["size"])
         size = targets.image_size if isinstance(targets, CachedTargets) else views_size
-        shapes = student_shapes(student, size, len(manifest.facts.class_names))
+        shapes = student_shapes(student, size, manifest.facts.num_classes)
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = ScaleKDHeads(
             self.config,

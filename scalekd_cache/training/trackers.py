@@ -61,7 +61,7 @@ class CsvFile:
         self._run = run
 
     def __call__(self, step: int, values: Mapping[str, float]) -> None:
-        if "top1" in values:
+        if "top1" in values or "held_out_loss" in values:
             self.close()
 
     def close(self) -> None:

@@ -24,11 +24,11 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.models.normalize import Normalize, resize
-from scalekd_cache.models.student import Student
+from scalekd_cache.models.student import Student, StudentOutput
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.progress import progress
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
+from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, distillation_losses
 from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
@@ -62,21 +62,27 @@ class DistillModel(nn.Module):
             self.heads.compile()
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
-        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms.
+        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
+        output, maps = self.project(images, None if targets is None else len(targets.features), tail)
+        return distillation_losses(self.config.scalekd, self.config.train, output.logits, labels, maps, targets)
 
-        The heads see the first F <= B samples, those that the targets have features for.
-        """
-        pixels = self.normalize(resize(images, self.student.image_size))
+    def project(
+        self, images: Tensor, featured: int | None, tail: Tail | None
+    ) -> tuple[StudentOutput, HeadOutputs | None]:
+        """The student's outputs for images (B, 3, H, W) uint8, and the projected maps of the first `featured`, those
+        that the targets have features for; None without heads."""
+        output = self.student(self.prepare(images))
+        if self.heads is None:
+            return output, None
+        assert tail is not None
+        return output, self.heads(output.s3[:featured], output.s4[:featured], tail)
+
+    def prepare(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> the student's input, normalized."""
+        pixels: Tensor = self.normalize(resize(images, self.student.image_size))
         if pixels.is_cuda:  # slower on a CPU (docs/LOG.md)
             pixels = pixels.contiguous(memory_format=torch.channels_last)
-        s3, s4, logits = self.student(pixels)
-        maps = None
-        if self.heads is not None:
-            assert targets is not None
-            assert tail is not None
-            featured = len(targets.features)
-            maps = self.heads(s3[:featured], s4[:featured], tail)
-        return distillation_losses(self.config.scalekd, self.config.train, logits, labels, maps, targets)
+        return pixels
 
 
 def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
@@ -278,18 +284,24 @@ class Trainer:
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
         return float(largest)
 
-    @torch.no_grad()
     def student_state(self) -> dict[str, Tensor]:
         """The student's full state dict on the CPU, the same on every rank.
 
         The moving average if there is one. BatchNorm statistics, which differ between ranks, are averaged.
         """
+        return self._full_state(self.ema.module if self.ema is not None else self.model.student.model)
+
+    def heads_state(self) -> dict[str, Tensor]:
+        """The same of the heads; empty without them."""
+        return {} if self.model.heads is None else self._full_state(self.model.heads)
+
+    @torch.no_grad()
+    def _full_state(self, module: nn.Module) -> dict[str, Tensor]:
         import deepspeed
 
-        model = self.ema.module if self.ema is not None else self.model.student.model
-        with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=self.config.train.zero == 3):
-            state = {name: value.detach().clone() for name, value in model.state_dict().items()}
-        for name, _ in model.named_buffers():
+        with deepspeed.zero.GatheredParameters(list(module.parameters()), enabled=self.config.train.zero == 3):
+            state = {name: value.detach().clone() for name, value in module.state_dict().items()}
+        for name, _ in module.named_buffers():
             if name in state and state[name].is_floating_point():
                 dist.all_reduce(state[name])
                 state[name] /= self.process.world_size

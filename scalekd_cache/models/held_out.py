@@ -1,0 +1,120 @@
+"""The teacher's outputs on held-out images: a file of an unlabeled cache that students are compared with.
+
+In: a teacher and the validation split. Out: `HeldOut`, and the bytes of its file.
+Invariant: the file names the images it belongs to; other images are an error. Sizes are checked before anything is
+allocated.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from scalekd_cache.data.base import Source, sample_indices
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import center_views
+from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.progress import progress
+from scalekd_cache.store.checked_files import check_safetensors
+
+POOLED_IMAGES = 5_000
+"""Most images with a pooled embedding: enough for nearest neighbors among a thousand classes."""
+MAPPED_IMAGES = 256
+"""Most images with a feature map."""
+MAP_BYTES = 1 << 27
+"""Most bytes of all feature maps; large maps are kept of fewer images, at least 2."""
+
+
+class HeldOut(NamedTuple):
+    """The teacher's outputs on the center views of held-out images."""
+
+    indices: Tensor
+    """(N,) int64: the images, as indices into the validation split; ascending."""
+    pooled: Tensor
+    """(N, P) float32: pooled embeddings."""
+    mapped: Tensor
+    """(M,) int64: the rows of `pooled` whose images have a map; ascending."""
+    features: Tensor
+    """(M, C, H, W) float32: feature maps after the final norm."""
+
+
+@torch.no_grad()
+def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: int = 0) -> HeldOut:
+    """Run the teacher on at most `POOLED_IMAGES` images of the validation split, spread evenly.
+
+    Args:
+        teacher: the teacher.
+        source: the validation split.
+        batch_size: most images of a forward pass.
+        workers: processes that decode images.
+
+    Raises:
+        UserError: none of the images can be decoded.
+    """
+    total = len(source.samples)
+    wanted = sample_indices(total, math.ceil(total / max(1, math.ceil(total / POOLED_IMAGES))))
+    maps = min(MAPPED_IMAGES, max(2, MAP_BYTES // (4 * math.prod(teacher.spec.feature_shape))))
+    every = max(1, math.ceil(len(wanted) / maps))
+    indices: list[int] = []
+    mapped: list[int] = []
+    pooled, features = [], []
+    with progress("held-out images", len(wanted), "image") as bar:
+        for batch in center_views(source, wanted, teacher.spec.image_size, batch_size=batch_size, workers=workers):
+            bar.update(len(batch.indices) + batch.unreadable)
+            if not batch.indices:
+                continue
+            output = teacher(batch.images)
+            rows = [row for row in range(len(batch.indices)) if (len(indices) + row) % every == 0]
+            mapped += [len(indices) + row for row in rows]
+            features.append(output.features[rows].cpu())
+            pooled.append(output.features.mean((2, 3)).cpu())
+            indices += batch.indices
+    if not indices:
+        raise UserError("no held-out image could be decoded", where=source.name, fix="check --data")
+    return HeldOut(torch.tensor(indices), torch.cat(pooled), torch.tensor(mapped), torch.cat(features))
+
+
+def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:
+    """The content of the file (safetensors); equal outputs give equal bytes."""
+    data: bytes = save(held_out._asdict(), metadata={"keys_sha256": _keys_digest(source)})
+    return data
+
+
+def load_held_out(path: Path, source: Source) -> HeldOut:
+    """Read the file of a cache.
+
+    Args:
+        path: the file, whose sha256 is that of the manifest.
+        source: the validation split.
+
+    Raises:
+        UserError: the file is missing or damaged, or belongs to other images.
+    """
+    check_safetensors(path, "the teacher's outputs on held-out images")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            digest = (file.metadata() or {}).get("keys_sha256")
+            found = HeldOut(*(file.get_tensor(name) for name in HeldOut._fields))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read the teacher's outputs: {error}", where=path, fix="run scalekd repair") from error
+    if digest != _keys_digest(source):
+        raise UserError(
+            "the held-out images are not those of the cache",
+            got=f"{len(source.samples):,} images",
+            expected="the images that stage 1 held out",
+            where=source.name,
+            fix="set --data to the data set of the cache",
+        )
+    return found
+
+
+def _keys_digest(source: Source) -> str:
+    digest = hashlib.sha256()
+    for sample in source.samples:
+        digest.update(sample.key.encode() + b"\n")
+    return digest.hexdigest()

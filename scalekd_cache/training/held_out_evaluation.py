@@ -1,0 +1,122 @@
+"""Compares a student with its teacher on held-out images, for a cache without labels.
+
+In: a trained model, the teacher's outputs that stage 1 kept (`models/held_out.py`), the held-out images.
+Out: figures by name (`FIGURES`).
+Invariant: the images are split over all ranks, and every rank gets the same figures. Nothing is trained.
+"""
+
+import math
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalekd_cache.codec.base import feature_norms
+from scalekd_cache.data.base import Source
+from scalekd_cache.distributed import Process
+from scalekd_cache.models.evaluate import center_views
+from scalekd_cache.models.held_out import load_held_out
+from scalekd_cache.models.probing import leave_one_out_knn, linear_probe_accuracy, retrieval_agreement
+from scalekd_cache.models.tail import Tail
+from scalekd_cache.scalekd.losses import Targets, distillation_losses
+from scalekd_cache.store.manifest import HELD_OUT
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.remote.remote_path import local_path
+from scalekd_cache.training.trainer import DistillModel
+
+FIGURES = {
+    "held_out_loss": "feature loss per image",
+    "cosine_patch": "cosine of the student's projected map and the teacher's map, mean over positions",
+    "cosine_pooled": "cosine of the student's projected pooled embedding and the teacher's",
+    "retrieval": "share of an image's 10 nearest neighbors that are the same for student and teacher",
+    "knn": "k-NN accuracy with the student's embeddings, leaving one out, percent",
+    "teacher_knn": "k-NN accuracy with the teacher's embeddings",
+    "linear_probe": "accuracy of a linear classifier on the student's embeddings, percent",
+    "teacher_linear_probe": "accuracy of a linear classifier on the teacher's embeddings",
+}
+"""What each figure is. The last four need labels; linear classifiers are fitted on every other image."""
+
+
+class TeacherComparison:
+    """The held-out images of a cache, with the teacher's outputs.
+
+    Args:
+        cache: an unlabeled cache.
+        source: its validation split.
+        process: this process.
+
+    Raises:
+        UserError: the file of the teacher's outputs is missing or damaged, or belongs to other images.
+    """
+
+    def __init__(self, cache: Cache, source: Source, process: Process) -> None:
+        self.source, self.process = source, process
+        self.size = int(cache.manifest.facts.view_recipe["size"])
+        self.teacher = load_held_out(local_path(cache.root / HELD_OUT), source)
+        self._row_of = {index: row for row, index in enumerate(self.teacher.indices.tolist())}
+        self._map_of = {row: place for place, row in enumerate(self.teacher.mapped.tolist())}
+        self._teacher_figures: dict[str, float] = {}
+
+    @torch.no_grad()
+    def figures(self, model: DistillModel, tail: Tail, *, final: bool = False) -> dict[str, float]:
+        """The figures of a student (`FIGURES`), the same on every rank.
+
+        Args:
+            model: student and heads, in eval mode, on the device of this process.
+            tail: of the teacher.
+            final: fit linear classifiers too.
+        """
+        process, rows = self.process, len(self.teacher.indices)
+        share = self.teacher.indices[process.rank :: process.world_size].tolist()
+        sums = torch.zeros(4, dtype=torch.float64, device=process.device)
+        blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=process.device)
+        width = model.student.embed(model.prepare(blank)).shape[1]
+        embeddings = torch.zeros(rows, width + 1, device=process.device)  # the last column: the row is there
+        for batch in center_views(self.source, share, self.size, workers=model.config.train.workers):
+            if not batch.indices:
+                continue
+            images, places = batch.images.to(process.device), [self._row_of[index] for index in batch.indices]
+            embeddings[places, :-1] = model.student.embed(model.prepare(images)).float()
+            embeddings[places, -1] = 1
+            mapped = [at for at, row in enumerate(places) if row in self._map_of]
+            if mapped:
+                sums += self._compare_maps(model, tail, images[mapped], [places[at] for at in mapped])
+        dist.all_reduce(sums)
+        dist.all_reduce(embeddings)
+        there = embeddings[:, -1].cpu() > 0
+        student, teacher = embeddings[:, :-1].cpu()[there], self.teacher.pooled[there]
+        means = zip(FIGURES, (sums[:3] / sums[3]).tolist(), strict=False)
+        found = {name: value for name, value in means if not math.isnan(value)}
+        found["retrieval"] = retrieval_agreement(student, teacher)
+        if not self.source.class_names:
+            return found
+        labels = torch.tensor([self.source.samples[index].label for index in self.teacher.indices[there].tolist()])
+        if final or not self._teacher_figures:
+            self._teacher_figures = _label_figures(teacher, labels, "teacher_", final)
+        return {**found, **_label_figures(student, labels, "", final), **self._teacher_figures}
+
+    def _compare_maps(self, model: DistillModel, tail: Tail, images: Tensor, rows: list[int]) -> Tensor:
+        """Sums over images (B, 3, S, S) uint8 of loss, patch cosine, pooled cosine and 1: (4,) float64."""
+        device, config = self.process.device, model.config
+        features = self.teacher.features[[self._map_of[row] for row in rows]].to(device)
+        targets = Targets(features, feature_norms(features), features.new_zeros(len(rows), 0))
+        output, maps = model.project(images, len(rows), tail)
+        assert maps is not None, "an unlabeled cache without heads"
+        no_labels = torch.zeros(len(rows), dtype=torch.int64, device=device)
+        loss = distillation_losses(config.scalekd, config.train, output.logits, no_labels, maps, targets).total
+        projected = next((one for one in (maps.s4_spatial, maps.s3_spatial) if one is not None), None)
+        cosines = [
+            torch.tensor(torch.nan) if one is None else F.cosine_similarity(one.float(), target).mean()
+            for one, target in ((projected, features), (maps.pooled, self.teacher.pooled[rows].to(device)))
+        ]
+        return len(rows) * torch.stack([loss, *cosines, torch.ones(())]).double()
+
+
+def _label_figures(embeddings: Tensor, labels: Tensor, prefix: str, final: bool) -> dict[str, float]:
+    """k-NN accuracy and, at the end of a run, linear-probe accuracy, percent."""
+    found = {f"{prefix}knn": leave_one_out_knn(embeddings, labels)}
+    if final:
+        parts = embeddings[::2], labels[::2], embeddings[1::2], labels[1::2]
+        found[f"{prefix}linear_probe"] = linear_probe_accuracy(*parts)
+    return found
