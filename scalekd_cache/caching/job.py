@@ -48,7 +48,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.builtin import NotDownloadedError
-from scalekd_cache.data.source import open_source
+from scalekd_cache.data.source import describe_source, open_source
 from scalekd_cache.devices import describe_setup, memory_errors
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, require_folder
@@ -178,7 +178,7 @@ def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool
     if config.cache.pixels_from:
         return open_shared_views(config, download=download)
     source = open_source(config.data, "train", download=download)
-    for message in source.ignored:
+    for message in source.ignored if source.class_names else (describe_source(source), *source.ignored):
         process.print_rank0(message)
     return source
 

@@ -3,7 +3,7 @@
 In: keys, labels and a reader that returns the encoded bytes of sample i. Out: a `ListedSource`.
 Invariant: keys are unique and contain neither dots nor whitespace. Their order depends only on the keys (or on the
 order inside the tar and parquet files), not on the file system, the rank or the number of workers. Every label is an
-index into the class names.
+index into the class names; without class names every label is `NO_LABEL`.
 """
 
 import copy
@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.checked_files import read_file
 
 IntArray = npt.NDArray[np.int64]
@@ -35,14 +36,14 @@ CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
 class SampleRef(NamedTuple):
-    """One labeled image: its key (no dots, no whitespace, `/` allowed) and the index of its class."""
+    """One image: its key (no dots, no whitespace, `/` allowed) and the index of its class, or `NO_LABEL`."""
 
     key: str
     label: int
 
 
 class Source(Protocol):
-    """A labeled set of encoded images in a fixed, canonical order."""
+    """A set of encoded images in a fixed, canonical order: every image has a label, or none has."""
 
     @property
     def name(self) -> str:
@@ -50,7 +51,10 @@ class Source(Protocol):
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; a label is an index into it. The same for train and val."""
+        """Names of the classes; a label is an index into it. Empty: no image of this split has a label.
+
+        The same for train and val if train has labels; otherwise val may have names of its own.
+        """
 
     @property
     def samples(self) -> Sequence[SampleRef]:
@@ -59,6 +63,10 @@ class Source(Protocol):
     @property
     def ignored(self) -> tuple[str, ...]:
         """One message for each kind of file or row that was ignored."""
+
+    @property
+    def held_out(self) -> int | None:
+        """Number of images that were held out of an unlabeled data set as its val split; 0 if it has its own."""
 
     def ranges(self, samples_per_shard: int) -> list[range]:
         """Split the canonical order into contiguous work units of at most `samples_per_shard` samples."""
@@ -136,7 +144,8 @@ class ListedSource:
     """The only implementation of `Source`: a list of samples and a reader of their bytes.
 
     `file_starts`, (files,) int64, is the index of the first sample of every tar or parquet file, for sources that are
-    read in file order; None for sources whose canonical order is a hash of the keys.
+    read in file order; None for sources whose canonical order is a hash of the keys. `held_out` is None while the list
+    holds both splits of an unlabeled data set without a val split (`held_out.py`).
     """
 
     name: str
@@ -145,6 +154,7 @@ class ListedSource:
     reader: Reader
     file_starts: IntArray | None = None
     ignored: tuple[str, ...] = ()
+    held_out: int | None = 0
 
     def __post_init__(self) -> None:
         check_labels(self.samples.labels, len(self.class_names), f"the data set {self.name}", self.name)
@@ -260,8 +270,20 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
 
 
 def check_labels(labels: IntArray, num_classes: int, describe: str, where: object) -> None:
-    """UserError for labels outside 0..num_classes-1; it names the first one."""
+    """UserError for labels outside 0..num_classes-1; it names the first one. Without classes, no image has a label."""
+    missing = labels == NO_LABEL
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if not num_classes and missing.any():
+        if missing.all():
+            return
+        first = int(missing.argmax())
+        raise UserError(
+            f"{describe} has images with a label and images without one",
+            got=f"{missing.sum():,} of {len(labels):,} images have no label; the first is at position {first}",
+            expected="a label for every image, or for none",
+            where=where,
+            fix="add the missing labels, or remove these images",
+        )
     if len(wrong):
         raise UserError(
             f"{describe} has a label outside the class list",

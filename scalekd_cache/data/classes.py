@@ -61,10 +61,17 @@ def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
     If the classes of the source are only numbered, a file with other names gives them these names.
 
     Raises:
-        UserError: the file cannot be read, or its names are not the classes of the data set.
+        UserError: the file cannot be read, its names are not the classes of the data set, or there are no labels.
     """
     if classes is None:
         return source
+    if not source.class_names:
+        raise UserError(
+            "--classes (data.classes) orders classes, but the images have no labels",
+            got=classes,
+            where=source.name,
+            fix="omit --classes, or use a data set with labels, such as train/<class>/*.jpg",
+        )
     names = source.class_names
     if classes in ORDERS:
         return _renumbered(source, sorted(names, key=lambda name: (ORDERS[classes](name), name)))

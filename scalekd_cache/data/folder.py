@@ -1,7 +1,8 @@
-"""Image folders: class folders under train/ and val/, or ImageNet's flat val/ with its devkit.
+"""Image folders: class folders under train/ and val/, ImageNet's flat val/ with its devkit, or images without labels.
 
 In: a root folder. Out: a `ListedSource`; its keys are the paths below the split, its labels index the sorted class
-folders of train/. Invariant: the listing is complete or an error; every file is a sample or is counted in `ignored`.
+folders of train/. A train/ with images and no folders has no labels; without train/, neither has any image below the
+root. Invariant: the listing is complete or an error; every file is a sample or is counted in `ignored`.
 """
 
 import dataclasses
@@ -30,6 +31,7 @@ from scalekd_cache.data.image_formats import (
     suffix_of,
 )
 from scalekd_cache.errors import UserError, closest_names
+from scalekd_cache.store.base import NO_LABEL
 
 LAYOUT = f"train/<class>/*.jpg and val/<class>/*.jpg (or {OTHER_SUFFIXES})"
 SYSTEM_NAMES = frozenset(
@@ -49,6 +51,7 @@ SYSTEM_NAMES = frozenset(
 
 OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
 """Names, in lower case, that people give to the folder of a split."""
+SPLIT_FOLDERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
 
 
 class FileReader:
@@ -96,14 +99,17 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
         classes_file: whether to use the class order of classes.txt in `root`, if that lists the class folders.
 
     Raises:
-        UserError: no train/ or val/, an empty class folder, a validation class unknown to train/, images outside of
-            class folders (except ImageNet's flat val/ with its devkit), a loop of symbolic links, a duplicate key.
+        UserError: no images, no val/ for labeled images, an empty class folder, a validation class unknown to train/,
+            class folders with images beside them, a split folder with another name, a loop of symbolic links, a
+            duplicate key.
     """
     train = root / "train"
     if not train.is_dir():
-        raise UserError(f"{root} has no train/", got=_contents(root), expected=LAYOUT, fix=_sort_images(root))
+        return _open_pictures(name, root)
     ignored = IgnoredFiles()
     class_names, stray = _entries(train, ignored if split == "train" else IgnoredFiles())
+    if stray and not class_names:
+        return _open_unlabeled_train(name, root, split, stray, devkit, ignored)
     if stray or not class_names:
         raise UserError(
             f"{train} has images outside of class folders" if stray else f"{train} has no class folders",
@@ -126,41 +132,103 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
     return dataclasses.replace(source, ignored=(*source.ignored, note))
 
 
+def _open_pictures(name: str, root: Path) -> ListedSource:
+    """All images below a folder without train/, without labels."""
+    others = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name.lower() in SPLIT_FOLDERS)
+    if others:
+        renames = [text for split in OTHER_NAMES if (text := _rename(root, split))]
+        raise UserError(
+            f"{root} has no train/",
+            got=_contents(root),
+            expected=f"{LAYOUT}; or images without labels, in folders with other names",
+            fix=" and ".join(renames)
+            if _rename(root, "train")
+            else " and ".join(["put the training images into train/", *renames])
+            + f"; or, to train on the images of {others[0]}/ too, give it another name",
+        )
+    ignored = IgnoredFiles()
+    paths = sorted(_images_below(root, "", frozenset(), ignored))
+    if not paths:
+        raise UserError(
+            f"{root} has no train/ and no images",
+            got="; ".join([_contents(root), *ignored.messages()]),
+            expected=f"{LAYOUT}; or images without labels",
+            fix="add images (HEIC and raw files: convert them to JPEG); "
+            "for tars without `train` in their names, give a pattern such as {00000..00099}.tar",
+        )
+    source = _source(name, (), root, paths, [NO_LABEL] * len(paths), ignored)
+    return dataclasses.replace(source, ignored=(*source.ignored, *_unused_names(root, paths)), held_out=None)
+
+
+def _unused_names(root: Path, paths: list[str]) -> Iterator[str]:
+    """Notes about folders that could be class folders, or splits of a data set further below."""
+    classes = sorted({path.partition("/")[0] for path in paths if "/" in path})
+    if len(classes) > 1 and all("/" in path for path in paths):
+        yield (
+            f"ignored: the names of {len(classes):,} folders, such as {classes[0]}/; to use them as labels, "
+            "move most images of each class into train/<class>/ and some into val/<class>/"
+        )
+    below = next((head for path in paths for head, found, _ in [f"/{path}".partition("/train/")] if found), None)
+    if below is not None:
+        yield f"ignored: that {root}{below} has a train/; to use its splits and labels, give that folder"
+
+
+def _open_unlabeled_train(
+    name: str, root: Path, split: Split, images: list[str], devkit: str | None, ignored: IgnoredFiles
+) -> ListedSource:
+    """A split of a data set whose train/ holds `images` and no folders. Class folders of val/ are its own classes."""
+    folder = root / "val"
+    if not folder.is_dir() and (fix := _rename(root, "val")):
+        raise UserError(f"{root} has no val/", fix=fix)
+    if devkit is not None:
+        raise UserError(
+            "the ImageNet devkit labels a flat val/ with the classes of train/, but train/ has no class folders",
+            got=f"data.devkit: {devkit}",
+            where=root / "train",
+            fix="omit data.devkit, or move the images of val/ into class folders",
+        )
+    if split == "train" or not folder.is_dir():
+        source = _source(name, (), root / "train", images, [NO_LABEL] * len(images), ignored)
+        others = sorted(entry.name for entry in _scan(root, "", IgnoredFiles()) if _is_folder(entry))
+        others = [other for other in others if other not in ("train", "val")]
+        note = (f"ignored: {len(others):,} folders beside train/, such as {others[0]}/",) if others else ()
+        held_out = 0 if folder.is_dir() else None
+        return dataclasses.replace(source, ignored=(*source.ignored, *note), held_out=held_out)
+    ignored = IgnoredFiles()
+    folders, flat = _val_entries(folder, ignored)
+    if flat:
+        return _source(name, (), folder, flat, [NO_LABEL] * len(flat), ignored)
+    _by_normalized_name(folder, folders)
+    paths, labels = _list_classes(folder, folders, folders, ignored)
+    return _source(name, tuple(folders), folder, paths, labels, ignored)
+
+
 def _contents(root: Path) -> str:
     """The first names in a folder."""
     names = sorted(entry.name for entry in root.iterdir())
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "") if names else "nothing"
 
 
-def _sort_images(root: Path) -> str:
-    """What to do with a folder without train/: it may hold class folders, or images without labels."""
-    if renames := [text for split in OTHER_NAMES if (text := _rename(root, split))]:
-        return " and ".join(renames)
-    classes, images = _entries(root, IgnoredFiles())
-    if classes and not images:
-        return "move most images of each class into train/<class>/ and some into val/<class>/"
-    return "sort the images into one folder per class (the folder is the label): most below train/, some below val/"
-
-
 def _rename(root: Path, split: str) -> str:
     """What to do if the folder of a split has another name; empty if there is none."""
     for entry in sorted(root.iterdir()):
-        if entry.name.lower() in OTHER_NAMES[split] and entry.name != split and not (root / split).exists():
+        named = entry.name.lower() in OTHER_NAMES[split] and entry.name != split and entry.is_dir()
+        if named and not (root / split).exists():
             return f"rename {entry.name}/ to {split}/"
     return ""
 
 
-def _by_normalized_name(train: Path, class_names: list[str]) -> dict[str, str]:
+def _by_normalized_name(folder: Path, class_names: list[str]) -> dict[str, str]:
     """Class folders by their names in Unicode form NFC."""
     by_text: dict[str, str] = {}
     for name in class_names:
         other = by_text.setdefault(normalize_name(name), name)
         if other != name:
             raise UserError(
-                "train/ has two class folders whose names differ only in Unicode normalization (NFC and NFD)",
+                f"{folder.name}/ has two class folders whose names differ only in Unicode normalization (NFC and NFD)",
                 got=f"{other!a} and {name!a}",
                 expected="one folder per class",
-                where=train,
+                where=folder,
                 fix="move the images of one into the other",
             )
     return by_text
@@ -173,15 +241,7 @@ def _list_validation(
     if not folder.is_dir():
         fix = _rename(root, "val") or "add val/<class>/ with some images of each class"
         raise UserError(f"{root} has no val/", fix=fix)
-    folders, flat = _entries(folder, ignored)
-    if folders and flat:
-        raise UserError(
-            "val/ has both class folders and images outside of them",
-            got=f"{len(folders)} folders and {len(flat)} images, such as {flat[0]}",
-            expected="only class folders, or only images",
-            where=folder,
-            fix="move the images into their class folders",
-        )
+    folders, flat = _val_entries(folder, ignored)
     if flat:
         return flat, flat_val_labels(root, flat, class_names, devkit)
     _by_normalized_name(folder, folders)
@@ -197,6 +257,20 @@ def _list_validation(
     return _list_classes(folder, folders, class_names, ignored)
 
 
+def _val_entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[str]]:
+    """Class folders of val/, or the images of a flat val/."""
+    folders, flat = _entries(folder, ignored)
+    if folders and flat:
+        raise UserError(
+            "val/ has both class folders and images outside of them",
+            got=f"{len(folders)} folders and {len(flat)} images, such as {flat[0]}",
+            expected="only class folders, or only images",
+            where=folder,
+            fix="move the images into their class folders",
+        )
+    return folders, flat
+
+
 def _list_classes(
     folder: Path, folders: list[str], class_names: list[str], ignored: IgnoredFiles
 ) -> tuple[list[str], list[int]]:
@@ -205,7 +279,7 @@ def _list_classes(
     labels: list[int] = []
     empty = []
     for name in folders:
-        found = sorted(_images_below(folder / name, name, frozenset(), ignored))
+        found = sorted(_images_below(folder / name, f"{name}/", frozenset(), ignored))
         if not found:
             empty.append(name)
         paths += found
@@ -227,7 +301,9 @@ def _entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[str]]
     """Names of the class folders, and of the images directly in `folder`; both sorted."""
     entries = _scan(folder, f"{folder.name}/", ignored)
     folders = sorted(entry.name for entry in entries if _is_folder(entry))
-    images = sorted(entry.name for entry in entries if not _is_folder(entry) and _is_image(entry, folder.name, ignored))
+    images = sorted(
+        entry.name for entry in entries if not _is_folder(entry) and _is_image(entry, f"{folder.name}/", ignored)
+    )
     return folders, images
 
 
@@ -237,10 +313,10 @@ def _images_below(folder: Path, prefix: str, above: frozenset[tuple[int, int]], 
     here = (status.st_dev, status.st_ino)
     if here in above:
         raise UserError("a symbolic link points to one of its parent folders", where=folder, fix="remove the link")
-    for entry in _scan(folder, f"{prefix}/", ignored):
-        path = f"{prefix}/{entry.name}"
+    for entry in _scan(folder, prefix, ignored):
+        path = f"{prefix}{entry.name}"
         if _is_folder(entry):
-            yield from _images_below(folder / entry.name, path, above | {here}, ignored)
+            yield from _images_below(folder / entry.name, f"{path}/", above | {here}, ignored)
         elif _is_image(entry, prefix, ignored):
             yield path
 
@@ -283,7 +359,7 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
     named = is_image_name(entry.name)
     if not _is_file(entry):
         if not named:
-            ignored.add("broken links or special files", f"{prefix}/{entry.name}")
+            ignored.add("broken links or special files", f"{prefix}{entry.name}")
             return False
         raise UserError(
             "a path with an image suffix is not a file",
@@ -298,10 +374,10 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
         with open(entry.path, "rb", buffering=0) as file:
             start = file.read(START_BYTES)
     except OSError:
-        ignored.add("files that cannot be read", f"{prefix}/{entry.name}")
+        ignored.add("files that cannot be read", f"{prefix}{entry.name}")
         return False
     if not is_image_file(entry.path, start):
-        ignored.add("files that are not images of a known format", f"{prefix}/{entry.name}")
+        ignored.add("files that are not images of a known format", f"{prefix}{entry.name}")
         return False
     return True
 

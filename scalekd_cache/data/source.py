@@ -15,6 +15,7 @@ from scalekd_cache.data.base import ListedSource, Source, Split
 from scalekd_cache.data.builtin import BUILTIN, open_builtin
 from scalekd_cache.data.classes import normalize_name, reorder_classes
 from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
+from scalekd_cache.data.held_out import divide
 from scalekd_cache.data.parquet import has_parquet, open_parquet
 from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
@@ -28,14 +29,15 @@ def open_source(config: DataConfig, split: Split, *, download: bool = True) -> S
     Args:
         config: `source` is demo, cifar10, imagenette, a folder (class folders, WebDataset tars or parquet files) or a
             brace pattern of tars; `max_samples` keeps only the first samples of the canonical order.
-        split: train or val. Class names come from train in both cases.
+        split: train or val. Class names come from train in both cases, unless train has no labels. If an unlabeled
+            train has no val, `divide` holds out a share of the `max_samples` images as val.
         download: download a data set that is missing; otherwise that is a `NotDownloadedError`.
 
     Raises:
         UserError: an unknown name, a missing or damaged data set, a failed download.
     """
     assert split in ("train", "val"), split
-    return reorder_classes(_open(config, split, download), config.classes).first(config.max_samples)
+    return divide(reorder_classes(_open(config, split, download), config.classes).first(config.max_samples), split)
 
 
 def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split) -> Source:
@@ -90,6 +92,18 @@ def _not_a_folder(name: str, root: Path) -> UserError:
     return unknown_name(
         "data set", name, [*BUILTIN, *beside], "--data, data.source: a name, or a folder with train/ and val/"
     )
+
+
+def describe_source(source: Source) -> str:
+    """One line about a training split: number of images, classes, and held-out images if it has no labels."""
+    count = len(source.samples)
+    place = f"below {source.name.rstrip('/')}/" if Path(source.name).expanduser().is_dir() else f"in {source.name}"
+    if source.class_names:
+        return f"data: {count:,} images of {len(source.class_names):,} classes {place}"
+    if source.held_out:
+        total = count + source.held_out
+        return f"data: {total:,} images without labels {place} ({count:,} for training, {source.held_out:,} held out)"
+    return f"data: {count:,} images without labels {place} (all for training; the validation images are separate)"
 
 
 def data_facts(source: Source) -> dict[str, Any]:

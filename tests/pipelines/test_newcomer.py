@@ -34,8 +34,8 @@ def home(tmp_path_factory):
     classes = [f"{name}/{number}.jpg" for name in ("cat", "dog") for number in range(8)]
     photographs(home / "photos", [f"{split}/{name}" for split in ("train", "val") for name in classes])
     photographs(home / "noval", [f"train/{name}" for name in classes])
-    photographs(home / "classes", classes)
-    photographs(home / "flat", [f"{number}.jpg" for number in range(6)])
+    (home / "empty").mkdir()
+    photographs(home / "training", ["training/cat/0.jpg"])
     other = ("--cache", "caches/other", "--views.seed", "1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
@@ -97,11 +97,8 @@ MISTAKES = {
         "cache-teacher --data photos/train/cat/0.jpg",
         "is a file: give a folder with train/<class>/*.jpg",
     ),
-    "a flat folder": ("cache-teacher --data flat", "sort the images into one folder per class"),
-    "class folders without train/": (
-        "cache-teacher --data classes",
-        "move most images of each class into train/<class>/",
-    ),
+    "a folder without images": ("cache-teacher --data empty", "has no train/ and no images"),
+    "a misnamed train/": ("cache-teacher --data training", "rename training/ to train/"),
     "a teacher of other classes": (
         "cache-teacher --data photos --teacher vit_small_patch16_224",
         "2 classes (cat, dog",

@@ -1,0 +1,62 @@
+"""The held-out share: the val split of an unlabeled data set that has none.
+
+In: a source that holds both splits. Out: one of them. Invariant: the splits are disjoint, together they are the whole
+list, and which image is held out depends only on the keys, not on their order. The order of the source is kept.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from scalekd_cache.data.base import IntArray, ListedSource, Reader, SampleList, Split, hash_order
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import NO_LABEL
+
+SHARE = 20
+"""One image of this many is held out."""
+MAX_HELD_OUT = 5_000
+HELD_OUT_ORDER = b"scalekd-cache held-out share"
+
+
+class SelectedReader:
+    """Reads the images of another reader at `indices`, (N,) int64."""
+
+    def __init__(self, reader: Reader, indices: IntArray) -> None:
+        self._reader = reader
+        self._indices = indices
+
+    def __call__(self, index: int) -> bytes:
+        """Bytes of image `indices[index]`."""
+        return self._reader(int(self._indices[index]))
+
+
+def divide(source: ListedSource, split: Split) -> ListedSource:
+    """One split of an unlabeled source; a source whose `held_out` is known is returned as it is.
+
+    Raises:
+        UserError: the source has fewer than two images.
+    """
+    if source.held_out is not None:
+        return source
+    total = len(source.samples)
+    if total < 2:
+        raise UserError(
+            f"the data set {source.name} has too few images: one image is held out, the others are for training",
+            got=f"{total} images without labels",
+            expected="at least 2",
+            fix="add images, or a val/ folder",
+        )
+    count = max(1, min(total // SHARE, MAX_HELD_OUT))
+    order = hash_order((sample.key for sample in source.samples), HELD_OUT_ORDER)
+    indices = np.sort(order[:count] if split == "val" else order[count:])
+    starts = source.file_starts
+    if starts is not None:  # a tar or parquet file may lose all its images
+        starts = np.unique(np.searchsorted(indices, starts))
+        starts = starts[starts < len(indices)]
+    return dataclasses.replace(
+        source,
+        samples=SampleList((source.samples[index].key for index in indices), np.full(len(indices), NO_LABEL)),
+        reader=SelectedReader(source.reader, indices),
+        file_starts=starts,
+        held_out=count,
+    )
