@@ -1,0 +1,150 @@
+"""Training from a cache without labels: what is minimized, what is measured on held-out images, what is exported."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import timm
+import torch
+from commands import steps_of
+from safetensors.torch import load_file
+from small_cache import CPU, flip_byte, options, tree
+from unlabeled_cache import NO_HEAD, TRAIN, VAL, unlabeled_cache, unlabeled_pictures, unlabeled_weights
+
+from scalekd_cache.audit.repair import repair_cache
+from scalekd_cache.audit.verify_cache import verify_deep
+from scalekd_cache.caching.job import cache_teacher
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.data.source import open_cache_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import center_views
+from scalekd_cache.models.held_out import load_held_out
+from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
+from scalekd_cache.scalekd.losses import Targets, distillation_losses
+from scalekd_cache.store.base import NO_LABEL
+from scalekd_cache.store.manifest import HELD_OUT
+from scalekd_cache.training.dry_run import plan_distill
+from scalekd_cache.training.held_out_evaluation import FIGURES
+from scalekd_cache.training.run import distill
+from scalekd_cache.training.run_evaluation import evaluate_run
+
+
+def config_of(run, classes=0, *, student="resnet10t", **train):
+    small = {"epochs": 2, "global_batch_size": 32, "micro_batch_size": 16, "log_every": 1}
+    return DistillConfig(
+        cache=str(unlabeled_cache(classes).root),
+        run=str(run),
+        student=StudentConfig(name=student),
+        optim=OptimConfig(name="adamw", lr=1e-3, base_batch_size=32),
+        scalekd=ScaleKDConfig(projector="linear"),
+        train=TrainConfig(**{**small, **train}),
+    )
+
+
+def validation(classes=0):
+    return open_cache_source(unlabeled_cache(classes).manifest.facts.data, None, "val")
+
+
+def test_records_have_no_label_and_the_teacher_is_run_on_held_out_images():
+    cache, source = unlabeled_cache(), validation()
+    facts = cache.manifest.facts
+    assert (facts.class_names, facts.labeled, facts.num_classes, len(cache)) == ([], False, 0, TRAIN)
+    assert {record.label for record in cache.read(np.arange(TRAIN), 1)} == {NO_LABEL}
+    held_out = load_held_out(cache.root / HELD_OUT, source)
+    assert held_out.indices.tolist() == list(range(VAL))
+    teacher = load_cache_teacher(cache.manifest, cache_teacher_config(facts.teacher["config"], None), CPU.device)
+    (batch,) = center_views(source, range(VAL), 64)
+    output = teacher(batch.images)
+    assert torch.allclose(held_out.features, output.features[held_out.mapped], atol=1e-5)
+    assert torch.allclose(held_out.pooled, output.features.mean((2, 3)), atol=1e-5)
+    assert verify_deep(cache.root, records=8).findings.problems == []
+
+
+def test_a_run_without_labels(tmp_path, capsys):
+    """mobilenetv3 has layers between its last map and its embedding; only the pooled target reaches them."""
+    run = tmp_path / "run"
+    summary = distill(config_of(run, student="mobilenetv3_small_050"), CPU)
+    assert "no labels: no label loss; the student learns the teacher's feature map and its pooled embedding" in (
+        capsys.readouterr().out
+    )
+    lines = steps_of(run)
+    assert {line["label"] for line in lines} == {line["logit"] for line in lines} == {0.0}
+    assert lines[-1]["loss"] < lines[0]["loss"]
+    assert summary["top1"] is None
+    assert summary["held_out"].keys() == FIGURES.keys()
+    logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [sorted(line) for line in logged if "knn" in line] == [sorted({*FIGURES, "step"} - _probes())]
+    model = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, features_only=True)
+    assert len(model(torch.zeros(1, 3, 64, 64))) > 1
+    first = timm.create_model("mobilenetv3_small_050", num_classes=0).state_dict()
+    assert not torch.equal(load_file(run / "export/model.safetensors")["conv_head.weight"], first["conv_head.weight"])
+    with pytest.raises(UserError, match="scalekd probe"):
+        evaluate_run(run, None, CPU, 0)
+
+
+def _probes():
+    return {name for name in FIGURES if "linear_probe" in name}
+
+
+def test_a_teacher_with_a_classifier_gives_soft_labels(tmp_path):
+    summary = distill(config_of(tmp_path / "run", 10, epochs=1), CPU)
+    assert summary["has_classifier"]
+    lines = steps_of(tmp_path / "run")
+    assert {line["label"] for line in lines} == {0.0}
+    assert all(line["logit"] > 0 for line in lines)
+    assert json.loads((tmp_path / "run/export/config.json").read_text())["num_classes"] == 10
+
+
+@pytest.mark.parametrize("logit_weight, expected", [(0.5, 1.0), (0.25, 1.0), (0.0, 0.0)])
+def test_without_a_label_loss_the_logit_loss_has_weight_1(logit_weight, expected):
+    scalekd = ScaleKDConfig(logit_weight=logit_weight)
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    targets = Targets(torch.zeros(0, 1, 2, 2), torch.zeros(0, 2, 2, 2), teacher)
+    terms = distillation_losses(
+        scalekd, TrainConfig(label_loss="none"), student, torch.full((4,), NO_LABEL), None, targets
+    )
+    cross_entropy = -(teacher.softmax(1) * student.log_softmax(1)).sum(1).mean()
+    assert terms.label == 0
+    assert torch.allclose(terms.logit, expected * cross_entropy)
+    assert terms.total == terms.logit
+
+
+@pytest.mark.parametrize("train", [{"targets": "none"}, {"targets": "none", "label_loss": "none"}])
+def test_nothing_to_train_on_is_refused(tmp_path, train):
+    with pytest.raises(UserError, match="nothing to train on"):
+        plan_distill(config_of(tmp_path / "run", **train), CPU)
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_held_out_images_are_refused(tmp_path):
+    shutil.copytree(unlabeled_pictures(), tmp_path / "data")
+    next((tmp_path / "data/val/1").iterdir()).unlink()
+    config = dataclasses.replace(config_of(tmp_path / "run"), data=str(tmp_path / "data"))
+    with pytest.raises(UserError, match="the held-out images are not those of the cache"):
+        distill(config, CPU)
+
+
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: flip_byte(file, file.stat().st_size - 9)])
+def test_damaged_teacher_outputs_are_found_and_repaired(tmp_path, damage):
+    root = tmp_path / "cache"
+    shutil.copytree(unlabeled_cache().root, root)
+    before = tree(root)
+    damage(root / HELD_OUT)
+    assert [problem.where for problem in verify_deep(root, records=0).findings.problems] == [HELD_OUT]
+    assert repair_cache(root, CPU).left == []
+    assert tree(root) == before
+
+
+def test_an_interrupted_job_keeps_what_it_has(tmp_path):
+    """The outputs are written with the plan, before the first unit, and are not computed again."""
+    root = tmp_path / "cache"
+    shutil.copytree(unlabeled_cache().root, root)
+    shutil.rmtree(root / "units/g000-r00001")
+    (root / "manifest.json").unlink()
+    written = (root / HELD_OUT).stat().st_mtime_ns
+    data = {"source": str(unlabeled_pictures()), "max_samples": None}
+    cache_teacher(options(root, unlabeled_weights(), data=data, teacher=NO_HEAD), CPU)
+    assert (root / HELD_OUT).stat().st_mtime_ns == written
+    assert tree(root) == tree(unlabeled_cache().root)
