@@ -97,7 +97,7 @@ def test_a_teacher_with_a_classifier_gives_soft_labels(tmp_path):
     assert json.loads((tmp_path / "run/export/config.json").read_text())["num_classes"] == 10
 
 
-@pytest.mark.parametrize("logit_weight, expected", [(0.5, 1.0), (0.25, 1.0), (0.0, 0.0)])
+@pytest.mark.parametrize(("logit_weight", "expected"), [(0.5, 1.0), (0.25, 1.0), (0.0, 0.0)])
 def test_without_a_label_loss_the_logit_loss_has_weight_1(logit_weight, expected):
     scalekd = ScaleKDConfig(logit_weight=logit_weight)
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
