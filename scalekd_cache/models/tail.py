@@ -5,8 +5,9 @@ Invariant: from the teacher's own stage-3 map (and prefix tokens) a tail compute
 never change and it stays in eval mode.
 
 The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalize after pooling: `norm` is the identity
-and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT and Hiera: `head.norm` at
-every position. The logits are the model's own in all cases.
+and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT, Hiera and SAM 2's Hiera:
+`head.norm` at every position. ConvNeXt: the same, or `norm_pre`. SAM's ViT: the neck, which ends with a norm. The
+logits are the model's own in all cases.
 """
 
 import copy
@@ -20,13 +21,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from timm.layers import DropPath
 from timm.models.beit import Beit
+from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
+from timm.models.hieradet_sam2 import HieraDet
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_sam import VisionTransformerSAM
 from torch import Tensor, nn
+from torchvision.ops import Permute
 
 from scalekd_cache.codec import Shape
 from scalekd_cache.errors import UserError
@@ -70,6 +75,17 @@ def _last_quarter(model: Any) -> list[nn.Module]:
     return blocks[-max(1, len(blocks) // 4) :]
 
 
+def _hieradet(model: Any) -> TailParts:
+    """The last stage."""
+    return TailParts(list(model.blocks[model.stage_ends[-2] + 1 :]), model.head.norm, "nhwc")
+
+
+def _vitdet(model: Any) -> TailParts:
+    """The last quarter of the blocks, with windows and global attention as they are, and the neck."""
+    neck = nn.Sequential(Permute([0, 3, 1, 2]), model.neck, Permute([0, 2, 3, 1]))
+    return TailParts(_last_quarter(model), neck, "nhwc")
+
+
 def _hiera(model: Any) -> TailParts:
     """The last stage. Its tokens have one unroll for each pooling that follows."""
     last, ends = len(model.blocks) - 1, model.stage_ends
@@ -84,10 +100,21 @@ FAMILIES = (
         (SwinTransformer, SwinTransformerV2),
         lambda model: TailParts([model.layers[-1]], model.norm, "nhwc"),
     ),
+    Family(
+        "convnext",
+        (ConvNeXt,),
+        lambda model: TailParts(
+            [model.stages[-1]],
+            model.head.norm if isinstance(model.norm_pre, nn.Identity) else model.norm_pre,
+            "nchw",
+        ),
+    ),
     Family("hiera", (Hiera,), _hiera),
+    Family("hieradet", (HieraDet,), _hieradet),  # SAM 2
+    Family("vitdet", (VisionTransformerSAM,), _vitdet),  # SAM
     Family("tiny_vit", (TinyVit,), lambda model: TailParts([model.stages[-1]], model.head.norm, "nchw")),
     Family(
-        "vit",  # DeiT and DINOv2 too
+        "vit",  # DeiT, DINOv2, CLIP and SigLIP too
         (VisionTransformer,),
         lambda model: TailParts(_last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens),
     ),
@@ -99,7 +126,7 @@ FAMILIES = (
         ),
     ),
     Family(
-        "eva",
+        "eva",  # DINOv3 too
         (Eva,),
         lambda model: TailParts(
             _last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens, model.rope
@@ -140,7 +167,8 @@ def family_of(model: nn.Module, name: str) -> Family:
     raise UserError(
         "this model cannot be used as a teacher: its architecture is not supported",
         got=f"{name}, a {type(model).__name__}",
-        expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit and dinov2 count as vit)",
+        expected=f"one of the families {', '.join(family.name for family in FAMILIES)} (deit, dinov2, clip and siglip "
+        "count as vit, dinov3 as eva or convnext, sam as vitdet, sam2 as hieradet)",
         fix="choose a supported model, or register its family with register_family (docs/guides/teacher.md)",
     )
 

@@ -137,9 +137,14 @@ def own_image_size(name: str) -> int:
 
 
 def size_args(name: str, image_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The timm model's required and optional arguments for images of this size (`create_timm_model`)."""
+    """The timm model's required and optional arguments for images of this size (`create_timm_model`).
+
+    SAM's ViT resizes its positions in every pass; built for another size, it would not take its own weights.
+    """
     if name == DEMO_TEACHER:
         return {**demo_teacher_args(), "img_size": image_size}, {}
+    if timm.models.is_model_in_modules(name.partition(".")[0], ["vision_transformer_sam"]):
+        return {}, {}
     return {}, {"img_size": image_size} if image_size != own_image_size(name) else {}
 
 
@@ -241,7 +246,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
     family = family_of(model, name)
     parts = family.parts(model)
     taps = probe_taps(model, parts, name, image_size)
-    feature_shape = map_shape(taps.after, parts, parts.unrolled[1])
+    tail_shape, feature_shape = map_shapes(taps, parts)
     if feature_shape[1:] == (1, 1):
         raise UserError(
             "the teacher's last map is 1x1: feature distillation needs a spatial grid",
@@ -261,7 +266,7 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
         mean=tuple(timm_model.pretrained_cfg["mean"]),
         std=tuple(timm_model.pretrained_cfg["std"]),
         feature_shape=feature_shape,
-        tail_shape=map_shape(taps.before, parts, parts.unrolled[0]),
+        tail_shape=tail_shape,
         weights_sha256=weights_digest(model.state_dict()),
         has_classifier=has_classifier,
     )
@@ -284,11 +289,15 @@ def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -
         ) from error
 
 
-def map_shape(x: Tensor, parts: TailParts, unrolled: int = 0) -> Shape:
-    """(C, H, W) of a tapped map; token grids are square because images are square."""
-    side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
-    _, channels, height, width = to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape
-    return channels, height, width
+def map_shapes(taps: Taps, parts: TailParts) -> tuple[Shape, Shape]:
+    """(C3, H3, W3) of the tail's input and (C, H, W) of the features; token grids are square, as images are."""
+    grids = []
+    for x, unrolled in ((taps.before, parts.unrolled[0]), (taps.after, parts.unrolled[1])):
+        side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
+        grids.append(to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape)
+    (_, before, *grid), (_, _, height, width) = grids
+    channels = features_of(parts, taps.after, (height, width)).shape[1]  # SAM's neck changes their number
+    return (before, grid[0], grid[1]), (channels, height, width)
 
 
 def split_tail(teacher: Teacher) -> Tail:

@@ -18,7 +18,7 @@ from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, build_tail, family_of
-from scalekd_cache.models.teacher import map_shape, own_image_size, probe_taps, size_args
+from scalekd_cache.models.teacher import map_shapes, own_image_size, probe_taps, size_args
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
@@ -153,7 +153,7 @@ def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
     model.requires_grad_(False).eval()
     ends = family_of(model, name).parts(model)
     taps = probe_taps(model, ends, name, image_size)
-    before, after = map_shape(taps.before, ends, ends.unrolled[0]), map_shape(taps.after, ends, ends.unrolled[1])
+    before, after = map_shapes(taps, ends)
     tail = build_tail(model, name, before, after)
     return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
 

@@ -24,6 +24,10 @@ from scalekd_cache.models.timm_models import timm_name
 
 torch.set_num_threads(1)
 TOKENS = {"embed_dim": 48, "depth": 4, "num_heads": 3}
+EVA_TOKENS = {**TOKENS, "num_heads": 2}
+STAGES = {"depths": [1, 1, 1, 2], "dims": [8, 16, 32, 48]}
+SAM = {**TOKENS, "global_attn_indexes": [0, 3], "window_size": 3, "neck_chans": 32}  # windows of 3 x 3 need padding
+SAM2 = {"embed_dim": 24, "stages": [1, 2, 2, 2], "global_att_blocks": [6]}
 # name, image size, model arguments, family, (C, H, W) of the features, (C3, H3, W3) of the tail's input
 CASES = [
     ("demo_swin", 64, {}, "swin", (128, 4, 4), (64, 8, 8)),
@@ -62,6 +66,18 @@ CASES = [
         (48, 4, 4),
     ),
     ("eva02_tiny_patch14_224", 56, {}, "eva", (192, 4, 4), (192, 4, 4)),
+    ("eva02_base_patch16_clip_224", 64, EVA_TOKENS, "eva", (48, 4, 4), (48, 4, 4)),
+    ("vit_small_patch16_dinov3_qkvb", 64, EVA_TOKENS, "eva", (48, 4, 4), (48, 4, 4)),
+    ("convnext_tiny.dinov3_lvd1689m", 64, STAGES, "convnext", (48, 2, 2), (32, 4, 4)),
+    ("convnext_tiny", 64, {**STAGES, "head_norm_first": True}, "convnext", (48, 2, 2), (32, 4, 4)),
+    ("convnextv2_atto", 64, STAGES, "convnext", (48, 2, 2), (32, 4, 4)),
+    ("vit_base_patch16_siglip_224.v2_webli", 64, TOKENS, "vit", (48, 4, 4), (48, 4, 4)),
+    ("vit_base_patch16_siglip_gap_224.v2_webli", 64, TOKENS, "vit", (48, 4, 4), (48, 4, 4)),
+    ("vit_base_patch16_clip_quickgelu_224.openai", 64, TOKENS, "vit", (48, 4, 4), (48, 4, 4)),
+    ("samvit_base_patch16", 128, SAM, "vitdet", (32, 8, 8), (48, 8, 8)),
+    ("samvit_base_patch16_224", 64, {**TOKENS, "neck_chans": 0}, "vitdet", (48, 4, 4), (48, 4, 4)),
+    ("sam2_hiera_tiny", 128, SAM2, "hieradet", (192, 4, 4), (96, 8, 8)),
+    ("hieradet_small", 128, SAM2, "hieradet", (192, 4, 4), (96, 8, 8)),
 ]
 IDS = [f"{case[0]}-{number}" for number, case in enumerate(CASES)]
 
@@ -122,6 +138,10 @@ def test_families(case, tmp_path):
 
 def reference_features(model, x):
     """Compare with timm's `forward_intermediates`: with norm, or with fc_norm / head.norm on every token."""
+    if hasattr(model, "neck"):
+        return model.forward_features(x)
+    if not isinstance(getattr(model, "norm_pre", None), torch.nn.Identity | None) and hasattr(model, "stages"):
+        return model.forward_features(x)
     normed = not isinstance(getattr(model, "norm", None), torch.nn.Identity | None)
     _, maps = model.forward_intermediates(x, indices=1, norm=normed)
     if normed:
@@ -177,7 +197,7 @@ def test_wrong_images(value, message):
         ({"name": "swin_tiny_patch4_windw7_224"}, "swin_tiny_patch4_window7_224"),
         ({"name": "hf-hub:timm/vit_tiny_patch16_224"}, "there is no model hf-hub"),
         ({"name": "vit_tiny_patch16_224.nosuchtag"}, "augreg_in21k"),
-        ({"name": "resnet18"}, "families swin, hiera, tiny_vit, vit"),
+        ({"name": "resnet18"}, "families swin, convnext, hiera, hieradet, vitdet, tiny_vit, vit"),
         ({"name": "vit_tiny_patch16_224", "size": 16}, "1x1"),
         ({"name": "vit_tiny_patch16_224", "args": {"nonsense": 1}}, "does not accept the argument nonsense"),
         ({"name": "vit_tiny_patch16_224", "args": {"checkpoint_path": "x.pt"}}, "not allowed"),

@@ -15,7 +15,7 @@ from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import FAMILIES, build_tail, family_of
-from scalekd_cache.models.teacher import load_teacher, map_shape, run_with_taps, split_tail
+from scalekd_cache.models.teacher import load_teacher, map_shapes, run_with_taps, split_tail
 from scalekd_cache.models.timm_models import create_timm_model, default_image_size
 from scalekd_cache.planning.costs import PAPER_STUDENTS, SWIN_L
 from scalekd_cache.scalekd.heads import ScaleKDHeads
@@ -37,6 +37,11 @@ TEACHERS = [
     ("vit_base_patch14_dinov2", 224, "vit", (768, 16, 16), (768, 16, 16)),
     ("beit_large_patch16_224", 224, "beit", (1024, 14, 14), (1024, 14, 14)),
     ("eva02_base_patch14_224", 224, "eva", (768, 16, 16), (768, 16, 16)),
+    ("vit_base_patch16_dinov3", 256, "eva", (768, 16, 16), (768, 16, 16)),
+    ("convnext_base.dinov3_lvd1689m", 224, "convnext", (512, 14, 14), (1024, 7, 7)),
+    ("vit_so400m_patch16_siglip_512", 512, "vit", (1152, 32, 32), (1152, 32, 32)),
+    ("samvit_base_patch16", 1024, "vitdet", (768, 64, 64), (256, 64, 64)),
+    ("sam2_hiera_large", 1024, "hieradet", (576, 64, 64), (1152, 32, 32)),
 ]
 STUDENTS = (*PAPER_STUDENTS, "resnet50d", "vit_base_14", "mixer_b14")
 TAPS = {
@@ -91,7 +96,7 @@ def test_real_dimensions(row, students):
         model.requires_grad_(False).eval()
         parts = family_of(model, name).parts(model)
         taps = run_with_taps(model, parts, torch.empty(1, 3, size, size))
-        shapes = map_shape(taps.before, parts, parts.unrolled[0]), map_shape(taps.after, parts, parts.unrolled[1])
+        shapes = map_shapes(taps, parts)
         assert (family_of(model, name).name, *shapes) == (family, tail_in, tail_out)
         tail = build_tail(model, name, *shapes)
         targets = Targets(torch.empty(2, *tail_out), torch.empty(2, 2, *tail_out[1:]), torch.empty(2, 1000))
