@@ -213,13 +213,15 @@ def forecast(
     check_codec_options(config)
     training = _with_share(config, training)
     source = open_shared_views(config) if config.cache.pixels_from else open_source(config.data, "train")
+    training = training.on_data(labeled=bool(source.class_names))
     teacher = _teacher(config, len(source.class_names), process)
+    classes = len(source.class_names) or teacher.classes
     codec = _codec(config, source, teacher, process)
     logits = _logits(config, teacher, codec)
     stage = make_stage(config, process, source, cast(Teacher, teacher.live), codec, logits, fingerprint="")
     found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
-    times = _times(config, training, card, sizes, epochs, len(source.class_names))
+    times = _times(config, training, card, sizes, epochs, classes)
     at_hand = isinstance(teacher.live, Teacher)
     read_bytes = sizes.per_view["total"] + (_shared_pixels(source) if isinstance(source, PixelCache) else 0.0)
     return Forecast(
@@ -250,7 +252,7 @@ def forecast(
         pays_after_students=math.ceil(sizes.views / epochs),
         images_per_s=1 / times.step_s,
         read_mb_per_s=read_bytes / times.step_s / 1e6,
-        step_memory=_step_memory(config, training, teacher, len(source.class_names)),
+        step_memory=_step_memory(config, training, teacher, classes),
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
         assumptions=_assumptions(card),
     )
