@@ -23,8 +23,15 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.tail import Tail, TailParts, build_tail, family_of, features_of, to_map
 from scalekd_cache.models.teacher_spec import TeacherSpec, weights_digest
-from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, default_image_size, timm_name
-from scalekd_cache.models.weights import load_weights, stored_shapes
+from scalekd_cache.models.timm_models import (
+    DEMO_TEACHER,
+    check_name,
+    create_timm_model,
+    default_image_size,
+    is_projection,
+    timm_name,
+)
+from scalekd_cache.models.weights import load_converted, stored_shapes
 from scalekd_cache.store.manifest import Manifest
 
 
@@ -175,8 +182,8 @@ def load_teacher(
     shapes = stored_shapes(config.weights) if config.weights is not None else None
     required, optional = size_args(config.name, image_size)
     classes = teacher_classes(config, name, shapes, num_classes)
-    if shapes is not None and classes == 0:  # the file's classifier is left out
-        heads = tuple(f"{head}." for head in _classifiers(name))
+    heads = tuple(f"{head}." for head in _classifiers(name)) if classes == 0 else ()
+    if shapes is not None:  # without classes the file's classifier is left out
         shapes = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
     args = {**required, **(model_args or {}), "num_classes": classes}
     fetch = config.weights is None and config.pretrained
@@ -189,7 +196,7 @@ def load_teacher(
             raise
         raise _no_weights(config.name, f"{type(error).__name__}: {error}") from error
     if config.weights is not None and shapes is not None:
-        load_weights(model, config.weights, shapes)
+        load_converted(model, config.weights, shapes, heads)
     model.requires_grad_(False).eval()
     spec = _describe(model, config.name if demo else name, used, image_size)
     return Teacher(model, spec, config.precision).to(device)
@@ -210,7 +217,9 @@ def teacher_classes(
     """Width of the classifier: 0 if configured, else that of the weights, else the configured number, else the data
     set's.
 
-    `name` is timm's current name (`check_name`): timm knows the classes of pretrained weights under that name only.
+    CLIP's projection to its image-text embedding is not a classifier, unless the options or the data set have as many
+    classes. `name` is timm's current name (`check_name`): timm knows the classes of pretrained weights under that name
+    only.
     """
     known = timm.get_pretrained_cfg(name)
     if known is None:  # a model registered by a plugin: its classifier tensor is not known
@@ -231,6 +240,8 @@ def teacher_classes(
             where=config.weights or f"timm's weights of {name}",
             fix="omit teacher.num_classes, set it to 0 to use features only, or use weights for these classes",
         )
+    if config.num_classes is None and stored and stored != data_classes and is_projection(name, stored):
+        return 0
     return int(stored if config.num_classes is None else config.num_classes)
 
 

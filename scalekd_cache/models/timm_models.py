@@ -18,6 +18,7 @@ import timm
 import timm.models
 import torch
 from safetensors.torch import save_file
+from timm.data import infer_imagenet_subset
 from torch import nn
 
 from scalekd_cache.errors import UserError, unknown_name
@@ -68,6 +69,17 @@ def check_name(name: str, option: str) -> str:
     if dot and tag not in tags:
         raise unknown_name(f"tag of {stem}'s weights", tag, tags, f"{option}, after the dot, which is optional")
     return name
+
+
+def is_projection(name: str, width: int) -> bool:
+    """Whether a last layer of this width projects to an image-text embedding (CLIP), and is not a classifier.
+
+    timm loads the projection of CLIP's weights as the classifier. The widths are those of such weights of this
+    architecture, except those of weights fine-tuned on ImageNet.
+    """
+    tags = [tag for tag in timm.list_pretrained(f"{name.partition('.')[0]}.*") if "clip" in tag or "pe_core" in tag]
+    configs = [config for tag in tags if (config := timm.get_pretrained_cfg(tag)) is not None]
+    return any(config.num_classes == width and infer_imagenet_subset(config) is None for config in configs)
 
 
 def default_image_size(name: str) -> int:

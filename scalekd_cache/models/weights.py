@@ -1,18 +1,24 @@
 """Weights files: where a teacher's file is; read a header, compare it with a model, load it strictly.
 
 In: teacher options, or a .safetensors path and a timm model. Out: the file, or the loaded model.
-Invariant: no pickle is opened; loading is all or nothing, and NaN or Inf is an error.
+Invariant: no pickle is opened; loading is all or nothing, and NaN or Inf is an error. Only a teacher's file may be
+converted (`load_converted`).
 """
 
+import contextlib
 import dataclasses
+import inspect
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import check_safetensors
+
+Shape = tuple[int, ...]
 
 
 def weights_file(folder: str | Path, name: str) -> Path:
@@ -33,7 +39,7 @@ def weights_available(config: TeacherConfig) -> bool:
     return Path(config.weights).is_file() if config.weights else not config.pretrained
 
 
-def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
+def stored_shapes(path: str) -> dict[str, Shape]:
     """Names and shapes in a .safetensors file, from its header."""
     if Path(path).suffix != ".safetensors":
         raise UserError(
@@ -55,7 +61,7 @@ def stored_shapes(path: str) -> dict[str, tuple[int, ...]]:
         ) from error
 
 
-def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], where: str | Path) -> None:
+def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str | Path) -> None:
     """Raise `UserError` naming missing and extra tensors and wrong shapes, unless a file fits a model exactly."""
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
@@ -76,11 +82,53 @@ def check_tensors(found: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int
     )
 
 
-def load_weights(model: nn.Module, path: str, shapes: dict[str, tuple[int, ...]]) -> None:
+def load_weights(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
     """Load a .safetensors state dict strictly; `shapes` is its header (`stored_shapes`)."""
-    check_tensors(shapes, {name: tuple(value.shape) for name, value in model.state_dict().items()}, path)
+    check_tensors(shapes, _shapes(model.state_dict()), path)
+    _load(model, read_tensors(path, shapes), path)
+
+
+def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], without: tuple[str, ...] = ()) -> None:
+    """Load a .safetensors state dict, converted by timm if it does not fit as it is.
+
+    timm converts the pretrained weights of a model to other image sizes (positions are resampled) and from the names
+    of the original checkpoints (DINOv2, DINOv3, CLIP, SAM).
+
+    Args:
+        model: A timm model.
+        path: The file.
+        shapes: Its header (`stored_shapes`), without the tensors to leave out.
+        without: Prefixes of converted tensors to leave out.
+
+    Raises:
+        UserError: the tensors do not fit the model, converted or not, or hold NaN or Inf.
+    """
+    wanted = _shapes(model.state_dict())
+    convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
+    if convert is not None and shapes != wanted:
+        try:
+            with contextlib.redirect_stdout(None):  # some of timm's conversions print
+                state = convert(read_tensors(path, shapes), model)
+            state = {name: value for name, value in state.items() if not name.startswith(without)}
+            converted = _shapes(state)
+        except Exception:  # the conversion assumes certain names and shapes; a file without them is reported below
+            converted = {}
+        if converted == wanted:
+            return _load(model, state, path)
+    return load_weights(model, path, shapes)
+
+
+def read_tensors(path: str, names: Iterable[str]) -> dict[str, Tensor]:
+    """Tensors of a .safetensors file."""
     with safe_open(path, framework="pt", device="cpu") as file:
-        state = {name: file.get_tensor(name) for name in shapes}
+        return {name: file.get_tensor(name) for name in names}
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, Shape]:
+    return {name: tuple(value.shape) for name, value in state.items()}
+
+
+def _load(model: nn.Module, state: Mapping[str, Tensor], path: str) -> None:
     broken = [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]
     if broken:
         raise UserError("the weights hold NaN or Inf", got=", ".join(broken[:8]), where=path)

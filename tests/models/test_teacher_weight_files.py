@@ -1,0 +1,111 @@
+"""Weights files of teachers: other image sizes, the names of original checkpoints, CLIP's projection."""
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+
+from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.teacher import load_teacher, teacher_classes
+from scalekd_cache.models.timm_models import is_projection
+
+TOKENS = {"embed_dim": 48, "depth": 2, "num_heads": 2}
+SAM = {**TOKENS, "global_attn_indexes": [1], "neck_chans": 32}
+
+
+def load(name, size, path, args=None, **options):
+    config = TeacherConfig(name=name, weights=str(path), precision="float32", **options)
+    return load_teacher(
+        config, image_size=size, num_classes=5, device=torch.device("cpu"), model_args=TOKENS if args is None else args
+    )
+
+
+def save(model, path, rename=lambda name: name):
+    torch.manual_seed(0)
+    state = {rename(name): torch.randn_like(value) for name, value in model.state_dict().items()}
+    save_file(state, path)
+    return state
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "other", "args"),
+    [
+        ("vit_small_patch14_dinov2", 56, 84, TOKENS),
+        ("vit_small_patch14_reg4_dinov2", 56, 28, TOKENS),
+        ("vit_base_patch16_siglip_224.v2_webli", 64, 96, TOKENS),
+        ("vit_base_patch16_clip_224.openai", 64, 96, TOKENS),
+        ("eva02_tiny_patch14_224", 56, 84, TOKENS),
+        ("beit_base_patch16_224", 64, 96, TOKENS),
+        ("swin_tiny_patch4_window7_224", 64, 96, {"embed_dim": 24, "depths": [1, 1, 1, 1]}),
+    ],
+)
+def test_a_file_of_another_image_size(tmp_path, name, size, other, args):
+    """The same weights as timm's own: resampled from the image size they were trained at."""
+    path = tmp_path / "teacher.safetensors"
+    state = save(timm.create_model(name, img_size=size, **args, num_classes=0), path)
+    teacher = load(name, other, path, args)
+    overlay = {"file": str(path), "num_classes": 0}
+    expected = timm.create_model(
+        name, img_size=other, **args, num_classes=0, pretrained=True, pretrained_cfg_overlay=overlay
+    )
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in teacher.model.state_dict().items())
+    same = load(name, size, path, args).model.state_dict()
+    assert all(torch.equal(value, same[key]) for key, value in state.items())
+
+
+def test_sam_takes_images_of_another_size_with_the_weights_as_they_are(tmp_path):
+    path = tmp_path / "sam.safetensors"
+    args = {**SAM, "img_size": 128}
+    state = save(timm.create_model("samvit_base_patch16", **args, num_classes=0), path)
+    teacher = load("samvit_base_patch16", 64, path, args)
+    assert teacher.spec.feature_shape == (32, 4, 4)
+    assert all(torch.equal(value, state[key]) for key, value in teacher.model.state_dict().items())
+
+
+def test_original_names_of_sam(tmp_path):
+    """Names of Meta's checkpoint, which also holds the rest of the model."""
+    path = tmp_path / "sam.safetensors"
+    args = {**SAM, "img_size": 64}
+    model = timm.create_model("samvit_base_patch16", **args, num_classes=0)
+    state = save(model, path, lambda name: "image_encoder." + name.replace("mlp.fc", "mlp.lin"))
+    save_file({**state, "mask_decoder.weight": torch.zeros(3)}, path)
+    loaded = load("samvit_base_patch16", 64, path, args).model.state_dict()
+    assert torch.equal(loaded["blocks.0.mlp.fc1.weight"], state["image_encoder.blocks.0.mlp.lin1.weight"])
+
+
+@pytest.mark.parametrize("change", [lambda state: state.pop("norm.bias"), lambda state: state.update(x=torch.ones(2))])
+def test_a_file_that_fits_no_image_size(tmp_path, change):
+    path = tmp_path / "teacher.safetensors"
+    state = save(timm.create_model("vit_small_patch14_dinov2", img_size=56, **TOKENS), path)
+    change(state)
+    save_file(state, path)
+    with pytest.raises(UserError, match="do not fit the model"):
+        load("vit_small_patch14_dinov2", 84, path)
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [
+        ("vit_base_patch16_clip_224.openai", 0),
+        ("vit_base_patch16_clip_224.laion2b_ft_in12k_in1k", 1000),
+        ("eva02_base_patch16_clip_224.merged2b", 0),
+        ("convnext_large_mlp.clip_laion2b_ft_320", 0),
+        ("convnext_large_mlp.clip_laion2b_augreg_ft_in1k_384", 1000),
+        ("vit_pe_core_base_patch16_224.fb", 0),
+        ("vit_base_patch16_224.augreg_in21k", 21843),
+    ],
+)
+def test_the_projection_of_clip_is_not_a_classifier(name, classes):
+    assert teacher_classes(TeacherConfig(name=name), name, None, 10) == classes
+
+
+def test_a_data_set_with_as_many_classes_as_the_projection(tmp_path):
+    name = "vit_base_patch16_clip_224.openai"
+    assert teacher_classes(TeacherConfig(name=name), name, None, 512) == 512
+    assert teacher_classes(TeacherConfig(name=name, num_classes=512), name, None, 0) == 512
+    assert not is_projection("vit_base_patch16_224", 512)
+    path = tmp_path / "clip.safetensors"
+    save(timm.create_model(name, img_size=64, **TOKENS, num_classes=512), path)
+    assert not load(name, 64, path).spec.has_classifier
+    assert load(name, 64, path, num_classes=512).spec.num_classes == 512
