@@ -145,8 +145,8 @@ def _bytes_differ(folder: Path) -> bool:
 
 
 def has_wrong_sizes(folder: Path) -> bool:
-    """Whether a file of the unit in this folder is missing or has a wrong length."""
-    return bool(wrong_sizes(folder, read_unit(folder)[0].files))
+    """Whether a file of the unit in this folder, its sidecar included, is missing or has a wrong length."""
+    return not (folder / "unit.json").exists() or bool(wrong_sizes(folder, read_unit(folder)[0].files))
 
 
 def remove_damaged_unit(folder: Path, damaged: Callable[[Path], bool]) -> None:
@@ -161,9 +161,13 @@ def remove_damaged_unit(folder: Path, damaged: Callable[[Path], bool]) -> None:
         os.rename(folder, renamed)
     except FileNotFoundError:  # another process was faster
         return
-    if not damaged(renamed):
-        with contextlib.suppress(OSError):  # a third unit exists already
-            os.rename(renamed, folder)
+    intact = True  # also when the check fails: nothing is removed unchecked
+    try:
+        intact = not damaged(renamed)
+    finally:
+        if intact:
+            with contextlib.suppress(OSError):  # a third unit exists already
+                os.rename(renamed, folder)
     shutil.rmtree(renamed, ignore_errors=True)
 
 

@@ -100,6 +100,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     elif first:
         process.print_rank0(f"resuming {run} at step {first + 1} of {trainer.loader.total_steps}")
     if folder is not None:
+        for name in (OPTIONS, FACTS) if first else ():
+            if not (run / name).exists():
+                process.print_rank0(f"{run / name} is missing: recreated from the options of this command")
         folder.write_facts(facts_of(cache.manifest.facts, run_cache.views, config.student))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(first)

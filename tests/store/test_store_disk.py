@@ -1,5 +1,6 @@
 """Disk problems: full, read-only, no permission, stale and unknown files; a clock that runs backwards."""
 
+import errno
 import itertools
 import os
 import shutil
@@ -160,6 +161,32 @@ def test_a_whole_unit_that_came_in_between_is_put_back(tmp_path):
     assert unit_files(root) == files
     resume.remove_damaged_unit(unit_folder(root, 7, 1), resume.has_wrong_sizes)  # another process removed it
     assert unit_files(root) == files
+
+
+def test_a_unit_that_cannot_be_checked_is_put_back(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    files = unit_files(root)
+
+    def unreadable(folder):
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(folder))
+
+    with pytest.raises(OSError, match="Input/output"):
+        resume.remove_damaged_unit(unit_folder(root, 0, 1), unreadable)
+    assert unit_files(root) == files
+
+
+@pytest.mark.parametrize("kind", ["missing", "link loop"])
+def test_a_unit_without_its_sidecar_is_replaced_at_once(kind, tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    files = unit_files(root)
+    (root / "manifest.json").unlink()
+    sidecar = unit_folder(root, 0, 2) / "unit.json"
+    sidecar.unlink()
+    if kind == "link loop":
+        sidecar.symlink_to(sidecar.name)
+    cache_teacher(options(root, shared_weights()), CPU)
+    assert unit_files(root) == files
+    assert not list((root / "units").glob(".tmp-*"))
 
 
 def test_a_unit_is_looked_at_once(tmp_path, monkeypatch):
