@@ -66,10 +66,12 @@ class Command(click.Command):
         self.check, self.plain = check, PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
-        shown = {dotted: plain for plain, dotted in self.plain.items()}
+        shown: dict[str, list[str]] = {}
+        for plain, dotted in self.plain.items():
+            shown.setdefault(dotted, []).append(plain)
         super().__init__(
             name,
-            params=[*(_click_option(option, shown.get(option.name)) for option in found), *_common()],
+            params=[*(_click_option(option, shown.get(option.name, [])) for option in found), *_common()],
             help=about,
             short_help=str(about).partition("\n")[0],
             callback=self._call,
@@ -119,7 +121,7 @@ class Command(click.Command):
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """The options people use first, then the rest in groups."""
-        order = {dotted: index for index, dotted in enumerate(self.plain.values())}
+        order = {dotted: index for index, dotted in enumerate(dict.fromkeys(self.plain.values()))}
 
         def group(param: click.Parameter) -> tuple[int, str]:
             dotted = self.dotted.get(str(param.name), "")
@@ -165,11 +167,11 @@ def take(given: Given, config_class: type[Config]) -> Config:
     return build(config_class, {name: given.pop(name) for name in names})
 
 
-def _click_option(option: Option, plain: str | None) -> click.Option:
+def _click_option(option: Option, plain: list[str]) -> click.Option:
     """The click option of one field. A switch may stand alone: `--deep` is `--deep true`."""
     kind = option.info.annotation
     literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
-    names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (plain, option.name) if name]
+    names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (*plain, option.name)]
     switch = kind is bool
     default = option.info.get_default(call_default_factory=True)
     hint = "" if option.info.is_required() or default in (None, "", False) else f"  [default: {_text(default)}]"

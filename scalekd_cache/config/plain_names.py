@@ -13,8 +13,8 @@ def _names(text: str) -> dict[str, str]:
 
 _LAUNCH = "nnodes node_rank master_addr master_port hostfile launcher restarts job local_addr threads"
 _STAGE1 = (
-    "data:data.source teacher:teacher.name teacher_weights:teacher.weights views:cache.num_views size:views.size "
-    "codec:cache.codec cache:cache.path student"
+    "data:data.source teacher:teacher.name teacher_weights:teacher.weights weights:teacher.weights "
+    "views:cache.num_views size:views.size codec:cache.codec cache:cache.path student"
 )
 _STAGE1_MORE = (
     "recipe target:cache.codec_target store:cache.backend pixels:views.pixels pixels_from:cache.pixels_from "

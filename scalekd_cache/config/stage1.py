@@ -20,7 +20,8 @@ class DataConfig:
     """The data set (`data/source.py`)."""
 
     source: str = "demo"
-    """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars or parquet files."""
+    """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars, parquet files, or
+    images without labels: any folder, or a text file of paths."""
     devkit: str | None = None
     """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed when val/ has no class folders."""
     classes: str | None = None
