@@ -7,8 +7,6 @@ Invariant: a label comes from the number in the file name, so a subset of the va
 import re
 from pathlib import Path
 
-import scipy.io
-
 from scalekd_cache.data.base import missing_folder_error
 from scalekd_cache.errors import UserError
 
@@ -67,6 +65,8 @@ def _devkit_data(root: Path, devkit: str | None) -> Path:
 
 def _read_wnids(path: Path) -> dict[int, str]:
     """ILSVRC2012_ID to WordNet id for the leaf classes (those without children)."""
+    import scipy.io
+
     try:
         synsets = scipy.io.loadmat(path, squeeze_me=True)["synsets"]
         rows = zip(synsets["ILSVRC2012_ID"].flat, synsets["WNID"].flat, synsets["num_children"].flat)

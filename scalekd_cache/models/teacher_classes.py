@@ -9,8 +9,6 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy.optimize import linear_sum_assignment
-from scipy.stats import binom
 from torch import Tensor
 
 from scalekd_cache.data.classes import ORDERS
@@ -97,6 +95,8 @@ def check_class_order(
 
 def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
     """Whether this accuracy is likely by chance, and unlikely for a teacher halfway between chance and 100 %."""
+    from scipy.stats import binom  # scipy.stats and scipy.optimize take a second to import
+
     count, hits = len(labels), int((labels == guesses).sum())
     shares = [np.bincount(values, minlength=classes) / max(count, 1) for values in (labels, guesses)]
     chance = float(shares[0] @ shares[1])
@@ -124,6 +124,8 @@ def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits
 
 def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, int]:
     """The best class of each of the teacher's outputs, one to one."""
+    from scipy.optimize import linear_sum_assignment
+
     if classes > MAX_FITTED:
         return {}
     counts = np.zeros((classes, classes), np.int32)

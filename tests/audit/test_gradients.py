@@ -18,7 +18,7 @@ TRAIN = TrainConfig(global_batch_size=32, micro_batch_size=8)
 
 
 def prove(root, views=64, **changes):
-    config = DistillConfig(cache=str(root), student=StudentConfig(name="resnet10t"), train=TRAIN, **changes)
+    config = DistillConfig(cache=str(root), student=StudentConfig(name="test_resnet"), train=TRAIN, **changes)
     return compare_gradients(config, CPU, views)
 
 
@@ -112,7 +112,7 @@ def test_one_micro_batch_says_nothing():
 
 def test_the_command_prints_a_sentence_or_json(capsys):
     root = shared_cache().root
-    words = ["--cache", str(root), "--student", "resnet10t", "--views", "32"]
+    words = ["--cache", str(root), "--student", "test_resnet", "--views", "32"]
     assert call(command, words) == 0
     sentence = capsys.readouterr().out.splitlines()[-1]
     assert call(command, [*words, "--json"]) == 0
@@ -120,6 +120,6 @@ def test_the_command_prints_a_sentence_or_json(capsys):
     assert sentence.startswith(f"{root}: 32 views re-run through demo_swin")
     assert fields["fingerprint"] == shared_cache().manifest.facts.fingerprint
     assert {"torch", "timm", "scalekd_cache"} <= set(fields["versions"])
-    assert fields["student"] == "resnet10t"
+    assert fields["student"] == "test_resnet"
     with pytest.raises(UserError, match="views is out of range"):
         call(command, ["--views", "1"])

@@ -188,7 +188,7 @@ def test_commands_in_a_container_of_little_shared_memory(tmp_path, size, status)
     data = folder_tree(tmp_path / "data", train=[f"{kind}/{number}.png" for kind in "ab" for number in range(100)])
     words = (
         f"make distill VENV=none PYTHON={sys.executable} RECIPE=demo PRETRAINED=0 VIEWS=4 WORKERS=2 DATA={data} "
-        f"STUDENT=resnet10t EPOCHS=1 RUN={tmp_path / 'run'}"
+        f"STUDENT=test_resnet EPOCHS=1 RUN={tmp_path / 'run'}"
     )
     stage1 = words.replace("distill", "cache-teacher").partition(" STUDENT")[0] + " SET=views.size=224"
     script = f"mount -t tmpfs -o size={size} tmpfs /dev/shm && {stage1} CACHE={tmp_path / 'cache'}"

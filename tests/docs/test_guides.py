@@ -100,7 +100,7 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch):
     assert cache.manifest.facts.teacher["spec"]["family"] == "my_net"
     assert cache.manifest.facts.teacher["spec"]["feature_shape"] == [64, 4, 4]
     targets = CachedTargets(cache, batch_size=8)
-    student = timm_student("resnet10t", targets)
+    student = timm_student("test_resnet", targets)
     loss = ScaleKDLoss(targets, student)
     images, labels, target = next(iter(targets))
     terms = loss(*student(images), labels, target)
@@ -169,9 +169,9 @@ def test_what_is_taken_away(tmp_path, monkeypatch):
 
 
 def test_the_downstream_example(tmp_path):
-    student = build_student(StudentConfig(name="resnet10t"), num_classes=10, image_size=64).eval()
+    student = build_student(StudentConfig(name="test_resnet"), num_classes=10, image_size=64).eval()
     export_student(
-        student, StudentConfig(name="resnet10t"), tmp_path / "export", image_size=64, class_names=list("0123456789")
+        student, StudentConfig(name="test_resnet"), tmp_path / "export", image_size=64, class_names=list("0123456789")
     )
     said = execute(sys.executable, ROOT / "examples" / "segmentation.py", tmp_path / "export", 3)
     figures = re.findall(r"(random initialization|exported student): mIoU ([\d.]+) % after 3 steps", said)

@@ -130,7 +130,7 @@ def test_a_built_package_holds_its_data_and_works_outside_of_the_repository(tmp_
             "--teacher.check_classes=0",
             "--dry-run",
         ),
-        ("distill", "--student", "resnet10t", "--cache", str(cache), "--dry-run"),
+        ("distill", "--student", "test_resnet", "--cache", str(cache), "--dry-run"),
     ):
         subprocess.run(
             [tmp_path / "site" / "bin" / "scalekd", *words],

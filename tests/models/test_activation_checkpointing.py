@@ -82,7 +82,7 @@ def test_it_keeps_less():
 def test_a_run_logs_the_same_losses(processes, zero):
     def losses_and_student(on):
         config = config_of(train={"zero": zero, "epochs": 1})
-        student = StudentConfig(name="resnet10t", grad_checkpointing=on)
+        student = StudentConfig(name="test_resnet", grad_checkpointing=on)
         trainer = trainer_of(dataclasses.replace(config, student=student))
         return finish(trainer).column("loss"), trainer.student_state()
 

@@ -89,7 +89,7 @@ def pictures(root, classes):
 
 
 def exported(folder, names):
-    config = StudentConfig(name="resnet10t")
+    config = StudentConfig(name="test_resnet")
     student = build_student(config, num_classes=3, image_size=32)
     export_student(student, config, folder, image_size=32, class_names=names)
 
@@ -115,7 +115,7 @@ def test_exported_students_that_cannot_be_judged(tmp_path):
             main({"run": str(folder), "data": str(pictures(tmp_path / str(number), classes))})
     data = str(pictures(tmp_path / "data", "abc"))
     description = (folder / "config.json").read_text()
-    (folder / "config.json").write_text(description.replace("resnet10t", "resnet18"))
+    (folder / "config.json").write_text(description.replace("test_resnet", "resnet18"))
     with pytest.raises(UserError, match="do not fit"):
         main({"run": str(folder), "data": data})
     (folder / "config.json").write_text(description.replace('"mean"', '"average"'))

@@ -40,8 +40,8 @@ KINDS = ("missing", "empty", "cut", "folder", "loop", "fifo", "unreadable", "hug
 
 COMMANDS = {
     "cache_teacher": "{cache_again}",
-    "distill": "--cache cache --run half --student.name resnet10t {train}",
-    "distill --dry-run": "--cache cache --run new --student.name resnet10t {train} --dry-run",
+    "distill": "--cache cache --run half --student.name test_resnet {train}",
+    "distill --dry-run": "--cache cache --run new --student.name test_resnet {train} --dry-run",
     "evaluate": "--run run",
     "export": "--run run --out out",
     "report": "--run run --out page.html",

@@ -17,7 +17,7 @@ from pipelines.__main__ import SCALEKD
 
 CACHE = ("cache-teacher", "--data", "photos", "--teacher", "test_vit", "--pretrained", "false", "--size", "64")
 SMALL = ("--views", "1", "--device", "cpu", "--workers", "0")
-TRAIN = ("--student", "resnet10t", "--cache", "caches/photos", "--device", "cpu", "--workers", "0")
+TRAIN = ("--student", "test_resnet", "--cache", "caches/photos", "--device", "cpu", "--workers", "0")
 BATCH = ("--train.global_batch_size", "8", "--train.micro_batch_size", "4")
 FIRST = ("distill", *TRAIN, *BATCH, "--run", "runs/first", "--epochs", "1")
 
@@ -196,7 +196,7 @@ STEPS = {
     ),
     "a dry run of stage 2": (("distill", *TRAIN, *BATCH, "--dry-run"), "nothing was written"),
     "a student listed twice is trained once": (
-        ("distill", *TRAIN, *BATCH, "--student", "resnet10t,resnet10t", "--run", "runs/once", "--dry-run"),
+        ("distill", *TRAIN, *BATCH, "--student", "test_resnet,test_resnet", "--run", "runs/once", "--dry-run"),
         "runs/once",
     ),
     "a forecast": (("plan", *CACHE[1:], *SMALL), "GPU-seconds"),

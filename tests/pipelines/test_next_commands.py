@@ -36,7 +36,7 @@ def typed(command, status=0):
 def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables, views):
     """Fewer images than the recipe's batch, other view options than the recipe's, and a student that was checked."""
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
-    options = {"DATA": data, "CACHE": cache, "RECIPE": "demo", "VIEWS": 1, "PRETRAINED": 0, "STUDENT": "resnet10t"}
+    options = {"DATA": data, "CACHE": cache, "RECIPE": "demo", "VIEWS": 1, "PRETRAINED": 0, "STUDENT": "test_resnet"}
     output = make("cache-teacher", **options, **variables)
     kept = read_manifest(cache).facts.view_recipe
     assert {name: kept[name] for name in views} == views
@@ -54,7 +54,7 @@ def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables
 def test_a_teacher_of_another_image_size(tmp_path, size):
     """At its own size, and at a size that differs from both the recipe's and its own."""
     data, cache = folder_tree(tmp_path / "data", train=NAMES[:3] + NAMES[-3:]), tmp_path / "cache"
-    options = {"DATA": data, "CACHE": cache, "TEACHER": "vit_tiny_patch16_384", "STUDENT": "resnet10t"}
+    options = {"DATA": data, "CACHE": cache, "TEACHER": "vit_tiny_patch16_384", "STUDENT": "test_resnet"}
     output = make("cache-teacher", **options, VIEWS=1, PRETRAINED=0, SET=f"views.size={size}")
     assert read_manifest(cache).facts.teacher["spec"]["image_size"] == size
     (command,) = next_of(output)
@@ -65,7 +65,7 @@ def test_the_advice_for_too_large_a_batch_works_as_printed(tmp_path):
     data, cache = folder_tree(tmp_path / "data", train=NAMES), tmp_path / "cache"
     output = make("cache-teacher", DATA=data, CACHE=cache, RECIPE="demo", VIEWS=1, PRETRAINED=0)
     assert "STUDENT=resnet50 " in next_of(output)[0]
-    command = f"make distill VENV=none PYTHON={sys.executable} STUDENT=resnet10t CACHE={cache} RUN={tmp_path / 'run'}"
+    command = f"make distill VENV=none PYTHON={sys.executable} STUDENT=test_resnet CACHE={cache} RUN={tmp_path / 'run'}"
     refused = typed(command, status=2)
     assert "larger than the data set" in refused
     advice = refused.rpartition("lower it, for example ")[2].splitlines()[0]

@@ -48,7 +48,7 @@ TRAIN_OPTIONS = {
 }
 """A small run: two epochs of three steps of two micro-batches."""
 STEPS = 6
-STUDENT = "resnet10t"
+STUDENT = "test_resnet"
 TERMS = ("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial", "s4_frequency", "pooled")
 
 

@@ -18,7 +18,7 @@ USED, GLOBAL, MICRO = 48, 16, 8
 STEPS = USED // GLOBAL
 
 
-def config_of(*, train=None, optim=None, student="resnet10t") -> DistillConfig:
+def config_of(*, train=None, optim=None, student="test_resnet") -> DistillConfig:
     small = {"epochs": 2, "global_batch_size": GLOBAL, "micro_batch_size": MICRO, "log_every": 1, "shuffle_block": 8}
     adam = {"name": "adamw", "lr": 1e-3, "base_batch_size": GLOBAL}
     return DistillConfig(

@@ -22,7 +22,7 @@ from scalekd_cache.training.run_folder import RunFolder
 @pytest.fixture
 def run(tmp_path):
     """A finished run with a checkpoint of random weights, two logged steps and no exported student."""
-    path, student = tmp_path / "run", StudentConfig(name="resnet10t")
+    path, student = tmp_path / "run", StudentConfig(name="test_resnet")
     folder = RunFolder(path, to_plain(DistillConfig(student=student)))
     folder.write_facts(FACTS)
     folder.start_metrics(0)
@@ -103,7 +103,7 @@ def test_killed_before_the_summary(tmp_path, monkeypatch):
     config = DistillConfig(
         cache=str(two_groups().root),
         run=str(run),
-        student=StudentConfig(name="resnet10t"),
+        student=StudentConfig(name="test_resnet"),
         optim=OptimConfig(name="adamw", lr=1e-3, base_batch_size=12),
         train=TrainConfig(epochs=1, global_batch_size=12, micro_batch_size=12, targets="none"),
     )

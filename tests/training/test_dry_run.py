@@ -29,14 +29,14 @@ def tree(folder):
 def config_of(run, **train):
     small = TrainConfig(**{"epochs": 3, "global_batch_size": 32, "micro_batch_size": 16, **train})
     return DistillConfig(
-        cache=str(shared_cache().root), run=str(run), student=StudentConfig(name="resnet10t"), train=small
+        cache=str(shared_cache().root), run=str(run), student=StudentConfig(name="test_resnet"), train=small
     )
 
 
 def test_a_dry_run_of_training(tmp_path):
     said = "\n".join(plan_distill(config_of(tmp_path / "run"), CPU))
     assert "3 epochs of 3 steps of 32 images, 2 micro-batches of 16 a process" in said
-    assert "student resnet10t: 4.9" in said
+    assert "student test_resnet: 0.37 M parameters" in said
     assert f"would start at step 1 in {tmp_path / 'run'}" in said
     assert not list(tmp_path.iterdir())
 
@@ -85,7 +85,7 @@ def test_a_finished_cache_is_left_alone(capsys):
 
 def test_the_commands(tmp_path):
     words = ("VENV=none", f"PYTHON={sys.executable}", "DRY_RUN=1", f"CACHE={shared_cache().root}")
-    said = execute("make", "distill", *words, "STUDENT=resnet10t", f"RUN={tmp_path / 'run'}")
+    said = execute("make", "distill", *words, "STUDENT=test_resnet", f"RUN={tmp_path / 'run'}")
     assert "dry run: nothing was written" in said
     new = (f"CACHE={tmp_path / 'caches' / 'new'}", f"TEACHER_WEIGHTS={shared_weights()}", "SET=data.max_samples=32")
     assert "nothing was written" in execute("make", "cache-teacher", *words[:-1], *new, "VIEWS=1")

@@ -17,7 +17,7 @@ from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.targets import make_heads
 
 
-def pair(seed, name="resnet10t", classes=10):
+def pair(seed, name="test_resnet", classes=10):
     cache = shared_cache()
     torch.manual_seed(seed)
     student = build_student(StudentConfig(name=name), num_classes=classes, image_size=64)
@@ -30,7 +30,7 @@ def folder(tmp_path_factory):
     """The output of import-upstream: student/ and heads.safetensors."""
     folder = tmp_path_factory.mktemp("start")
     student, heads = pair(0)
-    export_student(student, StudentConfig(name="resnet10t"), folder / "student", image_size=64, class_names=[])
+    export_student(student, StudentConfig(name="test_resnet"), folder / "student", image_size=64, class_names=[])
     save_file({name: value.clone() for name, value in heads.state_dict().items()}, str(folder / "heads.safetensors"))
     return folder
 
@@ -52,7 +52,9 @@ def test_student_and_heads_are_loaded(folder):
     assert same(alone.model, wanted.model)
 
 
-@pytest.mark.parametrize(("name", "classes", "named"), [("resnet10t", 7, "fc.weight is"), ("resnet18", 10, "missing")])
+@pytest.mark.parametrize(
+    ("name", "classes", "named"), [("test_resnet", 7, "fc.weight is"), ("resnet18", 10, "missing")]
+)
 def test_another_model_or_number_of_classes_is_refused(folder, name, classes, named):
     student, _ = pair(1, name, classes)
     before = {key: value.clone() for key, value in student.model.state_dict().items()}

@@ -24,7 +24,7 @@ def config_of(root, run, **changes):
     return DistillConfig(
         cache=str(root),
         run=str(run),
-        student=StudentConfig(name="resnet10t"),
+        student=StudentConfig(name="test_resnet"),
         optim=OptimConfig(name="adamw", lr=1e-3, base_batch_size=12),
         train=TrainConfig(**{**train, "eval_epochs": 3, **changes.pop("train", {})}),
         **changes,

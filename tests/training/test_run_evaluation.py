@@ -21,7 +21,7 @@ SIZE = 40
 @torch.no_grad()
 def test_timm_measures_the_same_accuracy(tmp_path):
     torch.manual_seed(3)
-    config = StudentConfig(name="resnet10t", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
+    config = StudentConfig(name="test_resnet", mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
     student = build_student(config, num_classes=10, image_size=SIZE)
     source, folder = open_source(DataConfig(source="demo"), "val"), tmp_path / "export"
 

@@ -89,7 +89,7 @@ def test_more_than_is_stored_is_refused(share, micro, texts):
 def test_prove_compares_the_stored_features():
     """Of 32 views, a quarter has features; logits and the student's gradient use all."""
     train = dataclasses.replace(CONFIG.train, epochs=1)
-    config = DistillConfig(cache=str(finished().root), student=StudentConfig(name="resnet10t"), train=train)
+    config = DistillConfig(cache=str(finished().root), student=StudentConfig(name="test_resnet"), train=train)
     found = compare_gradients(config, CPU, views=32)
     assert found.holds
     assert found.fidelity["cosine"]["count"] == 32 // EVERY

@@ -74,7 +74,7 @@ def small_targets(**options):
 
 
 def test_the_losses_are_those_of_make_distill():
-    cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="resnet10t"))
+    cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="test_resnet"))
     torch.manual_seed(0)
     student = build_student(config.student, num_classes=10, image_size=64)
     tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
@@ -85,7 +85,7 @@ def test_the_losses_are_those_of_make_distill():
     expected = model(batch.images, batch.labels, TargetSource(loader.codec, loader.logit_codec)(batch), tail)
     torch.manual_seed(0)
     targets = small_targets()
-    student = timm_student("resnet10t", targets)
+    student = timm_student("test_resnet", targets)
     loss = ScaleKDLoss(targets, student, config.scalekd)
     images, labels, target = next(iter(targets))
     assert (images.dtype, images.shape) == (torch.float32, (GLOBAL, 3, 64, 64))
@@ -99,13 +99,13 @@ def test_the_losses_are_those_of_make_distill():
 
 def test_a_custom_loop_has_the_loss_weights_of_the_caches_recipe(capsys):
     targets = small_targets()
-    loss = ScaleKDLoss(targets, timm_student("resnet10t", targets))
+    loss = ScaleKDLoss(targets, timm_student("test_resnet", targets))
     kept = targets.cache.manifest.facts.distill["scalekd"]
     assert {name: getattr(loss.config, name) for name in kept} == kept != {}
     said = capsys.readouterr().out
     assert said == "loss weights: spatial 0.005, frequency 0.004 and 0.004, logits 0.5, from the cache's recipe demo " \
         "(override with config=)\n"  # fmt: skip
-    ScaleKDLoss(targets, timm_student("resnet10t", targets), ScaleKDConfig())
+    ScaleKDLoss(targets, timm_student("test_resnet", targets), ScaleKDConfig())
     assert capsys.readouterr().out == ""
 
 
