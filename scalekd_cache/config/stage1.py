@@ -21,7 +21,7 @@ class DataConfig:
 
     source: str = "demo"
     """demo, cifar10, imagenette, or a path: class folders under train/ and val/, WebDataset tars, parquet files, or
-    images without labels: any folder, or a text file of paths."""
+    images without labels: any folder, or a .txt file of paths."""
     devkit: str | None = None
     """ImageNet devkit folder (ILSVRC2012_devkit_t12); needed when val/ has no class folders."""
     classes: str | None = None

@@ -122,7 +122,7 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
         paths, labels = _list_classes(train, class_names, class_names, ignored)
     else:
         paths, labels = _list_validation(root, class_names, by_text, devkit, ignored)
-    source = _source(name, tuple(class_names), root / split, paths, labels, ignored)
+    source = source_of_files(name, tuple(class_names), root / split, paths, labels, ignored)
     listed = root / "classes.txt"
     if not classes_file or not listed.is_file():
         return source
@@ -156,7 +156,7 @@ def _open_pictures(name: str, root: Path) -> ListedSource:
             fix="add images (HEIC and raw files: convert them to JPEG); "
             "for tars without `train` in their names, give a pattern such as {00000..00099}.tar",
         )
-    source = _source(name, (), root, paths, [NO_LABEL] * len(paths), ignored)
+    source = source_of_files(name, (), root, paths, [NO_LABEL] * len(paths), ignored)
     return dataclasses.replace(source, ignored=(*source.ignored, *_unused_names(root, paths)), held_out=None)
 
 
@@ -188,19 +188,18 @@ def _open_unlabeled_train(
             fix="omit data.devkit, or move the images of val/ into class folders",
         )
     if split == "train" or not folder.is_dir():
-        source = _source(name, (), root / "train", images, [NO_LABEL] * len(images), ignored)
+        source = source_of_files(name, (), root / "train", images, [NO_LABEL] * len(images), ignored)
         others = sorted(entry.name for entry in _scan(root, "", IgnoredFiles()) if _is_folder(entry))
         others = [other for other in others if other not in ("train", "val")]
         note = (f"ignored: {len(others):,} folders beside train/, such as {others[0]}/",) if others else ()
-        held_out = 0 if folder.is_dir() else None
-        return dataclasses.replace(source, ignored=(*source.ignored, *note), held_out=held_out)
+        return dataclasses.replace(source, ignored=(*source.ignored, *note), held_out=0 if folder.is_dir() else None)
     ignored = IgnoredFiles()
     folders, flat = _val_entries(folder, ignored)
     if flat:
-        return _source(name, (), folder, flat, [NO_LABEL] * len(flat), ignored)
+        return source_of_files(name, (), folder, flat, [NO_LABEL] * len(flat), ignored)
     _by_normalized_name(folder, folders)
     paths, labels = _list_classes(folder, folders, folders, ignored)
-    return _source(name, tuple(folders), folder, paths, labels, ignored)
+    return source_of_files(name, tuple(folders), folder, paths, labels, ignored)
 
 
 def _contents(root: Path) -> str:
@@ -394,9 +393,14 @@ def path_keys(paths: Sequence[str]) -> list[str]:
     return [encode_key(path if count[stem] > 1 else stem) for path, stem in zip(paths, stems)]
 
 
-def _source(
+def source_of_files(
     name: str, class_names: tuple[str, ...], folder: Path, paths: list[str], labels: list[int], ignored: IgnoredFiles
 ) -> ListedSource:
+    """The source of image files at `paths`, relative to `folder` or absolute, in canonical order.
+
+    Raises:
+        UserError: two files have the same key.
+    """
     keys = path_keys(paths)
     twice = [key for key, count in Counter(keys).items() if count > 1]
     if twice:

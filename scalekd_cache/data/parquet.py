@@ -1,4 +1,4 @@
-"""Parquet files in the layout of Hugging Face data sets: a column of images and a column of labels.
+"""Parquet files in the layout of Hugging Face data sets: a column of images, and a column of labels if there are any.
 
 In: a folder with train/ and val/ (validation/, test/) parquet files, or data/train-*.parquet and its like.
 Out: a `ListedSource` in file order (only whole row groups can be read, so a hashed order would read a group for every
@@ -6,6 +6,7 @@ sample). Invariant: row i of a file is one sample, key `<file>/<row>`.
 """
 
 import json
+import re
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -24,23 +25,27 @@ from scalekd_cache.data.base import (
     read_listed_file,
 )
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.versions import import_optional
 
 SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
+LABEL_LIKE = re.compile(r".*label.*|class|classes|cls|target", re.IGNORECASE)
+"""Names of integer columns that could hold the labels: they are refused rather than ignored."""
 LAYOUT = "train/*.parquet and val/*.parquet, or data/train-*.parquet and data/validation-*.parquet"
 
 
 class ParquetFacts(NamedTuple):
-    """Facts of a file: rows of each row group, labels (rows,) int64, class names if declared, and the number of rows
-    with neither bytes nor a path."""
+    """Facts of a file: rows of each row group, labels (rows,) int64, whether it has a column of labels (otherwise they
+    are `NO_LABEL`), class names if declared, and the number of rows with neither bytes nor a path."""
 
     path: str
     image_column: str
     group_rows: list[int]
     labels: IntArray
+    labeled: bool
     class_names: tuple[str, ...] | None
     empty_rows: int
 
@@ -101,21 +106,33 @@ def has_parquet(root: Path) -> bool:
 def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
     """List a folder of parquet files. Class names are those declared in the files, otherwise "0".."max".
 
+    If no training file has a column of labels, val may have labels of its own; without val files, the list is that of
+    both splits.
+
     Raises:
-        UserError: pyarrow is missing, no files, unexpected columns or labels, a damaged file.
+        UserError: pyarrow is missing, no files, unexpected columns or labels, labels in only some files, a damaged
+            file.
     """
-    paths = {part: _find(root, part) for part in ("train", split)}
-    for part in ("train", split):
-        if not paths[part]:
-            raise UserError(f"no parquet files for {part}", expected=LAYOUT, where=root, fix=f"add the {part} files")
-    files = [_read_facts(path, root, images=True) for path in paths[split]]
-    train = files if split == "train" else [_read_facts(path, root, images=False) for path in paths["train"]]
-    class_names = _class_names(train, files)
+    train_paths, val_paths = _find(root, "train"), _find(root, "val")
+    paths = val_paths if split == "val" else train_paths
+    train = [_read_facts(path, root, images=paths is train_paths) for path in train_paths]
+    if not paths and train and not train[0].labeled:
+        paths = train_paths
+        train = [_read_facts(path, root, images=True) for path in train_paths]
+    if not train_paths or not paths:
+        missing = split if train_paths else "train"
+        raise UserError(f"no parquet files for {missing}", expected=LAYOUT, where=root, fix=f"add the {missing} files")
+    files = train if paths is train_paths else [_read_facts(path, root, images=True) for path in paths]
+    for many in (train, files):
+        _check_all_labeled(many, needed=train[0].labeled)
+    class_names = _class_names(train, files) if files[0].labeled else ()
     for facts in files:
         check_labels(facts.labels, len(class_names), "a parquet file", facts.path)
     labels = np.concatenate([facts.labels for facts in files])
     if not len(labels):
         raise UserError(f"the parquet files for {split} have no rows", where=root, fix="add images")
+    if files[0].labeled and not class_names:
+        raise _wrong_columns(Path(files[0].path), f"{LABEL_COLUMN} {NO_LABEL} in every row")
     limit = MAX_KEY_BYTES - len("/0000000000")
     prefixes = [encode_key(str(Path(facts.path).relative_to(root).with_suffix("")), limit) for facts in files]
     empty_rows = sum(facts.empty_rows for facts in files)
@@ -129,7 +146,21 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
         reader=ParquetReader(files, root),
         file_starts=np.cumsum([0, *(len(facts.labels) for facts in files[:-1])], dtype=np.int64),
         ignored=(f"ignored: {empty_rows:,} rows without an image (neither bytes nor a path)",) if empty_rows else (),
+        held_out=0 if train[0].labeled or val_paths else None,
     )
+
+
+def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
+    """UserError for the first file without a column of labels, if another file has one or labels are `needed`."""
+    unlabeled = [facts for facts in files if not facts.labeled]
+    if unlabeled and (needed or len(unlabeled) < len(files)):
+        raise UserError(
+            "a parquet file has no column of labels, but others have one",
+            got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {len(files)} files",
+            expected=f"`{LABEL_COLUMN}` in every file, or in none of train",
+            where=unlabeled[0].path,
+            fix="add the column, or remove the file",
+        )
 
 
 def _find(root: Path, split: str) -> list[Path]:
@@ -154,20 +185,23 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
         with parquet.ParquetFile(path) as file:
             schema = file.schema_arrow
             column = _image_column(schema, path)
-            labels = file.read(columns=[LABEL_COLUMN], use_threads=False).column(LABEL_COLUMN)
+            labeled = LABEL_COLUMN in schema.names
+            labels = file.read(columns=[LABEL_COLUMN], use_threads=False).column(LABEL_COLUMN) if labeled else None
             rows = [file.metadata.row_group(number).num_rows for number in range(file.num_row_groups)]
             empty_rows = _check_images(file, column, path, root) if images else 0
     except UserError:
         raise
     except Exception as error:  # pyarrow raises several exception types on a damaged file
         raise _damaged(path, error) from error
+    if labels is None:
+        return ParquetFacts(str(path), column, rows, np.full(sum(rows), NO_LABEL), False, None, empty_rows)
     if labels.null_count:
         raise _wrong_columns(path, f"{labels.null_count} rows without a label")
     values = labels.to_numpy()
     if len(values) and values.max() > np.iinfo(np.int64).max:
         raise _wrong_columns(path, f"label {values.max()}")
     values = np.asarray(values, dtype=np.int64)
-    return ParquetFacts(str(path), column, rows, values, _declared_classes(schema.metadata, path), empty_rows)
+    return ParquetFacts(str(path), column, rows, values, True, _declared_classes(schema.metadata, path), empty_rows)
 
 
 def _parts(value: Any) -> tuple[bytes, str]:
@@ -226,15 +260,20 @@ def _image_column(schema: Any, path: Path) -> str:
     """Name of the image column: bytes, a path, or a struct with a field `bytes` or `path`."""
     types = {field.name: field.type for field in schema}
     column = next((name for name in IMAGE_COLUMNS if name in types), None)
-    if column is None or LABEL_COLUMN not in types:
+    others = [name for name, kind in types.items() if LABEL_LIKE.fullmatch(name) and _is_integer(kind)]
+    if column is None or (LABEL_COLUMN not in types and others):
         raise _wrong_columns(path, ", ".join(f"{name}: {kind}" for name, kind in types.items()))
     fields = {field.name: field.type for field in types[column]} if str(types[column]).startswith("struct") else {}
     kinds = [str(fields[name]) for name in ("bytes", "path") if name in fields] or [str(types[column])]
     if not set(kinds) <= {"binary", "large_binary", "string", "large_string", "null"}:
         raise _wrong_columns(path, f"{column}: {types[column]}")
-    if not str(types[LABEL_COLUMN]).lstrip("u").startswith("int"):
+    if LABEL_COLUMN in types and not _is_integer(types[LABEL_COLUMN]):
         raise _wrong_columns(path, f"{LABEL_COLUMN}: {types[LABEL_COLUMN]}")
     return column
+
+
+def _is_integer(kind: Any) -> bool:
+    return str(kind).lstrip("u").startswith("int")
 
 
 def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...] | None:
@@ -264,14 +303,16 @@ def _class_names(train: list[ParquetFacts], files: list[ParquetFacts]) -> tuple[
         )
     if declared:
         return next(iter(declared))
-    return numbered_classes(np.concatenate([facts.labels for facts in train]), train[0].path)
+    named = train if train[0].labeled else files
+    return numbered_classes(np.concatenate([facts.labels for facts in named]), named[0].path)
 
 
 def _wrong_columns(path: Path, got: str) -> UserError:
     return UserError(
         "a parquet file lacks a valid image or label column",
         got=got,
-        expected="`image` (bytes, a path, or a struct with `bytes` or `path`) and `label` (an integer in every row)",
+        expected="`image` (bytes, a path, or a struct with `bytes` or `path`) and `label` (an integer in every row); "
+        "without labels, no integer column named like one",
         where=path,
         fix="rename or convert the columns",
     )

@@ -1,24 +1,34 @@
 """WebDataset shards as a source: samples are neighboring tar members with one key, an image and a .cls.
 
 In: a folder with train and val tars, or a brace pattern of the train tars. Out: a `ListedSource` in tar order whose
-work units never span two tars. Invariant: every header is checked once at opening; a truncated tar, a sample without
-image or label and a duplicate key are errors; nothing is extracted.
+work units never span two tars. A split without any .cls has no labels. Invariant: every header is checked once at
+opening; a truncated tar, a sample without image, labels of only some samples and a duplicate key are errors; nothing is
+extracted.
 """
 
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
-from scalekd_cache.data.base import ListedSource, SampleList, Split, check_labels, encode_key, numbered_classes
+from scalekd_cache.data.base import (
+    IntArray,
+    ListedSource,
+    SampleList,
+    Split,
+    check_labels,
+    encode_key,
+    numbered_classes,
+)
 from scalekd_cache.data.classes import read_class_names
-from scalekd_cache.data.image_formats import IMAGE_SUFFIXES
+from scalekd_cache.data.image_formats import IMAGE_SUFFIXES, is_image_name
 from scalekd_cache.data.patterns import expand_braces, find_val_tars, is_pattern, word
 from scalekd_cache.data.tarscan import TarMember, scan_tar, split_name
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.base import NO_LABEL
 
 IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
 MAX_CLS_BYTES = 20
@@ -85,43 +95,85 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
     """List WebDataset tars; `root` is a folder or a brace pattern of the training tars.
 
     Class names are the lines of classes.txt next to the tars or one folder up, otherwise "0".."max" of the training
-    labels (then opening val also reads the training headers).
+    labels (then opening val also reads the training headers). If the training samples have no labels, val may have
+    labels of its own; without val tars, the list is that of both splits.
 
     Raises:
-        UserError: no tars, a damaged tar, a sample without image or label, a duplicate key, a label outside the list.
+        UserError: no tars, a damaged tar, a sample without image, labels of only some samples, a duplicate key, a label
+            outside the list.
     """
-    train_tars, tars = _find(root, "train"), _find(root, split)
-    if not tars:
+    train_tars, val_tars = _find(root, "train"), _find(root, "val")
+    if not train_tars or (split == "val" and not val_tars and _has_labels(train_tars)):
         raise UserError(
             f"no tars for {split}",
             expected=f"{LAYOUT}, or a brace pattern with `train` in it",
             where=root,
             fix=f"add the {split} tars",
         )
+    tars = val_tars if split == "val" and val_tars else train_tars
     others: Counter[str] = Counter()
     samples = [_read_samples(tar, others) for tar in tars]
     _check_unique(tars, samples)
-    class_names = _class_names_beside(train_tars[0])
-    if class_names is None:
-        train = samples if split == "train" else [_read_samples(tar, Counter()) for tar in train_tars]
-        labels = np.array([sample.label for many in train for sample in many], dtype=np.int64)
-        class_names = numbered_classes(labels, root)
-    for tar, many in zip(tars, samples):
-        labels = np.array([sample.label for sample in many], dtype=np.int64)
-        wrong = np.flatnonzero(labels >= len(class_names))
-        describe = f"sample {many[wrong[0]].key}" if len(wrong) else "a shard"
-        check_labels(labels, len(class_names), describe, tar)
     flat = [sample for many in samples for sample in many]
     if not flat:
         raise UserError(f"the tars for {split} hold no samples", where=root, fix="add images")
+    labels = np.array([sample.label for sample in flat], dtype=np.int64)
+    labeled = bool((labels != NO_LABEL).any())
+    if labeled or (tars is val_tars and _has_labels(train_tars)):
+        _check_all_labeled(tars, samples)
+    class_names = _class_names(train_tars, labels, split, root) if labeled else ()
+    for tar, many in zip(tars, samples):
+        labels_of_tar = np.array([sample.label for sample in many], dtype=np.int64)
+        wrong = np.flatnonzero(labels_of_tar >= len(class_names))
+        describe = f"sample {many[wrong[0]].key}" if len(wrong) else "a shard"
+        check_labels(labels_of_tar, len(class_names), describe, tar)
     return ListedSource(
         name=name,
         class_names=class_names,
-        samples=SampleList((sample.key for sample in flat), [sample.label for sample in flat]),
+        samples=SampleList((sample.key for sample in flat), labels),
         reader=TarReader(tars, samples),
         file_starts=np.cumsum([0, *(len(many) for many in samples[:-1])], dtype=np.int64),
-        ignored=tuple(f"ignored: {count:,} tar members: {kind}" for kind, count in others.items()),
+        ignored=(
+            *(f"ignored: {count:,} tar members: {kind}" for kind, count in others.items()),
+            *(() if labeled else _ignored_beside(tars[0])),
+        ),
+        held_out=0 if labeled or val_tars else None,
     )
+
+
+def _has_labels(tars: list[str]) -> bool:
+    """Whether the samples of the first tar that holds any have labels."""
+    samples = next((found for tar in tars if (found := _read_samples(tar, Counter()))), [])
+    return any(sample.label != NO_LABEL for sample in samples)
+
+
+def _check_all_labeled(tars: list[str], samples: list[list[ShardSample]]) -> None:
+    """UserError for the first sample without a label."""
+    unlabeled = [(tar, sample.key) for tar, many in zip(tars, samples) for sample in many if sample.label == NO_LABEL]
+    if unlabeled:
+        tar, key = unlabeled[0]
+        raise _bad_sample(tar, key, f"no .cls ({len(unlabeled):,} of {sum(map(len, samples)):,} samples have none)")
+
+
+def _class_names(train_tars: list[str], labels: IntArray, split: Split, root: str) -> tuple[str, ...]:
+    """Names of the classes of a split with `labels`; of its own labels if train has none."""
+    listed = _class_names_beside(train_tars[0])
+    if listed is not None:
+        return listed
+    if split == "val" and _has_labels(train_tars):
+        train = [sample.label for tar in train_tars for sample in _read_samples(tar, Counter())]
+        labels = np.array(train, dtype=np.int64)
+    return numbered_classes(labels, root)
+
+
+def _ignored_beside(tar: str) -> Iterator[str]:
+    """Notes about a class list and images next to tars without labels."""
+    listed = _class_names_beside(tar)
+    if listed is not None:
+        yield f"ignored: classes.txt with {len(listed):,} names, because no sample has a .cls"
+    images = sorted(path.name for path in Path(tar).parent.iterdir() if is_image_name(path.name))
+    if images:
+        yield f"ignored: {len(images):,} images next to the tars, such as {images[0]}"
 
 
 def _find(root: str, split: str) -> list[str]:
@@ -162,23 +214,27 @@ def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
         groups[-1][1][extension] = member
     try:
         with open(tar, "rb", buffering=0) as file:
-            return [_sample(tar, file.fileno(), stem, members) for stem, members in groups]
+            return [_sample(tar, file.fileno(), stem, members, others) for stem, members in groups]
     except OSError as error:
         raise UserError("cannot read a shard", got=error, where=tar, fix="check the disk") from error
 
 
-def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember]) -> ShardSample:
+def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember], others: Counter[str]) -> ShardSample:
     images = sorted(IMAGE_EXTENSIONS & members.keys())
-    whole = len(images) == 1 and "cls" in members
+    whole = len(images) == 1
     dotted = sorted(name for name in members if "." in name and name.rpartition(".")[2] in {*IMAGE_EXTENSIONS, "cls"})
     pairs = {name.rpartition(".")[0] for name in dotted if name.endswith(".cls")}
     # WebDataset uses extensions such as seg.png for further data of a sample; with a label it is a sample by itself.
     if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
         raise _dotted(tar, stem, dotted[0])
     if not whole:
-        what = "no .cls" if len(images) == 1 else f"{len(images)} images"
-        raise _bad_sample(tar, stem, f"{what} among its members: {', '.join(sorted(members))}")
-    return _labeled(tar, descriptor, stem, members[images[0]], members["cls"])
+        raise _bad_sample(tar, stem, f"{len(images)} images among its members: {', '.join(sorted(members))}")
+    image = members[images[0]]
+    if "cls" in members:
+        return _labeled(tar, descriptor, stem, image, members["cls"])
+    if dotted:
+        others["further images of a sample without a .cls"] += len(dotted)
+    return ShardSample(encode_key(stem), NO_LABEL, image.offset, image.size)
 
 
 def _labeled(tar: str, descriptor: int, stem: str, image: TarMember, cls: TarMember) -> ShardSample:

@@ -17,6 +17,7 @@ from scalekd_cache.data.classes import normalize_name, reorder_classes
 from scalekd_cache.data.folder import LAYOUT, is_system_name, open_folder
 from scalekd_cache.data.held_out import divide
 from scalekd_cache.data.parquet import has_parquet, open_parquet
+from scalekd_cache.data.path_list import SUFFIX, open_path_list
 from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
 from scalekd_cache.errors import UserError, unknown_name
@@ -27,8 +28,9 @@ def open_source(config: DataConfig, split: Split, *, download: bool = True) -> S
     """List a data set.
 
     Args:
-        config: `source` is demo, cifar10, imagenette, a folder (class folders, WebDataset tars or parquet files) or a
-            brace pattern of tars; `max_samples` keeps only the first samples of the canonical order.
+        config: `source` is demo, cifar10, imagenette, a folder (class folders, images without labels, WebDataset tars
+            or parquet files), a text file with image paths or a brace pattern of tars; `max_samples` keeps only the
+            first samples of the canonical order.
         split: train or val. Class names come from train in both cases, unless train has no labels. If an unlabeled
             train has no val, `divide` holds out a share of the `max_samples` images as val.
         download: download a data set that is missing; otherwise that is a `NotDownloadedError`.
@@ -67,6 +69,8 @@ def _open(config: DataConfig, split: Split, download: bool) -> ListedSource:
     if is_pattern(name):
         return open_shards(name, name, split)
     root = Path(name).expanduser()
+    if root.suffix.lower() == SUFFIX and root.is_file():
+        return open_path_list(name, root)
     if not root.is_dir():
         raise _not_a_folder(name, root)
     has_classes = any(path.is_dir() and not is_system_name(path.name) for path in (root / "train").glob("*"))
@@ -79,7 +83,10 @@ def _open(config: DataConfig, split: Split, download: bool) -> ListedSource:
 
 def _not_a_folder(name: str, root: Path) -> UserError:
     if root.is_file():
-        return UserError(f"--data {name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files")
+        return UserError(
+            f"--data {name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files, "
+            f"or a {SUFFIX} file with one image path per line"
+        )
     beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
     for folder in beside:
         if normalize_name(folder) == normalize_name(str(root)):

@@ -118,7 +118,7 @@ def test_a_fifo_in_the_place_of_a_tar_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("members", "message"),
     [
-        ([("k1.png", PNG)], r"(?s)k1.*no \.cls"),
+        ([("k1.png", PNG), ("k2.png", PNG), ("k2.cls", b"0")], r"(?s)k1.*no \.cls \(1 of 2 samples"),
         ([("k1.cls", b"0")], "(?s)k1.*0 images"),
         ([("k1.png", PNG), ("k1.jpg", PNG), ("k1.cls", b"0")], "(?s)k1.*2 images"),
         ([("k1.png", PNG), ("k1.cls", b"-1")], "(?s)k1.*label"),

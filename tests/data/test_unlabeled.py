@@ -6,8 +6,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from image_files import assert_readable, encoded, folder_tree, picture, source_of, write
+from image_files import (
+    PNG,
+    assert_readable,
+    encoded,
+    folder_tree,
+    parquet_file,
+    picture,
+    shard,
+    source_of,
+    tar_bytes,
+    write,
+)
 
+from scalekd_cache.data import path_list
 from scalekd_cache.data.base import ListedSource, SampleList, canonical_order, check_labels
 from scalekd_cache.data.held_out import divide
 from scalekd_cache.data.source import data_facts, describe_source
@@ -136,6 +148,167 @@ def test_a_split_has_labels_or_none(labels, classes, message):
     with pytest.raises(UserError, match=message):
         check_labels(np.array(labels), classes, "the data set x", "x")
     check_labels(np.full(3, NO_LABEL), 0, "", "")
+
+
+def tar(path, keys, more=()):
+    members = [member for key in keys for member in ((f"{key}.png", PNG), (f"{key}.json", b"{}"))]
+    write(path, tar_bytes([*members, *more]))
+
+
+def without_labels(path, rows, **columns):
+    pa = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    images = [encoded(picture(number)) for number in range(rows)]
+    pq.write_table(pa.table({"image": images, **columns}), path, row_group_size=4)
+
+
+def tars(root, split, sizes):
+    for number, size in enumerate(sizes):
+        tar(root / f"{split}/{number}.tar", [f"{split}{number}-{row}" for row in range(size)])
+
+
+def parquets(root, split, sizes):
+    for number, size in enumerate(sizes):
+        without_labels(root / f"{split}/{number}.parquet", size, caption=["a"] * size)
+
+
+@pytest.mark.parametrize("make", [tars, parquets])
+def test_tars_and_parquet_files_without_labels(tmp_path, make):
+    make(tmp_path, "train", [25, 1, 20])
+    source, val = source_of(tmp_path), source_of(tmp_path, "val")
+    for one in (source, val):
+        assert_unlabeled(one)
+        assert one.held_out == len(val.samples) == 2
+    units = source.ranges(100)
+    assert [index for unit in units for index in unit] == list(range(44))
+    assert {len({keys(source)[index].rpartition("-" if make is tars else "/")[0] for index in u}) for u in units} == {1}
+    assert sum(len(source_of(tmp_path, split, max_samples=26).samples) for split in ("train", "val")) == 26
+    make(tmp_path, "val", [3])
+    assert (len(source_of(tmp_path).samples), source_of(tmp_path).held_out) == (46, 0)
+    assert_unlabeled(source_of(tmp_path, "val"))
+    assert len(source_of(tmp_path, "val").samples) == 3
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_val_with_labels_beside_train_without(tmp_path, kind):
+    if kind == "tar":
+        tars(tmp_path, "train", [3])
+        shard(tmp_path / "val/0.tar", ["a", "b"], [0, 2])
+    else:
+        parquets(tmp_path, "train", [3])
+        parquet_file(tmp_path / "val/0.parquet", [0, 2])
+    assert source_of(tmp_path).class_names == ()
+    val = source_of(tmp_path, "val")
+    assert val.class_names == ("0", "1", "2")
+    assert [sample.label for sample in val.samples] == [0, 2]
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_labels_of_a_part_are_refused(tmp_path, kind, split):
+    if kind == "tar":
+        shard(tmp_path / "train/0.tar", ["a"], [0])
+        tar(tmp_path / f"{split}/1.tar", ["bad"])
+    else:
+        parquet_file(tmp_path / "train/0.parquet", [0])
+        without_labels(tmp_path / f"{split}/1.parquet", 2)
+    with pytest.raises(UserError, match=f"{'bad(?s:.*)no .cls' if kind == 'tar' else 'no column of labels'}(?s:.*)/1."):
+        source_of(tmp_path, split)
+
+
+def test_what_tars_without_labels_leave_out_is_reported(tmp_path):
+    tar(tmp_path / "train/0.tar", ["a", "b"], [("b.seg.png", PNG)])
+    write(tmp_path / "train/c.png", PNG)
+    write(tmp_path / "classes.txt", b"x\ny\n")
+    text = "\n".join(source_of(tmp_path).ignored)
+    assert "1 tar members: further images of a sample without a .cls" in text
+    assert "1 images next to the tars, such as c.png" in text
+    assert "classes.txt with 2 names" in text
+    shard(tmp_path / "train/0.tar", ["a"], [0])
+    assert source_of(tmp_path).ignored == ()
+
+
+@pytest.mark.parametrize("column", ["fine_label", "Labels", "target"])
+def test_a_parquet_column_that_could_hold_labels_is_not_dropped(tmp_path, column):
+    without_labels(tmp_path / "train/0.parquet", 2, **{column: [0, 1]})
+    with pytest.raises(UserError, match=f"lacks a valid image or label column(?s:.*){column}: int64"):
+        source_of(tmp_path)
+
+
+def test_a_label_column_without_labels_is_refused(tmp_path):
+    without_labels(tmp_path / "train/0.parquet", 2, label=[-1, -1])
+    with pytest.raises(UserError, match="label -1 in every row"):
+        source_of(tmp_path)
+
+
+def test_a_list_of_paths(tmp_path):
+    pictures(tmp_path / "images", FLAT)
+    write(tmp_path / "images/no_suffix", encoded(picture(7)))
+    names = [f"images/{name}" for name in FLAT[:-1]]
+    lines = [
+        "# pictures",
+        "",
+        *names[:5],
+        "  images/../images/no_suffix \r",
+        str(tmp_path / "images/39.png"),
+        *names[5:],
+    ]
+    write(tmp_path / "list.txt", b"\xef\xbb\xbf" + "\n".join(lines).encode())
+    source, val = source_of(tmp_path / "list.txt"), source_of(tmp_path / "list.txt", "val")
+    for one in (source, val):
+        assert_unlabeled(one)
+        for index, key in enumerate(keys(one)):
+            assert (
+                one.read(index)
+                == (tmp_path / "images" / key.rpartition("/")[2])
+                .with_suffix("" if key.endswith("no_suffix") else ".png")
+                .read_bytes()
+            )
+    assert len(source.samples) + len(val.samples) == 41
+    assert {"images/no_suffix", f"{tmp_path}/images/39"[1:]} <= {*keys(source), *keys(val)}
+    assert describe_source(source).endswith(f"in {tmp_path}/list.txt (39 for training, 2 held out)")
+    write(tmp_path / "list.txt", "\n".join(reversed(lines)).encode())
+    assert keys(source_of(tmp_path / "list.txt")) == keys(source)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"gone.png", r"line 3 .*(?s:.*)gone\.png: No such file"),
+        (b"1.png 0", "line 3 .*(?s:.*)1.png 0: No such file"),
+        (b"./0.png", r"line 3 .*(?s:.*)\./0\.png, which line 1 lists too"),
+        (b"folder", "line 3 .*(?s:.*)folder is a folder"),
+        (b"notes.doc", "line 3 .*(?s:.*)not an image of a known format"),
+        (b"\xff.png", "line 3 .*(?s:.*)can't decode byte(?s:.*)UTF-8"),
+        (b"a\0.png", "line 3 .*(?s:.*)null byte"),
+        (b"x" * 5000, "line 3 .*(?s:.*)name too long"),
+    ],
+)
+def test_a_wrong_line_of_a_list_is_named(tmp_path, line, message):
+    pictures(tmp_path, ["0.png", "1.png", "folder/2.png"])
+    write(tmp_path / "notes.doc", b"not an image at all")
+    write(tmp_path / "list.txt", b"0.png\n\n" + line + b"\n1.png\n")
+    with pytest.raises(UserError, match=message):
+        source_of(tmp_path / "list.txt")
+
+
+def test_lists_of_a_wrong_size(tmp_path, monkeypatch):
+    pictures(tmp_path, ["0.png", "1.png", "2.png"])
+    write(tmp_path / "list.txt", b"# nothing\n\n")
+    with pytest.raises(UserError, match="list of images is empty"):
+        source_of(tmp_path / "list.txt")
+    write(tmp_path / "list.txt", b"0.png\n1.png\n2.png\n")
+    monkeypatch.setattr(path_list, "MAX_PATHS", 2)
+    with pytest.raises(UserError, match=r"line 3 .*(?s:.*)more than 2 paths"):
+        source_of(tmp_path / "list.txt")
+    monkeypatch.setattr(path_list, "MAX_LIST_BYTES", 10)
+    with pytest.raises(UserError, match="too large"):
+        source_of(tmp_path / "list.txt")
+    write(tmp_path / "list.csv", b"0.png\n")
+    with pytest.raises(UserError, match=r"is a file(?s:.*)a \.txt file with one image path per line"):
+        source_of(tmp_path / "list.csv")
 
 
 class Echo:
