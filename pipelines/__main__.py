@@ -16,9 +16,11 @@ try:
         evaluate,
         export,
         fetch,
+        finetune,
         import_upstream,
         inspect_cache,
         plan,
+        probe,
         prove,
         repair,
         report,
@@ -30,8 +32,8 @@ try:
 except KeyboardInterrupt:  # in the first second, before `run` answers it
     sys.exit(130)
 
-MODULES = (cache_teacher, distill, evaluate, export, report, verify, repair, inspect_cache, plan, prove, fetch, costs,
-           import_upstream)  # fmt: skip
+MODULES = (cache_teacher, distill, evaluate, probe, finetune, export, report, verify, repair,
+           inspect_cache, plan, prove, fetch, costs, import_upstream)  # fmt: skip
 """In the order of `scalekd --help`. The formatter would take fifteen lines for it."""
 
 

@@ -141,11 +141,9 @@ class Command(click.Command):
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
-class Output:
-    """Options of a long command that are not part of its configuration."""
+class JsonOutput:
+    """The output option of a command with results."""
 
-    dry_run: bool = False
-    """Run all checks, print what would be done, write nothing."""
     json: bool = False
     """Print one JSON object; everything else goes to standard error."""
 
@@ -159,6 +157,14 @@ class Output:
             yield
         if os.environ.get("RANK", "0") == "0":
             print(json.dumps(facts))
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class Output(JsonOutput):
+    """Options of a long command that are not part of its configuration."""
+
+    dry_run: bool = False
+    """Run all checks, print what would be done, write nothing."""
 
 
 def take(given: Given, config_class: type[Config]) -> Config:

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scalekd_cache.api import CacheInfo, cache_teacher, distill
+    from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe
     from scalekd_cache.config.stage2 import ScaleKDConfig
     from scalekd_cache.errors import UserError
     from scalekd_cache.models.tail import TailParts, register_family
@@ -27,6 +27,8 @@ __all__ = [
     "__version__",
     "cache_teacher",
     "distill",
+    "finetune",
+    "probe",
     "register_family",
     "timm_student",
 ]
@@ -42,6 +44,8 @@ _HOME = {
     "UserError": "errors",
     "cache_teacher": "api",
     "distill": "api",
+    "finetune": "api",
+    "probe": "api",
     "register_family": "models.tail",
     "timm_student": "training.targets",
 }

@@ -1,4 +1,4 @@
-"""The two commands as Python functions, with the same names, defaults, checks and errors.
+"""Commands as Python functions, with the same names, defaults, checks and errors.
 
 In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts of the cache, or the run's summary.
 Invariant: the command line builds its configurations here too, so a command and a function cannot differ.
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.downstream import FinetuneConfig, ProbeConfig
 from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import default_cache, expand_home
@@ -135,6 +136,87 @@ def distill(
     from scalekd_cache.training.series import distill_series, series_facts, single_runs
 
     return series_facts(distill_series(single_runs(config), this_process(config.device), log))
+
+
+def probe(
+    *,
+    backbone: str | os.PathLike[str],
+    data: str | os.PathLike[str] | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """k-NN and linear-probe accuracy of a backbone on labeled images, next to random weights and to pixels.
+
+    Args:
+        backbone: folder of a finished run or of an exported student, or a timm model name.
+        data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
+        weights: with a model name: a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
+        size: side of the images, pixels (None: the backbone's).
+        options: any other option, by plain or dotted name: `{"device": "cpu"}`.
+
+    Returns:
+        Counts, and `results`: for `backbone`, `random_weights` and `pixels` the `knn` and `linear_probe` accuracy in
+        percent.
+
+    Raises:
+        UserError: anything that the command would report as an error.
+    """
+    config = probe_config(_given("probe", options, backbone=backbone, data=data, weights=weights, size=size))
+    from scalekd_cache.devices import choose_device
+    from scalekd_cache.training.probe import probe as measure
+
+    return measure(config, choose_device(config.device))
+
+
+def finetune(
+    *,
+    init: str | os.PathLike[str] | None = None,
+    model: str | None = None,
+    weights: str | os.PathLike[str] | None = None,
+    data: str | os.PathLike[str] | None = None,
+    size: int | None = None,
+    epochs: int | None = None,
+    labels_per_class: int | None = None,
+    out: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train a backbone and a new classifier on labeled images; write an export for timm.
+
+    Args:
+        init: folder of a finished run or of an exported student to start from; or
+        model: a timm model name.
+        weights: with model: a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
+        data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
+        size: side of the images, pixels (None: the model's).
+        epochs: passes over the images (None: 30).
+        labels_per_class: train on this many images of each class (None: all).
+        out: folder to write (None: `finetuned/<model>`).
+        options: any other option, by plain or dotted name: `{"lr": 1e-4, "seed": 1}`.
+
+    Returns:
+        Folder, counts, and the accuracy on the validation images in percent (None: there are none).
+
+    Raises:
+        UserError: anything that the command would report as an error.
+    """
+    given = _given("finetune", options, init=init, model=model, weights=weights, data=data, size=size, epochs=epochs,
+                   labels_per_class=labels_per_class, out=out)  # fmt: skip
+    config = finetune_config(given)
+    from scalekd_cache.devices import choose_device
+    from scalekd_cache.training.finetune import finetune as train
+
+    return train(config, choose_device(config.device))
+
+
+def probe_config(given: Given) -> ProbeConfig:
+    """The configuration of `probe`: defaults and the given options."""
+    return build(ProbeConfig, {"workers": _workers()}, given)
+
+
+def finetune_config(given: Given) -> FinetuneConfig:
+    """The configuration of `finetune`: defaults and the given options."""
+    return build(FinetuneConfig, {"workers": _workers()}, given)
 
 
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:

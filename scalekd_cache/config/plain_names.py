@@ -32,6 +32,11 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
         "tracker:train.tracker init follow workers:train.workers json "
         f"{_OVERRIDES} {_LAUNCH}"
     ),
+    "finetune": _names(
+        "init model weights data:data.source size epochs batch lr labels_per_class out classes:data.classes "
+        "pretrained seed weight_decay layer_decay label_smoothing ema_decay workers device json"
+    ),
+    "probe": _names("backbone data:data.source weights size classes:data.classes workers device json"),
     "evaluate": _names("run data workers device json"),
     "export": _names("run format out push private"),
     "report": _names(f"cache run runs out {_OVERRIDES}"),

@@ -11,16 +11,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import timm
 import torch
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
-from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.student import Student
 from scalekd_cache.models.timm_models import check_name, create_timm_model
 from scalekd_cache.models.weights import load_weights, stored_shapes
 from scalekd_cache.store.checked_files import checked, read_json
@@ -34,7 +32,31 @@ LOGIT_TOLERANCE = 1e-5
 """Maximum difference of a reloaded logit, relative to the largest logit."""
 
 
-def eval_transform(config: StudentConfig, image_size: int) -> dict[str, Any]:
+class TimmModel(Protocol):
+    """A timm model with the arguments that build it, such as a `Student`."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The module."""
+
+    @property
+    def model_args(self) -> dict[str, Any]:
+        """Arguments of `timm.create_model`."""
+
+
+class InputStatistics(Protocol):
+    """A model's normalization, such as that of `StudentConfig`."""
+
+    @property
+    def mean(self) -> tuple[float, float, float]:
+        """Channel means, on a scale of 0 to 1."""
+
+    @property
+    def std(self) -> tuple[float, float, float]:
+        """Channel standard deviations, on a scale of 0 to 1."""
+
+
+def eval_transform(config: InputStatistics, image_size: int) -> dict[str, Any]:
     """The transform of validation images (`views.view.eval_view`, then normalization), in timm's terms."""
     return {
         "input_size": (3, image_size, image_size),
@@ -68,8 +90,8 @@ def check_export_place(folder: Path) -> None:
 
 
 def export_student(
-    student: Student,
-    config: StudentConfig,
+    student: TimmModel,
+    config: InputStatistics,
     folder: Path,
     *,
     image_size: int,
@@ -80,7 +102,7 @@ def export_student(
 
     Args:
         student: the student.
-        config: its options.
+        config: its normalization.
         folder: folder to write; an existing export is replaced.
         image_size: side of its images, pixels.
         class_names: names of its classes, in the order of the logits.
@@ -114,8 +136,8 @@ def export_student(
 
 
 def _write(
-    student: Student,
-    config: StudentConfig,
+    student: TimmModel,
+    config: InputStatistics,
     folder: Path,
     image_size: int,
     class_names: Sequence[str],
@@ -139,7 +161,7 @@ def _write(
 
 
 @torch.no_grad()
-def _compare(student: Student, folder: Path, image_size: int) -> float:
+def _compare(student: TimmModel, folder: Path, image_size: int) -> float:
     reloaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = torch.randn(4, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
     model = student.model.eval()
@@ -209,7 +231,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         name = check_name(description.architecture, str(folder / DESCRIPTION))
         model, _ = create_timm_model(name, {"num_classes": description.num_classes, **description.model_args})
         load_weights(model, str(file), shapes)
-        _try(model.eval(), image_size, folder)
+        check_image_size(model.eval(), image_size, folder)
     except UserError as error:
         in_run = (folder.parent / "config.yaml").exists()
         fix = f"rewrite the export: scalekd export --run {folder.parent}" if in_run else "export or import it again"
@@ -218,12 +240,13 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _try(model: nn.Module, image_size: int, folder: Path) -> None:
+def check_image_size(model: nn.Module, image_size: int, where: str | Path) -> None:
+    """Run the model on one image of this size; `UserError` when it does not accept it."""
     try:
         model(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError) as error:
         got = f"{image_size} x {image_size} pixels: {error}"
-        raise UserError("the model does not accept images of this size", got=got, where=folder) from error
+        raise UserError("the model does not accept images of this size", got=got, where=where) from error
 
 
 def _check_depth(args: Mapping[str, Any], tensors: int, where: Path) -> None:

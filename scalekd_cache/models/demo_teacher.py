@@ -5,7 +5,8 @@ Invariant: the file is written atomically; the same machine and thread count giv
 """
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_source
 from scalekd_cache.models.evaluate import evaluate
 from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.models.supervised import train_epoch
 from scalekd_cache.models.teacher import demo_teacher_args
 from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
 from scalekd_cache.progress import progress
@@ -70,19 +72,21 @@ def train_demo_teacher(
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK_LR, weight_decay=0.05)
     steps = epochs * (len(labels) // BATCH_SIZE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, PEAK_LR, total_steps=steps, pct_start=0.2)
+    loss_of = partial(F.cross_entropy, label_smoothing=0.1)
     bar = progress("training the demo teacher", steps, "step")
-    for _ in range(epochs):
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
         order = torch.randperm(len(labels), generator=generator)
         for at in range(0, len(labels) // BATCH_SIZE * BATCH_SIZE, BATCH_SIZE):
             ids = order[at : at + BATCH_SIZE]
-            images = _augment(pixels[ids].float() / 255, generator)
-            loss = F.cross_entropy(model(normalize.standardize(images)), labels[ids], label_smoothing=0.1)
-            optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            bar.update()
+            yield normalize.standardize(_augment(pixels[ids].float() / 255, generator)), labels[ids]
+
+    def after_step(_: float) -> None:
+        schedule.step()
+        bar.update()
+
+    for _ in range(epochs):
+        train_epoch(model, model.parameters, batches(), loss_of, optimizer, after_step)
     bar.close()
     model.eval()
     held_out = open_source(DataConfig(source="demo", download_dir=data.download_dir), "val")

@@ -6,11 +6,11 @@ Similarities are computed in blocks, so that memory does not grow with the squar
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalekd_cache.data.base import Source
 from scalekd_cache.models.evaluate import center_views
@@ -31,6 +31,21 @@ class Embeddings(NamedTuple):
     """(N, C) float32."""
     labels: Tensor
     """(N,) int64."""
+
+
+def pooled_embedding(model: nn.Module, images: Tensor) -> Tensor:
+    """The input of a timm model's classifier, (B, C), as timm pools it; where it does not, the mean over positions.
+
+    Args:
+        model: the timm model.
+        images: (B, 3, H, W), normalized.
+    """
+    timm_model: Any = model
+    pooled: Tensor = timm_model.forward_head(timm_model.forward_features(images), pre_logits=True)
+    if pooled.ndim == 4:
+        positions = (1, 2) if getattr(model, "output_fmt", "NCHW") == "NHWC" else (2, 3)
+        return pooled.mean(positions)
+    return pooled.mean(1) if pooled.ndim == 3 else pooled
 
 
 @torch.no_grad()

@@ -13,7 +13,8 @@ from typing import Any
 import yaml
 
 from scalekd_cache.config.stage2 import StudentConfig
-from scalekd_cache.convert.timm_export import eval_transform
+from scalekd_cache.convert.backbone import Backbone
+from scalekd_cache.convert.timm_export import InputStatistics, eval_transform
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.run_files import classes_of, text_option
 from scalekd_cache.versions import __version__
@@ -23,7 +24,7 @@ MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})
 """Characters that Markdown renderers interpret."""
 TEMPLATE = """---
 {header}---
-# {title}, distilled with ScaleKD
+# {title}
 
 {sentence}
 
@@ -51,7 +52,7 @@ transform = create_transform(**resolve_data_config({{}}, model=model))
 | mean | {mean} |
 | std | {std} |
 
-Class names are in config.json. Made by scalekd-cache {version}; the method is ScaleKD, https://arxiv.org/abs/2411.06786.
+Class names are in config.json. Made by scalekd-cache {version}{credit}.
 """
 
 
@@ -72,25 +73,74 @@ def model_card(
         folder: of the exported student.
     """
     task = "image-classification" if classes_of(facts) else "image-feature-extraction"
-    header = {
-        "library_name": "timm",
-        "pipeline_tag": task,
-        "tags": [task, "timm", "knowledge-distillation", "scalekd"],
-    }
-    transform = eval_transform(student, facts["image_size"])
+    return _filled(
+        student,
+        folder,
+        facts["image_size"],
+        tags=[task, "timm", "knowledge-distillation", "scalekd"],
+        title=f"{_text(student.name)}, distilled with ScaleKD",
+        sentence=_sentence(student.name, summary),
+        rows=card_facts(options, facts, summary),
+        credit="; the method is ScaleKD, https://arxiv.org/abs/2411.06786",
+    )
+
+
+def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -> str:
+    """The text of README.md of a fine-tuned backbone.
+
+    Args:
+        backbone: its name and normalization.
+        facts: what `finetune` returns.
+        folder: of the export.
+    """
+    start = _last_part(str(facts["start"]))
+    how = f"{facts['train_images']:,} labeled images of {_text(_last_part(str(facts['data'])))}"
+    accuracy = percent(facts["top1"]) if facts["val_images"] else "not measured"
+    names = {"train_images": "training images", "labels_per_class": "labels per class", "epochs": "epochs",
+             "seed": "seed", "classes": "classes", "val_images": "validation images"}  # fmt: skip
+    rows = {"started from": start, "data set": _last_part(str(facts["data"]))}
+    rows |= {label: "all" if facts[name] is None else str(facts[name]) for name, label in names.items()}
+    rows |= {"top-1": percent(facts["top1"]), "top-5": percent(facts["top5"])}
+    return _filled(
+        backbone,
+        folder,
+        facts["image_size"],
+        tags=["image-classification", "timm"],
+        title=f"{_text(backbone.name)}, fine-tuned",
+        sentence=f"{_text(backbone.name)}, fine-tuned on {how}; top-1 {accuracy}.",
+        rows=rows,
+        credit="",
+    )
+
+
+def _filled(
+    statistics: InputStatistics,
+    folder: Path,
+    image_size: int,
+    *,
+    tags: list[str],
+    title: str,
+    sentence: str,
+    rows: Mapping[str, str],
+    credit: str,
+) -> str:
+    """The template with these texts; the first tag is the task."""
+    header = {"library_name": "timm", "pipeline_tag": tags[0], "tags": tags}
+    transform = eval_transform(statistics, image_size)
     return TEMPLATE.format(
         header=yaml.safe_dump(header, sort_keys=False),
-        title=_text(student.name),
-        sentence=_sentence(student.name, summary),
-        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in card_facts(options, facts, summary).items()),
+        title=title,
+        sentence=sentence,
+        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
         place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
-        size=facts["image_size"],
-        resize=eval_resize(facts["image_size"], transform["crop_pct"]),
+        size=image_size,
+        resize=eval_resize(image_size, transform["crop_pct"]),
         interpolation=transform["interpolation"],
         crop=transform["crop_pct"],
         mean=_numbers(transform["mean"]),
         std=_numbers(transform["std"]),
         version=__version__,
+        credit=credit,
     )
 
 

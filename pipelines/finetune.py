@@ -1,0 +1,29 @@
+"""Train a backbone and a new classifier on labeled images.
+
+Starts from a run, an exported student or a timm model. The result is an export for timm; its model.safetensors is also
+a file for `cache-teacher --teacher-weights`.
+"""
+
+from typing import Any
+
+from pipelines.command import Command, Given, JsonOutput, run, take
+from scalekd_cache.api import finetune_config
+from scalekd_cache.config.downstream import FinetuneConfig
+
+
+def main(given: Given) -> None:
+    """Train, write the export, print its accuracy."""
+    output = take(given, JsonOutput)
+    config = finetune_config(given)
+    from scalekd_cache.devices import choose_device
+    from scalekd_cache.training.finetune import finetune
+
+    facts: dict[str, Any] = {}
+    with output.printed(facts):
+        facts |= finetune(config, choose_device(config.device))
+
+
+COMMAND = Command("finetune", main, [FinetuneConfig, JsonOutput], __doc__)
+
+if __name__ == "__main__":
+    run(COMMAND)

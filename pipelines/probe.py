@@ -1,0 +1,29 @@
+"""Measure a backbone on labeled images: k-NN and linear-probe accuracy.
+
+Random weights of the same architecture and the pixels of small images are measured too, as baselines.
+"""
+
+from typing import Any
+
+from pipelines.command import Command, Given, JsonOutput, run, take
+from scalekd_cache.api import probe_config
+from scalekd_cache.config.downstream import ProbeConfig
+
+
+def main(given: Given) -> None:
+    """Print accuracies of the backbone and of the baselines."""
+    output = take(given, JsonOutput)
+    config = probe_config(given)
+    from scalekd_cache.devices import choose_device
+    from scalekd_cache.training.probe import probe, probe_table
+
+    facts: dict[str, Any] = {}
+    with output.printed(facts):
+        facts |= probe(config, choose_device(config.device))
+        print(probe_table(facts))
+
+
+COMMAND = Command("probe", main, [ProbeConfig, JsonOutput], __doc__)
+
+if __name__ == "__main__":
+    run(COMMAND)

@@ -1,0 +1,107 @@
+"""Options of the commands that use a backbone on labeled images: `probe` and `finetune`.
+
+In: values from the command line or a Python call. Out: checked, immutable dataclasses.
+Invariant: a configuration that exists is valid on its own.
+"""
+
+from dataclasses import field
+
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, Range, require
+from scalekd_cache.config.stage1 import DataConfig, ViewConfig
+from scalekd_cache.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class ProbeConfig:
+    """Options of `probe`."""
+
+    backbone: str
+    """Folder of a finished run or of an exported or imported student; or a timm model name (with weights)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    weights: str | None = None
+    """With a model name: a .safetensors file with the state dict of the timm model (default: the file in teachers/, or
+    timm's pretrained weights)."""
+    size: int | None = None
+    """Side length of the images, pixels (default: the backbone's)."""
+    workers: int = 0
+    """Worker processes that decode images (0: the main process)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        _check_machine(self.size, self.workers)
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FinetuneViews(ViewConfig):
+    """Augmented views of the labeled images: those of stage 1, with larger crops."""
+
+    crop_scale: Range = (0.35, 1.0)
+    """Range of the crop area, as a fraction of the image area."""
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class FinetuneConfig:
+    """Options of `finetune`."""
+
+    init: str | None = None
+    """Folder of a finished run, or of an exported or imported student, to start from."""
+    model: str | None = None
+    """timm model name to start from, instead of init."""
+    weights: str | None = None
+    """With model: a .safetensors file with the state dict of the timm model (default: the file in teachers/, or timm's
+    pretrained weights)."""
+    pretrained: bool = True
+    """With model, and without a weights file: download timm's pretrained weights (false: random weights)."""
+    data: DataConfig = field(default_factory=DataConfig)
+    size: int | None = None
+    """Side length of the images, pixels (default: the model's)."""
+    epochs: int = 30
+    """Passes over the labeled images."""
+    batch: int = 64
+    """Images per step; all images if there are fewer."""
+    lr: float = 5e-4
+    """Peak learning rate of AdamW."""
+    labels_per_class: int | None = None
+    """Train on this many images of each class, chosen by a hash of seed and key (default: all)."""
+    out: str | None = None
+    """Folder to write: an export for timm (default: finetuned/<model>)."""
+    seed: int = 0
+    """Seed of the new classifier, of the order of images and of dropout (views: views.seed)."""
+    weight_decay: float = 0.05
+    """Weight decay, not applied to biases and norms."""
+    layer_decay: float = 0.75
+    """Factor of the learning rate from each layer to the one before it (1: the same for all)."""
+    label_smoothing: float = 0.1
+    """Label smoothing of the cross-entropy."""
+    ema_decay: float = 0.0
+    """Decay of a moving average of the weights, which is evaluated and exported (0: off)."""
+    views: FinetuneViews = field(default_factory=FinetuneViews)
+    workers: int = 0
+    """Worker processes that decode images (0: the main process)."""
+    device: str = "auto"
+    """auto, cpu, cuda or cuda:N."""
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.model is None):
+            raise UserError("set either --init (a folder) or --model (a timm model name)")
+        if self.init is not None and self.weights is not None:
+            raise UserError("--weights needs --model: a folder (--init) has its own weights")
+        _check_machine(self.size, self.workers)
+        require(self.epochs > 0, "epochs", self.epochs, "> 0")
+        require(self.batch > 1, "batch", self.batch, "> 1")
+        require(self.lr > 0, "lr", self.lr, "> 0")
+        require(self.labels_per_class is None or self.labels_per_class > 0, "labels_per_class", self.labels_per_class,
+                "> 0")  # fmt: skip
+        require(0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63 - 1")
+        require(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+        require(0 < self.layer_decay <= 1, "layer_decay", self.layer_decay, "above 0, at most 1")
+        require(0 <= self.label_smoothing < 1, "label_smoothing", self.label_smoothing, "0 to 1, 1 excluded")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "0 to 1, 1 excluded")
+
+
+def _check_machine(size: int | None, workers: int) -> None:
+    require(size is None or 8 <= size <= 4096, "size", size, "8 to 4096 pixels")
+    require(0 <= workers <= 256, "workers", workers, "0 to 256")

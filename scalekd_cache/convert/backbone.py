@@ -1,0 +1,142 @@
+"""A backbone to use on other data: an exported or imported student, the student of a run, or a timm model.
+
+In: a folder or a timm name, and a file of weights. Out: a `Backbone`: the timm model with its image size and
+normalization. Invariant: weights come from safetensors files or from timm's own downloads; no pickle is opened.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from scalekd_cache.config.stage1 import TeacherConfig
+from scalekd_cache.convert.timm_export import DESCRIPTION, check_image_size, load_export, read_description
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.teacher import own_image_size, size_args, teacher_classes
+from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_timm_model, timm_name
+from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
+
+RUN_OPTIONS = "config.yaml"
+"""The file that makes a folder the folder of a run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backbone:
+    """A timm model with what its images need."""
+
+    model: nn.Module
+    """In eval mode, on the CPU."""
+    name: str
+    """timm's name of the model, or demo_swin."""
+    model_args: dict[str, Any]
+    """Arguments of `timm.create_model`."""
+    image_size: int
+    """Side of its images, pixels."""
+    mean: tuple[float, float, float]
+    """Channel means of its normalization, on a scale of 0 to 1."""
+    std: tuple[float, float, float]
+    """Channel standard deviations, on a scale of 0 to 1."""
+
+    def with_random_weights(self, seed: int) -> nn.Module:
+        """The same architecture with random weights, in eval mode."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, _ = create_timm_model(timm_name(self.name), self.model_args)
+        return model.eval()
+
+
+def open_backbone(place: str, weights: str | None, *, size: int | None, pretrained: bool, option: str) -> Backbone:
+    """Open a backbone.
+
+    Args:
+        place: folder of a finished run, or of an exported or imported student; or a timm model name.
+        weights: with a name: a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
+        size: side of the images, pixels (None: the backbone's own).
+        pretrained: with a name and without a file: download timm's weights; otherwise they are random.
+        option: the option that gave `place`, for errors.
+
+    Raises:
+        UserError: no such folder or name, damaged files, weights that do not fit, or an unsupported image size.
+    """
+    folder = find_export(Path(place))
+    if folder is None:
+        return _named(place, weights, size, pretrained, option)
+    if weights is not None:
+        raise UserError("--weights needs a model name: a folder has its own weights", got=f"{option} {place}")
+    description = read_description(folder)
+    images = description.pretrained_cfg
+    side = size or images.input_size[-1]
+    return Backbone(
+        model=load_export(folder, side),
+        name=description.architecture,
+        model_args={"num_classes": description.num_classes, **description.model_args},
+        image_size=side,
+        mean=images.mean,
+        std=images.std,
+    )
+
+
+def find_export(place: Path) -> Path | None:
+    """The exported student in a folder: the folder itself, its student/ (imported), or a run's export/.
+
+    Returns:
+        None if there is no such folder.
+
+    Raises:
+        UserError: the folder has no exported student.
+    """
+    if not place.is_dir():
+        return None
+    is_run = (place / RUN_OPTIONS).exists()
+    places = (place / "export",) if is_run else (place, place / "student")
+    found = next((folder for folder in places if (folder / DESCRIPTION).exists()), None)
+    if found is None:
+        raise UserError(
+            "this folder has no exported student",
+            where=place,
+            expected=f"a finished run, or a folder with {DESCRIPTION}",
+            fix=f"finish the run, or export its last checkpoint: scalekd export --run {place}" if is_run else None,
+        )
+    return found
+
+
+def _named(name: str, weights: str | None, size: int | None, pretrained: bool, option: str) -> Backbone:
+    """A timm model by name."""
+    if os.sep in name.rstrip("/") and not name.startswith(("hf", "http")):
+        raise UserError(f"there is no folder {name}", where=option, expected="a folder, or a timm model name")
+    found = find_weights(TeacherConfig(name=name, weights=weights, pretrained=pretrained))
+    current = check_name(timm_name(name), option)
+    side = size or own_image_size(name)
+    if name == DEMO_TEACHER and found.weights is None and pretrained:
+        raise UserError("demo_swin has no published weights", where=option, fix="set --weights")
+    shapes = stored_shapes(found.weights) if found.weights is not None else None
+    required, optional = size_args(name, side)
+    args = {**required, "num_classes": teacher_classes(found, current, shapes, 0)}
+    fetch = found.weights is None and pretrained
+    try:
+        model, used = create_timm_model(current, args, optional, pretrained=fetch)
+    except UserError:
+        raise
+    except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
+        if not fetch:
+            raise
+        raise UserError(
+            f"no weights for {name}: {type(error).__name__}: {error}",
+            expected="a weights file, or a network connection to download timm's weights",
+            fix=f"run `scalekd fetch --teacher {name}` on a machine with a network, or set --weights",
+        ) from error
+    if found.weights is not None and shapes is not None:
+        load_converted(model, found.weights, shapes)
+    check_image_size(model.eval(), side, name)
+    config: Any = model.pretrained_cfg
+    return Backbone(
+        model=model,
+        name=name,
+        model_args=used,
+        image_size=side,
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+    )

@@ -1,0 +1,262 @@
+"""Supervised training of a backbone with a new classifier: a student on a few labels, or a teacher for a data set.
+
+In: an exported student or a timm model, labeled images. Out: an export for timm with its accuracy.
+Invariant: the export is written at the end, complete or not at all. The same options give the same batches with any
+number of workers. Validation images are only evaluated: nothing is selected by them.
+"""
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.loss import LabelSmoothingCrossEntropy
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from scalekd_cache.config.downstream import FinetuneConfig
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.convert.backbone import Backbone, open_backbone
+from scalekd_cache.convert.timm_export import WEIGHTS, check_export_place, export_student
+from scalekd_cache.data.base import IntArray, Source, hash_order
+from scalekd_cache.data.images import UnreadableImage, decode_image
+from scalekd_cache.data.source import open_source
+from scalekd_cache.data.workers import load_items
+from scalekd_cache.devices import autocast, autocast_dtype, memory_errors
+from scalekd_cache.distributed import EXIT_INTERRUPTED
+from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.models.evaluate import Tally, evaluate, percent
+from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.models.supervised import train_epoch
+from scalekd_cache.progress import progress
+from scalekd_cache.training.model_card import finetuned_card
+from scalekd_cache.views.view import apply_view, sample_view
+
+WARMUP_SHARE = 0.1
+"""Share of the steps in which the learning rate rises to its peak; then it falls to zero, as a cosine."""
+
+
+def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Any]:
+    """Train, export, evaluate.
+
+    Args:
+        config: the options.
+        device: where the model is trained.
+        say: called with lines for people.
+
+    Returns:
+        Folder, counts, and the accuracy in percent (None without validation images).
+
+    Raises:
+        UserError: no such model or data set, no labels, an output folder with other files, or a loss that is NaN.
+        RunInterrupted: Ctrl-C; nothing was written.
+    """
+    try:
+        with memory_errors("lower --batch or --size"):
+            return _finetune(config, device, say)
+    except KeyboardInterrupt as stop:
+        raise RunInterrupted("interrupted; nothing was written, a rerun starts again", EXIT_INTERRUPTED) from stop
+
+
+def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], object]) -> dict[str, Any]:
+    place = config.init or config.model
+    assert place is not None
+    option = "--init" if config.init else "--model"
+    start = open_backbone(place, config.weights, size=config.size, pretrained=config.pretrained, option=option)
+    out = Path(config.out or f"finetuned/{start.name}")
+    check_export_place(out)
+    train = open_source(config.data, "train")
+    if not train.class_names:
+        raise UserError("the training images have no labels", where=config.data.source, expected="train/<class>/")
+    validation = _validation(config, train, say)
+    chosen = chosen_images(train, config.labels_per_class, config.seed)
+    if len(chosen) < 2:
+        raise UserError("too few training images", got=len(chosen), expected="at least 2", where=config.data.source)
+    random.seed(config.seed)
+    torch.manual_seed(config.seed)
+    backbone = with_classifier(start, len(train.class_names))
+    say(
+        f"{place}: {len(chosen):,} training images of {len(train.class_names):,} classes, {config.epochs} epochs, "
+        f"{backbone.image_size} x {backbone.image_size} pixels"
+    )
+    model, unreadable = _train(config, backbone, train, chosen, device)
+    tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)
+    facts: dict[str, Any] = {
+        "out": str(out),
+        "model": backbone.name,
+        "start": place,
+        "data": config.data.source,
+        "train_images": len(chosen) - unreadable,
+        "labels_per_class": config.labels_per_class,
+        "classes": len(train.class_names),
+        "image_size": backbone.image_size,
+        "epochs": config.epochs,
+        "seed": config.seed,
+        "val_images": tally.images if tally else 0,
+        "top1": tally.top1_percent if tally else None,
+        "top5": tally.top5_percent if tally else None,
+    }
+    finished = dataclasses.replace(backbone, model=model.cpu())
+    export_student(
+        finished,
+        finished,
+        out,
+        image_size=backbone.image_size,
+        class_names=train.class_names,
+        card=finetuned_card(finished, facts, out),
+    )
+    accuracy = f"top-1 {percent(facts['top1'])} of {tally.images:,} validation images" if tally else "not evaluated"
+    say(f"{out}: {accuracy}; timm.create_model('local-dir:{out}', pretrained=True)")
+    if config.init is None:
+        say(f"as a teacher: --teacher {place} --teacher-weights {out / WEIGHTS} --size {backbone.image_size}")
+    return facts
+
+
+def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:
+    """Indices of the training images, in the order of the source: all, or the first of each class by a keyed hash."""
+    if per_class is None:
+        return np.arange(len(source.samples))
+    order = hash_order((sample.key for sample in source.samples), b"scalekd-cache labels %d" % seed)
+    labels = np.array([sample.label for sample in source.samples])[order]
+    first = [order[labels == label][:per_class] for label in range(len(source.class_names))]
+    return np.sort(np.concatenate(first))
+
+
+def with_classifier(backbone: Backbone, classes: int) -> Backbone:
+    """The backbone with a new classifier of this width."""
+    model: Any = backbone.model
+    model.reset_classifier(classes)
+    shape = _output_shape(model.eval(), backbone.image_size)
+    if shape != (1, classes):
+        raise UserError("this model cannot be a classifier", got=f"{backbone.name}: outputs of shape {shape[1:]}",
+                        expected=f"{classes} logits, as of models that pool their last map")  # fmt: skip
+    return dataclasses.replace(backbone, model_args={**backbone.model_args, "num_classes": classes})
+
+
+@torch.no_grad()
+def _output_shape(model: nn.Module, size: int) -> tuple[int, ...]:
+    return tuple(model(torch.zeros(1, 3, size, size)).shape)
+
+
+def _validation(config: FinetuneConfig, train: Source, say: Callable[[str], object]) -> Source | None:
+    """The validation images; None, with a note, if there are none with the classes of train."""
+    try:
+        source = open_source(config.data, "val")
+    except UserError as error:
+        say(f"no validation images: the accuracy is not measured ({str(error).splitlines()[0]})")
+        return None
+    if source.class_names != train.class_names:
+        say("the validation images do not have the classes of the training images: the accuracy is not measured")
+        return None
+    return source
+
+
+def _train(
+    config: FinetuneConfig, backbone: Backbone, source: Source, chosen: IntArray, device: torch.device
+) -> tuple[nn.Module, int]:
+    """Train in place; the trained model (or the moving average) and the number of unreadable images."""
+    model = backbone.model.to(device).train()
+    count = max(1, -(-len(chosen) // config.batch))
+    optimizer = create_optimizer_v2(
+        model, "adamw", lr=config.lr, weight_decay=config.weight_decay, layer_decay=config.layer_decay
+    )
+    warmup = round(WARMUP_SHARE * config.epochs * count)
+    schedule, _ = create_scheduler_v2(
+        optimizer,
+        "cosine",
+        num_epochs=config.epochs * count,
+        warmup_epochs=warmup,
+        warmup_lr=config.lr / 100,
+        warmup_prefix=False,
+        step_on_epochs=True,  # the unit of its epochs is a step here
+    )
+    ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
+    loss_of = LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
+    images = TrainingViews(source, dataclasses.replace(config.views, size=backbone.image_size))
+    normalize = Normalize(backbone.mean, backbone.std).to(device)
+    forward = partial(_forward, model, autocast_dtype("auto", device))
+    generator, step, unreadable = np.random.default_rng(config.seed), 0, set()
+
+    def batches(epoch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        order = np.array_split(generator.permutation(chosen), count)
+        items = load_items(
+            images,
+            iter([(epoch, ids.tolist()) for ids in order]),
+            workers=config.workers,
+            item_bytes=config.batch * 3 * backbone.image_size**2,
+            max_prefetch=2,
+        )
+        for views, labels, bad in items:
+            unreadable.update(bad)
+            if len(labels) > 1:  # batch normalization needs two
+                yield normalize(views.to(device)), labels.to(device)
+
+    with progress("finetune", config.epochs * count, "step") as bar:
+
+        def after_step(loss: float) -> None:
+            nonlocal step
+            step += 1
+            schedule.step(step)
+            if ema is not None:
+                ema.update(model, step=step)
+            bar.set_postfix_str(f"loss {loss:.3f}", refresh=False)
+            bar.update()
+
+        for epoch in range(config.epochs):
+            train_epoch(forward, model.parameters, batches(epoch), loss_of, optimizer, after_step)
+    if step == 0:
+        raise UserError("no training image could be read", where=config.data.source, fix="check --data")
+    trained: nn.Module = (model if ema is None else ema.module).eval()
+    return trained, len(unreadable)
+
+
+def _forward(model: nn.Module, dtype: torch.dtype, images: Tensor) -> Tensor:
+    """The model's logits, float32."""
+    with autocast(images.device, dtype):
+        logits: Tensor = model(images)
+    return logits.float()
+
+
+def _accuracy(backbone: Backbone, validation: Source | None, device: torch.device, workers: int) -> Tally | None:
+    if validation is None:
+        return None
+    normalize = Normalize(backbone.mean, backbone.std).to(device)
+    tally = evaluate(
+        lambda images: backbone.model(normalize(images)), validation, backbone.image_size, device, workers=workers
+    )
+    return tally if tally.images else None
+
+
+class TrainingViews(Dataset[tuple[Tensor, Tensor, list[int]]]):
+    """Batches of augmented views, by (epoch, indices of images): views (B, 3, S, S) uint8, labels, unreadable indices.
+
+    A view depends only on the seed of the views, the image and the epoch.
+    """
+
+    def __init__(self, source: Source, views: ViewConfig) -> None:
+        self.source, self.views = source, views
+
+    def __getitem__(self, place: tuple[int, list[int]]) -> tuple[Tensor, Tensor, list[int]]:
+        epoch, indices = place
+        found, labels, bad = [], [], []
+        for index in indices:
+            sample = self.source.samples[index]
+            try:
+                image = decode_image(self.source.read(index), sample.key)
+            except UnreadableImage:
+                bad.append(index)
+                continue
+            view = sample_view(self.views, sample.key, epoch, image.shape[1], image.shape[0])
+            found.append(apply_view(view, image, self.views))
+            labels.append(sample.label)
+        size = self.views.size
+        pixels = np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
+        # Contiguous, as a worker sends it: convolutions round differently in another memory layout.
+        return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64), bad

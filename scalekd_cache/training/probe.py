@@ -1,0 +1,150 @@
+"""Measures a backbone by k-NN and a linear classifier on labeled images, next to random weights and to pixels.
+
+In: a backbone and a labeled data set. Out: accuracies in percent.
+Invariant: all three embeddings are of the same readable images; no image is both classified and known.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalekd_cache.config.downstream import ProbeConfig
+from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.convert.backbone import Backbone, open_backbone
+from scalekd_cache.data.base import IntArray, Source, hash_order
+from scalekd_cache.data.source import open_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.normalize import Normalize, resize
+from scalekd_cache.models.probing import embed, knn_accuracy, linear_probe_accuracy, pooled_embedding
+
+PIXEL_SIDE = 16
+"""Side of the images of the pixel baseline."""
+HELD_OUT_SHARE = 0.2
+"""Share of a single labeled split that is classified."""
+EMBEDDINGS = {"backbone": "the backbone", "random_weights": "random weights",
+              "pixels": f"pixels, {PIXEL_SIDE} x {PIXEL_SIDE}"}  # fmt: skip
+"""What is compared, by its name in the results."""
+
+
+class LabeledImages(NamedTuple):
+    """Some labeled images of a data set."""
+
+    source: Source
+    indices: IntArray
+    """(N,) int64, in the order of the source."""
+
+
+def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tuple[LabeledImages, LabeledImages]:
+    """Known and classified images: train and val, or a division of the only labeled split by a hash of the keys.
+
+    Args:
+        data: the data set.
+        use: called with one line about a split that is missing.
+
+    Raises:
+        UserError: no split has labels, or the only one has fewer than two images.
+    """
+    train = open_source(data, "train")
+    try:
+        val = open_source(data, "val")
+    except UserError as error:
+        if not train.class_names:
+            raise
+        use(f"no validation images ({str(error).splitlines()[0]})")
+        val = None
+    labeled = [source for source in (train, val) if source is not None and source.class_names]
+    if not labeled:
+        raise UserError(
+            "this data set has no labels", where=data.source, expected="train/<class>/ and val/<class>/, or one of them"
+        )
+    if len(labeled) == 2:
+        first, second = (LabeledImages(source, np.arange(len(source.samples))) for source in labeled)
+        return first, second
+    source = labeled[0]
+    total = len(source.samples)
+    if total < 2:
+        raise UserError("the data set has too few labeled images", got=total, expected="at least 2", where=data.source)
+    order = hash_order((sample.key for sample in source.samples), b"scalekd-cache probe")
+    count = max(1, round(HELD_OUT_SHARE * total))
+    use(f"only one split has labels: {total - count:,} of its images are known, {count:,} are classified")
+    return LabeledImages(source, np.sort(order[count:])), LabeledImages(source, np.sort(order[:count]))
+
+
+def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Any]:
+    """Accuracies of a backbone's pooled embeddings, of those of random weights, and of pixels.
+
+    Args:
+        config: the options.
+        device: where the backbone runs.
+        say: called with lines for people.
+
+    Returns:
+        Names and counts, and for each of `EMBEDDINGS` its width (`channels`), `knn` and `linear_probe` in percent.
+
+    Raises:
+        UserError: no such backbone or data set, no labels, or no readable image in a split.
+    """
+    backbone = open_backbone(config.backbone, config.weights, size=config.size, pretrained=True, option="--backbone")
+    splits = labeled_splits(config.data, say)
+    compared = _Compared(backbone, device)
+    known, classified = (
+        embed(compared, split.source, backbone.image_size, device, indices=split.indices.tolist(),
+              workers=config.workers, title=title)
+        for split, title in zip(splits, ("embed training images", "embed validation images"), strict=True)
+    )  # fmt: skip
+    if not len(known.labels) or not len(classified.labels):
+        raise UserError("no image could be read", where=config.data.source, fix="check --data")
+    rows: dict[str, Any] = {}
+    parts = zip(*(torch.split(found.features, compared.widths, 1) for found in (known, classified)), strict=True)
+    for name, (train, test) in zip(EMBEDDINGS, parts, strict=True):
+        rows[name] = {
+            "channels": train.shape[1],
+            "knn": knn_accuracy(train, known.labels, test, classified.labels),
+            "linear_probe": linear_probe_accuracy(train, known.labels, test, classified.labels),
+        }
+    return {
+        "backbone": config.backbone,
+        "model": backbone.name,
+        "data": config.data.source,
+        "image_size": backbone.image_size,
+        "train_images": len(known.labels),
+        "val_images": len(classified.labels),
+        "unreadable": sum(len(split.indices) for split in splits) - len(known.labels) - len(classified.labels),
+        "classes": len(splits[1].source.class_names),
+        "results": rows,
+    }
+
+
+def probe_table(facts: dict[str, Any]) -> str:
+    """The results of `probe` as text."""
+    lines = [
+        f"{facts['train_images']:,} training and {facts['val_images']:,} validation images of "
+        f"{facts['classes']:,} classes, {facts['image_size']} x {facts['image_size']} pixels"
+        + (f"; {facts['unreadable']:,} could not be read" if facts["unreadable"] else ""),
+        f"{'':<34} {'channels':>8} {'k-NN':>9} {'linear probe':>13}",
+    ]
+    for name, row in facts["results"].items():
+        title = f"{facts['backbone']}" if name == "backbone" else EMBEDDINGS[name]
+        lines.append(f"{title:<34} {row['channels']:>8,} {row['knn']:>7.2f} % {row['linear_probe']:>11.2f} %")
+    return "\n".join(lines)
+
+
+class _Compared:
+    """uint8 images to the embeddings of `EMBEDDINGS`, side by side: every image is decoded once."""
+
+    def __init__(self, backbone: Backbone, device: torch.device) -> None:
+        self._normalize = Normalize(backbone.mean, backbone.std).to(device)
+        self._models = [model.to(device) for model in (backbone.model, backbone.with_random_weights(0))]
+        self.widths: list[int] = []
+        """Channels of each embedding, known after the first call."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B, 3, S, S) uint8 -> (B, C), float32."""
+        x = self._normalize(images)
+        embeddings = [pooled_embedding(model, x).float() for model in self._models]
+        embeddings.append(resize(images, PIXEL_SIDE).float().flatten(1) / 255)
+        self.widths = [embedding.shape[1] for embedding in embeddings]
+        return torch.cat(embeddings, 1)

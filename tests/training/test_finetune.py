@@ -1,0 +1,189 @@
+"""Fine-tuning: what is written, which images are used, what a start folder may be, errors, interruption."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from documented import call
+from image_files import encoded, write
+from PIL import Image
+
+import scalekd_cache
+from pipelines import finetune as command
+from pipelines import probe as probe_command
+from scalekd_cache import UserError
+from scalekd_cache.config.downstream import FinetuneConfig
+from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
+from scalekd_cache.data.source import open_source
+from scalekd_cache.errors import RunInterrupted
+from scalekd_cache.models import evaluate
+from scalekd_cache.models.teacher import load_teacher
+from scalekd_cache.training import finetune as module
+from scalekd_cache.training.finetune import TrainingViews, chosen_images
+
+torch.set_num_threads(1)
+COLORS = {"blue": (40, 60, 200), "green": (30, 180, 70), "red": (200, 50, 40)}
+QUICK = {"epochs": 3, "batch": 16, "device": "cpu", "workers": 0}
+
+
+def colored(root, train=10, val=4):
+    """Noisy images whose class is their color."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", train), ("val", val)):
+        for name, color in COLORS.items():
+            for number in range(count):
+                pixels = np.clip(np.array(color) + generator.normal(0, 30, (40, 40, 3)), 0, 255).astype(np.uint8)
+                write(root / split / name / f"{number}.png", encoded(Image.fromarray(pixels)))
+    return root
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return colored(tmp_path_factory.mktemp("colored"))
+
+
+@pytest.fixture(scope="module")
+def tuned(data, tmp_path_factory):
+    """A small network from random weights, by the Python function."""
+    out = tmp_path_factory.mktemp("finetune") / "out"
+    options = {**QUICK, "pretrained": False, "lr": 3e-3, "ema_decay": 0.5, "epochs": 8}
+    facts = scalekd_cache.finetune(model="resnet10t", data=data, size=32, out=out, options=options)
+    return out, facts
+
+
+def test_it_learns_and_timm_loads_it(tuned, data):
+    out, facts = tuned
+    assert facts["top1"] > 80
+    assert (facts["train_images"], facts["val_images"], facts["classes"]) == (30, 12, 3)
+    assert sorted(path.name for path in out.parent.iterdir()) == ["out"]
+    assert sorted(path.name for path in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    model = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert model.pretrained_cfg["input_size"] == (3, 32, 32)
+    assert json.loads((out / "config.json").read_text())["label_names"] == ["blue", "green", "red"]
+    assert f"top-1 {facts['top1']:.2f} %" in (out / "README.md").read_text()
+
+
+def test_from_an_export_the_classifier_is_new(tuned, data, tmp_path, capsys):
+    words = [word for name, value in QUICK.items() for word in (f"--{name}", value)]
+    out = tmp_path / "second"
+    call(command, ["--init", tuned[0], "--data", data, "--out", out, "--labels-per-class", 2, "--json", *words])
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["train_images"], facts["labels_per_class"], facts["image_size"]) == (6, 2, 32)
+    again = scalekd_cache.finetune(
+        init=tuned[0], data=data, labels_per_class=2, out=tmp_path / "third", options={**QUICK, "workers": 1}
+    )
+    first, second = ((folder / "model.safetensors").read_bytes() for folder in (out, tmp_path / "third"))
+    assert first == second  # with a worker too
+    assert again["top1"] == facts["top1"]
+    call(probe_command, ["--backbone", out, "--data", data, "--device", "cpu"])
+    assert "linear probe" in capsys.readouterr().out
+
+
+def test_a_teacher_for_cache_teacher(data, tmp_path, capsys):
+    options = {**QUICK, "epochs": 1, "pretrained": False}
+    scalekd_cache.finetune(model="demo_swin", data=data, out=tmp_path / "t", options=options)
+    weights = tmp_path / "t" / "model.safetensors"
+    assert f"--teacher demo_swin --teacher-weights {weights} --size 64" in capsys.readouterr().out
+    config = TeacherConfig(name="demo_swin", weights=str(weights))
+    teacher = load_teacher(config, image_size=64, num_classes=3, device=torch.device("cpu"))
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    model = timm.create_model(f"local-dir:{tmp_path / 't'}", pretrained=True).eval()
+    torch.testing.assert_close(teacher(images).logits, model(teacher.normalize(images)).detach())
+    start = scalekd_cache.finetune(  # from its own file, which has a classifier of 3
+        model="demo_swin", weights=weights, data="demo", labels_per_class=1, out=tmp_path / "u", options=options
+    )
+    assert start["classes"] == 10
+
+
+def test_few_labels_are_the_same_for_any_listing():
+    source = open_source(DataConfig(), "train")
+    chosen = chosen_images(source, 3, 0)
+    labels = [source.samples[index].label for index in chosen]
+    assert sorted(labels) == sorted([*range(10)] * 3)
+    more, other = chosen_images(source, 5, 0), chosen_images(source, 3, 1)
+    assert set(chosen) < set(more)
+    assert set(chosen) != set(other)
+    part = source.first(700)
+    keys = {source.samples[index].key for index in chosen}
+    inside = {sample.key for sample in part.samples} & keys
+    assert inside <= {part.samples[index].key for index in chosen_images(part, 3, 0)}
+    assert len(chosen_images(source, 10**6, 0)) == len(source.samples)
+    assert chosen_images(source, None, 0).tolist() == [*range(len(source.samples))]
+
+
+def test_unreadable_images_are_skipped(tmp_path):
+    root = colored(tmp_path, train=3, val=1)
+    (root / "train" / "red" / "0.png").write_bytes(b"nothing")
+    source = open_source(DataConfig(source=str(root)), "train")
+    views = TrainingViews(source, FinetuneConfig(model="resnet10t").views)
+    pixels, labels, bad = views[0, [*range(9)]]
+    assert (pixels.shape, pixels.dtype, len(labels), len(bad)) == ((8, 3, 224, 224), torch.uint8, 8, 1)
+    assert not torch.equal(pixels, views[1, [*range(9)]][0])
+    assert torch.equal(pixels, views[0, [*range(9)]][0])
+    facts = scalekd_cache.finetune(
+        model="resnet10t", data=root, size=32, out=tmp_path / "o", options={**QUICK, "epochs": 1, "pretrained": False}
+    )
+    assert facts["train_images"] == 8
+
+
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ({}, "set either --init"),
+        ({"init": "a", "model": "resnet10t"}, "set either --init"),
+        ({"init": "runs/none"}, "there is no folder runs/none"),
+        ({"model": "resnet1O"}, "there is no model resnet1O"),
+        ({"model": "resnet10t", "weights": "no.safetensors"}, "no.safetensors"),
+        ({"model": "resnet10t", "options": {"batch": 1}}, "batch is out of range"),
+        ({"model": "resnet10t", "options": {"epoch": 1}}, "did you mean epochs"),
+        ({"model": "vit_tiny_patch16_224", "size": 9, "options": {"pretrained": False}}, "9"),
+        ({"model": "demo_swin"}, "no published weights"),
+    ],
+)
+def test_errors_before_anything_is_written(data, tmp_path, given, text, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=text.replace(".", r"\.")):
+        scalekd_cache.finetune(**{"data": data, **given})
+    assert not list(tmp_path.iterdir())
+
+
+def test_folders_that_cannot_be_used(data, tmp_path):
+    options = {**QUICK, "pretrained": False}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(UserError, match="scalekd export --run"):
+        scalekd_cache.finetune(init=tmp_path / "run", data=data, options=QUICK)
+    with pytest.raises(UserError, match="no exported student"):
+        scalekd_cache.finetune(init=tmp_path, data=data, options=QUICK)
+    with pytest.raises(UserError, match="other files"):
+        scalekd_cache.finetune(model="resnet10t", data=data, out=data, options=options)
+    flat = tmp_path / "flat"
+    for number in range(3):
+        write(flat / f"{number}.png", encoded(Image.new("RGB", (40, 40))))
+    with pytest.raises(UserError, match="no labels"):
+        scalekd_cache.finetune(model="resnet10t", data=flat, out=tmp_path / "o", options=options)
+
+
+@pytest.mark.parametrize("place", ["training", "evaluation"])
+def test_ctrl_c_leaves_nothing(data, tmp_path, monkeypatch, place):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module if place == "training" else evaluate, "decode_image", interrupt)
+    with pytest.raises(RunInterrupted, match="nothing was written") as stop:
+        scalekd_cache.finetune(
+            model="resnet10t", data=data, size=32, out=tmp_path / "o", options={**QUICK, "pretrained": False}
+        )
+    assert stop.value.exit_code == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_loss_that_is_not_finite(data, tmp_path):
+    with pytest.raises(UserError, match="NaN or Inf"):
+        scalekd_cache.finetune(
+            model="resnet10t", data=data, size=32, out=tmp_path / "o",
+            options={**QUICK, "pretrained": False, "lr": 1e30},
+        )  # fmt: skip
+    assert not list(tmp_path.iterdir())
