@@ -66,7 +66,7 @@ class FreeTeacher:
 
     def __call__(self, images: Tensor) -> TeacherOutput:
         """The same output for all images."""
-        return TeacherOutput(self.features[: len(images)], self.logits[: len(images)])
+        return TeacherOutput(self.features[: len(images)], self.logits[: len(images)], self.logits[: len(images), :0])
 
 
 class FreeCodec(Int8Codec):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.codec.base import FeatureCodec, FeatureMap
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.record_pixels import decode_features, record_view, wrong_digest
+from scalekd_cache.loader.record_pixels import decode_features, decode_pooled, record_view, wrong_digest
 from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.reader import Cache
@@ -39,6 +39,7 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
     names = manifest.facts.class_names
     checker = RecordChecker(manifest.facts.fingerprint_fields, cache.root, len(names))
     decoded = decode_features(checker.codec, [record]) if len(record.features) else None
+    second = () if checker.second_codec is None else ("second",)
     return {
         "key": record.key,
         "position": position,
@@ -46,12 +47,13 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
         "label": record.label,
         "class": names[record.label] if 0 <= record.label < len(names) else None,
         "where": _place(cache, view, position),
-        "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits")},
+        "bytes": {name: len(getattr(record, name)) for name in ("view", "pixels", "features", "logits", *second)},
         "view_record": record_view(record).to_json(),
         "view_in_words": describe_view_record(record_view(record)),
         "digest": record.digest,
         "digest_ok": _digest_ok(cache, record, encoded_pixels(record, view, position, pixels)),
         "features": NO_FEATURES if decoded is None else _features(checker.codec, decoded),
+        **({} if checker.second_codec is None else {"pooled": _pooled(checker.second_codec, record)}),
         "top_logits": top_logits(checker.logits([record], decoded and decoded.features)[0], names),
     }
 
@@ -98,6 +100,12 @@ def _features(codec: FeatureCodec, decoded: FeatureMap) -> dict[str, Any]:
     }
 
 
+def _pooled(codec: FeatureCodec, record: Record) -> dict[str, Any]:
+    values = decode_pooled(codec, [record])[0].numpy()
+    figures = {name: float(getattr(values, name)()) for name in ("mean", "std", "min", "max")}
+    return {"codec": codec.id, "width": len(values), **figures, "norm": float(np.linalg.norm(values))}
+
+
 def _range(values: NDArray[np.float32]) -> dict[str, float]:
     return {"min": float(values.min()), "mean": float(values.mean()), "max": float(values.max())}
 
@@ -140,6 +148,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
         },
         "classes": len(manifest.facts.class_names),
         "codec": manifest.facts.codec,
+        **({"second_codec": manifest.facts.second_codec} if manifest.facts.second_codec else {}),
         "stored_features": 1 / manifest.facts.features_every,
         "view_recipe": manifest.facts.view_recipe,
         "data": manifest.facts.data,

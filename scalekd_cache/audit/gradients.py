@@ -48,6 +48,7 @@ from scalekd_cache.training.targets import (
     load_cache_tail,
     make_heads,
     make_order,
+    pooled_width,
 )
 from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.versions import __version__
@@ -156,7 +157,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     config = config.on_data(labeled=cache.manifest.facts.labeled)
     model, tail = _student(config, cache, device)
     classifier = load_cache_classifier(config, cache, data.logit_codec, process)
-    cached = TargetSource(data.codec, data.logit_codec, classifier, features=features)
+    cached = TargetSource(data.codec, data.logit_codec, classifier, features=features, second_codec=data.second_codec)
     compare = _GradientSums(model, tail, cached, cached._replace(teacher=teacher), config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
@@ -171,7 +172,7 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
         config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
     )
     tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"])).to(device)
-    heads = make_heads(config, student, tail)
+    heads = make_heads(config, student, tail, pooled_width(manifest.facts))
     if config.init is not None:
         load_init_weights(config.init, student.model, heads)
     return DistillModel(config, student, heads).to(device), tail

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec import codec_from_config, second_codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
@@ -21,13 +21,21 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.record_pixels import RecordPixels, decode_features, record_view, wrong_digest
+from scalekd_cache.loader.record_pixels import (
+    RecordPixels,
+    decode_features,
+    decode_pooled,
+    record_view,
+    wrong_digest,
+)
 from scalekd_cache.store.base import NO_LABEL, Record, ShardId, stores_features, wrong_share
 from scalekd_cache.store.manifest import FEATURES_EVERY
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify_unit import Part, RecordProblem
 from scalekd_cache.views.pixels import decode_pixels
+
+NOT_FINITE = "the pooled embedding is not finite"
 
 
 class RecordChecker:
@@ -54,6 +62,7 @@ class RecordChecker:
     ) -> None:
         self.codec: FeatureCodec = codec_from_config(fields["codec"], root)
         self.logit_codec = logit_codec_from_config(fields["logit_codec"])
+        self.second_codec = second_codec_from_config(fields.get("second_codec", {}))
         recomputed = isinstance(self.logit_codec, RecomputedLogits)
         self.classifier = load_classifier(fields["logit_codec"], root) if recomputed else None
         self.views = ViewConfig(**from_plain(fields["views"]))
@@ -64,7 +73,7 @@ class RecordChecker:
     def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[RecordProblem]:
         """All findings in these records, which are in these rows of a shard."""
         found: list[RecordProblem] = []
-        checks = (self._label, self._logits, self._view, *(() if self.shares else (self._pixels,)))
+        checks = (self._label, self._logits, self._second, self._view, *(() if self.shares else (self._pixels,)))
         for record in records:
             for check in checks:
                 try:
@@ -101,6 +110,11 @@ class RecordChecker:
         logits = self.logit_codec.decode(record.logits)
         known = logits[logits > -np.inf] if self.logit_codec.partial else logits
         return None if np.isfinite(known).all() else "logits are not finite"
+
+    def _second(self, record: Record, _: int) -> str | None:
+        if self.second_codec is None:
+            return f"a pooled embedding of {len(record.second)} bytes, expected none" if len(record.second) else None
+        return None if bool(decode_pooled(self.second_codec, [record]).isfinite().all()) else NOT_FINITE
 
     def _view(self, record: Record, view: int) -> str | None:
         number = record_view(record).number
@@ -183,9 +197,11 @@ class RecordChecker:
         return np.stack([self.logit_codec.decode(record.logits) for record in records])
 
     def usable(self, record: Record) -> bool:
-        """Whether a record has features, and they and its logits can be decoded."""
+        """Whether a record has features, and they, its logits and its pooled embedding can be decoded."""
         try:
             self.logit_codec.decode(record.logits)
+            if self.second_codec is not None:
+                self.second_codec.unpack([record.second])
         except UserError:
             return False
         return self._unpacking(record) is None

@@ -19,10 +19,10 @@ from scalekd_cache.codec.fidelity import Fidelity, fidelity
 from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
-from scalekd_cache.loader.record_pixels import decode_features
+from scalekd_cache.loader.record_pixels import decode_features, decode_pooled
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.base import Record
-from scalekd_cache.store.fidelity_summary import summarize
+from scalekd_cache.store.fidelity_summary import POOLED_COSINE, summarize
 from scalekd_cache.store.reader import Cache
 
 BATCH = 16
@@ -31,6 +31,8 @@ MARGIN = 0.02
 or another view gives a much lower cosine."""
 
 
+COMPARED = {"cosine_mean_removed": "features: mean-removed cosine", POOLED_COSINE: "pooled embeddings: cosine"}
+"""Metrics that a record must meet, with their names in messages."""
 Place = tuple[int, int]
 """(view, position) of a record."""
 
@@ -58,6 +60,8 @@ class RerunBatch(NamedTuple):
     """(B, C, H, W) float32 features as the cache stores them."""
     close: Fidelity
     """Cosines of `output.features` and `decoded`, one value per view."""
+    pooled_cosine: Tensor | None
+    """(B,) cosines of `output.pooled` and the stored embeddings; None for a cache without them."""
 
 
 def sample_places(cache: Cache, count: int, seed: int) -> list[Place]:
@@ -92,7 +96,15 @@ def rerun_teacher(
         images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
         output = TeacherOutput(*(part.cpu() for part in teacher(images.to(teacher.device))))
         decoded = decode_features(checker.codec, records).features
-        yield RerunBatch(kept, records, output, decoded, fidelity(output.features, decoded))
+        close, pooled = fidelity(output.features, decoded), _pooled_cosine(checker, records, output)
+        yield RerunBatch(kept, records, output, decoded, close, pooled)
+
+
+def _pooled_cosine(checker: RecordChecker, records: Sequence[Record], output: TeacherOutput) -> Tensor | None:
+    if checker.second_codec is None:
+        return None
+    stored = decode_pooled(checker.second_codec, records)
+    return fidelity(output.pooled[..., None, None], stored[..., None, None]).cosine
 
 
 def _load(cache: Cache, checker: RecordChecker, place: Place) -> Iterator[tuple[Record, NDArray[np.uint8]]]:
@@ -122,17 +134,22 @@ def check_targets(
     figures: dict[str, list[float]] = {}
     same: list[bool] = []
     wrong: list[tuple[int, int, str, str]] = []
-    lowest = cache.manifest.fidelity.get("cosine_mean_removed", {}).get("p1", 1.0) - MARGIN
+    lowest = {name: row["p1"] - MARGIN for name, row in cache.manifest.fidelity.items()}
     for batch in rerun_teacher(cache, teacher, checker, sample_places(cache, records, seed)):
-        for name, values in batch.close._asdict().items():
+        found = {
+            **batch.close._asdict(),
+            **({} if batch.pooled_cosine is None else {POOLED_COSINE: batch.pooled_cosine}),
+        }
+        for name, values in found.items():
             figures.setdefault(name, []).extend(values.tolist())
         if teacher.spec.has_classifier:
             stored = checker.logits(batch.records, batch.decoded).argmax(1)
             same += (batch.output.logits.argmax(1).numpy() == stored).tolist()
-        cosines = batch.close.cosine_mean_removed.tolist()
-        for place, record, cosine in zip(batch.places, batch.records, cosines, strict=True):
-            if not cosine >= lowest:
-                what = f"stored and live features: mean-removed cosine {cosine:.4f}, expected >= {lowest:.4f}"
-                wrong.append((*place, record.key, what))
+        for name, what in COMPARED.items():
+            least = lowest.get(name, 1.0 - MARGIN)
+            for place, record, cosine in zip(batch.places, batch.records, found.get(name, ()), strict=False):
+                if not cosine >= least:
+                    message = f"stored and live {what} {cosine:.4f}, expected >= {least:.4f}"
+                    wrong.append((*place, record.key, message))
     top1 = 100 * float(np.mean(same)) if same else None
     return TeacherAgreement(len(figures.get("cosine", ())), summarize(figures), top1, wrong)

@@ -17,6 +17,17 @@ from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.models.teacher import TeacherOutput
 
 
+class EncodedPooled(NamedTuple):
+    """The pooled embeddings of a batch, encoded."""
+
+    codes: Tensor
+    """(B, bytes_per_view) uint8."""
+    final: Tensor
+    """(B,) bool: `EncodedRows.final`."""
+    cosine: Tensor
+    """(B,) float32: cosine of embedding and decoded embedding."""
+
+
 class Encoded(NamedTuple):
     """A batch of views, encoded."""
 
@@ -43,12 +54,9 @@ class HostBatch(NamedTuple):
     """An encoded batch in page-locked memory of the host; valid after `arrived`."""
 
     encoded: Encoded
+    pooled: EncodedPooled | None
+    """None for a cache without pooled embeddings."""
     arrived: Event
-
-    def wait(self) -> Encoded:
-        """The batch, once it has arrived."""
-        self.arrived.synchronize()
-        return self.encoded
 
 
 class PixelBuffers:
@@ -88,7 +96,12 @@ class Done:
 
 @torch.no_grad()
 def encode_batch(
-    codec: FeatureCodec, logit_codec: LogitCodec, output: TeacherOutput, stored: Tensor, seeds: Tensor
+    codec: FeatureCodec,
+    logit_codec: LogitCodec,
+    output: TeacherOutput,
+    stored: Tensor,
+    seeds: Tensor,
+    second_codec: FeatureCodec | None = None,
 ) -> HostBatch:
     """Enqueue encoding, fidelity, flags and the copies to the host behind the teacher's forward pass.
 
@@ -98,6 +111,7 @@ def encode_batch(
         output: of the teacher.
         stored: (F, C, H, W): the features that are stored; F may be 0.
         seeds: (F,) int64 on the teacher's device: the seed of each stored view's dither.
+        second_codec: of the pooled embeddings, which are stored for all views (None: not stored).
     """
     if len(stored):
         rows = codec.encode_rows(stored, seeds)
@@ -106,9 +120,25 @@ def encode_batch(
         rows = EncodedRows(seeds.new_empty(0, 1, dtype=torch.uint8), seeds.new_empty(0, dtype=torch.bool))
         similarity = Fidelity(*stored.new_empty(len(Fidelity._fields), 0))
     finite = output.features.flatten(1).isfinite().all(1) & output.logits.isfinite().all(1)
+    finite &= output.pooled.isfinite().all(1)
     encoded = Encoded(*rows, finite, torch.stack(similarity), logit_codec.encode_rows(output.logits))
-    host = Encoded(*(part.to("cpu", non_blocking=True) for part in encoded))  # torch allocates page-locked memory
-    return HostBatch(host, recorded_event(encoded.codes.device))
+    host = Encoded(*map(_to_host, encoded))
+    pooled: EncodedPooled | None = None
+    if second_codec is not None:
+        embeddings = pooled_maps(output)
+        rows = second_codec.encode_rows(embeddings)
+        cosine = compare(second_codec, embeddings, rows.codes).cosine
+        pooled = EncodedPooled(*map(_to_host, (*rows, cosine)))
+    return HostBatch(host, pooled, recorded_event(encoded.codes.device))
+
+
+def pooled_maps(output: TeacherOutput) -> Tensor:
+    """The pooled embeddings as maps of one position, (B, P, 1, 1)."""
+    return output.pooled[..., None, None]
+
+
+def _to_host(value: Tensor) -> Tensor:
+    return value.to("cpu", non_blocking=True)  # torch allocates page-locked memory
 
 
 def compare(codec: FeatureCodec, features: Tensor, codes: Tensor) -> Fidelity:

@@ -20,7 +20,7 @@ from scalekd_cache.caching.codec_selection import check_codec_files
 from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import Unit
-from scalekd_cache.codec import recomputed
+from scalekd_cache.codec import pooled_codec, recomputed
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
@@ -125,11 +125,14 @@ def make_plan(
     """Everything that determines the cached bytes, and the work units. An existing plan is extended (`join_plan`)."""
     root = Path(config.cache.path)
     logit_codec = make_logit_codec(config.cache, teacher, exact=codec.id == "float32")
+    second = pooled_codec(codec.id, teacher.spec.pooled)
+    second_config = {} if second is None else second.get_config()
     fields = {
         **_known_fields(config, process, source),
         "teacher": teacher.spec.to_json(),
         "codec": codec.get_config(),
         "logit_codec": logit_codec.get_config(),
+        **({"second_codec": second_config} if second_config else {}),
     }
     layout = {**_layout(config, source), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
     groups = _groups([], config.cache, source)
@@ -148,12 +151,12 @@ def make_plan(
         view_recipe=fields["views"],
         codec=fields["codec"],
         logit_codec=fields["logit_codec"],
-        second_codec={},
+        second_codec=second_config,
         data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source)},
         pixels_from=pixel_reference(root, source.cache) if isinstance(source, PixelCache) else {},
         versions=recorded_versions(process.device),
     )
-    stage = make_stage(config, process, source, teacher, codec, logit_codec, facts.fingerprint)
+    stage = make_stage(config, process, source, teacher, codec, logit_codec, second, facts.fingerprint)
     return join_plan(_job(stage, Plan(facts=facts, ranges=ranges)), config.cache)
 
 
@@ -164,6 +167,7 @@ def make_stage(
     teacher: Teacher,
     codec: FeatureCodec,
     logit_codec: LogitCodec,
+    second_codec: FeatureCodec | None,
     fingerprint: str,
 ) -> Stage:
     """What every unit is made with."""
@@ -176,6 +180,7 @@ def make_stage(
         teacher=teacher,
         codec=codec,
         logit_codec=logit_codec,
+        second_codec=second_codec,
         batch_size=config.teacher.batch_size,
         features_every=config.cache.features_every,
         device=process.device,

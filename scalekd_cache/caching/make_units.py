@@ -18,7 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from scalekd_cache.caching.encode_batch import HostBatch, PixelBuffers, compare, encode_batch, page_locked
+from scalekd_cache.caching.encode_batch import (
+    HostBatch,
+    PixelBuffers,
+    compare,
+    encode_batch,
+    page_locked,
+    pooled_maps,
+)
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit, views_of_units
 from scalekd_cache.codec.base import FeatureCodec
@@ -29,10 +36,10 @@ from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.background import BackgroundWriter, CommitQueue
 from scalekd_cache.store.base import Record, stores_features
-from scalekd_cache.store.fidelity_summary import summarize
+from scalekd_cache.store.fidelity_summary import POOLED_COSINE, summarize
 from scalekd_cache.store.image_digests import ImageFiles
 from scalekd_cache.store.resume import CommittedUnits, some_keys
 from scalekd_cache.store.unit import UnitWriter
@@ -71,6 +78,8 @@ class Stage:
     teacher: Teacher
     codec: FeatureCodec
     logit_codec: LogitCodec
+    second_codec: FeatureCodec | None = None
+    """Of pooled embeddings (None: not stored)."""
     batch_size: int
     features_every: int = 1
     """Features of one in this many views of every image are stored (`store/base.py`: `stores_features`)."""
@@ -237,9 +246,10 @@ def fill_unit(
                     there = stores_features(rows, number, stage.features_every)
                     stored = _stored_features(output.features, there)
                     seeds = _seeds(batch, number, there, stage.device)
-                    encoded = encode_batch(stage.codec, stage.logit_codec, output, stored, seeds)
+                    encoded = encode_batch(stage.codec, stage.logit_codec, output, stored, seeds, stage.second_codec)
                     views = zip(batch, [item.views[column] for item in batch], there.tolist(), strict=True)
-                    background.submit(_append_batch, stage, writer, number, list(views), stored, encoded, figures)
+                    rest = (output._replace(features=stored), encoded, figures)
+                    background.submit(_append_batch, stage, writer, number, list(views), *rest)
                 buffers.sent()
                 first += len(batch)
     except BaseException:
@@ -300,7 +310,7 @@ def _append_batch(
     writer: UnitWriter,
     number: int,
     views: Sequence[tuple[SampledViews, EncodedView, bool]],
-    stored: Tensor,
+    output: TeacherOutput,
     arriving: HostBatch,
     figures: dict[str, list[float]],
 ) -> None:
@@ -311,11 +321,12 @@ def _append_batch(
         writer: of the unit.
         number: number of the view.
         views: sample, encoded view, and whether its features are stored.
-        stored: (F, C, H, W): the features that are stored.
+        output: of the teacher, with the features (F, C, H, W) that are stored.
         arriving: the encoded batch.
         figures: fidelity by metric.
     """
-    encoded = arriving.wait()
+    arriving.arrived.synchronize()
+    encoded, stored = arriving.encoded, output.features
     batch, _, there = zip(*views, strict=True)
     _check_finite(encoded.finite, batch, number)
     codes, similarity = encoded.codes, encoded.similarity
@@ -324,9 +335,10 @@ def _append_batch(
         similarity = torch.stack(compare(stage.codec, stored, codes)).cpu()
     for name, values in zip(Fidelity._fields, similarity, strict=True):
         figures.setdefault(name, []).extend(values.tolist())
+    seconds = _pooled_rows(stage, output, arriving, figures)
     rows = iter(stage.codec.pack(codes.cpu().numpy()) if len(codes) else [])
     logits = stage.logit_codec.pack(encoded.logits.numpy())
-    for (item, view, has_features), logit in zip(views, logits, strict=True):
+    for (item, view, has_features), logit, second in zip(views, logits, seconds or [b""] * len(views), strict=True):
         record = Record(
             key=item.sample.key,
             label=item.sample.label,
@@ -335,8 +347,22 @@ def _append_batch(
             pixels=view.encoded,
             features=next(rows) if has_features else b"",
             logits=logit,
+            second=second,
         )
         writer.append(number, record, item.image)
+
+
+def _pooled_rows(
+    stage: Stage, output: TeacherOutput, arrived: HostBatch, figures: dict[str, list[float]]
+) -> list[bytes]:
+    """The stored pooled embeddings of a batch, with their fidelity in `figures`; empty if none are stored."""
+    codec, pooled = stage.second_codec, arrived.pooled
+    if codec is None or pooled is None:
+        return []
+    if not pooled.final.all():
+        codec.require_storable(pooled_maps(output))
+    figures.setdefault(POOLED_COSINE, []).extend(pooled.cosine.tolist())
+    return codec.pack(pooled.codes.numpy())
 
 
 def _check_finite(finite: Tensor, batch: Sequence[SampledViews], view: int) -> None:

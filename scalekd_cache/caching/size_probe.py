@@ -39,12 +39,14 @@ class PlaceholderTeacher:
 
     feature_shape: Shape
     num_classes: int
+    pooled: int = 0
 
     def __call__(self, images: Tensor) -> TeacherOutput:
-        """Standard normal features and logits, seeded by the batch size."""
+        """Standard normal features, logits and embeddings, seeded by the batch size."""
         generator = torch.Generator().manual_seed(len(images))
         features = torch.randn(len(images), *self.feature_shape, generator=generator)
-        return TeacherOutput(features, torch.randn(len(images), self.num_classes, generator=generator))
+        logits = torch.randn(len(images), self.num_classes, generator=generator)
+        return TeacherOutput(features, logits, torch.randn(len(images), self.pooled, generator=generator))
 
 
 class SizeProbe(NamedTuple):

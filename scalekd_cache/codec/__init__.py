@@ -26,6 +26,7 @@ CODECS: dict[str, tuple[str, str]] = {
     "bfloat16": ("scalekd_cache.codec.plain", "BFloat16Codec"),
     "float32": ("scalekd_cache.codec.plain", "Float32Codec"),
 }
+FLOATS = ("float16", "bfloat16", "float32")
 FITTED = ("transform", "transform-economy", "transform-rotated")
 """Presets of the transform codec, which must be fitted to a teacher (`transform_fit.fit`)."""
 
@@ -74,6 +75,26 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
             fix="use the version of scalekd-cache that wrote the cache, or rebuild the cache",
         )
     return codec
+
+
+def pooled_codec(maps: str, width: int) -> "FeatureCodec | None":
+    """The codec of pooled embeddings of `width` values, as (width, 1, 1) maps; None for width 0.
+
+    Args:
+        maps: id of the codec of the cache's maps. Floating-point codecs store the embeddings too; next to all others it
+            is int8, which stores a float16 mean and an 8-bit difference of each value here.
+        width: number of values.
+    """
+    return make_codec(maps if maps in FLOATS else "int8", (width, 1, 1)) if width else None
+
+
+def second_codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec | None":
+    """The codec of pooled embeddings, from `second_codec` of a manifest; None for an empty one.
+
+    Raises:
+        UserError: as `codec_from_config`.
+    """
+    return codec_from_config(config) if config else None
 
 
 def _from_config(name: str, shape: Shape, config: Mapping[str, Any], folder: "StoredPath | None") -> "FeatureCodec":

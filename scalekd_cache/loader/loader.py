@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec import codec_from_config, second_codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits
@@ -44,6 +44,8 @@ DIGEST_EVERY = 16
 """After these steps, one in this many stored views is compared, rotating over all views. Replayed views are always
 compared: the image may have been replaced, and the digest costs 9 % of generating a view (docs/LOG.md)."""
 
+PART_NAMES = {Parts.LABEL: "label", Parts.FEATURES: "features", Parts.SECOND: "pooled embedding"}
+"""Parts of a record that training may need."""
 MOST_WAITING = 4
 """Maximum number of micro-batches that a worker prefetches."""
 
@@ -60,6 +62,8 @@ class Batch(NamedTuple):
     device."""
     logits: Tensor
     """(B, K) float32: decoded logits (K = 0 if the logit codec stores none)."""
+    second: Tensor | None
+    """(B, bytes_per_view) uint8: rows of the codec of pooled embeddings; None for a cache without them."""
     ids: Tensor
     """(B,) int64: positions in the view's canonical order."""
     view: int
@@ -69,7 +73,8 @@ class Batch(NamedTuple):
         """The batch on `device`, asynchronously where the memory is pinned; `ids` stay on the host for logs."""
         tensors = (self.images, self.labels, self.codes, self.logits)
         images, labels, codes, logits = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        return Batch(images, labels, codes, logits, self.ids, self.view)
+        second = None if self.second is None else self.second.to(device, non_blocking=True)
+        return Batch(images, labels, codes, logits, second, self.ids, self.view)
 
 
 class Slot(NamedTuple):
@@ -107,6 +112,10 @@ class MicroBatches(Dataset[Batch]):
         self.micro_batch = micro_batch
         self.codec: FeatureCodec = codec_from_config(manifest.facts.codec, cache.root)
         self.logit_codec = logit_codec_from_config(manifest.facts.logit_codec)
+        self.second_codec = second_codec_from_config(manifest.facts.second_codec)
+        self.needed = Parts.LABEL if manifest.facts.labeled else Parts(0)
+        if self.second_codec is not None:
+            self.needed |= Parts.SECOND
         if features is None or isinstance(self.logit_codec, RecomputedLogits):
             features = featured(order, micro_batch)[0]
         self.features: int = features
@@ -130,11 +139,15 @@ class MicroBatches(Dataset[Batch]):
             for record, position in zip(records, ids.tolist(), strict=True)
         ]
         codes = self.codec.unpack([record.features for record in records[: self.features]])
+        second: Tensor | None = None
+        if self.second_codec is not None:
+            second = torch.from_numpy(self.second_codec.unpack([record.second for record in records]))
         return Batch(
             images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
             labels=torch.tensor([record.label for record in records], dtype=torch.int64),
             codes=torch.from_numpy(codes),
             logits=torch.from_numpy(np.stack([self.logit_codec.decode(record.logits) for record in records])),
+            second=second,
             ids=torch.from_numpy(ids),
             view=view,
         )
@@ -153,16 +166,16 @@ class MicroBatches(Dataset[Batch]):
         return {**self.__dict__, "_epoch": None}
 
     def _check_parts(self, records: list[Record], view: int) -> None:
-        """Raise `UserError` for a record of a labeled data set without label, or without features that are needed;
-        `Cache.read` checks labels against the classes."""
-        always = {Parts.LABEL} if self.cache.manifest.facts.labeled else set[Parts]()
+        """Raise `UserError` for a record without a part that is needed: label, features, pooled embedding; `Cache.read`
+        checks labels against the classes."""
         for number, record in enumerate(records):
-            needed = always | {Parts.FEATURES} if number < self.features else always
-            if not needed <= set(record.parts):
+            needed = self.needed | (Parts.FEATURES if number < self.features else Parts(0))
+            missing = needed & ~record.parts
+            if missing:
                 raise UserError(
-                    "a record has no label or no features",
+                    "a record has no " + " or no ".join(PART_NAMES[part] for part in missing),
                     got=repr(record.parts),
-                    expected=" and ".join(str(part.name).lower() for part in sorted(needed)),
+                    expected=" and ".join(PART_NAMES[part] for part in needed),
                     where=f"view {view} of {record.key} in {self.cache.root}",
                 )
 
@@ -212,7 +225,9 @@ def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: 
     """Approximate bytes of a micro-batch in transfer from a worker; `UserError` if shared memory is too small."""
     manifest = cache.manifest
     pixels, logits = 3 * int(manifest.facts.view_recipe["size"]) ** 2, 4 * len(manifest.facts.class_names)
-    size = micro_batch * (pixels + codec.bytes_per_view + logits + 16)
+    second = second_codec_from_config(manifest.facts.second_codec)
+    row = codec.bytes_per_view + (0 if second is None else second.bytes_per_view)
+    size = micro_batch * (pixels + row + logits + 16)
     prefetch_count(workers, size, MOST_WAITING)
     return size
 
@@ -260,6 +275,7 @@ class CacheLoader:
         )
         self.codec = self._dataset.codec
         self.logit_codec = self._dataset.logit_codec
+        self.second_codec = self._dataset.second_codec
         self._workers = workers
         self._pin_memory = pin_memory
         self._batch_bytes = check_workers(cache, self.codec, micro_batch, workers)

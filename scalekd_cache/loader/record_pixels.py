@@ -1,7 +1,7 @@
 """Pixels and features of one stored record.
 
 In: a record of a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they have the
-record's digest; its feature map, decoded.
+record's digest; its feature map and pooled embedding, decoded.
 Invariant: damaged or missing data is an error, never a substitute.
 """
 
@@ -28,6 +28,11 @@ def record_view(record: Record) -> View:
 def decode_features(codec: FeatureCodec, records: Sequence[Record]) -> FeatureMap:
     """Maps (B, C, H, W) and norms (B, 2, H, W) of records; `UserError` for features of another codec."""
     return codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
+
+
+def decode_pooled(codec: FeatureCodec, records: Sequence[Record]) -> torch.Tensor:
+    """(B, P) pooled embeddings of records; `UserError` for those of another codec."""
+    return codec.decode(torch.from_numpy(codec.unpack([record.second for record in records]))).features.flatten(1)
 
 
 class RecordPixels:

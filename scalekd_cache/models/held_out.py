@@ -72,7 +72,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
             rows = [row for row in range(len(batch.indices)) if (len(indices) + row) % every == 0]
             mapped += [len(indices) + row for row in rows]
             features.append(output.features[rows].cpu())
-            pooled.append(output.features.mean((2, 3)).cpu())
+            pooled.append((output.pooled if teacher.spec.pooled else output.features.mean((2, 3))).cpu())
             indices += batch.indices
     if not indices:
         raise UserError("no held-out image could be decoded", where=source.name, fix="check --data")

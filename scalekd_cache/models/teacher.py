@@ -2,7 +2,7 @@
 
 In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail`.
 Invariant: always in eval mode, without gradients. Features are taken after the final norm (`tail.py` defines it for
-each family). Features and logits come from one forward pass.
+each family). Features, logits and pooled embedding come from one forward pass.
 """
 
 import json
@@ -42,6 +42,8 @@ class TeacherOutput(NamedTuple):
     """(B, C, H, W) float32, after the final norm."""
     logits: Tensor
     """(B, K) float32; (B, 0) when the teacher has no classifier."""
+    pooled: Tensor
+    """(B, P) float32: the pooled embedding, P = `TeacherSpec.pooled`; (B, 0) where that is 0."""
 
 
 class Taps(NamedTuple):
@@ -50,19 +52,31 @@ class Taps(NamedTuple):
     before: Tensor
     after: Tensor
     logits: Tensor
+    pooled: Tensor | None = None
+    """What timm's pooling of the model returns, if it was asked for."""
 
 
-def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor) -> Taps:
-    """Call `model(x)` and record the maps before and after the tail's body with hooks."""
+def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor, *, pooled: bool = False) -> Taps:
+    """Run the model and record the maps before and after the tail's body with hooks.
+
+    With `pooled`, the head runs twice: once to the pooled embedding only. That is timm's definition of it, also where
+    several classifiers or an attention pool read the tokens.
+    """
     seen: dict[str, Tensor] = {}
     first = parts.body[0].register_forward_pre_hook(lambda _, args: seen.__setitem__("before", args[0]))
     last = parts.body[-1].register_forward_hook(lambda _module, _args, out: seen.__setitem__("after", out))
+    embedding: Tensor | None = None
     try:
-        logits = model(x)
+        if pooled:
+            timm_model: Any = model
+            features = timm_model.forward_features(x)
+            logits, embedding = timm_model.forward_head(features), timm_model.forward_head(features, pre_logits=True)
+        else:
+            logits = model(x)
     finally:
         first.remove()
         last.remove()
-    return Taps(seen["before"], seen["after"], logits)
+    return Taps(seen["before"], seen["after"], logits, embedding)
 
 
 class Teacher(nn.Module):
@@ -115,10 +129,12 @@ class Teacher(nn.Module):
         """(B, 3, H, W) uint8 images to features and logits, float32."""
         x = self.normalize(images)
         with autocast(x.device, self.autocast_dtype):
-            taps = run_with_taps(self.model, self.parts, x)
+            taps = run_with_taps(self.model, self.parts, x, pooled=self.spec.pooled > 0)
             features = features_of(self.parts, taps.after, self.spec.feature_shape[1:])
-        logits = taps.logits if self.spec.has_classifier else x.new_zeros(x.shape[0], 0)
-        return TeacherOutput(features.float().contiguous(), logits.float())
+        nothing = x.new_zeros(x.shape[0], 0)
+        logits = taps.logits if self.spec.has_classifier else nothing
+        pooled = nothing if taps.pooled is None else taps.pooled
+        return TeacherOutput(features.float().contiguous(), logits.float(), pooled.float())
 
 
 def demo_teacher_args() -> dict[str, Any]:
@@ -168,7 +184,8 @@ def load_teacher(
     Args:
         config: Name, weights, classes, precision.
         image_size: Side of the views, pixels.
-        num_classes: Classes of the data set, used for random weights when the configuration names no number.
+        num_classes: Classes of the data set, used for random weights when the configuration names no number. 0: it has
+            no labels, and the teacher also returns its pooled embedding.
         device: Where it runs.
         model_args: More arguments of the timm model.
 
@@ -198,7 +215,7 @@ def load_teacher(
     if config.weights is not None and shapes is not None:
         load_converted(model, config.weights, shapes, heads)
     model.requires_grad_(False).eval()
-    spec = _describe(model, config.name if demo else name, used, image_size)
+    spec = _describe(model, config.name if demo else name, used, image_size, pools=num_classes == 0)
     return Teacher(model, spec, config.precision).to(device)
 
 
@@ -252,8 +269,16 @@ def _classifiers(name: str) -> tuple[str, ...]:
     return (heads,) if isinstance(heads, str) else tuple(heads)
 
 
-def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int) -> TeacherSpec:
-    """Run one black image through the model to get its shapes, and build its specification."""
+def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int, *, pools: bool) -> TeacherSpec:
+    """Run one black image through the model to get its shapes, and build its specification.
+
+    Args:
+        model: the model, on the CPU.
+        name: its name.
+        args: its arguments.
+        image_size: side of its images, pixels.
+        pools: also measure whether its pooled embedding differs from the mean of its map.
+    """
     family = family_of(model, name)
     parts = family.parts(model)
     taps = probe_taps(model, parts, name, image_size)
@@ -280,7 +305,34 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
         tail_shape=tail_shape,
         weights_sha256=weights_digest(model.state_dict()),
         has_classifier=has_classifier,
+        pooled=pooled_width(model, parts, feature_shape[1:], image_size) if pools else 0,
     )
+
+
+POOLED_TOLERANCE = 1e-4
+"""Largest difference of a pooled embedding and the mean of the map that counts as equal, relative to the largest value
+of the mean. Rounding in float32 gives about 1e-6."""
+
+
+@torch.no_grad()
+def pooled_width(model: nn.Module, parts: TailParts, grid: tuple[int, int], image_size: int) -> int:
+    """P, the width of the pooled embedding; 0 where the model has none, or where it is the mean of the map.
+
+    Measured on one image of noise, in float32. A model without timm's `forward_head`, or whose pooling keeps positions
+    (`global_pool=""`, the encoder of SAM), has no pooled embedding.
+    """
+    if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
+        return 0
+    noise = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
+    taps = run_with_taps(model, parts, noise, pooled=True)
+    assert taps.pooled is not None
+    if taps.pooled.dim() != 2:
+        return 0
+    mean = features_of(parts, taps.after, grid).mean((2, 3))
+    same = taps.pooled.shape == mean.shape
+    if same and bool((taps.pooled - mean).abs().max() <= POOLED_TOLERANCE * mean.abs().max()):
+        return 0
+    return int(taps.pooled.shape[1])
 
 
 @torch.no_grad()

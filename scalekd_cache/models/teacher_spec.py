@@ -58,11 +58,13 @@ class TeacherSpec:
     """`weights_digest` of the state dict."""
     has_classifier: bool
     """False: the teacher has no classifier, only features are used."""
+    pooled: Annotated[int, Field(ge=0, le=1 << 16)] = 0
+    """Width of the pooled embedding. 0: it is the mean of the map over positions, or the data set has labels."""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values."""
+        """All fields as JSON values, without `pooled` where it is 0."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
-        return plain
+        return plain if self.pooled else {name: value for name, value in plain.items() if name != "pooled"}
 
     @staticmethod
     def from_json(value: object, where: str = "teacher") -> "TeacherSpec":

@@ -19,7 +19,7 @@ from scalekd_cache.caching.job_plan import make_logit_codec, make_stage
 from scalekd_cache.caching.make_units import unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
 from scalekd_cache.caching.size_probe import PlaceholderTeacher, SizeProbe, measure_sizes
-from scalekd_cache.codec import FITTED, Shape, make_codec
+from scalekd_cache.codec import FITTED, Shape, make_codec, pooled_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
@@ -171,6 +171,8 @@ class _Teacher:
     live: Teacher | PlaceholderTeacher
     shape: Shape
     classes: int
+    pooled: int
+    """Width of the stored pooled embedding; 0: none is stored."""
 
 
 class _Sizes(NamedTuple):
@@ -218,7 +220,8 @@ def forecast(
     classes = len(source.class_names) or teacher.classes
     codec = _codec(config, source, teacher, process)
     logits = _logits(config, teacher, codec)
-    stage = make_stage(config, process, source, cast(Teacher, teacher.live), codec, logits, fingerprint="")
+    second = pooled_codec(codec.id, teacher.pooled)
+    stage = make_stage(config, process, source, cast(Teacher, teacher.live), codec, logits, second, fingerprint="")
     found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
     times = _times(config, training, card, sizes, epochs, classes)
@@ -333,14 +336,20 @@ def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) ->
     torch.manual_seed(config.views.seed)
     try:
         teacher = load_teacher(options, image_size=size, num_classes=data_classes, device=process.device)
-        return _Teacher(teacher, teacher.spec.feature_shape, teacher.spec.num_classes)
+        spec = teacher.spec
+        return _Teacher(teacher, spec.feature_shape, spec.num_classes, spec.pooled)
     except UserError:
         if options.weights is not None or not options.pretrained:
             raise
     classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, data_classes)
-    with torch.device("meta"):
-        meta = meta_teacher(options.name, size, data_classes)
-    return _Teacher(PlaceholderTeacher(meta.tail_out, classes), meta.tail_out, classes)
+    if data_classes == 0:  # only a real forward pass shows whether an embedding is stored; any weights do
+        random = dataclasses.replace(options, pretrained=False, num_classes=classes)
+        spec = load_teacher(random, image_size=size, num_classes=0, device=torch.device("cpu")).spec
+        shape, pooled = spec.feature_shape, spec.pooled
+    else:
+        with torch.device("meta"):
+            shape, pooled = meta_teacher(options.name, size, data_classes).tail_out, 0
+    return _Teacher(PlaceholderTeacher(shape, classes, pooled), shape, classes, pooled)
 
 
 def _codec(
@@ -397,20 +406,23 @@ def _alternatives(
     for other in sorted({*(max(every, views // part // every * every) for part in (4, 2)), 2 * views} - {views}):
         size = sum(found.bytes_of(ranges, other).values()) + once
         rows.append({"change": f"--views {other}", "bytes": size, "gpu_hours": stage_1 * other / views})
-    records: dict[str, int] = {}
+    records: dict[str, float] = {}
     for name in ("int8", "float16"):
-        records[name] = make_codec(name, teacher.shape).record_bytes
+        second = pooled_codec(name, teacher.pooled)
+        maps = make_codec(name, teacher.shape).record_bytes / every
+        records[name] = maps + (0 if second is None else second.record_bytes)
     quick = found.teacher_s * min(CALIBRATION_VIEWS, images) < MAX_EXTRA_S
     if isinstance(teacher.live, Teacher) and quick and codec.id != "transform":
         started = time.perf_counter()
         for name in FITTED[:2]:
             store = dataclasses.replace(config.cache, codec=name, codec_target=None)
             fitted = select_codec(dataclasses.replace(config, cache=store), source, teacher.live, process.device)
-            records[name] = fitted.codec.record_bytes
+            second = pooled_codec(name, teacher.pooled)
+            records[name] = fitted.codec.record_bytes / every + (0 if second is None else second.record_bytes)
             if time.perf_counter() - started > MAX_EXTRA_S / 2:
                 break
     for name, size in records.items():
         if name != codec.id:
-            change = (size / every - found.per_view["features"]) * images * views
+            change = (size - found.per_view["features"]) * images * views
             rows.append({"change": f"--codec {name}", "bytes": total + change, "gpu_hours": stage_1})
     return rows

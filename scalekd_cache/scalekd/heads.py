@@ -2,7 +2,7 @@
 
 In: the student's two last maps S3 and S4 and the teacher's frozen tail, passed as a callable.
 Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py`; with linear heads one map and
-one vector (B, C).
+one vector (B, C); without labels a vector (B, P) next to the maps.
 Invariant: the tail is not a submodule, so it is in no state dict, optimizer or ZeRO partition; every parameter is
 used only in the forward pass of its own module; a learned query is projected once per batch.
 """
@@ -48,7 +48,7 @@ class ScaleKDHeads(nn.Module):
 
     Projectors that no loss of `config` uses are not built, so every parameter gets a gradient. Lite projectors serve
     both views of a tap: one map and one pass through the tail, used by both losses. Linear heads use S4 only, and no
-    tail.
+    tail. Without labels, all kinds have a linear map from the mean of S4 to the teacher's pooled embedding.
 
     Args:
         config: loss weights, head counts, attention scale, source of S4's query.
@@ -56,6 +56,8 @@ class ScaleKDHeads(nn.Module):
         tail_in_shape: (C3, H3, W3), input of the teacher's tail.
         tail_out_shape: (C, H, W) of the teacher's last map.
         layer_norm: the student has no batch norm; used by `config.cap_norm` = auto.
+        pooled: width of the pooled target of a cache without labels; 0 with labels: only linear heads have an output
+            for it, of C channels.
 
     Raises:
         UserError: head counts do not divide the teacher's widths, or the teacher's map has one position.
@@ -68,11 +70,13 @@ class ScaleKDHeads(nn.Module):
         tail_in_shape: Shape,
         tail_out_shape: Shape,
         layer_norm: bool = False,
+        pooled: int = 0,
     ) -> None:
         super().__init__()
         check_grid(*tail_out_shape[1:])
         self.tail_in_shape, self.tail_out_shape = tail_in_shape, tail_out_shape
         self.s3, self.s4 = nn.ModuleDict(), nn.ModuleDict()
+        self.pooled: nn.Linear | None = None
         self._first_pass: FirstPass | None = None
         self.tpp = config.tpp
         self.lite = config.projector == "lite"
@@ -80,8 +84,10 @@ class ScaleKDHeads(nn.Module):
         on = term_weights(config)
         if config.projector == "linear":
             if on.s4_spatial > 0:
-                self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape)
+                self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape, pooled)
             return
+        if pooled and on.pooled > 0:
+            self.pooled = nn.Linear(tap_shapes[1][0], pooled)
         layer_norm = layer_norm if config.cap_norm == "auto" else config.cap_norm == "layer"
         shape_s3 = tail_in_shape if config.tpp else tail_out_shape
         widths = [lite_width(shape[0]) if self.lite else shape[0] for shape in (shape_s3, tail_out_shape)]
@@ -115,23 +121,28 @@ class ScaleKDHeads(nn.Module):
         """Recompute projectors and tail in the backward pass (`activation_checkpointing.py`)."""
         self._first_pass = FirstPass(self, "the ScaleKD heads")
 
-    def forward(self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor]) -> HeadOutputs:
-        """S3 (B, C3', h3, w3) and S4 (B, C4', h4, w4) of the student -> maps (B, C, H, W) on the teacher's last grid.
+    def forward(
+        self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor], pooled_s4: Tensor | None = None
+    ) -> HeadOutputs:
+        """S3 (F, C3', h3, w3) and S4 (F, C4', h4, w4) of the student -> maps (F, C, H, W) on the teacher's last grid.
+
+        `pooled_s4` (B, C4', h4, w4) is S4 of the samples that have a pooled target (None: those of `s4`).
 
         Teacher parameter perception (TPP): S3's projection passes through the frozen `tail`, (B, C3, H3, W3) ->
         (B, C, H, W), and the gradient flows back through it. With s4_query = s3 that map is also S4's query; it is
         not detached, so S4's losses train S3's projector too.
         """
         if "linear" in self.s4:
-            map_s4, pooled = self.s4["linear"](s4)
+            map_s4, pooled = self.s4["linear"](s4, pooled_s4)
             return HeadOutputs(None, None, map_s4, None, pooled)
+        pooled = None if self.pooled is None else self.pooled((s4 if pooled_s4 is None else pooled_s4).mean((2, 3)))
         with self._first_pass() if self._first_pass is not None else nullcontext():
             if self.lite:
                 map_s3, map_s4 = self._project("both", s3, s4, tail)
-                return HeadOutputs(map_s3, map_s3, map_s4, map_s4)
+                return HeadOutputs(map_s3, map_s3, map_s4, map_s4, pooled)
             s3_spatial, s4_spatial = self._project("spatial", s3, s4, tail)
             s3_frequency, s4_frequency = self._project("frequency", s3, s4, tail)
-        return HeadOutputs(s3_spatial, s3_frequency, s4_spatial, s4_frequency)
+        return HeadOutputs(s3_spatial, s3_frequency, s4_spatial, s4_frequency, pooled)
 
     def _project(
         self, view: str, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor]

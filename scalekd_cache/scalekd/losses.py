@@ -19,13 +19,13 @@ from scalekd_cache.errors import UserError
 
 
 class TermWeights(NamedTuple):
-    """Weights of the feature terms."""
+    """Weights of the feature terms. `pooled` counts where the heads have a pooled output."""
 
     s3_spatial: float
     s3_frequency: float
     s4_spatial: float
     s4_frequency: float
-    pooled: float = 0.0
+    pooled: float
 
 
 def term_weights(config: ScaleKDConfig) -> TermWeights:
@@ -34,14 +34,16 @@ def term_weights(config: ScaleKDConfig) -> TermWeights:
     Linear heads have two terms: the map at S4, and its mean, which has the weight of the whole map.
     """
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
+    spatial = config.spatial_weight * s4
+    pooled = spatial * REFERENCE_POSITIONS
     if config.projector == "linear":
-        spatial = config.spatial_weight * s4
-        return TermWeights(0.0, 0.0, spatial, 0.0, spatial * REFERENCE_POSITIONS)
+        return TermWeights(0.0, 0.0, spatial, 0.0, pooled)
     return TermWeights(
         config.spatial_weight * s3,
         config.frequency_weight_s3 * s3 * frequency,
-        config.spatial_weight * s4,
+        spatial,
         config.frequency_weight_s4 * s4 * frequency,
+        pooled,
     )
 
 
@@ -63,6 +65,8 @@ class Targets(NamedTuple):
     classes and -inf for the others, of which only the total probability is known (`partial_logit_loss`)."""
     partial: bool = False
     """Whether `logits` holds log-probabilities of some classes only."""
+    pooled: Tensor | None = None
+    """(B, P) float32: the pooled embedding of all samples; None where it is the mean of `features` over positions."""
 
     def with_features(self, samples: int | None) -> "Targets":
         """The targets with features of the first `samples` samples only (None: of all)."""
@@ -77,7 +81,7 @@ class HeadOutputs(NamedTuple):
     s4_spatial: Tensor | None
     s4_frequency: Tensor | None
     pooled: Tensor | None = None
-    """(F, C): the projected mean of S4."""
+    """(F, C) or (B, P): the projected mean of S4, of the samples that have a pooled target."""
 
 
 class LossTerms(NamedTuple):
@@ -168,15 +172,21 @@ def frequency_loss(
         return feature_loss(p, f, wide(norms[:, 1]), weight, grid_scaling)
 
 
-def pooled_loss(prediction: Tensor, features: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight * sum((P / ||P|| - m / ||m||)^2) / B, m the mean of F over positions; P (B, C), F (B, C, H, W) -> scalar.
+def pooled_loss(prediction: Tensor, target: Tensor, *, weight: float = 1.0) -> Tensor:
+    """weight * sum((P / ||P|| - T / ||T||)^2) / B, with P and T (B, C) -> scalar: 2 - 2 cosine, averaged over samples.
 
-    The mean averages out most of a codec's noise, so it is divided by its own norm.
+    The target is divided by its own norm. The mean of a map averages out most of its codec's noise; a stored embedding
+    has almost none.
     """
+    assert prediction.shape == target.shape, (prediction.shape, target.shape)
     with full_precision(prediction):
-        mean = F.normalize(wide(features).mean((2, 3)), dim=1, eps=NORM_EPS)
-        difference = F.normalize(wide(prediction), dim=1, eps=NORM_EPS) - mean
-        return difference.square().sum() * (weight / len(features))
+        difference = F.normalize(wide(prediction), dim=1, eps=NORM_EPS) - F.normalize(wide(target), dim=1, eps=NORM_EPS)
+        return difference.square().sum() * (weight / len(target))
+
+
+def pooled_target(targets: Targets) -> Tensor:
+    """(B, P) or (F, C): the pooled embedding, or the mean of the map over positions where that is the embedding."""
+    return wide(targets.features).mean((2, 3)) if targets.pooled is None else targets.pooled
 
 
 def logit_loss(
@@ -276,9 +286,8 @@ def distillation_losses(
 
     weights = term_weights(config)
     pooled = zero
-    if weights.pooled > 0:
-        assert maps.pooled is not None, "a weighted term without its vector"
-        pooled = pooled_loss(maps.pooled, features, weight=weights.pooled)
+    if maps.pooled is not None:
+        pooled = pooled_loss(maps.pooled, pooled_target(targets), weight=weights.pooled)
     return LossTerms(
         label,
         logit,

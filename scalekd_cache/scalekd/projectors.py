@@ -216,20 +216,21 @@ class LinearHead(nn.Module):
     Args:
         in_channels: channels of S4.
         out: (C, H, W) of the teacher's map.
+        pooled: width of the pooled target (0: C).
     """
 
-    def __init__(self, in_channels: int, out: Shape) -> None:
+    def __init__(self, in_channels: int, out: Shape, pooled: int = 0) -> None:
         super().__init__()
         self.grid = out[1:]
         self.map = nn.Conv2d(in_channels, out[0], 1)
-        self.pooled = nn.Linear(in_channels, out[0])
+        self.pooled = nn.Linear(in_channels, pooled or out[0])
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C', h, w) -> (B, C, H, W) and (B, C)."""
+    def forward(self, x: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (F, C', h, w) -> (F, C, H, W), and `pooled` (B, C', h, w) -> (B, P); None: x is used for both."""
         y: Tensor = self.map(x)
         if y.shape[2:] != self.grid:
             y = F.interpolate(y, self.grid, mode="bilinear", antialias=True)
-        return y, self.pooled(x.mean((2, 3)))
+        return y, self.pooled((x if pooled is None else pooled).mean((2, 3)))
 
 
 class LinearProjector(nn.Module):

@@ -9,6 +9,8 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 Summary = dict[str, dict[str, float]]
+POOLED_COSINE = "pooled_cosine"
+"""The metric of pooled embeddings: cosine of an embedding and the stored one."""
 
 
 def summarize(values: Mapping[str, Iterable[float]]) -> Summary:

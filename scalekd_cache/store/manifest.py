@@ -361,6 +361,7 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
         "codec": facts.codec == fields.get("codec"),
         "logit_codec": facts.logit_codec == fields.get("logit_codec"),
         "second_codec": facts.second_codec == fields.get("second_codec", {}),
+        "shape of second_codec and teacher": _fits_pooled(facts.second_codec, spec.get("pooled", 0)),
         "view_recipe": facts.view_recipe == fields.get("views"),
         "teacher": without_arguments(spec) == without_arguments(fields.get("teacher")),
         "precision": fields.get("precision") in ("float32", "bfloat16", "float16"),
@@ -379,6 +380,13 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
         "distill": facts.distill.keys() <= set(KEPT) and not any(name in flat(facts.distill) for name in LOCAL),
     }
     return [name for name, right in agreements.items() if not right]
+
+
+def _fits_pooled(codec: Mapping[str, Any], width: object) -> bool:
+    """Whether a teacher with a pooled embedding of this width, and no other one, has a codec for it."""
+    if not codec:
+        return width == 0
+    return codec.get("shape") == [width, 1, 1] and codec.get("id") != "transform"  # a fitted codec has a file
 
 
 def stored_share(every: int) -> str:

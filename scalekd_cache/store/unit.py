@@ -125,7 +125,7 @@ class UnitWriter:
             self._add_key(record.key)
             self._images.append(image)
         assert record.key == self._keys[row], (record.key, self._keys[row], view_number)
-        size = len(record.features) + len(record.pixels) + 2 * len(record.logits) + 3072
+        size = len(record.features) + len(record.second) + len(record.pixels) + 2 * len(record.logits) + 3072
         self._record_bytes = max(self._record_bytes, size)
         with _DiskGuard(self):
             self._writer(view_number).append(record)

@@ -29,6 +29,7 @@ from scalekd_cache.training.targets import (
     load_cache_tail,
     make_heads,
     make_order,
+    pooled_width,
     weights_note,
 )
 from scalekd_cache.training.trackers import check_tracker
@@ -60,7 +61,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         if samples < train.micro_batch_size:
             lines.append(f"feature losses on {samples} of {train.micro_batch_size} samples of a micro-batch")
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
-        heads = make_heads(config, student, tail)
+        heads = make_heads(config, student, tail, pooled_width(manifest.facts))
         lines.append(f"projectors: {_millions(heads)} M parameters, not exported")
         notes = heads_note(config, student, heads, tail), weights_note(config.scalekd, manifest.facts.num_classes)
         lines += filter(None, notes)

@@ -100,7 +100,8 @@ class TeacherComparison:
         """Sums over images (B, 3, S, S) uint8 of loss, patch cosine, pooled cosine and 1: (4,) float64."""
         device, config = self.process.device, model.config
         features = self.teacher.features[[self._map_of[row] for row in rows]].to(device)
-        targets = Targets(features, feature_norms(features), features.new_zeros(len(rows), 0))
+        pooled = self.teacher.pooled[rows].to(device)
+        targets = Targets(features, feature_norms(features), features.new_zeros(len(rows), 0), pooled=pooled)
         output, maps = model.project(images, len(rows), tail)
         assert maps is not None, "an unlabeled cache without heads"
         no_labels = torch.zeros(len(rows), dtype=torch.int64, device=device)
@@ -108,7 +109,7 @@ class TeacherComparison:
         projected = next((one for one in (maps.s4_spatial, maps.s3_spatial) if one is not None), None)
         cosines = [
             torch.tensor(torch.nan) if one is None else F.cosine_similarity(one.float(), target).mean()
-            for one, target in ((projected, features), (maps.pooled, self.teacher.pooled[rows].to(device)))
+            for one, target in ((projected, features), (maps.pooled, pooled))
         ]
         return len(rows) * torch.stack([loss, *cosines, torch.ones(())]).double()
 

@@ -46,6 +46,7 @@ from scalekd_cache.training.targets import (
     load_cache_tail,
     make_heads,
     make_order,
+    pooled_width,
     weights_note,
 )
 from scalekd_cache.training.trackers import Logger, check_tracker, start_tracker
@@ -244,7 +245,7 @@ def _make_trainer(
         tail = load_cache_tail(cache, spec).to(process.device)
         if config.scalekd.tail_drop_path:
             tail.enable_drop_path()
-        heads = make_heads(config, student, tail)
+        heads = make_heads(config, student, tail, pooled_width(manifest.facts))
         classes = manifest.facts.num_classes
         for note in (heads_note(config, student, heads, tail), weights_note(config.scalekd, classes)):
             if note is not None:
@@ -275,5 +276,5 @@ def _make_trainer(
     model = DistillModel(config, student, heads)
     classifier = load_cache_classifier(config, cache, loader.logit_codec, process)
     if train.targets != "none":
-        targets = TargetSource(loader.codec, loader.logit_codec, classifier, teacher, features)
+        targets = TargetSource(loader.codec, loader.logit_codec, classifier, teacher, features, loader.second_codec)
     return Trainer(config, process, loader, model, tail, targets, checkpoint)

@@ -110,14 +110,21 @@ def load_cache_tail(cache: Cache, spec: TeacherSpec) -> Tail:
     return load_tail(local_path(file), spec)
 
 
-def make_heads(config: DistillConfig, student: Student, tail: Tail) -> ScaleKDHeads:
-    """The ScaleKD heads between a student and a teacher's tail."""
+def pooled_width(facts: ManifestFacts) -> int:
+    """Width of the pooled target of a cache without labels; 0 with labels."""
+    spec = facts.teacher["spec"]
+    return 0 if facts.labeled else int(spec.get("pooled") or spec["feature_shape"][0])
+
+
+def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int = 0) -> ScaleKDHeads:
+    """The ScaleKD heads between a student and a teacher's tail; `pooled` as `pooled_width` returns it."""
     heads = ScaleKDHeads(
         config.scalekd,
         tap_shapes=student.tap_shapes,
         tail_in_shape=tail.in_shape,
         tail_out_shape=tail.out_shape,
         layer_norm=student.layer_norm,
+        pooled=pooled,
     )
     if config.student.grad_checkpointing:
         heads.checkpoint_gradients()
@@ -194,9 +201,9 @@ def live_targets(teacher: Teacher, images: Tensor) -> Targets:
 
     NaN is found in the loss: a check here would wait for the device.
     """
-    features, logits = teacher(images)
+    features, logits, pooled = teacher(images)
     features = features.contiguous(memory_format=torch.channels_last)
-    return Targets(features, feature_norms(features), logits)
+    return Targets(features, feature_norms(features), logits, pooled=pooled if pooled.shape[1] else None)
 
 
 class TargetSource(NamedTuple):
@@ -212,17 +219,24 @@ class TargetSource(NamedTuple):
     """The live teacher; None: targets are decoded from the batch."""
     features: int | None = None
     """Samples of a batch that keep their features, the first ones (None: all that the batch has)."""
+    second_codec: FeatureCodec | None = None
+    """Codec of the cache's pooled embeddings, if it has some."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch, computed on its device."""
         if self.teacher is not None:
             return live_targets(self.teacher, batch.images).with_features(self.features)
+        pooled: Tensor | None = None
+        if self.second_codec is not None:
+            assert batch.second is not None
+            pooled = self.second_codec.decode(batch.second).features.flatten(1)
         if self.classifier is not None:
             decoded = self.codec.decode(batch.codes)
             logits = self.classifier(decoded.features.mean((2, 3)))
-            return Targets(*decoded, logits).with_features(self.features)
-        return Targets(*self.codec.decode(batch.codes[: self.features]), batch.logits, self.logit_codec.partial)
+            return Targets(*decoded, logits, pooled=pooled).with_features(self.features)
+        decoded = self.codec.decode(batch.codes[: self.features])
+        return Targets(*decoded, batch.logits, self.logit_codec.partial, pooled)
 
 
 class CachedBatch(NamedTuple):
@@ -233,7 +247,7 @@ class CachedBatch(NamedTuple):
     labels: Tensor
     """(B,) int64."""
     targets: Targets
-    """The teacher's map, norms and logits, float32."""
+    """The teacher's map, norms, logits and pooled embedding, float32."""
 
 
 class CachedTargets:
@@ -295,7 +309,13 @@ class CachedTargets:
             pin_memory=self.device.type == "cuda",
         )
         classifier = load_cache_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
-        self._source = TargetSource(self.loader.codec, self.loader.logit_codec, classifier, features=features)
+        self._source = TargetSource(
+            self.loader.codec,
+            self.loader.logit_codec,
+            classifier,
+            features=features,
+            second_codec=self.loader.second_codec,
+        )
         self._normalize = Normalize(mean, std, folded=True).to(self.device)
 
     def __len__(self) -> int:
@@ -367,6 +387,7 @@ class ScaleKDLoss(nn.Module):
             tail_in_shape=tail.in_shape,
             tail_out_shape=tail.out_shape,
             layer_norm=layer_norm,
+            pooled=pooled_width(manifest.facts),
         )
         self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
 
@@ -379,7 +400,7 @@ class ScaleKDLoss(nn.Module):
         """The weighted terms; differentiate `.total`. All inputs are on one device."""
         tail = self._tail[0] = self._tail[0].to(s4.device)
         featured = len(targets.features)
-        maps = self.heads(s3[:featured], s4[:featured], tail)
+        maps = self.heads(s3[:featured], s4[:featured], tail, None if targets.pooled is None else s4)
         return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
 
 

@@ -63,19 +63,21 @@ class DistillModel(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
         """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
-        output, maps = self.project(images, None if targets is None else len(targets.features), tail)
+        featured, pooled = (None, False) if targets is None else (len(targets.features), targets.pooled is not None)
+        output, maps = self.project(images, featured, tail, all_pooled=pooled)
         return distillation_losses(self.config.scalekd, self.config.train, output.logits, labels, maps, targets)
 
     def project(
-        self, images: Tensor, featured: int | None, tail: Tail | None
+        self, images: Tensor, featured: int | None, tail: Tail | None, *, all_pooled: bool = False
     ) -> tuple[StudentOutput, HeadOutputs | None]:
         """The student's outputs for images (B, 3, H, W) uint8, and the projected maps of the first `featured`, those
-        that the targets have features for; None without heads."""
+        that the targets have features for; None without heads. With `all_pooled`, the pooled output is of all images."""
         output = self.student(self.prepare(images))
         if self.heads is None:
             return output, None
         assert tail is not None
-        return output, self.heads(output.s3[:featured], output.s4[:featured], tail)
+        whole = output.s4 if all_pooled else None
+        return output, self.heads(output.s3[:featured], output.s4[:featured], tail, whole)
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> the student's input, normalized."""

@@ -28,6 +28,10 @@ def images(count=IMAGES):
         yield SampledViews(0, SampleRef(f"a/{number}", 0), "", pixels, views, "")
 
 
+def zeros(batch):
+    return TeacherOutput(torch.zeros(batch, 4, 2, 2), torch.zeros(batch, CLASSES), torch.zeros(batch, 0))
+
+
 def stage_of(root, teacher, device, shape):
     return Stage(
         root=root, backend="webdataset", fingerprint="0" * 64, source=None, views=ViewConfig(size=64), teacher=teacher,
@@ -83,6 +87,7 @@ class Log:
         return TeacherOutput(
             torch.randn(len(images), 4, 2, 2, generator=generator),
             torch.randn(len(images), CLASSES, generator=generator),
+            torch.empty(len(images), 0),
         )
 
 
@@ -107,7 +112,7 @@ def test_pixels_are_copied_once(tmp_path):
     def teacher(images):
         assert images.is_contiguous()
         places.append(images.untyped_storage().data_ptr())
-        return TeacherOutput(torch.zeros(len(images), 4, 2, 2), torch.zeros(len(images), CLASSES))
+        return zeros(len(images))
 
     writer, _ = fill(stage_of(tmp_path, teacher, torch.device("cpu"), (4, 2, 2)), 5 * BATCH)
     writer.abort()
@@ -120,7 +125,7 @@ def test_the_teacher_sees_each_view_of_each_image(tmp_path):
 
     def teacher(images):
         seen.append(images.clone())
-        return TeacherOutput(torch.zeros(len(images), 4, 2, 2), torch.zeros(len(images), CLASSES))
+        return zeros(len(images))
 
     torch.manual_seed(0)
     expected = [item.pixels for item in images()]

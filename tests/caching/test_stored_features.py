@@ -274,7 +274,7 @@ def test_bytes_at_the_size_of_swin_l():
     config = options("unused", shared_weights(), views={"size": 224}, cache={**PROBED, "backend": "zarr"})
     teacher, source = PlaceholderTeacher((1536, 7, 7), 1000), open_source(config.data, "train")
     codecs = make_codec("int8", teacher.feature_shape), DenseLogits(1000)
-    stage = make_stage(config, CPU, source, teacher, *codecs, fingerprint="")
+    stage = make_stage(config, CPU, source, teacher, *codecs, None, fingerprint="")
     sizes = measure_sizes(stage, config.cache, num_views=32, pixel_images=4).bytes_of([range(512)], EVERY)
     per_view = {name: size / (512 * EVERY) for name, size in sizes.items()}
     assert per_view["features"] == 79_708 / EVERY

@@ -62,7 +62,7 @@ def test_rows(row: str) -> None:
 
 
 def test_defaults_are_the_published_weights() -> None:
-    assert term_weights(ScaleKDConfig()) == (0.08, 0.06, 0.08, 0.06, 0)
+    assert term_weights(ScaleKDConfig()) == (0.08, 0.06, 0.08, 0.06, 0.08 * 49)
 
 
 def test_s4_owns_its_query_without_s3() -> None:

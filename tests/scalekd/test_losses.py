@@ -206,7 +206,7 @@ def test_terms_are_weighted_and_summed() -> None:
     logits, labels, maps, targets = batch_of(5)
     config = ScaleKDConfig(logit_weight=0.3, temperature=2.0, frequency_weight_s3=0.01, frequency_weight_s4=0.02)
     terms = distillation_losses(config, TrainConfig(label_smoothing=0.1), logits, labels, maps, targets)
-    features, norms, teacher, _ = targets
+    features, norms, teacher, *_ = targets
     want = [
         0.7 * F.cross_entropy(logits, labels, label_smoothing=0.1),
         logit_loss(logits, teacher, temperature=2.0, weight=0.3),
@@ -252,11 +252,26 @@ def test_pooled_loss_compares_directions_of_means() -> None:
     torch.manual_seed(0)
     features, prediction = torch.randn(3, 8, 2, 2), torch.randn(3, 8)
     cosine = F.cosine_similarity(prediction, features.mean((2, 3)))
-    assert torch.allclose(pooled_loss(prediction, features, weight=5.0), 5 * (2 - 2 * cosine).mean())
-    assert torch.allclose(pooled_loss(3 * prediction, features), pooled_loss(prediction, 0.1 * features))
+    mean = features.mean((2, 3))
+    assert torch.allclose(pooled_loss(prediction, mean, weight=5.0), 5 * (2 - 2 * cosine).mean())
+    assert torch.allclose(pooled_loss(3 * prediction, mean), pooled_loss(prediction, 0.1 * mean))
     logits, labels, maps, targets = batch_of(5)
     config = ScaleKDConfig(projector="linear")
     maps = maps._replace(pooled=prediction)
     terms = distillation_losses(config, TrainConfig(), logits, labels, maps, targets)
-    assert terms.pooled == pooled_loss(prediction, targets.features, weight=0.08 * 49)
+    assert terms.pooled == pooled_loss(prediction, targets.features.mean((2, 3)), weight=0.08 * 49)
     assert terms.s3_spatial == terms.s3_frequency == terms.s4_frequency == 0
+
+
+def test_a_stored_embedding_replaces_the_mean_of_the_map() -> None:
+    """Of all samples, also where fewer have features; any kind of heads that has a pooled output has the term."""
+    logits, labels, maps, targets = batch_of(5)
+    prediction, stored = torch.randn(3, 6), torch.randn(3, 6)
+    first = HeadOutputs(*(part[:1] for part in maps[:4]), prediction)
+    some = targets.with_features(1)._replace(pooled=stored)
+    terms = distillation_losses(ScaleKDConfig(), TrainConfig(), logits, labels, first, some)
+    assert terms.pooled == pooled_loss(prediction, stored, weight=0.08 * 49)
+    assert torch.allclose(terms.pooled, 0.08 * 49 * (2 - 2 * F.cosine_similarity(prediction, stored)).mean())
+    other = distillation_losses(ScaleKDConfig(), TrainConfig(), logits, labels, first._replace(pooled=None), some)
+    assert other.pooled == 0
+    assert other[:-1] == terms[:-1]

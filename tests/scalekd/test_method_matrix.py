@@ -162,7 +162,7 @@ def test_a_whole_step_at_small_size(name, teacher):
         for layer in (cap.proj_pos[0], cap.pos_attention.q):
             layer.register_forward_hook(lambda _module, _inputs, output: learned.append(len(output)))
     images = torch.randint(0, 256, (3, 3, 64, 64), dtype=torch.uint8)
-    features, logits = teacher(images)
+    features, logits, _ = teacher(images)
     frozen = {key: value.clone() for key, value in tail.state_dict().items()}
     tail.train()
 
