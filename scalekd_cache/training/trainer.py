@@ -71,7 +71,7 @@ class DistillModel(nn.Module):
         self, images: Tensor, featured: int | None, tail: Tail | None, *, all_pooled: bool = False
     ) -> tuple[StudentOutput, HeadOutputs | None]:
         """The student's outputs for images (B, 3, H, W) uint8, and the projected maps of the first `featured`, those
-        that the targets have features for; None without heads. With `all_pooled`, the pooled output is of all images."""
+        that the targets have features for; None without heads. `all_pooled`: the pooled output is of all images."""
         output = self.student(self.prepare(images))
         if self.heads is None:
             return output, None
