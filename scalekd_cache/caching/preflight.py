@@ -171,11 +171,13 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
         tail_out_shape=tail.out_shape,
         layer_norm=student.layer_norm,
         pooled=0 if num_classes else teacher.spec.pooled or tail.out_shape[0],
+        embedding=student.pooled_width,
     )
-    s3, s4, logits = student(torch.randn(2, 3, student.image_size, student.image_size))
+    learned = student(torch.randn(2, 3, student.image_size, student.image_size))
     features = output.features[:2].cpu()
     pooled = output.pooled[:2].cpu() if teacher.spec.pooled else None
     targets = Targets(features, feature_norms(features), output.logits[:2].cpu(), pooled=pooled)
     labels = torch.zeros(2, dtype=torch.int64)
-    terms = distillation_losses(config.scalekd, config.train, logits, labels, heads(s3, s4, tail), targets)
+    maps = heads(learned.s3, learned.s4, tail, student.pooled(learned))
+    terms = distillation_losses(config.scalekd, config.train, learned.logits, labels, maps, targets)
     terms.total.backward()  # type: ignore[no-untyped-call]

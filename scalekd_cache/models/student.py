@@ -171,6 +171,16 @@ class Student(nn.Module):
         """Width of the classifier; 0: none."""
         return int(self.model_args["num_classes"])
 
+    @property
+    def pooled_width(self) -> int:
+        """Channels of `pooled`."""
+        return self._width if self.num_classes == 0 else self.tap_shapes[1][0]
+
+    def pooled(self, output: StudentOutput) -> Tensor:
+        """The pooled embedding that is trained, (B, E): the model's own, or the mean of S4 if it has a classifier (the
+        layers between S4 and the logits then learn from the logits)."""
+        return output.logits if self.num_classes == 0 else output.s4.mean((2, 3))
+
     def embed(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) normalized images to pooled embeddings (B, E), as timm defines them: the classifier's input."""
         if self.num_classes == 0:
@@ -234,6 +244,7 @@ class Student(nn.Module):
             same = got.shape == expected.shape and (got.is_meta or torch.allclose(got, expected, rtol=1e-3, atol=1e-4))
             if not same or got.shape[1] != channels:
                 raise _unfit(self.model_name, "its stages do not return plain feature maps")
+        self._width = raw.logits.shape[1]
         shapes = [(x.shape[1], x.shape[2], x.shape[3]) for x in maps]
         return shapes[0], shapes[1]
 

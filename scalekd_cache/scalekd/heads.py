@@ -48,7 +48,8 @@ class ScaleKDHeads(nn.Module):
 
     Projectors that no loss of `config` uses are not built, so every parameter gets a gradient. Lite projectors serve
     both views of a tap: one map and one pass through the tail, used by both losses. Linear heads use S4 only, and no
-    tail. Without labels, all kinds have a linear map from the mean of S4 to the teacher's pooled embedding.
+    tail. Without labels, all kinds have a linear map from the student's pooled
+    embedding to the teacher's.
 
     Args:
         config: loss weights, head counts, attention scale, source of S4's query.
@@ -58,6 +59,7 @@ class ScaleKDHeads(nn.Module):
         layer_norm: the student has no batch norm; used by `config.cap_norm` = auto.
         pooled: width of the pooled target of a cache without labels; 0 with labels: only linear heads have an output
             for it, of C channels.
+        embedding: width of the student's pooled embedding; 0: it is the mean of S4.
 
     Raises:
         UserError: head counts do not divide the teacher's widths, or the teacher's map has one position.
@@ -71,6 +73,7 @@ class ScaleKDHeads(nn.Module):
         tail_out_shape: Shape,
         layer_norm: bool = False,
         pooled: int = 0,
+        embedding: int = 0,
     ) -> None:
         super().__init__()
         check_grid(*tail_out_shape[1:])
@@ -84,10 +87,10 @@ class ScaleKDHeads(nn.Module):
         on = term_weights(config)
         if config.projector == "linear":
             if on.s4_spatial > 0:
-                self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape, pooled)
+                self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape, pooled, embedding)
             return
         if pooled and on.pooled > 0:
-            self.pooled = nn.Linear(tap_shapes[1][0], pooled)
+            self.pooled = nn.Linear(embedding or tap_shapes[1][0], pooled)
         layer_norm = layer_norm if config.cap_norm == "auto" else config.cap_norm == "layer"
         shape_s3 = tail_in_shape if config.tpp else tail_out_shape
         widths = [lite_width(shape[0]) if self.lite else shape[0] for shape in (shape_s3, tail_out_shape)]
@@ -122,20 +125,21 @@ class ScaleKDHeads(nn.Module):
         self._first_pass = FirstPass(self, "the ScaleKD heads")
 
     def forward(
-        self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor], pooled_s4: Tensor | None = None
+        self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor], embedding: Tensor | None = None
     ) -> HeadOutputs:
         """S3 (F, C3', h3, w3) and S4 (F, C4', h4, w4) of the student -> maps (F, C, H, W) on the teacher's last grid.
 
-        `pooled_s4` (B, C4', h4, w4) is S4 of the samples that have a pooled target (None: those of `s4`).
+        `embedding` (B, E) is the student's pooled embedding of the samples that have a pooled target (None: the mean of
+        `s4`).
 
         Teacher parameter perception (TPP): S3's projection passes through the frozen `tail`, (B, C3, H3, W3) ->
         (B, C, H, W), and the gradient flows back through it. With s4_query = s3 that map is also S4's query; it is
         not detached, so S4's losses train S3's projector too.
         """
         if "linear" in self.s4:
-            map_s4, pooled = self.s4["linear"](s4, pooled_s4)
+            map_s4, pooled = self.s4["linear"](s4, embedding)
             return HeadOutputs(None, None, map_s4, None, pooled)
-        pooled = None if self.pooled is None else self.pooled((s4 if pooled_s4 is None else pooled_s4).mean((2, 3)))
+        pooled = None if self.pooled is None else self.pooled(s4.mean((2, 3)) if embedding is None else embedding)
         with self._first_pass() if self._first_pass is not None else nullcontext():
             if self.lite:
                 map_s3, map_s4 = self._project("both", s3, s4, tail)

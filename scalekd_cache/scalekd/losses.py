@@ -81,7 +81,7 @@ class HeadOutputs(NamedTuple):
     s4_spatial: Tensor | None
     s4_frequency: Tensor | None
     pooled: Tensor | None = None
-    """(F, C) or (B, P): the projected mean of S4, of the samples that have a pooled target."""
+    """(F, C) or (B, P): the projected pooled embedding of the samples that have a pooled target."""
 
 
 class LossTerms(NamedTuple):

@@ -217,20 +217,21 @@ class LinearHead(nn.Module):
         in_channels: channels of S4.
         out: (C, H, W) of the teacher's map.
         pooled: width of the pooled target (0: C).
+        embedding: width of the student's pooled embedding (0: `in_channels`).
     """
 
-    def __init__(self, in_channels: int, out: Shape, pooled: int = 0) -> None:
+    def __init__(self, in_channels: int, out: Shape, pooled: int = 0, embedding: int = 0) -> None:
         super().__init__()
         self.grid = out[1:]
         self.map = nn.Conv2d(in_channels, out[0], 1)
-        self.pooled = nn.Linear(in_channels, pooled or out[0])
+        self.pooled = nn.Linear(embedding or in_channels, pooled or out[0])
 
-    def forward(self, x: Tensor, pooled: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (F, C', h, w) -> (F, C, H, W), and `pooled` (B, C', h, w) -> (B, P); None: x is used for both."""
+    def forward(self, x: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """x (F, C', h, w) -> (F, C, H, W), and `embedding` (B, E) -> (B, P); None: the mean of x."""
         y: Tensor = self.map(x)
         if y.shape[2:] != self.grid:
             y = F.interpolate(y, self.grid, mode="bilinear", antialias=True)
-        return y, self.pooled((x if pooled is None else pooled).mean((2, 3)))
+        return y, self.pooled(x.mean((2, 3)) if embedding is None else embedding)
 
 
 class LinearProjector(nn.Module):

@@ -125,6 +125,7 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int 
         tail_out_shape=tail.out_shape,
         layer_norm=student.layer_norm,
         pooled=pooled,
+        embedding=student.pooled_width,
     )
     if config.student.grad_checkpointing:
         heads.checkpoint_gradients()
@@ -344,7 +345,8 @@ class ScaleKDLoss(nn.Module):
 
     Args:
         targets: a cache or its `CachedTargets`; provides the teacher's frozen tail and the size of the images.
-        student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits.
+        student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits;
+            where the cache has neither labels nor logits, a pooled embedding (B, E) instead of the logits.
             `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
         config: the method's constants (None: those of the cache's recipe; the loss weights are printed).
         label_loss: ce, bce or none (None: that of the cache's recipe; none for a cache without labels).
@@ -379,15 +381,17 @@ class ScaleKDLoss(nn.Module):
             tail.enable_drop_path()
         views_size = int(manifest.facts.view_recipe["size"])
         size = targets.image_size if isinstance(targets, CachedTargets) else views_size
-        shapes = student_shapes(student, size, manifest.facts.num_classes)
+        *shapes, width = student_shapes(student, size, manifest.facts.num_classes)
+        self._classes = manifest.facts.num_classes
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = ScaleKDHeads(
             self.config,
-            tap_shapes=shapes,
+            tap_shapes=(shapes[0], shapes[1]),
             tail_in_shape=tail.in_shape,
             tail_out_shape=tail.out_shape,
             layer_norm=layer_norm,
             pooled=pooled_width(manifest.facts),
+            embedding=0 if self._classes else width,
         )
         self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
 
@@ -400,7 +404,8 @@ class ScaleKDLoss(nn.Module):
         """The weighted terms; differentiate `.total`. All inputs are on one device."""
         tail = self._tail[0] = self._tail[0].to(s4.device)
         featured = len(targets.features)
-        maps = self.heads(s3[:featured], s4[:featured], tail, None if targets.pooled is None else s4)
+        embedding = (s4.mean((2, 3)) if self._classes else logits)[: featured if targets.pooled is None else None]
+        maps = self.heads(s3[:featured], s4[:featured], tail, embedding)
         return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
 
 
@@ -413,8 +418,8 @@ def timm_student(name: str, targets: CachedTargets) -> Student:
 
 
 @torch.no_grad()
-def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape]:
-    """(C, H, W) of S3 and S4.
+def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
+    """(C, H, W) of S3 and S4, and the width of the third output: the logits, or without classes the pooled embedding.
 
     Raises:
         UserError: the outputs are not two feature maps and logits of these classes.
@@ -424,13 +429,16 @@ def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tup
     output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
     student.train(mode)
     shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
-    if [len(shape) for shape in shapes] != [4, 4, 2] or shapes[2][1] != num_classes:
+    if [len(shape) for shape in shapes] != [4, 4, 2] or num_classes not in (0, shapes[2][1]):
         raise UserError(
-            "the student must return (S3, S4, logits)",
+            "the student must return (S3, S4, logits)"
+            if num_classes
+            else "the student must return (S3, S4, embedding)",
             got=", ".join(map(str, shapes)),
-            expected=f"S3 (B, C, H, W), S4 (B, C, H, W), logits (B, {num_classes})",
+            expected="S3 (B, C, H, W), S4 (B, C, H, W), "
+            + (f"logits (B, {num_classes})" if num_classes else "embedding (B, E)"),
             where=type(student).__name__,
             fix="see docs/guides/students.md",
         )
     s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
-    return s3, s4
+    return s3, s4, output[2].shape[1]

@@ -76,8 +76,8 @@ class DistillModel(nn.Module):
         if self.heads is None:
             return output, None
         assert tail is not None
-        whole = output.s4 if all_pooled else None
-        return output, self.heads(output.s3[:featured], output.s4[:featured], tail, whole)
+        embedding = self.student.pooled(output)[: None if all_pooled else featured]
+        return output, self.heads(output.s3[:featured], output.s4[:featured], tail, embedding)
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> the student's input, normalized."""

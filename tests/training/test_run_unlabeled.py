@@ -29,6 +29,7 @@ from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.held_out_evaluation import FIGURES
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_run
+from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
 
 def config_of(run, classes=0, *, student="resnet10t", **train):
@@ -148,3 +149,19 @@ def test_an_interrupted_job_keeps_what_it_has(tmp_path):
     cache_teacher(options(root, unlabeled_weights(), data=data, teacher=NO_HEAD), CPU)
     assert (root / HELD_OUT).stat().st_mtime_ns == written
     assert tree(root) == tree(unlabeled_cache().root)
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_a_custom_loop(classes):
+    """The third output of a student is its logits, or its pooled embedding where the cache has no classes."""
+    targets = CachedTargets(unlabeled_cache(classes), batch_size=16)
+    student = timm_student("test_resnet", targets)
+    loss = ScaleKDLoss(targets, student, ScaleKDConfig(projector="linear"))
+    images, labels, target = next(iter(targets))
+    terms = loss(*student(images), labels, target)
+    terms.total.backward()
+    assert terms.label == 0
+    assert bool(terms.logit > 0) is (classes > 0)
+    assert float(terms.pooled.detach()) > 0
+    trained = {name for name, value in student.model.named_parameters() if value.grad is not None}
+    assert trained == {name for name, _ in student.model.named_parameters()}
