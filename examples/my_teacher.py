@@ -1,4 +1,4 @@
-"""A custom teacher: any `nn.Module` with a separate last stage (PLUGIN=examples.my_teacher TEACHER=my_net)."""
+"""A custom teacher: any `nn.Module` with a separate last stage (--plugin examples.my_teacher --teacher my_net)."""
 
 from itertools import pairwise
 from typing import Any
@@ -27,7 +27,9 @@ class MyNet(nn.Module):
 # The adapter.
 @register_model
 def my_net(pretrained: bool = False, num_classes: int = 1000, **_: Any) -> MyNet:
-    """Register the model with timm; weights come from TEACHER_WEIGHTS=."""
+    """Build the model for timm; weights come from --teacher-weights."""
+    if pretrained:
+        raise ValueError("set --teacher-weights")
     model = MyNet(num_classes)
     model.num_classes, model.get_classifier = num_classes, lambda: model.head
     model.pretrained_cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

@@ -7,7 +7,7 @@ each family). Features, logits and pooled embedding come from one forward pass.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -199,9 +199,6 @@ def load_teacher(
     shapes = stored_shapes(config.weights) if config.weights is not None else None
     required, optional = size_args(config.name, image_size)
     classes = teacher_classes(config, name, shapes, num_classes)
-    heads = tuple(f"{head}." for head in _classifiers(name)) if classes == 0 else ()
-    if shapes is not None:  # without classes the file's classifier is left out
-        shapes = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
     args = {**required, **(model_args or {}), "num_classes": classes}
     fetch = config.weights is None and config.pretrained
     try:
@@ -213,7 +210,10 @@ def load_teacher(
             raise
         raise _no_weights(config.name, f"{type(error).__name__}: {error}") from error
     if config.weights is not None and shapes is not None:
-        load_converted(model, config.weights, shapes, heads)
+        known: Any = model.pretrained_cfg
+        heads = tuple(f"{head}." for head in _classifiers(known.get("classifier"))) if classes == 0 else ()
+        kept = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
+        load_converted(model, config.weights, kept, heads)  # without classes the file's classifier is left out
     model.requires_grad_(False).eval()
     spec = _describe(model, config.name if demo else name, used, image_size, pools=num_classes == 0)
     return Teacher(model, spec, config.precision).to(device)
@@ -242,7 +242,9 @@ def teacher_classes(
     if known is None:  # a model registered by a plugin: its classifier tensor is not known
         return data_classes if config.num_classes is None else config.num_classes
     if shapes is not None:
-        stored = next((shapes[f"{head}.weight"][0] for head in _classifiers(name) if shapes.get(f"{head}.weight")), 0)
+        stored = next(
+            (shapes[f"{head}.weight"][0] for head in _classifiers(known.classifier) if shapes.get(f"{head}.weight")), 0
+        )
     elif config.pretrained and config.name != DEMO_TEACHER:  # its weights never come from timm
         stored = known.num_classes
     elif known.num_classes == 0:
@@ -262,11 +264,9 @@ def teacher_classes(
     return int(stored if config.num_classes is None else config.num_classes)
 
 
-def _classifiers(name: str) -> tuple[str, ...]:
-    """Names of the classifier's modules in a timm model: none, one, or two in distilled models."""
-    known = timm.get_pretrained_cfg(name)
-    heads = () if known is None or known.classifier is None else known.classifier
-    return (heads,) if isinstance(heads, str) else tuple(heads)
+def _classifiers(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    """Names of a timm model's classifiers (`pretrained_cfg`): none, one, or two in distilled models."""
+    return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int, *, pools: bool) -> TeacherSpec:

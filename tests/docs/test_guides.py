@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+import torchvision
 from commands import ENV, LIMIT_S, ROOT, execute
 from documented import check_scalekd
 from image_files import folder_tree, shard
@@ -17,14 +18,15 @@ from timm import create_model
 from upstream_students import paper_student
 
 from scalekd_cache.caching.job import cache_teacher
-from scalekd_cache.config.stage1 import DataConfig
+from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import export_file
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.tail import TailParts, register_family
+from scalekd_cache.models.tail import TailParts, load_tail, register_family, tail_bytes
+from scalekd_cache.models.teacher import check_tail, load_teacher, split_tail
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
@@ -107,6 +109,31 @@ def test_a_teacher_of_ones_own(tmp_path, monkeypatch):
     assert terms.total.isfinite()
     with pytest.raises(UserError, match="already registered"):
         register_family("my_net", type("Other", (), {}), lambda model: TailParts([], model, "nchw"))
+
+
+@pytest.mark.parametrize(
+    ("name", "feature_shape"), [("vit_b_32", [768, 2, 2]), ("swin_t", [768, 2, 2]), ("convnext_tiny", [768, 2, 2])]
+)
+def test_teachers_of_torchvision(tmp_path, monkeypatch, name, feature_shape):
+    monkeypatch.syspath_prepend(str(ROOT))
+    importlib.import_module("examples.torchvision_teachers")
+    size = {"image_size": 64} if name.startswith("vit") else {}
+    whole = torchvision.models.get_model(name, num_classes=7, **size).eval()
+    file = str(tmp_path / "teacher.safetensors")
+    save_file(whole.state_dict(), file)
+    for classes in (None, 0):  # with and without the classifier of the file
+        config = TeacherConfig(name=f"torchvision_{name}", weights=file, num_classes=classes, precision="float32")
+        teacher = load_teacher(config, image_size=64, num_classes=7, device=CPU.device)
+        assert list(teacher.spec.feature_shape) == feature_shape
+        assert teacher.spec.num_classes == (7 if classes is None else 0)
+        images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        assert check_tail(teacher, images) <= 1e-5
+        if classes is None:
+            assert torch.equal(teacher(images).logits, whole(teacher.normalize(images)))
+    (tmp_path / "tail").write_bytes(tail_bytes(split_tail(teacher), teacher.spec))
+    assert load_tail(tmp_path / "tail", teacher.spec).out_shape == tuple(feature_shape)
+    with pytest.raises(UserError, match="set --teacher-weights"):
+        load_teacher(TeacherConfig(name=f"torchvision_{name}"), image_size=64, num_classes=7, device=CPU.device)
 
 
 def test_a_plugin_is_imported_for_a_command(tmp_path):
