@@ -9,6 +9,7 @@ from scalekd_cache.models.teacher_spec import TeacherSpec
 
 torch.set_num_threads(1)
 TOKENS = {"embed_dim": 48, "depth": 2, "num_heads": 3}
+STAGES = {"depths": [1, 1, 1, 2], "dims": [8, 16, 32, 48]}
 SWIN = {"embed_dim": 24, "depths": [1, 1, 1, 2]}
 # name, image size, model arguments, P
 CASES = [
@@ -26,6 +27,11 @@ CASES = [
     ("hiera_tiny_224", 64, {"embed_dim": 24, "stages": (1, 1, 1, 2), "q_pool": 2,
                             "mask_unit_attn": (True, True, False, False)}, 192),  # norm after the mean
     ("tiny_vit_5m_224", 64, {}, 320),
+    ("convnext_tiny", 64, STAGES, 48),  # norm after the mean
+    ("convnext_tiny", 64, {**STAGES, "head_norm_first": True}, 0),  # mean after the norm
+    ("vit_base_patch16_clip_quickgelu_224.openai", 64, TOKENS, 48),
+    ("samvit_base_patch16", 64, {**TOKENS, "global_attn_indexes": [0, 1], "neck_chans": 32}, 0),  # keeps positions
+    ("sam2_hiera_tiny", 128, {"embed_dim": 24, "stages": [1, 2, 2, 2], "global_att_blocks": [6]}, 192),
 ]  # fmt: skip
 
 

@@ -29,7 +29,7 @@ def rewrite_unit(root, change, range_id=0):
     ) as writer:
         for view, rows in records.items():
             for record in rows:
-                owned = {name: bytes(getattr(record, name)) for name in ("pixels", "features", "logits")}
+                owned = {name: bytes(getattr(record, name)) for name in ("pixels", "features", "logits", "second")}
                 writer.append(view, change(record._replace(**owned)))
         assert writer.commit(info.fidelity)
     plan = read_plan(root)
