@@ -215,7 +215,7 @@ def _evaluate(
     if comparison is not None and trainer.tail is not None:
         size = config.student.image_size or manifest.facts.view_recipe["size"]
         student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
-        heads = make_heads(config, student, trainer.tail)
+        heads = make_heads(config, student, trainer.tail, pooled_width(manifest.facts))
         heads.load_state_dict(trainer.heads_state())
         model = DistillModel(config, student, heads).to(process.device).eval()
         return Evaluation(held_out=comparison.figures(model, trainer.tail, final=final))
