@@ -20,6 +20,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from scalekd_cache.errors import counted
+
 if TYPE_CHECKING:
     from pipelines.command import Command
 
@@ -208,10 +210,10 @@ def _table(
     before: Mapping[str, Any],
     note: str,
 ) -> str:
-    where = facts["accelerator"] or f"{facts['cores']} cores of {facts['cpu']}"
+    where = facts["accelerator"] or f"{counted(facts['cores'], 'core')} of {facts['cpu']}"
     lines = [
-        f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}: {where}, {facts['threads']} threads, "
-        f"load {facts['load'][0]:.1f} at the end."
+        f"`{facts['command']}`, commit {facts['commit']}, {facts['date']}: {where}, "
+        f"{counted(facts['threads'], 'thread')}, load {facts['load'][0]:.1f} at the end."
     ]
     if previous:
         lines[0] += f" Previous: commit {before.get('commit')}, load {before.get('load', ['?'])[0]}."

@@ -8,7 +8,7 @@ from pydantic.dataclasses import dataclass
 from pipelines.command import Command, Given, run
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -44,7 +44,7 @@ def main(given: Given) -> None:
         facts = {"run": config.run, "top1": tally.top1_percent, "top5": tally.top5_percent}
         print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
         return
-    read = f"{tally.images:,} images" + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
+    read = counted(tally.images, "image") + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
     print(f"{config.run}: top-1 {tally.top1_percent:.2f} %, top-5 {tally.top5_percent:.2f} % of {read}")
 
 

@@ -8,6 +8,7 @@ from pydantic.dataclasses import dataclass
 from pipelines.command import Command, Given, run
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
+from scalekd_cache.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -42,14 +43,14 @@ def main(given: Given) -> None:
         s4_query=config.s4_query,
     )
     print(
-        f"{report.student}: {report.student_name} ({report.family}), {report.student_tensors} tensors, "
-        f"{report.num_classes} classes; timm.create_model('local-dir:{report.student}', pretrained=True); "
+        f"{report.student}: {report.student_name} ({report.family}), {counted(report.student_tensors, 'tensor')}, "
+        f"{counted(report.num_classes, 'class')}; timm.create_model('local-dir:{report.student}', pretrained=True); "
         f"largest logit difference {report.logit_difference:.2g}"
     )
     if report.heads is None:
         print("this checkpoint has no projectors")
     else:
-        print(f"{report.heads}: {report.head_tensors} projector tensors, S4 query: {report.s4_query}")
+        print(f"{report.heads}: {counted(report.head_tensors, 'projector tensor')}, S4 query: {report.s4_query}")
     print(f"not imported: {', '.join(summary(report.left_out)) or 'nothing'}")
 
 

@@ -7,6 +7,7 @@ from pydantic.dataclasses import dataclass
 from pipelines.command import Command, Given, run
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
+from scalekd_cache.errors import counted
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -48,14 +49,18 @@ def main(given: Given) -> int:
     if not done.found:
         print(f"{root}: no problems, nothing to do")
         return 0
-    print(f"{len(done.found)} problems found:")
+    print(f"{counted(len(done.found), 'problem')} found:")
     for problem in done.found:
         print("  " + line_of(problem).replace("\n", "\n  "))
     names = ", ".join(f"g{group:03d}-r{range_id:05d}" for group, range_id in done.units)
     print(f"units rebuilt: {names or 'none'}")
     for problem in done.left:
         print(f"not repaired: {line_of(problem)}")
-    print(f"{root}: {len(done.left)} problems remain" if done.left else f"{root}: no problems (every byte checked)")
+    print(
+        f"{root}: {counted(len(done.left), 'problem')} left"
+        if done.left
+        else f"{root}: no problems (every byte checked)"
+    )
     return 1 if done.left else 0
 
 

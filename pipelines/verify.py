@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 from pipelines.command import Command, Given, check_cache_path, run
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 if TYPE_CHECKING:
     from scalekd_cache.audit.rerun_teacher import TeacherAgreement
@@ -127,10 +127,10 @@ def _print(facts: dict[str, Any], findings: "CheckResult", agreement: "TeacherAg
 
         same = agreement.top1_percent
         top1 = "" if same is None else f", same top-1 for {percent(same)}"
-        print(f"teacher re-run on {agreement.records} views: {again}{top1}")
+        print(f"teacher re-run on {counted(agreement.records, 'view')}: {again}{top1}")
     depth = "every byte" if facts["deep"] else "sizes and fingerprints"
-    state = f"{len(findings.problems)} problems" if findings.problems else "no problems"
-    print(f"{facts['cache']}: {state} ({depth} checked, {findings.units} units)")
+    state = counted(len(findings.problems), "problem") if findings.problems else "no problems"
+    print(f"{facts['cache']}: {state} ({depth} checked, {counted(findings.units, 'unit')})")
 
 
 def _as_json(

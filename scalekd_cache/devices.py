@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.versions import library_versions
 
 ACCELERATOR = "DS_ACCELERATOR"
@@ -51,7 +51,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(
             "the CUDA device does not exist",
             got=f"cuda:{index}",
-            expected=f"one of the {count} devices of this node",
+            expected=f"one of the {counted(count, 'device')} of this node",
             fix="lower --nproc, or use --device cpu",
         )
     torch.cuda.set_device(index)
@@ -61,8 +61,8 @@ def choose_device(name: str) -> torch.device:
 def describe_setup(device: torch.device, precision: str, processes: int, workers: int) -> str:
     """One line for the start of a job: device, precision, number of processes and of loader workers in each."""
     kind = str(autocast_dtype(precision, device)).removeprefix("torch.")
-    each = f"{processes} process" if processes == 1 else f"{processes} processes"
-    return f"{describe_device(device)}, {kind}, {each}, {workers} loader workers"
+    each = counted(processes, "process")
+    return f"{describe_device(device)}, {kind}, {each}, {counted(workers, 'loader worker')}"
 
 
 def exact_float32() -> None:
@@ -161,7 +161,7 @@ def describe_device(device: torch.device) -> str:
     if device.type != "cuda":
         unused = torch.cuda.device_count()
         more = f"; {unused} GPU{'s' * (unused > 1)} not used" if unused else ""
-        return f"device: {device} ({torch.get_num_threads()} threads{more})"
+        return f"device: {device} ({counted(torch.get_num_threads(), 'thread')}{more})"
     facts, gib = gpu_versions(device), torch.cuda.get_device_properties(device).total_memory / 2**30
     software = f"driver {facts['driver']}, CUDA {facts['cuda']}, cuDNN {facts['cudnn']}"
     return f"device: {device} ({facts['gpu']}, {gib:.0f} GiB; {software})"

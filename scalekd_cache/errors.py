@@ -86,6 +86,12 @@ def join_or(names: Sequence[str]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun: "1 epoch", "1,438 images", "2 classes"."""
+    plural = "" if count == 1 else "es" if noun.endswith(("s", "tch")) else "s"
+    return f"{count:,} {noun}{plural}"
+
+
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     """The known names closest to `name`, as "a, b or c"; up to 20 of all names when none is close."""
     names = sorted(known)

@@ -10,6 +10,8 @@ from typing import IO, Any
 from tqdm.auto import tqdm
 from tqdm.notebook import tqdm_notebook
 
+from scalekd_cache.errors import counted
+
 LINE_SECONDS = 15.0
 """Interval between two lines when the output is a log, seconds."""
 
@@ -33,11 +35,27 @@ class _Lines:
         self._file.flush()
 
 
+class _Bar(tqdm):  # type: ignore[type-arg]
+    """A bar that knows its unit in singular and plural, and a rate without a guess before the first step."""
+
+    @property
+    def format_dict(self) -> dict[str, Any]:
+        """The values of the format of a line."""
+        values = dict(super().format_dict)
+        if values.get("initial") is None:  # a bar of another rank
+            return values
+        done, elapsed = values["n"] - values["initial"], values["elapsed"]
+        rate = values["rate"] or (done / elapsed if done and elapsed else 0)
+        unit, units = values["unit"], counted(values["total"], values["unit"]).partition(" ")[2]
+        speed = f", {rate:.3g} {unit}s/s" if rate >= 1 else f", {1 / rate:.3g} s per {unit}" if rate else ""
+        return values | {"units": units, "speed": speed}
+
+
 def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0) -> "tqdm[Any]":
     """A progress bar that counts to `total` in `unit`s: on standard error, or in the notebook."""
     moving = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
-    line = "{desc}: {n_fmt}/{total_fmt} {unit}s, {elapsed} done, {remaining} left, {rate_fmt}{postfix}"
-    return tqdm(
+    line = "{desc}: {n_fmt}/{total_fmt} {units}, {elapsed} done, {remaining} left{speed}{postfix}"
+    return _Bar(
         total=total,
         initial=initial,
         desc=title,
@@ -58,4 +76,4 @@ def size_text(size: float) -> str:
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"
-    return f"{size:.0f} bytes"
+    return counted(round(size), "byte")

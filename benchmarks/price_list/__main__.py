@@ -20,7 +20,7 @@ from benchmarks.study.__main__ import StudyPaths, exit_with_code, make_cache, pe
 from benchmarks.study.estimate import START_S, images_of
 from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import read_lines
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 PRICE_RESULTS = RESULTS / "price-list"
 
@@ -39,9 +39,9 @@ def print_estimate(setting: Setting, paths: StudyPaths, seconds: dict[str, float
         total += todo.count(arm) * each
         print(
             f"  {arm:26} {1000 * cost:6.1f} ms per step, {cost / seconds['baseline']:.2f} x baseline, {steps:5} steps, "
-            f"about {each:4.0f} s per run, {todo.count(arm)} runs left"
+            f"about {each:4.0f} s per run, {counted(todo.count(arm), 'run')} left"
         )
-    print(f"{setting.name}: {len(todo)} runs left, about {total / 3600:.2f} hours", flush=True)
+    print(f"{setting.name}: {counted(len(todo), 'run')} left, about {total / 3600:.2f} hours", flush=True)
     return total / 3600
 
 

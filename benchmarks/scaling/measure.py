@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.harness import ROOT, option_words, run_python
+from scalekd_cache.errors import counted
 
 IMAGES, SHARD, VIEWS = 768, 16, 2
 MICRO, GLOBAL, EPOCHS = 16, 64, 2
@@ -133,7 +134,7 @@ def check_stage1(folder: Path, rows: list[dict[str, Any]]) -> None:
         measured = float(times[processes][-1] - times[processes][0])
         rows.append(
             {
-                "what": f"stage 1, {processes} process(es), first to last of {units} commits",
+                "what": f"stage 1, {counted(processes, 'process')}, first to last of {units} commits",
                 "measured_s": measured,
                 "simulated_s": simulated,
                 "unit_s": job.unit_s,

@@ -26,7 +26,7 @@ from benchmarks.harness import RESULTS, argument_parser, machine, run_command
 from benchmarks.study.demo_teachers import WIDTHS
 from benchmarks.study.plan import CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
-from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.errors import RunInterrupted, UserError, counted
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 
@@ -257,7 +257,7 @@ def run_pending(settings: list[Setting], paths: StudyPaths, budget_s: float) -> 
             seconds_of(one, later, read_lines(paths.results / f"{one.name}.jsonl")) for one, later in todo[number:]
         ]
         if spent + (ahead[0] or 0) > budget_s:
-            print(f"time limit reached: {len(todo) - number} runs remain; rerun to resume", flush=True)
+            print(f"time limit reached: {counted(len(todo) - number, 'run')} left; rerun to resume", flush=True)
             return False
         line = train(setting, run, paths, evaluators)
         append_line(paths.results / f"{setting.name}.jsonl", line)

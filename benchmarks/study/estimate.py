@@ -12,6 +12,7 @@ import torch
 
 from benchmarks.study.plan import CACHES, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, read_lines
+from scalekd_cache.errors import counted
 
 START_S = 5.0
 """Seconds per run for evaluation, export and checkpoints."""
@@ -111,9 +112,9 @@ def print_estimate(settings: Sequence[Setting], paths: Any) -> None:
         own = {name: 4000 + 0.3 * size * size if CACHES[name].own_pixels else 2000 for name in caches}
         disk = sum(views * (values + rest) for rest in own.values())
         print(
-            f"{setting.name}: {len(runs)} of {len(runs_of(setting))} runs left, {steps} steps each, {images} images, "
-            f"about {minutes:.0f} min on this machine under its current load;\n"
-            f"  {len(caches)} caches of {views} views, at most {disk / 1e9:.2f} GB (plus one checkpoint)"
+            f"{setting.name}: {len(runs)} of {counted(len(runs_of(setting)), 'run')} left, {steps} steps each, "
+            f"{images} images, about {minutes:.0f} min on this machine under its current load;\n"
+            f"  {counted(len(caches), 'cache')} of {views} views, at most {disk / 1e9:.2f} GB (plus one checkpoint)"
         )
         for student, kinds in measured.items():
             each = ", ".join(f"{kind} {1000 * value:.0f} ms" for kind, value in kinds.items())

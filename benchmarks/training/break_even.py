@@ -23,6 +23,7 @@ from benchmarks.harness import (
     timed,
 )
 from benchmarks.photographs import write_photographs
+from scalekd_cache.errors import counted
 from scalekd_cache.planning.costs import pair_costs
 
 STUDENTS = ("resnet18", "mobilenetv1_100", "vit_tiny_patch16_224")
@@ -141,10 +142,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     many = rows[7]
     each = ", ".join(f"{n} {a:.0f} and {b:.0f} s" for n, a, b in zip(options.students, live, cached, strict=True))
     gains = [a / b for a, b in zip(live, cached, strict=True)]
-    size = f"{options.epochs} epochs of {options.images} images, {options.epochs} views"
+    size = f"{counted(options.epochs, 'epoch')} of {options.images} images, {counted(options.epochs, 'view')}"
     figures = [
         Measurement(
-            f"{len(live)} students: live / one cache plus cached, wall time",
+            f"{counted(len(live), 'student')}: live / one cache plus cached, wall time",
             sum(live) / total,
             None,
             "x",

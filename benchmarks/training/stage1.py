@@ -30,6 +30,7 @@ from scalekd_cache.codec import make_codec
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreConfig, TeacherConfig, ViewConfig
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
+from scalekd_cache.errors import counted
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 
 DEFAULTS: dict[str, tuple[Any, Any]] = {
@@ -219,7 +220,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     views = options.images * options.views
     rates_s = [f"{views / statistics.median(seconds):.1f}" for seconds in (found.stage1_s, found.plain_s)]
     figure = Measurement(
-        f"stage 1 / plain teacher, {options.teacher}, {options.threads} threads, {options.workers} workers",
+        f"stage 1 / plain teacher, {options.teacher}, {counted(options.threads, 'thread')}, "
+        f"{counted(options.workers, 'worker')}",
         statistics.median(found.ratios),
         (min(found.ratios), max(found.ratios)),
         "x",

@@ -28,7 +28,7 @@ from scalekd_cache.codec.logits import kl_divergence
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import recorded_versions
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import steps_per_epoch
 from scalekd_cache.models.evaluate import percent
@@ -101,7 +101,7 @@ class GradientComparison:
     def sentence(self) -> str:
         """The result as one sentence."""
         cosine = self.fidelity["cosine_mean_removed"]
-        start = f"{self.cache}: {self.views} views re-run through {self.teacher}; mean-removed cosine "
+        start = f"{self.cache}: {counted(self.views, 'view')} re-run through {self.teacher}; mean-removed cosine "
         if not self.holds:
             before = self.as_cached["cosine_mean_removed"]["p1"]
             return (
@@ -149,7 +149,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     if count < 2:
         raise UserError(
             "cannot estimate gradient noise from one micro-batch",
-            got=f"{count} micro-batches of {micro} views",
+            got=f"{counted(count, 'micro-batch')} of {counted(micro, 'view')}",
             expected="at least 2",
             where=config.cache,
             fix="increase --views or reduce train.micro_batch_size",

@@ -27,7 +27,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.config.target import CodecTarget, parse_target
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Peers
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.store.manifest import STATE
@@ -88,7 +88,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
     if len(features) < MIN_VIEWS:
         raise UserError(
             "too few images to select a codec",
-            got=f"{len(features)} images",
+            got=counted(len(features), "image"),
             expected=MIN_VIEWS,
             where="--codec auto",
             fix="select a codec by name: --codec int8",

@@ -51,7 +51,7 @@ from scalekd_cache.data.builtin import NotDownloadedError
 from scalekd_cache.data.source import describe_source, open_source
 from scalekd_cache.devices import describe_setup, memory_errors
 from scalekd_cache.distributed import Peers, Process
-from scalekd_cache.errors import UserError, require_folder
+from scalekd_cache.errors import UserError, counted, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
 from scalekd_cache.models.evaluate import Tally, evaluate, teacher_accuracy
 from scalekd_cache.models.held_out import held_out_bytes, run_held_out
@@ -119,8 +119,8 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
         job = prepared.job
         units = [unit for unit in job.units if not is_committed(job, unit)]
         process.print_rank0(
-            f"would make {len(units)} of {len(job.units)} units, {sum(map(_views, units)):,} views, in {root}; "
-            "this was a dry run, nothing was written"
+            f"would make {len(units)} of {counted(len(job.units), 'unit')}, "
+            f"{counted(sum(map(_views, units)), 'view')}, in {root}; this was a dry run, nothing was written"
         )
 
 
@@ -220,7 +220,7 @@ def _report_kept_views(config: CacheTeacherConfig, process: Process, job: Job) -
     if config.cache.num_views < job.plan.num_views:
         asked, there = config.cache.num_views, job.plan.num_views
         process.print_rank0(
-            f"{asked} views requested, but {job.stage.root} is planned with {there}; no view is removed. "
+            f"{counted(asked, 'view')} requested, but {job.stage.root} is planned with {there}; no view is removed. "
             f"To train on the first {asked}: scalekd distill ... --train.views={asked}"
         )
 
@@ -254,7 +254,9 @@ def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:
     sizes = measure_sizes(job.stage, config.cache, num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES)
     needed = sum(sum(sizes.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
     check_disk_space(job.stage.root, missing, needed)
-    print(f"{missing:,} views to make, about {needed / missing:,.0f} bytes each, {size_text(needed)}", flush=True)
+    print(
+        f"{counted(missing, 'view')} to make, about {needed / missing:,.0f} bytes each, {size_text(needed)}", flush=True
+    )
 
 
 def _start(config: CacheTeacherConfig, peers: Peers, job: Job) -> Job:
@@ -333,7 +335,7 @@ def _report_complete(peers: Peers, job: Job, manifest: Manifest) -> Manifest:
     """Finish a job whose cache was already complete; returns the manifest."""
     process = peers.process
     peers.publish(f"rank {process.rank} has no more units")  # rank 0 may still wait for this rank
-    images = f"{manifest.num_samples:,} images x {manifest.num_views} views"
+    images = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
     process.print_rank0(f"{job.stage.root} is complete: {images}; nothing to do")
     return manifest
 
@@ -430,10 +432,11 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
         for name, row in manifest.fidelity.items()
     )
     print(
-        f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views, {sizes['total']:,.0f} bytes per view "
-        f"({sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
+        f"{root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}, "
+        f"{sizes['total']:,.0f} bytes per view ("
+        f"{sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
         + (f"; features {share}" if (share := stored_share(manifest.facts.features_every)) else "")
-        + (f"; {skipped} images could not be decoded (listed in units/*/unit.json)" if skipped else "")
+        + (f"; {counted(skipped, 'image')} could not be decoded (listed in units/*/unit.json)" if skipped else "")
         + f"\nteacher {teacher_label(manifest.facts.teacher)}: {teacher_accuracy(manifest.facts.teacher)}; "
         f"decoded features: {fidelity}",
         flush=True,

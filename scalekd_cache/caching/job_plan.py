@@ -32,7 +32,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import data_facts
 from scalekd_cache.devices import autocast_dtype, recorded_versions
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import class_correlation
 from scalekd_cache.models.tail import tail_bytes
 from scalekd_cache.models.teacher import Teacher, split_tail
@@ -89,7 +89,7 @@ def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mappi
         if plain == FEATURES_EVERY:
             plain, values = "stored_features", [f"{1 / int(every or 1):.6g}" for every in values]
         lines.append(f"{plain}: {str(values[0])[:40]} (requested) / {str(values[1])[:40]} (cache)")
-    return "; ".join(lines) + (f"; and {len(names) - SHOWN} fields that follow" if len(names) > SHOWN else "")
+    return "; ".join(lines) + (f"; and {counted(len(names) - SHOWN, 'more field')}" if len(names) > SHOWN else "")
 
 
 def _renamed(different: Sequence[str]) -> str:
@@ -211,8 +211,8 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     if kept.ranges != ranges:
         raise UserError(
             "the data set is split into different image ranges than the cache",
-            got=f"{len(ranges)} ranges",
-            expected=f"{len(kept.ranges)} ranges, as in plan.json",
+            got=counted(len(ranges), "range"),
+            expected=f"{counted(len(kept.ranges), 'range')}, as in plan.json",
             where=root,
             fix="use the tar or parquet files that the cache was made from, or another --cache",
         )
@@ -344,7 +344,7 @@ def _groups(groups: list[list[int]], config: StoreConfig, source: Source | Pixel
     if wrong:
         raise UserError(
             "the view groups of the cache whose pixels are shared do not fit the share of stored features",
-            got=f"a group of {len(wrong[0])} views, features for one in {every} views of every image",
+            got=f"a group of {counted(len(wrong[0]), 'view')}, features for one in {every} views of every image",
             expected=f"groups of a multiple of {every} views",
             where=source.cache.root,
             fix="change --stored-features or --views, or make the pixels with a matching --cache.views_per_group",
@@ -481,7 +481,7 @@ def remove_stale_files(root: Path, process: Process) -> None:
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)
         process.print_rank0(
-            f"{root}: {len(others)} temporary files or folders from other machines, or from before the last boot of "
-            f"this one, are kept; the oldest is {oldest.path.relative_to(root)}, last changed "
+            f"{root}: {counted(len(others), 'leftover')} kept (temporary files or folders from other machines, or from "
+            f"before the last boot of this one); the oldest is {oldest.path.relative_to(root)}, last changed "
             f"{oldest.age_s / 3600:.1f} hours ago. Delete them when no job writes this cache."
         )

@@ -35,7 +35,7 @@ from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
 from scalekd_cache.store.background import BackgroundWriter, CommitQueue
 from scalekd_cache.store.base import Record, stores_features
@@ -370,7 +370,7 @@ def _check_finite(finite: Tensor, batch: Sequence[SampledViews], view: int) -> N
         bad = [item.sample.key for item, ok in zip(batch, finite.tolist(), strict=True) if not ok]
         raise UserError(
             "the teacher's output is not finite",
-            got=f"NaN or infinity for {len(bad)} images, the first is {bad[0]}",
+            got=f"NaN or infinity for {counted(len(bad), 'image')}, the first is {bad[0]}",
             where=f"view {view}",
             fix="try --teacher.precision float32, or check the teacher's weights",
         )

@@ -11,7 +11,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.data.base import ListedSource, SampleList, sample_indices
 from scalekd_cache.data.source import data_facts, open_source
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_pixel_cache
@@ -66,7 +66,7 @@ class PixelCache:
         if num_views > manifest.num_views:
             raise UserError(
                 "the cache whose pixels are shared has fewer views",
-                got=f"{manifest.num_views} views",
+                got=counted(manifest.num_views, "view"),
                 expected=f"at least {num_views}",
                 where=self.cache.root,
                 fix=f"add views to it first: scalekd cache-teacher --cache {self.cache.root} --views {num_views}",
@@ -132,8 +132,9 @@ def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> Non
     if got != expected:
         raise UserError(
             "the cache whose pixels are shared was made from another data set",
-            got=f"{source.name}: {got['samples']} images, listing {got['listing'][:16]}",
-            expected=f"{kept.get('source')}: {expected['samples']} images, listing {expected['listing'][:16]}",
+            got=f"{source.name}: {counted(got['samples'], 'image')}, listing {got['listing'][:16]}",
+            expected=f"{kept.get('source')}: {counted(expected['samples'], 'image')}, "
+            f"listing {expected['listing'][:16]}",
             where=cache.root,
             fix="use the same --data and data.max_samples, or remove --pixels-from",
         )

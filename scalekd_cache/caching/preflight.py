@@ -18,7 +18,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, ViewConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.order import batches_that_fit, micro_batches_of_rank
 from scalekd_cache.models.demo_teacher import DEMO_CLASSES
 from scalekd_cache.models.student import build_student, check_student_name
@@ -86,7 +86,7 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
         raise UserError(
             "the cache does not fit on the disk",
             got=f"{size_text(free)} free",
-            expected=f"{size_text(needed)}: {views:,} views of about {needed / views:,.0f} bytes",
+            expected=f"{size_text(needed)}: {counted(views, 'view')} of about {needed / views:,.0f} bytes",
             where=existing_folder(path),
             fix="use fewer --views, another --codec, or a --cache on a larger disk",
         )
@@ -131,8 +131,9 @@ def check_before_weights(
 def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:
     return UserError(
         "the number of classes differs between teacher and data set",
-        got=f"{teacher} has {classes} classes",
-        expected=f"{len(class_names)} classes ({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
+        got=f"{teacher} has {counted(classes, 'class')}",
+        expected=f"{counted(len(class_names), 'class')} "
+        f"({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
         fix="set --teacher.num_classes 0 to use its features only, or give --teacher-weights fine-tuned on this data",
     )
 
@@ -146,7 +147,7 @@ def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
         "the training recipe", with the smaller batches that a small data set needs.
     """
     if num_samples < train.global_batch_size:
-        return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {num_samples} images"
+        return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {counted(num_samples, 'image')}"
     micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, 0, world_size)
     return "the training recipe"
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.codec import Shape
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 assert sys.byteorder == "little", "rows are little-endian and are viewed in place"
 
@@ -110,7 +110,9 @@ class FeatureCodec(ABC):
         """Convert records to rows (B, bytes_per_view) uint8, a new array. UserError for records of another codec."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
-            raise damaged_record(f"a record of {wrong[0]} bytes", f"{self.bytes_per_view} bytes, codec {self.id}")
+            raise damaged_record(
+                f"a record of {counted(wrong[0], 'byte')}", f"{self.bytes_per_view} bytes, codec {self.id}"
+            )
         return np.frombuffer(b"".join(records), np.uint8).reshape(len(records), self.bytes_per_view).copy()
 
     def largest(self) -> float:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.codec.base import as_bytes, contiguous_copy, damaged_record
+from scalekd_cache.errors import counted
 
 LEVEL = 1
 LARGEST = {16: 32767, 8: 127, 4: 7, 2: 1}
@@ -151,7 +152,7 @@ class BlockPacker:
             try:
                 declared = zstandard.frame_content_size(frame)
                 if declared != self.row_bytes - self.head:
-                    raise damaged_record(f"a frame of {declared} bytes", self.row_bytes - self.head)
+                    raise damaged_record(f"a frame of {counted(declared, 'byte')}", self.row_bytes - self.head)
                 data = decompressor.decompress(frame)
             except zstandard.ZstdError as error:
                 raise damaged_record(str(error), "a zstd frame") from error

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -148,7 +148,7 @@ class DenseLogits:
         if len(record) != sizes.get(mode):
             raise UserError(
                 "the logits of a record are damaged",
-                got=f"mode {mode}, {len(record)} bytes",
+                got=f"mode {mode}, {counted(len(record), 'byte')}",
                 expected=f"one of these pairs of mode and bytes: {sizes}",
                 where="logits of a record",
                 fix="run `scalekd verify` on the cache",

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 if TYPE_CHECKING:
     import torch
@@ -67,7 +67,7 @@ class RecomputedLogits:
         if record:
             raise UserError(
                 "the logits of a record are damaged",
-                got=f"{len(record)} bytes",
+                got=counted(len(record), "byte"),
                 expected="no bytes",
                 where="logits of a record",
             )

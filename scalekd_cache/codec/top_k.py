@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -76,7 +76,7 @@ class TopKLogits:
             UserError: wrong length, unknown or repeated classes, or probabilities that sum to more than 1.
         """
         if len(record) != self.record_bytes:
-            raise _damaged(f"{len(record)} bytes", f"{self.record_bytes} bytes")
+            raise _damaged(counted(len(record), "byte"), f"{self.record_bytes} bytes")
         classes = np.frombuffer(record, "<u4", self.k)
         values = np.frombuffer(record, "<f4", self.k, 4 * self.k)
         mass = float(np.exp(values.astype(np.float64)).sum())

@@ -25,7 +25,7 @@ from scalekd_cache.codec.transform import (
 )
 from scalekd_cache.codec.transform_state import TransformState, state_bytes
 from scalekd_cache.codec.variance_classes import variance_classes
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 PRESETS = {"transform": 0.0018, "transform-economy": 0.06, "transform-rotated": 0.0018}
 """Noise of each preset; the mean-removed cosine is 1 / sqrt(1 + noise)."""
@@ -82,7 +82,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError(
             "cannot calibrate the codec on these features",
-            got=f"{len(features)} views",
+            got=counted(len(features), "view"),
             expected="at least 2 views, all values finite",
         )
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))

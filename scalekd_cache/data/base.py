@@ -19,7 +19,7 @@ from urllib.parse import quote
 import numpy as np
 import numpy.typing as npt
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.checked_files import read_file
 
@@ -261,7 +261,7 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
     if highest >= max(MAX_UNNAMED_CLASSES, len(labels)):
         raise UserError(
             "a label is larger than the maximum class index",
-            got=f"label {highest} at position {int(labels.argmax())} of {len(labels)} training images",
+            got=f"label {highest} at position {int(labels.argmax())} of {counted(len(labels), 'training image')}",
             expected=f"0 to {MAX_UNNAMED_CLASSES - 1}, unless there is a list of class names",
             where=where,
             fix="number the classes from 0 (does the label column hold IDs?), or add a list of class names",
@@ -279,7 +279,7 @@ def check_labels(labels: IntArray, num_classes: int, describe: str, where: objec
         first = int(missing.argmax())
         raise UserError(
             f"{describe} has images with a label and images without one",
-            got=f"{missing.sum():,} of {len(labels):,} images have no label; the first is at position {first}",
+            got=f"{missing.sum():,} of {counted(len(labels), 'image')} without one; the first is at position {first}",
             expected="a label for every image, or for none",
             where=where,
             fix="add the missing labels, or remove these images",
@@ -287,7 +287,7 @@ def check_labels(labels: IntArray, num_classes: int, describe: str, where: objec
     if len(wrong):
         raise UserError(
             f"{describe} has a label outside the class list",
-            got=f"label {labels[wrong[0]]} at position {wrong[0]} ({len(wrong)} such labels)",
+            got=f"label {labels[wrong[0]]} at position {wrong[0]} ({counted(len(wrong), 'such label')})",
             expected=f"0 to {num_classes - 1}, the classes of the training set"
             if num_classes
             else "at least one class",

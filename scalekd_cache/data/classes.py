@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from scalekd_cache.data.base import ListedSource
-from scalekd_cache.errors import UserError, closest_names
+from scalekd_cache.errors import UserError, closest_names, counted
 from scalekd_cache.store.checked_files import read_file
 
 MAX_LIST_BYTES = 1 << 26
@@ -99,16 +99,18 @@ def _other_classes(names: Sequence[str], listed: Sequence[str], where: str) -> U
     twice = [name for name in listed if listed.count(name) > 1] if not missing and not unknown else []
     found = []
     if missing:
-        found.append(f"{len(missing)} classes of the data set are not in the list, such as {missing[0]}")
+        found.append(f"not in the list: {counted(len(missing), 'class')} of the data set, such as {missing[0]}")
     if unknown:
         near = closest_names(unknown[0], names)
-        found.append(f"{len(unknown)} names are not classes of the data set, such as {unknown[0]} (near: {near})")
+        found.append(
+            f"not classes of the data set: {counted(len(unknown), 'name')}, such as {unknown[0]} (near: {near})"
+        )
     if twice:
         found.append(f"{twice[0]} is listed more than once")
     return UserError(
         "the list of class names does not match the data set",
         got="; ".join(found),
-        expected=f"the {len(names)} class names, one per line, in the order of the teacher's outputs",
+        expected=f"the {counted(len(names), 'class name')}, one per line, in the order of the teacher's outputs",
         where=where,
         fix=f"correct the file, or choose an order by name: --classes {'|'.join(ORDERS)}",
     )

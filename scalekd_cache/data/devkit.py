@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from scalekd_cache.data.base import missing_folder_error
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 DEVKIT = "ILSVRC2012_devkit_t12"
 TRUTH = "ILSVRC2012_validation_ground_truth.txt"
@@ -42,7 +42,7 @@ def flat_val_labels(root: Path, images: list[str], class_names: list[str], devki
             raise UserError(
                 "val/ has a class that train/ does not have",
                 got=f"{image} is {wnid}",
-                expected=f"one of the {len(class_names)} folders of train/, such as {class_names[0]}",
+                expected=f"one of the {counted(len(class_names), 'folder')} of train/, such as {class_names[0]}",
                 where=root / "val",
                 fix="add the class to train/, or remove the images of unused classes from val/",
             )

@@ -30,7 +30,7 @@ from scalekd_cache.data.image_formats import (
     is_image_name,
     suffix_of,
 )
-from scalekd_cache.errors import UserError, closest_names
+from scalekd_cache.errors import UserError, closest_names, counted
 from scalekd_cache.store.base import NO_LABEL
 
 LAYOUT = f"train/<class>/*.jpg and val/<class>/*.jpg (or {OTHER_SUFFIXES})"
@@ -113,7 +113,7 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
     if stray or not class_names:
         raise UserError(
             f"{train} has images outside of class folders" if stray else f"{train} has no class folders",
-            got=f"{stray[0]} ({len(stray)} such images)" if stray else "no folders",
+            got=f"{stray[0]} ({counted(len(stray), 'such image')})" if stray else "no folders",
             expected=LAYOUT,
             fix="move the images into one folder per class",
         )
@@ -248,7 +248,7 @@ def _list_validation(
     if unknown:
         raise UserError(
             "val/ has a class that train/ does not have",
-            got=", ".join(unknown[:5]) + f" ({len(unknown)} such classes)",
+            got=", ".join(unknown[:5]) + f" ({counted(len(unknown), 'such class')})",
             expected=f"class folders of train/, such as {closest_names(unknown[0], class_names)}",
             where=folder / unknown[0],
             fix="rename or remove that folder",
@@ -262,7 +262,7 @@ def _val_entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[s
     if folders and flat:
         raise UserError(
             "val/ has both class folders and images outside of them",
-            got=f"{len(folders)} folders and {len(flat)} images, such as {flat[0]}",
+            got=f"{counted(len(folders), 'folder')} and {counted(len(flat), 'image')}, such as {flat[0]}",
             expected="only class folders, or only images",
             where=folder,
             fix="move the images into their class folders",
@@ -286,7 +286,9 @@ def _list_classes(
     if empty or not paths:
         raise UserError(
             f"{folder.name}/ has class folders without images" if empty else f"{folder.name}/ has no images",
-            got="; ".join([", ".join(empty[:5]) + f" ({len(empty)} of {len(folders)} folders)", *ignored.messages()])
+            got="; ".join(
+                [", ".join(empty[:5]) + f" ({len(empty)} of {counted(len(folders), 'folder')})", *ignored.messages()]
+            )
             if empty
             else "no folders",
             expected=f"at least one image in every class folder: {', '.join(sorted(IMAGE_SUFFIXES))}",

@@ -9,7 +9,7 @@ import dataclasses
 import numpy as np
 
 from scalekd_cache.data.base import IntArray, ListedSource, Reader, SampleList, Split, hash_order
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
 
 SHARE = 20
@@ -42,7 +42,7 @@ def divide(source: ListedSource, split: Split) -> ListedSource:
     if total < 2:
         raise UserError(
             f"the data set {source.name} has too few images: one image is held out, the others are for training",
-            got=f"{total} images without labels",
+            got=f"{counted(total, 'image')} without labels",
             expected="at least 2",
             fix="add images, or a val/ folder",
         )

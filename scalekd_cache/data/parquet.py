@@ -24,7 +24,7 @@ from scalekd_cache.data.base import (
     numbered_classes,
     read_listed_file,
 )
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.versions import import_optional
@@ -91,7 +91,7 @@ class ParquetReader:
             raise _damaged(path, error) from error
         expected = int(self._starts[group + 1] - self._starts[group])
         if len(values) != expected:
-            raise _damaged(path, f"row group {group_in_file} has {len(values)} rows, expected {expected}")
+            raise _damaged(path, f"row group {group_in_file} has {counted(len(values), 'row')}, expected {expected}")
         return values
 
     def __getstate__(self) -> dict[str, Any]:
@@ -145,7 +145,9 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
         ),
         reader=ParquetReader(files, root),
         file_starts=np.cumsum([0, *(len(facts.labels) for facts in files[:-1])], dtype=np.int64),
-        ignored=(f"ignored: {empty_rows:,} rows without an image (neither bytes nor a path)",) if empty_rows else (),
+        ignored=(f"ignored: {counted(empty_rows, 'row')} without an image (neither bytes nor a path)",)
+        if empty_rows
+        else (),
         held_out=0 if train[0].labeled or val_paths else None,
     )
 
@@ -196,7 +198,7 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
     if labels is None:
         return ParquetFacts(str(path), column, rows, np.full(sum(rows), NO_LABEL), False, None, empty_rows)
     if labels.null_count:
-        raise _wrong_columns(path, f"{labels.null_count} rows without a label")
+        raise _wrong_columns(path, f"{counted(labels.null_count, 'row')} without a label")
     values = labels.to_numpy()
     if len(values) and values.max() > np.iinfo(np.int64).max:
         raise _wrong_columns(path, f"label {values.max()}")

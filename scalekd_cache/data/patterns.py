@@ -8,7 +8,7 @@ import glob
 import itertools
 import re
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 BRACES = re.compile(r"\{([^{}]*)\}")
 MAX_FILES = 1_000_000
@@ -27,7 +27,7 @@ def expand_braces(pattern: str) -> list[str]:
     for names in choices:
         total *= len(names)
     if total > MAX_FILES:
-        raise _bad_pattern(pattern, f"{total} files")
+        raise _bad_pattern(pattern, counted(total, "file"))
     return ["".join(parts) for parts in itertools.product(*choices)]
 
 

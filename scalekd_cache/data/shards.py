@@ -27,7 +27,7 @@ from scalekd_cache.data.classes import read_class_names
 from scalekd_cache.data.image_formats import IMAGE_SUFFIXES, is_image_name
 from scalekd_cache.data.patterns import expand_braces, find_val_tars, is_pattern, word
 from scalekd_cache.data.tarscan import TarMember, scan_tar, split_name
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
 
 IMAGE_EXTENSIONS = frozenset(suffix[1:] for suffix in IMAGE_SUFFIXES)
@@ -67,8 +67,8 @@ class TarReader:
         if len(data) != size:
             raise UserError(
                 "a shard has changed since it was opened",
-                got=f"{now} bytes",
-                expected=f"{self._tar_bytes[number]} bytes",
+                got=counted(now, "byte"),
+                expected=counted(self._tar_bytes[number], "byte"),
                 where=tar,
                 fix="do not change shards while they are in use; rerun",
             )
@@ -134,7 +134,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
         reader=TarReader(tars, samples),
         file_starts=np.cumsum([0, *(len(many) for many in samples[:-1])], dtype=np.int64),
         ignored=(
-            *(f"ignored: {count:,} tar members: {kind}" for kind, count in others.items()),
+            *(f"ignored: {counted(count, 'tar member')}: {kind}" for kind, count in others.items()),
             *(() if labeled else _ignored_beside(tars[0])),
         ),
         held_out=0 if labeled or val_tars else None,
@@ -173,7 +173,7 @@ def _ignored_beside(tar: str) -> Iterator[str]:
         yield f"ignored: classes.txt with {len(listed):,} names, because no sample has a .cls"
     images = sorted(path.name for path in Path(tar).parent.iterdir() if is_image_name(path.name))
     if images:
-        yield f"ignored: {len(images):,} images next to the tars, such as {images[0]}"
+        yield f"ignored: {counted(len(images), 'image')} next to the tars, such as {images[0]}"
 
 
 def _find(root: str, split: str) -> list[str]:
@@ -228,7 +228,7 @@ def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember],
     if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
         raise _dotted(tar, stem, dotted[0])
     if not whole:
-        raise _bad_sample(tar, stem, f"{len(images)} images among its members: {', '.join(sorted(members))}")
+        raise _bad_sample(tar, stem, f"{counted(len(images), 'image')} among its members: {', '.join(sorted(members))}")
     image = members[images[0]]
     if "cls" in members:
         return _labeled(tar, descriptor, stem, image, members["cls"])

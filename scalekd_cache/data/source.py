@@ -20,7 +20,7 @@ from scalekd_cache.data.parquet import has_parquet, open_parquet
 from scalekd_cache.data.path_list import SUFFIX, open_path_list
 from scalekd_cache.data.patterns import is_pattern
 from scalekd_cache.data.shards import has_shards, open_shards
-from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.errors import UserError, counted, unknown_name
 from scalekd_cache.store.manifest import classes_digest
 
 
@@ -106,11 +106,16 @@ def describe_source(source: Source) -> str:
     count = len(source.samples)
     place = f"below {source.name.rstrip('/')}/" if Path(source.name).expanduser().is_dir() else f"in {source.name}"
     if source.class_names:
-        return f"data: {count:,} images of {len(source.class_names):,} classes {place}"
+        return f"data: {counted(count, 'image')} of {counted(len(source.class_names), 'class')} {place}"
     if source.held_out:
         total = count + source.held_out
-        return f"data: {total:,} images without labels {place} ({count:,} for training, {source.held_out:,} held out)"
-    return f"data: {count:,} images without labels {place} (all for training; the validation images are separate)"
+        return (
+            f"data: {counted(total, 'image')} without labels {place} "
+            + f"({count:,} for training, {source.held_out:,} held out)"
+        )
+    return (
+        f"data: {counted(count, 'image')} without labels {place} (all for training; the validation images are separate)"
+    )
 
 
 def data_facts(source: Source) -> dict[str, Any]:

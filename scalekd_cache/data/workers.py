@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scalekd_cache.errors import UserError, worker_failure
+from scalekd_cache.errors import UserError, counted, worker_failure
 
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host), or use fewer --workers (or 0)"
@@ -59,7 +59,7 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
         raise UserError(
             "shared memory is too small for the loader's worker processes",
             got=f"{(_free_bytes() or 0) / 1e6:,.0f} MB free",
-            expected=f"twice {workers} workers x {item_bytes / 1e6:,.1f} MB"
+            expected=f"twice {counted(workers, 'worker')} x {item_bytes / 1e6:,.1f} MB"
             + ("" if ranks == "1" else f" x {ranks} processes on this machine"),
             where=SHARED_MEMORY,
             fix=SHARED_MEMORY_FIX,
@@ -70,8 +70,8 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
         needed = open_files.now + RESERVED_FILES + workers * (FILES_PER_WORKER + 1)
         raise UserError(
             "the open-file limit is too low for the loader's worker processes",
-            got=f"limit {open_files.limit} (ulimit -n), {open_files.now} files open",
-            expected=f"at least {needed} for {workers} workers",
+            got=f"limit {open_files.limit} (ulimit -n), {counted(open_files.now, 'file')} open",
+            expected=f"at least {needed} for {counted(workers, 'worker')}",
             fix="raise the limit (ulimit -n 65536; docker run --ulimit nofile=65536), or use fewer --workers (or 0)",
         )
     return min(most, fits, left)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 Ids = NDArray[np.int64]
 FeatureMask = Callable[[Ids], NDArray[np.bool_]]
@@ -198,8 +198,8 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
     if steps == 0:
         raise UserError(
             "the global batch is larger than the data set",
-            got=f"{num_samples} samples, global batch {global_batch_size}"
-            + (f", features for one in {every} samples of {order.ranges} shards" if every > 1 else ""),
+            got=f"{counted(num_samples, 'sample')}, global batch {global_batch_size}"
+            + (f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""),
             expected=f"a global batch of at most {num_samples}" + (", with room for each shard" if every > 1 else ""),
             fix=f"lower it, for example {batches_that_fit(num_samples, micro_batch_size or global_batch_size)}",
         )
@@ -233,7 +233,8 @@ def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_
         near = sorted(possible, key=lambda n: abs(n - world_size))[:3]
         raise UserError(
             "the micro-batches of a global batch cannot be divided evenly among the processes",
-            got=f"{count} micro-batches (global {global_batch} / micro {micro_batch}) on {world_size} processes",
+            got=f"{counted(count, 'micro-batch')} (global {global_batch} / micro {micro_batch}) "
+            f"on {counted(world_size, 'process')}",
             expected=f"a number of processes that divides {count}: {', '.join(map(str, sorted(near)))}",
             fix="change --nproc, train.global_batch_size or train.micro_batch_size",
         )

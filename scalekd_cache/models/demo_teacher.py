@@ -21,6 +21,7 @@ from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_source
+from scalekd_cache.errors import counted
 from scalekd_cache.models.evaluate import evaluate
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
@@ -95,5 +96,8 @@ def train_demo_teacher(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(temporary))
     os.replace(temporary, path)
-    print(f"demo teacher: top-1 {tally.top1_percent:.2f} % on {tally.images} held-out images -> {path}", flush=True)
+    print(
+        f"demo teacher: top-1 {tally.top1_percent:.2f} % on {counted(tally.images, 'held-out image')} -> {path}",
+        flush=True,
+    )
     return tally.top1_percent

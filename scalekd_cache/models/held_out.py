@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scalekd_cache.data.base import Source, sample_indices
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
@@ -105,7 +105,7 @@ def load_held_out(path: Path, source: Source) -> HeldOut:
     if digest != _keys_digest(source):
         raise UserError(
             "the held-out images are not those of the cache",
-            got=f"{len(source.samples):,} images",
+            got=counted(len(source.samples), "image"),
             expected="the images that stage 1 held out",
             where=source.name,
             fix="set --data to the data set of the cache",

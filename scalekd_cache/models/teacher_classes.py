@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from scalekd_cache.data.classes import ORDERS
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import percent
 
 IntArray = npt.NDArray[np.int64]
@@ -86,8 +86,8 @@ def check_class_order(
     if near_chance(labels, guesses, len(class_names)):
         raise UserError(
             "the teacher's accuracy is near chance",
-            got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images",
-            expected=f"a teacher trained on these {len(class_names)} classes",
+            got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')}",
+            expected=f"a teacher trained on these {counted(len(class_names), 'class')}",
             where=teacher,
             fix=f"correct --teacher-weights, or --classes {file}{here}; {CONTINUE_HINT}",
         )
@@ -137,7 +137,7 @@ def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, in
 def _other_order(teacher: str, hits: int, better: int, count: int, order: str, fix: str) -> UserError:
     return UserError(
         "the teacher's class order differs from the data set's",
-        got=f"top-1 {percent(100 * hits / count)} on {count:,} labeled images in the order of the data set",
+        got=f"top-1 {percent(100 * hits / count)} on {counted(count, 'labeled image')} in the order of the data set",
         expected=f"{percent(100 * better / count)} with {order}",
         where=teacher,
         fix=f"{fix}; {CONTINUE_HINT}",

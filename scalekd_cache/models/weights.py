@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from scalekd_cache.config.stage1 import TeacherConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import check_safetensors
 
 Shape = tuple[int, ...]
@@ -76,7 +76,7 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
     raise UserError(
         "the weights in this file do not fit the model",
         got="; ".join(lines),
-        expected=f"exactly the model's {len(wanted)} tensors",
+        expected=f"exactly the model's {counted(len(wanted), 'tensor')}",
         where=where,
         fix="use the model name, image size and number of classes that the file was trained with",
     )

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_cache.codec import Shape
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
+from scalekd_cache.errors import counted
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, build_tail, family_of
 from scalekd_cache.models.teacher import map_shapes, own_image_size, probe_taps, size_args
@@ -229,7 +230,9 @@ def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTea
     if heads.tpp and len(heads.s3):
         one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail_in))
         passes = len(heads.s3)
-        rows.append(Part(f"frozen tail, {passes} passes", one.params, passes * one.forward, passes * one.backward))
+        rows.append(
+            Part(f"frozen tail, {counted(passes, 'pass')}", one.params, passes * one.forward, passes * one.backward)
+        )
     return rows
 
 

@@ -31,7 +31,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.tail import tail_tensors
 from scalekd_cache.models.teacher import Teacher, load_teacher, teacher_classes
 from scalekd_cache.models.timm_models import check_name, timm_name
@@ -119,7 +119,8 @@ def describe(plan: Forecast) -> str:
     }
     short = plan.free_bytes < plan.total_bytes
     lines = [
-        f"{plan.images:,} images of {plan.data} x {plan.views} views, teacher {plan.teacher}, student {plan.student}",
+        f"{counted(plan.images, 'image')} of {plan.data} x {counted(plan.views, 'view')}, "
+        f"teacher {plan.teacher}, student {plan.student}",
         "",
         f"  {'bytes per view':<48}{'':>10}{'total':>14}",
         *(f"  {name:<48}{one[part]:>10,.0f}{size_text(one[part] * total):>14}" for part, name in names.items()),
@@ -129,10 +130,10 @@ def describe(plan: Forecast) -> str:
         "",
         f"  stage 1 on one {plan.gpu}: {_gpu_time(plan.teacher_gpu_hours)}, {plan.cores_per_gpu:.0f} CPU cores "
         f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
-        f"  one student from the cache, {plan.epochs} epochs: {_gpu_time(plan.student_gpu_hours)}; "
+        f"  one student from the cache, {counted(plan.epochs, 'epoch')}: {_gpu_time(plan.student_gpu_hours)}; "
         f"with the teacher in every step: {_gpu_time(plan.online_gpu_hours)}",
-        f"  the cache breaks even with student {plan.pays_after_students}; {plan.students} students save "
-        f"{_gpu_time(plan.saved_gpu_hours)}",
+        f"  the cache breaks even with student {plan.pays_after_students}; {counted(plan.students, 'student')}: "
+        f"{_gpu_time(plan.saved_gpu_hours)} saved",
         f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
         f"  memory of a step, one micro-batch in float32: {size_text(memory['total'])} "
         f"(weights {size_text(memory['weights'])}, gradients {size_text(memory['gradients'])}, "

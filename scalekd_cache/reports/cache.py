@@ -15,7 +15,7 @@ from scalekd_cache.config.base import require
 from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import teacher_accuracy
 from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import teacher_label
@@ -224,7 +224,8 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("path", str(cache.root)),
         (
             "images",
-            f"{manifest.num_samples:,} of {len(manifest.facts.class_names):,} classes, {manifest.num_views} views each",
+            f"{manifest.num_samples:,} of {counted(len(manifest.facts.class_names), 'class')}, "
+            f"{counted(manifest.num_views, 'view')} each",
         ),
         ("data set", str(manifest.facts.data.get("source"))),
         ("teacher", f"{teacher_label(manifest.facts.teacher)}, {teacher_accuracy(manifest.facts.teacher)}"),
@@ -239,7 +240,11 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("pixels", "in another cache" if manifest.facts.pixels_from else str(recipe["pixels"])),
         ("views", views),
         ("recipe", manifest.facts.recipe),
-        ("store", f"{manifest.facts.backend}, {len(manifest.units)} units, format version {manifest.format_version}"),
+        (
+            "store",
+            f"{manifest.facts.backend}, {counted(len(manifest.units), 'unit')}, "
+            f"format version {manifest.format_version}",
+        ),
         ("fingerprint", manifest.facts.fingerprint),
         ("written with", ", ".join(f"{name} {version}" for name, version in manifest.facts.versions.items())),
     ]

@@ -28,6 +28,8 @@ from bokeh.palettes import Cividis256
 from bokeh.plotting import figure
 from numpy.typing import ArrayLike, NDArray
 
+from scalekd_cache.errors import counted
+
 COLORS = ("#0072b2", "#d55e00", "#008a64", "#b3589a", "#2f87c6", "#9a7200", "#767676")
 """After Okabe and Ito, safe for color-blind readers; the bright ones are darker, so that they show on white."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", "dotdash", [12, 3], [2, 6])
@@ -118,11 +120,11 @@ def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tup
     if mark is not None:
         line = plot.line([mark[1]] * 2, [0, int(counts.max())], line_color=COLORS[1], line_dash="dashed", line_width=2)
         _legend(plot, [(f"{mark[0]} {mark[1]:.5f}", [line])], shorten=False)
-    text = f"{title}: {len(data)} values"
+    text = f"{title}: {counted(len(data), 'value')}"
     if len(data):
         text += f" from {data.min():.5f} to {data.max():.5f}, median {np.median(data):.5f}"
     if lost:
-        title += f" ({lost} values are not finite)"
+        title += f" ({counted(lost, 'value')} not finite)"
     return _chart(plot, f"{text}.", title)
 
 

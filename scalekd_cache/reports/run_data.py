@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 from scalekd_cache.config.base import require
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.reports.charts import Series
 from scalekd_cache.reports.predictions import (
     Images,
@@ -83,7 +83,7 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
     lines, damaged = _or_note(lambda: read_metrics(path), path, notes) or ([], 0)
     if damaged:
-        notes.append(f"{path.name}: {damaged} damaged lines of {METRICS} are omitted.")
+        notes.append(f"{path.name}: {counted(damaged, 'damaged line')} of {METRICS} omitted.")
     if summary is not None and not lines:
         notes.append(f"{path.name} has no lines in {METRICS}: its curves are omitted.")
     predictions = None

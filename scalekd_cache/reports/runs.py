@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.config.base import flat
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.reports.charts import Chart, Series, curves, matrix
 from scalekd_cache.reports.comparison import compare_runs, heads_of
@@ -126,7 +126,11 @@ def _facts(run: Run) -> list[tuple[str, str]]:
         ("targets", str(options.get("train.targets"))),
         ("heads", heads_of(run.options)),
         ("recipe", str(options.get("recipe"))),
-        ("cache", f"{options.get('cache')}, fingerprint {run.facts['fingerprint'][:16]}, {run.facts['views']} views"),
+        (
+            "cache",
+            f"{options.get('cache')}, fingerprint {run.facts['fingerprint'][:16]}, "
+            f"{counted(run.facts['views'], 'view')}",
+        ),
         ("epochs", str(options.get("train.epochs"))),
         ("global batch", str(options.get("train.global_batch_size"))),
         ("optimizer", f"{options.get('optim.name')}, learning rate {options.get('optim.lr')}"),
@@ -174,7 +178,7 @@ def _curves(run: Run) -> list[Chart]:
 def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Chart:
     counts = confusion(images.labels, predictions, len(names))
     chosen = np.arange(len(names))
-    accuracy = f"{predictions.accuracy(images.labels):.2f} % of {len(images.labels):,} images are correct"
+    accuracy = f"{predictions.accuracy(images.labels):.2f} % of {counted(len(images.labels), 'image')} correct"
     if len(names) > MATRIX_CLASSES:
         errors = counts.sum(0) + counts.sum(1) - 2 * counts.diagonal()
         chosen = np.sort(np.argsort(-errors, kind="stable")[:MATRIX_CLASSES])

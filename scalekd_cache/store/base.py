@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.errors import UserError, counted, unknown_name
 from scalekd_cache.store.durable_files import Written
 from scalekd_cache.store.path import StoredPath
 
@@ -102,7 +102,9 @@ def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
     `there`, or has them elsewhere."""
     if (len(record.features) > 0) is there:
         return None
-    got, expected = ("none", "features") if there else (f"{len(record.features)} bytes", "none: stored for other views")
+    got, expected = (
+        ("none", "features") if there else (counted(len(record.features), "byte"), "none: stored for other views")
+    )
     return "features are stored for other views of an image than the share of stored features gives", got, expected
 
 

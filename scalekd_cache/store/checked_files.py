@@ -17,7 +17,7 @@ from typing import IO, Annotated, Any, TypeVar, cast
 import pydantic_core
 from pydantic import Field, TypeAdapter, ValidationError
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.path import StoredPath
 
 T = TypeVar("T")
@@ -118,7 +118,7 @@ def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
         raise UserError(f"{what} is damaged", got="a tensor without offsets", where=path) from error
     expected = 8 + header_bytes + max(ends, default=0)
     if size != expected:
-        got, wanted = f"{size:,} bytes", f"{expected:,} bytes, from its header"
+        got, wanted = counted(size, "byte"), f"{expected:,} bytes, from its header"
         raise UserError(f"{what} has the wrong length", got=got, expected=wanted, where=path)
     return size
 

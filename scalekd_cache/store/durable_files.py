@@ -24,7 +24,7 @@ import google_crc32c
 import numpy as np
 from pydantic import Field
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import Sha256, check_safetensors, is_there, open_file, unreadable
 from scalekd_cache.store.path import StoredPath
 
@@ -229,8 +229,8 @@ def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]
         if (size, crc) != written:
             raise UserError(
                 "a file read back from disk differs from what was written",
-                got=f"{size} bytes, crc32c {crc:08x}",
-                expected=f"{written.bytes} bytes, crc32c {written.crc32c:08x}",
+                got=f"{counted(size, 'byte')}, crc32c {crc:08x}",
+                expected=f"{counted(written.bytes, 'byte')}, crc32c {written.crc32c:08x}",
                 where=folder / name,
                 fix="check the disk and memory of this machine; nothing was committed",
             )

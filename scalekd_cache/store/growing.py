@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store import plan as plans
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest
@@ -67,8 +67,8 @@ class GrowingCache(Cache):
         if self._complete_groups and manifest.num_samples != len(self):
             raise UserError(
                 "the first view group changed while the run was reading it",
-                got=f"{manifest.num_samples} images",
-                expected=f"{len(self)} images",
+                got=counted(manifest.num_samples, "image"),
+                expected=counted(len(self), "image"),
                 where=root,
                 fix="start a new run in another folder (--run ...)",
             )
@@ -149,7 +149,7 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
         if len(names) > seen:
             seen, progress = len(names), now
         views = plan.facts.groups[group]
-        there = f"views {views[0]} to {views[-1]} have {len(wanted) - missing} of {len(wanted)} units"
+        there = f"views {views[0]} to {views[-1]} have {len(wanted) - missing} of {counted(len(wanted), 'unit')}"
         if now - progress > timeout_s:
             raise UserError(
                 "the cache has stopped growing",

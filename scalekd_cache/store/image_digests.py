@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import is_hex, read_file
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder
 
@@ -110,7 +110,7 @@ def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
         change, unit = changes[0]
         raise UserError(
             "images changed while the cache was made: two view groups come from different files",
-            got=f"{len(changes)} images; the first is {change.key}, in {change.unit} and in {unit}",
+            got=f"{counted(len(changes), 'image')}; the first is {change.key}, in {change.unit} and in {unit}",
             expected="the same image files for all views",
             where=f"{root}, units {', '.join(units[:10])}" + (f" and {len(units) - 10} more" if units[10:] else ""),
             fix=FIX,

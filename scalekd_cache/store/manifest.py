@@ -21,7 +21,7 @@ from typing_extensions import TypedDict
 from scalekd_cache.config.base import fingerprint, flat
 from scalekd_cache.config.recipes import KEPT, LOCAL
 from scalekd_cache.config.stage1 import DataConfig, TeacherConfig, ViewConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import (
     BACKENDS,
     FORMAT_VERSION,
@@ -250,8 +250,8 @@ def _check_same_images(contents: list[tuple[int, int]], root: Path) -> None:
         if content != contents[0]:
             raise UserError(
                 "two view groups do not contain the same images",
-                got=f"group {group}: {content[0]} images",
-                expected=f"group 0: {contents[0][0]} images, with the same keys",
+                got=f"group {group}: {counted(content[0], 'image')}",
+                expected=f"group 0: {counted(contents[0][0], 'image')}, with the same keys",
                 where=root / "units",
                 fix="rerun `scalekd cache-teacher`: it lists the units that differ and rebuilds them",
             )

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.durable_files import hash_file, temp_path_for
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder, wrong_sizes
 from scalekd_cache.store.verify_unit import ExpectedUnit
@@ -210,4 +210,4 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
 def some_keys(wrong: Mapping[str, str]) -> str:
     """The first keys with their problems, in one line."""
     some = "; ".join(f"{key}: {what}" for key, what in list(wrong.items())[:NAMED_KEYS])
-    return some + (f"; and {len(wrong) - NAMED_KEYS} more images" if len(wrong) > NAMED_KEYS else "")
+    return some + (f"; and {counted(len(wrong) - NAMED_KEYS, 'more image')}" if len(wrong) > NAMED_KEYS else "")

@@ -12,7 +12,7 @@ from typing import Any
 
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.manifest import ManifestFacts, read_manifest
 from scalekd_cache.store.reader import Cache
@@ -101,8 +101,8 @@ def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: Remo
     if found != expected or pixels.manifest.num_views < views:
         raise UserError(
             "the given cache has other pixels (identity of data set and view recipe, images, views)",
-            got=f"{found[0][:16]}, {found[1]} images, {pixels.manifest.num_views} views",
-            expected=f"{expected[0][:16]}, {expected[1]} images, at least {views} views",
+            got=f"{found[0][:16]}, {counted(found[1], 'image')}, {counted(pixels.manifest.num_views, 'view')}",
+            expected=f"{expected[0][:16]}, {counted(expected[1], 'image')}, at least {counted(views, 'view')}",
             where=root,
             fix="set --pixels-from to the cache that was used when this cache was made",
         )

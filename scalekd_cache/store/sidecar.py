@@ -14,7 +14,7 @@ from typing import Annotated, NotRequired, TypeVar
 from pydantic import Field, FiniteFloat, PlainValidator, TypeAdapter
 from typing_extensions import TypedDict
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import BACKENDS, MAX_UNIT_SAMPLES, MAX_VIEWS, REPAIR, check_key, check_version, damaged
 from scalekd_cache.store.checked_files import checked, read_file, read_json
 from scalekd_cache.store.durable_files import FileHash
@@ -128,13 +128,13 @@ def wrong_sizes(folder: StoredPath, files: Mapping[str, FileHash]) -> list[tuple
         try:
             size = size_of(folder / name)
         except FileNotFoundError:
-            wrong.append((name, f"missing, expected {fact.bytes} bytes"))
+            wrong.append((name, f"missing, expected {counted(fact.bytes, 'byte')}"))
             continue
         except UserError as error:
             wrong.append((name, str(error)))
             continue
         if size not in (fact.bytes, None):
-            wrong.append((name, f"{size} bytes, expected {fact.bytes}"))
+            wrong.append((name, f"{counted(size, 'byte')}, expected {fact.bytes}"))
     return wrong
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
 from scalekd_cache.store.manifest import HELD_OUT, STATE, TAIL, Manifest, codec_files, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
@@ -157,7 +157,7 @@ def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]
     grown = [unit for unit in missing if unit.sha256 is None]
     if grown and expected.finished:
         notes.append(
-            f"the plan lists {len(grown)} more units that are not written yet (`scalekd cache-teacher` writes them)"
+            f"the plan lists {counted(len(grown), 'more unit')}, not written yet (`scalekd cache-teacher` writes them)"
         )
 
 
@@ -207,7 +207,7 @@ def _disagree(manifest: Manifest, plan: Plan) -> str | None:
     if facts.groups[: len(manifest.facts.groups)] != manifest.facts.groups:
         return f"groups {facts.groups} do not begin with the manifest's, {manifest.facts.groups}"
     if len(manifest.units) != len(manifest.facts.groups) * len(plan.ranges):
-        return f"{len(plan.ranges)} ranges do not match the manifest's units"
+        return f"the manifest's units do not match the plan's {counted(len(plan.ranges), 'range')}"
     return None
 
 

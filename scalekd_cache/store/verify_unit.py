@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.path import StoredPath
@@ -209,7 +209,7 @@ def _record_problems(
                 yield finding
     for part, count in bad.items():
         if count > MAX_NAMED:
-            yield RecordProblem(None, f"{count - MAX_NAMED} more damaged samples", part)
+            yield RecordProblem(None, counted(count - MAX_NAMED, "more damaged sample"), part)
     reader.close()
 
 

@@ -14,6 +14,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process
+from scalekd_cache.errors import counted
 from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
 from scalekd_cache.models.student import build_student
@@ -59,7 +60,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     if train.targets != "none":
         samples = feature_samples(config.scalekd, cache, train.micro_batch_size)
         if samples < train.micro_batch_size:
-            lines.append(f"feature losses on {samples} of {train.micro_batch_size} samples of a micro-batch")
+            lines.append(f"feature losses on {samples} of {counted(train.micro_batch_size, 'sample')} of a micro-batch")
         tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
         heads = make_heads(config, student, tail, pooled_width(manifest.facts))
         lines.append(f"projectors: {_millions(heads)} M parameters, not exported")
@@ -70,8 +71,9 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size)
     lines.append(
-        f"{train.epochs} epochs of {per_epoch} steps of {train.global_batch_size} images, "
-        f"{len(micros)} micro-batches of {train.micro_batch_size} a process"
+        f"{counted(train.epochs, 'epoch')} of {counted(per_epoch, 'step')} "
+        f"of {counted(train.global_batch_size, 'image')}, "
+        f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} a process"
     )
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"

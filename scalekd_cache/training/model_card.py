@@ -15,6 +15,7 @@ import yaml
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.backbone import Backbone
 from scalekd_cache.convert.timm_export import InputStatistics, eval_transform
+from scalekd_cache.errors import counted
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.run_files import classes_of, text_option
 from scalekd_cache.versions import __version__
@@ -181,7 +182,7 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
     held_out = summary.get("held_out")
     if held_out:
         return f"{_text(student)}, {how} without labels; {_figures(held_out)}."
-    accuracy = f"{percent(summary['top1'])} on {images:,} validation images" if images else "not measured"
+    accuracy = f"{percent(summary['top1'])} on {counted(images, 'validation image')}" if images else "not measured"
     return f"{_text(student)}, {how}; top-1 {accuracy}."
 
 

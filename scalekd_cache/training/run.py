@@ -18,7 +18,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
@@ -110,7 +110,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         folder.add_logger(start_tracker(config.train.tracker, run, to_plain(config), process.print_rank0))
         folder.reopen(first)
         if damaged:
-            process.print_rank0(f"{damaged} damaged lines of {run / METRICS} were dropped")
+            process.print_rank0(f"{counted(damaged, 'damaged line')} of {run / METRICS} dropped")
     if config.train.log_samples:
         trainer.watchdog.log_samples(run)
     with SignalHandler() as signals, trainer.watchdog.guard(60 * config.train.timeout_minutes):

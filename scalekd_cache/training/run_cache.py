@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.growing import GrowingCache, open_growing_cache
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
@@ -52,7 +52,7 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     views = _views(config, run, cache)
     pixels = open_shared_pixels(cache, config.pixels_from, views, config.remote)
     process.print_rank0(
-        f"{root}: {manifest.num_samples:,} images x {manifest.num_views} views expected "
+        f"{root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')} expected "
         + ("by its plan, still growing" if isinstance(cache, GrowingCache) else "by its manifest")
         + ("" if views == manifest.num_views else f"; this run reads the first {views}")
         + ("" if pixels is None else f"; pixels from {pixels.root}")
@@ -68,8 +68,9 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
     if views > available:
         raise UserError(
             "the cache has fewer views than the run needs",
-            got=f"{available} views in its manifest",
-            expected=f"{views} views, " + ("as when the run started" if started else "as set by train.views"),
+            got=f"{counted(available, 'view')} in its manifest",
+            expected=f"{counted(views, 'view')}, "
+            + ("as when the run started" if started else "as set by train.views"),
             where=cache.root,
             fix=f"wait for the writer with --follow, or add views: scalekd cache-teacher --views {views}",
         )
@@ -102,7 +103,7 @@ def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
     if not all(torch.equal(digest, other) for other in gathered):
         raise UserError(
             "the ranks opened the cache in different states",
-            got=f"rank {process.rank}: {manifest.num_views} views, {run_cache.views} of them used",
+            got=f"rank {process.rank}: {counted(manifest.num_views, 'view')}, {run_cache.views} of them used",
             where=run_cache.cache.root,
             fix="the cache grew while the ranks started: rerun",
         )

@@ -12,7 +12,7 @@ from torch import Tensor
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
 from scalekd_cache.convert.timm_export import export_student
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.weights import check_tensors
 from scalekd_cache.store.manifest import ManifestFacts
@@ -42,7 +42,7 @@ def consolidated_student(config: StudentConfig, state: State, num_classes: int, 
     found, wanted = (
         {name: tuple(value.shape) for name, value in tensors.items()} for tensors in (state, student.model.state_dict())
     )
-    check_tensors(found, wanted, f"{config.name} with {num_classes} classes")
+    check_tensors(found, wanted, f"{config.name} with {counted(num_classes, 'class')}")
     student.model.load_state_dict(state)
     return student.eval()
 

@@ -16,7 +16,7 @@ import yaml
 
 from scalekd_cache.config.base import flat
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError, require_folder
+from scalekd_cache.errors import UserError, counted, require_folder
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, write_atomically
 from scalekd_cache.store.locks import lock, open_lock
@@ -225,7 +225,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             fix = f"set --extend to extend it, or --init {run} with another --run for a new run from its weights"
         else:
             fix = "choose another --run, or remove the folder to start over"
-        raise UserError(f"{run} contains a run of {before} epochs, not {after}", fix=fix)
+        raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
     if different:
         raise UserError(
             f"{run} contains a run with different options",

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import percent, teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
@@ -91,9 +91,15 @@ def summary_table(run: Path, summary: Summary) -> str:
         ("targets", str(summary["targets"])),
         ("baseline", baseline_text),
         *_held_out_rows(summary.get("held_out", {})),
-        ("epochs", f"{summary['epochs']} ({summary['steps']} steps, {summary['images_per_s']:.0f} images/s)"),
+        (
+            "epochs",
+            f"{summary['epochs']} ({counted(summary['steps'], 'step')}, {summary['images_per_s']:.0f} images/s)",
+        ),
         ("minutes", f"{summary['minutes']:.1f}"),
-        ("cache", f"{summary['views']} views, {summary['bytes_per_view']:,.0f} bytes per view, including pixels"),
+        (
+            "cache",
+            f"{counted(summary['views'], 'view')}, {summary['bytes_per_view']:,.0f} bytes per view, including pixels",
+        ),
         ("run", str(run)),
         ("export", str(run / "export")),
     ]

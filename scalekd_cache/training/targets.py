@@ -20,7 +20,7 @@ from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.options import build
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import WINDOW, ClassCorrelation, Order, mixing_window
 from scalekd_cache.models.normalize import Normalize, resize
@@ -83,7 +83,7 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int) -> in
         raise UserError(
             "the feature share of a micro-batch is not a whole number of samples, at least 2",
             got=f"scalekd.feature_share={share:g} of train.micro_batch_size={micro_batch}",
-            expected=", ".join(f"{count / micro_batch:.6g} ({count} samples)" for count in near),
+            expected=", ".join(f"{count / micro_batch:.6g} ({counted(count, 'sample')})" for count in near),
             fix="change --feature-share or train.micro_batch_size",
         )
     return samples

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import deepspeed_device, memory_errors, set_launcher_variables
 from scalekd_cache.distributed import Process
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, StudentOutput
@@ -319,7 +319,7 @@ class Trainer:
         weights = gather_weights(self.engine, module, zero, device)
         bad = [name for name, value in weights.items() if not value.isfinite().all()]
         if bad:
-            got = f"{len(bad)} weight tensors with NaN or Inf, first {bad[0]}"
+            got = f"{counted(len(bad), 'weight tensor')} with NaN or Inf, first {bad[0]}"
             raise diverged(got, self.watchdog.first_nonfinite() or f"step {self.loader.step}")
         tensors, numbers, counts = gather_state(self.engine, module, zero, device)
         files = {STUDENT: self.student_state(), MODEL: {**weights, **self._statistics(module)}, OPTIMIZER: tensors}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from scalekd_cache.config.stage1 import ViewConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 Pixels = NDArray[np.uint8]
 
@@ -53,7 +53,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
             if picture.format == "PNG" and (picture.mode, picture.size) == ("RGB", (size, size)):
                 return np.array(picture)
     except (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError) as error:
-        got = f"{len(data)} bytes: {type(error).__name__}: {error}"
+        got = f"{counted(len(data), 'byte')}: {type(error).__name__}: {error}"
     raise UserError(
         "cannot decode the pixels of a view",
         got=got,

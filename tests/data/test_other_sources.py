@@ -88,7 +88,7 @@ def test_parquet_errors(tmp_path):
         source_of(tmp_path, "val")
     source = source_of(tmp_path)
     parquet_file(train, [0, 1, 0, 1], ["a", "b"], rows=1)
-    with pytest.raises(UserError, match="1 rows, expected 2"):
+    with pytest.raises(UserError, match="1 row, expected 2"):
         source.read(0)
     parquet_file(tmp_path / "data/val-0.parquet", [0], ["a", "c"])
     with pytest.raises(UserError, match="different class names"):
@@ -157,7 +157,7 @@ def test_parquet_rows_whose_file_is_gone_are_refused_at_opening(tmp_path, kind):
         source_of(tmp_path)
     if kind == "struct":
         path_rows(tmp_path, [(PNG, "gone.png"), (PNG, None), (None, None)])
-        assert source_of(tmp_path).ignored == ("ignored: 1 rows without an image (neither bytes nor a path)",)
+        assert source_of(tmp_path).ignored == ("ignored: 1 row without an image (neither bytes nor a path)",)
 
 
 def test_a_broken_optional_package_is_named(tmp_path, monkeypatch):

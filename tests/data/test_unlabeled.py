@@ -101,7 +101,7 @@ def test_folders_beside_an_unlabeled_train_are_named(tmp_path):
         (["train/1.png", "train/2.png", "valid/1.png"], "rename valid/ to val/"),
         (["train/1.png", "train/ant/1.png"], "images outside of class folders"),
         (["train/1.png", "train/2.png", "val/1.png", "val/ant/1.png"], "both class folders and images"),
-        (["1.png"], r"too few images(?s:.*)1 images without labels"),
+        (["1.png"], r"too few images(?s:.*)1 image without labels"),
         (["x/a.png", "x/a.jpg", "x/a.png.jpg"], "two images have the same sample key"),
     ],
 )
@@ -223,8 +223,8 @@ def test_what_tars_without_labels_leave_out_is_reported(tmp_path):
     write(tmp_path / "train/c.png", PNG)
     write(tmp_path / "classes.txt", b"x\ny\n")
     text = "\n".join(source_of(tmp_path).ignored)
-    assert "1 tar members: further images of a sample without a .cls" in text
-    assert "1 images next to the tars, such as c.png" in text
+    assert "1 tar member: further images of a sample without a .cls" in text
+    assert "1 image next to the tars, such as c.png" in text
     assert "classes.txt with 2 names" in text
     shard(tmp_path / "train/0.tar", ["a"], [0])
     assert source_of(tmp_path).ignored == ()

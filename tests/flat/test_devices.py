@@ -19,7 +19,7 @@ from scalekd_cache.devices import (
     recorded_versions,
     set_launcher_variables,
 )
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.versions import library_versions
 
 CPU = torch.device("cpu")
@@ -117,10 +117,10 @@ def test_a_gpu_that_cannot_be_used_is_an_error(name, unusable, monkeypatch):
 
 
 def test_the_line_and_the_recorded_versions(gpus, monkeypatch):
-    assert describe_device(CPU) == f"device: cpu ({torch.get_num_threads()} threads; 2 GPUs not used)"
+    assert describe_device(CPU) == f"device: cpu ({counted(torch.get_num_threads(), 'thread')}; 2 GPUs not used)"
     gpus(0)
-    assert describe_device(CPU) == f"device: cpu ({torch.get_num_threads()} threads)"
-    assert describe_setup(CPU, "auto", 2, 0).endswith("threads), float32, 2 processes, 0 loader workers")
+    assert describe_device(CPU) == f"device: cpu ({counted(torch.get_num_threads(), 'thread')})"
+    assert describe_setup(CPU, "auto", 2, 0).endswith("), float32, 2 processes, 0 loader workers")
     assert recorded_versions(CPU) == library_versions()
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
     properties = type("Properties", (), {"total_memory": 80 << 30})

@@ -1,8 +1,8 @@
-"""Suggestions for mistyped names."""
+"""Suggestions for mistyped names, numbers with their nouns."""
 
 import pytest
 
-from scalekd_cache.errors import UserError, closest_names, join_or, unknown_name
+from scalekd_cache.errors import UserError, closest_names, counted, join_or, unknown_name
 
 MODELS = ["resnet18", "resnet50", "resnet50d", "vit_small_patch16_224", "gcvit_small", "swin_large_patch4_window7_224"]
 
@@ -41,3 +41,19 @@ def test_a_mistype_is_one_line():
     assert str(unknown_name("model", "zzz", many, "--student")) == "there is no model zzz (--student)", (
         "a hundred are no help"
     )
+
+
+@pytest.mark.parametrize(
+    ("count", "noun", "text"),
+    [
+        (0, "step", "0 steps"),
+        (1, "epoch", "1 epoch"),
+        (2, "epoch", "2 epochs"),
+        (1438, "image", "1,438 images"),
+        (1, "class", "1 class"),
+        (3, "micro-batch", "3 micro-batches"),
+        (2, "loader worker", "2 loader workers"),
+    ],
+)
+def test_a_number_has_its_noun_in_singular_or_plural(count, noun, text):
+    assert counted(count, noun) == text

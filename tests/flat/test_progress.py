@@ -27,6 +27,17 @@ def test_a_log_has_whole_lines_only(capsys, monkeypatch, open_bars):
     assert [line[:10] for line in lines] == [f"cache: {done}/3" for done in range(4)]
 
 
+def test_one_unit_is_singular_and_no_rate_is_guessed(capsys, monkeypatch):
+    monkeypatch.setattr("scalekd_cache.progress.LINE_SECONDS", 0.0)
+    with progress("verify", 1, "unit") as bar:
+        first = capsys.readouterr().err
+        bar.start_t -= 4
+        bar.last_print_t -= 4
+        bar.update()
+    assert first == "verify: 0/1 unit, 00:00 done, ? left\n"
+    assert re.fullmatch(r"verify: 1/1 unit, 00:04 done, 00:00 left, 4[.0-9]* s per unit\n", capsys.readouterr().err)
+
+
 def test_another_rank_prints_nothing(capsys):
     with progress("cache", 3, "view", rank=1) as bar:
         bar.update(3)

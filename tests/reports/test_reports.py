@@ -240,8 +240,8 @@ def test_charts_are_the_same_every_time_and_have_words():
 
 def test_values_that_are_not_finite():
     chart = histogram([0.5, float("nan"), float("inf")], "cosine", "views", "Fidelity")
-    assert "1 values from 0.50000" in chart.alt
-    assert "2 values are not finite" in chart.caption
+    assert "1 value from 0.50000" in chart.alt
+    assert "2 values not finite" in chart.caption
     assert "0 values" in histogram([float("nan")] * 2, "cosine", "views", "Fidelity").alt
     broken = curves([Series("a", [1, 2, 3], [1.0, float("nan"), float("inf")])], "x", "y", "t")
     assert json.loads(json.dumps(broken.item, allow_nan=False))

@@ -96,7 +96,7 @@ def test_a_file_that_changes_within_one_job_is_found_before_the_manifest(folder,
     monkeypatch.setattr(caching, "views_of_units", late)
     with pytest.raises(UserError, match="images changed while the cache was made") as error:
         cache_teacher(job(folder, 2), CPU)
-    assert "1 images; the first is ant/0, in units/g000-r0000" in str(error.value)
+    assert "1 image; the first is ant/0, in units/g000-r0000" in str(error.value)
     assert not (folder / "cache/manifest.json").exists()
 
 

@@ -76,7 +76,7 @@ def test_a_damaged_file_of_a_run_is_named(run, tmp_path, kind, name):
             damaged_lines = name == "metrics.jsonl" and kind in ("another type", "not a number")
             silent = name == "metrics.jsonl" and kind in ("empty", "cut", "not text")  # no complete line
             text = page.read_text()
-            assert silent or (("damaged lines of" if damaged_lines else name) in text)
+            assert silent or (("damaged line" if damaged_lines else name) in text)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")

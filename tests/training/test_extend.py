@@ -57,7 +57,7 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     before = read_summary(run)
     with pytest.raises(UserError) as error:
         distill(config_of(run, 2), CPU)
-    assert str(error.value).splitlines()[0] == f"{run} contains a run of 1 epochs, not 2"
+    assert str(error.value).splitlines()[0] == f"{run} contains a run of 1 epoch, not 2"
     assert "--extend" in str(error.value)
     assert f"--init {run}" in str(error.value)
     assert "would resume at step 4" in plan_distill(config_of(run, 2, extend=True), CPU)[-1]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from scalekd_cache.errors import counted
 from scalekd_cache.store.base import (
     CRC,
     RUN_BYTES,
@@ -144,7 +145,7 @@ class Reader(ShardReader):
                 data = read_at(descriptor, end - start, start, self.where)  # one buffer for the whole call was slower
                 if len(data) != end - start:
                     where = self.keys[wanted[first]]
-                    raise damaged("a shard ends early", f"{len(data)} bytes", end - start, self.where, where)
+                    raise damaged("a shard ends early", counted(len(data), "byte"), end - start, self.where, where)
                 records += self._cut(wanted[first:done], data, start)
         finally:
             if descriptor != self._kept:

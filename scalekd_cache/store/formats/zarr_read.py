@@ -16,6 +16,7 @@ import numpy as np
 import zstandard
 from numpy.typing import NDArray
 
+from scalekd_cache.errors import counted
 from scalekd_cache.store.base import RUN_BYTES, damaged
 from scalekd_cache.store.checked_files import read_at, read_json
 from scalekd_cache.store.path import StoredPath
@@ -137,7 +138,7 @@ class ShardedArray:
             start, stop = self._in_file(first), self._in_file(last - 1) + 1
             data = read_at(descriptor, stop - start, start, path)
             if len(data) != stop - start:
-                raise damaged("a shard file ends early", f"{len(data)} bytes", stop - start, path)
+                raise damaged("a shard file ends early", counted(len(data), "byte"), stop - start, path)
             if stop - start == last - first:
                 pieces.append(data)
             else:

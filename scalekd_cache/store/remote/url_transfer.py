@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
 
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.durable_files import is_disk_full
 from scalekd_cache.versions import import_optional
 
@@ -269,7 +269,7 @@ def _failed(url: str, error: Exception, status: int | None, attempts: int, confi
         )
     return kind(
         "cannot download a file",
-        got=f"{f'status {status}, ' if status else ''}{reason} ({attempts} of {config.attempts} attempts)",
+        got=f"{f'status {status}, ' if status else ''}{reason} ({attempts} of {counted(config.attempts, 'attempt')})",
         where=without_password(url),
         fix=fix,
     )
