@@ -22,6 +22,14 @@ def pytest_collection_modifyitems(items):
         item.add_marker(pytest.mark.xdist_group(group))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync():
+    """Skip fsync in the processes of pytest: thousands of small ones take longer than the tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scalekd_cache.store.durable_files.fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
     return tmp_path_factory.mktemp("pipeline")

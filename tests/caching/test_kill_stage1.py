@@ -10,7 +10,7 @@ from collections import Counter
 
 import psutil
 import pytest
-from commands import ENV, ROOT, cache_flags, file_bytes, launcher, run
+from commands import ENV, ROOT, cache_flags, execute, file_bytes, launcher
 from stage1_process import KILLED, Job, phase, warm_up
 
 from scalekd_cache.store.verify import verify_cache
@@ -152,7 +152,7 @@ def test_the_command_itself_killed(place, weights, untouched, backend):
             check.same(root, backend)
             shutil.rmtree(root)
     assert killed == 3
-    run("cache_teacher", *words(root, weights, backend), nproc=2)
+    execute(*launcher(2), "pipelines.cache_teacher", *words(root, weights, backend))
     check.same(root, backend)
 
 

@@ -21,8 +21,6 @@ from scalekd_cache.store.sealed_json import SEAL, sealed
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify import verify_cache
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def test_manifest(whole):
     manifest = read_manifest(whole)

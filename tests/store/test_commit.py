@@ -34,8 +34,6 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify import verify_cache
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def planned(backend: str, group: int = 0, range_id: int = 0) -> ExpectedUnit:
     """The unit that `write_unit` makes."""

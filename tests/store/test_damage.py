@@ -23,8 +23,6 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.verify import verify_cache
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def assert_damage_is_seen(root: Path, match: str, *, key: bool = False, fast: bool = False) -> None:
     with pytest.raises(UserError, match=match):

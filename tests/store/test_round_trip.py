@@ -32,8 +32,6 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import unit_folder
 from scalekd_cache.store.verify import verify_cache
 
-pytestmark = pytest.mark.usefixtures("no_fsync")
-
 
 def test_records_come_back_in_every_order(whole):
     cache = Cache.open(whole)

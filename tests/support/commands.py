@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from scalekd_cache.config.plain_names import PLAIN_NAMES
@@ -62,9 +63,14 @@ def execute(*command, status=0):
     done = subprocess.run(
         words, cwd=ROOT, env=ENV, timeout=LIMIT_S, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    if done.returncode != status:
-        raise AssertionError(f"{' '.join(words)}\nexit status {done.returncode}, not {status}:\n{done.stdout[-4000:]}")
-    return done.stdout
+    return checked(" ".join(words), done.returncode, status, done.stdout)
+
+
+def checked(command, returned, status, output):
+    """The output of a command, which must have returned this exit code."""
+    if returned != status:
+        raise AssertionError(f"{command}\nexit status {returned}, not {status}:\n{output[-4000:]}")
+    return output
 
 
 def launcher(nproc=1):
@@ -74,9 +80,15 @@ def launcher(nproc=1):
     return [sys.executable, "-m"] if nproc == 1 else torchrun
 
 
-def run(name, *words, nproc=1, status=0, **options):
-    """`python -m pipelines.<name> ...`; returns its output."""
-    return execute(*launcher(nproc), f"pipelines.{name}", *words, status=status, **options)
+def run(name, *words, nproc=1, status=0):
+    """`python -m pipelines.<name> ...` on one or more ranks, without its imports (a fork); returns its output."""
+    from stage1_process import Job
+
+    words = [str(word) for word in words]
+    with tempfile.TemporaryDirectory() as folder:
+        outcome = Job(words, ROOT, Path(folder) / "log", ranks=nproc, command=name).wait()
+    returned = max(outcome.statuses) or min(outcome.statuses)  # the others are killed when a rank fails
+    return checked(f"pipelines.{name} {' '.join(words)}", returned, status, outcome.output)
 
 
 def make(target, status=0, **variables):

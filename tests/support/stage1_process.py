@@ -1,6 +1,6 @@
-"""Runs the stage-1 command in separate processes, and kills them or makes their disk fail.
+"""Runs commands in separate processes, and kills them or makes their disk fail.
 
-A fork server imports torch and the command once. All other processes are forked from it, which saves five seconds of
+A fork server imports torch and DeepSpeed once. All other processes are forked from it, which saves five seconds of
 imports each. The command runs via `__main__`, like `python -m pipelines.cache_teacher`.
 """
 
@@ -17,11 +17,19 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from commands import LIMIT_S
+from commands import ENV, LIMIT_S
 
 FORKING = multiprocessing.get_context("forkserver")
 FORKING.set_forkserver_preload(
-    ["scalekd_cache.caching.job", "pipelines.command", "sklearn.datasets", "webdataset", "zarr"]
+    [
+        "scalekd_cache.caching.job",
+        "scalekd_cache.training.run",
+        "pipelines.command",
+        "sklearn.datasets",
+        "webdataset",
+        "zarr",
+        "deepspeed",
+    ]
 )
 KILLED = -signal.SIGKILL
 WRITES = ("open", "os.mkdir", "os.rename", "os.link", "os.remove", "os.rmdir")
@@ -74,7 +82,10 @@ def run_command(words, environment, log, root, operation, act=_kill_group, comma
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-    os.environ.update(environment)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(line_buffering=True)
+    os.environ.clear()
+    os.environ.update({**ENV, **environment})
     if operation:
         at_operation(operation, root, act)
     sys.argv = [command, *words]
@@ -92,13 +103,18 @@ class Job:
     ) -> None:
         self._log, self._store = log, None
         log.write_text("")
-        environment = {"OMP_NUM_THREADS": "1"}
+        environment = {}
         if ranks > 1:
             from torch.distributed import TCPStore
 
             self._store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
             address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(self._store.port)}
-            environment |= {**address, "TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": str(ranks)}
+            environment |= {
+                **address,
+                "TORCHELASTIC_USE_AGENT_STORE": "True",
+                "WORLD_SIZE": str(ranks),
+                "LOCAL_WORLD_SIZE": str(ranks),
+            }
         self._start = time.monotonic()
         self.processes = []
         for rank in range(ranks):
