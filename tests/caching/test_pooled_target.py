@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 import format_reader
+import numpy as np
 import pytest
 import torch
 from damage import rewrite_unit
@@ -23,6 +24,7 @@ from scalekd_cache.codec import pooled_codec, second_codec_from_config
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order
+from scalekd_cache.loader.record_pixels import decode_pooled
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.planning import forecast as planning
 from scalekd_cache.store.base import BACKENDS, Parts
@@ -91,8 +93,9 @@ def test_every_view_has_one(backend, capsys):
     found = verify_deep(cache.root)
     assert found.findings.problems == []
     assert found.agreement.figures["pooled_cosine"]["p1"] > 0.9999
-    for view in format_reader.read_cache(cache.root).values():
-        assert all(len(record.second) == codec.bytes_per_view for record in view)
+    for number, view in format_reader.read_cache(cache.root).items():
+        decoded = decode_pooled(codec, cache.read(range(IMAGES), number))
+        assert np.allclose(np.stack([record.second for record in view]), decoded, rtol=1e-6, atol=1e-6)
     capsys.readouterr()
     call(inspect_cache, ["--cache", cache.root, "--index", 3, "--json"])
     shown = json.loads(capsys.readouterr().out)

@@ -27,8 +27,8 @@ class Decoded(NamedTuple):
     """(2, H, W) float32."""
     logits: np.ndarray
     """(K,) float32."""
-    second: bytes
-    """A record of `second_codec`."""
+    second: np.ndarray | None
+    """(P,) float32, the pooled embedding."""
 
 
 def canonical(value, *, escaped=False):
@@ -228,7 +228,8 @@ def read_zarr(stem, place, keys):
 def decode(manifest, state, key, label, view, digest, pixels, features, second, logits):
     maps, norms = decode_features(manifest["codec"], state, features) if features else (None, None)
     scores = decode_logits(manifest["logit_codec"], logits)
-    return Decoded(key, label, json.loads(view), digest, pixels, maps, norms, scores, second)
+    pooled = decode_features(manifest["second_codec"], None, second)[0].ravel() if second else None
+    return Decoded(key, label, json.loads(view), digest, pixels, maps, norms, scores, pooled)
 
 
 def decode_features(codec, state, row):
