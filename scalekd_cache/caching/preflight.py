@@ -57,7 +57,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
             got=f"features {spec.feature_shape} at {spec.image_size} px",
             fix="use larger views (views.size) or a teacher with a finer last stage",
         )
-    error = check_tail(teacher, pixels[:4])
+    error = check_tail(teacher, pixels[: min(4, teacher.images_per_pass)])
     if not error <= TAIL_TOLERANCE:
         raise UserError(
             "the teacher's last stage does not reproduce its features",

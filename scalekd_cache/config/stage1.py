@@ -125,7 +125,7 @@ class TeacherConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass."""
+    """Views per teacher forward pass (above 512 px at most as many pixels as 64 views of 224 px)."""
     check_classes: bool = True
     """Stop before the first unit if the teacher's accuracy is near chance, or far below its accuracy with the classes
     in another order (false: only print a warning)."""

@@ -7,6 +7,7 @@ each family). Features, logits and pooled embedding come from one forward pass.
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -126,7 +127,22 @@ class Teacher(nn.Module):
     # no_grad, not inference_mode: TinyViT caches tensors of a pass, and inference tensors cannot be used with autograd
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
-        """(B, 3, H, W) uint8 images to features and logits, float32."""
+        """(B, 3, H, W) uint8 images to features and logits, float32; large images a few at a time."""
+        if len(images) > self.images_per_pass:
+            outputs = [self._pass(part) for part in torch.split(images, self.images_per_pass)]
+            return TeacherOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))
+        return self._pass(images)
+
+    @property
+    def images_per_pass(self) -> int:
+        """Images in one forward pass: as many pixels as 64 images of 224 px, for images above 512 px.
+
+        The attention of SAM's ViT-B at 1,024 px takes about 2 GB an image. Smaller images are not split.
+        """
+        size = self.spec.image_size
+        return max(1, 64 * 224**2 // size**2) if size > 512 else sys.maxsize
+
+    def _pass(self, images: Tensor) -> TeacherOutput:
         x = self.normalize(images)
         with autocast(x.device, self.autocast_dtype):
             taps = run_with_taps(self.model, self.parts, x, pooled=self.spec.pooled > 0)

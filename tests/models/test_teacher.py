@@ -153,6 +153,19 @@ def reference_features(model, x):
     return model.head.norm(maps[-1])
 
 
+def test_large_images_pass_a_few_at_a_time(monkeypatch):
+    teacher = make("samvit_base_patch16", 1024, {**SAM, "depth": 1, "embed_dim": 6, "global_attn_indexes": []})
+    assert teacher.spec.feature_shape == (32, 64, 64)
+    assert teacher.images_per_pass == 3
+    together = teacher._pass(views(1024, 4))
+    seen = []
+    monkeypatch.setattr(teacher, "_pass", lambda images: seen.append(len(images)) or Teacher._pass(teacher, images))
+    output = teacher(views(1024, 4))
+    assert seen == [3, 1]
+    assert torch.allclose(output.features, together.features, atol=1e-5)
+    assert output.logits.shape == (4, 0)
+
+
 def test_patch_tokens_do_not_see_placeholders():
     """Without prefix tokens, BEiT's tail equals that of a model that has only patch tokens."""
     teacher = scramble(make("beit_base_patch16_224", 64, {**TOKENS, "use_rel_pos_bias": False}))
