@@ -30,7 +30,11 @@ def typed(command, status=0):
     ("variables", "views"),
     [
         ({"SET": "views.flip_probability=0.5 cache.samples_per_shard=8"}, {"flip_probability": 0.5}),
-        ({"SET": "views.size=96 views.randaugment_ops=1", "PIXELS": "replayed"}, {"size": 96, "randaugment_ops": 1}),
+        pytest.param(
+            {"SET": "views.size=96 views.randaugment_ops=1", "PIXELS": "replayed"},
+            {"size": 96, "randaugment_ops": 1},
+            marks=pytest.mark.ci_slow,
+        ),
     ],
 )
 def test_distill_trains_on_the_views_of_the_cache_as_advised(tmp_path, variables, views):

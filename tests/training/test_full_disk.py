@@ -63,7 +63,6 @@ def test_metrics_and_tensorboard(tmp_path, first):
 @pytest.mark.ci_slow
 def test_a_run_on_a_disk_that_fills_up(tmp_path, weights):
     """The disk fills up before various operations: checkpoint, metrics, export, model card, summary."""
-    FORKING.set_forkserver_preload(["scalekd_cache.training.run", "scalekd_cache.caching.job", "pipelines.command"])
     cache, disk, log = tmp_path / "cache", tmp_path / "disk", tmp_path / "log"
     disk.mkdir()
     assert Job(cache_flags(cache, weights, **{"data.max_samples": 16}), cache, log).wait().statuses == [0]

@@ -13,7 +13,7 @@ import time
 import pytest
 from commands import LIMIT_S, assert_same_losses, cache_flags, distill_flags
 from run_states import record_states
-from stage1_process import FORKING, Job
+from stage1_process import Job
 
 MOST = 60
 OPTIONS = {
@@ -36,7 +36,6 @@ def files(run):
 @pytest.mark.ci_slow
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_killed_before_every_operation(tmp_path, weights):
-    FORKING.set_forkserver_preload(["scalekd_cache.training.run", "scalekd_cache.caching.job", "pipelines.command"])
     seed = int(os.environ.get("SEED", random.SystemRandom().randrange(10**6)))
     cache, whole, log = tmp_path / "cache", tmp_path / "whole", tmp_path / "log"
     assert Job(cache_flags(cache, weights, **{"data.max_samples": 16}), cache, log).wait().statuses == [0]
