@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 from scalekd_cache.errors import UserError, counted, worker_failure
 
 SHARED_MEMORY = Path("/dev/shm")
-SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host), or use fewer --workers (or 0)"
+SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host)"
 MAX_PREFETCH_BYTES = 2 << 30
 """Maximum prefetched bytes of one loader in shared memory, even if more is free."""
 ALIGNMENT = 64
@@ -53,7 +53,8 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
     """
     if not workers:
         return 0
-    fits = bytes_per_worker(workers) // (item_bytes + 4096)  # whole pages
+    page = 4096
+    fits = bytes_per_worker(workers) // (item_bytes + page)
     if fits < 1:
         ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
         raise UserError(
@@ -62,17 +63,19 @@ def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
             expected=f"twice {counted(workers, 'worker')} x {item_bytes / 1e6:,.1f} MB"
             + ("" if ranks == "1" else f" x {ranks} processes on this machine"),
             where=SHARED_MEMORY,
-            fix=SHARED_MEMORY_FIX,
+            fix=f"{SHARED_MEMORY_FIX}, or set --workers {bytes_per_worker(1) // (item_bytes + page)}",
         )
     open_files = _open_files()
-    left = (open_files.limit - open_files.now - RESERVED_FILES) // workers - FILES_PER_WORKER
+    room = max(0, open_files.limit - open_files.now - RESERVED_FILES)
+    left = room // workers - FILES_PER_WORKER
     if left < 1:
         needed = open_files.now + RESERVED_FILES + workers * (FILES_PER_WORKER + 1)
         raise UserError(
             "the open-file limit is too low for the loader's worker processes",
             got=f"limit {open_files.limit} (ulimit -n), {counted(open_files.now, 'file')} open",
             expected=f"at least {needed} for {counted(workers, 'worker')}",
-            fix="raise the limit (ulimit -n 65536; docker run --ulimit nofile=65536), or use fewer --workers (or 0)",
+            fix="raise the limit (ulimit -n 65536; docker run --ulimit nofile=65536), "
+            f"or set --workers {room // (FILES_PER_WORKER + 1)}",
         )
     return min(most, fits, left)
 
@@ -218,7 +221,7 @@ def _shared_block(size: int) -> Tensor:
             got=f"{error}".splitlines()[0],
             expected=f"{size / 1e6:.1f} MB; {(_free_bytes() or 0) / 1e6:,.1f} MB are free",
             where=SHARED_MEMORY,
-            fix=SHARED_MEMORY_FIX,
+            fix=f"{SHARED_MEMORY_FIX}, or use fewer --workers (or 0)",
         ) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)  # type: ignore[call-overload]
 

@@ -10,12 +10,12 @@ import sys
 import pytest
 from commands import ENV, LIMIT_S, ROOT, execute
 from small_cache import CPU, options, shared_cache, shared_weights
-from small_run import SUMMARY
+from small_run import SUMMARY, config_of
 
 from pipelines.command import check_cache_path
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
-from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run_files import read_config
@@ -24,13 +24,6 @@ from scalekd_cache.training.run_folder import RunFolder, is_locked
 
 def tree(folder):
     return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("*")}
-
-
-def config_of(run, **train):
-    small = TrainConfig(**{"epochs": 3, "global_batch_size": 32, "micro_batch_size": 16, **train})
-    return DistillConfig(
-        cache=str(shared_cache().root), run=str(run), student=StudentConfig(name="test_resnet"), train=small
-    )
 
 
 def test_a_dry_run_of_training(tmp_path):
