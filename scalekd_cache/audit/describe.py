@@ -146,7 +146,7 @@ def describe_cache(cache: Cache) -> dict[str, Any]:
             "feature_shape": list(spec.feature_shape),
             "top1": manifest.facts.teacher["top1"],
         },
-        "classes": len(manifest.facts.class_names),
+        "classes": len(manifest.facts.class_names) or "none: the images have no labels",
         "codec": manifest.facts.codec,
         **({"second_codec": manifest.facts.second_codec} if manifest.facts.second_codec else {}),
         "stored_features": 1 / manifest.facts.features_every,

@@ -437,7 +437,8 @@ def _report_cache(root: Path, manifest: Manifest) -> None:
         f"{sizes['features']:,.0f} features, {sizes['pixels']:,.0f} pixels{shared})"
         + (f"; features {share}" if (share := stored_share(manifest.facts.features_every)) else "")
         + (f"; {counted(skipped, 'image')} could not be decoded (listed in units/*/unit.json)" if skipped else "")
-        + f"\nteacher {teacher_label(manifest.facts.teacher)}: {teacher_accuracy(manifest.facts.teacher)}; "
+        + f"\nteacher {teacher_label(manifest.facts.teacher)}: "
+        + f"{teacher_accuracy(manifest.facts.teacher, labeled=manifest.facts.labeled)}; "
         f"decoded features: {fidelity}",
         flush=True,
     )

@@ -26,10 +26,12 @@ def percent(value: float | None) -> str:
     return "not measured" if value is None else f"{value:.2f} %"
 
 
-def teacher_accuracy(teacher: Mapping[str, Any]) -> str:
+def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str:
     """A teacher's accuracy as text, from its entry in the manifest."""
     if not teacher["spec"]["has_classifier"]:
         return "features only (no classifier)"
+    if not labeled:
+        return "features and soft labels"
     return f"top-1 {percent(teacher['top1'])}"
 
 

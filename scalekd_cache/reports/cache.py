@@ -24,7 +24,7 @@ from scalekd_cache.reports.charts import Chart, histogram, stacked_bar
 from scalekd_cache.reports.gallery import Card, Gallery, TeacherOutputs, load_views, rerun_on_views
 from scalekd_cache.reports.page import render
 from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, read_sample
-from scalekd_cache.store.manifest import Manifest, stored_share
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, stored_share
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
 from scalekd_cache.store.sidecar import read_unit, unit_folder
@@ -97,6 +97,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         notes=[*notes, *sample.unreadable[:20]],
         gallery=_by_image(gallery.cards([(info, _closeness(outputs, info)) for info in gallery.views])),
         scanned=len(sample.views),
+        labeled=cache.manifest.facts.labeled,
         disagreeing=sum(info.disagrees for info in sample.views),
         judged=sum(info.predicted is not None for info in sample.views),
         disagreements=gallery.cards([(info, "") for info in _top_disagreements(sample)]),
@@ -224,11 +225,14 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("path", str(cache.root)),
         (
             "images",
-            f"{manifest.num_samples:,} of {counted(len(manifest.facts.class_names), 'class')}, "
-            f"{counted(manifest.num_views, 'view')} each",
+            f"{manifest.num_samples:,} {_classes(manifest.facts)}, {counted(manifest.num_views, 'view')} each",
         ),
         ("data set", str(manifest.facts.data.get("source"))),
-        ("teacher", f"{teacher_label(manifest.facts.teacher)}, {teacher_accuracy(manifest.facts.teacher)}"),
+        (
+            "teacher",
+            f"{teacher_label(manifest.facts.teacher)}, "
+            + teacher_accuracy(manifest.facts.teacher, labeled=manifest.facts.labeled),
+        ),
         ("feature map", "{} channels, {} x {} positions".format(*spec["feature_shape"])),
         (
             "feature codec",
@@ -248,6 +252,10 @@ def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
         ("fingerprint", manifest.facts.fingerprint),
         ("written with", ", ".join(f"{name} {version}" for name, version in manifest.facts.versions.items())),
     ]
+
+
+def _classes(facts: ManifestFacts) -> str:
+    return f"of {counted(len(facts.class_names), 'class')}" if facts.labeled else "without labels"
 
 
 def _is_on(name: str, recipe: Mapping[str, Any]) -> bool:

@@ -16,9 +16,23 @@ from scalekd_cache.models.evaluate import percent
 from scalekd_cache.reports.charts import Chart, curves, matrix, scatter
 from scalekd_cache.reports.predictions import Images, Predictions
 from scalekd_cache.reports.run_data import Run
+from scalekd_cache.training.held_out_evaluation import FIGURES
 from scalekd_cache.training.run_files import text_option
 
-NUMBERS = ("top-1", "top-5", "parameters, M", "weights, MB", "training images/s", "inference images/s", "minutes")
+LABELS = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "held_out_loss": "feature loss, held out",
+    "cosine_patch": "cosine of maps",
+    "cosine_pooled": "cosine of embeddings",
+    "retrieval": "common neighbors",
+    "knn": "k-NN",
+    "teacher_knn": "k-NN, teacher",
+    "linear_probe": "linear probe",
+    "teacher_linear_probe": "linear probe, teacher",
+}
+"""Short names of accuracies and of the figures of `training/held_out_evaluation.py`."""
+NUMBERS = (*LABELS.values(), "parameters, M", "weights, MB", "training images/s", "inference images/s", "minutes")
 """Columns of the table that hold numbers."""
 NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
                "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
@@ -28,11 +42,27 @@ NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes",
 def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
     """The values of the comparison."""
     return {
-        "rows": [*(_row(run) for run in runs), *_teacher_rows(runs)],
+        "rows": _without_empty([*(_row(run) for run in runs), *_teacher_rows(runs)]),
         "numbers": NUMBERS,
         "seeds": mean_over_seeds(runs),
+        "seed_numbers": ("seeds", "lowest", "highest", *LABELS.values()),
         "charts": [*_loss_charts(runs), *_other_charts(runs), *_agreement_chart(runs, teacher, images)],
     }
+
+
+def format_figure(name: str, value: float) -> str:
+    """An accuracy, or a figure of held-out images, as text."""
+    if name == "retrieval":
+        return f"{value:.0%}"
+    return percent(value) if name.startswith("top") or "knn" in name or "probe" in name else f"{value:.3f}"
+
+
+def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
+    """What a finished run was measured by: top-1 and top-5, or the figures of held-out images."""
+    held_out = summary.get("held_out", {})
+    if held_out:
+        return dict(held_out)
+    return {name: summary[name] for name in ("top1", "top5") if summary[name] is not None}
 
 
 def heads_of(options: Mapping[str, Any]) -> str:
@@ -43,13 +73,15 @@ def heads_of(options: Mapping[str, Any]) -> str:
 
 def _row(run: Run) -> dict[str, str]:
     student, summary = run.student, run.summary
+    held_out = {} if summary is None else summary.get("held_out", {})
     return {
         "run": run.name,
         "model": text_option(run.options, "student.name"),
         "targets": text_option(run.options, "train.targets"),
         "heads": heads_of(run.options),
-        "top-1": "in progress" if summary is None else percent(summary["top1"]),
-        "top-5": "" if summary is None else percent(summary["top5"]),
+        "top-1": "in progress" if summary is None else "" if held_out else percent(summary["top1"]),
+        "top-5": "" if summary is None or held_out else percent(summary["top5"]),
+        **{LABELS[name]: format_figure(name, held_out[name]) if name in held_out else "" for name in FIGURES},
         "parameters, M": "" if student is None else f"{student.parameters / 1e6:.2f}",
         "weights, MB": "" if student is None else f"{student.bytes / 1e6:.1f}",
         "training images/s": "" if summary is None else f"{summary['images_per_s']:,.0f}",
@@ -60,7 +92,8 @@ def _row(run: Run) -> dict[str, str]:
 
 def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
     """One row for each teacher of the finished runs."""
-    found = {run.summary["teacher"]: run.summary["teacher_top1"] for run in runs if run.summary is not None}
+    finished = [run.summary for run in runs if run.summary is not None and "held_out" not in run.summary]
+    found = {summary["teacher"]: summary["teacher_top1"] for summary in finished}
     empty = dict.fromkeys(_row(runs[0]), "")
     return [{**empty, "run": "teacher", "model": name, "top-1": percent(top1)} for name, top1 in found.items()]
 
@@ -69,7 +102,7 @@ def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
     """Rows of mean and spread for the finished runs that differ in their seed only; none for a single seed."""
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
-        if run.summary is not None and run.summary["top1"] is not None:
+        if run.summary is not None and _measures(run.summary):
             train = {name: value for name, value in _part(run, "train").items() if name not in NOT_RESULTS}
             parts = [run.facts["fingerprint"], run.options.get("student"), _part(run, "scalekd"), _part(run, "optim")]
             key = json.dumps([*parts, train], sort_keys=True, default=str)
@@ -78,17 +111,34 @@ def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def _mean_row(runs: list[Run]) -> dict[str, str]:
-    top1, top5 = ([run.summary[name] for run in runs if run.summary] for name in ("top1", "top5"))
+    """Mean and standard deviation of each measure, and the range of the main one."""
+    found = [_measures(run.summary) for run in runs if run.summary is not None]
+    values = {name: [row[name] for row in found] for name in found[0] if all(name in row for row in found)}
+    main = next(name for name in ("top1", "knn", "cosine_patch", *values) if name in values)
+    spreads = {
+        LABELS[name]: f"{_plain(name, statistics.mean(ours))} ± {format_figure(name, statistics.stdev(ours))}"
+        for name, ours in values.items()
+    }
     return {
         "model": text_option(runs[0].options, "student.name"),
         "targets": text_option(runs[0].options, "train.targets"),
         "heads": heads_of(runs[0].options),
         "seeds": str(len(runs)),
-        "top-1": f"{statistics.mean(top1):.2f} ± {statistics.stdev(top1):.2f} %",
-        "lowest": f"{min(top1):.2f} %",
-        "highest": f"{max(top1):.2f} %",
-        "top-5": "" if None in top5 else f"{statistics.mean(top5):.2f} ± {statistics.stdev(top5):.2f} %",
+        LABELS[main]: spreads.pop(LABELS[main]),
+        "lowest": format_figure(main, min(values[main])),
+        "highest": format_figure(main, max(values[main])),
+        **spreads,
     }
+
+
+def _plain(name: str, value: float) -> str:
+    return format_figure(name, value).removesuffix(" %").removesuffix("%")
+
+
+def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The rows without the figures that no run has."""
+    kept = [name for name in rows[0] if name not in LABELS.values() or any(row[name] for row in rows)]
+    return [{name: row[name] for name in kept} for row in rows]
 
 
 def _part(run: Run, name: str) -> dict[str, Any]:

@@ -84,10 +84,11 @@ class Gallery:
         assert self.palette is not None
         pixels = pixels_of_view(self.checker, self._record(info), info.place)
         what = f"{info.key}, view {info.view}"
+        labeled = f", labeled {info.label_name}" if info.label_name else ""
         fresh = self.outputs.maps.get(info.place)
         return Card(
             info,
-            None if pixels is None else picture(pixels, f"The view {what}, labeled {info.label_name}: {info.words}"),
+            None if pixels is None else picture(pixels, f"The view {what}{labeled}: {info.words}"),
             self._painted(self._map(info), pixels, f"Stored feature map of {what} as colors over its pixels"),
             None if fresh is None else self._painted(fresh, pixels, f"Live feature map of {what}"),
             note,

@@ -16,7 +16,8 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.reports.charts import Chart, Series, curves, matrix
-from scalekd_cache.reports.comparison import compare_runs, heads_of
+from scalekd_cache.reports.comparison import LABELS, compare_runs, format_figure, heads_of
+from scalekd_cache.reports.neighbors import read_spaces
 from scalekd_cache.reports.page import Picture, picture, render
 from scalekd_cache.reports.predictions import (
     Images,
@@ -45,6 +46,14 @@ DISAGREEMENTS = 8
 """Maximum images shown on which student and teacher differ."""
 
 
+CURVES = (
+    (("held_out_loss",), "feature loss", "Feature loss on held-out images"),
+    (("cosine_patch", "cosine_pooled", "retrieval"), "cosine, share", "Agreement with the teacher on held-out images"),
+    (("knn", "teacher_knn"), "k-NN accuracy, percent", "k-NN accuracy on held-out labels"),
+)
+"""Charts of a run on a cache without labels: metrics, unit, title."""
+
+
 class Disagreement(NamedTuple):
     """An image on which student and teacher differ."""
 
@@ -67,11 +76,15 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
         )
     notes: list[str] = []
     first = read_facts(paths[0])
-    images = load_validation_images(paths[0], first, options, notes) if options.images else None
+    labeled = bool(first["class_names"])
+    images = load_validation_images(paths[0], first, options, notes) if options.images and labeled else None
     runs = [read_run(path, images, first, process, notes) for path in unique_paths(paths)]
     teacher = teacher_predictions(runs[0], images, options, process, notes)
     names = first["class_names"]
     sections = [_section(run, teacher, images, names) for run in runs[: DETAILED if len(runs) > 1 else 1]]
+    for run, section in zip(runs, sections, strict=False):
+        held_out = options.images and run.summary is not None and run.summary.get("held_out")
+        section["spaces"] = read_spaces(run.path, options.data, process, notes) if held_out else None
     title = f"Run {runs[0].name}" if len(runs) == 1 else "Runs " + ", ".join(run.name for run in runs)
     return render(
         "run.html",
@@ -149,11 +162,17 @@ def _headline(run: Run) -> list[tuple[str, str]]:
         last = run.lines[-1] if run.lines else {"step": 0}
         return [(f"{last['step']}", "steps so far")]
     baseline = baseline_summary(run.path, summary) if summary["targets"] != "none" else None
+    speed = [(f"{summary['images_per_s']:,.0f}", "images/s"), (f"{summary['minutes']:.1f}", "minutes")]
+    if "held_out" in summary:
+        return [
+            *((format_figure(name, summary["held_out"][name]), LABELS[name]) for name in summary["held_out"]),
+            *speed,
+        ]
     rows = [(percent(summary["top1"]), "top-1"), (percent(summary["top5"]), "top-5")]
     rows.append((percent(summary["teacher_top1"]), "teacher's top-1"))
     if baseline:
         rows.append((percent(baseline["top1"]), "top-1 without distillation"))
-    return [*rows, (f"{summary['images_per_s']:,.0f}", "images/s"), (f"{summary['minutes']:.1f}", "minutes")]
+    return [*rows, *speed]
 
 
 def _curves(run: Run) -> list[Chart]:
@@ -172,7 +191,24 @@ def _curves(run: Run) -> list[Chart]:
         accuracy = Series("top-1", [*accuracy.x, run.summary["steps"]], [*accuracy.y, run.summary["top1"]])
     if len(accuracy.x):
         found.append(curves([accuracy], "step", "top-1, percent", "Accuracy on the validation images"))
-    return found
+    return found + _held_out_curves(run)
+
+
+def _held_out_curves(run: Run) -> list[Chart]:
+    """The figures of held-out images over steps; the last point is that of the summary."""
+    last = run.summary.get("held_out", {}) if run.summary is not None else {}
+
+    def series(name: str) -> Series:
+        one = run.series(name, LABELS[name])
+        at = [run.summary["steps"]] if run.summary is not None and name in last else []
+        return Series(one.name, [*one.x, *at], [*one.y, *(last[name] for _ in at)])
+
+    charts = []
+    for names, unit, title in CURVES:
+        shown = [one for one in map(series, names) if len(one.x)]
+        if shown:
+            charts.append(curves(shown, "step", unit, title))
+    return charts
 
 
 def _matrix(predictions: Predictions, images: Images, names: list[str], title: str) -> Chart:

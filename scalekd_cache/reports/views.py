@@ -18,7 +18,7 @@ from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.data.images import UnreadableImage
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.record_pixels import decode_features, record_view
-from scalekd_cache.store.base import Record
+from scalekd_cache.store.base import NO_LABEL, Record
 from scalekd_cache.store.reader import Cache
 
 BATCH = 32
@@ -43,6 +43,7 @@ class ViewInfo:
     position: int
     label: int
     label_name: str
+    """Empty for an image without a label."""
     top_classes: list[ClassProbability]
     """The largest logits; empty for a teacher without a classifier."""
     predicted: int | None
@@ -118,7 +119,7 @@ def _view_info(record: Record, place: tuple[int, int], logits: NDArray[np.float3
         view=place[0],
         position=place[1],
         label=record.label,
-        label_name=names[record.label] if known else f"class {record.label}",
+        label_name="" if record.label == NO_LABEL else names[record.label] if known else f"class {record.label}",
         top_classes=top_classes,
         predicted=top[0]["index"] if top and len(logits) == len(names) else None,
         words=describe_view_record(record_view(record)),

@@ -42,7 +42,7 @@ transform = create_transform(**resolve_data_config({{}}, model=model))
 
 ## Evaluation transform
 
-`transform` is the one behind the accuracies above; another resize, crop or normalization gives other accuracies.
+`transform` is the one behind the figures above; another resize, crop or normalization gives other figures.
 
 | step | value |
 |---|---|

@@ -82,7 +82,7 @@ def summary_table(run: Path, summary: Summary) -> str:
     """The table printed at the end of a run."""
     baseline = baseline_summary(run, summary) if summary["targets"] != "none" else None
     facts = {"spec": {"has_classifier": summary.get("has_classifier", True)}, "top1": summary["teacher_top1"]}
-    teacher = teacher_accuracy(facts)
+    teacher = teacher_accuracy(facts, labeled="held_out" not in summary)
     top1, top5 = percent(summary["top1"]), percent(summary["top5"])
     baseline_text = f"top-1 {percent(baseline['top1'])} at equal steps" if baseline else "not run (--targets none)"
     rows = [

@@ -1,0 +1,161 @@
+"""Held-out images in the spaces of teacher and student: nearest neighbors side by side, and feature maps as colors.
+
+In: a run on a cache without labels, its export, the teacher's outputs that stage 1 kept. Out: pictures for the page.
+Invariant: nothing is trained, and the teacher is not run. What is missing becomes a note.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from torch import Tensor
+
+from scalekd_cache.convert.timm_export import WEIGHTS
+from scalekd_cache.data.base import sample_indices
+from scalekd_cache.data.source import open_source
+from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
+from scalekd_cache.models.evaluate import ValidationImages, center_views
+from scalekd_cache.models.held_out import HeldOut, load_held_out
+from scalekd_cache.models.normalize import Normalize
+from scalekd_cache.models.student import Student
+from scalekd_cache.reports.colors import fit_palette, overlay, paint
+from scalekd_cache.reports.page import SIDE, Picture, picture
+from scalekd_cache.store.checked_files import check_safetensors
+from scalekd_cache.store.manifest import HELD_OUT
+from scalekd_cache.store.remote.remote_path import local_path, open_place
+from scalekd_cache.training.run_export import consolidated_student
+from scalekd_cache.training.run_files import classes_of, data_of, read_config, read_facts, student_options
+
+QUERIES, NEIGHBORS, MAPS = 6, 5, 6
+"""Images with neighbors, neighbors of each, images with maps."""
+MOST = 1_000
+"""Images that are searched for neighbors."""
+
+
+class Neighbor(NamedTuple):
+    """A near image."""
+
+    picture: Picture
+    common: bool
+    """Near for the other model too."""
+
+
+class Neighbors(NamedTuple):
+    """An image and its nearest ones, nearest first."""
+
+    picture: Picture
+    key: str
+    teacher: list[Neighbor]
+    student: list[Neighbor]
+
+
+class Maps(NamedTuple):
+    """Feature maps of an image as colors."""
+
+    key: str
+    picture: Picture
+    teacher: Picture
+    student: Picture
+
+
+class Spaces(NamedTuple):
+    """The section of a run."""
+
+    searched: int
+    neighbors: list[Neighbors]
+    maps: list[Maps]
+
+
+def read_spaces(run: Path, data: str | None, process: Process, notes: list[str]) -> Spaces | None:
+    """The section of a finished run on a cache without labels; None, with a note, if something is not available."""
+    try:
+        source = open_source(data_of(run, data), "val")
+        root = open_place(str(read_config(run).get("cache")))
+        return _spaces(run, ValidationImages(source, 0), load_held_out(local_path(root / HELD_OUT), source), process)
+    except UserError as error:
+        if data:
+            raise
+        notes.append(f"{run.name}: no held-out images are compared: {str(error).splitlines()[0]}")
+        return None
+
+
+@torch.no_grad()
+def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Process) -> Spaces:
+    options, facts = student_options(run), read_facts(run)
+    size = facts["image_size"]
+    images.size = size
+    file = run / "export" / WEIGHTS
+    check_safetensors(file, "the exported student")
+    student = consolidated_student(options, load_file(file), classes_of(facts), size).to(process.device)
+    normalize = Normalize(options.mean, options.std).to(process.device)
+    rows = list(sample_indices(len(held_out.indices), MOST)[:MOST])
+    indices = held_out.indices[rows].tolist()
+    embedded: list[Tensor] = []
+    found: list[int] = []
+    for batch in center_views(images.source, indices, size):
+        if batch.indices:
+            embedded.append(student.embed(normalize(batch.images.to(process.device))).float().cpu())
+            found += batch.indices
+    row_of = dict(zip(indices, rows, strict=True))
+    teacher = held_out.pooled[[row_of[index] for index in found]]
+    neighbors = _neighbors(images, found, teacher, torch.cat(embedded)) if len(found) > NEIGHBORS else []
+    return Spaces(len(found), neighbors, _maps(images, held_out, student, normalize, process))
+
+
+def _neighbors(images: ValidationImages, found: list[int], teacher: Tensor, student: Tensor) -> list[Neighbors]:
+    count = min(NEIGHBORS, len(found) - 1)
+    queries = list(sample_indices(len(found), QUERIES)[:QUERIES])
+    near = [_nearest(space, queries, count) for space in (teacher, student)]
+    rows = []
+    for query, of_teacher, of_student in zip(queries, *near, strict=True):
+        shown, other = (
+            [Neighbor(_picture(images, found[row]), row in set(others)) for row in mine]
+            for mine, others in ((of_teacher, of_student), (of_student, of_teacher))
+        )
+        rows.append(Neighbors(_picture(images, found[query]), _key(images, found[query]), shown, other))
+    return rows
+
+
+def _nearest(space: Tensor, queries: list[int], count: int) -> list[list[int]]:
+    """Rows of the `count` nearest embeddings by cosine, for each query."""
+    unit = F.normalize(space, dim=1)
+    similarity = unit[queries] @ unit.T
+    similarity[range(len(queries)), queries] = -torch.inf
+    nearest: list[list[int]] = similarity.topk(count, dim=1).indices.tolist()
+    return nearest
+
+
+def _maps(
+    images: ValidationImages, held_out: HeldOut, student: Student, normalize: Normalize, process: Process
+) -> list[Maps]:
+    """Maps of teacher and student; each model has its own palette."""
+    places = list(sample_indices(len(held_out.mapped), MAPS)[:MAPS])
+    found = held_out.indices[held_out.mapped[places]].tolist()
+    (batch,) = center_views(images.source, found, images.size)
+    if not batch.indices:
+        return []
+    s4 = student(normalize(batch.images.to(process.device))).s4.float().cpu()
+    features = held_out.features[[places[found.index(index)] for index in batch.indices]]
+    palettes = fit_palette(features), fit_palette(s4)
+    rows = []
+    for at, index in enumerate(batch.indices):
+        pixels, key = batch.images[at].permute(1, 2, 0).numpy(), _key(images, index)
+        painted = [
+            picture(overlay(pixels, paint(palette, maps[at]), SIDE), f"Feature map of the {name} for {key}")
+            for name, palette, maps in zip(("teacher", "student"), palettes, (features, s4), strict=True)
+        ]
+        rows.append(Maps(key, _picture(images, index), *painted))
+    return rows
+
+
+def _key(images: ValidationImages, index: int) -> str:
+    return images.source.samples[index].key
+
+
+def _picture(images: ValidationImages, index: int) -> Picture:
+    example = images[index]
+    assert example is not None, index
+    return picture(example[0].permute(1, 2, 0).numpy(), f"The held-out image {_key(images, index)}")
