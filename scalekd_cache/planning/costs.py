@@ -284,13 +284,24 @@ def _heads_params(costs: PairCosts) -> int:
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
 
 
-def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int) -> dict[str, float]:
+def step_memory(
+    training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int, pooled: int = 0
+) -> dict[str, float]:
     """Memory of a training step of one micro-batch in float32, bytes; tensors saved by autograd are counted one by one.
 
-    Call it under `torch.device("meta")`: the real student, heads, tail and losses run, without computing.
+    Call it under `torch.device("meta")`: the real student, heads, tail and losses run, without computing. `pooled` is
+    the width of the pooled target of a data set without labels; 0 with labels.
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
-    heads = ScaleKDHeads(training.scalekd, student.tap_shapes, teacher.tail_in, teacher.tail_out, student.layer_norm)
+    heads = ScaleKDHeads(
+        training.scalekd,
+        student.tap_shapes,
+        teacher.tail_in,
+        teacher.tail_out,
+        student.layer_norm,
+        pooled,
+        student.pooled_width if pooled else 0,
+    )
     if training.student.grad_checkpointing:
         heads.checkpoint_gradients()
     trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
@@ -307,15 +318,17 @@ def step_memory(training: DistillConfig, teacher: MetaTeacher, size: int, num_cl
         return value
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
-        s3, s4, logits = student(torch.zeros(batch, 3, student.image_size, student.image_size, device=device))
+        output = student(torch.zeros(batch, 3, student.image_size, student.image_size, device=device))
+        s3, s4, logits = output
         height, width = teacher.tail_out[1:]
         targets = Targets(
             torch.ones(featured, *teacher.tail_out, device=device),
             torch.ones(featured, 2, height, width, device=device),
             torch.ones(batch, num_classes, device=device),
+            pooled=torch.ones(batch, pooled, device=device) if pooled else None,
         )
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
-        maps = heads(s3[:featured], s4[:featured], teacher.tail)
+        maps = heads(s3[:featured], s4[:featured], teacher.tail, student.pooled(output) if pooled else None)
         total = distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total
     assert total.requires_grad
     parts = {

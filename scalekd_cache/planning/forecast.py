@@ -256,7 +256,7 @@ def forecast(
         pays_after_students=math.ceil(sizes.views / epochs),
         images_per_s=1 / times.step_s,
         read_mb_per_s=read_bytes / times.step_s / 1e6,
-        step_memory=_step_memory(config, training, teacher, classes),
+        step_memory=_step_memory(config, training, teacher, classes, labeled=bool(source.class_names)),
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
         assumptions=_assumptions(card),
     )
@@ -324,11 +324,12 @@ def _times(
 
 
 def _step_memory(
-    config: CacheTeacherConfig, training: DistillConfig, teacher: _Teacher, classes: int
+    config: CacheTeacherConfig, training: DistillConfig, teacher: _Teacher, classes: int, *, labeled: bool
 ) -> dict[str, float]:
     with torch.device("meta"):
         meta = meta_teacher(config.teacher.name, config.views.size, teacher.classes)
-        return step_memory(training, meta, config.views.size, classes)
+        pooled = 0 if labeled else teacher.pooled or teacher.shape[0]
+        return step_memory(training, meta, config.views.size, classes, pooled)
 
 
 def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:

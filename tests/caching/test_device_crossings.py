@@ -3,6 +3,7 @@
 The device is torch's meta device (`crossings.py`): shapes are real, values are not. The loop is stage 1's own code.
 """
 
+import dataclasses
 import threading
 
 import torch
@@ -12,7 +13,7 @@ from small_cache import options, shared_weights
 from scalekd_cache.caching import encode_batch
 from scalekd_cache.caching.make_units import Stage, fill_unit
 from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit
-from scalekd_cache.codec import make_codec
+from scalekd_cache.codec import make_codec, pooled_codec
 from scalekd_cache.codec.logits import DenseLogits
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import SampleRef
@@ -58,6 +59,19 @@ def test_every_crossing_of_stage_1(tmp_path):
         expected += [("to device", (batch, 3, 64, 64)), ("to device", (batch,))]
         expected += [("to host", shape) for shape in ((batch, row), (batch,), (batch,), (2, batch), (batch, logits))]
     assert seen == expected
+
+
+def test_pooled_embeddings_cross_with_their_batch(tmp_path):
+    """Three more results back to the host, and still no value is read."""
+    config = options(tmp_path, None, teacher={"name": "test_vit", "pretrained": False, "weights": None}).teacher
+    teacher = load_teacher(config, image_size=64, num_classes=0, device=torch.device("cpu"))
+    second = pooled_codec("int8", teacher.spec.pooled)
+    stage = stage_of(tmp_path, teacher.to(META), META, teacher.spec.feature_shape)
+    with device_crossings() as seen:
+        fill(dataclasses.replace(stage, logit_codec=DenseLogits(0), second_codec=second), BATCH)[0].abort()
+    expected = [("to host", shape) for shape in ((BATCH, second.bytes_per_view), (BATCH,), (BATCH,))]
+    assert [line[-3:] for line in (seen[:10], seen[10:])] == [expected] * VIEWS
+    assert len(seen) == VIEWS * (2 + 5 + 3)
 
 
 class Log:

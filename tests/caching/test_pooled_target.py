@@ -25,8 +25,10 @@ from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentCon
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order
 from scalekd_cache.loader.record_pixels import decode_pooled
+from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.planning import forecast as planning
+from scalekd_cache.planning.costs import meta_teacher, step_memory
 from scalekd_cache.store.base import BACKENDS, Parts
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, TargetSource, timm_student
@@ -235,6 +237,16 @@ def test_the_planner_counts_it(tmp_path, monkeypatch, cache):
     unknown = plan(options(tmp_path / "cache", None, **{**known, "teacher": {**known["teacher"], **missing}}))
     assert not unknown.teacher_at_hand
     assert unknown.bytes_per_view["features"] == found.bytes_per_view["features"]
+
+
+def test_the_memory_of_a_step_has_its_head():
+    training = DistillConfig(student=StudentConfig(name="test_resnet"), scalekd=ScaleKDConfig(projector="lite"))
+    training = training.on_data(labeled=False)
+    with torch.device("meta"):
+        teacher = meta_teacher("test_vit", 64, 0)
+        width = build_student(training.student, num_classes=0, image_size=64).pooled_width
+        without_it, with_it = (step_memory(training, teacher, 64, 0, pooled)["weights"] for pooled in (0, WIDTH))
+    assert with_it - without_it == 4 * (width + 1) * WIDTH
 
 
 @pytest.mark.parametrize("projector", ["cap", "lite", "linear"])
