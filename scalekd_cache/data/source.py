@@ -5,6 +5,7 @@ digest of its listing. Invariant: every command opens its images here, so a name
 of them.
 """
 
+import difflib
 import hashlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,9 +97,10 @@ def _not_a_folder(name: str, root: Path) -> UserError:
                 expected=ascii(folder),
                 fix="use the shell's tab completion for the name, or rename the folder",
             )
-    return unknown_name(
-        "data set", name, [*BUILTIN, *beside], "--data, data.source: a name, or a folder with train/ and val/"
-    )
+    there = [path for path in root.parent.glob("*") if path.is_dir() or path.suffix.lower() == SUFFIX]
+    near = difflib.get_close_matches(root.name, [path.name for path in there], cutoff=0.8)
+    known = dict.fromkeys([*BUILTIN, *beside, *(str(root.parent / other) for other in near)])
+    return unknown_name("data set", name, known, "--data, data.source: a name, a folder, or a list of images (.txt)")
 
 
 def describe_source(source: Source) -> str:

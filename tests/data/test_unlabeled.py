@@ -218,6 +218,14 @@ def test_labels_of_a_part_are_refused(tmp_path, kind, split):
         source_of(tmp_path, split)
 
 
+@pytest.mark.parametrize(("typed", "meant"), [("picturs", "pictures"), ("lists.txt", "list.txt")])
+def test_a_mistyped_folder_or_list_is_found(tmp_path, typed, meant):
+    pictures(tmp_path / "pictures", FLAT[:2])
+    write(tmp_path / "list.txt", b"pictures/0.png")
+    with pytest.raises(UserError, match=f"did you mean {tmp_path}/{meant}"):
+        source_of(tmp_path / typed)
+
+
 def test_what_tars_without_labels_leave_out_is_reported(tmp_path):
     tar(tmp_path / "train/0.tar", ["a", "b"], [("b.seg.png", PNG)])
     write(tmp_path / "train/c.png", PNG)
