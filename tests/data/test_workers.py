@@ -18,7 +18,6 @@ from torch.utils.data import Dataset
 
 from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.data import workers
 from scalekd_cache.data.source import open_source
 from scalekd_cache.data.workers import load_items, prefetch_count
@@ -176,17 +175,13 @@ def test_little_shared_memory_changes_no_result(tmp_path, monkeypatch):
 
 def test_both_stages_refuse_before_they_start(tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "_free_bytes", lambda: 10_000)
-    student, train = (
-        StudentConfig(name="test_resnet"),
-        TrainConfig(global_batch_size=32, micro_batch_size=16, workers=2),
-    )
     with pytest.raises(UserError, match="shared memory is too small"):
         dry_run(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
     with pytest.raises(UserError, match="shared memory is too small"):
         cache_teacher(options(tmp_path / "cache", shared_weights(), workers=2), CPU)
     assert not (tmp_path / "cache").exists()
     with pytest.raises(UserError, match="shared memory is too small"):
-        plan_distill(DistillConfig(cache=str(shared_cache().root), run="run", student=student, train=train), CPU)
+        plan_distill(config_of(tmp_path / "run", workers=2), CPU)
 
 
 @pytest.mark.slow
