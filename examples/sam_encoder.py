@@ -1,0 +1,46 @@
+"""The image encoder of SAM into TinyViT, by its feature map only, as MobileSAM's first stage.
+
+python examples/sam_encoder.py pictures sam_vit_b.safetensors
+
+The file holds the weights of timm's samvit_base_patch16 (`scalekd fetch --teacher samvit_base_patch16`). The encoder
+takes 1,024 pixels and gives a map of 64 x 64 positions with 256 channels. It has no classifier, and the pictures need
+no labels: the student learns the map and its mean. The result is a backbone for timm.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import timm
+
+import scalekd_cache
+
+
+def main(
+    pictures: str,
+    weights: str | None,
+    *,
+    student: str = "tiny_vit_5m_224",
+    size: int = 1024,
+    epochs: int = 8,
+    folder: str = ".",
+    teacher_options: dict[str, Any] | None = None,
+    training_options: dict[str, Any] | None = None,
+) -> list[int]:
+    """Channels of the feature maps of the exported backbone."""
+    cache, run = Path(folder) / "caches" / "sam", Path(folder) / "runs" / student
+    options = {"codec": "transform", **(teacher_options or {})}
+    scalekd_cache.cache_teacher(
+        data=pictures, teacher="samvit_base_patch16", teacher_weights=weights, size=size, cache=cache, options=options
+    )
+    scalekd_cache.distill(
+        cache=cache, student=student, run=run, heads="linear", epochs=epochs, options=training_options
+    )
+    backbone = timm.create_model(f"local-dir:{run / 'export'}", pretrained=True, features_only=True)
+    channels: list[int] = backbone.feature_info.channels()
+    print(f"{run / 'export'}: maps of {channels} channels")
+    return channels
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:3])

@@ -1,0 +1,55 @@
+"""DINOv2 into a ResNet-18 on pictures without labels, then fine-tuning with ten labels a class.
+
+python examples/unlabeled_resnet.py pictures labeled dinov2.safetensors
+
+`pictures` is any folder of images, `labeled` has train/<class>/ and val/<class>/, and the file holds the weights of
+timm's vit_small_patch14_dinov2 (`scalekd fetch --teacher vit_small_patch14_dinov2`). Prints the accuracy of k-NN and of
+a linear classifier on the student's embeddings, and the accuracy after fine-tuning from the student and from random
+weights, with the same labels.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import scalekd_cache
+
+TEACHER = "vit_small_patch14_dinov2"
+
+
+def main(
+    pictures: str,
+    labeled: str,
+    weights: str | None,
+    *,
+    student: str = "resnet18",
+    size: int = 224,
+    epochs: int = 100,
+    folder: str = ".",
+    teacher_options: dict[str, Any] | None = None,
+    training_options: dict[str, Any] | None = None,
+) -> tuple[float, float]:
+    """Accuracy after fine-tuning from the student and from random weights, percent."""
+    place = Path(folder)
+    cache, run = place / "caches" / "pictures", place / "runs" / student
+    scalekd_cache.cache_teacher(
+        data=pictures, teacher=TEACHER, teacher_weights=weights, size=size, cache=cache, options=teacher_options
+    )
+    scalekd_cache.distill(
+        cache=cache, student=student, run=run, heads="linear", epochs=epochs, options=training_options
+    )
+    figures = scalekd_cache.probe(backbone=run, data=labeled)["results"]
+    for name, row in figures.items():
+        print(f"{name}: k-NN {row['knn']:.1f} %, linear probe {row['linear_probe']:.1f} %")
+    accuracies = []
+    random = {"model": student, "size": size, "options": {"pretrained": False}}
+    for name, start in {"student": {"init": run}, "random": random}.items():
+        out = place / "finetuned" / name
+        tuned = scalekd_cache.finetune(data=labeled, labels_per_class=10, out=out, **start)
+        print(f"ten labels a class, from {name}: top-1 {tuned['top1']:.1f} %")
+        accuracies.append(tuned["top1"])
+    return accuracies[0], accuracies[1]
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])
