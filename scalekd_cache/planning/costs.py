@@ -6,6 +6,7 @@ products, convolutions and attention. Figures are per image, in a batch of `BATC
 per batch); with a feature share, the heads see that share of it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -129,20 +130,26 @@ def pair_costs(
     config = config or ScaleKDConfig()
     image_size = image_size or own_image_size(teacher)
     with torch.device("meta"):
-        parts = meta_teacher(teacher, image_size, num_classes)
+        parts, teacher_cost = _teacher_cost(teacher, image_size, num_classes)
         learner = build_student(
             StudentConfig(name=student, image_size=student_size), num_classes=num_classes, image_size=image_size
         )
         heads = ScaleKDHeads(config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm)
-        images = torch.empty(BATCH, 3, image_size, image_size)
         return PairCosts(
             teacher,
             student,
             image_size,
             _student_cost(learner),
             _head_costs(heads, learner.tap_shapes, parts, _featured(config, BATCH)),
-            Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0),
+            teacher_cost,
         )
+
+
+@functools.lru_cache(maxsize=2)
+def _teacher_cost(name: str, image_size: int, num_classes: int) -> tuple[MetaTeacher, Part]:
+    """The teacher of several pairs, counted once."""
+    parts, images = meta_teacher(name, image_size, num_classes), torch.empty(BATCH, 3, image_size, image_size)
+    return parts, Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0)
 
 
 def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
