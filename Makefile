@@ -61,10 +61,10 @@ help: ## Show this help
 $(filter-out distill,$(COMMANDS)): $(BASE)
 	@$(PY) -m pipelines $@ $(OPTIONS_$@)
 
-# A missing cache is created first, if the options of stage 2 exist; with FOLLOW=1 another job is writing it. A dry run ends where the cache is missing.
+# A missing cache is created first, if the options of stage 2 are valid; with FOLLOW=1 another job is writing it. A dry run ends where the cache is missing.
 PLACE = $(shell $(PYTHON) -m pipelines.make_options place $(call quoted,$(or $(DATA),demo)))
 missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW)),,test -f $(PLACE)/manifest.json || { \
-  $(PY) -m pipelines $@ $(OPTIONS_$@) --help > /dev/null && $(MAKE) cache-teacher SET= PIXELS_FROM=; } || exit $$?; \
+  $(PY) -m pipelines $@ $(OPTIONS_$@) --check-values && $(MAKE) cache-teacher SET= PIXELS_FROM=; } || exit $$?; \
   $(if $(DRY_RUN),test -f $(PLACE)/manifest.json || exit 0;))
 distill: $(BASE)
 	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@)

@@ -60,10 +60,11 @@ class Command(click.Command):
         about: str | None,
         lock: Callable[[Given], contextlib.AbstractContextManager[None]] | None = None,
         check: Callable[[Given], None] = lambda given: None,
+        check_values: Callable[[Given], None] = lambda given: None,
     ) -> None:
         self.main_function, self.config_classes = main, tuple(config_classes)
         self.lock = lock if lock and "RANK" not in os.environ else lambda given: contextlib.nullcontext()
-        self.check, self.plain = check, PLAIN_NAMES[name]
+        self.check, self.check_values, self.plain = check, check_values, PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
         shown: dict[str, list[str]] = {}
@@ -78,10 +79,14 @@ class Command(click.Command):
             context_settings={**HELP, "token_normalize_func": lambda word: word.replace("-", "_")},
         )
 
-    def _call(self, plugin: str | None, debug: bool, local_rank: str | None, **values: str | None) -> int | None:
+    def _call(
+        self, plugin: str | None, debug: bool, local_rank: str | None, check_values: bool, **values: str | None
+    ) -> int | None:
         """Run the command, or start the processes that run it."""
         import_plugin(plugin)
         given = self.given(values)
+        if check_values:
+            return self.check_values(given)
         with self.lock(given):
             if LaunchConfig in self.config_classes:
                 status = launch(take(given, LaunchConfig), str(self.name), given, sys.argv, self._checked)
@@ -206,6 +211,8 @@ def _common() -> Iterator[click.Option]:
     yield click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")
     # DeepSpeed's launcher adds it. `distributed.py` reads the same value from the environment.
     yield click.Option(["--local_rank"], hidden=True)
+    # `make distill` checks the options of stage 2 before it makes a missing cache.
+    yield click.Option(["--check-values"], is_flag=True, hidden=True)
 
 
 def import_plugin(name: str | None) -> None:

@@ -10,7 +10,7 @@ from pydantic.dataclasses import dataclass
 
 from pipelines.command import Command, Given, Output, check_cache_path, run, take, typed_command
 from pipelines.launcher import LaunchConfig
-from scalekd_cache.api import cache_place, distill_config
+from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
@@ -55,8 +55,27 @@ def _configured(given: Given) -> DistillConfig:
     if "student.name" not in given:
         raise UserError("set the student, for example --student resnet50")
     if not given.get("follow"):
-        check_cache_path(cache_place(given))
+        try:
+            check_cache_path(cache_place(given))
+        except UserError:
+            check_values(given)
+            raise
     return distill_config(given)
+
+
+def check_values(given: Given) -> None:
+    """What is wrong whatever the cache contains: option values, the recipe, the student's name."""
+    given = dict(given)
+    for config_class in (RunOutput, LaunchConfig):
+        take(given, config_class)
+    config = distill_config_before_cache(given)
+    from scalekd_cache.models.student import check_student_name
+    from scalekd_cache.training.series import single_runs
+    from scalekd_cache.training.trackers import check_tracker
+
+    check_tracker(config.train.tracker)
+    for one in single_runs(config):
+        check_student_name(one.student.name)
 
 
 def check(given: Given) -> None:
@@ -72,7 +91,9 @@ def check(given: Given) -> None:
         check_student_name(one.student.name)
 
 
-COMMAND = Command("distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__, check=check)
+COMMAND = Command(
+    "distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__, check=check, check_values=check_values
+)
 
 if __name__ == "__main__":
     run(COMMAND)

@@ -287,6 +287,17 @@ def distill_config(given: Given) -> DistillConfig:
     return build(DistillConfig, defaults, training, _one_micro_batch(training, given), given)
 
 
+def distill_config_before_cache(given: Given) -> DistillConfig:
+    """The configuration of stage 2 as far as it is known without a cache, to check the given options.
+
+    Raises:
+        UserError: invalid options or recipe.
+    """
+    recipe = given.get("recipe") or default_recipe(str(given.get("data") or DataConfig.source))
+    training = training_options(recipe, recipe, {})
+    return build(DistillConfig, {"cache": cache_place(given)}, training, _one_micro_batch(training, given), given)
+
+
 def cache_place(given: Given) -> str:
     """The cache that stage 2 reads: the given one, or the default one of the data set."""
     return str(given.get("cache") or default_cache(given.get("data") or DataConfig.source))

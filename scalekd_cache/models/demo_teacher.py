@@ -4,7 +4,6 @@ In: the demo's training images. Out: a safetensors file of the timm model's stat
 Invariant: the file is written atomically; the same machine and thread count give the same weights.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,6 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 
 from scalekd_cache.config.stage1 import DataConfig
@@ -27,6 +25,7 @@ from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
 from scalekd_cache.models.teacher import demo_teacher_args
 from scalekd_cache.models.timm_models import DEMO_TIMM_NAME
+from scalekd_cache.models.weights import save_weights
 from scalekd_cache.progress import progress
 
 DEMO_CLASSES = 10
@@ -92,10 +91,7 @@ def train_demo_teacher(
     model.eval()
     held_out = open_source(DataConfig(source="demo", download_dir=data.download_dir), "val")
     tally = evaluate(lambda x: model(normalize(x)), held_out, 64, torch.device("cpu"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(temporary))
-    os.replace(temporary, path)
+    save_weights(model, path)
     print(
         f"demo teacher: top-1 {tally.top1_percent:.2f} % on {counted(tally.images, 'held-out image')} -> {path}",
         flush=True,

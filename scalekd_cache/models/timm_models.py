@@ -8,7 +8,6 @@ silently gives them random weights, and with it they may load a pickle.
 
 import contextlib
 import inspect
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,13 +16,12 @@ from typing import Any
 import timm
 import timm.models
 import torch
-from safetensors.torch import save_file
 from timm.data import infer_imagenet_subset
 from torch import nn
 
 from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.models.hub import hub_or_cache
-from scalekd_cache.models.weights import weights_file
+from scalekd_cache.models.weights import save_weights, weights_file
 
 DEMO_TEACHER = "demo_swin"
 
@@ -187,8 +185,6 @@ def fetch_weights(name: str, folder: Path) -> Path:
             where=name,
             fix="run this on a machine with a network, and copy the folder to the other machines",
         ) from error
-    folder.mkdir(parents=True, exist_ok=True)
-    file, temporary = weights_file(folder, name), folder / f".{name}.{os.getpid()}.tmp"
-    save_file({key: value.contiguous() for key, value in model.state_dict().items()}, str(temporary))
-    os.replace(temporary, file)
+    file = weights_file(folder, name)
+    save_weights(model, file)
     return file

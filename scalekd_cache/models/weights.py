@@ -8,17 +8,37 @@ converted (`load_converted`).
 import contextlib
 import dataclasses
 import inspect
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import check_safetensors
+from scalekd_cache.store.durable_files import disk_errors, temp_path_for
 
 Shape = tuple[int, ...]
+
+
+def save_weights(model: nn.Module, file: Path) -> None:
+    """Write a model's weights as safetensors, atomically.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    temporary, weights = temp_path_for(file), {name: value.contiguous() for name, value in model.state_dict().items()}
+    with disk_errors(file, sum(value.nbytes for value in weights.values())):
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(weights, str(temporary))
+            os.replace(temporary, file)
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 def weights_file(folder: str | Path, name: str) -> Path:

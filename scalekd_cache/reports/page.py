@@ -23,7 +23,7 @@ from PIL import Image
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.reports.charts import Chart
-from scalekd_cache.store.durable_files import write_atomically
+from scalekd_cache.store.durable_files import disk_errors, write_atomically
 
 MAX_BYTES = 5_000_000
 """Maximum size of a report."""
@@ -110,6 +110,7 @@ def write_page(path: Path, html: str) -> int:
         raise UserError(
             "the output path of the report is a folder", where=path, expected="a file name", fix="correct --out"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, data)
+    with disk_errors(path.parent, len(data)):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, data)
     return len(data)

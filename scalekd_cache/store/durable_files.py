@@ -36,7 +36,7 @@ BUFFER_PIECES = 512
 """Maximum number of buffered pieces; the kernel accepts 1,024 in one call."""
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 """The errors of `link` on a file system without hard links."""
-TEMP_NAME = re.compile(r"\.tmp-.+-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]+(-damaged)?")
+TEMP_NAME = re.compile(r"\.tmp-(?P<name>.+)-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]+(-damaged)?")
 
 
 class ForeignTempFile(NamedTuple):
@@ -300,9 +300,18 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
         raise UserError(
             what,
             got=os.strerror(number or 0),
-            where=getattr(error, "filename2", None) or getattr(error, "filename", None) or folder,
+            where=_final_path(getattr(error, "filename2", None) or getattr(error, "filename", None) or folder),
             fix="fix the permissions, the mount or the disk, or use another folder, then rerun: committed work is kept",
         ) from error
+
+
+def _final_path(path: object) -> Path:
+    """The path that a temporary path becomes: the name that the user knows."""
+    parts = Path(str(path)).parts
+    for index, part in enumerate(parts):
+        if name := TEMP_NAME.fullmatch(part):
+            return Path(*parts[:index], name["name"])
+    return Path(*parts)
 
 
 @contextlib.contextmanager
@@ -313,7 +322,7 @@ def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
     except Exception as error:
         raise_disk_error(error, folder, needed_bytes)
         if isinstance(error, OSError):
-            got, where = error.strerror or error, error.filename or folder
+            got, where = error.strerror or error, _final_path(error.filename or folder)
             raise UserError(
                 "cannot write a file", got=got, where=where, fix="move or remove the existing entry at this path"
             ) from error

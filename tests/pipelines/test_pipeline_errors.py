@@ -63,6 +63,9 @@ def test_cache_that_is_a_file_names_the_folder(command, cache):
     assert output == f"error: {cache / 'manifest.json'} is a file, not a cache: set --cache {cache}"
 
 
+NO_CACHE = ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none"]
+
+
 @pytest.mark.parametrize(
     ("words", "answer"),
     [
@@ -74,6 +77,9 @@ def test_cache_that_is_a_file_names_the_folder(command, cache):
             ["distill", "VENV=none", f"PYTHON={sys.executable}", "DATA=none", "STUDENT=resnet18", "SET=optm.lr=3"],
             "there is no option --optm.lr: did you mean --optim.lr",  # not: there is no data set none
         ),
+        ([*NO_CACHE, "STUDENT=resnet18", "EPOCHS=abc"], "epochs"),
+        ([*NO_CACHE, "STUDENT=resnet51"], "there is no model resnet51: did you mean"),
+        ([*NO_CACHE, "STUDENT=resnet18", "SET=train.tracker=none2"], "tracker"),
     ],
 )
 def test_words_that_make_does_not_know(words, answer):

@@ -16,7 +16,7 @@ from stage1_process import Job, on_a_bad_disk
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import resume
-from scalekd_cache.store.durable_files import host_tag, remove_stale, temp_path_for, write_atomically
+from scalekd_cache.store.durable_files import disk_errors, host_tag, remove_stale, temp_path_for, write_atomically
 from scalekd_cache.store.plan import read_plan
 from scalekd_cache.store.resume import CommittedUnits, committed_unit
 from scalekd_cache.store.sidecar import unit_folder
@@ -77,6 +77,14 @@ def test_a_file_that_cannot_be_written_is_explained(tmp_path, monkeypatch):
         write_atomically(tmp_path / "file", b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
     assert (tmp_path / "file").read_text() == "old"
+
+
+@pytest.mark.parametrize("inside", ["", "/weights.safetensors"])
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path, inside):
+    file = tmp_path / "report.html"
+    with pytest.raises(UserError, match="cannot write") as error, disk_errors(tmp_path, 1):
+        raise PermissionError(13, "Permission denied", f"{temp_path_for(file)}{inside}")
+    assert f"where: {file}\n" in str(error.value)
 
 
 def a_dead_process():
