@@ -38,6 +38,10 @@ FIGURES = {
 """What each figure is. The last four need labels; linear classifiers are fitted on every other image."""
 
 
+LEAST_IMAGES = 40
+"""With fewer held-out images, the 10 nearest ones are no measure: they are a quarter of all, or more."""
+
+
 class TeacherComparison:
     """The held-out images of a cache, with the teacher's outputs.
 
@@ -88,7 +92,8 @@ class TeacherComparison:
         student, teacher = embeddings[:, :-1].cpu()[there], self.teacher.pooled[there]
         means = zip(FIGURES, (sums[:3] / sums[3]).tolist(), strict=False)
         found = {name: value for name, value in means if not math.isnan(value)}
-        found["retrieval"] = retrieval_agreement(student, teacher)
+        if len(student) >= LEAST_IMAGES:
+            found["retrieval"] = retrieval_agreement(student, teacher)
         if not self.source.class_names:
             return found
         labels = torch.tensor([self.source.samples[index].label for index in self.teacher.indices[there].tolist()])
