@@ -9,7 +9,7 @@ Out: a line per run in benchmarks/results/peers-backbones.jsonl, the table in do
 Both get the same images, teacher tensors, student, image size, batch and epochs. Both run as their users start them, a
 process per run, one thread, and their students are judged by the same functions on labeled images that neither saw.
 A process's CPU seconds include its start and its own evaluation; wall seconds depend on what else the machine does.
-A killed benchmark resumes with the next run. Makes build/peers on first use. Takes 35 minutes of one core.
+A killed benchmark resumes with the next run. Makes build/peers on first use. Takes about an hour of one core.
 """
 
 import json
@@ -203,7 +203,9 @@ def over_seeds(lines: Sequence[Line], arm: str, against: str, value: str) -> Dif
 
 
 def points(difference: Difference) -> str:
-    """A difference with its interval."""
+    """The interval of a difference."""
+    if difference.pairs == 1:
+        return "no interval: one pair"
     return f"[{difference.low:+.1f}, {difference.high:+.1f}]"
 
 
@@ -234,7 +236,7 @@ def table(lines: Sequence[Line]) -> list[Measurement]:
         if knn is None or probe is None:
             continue
         images = over_images(lines, arm, against)
-        text = f"over seeds {points(knn)}, over images {points(images)}; probe {probe.mean:+.1f} {points(probe)}"
+        text = f"over seeds: {points(knn)}; over images: {points(images)}; probe {probe.mean:+.1f}: {points(probe)}"
         rows.append(Measurement(f"{arm} - {against}, k-NN", knn.mean, None, f"points ({knn.pairs})", text, "", ""))
     return rows
 
