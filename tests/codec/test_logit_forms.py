@@ -136,7 +136,7 @@ def test_a_teacher_of_any_precision_is_accepted(precision):
     images = torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8)
     wrong = teacher(images)._replace(logits=teacher(images.flip(0)).logits)
     with pytest.raises(UserError, match="cannot recompute"):
-        classifier_bytes(teacher.model, *wrong, teacher.autocast_dtype)
+        classifier_bytes(teacher.model, wrong.features, wrong.logits, teacher.autocast_dtype)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
@@ -146,4 +146,4 @@ def test_a_teacher_that_normalizes_after_pooling_is_refused(precision):
     teacher = load_teacher(config, image_size=64, num_classes=5, device=torch.device("cpu"))
     output = teacher(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8))
     with pytest.raises(UserError, match="cannot recompute"):
-        classifier_bytes(teacher.model, *output, dtype)
+        classifier_bytes(teacher.model, output.features, output.logits, dtype)
