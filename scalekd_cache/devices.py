@@ -205,8 +205,12 @@ def deepspeed_device(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def memory_errors(fix: str) -> Iterator[None]:
-    """Context for work on a GPU: "out of memory" becomes a `UserError` with advice (`fix`)."""
+    """Context for work on a device: "out of memory" becomes a `UserError` with advice (`fix`)."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
-        raise UserError("the GPU is out of memory", got=str(error).splitlines()[0][:300], fix=fix) from error
+    except RuntimeError as error:
+        on_gpu = isinstance(error, torch.OutOfMemoryError)
+        if not on_gpu and "DefaultCPUAllocator" not in str(error):  # PyTorch has no class for it
+            raise
+        where = "GPU" if on_gpu else "machine"
+        raise UserError(f"the {where} is out of memory", got=str(error).splitlines()[0][:300], fix=fix) from error

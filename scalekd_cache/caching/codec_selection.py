@@ -364,7 +364,13 @@ def select_codec(
     """Fit or select the codec on view 0 of images spread over the data set; writes nothing."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
-    name = config.cache.codec
+    name, (_, height, width) = config.cache.codec, teacher.spec.feature_shape
+    if name != AUTO and height * width > MAX_TOKENS:
+        raise UserError(
+            f"codec {name} takes maps of at most {MAX_TOKENS:,} positions",
+            got=f"{height} x {width} positions from {teacher.spec.name} at {teacher.spec.image_size} px",
+            fix="set --codec int8 or --codec auto, or use smaller views (--size)",
+        )
     print(
         f"{'selecting a codec for' if name == AUTO else f'fitting codec {name} to'} the teacher's features", flush=True
     )

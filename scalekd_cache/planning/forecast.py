@@ -25,7 +25,7 @@ from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.codec.transform import TransformCodec
-from scalekd_cache.codec.transform_state import state_bytes
+from scalekd_cache.codec.transform_state import MAX_TOKENS, state_bytes
 from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
@@ -414,7 +414,8 @@ def _alternatives(
         maps = make_codec(name, teacher.shape).record_bytes / every
         records[name] = maps + (0 if second is None else second.record_bytes)
     quick = found.teacher_s * min(CALIBRATION_VIEWS, images) < MAX_EXTRA_S
-    if isinstance(teacher.live, Teacher) and quick and codec.id != "transform":
+    fits = teacher.shape[1] * teacher.shape[2] <= MAX_TOKENS
+    if isinstance(teacher.live, Teacher) and quick and fits and codec.id != "transform":
         started = time.perf_counter()
         for name in FITTED[:2]:
             store = dataclasses.replace(config.cache, codec=name, codec_target=None)

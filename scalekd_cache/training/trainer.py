@@ -40,8 +40,8 @@ from scalekd_cache.training.zero_state import gather_state, gather_weights, scat
 SIGNAL_S = 10.0
 """Ranks agree on a signal at every logged step, and between these when that takes longer than this, seconds."""
 LESS_MEMORY = (
-    "set student.grad_checkpointing=true, --heads lite or --zero 2, or lower train.micro_batch_size, which is also the "
-    "BatchNorm group"
+    "set student.grad_checkpointing=true, --heads lite, --heads linear (no attention, no tail) or --zero 2, or lower "
+    "train.micro_batch_size, which is also the BatchNorm group"
 )
 
 
