@@ -183,11 +183,16 @@ def pixels(images: torch.Tensor) -> torch.Tensor:
 
 
 def over_images(lines: Sequence[Line], arm: str, against: str) -> Difference:
-    """k-NN accuracy of one arm minus another's, of the mean over seeds, paired by tenths of the test images."""
-    means = []
-    for name in (arm, against):
-        parts = [line["knn_parts"] for line in lines if line["arm"] == name and line["student"] != SECOND]
-        means.append([statistics.fmean(column) for column in zip(*parts, strict=True)])
+    """k-NN accuracy of one arm minus another's, the mean over their common seeds, paired by tenths of the test images.
+
+    The interval covers the choice of test images, not of seeds.
+    """
+    own, other = (
+        {line["seed"]: line["knn_parts"] for line in lines if line["arm"] == name and line["student"] != SECOND}
+        for name in (arm, against)
+    )
+    pairs = [(own[seed], other.get(seed, other.get(None))) for seed in own if seed in other or None in other]
+    means = [[statistics.fmean(column) for column in zip(*side, strict=True)] for side in zip(*pairs, strict=True)]
     return interval([a - b for a, b in zip(*means, strict=True)])
 
 
