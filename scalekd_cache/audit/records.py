@@ -12,9 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from scalekd_cache.caching.pixel_cache import PixelCache
-from scalekd_cache.codec import codec_from_config, second_codec_from_config
+from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.codec.pooled import second_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig

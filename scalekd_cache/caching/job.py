@@ -54,9 +54,9 @@ from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, counted, require_folder
 from scalekd_cache.models.demo_teacher import train_demo_teacher
 from scalekd_cache.models.evaluate import Tally, evaluate, teacher_accuracy
-from scalekd_cache.models.held_out import held_out_bytes, run_held_out
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import Answers
+from scalekd_cache.models.teacher_outputs import held_out_bytes, run_held_out
 from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file

@@ -20,9 +20,10 @@ from scalekd_cache.caching.codec_selection import check_codec_files
 from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache
 from scalekd_cache.caching.sample_views import Unit
-from scalekd_cache.codec import pooled_codec, recomputed
+from scalekd_cache.codec import recomputed
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
+from scalekd_cache.codec.pooled import pooled_codec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.config.base import fingerprint, flat, to_plain

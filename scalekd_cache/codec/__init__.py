@@ -77,26 +77,6 @@ def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = N
     return codec
 
 
-def pooled_codec(maps: str, width: int) -> "FeatureCodec | None":
-    """The codec of pooled embeddings of `width` values, as (width, 1, 1) maps; None for width 0.
-
-    Args:
-        maps: id of the codec of the cache's maps. Floating-point codecs store the embeddings too; next to all others it
-            is int8, which stores a float16 mean and an 8-bit difference of each value here.
-        width: number of values.
-    """
-    return make_codec(maps if maps in FLOATS else "int8", (width, 1, 1)) if width else None
-
-
-def second_codec_from_config(config: Mapping[str, Any]) -> "FeatureCodec | None":
-    """The codec of pooled embeddings, from `second_codec` of a manifest; None for an empty one.
-
-    Raises:
-        UserError: as `codec_from_config`.
-    """
-    return codec_from_config(config) if config else None
-
-
 def _from_config(name: str, shape: Shape, config: Mapping[str, Any], folder: "StoredPath | None") -> "FeatureCodec":
     if name != "transform":
         return make_codec(name, shape)

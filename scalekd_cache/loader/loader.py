@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from scalekd_cache.codec import codec_from_config, second_codec_from_config
+from scalekd_cache.codec import codec_from_config
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.codec.pooled import second_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig

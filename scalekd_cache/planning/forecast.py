@@ -19,9 +19,10 @@ from scalekd_cache.caching.job_plan import make_logit_codec, make_stage
 from scalekd_cache.caching.make_units import unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
 from scalekd_cache.caching.size_probe import PlaceholderTeacher, SizeProbe, measure_sizes
-from scalekd_cache.codec import FITTED, Shape, make_codec, pooled_codec
+from scalekd_cache.codec import FITTED, Shape, make_codec
 from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.logits import DenseLogits, LogitCodec
+from scalekd_cache.codec.pooled import pooled_codec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
 from scalekd_cache.codec.transform import TransformCodec

@@ -18,9 +18,9 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import ValidationImages, center_views
-from scalekd_cache.models.held_out import HeldOut, load_held_out
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student
+from scalekd_cache.models.teacher_outputs import HeldOut, load_held_out
 from scalekd_cache.reports.colors import fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture
 from scalekd_cache.store.checked_files import check_safetensors

@@ -1,6 +1,6 @@
 """Compares a student with its teacher on held-out images, for a cache without labels.
 
-In: a trained model, the teacher's outputs that stage 1 kept (`models/held_out.py`), the held-out images.
+In: a trained model, the teacher's outputs that stage 1 kept (`models/teacher_outputs.py`), the held-out images.
 Out: figures by name (`FIGURES`).
 Invariant: the images are split over all ranks, and every rank gets the same figures. Nothing is trained.
 """
@@ -16,9 +16,9 @@ from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
 from scalekd_cache.models.evaluate import center_views
-from scalekd_cache.models.held_out import load_held_out
 from scalekd_cache.models.probing import leave_one_out_knn, linear_probe_accuracy, retrieval_agreement
 from scalekd_cache.models.tail import Tail
+from scalekd_cache.models.teacher_outputs import load_held_out
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.store.reader import Cache

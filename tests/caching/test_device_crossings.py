@@ -13,8 +13,9 @@ from small_cache import options, shared_weights
 from scalekd_cache.caching import encode_batch
 from scalekd_cache.caching.make_units import Stage, fill_unit
 from scalekd_cache.caching.sample_views import EncodedView, SampledViews, Unit
-from scalekd_cache.codec import make_codec, pooled_codec
+from scalekd_cache.codec import make_codec
 from scalekd_cache.codec.logits import DenseLogits
+from scalekd_cache.codec.pooled import pooled_codec
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import SampleRef
 from scalekd_cache.models.teacher import TeacherOutput, load_teacher

@@ -20,7 +20,7 @@ from unlabeled_cache import write_pictures
 from pipelines import inspect_cache
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
-from scalekd_cache.codec import pooled_codec, second_codec_from_config
+from scalekd_cache.codec.pooled import pooled_codec, second_codec_from_config
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.order import Order

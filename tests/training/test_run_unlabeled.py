@@ -20,8 +20,8 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import center_views
-from scalekd_cache.models.held_out import load_held_out
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
+from scalekd_cache.models.teacher_outputs import load_held_out
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import HELD_OUT
