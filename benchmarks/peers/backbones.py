@@ -170,9 +170,12 @@ def run_all(options: Namespace) -> None:
     for job in jobs(options.student, options.seeds):
         if time.monotonic() > end:
             return
-        if job in [Job(line["arm"], line["student"], line["seed"]) for line in read_lines(LINES)]:
+        known = job in [Job(line["arm"], line["student"], line["seed"]) for line in read_lines(LINES)]
+        if known and (job != CACHE or (places.cache / "manifest.json").exists()):
             continue
         line = run_one(job, options, places)
+        if known:  # the lines are from another work folder; the cache was missing here
+            continue
         append_line(LINES, {**job._asdict(), "images": options.images, "size": options.size, **line})
         print(job, {name: value for name, value in line.items() if name != "knn_parts"}, flush=True)
 
