@@ -29,7 +29,7 @@ def main(
 ) -> list[int]:
     """Channels of the feature maps of the exported backbone."""
     cache, run = Path(folder) / "caches" / "sam", Path(folder) / "runs" / student
-    options = {"codec": "transform", **(teacher_options or {})}
+    options = {"teacher.batch_size": 2, **(teacher_options or {})}  # global attention over 4,096 positions
     scalekd_cache.cache_teacher(
         data=pictures, teacher="samvit_base_patch16", teacher_weights=weights, size=size, cache=cache, options=options
     )

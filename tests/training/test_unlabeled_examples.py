@@ -34,6 +34,6 @@ def test_dinov2_into_a_resnet(pictures, tmp_path, capsys, monkeypatch):
 def test_sam_into_a_tiny_vit(pictures, tmp_path):
     channels = sam_encoder.main(
         pictures, None, student="test_resnet", size=64, epochs=1, folder=str(tmp_path),
-        teacher_options={**QUICK, "codec": "int8"}, training_options=TRAINING,
+        teacher_options=QUICK, training_options=TRAINING,
     )  # fmt: skip
     assert len(channels) > 2
