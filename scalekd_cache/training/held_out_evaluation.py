@@ -120,9 +120,11 @@ class TeacherComparison:
 
 
 def _label_figures(embeddings: Tensor, labels: Tensor, prefix: str, final: bool) -> dict[str, float]:
-    """k-NN accuracy and, at the end of a run, linear-probe accuracy, percent."""
+    """k-NN accuracy and, at the end of a run, linear-probe accuracy, percent; empty where there are too few images."""
+    if len(labels) < 2:
+        return {}
     found = {f"{prefix}knn": leave_one_out_knn(embeddings, labels)}
-    if final:
-        parts = embeddings[::2], labels[::2], embeddings[1::2], labels[1::2]
+    parts = embeddings[::2], labels[::2], embeddings[1::2], labels[1::2]
+    if final and len(parts[1].unique()) > 1:
         found[f"{prefix}linear_probe"] = linear_probe_accuracy(*parts)
     return found

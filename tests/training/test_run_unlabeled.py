@@ -26,7 +26,7 @@ from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.training.dry_run import plan_distill
-from scalekd_cache.training.held_out_evaluation import FIGURES
+from scalekd_cache.training.held_out_evaluation import FIGURES, _label_figures
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_run
 from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
@@ -165,3 +165,13 @@ def test_a_custom_loop(classes):
     assert float(terms.pooled.detach()) > 0
     trained = {name for name, value in student.model.named_parameters() if value.grad is not None}
     assert trained == {name for name, _ in student.model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [([3], set()), ([3, 3], {"knn"}), ([3, 1, 3, 1], {"knn"}), ([3, 1, 1, 3], {"knn", "linear_probe"})],
+)
+def test_few_labeled_images(labels, names):
+    """A linear classifier is fitted on every other image, which may have one class only."""
+    embeddings = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(0))
+    assert _label_figures(embeddings, torch.tensor(labels), "", True).keys() == names
