@@ -125,6 +125,6 @@ def _label_figures(embeddings: Tensor, labels: Tensor, prefix: str, final: bool)
         return {}
     found = {f"{prefix}knn": leave_one_out_knn(embeddings, labels)}
     parts = embeddings[::2], labels[::2], embeddings[1::2], labels[1::2]
-    if final and len(parts[1].unique()) > 1:
+    if final and len(set(parts[1].tolist())) > 1:
         found[f"{prefix}linear_probe"] = linear_probe_accuracy(*parts)
     return found
