@@ -242,7 +242,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
                 student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size
             )
             check_student(student, stage.teacher, len(stage.source.class_names), output)
-            print(f"student {student.student.name} and {recipe} fit this cache", flush=True)
+            print(f"student {student.student.name} and {recipe} are compatible with this cache", flush=True)
 
 
 def _check_disk_space(config: CacheTeacherConfig, job: Job) -> None:

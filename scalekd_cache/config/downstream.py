@@ -18,11 +18,12 @@ class ProbeConfig:
     """Options of `probe`."""
 
     backbone: str
-    """Folder of a finished run or of an exported or imported student; or a timm model name (with weights)."""
+    """A finished run's folder, the folder of an exported or imported student, or a timm model name (with pretrained
+    weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     weights: str | None = None
-    """With a model name: a .safetensors file with the state dict of the timm model (default: the file in teachers/, or
-    timm's pretrained weights)."""
+    """With a model name: a .safetensors file with the state dict of the timm model (default: the file that `scalekd
+    fetch` saved in teachers/, or timm's pretrained weights)."""
     size: int | None = None
     """Side length of the images, pixels (default: the backbone's)."""
     workers: int = 0
@@ -36,7 +37,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FinetuneViews(ViewConfig):
-    """Augmented views of the labeled images: those of stage 1, with larger crops."""
+    """Augmented views of the labeled images: same options as in stage 1, but larger crops by default."""
 
     crop_scale: Range = (0.35, 1.0)
     """Range of the crop area, as a fraction of the image area."""
@@ -51,17 +52,17 @@ class FinetuneConfig:
     model: str | None = None
     """timm model name to start from, instead of init."""
     weights: str | None = None
-    """With model: a .safetensors file with the state dict of the timm model (default: the file in teachers/, or timm's
-    pretrained weights)."""
+    """With --model: a .safetensors file with the state dict of the timm model (default: the file that `scalekd fetch`
+    saved in teachers/, or timm's pretrained weights)."""
     pretrained: bool = True
-    """With model, and without a weights file: download timm's pretrained weights (false: random weights)."""
+    """With --model and no --weights: download timm's pretrained weights (false: random weights)."""
     data: DataConfig = field(default_factory=DataConfig)
     size: int | None = None
     """Side length of the images, pixels (default: the model's)."""
     epochs: int = 30
     """Passes over the labeled images."""
     batch: int = 64
-    """Images per step; all images if there are fewer."""
+    """Batch size (at most the number of training images)."""
     lr: float = 5e-4
     """Peak learning rate of AdamW."""
     labels_per_class: int | None = None
@@ -69,15 +70,15 @@ class FinetuneConfig:
     out: str | None = None
     """Folder to write: an export for timm (default: finetuned/<model>)."""
     seed: int = 0
-    """Seed of the new classifier, of the order of images and of dropout (views: views.seed)."""
+    """Seed for classifier initialization, data order and dropout (augmentation has its own: views.seed)."""
     weight_decay: float = 0.05
-    """Weight decay, not applied to biases and norms."""
+    """Weight decay, not applied to biases and norm layers."""
     layer_decay: float = 0.75
-    """Factor of the learning rate from each layer to the one before it (1: the same for all)."""
+    """Layer-wise learning rate decay: each layer's rate is this factor times the next layer's (1: off)."""
     label_smoothing: float = 0.1
     """Label smoothing of the cross-entropy."""
     ema_decay: float = 0.0
-    """Decay of a moving average of the weights, which is evaluated and exported (0: off)."""
+    """EMA decay of the weights; the EMA weights are evaluated and exported (0: off)."""
     views: FinetuneViews = field(default_factory=FinetuneViews)
     workers: int = 0
     """Worker processes that decode images (0: the main process)."""

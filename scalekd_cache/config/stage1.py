@@ -238,7 +238,7 @@ class CacheTeacherConfig:
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
-    """Student to check before stage 1 starts: it and the recipe's training options must fit the cache."""
+    """Student to validate before stage 1: it and the recipe's training options must be compatible with the cache."""
     workers: int = 0
     """Worker processes per rank that decode images and compute views (0: main process)."""
     device: str = "auto"

@@ -61,8 +61,8 @@ class ScaleKDConfig:
     attention_scale: float = 5.0
     """Multiplier of the attention scale head_dim^-0.5."""
     s4_query: Literal["s3", "learned"] = "s3"
-    """Query of the S4 projector: s3: output of the S3 branch after the tail; learned: a learned embedding (always used
-    without the S3 branch)."""
+    """Query of the S4 projector: s3: output of the S3 branch after the tail; learned: a learned embedding.
+    If the S3 branch is off, learned is always used."""
     s3: bool = True
     """Use the S3 tap (false: ablation)."""
     s4: bool = True
@@ -177,7 +177,7 @@ class TrainConfig:
     cudnn_benchmark: bool = False
     """Let cuDNN try its algorithms for each shape and keep the fastest (GPU only; not measured yet)."""
     ema_decay: float = 0.0
-    """Decay of the exponential moving average of the weights, which is then evaluated and exported (0: off)."""
+    """EMA decay of the weights; the EMA weights are evaluated and exported (0: off)."""
     seed: int = 0
     """Seed of initialization, order and regularization."""
     seeds: str | None = None
@@ -257,8 +257,8 @@ class DistillConfig:
     run: str | None = None
     """Folder of the run (default: runs/<student>-<targets>)."""
     extend: bool = False
-    """Train a run to more epochs than it was started with (`train.epochs`), from its last checkpoint; all other options
-    stay the same. The learning rate follows the schedule of the new number of epochs."""
+    """Extend a run: continue from its last checkpoint up to a larger `train.epochs`. All other options stay the same.
+    The learning rate follows the schedule of the new number of epochs."""
     init: str | None = None
     """Folder with initial weights of the student, written by `export` or `import-upstream` (default: random weights); a
     heads.safetensors in it initializes the ScaleKD heads."""

@@ -66,7 +66,7 @@ class TarReader:
             raise UserError("cannot read a shard", got=error, where=tar, fix="check the disk") from error
         if len(data) != size:
             raise UserError(
-                "a shard has changed since it was opened",
+                "the shard has changed since it was opened",
                 got=counted(now, "byte"),
                 expected=counted(self._tar_bytes[number], "byte"),
                 where=tar,

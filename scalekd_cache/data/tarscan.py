@@ -70,7 +70,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
     except SCAN_ERRORS as error:
         key = (split_name(last) or (last, ""))[0]
         raise UserError(
-            f"a shard is truncated or damaged; the last sample found is {key}",
+            f"the shard is truncated or damaged; the last sample found is {key}",
             got=f"{error} (last complete header: {last})",
             expected="an uncompressed tar with its end-of-archive mark",
             where=path,

@@ -104,7 +104,7 @@ def load_held_out(path: Path, source: Source) -> HeldOut:
         raise UserError(f"cannot read the teacher's outputs: {error}", where=path, fix="run scalekd repair") from error
     if digest != _keys_digest(source):
         raise UserError(
-            "the held-out images are not those of the cache",
+            "the held-out images do not match the cache",
             got=counted(len(source.samples), "image"),
             expected="the images that stage 1 held out",
             where=source.name,

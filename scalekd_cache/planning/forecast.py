@@ -272,7 +272,7 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
     stored, asked = 1 / config.cache.features_every, training.scalekd.feature_share
     if asked is not None and asked > stored + 1e-9:
         raise UserError(
-            "the feature losses need more samples than the cache would have features for",
+            "scalekd.feature_share is larger than the share of views with stored features",
             got=f"scalekd.feature_share={asked:g}",
             expected=f"at most {stored:g} (cache.stored_features)",
             fix="raise --stored-features, or lower --feature-share",

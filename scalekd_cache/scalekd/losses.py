@@ -123,7 +123,7 @@ def check_grid(height: int, width: int) -> None:
     """Raise `UserError` for a teacher map of one position: its mean-removed map is zero."""
     if height * width < 2:
         raise UserError(
-            "the teacher's last map has one position, the feature losses need a grid",
+            "the teacher's last feature map is 1x1: the feature losses need a spatial grid",
             got=f"{height}x{width}",
             expected="at least two positions",
             fix="use a teacher with a spatial map, or larger views (views.size)",

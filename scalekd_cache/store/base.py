@@ -177,7 +177,7 @@ class ShardReader(ABC):
         stored = int(self.crcs[row])
         if found != stored:
             raise damaged(
-                "a record does not match its checksum",
+                "the record does not match its checksum",
                 f"crc32c {found:08x}",
                 f"{stored:08x}",
                 self.where,

@@ -209,7 +209,7 @@ def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) ->
     )
     if got != expected:
         raise damaged(
-            "a unit is not the one in the manifest (sha256 of unit.json, fingerprint, count, backend, views)",
+            "the unit is not the one in the manifest (sha256 of unit.json, fingerprint, count, backend, views)",
             got,
             expected,
             folder / "unit.json",

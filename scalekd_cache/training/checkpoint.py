@@ -154,11 +154,11 @@ def _checked(path: Path) -> Checkpoint:
     files = facts.get("files")
     whole = facts.pop("sha256", None) == _digest(facts)
     if not whole or not isinstance(files, dict) or not {STUDENT, MODEL, OPTIMIZER} <= files.keys():
-        raise UserError("a checkpoint's description is damaged", where=path / FACTS_FILE)
+        raise UserError("the checkpoint's description is damaged", where=path / FACTS_FILE)
     for name, written in files.items():
         if Path(name).name != name or _fact(path / name) != written:
             raise UserError(
-                "a checkpoint is damaged", where=path / name, fix="rerun: it resumes from the newest undamaged one"
+                "the checkpoint is damaged", where=path / name, fix="rerun: it resumes from the newest undamaged one"
             )
     return Checkpoint(path, facts)
 

@@ -135,8 +135,11 @@ def with_classifier(backbone: Backbone, classes: int) -> Backbone:
     model.reset_classifier(classes)
     shape = _output_shape(model.eval(), backbone.image_size)
     if shape != (1, classes):
-        raise UserError("this model cannot be a classifier", got=f"{backbone.name}: outputs of shape {shape[1:]}",
-                        expected=f"{classes} logits, as of models that pool their last map")  # fmt: skip
+        raise UserError(
+            "this model cannot be used as a classifier",
+            got=f"{backbone.name}: outputs of shape {shape[1:]}",
+            expected=f"{classes} logits per image",
+        )
     return dataclasses.replace(backbone, model_args={**backbone.model_args, "num_classes": classes})
 
 
@@ -150,10 +153,10 @@ def _validation(config: FinetuneConfig, train: Source, say: Callable[[str], obje
     try:
         source = open_source(config.data, "val")
     except UserError as error:
-        say(f"no validation images: the accuracy is not measured ({str(error).splitlines()[0]})")
+        say(f"no validation images: accuracy is not measured ({str(error).splitlines()[0]})")
         return None
     if source.class_names != train.class_names:
-        say("the validation images do not have the classes of the training images: the accuracy is not measured")
+        say("the validation classes differ from the training classes: accuracy is not measured")
         return None
     return source
 

@@ -69,7 +69,7 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
         raise UserError("the data set has too few labeled images", got=total, expected="at least 2", where=data.source)
     order = hash_order((sample.key for sample in source.samples), b"scalekd-cache probe")
     count = max(1, round(HELD_OUT_SHARE * total))
-    use(f"only one split has labels: {total - count:,} of its images are known, {count:,} are classified")
+    use(f"only one split has labels: {total - count:,} of its images are used for training, {count:,} for testing")
     return LabeledImages(source, np.sort(order[count:])), LabeledImages(source, np.sort(order[:count]))
 
 

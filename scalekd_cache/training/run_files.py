@@ -100,11 +100,11 @@ def read_config(run: Path) -> dict[str, Any]:
     try:
         config = PlainLoader(data).get_single_data()
     except Exception as error:  # PyYAML's constructors raise errors of many kinds
-        raise UserError("a run's configuration is damaged", got=error, where=file, fix=AGAIN) from error
+        raise UserError("the run's configuration is damaged", got=error, where=file, fix=AGAIN) from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
-        raise UserError("a run's configuration is damaged", got=type(config).__name__, where=file, fix=AGAIN)
+        raise UserError("the run's configuration is damaged", got=type(config).__name__, where=file, fix=AGAIN)
     if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a file that ends early is YAML too
-        raise UserError("a run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
+        raise UserError("the run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
     return config
 
 
@@ -164,7 +164,7 @@ def _checked_part(part: Any, kind: type[T], file: Path) -> T:
     try:
         return checked(json.dumps(part, default=str), kind, "a part of it", file)
     except (UserError, ValueError, RecursionError) as error:
-        raise UserError("a run's file is damaged", got=str(error).strip(), where=file, fix=AGAIN) from error
+        raise UserError("the run's file is damaged", got=str(error).strip(), where=file, fix=AGAIN) from error
 
 
 def read_summary(run: Path) -> Summary | None:
@@ -180,7 +180,7 @@ def read_summary(run: Path) -> Summary | None:
         return dict(read_checked(file, SummaryFields, "a run's summary", SUMMARY_BYTES))
     except UserError as error:
         fix = "remove this file and rerun `scalekd distill` with the options of this run to recreate it"
-        raise UserError(f"a run's summary is damaged: {error}", fix=fix) from error
+        raise UserError(f"the run's summary is damaged: {error}", fix=fix) from error
 
 
 def missing_run(run: Path, name: str) -> UserError:

@@ -72,7 +72,7 @@ def _held_out_rows(held_out: Mapping[str, float]) -> list[tuple[str, str]]:
         ("held out", f"cosine to the teacher {', '.join(cosines)}; feature loss {held_out['held_out_loss']:.4f}"),
     ]
     if "retrieval" in held_out:
-        rows.append(("neighbors", f"{held_out['retrieval']:.0%} of the 10 nearest are the teacher's too"))
+        rows.append(("neighbors", f"{held_out['retrieval']:.0%} of the 10 nearest neighbors match the teacher's"))
     for name, title in (("knn", "k-NN"), ("linear_probe", "linear probe")):
         if name in held_out:
             rows.append((title, f"{percent(held_out[name])} (teacher {percent(held_out[f'teacher_{name}'])})"))

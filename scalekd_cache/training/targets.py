@@ -65,12 +65,12 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int) -> in
             got=f"train.micro_batch_size={micro_batch}, features for one in {every} samples",
             expected=f"a multiple of {every}",
             where=cache.root,
-            fix=f"set --train.micro_batch_size={max(1, micro_batch // every) * every}, and a multiple of it as "
-            "train.global_batch_size",
+            fix=f"set --train.micro_batch_size={max(1, micro_batch // every) * every}, and set "
+            "train.global_batch_size to a multiple of it",
         )
     if share * every > 1 + 1e-9:
         raise UserError(
-            "the feature losses need more samples than the cache has features for",
+            "the feature share is larger than the share of views with stored features",
             got=f"scalekd.feature_share={share:g}",
             expected=f"at most {1 / every:g}: one in {every} samples of a view has features",
             where=cache.root,

@@ -200,5 +200,5 @@ def test_a_plan_knows_the_stored_share(tmp_path):
     assert "--views 8" in changes
     assert not changes & {"--views 1", "--views 2"}
     asked = dataclasses.replace(TRAINING, scalekd=dataclasses.replace(TRAINING.scalekd, feature_share=0.5))
-    with pytest.raises(UserError, match="need more samples than the cache would have features for"):
+    with pytest.raises(UserError, match="feature_share is larger than the share of views"):
         plan_of(config, training=asked)

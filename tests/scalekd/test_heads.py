@@ -313,7 +313,7 @@ def test_bad_heads_and_grids_are_refused() -> None:
             ScaleKDHeads(ScaleKDConfig(heads_s3=given), *shapes, (24, 2, 2))
     with pytest.raises(UserError, match="heads_s4"):
         ScaleKDHeads(ScaleKDConfig(heads_s4=7), *shapes, (24, 2, 2))
-    with pytest.raises(UserError, match="one position"):
+    with pytest.raises(UserError, match="spatial grid"):
         ScaleKDHeads(ScaleKDConfig(), *shapes, (24, 1, 1))
     heads = ScaleKDHeads(ScaleKDConfig(heads_s3=3, heads_s4=6), *shapes, (24, 2, 2))
     assert heads.s3["spatial"].pos_attention.num_heads == 3

@@ -161,7 +161,7 @@ def test_losses_widen_and_switch_autocast_off(loss, monkeypatch: pytest.MonkeyPa
 def test_one_position_is_refused() -> None:
     prediction, features, norms = pair(height=1, width=1)
     for loss in (spatial_loss, frequency_loss):
-        with pytest.raises(UserError, match="one position"):
+        with pytest.raises(UserError, match="1x1"):
             loss(prediction, features, norms)
 
 
