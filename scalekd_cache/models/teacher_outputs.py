@@ -23,7 +23,8 @@ from scalekd_cache.progress import progress
 from scalekd_cache.store.checked_files import check_safetensors
 
 POOLED_IMAGES = 5_000
-"""Most images with a pooled embedding: enough for nearest neighbors among a thousand classes."""
+"""Most images with a pooled embedding: enough for nearest neighbors among a thousand classes. A held-out share of an
+unlabeled data set has at most `data/held_out.py: MAX_HELD_OUT` images."""
 MAPPED_IMAGES = 256
 """Most images with a feature map."""
 MAP_BYTES = 1 << 27
