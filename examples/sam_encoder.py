@@ -3,7 +3,7 @@
 python examples/sam_encoder.py pictures sam_vit_b.safetensors
 
 The file holds the weights of timm's samvit_base_patch16 (`scalekd fetch --teacher samvit_base_patch16`). The encoder
-takes 1,024 pixels and gives a map of 64 x 64 positions with 256 channels. It has no classifier, and the pictures need
+takes 1,024 pixels and gives a map of 64 x 64 positions with 256 channels. It has no classifier, and the images need
 no labels: the student learns the map and its mean. The result is a backbone for timm.
 """
 

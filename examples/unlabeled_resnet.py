@@ -1,4 +1,4 @@
-"""DINOv2 into a ResNet-18 on pictures without labels, then fine-tuning with ten labels a class.
+"""DINOv2 into a ResNet-18 on images without labels, then fine-tuning with ten labels per class.
 
 python examples/unlabeled_resnet.py pictures labeled dinov2.safetensors
 

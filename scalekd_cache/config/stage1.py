@@ -162,7 +162,7 @@ class StoreConfig:
     views_per_group: int = 4
     """Views per work unit; an image is decoded once for all of them."""
     stored_features: float = 1.0
-    """Share of the views of every image that features are stored for; labels, logits and pixels are stored for all.
+    """Share of each image's views with stored features; labels, logits and pixels are stored for all.
     1 / share is a whole number that divides num_views and views_per_group."""
     samples_per_shard: int = 512
     """Images per shard (a shard holds one view of each)."""

@@ -157,7 +157,7 @@ class TrainConfig:
     """Samples per forward pass and BatchNorm group, independent of the number of ranks."""
     label_loss: Literal["ce", "bce", "none"] = "ce"
     """ce: cross entropy; bce: binary cross entropy, summed over classes and averaged over samples; none: no label loss,
-    the rule for a cache without labels."""
+    always used for a cache without labels."""
     label_smoothing: float = 0.0
     """Label smoothing for ce (not for bce)."""
     sync_bn: bool = False
@@ -175,7 +175,7 @@ class TrainConfig:
     channels_last: bool = False
     """Keep the weights of convolutions in channels-last memory (ZeRO 0; not measured on a GPU yet)."""
     cudnn_benchmark: bool = False
-    """Let cuDNN try its algorithms for each shape and keep the fastest (GPU only; not measured yet)."""
+    """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; not measured yet)."""
     ema_decay: float = 0.0
     """EMA decay of the weights; the EMA weights are evaluated and exported (0: off)."""
     seed: int = 0
@@ -184,7 +184,7 @@ class TrainConfig:
     """Several seeds, separated by commas, are run one after the other in folders <run>-seed<N>, with mean and standard
     deviation at the end (default: one run with `seed`)."""
     shuffle_block: int = 64
-    """Adjacent samples that are read together."""
+    """Number of adjacent samples that are read together."""
     shuffle_window: int | None = None
     """Number of blocks that are shuffled together (default: 64, more if adjacent images have the same class)."""
     workers: int = 0

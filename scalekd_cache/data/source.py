@@ -106,7 +106,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
 def describe_source(source: Source) -> str:
     """One line about a training split: number of images, classes, and held-out images if it has no labels."""
     count = len(source.samples)
-    place = f"below {source.name.rstrip('/')}/" if Path(source.name).expanduser().is_dir() else f"in {source.name}"
+    place = f"in {source.name.rstrip('/')}/" if Path(source.name).expanduser().is_dir() else f"in {source.name}"
     if source.class_names:
         return f"data: {counted(count, 'image')} of {counted(len(source.class_names), 'class')} {place}"
     if source.held_out:

@@ -376,7 +376,7 @@ def test_max_samples_counts_both_splits(tmp_path):
 def test_describe_source(tmp_path):
     pictures(tmp_path / "flat", FLAT)
     assert describe_source(source_of(tmp_path / "flat")) == (
-        f"data: 40 images without labels below {tmp_path}/flat/ (38 for training, 2 held out)"
+        f"data: 40 images without labels in {tmp_path}/flat/ (38 for training, 2 held out)"
     )
     folder_tree(tmp_path / "part", ("1.png", "2.png"), ("bee/1.png",))
     assert "2 images without labels" in describe_source(source_of(tmp_path / "part"))
