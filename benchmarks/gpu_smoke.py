@@ -14,7 +14,7 @@ results it has reported. Weights are random, and the images are generated before
 `--stand-in` runs the same code on a CPU with tiny models; its results are meaningless.
 
 It needs no network. On the GPU machine torch, torchvision and timm are installed (Python 3.12). Everything else comes
-as wheels (55 MB, most of it scipy), collected on a machine with a network:
+as wheels (55 MB, most of it scipy), collected on a machine with network access:
 
     PACKAGES="webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard ninja hjson msgpack psutil \\
       py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\

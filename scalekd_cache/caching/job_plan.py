@@ -260,8 +260,8 @@ def _training_options(
     local = local_options(config.recipe)
     if local:
         process.print_rank0(
-            f"the cache does not store {', '.join(local)} of recipe {config.recipe}: "
-            f"paths and resources of one machine. Pass them to `scalekd distill`, or set --recipe {config.recipe}"
+            f"the cache does not store {', '.join(local)} from recipe {config.recipe}, "
+            f"because they are specific to one machine. Pass them to `scalekd distill`, or set --recipe {config.recipe}"
         )
     return kept_options(config.recipe)
 

@@ -68,7 +68,8 @@ class ViewConfig:
     the view."""
     pixel_format: Literal["jpeg", "jpeg-optimized", "webp", "png"] = "jpeg"
     """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, slower to encode; webp: fewer
-    bytes for small views, decoded in twice the time of JPEG at 128 pixels and three times at 224; png: lossless
+    bytes for small views, but decoding takes twice as long as JPEG at 128 pixels and three times as long at 224; png:
+    lossless
     (docs/CODECS.md)."""
     jpeg_quality: int = 90
     """Quality of JPEG and WebP, 1 to 100."""

@@ -126,7 +126,7 @@ def _named(name: str, weights: str | None, size: int | None, pretrained: bool, o
         raise UserError(
             f"no weights for {name}: {type(error).__name__}: {error}",
             expected="a weights file, or a network connection to download timm's weights",
-            fix=f"run `scalekd fetch --teacher {name}` on a machine with a network, or set --weights",
+            fix=f"run `scalekd fetch --teacher {name}` on a machine with network access, or set --weights",
         ) from error
     if found.weights is not None and shapes is not None:
         load_converted(model, found.weights, shapes)

@@ -239,7 +239,7 @@ def _no_weights(name: str, reason: str) -> UserError:
     return UserError(
         f"no weights for the teacher {name}: {reason}",
         expected="a weights file, or a network connection to download timm's weights",
-        fix=f"run `scalekd fetch --teacher {name}` on a machine with a network, set --teacher-weights, or set "
+        fix=f"run `scalekd fetch --teacher {name}` on a machine with network access, set --teacher-weights, or set "
         "--pretrained false for random weights (for testing only)",
     )
 

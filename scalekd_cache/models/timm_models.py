@@ -176,14 +176,14 @@ def fetch_weights(name: str, folder: Path) -> Path:
     except ConnectionError as error:
         raise UserError(
             f"cannot download the pretrained weights of {name}: {error}. Run `scalekd fetch --teacher {name}` "
-            f"on a machine with a network, and copy {folder}/ here"
+            f"on a machine with network access, then copy {folder}/ here"
         ) from error
     except Exception as error:  # hub clients raise many kinds of errors; all mean that the weights are not available
         raise UserError(
             "cannot download the pretrained weights",
             got=f"{type(error).__name__}: {error}",
             where=name,
-            fix="run this on a machine with a network, and copy the folder to the other machines",
+            fix="run this on a machine with network access, then copy the folder to the other machines",
         ) from error
     file = weights_file(folder, name)
     save_weights(model, file)

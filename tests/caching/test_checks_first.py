@@ -105,7 +105,7 @@ def test_without_a_network_a_download_fails_in_seconds(monkeypatch, tmp_path, an
     assert time.monotonic() - started < 60
     (line,) = str(error.value).splitlines()
     assert "no connection to https://" in line
-    assert re.search(r"fetch .*test_resnet` on a machine with a network", line)
+    assert re.search(r"fetch .*test_resnet` on a machine with network access", line)
     assert hub.constants.HF_HUB_OFFLINE is False
     assert not (tmp_path / "teachers").exists()
 

@@ -51,7 +51,7 @@ def test_a_cache_says_what_it_is(tmp_path, capsys):
     assert f"{root}: " in out
     assert manifest.facts.recipe == str(recipe)
     assert manifest.facts.distill == {"train": {"epochs": 7}}
-    assert f"does not store data, train.deepspeed of recipe {recipe}" in out
+    assert f"does not store data, train.deepspeed from recipe {recipe}" in out
     assert manifest.num_samples == SAMPLES
     assert manifest.facts.data["max_samples"] == SAMPLES
     assert manifest.facts.teacher["spec"]["name"] == "demo_swin"

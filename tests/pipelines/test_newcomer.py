@@ -107,7 +107,7 @@ MISTAKES = {
         "cache-teacher --data photos --teacher vit_small_patch14_dinov2 --size 98 --cache caches/b",
         "scalekd fetch --teacher vit_small_patch14_dinov2",
     ),
-    "fetch offline": ("fetch --teacher test_vit", "on a machine with a network"),
+    "fetch offline": ("fetch --teacher test_vit", "on a machine with network access"),
     "a word without an option": ("distill resnet50", "unexpected argument resnet50"),
     "an option without a value": ("distill --student resnet18 --epochs", "'--epochs' requires an argument"),
     "an empty value": ("distill --student resnet18 --cache=", "--cache has an empty value"),
