@@ -58,7 +58,8 @@ def assert_right_or_refused(root, batches):
         return str(error)
     assert len(found) == len(batches)
     for mine, theirs in zip(found, batches, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(mine[:-1], theirs[:-1], strict=True))
+        pairs = [pair for pair in zip(mine[:-1], theirs[:-1], strict=True) if pair != (None, None)]
+        assert all(torch.equal(a, b) for a, b in pairs)
         assert mine.view == theirs.view
     return None
 

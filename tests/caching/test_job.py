@@ -7,6 +7,7 @@ import shutil
 import subprocess
 
 import pytest
+from safetensors.torch import load_file, save_file
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, shared_weights, unit_files, write_weights
 
 from scalekd_cache.caching import job
@@ -100,12 +101,13 @@ def test_other_options_are_refused_by_name(tmp_path, no_work, changes, texts):
 
 
 def test_other_options_explain_more_than_a_teacher_that_does_not_fit_them(tmp_path):
-    """A weights file for 64 px cannot be loaded at 32; the error must name the cache's view size."""
-    root = copy_of_cache(tmp_path / "cache")
+    """A weights file without one of its tensors cannot be loaded; the error must name the cache's view size."""
+    root, partial = copy_of_cache(tmp_path / "cache"), tmp_path / "partial.safetensors"
+    save_file({name: value for name, value in load_file(shared_weights()).items() if name != "norm.weight"}, partial)
     with pytest.raises(UserError, match="do not fit the model") as alone:
-        cache_teacher(options(tmp_path / "new", shared_weights(), views={"size": 32}), CPU)
+        cache_teacher(options(tmp_path / "new", partial, views={"size": 32}), CPU)
     with pytest.raises(UserError, match="made with other options") as error:
-        cache_teacher(options(root, shared_weights(), views={"size": 32}), CPU)
+        cache_teacher(options(root, partial, views={"size": 32}), CPU)
     assert "views.size: 32 (requested) / 64 (cache)" in str(error.value)
     assert "made with other options" not in str(alone.value)
     assert str(error.value).count("(requested)") == 1

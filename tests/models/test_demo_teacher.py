@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from small_cache import CPU
 
 from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
-from scalekd_cache.models import demo_teacher
+from scalekd_cache.models import demo_teacher, weights
 from scalekd_cache.models.demo_teacher import _augment, train_demo_teacher
 from scalekd_cache.models.teacher import load_teacher
 
@@ -40,7 +40,7 @@ def test_a_failed_training_leaves_no_teacher(few_images, tmp_path, monkeypatch):
             file.write(b"half")
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(demo_teacher, "save_file", full)
+    monkeypatch.setattr(weights, "save_file", full)
     with pytest.raises(OSError, match="no space"):
         train_demo_teacher(tmp_path / "demo_swin.safetensors", DataConfig(), epochs=1)
     assert not (tmp_path / "demo_swin.safetensors").exists()

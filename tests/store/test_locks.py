@@ -102,8 +102,8 @@ def test_something_else_in_the_place_of_a_lock(tmp_path, put):
 def waiting_make(folder, place, recipe, path=None):
     """Run a recipe under the Makefile's lock of an environment."""
     file = folder / "probe.mk"
-    file.write_text(f"include Makefile\nprobe:\n\t@$(waiting) {recipe}\n")
-    words = ["make", "-f", file, "probe", f"VENV={place}", f"PYTHON={sys.executable}"]
+    file.write_text(f"include Makefile\nwaiting-probe:\n\t@$(waiting) {recipe}\n")
+    words = ["make", "-f", file, "waiting-probe", f"VENV={place}", f"PYTHON={sys.executable}"]
     environment = {**ENV, "PATH": f"{path}:{ENV['PATH']}"} if path else ENV
     return subprocess.Popen(
         list(map(str, words)), cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT

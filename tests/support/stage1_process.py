@@ -103,7 +103,7 @@ class Job:
     ) -> None:
         self._log, self._store = log, None
         log.write_text("")
-        environment = {}
+        environment = dict(ENV)  # tests change it; the parent of the forked processes has it as it was at first
         if ranks > 1:
             from torch.distributed import TCPStore
 
