@@ -1,11 +1,15 @@
 """The demo teacher: a short training, an atomically written file, the augmentation."""
 
+import errno
+import os
+
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_cache import CPU
 
 from scalekd_cache.config.stage1 import DataConfig, TeacherConfig
+from scalekd_cache.errors import UserError
 from scalekd_cache.models import demo_teacher, weights
 from scalekd_cache.models.demo_teacher import _augment, train_demo_teacher
 from scalekd_cache.models.teacher import load_teacher
@@ -38,10 +42,10 @@ def test_a_failed_training_leaves_no_teacher(few_images, tmp_path, monkeypatch):
     def full(tensors, path):
         with open(path, "wb") as file:
             file.write(b"half")
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(weights, "save_file", full)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(UserError, match="the disk is full"):
         train_demo_teacher(tmp_path / "demo_swin.safetensors", DataConfig(), epochs=1)
     assert not (tmp_path / "demo_swin.safetensors").exists()
 
