@@ -1,7 +1,7 @@
 """Measures a backbone by k-NN and a linear classifier on labeled images, next to random weights and to pixels.
 
 In: a backbone and a labeled data set. Out: accuracies in percent.
-Invariant: all three embeddings are of the same readable images; no image is both classified and known.
+Invariant: all three embeddings are of the same readable images; no image is in both the training and the test set.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ from scalekd_cache.models.probing import embed, knn_accuracy, linear_probe_accur
 PIXEL_SIDE = 16
 """Side of the images of the pixel baseline."""
 HELD_OUT_SHARE = 0.2
-"""Share of a single labeled split that is classified."""
+"""Share of a single labeled split that is used for testing."""
 EMBEDDINGS = {"backbone": "the backbone", "random_weights": "random weights",
               "pixels": f"pixels, {PIXEL_SIDE} x {PIXEL_SIDE}"}  # fmt: skip
 """What is compared, by its name in the results."""
@@ -38,7 +38,7 @@ class LabeledImages(NamedTuple):
 
 
 def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tuple[LabeledImages, LabeledImages]:
-    """Known and classified images: train and val, or a division of the only labeled split by a hash of the keys.
+    """Training and test images: train and val, or a division of the only labeled split by a hash of the keys.
 
     Args:
         data: the data set.
@@ -90,29 +90,29 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
     backbone = open_backbone(config.backbone, config.weights, size=config.size, pretrained=True, option="--backbone")
     splits = labeled_splits(config.data, say)
     compared = _Compared(backbone, device)
-    known, classified = (
+    training, testing = (
         embed(compared, split.source, backbone.image_size, device, indices=split.indices.tolist(),
               workers=config.workers, title=title)
         for split, title in zip(splits, ("embed training images", "embed validation images"), strict=True)
     )  # fmt: skip
-    if not len(known.labels) or not len(classified.labels):
+    if not len(training.labels) or not len(testing.labels):
         raise UserError("no image could be read", where=config.data.source, fix="check --data")
     rows: dict[str, Any] = {}
-    parts = zip(*(torch.split(found.features, compared.widths, 1) for found in (known, classified)), strict=True)
+    parts = zip(*(torch.split(found.features, compared.widths, 1) for found in (training, testing)), strict=True)
     for name, (train, test) in zip(EMBEDDINGS, parts, strict=True):
         rows[name] = {
             "channels": train.shape[1],
-            "knn": knn_accuracy(train, known.labels, test, classified.labels),
-            "linear_probe": linear_probe_accuracy(train, known.labels, test, classified.labels),
+            "knn": knn_accuracy(train, training.labels, test, testing.labels),
+            "linear_probe": linear_probe_accuracy(train, training.labels, test, testing.labels),
         }
     return {
         "backbone": config.backbone,
         "model": backbone.name,
         "data": config.data.source,
         "image_size": backbone.image_size,
-        "train_images": len(known.labels),
-        "val_images": len(classified.labels),
-        "unreadable": sum(len(split.indices) for split in splits) - len(known.labels) - len(classified.labels),
+        "train_images": len(training.labels),
+        "val_images": len(testing.labels),
+        "unreadable": sum(len(split.indices) for split in splits) - len(training.labels) - len(testing.labels),
         "classes": len(splits[1].source.class_names),
         "results": rows,
     }
@@ -139,7 +139,7 @@ class _Compared:
         self._normalize = Normalize(backbone.mean, backbone.std).to(device)
         self._models = [model.to(device) for model in (backbone.model, backbone.with_random_weights(0))]
         self.widths: list[int] = []
-        """Channels of each embedding, known after the first call."""
+        """Channels of each embedding, set by the first call."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B, 3, S, S) uint8 -> (B, C), float32."""
