@@ -139,7 +139,8 @@ def test_two_commands_that_write_one_cache_on_one_node_wait_for_each_other(tmp_p
         with one_job_per_node(given):
             steps.append("second")
 
-    with one_job_per_node(given):
+    node = {**given, "nnodes": "2", "node_rank": "1"}
+    with one_job_per_node(given), one_job_per_node(node), one_job_per_node({**given, "nnodes": "1:4"}):
         thread = threading.Thread(target=second)
         thread.start()
         with one_job_per_node({"cache.path": "another"}), one_job_per_node({**given, "dry_run": "true"}):
