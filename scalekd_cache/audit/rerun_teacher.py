@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scalekd_cache.audit.records import RecordChecker
+from scalekd_cache.caching.encode_batch import pooled_maps
 from scalekd_cache.codec.fidelity import Fidelity, fidelity
 from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.images import UnreadableImage
@@ -104,7 +105,7 @@ def _pooled_cosine(checker: RecordChecker, records: Sequence[Record], output: Te
     if checker.second_codec is None:
         return None
     stored = decode_pooled(checker.second_codec, records)
-    return fidelity(output.pooled[..., None, None], stored[..., None, None]).cosine
+    return fidelity(pooled_maps(output), stored[..., None, None]).cosine
 
 
 def _load(cache: Cache, checker: RecordChecker, place: Place) -> Iterator[tuple[Record, NDArray[np.uint8]]]:

@@ -33,7 +33,7 @@ from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state
-from scalekd_cache.training.run_export import consolidated_student, export_state, facts_of
+from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
@@ -92,8 +92,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     config = config.on_data(labeled=cache.manifest.facts.labeled)
     validation = _validation(cache.manifest, config.data, process)
     checkpoint = _checkpoint(run, process)
-    compare = validation is not None and not cache.manifest.facts.labeled
-    comparison = TeacherComparison(cache, validation, process) if validation is not None and compare else None
+    comparison = None
+    if validation is not None and not cache.manifest.facts.labeled:
+        comparison = TeacherComparison(cache, validation, process)
     trainer = _make_trainer(config, process, run_cache, checkpoint)
     first = trainer.loader.step
     if before is not None and before < config.train.epochs:
@@ -122,12 +123,12 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
                 dist.barrier()  # launchers end all ranks once one has exited, and rank 0 may still be writing
                 raise interrupted_by(signal, step, trainer.loader.total_steps)
             if _is_evaluation_due(config.train, step, trainer.loader):
-                found = _evaluate(config, cache.manifest, trainer, validation, comparison)
+                found = _evaluate(config, cache.manifest, trainer, trainer.student_state(), validation, comparison)
                 if folder is not None and found.metrics:
                     folder.log(step, found.metrics)
     seconds = trainer.seconds()
     state = trainer.student_state()
-    found = _evaluate(config, cache.manifest, trainer, validation, comparison, final=True)
+    found = _evaluate(config, cache.manifest, trainer, state, validation, comparison, final=True)
     summary = make_summary(config, run_cache, trainer.loader, process.world_size, found)
     summary["minutes"] = round(seconds / 60, 2)
     summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
@@ -205,13 +206,15 @@ def _evaluate(
     config: DistillConfig,
     manifest: Manifest,
     trainer: Trainer,
+    state: State,
     validation: Source | None,
     comparison: TeacherComparison | None,
     *,
     final: bool = False,
 ) -> Evaluation:
-    """Evaluate the student on the validation images, which are split over all ranks; empty without any."""
-    process, state = trainer.process, trainer.student_state()
+    """Evaluate the student with these weights on the validation images, which are split over all ranks; empty without
+    any."""
+    process = trainer.process
     if comparison is not None and trainer.tail is not None:
         size = config.student.image_size or manifest.facts.view_recipe["size"]
         student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
