@@ -30,8 +30,9 @@ class EvaluateConfig:
 def main(given: Given) -> None:
     """Evaluate the exported student; print its accuracy."""
     config = build(EvaluateConfig, given)
+    from scalekd_cache.convert.backbone import find_exported_folder
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.training.run_evaluation import evaluate_folder, evaluate_run, find_exported_folder
+    from scalekd_cache.training.run_evaluation import evaluate_folder, evaluate_run
 
     process, folder = this_process(config.device), find_exported_folder(Path(config.run))
     if folder is not None:

@@ -79,6 +79,14 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
     )
 
 
+def find_exported_folder(place: Path) -> Path | None:
+    """An exported or imported student without a run: the folder itself, or its student/; None for anything else."""
+    if (place / RUN_OPTIONS).exists():
+        return None
+    found = (folder for folder in (place, place / "student") if (folder / DESCRIPTION).exists())
+    return next(found, None)
+
+
 def find_export(place: Path) -> Path | None:
     """The exported student in a folder: the folder itself, its student/ (imported), or a run's export/.
 
@@ -91,8 +99,7 @@ def find_export(place: Path) -> Path | None:
     if not place.is_dir():
         return None
     is_run = (place / RUN_OPTIONS).exists()
-    places = (place / "export",) if is_run else (place, place / "student")
-    found = next((folder for folder in places if (folder / DESCRIPTION).exists()), None)
+    found = find_exported_folder(place / "export" if is_run else place)
     if found is None:
         raise UserError(
             "this folder has no exported student",

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.convert.timm_export import DESCRIPTION, load_export, read_description
+from scalekd_cache.convert.timm_export import load_export, read_description
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
@@ -24,7 +24,7 @@ from scalekd_cache.models.evaluate import Tally, evaluate
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.training.run_export import State, consolidated_student
-from scalekd_cache.training.run_files import OPTIONS, data_of, read_facts, student_options
+from scalekd_cache.training.run_files import data_of, read_facts, student_options
 from scalekd_cache.training.run_folder import is_locked
 
 
@@ -94,14 +94,6 @@ def _no_classes(folder: Path) -> UserError:
         where=folder,
         fix=f"measure its embeddings: scalekd probe --backbone {folder} --data DIR, with labeled images",
     )
-
-
-def find_exported_folder(place: Path) -> Path | None:
-    """An exported or imported student without a run: the folder itself, or its student/; None for anything else."""
-    if (place / OPTIONS).exists():
-        return None
-    found = (folder for folder in (place, place / "student") if (folder / DESCRIPTION).exists())
-    return next(found, None)
 
 
 def evaluate_folder(folder: Path, data: str | None, process: Process, workers: int) -> Tally:
