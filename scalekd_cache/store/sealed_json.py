@@ -25,7 +25,7 @@ def sealed(fields: Mapping[str, Any]) -> bytes:
     return head + hashlib.sha256(blank).hexdigest().encode() + tail
 
 
-def unsealed(fields: Mapping[str, Any], data: bytes, path: StoredPath) -> dict[str, Any]:
+def unsealed(fields: Mapping[str, Any], data: bytes, path: StoredPath | str) -> dict[str, Any]:
     """The object without its checksum, which is verified.
 
     Args:

@@ -107,7 +107,7 @@ def _check_unit(info: UnitInfo, path: StoredPath) -> None:
         "range": 0 < info.stop - info.start <= MAX_UNIT_SAMPLES,
         "skipped": all({"key", "reason"} == row.keys() for row in info.skipped),
         "count": 0 <= info.count == info.stop - info.start - len(info.skipped),
-        "files": "keys.txt" in info.files and all(map(_is_inside, info.files)),
+        "files": "keys.txt" in info.files and all(map(is_inside, info.files)),
         "name": path.parent.name.startswith(".tmp-")
         or path.parent == unit_folder(path.parents[2], info.group, info.range_id),
     }
@@ -116,7 +116,7 @@ def _check_unit(info: UnitInfo, path: StoredPath) -> None:
         raise damaged("invalid values in a sidecar", f"out of range: {', '.join(wrong)}", "valid values", path)
 
 
-def _is_inside(name: str) -> bool:
+def is_inside(name: str) -> bool:
     """Whether a file name is one that writers use: plain letters, no overlong part, inside the folder."""
     return FILE_NAME.fullmatch(name) is not None and not {".", ".."} & set(name.split("/"))
 
