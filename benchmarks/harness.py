@@ -18,12 +18,9 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from scalekd_cache.errors import counted
-
-if TYPE_CHECKING:
-    from pipelines.command import Command
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,12 +54,6 @@ def argument_parser(docstring: str | None) -> argparse.ArgumentParser:
 def option_words(options: Mapping[str, object]) -> list[str]:
     """{"train.epochs": 2} -> ["--train.epochs", "2"]."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
-
-
-def run_command(command: "Command", words: Sequence[str]) -> None:
-    """Run a command of `pipelines/` in this process, without the launcher."""
-    with command.make_context(command.name, list(words)) as context:
-        command.main_function(command.given(context.params))
 
 
 def run_python(*arguments: str) -> str:

@@ -99,6 +99,15 @@ class Command(click.Command):
         with contextlib.redirect_stdout(io.StringIO()):
             self.check(dict(given))
 
+    def run_here(self, words: Sequence[str]) -> int | None:
+        """Run the command in this process: without launcher, lock and the checks before the start. Its exit code."""
+        with self.make_context(self.name, list(words)) as context:
+            return self.main_function(self.given(context.params))
+
+    def given_by(self, words: Sequence[str]) -> Given:
+        """The options that the words of a command line give, by dotted name."""
+        return self.given(self.make_context(self.name, list(words)).params)
+
     def given(self, values: Mapping[str, str | None]) -> Given:
         """The options that were given, by dotted name, from click's parameters."""
         given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
@@ -113,7 +122,7 @@ class Command(click.Command):
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
             typed = error.option_name.replace("_", "-") if "." not in error.option_name else error.option_name
-            raise unknown_name("option", typed, self._option_names(), "--help lists all") from error
+            raise unknown_name("option", typed, self._option_names(), "--help lists all", listed=0) from error
         except click.UsageError as error:
             extra = [word for word in words if not word.startswith("-") and f"({word})" in error.message]
             if extra:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic.dataclasses import dataclass
 
 from pipelines.command import Command, Given, check_cache_path, run
+from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
 from scalekd_cache.errors import UserError, counted
@@ -29,7 +30,7 @@ class VerifyConfig:
     """Also hash all files, decode all records, and re-run the teacher on a random sample."""
     json: bool = False
     """Print one JSON object instead of text."""
-    records: int = 16
+    records: int = RERUN_VIEWS
     """With deep: number of random views on which the teacher is re-run, if available (0: none)."""
     seed: int = 0
     """Seed of that random sample."""

@@ -86,10 +86,9 @@ def join_or(names: Sequence[str]) -> str:
     return " or ".join(filter(None, [", ".join(names[:-1]), *names[-1:]]))
 
 
-def counted(count: int, noun: str) -> str:
-    """A number with its noun: "1 epoch", "1,438 images", "2 classes"."""
-    plural = "" if count == 1 else "es" if noun.endswith(("s", "tch")) else "s"
-    return f"{count:,} {noun}{plural}"
+def counted(count: int, noun: str, plural: str | None = None) -> str:
+    """A number with its noun: "1 epoch", "1,438 images", "2 classes". `plural`: for nouns of several words."""
+    return f"{count:,} {noun if count == 1 else plural or noun + ('es' if noun.endswith(('s', 'tch')) else 's')}"
 
 
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:
@@ -98,7 +97,7 @@ def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:
     return join_or(_close(name, names, count) or names[:20])
 
 
-def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: int = 3) -> UserError:
+def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: int = 3, listed: int = 20) -> UserError:
     """The error for an unknown name, in one line, with the closest known names.
 
     Args:
@@ -107,9 +106,10 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
         known: the valid names.
         where: where it is typed or listed.
         count: how many close names are given.
+        listed: if none is close, all names are given, unless there are more than this.
     """
     names = list(known)
-    helpful = 0 < len(names) <= 20 or _close(got, names, 1)
+    helpful = 0 < len(names) <= listed or _close(got, names, 1)
     hint = f": did you mean {closest_names(got, names, count)}?" if helpful else ""
     return UserError(f"there is no {what} {got}{hint} ({where})")
 

@@ -16,7 +16,7 @@ from benchmarks.harness import RESULTS, argument_parser
 from benchmarks.price_list.costs import measure
 from benchmarks.price_list.figures import draw
 from benchmarks.price_list.plan import SETTINGS
-from benchmarks.study.__main__ import StudyPaths, exit_with_code, make_cache, pending, run_pending
+from benchmarks.study.__main__ import StudyPaths, add_study_options, exit_with_code, make_cache, pending, run_pending
 from benchmarks.study.estimate import START_S, images_of
 from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import read_lines
@@ -62,16 +62,9 @@ def main() -> None:
     """Parse options, print the estimate, run, and plot."""
     parser = argument_parser(__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default="demo")
-    parser.add_argument("--data", help="image folder (the demo settings need none)")
-    parser.add_argument("--teacher-weights", help="teacher for --data (benchmarks/study/finetune_teacher.py)")
-    parser.add_argument("--work", type=Path, default=Path("runs/price-list"), help="folder for caches and runs")
-    parser.add_argument("--results", type=Path, default=PRICE_RESULTS)
-    parser.add_argument(
-        "--hours", type=float, default=float("inf"), help="start no run that would end after this many hours"
-    )
+    add_study_options(parser, Path("runs/price-list"), PRICE_RESULTS)
     parser.add_argument("--questions", nargs="+", help="only these questions of the plan, in this order")
     parser.add_argument("--seeds", type=int, default=100, help="at most this many seeds per question")
-    parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
     options = parser.parse_args()
     setting = chosen(SETTINGS[options.setting], options.questions, options.seeds)
     paths = StudyPaths(options.work, options.results, options.data, options.teacher_weights)

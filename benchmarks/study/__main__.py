@@ -15,6 +15,7 @@ import shlex
 import shutil
 import sys
 import time
+from argparse import ArgumentParser
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.harness import RESULTS, argument_parser, machine, run_command
+from benchmarks.harness import RESULTS, argument_parser, machine
 from benchmarks.study.demo_teachers import WIDTHS
 from benchmarks.study.plan import CACHES, FORMS, Arm, Run, Setting, runs_of
 from benchmarks.study.statistics import Line, append_line, read_lines
@@ -140,7 +141,7 @@ def run_logged(log: Path, command: Any, argv: list[str]) -> None:
     """Run a command in this process and append its output to `log`."""
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as stream, redirect_stdout(stream), redirect_stderr(stream):
-        run_command(command, argv)
+        command.run_here(argv)
 
 
 def make_cache(setting: Setting, name: str, paths: StudyPaths) -> Path:
@@ -284,17 +285,8 @@ def main() -> None:
         "--form", choices=("auto", *FORMS), default="auto", help="auto: full if there is a GPU, else cpu"
     )
     parser.add_argument("--settings", nargs="+", help="only these settings of the form, in this order")
-    parser.add_argument(
-        "--data", help="CIFAR-10 as an image folder (benchmarks/study/cifar10.py); the demo setting needs none"
-    )
-    parser.add_argument("--teacher-weights", help="teacher for --data (benchmarks/study/finetune_teacher.py)")
     parser.add_argument("--teacher", help="timm name if not the recipe's teacher (then also set --work and --results)")
-    parser.add_argument("--work", type=Path, default=Path("runs/study"), help="folder for caches and runs")
-    parser.add_argument("--results", type=Path, default=STUDY_RESULTS)
-    parser.add_argument(
-        "--hours", type=float, default=float("inf"), help="start no run that would end after this many hours"
-    )
-    parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
+    add_study_options(parser, Path("runs/study"), STUDY_RESULTS)
     options = parser.parse_args()
     from benchmarks.study.estimate import print_estimate
     from benchmarks.study.figures import draw
@@ -316,6 +308,20 @@ def main() -> None:
     complete = run_pending(settings, paths, 3600 * options.hours)
     draw(paths.results)
     sys.exit(0 if complete else 75)
+
+
+def add_study_options(parser: ArgumentParser, work: Path, results: Path) -> None:
+    """Add the options that every study has; `work` and `results` are its default folders."""
+    parser.add_argument(
+        "--data", help="image folder, such as that of benchmarks/study/cifar10.py (the demo needs none)"
+    )
+    parser.add_argument("--teacher-weights", help="teacher for --data (benchmarks/study/finetune_teacher.py)")
+    parser.add_argument("--work", type=Path, default=work, help="folder for caches and runs")
+    parser.add_argument("--results", type=Path, default=results, help="folder for result lines and figures")
+    parser.add_argument(
+        "--hours", type=float, default=float("inf"), help="start no run that would end after this many hours"
+    )
+    parser.add_argument("--plan", action="store_true", help="print the estimate and stop")
 
 
 def exit_with_code(main: Callable[[], None], resume: str) -> None:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from benchmarks.harness import RESULTS, argument_parser, run_command
+from benchmarks.harness import RESULTS, argument_parser
 from scalekd_cache.models.timm_models import default_image_size
 
 ENCODER = "image_encoder."
@@ -87,12 +87,12 @@ def main() -> None:
     size = recipe_section(options.recipe, "cache")["views"]["size"]
     classes = sum(1 for entry in (Path(options.data) / "train").iterdir() if entry.is_dir())
     cache, start, run = f"caches/{label}-views", Path(f"runs/{label}-start"), Path(f"runs/{label}")
-    run_command(cache_teacher.COMMAND, [
+    cache_teacher.COMMAND.run_here([
         "--recipe", options.recipe, "--data.source", options.data, "--cache.path", cache, "--teacher.name", "demo_swin",
         "--teacher.pretrained", "false", "--cache.num_views", str(options.epochs),
     ])  # fmt: skip
     write_start(options.name, options.weights, classes, size, start)
-    run_command(distill.COMMAND, [
+    distill.COMMAND.run_here([
         "--recipe", options.recipe, "--cache", cache, "--run", str(run), "--student.name", options.name,
         "--init", str(start), "--train.targets", "none", "--train.epochs", str(options.epochs),
         "--optim.lr", str(options.lr), "--optim.weight_decay", "0.05", "--train.checkpoint_steps", "50",

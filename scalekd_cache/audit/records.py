@@ -21,7 +21,7 @@ from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.record_pixels import (
     RecordPixels,
     decode_features,
@@ -104,7 +104,7 @@ class RecordChecker:
         if classes == 0:
             return None if record.label == NO_LABEL else f"label {record.label}, but the data set has no labels"
         if record.label < 0 or (classes is not None and record.label >= classes):
-            return f"label {record.label} is out of range for {classes} classes"
+            return f"label {record.label} is out of range for {counted(classes or 0, 'class')}"
         return None
 
     def _logits(self, record: Record, _: int) -> str | None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.audit.records import RecordChecker
 from scalekd_cache.audit.rerun_teacher import TeacherAgreement, check_targets
 from scalekd_cache.caching.pixel_cache import PixelCache
@@ -46,7 +47,7 @@ def verify_deep(
     data: str | None = None,
     weights: str | None = None,
     pixels_from: str | None = None,
-    records: int = 16,
+    records: int = RERUN_VIEWS,
     seed: int = 0,
     device: torch.device | None = None,
     progress: Callable[[int, int], None] | None = None,

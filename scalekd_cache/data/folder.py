@@ -67,14 +67,22 @@ class FileReader:
         return read_listed_file(os.path.join(self._folder, path), encode_key(path))
 
 
+Kind = tuple[str, str]
+"""A kind of ignored file: one, several."""
+HIDDEN: Kind = ("hidden or system file or folder", "hidden or system files and folders")
+BROKEN: Kind = ("broken link or special file", "broken links or special files")
+UNREADABLE: Kind = ("file that cannot be read", "files that cannot be read")
+NO_IMAGE: Kind = ("file that is not an image of a known format", "files that are not images of a known format")
+
+
 class IgnoredFiles:
     """Counts the files that are not samples."""
 
     def __init__(self) -> None:
-        self._counts: dict[str, Counter[str]] = {}
-        self._first: dict[str, str] = {}
+        self._counts: dict[Kind, Counter[str]] = {}
+        self._first: dict[Kind, str] = {}
 
-    def add(self, kind: str, path: str) -> None:
+    def add(self, kind: Kind, path: str) -> None:
         """Count one file."""
         self._first.setdefault(kind, path)
         self._counts.setdefault(kind, Counter())[suffix_of(path) or "no suffix"] += 1
@@ -84,7 +92,7 @@ class IgnoredFiles:
         found = []
         for kind, counts in self._counts.items():
             suffixes = ", ".join(f"{count:,} {suffix}" for suffix, count in counts.most_common(8))
-            found.append(f"ignored: {counts.total():,} {kind} ({suffixes}), such as {self._first[kind]}")
+            found.append(f"ignored: {counted(counts.total(), *kind)} ({suffixes}), such as {self._first[kind]}")
         return tuple(found)
 
 
@@ -128,7 +136,8 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
         return source
     if sorted(map(normalize_name, read_class_names(listed))) == sorted(by_text):
         return reorder_classes(source, str(listed))
-    note = f"ignored: {listed}, which does not list the {len(class_names)} class folders; they are sorted by code point"
+    folders = counted(len(class_names), "class folder")
+    note = f"ignored: {listed}, which does not list the {folders}; classes are sorted by code point"
     return dataclasses.replace(source, ignored=(*source.ignored, note))
 
 
@@ -191,7 +200,7 @@ def _open_unlabeled_train(
         source = source_of_files(name, (), root / "train", images, [NO_LABEL] * len(images), ignored)
         others = sorted(entry.name for entry in _scan(root, "", IgnoredFiles()) if _is_folder(entry))
         others = [other for other in others if other not in ("train", "val")]
-        note = (f"ignored: {len(others):,} folders beside train/, such as {others[0]}/",) if others else ()
+        note = (f"ignored: {counted(len(others), 'folder')} beside train/, such as {others[0]}/",) if others else ()
         return dataclasses.replace(source, ignored=(*source.ignored, *note), held_out=0 if folder.is_dir() else None)
     ignored = IgnoredFiles()
     folders, flat = _val_entries(folder, ignored)
@@ -329,7 +338,7 @@ def _scan(folder: Path, prefix: str, ignored: IgnoredFiles) -> list[os.DirEntry[
         with os.scandir(folder) as entries:
             for entry in entries:
                 if is_system_name(entry.name):
-                    ignored.add("hidden or system files and folders", prefix + entry.name)
+                    ignored.add(HIDDEN, prefix + entry.name)
                 else:
                     found.append(entry)
     except OSError as error:
@@ -360,7 +369,7 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
     named = is_image_name(entry.name)
     if not _is_file(entry):
         if not named:
-            ignored.add("broken links or special files", f"{prefix}{entry.name}")
+            ignored.add(BROKEN, f"{prefix}{entry.name}")
             return False
         raise UserError(
             "a path with an image suffix is not a file",
@@ -375,10 +384,10 @@ def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bo
         with open(entry.path, "rb", buffering=0) as file:
             start = file.read(START_BYTES)
     except OSError:
-        ignored.add("files that cannot be read", f"{prefix}{entry.name}")
+        ignored.add(UNREADABLE, f"{prefix}{entry.name}")
         return False
     if not is_image_file(entry.path, start):
-        ignored.add("files that are not images of a known format", f"{prefix}{entry.name}")
+        ignored.add(NO_IMAGE, f"{prefix}{entry.name}")
         return False
     return True
 

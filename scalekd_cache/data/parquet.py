@@ -158,7 +158,7 @@ def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
     if unlabeled and (needed or len(unlabeled) < len(files)):
         raise UserError(
             "a parquet file has no column of labels, but others have one",
-            got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {len(files)} files",
+            got=f"no `{LABEL_COLUMN}` in {len(unlabeled)} of {counted(len(files), 'file')}",
             expected=f"`{LABEL_COLUMN}` in every file, or in none of train",
             where=unlabeled[0].path,
             fix="add the column, or remove the file",

@@ -170,7 +170,7 @@ def _ignored_beside(tar: str) -> Iterator[str]:
     """Notes about a class list and images next to tars without labels."""
     listed = _class_names_beside(tar)
     if listed is not None:
-        yield f"ignored: classes.txt with {len(listed):,} names, because no sample has a .cls"
+        yield f"ignored: classes.txt with {counted(len(listed), 'name')}, because no sample has a .cls"
     images = sorted(path.name for path in Path(tar).parent.iterdir() if is_image_name(path.name))
     if images:
         yield f"ignored: {counted(len(images), 'image')} next to the tars, such as {images[0]}"

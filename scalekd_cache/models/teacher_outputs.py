@@ -16,15 +16,13 @@ from safetensors.torch import save
 from torch import Tensor
 
 from scalekd_cache.data.base import Source, sample_indices
+from scalekd_cache.data.held_out import MAX_HELD_OUT
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
 from scalekd_cache.store.checked_files import check_safetensors
 
-POOLED_IMAGES = 5_000
-"""Most images with a pooled embedding: enough for nearest neighbors among a thousand classes. A held-out share of an
-unlabeled data set has at most `data/held_out.py: MAX_HELD_OUT` images."""
 MAPPED_IMAGES = 256
 """Most images with a feature map."""
 MAP_BYTES = 1 << 27
@@ -46,7 +44,7 @@ class HeldOut(NamedTuple):
 
 @torch.no_grad()
 def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: int = 0) -> HeldOut:
-    """Run the teacher on at most `POOLED_IMAGES` images of the validation split, spread evenly.
+    """Run the teacher on at most `MAX_HELD_OUT` images of the validation split, spread evenly.
 
     Args:
         teacher: the teacher.
@@ -58,7 +56,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
         UserError: none of the images can be decoded.
     """
     total = len(source.samples)
-    wanted = sample_indices(total, math.ceil(total / max(1, math.ceil(total / POOLED_IMAGES))))
+    wanted = sample_indices(total, math.ceil(total / max(1, math.ceil(total / MAX_HELD_OUT))))
     maps = min(MAPPED_IMAGES, max(2, MAP_BYTES // (4 * math.prod(teacher.spec.feature_shape))))
     every = max(1, math.ceil(len(wanted) / maps))
     indices: list[int] = []

@@ -31,7 +31,7 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.data.workers import load_items
 from scalekd_cache.devices import autocast, autocast_dtype, memory_errors
 from scalekd_cache.distributed import EXIT_INTERRUPTED
-from scalekd_cache.errors import RunInterrupted, UserError
+from scalekd_cache.errors import RunInterrupted, UserError, counted
 from scalekd_cache.models.evaluate import Tally, evaluate, percent
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
@@ -83,8 +83,8 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     torch.manual_seed(config.seed)
     backbone = with_classifier(start, len(train.class_names))
     say(
-        f"{place}: {len(chosen):,} training images of {len(train.class_names):,} classes, {config.epochs} epochs, "
-        f"{backbone.image_size} x {backbone.image_size} pixels"
+        f"{place}: {len(chosen):,} training images of {counted(len(train.class_names), 'class')}, "
+        f"{counted(config.epochs, 'epoch')}, {backbone.image_size} x {backbone.image_size} pixels"
     )
     model, unreadable = _train(config, backbone, train, chosen, device)
     tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)

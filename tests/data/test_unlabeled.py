@@ -86,6 +86,19 @@ def test_train_with_only_images(tmp_path, val):
     )
 
 
+def test_one_ignored_file_or_name_is_in_the_singular(tmp_path):
+    folder = folder_tree(tmp_path, ("ant/1.png", "bee/1.png"), ("ant/1.png",))
+    (folder / "train" / ".thumbs").mkdir()
+    (folder / "train" / "gone").symlink_to("nowhere")
+    (folder / "classes.txt").write_text("cow\n")
+    assert [message.partition(", ")[0] for message in source_of(folder).ignored] == [
+        "ignored: 1 hidden or system file or folder (1 no suffix)",
+        "ignored: 1 broken link or special file (1 no suffix)",
+        f"ignored: {folder}/classes.txt",
+    ]
+    assert "the 2 class folders" in source_of(folder).ignored[-1]
+
+
 def test_folders_beside_an_unlabeled_train_are_named(tmp_path):
     pictures(folder_tree(tmp_path, ("1.png", "2.png"), ()), ["plane/1.png", "car/1.png"])
     assert source_of(tmp_path).ignored == ("ignored: 2 folders beside train/, such as car/",)
@@ -114,7 +127,7 @@ def test_folders_that_are_refused(tmp_path, names, message):
 @pytest.mark.parametrize("name", ["1.HEIC", "x/raw.cr2", "train-00.zip"])
 def test_a_folder_without_any_image(tmp_path, name):
     write(tmp_path / name, b"x" * 100)
-    with pytest.raises(UserError, match=r"no train/ and no images(?s:.*)ignored: 1 files that are not images"):
+    with pytest.raises(UserError, match=r"no train/ and no images(?s:.*)ignored: 1 file that is not an image"):
         source_of(tmp_path)
 
 

@@ -148,6 +148,14 @@ def test_values_out_of_range_keep_their_message(argv, recipe):
     assert "8 to 4096" in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["verify", "inspect", "report"])
+def test_an_option_like_no_other_has_a_short_answer(name):
+    """A command with few options does not list them all."""
+    with pytest.raises(UserError) as error:
+        given_by(name, ["--zzz", "3"])
+    assert str(error.value) == "there is no option --zzz (--help lists all)"
+
+
 def test_options_that_clash_keep_their_message():
     with pytest.raises(UserError, match="LAMB does not work with ZeRO"):
         distill_options(["--optim.name=lamb", "--train.zero=1"])

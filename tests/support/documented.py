@@ -19,13 +19,12 @@ def given_by(name: str, words: list[str]) -> Given:
     """The options that the words of a command give, by dotted name."""
     command = SCALEKD.commands[name]
     assert isinstance(command, Command)
-    return command.given(command.make_context(name, list(words)).params)
+    return command.given_by(words)
 
 
 def call(module: Any, words: Sequence[object]) -> int | None:
     """Run the command of a module of `pipelines/` in this process; its exit code."""
-    name = str(module.COMMAND.name)
-    return module.main(given_by(name, [str(word) for word in words]))
+    return module.COMMAND.run_here([str(word) for word in words])
 
 
 def check(name: str, words: list[str]) -> None:
