@@ -165,6 +165,19 @@ class ShardReader(ABC):
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
         """Records of these rows, in this order, with every checksum verified. UserError names shard and key."""
 
+    @abstractmethod
+    def target_bytes(self, record: Record) -> int:
+        """Bytes on disk of a record's label, view and digest."""
+
+    def payload(self, rows: NDArray[np.int64]) -> dict[str, int]:
+        """Payload bytes of these rows, as the writer counts them (`ShardSummary.payload`)."""
+        records = self.read(rows)
+        return {
+            "pixels": sum(len(record.pixels) for record in records),
+            "features": sum(len(record.features) + len(record.second) for record in records),
+            "target": sum(self.target_bytes(record) + len(record.logits) for record in records),
+        }
+
     def close(self) -> None:  # noqa: B027 - a reader without open files needs no code here
         """Close files."""
 

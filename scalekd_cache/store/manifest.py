@@ -285,6 +285,11 @@ def read_manifest(root: StoredPath) -> Manifest:
     Raises:
         UserError: no manifest (the cache is not finished), another format version, wrong types, or a contradiction.
     """
+    return read_manifest_bytes(root)[0]
+
+
+def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
+    """The manifest of a cache and the bytes of its file; raises as `read_manifest`."""
     path = root / NAME
     if not is_there(path):
         raise UserError(
@@ -299,7 +304,7 @@ def read_manifest(root: StoredPath) -> Manifest:
     pin_files(root, {f"{folder}/unit.json": (None, sha256) for folder, sha256 in sidecars.items()})
     pin_files(root, {name: (None, sha256) for name, sha256 in manifest.facts.teacher_files.items()})
     pin_files(root, {name: (None, sha256) for name, sha256 in codec_files(manifest.facts.fingerprint_fields).items()})
-    return manifest
+    return manifest, data
 
 
 def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:

@@ -30,7 +30,7 @@ from scalekd_cache.store.base import (
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
-from scalekd_cache.store.sidecar import read_keys, read_unit, unit_folder, wrong_sizes
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder, wrong_sizes
 
 OPEN_SHARDS = 128
 """Maximum number of open shards; each has one file descriptor and an index of about 60 KB for 512 records."""
@@ -197,6 +197,18 @@ class Cache:
 def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardReader:
     """The reader of a shard, after checking that its unit is the one in the manifest and its files have full length."""
     folder = unit_folder(root, row.group, row.range_id)
+    info = read_listed_unit(root, manifest, row)
+    files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
+    wrong = wrong_sizes(folder, files) if isinstance(folder, Path) else []  # remote files are checked on arrival
+    if wrong or not files:
+        name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
+        raise damaged("a shard is truncated or missing", what, "the committed file", folder / name)
+    return shard_reader(info.backend, folder, ShardId(row.group, row.range_id, view), read_keys(folder, info))
+
+
+def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> UnitInfo:
+    """The sidecar of a unit; UserError unless it is the one in the manifest."""
+    folder = unit_folder(root, row.group, row.range_id)
     info, data = read_unit(folder)
     digest = hashlib.sha256(data).hexdigest()
     got = (digest, info.fingerprint, info.count, info.backend, info.views)
@@ -214,9 +226,4 @@ def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) ->
             expected,
             folder / "unit.json",
         )
-    files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
-    wrong = wrong_sizes(folder, files) if isinstance(folder, Path) else []  # remote files are checked on arrival
-    if wrong or not files:
-        name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
-        raise damaged("a shard is truncated or missing", what, "the committed file", folder / name)
-    return shard_reader(info.backend, folder, ShardId(row.group, row.range_id, view), read_keys(folder, info))
+    return info

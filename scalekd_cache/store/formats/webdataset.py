@@ -193,6 +193,10 @@ class Reader(ShardReader):
                 ) from error
         return records
 
+    def target_bytes(self, record: Record) -> int:
+        """Bytes of the record's JSON."""
+        return len(target_json(record, places=True))
+
     def close(self) -> None:
         """Close the tar."""
         descriptor, self._kept = getattr(self, "_kept", -1), -1

@@ -141,6 +141,10 @@ class Reader(ShardReader):
             flat.append(self._flat[name].spans([(offsets[row], offsets[row + 1]) for row in wanted]))
         return [self._record(row, *parts) for row, *parts in zip(wanted, *flat, strict=True)]
 
+    def target_bytes(self, record: Record) -> int:
+        """Bytes of the record's JSON and of its row in `labels`."""
+        return len(target_json(record, places=False)) + np.dtype("<i8").itemsize
+
     def _record(self, row: int, features: Payload, pixels: Payload, target: Payload, logits: Payload) -> Record:
         key = self.keys[row]
         try:

@@ -9,7 +9,7 @@ verified bytes or an error.
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -24,12 +24,14 @@ from scalekd_cache.store.remote.local_copies import LocalCopies
 from scalekd_cache.store.remote.url_transfer import (
     RemoteNotFoundError,
     TransferError,
+    copy_file,
     download,
     is_url,
     remote_size,
     without_password,
 )
 
+COPY_AGAIN = "the cache there is damaged or incomplete: copy or publish it again"
 UNPINNED_BYTES = JSON_BYTES
 """Maximum size of the manifest. Its sha256 is not known in advance, so it is fetched at every opening and not kept."""
 
@@ -182,16 +184,7 @@ class RemotePath:
     def _fetch(self, target: Path) -> None:
         pin = self._pin()
         assert pin is not None, self.inside
-
-        def check() -> None:
-            found = hash_file(target)
-            if pin.bytes is not None and found.bytes != pin.bytes:
-                raise TransferError(f"received {found.bytes:,} bytes, expected {pin.bytes:,}")
-            if found.sha256 != pin.sha256:
-                raise TransferError(f"received sha256 {found.sha256}, expected {pin.sha256}")
-
-        limit = self.place.copies.limit_bytes if pin.bytes is None else pin.bytes
-        download(self.url, target, limit, self.place.config, check)
+        fetch(self, target, pin, self.place.copies.limit_bytes)
 
     def _read_unpinned(self) -> bytes:
         with tempfile.TemporaryDirectory(prefix="scalekd-cache-") as folder:
@@ -225,6 +218,42 @@ def open_uncached(place: Path | str | RemotePath) -> Path | RemotePath:
         root = RemotePath(RemoteCache(root.place.url, root.place.copies, root.place.config), PurePosixPath())
         root.place.renewed = set()
     return root
+
+
+def fetch(
+    path: Path | RemotePath, target: Path, pin: Pin, limit_bytes: int, received: Callable[[int], None] | None = None
+) -> None:
+    """Write a file of a cache to `target`, which is replaced; it has the expected length and sha256.
+
+    Args:
+        path: the file.
+        target: where it is written.
+        pin: what it must be.
+        limit_bytes: maximum size where the length is not known.
+        received: called with the number of bytes of each piece; an exception ends the transfer.
+
+    Raises:
+        UserError: it cannot be read, or it is another file.
+    """
+
+    def check() -> None:
+        found = hash_file(target)
+        if pin.bytes is not None and found.bytes != pin.bytes:
+            raise TransferError(f"received {found.bytes:,} bytes, expected {pin.bytes:,}")
+        if found.sha256 != pin.sha256:
+            raise TransferError(f"received sha256 {found.sha256}, expected {pin.sha256}")
+
+    limit = limit_bytes if pin.bytes is None else pin.bytes
+    if isinstance(path, RemotePath):
+        download(path.url, target, limit, path.place.config, check, received)
+        return
+    try:
+        copy_file(path, target, limit, received)
+        check()
+    except FileNotFoundError as error:
+        raise UserError("a file of the cache is missing", where=path, fix=COPY_AGAIN) from error
+    except TransferError as error:
+        raise UserError("a file does not match the cache's manifest", got=error, where=path, fix=COPY_AGAIN) from error
 
 
 def pin_files(folder: StoredPath, pins: Mapping[str, tuple[int | None, str]]) -> None:

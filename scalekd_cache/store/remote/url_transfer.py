@@ -17,6 +17,7 @@ from urllib.parse import urljoin, urlsplit
 
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.store.checked_files import PIECE_BYTES, open_file, read_at
 from scalekd_cache.store.durable_files import is_disk_full
 from scalekd_cache.versions import import_optional
 
@@ -36,7 +37,7 @@ RETRY_STATUS = {408, 425, 429}
 FIXES = {
     401: "give credentials (docs/REMOTE.md)",
     403: "give credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
-    404: "check the URL (--cache ...); if it is correct, the cache there is incomplete: copy it again",
+    404: "check the URL; if it is correct, the cache there is incomplete: copy it again",
 }
 T = TypeVar("T")
 
@@ -47,6 +48,10 @@ class TransferError(OSError):
 
 class RemoteNotFoundError(UserError):
     """The server reports that the file does not exist."""
+
+
+class RemoteDeniedError(UserError):
+    """The server denies access to the file, or hides that it does not exist."""
 
 
 def is_url(place: str) -> bool:
@@ -77,7 +82,14 @@ def without_password(url: str) -> str:
     return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
 
 
-def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, check: Callable[[], None] | None) -> None:
+def download(
+    url: str,
+    target: Path,
+    limit_bytes: int,
+    config: RemoteConfig,
+    check: Callable[[], None] | None,
+    received: Callable[[int], None] | None = None,
+) -> None:
     """Download a URL to `target`.
 
     Args:
@@ -87,6 +99,7 @@ def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, che
         config: attempts and timeouts.
         check: raises TransferError for wrong bytes; None for a file of unknown hash, for which redirects to other hosts
             are not allowed.
+        received: called with the number of bytes of each piece; an exception ends the transfer.
 
     Raises:
         UserError: after the last attempt; RemoteNotFoundError when the server does not have the file.
@@ -95,7 +108,7 @@ def download(url: str, target: Path, limit_bytes: int, config: RemoteConfig, che
     def once() -> None:
         target.unlink(missing_ok=True)
         options = _request_options(url, config.redirect_hosts if check else "")
-        _filesystem(url, config).get_file(url, str(target), callback=_bounded(limit_bytes, config), **options)
+        _filesystem(url, config).get_file(url, str(target), callback=_bounded(limit_bytes, config, received), **options)
         if check:
             check()
 
@@ -175,7 +188,26 @@ def _redirect_hooks() -> list[Any]:
     return [hook]
 
 
-def _bounded(limit_bytes: int, config: RemoteConfig) -> Any:
+def copy_file(path: Path, target: Path, limit_bytes: int, received: Callable[[int], None] | None = None) -> None:
+    """Copy a local file to `target`, which is replaced; arguments as `download`.
+
+    Raises:
+        FileNotFoundError: it does not exist.
+        TransferError: it is larger than the limit.
+        UserError: it is not a regular file, or it cannot be read.
+    """
+    copied = 0
+    with open_file(path) as file, target.open("wb") as copy:
+        while piece := read_at(file.fileno(), PIECE_BYTES, copied, path):
+            copied += len(piece)
+            if copied > limit_bytes:
+                raise TransferError(f"larger than the expected {limit_bytes:,} bytes")
+            if received is not None:
+                received(len(piece))
+            copy.write(piece)
+
+
+def _bounded(limit_bytes: int, config: RemoteConfig, received: Callable[[int], None] | None = None) -> Any:
     """An fsspec callback that aborts a transfer that is too large, too slow or too long."""
     from fsspec.callbacks import Callback
 
@@ -184,6 +216,8 @@ def _bounded(limit_bytes: int, config: RemoteConfig) -> Any:
     class Bounded(Callback):  # type: ignore[misc, unused-ignore]
         def relative_update(self, inc: int = 1) -> None:
             super().relative_update(inc)
+            if received is not None:
+                received(inc)
             if self.value > limit_bytes:
                 raise TransferError(f"received more than the expected {limit_bytes:,} bytes")
             passed_s = time.monotonic() - started
@@ -252,7 +286,7 @@ def _is_final(error: Exception, status: int | None) -> bool:
 
 
 def _failed(url: str, error: Exception, status: int | None, attempts: int, config: RemoteConfig) -> UserError:
-    kind = RemoteNotFoundError if status == 404 else UserError
+    kind = {401: RemoteDeniedError, 403: RemoteDeniedError, 404: RemoteNotFoundError}.get(status or 0, UserError)
     root = error
     while isinstance(root.__cause__, Exception):  # some implementations report every error as "not found"
         root = root.__cause__

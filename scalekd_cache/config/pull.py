@@ -1,0 +1,44 @@
+"""Options of `pull`: the published cache, where it goes, and which parts.
+
+In: values from the command line or a Python call. Out: a checked, immutable dataclass.
+Invariant: none of these options changes the bytes of a file that is pulled.
+"""
+
+from dataclasses import field
+
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.remote import RemoteConfig
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PullConfig:
+    """Options of `pull`."""
+
+    url: str
+    """The published cache: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder."""
+    cache: str | None = None
+    """Folder to write (default: caches/ and the last part of the URL)."""
+    views: str | None = None
+    """Pull the first views only, such as 0-3 (default: all). A later pull may add more."""
+    without_pixels: bool = False
+    """Do not transfer pixels: make them again from the images in --data, and compare them with their digests."""
+    data: str | None = None
+    """With --without-pixels: path of the images that the cache was made from."""
+    connections: int = 8
+    """Files that are transferred at the same time."""
+    workers: int = 0
+    """With --without-pixels: worker processes that make pixels (0: the main process)."""
+    remote: RemoteConfig = field(default_factory=RemoteConfig)
+    """How a URL is read."""
+
+    def __post_init__(self) -> None:
+        require(1 <= self.connections <= 256, "connections", self.connections, "1 to 256")
+        require(self.workers >= 0, "workers", self.workers, ">= 0")
+
+    @property
+    def folder(self) -> str:
+        """The folder to write."""
+        return self.cache or default_cache(self.url)

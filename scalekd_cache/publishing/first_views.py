@@ -1,0 +1,91 @@
+"""The first views of a published cache, as a cache with fewer views.
+
+In: `0-3` or nothing, a manifest, sidecars. Out: the number of views; facts and sidecars of a cache of only these views.
+Invariant: views are numbered 0, 1, ..., so only first views can be selected; the shards are unchanged, and a unit whose
+views are all selected keeps its sidecar.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from scalekd_cache.errors import UserError, counted
+from scalekd_cache.store.base import ShardId, shard_reader
+from scalekd_cache.store.image_digests import NAME as IMAGES
+from scalekd_cache.store.manifest import Manifest, ManifestFacts
+from scalekd_cache.store.sidecar import UnitInfo, read_keys
+
+LISTS = ("keys.txt", IMAGES)
+"""Files of a unit that belong to all its views."""
+BATCH_RECORDS = 64
+
+
+def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
+    """The number of views that `0-3` selects; all of them without a text.
+
+    Raises:
+        UserError: not the first views of this cache, or a number of views that a sparse cache cannot have.
+    """
+    views = manifest.num_views
+    if text is None:
+        return views
+    match = re.fullmatch(r"\s*(\d{1,6})\s*(?:-\s*(\d{1,6})\s*)?", text)
+    first, last = (int(match[1]), int(match[2] or match[1])) if match else (-1, -1)
+    if first != 0 or last >= views:
+        number = f": --views 0-{last} for views 0 to {last}" if 0 < last < views else ""
+        raise UserError(
+            "only the first views of a cache can be pulled",
+            got=f"--views {text}",
+            expected=f"0-{views - 1}, or fewer: the publication has {counted(views, 'view')}, and views count from 0",
+            where=where,
+            fix=f"set --views 0-N, where N is the last view{number}",
+        )
+    count, every = last + 1, manifest.facts.features_every
+    if any(len(group) % every for group in first_groups(manifest.facts.groups, count)):
+        raise UserError(
+            "this cache stores features for a part of the views of every image",
+            got=f"--views {text}: {counted(count, 'view')}",
+            expected=f"groups of a multiple of {every} views; groups end after "
+            + ", ".join(str(group[-1]) for group in manifest.facts.groups),
+            where=where,
+        )
+    return count
+
+
+def first_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The groups of the first `count` views; the last one may be cut."""
+    kept = [[view for view in group if view < count] for group in groups]
+    return [group for group in kept if group]
+
+
+def with_first_views(facts: ManifestFacts, count: int) -> ManifestFacts:
+    """The facts of a cache of the first `count` views."""
+    return dataclasses.replace(facts, groups=first_groups(facts.groups, count))
+
+
+def with_views(info: UnitInfo, views: Sequence[int]) -> UnitInfo:
+    """The sidecar of a unit that holds only these views; payload bytes are 0 until `with_payload`.
+
+    `fidelity` stays as measured, over the views of the published unit.
+    """
+    if list(views) == info.views:
+        return info
+    stems = {f"v{view:04d}" for view in views}
+    files = {name: fact for name, fact in info.files.items() if name in LISTS or name.partition(".")[0] in stems}
+    return dataclasses.replace(info, views=list(views), files=files, payload_bytes=dict.fromkeys(info.payload_bytes, 0))
+
+
+def with_payload(info: UnitInfo, folder: Path) -> UnitInfo:
+    """The sidecar with the payload bytes of the shards in `folder`."""
+    payload = dict.fromkeys(info.payload_bytes, 0)
+    keys = read_keys(folder, info)
+    for view in info.views:
+        reader = shard_reader(info.backend, folder, ShardId(info.group, info.range_id, view), keys)
+        for start in range(0, info.count, BATCH_RECORDS):
+            for kind, size in reader.payload(np.arange(start, min(start + BATCH_RECORDS, info.count))).items():
+                payload[kind] += size
+        reader.close()
+    return dataclasses.replace(info, payload_bytes=payload)

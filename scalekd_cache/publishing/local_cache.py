@@ -1,0 +1,172 @@
+"""The folder that a pull writes: what it holds, its lock, and the exchange of old units for new ones.
+
+In: a folder, and the facts of the wanted cache. Out: a staging folder that one process may fill; then a finished cache.
+Invariant: a folder with anything else in it is refused before it is touched. manifest.json is removed before a unit is
+replaced and written when all units are in place, so that a folder with a manifest is always a whole cache.
+"""
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.durable_files import disk_errors, fsync_path, write_atomically
+from scalekd_cache.store.locks import lock
+from scalekd_cache.store.manifest import NAME as MANIFEST
+from scalekd_cache.store.manifest import Manifest, ManifestFacts, build_manifest, read_manifest, write_manifest
+from scalekd_cache.store.plan import NAME as PLAN
+from scalekd_cache.store.plan import Plan, read_plan, write_plan
+
+STAGING = ".tmp-pull"
+"""Folder inside the cache for everything that has arrived; readers and `verify` ignore names that begin with .tmp-."""
+OLD = "old"
+"""Inside it: units that were replaced."""
+
+
+def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Manifest | None:
+    """The manifest of the cache in the folder, if it has all the wanted views.
+
+    Args:
+        root: the folder.
+        published: the manifest of the publication.
+        facts: the facts of the wanted cache: the first views of it.
+
+    Raises:
+        UserError: the folder holds something else than views of the published cache.
+    """
+    if not root.is_dir():
+        if os.path.lexists(root):
+            raise UserError("not a folder", where=root, fix="set --cache to a new folder")
+        return None
+    if not (root / MANIFEST).exists():
+        _check_unfinished(root)
+        return None
+    there = read_manifest(root)
+    wrong = _difference(there, published)
+    if (root / PLAN).exists() and read_plan(root).facts.groups != there.facts.groups:
+        wrong = "more views are being added to it by stage 1"
+    if wrong is not None:
+        raise UserError(
+            "the folder holds another cache",
+            got=wrong,
+            expected="no cache, or views of the published one",
+            where=root,
+            fix="pull into another folder (--cache ...)",
+        )
+    return there if there.num_views >= facts.num_views else None
+
+
+def _check_unfinished(root: Path) -> None:
+    """UserError unless a folder without a manifest is empty, or was left by a pull."""
+    names = sorted(path.name for path in root.iterdir())
+    if names and STAGING not in names:
+        raise UserError(
+            "the folder holds something else",
+            got="an unfinished cache of stage 1" if PLAN in names else ", ".join(names[:3]),
+            expected="an empty or new folder, or one with a part of the published cache",
+            where=root,
+            fix="pull into another folder (--cache ...)",
+        )
+
+
+def _difference(there: Manifest, published: Manifest) -> str | None:
+    """Why a finished cache is not the published one, or its first views."""
+    if there.facts.fingerprint != published.facts.fingerprint:
+        return f"fingerprint {there.facts.fingerprint[:16]}, published is {published.facts.fingerprint[:16]}"
+    if there.facts.backend != published.facts.backend:
+        return f"store {there.facts.backend}, published is {published.facts.backend}"
+    mine, theirs = there.facts.groups, published.facts.groups
+    for group, (views, wanted) in enumerate(zip(mine, theirs, strict=False)):
+        last = group == len(mine) - 1
+        if views != wanted[: len(views)] or (len(views) < len(wanted) and not last):
+            return f"view groups {mine}, published are {theirs}"
+        ours, others = ([row for row in one.units if row.group == group] for one in (there, published))
+        if len(views) < len(wanted):
+            ours, others = ([row._replace(sha256="") for row in rows] for rows in (ours, others))
+        if ours != others:
+            return f"the same options, but other units in view group {group} (made or repaired by another job)"
+    return None
+
+
+@contextlib.contextmanager
+def staging_folder(root: Path) -> Iterator[Path]:
+    """The staging folder of a cache, locked for this process; the kernel releases the lock of a killed one.
+
+    Raises:
+        UserError: another process is pulling into the folder, or it cannot be written.
+    """
+    staging = root / STAGING
+    with disk_errors(root, 0):
+        descriptor = _locked(staging)
+    try:
+        yield staging
+    finally:
+        os.close(descriptor)
+
+
+def _locked(staging: Path) -> int:
+    while True:
+        staging.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:  # the previous holder has just removed it
+            continue
+        try:
+            lock(descriptor, staging, wait=False)
+            if os.path.samestat(os.fstat(descriptor), os.stat(staging)):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                "another pull is writing to this folder",
+                where=staging.parent,
+                fix="wait until it is finished, or pull into another folder (--cache ...)",
+            ) from None
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)
+
+
+def install(
+    root: Path, facts: ManifestFacts, ranges: Sequence[Sequence[int]], whole: tuple[Manifest, bytes] | None
+) -> Manifest:
+    """Move everything from the staging folder to its place, then write plan and manifest.
+
+    Args:
+        root: the cache's folder.
+        facts: the facts of the cache.
+        ranges: [start, stop] of every range of images.
+        whole: manifest and bytes of manifest.json as published, when all its views are wanted.
+    """
+    staging = root / STAGING
+    with disk_errors(root, 0):
+        for path in staging.iterdir():
+            if path.is_file():
+                path.replace(root / path.name)
+        (root / "units").mkdir(exist_ok=True)
+        (staging / OLD).mkdir(exist_ok=True)
+        units = sorted((staging / "units").iterdir()) if (staging / "units").is_dir() else []
+        if any((root / "units" / unit.name).exists() for unit in units):
+            (root / MANIFEST).unlink(missing_ok=True)
+            fsync_path(root)
+        for unit in units:
+            _exchange(unit, root / "units" / unit.name, staging / OLD / unit.name)
+        fsync_path(root / "units")
+    manifest = build_manifest(root, facts, ranges)
+    write_plan(root, Plan(facts=facts, ranges=[list(pair) for pair in ranges]))
+    if whole is None:
+        write_manifest(root, manifest)
+    elif manifest.units != whole[0].units:
+        raise UserError("the pulled units are not those of the manifest", where=root, fix="rerun")
+    else:
+        write_atomically(root / MANIFEST, whole[1])
+    return read_manifest(root)
+
+
+def _exchange(new: Path, place: Path, old: Path) -> None:
+    if place.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        place.rename(old)
+    new.rename(place)

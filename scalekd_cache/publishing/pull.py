@@ -1,0 +1,303 @@
+"""Pulls a published cache into a folder.
+
+In: a URL or folder with a finished cache. Out: the same cache in a local folder, or its first views.
+Invariant: every file is checked against its sha256 before it gets its name. Files arrive in a staging folder, and
+manifest.json is written last: a folder with a manifest is a whole cache. A pull that was killed resumes; a pull of a
+publication that has grown fetches only what is new. An existing cache is readable until the new one is complete.
+"""
+
+import contextlib
+import dataclasses
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple
+
+from scalekd_cache.config.pull import PullConfig
+from scalekd_cache.errors import UserError
+from scalekd_cache.progress import progress, size_text
+from scalekd_cache.publishing.first_views import number_of_views, with_first_views, with_payload, with_views
+from scalekd_cache.publishing.local_cache import STAGING, finished_cache, install, staging_folder
+from scalekd_cache.publishing.transfers import PART, Task, Transfer, fetch_file, run_in_parallel
+from scalekd_cache.store.base import damaged
+from scalekd_cache.store.checked_files import JSON_BYTES, is_there, read_file
+from scalekd_cache.store.durable_files import (
+    disk_errors,
+    free_bytes,
+    fsync_path,
+    hash_file,
+    parent_folders,
+    write_atomically,
+)
+from scalekd_cache.store.manifest import NAME as MANIFEST
+from scalekd_cache.store.manifest import (
+    Manifest,
+    ManifestFacts,
+    UnitRow,
+    codec_files,
+    read_manifest,
+    read_manifest_bytes,
+)
+from scalekd_cache.store.reader import read_listed_unit
+from scalekd_cache.store.remote.remote_path import Pin, RemotePath, open_place
+from scalekd_cache.store.remote.url_transfer import RemoteDeniedError
+from scalekd_cache.store.sidecar import UNIT_BYTES, P, UnitInfo, read_unit, sidecar_text, unit_folder, wrong_sizes
+from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
+
+SOURCE = "source"
+"""Inside the staging folder: the manifest and the sidecars as published."""
+TEACHER_BYTES = 1 << 36
+"""Maximum size of a file of the teacher or of a codec, whose length is not known in advance."""
+
+
+class Wanted(NamedTuple):
+    """A unit that must be pulled."""
+
+    row: UnitRow
+    published: UnitInfo
+    info: UnitInfo
+    """The unit with the wanted views. Where they are not all, `payload_bytes` is known once its shards have arrived."""
+
+    def folder(self, root: P) -> P:
+        """Its folder in a cache."""
+        return unit_folder(root, self.info.group, self.info.range_id)
+
+
+class PullResult(NamedTuple):
+    """What a pull has done."""
+
+    manifest: Manifest
+    """Of the cache in the folder."""
+    bytes: int
+    """Bytes of the fetched files."""
+    complete: bool
+    """Whether the cache had all wanted views before."""
+
+
+def pull_cache(config: PullConfig) -> PullResult:
+    """Pull a published cache; a rerun resumes, and does nothing when the folder has all wanted views.
+
+    Raises:
+        UserError: nothing is published there, it cannot be read or is damaged, the folder holds another cache, or the
+            disk is too small. The folder then holds the cache that it held before, or none.
+    """
+    source, root = open_place(config.url, config.remote), Path(config.folder)
+    if not is_there(source / MANIFEST):
+        raise UserError(
+            "there is no published cache at this place (no manifest.json)", where=source, fix="check the URL"
+        )
+    published, data = read_manifest_bytes(source)
+    facts = with_first_views(published.facts, number_of_views(config.views, published, source))
+    there = finished_cache(root, published, facts)
+    done = PullResult(there, 0, True) if there is not None else None
+    if done is None or (root / STAGING).exists():
+        with staging_folder(root) as staging:
+            there = finished_cache(root, published, facts)  # another pull may just have finished it
+            if there is None:
+                with _unchanged(source, data):
+                    done = PullResult(*_pull(config, source, published, data, facts, staging), False)
+            else:
+                done = PullResult(there, 0, True)
+            shutil.rmtree(staging)
+    return done
+
+
+@contextlib.contextmanager
+def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
+    """Turn an error into a clearer one if the publication has changed in the meantime."""
+    try:
+        yield
+    except UserError as error:
+        now = data
+        with contextlib.suppress(UserError):
+            now = read_file(source / MANIFEST, "the manifest", JSON_BYTES)
+        if now == data:
+            raise
+        raise UserError(
+            "the publication has changed since this pull began",
+            where=source,
+            fix="rerun: files that are still part of it are kept",
+        ) from error
+
+
+def _pull(
+    config: PullConfig,
+    source: Path | RemotePath,
+    published: Manifest,
+    data: bytes,
+    facts: ManifestFacts,
+    staging: Path,
+) -> tuple[Manifest, int]:
+    """Fetch what is missing, then install it; returns the manifest and the bytes of the fetched files."""
+    root = staging.parent
+    with disk_errors(root, len(data)):
+        _keep_manifest(staging, published, data)
+        rows = [row for row in published.units if row.group < len(facts.groups)]
+        _fetch_sidecars(source, staging, [row for row in rows if not _in_place(root, row, facts)], config.connections)
+    ranges, units = [], list[Wanted]()
+    for row in rows:
+        kept = _in_place(root, row, facts)
+        info = read_listed_unit(root if kept else staging / SOURCE, published, row)
+        ranges += [[info.start, info.stop]] if row.group == 0 else []
+        unit = Wanted(row, info, with_views(info, facts.groups[row.group]))
+        units += [] if kept or _is_cut_in_place(root, unit) else [unit]
+    transfers = [*_teacher_files(source, staging, facts)]
+    transfers += [transfer for unit in units for transfer in _missing_files(source, staging, unit)]
+    sizes = [(_old_place(staging, transfer), transfer.pin.bytes or 0) for transfer in transfers]
+    needed = sum(size for old, size in sizes if not old.is_file() or old.stat().st_size != size)
+    _check_space(root, needed)
+    with disk_errors(root, needed):
+        received = _run([partial(_keep_or_fetch, staging, one) for one in transfers], config.connections, "file")
+        _fetch_codec_choice(source, staging, facts)
+        for unit in units:
+            _finish(staging, unit)
+    whole = (published, data) if facts == published.facts else None
+    return install(root, facts, ranges, whole), received
+
+
+def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
+    """Keep the manifest for a resumed pull; UserError when the folder has parts of another cache."""
+    place = staging / SOURCE / MANIFEST
+    if place.exists() and (kept := read_manifest(place.parent).facts.fingerprint) != published.facts.fingerprint:
+        raise UserError(
+            "the folder has parts of another cache, from a pull that was interrupted",
+            got=f"fingerprint {kept[:16]}",
+            expected=f"fingerprint {published.facts.fingerprint[:16]}",
+            where=staging.parent,
+            fix=f"delete {staging}, or pull into another folder (--cache ...)",
+        )
+    place.parent.mkdir(exist_ok=True)
+    write_atomically(place, data)
+
+
+def _in_place(root: Path, row: UnitRow, facts: ManifestFacts) -> bool:
+    """Whether the cache has this unit, as published, with files of full length."""
+    folder = unit_folder(root, row.group, row.range_id)
+    if not (folder / "unit.json").is_file() or hash_file(folder / "unit.json").sha256 != row.sha256:
+        return False
+    info, _ = read_unit(folder)
+    return info.views == facts.groups[row.group] and not wrong_sizes(folder, info.files)
+
+
+def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
+    """Whether the cache has the wanted views of this unit, which are not all, with files of full length."""
+    folder = unit.folder(root)
+    if unit.info == unit.published or not (folder / "unit.json").is_file():
+        return False
+    with contextlib.suppress(UserError):
+        there = read_unit(folder)[0]
+        same = dataclasses.replace(there, payload_bytes=unit.info.payload_bytes) == unit.info
+        return same and not wrong_sizes(folder, there.files)
+    return False
+
+
+def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[UnitRow], threads: int) -> None:
+    """Fetch sidecars. What has arrived of a unit whose sidecar is another one now is removed."""
+    tasks = []
+    for row in rows:
+        place = unit_folder(staging / SOURCE, row.group, row.range_id) / "unit.json"
+        if not _is_file(place, Pin(row.sha256, None)):
+            shutil.rmtree(unit_folder(staging, row.group, row.range_id), ignore_errors=True)
+            published = unit_folder(source, row.group, row.range_id) / "unit.json"
+            tasks.append(partial(fetch_file, Transfer(published, place, Pin(row.sha256, None), UNIT_BYTES)))
+    _run(tasks, threads, "sidecar")
+
+
+def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:
+    """Run tasks with a progress bar; returns the bytes that they have fetched."""
+    if not tasks:
+        return 0
+    received, bar = 0, progress("pull", len(tasks), unit)
+
+    def show(size: int) -> None:
+        nonlocal received
+        received += size
+        bar.set_postfix_str(size_text(received), refresh=False)
+        bar.update()
+
+    try:
+        run_in_parallel(tasks, threads, show)
+    finally:
+        bar.close()
+    return received
+
+
+def _is_file(path: Path, pin: Pin) -> bool:
+    """Whether this file is there."""
+    return path.is_file() and pin.bytes in (None, path.stat().st_size) and hash_file(path).sha256 == pin.sha256
+
+
+def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> Iterator[Transfer]:
+    """The files of teacher and codecs that have not arrived yet."""
+    for name, digest in {**facts.teacher_files, **codec_files(facts.fingerprint_fields)}.items():
+        pin = Pin(digest, None)
+        if not any(_is_file(folder / name, pin) for folder in (staging, staging.parent)):
+            yield Transfer(source / name, staging / name, pin, TEACHER_BYTES)
+
+
+def _missing_files(source: Path | RemotePath, staging: Path, unit: Wanted) -> Iterator[Transfer]:
+    """The files of a unit that have not arrived yet."""
+    for name, fact in unit.info.files.items():
+        target = unit.folder(staging) / name
+        if not target.is_file() or target.stat().st_size != fact.bytes:
+            yield Transfer(unit.folder(source) / name, target, Pin(fact.sha256, fact.bytes), fact.bytes)
+
+
+def _old_place(staging: Path, transfer: Transfer) -> Path:
+    """Where the cache has this file, after a pull of fewer views."""
+    return staging.parent / transfer.target.relative_to(staging)
+
+
+def _keep_or_fetch(staging: Path, transfer: Transfer, check_stop: Callable[[], None]) -> int:
+    """Link a file that the cache has already; otherwise fetch it."""
+    old = _old_place(staging, transfer)
+    if not _is_file(old, transfer.pin):
+        return fetch_file(transfer, check_stop)
+    transfer.target.parent.mkdir(parents=True, exist_ok=True)
+    transfer.target.unlink(missing_ok=True)
+    try:
+        os.link(old, transfer.target)
+    except OSError:  # a file system without hard links
+        fetch_file(transfer._replace(source=old), check_stop)
+    return 0
+
+
+def _check_space(root: Path, needed: int) -> None:
+    """UserError if the missing files do not fit on the disk."""
+    free = free_bytes(root)
+    if needed > free:
+        raise UserError(
+            "the disk is too small for the cache",
+            got=f"{size_text(free)} free",
+            expected=f"{size_text(needed)} for the files that are missing",
+            where=root,
+            fix="free space, use another disk (--cache ...), or pull the first views only (--views 0-1)",
+        )
+
+
+def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> None:
+    """Fetch codec.json, which only stage 1 needs, where it is published: caches without a fitted codec have none."""
+    try:
+        if not is_there(source / CODEC_FILE):
+            return
+    except RemoteDeniedError:  # some servers answer this for a missing file
+        return
+    write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the record of the codec choice", JSON_BYTES))
+    if read_codec_choice(staging).codec != facts.codec:
+        raise damaged("the record of the codec choice is of another codec", CODEC_FILE, "the cache's codec", source)
+
+
+def _finish(staging: Path, unit: Wanted) -> None:
+    """Write the sidecar of a unit whose files have arrived, and flush its folders."""
+    folder = unit.folder(staging)
+    for part in folder.rglob(f"*{PART}"):
+        part.unlink()
+    if unit.info == unit.published:
+        data = (unit.folder(staging / SOURCE) / "unit.json").read_bytes()
+    else:
+        data = sidecar_text(with_payload(unit.info, folder)).encode()
+    write_atomically(folder / "unit.json", data)
+    for inside in parent_folders(folder, unit.info.files):
+        fsync_path(inside)

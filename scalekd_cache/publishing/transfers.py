@@ -1,0 +1,79 @@
+"""Fetches many files in parallel, each verified before it gets its name.
+
+In: files of a cache (local or remote) with the expected length and sha256, and where each of them goes.
+Out: the files. Invariant: a file under its final name was complete, verified and flushed to disk. A killed process
+leaves only `.part` files, which the next transfer of the same file replaces.
+"""
+
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+from typing import NamedTuple
+
+from scalekd_cache.store.durable_files import fsync_path
+from scalekd_cache.store.remote.remote_path import Pin, RemotePath, fetch
+
+PART = ".part"
+"""Suffix of a file that is being written."""
+Task = Callable[[Callable[[], None]], int]
+"""Something to do in a thread: it gets a function that raises `Stopped` once another task has failed, and returns the
+bytes that it has transferred."""
+WAITING = 4
+"""Tasks per thread that are submitted ahead."""
+
+
+class Stopped(Exception):  # noqa: N818 - not an error
+    """The transfer was stopped because another one failed."""
+
+
+class Transfer(NamedTuple):
+    """A file to fetch."""
+
+    source: Path | RemotePath
+    target: Path
+    pin: Pin
+    limit_bytes: int
+    """Maximum size where the length is not known."""
+
+
+def fetch_file(transfer: Transfer, check_stop: Callable[[], None]) -> int:
+    """Fetch one file (a `Task`); returns its bytes."""
+    transfer.target.parent.mkdir(parents=True, exist_ok=True)
+    part = transfer.target.with_name(transfer.target.name + PART)
+    fetch(transfer.source, part, transfer.pin, transfer.limit_bytes, lambda _: check_stop())
+    fsync_path(part)
+    check_stop()
+    part.replace(transfer.target)
+    return transfer.target.stat().st_size
+
+
+def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], None]) -> None:
+    """Run tasks in threads; the first error stops all.
+
+    Args:
+        tasks: what to do.
+        threads: tasks that run at the same time.
+        done: called in this thread with the bytes of each finished task.
+    """
+    stop = threading.Event()
+
+    def check_stop() -> None:
+        if stop.is_set():
+            raise Stopped
+
+    pool, running = ThreadPoolExecutor(threads), set[Future[int]]()
+    try:
+        for task in (*tasks, None):
+            if task is not None:
+                running.add(pool.submit(task, check_stop))
+            while running and (task is None or len(running) >= WAITING * threads):
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    done(future.result())
+    except BaseException:
+        stop.set()
+        # Not waiting: a server that sends nothing would delay the message until its timeout.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
