@@ -92,7 +92,7 @@ def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
 
 
 def check(given: Given) -> None:
-    """What a start of several processes would report many seconds later: mistyped options and names."""
+    """Find mistyped options and names now: several processes would report them only after they have started."""
     take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)
     student = checked_student(config)

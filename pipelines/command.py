@@ -333,7 +333,7 @@ def _print_over(text: str) -> None:
 
 
 def _first_to_report(text: str) -> bool:
-    """Whether no other rank of this job has printed this: most errors are found by all ranks."""
+    """Whether no other rank of this job has printed this error; most errors are found by all ranks."""
     folder = os.environ.get(REPORTED)
     if folder is None:
         return True

@@ -64,7 +64,7 @@ def _configured(given: Given) -> DistillConfig:
 
 
 def check_values(given: Given) -> None:
-    """What is wrong whatever the cache contains: option values, the recipe, the student's name."""
+    """Check what does not depend on the cache: option values, the recipe, the student's name."""
     given = dict(given)
     for config_class in (RunOutput, LaunchConfig):
         take(given, config_class)
@@ -79,7 +79,7 @@ def check_values(given: Given) -> None:
 
 
 def check(given: Given) -> None:
-    """What a start of several processes would report many seconds later: mistyped options and names."""
+    """Find mistyped options and names now: several processes would report them only after they have started."""
     take(given, RunOutput)
     if given.get("follow"):  # the cache may not be there yet
         return

@@ -30,7 +30,7 @@ ENVIRONMENT = {
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
     "PYTHONUNBUFFERED": "1",
 }
-"""What the processes need; values that are set already stay."""
+"""Environment variables that the processes need; values that are already set are kept."""
 OWN_EXIT = r"failed \(exitcode: (1|2|75|130)\)"
 """Torch's log line about a process that exited with one of our exit codes."""
 REPORTED = "SCALEKD_REPORTED"
@@ -122,7 +122,7 @@ def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether a log record of torchrun says more than our message: not about our exit codes and signals passed on."""
+    """Whether to print a log record of torchrun: not if it is about our exit codes or a forwarded signal."""
     return record.levelno >= logging.ERROR and not re.search(OWN_EXIT, record.getMessage())
 
 
@@ -142,7 +142,7 @@ def _nodes(options: LaunchConfig) -> list[str]:
 
 
 def _deepspeed(options: LaunchConfig, nproc: int, command: list[str]) -> int:
-    """Run DeepSpeed's launcher in the place of this process."""
+    """Replace this process by DeepSpeed's launcher."""
     words = ["--num_gpus", str(nproc)]
     if options.hostfile:
         words = ["--hostfile", options.hostfile, "--master_port", str(options.master_port)]

@@ -123,8 +123,8 @@ def distill(
 
     Returns:
         The summary: what summary.json of the run holds (accuracy in percent, steps, minutes, ...). For several students
-        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`): `runs`, all summaries, and `series`, a
-        row a student with mean and standard deviation over the seeds.
+        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`): `runs`, all summaries, and `series`, one
+        row per student with mean and standard deviation over the seeds.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -146,7 +146,7 @@ def probe(
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """k-NN and linear-probe accuracy of a backbone on labeled images, next to random weights and to pixels.
+    """k-NN and linear-probe accuracy of a backbone on labeled images, compared with random weights and with raw pixels.
 
     Args:
         backbone: folder of a finished run or of an exported student, or a timm model name.
@@ -304,7 +304,7 @@ def cache_place(given: Given) -> str:
 
 
 def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
-    """A recipe that the user gave must have the view options of the cache; without one there is no check.
+    """A recipe given by the user must have the view options of the cache; without one, nothing is checked.
 
     The views of a cache may differ from its recipe, through `views.*` options of stage 1.
 
@@ -339,7 +339,7 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
 
 
 def _one_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """A given global batch below the recipe's micro-batch is one micro-batch."""
+    """A given global batch smaller than the recipe's micro-batch becomes one micro-batch."""
     micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
     batch = str(given.get("train.global_batch_size", ""))
     return {"train.micro_batch_size": int(batch)} if batch.isdecimal() and 0 < int(batch) < micro else {}

@@ -53,7 +53,7 @@ class UserError(Exception):
         super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)]))
 
     def __reduce__(self) -> tuple[type["RestoredError"], tuple[str]]:
-        """Pickle for the way from a worker process: only the text is kept."""
+        """For the transfer from a worker process: only the text is kept."""
         return RestoredError, (str(self),)
 
 
@@ -105,8 +105,8 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
         got: the name.
         known: the valid names.
         where: where it is typed or listed.
-        count: how many close names are given.
-        listed: if none is close, all names are given, unless there are more than this.
+        count: maximum number of close names in the message.
+        listed: if none is close, the message lists all names, unless there are more than this.
     """
     names = list(known)
     helpful = 0 < len(names) <= listed or _close(got, names, 1)

@@ -1,4 +1,4 @@
-"""What people read while they wait: progress bars, sizes with a unit.
+"""Progress bars, and sizes with a unit.
 
 In: a total and a unit. Out: a tqdm bar with rate and remaining time. It moves in a terminal and in a notebook; a log
 gets one line every 15 seconds. Invariant: only rank 0 prints.
@@ -23,7 +23,7 @@ class _Lines:
         self._file, self._count = file, ""
 
     def write(self, text: str) -> None:
-        """Write one line, if there is text with another count than before."""
+        """Write one line, unless its count is that of the line before."""
         line = text.strip()
         count = line.partition(",")[0]
         if line and count != self._count:
@@ -36,11 +36,11 @@ class _Lines:
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar that knows its unit in singular and plural, and a rate without a guess before the first step."""
+    """A bar with its unit in singular and plural, and no rate before the first step."""
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """The values of the format of a line."""
+        """The values for the format of a line."""
         values = dict(super().format_dict)
         if values.get("initial") is None:  # a bar of another rank
             return values

@@ -1,10 +1,10 @@
-"""Measures what the cached targets do to a student's gradients (`scalekd prove`).
+"""Measures how cached targets change a student's gradients (`scalekd prove`).
 
 The cache's teacher is re-run on a sample of its views. One student's gradients from the stored targets are compared
 with those from the live targets.
 
 In: a finished cache, its teacher, training options. Out: a `GradientComparison`: fidelity of the stored targets, and
-the gradient error next to the sampling noise that the gradient has anyway.
+the gradient error compared with the gradient's sampling noise.
 Invariant: nothing is written. Both gradients use the same images, weights, random numbers and BatchNorm groups, so
 they differ only by the targets.
 

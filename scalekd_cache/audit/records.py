@@ -72,7 +72,7 @@ class RecordChecker:
         self.record_pixels = RecordPixels(self.views, source)
 
     def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[RecordProblem]:
-        """All findings in these records, which are in these rows of a shard."""
+        """All findings in these records; `rows` are their rows in the shard."""
         found: list[RecordProblem] = []
         checks = (self._label, self._logits, self._second, self._view, *(() if self.shares else (self._pixels,)))
         for record in records:
@@ -157,7 +157,7 @@ class RecordChecker:
         return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
     def _features(self, records: list[Record], there: list[bool]) -> list[RecordProblem]:
-        """Problems of the features; `there`: which records must have some."""
+        """Problems of the features; `there` tells which records must have features."""
         found, whole = list[RecordProblem](), list[Record]()
         for record, is_there in zip(records, there, strict=True):
             wrong = wrong_share(record, is_there)
@@ -198,7 +198,7 @@ class RecordChecker:
         return np.stack([self.logit_codec.decode(record.logits) for record in records])
 
     def usable(self, record: Record) -> bool:
-        """Whether a record has features, and they, its logits and its pooled embedding can be decoded."""
+        """Whether a record has features, and its features, logits and pooled embedding can be decoded."""
         try:
             self.logit_codec.decode(record.logits)
             if self.second_codec is not None:
@@ -209,7 +209,7 @@ class RecordChecker:
 
 
 def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | UserError]:
-    """Each record, or the error of reading it; a single read when nothing is damaged."""
+    """Each record, or the error from reading it; a single read when nothing is damaged."""
     try:
         return list(cache.read(positions, view))
     except UserError:

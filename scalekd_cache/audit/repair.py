@@ -244,7 +244,7 @@ def _set_aside(root: Path) -> list[tuple[Path, Path]]:
 
 
 def _unknown_files(aside: Path, successor: Path) -> list[Path]:
-    """Files in a unit that was moved aside that the new unit does not have: they do not belong to the cache."""
+    """Files of a unit that was moved aside, which its replacement does not have: they do not belong to the cache."""
     files = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_symlink() or path.is_file()]
     return [name for name in files if not (successor / name).exists()]
 

@@ -30,7 +30,8 @@ class EncodedRows(NamedTuple):
     codes: Tensor
     """(B, bytes_per_view) uint8."""
     final: Tensor
-    """(B,) bool: whether `codes` holds the row. Where false, `encode` must be called: it finds the row, or raises."""
+    """(B,) bool: whether `codes` holds the row. Where false, `encode` must be called: it computes the row, or raises an
+    error."""
 
 
 class FeatureMap(NamedTuple):

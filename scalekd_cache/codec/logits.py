@@ -79,9 +79,10 @@ class DenseLogits:
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """The device's part of `encode`, without a value read on the host: (B, K) -> uint8 (B, n), which `pack` takes.
+        """The device's part of `encode`, without reading a value on the host: (B, K) -> uint8 (B, n), which `pack`
+        takes.
 
-        A row: a record of mode 0, whose first byte is another one if it is too coarse; then the logits, float32.
+        A row is a record of mode 0, then the logits, float32. If mode 0 is too coarse, the first byte tells so.
         """
         import torch
 

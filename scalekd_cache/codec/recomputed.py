@@ -25,8 +25,8 @@ FILE = "classifier.safetensors"
 MAX_BYTES = 1 << 30
 RESTORE = "restore the file from the original cache"
 TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 2**-7}
-"""Largest difference between recomputed and own logits, relative to the largest logit, by the teacher's precision: in
-bfloat16 its own logits have 8 bits."""
+"""Largest difference between recomputed logits and the teacher's, relative to the largest logit, by the teacher's
+precision: bfloat16 logits have 8 significant bits."""
 
 
 class RecomputedLogits:
@@ -53,13 +53,13 @@ class RecomputedLogits:
         return [b""] * len(logits)
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """Nothing is kept: uint8 (B, 0)."""
+        """Nothing is stored: uint8 (B, 0)."""
         import torch
 
         return logits.new_empty(len(logits), 0, dtype=torch.uint8)
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """(B, 0) -> an empty record each."""
+        """(B, 0) -> one empty record per row."""
         return [b""] * len(rows)
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:

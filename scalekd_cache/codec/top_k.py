@@ -53,7 +53,8 @@ class TopKLogits:
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """The device's part of `encode`, without a value read on the host: uint8 (B, 8 k + 1); 1 last: all finite."""
+        """The device's part of `encode`, without reading a value on the host: uint8 (B, 8 k + 1); 1 last: all
+        finite."""
         import torch
 
         top = logits.detach().double().log_softmax(1).topk(self.k, dim=1)

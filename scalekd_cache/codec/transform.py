@@ -123,7 +123,7 @@ class TransformCodec(FeatureCodec):
         return self._encode(features, seeds, double_steps=False)
 
     def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
-        """Double the steps of a row until its symbols fit; the host reads whether they do."""
+        """Double the steps of a row until its symbols fit; the host checks whether they do."""
         self.require_storable(features)
         return self._encode(features, seeds, double_steps=True).codes
 

@@ -1,7 +1,7 @@
-"""What this machine has: cores and GPUs that this process may use, for the defaults of processes and workers.
+"""The cores and GPUs that this process may use, for the default numbers of processes and workers.
 
 In: affinity, control groups, environment, device files. Out: counts.
-Invariant: torch is not imported: a command that only starts other processes stays quick.
+Invariant: torch is not imported: a command that only starts other processes starts quickly.
 """
 
 import os

@@ -1,6 +1,6 @@
 """The everyday options by plain names: `--epochs` for `--train.epochs`, on the command line, in Python and in make.
 
-In: nothing. Out: for each command its plain names, the ten that people use first in front, with their dotted names.
+In: nothing. Out: for each command, its plain names with their dotted names; the ten most common ones come first.
 Invariant: standard library only: the Makefile checks its variables with it before an environment exists.
 """
 

@@ -1,4 +1,4 @@
-"""Recipes: YAML files with options of both stages (`pipelines/recipes`, or a file of the user).
+"""Recipes: YAML files with options of both stages (`pipelines/recipes`, or the user's own file).
 
 In: the name or path of a recipe. Out: its file, or the options of one section as plain values. A cache keeps the
 training options of its recipe, so that a run does not depend on the file.
@@ -20,9 +20,9 @@ RECIPES = Path(__file__).parents[2] / "pipelines" / "recipes"
 RECIPE_BYTES = 1 << 20
 """Size limit of a recipe file, bytes."""
 KEPT = ("student", "scalekd", "optim", "train")
-"""The parts of `distill:` that a cache keeps. The others are places and resources of one machine."""
+"""The parts of `distill:` that a cache keeps. The others are paths and resources of one machine."""
 LOCAL = ("train.deepspeed",)
-"""Options in these parts that are paths of one machine; a cache does not keep them."""
+"""Options in these parts that are paths on one machine; a cache does not keep them."""
 
 
 class PlainLoader(yaml.SafeLoader):

@@ -20,12 +20,12 @@ from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_ti
 from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
 
 RUN_OPTIONS = "config.yaml"
-"""The file that makes a folder the folder of a run."""
+"""The file that every run folder has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A timm model with what its images need."""
+    """A timm model, with the size and normalization of its images."""
 
     model: nn.Module
     """In eval mode, on the CPU."""

@@ -28,7 +28,7 @@ SUFFIXES = {
     "torchvision": "-torchvision.safetensors",
     "mmpretrain": "-mmpretrain.safetensors",
 }
-"""Ending of the file name of each format."""
+"""File name suffix of each format."""
 FORMATS = ("timm", *SUFFIXES)
 RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 1e-4, "onnx": 1e-3}
 """Maximum difference of a logit relative to the largest logit, by format."""

@@ -18,9 +18,9 @@ from torch import Tensor
 from scalekd_cache.models.student import CONVNEXT_FORM, MOBILENET_FORM, POOLED_VIT
 
 Rule = tuple[str, str]
-"""A regular expression for the beginning of a name, and its replacement."""
+"""A regular expression for the prefix of a name, and its replacement."""
 Pair = tuple[str, str]
-"""Beginnings of a name, mmpretrain's and timm's: one table for both directions. `{}` is one part of a name (no dot)
+"""Prefixes of names, mmpretrain's and timm's: one table for both directions. `{}` is one part of a name (no dot)
 and appears equally often, in the same order, on both sides."""
 
 

@@ -211,7 +211,7 @@ def import_checkpoint(
 
 
 def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
-    """The family of the student; UserError with the marks of those that are known."""
+    """The family of the student; `UserError` with a typical tensor of each known family."""
     family = family_of(state)
     if family is None:
         raise UserError(

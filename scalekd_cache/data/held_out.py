@@ -15,7 +15,7 @@ from scalekd_cache.store.base import NO_LABEL
 SHARE = 20
 """One image of this many is held out."""
 MAX_HELD_OUT = 5_000
-"""Most held-out images, and most images of a validation split for which the teacher's outputs are stored: enough for
+"""Maximum number of held-out images, and of validation images for which the teacher's outputs are stored: enough for
 nearest neighbors among a thousand classes."""
 HELD_OUT_ORDER = b"scalekd-cache held-out share"
 

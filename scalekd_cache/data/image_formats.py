@@ -2,7 +2,7 @@
 
 In: file names, first bytes. Out: whether it is a supported image. Invariant: only formats for which Pillow raises on
 damaged files, and none that runs other programs (EPS). Only the Pillow plugins of these formats are imported, so a
-broken plugin of another format does no harm.
+broken plugin of another format cannot cause errors.
 """
 
 import importlib

@@ -38,8 +38,8 @@ LAYOUT = "train/*.parquet and val/*.parquet, or data/train-*.parquet and data/va
 
 
 class ParquetFacts(NamedTuple):
-    """Facts of a file: rows of each row group, labels (rows,) int64, whether it has a column of labels (otherwise they
-    are `NO_LABEL`), class names if declared, and the number of rows with neither bytes nor a path."""
+    """Facts about a file: rows of each row group, labels (rows,) int64, whether it has a column of labels (otherwise
+    they are `NO_LABEL`), class names if declared, and the number of rows with neither bytes nor a path."""
 
     path: str
     image_column: str

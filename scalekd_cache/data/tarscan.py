@@ -1,7 +1,7 @@
 """Scans the headers of an untrusted tar.
 
 In: a path. Out: name, offset and size of every regular member.
-Invariant: every member lies completely inside the file; the tar has its end mark and nothing after it; links, devices
+Invariant: every member lies completely inside the file; the tar has its end marker and nothing after it; links, devices
 and sparse files are ignored; no allocation depends on a size from a header.
 """
 
@@ -48,7 +48,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
     """All regular members in order; links and other members without data are counted in `others`.
 
     Raises:
-        UserError: no such file, not an uncompressed tar, truncated, damaged, data after the end mark.
+        UserError: no such file, not an uncompressed tar, truncated, damaged, data after the end marker.
     """
     members: list[TarMember] = []
     last = "none"
@@ -72,7 +72,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
         raise UserError(
             f"the shard is truncated or damaged; the last sample found is {key}",
             got=f"{error} (last complete header: {last})",
-            expected="an uncompressed tar with its end-of-archive mark",
+            expected="an uncompressed tar with an end-of-archive marker",
             where=path,
             fix="copy the shard again, or rewrite it",
         ) from error
@@ -84,8 +84,8 @@ def _check_end(file: io.FileIO, position: int) -> None:
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:
-        raise tarfile.ReadError("the tar ends without its end-of-archive mark")
+        raise tarfile.ReadError("the tar has no end-of-archive marker")
     while block:
         if any(block):
-            raise tarfile.ReadError(f"a damaged header, or data after the end mark, near byte {file.tell()}")
+            raise tarfile.ReadError(f"a damaged header, or data after the end marker, near byte {file.tell()}")
         block = file.read(MAX_HEADER_BYTES)

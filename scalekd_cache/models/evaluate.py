@@ -117,7 +117,7 @@ def center_views(
         source: the images.
         indices: which ones.
         size: side of a view, pixels.
-        batch_size: most images at a time.
+        batch_size: maximum number of images at a time.
         workers: processes that decode images.
     """
     if workers:  # a whole batch per worker if two fit into shared memory, else a part of one
@@ -161,7 +161,7 @@ def evaluate(
         device: where `predict` runs.
         rank: this process.
         world_size: processes that share the work; the caller adds their tallies.
-        batch_size: most images per call of `predict`.
+        batch_size: maximum number of images per call of `predict`.
         workers: processes that decode images.
         title: title of the progress bar.
         on_batch: called with the logits (B, K) and labels (B,) of every batch.

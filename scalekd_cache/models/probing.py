@@ -1,4 +1,4 @@
-"""How good an embedding is: k-NN and linear-probe accuracy, and agreement of two embeddings about neighbors.
+"""The quality of an embedding: k-NN and linear-probe accuracy, and how well two embeddings agree on neighbors.
 
 In: a function from uint8 pixels to embeddings, or embeddings with labels. Out: accuracies in percent, shares.
 Invariant: similarity is the cosine; no result depends on the order of the images, except among exact ties.
@@ -68,7 +68,7 @@ def embed(
         size: side of the center view, pixels.
         device: where `predict` runs.
         indices: images to embed (None: all).
-        batch_size: most images per call of `predict`.
+        batch_size: maximum number of images per call of `predict`.
         workers: processes that decode images.
         title: title of the progress bar.
     """

@@ -137,7 +137,7 @@ class Teacher(nn.Module):
     def images_per_pass(self) -> int:
         """Images in one forward pass: as many pixels as 64 images of 224 px, for images above 512 px.
 
-        The attention of SAM's ViT-B at 1,024 px takes about 2 GB an image. Smaller images are not split.
+        The attention of SAM's ViT-B at 1,024 px takes about 2 GB per image. Smaller images are not split.
         """
         size = self.spec.image_size
         return max(1, 64 * 224**2 // size**2) if size > 512 else sys.maxsize
@@ -326,8 +326,8 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
 
 
 POOLED_TOLERANCE = 1e-4
-"""Largest difference of a pooled embedding and the mean of the map that counts as equal, relative to the largest value
-of the mean. Rounding in float32 gives about 1e-6."""
+"""A pooled embedding and the mean of the map count as equal up to this difference, relative to the largest value of the
+mean. Rounding in float32 gives about 1e-6."""
 
 
 @torch.no_grad()

@@ -24,9 +24,9 @@ from scalekd_cache.progress import progress
 from scalekd_cache.store.checked_files import check_safetensors
 
 MAPPED_IMAGES = 256
-"""Most images with a feature map."""
+"""Maximum number of images with a feature map."""
 MAP_BYTES = 1 << 27
-"""Most bytes of all feature maps; large maps are kept of fewer images, at least 2."""
+"""Maximum bytes of all feature maps together; large maps are stored for fewer images, at least 2."""
 
 
 class HeldOut(NamedTuple):
@@ -49,7 +49,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
     Args:
         teacher: the teacher.
         source: the validation split.
-        batch_size: most images of a forward pass.
+        batch_size: maximum number of images per forward pass.
         workers: processes that decode images.
 
     Raises:

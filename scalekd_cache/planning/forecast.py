@@ -364,8 +364,8 @@ def _codec(
         raise UserError(
             "this codec's size depends on the teacher's features, and its weights are not available",
             got=f"--codec {config.cache.codec}, teacher {config.teacher.name}",
-            fix=f"run `scalekd fetch --teacher {config.teacher.name}` where there is a network, set --teacher-weights, "
-            "or plan with --codec int8",
+            fix=f"run `scalekd fetch --teacher {config.teacher.name}` on a machine with network access, "
+            "set --teacher-weights, or plan with --codec int8",
         )
     return select_codec(config, source, teacher.live, process.device).codec
 

@@ -58,7 +58,7 @@ def format_figure(name: str, value: float) -> str:
 
 
 def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """What a finished run was measured by: top-1 and top-5, or the figures of held-out images."""
+    """The measures of a finished run: top-1 and top-5, or the figures of held-out images."""
     held_out = summary.get("held_out", {})
     if held_out:
         return dict(held_out)

@@ -36,15 +36,15 @@ MOST = 1_000
 
 
 class Neighbor(NamedTuple):
-    """A near image."""
+    """One of the nearest images."""
 
     picture: Picture
     common: bool
-    """Near for the other model too."""
+    """Whether it is among the nearest for the other model too."""
 
 
 class Neighbors(NamedTuple):
-    """An image and its nearest ones, nearest first."""
+    """An image and its nearest neighbors, nearest first."""
 
     picture: Picture
     key: str

@@ -89,17 +89,17 @@ class Record(NamedTuple):
 def stores_features(rows: NDArray[np.int64], view: int, every: int) -> NDArray[np.bool_]:
     """Which rows of a shard have features, (n,) bool.
 
-    One row in every block of `every` rows, so that a shard has an exact quota; another one in the next view, so that
-    `every` consecutive views of a group have the features of every image once; and another one in the next block, so
-    that a data set with a periodic order of classes has features of all of them in every view.
+    Every block of `every` rows has one row with features, so the number of them in a shard is exact. The row moves on
+    by one from view to view: `every` consecutive views of a group have the features of each image once. It also moves
+    on from block to block: if classes alternate in the data set, every view has features of all classes.
     """
     selected: NDArray[np.bool_] = (rows + rows // every + view) % every == 0
     return selected
 
 
 def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
-    """What is wrong, got and expected, if a record does not have features where `stores_features` says that they are
-    `there`, or has them elsewhere."""
+    """The problem, got and expected, if a record has no features although `stores_features` gives it some (`there`), or
+    the reverse."""
     if (len(record.features) > 0) is there:
         return None
     got, expected = (

@@ -46,7 +46,7 @@ def open_regular(path: Path | str, what: str = "a file") -> int:
         what: what it should be, for the error.
 
     Raises:
-        FileNotFoundError: there is none (nor a folder that could hold it).
+        FileNotFoundError: the file or its folder does not exist.
         UserError: it is not a regular file, or it cannot be opened.
     """
     try:

@@ -21,7 +21,7 @@ _warned: set[str] = set()
 
 
 def open_lock(path: Path, *, make: bool = True) -> IO[bytes]:
-    """Open a lock file; `make`: for writing, created when missing.
+    """Open a lock file; with `make`, for writing: a missing file is created.
 
     Raises:
         UserError: the path is not a regular file.

@@ -66,7 +66,7 @@ class TeacherFacts(TypedDict):
     top1: FiniteFloat | None
     """Accuracy on the data set in percent; None when it was not measured."""
     held_out_sha256: NotRequired[Sha256]
-    """Of heldout.safetensors, which only unlabeled caches have."""
+    """sha256 of heldout.safetensors, which only unlabeled caches have."""
 
 
 class DataFacts(TypedDict):
@@ -97,7 +97,7 @@ class ManifestFacts:
     class_names: list[str]
     teacher: TeacherFacts
     tail_sha256: Sha256 | Literal[""]
-    """Of tail.safetensors; empty for a cache without a tail."""
+    """sha256 of tail.safetensors; empty for a cache without a tail."""
     view_recipe: dict[str, Any]
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
@@ -388,19 +388,19 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
 
 
 def _fits_pooled(codec: Mapping[str, Any], width: object) -> bool:
-    """Whether a teacher with a pooled embedding of this width, and no other one, has a codec for it."""
+    """Whether there is a codec for pooled embeddings exactly if the teacher has a pooled embedding of this width."""
     if not codec:
         return width == 0
     return codec.get("shape") == [width, 1, 1] and codec.get("id") != "transform"  # a fitted codec has a file
 
 
 def stored_share(every: int) -> str:
-    """Which views have features, as a part of a sentence; empty for all."""
+    """Which views have features, as part of a sentence; empty if all have."""
     return f"stored for one in {every} views of every image" if every > 1 else ""
 
 
 def _divides_groups(every: object, facts: ManifestFacts) -> bool:
-    """Whether every image has features equally often, and their logits are stored."""
+    """Whether every image has features in the same number of views, and the logits are stored."""
     if FEATURES_EVERY not in facts.fingerprint_fields:
         return True
     sparse = type(every) is int and every > 1 and all(len(group) % every == 0 for group in facts.groups)

@@ -2,11 +2,11 @@
 
 In: a cache's folder. Out: the units that need no work. Invariant: no decision depends on a clock.
 
-What is verified at a start. For every unit: its sidecar (parsed; fingerprint, store, views and range as planned), its
+What is verified at startup. For every unit: its sidecar (parsed; fingerprint, store, views and range as planned), its
 skipped images, and the length of every file. This detects the results of a kill, a full disk or an interrupted copy.
 For the last committed units also the sha256 of every file: a power cut with an unflushed write cache can leave files of
 the right length full of zeros. Other damage to older units is not searched for, because that would read the whole cache
-at every start: readers verify the checksum of every record, and `scalekd verify --deep` reads every byte.
+on every start: readers verify the checksum of every record, and `scalekd verify --deep` reads every byte.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_fol
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 RECHECKED_UNITS = 8
-"""Units hashed at a start: with default sizes (200 MB each) more than the cache of a disk; takes about a second."""
+"""Units hashed at startup: with default sizes (200 MB each) more than the cache of a disk; takes about a second."""
 
 NAMED_KEYS = 5
 """Sample keys of a unit that an error lists; the rest is counted."""
@@ -177,7 +177,7 @@ def skipped_keys(infos: Iterable[UnitInfo]) -> dict[str, str]:
 
 
 def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
-    """Units of later groups that skip other images than the first group, which decides.
+    """Units of later groups that skip other images than the first group. The first group decides.
 
     Args:
         root: the cache's folder.

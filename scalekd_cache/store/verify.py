@@ -98,7 +98,8 @@ def check_cache(
     Args:
         place: the cache's folder or URL; for a URL every file is fetched again.
         deep: read every file and record too.
-        make_checker: makes the function that looks into records (`audit/records.py`), once it is known what to expect.
+        make_checker: makes the function that checks the contents of records (`audit/records.py`), once it is known what
+        to expect.
         progress: called with (units done, total units).
     """
     root = open_uncached(place)

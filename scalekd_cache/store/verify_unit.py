@@ -104,7 +104,7 @@ def unit_problems(
         root: the cache's folder or URL.
         unit: the expected contents.
         deep: read every file and record too.
-        check_records: looks into the records whose checksum is right.
+        check_records: checks the contents of the records whose checksum is right.
     """
     folder = unit_folder(root, unit.group, unit.range_id)
     name = folder.relative_to(root).as_posix()

@@ -57,7 +57,8 @@ def _affine(
 
 
 def _posterize(image: Image.Image, argument: float, resample: Image.Resampling) -> Image.Image:
-    """Keep the highest `argument` bits; 0 (magnitude 10) gives black, which Pillow's own refuses from version 13 on."""
+    """Keep the highest `argument` bits; 0 (magnitude 10) gives black, which Pillow's own function rejects since version
+    13."""
     mask = 256 - 2 ** (8 - int(argument))
     return image.point([value & mask for value in range(256)] * 3)
 

@@ -239,7 +239,7 @@ def _check_inside(box: Box, sides: tuple[int, int], what: str) -> None:
 
 @cache
 def _noise_table() -> Pixels:
-    """(3, 65536) uint8: each channel's rounded, clipped normal value at each 16-bit quantile, rising."""
+    """(3, 65536) uint8: each channel's rounded, clipped normal value at each 16-bit quantile, ascending."""
     rows = []
     for normal in map(NormalDist, NOISE_MEAN, NOISE_STD):
         ends = [math.ceil(65536 * normal.cdf(value + 0.5) - 0.5) for value in range(255)]
@@ -248,7 +248,8 @@ def _noise_table() -> Pixels:
 
 
 def _noise(seed: int, width: int, height: int) -> Pixels:
-    """(height, width, 3) uint8 noise: 16 bits of raw Philox output a value, through a table (exact on any platform)."""
+    """(height, width, 3) uint8 noise: 16 bits of raw Philox output per value, through a table (exact on any
+    platform)."""
     count = width * height * 3
     raw = np.random.Philox(key=seed).random_raw(-(-count // 4)).astype("<u8", copy=False)
     quantiles = raw.view("<u2")[:count].reshape(height, width, 3)

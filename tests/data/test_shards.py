@@ -159,7 +159,7 @@ def test_a_tar_cut_anywhere_is_an_error(tmp_path):
             with pytest.raises(UserError, match=r"cut\.tar"):
                 source_of(tmp_path)
     path.write_bytes(tar_bytes([("a.png", PNG), ("a.cls", b"0"), ("b.png", PNG)], end=False))
-    with pytest.raises(UserError, match=r"(?s)last sample found is b\n.*without its end.*cut\.tar"):
+    with pytest.raises(UserError, match=r"(?s)last sample found is b\n.*no end-of-archive marker.*cut\.tar"):
         source_of(tmp_path)
 
 
@@ -168,7 +168,7 @@ def test_concatenated_or_damaged_tars_are_errors(tmp_path):
     shard(path, ["a", "b"], [0, 1])
     whole = path.read_bytes()
     path.write_bytes(whole + whole)
-    with pytest.raises(UserError, match="after the end mark"):
+    with pytest.raises(UserError, match="after the end marker"):
         source_of(tmp_path)
     second = whole.index(b"b.png")
     path.write_bytes(whole[:second] + b"X" + whole[second + 1 :])  # the header's checksum fails

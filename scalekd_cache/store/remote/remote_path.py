@@ -33,7 +33,8 @@ from scalekd_cache.store.remote.url_transfer import (
 
 COPY_AGAIN = "the cache there is damaged or incomplete: copy or publish it again"
 UNPINNED_BYTES = JSON_BYTES
-"""Maximum size of the manifest. Its sha256 is not known in advance, so it is fetched at every opening and not kept."""
+"""Maximum size of the manifest. Its sha256 is not known in advance, so it is fetched each time the cache is opened, and
+not kept."""
 
 
 class Pin(NamedTuple):
@@ -126,7 +127,7 @@ class RemotePath:
         return os.fdopen(self.descriptor(), mode, buffering)
 
     def read_bytes(self) -> bytes:
-        """The whole of a small file, hashed at every read, because sidecars, keys and indexes have no other check."""
+        """The whole of a small file, hashed on every read, because sidecars, keys and indexes have no other check."""
         if self._pin() is None:
             return self._read_unpinned()
         for _ in range(2):

@@ -70,7 +70,7 @@ def is_url(place: str) -> bool:
         )
     if url.query or url.fragment or (scheme == "file" and url.netloc not in ("", "localhost")):
         raise UserError(
-            "a cache's URL cannot have a query, a fragment or a file host",
+            "a cache URL cannot have a query or a fragment, nor a host after file://",
             got=without_password(place),
             expected="scheme://place/folder",
         )
