@@ -39,7 +39,6 @@ from scalekd_cache.caching.preflight import (
     check_disk_space,
     check_student,
     check_teacher,
-    check_writable,
     probe_views,
 )
 from scalekd_cache.caching.sample_views import Unit, check_worker_memory
@@ -61,6 +60,7 @@ from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import progress, size_text
+from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.store.manifest import Manifest, read_manifest, stored_share
 
 CHECKED_IMAGES = 512
@@ -234,7 +234,7 @@ def _check(config: CacheTeacherConfig, process: Process, job: Job, student: Dist
     if not stage.teacher.spec.has_classifier:
         process.print_rank0(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
     if process.rank == 0:
-        check_writable(stage.root)
+        check_writable(stage.root, "--cache")
         _check_disk_space(config, job)
         if student is not None:
             output = stage.teacher(pixels[:2].to(stage.device))

@@ -4,7 +4,6 @@ In: the data set, teacher, student and folder of a job. Out: nothing, or an erro
 Invariant: nothing is left on the disk.
 """
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,7 +27,7 @@ from scalekd_cache.models.weights import find_weights
 from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
-from scalekd_cache.store.durable_files import existing_folder, free_bytes
+from scalekd_cache.store.durable_files import check_writable, existing_folder, free_bytes
 from scalekd_cache.store.plan import NAME as PLAN
 
 TAIL_TOLERANCE = 1e-5
@@ -66,17 +65,6 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
             where=f"{spec.name}, family {spec.family}",
             fix="use another teacher, or report this one: this architecture is not supported yet",
         )
-
-
-def check_writable(root: Path) -> None:
-    """Check that the cache's folder, or its nearest existing parent, is writable; leaves nothing there."""
-    try:
-        with tempfile.TemporaryFile(dir=existing_folder(root)):
-            pass
-    except OSError as error:
-        raise UserError(
-            "cannot write to the cache folder", got=error, where=root, fix="choose another --cache"
-        ) from error
 
 
 def check_disk_space(path: Path, views: int, needed: float) -> None:
@@ -125,7 +113,7 @@ def check_before_weights(
         check_batches(student.train, samples, process.world_size)
     root = Path(config.cache.path)
     if process.rank == 0 and not (root / PLAN).exists():  # a finished cache may be read-only
-        check_writable(root)
+        check_writable(root, "--cache")
 
 
 def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> UserError:

@@ -35,6 +35,10 @@ MAX_UNNAMED_CLASSES = 100_000
 CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
+class NoSplitError(UserError):
+    """The data set has no such split. A split that exists, but is damaged or incomplete, is another `UserError`."""
+
+
 class SampleRef(NamedTuple):
     """One image: its key (no dots, no whitespace, `/` allowed) and the index of its class, or `NO_LABEL`."""
 

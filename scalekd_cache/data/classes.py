@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from scalekd_cache.data.base import ListedSource
+from scalekd_cache.data.base import ListedSource, Source
 from scalekd_cache.errors import UserError, closest_names, counted
 from scalekd_cache.store.checked_files import read_file
 
@@ -84,6 +84,45 @@ def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
     if numbered and len(listed) >= len(names) and len(set(listed)) == len(listed):
         return dataclasses.replace(source, class_names=listed)
     raise _other_classes(names, wanted, classes)
+
+
+def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
+    """Check that the labels of a data set are the outputs of a model.
+
+    Args:
+        source: the images.
+        expected: class names of the model, in the order of its outputs; empty: unknown.
+        count: its number of outputs.
+
+    Raises:
+        UserError: no labels, another number of classes, other names or another order. Classes that are only numbered
+            have no names to compare.
+    """
+    names = [normalize_name(name) for name in source.class_names]
+    if not names:
+        raise UserError(
+            "the validation images have no labels", expected="val/<class>/ for the model's classes", where=source.name
+        )
+    wanted = [normalize_name(name) for name in expected]
+    numbers = [str(number) for number in range(count)]
+    unnamed = not wanted or (numbers in (names, wanted) and sorted(names) != sorted(wanted))
+    if len(names) == count and (unnamed or names == wanted):
+        return
+    order = sorted(names) == sorted(wanted)
+    raise UserError(
+        "the data set has the model's classes in another order"
+        if order
+        else "the data set and the model have different classes",
+        got=_listed(names),
+        expected=_listed(wanted or numbers),
+        where=source.name,
+        fix="give the data set it was trained on; classes.txt in the data set's folder sets the order of classes",
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    """The number of classes and the first names."""
+    return f"{counted(len(names), 'class')}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 
 def _renumbered(source: ListedSource, names: Sequence[str]) -> ListedSource:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from scalekd_cache.data.base import (
     ListedSource,
+    NoSplitError,
     PackedStrings,
     SampleList,
     Split,
@@ -247,8 +248,11 @@ def _list_validation(
 ) -> tuple[list[str], list[int]]:
     folder = root / "val"
     if not folder.is_dir():
-        fix = _rename(root, "val") or "add val/<class>/ with some images of each class"
-        raise UserError(f"{root} has no val/", fix=fix)
+        if fix := _rename(root, "val"):
+            raise UserError(f"{root} has no val/", fix=fix)
+        if os.path.lexists(folder):
+            raise UserError("val is not a folder", expected=LAYOUT, where=folder, fix="repair or remove it")
+        raise NoSplitError(f"{root} has no val/", fix="add val/<class>/ with some images of each class")
     folders, flat = _val_entries(folder, ignored)
     if flat:
         return flat, flat_val_labels(root, flat, class_names, devkit)

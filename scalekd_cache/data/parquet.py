@@ -17,6 +17,7 @@ from scalekd_cache.data.base import (
     MAX_KEY_BYTES,
     IntArray,
     ListedSource,
+    NoSplitError,
     SampleList,
     Split,
     check_labels,
@@ -121,7 +122,9 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
         train = [_read_facts(path, root, images=True) for path in train_paths]
     if not train_paths or not paths:
         missing = split if train_paths else "train"
-        raise UserError(f"no parquet files for {missing}", expected=LAYOUT, where=root, fix=f"add the {missing} files")
+        raise NoSplitError(
+            f"no parquet files for {missing}", expected=LAYOUT, where=root, fix=f"add the {missing} files"
+        )
     files = train if paths is train_paths else [_read_facts(path, root, images=True) for path in paths]
     for many in (train, files):
         _check_all_labeled(many, needed=train[0].labeled)

@@ -17,6 +17,7 @@ import numpy as np
 from scalekd_cache.data.base import (
     IntArray,
     ListedSource,
+    NoSplitError,
     SampleList,
     Split,
     check_labels,
@@ -104,7 +105,7 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
     """
     train_tars, val_tars = _find(root, "train"), _find(root, "val")
     if not train_tars or (split == "val" and not val_tars and _has_labels(train_tars)):
-        raise UserError(
+        raise NoSplitError(
             f"no tars for {split}",
             expected=f"{LAYOUT}, or a brace pattern with `train` in it",
             where=root,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from scalekd_cache.config.base import require
+from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
@@ -27,6 +28,7 @@ from scalekd_cache.training.metrics import read_metrics
 from scalekd_cache.training.run_files import (
     METRICS,
     Summary,
+    classes_of,
     data_of,
     read_config,
     read_facts,
@@ -112,6 +114,7 @@ def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, 
     """The validation images of a run; None, with a note, if they are not available."""
     try:
         source = open_source(data_of(run, report.data), "val")
+        check_classes(source, facts["class_names"], classes_of(facts))
     except UserError as error:
         if report.data:
             raise

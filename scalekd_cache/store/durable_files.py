@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -270,6 +271,35 @@ def existing_folder(path: Path) -> Path:
 def free_bytes(path: Path) -> int:
     """Free bytes on the disk of a path, which need not exist yet."""
     return shutil.disk_usage(existing_folder(path)).free
+
+
+def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
+    """Check, before long work, that files can be written in a folder or its nearest existing parent; leaves nothing.
+
+    Args:
+        folder: the folder, which need not exist yet.
+        option: the option that gave it, for the error.
+        needed_bytes: bytes that will be written at once.
+
+    Raises:
+        UserError: it cannot be written, or has no room for these bytes.
+    """
+    try:
+        with tempfile.TemporaryFile(dir=existing_folder(folder)):
+            pass
+    except OSError as error:
+        raise UserError(
+            "cannot write to the folder", got=error, where=folder, fix=f"choose another {option}"
+        ) from error
+    free = free_bytes(folder)
+    if needed_bytes > free:
+        raise UserError(
+            "the disk is full",
+            got=f"{free:,} bytes free",
+            expected=f"at least {needed_bytes:,} bytes free",
+            where=folder,
+            fix=f"free space, or choose another {option}",
+        )
 
 
 def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> None:

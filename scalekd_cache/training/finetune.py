@@ -25,7 +25,8 @@ from scalekd_cache.config.downstream import FinetuneConfig
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.convert.backbone import Backbone, open_backbone
 from scalekd_cache.convert.timm_export import WEIGHTS, check_export_place, export_student
-from scalekd_cache.data.base import IntArray, Source, hash_order
+from scalekd_cache.data.base import IntArray, NoSplitError, Source, hash_order
+from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.data.source import open_source
 from scalekd_cache.data.workers import load_items
@@ -36,6 +37,7 @@ from scalekd_cache.models.evaluate import Tally, evaluate, percent
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
 from scalekd_cache.progress import progress
+from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.training.model_card import finetuned_card
 from scalekd_cache.views.view import apply_view, sample_view
 
@@ -55,7 +57,8 @@ def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], 
         Folder, counts, and the accuracy in percent (None without validation images).
 
     Raises:
-        UserError: no such model or data set, no labels, an output folder with other files, or a loss that is NaN.
+        UserError: no such model or data set, no labels, an output folder with other files, a loss that is NaN, or a
+            failed evaluation; after that one, the export exists.
         RunInterrupted: Ctrl-C; nothing was written.
     """
     try:
@@ -72,9 +75,14 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     start = open_backbone(place, config.weights, size=config.size, pretrained=config.pretrained, option=option)
     out = Path(config.out or f"finetuned/{start.name}")
     check_export_place(out)
+    check_writable(out, "--out", sum(value.nbytes for value in start.model.state_dict().values()))
     train = open_source(config.data, "train")
     if not train.class_names:
         raise UserError("the training images have no labels", where=config.data.source, expected="train/<class>/")
+    if len(train.class_names) < 2:
+        raise UserError(
+            "the training images are all of one class", where=config.data.source, expected="at least 2 classes"
+        )
     validation = _validation(config, train, say)
     chosen = chosen_images(train, config.labels_per_class, config.seed)
     if len(chosen) < 2:
@@ -83,11 +91,17 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     torch.manual_seed(config.seed)
     backbone = with_classifier(start, len(train.class_names))
     say(
-        f"{place}: {len(chosen):,} training images of {counted(len(train.class_names), 'class')}, "
+        f"{place}: {counted(len(chosen), 'training image')} of {counted(len(train.class_names), 'class')}, "
         f"{counted(config.epochs, 'epoch')}, {backbone.image_size} x {backbone.image_size} pixels"
     )
     model, unreadable = _train(config, backbone, train, chosen, device)
-    tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)
+    if unreadable:
+        say(f"{counted(unreadable, 'training image')} could not be read: omitted")
+    tally, failed = None, None
+    try:
+        tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)
+    except UserError as error:  # such as an image that cannot be read any more: the trained weights are still exported
+        failed = error
     facts: dict[str, Any] = {
         "out": str(out),
         "model": backbone.name,
@@ -112,11 +126,20 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
         class_names=train.class_names,
         card=finetuned_card(finished, facts, out),
     )
-    accuracy = f"top-1 {percent(facts['top1'])} of {tally.images:,} validation images" if tally else "not evaluated"
-    say(f"{out}: {accuracy}; timm.create_model('local-dir:{out}', pretrained=True)")
+    say(f"{out}: {_figure(tally)}; timm.create_model('local-dir:{out}', pretrained=True)")
     if config.init is None:
         say(f"as a teacher: --teacher {place} --teacher-weights {out / WEIGHTS} --size {backbone.image_size}")
+    if failed is not None:
+        raise UserError(f"the model was trained and exported, but not evaluated: {failed}") from failed
     return facts
+
+
+def _figure(tally: Tally | None) -> str:
+    """The accuracy as text."""
+    if tally is None:
+        return "not evaluated"
+    omitted = f", {tally.unreadable:,} could not be read" if tally.unreadable else ""
+    return f"top-1 {percent(tally.top1_percent)} of {counted(tally.images, 'validation image')}{omitted}"
 
 
 def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:
@@ -149,15 +172,13 @@ def _output_shape(model: nn.Module, size: int) -> tuple[int, ...]:
 
 
 def _validation(config: FinetuneConfig, train: Source, say: Callable[[str], object]) -> Source | None:
-    """The validation images; None, with a note, if there are none with the classes of train."""
+    """The validation images; None, with a note, if there are none."""
     try:
         source = open_source(config.data, "val")
-    except UserError as error:
+    except NoSplitError as error:
         say(f"no validation images: accuracy is not measured ({str(error).splitlines()[0]})")
         return None
-    if source.class_names != train.class_names:
-        say("the validation classes differ from the training classes: accuracy is not measured")
-        return None
+    check_classes(source, train.class_names, len(train.class_names))
     return source
 
 

@@ -14,9 +14,9 @@ from torch import Tensor
 from scalekd_cache.config.downstream import ProbeConfig
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.convert.backbone import Backbone, open_backbone
-from scalekd_cache.data.base import IntArray, Source, hash_order
+from scalekd_cache.data.base import IntArray, NoSplitError, Source, hash_order
 from scalekd_cache.data.source import open_source
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.probing import embed, knn_accuracy, linear_probe_accuracy, pooled_embedding
 
@@ -50,9 +50,7 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
     train = open_source(data, "train")
     try:
         val = open_source(data, "val")
-    except UserError as error:
-        if not train.class_names:
-            raise
+    except NoSplitError as error:
         use(f"no validation images ({str(error).splitlines()[0]})")
         val = None
     labeled = [source for source in (train, val) if source is not None and source.class_names]
@@ -89,6 +87,8 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
     """
     backbone = open_backbone(config.backbone, config.weights, size=config.size, pretrained=True, option="--backbone")
     splits = labeled_splits(config.data, say)
+    if len(splits[1].source.class_names) < 2:
+        raise UserError("the images are all of one class", where=config.data.source, expected="at least 2 classes")
     compared = _Compared(backbone, device)
     training, testing = (
         embed(compared, split.source, backbone.image_size, device, indices=split.indices.tolist(),
@@ -121,8 +121,8 @@ def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object
 def probe_table(facts: dict[str, Any]) -> str:
     """The results of `probe` as text."""
     lines = [
-        f"{facts['train_images']:,} training and {facts['val_images']:,} validation images of "
-        f"{facts['classes']:,} classes, {facts['image_size']} x {facts['image_size']} pixels"
+        f"{facts['train_images']:,} training and {counted(facts['val_images'], 'validation image')} of "
+        f"{counted(facts['classes'], 'class')}, {facts['image_size']} x {facts['image_size']} pixels"
         + (f"; {facts['unreadable']:,} could not be read" if facts["unreadable"] else ""),
         f"{'':<34} {'channels':>8} {'k-NN':>9} {'linear probe':>13}",
     ]

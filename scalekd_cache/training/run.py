@@ -15,6 +15,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
+from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
@@ -194,8 +195,8 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
     """The validation images, or None; missing ones are reported before training starts."""
     try:
         source = open_cache_source(manifest.facts.data, data, "val")
-        if manifest.facts.labeled and not source.class_names:
-            raise UserError("the validation images have no labels", where=source.name)
+        if manifest.facts.labeled:
+            check_classes(source, manifest.facts.class_names, manifest.facts.num_classes)
         return source
     except UserError as error:
         process.print_rank0(f"no validation images found, so accuracy will not be measured (set --data):\n{error}")

@@ -17,6 +17,7 @@ from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.convert.timm_export import load_export, read_description
 from scalekd_cache.data.base import Source
+from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
@@ -24,7 +25,7 @@ from scalekd_cache.models.evaluate import Tally, evaluate
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.training.run_export import State, consolidated_student
-from scalekd_cache.training.run_files import data_of, read_facts, student_options
+from scalekd_cache.training.run_files import classes_of, data_of, read_facts, student_options
 from scalekd_cache.training.run_folder import is_locked
 
 
@@ -74,7 +75,7 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     """The accuracy of a finished run's exported student.
 
     Raises:
-        UserError: no exported student, a damaged one, or no validation images.
+        UserError: no exported student, a damaged one, no validation images, or images of other classes.
     """
     student, facts, source = student_options(run), read_facts(run), data_of(run, data)
     folder = run / "export"
@@ -84,8 +85,10 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     if not facts["class_names"]:
         raise _no_classes(run)
     model = load_export(folder, facts["image_size"]).to(process.device)
+    validation = open_source(source, "val")
+    check_classes(validation, facts["class_names"], classes_of(facts))
     predict = make_predictor(model, student.mean, student.std)
-    return evaluate(predict, open_source(source, "val"), facts["image_size"], process.device, workers=workers)
+    return evaluate(predict, validation, facts["image_size"], process.device, workers=workers)
 
 
 def _no_classes(folder: Path) -> UserError:
@@ -111,14 +114,6 @@ def evaluate_folder(folder: Path, data: str | None, process: Process, workers: i
     size = images.input_size[-1]
     model = load_export(folder, size).to(process.device)
     source = open_source(DataConfig(source=data), "val")
-    named = bool(description.label_names) and description.label_names != list(source.class_names)
-    if named or len(source.class_names) != description.num_classes:
-        raise UserError(
-            "the data set and the student have different classes",
-            got=f"{len(source.class_names)}: {', '.join(source.class_names[:5])} ...",
-            expected=f"{description.num_classes}: {', '.join(description.label_names[:5]) or 'without names'} ...",
-            where=data,
-            fix="give the data set it was trained on; classes.txt in the data set's folder sets the order of classes",
-        )
+    check_classes(source, description.label_names, description.num_classes)
     predict = make_predictor(model, images.mean, images.std)
     return evaluate(predict, source, size, process.device, workers=workers)

@@ -7,7 +7,7 @@ from timm.utils import natural_key as natural_key_of_timm
 
 from scalekd_cache.config.stage1 import DataConfig
 from scalekd_cache.data.base import ListedSource, SampleList
-from scalekd_cache.data.classes import ORDERS, natural_key
+from scalekd_cache.data.classes import ORDERS, check_classes, natural_key
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 
@@ -154,3 +154,35 @@ def test_the_demo_in_another_order():
 def write_list(path, names):
     write(path, "".join(f"{name}\n" for name in names).encode())
     return path
+
+
+@pytest.mark.parametrize(
+    ("expected", "count", "text"),
+    [
+        (sorted(FOLDERS), 4, None),
+        (["n10", "n2", "Zebra", "ant"], 4, "classes in another order"),
+        (["Zebra", "ant", "n10"], 3, "different classes"),
+        ([*sorted(FOLDERS), "x"], 5, "different classes"),
+        (["Zebra", "ant", "n1", "n2"], 4, "different classes"),
+        ([], 4, None),  # unknown names
+        ([], 5, "different classes"),
+        (["0", "1", "2", "3"], 4, None),  # of tars or parquet without names
+        (["0", "1", "2"], 3, "different classes"),
+    ],
+)
+def test_images_of_other_classes_are_not_for_this_model(tmp_path, expected, count, text):
+    source = source_of(tree(tmp_path), "val")
+    if text is None:
+        check_classes(source, expected, count)
+        return
+    with pytest.raises(UserError, match=text):
+        check_classes(source, expected, count)
+
+
+def test_numbered_classes_in_another_order_or_unicode_form(tmp_path):
+    numbers = [str(number) for number in range(11)]
+    with pytest.raises(UserError, match="another order"):
+        check_classes(source_of(tree(tmp_path / "a", numbers), "val"), numbers, 11)  # folders: 0, 1, 10, 2, ...
+    check_classes(source_of(tree(tmp_path / "b", (NFC, "x")), "val"), (NFD, "x"), 2)
+    with pytest.raises(UserError, match="no labels"):
+        check_classes(source_of(folder_tree(tmp_path / "c", ["1.png", "2.png"], ["3.png"]), "val"), "ab", 2)

@@ -7,15 +7,20 @@ import pytest
 import torch
 from image_files import folder_tree, source_of, write
 from PIL import Image
+from small_run import FACTS
 
 from pipelines.evaluate import main
+from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import DataConfig
-from scalekd_cache.config.stage2 import StudentConfig
+from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import Tally, evaluate, tally
 from scalekd_cache.models.student import build_student
+from scalekd_cache.reports.run_data import RunReport, load_validation_images
+from scalekd_cache.training.run_files import read_facts
+from scalekd_cache.training.run_folder import RunFolder
 
 CPU = torch.device("cpu")
 
@@ -126,3 +131,27 @@ def test_exported_students_that_cannot_be_judged(tmp_path):
     torch.save({}, folder / "pytorch_model.bin")  # never opened
     with pytest.raises(UserError, match=r"model\.safetensors"):
         main({"run": str(folder), "data": data})
+
+
+@pytest.mark.parametrize(
+    ("classes", "text"), [("acb", None), ("abd", "different classes"), ("ab", "different classes"), ("", "no labels")]
+)
+def test_a_run_is_not_evaluated_on_other_classes(tmp_path, capsys, classes, text):
+    """Other names, one class less, no labels; the report of runs neither."""
+    run = tmp_path / "run"
+    exported(run / "export", ["a", "b", "c"])
+    folder = RunFolder(run, to_plain(DistillConfig(student=StudentConfig(name="test_resnet"))))
+    folder.write_facts({**FACTS, "image_size": 32, "class_names": ["a", "b", "c"]})
+    data = pictures(tmp_path / "data", classes)
+    if not classes:
+        folder_tree(data, ["1.png", "2.png"], ["3.png"])
+    given, report = {"run": str(run), "data": str(data), "device": "cpu"}, RunReport(data=str(data))
+    if text is None:
+        main(given)
+        assert "of 6 images" in capsys.readouterr().out
+        assert load_validation_images(run, read_facts(run), report, [])
+        return
+    with pytest.raises(UserError, match=text):
+        main(given)
+    with pytest.raises(UserError, match=text):
+        load_validation_images(run, read_facts(run), report, [])

@@ -44,6 +44,8 @@ COMMANDS = {
     "distill --dry-run": "--cache cache --run new --student.name test_resnet {train} --dry-run",
     "evaluate": "--run run",
     "probe": "--backbone run --data data --workers 0",
+    "finetune": "--init run --data data --out tuned {tune}",
+    "finetune --model": "--model demo_swin --weights teacher.safetensors --data data --out tuned {tune}",
     "export": "--run run --out out",
     "report": "--run run --out page.html",
     "verify": "--cache cache --deep",
@@ -63,7 +65,12 @@ FINE = (
     ("distill", r"half/metrics.jsonl (missing|empty|cut)", "", "later lines are appended"),
     ("distill", r"half/(cache.json|config.yaml) missing", "recreated", "the command has the same options"),
     ("distill", r"half/\.lock (missing|empty|cut|huge)", "", "a lock file is never read"),
-    ("plan|cache_teacher|evaluate|probe|distill", r"data/\S+ \w+", "", "unreadable images are counted and skipped"),
+    (
+        "plan|cache_teacher|evaluate|probe|distill|finetune.*",
+        r"data/\S+ \w+",
+        "",
+        "unreadable images are counted and skipped",
+    ),
     ("verify", r"cache/plan\.json missing", "plan.json", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "teacher", "a line reports it"),
     ("export", r"run/summary\.json missing", "", "an unfinished run is exported from its last checkpoint"),
@@ -102,6 +109,7 @@ def words_of(command: str) -> list[str]:
                 "--data.max_samples 96", ""
             ),
             train=" ".join(flags(train)),
+            tune=" ".join(flags({"epochs": 1, "batch": 8, "workers": 0, "views.randaugment_ops": 0})),
         )
         .split()
     )

@@ -1,6 +1,8 @@
 """Fine-tuning: what is written, which images are used, what a start folder may be, errors, interruption."""
 
 import json
+import os
+import shutil
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from documented import call
 from image_files import encoded, write
 from PIL import Image
+from small_cache import shared_weights
 
 import scalekd_cache
 from pipelines import finetune as command
@@ -20,8 +23,10 @@ from scalekd_cache.data.source import open_source
 from scalekd_cache.errors import RunInterrupted
 from scalekd_cache.models import evaluate
 from scalekd_cache.models.teacher import load_teacher
+from scalekd_cache.store import durable_files
 from scalekd_cache.training import finetune as module
 from scalekd_cache.training.finetune import TrainingViews, chosen_images
+from scalekd_cache.training.probe import labeled_splits
 
 torch.set_num_threads(1)
 COLORS = {"blue": (40, 60, 200), "green": (30, 180, 70), "red": (200, 50, 40)}
@@ -113,7 +118,7 @@ def test_few_labels_are_the_same_for_any_listing():
     assert chosen_images(source, None, 0).tolist() == [*range(len(source.samples))]
 
 
-def test_unreadable_images_are_skipped(tmp_path):
+def test_unreadable_images_are_skipped_and_reported(tmp_path, capsys):
     root = colored(tmp_path, train=3, val=1)
     (root / "train" / "red" / "0.png").write_bytes(b"nothing")
     source = open_source(DataConfig(source=str(root)), "train")
@@ -122,10 +127,14 @@ def test_unreadable_images_are_skipped(tmp_path):
     assert (pixels.shape, pixels.dtype, len(labels), len(bad)) == ((8, 3, 224, 224), torch.uint8, 8, 1)
     assert not torch.equal(pixels, views[1, [*range(9)]][0])
     assert torch.equal(pixels, views[0, [*range(9)]][0])
-    facts = scalekd_cache.finetune(
-        model="resnet10t", data=root, size=32, out=tmp_path / "o", options={**QUICK, "epochs": 1, "pretrained": False}
-    )
-    assert facts["train_images"] == 8
+    (root / "val" / "red" / "0.png").write_bytes(b"nothing")
+    options = {**QUICK, "epochs": 1, "pretrained": False}
+    facts = scalekd_cache.finetune(model="resnet10t", data=root, size=32, out=tmp_path / "o", options=options)
+    assert (facts["train_images"], facts["val_images"]) == (8, 2)
+    said = capsys.readouterr().out
+    assert "9 training images of 3 classes, 1 epoch, 32 x 32" in said
+    assert "1 training image could not be read: omitted" in said
+    assert "of 2 validation images, 1 could not be read" in said
 
 
 @pytest.mark.parametrize(
@@ -164,6 +173,65 @@ def test_folders_that_cannot_be_used(data, tmp_path):
         write(flat / f"{number}.png", encoded(Image.new("RGB", (40, 40))))
     with pytest.raises(UserError, match="no labels"):
         scalekd_cache.finetune(model="resnet10t", data=flat, out=tmp_path / "o", options=options)
+
+
+@pytest.mark.parametrize(
+    ("damage", "text"),
+    [
+        (lambda val: (val / "red" / "0.png").symlink_to("0.png"), "a path with an image suffix is not a file"),
+        (lambda val: os.mkfifo(val / "red" / "0.png"), "a path with an image suffix is not a file"),
+        (lambda val: (val / "red").rename(val / "ruby"), "val/ has a class that train/ does not have"),
+        (lambda val: (val / "0.png").touch(), "both class folders and images"),
+        (lambda val: val.rename(val.parent / "valid"), "rename valid/ to val/"),
+        (lambda val: (shutil.rmtree(val), val.touch()), "val is not a folder"),
+    ],
+)
+def test_a_damaged_val_is_not_a_missing_one(tmp_path, damage, text):
+    """Otherwise fine-tuning would not measure anything, and the probe would test on training images."""
+    root = colored(tmp_path / "data", train=3, val=1)
+    if "suffix" in text:
+        (root / "val" / "red" / "0.png").unlink()
+    damage(root / "val")
+    with pytest.raises(UserError, match=text):
+        scalekd_cache.finetune(
+            model="resnet10t", data=root, size=32, out=tmp_path / "o", options={**QUICK, "pretrained": False}
+        )
+    assert not (tmp_path / "o").exists()
+    with pytest.raises(UserError, match=text):
+        labeled_splits(DataConfig(source=str(root)))
+
+
+def test_an_evaluation_that_fails_does_not_lose_the_training(data, tmp_path, monkeypatch):
+    def fail(*_, **__):
+        raise UserError("cannot read an image")
+
+    monkeypatch.setattr(module, "_accuracy", fail)
+    with pytest.raises(UserError, match="trained and exported, but not evaluated: cannot read an image"):
+        scalekd_cache.finetune(
+            model="resnet10t", data=data, size=32, out=tmp_path / "o", options={**QUICK, "pretrained": False}
+        )
+    model = timm.create_model(f"local-dir:{tmp_path / 'o'}", pretrained=True)
+    assert model.num_classes == 3
+    assert "not measured" in (tmp_path / "o" / "README.md").read_text()
+
+
+def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path, monkeypatch):
+    options = {"model": "resnet10t", "data": data, "size": 32, "options": {**QUICK, "pretrained": False}}
+    monkeypatch.setattr(module, "_train", lambda *_: pytest.fail("trained"))
+    with pytest.raises(UserError, match="cannot write to the folder"):
+        scalekd_cache.finetune(**options, out="/proc/none/out")
+    monkeypatch.setattr(durable_files, "free_bytes", lambda _: 1 << 20)
+    with pytest.raises(UserError, match="the disk is full"):
+        scalekd_cache.finetune(**options, out=tmp_path / "o")
+    one = tmp_path / "one"
+    for split in ("train", "val"):
+        write(one / split / "red" / "0.png", encoded(Image.new("RGB", (40, 40))))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="all of one class"):
+        scalekd_cache.finetune(**{**options, "data": one}, out=tmp_path / "o")
+    with pytest.raises(UserError, match="all of one class"):
+        scalekd_cache.probe(backbone="demo_swin", data=one, weights=shared_weights(), options={"device": "cpu"})
+    assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
 @pytest.mark.parametrize("place", ["training", "evaluation"])
