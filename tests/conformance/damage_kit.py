@@ -21,6 +21,7 @@ from damage import rewrite_unit
 from image_files import encoded, picture
 from small_cache import flip_byte, reseal
 
+from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.durable_files import canonical_json
 
 UNIT = "units/g000-r00000"
@@ -60,6 +61,10 @@ def manifest(**changes: Any) -> Callable[[Path], None]:
 
 def change_manifest(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     return lambda cache: reseal(cache / "manifest.json", change)
+
+
+def new_seed(fields: dict[str, Any]) -> None:
+    fields["view_recipe"].update(seed=1)
 
 
 def refingerprint(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
@@ -267,19 +272,19 @@ DAMAGED = {
         "tar-plain",
         "fingerprint_fields were changed, fingerprint was not",
         MANIFEST,
-        change_manifest(lambda fields: fields["fingerprint_fields"]["views"].update(seed=1)),
+        change_manifest(lambda fields: (fields["fingerprint_fields"]["views"].update(seed=1), new_seed(fields))),
     ),
     "damaged-codec-contradiction": Damage(
         "tar-plain",
         "codec differs from its copy in fingerprint_fields",
         MANIFEST,
-        change_manifest(lambda fields: fields["codec"].update(id="int4")),
+        change_manifest(lambda fields: fields["codec"].update(shape=[16, 4, 1])),
     ),
     "damaged-view-recipe": Damage(
         "tar-plain",
         "view_recipe differs from its copy in fingerprint_fields",
         MANIFEST,
-        change_manifest(lambda fields: fields["view_recipe"].update(size=64)),
+        change_manifest(new_seed),
     ),
     "damaged-num-samples": Damage(
         "tar-plain", "num_samples is not the sum of count", MANIFEST, manifest(num_samples=4)
@@ -344,6 +349,24 @@ DAMAGED = {
         "a record lacks its features; all checksums match",
         RECORD,
         second_record(lambda one: one._replace(features=b"")),
+    ),
+    "damaged-no-logits": Damage(
+        "tar-plain",
+        "a record lacks its logits; all checksums match",
+        RECORD,
+        second_record(lambda one: one._replace(logits=b"")),
+    ),
+    "damaged-no-label": Damage(
+        "tar-plain",
+        "a record lacks its label; all checksums match",
+        RECORD,
+        second_record(lambda one: one._replace(label=NO_LABEL)),
+    ),
+    "damaged-view-number": Damage(
+        "tar-plain",
+        "a record holds the parameters of another view; all checksums match",
+        RECORD,
+        second_record(lambda one: one._replace(view=one.view.replace('"number":0', '"number":1'))),
     ),
     "damaged-label": Damage(
         "tar-plain",
