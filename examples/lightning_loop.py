@@ -1,4 +1,4 @@
-"""ScaleKD in a Lightning loop (pip install lightning): python examples/lightning_loop.py caches/demo"""
+"""ScaleKD in Lightning (pip install lightning): python examples/lightning_loop.py caches/demo [number of devices]"""
 
 import sys
 
@@ -6,6 +6,15 @@ import lightning
 import torch
 
 from scalekd_cache import CachedTargets, ScaleKDLoss, timm_student
+
+
+class CachedData(lightning.LightningDataModule):
+    def __init__(self, cache, **options):
+        super().__init__()
+        self.cache, self.options = cache, options
+
+    def train_dataloader(self):  # Lightning calls it in every process: each one gets its own batches
+        return CachedTargets(self.cache, **self.options)
 
 
 class Distillation(lightning.LightningModule):
@@ -17,14 +26,18 @@ class Distillation(lightning.LightningModule):
     def training_step(self, batch, number):
         terms = self.loss(*self.student(batch.images), batch.labels, batch.targets)
         self.log("loss", terms.total)
-        print(f"step {number + 1}: loss {terms.total.item():.4f}", flush=True)
+        if self.global_rank == 0:
+            print(f"step {number + 1}: loss {terms.total.item():.4f}", flush=True)
         return terms.total
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
 
 
-lightning.seed_everything(0)
-targets = CachedTargets(sys.argv[1], batch_size=32, epochs=1)  # one pass contains all epochs, so max_epochs=1
-trainer = lightning.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False)
-trainer.fit(Distillation(targets), targets)
+if __name__ == "__main__":
+    lightning.seed_everything(0)
+    devices = int(sys.argv[2]) if len(sys.argv) > 2 else "auto"
+    data = CachedData(sys.argv[1], batch_size=32, epochs=1)  # one pass holds all epochs, so max_epochs=1
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = lightning.Trainer(max_epochs=1, devices=devices, **quiet)
+    trainer.fit(Distillation(data.train_dataloader()), datamodule=data)

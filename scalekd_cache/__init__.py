@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe
     from scalekd_cache.config.stage2 import ScaleKDConfig
     from scalekd_cache.errors import UserError
+    from scalekd_cache.loader.decoder import RecordDecoder
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
     from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
@@ -20,6 +21,7 @@ __all__ = [
     "Cache",
     "CacheInfo",
     "CachedTargets",
+    "RecordDecoder",
     "ScaleKDConfig",
     "ScaleKDLoss",
     "TailParts",
@@ -38,6 +40,7 @@ _HOME = {
     "Cache": "store.reader",
     "CacheInfo": "api",
     "CachedTargets": "training.targets",
+    "RecordDecoder": "loader.decoder",
     "ScaleKDConfig": "config.stage2",
     "ScaleKDLoss": "training.targets",
     "TailParts": "models.tail",

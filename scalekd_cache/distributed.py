@@ -102,6 +102,13 @@ def this_process(device: str = "auto") -> Process:
     return Process(rank, world_size, choose_device(device))
 
 
+def rank_in_loop() -> tuple[int, int]:
+    """Rank and world size of a process in a custom training loop: of its process group, else of its launcher."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+
 class Peers:
     """Coordinates the ranks of a job: shared counters, published values and heartbeats.
 

@@ -5,6 +5,7 @@ Invariant: a batch is complete and verified, or an error names the record. The p
 resumed loader continues with the next sample for any number of workers.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -297,6 +298,12 @@ class CacheLoader:
         return f"micro-batch {micro} (view {view}, shards {', '.join(shards[:3])}{more})"
 
     def _slots(self) -> Iterator[Slot]:
+        """The micro-batches that are left; in a worker of torch's DataLoader, every n-th of them, n workers."""
+        worker = get_worker_info()
+        slots = self._all_slots()
+        return slots if worker is None else itertools.islice(slots, worker.id, None, worker.num_workers)
+
+    def _all_slots(self) -> Iterator[Slot]:
         first = self.step
         for step in range(first, self.total_steps):
             for micro in self.micros:

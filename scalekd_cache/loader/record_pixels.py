@@ -16,6 +16,7 @@ from scalekd_cache.data.images import decode_image
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.checked_files import parse_json
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.views.pixels import Pixels, decode_pixels, pixel_digest
 from scalekd_cache.views.view import View, apply_view
 
@@ -73,3 +74,26 @@ def wrong_digest(record: Record, pixels: Pixels) -> str | None:
     """The digest of the pixels where it differs from the record's; None where they are equal."""
     found = pixel_digest(pixels)
     return None if found == record.digest else found
+
+
+def verified_pixels(pixels_of: RecordPixels, record: Record, cache: Cache, view: int, *, check: bool) -> Pixels:
+    """The pixels of a record of a cache, compared with the digest of the teacher's input if `check`.
+
+    Raises:
+        UserError: as `RecordPixels`; the digest differs.
+    """
+    pixels = pixels_of(record)
+    assert pixels is not None, "the data set of replayed views is open"
+    wrong = wrong_digest(record, pixels) if check else None
+    if wrong is not None:
+        replayed = pixels_of.source is not None
+        raise UserError(
+            "a view's pixels differ from the teacher's input",
+            got=f"digest {wrong}",
+            expected=f"digest {record.digest}",
+            where=f"view {view} of {record.key} in {cache.root}",
+            fix=("restore the image if it was replaced after stage 1, or " if replayed else "")
+            + "use the library versions that wrote the cache: "
+            + ", ".join(f"{name} {version}" for name, version in cache.manifest.facts.versions.items()),
+        )
+    return pixels

@@ -10,7 +10,7 @@ import hashlib
 from collections import OrderedDict
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -27,6 +27,7 @@ from scalekd_cache.store.base import (
     stores_features,
     wrong_share,
 )
+from scalekd_cache.store.durable_files import FileHash
 from scalekd_cache.store.manifest import Manifest, UnitRow, read_manifest
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import RemotePath, discard_damaged, open_place
@@ -128,19 +129,26 @@ class Cache:
             by_unit.setdefault(self._unit_number(position, view), []).append(place)
         records: dict[int, Record] = {}
         for unit, places in by_unit.items():
-            found = self._read_unit(view, unit, positions[places] - starts[unit])
-            records.update(zip(places, found, strict=True))
-        found = [self._checked(records[place], positions[place], view) for place in range(len(positions))]
+            records.update(zip(places, self._read_unit(view, unit, positions[places] - starts[unit]), strict=True))
+        return self.checked([records[place] for place in range(len(positions))], positions, view)
+
+    def checked(self, records: list[Record], positions: NDArray[np.int64], view: int) -> list[Record]:
+        """Records read from these positions of a view, themselves.
+
+        Raises:
+            UserError: a label outside the classes, or features where the cache's share of stored features has none.
+        """
+        for record, position in zip(records, positions.tolist(), strict=True):
+            self._check_label(record, position, view)
         if self.manifest.facts.features_every > 1:
-            for record, position, there in zip(found, positions, self.has_features(positions, view), strict=True):
+            for record, position, there in zip(records, positions, self.has_features(positions, view), strict=True):
                 if (what := wrong_share(record, bool(there))) is not None:
                     raise damaged(*what, f"{self.root}/{self.shard_at(position, view)}", record.key)
-        return found
+        return records
 
-    def _checked(self, record: Record, position: int, view: int) -> Record:
-        """The record itself; UserError for a label outside the classes."""
+    def _check_label(self, record: Record, position: int, view: int) -> None:
         if record.label == NO_LABEL or 0 <= record.label < len(self.manifest.facts.class_names):
-            return record
+            return
         where, classes = f"{self.root}/{self.shard_at(position, view)}", len(self.manifest.facts.class_names)
         raise damaged(
             "the label of a record is outside the classes",
@@ -194,8 +202,24 @@ class Cache:
         return reader
 
 
+class ShardFacts(NamedTuple):
+    """A committed shard."""
+
+    folder: StoredPath
+    """The folder of its unit."""
+    unit: UnitInfo
+    files: dict[str, FileHash]
+    """Its files by name relative to the unit's folder."""
+
+
 def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardReader:
-    """The reader of a shard, after checking that its unit is the one in the manifest and its files have full length."""
+    """The reader of a shard, after the checks of `shard_facts`."""
+    folder, unit, _ = shard_facts(root, manifest, row, view)
+    return shard_reader(unit.backend, folder, ShardId(row.group, row.range_id, view), read_keys(folder, unit))
+
+
+def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardFacts:
+    """A shard, after checking that its unit is the one in the manifest and its files have full length."""
     folder = unit_folder(root, row.group, row.range_id)
     info = read_listed_unit(root, manifest, row)
     files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
@@ -203,7 +227,7 @@ def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) ->
     if wrong or not files:
         name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
         raise damaged("a shard is truncated or missing", what, "the committed file", folder / name)
-    return shard_reader(info.backend, folder, ShardId(row.group, row.range_id, view), read_keys(folder, info))
+    return ShardFacts(folder, info, files)
 
 
 def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> UnitInfo:

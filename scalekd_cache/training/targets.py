@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import IterableDataset, get_worker_info
 
 from scalekd_cache.codec import Shape
 from scalekd_cache.codec.base import FeatureCodec, feature_norms
@@ -19,7 +20,7 @@ from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.options import build
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
-from scalekd_cache.distributed import Process
+from scalekd_cache.distributed import Process, rank_in_loop
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import WINDOW, ClassCorrelation, Order, mixing_window
@@ -251,12 +252,17 @@ class CachedBatch(NamedTuple):
     """The teacher's map, norms, logits and pooled embedding, float32."""
 
 
-class CachedTargets:
+class CachedTargets(IterableDataset[CachedBatch]):
     """The batches of some epochs; epoch e reads view e mod V. Iteration continues from the saved position.
+
+    It is a data loader itself: `workers` load in the background. With several processes (a process group, or torchrun),
+    each gets its own batches, the same ones for every world size at a given global batch. torch's
+    `DataLoader(targets, batch_size=None, num_workers=2)` gives the same batches in the same order; the position is then
+    counted by the caller: `load_state_dict({**targets.state_dict(), "step": batches})`.
 
     Args:
         cache: a finished cache, or its folder or URL.
-        batch_size: samples per batch (also the BatchNorm group); a partial last batch is dropped.
+        batch_size: samples per batch of this process (also the BatchNorm group); a partial last batch is dropped.
         feature_share: share of a batch's samples that have features in its targets, the first ones (None: all, or as
             many as the cache has).
         epochs: passes over the data.
@@ -291,9 +297,12 @@ class CachedTargets:
     ) -> None:
         self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
         self.device = torch.device(device)
-        manifest, process = self.cache.manifest, Process(0, 1, self.device)
-        if len(self.cache) < batch_size:
-            raise UserError("a batch is larger than the cache", got=batch_size, expected=f"at most {len(self.cache)}")
+        manifest, process = self.cache.manifest, Process(*rank_in_loop(), self.device)
+        global_batch = batch_size * process.world_size
+        if len(self.cache) < global_batch:
+            what = "a batch" if process.world_size == 1 else f"a batch of {process.world_size} processes"
+            raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(self.cache)}")
+        self._process, self._workers = process, workers
         self.num_classes = manifest.facts.num_classes
         self.image_size = image_size or int(manifest.facts.view_recipe["size"])
         features = feature_samples(ScaleKDConfig(feature_share=feature_share), self.cache, batch_size)
@@ -301,8 +310,10 @@ class CachedTargets:
             self.cache,
             make_order(TrainConfig(seed=seed), self.cache, process),
             epochs=epochs,
-            global_batch=batch_size,
+            global_batch=global_batch,
             micro_batch=batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
             workers=workers,
             features=features,
             pixels=open_shared_pixels(self.cache, pixels_from, manifest.num_views),
@@ -324,8 +335,31 @@ class CachedTargets:
         return self.loader.total_steps
 
     def __iter__(self) -> Iterator[CachedBatch]:
+        """The batches of this process; in a worker of torch's DataLoader, the worker's part of them.
+
+        Raises:
+            UserError: the process group was made after these targets; workers or a GPU in a worker; a damaged record.
+        """
+        if get_worker_info() is None:
+            self._check_process()
+        elif self._workers or self.device.type != "cpu":
+            raise UserError(
+                "inside torch's DataLoader, CachedTargets cannot start workers or use a GPU",
+                got=f"workers={self._workers}, device={self.device}",
+                expected="workers=0, device=cpu",
+                fix="iterate over CachedTargets directly: it loads with its own workers",
+            )
         for batch in self.loader:
             yield self._deliver(batch.to(self.device))
+
+    def _check_process(self) -> None:
+        made, now = self._process[:2], rank_in_loop()
+        if made != now:
+            raise UserError(
+                "CachedTargets was made before the process group: processes would train on the same batches",
+                got="rank {} of {} now, {} of {} then".format(*now, *made),
+                fix="make it after init_process_group; with Lightning, in train_dataloader of a DataModule",
+            )
 
     def _deliver(self, batch: Batch) -> CachedBatch:
         images = self._normalize(resize(batch.images, self.image_size))

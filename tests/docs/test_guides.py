@@ -53,16 +53,20 @@ def test_every_command_is_understood(page, command):
 
 def test_the_guides_show_the_examples():
     shown = {"my_teacher": PYTHON["teacher"][0], "plain_pytorch": PYTHON["students"][0],
-             "my_student": PYTHON["students"][1]}  # fmt: skip
+             "my_student": PYTHON["students"][1], "webdataset_pipeline": PYTHON["students"][2],
+             "huggingface_datasets": PYTHON["students"][3]}  # fmt: skip
     for name, text in shown.items():
         assert text.strip() in (ROOT / "examples" / f"{name}.py").read_text(encoding="utf-8")
 
 
-def run_example(name, *words):
+def output_of_example(name, *words):
     command = [sys.executable, str(ROOT / "examples" / name), str(shared_cache().root), *map(str, words)]
     env = {**ENV, "PYTHONPATH": str(ROOT)}
-    said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S, env=env).stdout
-    first, _, rest = said.partition("\n")
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=LIMIT_S, env=env).stdout
+
+
+def run_example(name, *words):
+    first, _, rest = (said := output_of_example(name, *words)).partition("\n")
     assert first.startswith("loss weights: spatial 0.005"), said
     return rest
 
@@ -85,6 +89,47 @@ def test_the_lightning_loop():
     lines = [line for line in run_example("lightning_loop.py").splitlines() if line.startswith("step ")]
     assert [line.split(":")[0] for line in lines] == [f"step {n}" for n in (1, 2, 3)]
     assert float(lines[-1].split()[-1]) < float(lines[0].split()[-1])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_the_lightning_loop_on_two_processes():
+    """Each step of 64 samples is one of two processes; the third batch of 32 is none."""
+    lines = [line for line in output_of_example("lightning_loop.py", 2).splitlines() if line.startswith("step ")]
+    assert [line.split(":")[0] for line in lines] == ["step 1"]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_lightning_run_resumes_in_the_middle_of_an_epoch(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT))
+    lightning, example = importlib.import_module("lightning"), importlib.import_module("examples.lightning_loop")
+
+    def run(folder, resumed=None, **options):
+        lightning.seed_everything(0)
+        data = example.CachedData(shared_cache().root, batch_size=16)
+        saved = lightning.pytorch.callbacks.ModelCheckpoint(folder, every_n_train_steps=2, save_top_k=-1)
+        quiet = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+        trainer = lightning.Trainer(max_epochs=1, callbacks=[saved], **quiet, **options)
+        module = example.Distillation(data.train_dataloader())
+        trainer.fit(module, datamodule=data, ckpt_path=resumed)
+        assert trainer.global_step == options.get("max_steps", 6)
+        return module.state_dict()
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "half", max_steps=2)
+    resumed = run(tmp_path / "resumed", next((tmp_path / "half").glob("*step=2.ckpt")))
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["webdataset_pipeline.py", "huggingface_datasets.py"])
+def test_the_other_pipelines(name):
+    """Two workers: every sample once; the loss falls."""
+    lines = output_of_example(name).splitlines()
+    assert sum(int(line.split()[2]) for line in lines) == len(shared_cache())
+    losses = [float(line.split()[-1]) for line in lines]
+    assert all(0 < loss < 10 for loss in losses)
 
 
 def test_the_plain_loop_is_short():

@@ -8,7 +8,9 @@ import pytest
 import torch
 from commands import ROOT
 from small_cache import CPU, shared_cache
+from sparse_cache import finished
 from torch import nn
+from torch.utils.data import DataLoader
 
 import scalekd_cache
 from scalekd_cache import Cache, CachedTargets, ScaleKDLoss, timm_student
@@ -17,7 +19,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.targets import CachedBatch, TargetSource, load_cache_tail, make_heads, make_order
 from scalekd_cache.training.trainer import DistillModel
 
 GLOBAL = 16
@@ -158,3 +160,75 @@ def test_bad_batches():
         CachedTargets(shared_cache(), batch_size=97)
     with pytest.raises(UserError, match="no manifest"):
         CachedTargets("nowhere", batch_size=1)
+
+
+# Ranks and workers
+
+
+def images_of(batches):
+    return [batch.images for batch in batches]
+
+
+def as_rank(monkeypatch, rank, world_size, **options):
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(world_size))
+    return small_targets(**options)
+
+
+@pytest.mark.parametrize("form", ["plain", "sparse"])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_the_ranks_of_a_custom_loop_share_every_global_batch(monkeypatch, form, world_size):
+    """Side by side, the batches of all ranks are those of one process, so every sample comes once."""
+    cache = {"plain": shared_cache, "sparse": finished}[form]()
+    every = cache.manifest.facts.features_every
+    sizes = {"batch_size": 4 * every // 2, "epochs": 2}
+    ranks = []
+    for rank in range(world_size):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", str(world_size))
+        targets = CachedTargets(cache, **sizes)
+        ranks.append(images_of(targets))
+        assert len(ranks[rank]) == len(targets)
+    monkeypatch.delenv("RANK")
+    monkeypatch.delenv("WORLD_SIZE")
+    one = CachedTargets(cache, **{**sizes, "batch_size": world_size * sizes["batch_size"]})
+    together = [torch.cat(steps) for steps in zip(*ranks, strict=True)]
+    if form == "plain":
+        assert all(torch.equal(a, b) for a, b in zip(together, images_of(one), strict=True))
+    seen = [image.numpy().tobytes() for batch in together[: len(together) // 2] for image in batch]
+    assert len(set(seen)) == len(seen)
+    if form == "plain":
+        assert len(seen) == len(cache)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_torchs_data_loader_gives_the_same_batches(workers):
+    """Also from a resumed position."""
+    targets, state = small_targets(epochs=2), small_targets(epochs=2).state_dict()
+    expected = images_of(targets)
+    resumed = small_targets(epochs=2)
+    resumed.load_state_dict({**state, "step": 5})
+    for one, batches in ((small_targets(epochs=2), expected), (resumed, expected[5:])):
+        loader = DataLoader(one, batch_size=None, num_workers=workers)
+        for got, images in zip(loader, batches, strict=True):
+            assert torch.equal(got.images, images)
+            assert isinstance(got, CachedBatch)
+    assert len(DataLoader(targets, batch_size=None)) == len(expected)
+
+
+def test_workers_inside_a_data_loader_are_an_error():
+    with pytest.raises(UserError, match="cannot start workers or use a GPU"):
+        next(iter(DataLoader(small_targets(workers=1), batch_size=None, num_workers=1)))
+
+
+def test_a_process_group_made_after_the_targets_is_an_error(monkeypatch):
+    targets = small_targets()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match=r"(?s)before the process group.*rank 1 of 2 now, 0 of 1 then"):
+        next(iter(targets))
+
+
+def test_a_batch_of_all_ranks_may_not_be_larger_than_the_cache(monkeypatch):
+    with pytest.raises(UserError, match="a batch of 7 processes is larger than the cache"):
+        as_rank(monkeypatch, 0, 7)

@@ -57,12 +57,12 @@ class Writer(ShardWriter):
         payloads = (record.pixels, record.features, record.second, record.logits)
         pixels, features, second, logits = map(crc_input, payloads)
         pieces: list[Any] = []
-        json_offset = self._member(pieces, self._tar.bytes, record.key + ".json", target)
+        json_offset = add_member(pieces, self._tar.bytes, record.key + ".json", target)
         pixels_offset, end = 0, json_offset + len(target)
         if len(pixels):
-            pixels_offset = self._member(pieces, end, record.key + pixels_suffix(pixels), pixels)
+            pixels_offset = add_member(pieces, end, record.key + pixels_suffix(pixels), pixels)
             end = pixels_offset + len(pixels)
-        features_offset = self._member(pieces, end, record.key + ".features", features, second, logits)
+        features_offset = add_member(pieces, end, record.key + ".features", features, second, logits)
         kept = len(features) + len(second)
         sizes = (len(target), len(pixels), kept + len(logits))
         places = (json_offset, pixels_offset, features_offset, *sizes)
@@ -73,13 +73,6 @@ class Writer(ShardWriter):
         self.crcs.append(crc)
         for kind, size in zip(self._payload, (len(pixels), kept, len(target) + len(logits)), strict=True):
             self._payload[kind] += size
-
-    def _member(self, pieces: list[Any], end: int, name: str, *data: Any) -> int:
-        """Add padding after offset `end`, header and data of a member; returns the offset of the data."""
-        header = member_header(name, sum(map(len, data)))
-        padding = PADDING[-end % BLOCK]
-        pieces += (padding, header, *data)
-        return end + len(padding) + len(header)
 
     def finish(self) -> ShardSummary:
         """End the tar (two empty blocks), then the index."""
@@ -96,21 +89,25 @@ class Writer(ShardWriter):
 
 
 class Reader(ShardReader):
-    """Reads with one pread per record or per run of adjacent records."""
+    """Reads with one pread per record or per run of adjacent records.
 
-    def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
+    With `tar_bytes`, the length of the tar, the tar itself is not opened: only `from_members` can be used.
+    """
+
+    def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str], tar_bytes: int | None = None) -> None:
         super().__init__(folder, shard, keys)
         keep_freed_memory()
         self._kept = -1
-        try:
-            descriptor = descriptor_of(self.where)
-        except FileNotFoundError:
-            raise damaged("a shard is missing", "no file", "a tar", self.where) from None
-        tar_bytes = os.fstat(descriptor).st_size
-        if isinstance(folder, Path):
-            self._kept = descriptor
-        else:  # an open local copy could not be evicted, so it is opened for each call
-            os.close(descriptor)
+        if tar_bytes is None:
+            try:
+                descriptor = descriptor_of(self.where)
+            except FileNotFoundError:
+                raise damaged("a shard is missing", "no file", "a tar", self.where) from None
+            tar_bytes = os.fstat(descriptor).st_size
+            if isinstance(folder, Path):
+                self._kept = descriptor
+            else:  # an open local copy could not be evicted, so it is opened for each call
+                os.close(descriptor)
         index = load_index(folder / f"v{shard.view:04d}.idx", shard, len(keys), tar_bytes)
         self._crcs = np.ascontiguousarray(index["crc32c"])
         self._rows: list[tuple[int, ...]] = index.tolist()
@@ -151,6 +148,19 @@ class Reader(ShardReader):
             if descriptor != self._kept:
                 os.close(descriptor)
         return records
+
+    def from_members(self, row: int, target: bytes, pixels: bytes, features: bytes) -> Record:
+        """The record of a row from the data of its members, as another tar reader returns them.
+
+        The checksum covers the headers and padding between the members too; they are made again from names and sizes.
+        """
+        key, start = self.keys[row], self._rows[row][0]
+        pieces: list[Any] = [target]
+        end = start + len(target)
+        if pixels:
+            end = add_member(pieces, end, key + pixels_suffix(pixels), pixels) + len(pixels)
+        add_member(pieces, end, key + ".features", features)
+        return self._cut([row], b"".join(pieces), start)[0]
 
     def _extent(self, row: int) -> tuple[int, int]:
         """Start and end of a record in the tar; its features come last (`load_index` checks the order)."""
@@ -202,6 +212,14 @@ class Reader(ShardReader):
         descriptor, self._kept = getattr(self, "_kept", -1), -1
         if descriptor >= 0:
             os.close(descriptor)
+
+
+def add_member(pieces: list[Any], end: int, name: str, *data: Any) -> int:
+    """Add padding after offset `end`, header and data of a member; returns the offset of the data."""
+    header = member_header(name, sum(map(len, data)))
+    padding = PADDING[-end % BLOCK]
+    pieces += (padding, header, *data)
+    return end + len(padding) + len(header)
 
 
 def crc_seed(key: str, places: bytes) -> int:

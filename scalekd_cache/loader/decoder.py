@@ -1,0 +1,160 @@
+"""Decoded records for other data pipelines: webdataset, Hugging Face `datasets`, a map-style data set.
+
+In: a sample that `webdataset` read from a tar of a cache, or positions of a view. Out: a dict of arrays and texts.
+Invariant: the checks are those of training: checksum of a record, its parts, labels, pixel digests. Order and
+completeness of an epoch belong to the pipeline.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.codec.pooled import second_codec_from_config
+from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.data.source import open_cache_source
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import DIGEST_EVERY, PART_NAMES
+from scalekd_cache.loader.record_pixels import RecordPixels, decode_features, decode_pooled, verified_pixels
+from scalekd_cache.store.base import Parts, Record
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.shared_pixels import open_shared_pixels
+from scalekd_cache.store.streamed import TarSamples
+
+
+class RecordDecoder:
+    """Decodes the records of a cache for a data pipeline other than `CachedTargets`.
+
+    A call takes a sample as `webdataset` reads it: `wds.WebDataset(tars).map(RecordDecoder(cache))`. `read` takes
+    positions, and works with every cache. A decoded record is a dict:
+
+    | name | value |
+    |---|---|
+    | `key` | sample key |
+    | `view` | view record as JSON text: crop, flip, operations |
+    | `image` | (3, H, W) uint8: the pixels that were the teacher's input, not normalized |
+    | `label` | class index; absent in a cache without labels |
+    | `features` | (C, H, W) float32: the teacher's map; None where a sparse cache stores none |
+    | `norms` | (2, H, W) float32: exact norms of its tokens, raw and mean-removed; None where `features` is None |
+    | `logits` | (K,) float32, or log-probabilities with -inf for classes that top-k logits lack; absent if K = 0 |
+    | `pooled` | (P,) float32: pooled embedding; absent where the cache stores none |
+
+    Args:
+        cache: a finished cache, or its folder or URL.
+        pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
+        data: the images, for a cache without pixels (None: where stage 1 read them).
+
+    Raises:
+        UserError: the cache is not finished or is damaged; shared pixels or the images are missing.
+    """
+
+    def __init__(self, cache: Cache | Path | str, *, pixels_from: str | None = None, data: str | None = None) -> None:
+        self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
+        manifest = self.cache.manifest
+        facts = manifest.facts
+        self._codec = codec_from_config(facts.codec, self.cache.root)
+        self._logit_codec = logit_codec_from_config(facts.logit_codec)
+        self._second_codec = second_codec_from_config(facts.second_codec)
+        recomputed = isinstance(self._logit_codec, RecomputedLogits)
+        self._classifier = load_classifier(facts.logit_codec, self.cache.root) if recomputed else None
+        views = ViewConfig(**from_plain(facts.view_recipe))
+        self._replayed = views.pixels == "replayed"
+        self._pixels = RecordPixels(views, open_cache_source(facts.data, data, "train") if self._replayed else None)
+        self._shared = open_shared_pixels(self.cache, pixels_from, manifest.num_views)
+        self.num_classes = facts.num_classes
+        """Classes of a student: those of the data set, else of the teacher; 0: none."""
+        self.feature_shape = self._codec.shape
+        """(C, H, W) of the teacher's map."""
+        self._needed = Parts.LABEL if facts.labeled else Parts(0)
+        self._needed |= Parts.FEATURES if facts.features_every == 1 else Parts(0)
+        self._needed |= Parts(0) if self._second_codec is None else Parts.SECOND
+        self._tars: TarSamples | None = None
+        self._decoded = 0
+
+    def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
+        """The decoded record of a sample that webdataset read from a tar of the cache, before any `.decode()`.
+
+        Raises:
+            UserError: not such a sample, not a tar of this cache, or the record is damaged.
+        """
+        if self._tars is None:
+            self._tars = TarSamples(self.cache)
+        record, position, view = self._tars(sample)
+        return self._decode([record], [position], view)[0]
+
+    def read(self, positions: ArrayLike, view: int) -> list[dict[str, Any]]:
+        """The decoded records at these positions of a view, in this order; arguments and errors of `Cache.read`."""
+        return self._decode(self.cache.read(positions, view), positions, view)
+
+    @torch.no_grad()
+    def _decode(self, records: list[Record], positions: ArrayLike, view: int) -> list[dict[str, Any]]:
+        check_parts(records, self._needed, view, self.cache)
+        if self._shared is not None:
+            others = self._shared.read(positions, view)
+            records = [with_pixels(record, other, self._shared) for record, other in zip(records, others, strict=True)]
+        decoded = [{"key": record.key, "view": record.view, "image": self._image(record, view)} for record in records]
+        columns = self._targets(records)
+        if self.cache.manifest.facts.labeled:
+            columns["label"] = [record.label for record in records]
+        for number, one in enumerate(decoded):
+            one.update({name: values[number] for name, values in columns.items()})
+        return decoded
+
+    def _image(self, record: Record, view: int) -> NDArray[np.uint8]:
+        """(3, H, W) uint8."""
+        check = self._replayed or self._decoded % DIGEST_EVERY == 0
+        self._decoded += 1
+        return verified_pixels(self._pixels, record, self.cache, view, check=check).transpose(2, 0, 1)
+
+    def _targets(self, records: Sequence[Record]) -> dict[str, Sequence[Any]]:
+        """The teacher's targets by name, each with one value per record."""
+        there = [number for number, record in enumerate(records) if len(record.features)]
+        features: list[NDArray[np.float32] | None] = [None] * len(records)
+        norms, columns = features.copy(), dict[str, Sequence[Any]]()
+        if there:
+            maps = decode_features(self._codec, [records[number] for number in there])
+            for row, number in enumerate(there):
+                features[number], norms[number] = maps.features[row].numpy(), maps.norms[row].numpy()
+        columns["features"], columns["norms"] = features, norms
+        if self._classifier is not None:
+            columns["logits"] = list(self._classifier(maps.features.mean((2, 3))).numpy())
+        elif self._logit_codec.num_classes:
+            columns["logits"] = [self._logit_codec.decode(record.logits) for record in records]
+        if self._second_codec is not None:
+            columns["pooled"] = list(decode_pooled(self._second_codec, records).numpy())
+        return columns
+
+
+def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cache) -> None:
+    """`UserError` for a record without one of the needed parts."""
+    for record in records:
+        missing = needed & ~record.parts
+        if missing:
+            raise UserError(
+                "a record has no " + " or no ".join(PART_NAMES[part] for part in missing),
+                got=repr(record.parts),
+                expected=" and ".join(PART_NAMES[part] for part in needed),
+                where=f"view {view} of {record.key} in {cache.root}",
+            )
+
+
+def with_pixels(record: Record, other: Record, pixels: Cache) -> Record:
+    """The record with the pixels of the other one, from the cache whose pixels are shared; `UserError` if they belong
+    to different views."""
+    got, expected = ((one.key, one.label, one.digest, one.view) for one in (other, record))
+    if got != expected:
+        raise UserError(
+            "the shared pixels and the features belong to different views",
+            got=f"{other.key}, digest {other.digest}",
+            expected=f"{record.key}, digest {record.digest}",
+            where=pixels.root,
+            fix="use the cache that was set as --pixels-from when this cache was made",
+        )
+    return record._replace(pixels=other.pixels)

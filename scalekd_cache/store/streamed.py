@@ -1,0 +1,133 @@
+"""Records from the tars of a cache, read by `webdataset`.
+
+In: a cache, and a sample of `webdataset.WebDataset` on one of its tars. Out: the record, its position and view.
+Invariant: a record is exactly the one that was written (crc32c over all of it), as `Cache.read` returns it. The tars
+are not opened here. webdataset ends without an error where a tar was cut; the length of a tar in a folder is compared.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from scalekd_cache.errors import UserError, counted
+from scalekd_cache.store.base import Record, ShardId, damaged
+from scalekd_cache.store.formats.webdataset import Reader
+from scalekd_cache.store.reader import OPEN_SHARDS, Cache, shard_facts
+from scalekd_cache.store.sidecar import read_keys
+
+SHARD = re.compile(r"units/g(\d{3,9})-r(\d{5,9})/v(\d{4,9})\.tar")
+PIXELS = ("jpg", "webp", "png")
+AS_READ = "pass the decoder what webdataset has read: wds.WebDataset(urls).map(decoder), without .decode()"
+
+
+class StreamedRecord(NamedTuple):
+    """A record, and where the cache has it."""
+
+    record: Record
+    position: int
+    """Position in the view's canonical order."""
+    view: int
+    """View number."""
+
+
+class _Shard(NamedTuple):
+    reader: Reader
+    rows: dict[str, int]
+    """Row of each key."""
+
+
+class TarSamples:
+    """Makes records of samples; pickles small.
+
+    Args:
+        cache: the cache whose tars are read.
+
+    Raises:
+        UserError: the cache has no tars.
+    """
+
+    def __init__(self, cache: Cache) -> None:
+        if cache.manifest.facts.backend != "webdataset":
+            raise UserError(
+                "webdataset cannot read this cache: it has no tars",
+                got=f"store {cache.manifest.facts.backend}",
+                expected="store webdataset",
+                where=cache.root,
+                fix="read it by position: decoder.read(positions, view)",
+            )
+        self.cache = cache
+        self._shards: dict[ShardId, _Shard] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"cache": self.cache, "_shards": {}}
+
+    def __call__(self, sample: Mapping[str, Any]) -> StreamedRecord:
+        """The record of a sample as webdataset reads it: `__key__`, `__url__` and the bytes of its members.
+
+        Raises:
+            UserError: not such a sample, not a tar of this cache, or the record fails its checksum.
+        """
+        members = [
+            _member(sample, name) for name in ("json", next(filter(sample.__contains__, PIXELS), ""), "features")
+        ]
+        shard = _shard_id(sample)
+        known = self._shards.get(shard) or self._open(shard)
+        row = known.rows.get(sample["__key__"])
+        if row is None:
+            raise damaged(
+                "a tar holds a sample that is not in keys.txt", sample["__key__"], "a line of it", sample["__url__"]
+            )
+        record = known.reader.from_members(row, *members)
+        position = self.cache.positions(shard.view, shard.range_id)[row]
+        self.cache.checked([record], np.array([position]), shard.view)
+        return StreamedRecord(record, position, shard.view)
+
+    def _open(self, shard: ShardId) -> _Shard:
+        cache = self.cache
+        unit = next((row for row in cache.manifest.units if (row.group, row.range_id) == shard[:2]), None)
+        if unit is None or shard.view not in cache.manifest.facts.groups[shard.group]:
+            raise UserError(
+                "the tar does not belong to the cache",
+                got="group {}, range {}, view {}".format(*shard),
+                expected=f"views 0 to {cache.manifest.num_views - 1}, {counted(cache.num_ranges, 'range')}",
+                where=cache.root,
+                fix="give the decoder the cache whose tars are read",
+            )
+        folder, info, files = shard_facts(cache.root, cache.manifest, unit, shard.view)
+        keys = read_keys(folder, info)
+        reader = Reader(folder, shard, keys, files[f"v{shard.view:04d}.tar"].bytes)
+        if len(self._shards) >= OPEN_SHARDS:
+            self._shards.clear()
+        known = self._shards[shard] = _Shard(reader, {key: row for row, key in enumerate(keys)})
+        return known
+
+
+def _member(sample: Mapping[str, Any], name: str) -> bytes:
+    """The bytes of a member; none for the pixels of a cache that stores none."""
+    if not name:
+        return b""
+    data = sample.get(name)
+    if not isinstance(data, bytes):
+        raise UserError(
+            "this is not a sample that webdataset has read from a tar of a cache",
+            got=f"{name}: {type(data).__name__}" if name in sample else f"fields {', '.join(map(str, sample))}",
+            expected=f"{name}: the bytes of the member",
+            where=sample.get("__url__"),
+            fix=AS_READ,
+        )
+    return data
+
+
+def _shard_id(sample: Mapping[str, Any]) -> ShardId:
+    found = SHARD.findall(str(sample.get("__url__")))
+    if not found or "__key__" not in sample:
+        raise UserError(
+            "cannot tell which shard of the cache a sample is from",
+            got=f"__url__ {sample.get('__url__')}",
+            expected=".../units/g000-r00000/v0000.tar: the path that the tar has in the cache",
+            fix=AS_READ,
+        )
+    group, range_id, view = map(int, found[-1])
+    return ShardId(group, range_id, view)
