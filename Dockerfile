@@ -6,6 +6,8 @@ ARG BASE=ubuntu:24.04
 FROM ${BASE}
 
 # Python 3.12. DeepSpeed compiles a small operator at the first start: it needs the compiler and Python's headers.
+# The release of the base image determines the versions of these packages.
+# hadolint ignore=DL3008
 RUN apt-get update \
     && apt-get install -y --no-install-recommends ca-certificates g++ make python3 python3-dev python3-venv \
     && rm -rf /var/lib/apt/lists/*
@@ -13,8 +15,8 @@ RUN apt-get update \
 # pip reads it: another index for PyTorch's builds, such as those without CUDA.
 ARG PIP_EXTRA_INDEX_URL=
 COPY . /opt/scalekd-cache
+WORKDIR /opt/scalekd-cache
 RUN python3 -m venv /opt/venv \
-    && cd /opt/scalekd-cache \
     && /opt/venv/bin/pip install --no-cache-dir . \
     && /opt/venv/bin/scalekd --version
 

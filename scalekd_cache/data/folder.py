@@ -86,7 +86,7 @@ class IgnoredFiles:
     def add(self, kind: Kind, path: str) -> None:
         """Count one file."""
         self._first.setdefault(kind, path)
-        self._counts.setdefault(kind, Counter())[suffix_of(path) or "no suffix"] += 1
+        self._counts.setdefault(kind, Counter())[suffix_of(path) or "without suffix"] += 1
 
     def messages(self) -> tuple[str, ...]:
         """One message for each kind of file: count, suffixes, an example."""

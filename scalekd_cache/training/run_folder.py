@@ -227,8 +227,9 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
             fix = "choose another --run, or remove the folder to start over"
         raise UserError(f"{run} contains a run of {counted(before, 'epoch')}, not {after}", fix=fix)
     if different:
+        cache = f", for {stored.get('cache')}" if stored.get("cache") != given.get("cache") else ""
         raise UserError(
-            f"{run} contains a run with different options",
+            f"{run} contains a run with different options{cache}",
             got=", ".join(f"{name}={given.get(name)}" for name in different),
             expected=", ".join(f"{name}={stored.get(name)}" for name in different),
             fix="choose another --run, or remove the folder to start over",

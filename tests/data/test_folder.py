@@ -109,7 +109,7 @@ def test_what_is_not_taken_is_counted_and_named(tmp_path):
     text = "\n".join(source.ignored)
     assert "5 files that are not images of a known format (2 .txt, " in text
     assert "5 hidden or system files and folders" in text
-    assert "2 broken links or special files (2 no suffix), such as bee/" in text
+    assert "2 broken links or special files (2 without suffix), such as bee/" in text
     assert source_of(root, "val").ignored == ()
 
 

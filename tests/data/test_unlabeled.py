@@ -92,8 +92,8 @@ def test_one_ignored_file_or_name_is_in_the_singular(tmp_path):
     (folder / "train" / "gone").symlink_to("nowhere")
     (folder / "classes.txt").write_text("cow\n")
     assert [message.partition(", ")[0] for message in source_of(folder).ignored] == [
-        "ignored: 1 hidden or system file or folder (1 no suffix)",
-        "ignored: 1 broken link or special file (1 no suffix)",
+        "ignored: 1 hidden or system file or folder (1 without suffix)",
+        "ignored: 1 broken link or special file (1 without suffix)",
         f"ignored: {folder}/classes.txt",
     ]
     assert "the 2 class folders" in source_of(folder).ignored[-1]

@@ -56,7 +56,7 @@ def test_the_image_is_installed_as_the_readme_says():
     text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
     lines = re.sub(r"\\\n\s*", "", re.sub(r"(?m)^#.*\n", "", text)).strip().splitlines()
     words = [line.split()[0] for line in lines if line]
-    assert words == ["ARG", "FROM", "RUN", "ARG", "COPY", "RUN", "ENV", "WORKDIR", "CMD"]
+    assert words == ["ARG", "FROM", "RUN", "ARG", "COPY", "WORKDIR", "RUN", "ENV", "WORKDIR", "CMD"]
     assert "FROM ${BASE}" in lines
     assert "pip install --no-cache-dir ." in text
     assert "pip install ." in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -74,11 +74,13 @@ def test_own_data_in_five_lines(checkout):
         place = checkout / "photos" / split / name / f"{number}.jpg"
         place.parent.mkdir(parents=True, exist_ok=True)
         place.write_bytes(encoded(picture(number).resize((256, 240)), "JPEG"))
-    fetch, cache, verify, distill, export = commands_of(OWN_DATA)
+    fetch, cache, verify, distill, report = commands_of(OWN_DATA)
     assert fetch[1:] == ["fetch", cache[4]]
     run_in(checkout, cache, "PRETRAINED=0", "VIEWS=2", "WORKERS=0")
     run_in(checkout, verify)
     run_in(checkout, distill, "EPOCHS=1", "WORKERS=0", "BATCH=8")
-    assert read_json(checkout / "runs" / "resnet18" / "summary.json")["val_images"] == 4
-    run_in(checkout, export)
-    assert (checkout / "runs" / "resnet18" / "resnet18.onnx").is_file()
+    run = checkout / "runs" / "photos"
+    assert read_json(run / "summary.json")["val_images"] == 4
+    run_in(checkout, report)
+    assert (run / "report.html").is_file()
+    assert (run / "export" / "model.safetensors").is_file()

@@ -49,7 +49,7 @@ def check_scalekd(text: str) -> None:
 def check_make(text: str) -> None:
     """One `make target NAME=value ...`: make knows it, and what make would run is understood."""
     words = shlex.split(text, comments=True)
-    cache = ["CACHE=x"] if "cache" in PLAIN_NAMES[words[1]] and "CACHE=" not in text else []
+    cache = ["CACHE=x"] if "cache" in PLAIN_NAMES[words[1]] and "CACHE=" not in text and words[1] != "report" else []
     printed = execute("make", "-n", *words[1:], "VENV=none", *cache).replace("\\\n", " ")
     calls = [line for line in printed.splitlines() if "-m pipelines " in line]
     assert calls, text
