@@ -1,40 +1,28 @@
-"""The damaged cases of the conformance kit: each is a valid case in which a few files were changed or removed.
+"""Changes of a small cache that `damaged_cases.py` makes its cases from.
 
-In: the folder of the cases, with the valid ones. Out: a folder per damaged case: expected.json and `changed/`, which
-holds the changed files only. Invariant: only the named check finds the damage. Every hash and checksum that a careless
-writer would have recomputed is recomputed (`rehash`), unless the stale hash is the damage.
+In: the folder of a cache, a copy of `tar-plain` or `zarr-plain` in most cases. Out: the same folder, damaged.
+Invariant: every length, hash and checksum that a writer computes is computed again (`rehash`), except where a stale
+hash is the damage.
 """
 
 import json
 import shutil
 import struct
-import tempfile
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import google_crc32c
 import numpy as np
 import zstandard
 from damage import rewrite_unit
-from image_files import encoded, picture
 from small_cache import flip_byte, reseal
 
-from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.durable_files import canonical_json
 
 UNIT = "units/g000-r00000"
 LABELS = "v0000.zarr/labels/c/0"
-
-
-class Damage(NamedTuple):
-    """One damaged case."""
-
-    base: str
-    why: str
-    found_by: str
-    change: Callable[[Path], object]
 
 
 def rehash(cache: Path) -> None:
@@ -51,6 +39,10 @@ def rehash(cache: Path) -> None:
 def update_units(cache: Path, fields: dict[str, Any]) -> None:
     for row in fields["units"]:
         row[3] = sha256((cache / f"units/g{row[0]:03d}-r{row[1]:05d}/unit.json").read_bytes()).hexdigest()
+    digest_units(fields)
+
+
+def digest_units(fields: dict[str, Any]) -> None:
     fields["units_digest"] = sha256(canonical_json(fields["units"]).encode()).hexdigest()
 
 
@@ -84,6 +76,16 @@ def refingerprint(change: Callable[[dict[str, Any]], object]) -> Callable[[Path]
     return changed
 
 
+def change_codec(name: str, **changes: Any) -> Callable[[Path], None]:
+    """Change a codec in both places and recompute the fingerprint."""
+
+    def changed(cache: Path) -> None:
+        reseal(cache / "manifest.json", lambda fields: fields[name].update(changes))
+        refingerprint(lambda fields: fields[name].update(changes))(cache)
+
+    return changed
+
+
 ESCAPED: dict[str, Any] = {"sort_keys": True, "separators": (",", ":")}
 
 
@@ -105,6 +107,12 @@ def swap_keys(cache: Path) -> None:
     file = cache / UNIT / "keys.txt"
     first, second, *rest = file.read_text().splitlines()
     file.write_text("\n".join([second, first, *rest, ""]))
+    rehash(cache)
+
+
+def cut_keys(cache: Path) -> None:
+    file = cache / UNIT / "keys.txt"
+    file.write_text("".join(file.read_text().splitlines(keepends=True)[:-1]))
     rehash(cache)
 
 
@@ -188,6 +196,13 @@ def edit_flat(name: str, change: Callable[[bytes], bytes]) -> Callable[[Path], N
     return changed
 
 
+def flip_index(cache: Path) -> None:
+    """A byte of the first chunk's length."""
+    file = cache / UNIT / "v0000.zarr" / "features" / "c" / "0"
+    flip_byte(file, len(file.read_bytes()) - 12)
+    rehash(cache)
+
+
 def replace_once(old: bytes, new: bytes) -> Callable[[bytes], bytes]:
     return lambda data: data.replace(old, new, 1)
 
@@ -250,230 +265,3 @@ def write_labels(cache: Path, values: bytes) -> None:
 def long_frame(cache: Path) -> None:
     """The zstd frame of `labels` declares and holds 64 MiB of zeros."""
     write_labels(cache, bytes(2**26))
-
-
-HASH, CRC, RECORD = "hash of a file in unit.json", "checksum of the record", "rules of a record"
-MANIFEST, INDEX = "rules of the manifest", "header of the index"
-
-DAMAGED = {
-    "damaged-no-manifest": Damage(
-        "tar-plain", "manifest.json is missing: unfinished", MANIFEST, remove("manifest.json")
-    ),
-    "damaged-self-sha256": Damage(
-        "tar-plain",
-        "one character of manifest.json differs",
-        "self_sha256",
-        lambda cache: flip_byte(
-            cache / "manifest.json", (cache / "manifest.json").read_bytes().index(b'"recipe": "demo"') + 12
-        ),
-    ),
-    "damaged-format-version": Damage("tar-plain", "format_version is 3", MANIFEST, manifest(format_version=3)),
-    "damaged-fingerprint": Damage(
-        "tar-plain",
-        "fingerprint_fields were changed, fingerprint was not",
-        MANIFEST,
-        change_manifest(lambda fields: (fields["fingerprint_fields"]["views"].update(seed=1), new_seed(fields))),
-    ),
-    "damaged-codec-contradiction": Damage(
-        "tar-plain",
-        "codec differs from its copy in fingerprint_fields",
-        MANIFEST,
-        change_manifest(lambda fields: fields["codec"].update(shape=[16, 4, 1])),
-    ),
-    "damaged-view-recipe": Damage(
-        "tar-plain",
-        "view_recipe differs from its copy in fingerprint_fields",
-        MANIFEST,
-        change_manifest(new_seed),
-    ),
-    "damaged-num-samples": Damage(
-        "tar-plain", "num_samples is not the sum of count", MANIFEST, manifest(num_samples=4)
-    ),
-    "damaged-units-digest": Damage("tar-plain", "units_digest differs", MANIFEST, manifest(units_digest="0" * 64)),
-    "damaged-features-every": Damage(
-        "tar-plain",
-        "features_every does not divide the views of a group",
-        MANIFEST,
-        refingerprint(lambda fields: fields.update(features_every=3)),
-    ),
-    "damaged-features-of-all-views": Damage(
-        "tar-plain",
-        "features_every is 2, but all views have features",
-        RECORD,
-        refingerprint(lambda fields: fields.update(features_every=2)),
-    ),
-    "damaged-missing-unit": Damage("tar-plain", "a unit is missing", "files of the units", remove("units/g000-r00001")),
-    "damaged-missing-shard": Damage("tar-plain", "a shard is missing", HASH, remove(f"{UNIT}/v0001.tar")),
-    "damaged-unit-json": Damage(
-        "tar-plain",
-        "unit.json was replaced by that of the next unit",
-        "sha256 of unit.json",
-        lambda cache: shutil.copy(cache / "units/g000-r00001/unit.json", cache / UNIT / "unit.json"),
-    ),
-    "damaged-other-fingerprint": Damage(
-        "tar-plain",
-        "a unit of another cache: its fingerprint differs",
-        "fields of unit.json",
-        change_unit(fingerprint="f" * 64),
-    ),
-    "damaged-truncated-tar": Damage("tar-plain", "a tar was cut between two records", HASH, cut_tar),
-    "damaged-lost-record": Damage(
-        "tar-plain", "tar and index lack the last record of keys.txt; all hashes match", INDEX, cut_tar_and_count
-    ),
-    "damaged-swapped-shards": Damage(
-        "tar-plain",
-        "two views of a unit are swapped; all hashes match",
-        INDEX,
-        swap("v0000.tar", "v0001.tar", "v0000.idx", "v0001.idx"),
-    ),
-    "damaged-swapped-tars": Damage(
-        "tar-plain", "the tars of two views are swapped, their indices are not", CRC, swap("v0000.tar", "v0001.tar")
-    ),
-    "damaged-swapped-keys": Damage("tar-plain", "two lines of keys.txt are swapped; all hashes match", CRC, swap_keys),
-    "damaged-flipped-byte": Damage("tar-plain", "one byte of the features differs", HASH, flip_feature),
-    "damaged-flipped-byte-rehashed": Damage(
-        "tar-plain", "one byte of the features differs; all hashes match", CRC, flip_feature_rehashed
-    ),
-    "damaged-tar-header": Damage("tar-plain", "one byte of the first tar header differs", HASH, flip_tar_header),
-    "damaged-unknown-flag": Damage(
-        "tar-plain", "a record has flag 16; all checksums match", RECORD, edit_json(b'"flags":7', b'"flags":23')
-    ),
-    "damaged-absent-part": Damage(
-        "tar-plain",
-        "a record has flag 8 without the part; all checksums match",
-        RECORD,
-        edit_json(b'"flags":7', b'"flags":15'),
-    ),
-    "damaged-no-features": Damage(
-        "tar-plain",
-        "a record lacks its features; all checksums match",
-        RECORD,
-        second_record(lambda one: one._replace(features=b"")),
-    ),
-    "damaged-no-logits": Damage(
-        "tar-plain",
-        "a record lacks its logits; all checksums match",
-        RECORD,
-        second_record(lambda one: one._replace(logits=b"")),
-    ),
-    "damaged-no-label": Damage(
-        "tar-plain",
-        "a record lacks its label; all checksums match",
-        RECORD,
-        second_record(lambda one: one._replace(label=NO_LABEL)),
-    ),
-    "damaged-view-number": Damage(
-        "tar-plain",
-        "a record holds the parameters of another view; all checksums match",
-        RECORD,
-        second_record(lambda one: one._replace(view=one.view.replace('"number":0', '"number":1'))),
-    ),
-    "damaged-label": Damage(
-        "tar-plain",
-        "a label is beyond class_names; all checksums match",
-        RECORD,
-        second_record(lambda one: one._replace(label=3)),
-    ),
-    "damaged-long-row": Damage(
-        "tar-plain",
-        "the features have one byte too many; all checksums match",
-        "length of a row of the codec",
-        second_record(lambda one: one._replace(features=one.features + b"\0")),
-    ),
-    "damaged-infinite": Damage(
-        "tar-plain", "a scale is infinite; all checksums match", "decoded values", second_record(infinite_scale)
-    ),
-    "damaged-pixel-size": Damage(
-        "tar-plain",
-        "the image of a record has another size than the recipe; all checksums match",
-        "header of the image",
-        second_record(lambda one: one._replace(pixels=encoded(picture(size=(16, 16))))),
-    ),
-    "damaged-pixel-digest": Damage(
-        "tar-plain",
-        "the image of a record has other pixels than its digest; all checksums match",
-        "digest of the decoded pixels",
-        second_record(lambda one: one._replace(pixels=encoded(picture(size=(32, 32)).quantize(4).convert("RGB")))),
-    ),
-    "damaged-tail": Damage(
-        "tar-float32",
-        "one byte of tail.safetensors differs",
-        "tail_sha256",
-        lambda cache: flip_byte(cache / "tail.safetensors", 5000),
-    ),
-    "damaged-classifier": Damage(
-        "tar-recomputed",
-        "one byte of classifier.safetensors differs",
-        "sha256 of logit_codec",
-        lambda cache: flip_byte(cache / "classifier.safetensors", -2),
-    ),
-    "damaged-codec-state": Damage(
-        "tar-transform",
-        "one byte of codec.safetensors differs",
-        "state_sha256",
-        lambda cache: flip_byte(cache / "codec.safetensors", -2),
-    ),
-    "damaged-shared-identity": Damage(
-        "tar-shared-pixels",
-        "pixels_from.identity names another cache",
-        "identity of the shared pixels",
-        change_manifest(lambda fields: fields["pixels_from"].update(identity="0" * 64)),
-    ),
-    "damaged-shared-record": Damage(
-        "tar-shared-pixels",
-        "a record has another digest than in the cache that holds its pixels",
-        "comparison with the shared record",
-        second_record(lambda one: one._replace(digest="0" * 16)),
-    ),
-    "damaged-zarr-missing-chunk": Damage(
-        "zarr-plain", "a shard file of an array is missing", HASH, remove(f"{UNIT}/v0000.zarr/features/c/0")
-    ),
-    "damaged-zarr-swapped-shards": Damage(
-        "zarr-plain",
-        "two views of a unit are swapped; all hashes match",
-        "attributes of the group",
-        swap("v0000.zarr", "v0001.zarr"),
-    ),
-    "damaged-zarr-flipped-byte": Damage(
-        "zarr-plain",
-        "one byte of the features differs; all other checksums match",
-        CRC,
-        edit_flat("features", flip(40)),
-    ),
-    "damaged-zarr-flag": Damage(
-        "zarr-plain",
-        "the flags of a record lack its features; all checksums match",
-        RECORD,
-        edit_flat("target", replace_once(b'"flags":7', b'"flags":5')),
-    ),
-    "damaged-zarr-labels": Damage("zarr-plain", "the labels are in another order; all hashes match", CRC, swap_labels),
-    "damaged-zarr-long-frame": Damage(
-        "zarr-plain", "a zstd frame declares 64 MiB; all hashes match", "size that the frame declares", long_frame
-    ),
-}
-
-
-def write_damaged(name: str, root: Path) -> None:
-    """Write a damaged case to root/name."""
-    damage, place = DAMAGED[name], root / name
-    base = root / damage.base / "cache"
-    shutil.rmtree(place, ignore_errors=True)
-    with tempfile.TemporaryDirectory() as temp:
-        if damage.base == "tar-shared-pixels":  # its path to the other cache
-            shutil.copytree(root / "tar-int8", Path(temp) / "tar-int8")
-        cache = Path(temp) / name / "cache"
-        shutil.copytree(base, cache)
-        damage.change(cache)
-        before, after = files_of(base), files_of(cache)
-        for file in sorted(after):
-            if after[file] != before.get(file):
-                (place / "changed" / file).parent.mkdir(parents=True, exist_ok=True)
-                (place / "changed" / file).write_bytes(after[file])
-    facts = {"about": damage.why, "accept": False, "found_by": damage.found_by, "base": damage.base}
-    place.mkdir(exist_ok=True)
-    text = json.dumps({**facts, "removed": sorted(before.keys() - after.keys())}, indent=1)
-    (place / "expected.json").write_text(text + "\n", encoding="utf-8")
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {file.relative_to(folder).as_posix(): file.read_bytes() for file in folder.rglob("*") if file.is_file()}

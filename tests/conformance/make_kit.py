@@ -22,7 +22,7 @@ from unittest import mock
 import numpy as np
 import timm
 import torch
-from damage_kit import DAMAGED, write_damaged
+from damaged_cases import DAMAGED, write_damaged
 from image_files import encoded, write
 from PIL import Image
 from safetensors.torch import load_file, save_file
