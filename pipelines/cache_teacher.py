@@ -8,7 +8,6 @@ import hashlib
 import os
 import tempfile
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import click
 
 from pipelines.command import Command, Given, Output, run, take, typed_command
 from pipelines.launcher import LaunchConfig
-from scalekd_cache.api import cache_info, cache_teacher_config, checked_student
+from scalekd_cache.api import cache_teacher_config, caches_info, checked_student
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import default_cache
 from scalekd_cache.config.recipes import training_options
@@ -32,7 +31,7 @@ def main(given: Given) -> None:
     output = take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)
     student = checked_student(config)
-    from scalekd_cache.caching.job import cache_teacher, dry_run
+    from scalekd_cache.caching.job import cache_teachers, dry_run
     from scalekd_cache.distributed import this_process
 
     facts: dict[str, Any] = {"cache": config.cache.path, "dry_run": output.dry_run}
@@ -41,9 +40,10 @@ def main(given: Given) -> None:
         if output.dry_run:
             dry_run(config, process, student)
             return
-        manifest = cache_teacher(config, process, student)
-        process.print_rank0(f"next: {next_command(config, manifest)}")
-        facts |= {**asdict(cache_info(Path(config.cache.path), manifest)), "path": config.cache.path}
+        manifests = cache_teachers(config, process, student)
+        found = caches_info(config, manifests)
+        process.print_rank0(f"next: {next_command(config, found.place, manifests[0])}")
+        facts |= found.to_json()
 
 
 @contextlib.contextmanager
@@ -78,14 +78,14 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         yield
 
 
-def next_command(config: CacheTeacherConfig, manifest: Manifest) -> str:
-    """The command that trains a student from this cache, as it is typed in this folder.
+def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> str:
+    """The command that trains a student from this cache or these caches, as it is typed in this folder.
 
     It sets smaller batches if the recipe's global batch is larger than the data set.
     """
     train = build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
     plugin = click.get_current_context().params["plugin"]
-    options = {"student": config.student or "resnet50", "cache": config.cache.path, "plugin": plugin}
+    options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
     smaller = manifest.num_samples < train.global_batch_size
     batch = batches_that_fit(manifest.num_samples, train.micro_batch_size).split()[1] if smaller else None
     return typed_command("distill", {**options, "batch": batch})
@@ -98,7 +98,8 @@ def check(given: Given) -> None:
     student = checked_student(config)
     from scalekd_cache.caching.preflight import check_names
 
-    check_names(config, student)
+    for one in config.per_teacher():
+        check_names(one, student)
 
 
 COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__, one_job_per_node, check)

@@ -5,8 +5,8 @@ Invariant: the command line builds its configurations here too, so a command and
 """
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -49,12 +49,24 @@ class CacheInfo:
     """Of the decoded features: mean and 1st percentile of the cosine and of the mean-removed cosine."""
     fingerprint: str
     """Hash of everything that changes the cached bytes."""
+    others: tuple["CacheInfo", ...] = ()
+    """With several teachers: the caches of the others, in their order."""
+
+    @property
+    def place(self) -> str:
+        """What `distill(cache=...)` takes: the folder, or those of all teachers, separated by commas."""
+        return ",".join(str(one.path) for one in (self, *self.others))
+
+    def to_json(self) -> dict[str, Any]:
+        """The facts as JSON values."""
+        return {**asdict(self), "path": str(self.path), "others": [other.to_json() for other in self.others]}
 
 
 def cache_teacher(
     *,
     data: str | os.PathLike[str] | None = None,
     teacher: str | None = None,
+    teachers: str | None = None,
     teacher_weights: str | os.PathLike[str] | None = None,
     cache: str | os.PathLike[str] | None = None,
     views: int | None = None,
@@ -71,8 +83,10 @@ def cache_teacher(
     Args:
         data: demo, cifar10, imagenette, or a folder, tars or parquet files (None: demo).
         teacher: a timm model name (None: the recipe's).
-        teacher_weights: a .safetensors file (None: timm's pretrained weights).
-        cache: folder of the cache (None: `caches/<data>`).
+        teachers: several timm model names, separated by commas: one pass over the images makes a cache for each.
+        teacher_weights: a .safetensors file (None: timm's pretrained weights); with `teachers` a list in their order,
+            separated by commas.
+        cache: folder of the cache (None: `caches/<data>`); with `teachers` the folder that holds their caches.
         views: views per image (None: the recipe's).
         size: side length of a view, pixels (None: the recipe's).
         codec: feature codec (None: int8).
@@ -80,16 +94,20 @@ def cache_teacher(
         recipe: name or YAML file of a recipe (None: demo, or traditional for other data).
         options: any other option, by plain or dotted name: `{"views.seed": 1, "store": "zarr"}`.
 
+    Returns:
+        The facts of the cache; with several teachers those of the first one's, with the others in `others`.
+
     Raises:
         UserError: anything that the command would report as an error.
     """
-    given = _given("cache-teacher", options, data=data, teacher=teacher, teacher_weights=teacher_weights, cache=cache,
-                   views=views, size=size, codec=codec, student=student, recipe=recipe)  # fmt: skip
+    given = _given("cache-teacher", options, data=data, teacher=teacher, teachers=teachers,
+                   teacher_weights=teacher_weights, cache=cache, views=views, size=size, codec=codec, student=student,
+                   recipe=recipe)  # fmt: skip
     config = cache_teacher_config(CacheTeacherConfig, given)
-    from scalekd_cache.caching.job import cache_teacher as run_job
+    from scalekd_cache.caching.job import cache_teachers
     from scalekd_cache.distributed import this_process
 
-    return cache_info(Path(config.cache.path), run_job(config, this_process(config.device), checked_student(config)))
+    return caches_info(config, cache_teachers(config, this_process(config.device), checked_student(config)))
 
 
 def distill(
@@ -219,6 +237,13 @@ def finetune_config(given: Given) -> FinetuneConfig:
     return build(FinetuneConfig, {"workers": _workers()}, given)
 
 
+def caches_info(config: CacheTeacherConfig, manifests: Sequence[Manifest]) -> CacheInfo:
+    """The facts of the finished caches of a job, from their manifests."""
+    pairs = zip(config.per_teacher(), manifests, strict=True)
+    first, *others = [cache_info(Path(one.cache.path), manifest) for one, manifest in pairs]
+    return replace(first, others=tuple(others))
+
+
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
     """The facts of a finished cache."""
     facts = manifest.facts
@@ -243,6 +268,8 @@ def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
         config_class: `CacheTeacherConfig` or a subclass.
         given: options by dotted name.
     """
+    if given.get("teachers") and given.get("teacher.name"):
+        raise UserError("set either --teacher or --teachers, not both")
     pixels_from = given.get("cache.pixels_from")
     shared = read_manifest(Path(pixels_from)).facts if pixels_from else None
     source = given.get("data.source") or (shared.data["source"] if shared else DataConfig.source)

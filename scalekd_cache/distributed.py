@@ -128,6 +128,7 @@ class Peers:
         self._last_sent_at = 0.0
         self._closed = threading.Event()
         self._hosts_store = False
+        self._scope = ""
         self._store: Any = None
         if process.world_size > 1:
             distributed: Any = torch.distributed
@@ -163,12 +164,22 @@ class Peers:
         for rank in range(1, self.process.world_size) if self._hosts_store else ():
             self.wait(f"rank {rank} left", rank)
 
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Within this block, counters and published names are separate from those of other scopes."""
+        before, self._scope = self._scope, f"{name}/"
+        try:
+            yield
+        finally:
+            self._scope = before
+
     def add(self, name: str, amount: int) -> int:
         """Add to a shared counter and return its new value.
 
         Raises:
             RunInterrupted: the store cannot be reached.
         """
+        name = self._scope + name
         if self._store is None:
             self._counts[name] = self._counts.get(name, 0) + amount
             return self._counts[name]
@@ -183,13 +194,13 @@ class Peers:
         """
         if self._store is not None:
             with self._connected():
-                self._store.set(name, value)
+                self._store.set(self._scope + name, value)
 
     def get(self, name: str) -> str | None:
         """The value published under `name`; None when there is none or the store cannot be reached."""
         try:
-            there = self._store is not None and self._store.check([name])
-            return self._store.get(name).decode() if there else None
+            there = self._store is not None and self._store.check([self._scope + name])
+            return self._store.get(self._scope + name).decode() if there else None
         except RuntimeError:  # torch's DistStoreError and DistNetworkError
             return None
 
@@ -212,7 +223,7 @@ class Peers:
         pause, started = POLL_S / 16, time.monotonic()
         while True:
             with self._connected():
-                if self._store.check([name]):
+                if self._store.check([self._scope + name]):
                     return True
                 heartbeat = int(self._store.add(f"heartbeat of rank {rank}", 0))
             now = time.monotonic()

@@ -118,7 +118,7 @@ def run(root: Path, images: int, views: int, batch: int) -> Timing:
         for number, unit in enumerate(units):  # the first unit is not timed
             part = itertools.islice(items, images)
             started, cpu = time.perf_counter(), time.process_time()
-            writer, figures = make_units.fill_unit(stage, unit, part, buffers=buffers)
+            [(writer, figures)] = make_units.fill_unit([stage], unit, part, buffers=buffers)
             filled, cpu = time.perf_counter(), time.process_time() - cpu
             writer.commit(figures)
             if number:

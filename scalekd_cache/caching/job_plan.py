@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import hashlib
 import tempfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +17,8 @@ import torch
 
 from scalekd_cache.caching.codec_selection import check_codec_files
 from scalekd_cache.caching.make_units import Stage, plan_units, unit_ranges
-from scalekd_cache.caching.pixel_cache import PixelCache
+from scalekd_cache.caching.pixel_cache import PixelCache, PixelFacts
+from scalekd_cache.caching.plan_check import check_plan
 from scalekd_cache.caching.sample_views import Unit
 from scalekd_cache.codec import recomputed
 from scalekd_cache.codec.base import FeatureCodec
@@ -26,7 +26,7 @@ from scalekd_cache.codec.logits import DenseLogits, LogitCodec
 from scalekd_cache.codec.pooled import pooled_codec
 from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.codec.top_k import TopKLogits
-from scalekd_cache.config.base import fingerprint, flat, to_plain
+from scalekd_cache.config.base import fingerprint, to_plain
 from scalekd_cache.config.recipes import kept_options, local_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, StoreConfig
 from scalekd_cache.data.base import Source
@@ -56,52 +56,7 @@ from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 from scalekd_cache.store.resume import CommittedUnits
 from scalekd_cache.store.shared_pixels import pixel_reference
-
-
-def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
-    """A cache is resumed only with the same teacher, views, codec, data and layout.
-
-    Raises:
-        UserError: naming each field that differs, with both values.
-    """
-    there, here = flat(kept), flat(asked)
-    different = sorted(name for name in there | here if there.get(name) != here.get(name))
-    if different:
-        raise UserError(
-            "the cache was made with other options",
-            got=_differences(different, here, there),
-            where=where,
-            fix="use another --cache, or the options the cache was made with" + _renamed(different),
-        )
-
-
-SHOWN = 3
-"""Differences that the message names; one option can change a dozen fields."""
-DERIVED = ("sha256", "shape", "image_size", "img_size", "fingerprint")
-"""Ends of names of fields that follow from options and files; they are named last."""
-
-
-def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The first fields that differ, options first, with both values."""
-    names = sorted(different, key=lambda name: name.endswith(DERIVED))
-    lines = []
-    for name in names[:SHOWN]:
-        plain, values = name.removeprefix("fingerprint_fields."), [here.get(name), there.get(name)]
-        if plain == FEATURES_EVERY:
-            plain, values = "stored_features", [f"{1 / int(every or 1):.6g}" for every in values]
-        lines.append(f"{plain}: {str(values[0])[:40]} (requested) / {str(values[1])[:40]} (cache)")
-    return "; ".join(lines) + (f"; and {counted(len(names) - SHOWN, 'more field')}" if len(names) > SHOWN else "")
-
-
-def _renamed(different: Sequence[str]) -> str:
-    """A fix for changed images or labels, so that renamed files do not make a cache useless."""
-    if not any(name.endswith("data.listing") for name in different):
-        return ""
-    return (
-        ". Images were added, removed, renamed or relabeled since then. To grow the cache, restore the names in "
-        "units/*/keys.txt. Training from the existing views needs no images if pixels are baked"
-    )
-
+from scalekd_cache.store.sidecar import unit_folder
 
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
 """Fields of a plan that must be the same in every job on the cache."""
@@ -116,33 +71,52 @@ class Job(NamedTuple):
     units: list[Unit]
     ledger: CommittedUnits
     """The units that the cache already has."""
+    shared: PixelFacts | None = None
+    """The cache that stores the pixels; None: this one."""
     held_out: bytes | None = None
     """Content of heldout.safetensors, where it is still to be written."""
+    first: CommittedUnits | None = None
+    """With several teachers: the units of the first cache, once it is complete. This one gets the same images."""
 
 
 def make_plan(
-    config: CacheTeacherConfig, process: Process, source: Source | PixelCache, teacher: Teacher, codec: FeatureCodec
+    config: CacheTeacherConfig,
+    process: Process,
+    source: Source | PixelCache,
+    teacher: Teacher,
+    codec: FeatureCodec,
+    shared: PixelFacts | None = None,
 ) -> Job:
-    """Everything that determines the cached bytes, and the work units. An existing plan is extended (`join_plan`)."""
+    """Everything that determines the cached bytes, and the work units. An existing plan is extended (`join_plan`).
+
+    Args:
+        config: all options of stage 1.
+        process: this process.
+        source: the images, or the cache with their views.
+        teacher: the teacher.
+        codec: of the features.
+        shared: the cache that stores the pixels (None: this one, or the source).
+    """
     root = Path(config.cache.path)
+    shared = source.shared if isinstance(source, PixelCache) else shared
     logit_codec = make_logit_codec(config.cache, teacher, exact=codec.id == "float32")
     second = pooled_codec(codec.id, teacher.spec.pooled)
     second_config = {} if second is None else second.get_config()
     fields = {
-        **_known_fields(config, process, source),
+        **_known_fields(config, process, source, shared),
         "teacher": teacher.spec.to_json(),
         "codec": codec.get_config(),
         "logit_codec": logit_codec.get_config(),
         **({"second_codec": second_config} if second_config else {}),
     }
-    layout = {**_layout(config, source), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
-    groups = _groups([], config.cache, source)
-    ranges = [[positions.start, positions.stop] for positions in unit_ranges(source, layout["samples_per_shard"])]
+    layout = {**_layout(config, shared), "fingerprint": fingerprint(fields), "fingerprint_fields": fields}
+    groups = _groups([], config.cache, shared)
+    ranges = shared.ranges if shared else unit_ranges(source, layout["samples_per_shard"])
     facts = ManifestFacts(
         fingerprint=layout["fingerprint"],
         fingerprint_fields=fields,
         recipe=config.recipe,
-        distill=_training_options(config, process, source),
+        distill=_training_options(config, process, shared),
         backend=config.cache.backend,
         samples_per_shard=layout["samples_per_shard"],
         groups=groups,
@@ -153,12 +127,23 @@ def make_plan(
         codec=fields["codec"],
         logit_codec=fields["logit_codec"],
         second_codec=second_config,
-        data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source)},
-        pixels_from=pixel_reference(root, source.cache) if isinstance(source, PixelCache) else {},
+        data={**to_plain(config.data), **fields["data"], "class_likeness": _class_likeness(source, shared)},
+        pixels_from=pixel_reference(root, shared.root, shared.facts) if shared else {},
         versions=recorded_versions(process.device),
     )
-    stage = make_stage(config, process, source, teacher, codec, logit_codec, second, facts.fingerprint)
-    return join_plan(_job(stage, Plan(facts=facts, ranges=ranges)), config.cache)
+    stage = make_stage(
+        config,
+        process,
+        source,
+        teacher,
+        codec,
+        logit_codec,
+        second,
+        facts.fingerprint,
+        shares_pixels=shared is not None,
+    )
+    plan = Plan(facts=facts, ranges=[[positions.start, positions.stop] for positions in ranges])
+    return join_plan(_job(stage, plan, shared), config.cache)
 
 
 def make_stage(
@@ -170,6 +155,8 @@ def make_stage(
     logit_codec: LogitCodec,
     second_codec: FeatureCodec | None,
     fingerprint: str,
+    *,
+    shares_pixels: bool = False,
 ) -> Stage:
     """What every unit is made with."""
     return Stage(
@@ -183,15 +170,16 @@ def make_stage(
         logit_codec=logit_codec,
         second_codec=second_codec,
         batch_size=config.teacher.batch_size,
+        shares_pixels=shares_pixels,
         features_every=config.cache.features_every,
         device=process.device,
         versions=recorded_versions(process.device),
     )
 
 
-def _job(stage: Stage, plan: Plan) -> Job:
-    units = plan_units(stage.source, plan.facts.groups, plan.facts.samples_per_shard)
-    return Job(stage, plan, units, CommittedUnits(stage.root, plan.units()))
+def _job(stage: Stage, plan: Plan, shared: PixelFacts | None) -> Job:
+    units = plan_units([range(start, stop) for start, stop in plan.ranges], plan.facts.groups)
+    return Job(stage, plan, units, CommittedUnits(stage.root, plan.units()), shared)
 
 
 def join_plan(job: Job, options: StoreConfig) -> Job:
@@ -217,7 +205,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
             where=root,
             fix="use the tar or parquet files that the cache was made from, or another --cache",
         )
-    groups = _groups(kept.facts.groups, options, job.stage.source)
+    groups = _groups(kept.facts.groups, options, job.shared)
     there = dataclasses.replace(
         facts,
         recipe=kept.facts.recipe,
@@ -226,7 +214,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
         teacher=_measured_teacher(facts.teacher, kept.facts.teacher),
         tail_sha256=kept.facts.tail_sha256,
     )
-    return _job(job.stage, Plan(facts=there, ranges=ranges))._replace(held_out=job.held_out)
+    return _job(job.stage, Plan(facts=there, ranges=ranges), job.shared)._replace(held_out=job.held_out)
 
 
 def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:
@@ -237,16 +225,19 @@ def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts
     return known
 
 
-def check_before_teacher(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> None:
+def check_before_teacher(
+    config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
+) -> None:
     """Compare the options, as far as they are known without the teacher, with an existing plan."""
     root = Path(config.cache.path)
+    shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
-        asked = {**_layout(config, source), "fingerprint_fields": _known_fields(config, process, source)}
+        asked = {**_layout(config, shared), "fingerprint_fields": _known_fields(config, process, source, shared)}
         check_plan(_kept_fields(read_plan(root), asked), asked, root)
 
 
 def _training_options(
-    config: CacheTeacherConfig, process: Process, source: Source | PixelCache
+    config: CacheTeacherConfig, process: Process, shared: PixelFacts | None
 ) -> dict[str, dict[str, Any]]:
     """The recipe's training options: those of the existing plan, of the cache whose pixels are shared, or of the file.
 
@@ -255,8 +246,8 @@ def _training_options(
     root = Path(config.cache.path)
     if (root / plans.NAME).exists():
         return dict(read_plan(root).facts.distill)
-    if isinstance(source, PixelCache) and source.cache.manifest.facts.recipe == config.recipe:
-        return dict(source.cache.manifest.facts.distill)
+    if shared and shared.facts.recipe == config.recipe:
+        return dict(shared.facts.distill)
     local = local_options(config.recipe)
     if local:
         process.print_rank0(
@@ -266,30 +257,34 @@ def _training_options(
     return kept_options(config.recipe)
 
 
-def _known_fields(config: CacheTeacherConfig, process: Process, source: Source | PixelCache) -> dict[str, Any]:
+def _known_fields(
+    config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
+) -> dict[str, Any]:
     """The fields of the fingerprint that do not depend on the teacher's weights."""
-    shares, every = isinstance(source, PixelCache), config.cache.features_every
+    every = config.cache.features_every
     return {
         "precision": str(autocast_dtype(config.teacher.precision, process.device)).removeprefix("torch."),
         "views": to_plain(config.views),
-        "data": _data_fields(source),
-        **({"pixels": "shared"} if shares else {}),
+        "data": _data_fields(source, shared),
+        **({"pixels": "shared"} if shared else {}),
         **({FEATURES_EVERY: every} if every > 1 else {}),
     }
 
 
-def _data_fields(source: Source | PixelCache) -> dict[str, Any]:
-    if isinstance(source, PixelCache):
-        fields: dict[str, Any] = source.cache.manifest.facts.fingerprint_fields["data"]
+def _data_fields(source: Source | PixelCache, shared: PixelFacts | None) -> dict[str, Any]:
+    if shared:
+        fields: dict[str, Any] = shared.facts.fingerprint_fields["data"]
         return fields
+    assert not isinstance(source, PixelCache)
     return data_facts(source)
 
 
-def _class_likeness(source: Source | PixelCache) -> list[float]:
+def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> list[float]:
     """How often neighboring images, and any two images, have the same class (`order.py`); sets the shuffle window.
     Not known without labels."""
-    if isinstance(source, PixelCache):
-        return list(source.cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
+    if shared:
+        return list(shared.facts.data.get("class_likeness", (1.0, 1.0)))
+    assert not isinstance(source, PixelCache)
     if not source.class_names:
         return [1.0, 1.0]
     found = class_correlation(np.fromiter((sample.label for sample in source.samples), np.int64, len(source.samples)))
@@ -314,11 +309,11 @@ def _classifier(teacher: Teacher) -> bytes:
     return recomputed.classifier_bytes(teacher.model, output.features, output.logits, teacher.autocast_dtype)
 
 
-def _layout(config: CacheTeacherConfig, source: Source | PixelCache) -> dict[str, Any]:
+def _layout(config: CacheTeacherConfig, shared: PixelFacts | None) -> dict[str, Any]:
     """The cache's layout on disk. With shared pixels, the ranges are those of the cache that holds them."""
     shard = config.cache.samples_per_shard
-    if isinstance(source, PixelCache):
-        shard = max(len(positions) for positions in source.ranges())
+    if shared:
+        shard = max(len(positions) for positions in shared.ranges)
     return {"backend": config.cache.backend, "samples_per_shard": shard}
 
 
@@ -337,17 +332,17 @@ def _kept_fields(kept: Plan, asked: dict[str, Any]) -> dict[str, Any]:
     return {name: there[name] for name in asked}
 
 
-def _groups(groups: list[list[int]], config: StoreConfig, source: Source | PixelCache) -> list[list[int]]:
-    if not isinstance(source, PixelCache):
+def _groups(groups: list[list[int]], config: StoreConfig, shared: PixelFacts | None) -> list[list[int]]:
+    if shared is None:
         return extend_groups(groups, config.num_views, config.views_per_group)
-    extended, every = source.extend_groups(groups, config.num_views), config.features_every
+    extended, every = shared.extend_groups(groups, config.num_views), config.features_every
     wrong = [group for group in extended if len(group) % every]
     if wrong:
         raise UserError(
             "the view groups of the cache whose pixels are shared do not fit the share of stored features",
             got=f"a group of {counted(len(wrong[0]), 'view')}, features for one in {every} views of every image",
             expected=f"groups of a multiple of {every} views",
-            where=source.cache.root,
+            where=shared.root,
             fix="change --stored-features or --views, or make the pixels with a matching --cache.views_per_group",
         )
     return extended
@@ -474,6 +469,18 @@ def drop_mismatched_units(job: Job, process: Process) -> None:
     """Rank 0: remove units that do not hold the images of the first view group, and report them."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
         process.print_rank0(f"{folder} does not contain the images of view group 0 and will be rebuilt: {wrong}")
+
+
+def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
+    """Rank 0: remove units that do not hold the images of the complete cache of the first teacher, and report them."""
+    units = {(view, unit.range_id): unit for unit in first.units for view in unit.views}
+    for unit in job.units:
+        other = units.get((unit.views[0], unit.range_id))
+        if other and is_committed(job, unit) and is_committed(first, other):
+            keys = first.ledger.keys_hash(other.group, other.range_id)
+            if job.ledger.drop_unlike(unit.group, unit.range_id, keys):
+                name = unit_folder(job.stage.root, unit.group, unit.range_id)
+                process.print_rank0(f"{name} does not contain the images of {first.stage.root} and will be rebuilt")
 
 
 def remove_stale_files(root: Path, process: Process) -> None:

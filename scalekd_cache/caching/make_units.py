@@ -1,6 +1,6 @@
 """Work units: sampled views go through the teacher and the codecs into committed units.
 
-In: a `Stage` and the units to make. Out: committed units.
+In: a `Stage`, or several with one teacher each, and the units to make. Out: committed units.
 Invariant: a unit's bytes depend on its images, the view recipe, the teacher and the codec, never on the rank that made
 it; batch size and GPU model can change the last bits of the teacher's output. A committed unit is never changed. Every
 view group holds the same images as the first one (`SkipPolicy`).
@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.teacher import Teacher, TeacherOutput
-from scalekd_cache.store.background import BackgroundWriter, CommitQueue
+from scalekd_cache.store.background import BackgroundWriter, CommitQueue, FilledUnit, abort_all
 from scalekd_cache.store.base import Record, stores_features
 from scalekd_cache.store.fidelity_summary import POOLED_COSINE, summarize
 from scalekd_cache.store.image_digests import ImageFiles
@@ -53,12 +52,11 @@ QUEUED_BATCHES = 2
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
     """The ranges of images, one per unit, the same in every group of views."""
-    return source.ranges() if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
+    return source.shared.ranges if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
 
 
-def plan_units(source: Source | PixelCache, groups: Sequence[Sequence[int]], samples_per_shard: int) -> list[Unit]:
+def plan_units(ranges: Sequence[range], groups: Sequence[Sequence[int]]) -> list[Unit]:
     """All work units of a cache, in the order in which they are assigned."""
-    ranges = unit_ranges(source, samples_per_shard)
     return [
         Unit(group=group, range_id=range_id, positions=positions, views=tuple(views))
         for group, views in enumerate(groups)
@@ -81,6 +79,8 @@ class Stage:
     second_codec: FeatureCodec | None = None
     """Of pooled embeddings (None: not stored)."""
     batch_size: int
+    shares_pixels: bool = False
+    """Pixels and digests of image files are stored in another cache only."""
     features_every: int = 1
     """Features of one in this many views of every image are stored (`store/base.py`: `stores_features`)."""
     device: torch.device
@@ -99,16 +99,19 @@ class SkipPolicy:
         root: the cache's folder.
         source: the images. A `PixelCache` skips the same images in every group already.
         ledger: the units of the cache.
+        follows: the ledger is that of another, finished cache; all groups skip what its first group skips.
     """
 
-    def __init__(self, root: Path, source: Source | PixelCache, ledger: CommittedUnits) -> None:
-        self._root, self._source, self._ledger = root, source, ledger
+    def __init__(
+        self, root: Path, source: Source | PixelCache, ledger: CommittedUnits, *, follows: bool = False
+    ) -> None:
+        self._root, self._source, self._ledger, self._follows = root, source, ledger, follows
         self._deferred: dict[tuple[int, int], dict[str, str]] = {}
         self._last_pass = False
 
     def required_skips(self, unit: Unit) -> Mapping[str, str]:
         """Sample keys that a unit skips even if they can be decoded, with the reasons."""
-        return {} if unit.group == 0 else self._ledger.skipped_images() or {}
+        return {} if self._decides(unit) else self._ledger.skipped_images() or {}
 
     def accepts(self, unit: Unit, writer: UnitWriter) -> bool:
         """Whether a filled unit may be committed; otherwise it is deferred."""
@@ -139,8 +142,11 @@ class SkipPolicy:
             f"units that hold its image ({held}) and rerun: every view then skips the image",
         )
 
+    def _decides(self, unit: Unit) -> bool:
+        return unit.group == 0 and not self._follows
+
     def _wrong_skips(self, unit: Unit, writer: UnitWriter) -> dict[str, str]:
-        if unit.group == 0:
+        if self._decides(unit):
             readable = [] if self._last_pass else self._readable_now(unit, writer.skipped)
             return {key: f"{writer.skipped[key]}; it can be decoded now" for key in readable}
         first = self._ledger.skipped_images()
@@ -172,6 +178,7 @@ def make_units(
     done: Callable[[Unit], None],
     skips: SkipPolicy | None = None,
     arrived: Callable[[int], None] = lambda views: None,
+    others: Callable[[Unit], Sequence[Stage]] = lambda unit: (),
 ) -> None:
     """Make the claimed units. Each is committed while the next one is being made.
 
@@ -183,6 +190,8 @@ def make_units(
         done: called after a unit is committed, when the next one is already filled.
         skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).
         arrived: called with a number of views when they reach the teacher.
+        others: further stages that make the same unit from the same views. Their units are committed after the first
+            stage's, and only if that one was.
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
@@ -191,11 +200,11 @@ def make_units(
         for number, sampled in groupby(all_views, key=lambda item: item.unit):
             left_out = skips.required_skips(units[number]) if skips else {}
             sampled = _counted(sampled, partial(arrived, len(units[number].views)))
-            writer, figures = fill_unit(stage, units[number], sampled, left_out, buffers)
-            if skips and not skips.accepts(units[number], writer):
-                writer.abort()
+            filled = fill_unit([stage, *others(units[number])], units[number], sampled, left_out, buffers)
+            if skips and not skips.accepts(units[number], filled[0].writer):
+                abort_all(filled)
                 continue
-            commits.put(writer, figures, partial(done, units[number]))
+            commits.put(filled, partial(done, units[number]))
 
 
 def _counted(sampled: Iterator[SampledViews], count: Callable[[], None]) -> Iterator[SampledViews]:
@@ -205,27 +214,57 @@ def _counted(sampled: Iterator[SampledViews], count: Callable[[], None]) -> Iter
 
 
 def fill_unit(
-    stage: Stage,
+    stages: Sequence[Stage],
     unit: Unit,
     sampled: Iterator[SampledViews],
     left_out: Mapping[str, str] = NO_SKIPS,
     buffers: PixelBuffers | None = None,
-) -> tuple[UnitWriter, dict[str, Any]]:
-    """Run one unit through the teacher and the codecs into a writer. Records are written in a background thread.
+) -> list[FilledUnit]:
+    """Run one unit through teachers and codecs into writers. Records are written in a background thread.
 
     Args:
-        stage: what units are made with.
+        stages: what units are made with; several stages differ in teacher, codecs and cache only.
         unit: the unit.
         sampled: its images with their views.
         left_out: sample keys that are skipped in any case, with the reasons.
         buffers: memory for pixels, kept from unit to unit (None: new).
 
     Returns:
-        The writer and the unit's fidelity; the caller runs `writer.commit(fidelity)`. After an error, nothing is left.
+        For each stage the writer and the unit's fidelity; the caller commits them. After an error, nothing is left.
     """
-    figures: dict[str, list[float]] = {}
-    buffers = buffers or PixelBuffers(stage.device)
-    writer = UnitWriter(
+    first, writers = stages[0], list[UnitWriter]()
+    figures: list[dict[str, list[float]]] = [{} for _ in stages]
+    buffers = buffers or PixelBuffers(first.device)
+    try:
+        for stage in stages:
+            writers.append(_unit_writer(stage, unit))
+        with BackgroundWriter("encode", QUEUED_BATCHES) as background:
+            start = 0
+            for batch, pixels in _batches(first, writers, sampled, left_out, buffers):
+                rows = np.arange(start, start + len(batch))
+                for column, number in enumerate(unit.views):
+                    images = pixels[column].to(first.device, non_blocking=True)
+                    there = stores_features(rows, number, first.features_every)
+                    seeds = _seeds(batch, number, there, first.device)
+                    views = list(zip(batch, [item.views[column] for item in batch], there.tolist(), strict=True))
+                    for stage, writer, found in zip(stages, writers, figures, strict=True):
+                        output = stage.teacher(images)
+                        stored = _stored_features(output.features, there)
+                        codecs = stage.codec, stage.logit_codec
+                        encoded = encode_batch(*codecs, output, stored, seeds, stage.second_codec)
+                        rest = (output._replace(features=stored), encoded, found)
+                        background.submit(_append_batch, stage, writer, number, views, *rest)
+                buffers.sent()
+                start += len(batch)
+    except BaseException:
+        for writer in writers:
+            writer.abort()
+        raise
+    return [FilledUnit(writer, summarize(found)) for writer, found in zip(writers, figures, strict=True)]
+
+
+def _unit_writer(stage: Stage, unit: Unit) -> UnitWriter:
+    return UnitWriter(
         stage.root,
         backend=stage.backend,
         group=unit.group,
@@ -236,31 +275,11 @@ def fill_unit(
         fingerprint=stage.fingerprint,
         versions=stage.versions,
     )
-    try:
-        with BackgroundWriter("encode", QUEUED_BATCHES) as background:
-            first = 0
-            for batch, pixels in _batches(stage, writer, sampled, left_out, buffers):
-                rows = np.arange(first, first + len(batch))
-                for column, number in enumerate(unit.views):
-                    output = stage.teacher(pixels[column].to(stage.device, non_blocking=True))
-                    there = stores_features(rows, number, stage.features_every)
-                    stored = _stored_features(output.features, there)
-                    seeds = _seeds(batch, number, there, stage.device)
-                    encoded = encode_batch(stage.codec, stage.logit_codec, output, stored, seeds, stage.second_codec)
-                    views = zip(batch, [item.views[column] for item in batch], there.tolist(), strict=True)
-                    rest = (output._replace(features=stored), encoded, figures)
-                    background.submit(_append_batch, stage, writer, number, list(views), *rest)
-                buffers.sent()
-                first += len(batch)
-    except BaseException:
-        writer.abort()
-        raise
-    return writer, summarize(figures)
 
 
 def _batches(
     stage: Stage,
-    writer: UnitWriter,
+    writers: Sequence[UnitWriter],
     sampled: Iterator[SampledViews],
     left_out: Mapping[str, str],
     buffers: PixelBuffers,
@@ -269,14 +288,15 @@ def _batches(
     which are valid until the next batch but one is taken.
 
     Each image is copied once, when it arrives: its shared memory is free again, and the pixels of a view are
-    contiguous. Images left out or that could not be decoded are skipped in the writer.
+    contiguous. Images left out or that could not be decoded are skipped in the writers.
     """
     batch: list[SampledViews] = []
     pixels = NO_PIXELS
     for item in sampled:
         reason = left_out.get(item.sample.key, item.reason)
         if reason:
-            writer.skip(item.sample.key, reason)
+            for writer in writers:
+                writer.skip(item.sample.key, reason)
             continue
         if not batch:
             views, *shape = item.pixels.shape
@@ -344,12 +364,12 @@ def _append_batch(
             label=item.sample.label,
             view=view.view,
             digest=view.digest,
-            pixels=view.encoded,
+            pixels=b"" if stage.shares_pixels else view.encoded,
             features=next(rows) if has_features else b"",
             logits=logit,
             second=second,
         )
-        writer.append(number, record, item.image)
+        writer.append(number, record, "" if stage.shares_pixels else item.image)
 
 
 def _pooled_rows(

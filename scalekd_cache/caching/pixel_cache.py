@@ -1,11 +1,14 @@
-"""A finished cache as the source of another cache's views.
+"""A cache as the source of another cache's views.
 
-In: its folder, and the options of the new cache. Out: a `PixelCache` with the same units, images, views and skips.
+In: its folder, and the options of the new cache. Out: a `PixelCache` with the same units, images, views and skips; or
+`PixelFacts`, the part of it that is known before its units are made.
 Invariant: position p of view v is the same view of the same image in both caches.
 """
 
 import dataclasses
+import functools
 from pathlib import Path
+from typing import NamedTuple
 
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import CacheTeacherConfig
@@ -13,15 +16,46 @@ from scalekd_cache.data.base import ListedSource, SampleList, sample_indices
 from scalekd_cache.data.source import data_facts, open_source
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
+from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_pixel_cache
 from scalekd_cache.store.sidecar import read_unit, unit_folder
+
+
+class PixelFacts(NamedTuple):
+    """What the plan of a cache takes from the cache that stores its pixels, which may itself only be planned."""
+
+    root: Path
+    facts: ManifestFacts
+    ranges: list[range]
+    """The ranges of images, the same in every group."""
+
+    def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
+        """View groups of a cache of at least `num_views` views, the first ones `groups`.
+
+        A new group never spans two groups of this cache.
+
+        Raises:
+            UserError: this cache has fewer views.
+        """
+        if num_views > self.facts.num_views:
+            raise UserError(
+                "the cache whose pixels are shared has fewer views",
+                got=counted(self.facts.num_views, "view"),
+                expected=f"at least {num_views}",
+                where=self.root,
+                fix=f"add views to it first: scalekd cache-teacher --cache {self.root} --views {num_views}",
+            )
+        first = sum(len(group) for group in groups)
+        new = [[view for view in group if first <= view < num_views] for group in self.facts.groups]
+        return [*(list(group) for group in groups), *(group for group in new if group)]
 
 
 class PixelCache:
     """A finished cache that provides pixels, view records, labels and digests for a new one."""
 
     def __init__(self, cache: Cache) -> None:
+        assert isinstance(cache.root, Path)  # stage 1 takes pixels from a folder
         self.cache = cache
         self._group_of = {view: group for group, views in enumerate(cache.manifest.facts.groups) for view in views}
 
@@ -30,11 +64,14 @@ class PixelCache:
         """Names of the classes."""
         return tuple(self.cache.manifest.facts.class_names)
 
-    def ranges(self) -> list[range]:
-        """The ranges of images, the same in every group."""
-        numbers = [unit.range_id for unit in self.cache.manifest.units if unit.group == 0]
+    @functools.cached_property
+    def shared(self) -> PixelFacts:
+        """What the plan of the new cache takes from this one."""
+        manifest = self.cache.manifest
+        numbers = [unit.range_id for unit in manifest.units if unit.group == 0]
         infos = [read_unit(self._folder(0, number))[0] for number in numbers]
-        return [range(info.start, info.stop) for info in infos]
+        assert isinstance(self.cache.root, Path)
+        return PixelFacts(self.cache.root, manifest.facts, [range(info.start, info.stop) for info in infos])
 
     def records(self, view: int, range_id: int) -> range:
         """Positions of a range's records in the view's canonical order."""
@@ -54,29 +91,8 @@ class PixelCache:
             reader=_Encoded([bytes(record.pixels) for record in records]),
         )
 
-    def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
-        """View groups of a cache of at least `num_views` views, the first ones `groups`.
-
-        A new group never spans two groups of this cache.
-
-        Raises:
-            UserError: this cache has fewer views.
-        """
-        manifest = self.cache.manifest
-        if num_views > manifest.num_views:
-            raise UserError(
-                "the cache whose pixels are shared has fewer views",
-                got=counted(manifest.num_views, "view"),
-                expected=f"at least {num_views}",
-                where=self.cache.root,
-                fix=f"add views to it first: scalekd cache-teacher --cache {self.cache.root} --views {num_views}",
-            )
-        first = sum(len(group) for group in groups)
-        new = [[view for view in group if first <= view < num_views] for group in manifest.facts.groups]
-        return [*(list(group) for group in groups), *(group for group in new if group)]
-
     def _folder(self, group: int, range_id: int) -> Path:
-        assert isinstance(self.cache.root, Path)  # stage 1 takes pixels from a folder
+        assert isinstance(self.cache.root, Path)
         return unit_folder(self.cache.root, group, range_id)
 
 

@@ -45,6 +45,11 @@ class Unit:
     views: tuple[int, ...]
     """View numbers of the group."""
 
+    @property
+    def num_views(self) -> int:
+        """Views of all its images."""
+        return len(self.positions) * len(self.views)
+
 
 class EncodedView(NamedTuple):
     """One view of one image, ready for the store."""

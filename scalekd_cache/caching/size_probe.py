@@ -108,7 +108,7 @@ def _small_units(
     started = time.perf_counter()
     with torch.no_grad():
         unit = Unit(group=0, range_id=0, positions=range(len(images)), views=views)
-        writer, figures = fill_unit(stage, unit, iter(images))
+        [(writer, figures)] = fill_unit([stage], unit, iter(images))
         writer.commit(figures)
     teacher_s = (time.perf_counter() - started) / (len(images) * len(views))
     with UnitWriter(

@@ -1,11 +1,12 @@
 """The default folder of a cache: `caches/<data>`.
 
-In: a data set, as given on the command line. Out: a folder. Invariant: its last part is always a plain name: never `.`,
-no brace pattern, no spaces. The Makefile runs this file too, so it uses the standard library only.
+In: a data set, as given on the command line; names of teachers. Out: folders. Invariant: their last part is always a
+plain name: never `.`, no brace pattern, no spaces. The Makefile runs this file too: standard library only.
 """
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,24 @@ def default_cache(source: str) -> str:
     name = source.rstrip("/").rpartition("/")[2]
     if name in ("", ".", "..", "~"):
         name = Path(source or ".").expanduser().resolve().name
-    name = re.sub(r"\{[^{}]*\}|\.tar$", "", name)
-    name = re.sub(r"[^\w.+-]+", "-", name).strip("-.")
+    name = _plain(re.sub(r"\{[^{}]*\}|\.tar$", "", name))
     return f"caches/{name or 'data'}"
+
+
+def teacher_folders(names: Sequence[str]) -> list[str]:
+    """Folder names for the caches of several teachers: the names of the models, with -2, -3 where they repeat."""
+    folders: list[str] = []
+    for name in names:
+        plain, folder, number = _plain(name) or "teacher", "", 1
+        while not folder or folder in folders:
+            folder, number = plain if number == 1 else f"{plain}-{number}", number + 1
+        folders.append(folder)
+    return folders
+
+
+def _plain(name: str) -> str:
+    """A name with safe characters only; it may be empty."""
+    return re.sub(r"[^\w.+-]+", "-", name).strip("-.")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ _STAGE1 = (
     "views:cache.num_views size:views.size codec:cache.codec cache:cache.path student"
 )
 _STAGE1_MORE = (
-    "recipe target:cache.codec_target store:cache.backend pixels:views.pixels pixels_from:cache.pixels_from "
+    "teachers recipe target:cache.codec_target store:cache.backend pixels:views.pixels pixels_from:cache.pixels_from "
     "stored_features:cache.stored_features "
     "classes:data.classes pretrained:teacher.pretrained workers device"
 )

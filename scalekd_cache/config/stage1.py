@@ -5,14 +5,15 @@ Invariant: a configuration that exists is valid on its own.
 """
 
 import math
-from dataclasses import field
-from typing import Literal
+from dataclasses import field, replace
+from typing import Literal, Self
 
 from pydantic.dataclasses import dataclass
 
 from scalekd_cache.config.base import STRICT, Range, require
+from scalekd_cache.config.places import expand_home, teacher_folders
 from scalekd_cache.config.target import parse_target
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -237,6 +238,10 @@ class CacheTeacherConfig:
     data: DataConfig = field(default_factory=DataConfig)
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    teachers: str | None = None
+    """Several teachers in one pass over the images: timm model names, separated by commas. cache.path is then a folder
+    with one cache per teacher, named like the model: the first cache stores the pixels, the others share them.
+    teacher.weights may list files in the same order, with an empty entry for a teacher without one."""
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
     """Student to validate before stage 1: it and the recipe's training options must be compatible with the cache."""
@@ -250,3 +255,36 @@ class CacheTeacherConfig:
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
         require(self.peer_timeout_minutes > 0, "peer_timeout_minutes", self.peer_timeout_minutes, "> 0")
+        self.per_teacher()
+
+    def per_teacher(self) -> list[Self]:
+        """One configuration per teacher, each of an ordinary cache: this one, unless `teachers` names several.
+
+        Raises:
+            UserError: an empty name, another number of weights than of teachers, or the same teacher twice.
+        """
+        if self.teachers is None:
+            return [self]
+        names = [name.strip() for name in self.teachers.split(",")]
+        files = self.teacher.weights.split(",") if self.teacher.weights else [""] * len(names)
+        if not all(names):
+            raise UserError(f"--teachers {self.teachers} has an empty name")
+        if len(files) != len(names):
+            raise UserError(
+                "--teacher-weights does not list one file per teacher",
+                got=f"{counted(len(files), 'file')} for {counted(len(names), 'teacher')}: {self.teacher.weights}",
+                expected="files in the order of --teachers, with an empty entry for a teacher without a file",
+                fix="correct --teacher-weights, as in --teachers a,b,c --teacher-weights a.safetensors,,c.safetensors",
+            )
+        pairs = [(name, expand_home(file.strip()) or None) for name, file in zip(names, files, strict=True)]
+        if twice := [name for number, (name, file) in enumerate(pairs) if (name, file) in pairs[:number]]:
+            raise UserError(f"--teachers lists {twice[0]} twice with the same weights")
+        return [
+            replace(
+                self,
+                teachers=None,
+                teacher=replace(self.teacher, name=name, weights=file),
+                cache=replace(self.cache, path=f"{self.cache.path}/{folder}"),
+            )
+            for (name, file), folder in zip(pairs, teacher_folders(names), strict=True)
+        ]

@@ -5,11 +5,11 @@ the error is raised in the caller at a later call or at the end; leaving the `wi
 """
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from types import TracebackType
-from typing import Any, ParamSpec, Self
+from typing import Any, NamedTuple, ParamSpec, Self
 
 from scalekd_cache.store.unit import UnitWriter
 
@@ -61,6 +61,14 @@ class BackgroundWriter:
             self._thread.shutdown(cancel_futures=error is not None)
 
 
+class FilledUnit(NamedTuple):
+    """A unit with all its records, not yet committed: every view holds every image that was not skipped."""
+
+    writer: UnitWriter
+    fidelity: dict[str, Any]
+    """As in `UnitWriter.commit`."""
+
+
 class CommitQueue:
     """Commits units in the background, one at a time. A context manager."""
 
@@ -68,23 +76,23 @@ class CommitQueue:
         self._writer = BackgroundWriter("commit", depth=1)
         self._done: Callable[[], None] = _nothing
 
-    def put(self, writer: UnitWriter, fidelity: Mapping[str, Any], done: Callable[[], None]) -> None:
-        """Commit a unit with all its records, once the previous one is published. The queue takes over the writer.
+    def put(self, filled: Sequence[FilledUnit], done: Callable[[], None]) -> None:
+        """Commit a unit of one or more caches, once the previous one is published. The queue takes over the writers.
 
         Args:
-            writer: a writer whose views all hold every image that was not skipped.
-            fidelity: as in `UnitWriter.commit`.
+            filled: the unit in each cache. The first is committed first; if another writer was faster there, the
+                others are dropped, because they may hold other images than the unit that is kept.
             done: called in this thread once the unit is committed: at the next `put` or at the end.
 
         Raises:
-            UserError: the previous commit failed; both units' files are removed.
+            UserError: the previous commit failed; the files of both units are removed.
         """
         try:
             self._wait_for_last()
         except BaseException:
-            writer.abort()
+            abort_all(filled)
             raise
-        self._writer.submit(writer.commit, fidelity)
+        self._writer.submit(_commit, filled)
         self._done = done
 
     def _wait_for_last(self) -> None:
@@ -101,6 +109,22 @@ class CommitQueue:
         with self._writer:
             if error is None:
                 self._wait_for_last()
+
+
+def _commit(filled: Sequence[FilledUnit]) -> None:
+    (writer, fidelity), *others = filled
+    try:
+        if writer.commit(fidelity):
+            for other in others:
+                other.writer.commit(other.fidelity)
+    finally:
+        abort_all(filled)
+
+
+def abort_all(filled: Sequence[FilledUnit]) -> None:
+    """Remove the temporary files of the units; committed ones stay."""
+    for one in filled:
+        one.writer.abort()
 
 
 def _nothing() -> None:

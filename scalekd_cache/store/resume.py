@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.store.durable_files import hash_file, temp_path_for
+from scalekd_cache.store.durable_files import FileHash, hash_file, temp_path_for
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder, wrong_sizes
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
@@ -133,6 +133,17 @@ class CommittedUnits:
             self._drop(place, lambda _: True)
             dropped[unit_folder(self._root, *place)] = some_keys(wrong)
         return dropped
+
+    def keys_hash(self, group: int, range_id: int) -> FileHash:
+        """Hash of the list of sample keys of a committed unit."""
+        return self._whole[group, range_id].files["keys.txt"]
+
+    def drop_unlike(self, group: int, range_id: int, keys: FileHash) -> bool:
+        """Remove a committed unit unless it has this list of sample keys; returns whether it was removed."""
+        if self.keys_hash(group, range_id) == keys:
+            return False
+        self._drop((group, range_id), lambda _: True)
+        return True
 
     def _drop(self, place: tuple[int, int], damaged: Callable[[Path], bool]) -> None:
         remove_damaged_unit(unit_folder(self._root, *place), damaged)

@@ -50,11 +50,10 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
     return cache
 
 
-def pixel_reference(root: Path, pixels: Cache) -> dict[str, str]:
+def pixel_reference(root: Path, pixels: Path, facts: ManifestFacts) -> dict[str, str]:
     """The manifest's reference to the cache whose pixels are shared; the path is relative, so both can be moved."""
-    assert isinstance(pixels.root, Path)
-    path = os.path.relpath(pixels.root.resolve(), root.resolve())
-    return {"identity": pixel_identity(pixels.manifest.facts.fingerprint_fields), "path": Path(path).as_posix()}
+    path = os.path.relpath(pixels.resolve(), root.resolve())
+    return {"identity": pixel_identity(facts.fingerprint_fields), "path": Path(path).as_posix()}
 
 
 def shared_pixels_path(root: Path | RemotePath, facts: ManifestFacts) -> Path | None:

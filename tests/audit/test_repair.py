@@ -6,7 +6,7 @@ import pytest
 from small_cache import CPU, copy_of_cache, flip_byte, reseal, shared_weights, tree
 
 from scalekd_cache.audit.repair import repair_cache
-from scalekd_cache.caching import job
+from scalekd_cache.caching import prepare
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.verify import verify_cache
@@ -77,7 +77,7 @@ REST = [damage_manifest, delete_manifest, damage_tail, delete_tail, damage_plan,
 def quick(monkeypatch):
     """The teacher's accuracy is not measured again, because manifest and plan have it."""
     shared_weights()
-    monkeypatch.setattr(job, "_teacher_top1", None)
+    monkeypatch.setattr(prepare, "_teacher_top1", None)
 
 
 @pytest.mark.parametrize("damage", [*UNIT, *REST, damage_much], ids=lambda damage: damage.__name__)

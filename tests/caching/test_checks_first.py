@@ -7,7 +7,7 @@ import pytest
 from image_files import folder_tree
 from small_cache import CPU, make, options, shared_cache, shared_weights
 
-from scalekd_cache.caching import job
+from scalekd_cache.caching import prepare
 from scalekd_cache.caching.job import cache_teacher, dry_run
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
@@ -36,8 +36,8 @@ def no_teacher(monkeypatch, tmp_path):
     def fail(*_, **__):
         raise AssertionError("a teacher was trained, loaded or downloaded")
 
-    monkeypatch.setattr(job, "train_demo_teacher", fail)
-    monkeypatch.setattr(job, "load_teacher", fail)
+    monkeypatch.setattr(prepare, "train_demo_teacher", fail)
+    monkeypatch.setattr(prepare, "load_teacher", fail)
     return {"weights": None, "pretrained": True, "weights_dir": str(tmp_path / "teachers")}
 
 

@@ -43,7 +43,8 @@ def stage_of(root, teacher, device, shape):
 
 def fill(stage, count=IMAGES):
     unit = Unit(group=0, range_id=0, positions=range(count), views=tuple(range(VIEWS)))
-    return fill_unit(stage, unit, images(count))
+    [(writer, figures)] = fill_unit([stage], unit, images(count))
+    return writer, figures
 
 
 def test_every_crossing_of_stage_1(tmp_path):

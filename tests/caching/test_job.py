@@ -10,8 +10,8 @@ import pytest
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, shared_weights, unit_files, write_weights
 
-from scalekd_cache.caching import job
 from scalekd_cache.caching import make_units as caching
+from scalekd_cache.caching import prepare
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
@@ -131,7 +131,7 @@ def test_growth_touches_nothing_that_is_there(tmp_path):
 def test_the_teacher_is_measured_once(tmp_path, monkeypatch):
     root = copy_of_cache(tmp_path / "cache")
     top1 = read_manifest(root).facts.teacher["top1"]
-    monkeypatch.setattr(job, "evaluate", None)
+    monkeypatch.setattr(prepare, "evaluate", None)
     assert cache_teacher(options(root, shared_weights(), cache={"num_views": 3}), CPU).facts.teacher["top1"] == top1
 
 
@@ -296,7 +296,7 @@ def test_random_weights_are_the_same_every_time(tmp_path):
 
 def test_weights_in_the_weights_folder_are_found(tmp_path, monkeypatch):
     trained = []
-    monkeypatch.setattr(job, "train_demo_teacher", lambda file, data: trained.append(file) or write_weights(file))
+    monkeypatch.setattr(prepare, "train_demo_teacher", lambda file, data: trained.append(file) or write_weights(file))
     config = options(tmp_path / "cache", None, data={"max_samples": 16}, teacher={"weights_dir": str(tmp_path)})
     config = dataclasses.replace(config, teacher=dataclasses.replace(config.teacher, weights=None))
     manifest = cache_teacher(config, CPU)

@@ -40,7 +40,7 @@ def make_some(root, numbers, workers=0, **changes):
 
 def test_units_cover_every_image_and_view_once():
     source = open_source(options("x", "y").data, "train")
-    units = plan_units(source, [[0, 1], [2]], 40)
+    units = plan_units(source.ranges(40), [[0, 1], [2]])
     assert [(unit.group, unit.range_id, unit.views) for unit in units] == [
         (0, 0, (0, 1)),
         (0, 1, (0, 1)),
@@ -158,7 +158,7 @@ def test_drawn_views_are_what_is_stored(tmp_path):
     """The teacher sees the decoded bytes, not the view before encoding."""
     config = options(tmp_path, shared_weights(), views={"jpeg_quality": 20})
     source = open_source(config.data, "train")
-    draw = drawing.ViewDataset(source, config.views, plan_units(source, [[0, 1]], 32))
+    draw = drawing.ViewDataset(source, config.views, plan_units(source.ranges(32), [[0, 1]]))
     (drawn,) = draw[0, [7]]
     assert drawn.sample == source.samples[7]
     assert len(drawn.views) == 2

@@ -11,7 +11,7 @@ from pipelines import inspect_cache
 from scalekd_cache.audit.describe import describe_record
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
-from scalekd_cache.caching import job
+from scalekd_cache.caching import prepare
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.errors import UserError
@@ -38,7 +38,7 @@ def made(tmp_path_factory):
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(Teacher, "forward", watched)
-            patch.setattr(job, "check_disk_space", lambda path, views, needed, asked=forecast: asked.append(needed))
+            patch.setattr(prepare, "check_disk_space", lambda path, views, needed, asked=forecast: asked.append(needed))
             root = folder / f"{kind}-{backend}"
             few, recipe = {"max_samples": COUNT}, {"pixel_format": kind}
             cache = make(root, shared_weights(), data=few, views=recipe, cache={"backend": backend})

@@ -10,7 +10,7 @@ from image_files import folder_tree, source_of, write
 from small_cache import CPU
 
 from scalekd_cache.caching import preflight
-from scalekd_cache.caching.job_plan import check_plan
+from scalekd_cache.caching.plan_check import check_plan
 from scalekd_cache.caching.preflight import check_disk_space, check_student, check_teacher, probe_views
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.recipes import check_recipe

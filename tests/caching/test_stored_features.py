@@ -15,7 +15,7 @@ from sparse_cache import EVERY, IMAGES, finished, make_sparse
 from pipelines import inspect_cache
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
-from scalekd_cache.caching import job
+from scalekd_cache.caching import job, prepare
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching.job_plan import make_stage
 from scalekd_cache.caching.size_probe import PlaceholderTeacher, measure_sizes
@@ -119,7 +119,7 @@ def test_records_that_do_not_follow_the_share_are_damaged(tmp_path, monkeypatch,
     cache = Cache.open(root)
     with pytest.raises(UserError, match="damaged cache: features are stored for other views"):
         cache.read(range(42, IMAGES), 0)
-    monkeypatch.setattr(job, "_teacher_top1", None)
+    monkeypatch.setattr(prepare, "_teacher_top1", None)
     assert repair_cache(root, CPU).left == []
     assert unit_files(root) == original
 
@@ -133,7 +133,7 @@ def test_a_flipped_byte_in_a_record_without_features(tmp_path, monkeypatch):
     flip_byte(tar, tar.read_bytes().index(logits) + 3)
     problems = verify_cache(root, deep=True)
     assert cache.read([row], 2)[0].key in {problem.key for problem in problems}
-    monkeypatch.setattr(job, "_teacher_top1", None)
+    monkeypatch.setattr(prepare, "_teacher_top1", None)
     assert repair_cache(root, CPU).left == []
     assert tree(root) == original
 
@@ -264,7 +264,7 @@ def test_the_probe_measures_the_share(tmp_path):
     """The disk check before the first unit uses it too."""
     asked = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(job, "check_disk_space", lambda path, views, needed: asked.append(needed / views))
+        patch.setattr(prepare, "check_disk_space", lambda path, views, needed: asked.append(needed / views))
         job.dry_run(options(tmp_path / "cache", shared_weights(), data={"max_samples": IMAGES}, cache=PROBED), CPU)
     assert asked == [pytest.approx(finished().manifest.bytes_per_view["total"], rel=0.03)]
 

@@ -7,7 +7,7 @@ import pytest
 from small_cache import CPU, make, options, shared_weights, tree, unit_stats, write_weights
 
 from scalekd_cache.caching import codec_selection as calibration
-from scalekd_cache.caching import job
+from scalekd_cache.caching import job, prepare
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import plan as plans
@@ -32,15 +32,15 @@ def asked(root, **changes):
 @pytest.fixture
 def meanwhile(monkeypatch):
     """Register a function that is called while the next job measures its teacher, before it has a plan."""
-    real = job._teacher_top1
+    real = prepare._teacher_top1
 
     def arrange(act):
         def measure(*arguments, **options):
-            monkeypatch.setattr(job, "_teacher_top1", real)
+            monkeypatch.setattr(prepare, "_teacher_top1", real)
             act()
             return real(*arguments, **options)
 
-        monkeypatch.setattr(job, "_teacher_top1", measure)
+        monkeypatch.setattr(prepare, "_teacher_top1", measure)
 
     return arrange
 

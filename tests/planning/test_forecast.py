@@ -12,7 +12,7 @@ from sklearn.datasets import load_sample_images
 from small_cache import CPU, make, options, shared_weights, write_weights
 
 from pipelines import plan as command
-from scalekd_cache.caching import job as cache_teacher
+from scalekd_cache.caching import prepare
 from scalekd_cache.codec import variance_classes
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
@@ -73,7 +73,7 @@ def test_bytes_on_the_demo(tmp_path, cache):
 @pytest.mark.parametrize("codec", ["int8", "transform"])
 def test_stage_1_measures_the_space_it_needs_in_the_same_way(tmp_path, monkeypatch, codec):
     asked = []
-    monkeypatch.setattr(cache_teacher, "check_disk_space", lambda path, views, needed: asked.append((views, needed)))
+    monkeypatch.setattr(prepare, "check_disk_space", lambda path, views, needed: asked.append((views, needed)))
     cache = make(tmp_path / "cache", shared_weights(), cache={"codec": codec, "num_views": 2})
     files = cache.manifest.bytes_per_view["total"] * cache.manifest.num_samples * 2
     assert asked == [(cache.manifest.num_samples * 2, pytest.approx(files, rel=0.05))]

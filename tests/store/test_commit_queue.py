@@ -7,7 +7,7 @@ from commands import LIMIT_S
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.store import durable_files as store_files
-from scalekd_cache.store.background import CommitQueue
+from scalekd_cache.store.background import CommitQueue, FilledUnit
 from scalekd_cache.store.base import Record
 from scalekd_cache.store.resume import committed_unit
 from scalekd_cache.store.unit import UnitWriter
@@ -28,7 +28,7 @@ def filled(root, number):
         fingerprint=FINGERPRINT,
     )
     writer.append(0, Record(f"image{number}", 0, "{}", "0" * 16, b"", b"features", b"logits"))
-    return writer
+    return FilledUnit(writer, {})
 
 
 def is_there(root, number=0):
@@ -39,7 +39,7 @@ def is_there(root, number=0):
 def commit(root, units, done, then=lambda: None):
     with CommitQueue() as commits:
         for number in range(units):
-            commits.put(filled(root, number), {}, done)
+            commits.put([filled(root, number)], done)
         then()
 
 
@@ -52,7 +52,7 @@ def test_units_are_published_in_order_and_reported_to_the_callers_thread(tmp_pat
     with CommitQueue() as commits:
         for number in range(3):
             report = (number, threading.current_thread())
-            commits.put(filled(tmp_path, number), {}, lambda report=report: reported.append(report))
+            commits.put([filled(tmp_path, number)], lambda report=report: reported.append(report))
             assert [number for number, _ in reported] == list(range(number))
     assert [number for number, _ in reported] == [0, 1, 2]
     assert {thread for _, thread in reported} == {threading.main_thread()}
@@ -69,7 +69,7 @@ def test_the_caller_goes_on_while_the_disk_is_waited_for(tmp_path, monkeypatch):
 
     monkeypatch.setattr(store_files, "fsync", slow)
     with CommitQueue() as commits:
-        commits.put(filled(tmp_path, 0), {}, lambda: None)
+        commits.put([filled(tmp_path, 0)], lambda: None)
         assert not is_there(tmp_path)
         may_end.set()
     assert is_there(tmp_path)
@@ -96,3 +96,22 @@ def test_an_error_of_the_caller_waits_for_the_unit_that_is_whole(tmp_path):
         commit(tmp_path, 1, lambda: None, then=fail)
     assert left(tmp_path) == ["g000-r00000"]
     assert is_there(tmp_path)
+
+
+def test_a_unit_of_two_caches_is_published_first_in_the_first(tmp_path, monkeypatch):
+    """If the first cache's disk fails, or another writer was faster there, the second cache does not get the unit."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    with CommitQueue() as commits:
+        commits.put([filled(first, 0), filled(second, 0)], lambda: None)
+    assert left(first) == left(second) == ["g000-r00000"]
+    with CommitQueue() as commits:
+        commits.put([filled(first, 0), filled(second, 1)], lambda: None)
+    assert left(second) == ["g000-r00000"]
+    monkeypatch.setattr(UnitWriter, "_publish", broken)
+    with pytest.raises(UserError, match="broken"), CommitQueue() as commits:
+        commits.put([filled(first, 2), filled(second, 2)], lambda: None)
+    assert left(first) == left(second) == ["g000-r00000"]
+
+
+def broken(_):
+    raise UserError("broken")

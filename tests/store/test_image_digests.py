@@ -103,10 +103,10 @@ def test_a_file_that_changes_within_one_job_is_found_before_the_manifest(folder,
 def test_within_one_job_of_one_process_the_second_group_stops(folder, monkeypatch):
     made = caching.fill_unit
 
-    def spy(stage, unit, *rest):
+    def spy(stages, unit, *rest):
         if unit.group == 1:
             replace(folder, "bee/2")
-        return made(stage, unit, *rest)
+        return made(stages, unit, *rest)
 
     monkeypatch.setattr(caching, "fill_unit", spy)
     with pytest.raises(UserError, match="changed"):

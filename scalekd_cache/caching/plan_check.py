@@ -1,0 +1,61 @@
+"""Compares the options of a job with the plan of the cache that it resumes.
+
+In: fields of plan.json, and the same fields of the job. Out: nothing, or an error that names what differs.
+Invariant: a cache never gets units of two teachers, view recipes, codecs, data sets or layouts.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from scalekd_cache.config.base import flat
+from scalekd_cache.errors import UserError, counted
+from scalekd_cache.store.manifest import FEATURES_EVERY
+
+
+def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
+    """A cache is resumed only with the same teacher, views, codec, data and layout.
+
+    Raises:
+        UserError: naming each field that differs, with both values.
+    """
+    there, here = flat(kept), flat(asked)
+    different = sorted(name for name in there | here if there.get(name) != here.get(name))
+    if different:
+        raise UserError(
+            "the cache was made with other options",
+            got=_differences(different, here, there),
+            where=where,
+            fix="use another --cache, or the options the cache was made with" + _renamed(different),
+        )
+
+
+SHOWN = 3
+"""Differences that the message names; one option can change a dozen fields."""
+DERIVED = ("sha256", "shape", "image_size", "img_size", "fingerprint")
+"""Ends of names of fields that follow from options and files; they are named last."""
+
+
+def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
+    """The first fields that differ, options first, with both values."""
+    names = sorted(different, key=lambda name: name.endswith(DERIVED))
+    lines = []
+    for name in names[:SHOWN]:
+        plain, values = name.removeprefix("fingerprint_fields."), [here.get(name), there.get(name)]
+        if plain == FEATURES_EVERY:
+            plain, values = "stored_features", [f"{1 / int(every or 1):.6g}" for every in values]
+        lines.append(f"{plain}: {str(values[0])[:40]} (requested) / {str(values[1])[:40]} (cache)")
+    return "; ".join(lines) + (f"; and {counted(len(names) - SHOWN, 'more field')}" if len(names) > SHOWN else "")
+
+
+def _renamed(different: Sequence[str]) -> str:
+    """A fix for another order of the teachers, and for changed images or labels, so that renamed files do not make a
+    cache useless."""
+    if "fingerprint_fields.pixels" in different:
+        return ". With --teachers, the first one's cache stores the pixels: keep their order"
+    if not any(name.endswith("data.listing") for name in different):
+        return ""
+    return (
+        ". Images were added, removed, renamed or relabeled since then. To grow the cache, restore the names in "
+        "units/*/keys.txt. Training from the existing views needs no images if pixels are baked"
+    )

@@ -1,0 +1,325 @@
+"""Prepares a stage-1 job: opens the data set, loads the teachers, plans the units, and runs all checks.
+
+In: one `CacheTeacherConfig` per teacher, and the processes of the job. Out: one `Prepared` per teacher.
+Invariant: whatever would stop a job hours later is an error here. A dry run writes nothing; a real one writes only
+weights of the demo teacher, and fitted codecs. All teachers get the same views: the images are opened once.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from scalekd_cache.caching.codec_selection import load_or_select_codec
+from scalekd_cache.caching.job_plan import (
+    Job,
+    check_before_teacher,
+    finished_manifest,
+    has_held_out,
+    is_committed,
+    make_plan,
+    with_teacher_top1,
+)
+from scalekd_cache.caching.make_units import Stage
+from scalekd_cache.caching.pixel_cache import PixelCache, PixelFacts, open_shared_views
+from scalekd_cache.caching.preflight import (
+    PROBE_IMAGES,
+    check_batches,
+    check_before_weights,
+    check_disk_space,
+    check_student,
+    check_teacher,
+    probe_views,
+)
+from scalekd_cache.caching.sample_views import check_worker_memory
+from scalekd_cache.caching.size_probe import measure_sizes
+from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
+from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.builtin import NotDownloadedError
+from scalekd_cache.data.source import describe_source, open_source
+from scalekd_cache.devices import describe_setup
+from scalekd_cache.distributed import Peers, Process
+from scalekd_cache.errors import UserError, counted
+from scalekd_cache.models.demo_teacher import train_demo_teacher
+from scalekd_cache.models.evaluate import Tally, evaluate
+from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
+from scalekd_cache.models.teacher_classes import Answers
+from scalekd_cache.models.teacher_outputs import held_out_bytes, run_held_out
+from scalekd_cache.models.timm_models import DEMO_TEACHER
+from scalekd_cache.models.weights import find_weights, weights_file
+from scalekd_cache.progress import size_text
+from scalekd_cache.store.durable_files import check_writable
+from scalekd_cache.store.manifest import Manifest
+
+CHECKED_IMAGES = 512
+"""Approximate number of images used to check the order of the classes; if there are fewer validation images, training
+images are added."""
+
+
+class Prepared(NamedTuple):
+    """The job of one teacher, ready to start."""
+
+    config: CacheTeacherConfig
+    job: Job
+    manifest: Manifest | None
+    """The manifest if the cache is already complete, else None."""
+
+
+def prepare(
+    configs: Sequence[CacheTeacherConfig], peers: Peers, student: DistillConfig | None = None, *, dry_run: bool = False
+) -> list[Prepared] | None:
+    """Open the data set, load the teachers, get their codecs, plan the units, and run all checks.
+
+    Checks that need no teacher weights run before the weights are trained or downloaded.
+
+    Args:
+        configs: all options of stage 1, one configuration per teacher. They differ only in teacher and folder.
+        peers: the processes of this job.
+        student: training options to check against the caches.
+        dry_run: write nothing: no demo teacher is trained, a codec that must be fitted is replaced by int8, and the
+            teachers' accuracy is measured on about `CHECKED_IMAGES` images.
+
+    Returns:
+        The job of each teacher, with the manifest if its cache is complete; None for a dry run whose data set is not
+        downloaded or whose demo teacher is not trained yet.
+
+    Raises:
+        UserError: any problem that would otherwise show up hours later.
+    """
+    process, config = peers.process, configs[0]
+    process.print_rank0(describe_setup(process.device, config.teacher.precision, process.world_size, config.workers))
+    try:
+        source = _open_images(config, process, download=not dry_run)
+    except NotDownloadedError as error:
+        process.print_rank0(f"would first download the data set: {error}\ndry run: nothing was written")
+        return None
+    for one in configs:
+        check_before_weights(one, source, student, process)
+    validation = _open_validation(config, dry_run=dry_run) if process.rank == 0 else None
+    found: list[Prepared] = []
+    for one in configs:
+        with peers.scope(one.cache.path):
+            ready = _prepare(one, peers, source, _pixels(found[0].job) if found else None, dry_run)
+        if ready is None:
+            return None
+        found.append(ready)
+        _check_distinct(found)
+        if ready.manifest is None:
+            _check(ready, process, student)
+    if process.rank != 0:
+        return found
+    _check_disk_space([one for one in found if one.manifest is None])
+    return [
+        one if one.manifest is not None else one._replace(job=_with_outputs(one, validation, dry_run)) for one in found
+    ]
+
+
+def _prepare(
+    config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, shared: PixelFacts | None, dry_run: bool
+) -> Prepared | None:
+    """Load one teacher and plan its units; None for a dry run without a trained demo teacher."""
+    process = peers.process
+    teacher_config = _prepare_weights(config, peers, dry_run)
+    if teacher_config is None:
+        return None
+    config = dataclasses.replace(config, teacher=teacher_config)
+    teacher = _load_teacher(config, process, source, shared)
+    codec = load_or_select_codec(config, peers, source, teacher, dry_run=dry_run)
+    job = make_plan(config, process, source, teacher, codec, shared)
+    _report_kept_views(config, process, job)
+    return Prepared(config, job, finished_manifest(job))
+
+
+def _pixels(first: Job) -> PixelFacts | None:
+    """The cache that stores the pixels of all teachers; None if each cache records its own views (`views.pixels`)."""
+    if first.shared is not None or first.stage.views.pixels == "replayed":
+        return first.shared
+    return PixelFacts(first.stage.root, first.plan.facts, [range(start, stop) for start, stop in first.plan.ranges])
+
+
+def _check_distinct(found: Sequence[Prepared]) -> None:
+    """`UserError` if the last teacher has the weights of an earlier one."""
+    *others, last = found
+    for other in others:
+        if other.job.stage.teacher.spec.weights_sha256 == last.job.stage.teacher.spec.weights_sha256:
+            raise UserError(
+                "two of the teachers are the same: they have equal weights",
+                got=" and ".join(f"{one.config.teacher.name} ({one.config.teacher.weights})" for one in (other, last)),
+                fix="correct --teachers and --teacher-weights",
+            )
+
+
+def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool) -> Source | PixelCache:
+    """The data set, or the cache whose pixels are shared. Files that are left out are reported."""
+    if config.cache.pixels_from:
+        return open_shared_views(config, download=download)
+    source = open_source(config.data, "train", download=download)
+    for message in source.ignored if source.class_names else (describe_source(source), *source.ignored):
+        process.print_rank0(message)
+    return source
+
+
+def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) -> TeacherConfig | None:
+    """The teacher's options with the file of its weights, if there is one. Rank 0 trains a missing demo teacher; a dry
+    run reports that and returns None."""
+    teacher = config.teacher
+    if teacher.name == DEMO_TEACHER and teacher.pretrained and not teacher.weights:
+        file = weights_file(teacher.weights_dir, teacher.name)
+        if dry_run:
+            if not file.exists():
+                peers.process.print_rank0(
+                    f"would first train the demo teacher (about a minute) into {file}; dry run: nothing was written"
+                )
+                return None
+        else:
+            if peers.process.rank == 0:
+                if not file.exists():
+                    train_demo_teacher(file, config.data)
+                peers.publish("demo teacher")
+            peers.wait("demo teacher")
+    return find_weights(teacher)
+
+
+def _load_teacher(
+    config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
+) -> Teacher:
+    """The frozen teacher. If it cannot be loaded and the cache has other options, the error names the options."""
+    torch.manual_seed(config.views.seed)  # random weights (--pretrained false) are the same on every process
+    try:
+        return load_teacher(
+            config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
+        )
+    except UserError:
+        check_before_teacher(config, process, source, shared)
+        raise
+
+
+def _report_kept_views(config: CacheTeacherConfig, process: Process, job: Job) -> None:
+    if config.cache.num_views < job.plan.num_views:
+        asked, there = config.cache.num_views, job.plan.num_views
+        process.print_rank0(
+            f"{counted(asked, 'view')} requested, but {job.stage.root} is planned with {there}; no view is removed. "
+            f"To train on the first {asked}: scalekd distill ... --train.views={asked}"
+        )
+
+
+def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> None:
+    """Check now for problems that would otherwise show up hours later (`preflight.py`)."""
+    config, job, stage = ready.config, ready.job, ready.job.stage
+    check_worker_memory(job.units, stage.views, config.workers)
+    pixels = probe_views(stage.source, stage.views)
+    check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
+    if not stage.teacher.spec.has_classifier:
+        process.print_rank0(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
+    if process.rank == 0:
+        check_writable(stage.root, "--cache")
+        if student is not None:
+            output = stage.teacher(pixels[:2].to(stage.device))
+            recipe = check_batches(
+                student.train, job.plan.facts.fingerprint_fields["data"]["samples"], process.world_size
+            )
+            check_student(student, stage.teacher, len(stage.source.class_names), output)
+            print(f"student {student.student.name} and {recipe} are compatible with this cache", flush=True)
+
+
+def _check_disk_space(found: Sequence[Prepared]) -> None:
+    """Check that the missing units fit on the disk; sizes are measured as in `scalekd plan`, on fewer images."""
+    views, needed = 0, 0.0
+    for config, job, _ in found:
+        units = [unit for unit in job.units if not is_committed(job, unit)]
+        missing = sum(unit.num_views for unit in units)
+        if not missing:
+            continue
+        sizes = measure_sizes(job.stage, config.cache, num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES)
+        size = sum(sum(sizes.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
+        place = f"{job.stage.root}: " if len(found) > 1 else ""
+        print(f"{place}{counted(missing, 'view')} to make, about {size / missing:,.0f} bytes each, {size_text(size)}")
+        views, needed = views + missing, needed + size
+    if not views:
+        return
+    check_disk_space(found[0].job.stage.root, views, needed)
+    if len(found) > 1:
+        print(f"all teachers: {counted(views, 'view')} to make, {size_text(needed)}", flush=True)
+
+
+def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> Job:
+    """The job with the teacher's accuracy, and its outputs on held-out images, where they are missing."""
+    config, job, _ = ready
+    if job.plan.facts.teacher["top1"] is None:
+        job = with_teacher_top1(job, _teacher_top1(config, job.stage, validation, dry_run=dry_run))
+    return job if dry_run or validation is None else _with_held_out(config, job, validation)
+
+
+def _open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
+    """The validation images; None, with a note, if there are none. A dry run downloads nothing."""
+    try:
+        return open_source(config.data, "val", download=not dry_run)
+    except UserError as error:
+        print(f"no validation images: the teacher's accuracy is not measured:\n{error}", flush=True)
+        return None
+
+
+def _teacher_top1(
+    config: CacheTeacherConfig, stage: Stage, validation: Source | None, *, dry_run: bool
+) -> float | None:
+    """The teacher's accuracy on the validation images (in a dry run, on some of them); None when there are none,
+    or no labels.
+
+    The order of the classes is checked on these images, and on training images if they are few.
+
+    Raises:
+        UserError: its classes are in another order than the data set's, or its accuracy is near chance.
+    """
+    spec = stage.teacher.spec
+    if not spec.has_classifier or not stage.source.class_names:
+        return None
+    top1 = None
+    answers = Answers(spec.name, stage.source.class_names)
+    if validation is not None:
+        sample = CHECKED_IMAGES if dry_run else None
+        top1 = round(_evaluate(config, stage, validation, "evaluate the teacher", sample, answers).top1_percent, 4)
+    if config.teacher.pretrained or config.teacher.weights is not None:
+        if len(answers) < CHECKED_IMAGES:
+            source = stage.source
+            images = source.sample_images(CHECKED_IMAGES) if isinstance(source, PixelCache) else source
+            _evaluate(config, stage, images, "check the order of classes", CHECKED_IMAGES - len(answers), answers)
+        try:
+            answers.check(config.cache.pixels_from)
+        except UserError as error:
+            if config.teacher.check_classes:
+                raise
+            print(f"warning: {error}", flush=True)
+    return top1
+
+
+def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> Job:
+    """The job with the teacher's outputs on held-out images, if the cache needs them and does not have them."""
+    if has_held_out(job.stage.root, job.plan.facts):
+        return job
+    size, workers = config.teacher.batch_size, config.workers
+    found = run_held_out(job.stage.teacher, validation, batch_size=size, workers=workers)
+    return job._replace(held_out=held_out_bytes(found, validation))
+
+
+def _evaluate(
+    config: CacheTeacherConfig, stage: Stage, images: Source, title: str, sample: int | None, answers: Answers
+) -> Tally:
+    """Run the teacher on the images (on about `sample` of them) and record its predictions."""
+
+    def predict(pixels: Tensor) -> Tensor:
+        output: TeacherOutput = stage.teacher(pixels)
+        return output.logits
+
+    return evaluate(
+        predict,
+        images,
+        config.views.size,
+        stage.device,
+        world_size=max(1, len(images.samples) // sample) if sample else 1,  # one rank of many, so every n-th image
+        workers=config.workers,
+        title=title,
+        on_batch=answers.add,
+    )
