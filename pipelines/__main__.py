@@ -22,6 +22,7 @@ try:
         plan,
         probe,
         prove,
+        publish,
         repair,
         report,
         verify,
@@ -33,7 +34,7 @@ except KeyboardInterrupt:  # in the first second, before `run` answers it
     sys.exit(130)
 
 MODULES = (cache_teacher, distill, evaluate, probe, finetune, export, report, verify, repair,
-           inspect_cache, plan, prove, fetch, costs, import_upstream)  # fmt: skip
+           inspect_cache, plan, prove, publish, fetch, costs, import_upstream)  # fmt: skip
 """In the order of `scalekd --help`. The formatter would take fifteen lines for it."""
 
 

@@ -240,7 +240,9 @@ def check_cache_path(place: str) -> None:
     """`UserError` unless `place` is a folder with parts of a cache; the message names similar caches. URLs are not
     checked."""
     path = Path(place)
-    if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
+    if "://" in place or any(
+        (path / part).exists() for part in ("plan.json", "manifest.json", "units", "publication.json")
+    ):
         return
     if path.is_dir():
         inside = sorted(str(file.parent) for file in path.glob("*/manifest.json"))[:3]

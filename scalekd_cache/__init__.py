@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe
+    from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe, publish
     from scalekd_cache.config.stage2 import ScaleKDConfig
     from scalekd_cache.errors import UserError
     from scalekd_cache.loader.decoder import RecordDecoder
@@ -31,6 +31,7 @@ __all__ = [
     "distill",
     "finetune",
     "probe",
+    "publish",
     "register_family",
     "timm_student",
 ]
@@ -49,6 +50,7 @@ _HOME = {
     "distill": "api",
     "finetune": "api",
     "probe": "api",
+    "publish": "api",
     "register_family": "models.tail",
     "timm_student": "training.targets",
 }

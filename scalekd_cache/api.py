@@ -16,6 +16,7 @@ from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import default_cache, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.config.recipes import check_recipe, has_changed, recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
@@ -225,6 +226,40 @@ def finetune(
     from scalekd_cache.training.finetune import finetune as train
 
     return train(config, choose_device(config.device))
+
+
+def publish(
+    *,
+    cache: str | os.PathLike[str],
+    to: str | os.PathLike[str],
+    data_license: str,
+    teacher_license: str,
+    without_pixels: bool = False,
+    pixels_from: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Publish a finished cache: on the model hub, in a bucket, or in a folder. A rerun resumes.
+
+    Args:
+        cache: folder of the cache.
+        to: `hf://datasets/USER/NAME`, `s3://bucket/folder`, `gs://bucket/folder`, or a folder.
+        data_license: license of the images, such as cc-by-4.0.
+        teacher_license: license of the teacher's weights, such as apache-2.0.
+        without_pixels: leave the pixels out; `pull` makes them again from the images.
+        pixels_from: for a cache that shares pixels: where the cache that holds them is published.
+        options: any other option: `{"private": True}`.
+
+    Returns:
+        Place, fingerprint, units, bytes, and the commands that use the published cache (`next`).
+
+    Raises:
+        UserError: anything that the command would report as an error.
+    """
+    given = _given("publish", options, cache=cache, to=to, data_license=data_license, teacher_license=teacher_license,
+                   without_pixels=without_pixels, pixels_from=pixels_from)  # fmt: skip
+    from scalekd_cache.publishing.publish import publish as run
+
+    return run(build(PublishConfig, given))
 
 
 def probe_config(given: Given) -> ProbeConfig:

@@ -45,6 +45,7 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "inspect": _names("cache key index view out pixels_from json"),
     "plan": _names(f"{_STAGE1} students epochs gpu heads feature_share json {_STAGE1_MORE}"),
     "prove": _names(f"cache student views init recipe heads feature_share json {_OVERRIDES}"),
+    "publish": _names("cache to data_license teacher_license without_pixels pixels_from private connections json"),
     "fetch": _names("teacher"),
     "costs": _names("teacher student heads:scalekd.projector feature_share:scalekd.feature_share all"),
     "import-upstream": _names("ckpt out student classes s4_query"),

@@ -1,7 +1,8 @@
-"""Checks whether the hub of pretrained models can be reached, so that offline machines fail within seconds.
+"""Access to the model hub: offline machines fail within seconds, and errors say what to do.
 
-In: huggingface_hub's settings. Out: a context in which downloads work or fail at once.
+In: huggingface_hub's settings. Out: a context in which downloads work or fail at once; a context for uploads.
 Invariant: files in the hub's local cache are found either way. huggingface_hub alone retries for about a minute.
+Messages contain no token.
 """
 
 import contextlib
@@ -11,9 +12,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 
-from huggingface_hub import constants
+from huggingface_hub import constants, errors
 from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 
+from scalekd_cache.errors import UserError
+from scalekd_cache.store.remote.url_transfer import without_password
+
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 TIMEOUT_S = 3.0
 """Timeout in seconds for the first reply of the hub, including name lookup."""
 
@@ -56,3 +61,33 @@ def hub_or_cache() -> Iterator[None]:
         raise ConnectionError(f"no connection to {constants.ENDPOINT}, and not in the local cache") from error
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+@contextlib.contextmanager
+def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
+    """A context for uploads: the errors of huggingface_hub become a `UserError`.
+
+    Args:
+        endpoint: address of the hub.
+        where: the repository.
+        resume: what a rerun does.
+    """
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise UserError("not the name of a repository", got=where, expected="user/name", fix=str(error)) from error
+    except errors.LocalTokenNotFoundError as error:
+        raise UserError("no access token for the model hub", where=endpoint, fix=LOGIN) from error
+    except errors.HfHubHTTPError as error:
+        denied = error.response is not None and error.response.status_code in (401, 403)
+        raise UserError(
+            "the model hub rejected the upload",
+            got=without_password(str(error).splitlines()[0]),
+            where=f"{endpoint}/{where}",
+            fix=LOGIN if denied else resume,
+        ) from error
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of the hub's HTTP library
+        fix = "connect to a network (and unset HF_HUB_OFFLINE), then rerun"
+        raise UserError(
+            "cannot reach the model hub", got=without_password(str(error)), where=endpoint, fix=fix
+        ) from error

@@ -17,11 +17,11 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import damaged
 from scalekd_cache.store.checked_files import Sha256, checked_value, parse_json, read_file
 from scalekd_cache.store.durable_files import FileHash
+from scalekd_cache.store.manifest import PUBLICATION
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Whole, is_inside, unit_folder
 
-NAME, CARD = "publication.json", "README.md"
 ORIGINAL, TARGETS = "original", "targets"
 """Folders of a place without pixels: the cache's files except shards, and the shards without pixels."""
 VERSION = 1
@@ -57,7 +57,8 @@ class Publication:
     """Where the cache with the shared pixels is published; empty unless pixels are shared."""
     licenses: Licenses
     files: dict[str, FileHash]
-    """README.md and the files of the cache that are not in units/, by their path in the place."""
+    """The files of the cache that are not in units/, and README.md unless somebody has edited it, by their path in the
+    place."""
     targets: Annotated[list[TargetsRow], Field(fail_fast=True)]
     """Sorted by group and range; empty unless pixels are left out."""
 
@@ -80,7 +81,7 @@ def read_publication(place: StoredPath) -> Publication:
     Raises:
         UserError: it is missing, damaged, or of another version.
     """
-    path = place / NAME
+    path = place / PUBLICATION
     return parse_publication(read_file(path, WHAT, PUBLICATION_BYTES), path)
 
 
@@ -98,7 +99,7 @@ def parse_publication(data: bytes, path: StoredPath | str) -> Publication:
     publication = checked_value(unsealed(fields, data, path), Publication, WHAT, path)
     places = [row[:2] for row in publication.targets]
     right = {
-        "files": CARD in publication.files and all(map(is_inside, publication.files)),
+        "files": all(map(is_inside, publication.files)),
         "targets": places == sorted(set(places)) and bool(places) == (publication.pixels == "left out"),
         "pixels_from": bool(publication.pixels_from) == (publication.pixels == "shared"),
     }

@@ -40,6 +40,8 @@ from scalekd_cache.store.remote.remote_path import pin_files
 from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, unit_folder, wrong_sizes
 
+PUBLICATION, CARD = "publication.json", "README.md"
+"""Files of a published cache, which readers ignore (`publishing/publication.py`)."""
 NAME, TAIL, HELD_OUT = "manifest.json", "tail.safetensors", "heldout.safetensors"
 Share = Annotated[float, Field(ge=0, le=1)]
 STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
@@ -292,6 +294,12 @@ def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
     """The manifest of a cache and the bytes of its file; raises as `read_manifest`."""
     path = root / NAME
     if not is_there(path):
+        if is_there(root / PUBLICATION):
+            raise UserError(
+                "this is a cache without pixels, as it was published: it cannot be read directly",
+                where=root,
+                fix=f"run `scalekd pull {root} --cache ... --data ...`: it makes the pixels again from the images",
+            )
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,

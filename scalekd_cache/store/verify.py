@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.checked_files import checked_value, is_there, read_json
-from scalekd_cache.store.manifest import HELD_OUT, STATE, TAIL, Manifest, codec_files, read_manifest
+from scalekd_cache.store.manifest import CARD, HELD_OUT, PUBLICATION, STATE, TAIL, Manifest, codec_files, read_manifest
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.plan import NAME as PLAN
@@ -255,7 +255,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
 
 def _unknown_files(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
     """Files and folders that do not belong to the cache; temporary ones are only noted."""
-    known = {MANIFEST, PLAN, UNITS}
+    known = {MANIFEST, PLAN, UNITS, PUBLICATION, CARD}
     known |= {TAIL, HELD_OUT} if expected is None else expected.teacher_files.keys()
     kept = {} if expected is None else codec_files(expected.fields)
     known |= {*kept, CODEC_FILE}

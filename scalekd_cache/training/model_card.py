@@ -5,7 +5,6 @@ Invariant: quoted values are escaped: a name from a file shows as text, never as
 this machine is quoted.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,12 @@ from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.backbone import Backbone
 from scalekd_cache.convert.timm_export import InputStatistics, eval_transform
 from scalekd_cache.errors import counted
+from scalekd_cache.markup import escaped, last_part, table_cell
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.run_files import classes_of, text_option
 from scalekd_cache.versions import __version__
 from scalekd_cache.views.view import eval_resize
 
-MARKUP = re.compile(r"[\\`*{}\[\]()<>#+!|&~$:@]|^-|(?<!\w)_|_(?!\w)|(?<=[wW]{3})\.")
-"""Characters that Markdown renderers interpret."""
 TEMPLATE = """---
 {header}---
 # {title}
@@ -79,7 +77,7 @@ def model_card(
         folder,
         facts["image_size"],
         tags=[task, "timm", "knowledge-distillation", "scalekd"],
-        title=f"{_text(student.name)}, distilled with ScaleKD",
+        title=f"{escaped(student.name)}, distilled with ScaleKD",
         sentence=_sentence(student.name, summary),
         rows=card_facts(options, facts, summary),
         credit="; the method is ScaleKD, https://arxiv.org/abs/2411.06786",
@@ -94,12 +92,12 @@ def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -
         facts: what `finetune` returns.
         folder: of the export.
     """
-    start = _last_part(str(facts["start"]))
-    how = f"{facts['train_images']:,} labeled images of {_text(_last_part(str(facts['data'])))}"
+    start = last_part(str(facts["start"]))
+    how = f"{facts['train_images']:,} labeled images of {escaped(last_part(str(facts['data'])))}"
     accuracy = percent(facts["top1"]) if facts["val_images"] else "not measured"
     names = {"train_images": "training images", "labels_per_class": "labels per class", "epochs": "epochs",
              "seed": "seed", "classes": "classes", "val_images": "validation images"}  # fmt: skip
-    rows = {"started from": start, "data set": _last_part(str(facts["data"]))}
+    rows = {"started from": start, "data set": last_part(str(facts["data"]))}
     rows |= {label: "all" if facts[name] is None else str(facts[name]) for name, label in names.items()}
     rows |= {"top-1": percent(facts["top1"]), "top-5": percent(facts["top5"])}
     return _filled(
@@ -107,8 +105,8 @@ def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -
         folder,
         facts["image_size"],
         tags=["image-classification", "timm"],
-        title=f"{_text(backbone.name)}, fine-tuned",
-        sentence=f"{_text(backbone.name)}, fine-tuned on {how}; top-1 {accuracy}.",
+        title=f"{escaped(backbone.name)}, fine-tuned",
+        sentence=f"{escaped(backbone.name)}, fine-tuned on {how}; top-1 {accuracy}.",
         rows=rows,
         credit="",
     )
@@ -132,7 +130,7 @@ def _filled(
         header=yaml.safe_dump(header, sort_keys=False),
         title=title,
         sentence=sentence,
-        table="\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items()),
+        table="\n".join(f"| {name} | {table_cell(value)} |" for name, value in rows.items()),
         place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
         size=image_size,
         resize=eval_resize(image_size, transform["crop_pct"]),
@@ -157,55 +155,34 @@ def card_facts(
         "top-5": percent(summary["top5"]) if summary else "the run is not finished",
         "validation images": summary.get("val_images", 0) if summary else 0,
         "targets": text_option(options, "train.targets"),
-        "recipe": _last_part(text_option(options, "recipe")),
+        "recipe": last_part(text_option(options, "recipe")),
         "epochs": text_option(options, "train.epochs"),
         "seed": text_option(options, "train.seed"),
         "cache fingerprint": facts["fingerprint"],
         "views per image": facts["views"],
-        "data set": _last_part(str(facts["data"].get("source"))),
+        "data set": last_part(str(facts["data"].get("source"))),
         "classes": classes_of(facts),
     }
     return {name: str(value) for name, value in rows.items()}
 
 
-def _last_part(place: str) -> str:
-    """The last part of a path or URL; a published card should not contain local folders."""
-    return re.split(r"[/\\]", place.rstrip("/\\"))[-1] or place
-
-
 def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
     if summary is None:
-        return f"A checkpoint of a run that is not finished: {_text(student)}."
-    teacher = _text(str(summary["teacher"]))
+        return f"A checkpoint of a run that is not finished: {escaped(student)}."
+    teacher = escaped(str(summary["teacher"]))
     how = "trained on labels only" if summary["targets"] == "none" else f"distilled from {teacher}"
     images = summary.get("val_images", 0)
     held_out = summary.get("held_out")
     if held_out:
-        return f"{_text(student)}, {how} without labels; {_figures(held_out)}."
+        return f"{escaped(student)}, {how} without labels; {_figures(held_out)}."
     accuracy = f"{percent(summary['top1'])} on {counted(images, 'validation image')}" if images else "not measured"
-    return f"{_text(student)}, {how}; top-1 {accuracy}."
+    return f"{escaped(student)}, {how}; top-1 {accuracy}."
 
 
 def _figures(held_out: Mapping[str, float]) -> str:
     """Figures of held-out images as text."""
     units = {name: " %" if "knn" in name or "probe" in name else "" for name in held_out}
     return ", ".join(f"{name.replace('_', ' ')} {value:g}{units[name]}" for name, value in held_out.items())
-
-
-def _plain(value: str) -> str:
-    """One line of printable characters."""
-    return " ".join("".join(char if char.isprintable() else " " for char in value).split())
-
-
-def _text(value: str) -> str:
-    """Text escaped for Markdown: no link, image, emphasis or HTML."""
-    return MARKUP.sub(r"\\\g<0>", _plain(value))
-
-
-def _cell(value: str) -> str:
-    """Text as code in a table cell."""
-    plain = _plain(value).replace("`", "'").replace("|", "/")
-    return f"`{plain}`"
 
 
 def _numbers(values: Any) -> str:

@@ -1,12 +1,14 @@
-"""Downloads from a URL through fsspec: allowed URL schemes, bounded retries, and errors with a fix.
+"""Transfers from and to a URL through fsspec: allowed URL schemes, bounded retries, and errors with a fix.
 
-In: a URL. Out: a file, or a length. Invariant: only the schemes listed here are opened, never a shell command; size and
-time are limited; a redirect may lead only to the same host or to a host that the user allowed; an error names URL,
-status and attempts. fsspec and its implementations are imported when a URL is opened, and an instance never crosses a
-fork (its event loop would hang).
+In: a URL; for an upload also a file. Out: a file, a length, a listing.
+Invariant: only the schemes listed here are opened, never a shell command; size and time are limited; a redirect may
+lead only to the same host or to a host that the user allowed; an error names URL, status and attempts. Messages
+contain no passwords. fsspec and its implementations are imported when a URL is opened, and an instance never crosses
+a fork (its event loop would hang).
 """
 
 import functools
+import os
 import random
 import re
 import time
@@ -31,6 +33,10 @@ PACKAGES = {
 }
 """The packages that fsspec needs for each scheme."""
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
+"""Names of environment variables whose values are never printed."""
+SECRET_LENGTH = 8
+"""Shorter values are no secrets, and hiding them would hide words."""
 MAX_WAIT_S = 30.0
 RETRY_STATUS = {408, 425, 429}
 """Client errors that are retried."""
@@ -38,6 +44,11 @@ FIXES = {
     401: "give credentials (docs/REMOTE.md)",
     403: "give credentials with read access (docs/REMOTE.md); some servers return 403 for a missing file",
     404: "check the URL; if it is correct, the cache there is incomplete: copy it again",
+}
+WRITE_FIXES = {
+    401: "give credentials with write access (docs/REMOTE.md)",
+    403: "give credentials with write access to this bucket (docs/REMOTE.md)",
+    404: "check the name of the bucket, or create it: it must exist",
 }
 T = TypeVar("T")
 
@@ -77,9 +88,14 @@ def is_url(place: str) -> bool:
     return True
 
 
-def without_password(url: str) -> str:
-    """The URL with its password hidden, for messages."""
-    return re.sub(r"(://[^/@:]*):[^/@]*@", r"\1:***@", url)
+def without_password(text: str) -> str:
+    """A URL, or a text with URLs, for messages: names, passwords, queries and the secrets of the environment are
+    hidden."""
+    for name, value in os.environ.items():
+        if SECRET.search(name) and len(value) >= SECRET_LENGTH:
+            text = text.replace(value, "***")
+    text = re.sub(r"://[^/@\s]*@", "://***@", text)
+    return re.sub(r"(://[^\s?#'\"]*[?#])[^\s'\"]*", r"\1***", text)
 
 
 def download(
@@ -228,7 +244,7 @@ def _bounded(limit_bytes: int, config: RemoteConfig, received: Callable[[int], N
     return Bounded()
 
 
-def _attempts(url: str, config: RemoteConfig, once: Callable[[], T]) -> T:
+def _attempts(url: str, config: RemoteConfig, once: Callable[[], T], verb: str = "download") -> T:
     """Retry with exponential backoff; errors that a retry cannot fix are raised at once."""
     failures = _failures(urlsplit(url).scheme)
     number = 1
@@ -243,7 +259,7 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T]) -> T:
                     raise refused from None
             status = _status(error)
             if number >= config.attempts or _is_final(error, status):
-                raise _failed(url, error, status, number, config) from error
+                raise _failed(url, error, status, number, config, verb) from error
         wait = min(MAX_WAIT_S, config.backoff_s * 2 ** (number - 1))
         time.sleep(wait * random.uniform(0.5, 1))  # jitter, so that processes do not retry at the same time
         number += 1
@@ -285,25 +301,61 @@ def _is_final(error: Exception, status: int | None) -> bool:
     return type(error).__name__ in ("InvalidURL", "NoCredentialsError", "ParamValidationError")
 
 
-def _failed(url: str, error: Exception, status: int | None, attempts: int, config: RemoteConfig) -> UserError:
+def _failed(
+    url: str, error: Exception, status: int | None, attempts: int, config: RemoteConfig, verb: str
+) -> UserError:
     kind = {401: RemoteDeniedError, 403: RemoteDeniedError, 404: RemoteNotFoundError}.get(status or 0, UserError)
     root = error
     while isinstance(root.__cause__, Exception):  # some implementations report every error as "not found"
         root = root.__cause__
     reason = f"{type(root).__name__}: {without_password(str(root))}".rstrip(": ")
-    if isinstance(error, TransferError):
+    fixes = FIXES if verb == "download" else WRITE_FIXES
+    if isinstance(error, TransferError) and verb == "upload":
+        fix = "rerun; if it happens again, check the server"
+    elif isinstance(error, TransferError):
         fix = "the file does not match this cache's manifest: copy the cache again (rsync, aws s3 sync)"
     elif type(error).__name__ == "NoCredentialsError":
-        fix = FIXES[401]
+        fix = fixes[401]
     else:
-        fix = FIXES.get(
+        fix = fixes.get(
             status or 0,
             f"check that the server is running; increase remote.attempts={config.attempts}"
             f" or remote.timeout_s={config.timeout_s:g}",
         )
     return kind(
-        "cannot download a file",
+        f"cannot {verb} a file" if verb != "list" else "cannot list the files at a URL",
         got=f"{f'status {status}, ' if status else ''}{reason} ({attempts} of {counted(config.attempts, 'attempt')})",
         where=without_password(url),
         fix=fix,
     )
+
+
+def upload(path: Path, url: str, config: RemoteConfig) -> None:
+    """Upload a file; the length that the server reports afterwards is compared.
+
+    Raises:
+        UserError: after the last attempt.
+    """
+
+    def once() -> None:
+        system = _filesystem(url, config)
+        system.put_file(str(path), url)
+        system.invalidate_cache()
+        size, sent = system.info(url)["size"], path.stat().st_size
+        if size != sent:
+            raise TransferError(f"the server has {size:,} bytes, {sent:,} were sent")
+
+    _attempts(url, config, once, "upload")
+
+
+def sizes_below(url: str, config: RemoteConfig) -> dict[str, int]:
+    """The files below a folder of a bucket: path relative to the folder -> bytes. Raises as `upload`."""
+
+    def once() -> dict[str, int]:
+        system = _filesystem(url, config)
+        system.invalidate_cache()
+        start = str(system._strip_protocol(url)).rstrip("/") + "/"
+        found = system.find(start, detail=True)
+        return {name.removeprefix(start): facts["size"] for name, facts in found.items() if name.startswith(start)}
+
+    return _attempts(url, config, once, "list")

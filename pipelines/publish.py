@@ -1,0 +1,30 @@
+"""Publish a finished cache: on the model hub, in a bucket, or in a folder."""
+
+from pipelines.command import Command, Given, JsonOutput, check_cache_path, run, take
+from scalekd_cache.config.options import build
+from scalekd_cache.config.publishing import PublishConfig
+
+
+def main(given: Given) -> None:
+    """Publish, then print the commands that use the published cache."""
+    output = take(given, JsonOutput)
+    config = build(PublishConfig, given)
+    check_cache_path(config.cache)
+    from scalekd_cache.progress import size_text
+    from scalekd_cache.publishing.publish import publish
+
+    facts: dict[str, object] = {}
+    with output.printed(facts):
+        found = publish(config)
+        facts.update(found)
+        print(f"{found['to']}: {size_text(found['bytes'])}, of which {size_text(found['bytes_sent'])} were sent")
+        if found["local_paths"]:
+            print(f"note: manifest.json is published unchanged and names {', '.join(found['local_paths'])}")
+        for command in found["next"]:
+            print(f"  {command}")
+
+
+COMMAND = Command("publish", main, [PublishConfig, JsonOutput], __doc__)
+
+if __name__ == "__main__":
+    run(COMMAND)

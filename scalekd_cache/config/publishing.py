@@ -1,0 +1,49 @@
+"""Options of `publish`.
+
+In: values from the command line or a Python call. Out: a checked, immutable dataclass.
+Invariant: licenses are given by the user, never guessed.
+"""
+
+from pydantic.dataclasses import dataclass
+
+from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True, config=STRICT)
+class PublishConfig:
+    """Options of `publish`."""
+
+    cache: str
+    """Folder of a finished cache."""
+    to: str
+    """Where to publish it: hf://datasets/USER/NAME, s3://bucket/folder, gs://bucket/folder, or a folder."""
+    data_license: str = ""
+    """License of the images, such as cc-by-4.0; required."""
+    teacher_license: str = ""
+    """License of the teacher's weights, such as apache-2.0; required."""
+    without_pixels: bool = False
+    """Leave the pixels out, where the license of the images forbids handing them on. Whoever pulls the cache needs the
+    images: `pull --data` makes the pixels again."""
+    pixels_from: str | None = None
+    """For a cache that shares the pixels of another one: where that cache is published (folder or URL)."""
+    private: bool = False
+    """On the hub: a new repository is private."""
+    connections: int = 4
+    """Units that are sent at the same time."""
+
+    def __post_init__(self) -> None:
+        for place, option in ((self.cache, "--cache"), (self.to, "--to")):
+            if not place.strip():
+                raise UserError(f"{option} is empty")
+        names = {"--data-license": self.data_license, "--teacher-license": self.teacher_license}
+        missing = [option for option, name in names.items() if not name.strip()]
+        if missing:
+            raise UserError(
+                f"set {' and '.join(missing)}: a published cache names the licenses of its images and of its teacher "
+                "(for example --data-license cc-by-4.0 --teacher-license apache-2.0)"
+            )
+        for option, name in names.items():
+            fits = len(name) <= 200 and name.isprintable()
+            require(fits, option.lstrip("-"), name[:50], "one line of at most 200 characters")
+        require(1 <= self.connections <= 64, "connections", self.connections, "1 to 64")

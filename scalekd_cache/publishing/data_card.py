@@ -1,0 +1,233 @@
+"""The data card of a published cache: README.md, with a header in YAML as the model hub wants it.
+
+In: the manifest and the facts of the publication. Out: the text of the card.
+Invariant: licenses are those that the publisher gave; names from the cache show as text, never as markup; no path of
+this machine and no credential is in it.
+"""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from huggingface_hub import DatasetCard, DatasetCardData
+
+from scalekd_cache.config.places import default_cache
+from scalekd_cache.errors import counted
+from scalekd_cache.markup import escaped, last_part, table_cell
+from scalekd_cache.progress import size_text
+from scalekd_cache.publishing.publication import Publication
+from scalekd_cache.store.manifest import Manifest, stored_share
+from scalekd_cache.versions import __version__
+
+HUB_LICENSES = set(
+    """apache-2.0 mit cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0
+    cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
+    cc-by-nc-sa-4.0 odbl odc-by pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 bsd-2-clause bsd-3-clause
+    gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail unlicense""".split()  # noqa: SIM905 - one list of many short words
+)
+"""Identifiers that the hub's header accepts; any other name is `other` there, and given in full in the card."""
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
+         "10B<n<100B", "100B<n<1T", "n>1T")  # fmt: skip
+"""The hub's categories: each ten times the one before, from 1,000 on."""
+CITATION = """@inproceedings{fan2024scalekd,
+  title     = {ScaleKD: Strong Vision Transformers Could Be Excellent Teachers},
+  author    = {Fan, Jiawei and Li, Chao and Liu, Xiaolong and Yao, Anbang},
+  booktitle = {Advances in Neural Information Processing Systems (NeurIPS)},
+  year      = {2024},
+  url       = {https://arxiv.org/abs/2411.06786}
+}"""
+"""The paper of CITATION.cff."""
+TEMPLATE = """
+# {title}
+
+{summary}
+
+{pixels}
+
+| | |
+|---|---|
+{table}
+
+## Licenses
+
+| | license |
+|---|---|
+| images | {data_license} |
+| weights of the teacher | {teacher_license} |
+
+The publisher of this cache gave these names. Using the cache requires both.
+
+## Train from it
+
+```
+pip install "scalekd-cache[remote]"
+{commands}
+```
+
+Any timm model can be the student.
+
+## How the views were made
+
+| | |
+|---|---|
+{views}
+
+## Fidelity of the stored features
+
+| metric | mean | 1st percentile |
+|---|---|---|
+{fidelity}
+
+## Citation
+
+Cite the authors of the images and of the teacher, and the method:
+
+```bibtex
+{citation}
+```
+
+Made by scalekd-cache {version}.
+"""
+
+
+class Card(NamedTuple):
+    """What the card says besides the manifest."""
+
+    manifest: Manifest
+    publication: Publication
+    """Its licenses, pixels and where shared pixels are."""
+    place: str
+    """The URL of the publication, or its folder."""
+    total_bytes: int
+    """Bytes of all published files."""
+
+
+def data_card(card: Card) -> str:
+    """The text of README.md."""
+    manifest, publication = card.manifest, card.publication
+    facts, spec = manifest.facts, manifest.facts.teacher["spec"]
+    teacher, source = escaped(str(spec["name"])), escaped(last_part(str(facts.data["source"])))
+    header = DatasetCardData(
+        pretty_name=f"{spec['name']} on {last_part(str(facts.data['source']))}",
+        **license_header(publication.licenses["data"], publication.licenses["teacher"]),
+        task_categories=["image-classification" if facts.labeled else "image-feature-extraction"],
+        size_categories=[size_category(manifest.num_samples * manifest.num_views)],
+        tags=["knowledge-distillation", "scalekd", "scalekd-cache", "timm", facts.backend],
+    )
+    views = {name: _value(value) for name, value in facts.view_recipe.items()}
+    body = TEMPLATE.format(
+        title=f"Outputs of {teacher} on {source}",
+        summary=f"Feature maps{' and logits' if spec['num_classes'] else ''} of the frozen teacher {teacher} for "
+        f"{counted(manifest.num_views, 'augmented view')} of each of {counted(manifest.num_samples, 'image')}: a cache "
+        "from which any number of students are trained without running the teacher again.",
+        pixels=_about_pixels(publication),
+        table=_table(_rows(card)),
+        data_license=table_cell(publication.licenses["data"]),
+        teacher_license=table_cell(publication.licenses["teacher"]),
+        commands="\n".join(commands(publication, card.place if "://" in card.place else "FOLDER")),
+        views=_table(views),
+        fidelity=_fidelity(manifest.fidelity),
+        citation=CITATION,
+        version=__version__,
+    )
+    return str(DatasetCard(f"---\n{header.to_yaml()}\n---\n{body}"))
+
+
+def commands(publication: Publication, place: str) -> list[str]:
+    """The commands that use a publication, as they are typed."""
+    url, cache = shlex.quote(place), default_cache(place)
+    pixels = f" --pixels-from {publication.pixels_from}" if publication.pixels == "shared" else ""
+    data = " --data IMAGES" if publication.pixels in ("replayed", "left out") else ""
+    train = f"--student resnet50{pixels}"
+    if publication.pixels == "left out":
+        return [f"scalekd pull {url} --cache {cache}{data}", f"scalekd distill --cache {cache} {train}"]
+    return [
+        f"scalekd distill --cache {url} {train}{data}  # reads it where it is",
+        f"scalekd pull {url} --cache {cache}  # or: a copy, here of all views",
+        f"scalekd distill --cache {cache} {train}{data}",
+    ]
+
+
+def license_header(*names: str) -> dict[str, Any]:
+    """The fields of the header for these licenses: identifiers of the hub, or `other` with a name."""
+    unique = list(dict.fromkeys(name.strip().lower() for name in names))
+    if set(unique) <= HUB_LICENSES:
+        return {"license": unique if len(unique) > 1 else unique[0]}
+    slug = re.sub(r"[^a-z0-9.]+", "-", "-and-".join(unique)).strip("-")
+    return {"license": "other", "license_name": slug[:100] or "other"}
+
+
+def size_category(count: int) -> str:
+    """The hub's category of a number of examples."""
+    return SIZES[min(max(len(str(count)) - 3, 0), len(SIZES) - 1)]
+
+
+def _about_pixels(publication: Publication) -> str:
+    """Whether the pixels of the views are included, in a sentence or two."""
+    return {
+        "stored": "The pixels of the views are included, as the teacher saw them.",
+        "shared": "The pixels of the views are not in this cache: it shares those of another one, published at "
+        f"{table_cell(publication.pixels_from)}.",
+        "replayed": "The pixels of the views are not included: the student's views are drawn again from the images "
+        "(`--data`), and compared with the digests in the records.",
+        "left out": "**The pixels of the views are not included.** `scalekd pull` makes them again from your own copy "
+        "of the images (`--data`), compares each with its digest, and restores the original cache bit for bit. Readers "
+        "cannot open this place directly.",
+    }[publication.pixels]
+
+
+def _rows(card: Card) -> dict[str, str]:
+    manifest = card.manifest
+    facts, spec = manifest.facts, manifest.facts.teacher["spec"]
+    top1, size = facts.teacher["top1"], " x ".join(map(str, spec["feature_shape"]))
+    versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
+    rows = {
+        "teacher": f"{spec['name']} (timm {spec.get('timm_version', 'unknown')})",
+        "sha256 of its weights": str(spec.get("weights_sha256", "")),
+        "its top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f} %",
+        "data set": last_part(str(facts.data["source"])),
+        "images": f"{manifest.num_samples:,}",
+        "classes": f"{len(facts.class_names):,}" if facts.labeled else "none: no labels",
+        "views of each image": f"{manifest.num_views:,}",
+        "feature map (C x H x W)": size,
+        "features": " ".join(filter(None, (_codec(facts.codec), stored_share(facts.features_every)))),
+        "logits": _codec(facts.logit_codec) if spec["num_classes"] else "none: the teacher has no classifier",
+        "pooled embedding": _codec(facts.second_codec) if facts.second_codec else "",
+        "recipe": last_part(facts.recipe),
+        "store": f"{facts.backend}, at most {counted(facts.samples_per_shard, 'image')} in a shard",
+        "bytes": f"{size_text(card.total_bytes)} in all",
+        "bytes of a view in the original cache": ", ".join(
+            f"{name} {number:,.0f}" for name, number in manifest.bytes_per_view.items()
+        ),
+        "fingerprint": facts.fingerprint,
+        "made with": versions,
+    }
+    return {name: value for name, value in rows.items() if value}
+
+
+def _codec(config: Mapping[str, Any]) -> str:
+    """A codec by its name and its parameters that are plain values, without shapes and hashes."""
+    kept = {name: config[name] for name in ("channels", "noise", "k", "kl_limit") if config.get(name)}
+    return ", ".join([str(config["id"]), *(f"{name} {value}" for name, value in kept.items())])
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    return "\n".join(f"| {escaped(name)} | {table_cell(value)} |" for name, value in rows.items())
+
+
+def _fidelity(metrics: Mapping[str, Mapping[str, float]]) -> str:
+    rows = []
+    for name, row in metrics.items():
+        tail = row.get("p1", row.get("p99"))
+        shown = "" if tail is None else f"{tail:.5g}{'' if 'p1' in row else ' (99th)'}"
+        rows.append(f"| {escaped(name.replace('_', ' '))} | {row['mean']:.5g} | {shown} |")
+    return "\n".join(rows)
+
+
+def _value(value: object) -> str:
+    return (
+        " to ".join(f"{part:g}" for part in value)
+        if isinstance(value, Sequence) and not isinstance(value, str)
+        else str(value)
+    )

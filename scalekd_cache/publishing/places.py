@@ -1,0 +1,78 @@
+"""The choice of the place from `--to`.
+
+In: a URL or a folder. Out: a `Destination`.
+Invariant: nothing is read or written here; messages contain no password, token or query.
+"""
+
+import re
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.publishing.destination import KINDS, Destination
+from scalekd_cache.publishing.to_folder import FolderPlace
+from scalekd_cache.store.remote.url_transfer import without_password
+
+HUB_SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datasets/([^/\s]+/[^/\s]+)")
+
+
+def open_destination(to: str, *, private: bool = False, connections: int = 4) -> Destination:
+    """The place that `--to` names.
+
+    Args:
+        to: a URL or a folder.
+        private: whether a new repository of the hub is private.
+        connections: number of parallel transfers.
+
+    Raises:
+        UserError: an unknown kind of URL, an incomplete one, or one with a password.
+    """
+    site = HUB_SITE.match(to)
+    if site is not None:
+        raise UserError(f"set --to hf://datasets/{site[1]}: a web page is not a place for a cache")
+    scheme, mark, _ = to.partition(":")
+    if not mark or "/" in scheme or len(scheme) < 2:
+        return _folder(to, connections)
+    if scheme.lower() == "file" and to[len(scheme) :].startswith(":///"):
+        return _folder(urlsplit(to).path, connections)
+    if scheme.lower() not in KINDS:
+        known = [f"{name}://" for name in KINDS]
+        raise unknown_name("kind of place", f"{scheme}://", known, f"--to {_shown(to)}; or a folder")
+    scheme = scheme.lower()
+    url = to[to.index(":") :].rstrip("/")
+    authority, _, folder = url.removeprefix("://").partition("/")
+    parts = folder.split("/")
+    if not url.startswith("://") or not authority or not folder or "" in parts or ".." in parts or "." in parts:
+        raise UserError(f"--to {_shown(to)} is not a whole URL: write {KINDS[scheme]}")
+    if "@" in authority:
+        raise UserError(
+            "--to contains a user name, a password or a token",
+            got=_shown(to),
+            fix="remove it: credentials come from the environment (docs/REMOTE.md)",
+        )
+    if any(mark in url for mark in "?#@*"):
+        raise UserError(f"--to {_shown(to)} contains a query, a revision or a pattern: write {KINDS[scheme]}")
+    if scheme == "hf":
+        from scalekd_cache.publishing.to_hub import HubPlace, hub_repository
+
+        return HubPlace(*hub_repository(f"hf{url}"), private=private, connections=connections)
+    from scalekd_cache.publishing.to_bucket import BucketPlace
+
+    return BucketPlace(scheme + url, connections)
+
+
+def _shown(to: str) -> str:
+    """The value of the option without passwords, also where it is not a whole URL."""
+    return re.sub(r":(?!//)[^/]*@", ":***@", without_password(to))
+
+
+def _folder(to: str, connections: int) -> Destination:
+    root = Path(to)
+    if root.exists() and not root.is_dir():
+        raise UserError(f"--to {to} is a file: choose a folder, or a URL such as {KINDS['hf']}")
+    if not root.absolute().parent.is_dir():
+        hint = f"hf://{to}" if to.startswith("datasets/") else KINDS["hf"]
+        raise UserError(
+            f"--to {to} is neither a URL nor in an existing folder: create {root.parent}, or write a URL such as {hint}"
+        )
+    return FolderPlace(root, connections)

@@ -1,0 +1,49 @@
+"""Publishes to a bucket (s3, gs) through fsspec.
+
+In: files. Out: objects of a bucket. Invariant: an object appears when it is complete; the last file of a unit is sent
+after the others.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+from scalekd_cache.config.remote import RemoteConfig
+from scalekd_cache.publishing.destination import Found, Parcel, Sending, check_file, send_unit
+from scalekd_cache.publishing.transfers import Task, run_in_parallel
+from scalekd_cache.store.remote.remote_path import open_place
+from scalekd_cache.store.remote.url_transfer import RemoteNotFoundError, sizes_below, upload, without_password
+
+
+class BucketPlace:
+    """A folder of a bucket."""
+
+    def __init__(self, url: str, connections: int) -> None:
+        self.url, self.connections = url, connections
+        self._remote = RemoteConfig()
+
+    @property
+    def shown(self) -> str:
+        """The URL."""
+        return without_password(self.url)
+
+    def listing(self) -> dict[str, Found]:
+        """The objects there."""
+        return {name: Found(size) for name, size in sizes_below(self.url, self._remote).items()}
+
+    def read(self, name: str) -> bytes | None:
+        """All bytes of a small object; None when there is none."""
+        try:
+            return (open_place(self.url, self._remote) / name).read_bytes()
+        except RemoteNotFoundError:
+            return None
+
+    def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
+        """Send units in parallel, the files of a unit one after the other."""
+        tasks: list[Task] = [partial(send_unit, self, parcel) for parcel in parcels]
+        run_in_parallel(tasks, self.connections, done)
+
+    def send(self, files: Sequence[Sending]) -> None:
+        """Send files in this order."""
+        for file in files:
+            check_file(file)
+            upload(file.path, f"{self.url}/{file.name}", self._remote)

@@ -1,0 +1,109 @@
+"""Publishes to a folder, such as a network mount.
+
+In: files. Out: their copies. Invariant: a copy is flushed and read back before it gets its name by a rename; a unit
+gets its name as a whole, so a unit under its final name is complete.
+"""
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+
+from scalekd_cache.publishing.destination import Found, Parcel, Sending, check_file, send_unit
+from scalekd_cache.publishing.transfers import Task, run_in_parallel
+from scalekd_cache.store.checked_files import JSON_BYTES, is_there, read_file
+from scalekd_cache.store.durable_files import (
+    disk_errors,
+    fsync_path,
+    parent_folders,
+    remove_stale,
+    temp_path_for,
+)
+
+
+class FolderPlace:
+    """A folder, which may not exist yet."""
+
+    def __init__(self, root: Path, connections: int) -> None:
+        self.root, self.connections = root, connections
+
+    @property
+    def shown(self) -> str:
+        """The folder."""
+        return str(self.root)
+
+    def listing(self) -> dict[str, Found]:
+        """The files there, without temporary ones."""
+        found = {}
+        for folder, folders, names in os.walk(self.root):
+            folders[:] = [name for name in folders if not name.startswith(".tmp-")]
+            for name in names:
+                path = Path(folder, name)
+                if not name.startswith(".tmp-"):
+                    found[path.relative_to(self.root).as_posix()] = Found(path.lstat().st_size)
+        return found
+
+    def read(self, name: str) -> bytes | None:
+        """All bytes of a small file; None when there is none."""
+        path = self.root / name
+        return read_file(path, name, JSON_BYTES) if is_there(path) else None
+
+    def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
+        """Copy units in parallel."""
+        tasks: list[Task] = [partial(send_unit, self, parcel) for parcel in parcels]
+        run_in_parallel(tasks, self.connections, done)
+
+    def send(self, files: Sequence[Sending]) -> None:
+        """Copy files in this order; those of a unit together."""
+        with disk_errors(self.root, sum(file.fact.bytes for file in files)):
+            for unit, members in groupby(files, key=lambda file: file.unit):
+                if unit:
+                    self._send_unit(unit, list(members))
+                    continue
+                for file in members:
+                    self._send_file(file)
+
+    def _send_file(self, file: Sending) -> None:
+        target = self.root / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target.parent)
+        temp = temp_path_for(target)
+        try:
+            _copy(file, temp)
+            temp.replace(target)
+        finally:
+            temp.unlink(missing_ok=True)
+        fsync_path(target.parent)
+
+    def _send_unit(self, unit: str, files: list[Sending]) -> None:
+        target = self.root / unit
+        target.parent.mkdir(parents=True, exist_ok=True)
+        remove_stale(target.parent)
+        temp, old = temp_path_for(target), temp_path_for(target)
+        try:
+            names = [file.name.removeprefix(f"{unit}/") for file in files]
+            for file, name in zip(files, names, strict=True):
+                (temp / name).parent.mkdir(parents=True, exist_ok=True)
+                _copy(file, temp / name)
+            for folder in parent_folders(temp, names):
+                fsync_path(folder)
+            if target.exists():  # incomplete or damaged, else it would not be sent
+                target.rename(old)
+            temp.rename(target)
+        finally:
+            for folder in (temp, old):
+                shutil.rmtree(folder, ignore_errors=True)
+        fsync_path(target.parent)
+
+
+def _copy(file: Sending, target: Path) -> None:
+    """Copy a file, flush it and compare the copy with what is expected."""
+    shutil.copyfile(file.path, target)
+    fsync_path(target)
+    try:
+        check_file(file._replace(path=target))
+    except Exception:
+        check_file(file)  # if the source is damaged, name that one
+        raise

@@ -1,0 +1,57 @@
+"""The shards of a unit without their pixels.
+
+In: a unit of a cache that stores pixels. Out: a unit of tars with the same records, their pixels empty.
+Invariant: every record was verified by its checksum when it was read; equal units give equal bytes, so that a resumed
+publication can go on.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from scalekd_cache.store.manifest import Manifest, UnitRow
+from scalekd_cache.store.reader import open_shard
+from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
+from scalekd_cache.store.unit import UnitWriter
+
+BACKEND = "webdataset"
+BATCH_RECORDS = 64
+
+
+def write_without_pixels(root: Path, manifest: Manifest, row: UnitRow, folder: Path) -> UnitInfo:
+    """Write the unit below `folder`, where `unit_folder` names it.
+
+    Args:
+        root: the cache.
+        manifest: its manifest.
+        row: the unit.
+        folder: where the unit is written.
+
+    Returns:
+        The sidecar of the new unit.
+
+    Raises:
+        UserError: a damaged record, or a full disk.
+    """
+    info, _ = read_unit(unit_folder(root, row.group, row.range_id))
+    with UnitWriter(
+        folder,
+        backend=BACKEND,
+        group=row.group,
+        range_id=row.range_id,
+        start=info.start,
+        stop=info.stop,
+        views=info.views,
+        fingerprint=info.fingerprint,
+        versions=info.versions,
+    ) as writer:
+        for skipped in info.skipped:
+            writer.skip(skipped["key"], skipped["reason"])
+        for view in info.views:
+            reader = open_shard(root, manifest, row, view)
+            for start in range(0, row.count, BATCH_RECORDS):
+                for record in reader.read(np.arange(start, min(start + BATCH_RECORDS, row.count))):
+                    writer.append(view, record._replace(pixels=b""))
+            reader.close()
+        writer.commit(info.fidelity)
+    return read_unit(unit_folder(folder, row.group, row.range_id))[0]
