@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
+from scalekd_cache.store.checked_files import check_safetensors
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.remote.remote_path import size_of
@@ -144,9 +145,14 @@ def unit_problems(
 
 
 def file_problem(path: StoredPath) -> str | None:
-    """Why a file cannot be opened, without reading it; None when it can."""
+    """Why a file cannot be opened, or is a .safetensors file of another length than its header says; None when it can.
+
+    Nothing but that header is read, and no file is fetched.
+    """
     try:
         size_of(path)
+        if isinstance(path, Path) and path.suffix == ".safetensors":
+            check_safetensors(path)
     except FileNotFoundError:
         return "missing"
     except UserError as error:

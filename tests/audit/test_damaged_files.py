@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 from documented import call
 from small_cache import make, shared_weights
+from unlabeled_cache import unlabeled_cache
 
 from pipelines import inspect_cache, report, verify
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.verify import verify_cache
 from scalekd_cache.training.targets import CachedTargets
 
 FILES = {
@@ -105,8 +107,21 @@ def test_a_damaged_file_is_a_finding(
     found = outcomes(root, tmp_path / "r.html")
     assert set(found.values()) <= {0, 1, 2}, found
     assert found["verify DEEP"] in (1, 2), found
-    fast = name.startswith("units/") or damage in ("directory", "FIFO")
+    fast = name.startswith("units/") or name.endswith(".safetensors") or damage in ("directory", "FIFO")
     assert not fast or found["verify"] in (1, 2), found
+
+
+@pytest.mark.parametrize("name", ["tail.safetensors", "heldout.safetensors", "classifier.safetensors"])
+@pytest.mark.parametrize("size", [0, 9, -1, 1, 1 << 40])
+def test_verify_compares_the_length_of_tensors_with_their_header(
+    caches: dict[str, Path], tmp_path: Path, name: str, size: int
+) -> None:
+    """Without --deep, which reads them."""
+    source = caches["webdataset"] if name.startswith("classifier") else unlabeled_cache().root
+    root = Path(shutil.copytree(source, tmp_path / "cache"))
+    assert verify_cache(root) == []
+    os.truncate(root / name, size if size in (0, 9) else (root / name).stat().st_size + size)
+    assert [problem.where for problem in verify_cache(root)] == [name]
 
 
 @pytest.mark.parametrize(("backend", "name"), PLACES)

@@ -54,29 +54,35 @@ COMMANDS = {
     "plan": "{cache_again}",
     "prove": "--cache cache --views 4",
     "import_upstream": "--ckpt upstream.pth --out imported",
+    "cache_teacher unlabeled": "{soft_again}",
+    "distill unlabeled": "--cache soft --run new --student.name test_resnet {train}",
+    "probe unlabeled": "--backbone soft_run --data data --workers 0",
+    "report unlabeled": "--run soft_run --out page.html",
+    "verify unlabeled": "--cache soft",
+    "repair unlabeled": "--cache soft",
 }
 """`fetch` and `costs` open no user files; `distill` resumes an interrupted run and finishes it."""
+ONLY = {"unlabeled": r"soft/heldout.*|soft/manifest.*|list\.txt|pictures/.*|soft_run/export/.*|soft_run/[a-z]*\.json"}
+"""By the last word of a command: the files to replace; other commands replace the others."""
 FINE = (
     # commands, `file kind`, text that the command must print, and why exit code 0 is correct
-    ("cache_teacher|repair", r"cache/\S+ \w+", "", "rebuilt"),
+    ("(cache_teacher|repair).*", r"(cache|soft)/\S+ \w+", "", "rebuilt"),
     ("repair", r"teacher\.safetensors \w+", "", "an intact cache needs no teacher"),
     ("distill", r"half/checkpoints/\S+ \w+", "skipped: ", "the run resumes from an earlier one, or from step 1"),
     ("distill", r"run/summary\.json \w+", "", "of another run: compared with when it is readable"),
     ("distill", r"half/metrics.jsonl (missing|empty|cut)", "", "later lines are appended"),
     ("distill", r"half/(cache.json|config.yaml) missing", "recreated", "the command has the same options"),
     ("distill", r"half/\.lock (missing|empty|cut|huge)", "", "a lock file is never read"),
-    (
-        "plan|cache_teacher|evaluate|probe|distill|finetune.*",
-        r"data/\S+ \w+",
-        "",
-        "unreadable images are counted and skipped",
-    ),
+    ("evaluate", r"data/train/\S+ \w+", "", "only the class folders of train/ matter"),
+    ("probe|finetune.*|evaluate", r"data/\S+ (missing|folder)", "", "not in the data set"),
+    ("probe|finetune.*|evaluate", r"data/\S+ (empty|cut)", "could not be read", "counted and skipped"),
+    ("plan|cache_teacher|distill", r"data/\S+ \w+", "", "the cache has the pixels"),
     ("verify", r"cache/plan\.json missing", "plan.json", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "teacher", "a line reports it"),
     ("export", r"run/summary\.json missing", "", "an unfinished run is exported from its last checkpoint"),
-    ("report", r"\S+ \w+", "", "the page shows the available data, with a note about the rest"),
+    ("report.*", r"\S+ \w+", "", "the page shows the available data, with a note about the rest"),
 )
-WRITE = ("cache_teacher", "distill", "repair")
+WRITE = ("cache_teacher", "distill", "repair", "finetune")
 """Commands that keep what they have committed when they fail; all others leave no new file then."""
 TEMPORARY = re.compile(r"(^|/)\.(tmp|aside)-|\.tmp$")
 NEVER_ENDS_WELL = ("import_upstream",)
@@ -85,29 +91,36 @@ NOTE = re.compile(r'<p class="note">(.*?)</p>', re.DOTALL)
 
 
 def build(world: Path) -> None:
-    """A data set of 16 images, its cache, a finished run, a file that claims to be an upstream checkpoint."""
+    """A data set of 16 images, a list of 9 images, a file that claims to be an upstream checkpoint."""
     for split, count in (("train", 8), ("val", 2)):
         for label in ("cat", "dog"):
             for number in range(count):
                 write(world / "data" / split / label / f"{number:02d}.png", encoded(picture(number, (64, 64))))
+    for number in range(9):
+        write(world / "pictures" / f"{number}.png", encoded(picture(number, (64, 64))))
+    (world / "list.txt").write_text("".join(f"pictures/{number}.png\n" for number in range(9)))
     (world / "upstream.pth").write_bytes(b"PK\x03\x04 not a checkpoint")
 
 
 def words_of(command: str) -> list[str]:
     stage1 = {
         "recipe": "demo",
-        "data.source": "data",
         "cache.samples_per_shard": 8,
         "cache.num_views": 1,
         "teacher.batch_size": 8,
     }
     train = {"train.epochs": 1, "train.global_batch_size": 8, "train.micro_batch_size": 8, "train.checkpoint_steps": 1}
+    again = {
+        name: " ".join(map(str, cache_flags(name, "teacher.safetensors", **stage1, **{"data.source": source}))).replace(
+            "--data.max_samples 96", ""
+        )
+        for name, source in (("cache", "data"), ("soft", "list.txt"))
+    }
     return (
         COMMANDS[command]
         .format(
-            cache_again=" ".join(map(str, cache_flags("cache", "teacher.safetensors", **stage1))).replace(
-                "--data.max_samples 96", ""
-            ),
+            cache_again=again["cache"],
+            soft_again=again["soft"],
             train=" ".join(flags(train)),
             tune=" ".join(flags({"epochs": 1, "batch": 8, "workers": 0, "views.randaugment_ops": 0})),
         )
@@ -258,7 +271,8 @@ def files_of(command: str, world: World) -> list[str]:
                 importlib.import_module(module)
     opened = {os.path.relpath(line, world.place) for line in lines if line.startswith(os.sep)}
     whole = [str(path.relative_to(world.original)) for path in sorted(world.original.rglob("*")) if path.is_file()]
-    found = [name for name in whole if name in opened]
+    only = ONLY.get(command.split()[-1])
+    found = [name for name in whole if name in opened and (only is None or re.fullmatch(only, name))]
     return list({re.sub(r"\d+", "0", re.sub(r"/(cat|dog)/", "/c/", name)): name for name in reversed(found)}.values())
 
 
@@ -307,10 +321,10 @@ def verdict(command: str, case: str, status: int, output: str, notes: set[str], 
     errors = len(re.findall(r"^error: ", output, re.MULTILINE))
     if errors != (status == 2):
         return f"status {status} with {errors} error messages"
-    left = [name for name in new if TEMPORARY.search(name) or (status != 0 and command not in WRITE)]
+    left = [name for name in new if TEMPORARY.search(name) or (status != 0 and command.split()[0] not in WRITE)]
     if left:
         return f"status {status} leaves {', '.join(left)}"
-    silent = command == "report" and status == 0 and not notes and not case.startswith("data/")
+    silent = command.startswith("report") and status == 0 and not notes and not case.startswith("data/")
     return "status 0, and no note on the page" if silent else None
 
 
@@ -353,13 +367,11 @@ def small_world(folder: Path) -> World:
     model = timm.create_model(DEMO_TIMM_NAME, num_classes=2, **demo_teacher_args())
     save_file(model.state_dict(), str(place / "teacher.safetensors"))
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    for command in (
-        ["cache_teacher", *words_of("cache_teacher")],
-        ["distill", *words_of("distill")],
-    ):
-        words = ["run" if word == "half" else word for word in command[1:]]
-        done = subprocess.run([sys.executable, "-m", f"pipelines.{command[0]}", *words], cwd=place, env=environment,
-                              capture_output=True, text=True)  # fmt: skip
+    runs = {"half": "run", "new": "soft_run"}
+    for command in ("cache_teacher", "distill", "cache_teacher unlabeled", "distill unlabeled"):
+        words = [runs.get(word, word) for word in words_of(command)]
+        done = subprocess.run([sys.executable, "-m", f"pipelines.{command.split()[0]}", *words], cwd=place,
+                              env=environment, capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
     interrupt(place / "run", place / "half")
     world.keep()
