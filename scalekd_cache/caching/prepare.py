@@ -44,10 +44,10 @@ from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Peers, Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.demo_teacher import train_demo_teacher
-from scalekd_cache.models.evaluate import Tally, evaluate
+from scalekd_cache.models.evaluate import Tally, evaluate, omitted
 from scalekd_cache.models.teacher import Teacher, TeacherOutput, load_teacher
 from scalekd_cache.models.teacher_classes import Answers
-from scalekd_cache.models.teacher_outputs import held_out_bytes, run_held_out
+from scalekd_cache.models.teacher_outputs import held_out_bytes, held_out_images, run_held_out
 from scalekd_cache.models.timm_models import DEMO_TEACHER
 from scalekd_cache.models.weights import find_weights, weights_file
 from scalekd_cache.progress import size_text
@@ -280,7 +280,10 @@ def _teacher_top1(
     answers = Answers(spec.name, stage.source.class_names)
     if validation is not None:
         sample = CHECKED_IMAGES if dry_run else None
-        top1 = round(_evaluate(config, stage, validation, "evaluate the teacher", sample, answers).top1_percent, 4)
+        tally = _evaluate(config, stage, validation, "evaluate the teacher", sample, answers)
+        if tally.unreadable:
+            print(omitted(tally.unreadable), flush=True)
+        top1 = round(tally.top1_percent, 4) if tally.images else None
     if config.teacher.pretrained or config.teacher.weights is not None:
         if len(answers) < CHECKED_IMAGES:
             source = stage.source
@@ -301,6 +304,9 @@ def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> 
         return job
     size, workers = config.teacher.batch_size, config.workers
     found = run_held_out(job.stage.teacher, validation, batch_size=size, workers=workers)
+    lost = len(held_out_images(validation)) - len(found.indices)
+    if lost:
+        print(omitted(lost, "held-out image"), flush=True)
     return job._replace(held_out=held_out_bytes(found, validation))
 
 

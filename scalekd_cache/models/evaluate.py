@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.data.workers import bytes_per_worker, load_items
+from scalekd_cache.errors import counted
 from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view
 
@@ -60,6 +61,11 @@ class Tally(NamedTuple):
     def top5_percent(self) -> float:
         """Top-5 accuracy, percent."""
         return 100 * self.top5 / max(self.images, 1)
+
+
+def omitted(unreadable: int, what: str = "validation image") -> str:
+    """The note about images that could not be decoded."""
+    return f"{counted(unreadable, what)} could not be read: omitted"
 
 
 class ValidationImages(Dataset[Example]):

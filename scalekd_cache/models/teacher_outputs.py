@@ -7,6 +7,7 @@ allocated.
 
 import hashlib
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -55,8 +56,7 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
     Raises:
         UserError: none of the images can be decoded.
     """
-    total = len(source.samples)
-    wanted = sample_indices(total, math.ceil(total / max(1, math.ceil(total / MAX_HELD_OUT))))
+    wanted = held_out_images(source)
     maps = min(MAPPED_IMAGES, max(2, MAP_BYTES // (4 * math.prod(teacher.spec.feature_shape))))
     every = max(1, math.ceil(len(wanted) / maps))
     indices: list[int] = []
@@ -76,6 +76,12 @@ def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: 
     if not indices:
         raise UserError("no held-out image could be decoded", where=source.name, fix="check --data")
     return HeldOut(torch.tensor(indices), torch.cat(pooled), torch.tensor(mapped), torch.cat(features))
+
+
+def held_out_images(source: Source) -> Sequence[int]:
+    """The images that the teacher is run on: at most `MAX_HELD_OUT`, evenly spaced."""
+    total = len(source.samples)
+    return sample_indices(total, math.ceil(total / max(1, math.ceil(total / MAX_HELD_OUT))))
 
 
 def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:

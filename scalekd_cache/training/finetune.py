@@ -33,7 +33,7 @@ from scalekd_cache.data.workers import load_items
 from scalekd_cache.devices import autocast, autocast_dtype, memory_errors
 from scalekd_cache.distributed import EXIT_INTERRUPTED
 from scalekd_cache.errors import RunInterrupted, UserError, counted
-from scalekd_cache.models.evaluate import Tally, evaluate, percent
+from scalekd_cache.models.evaluate import Tally, evaluate, omitted, percent
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.supervised import train_epoch
 from scalekd_cache.progress import progress
@@ -96,7 +96,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     )
     model, unreadable = _train(config, backbone, train, chosen, device)
     if unreadable:
-        say(f"{counted(unreadable, 'training image')} could not be read: omitted")
+        say(omitted(unreadable, "training image"))
     tally, failed = None, None
     try:
         tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)

@@ -15,7 +15,7 @@ from torch import Tensor
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
-from scalekd_cache.models.evaluate import center_views
+from scalekd_cache.models.evaluate import center_views, omitted
 from scalekd_cache.models.probing import leave_one_out_knn, linear_probe_accuracy, retrieval_agreement
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher_outputs import load_held_out
@@ -89,6 +89,8 @@ class TeacherComparison:
         dist.all_reduce(sums)
         dist.all_reduce(embeddings)
         there = embeddings[:, -1].cpu() > 0
+        if lost := rows - int(there.sum()):
+            process.print_rank0(omitted(lost, "held-out image"))
         student, teacher = embeddings[:, :-1].cpu()[there], self.teacher.pooled[there]
         means = zip(FIGURES, (sums[:3] / sums[3]).tolist(), strict=False)
         found = {name: value for name, value in means if not math.isnan(value)}

@@ -199,7 +199,8 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
             check_classes(source, manifest.facts.class_names, manifest.facts.num_classes)
         return source
     except UserError as error:
-        process.print_rank0(f"no validation images found, so accuracy will not be measured (set --data):\n{error}")
+        what = "accuracy will" if manifest.facts.labeled else "similarity to the teacher will"
+        process.print_rank0(f"no validation images found, so {what} not be measured (set --data):\n{error}")
         return None
 
 
@@ -225,7 +226,8 @@ def _evaluate(
         return Evaluation(held_out=comparison.figures(model, trainer.tail, final=final))
     if validation is None or not manifest.facts.labeled:
         return Evaluation()
-    return Evaluation(evaluate_state(config, manifest, state, validation, process))
+    tally = evaluate_state(config, manifest, state, validation, process)
+    return Evaluation(tally if tally.images else None)
 
 
 def _make_trainer(

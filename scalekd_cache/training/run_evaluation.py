@@ -21,7 +21,7 @@ from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.evaluate import Tally, evaluate
+from scalekd_cache.models.evaluate import Tally, evaluate, omitted
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.store.manifest import Manifest
 from scalekd_cache.training.run_export import State, consolidated_student
@@ -68,7 +68,10 @@ def evaluate_state(
     )
     counts = torch.tensor(share, device=process.device)
     dist.all_reduce(counts)
-    return Tally(*counts.tolist())
+    total = Tally(*counts.tolist())
+    if total.unreadable:
+        process.print_rank0(omitted(total.unreadable))
+    return total
 
 
 def evaluate_run(run: Path, data: str | None, process: Process, workers: int) -> Tally:

@@ -63,14 +63,13 @@ def baseline_summary(run: Path, summary: Summary) -> Summary | None:
 
 def _held_out_rows(held_out: Mapping[str, float]) -> list[tuple[str, str]]:
     """The rows of a run on a cache without labels."""
-    if not held_out:
-        return []
     cosines = [
         f"{held_out[f'cosine_{name}']:.3f} ({name})" for name in ("patch", "pooled") if f"cosine_{name}" in held_out
     ]
-    rows = [
-        ("held out", f"cosine to the teacher {', '.join(cosines)}; feature loss {held_out['held_out_loss']:.4f}"),
-    ]
+    rows = []
+    if "held_out_loss" in held_out:  # otherwise, no image with a feature map could be read
+        loss = f"feature loss {held_out['held_out_loss']:.4f}"
+        rows.append(("held out", f"cosine to the teacher {', '.join(cosines)}; {loss}"))
     if "retrieval" in held_out:
         rows.append(("neighbors", f"{held_out['retrieval']:.0%} of the 10 nearest neighbors match the teacher's"))
     for name, title in (("knn", "k-NN"), ("linear_probe", "linear probe")):

@@ -10,15 +10,18 @@ import timm
 import torch
 from commands import steps_of
 from safetensors.torch import load_file
-from small_cache import CPU, flip_byte, options, tree
+from small_cache import CPU, flip_byte, make, options, shared_weights, tree
+from small_run import config_of as labeled_config
 from unlabeled_cache import NO_HEAD, TRAIN, VAL, unlabeled_cache, unlabeled_pictures, unlabeled_weights
 
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.caching.job import cache_teacher
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.errors import UserError
+from scalekd_cache.models import evaluate
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_outputs import load_held_out
@@ -29,6 +32,7 @@ from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.held_out_evaluation import FIGURES, _label_figures
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_run
+from scalekd_cache.training.run_summary import _held_out_rows
 from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
 
@@ -175,3 +179,43 @@ def test_few_labeled_images(labels, names):
     """A linear classifier is fitted on every other image, which may have one class only."""
     embeddings = torch.randn(len(labels), 3, generator=torch.Generator().manual_seed(0))
     assert _label_figures(embeddings, torch.tensor(labels), "", True).keys() == names
+
+
+def unreadable(keys):
+    """A `decode_image` that fails for images whose key ends in one of `keys`."""
+
+    def decode(data, key):
+        if key.endswith(keys):
+            raise UnreadableImage(key, "damaged")
+        return decode_image(data, key)
+
+    return decode
+
+
+def test_unreadable_held_out_images_are_reported(tmp_path, capsys, monkeypatch):
+    """In stage 1 and in training; also if no image with a feature map is left."""
+    monkeypatch.setattr(evaluate, "decode_image", unreadable(("1", "2")))
+    distill(config_of(tmp_path / "run", epochs=1), CPU)
+    lost = sum(sample.key.endswith(("1", "2")) for sample in validation().samples)
+    assert f"{lost} held-out images could not be read: omitted" in capsys.readouterr().out
+    make(
+        tmp_path / "cache",
+        unlabeled_weights(),
+        data={"source": str(unlabeled_pictures()), "max_samples": None},
+        teacher=NO_HEAD,
+    )
+    assert f"{lost} held-out images could not be read: omitted" in capsys.readouterr().out
+    assert _held_out_rows({"retrieval": 0.5, "knn": 1.0, "teacher_knn": 2.0})[0][0] == "neighbors"
+    assert _held_out_rows({}) == []
+
+
+def test_an_accuracy_of_no_image_is_not_0(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "decode_image", unreadable(""))
+    summary = distill(labeled_config(tmp_path / "run", epochs=1), CPU)
+    assert (summary["top1"], summary["val_images"]) == (None, 0)
+    output = capsys.readouterr().out
+    assert "validation images could not be read: omitted" in output
+    assert "top-1 not measured" in output
+    cache = make(tmp_path / "cache", shared_weights(), cache={"num_views": 1, "views_per_group": 1})
+    assert cache.manifest.facts.teacher["top1"] is None
+    assert "validation images could not be read: omitted" in capsys.readouterr().out
