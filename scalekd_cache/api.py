@@ -332,7 +332,7 @@ def distill_config(given: Given) -> DistillConfig:
     """The configuration of stage 2: defaults, the recipe of the cache or the given one, and the given options.
 
     Raises:
-        UserError: no such cache, invalid options, or a given recipe with other views than the cache.
+        UserError: no such cache, invalid options, or a given recipe whose views differ from the cache's.
     """
     place = cache_place(given)
     waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})

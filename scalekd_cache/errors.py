@@ -70,7 +70,7 @@ def worker_failure(error: BaseException) -> UserError | None:
     return UserError(
         "a data loader worker died",
         got="its pipe is closed" if closed else text.splitlines()[0].strip(),
-        fix="see the worker's own message above; one killed by signal 9 ran out of memory: use fewer --workers",
+        fix="see the worker's own message above; a worker killed by signal 9 ran out of memory: use fewer --workers",
     )
 
 

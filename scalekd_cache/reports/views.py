@@ -59,7 +59,7 @@ class ViewInfo:
 
     @property
     def disagrees(self) -> bool:
-        """Whether the teacher predicts another class than the label."""
+        """Whether the teacher predicts a class other than the label."""
         return self.predicted is not None and self.predicted != self.label
 
 

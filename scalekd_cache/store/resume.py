@@ -120,7 +120,8 @@ class CommittedUnits:
         return damaged
 
     def drop_mismatched_units(self) -> dict[Path, str]:
-        """Remove units that skip other images than the first view group (`mismatched_units`), once that is complete.
+        """Remove units that do not skip the same images as the first view group (`mismatched_units`), once that is
+        complete.
 
         Returns:
             The folders of the removed units, which will be rebuilt, with the problem of each.
@@ -188,7 +189,7 @@ def skipped_keys(infos: Iterable[UnitInfo]) -> dict[str, str]:
 
 
 def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
-    """Units of later groups that skip other images than the first group. The first group decides.
+    """Units of later groups that do not skip the same images as the first group. The first group decides.
 
     Args:
         root: the cache's folder.

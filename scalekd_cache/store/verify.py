@@ -130,7 +130,8 @@ def check_cache(
 
 
 def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    """Units of later view groups that skip other images than the first group, which must be intact to be compared."""
+    """Units of later view groups that do not skip the same images as the first group, which must be intact to be
+    compared."""
     places = [unit.place for unit in expected.units if unit.place not in bad and _is_there(root, unit)]
     if any(unit.group == 0 and unit.place not in places for unit in expected.units):
         return
