@@ -1,9 +1,9 @@
-"""Between host and device: pixels to the teacher, and what is stored of a batch back to the host, without waiting.
+"""Transfers between host and device, without waiting: pixels to the teacher, encoded batches back to the host.
 
 In: pixels of images; a teacher's output. Out: pixels of a view; encoded rows and flags on the host, with an event that
 says when they have arrived.
-Invariant: nothing here reads a value on the host, so the next forward pass is enqueued at once. Encoding stands right
-behind its own forward pass on the device's stream; only the thread that writes records waits.
+Invariant: nothing here reads a value on the host, so the next forward pass is enqueued at once. Encoding is enqueued
+directly after its forward pass; only the thread that writes records waits.
 """
 
 from typing import NamedTuple, Protocol
@@ -62,8 +62,8 @@ class HostBatch(NamedTuple):
 class PixelBuffers:
     """Host memory for the pixels of a batch of images; two buffers alternate.
 
-    New memory would cost more time than the copy into it. A buffer is filled again when its copies to the device are
-    done, which with two buffers they usually are.
+    New memory would cost more time than the copy into it. A buffer is reused once its copies to the device are done;
+    with two buffers this rarely means a wait.
     """
 
     def __init__(self, device: torch.device) -> None:

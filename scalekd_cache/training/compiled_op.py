@@ -1,8 +1,8 @@
 """Compile the operator that DeepSpeed needs on a machine without a GPU.
 
 In: the environment. Out: the compiled operator, loaded.
-Invariant: a missing compiler and a folder that cannot be written are a `UserError`; a stale lock of a killed build is
-removed, so no start waits forever. This is the only place that handles torch's build lock.
+Invariant: a missing compiler or a folder that cannot be written raises `UserError`; the stale lock of a killed build is
+removed, so that no process waits forever. This is the only place that handles torch's build lock.
 """
 
 import errno
@@ -101,7 +101,7 @@ def _build_folder() -> Path:
 def _build_key() -> str:
     """What a compiled operator depends on, as a folder name: environment, torch, DeepSpeed, ninja and processor.
 
-    With one folder for all, two environments that are used in turn would compile it at every start, and a machine with
+    With one folder for all, two environments that are used in turn would compile it on every start, and a machine with
     an older processor and the same home would load code that it cannot run (-march=native).
     """
     deepspeed = importlib.util.find_spec("deepspeed")

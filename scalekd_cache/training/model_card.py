@@ -168,7 +168,7 @@ def card_facts(
 
 def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
     if summary is None:
-        return f"A checkpoint of a run that is not finished: {escaped(student)}."
+        return f"A checkpoint of an unfinished run: {escaped(student)}."
     teacher = escaped(str(summary["teacher"]))
     how = "trained on labels only" if summary["targets"] == "none" else f"distilled from {teacher}"
     images = summary.get("val_images", 0)
