@@ -108,7 +108,7 @@ class FeatureCodec(ABC):
         return [row.tobytes() for row in rows]
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Convert records to rows (B, bytes_per_view) uint8, a new array. UserError for records of another codec."""
+        """Convert records to rows (B, bytes_per_view) uint8, a new array. UserError if another codec wrote them."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
             raise damaged_record(

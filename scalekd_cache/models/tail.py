@@ -332,7 +332,8 @@ def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
         The tail, on the CPU.
 
     Raises:
-        UserError: the file is missing, damaged or of another teacher, or its tensors are missing, extra or misshapen.
+        UserError: the file is missing or damaged, or belongs to another teacher; or its tensors are missing, extra or
+        misshapen.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
     check_safetensors(path, "the tail's file")

@@ -130,7 +130,7 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
     """The teacher of a run's cache.
 
     Raises:
-        UserError: the cache or the weights are not available, or the weights are of another teacher.
+        UserError: the cache or the weights are not available, or the weights belong to another teacher.
     """
     manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
     config = cache_teacher_config(

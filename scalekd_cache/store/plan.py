@@ -76,7 +76,7 @@ def read_plan(root: StoredPath) -> Plan:
     """The plan of a cache, checked.
 
     Raises:
-        UserError: it is missing, damaged, of another format version, or contradicts itself.
+        UserError: it is missing or damaged, has another format version, or contradicts itself.
     """
     path = root / NAME
     fields, data = read_json(path, WHAT, fix="rerun `scalekd cache-teacher`: it resumes")

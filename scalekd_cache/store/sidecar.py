@@ -89,7 +89,7 @@ def sidecar_text(info: UnitInfo) -> str:
 
 
 def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
-    """unit.json, checked, and its bytes. UserError when missing, damaged, or of another format version."""
+    """unit.json, checked, and its bytes. UserError when it is missing or damaged, or has another format version."""
     path = folder / "unit.json"
     fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `scalekd cache-teacher`: it resumes")
     check_version(fields, path, "format")

@@ -67,7 +67,7 @@ class TarSamples:
         """The record of a sample as webdataset reads it: `__key__`, `__url__` and the bytes of its members.
 
         Raises:
-            UserError: not such a sample, not a tar of this cache, or the record fails its checksum.
+            UserError: the sample is not from a tar of this cache, or the record fails its checksum.
         """
         members = [
             _member(sample, name) for name in ("json", next(filter(sample.__contains__, PIXELS), ""), "features")

@@ -44,7 +44,7 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
     """Read the index of this shard, which has `count` records in a tar of `tar_bytes`.
 
     Raises:
-        UserError: missing, of another shard, of a wrong length, or pointing outside the tar.
+        UserError: it is missing, belongs to another shard, has a wrong length, or points outside the tar.
     """
     assert 0 <= count <= MAX_UNIT_SAMPLES, count
     expected_bytes = HEADER.size + count * ROW.itemsize
