@@ -11,16 +11,18 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Literal, Protocol
 
 import timm
 import torch
+from pydantic import Field
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.teacher_spec import Spread, Triple
 from scalekd_cache.models.timm_models import check_name, create_timm_model
-from scalekd_cache.models.weights import load_weights, stored_shapes
+from scalekd_cache.models.weights import check_fit, load_weights, stored_shapes
 from scalekd_cache.store.checked_files import checked, read_json
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
 from scalekd_cache.views.view import EVAL_CROP
@@ -28,6 +30,7 @@ from scalekd_cache.views.view import EVAL_CROP
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)
 """All files of an export."""
+ImageSide = Annotated[int, Field(ge=8, le=4096)]
 LOGIT_TOLERANCE = 1e-5
 """Maximum difference of a reloaded logit, relative to the largest logit."""
 
@@ -87,6 +90,14 @@ def check_export_place(folder: Path) -> None:
             where=folder,
             fix="move them, or choose another folder (--out)",
         )
+
+
+def check_not_in_run(folder: Path, run: Path | None = None) -> None:
+    """`UserError` if an export in this folder would replace the export of a run, other than that of `run`."""
+    parent = folder.absolute().parent
+    if (parent / "config.yaml").exists() and (run is None or parent.resolve() != run.resolve()):
+        what = "--out is inside the folder of a run, whose own export it would replace"
+        raise UserError(what, where=folder, fix="choose another folder (--out)")
 
 
 def export_student(
@@ -184,9 +195,9 @@ def _compare(student: TimmModel, folder: Path, image_size: int) -> float:
 class ImageConfig:
     """The part of timm's `pretrained_cfg` that describes the model's input."""
 
-    input_size: tuple[int, int, int]
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    input_size: tuple[Literal[3], ImageSide, ImageSide]
+    mean: Triple
+    std: tuple[Spread, Spread, Spread]
 
 
 @dataclass(frozen=True)
@@ -194,10 +205,19 @@ class ExportDescription:
     """The fields of an export's config.json that are read; timm writes more."""
 
     architecture: str
-    num_classes: int
+    num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
     pretrained_cfg: ImageConfig
     model_args: dict[str, Any] = field(default_factory=dict)
     label_names: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        """Refuse values that contradict each other."""
+        counts = {self.num_classes, self.model_args.get("num_classes", self.num_classes)}
+        counts |= {len(self.label_names)} if self.label_names else set()
+        if len(counts) > 1:
+            raise UserError("num_classes, model_args and label_names differ in the number of classes")
+        if self.pretrained_cfg.input_size[1] != self.pretrained_cfg.input_size[2]:
+            raise UserError("input_size is not square")
 
 
 def read_description(folder: Path) -> ExportDescription:
@@ -229,7 +249,10 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         description = read_description(folder)
         _check_depth(description.model_args, len(shapes), folder / DESCRIPTION)
         name = check_name(description.architecture, str(folder / DESCRIPTION))
-        model, _ = create_timm_model(name, {"num_classes": description.num_classes, **description.model_args})
+        args = {"num_classes": description.num_classes, **description.model_args}
+        with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the file
+            check_fit(_build(name, args, folder / DESCRIPTION), str(file), shapes)
+        model = _build(name, args, folder / DESCRIPTION)
         load_weights(model, str(file), shapes)
         check_image_size(model.eval(), image_size, folder)
     except UserError as error:
@@ -239,12 +262,22 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
     return model
 
 
+def _build(name: str, args: dict[str, Any], where: Path) -> nn.Module:
+    """The model of a description, whose arguments are not trusted."""
+    try:
+        return create_timm_model(name, args)[0]
+    except UserError:
+        raise
+    except Exception as error:  # timm's constructors raise errors of many kinds
+        raise UserError(f"timm cannot build {name} with these arguments", got=error, where=where) from error
+
+
 @torch.no_grad()
 def check_image_size(model: nn.Module, image_size: int, where: str | Path) -> None:
     """Run the model on one image of this size; `UserError` when it does not accept it."""
     try:
         model(torch.zeros(1, 3, image_size, image_size))
-    except (AssertionError, RuntimeError) as error:
+    except (AssertionError, RuntimeError, ValueError) as error:
         got = f"{image_size} x {image_size} pixels: {error}"
         raise UserError("the model does not accept images of this size", got=got, where=where) from error
 

@@ -104,7 +104,7 @@ def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
             "the validation images have no labels", expected="val/<class>/ for the model's classes", where=source.name
         )
     wanted = [normalize_name(name) for name in expected]
-    numbers = [str(number) for number in range(count)]
+    numbers = [str(number) for number in range(len(names))]
     unnamed = not wanted or (numbers in (names, wanted) and sorted(names) != sorted(wanted))
     if len(names) == count and (unnamed or names == wanted):
         return
@@ -114,7 +114,7 @@ def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
         if order
         else "the data set and the model have different classes",
         got=_listed(names),
-        expected=_listed(wanted or numbers),
+        expected=_listed(wanted) if wanted else counted(count, "class"),
         where=source.name,
         fix="give the data set it was trained on; classes.txt in the data set's folder sets the order of classes",
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalekd_cache.data.base import Source
+from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.progress import progress
 
@@ -111,11 +112,16 @@ def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, tes
 
     scikit-learn's LogisticRegression with its default L2 penalty; mean and standard deviation are those of `train`.
     Arguments as those of `knn_accuracy`.
+
+    Raises:
+        UserError: an embedding is NaN or Inf.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    if not (train.isfinite().all() and test.isfinite().all()):
+        raise UserError("the embeddings are NaN or Inf", fix="check the weights and the normalization of the model")
     given, wanted = train_labels.cpu().numpy(), test_labels.cpu()
     if len(set(given.tolist())) < 2:  # LogisticRegression needs two classes
         return _percent(wanted == int(given[0]))

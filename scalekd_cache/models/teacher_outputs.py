@@ -115,7 +115,25 @@ def load_held_out(path: Path, source: Source) -> HeldOut:
             where=source.name,
             fix="set --data to the data set of the cache",
         )
+    if wrong := _contradiction(found, len(source.samples)):
+        fix = "run scalekd repair, or make the cache again"
+        raise UserError("the teacher's outputs on held-out images are damaged", got=wrong, where=path, fix=fix)
     return found
+
+
+def _contradiction(found: HeldOut, images: int) -> str | None:
+    """What is wrong with the values of a file; None if they are those of a `HeldOut` for this number of images."""
+    dtypes = (torch.int64, torch.float32, torch.int64, torch.float32)
+    for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 2, 1, 4), strict=True):
+        if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():
+            return f"{name}: {tensor.dtype} of shape {tuple(tensor.shape)}"
+    indices, pooled, mapped, features = found
+    if len(pooled) != len(indices) or len(features) != len(mapped):
+        return f"{len(pooled)} embeddings of {len(indices)} images, {len(features)} maps of {len(mapped)}"
+    for name, rows, count in (("indices", indices, images), ("mapped", mapped, len(indices))):
+        if int(rows[0]) < 0 or int(rows[-1]) >= count or bool((rows.diff() <= 0).any()):
+            return f"{name}: not ascending numbers below {count}"
+    return None if bool(pooled.isfinite().all() and features.isfinite().all()) else "NaN or Inf"
 
 
 def _keys_digest(source: Source) -> str:

@@ -104,8 +104,13 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
 
 def load_weights(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
     """Load a .safetensors state dict strictly; `shapes` is its header (`stored_shapes`)."""
-    check_tensors(shapes, _shapes(model.state_dict()), path)
+    check_fit(model, path, shapes)
     _load(model, read_tensors(path, shapes), path)
+
+
+def check_fit(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
+    """`UserError` unless the file has exactly the tensors of the model, which may be on the meta device."""
+    check_tensors(shapes, _shapes(model.state_dict()), path)
 
 
 def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], without: tuple[str, ...] = ()) -> None:

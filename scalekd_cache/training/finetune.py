@@ -23,8 +23,8 @@ from torch.utils.data import Dataset
 
 from scalekd_cache.config.downstream import FinetuneConfig
 from scalekd_cache.config.stage1 import ViewConfig
-from scalekd_cache.convert.backbone import Backbone, open_backbone
-from scalekd_cache.convert.timm_export import WEIGHTS, check_export_place, export_student
+from scalekd_cache.convert.backbone import Backbone, find_export, open_backbone
+from scalekd_cache.convert.timm_export import WEIGHTS, check_export_place, check_not_in_run, export_student
 from scalekd_cache.data.base import IntArray, NoSplitError, Source, hash_order
 from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.images import UnreadableImage, decode_image
@@ -74,7 +74,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     option = "--init" if config.init else "--model"
     start = open_backbone(place, config.weights, size=config.size, pretrained=config.pretrained, option=option)
     out = Path(config.out or f"finetuned/{start.name}")
-    check_export_place(out)
+    _check_place(out, config.init, say)
     check_writable(out, "--out", sum(value.nbytes for value in start.model.state_dict().values()))
     train = open_source(config.data, "train")
     if not train.class_names:
@@ -140,6 +140,17 @@ def _figure(tally: Tally | None) -> str:
         return "not evaluated"
     omitted = f", {tally.unreadable:,} could not be read" if tally.unreadable else ""
     return f"top-1 {percent(tally.top1_percent)} of {counted(tally.images, 'validation image')}{omitted}"
+
+
+def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> None:
+    """Check that an export in `out` replaces neither a run's export nor the start; an earlier result is named."""
+    check_export_place(out)
+    check_not_in_run(out)
+    start = find_export(Path(init)) if init is not None else None
+    if start is not None and start.resolve() == out.resolve():
+        raise UserError("--out is the folder of --init", where=out, fix="choose another folder (--out)")
+    if (out / WEIGHTS).exists():
+        say(f"{out} exists: it is replaced when the training has finished")
 
 
 def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:

@@ -15,10 +15,12 @@ from torch import Tensor
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.data.base import Source
 from scalekd_cache.distributed import Process
+from scalekd_cache.errors import UserError
 from scalekd_cache.models.evaluate import center_views, omitted
 from scalekd_cache.models.probing import leave_one_out_knn, linear_probe_accuracy, retrieval_agreement
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher_outputs import load_held_out
+from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.store.reader import Cache
@@ -58,6 +60,13 @@ class TeacherComparison:
         self.source, self.process = source, process
         self.size = int(cache.manifest.facts.view_recipe["size"])
         self.teacher = load_held_out(local_path(cache.root / HELD_OUT), source)
+        spec = TeacherSpec.from_json(cache.manifest.facts.teacher["spec"])
+        found = (self.teacher.pooled.shape[1], *self.teacher.features.shape[1:])
+        expected = (spec.pooled or spec.feature_shape[0], *spec.feature_shape)
+        if found != expected:
+            what = "the teacher's outputs on held-out images are those of another teacher"
+            fix = "run scalekd repair"
+            raise UserError(what, got=found, expected=expected, where=cache.root / HELD_OUT, fix=fix)
         self._row_of = {index: row for row, index in enumerate(self.teacher.indices.tolist())}
         self._map_of = {row: place for place, row in enumerate(self.teacher.mapped.tolist())}
         self._teacher_figures: dict[str, float] = {}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.formats import SUFFIXES, check_format, export_file
-from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.convert.timm_export import check_not_in_run, export_student
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.weights import check_tensors
@@ -93,6 +93,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     state, config = checkpoint.tensors(STUDENT), student_options(run)
     if form == "timm":
         folder = out or run / "export"
+        check_not_in_run(folder, run)
         card = model_card(config, options, facts, read_summary(run), folder)
         return Exported(folder, export_state(config, state, facts, folder, card))
     student = consolidated_student(config, state, classes_of(facts), facts["image_size"])

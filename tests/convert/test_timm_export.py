@@ -1,6 +1,7 @@
 """Export: plain timm loads it with the same logits; no partial or pickled files are left."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from timm.data import create_transform, resolve_data_config
 
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert import timm_export as export
-from scalekd_cache.convert.timm_export import export_student
+from scalekd_cache.convert.timm_export import check_not_in_run, export_student, load_export, read_description
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import build_student
@@ -94,3 +95,49 @@ def test_an_export_that_answers_differently_leaves_nothing(tmp_path, monkeypatch
         export_student(student, config, folder, image_size=64, class_names=CLASSES)
     assert "difference" in str(error.value)
     assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "out"
+    export_student(student_of("test_resnet"), StudentConfig(), folder, image_size=64, class_names=CLASSES)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda fields: fields.update(num_classes=10**9), "num_classes: input should be less"),
+        (lambda fields: fields.update(num_classes=-1), "num_classes: input should be greater"),
+        (lambda fields: fields.update(num_classes=4), "differ in the number of classes"),
+        (lambda fields: fields.update(label_names=["a"]), "differ in the number of classes"),
+        (lambda fields: fields["model_args"].update(num_classes=10**9), "differ in the number of classes"),
+        (lambda fields: fields["pretrained_cfg"].update(input_size=[3, 60_000, 60_000]), r"input_size\[1\]"),
+        (lambda fields: fields["pretrained_cfg"].update(input_size=[3, 64, 32]), "not square"),
+        (lambda fields: fields["pretrained_cfg"].update(input_size=[1, 64, 64]), r"input_size\[0\]"),
+        (lambda fields: fields["pretrained_cfg"].update(std=[0, 0, 0]), r"std\[0\]"),
+        (lambda fields: fields["model_args"].update(in_chans=10**8), "do not fit the model"),  # 58 GB
+        (lambda fields: fields["model_args"].update(in_chans="x"), "timm cannot build"),
+        (lambda fields: fields["model_args"].update(drop_rate=5.0), "dropout probability"),
+    ],
+)
+def test_a_crafted_description_is_an_error_before_anything_is_allocated(written, tmp_path, change, text):
+    folder = tmp_path / "out"
+    shutil.copytree(written, folder)
+    fields = json.loads((folder / "config.json").read_text())
+    change(fields)
+    (folder / "config.json").write_text(json.dumps(fields))
+    with pytest.raises(UserError, match=text):
+        load_export(folder, read_description(folder).pretrained_cfg.input_size[-1])
+
+
+def test_the_export_of_a_run_is_not_replaced_by_another(tmp_path):
+    for name in ("run", "other"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
+    run = tmp_path / "run"
+    check_not_in_run(run / "export", run)
+    check_not_in_run(tmp_path / "out", run)
+    for mine in (None, tmp_path / "other"):
+        with pytest.raises(UserError, match="inside the folder of a run"):
+            check_not_in_run(run / "export", mine)

@@ -9,6 +9,7 @@ from image_files import folder_tree, source_of, write
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
+from scalekd_cache.errors import UserError
 from scalekd_cache.models import probing
 from scalekd_cache.models.probing import (
     TEMPERATURE,
@@ -159,3 +160,12 @@ def test_embeddings_of_readable_images_in_order(tmp_path, workers):
     assert torch.equal(part.features, found.features[[2, 0]])
     nothing = embed(predict, source, 16, CPU, indices=[bad])
     assert (nothing.features.shape, nothing.labels.shape) == ((0, 0), (0,))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("place", [0, 1])
+def test_embeddings_that_are_not_finite_have_no_linear_probe(value, place):
+    parts = [torch.randn(6, 3), torch.randn(4, 3)]
+    parts[place][1, 1] = value
+    with pytest.raises(UserError, match="NaN or Inf"):
+        linear_probe_accuracy(parts[0], torch.arange(6) % 2, parts[1], torch.arange(4) % 2)

@@ -234,6 +234,21 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(data, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["one"]
 
 
+def test_the_start_and_the_export_of_a_run_are_not_replaced(tuned, data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(module, "_train", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(UserError, match="the folder of --init"):
+        scalekd_cache.finetune(init=tuned[0], data=data, out=tuned[0], options=QUICK)
+    shutil.copytree(tuned[0], tmp_path / "run" / "export")
+    (tmp_path / "run" / "config.yaml").touch()
+    with pytest.raises(UserError, match="inside the folder of a run"):
+        scalekd_cache.finetune(init=tmp_path / "run", data=data, out=tmp_path / "run" / "export", options=QUICK)
+    earlier = shutil.copytree(tuned[0], tmp_path / "earlier")
+    with pytest.raises(RunInterrupted):
+        scalekd_cache.finetune(init=tuned[0], data=data, out=earlier, options=QUICK)
+    assert "earlier exists: it is replaced when the training has finished" in capsys.readouterr().out
+    assert (earlier / "model.safetensors").exists()
+
+
 @pytest.mark.parametrize("place", ["training", "evaluation"])
 def test_ctrl_c_leaves_nothing(data, tmp_path, monkeypatch, place):
     def interrupt(*_, **__):

@@ -9,7 +9,8 @@ import pytest
 import timm
 import torch
 from commands import steps_of
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from small_cache import CPU, flip_byte, make, options, shared_weights, tree
 from small_run import config_of as labeled_config
 from unlabeled_cache import NO_HEAD, TRAIN, VAL, unlabeled_cache, unlabeled_pictures, unlabeled_weights
@@ -28,8 +29,9 @@ from scalekd_cache.models.teacher_outputs import load_held_out
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import HELD_OUT
+from scalekd_cache.training import held_out_evaluation
 from scalekd_cache.training.dry_run import plan_distill
-from scalekd_cache.training.held_out_evaluation import FIGURES, _label_figures
+from scalekd_cache.training.held_out_evaluation import FIGURES, TeacherComparison, _label_figures
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_run
 from scalekd_cache.training.run_summary import _held_out_rows
@@ -219,3 +221,40 @@ def test_an_accuracy_of_no_image_is_not_0(tmp_path, capsys, monkeypatch):
     cache = make(tmp_path / "cache", shared_weights(), cache={"num_views": 1, "views_per_group": 1})
     assert cache.manifest.facts.teacher["top1"] is None
     assert "validation images could not be read: omitted" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (lambda file: file["indices"].__setitem__(-1, 10**9), "indices: not ascending numbers below 60"),
+        (lambda file: file["indices"].__setitem__(0, -1), "indices: not ascending"),
+        (lambda file: file["indices"].__setitem__(0, 1), "indices: not ascending"),
+        (lambda file: file["mapped"].__setitem__(-1, 10**9), "mapped: not ascending"),
+        (lambda file: file.update(mapped=file["mapped"].view(-1, 1)), "mapped: torch.int64 of shape"),
+        (lambda file: file.update(pooled=file["pooled"][:3].clone()), "3 embeddings of 60 images"),
+        (lambda file: file.update(features=file["features"][:2].clone()), "2 maps of 60"),
+        (lambda file: file.update(features=file["features"].to(torch.int8)), "features: torch.int8"),
+        (lambda file: file.update({name: value[:0].clone() for name, value in file.items()}), r"indices: .* \(0,\)"),
+        (lambda file: file["pooled"].fill_(float("nan")), "NaN or Inf"),
+        (lambda file: file.pop("features"), "does not contain tensor features"),
+    ],
+)
+def test_crafted_teacher_outputs_are_one_error(tmp_path, change, text):
+    """With the right hash in the manifest, as someone who shares a cache could write it."""
+    source = unlabeled_cache().root / HELD_OUT
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    tensors = load_file(source)
+    change(tensors)
+    save_file(tensors, tmp_path / HELD_OUT, metadata)
+    with pytest.raises(UserError, match=text):
+        load_held_out(tmp_path / HELD_OUT, validation())
+
+
+@pytest.mark.parametrize("name", ["pooled", "features"])
+def test_teacher_outputs_of_another_width_are_refused(tmp_path, name, monkeypatch):
+    kept = load_held_out(unlabeled_cache().root / HELD_OUT, validation())
+    narrow = kept._replace(**{name: getattr(kept, name)[:, :3]})
+    monkeypatch.setattr(held_out_evaluation, "load_held_out", lambda *_: narrow)
+    with pytest.raises(UserError, match="of another teacher"):
+        TeacherComparison(unlabeled_cache(), validation(), CPU)
