@@ -61,13 +61,17 @@ help: ## Show this help
 $(filter-out distill,$(COMMANDS)): $(BASE)
 	@$(PY) -m pipelines $@ $(OPTIONS_$@)
 
+empty :=
+space := $(empty) $(empty)
+comma := ,
 # A missing cache is created first, if the options of stage 2 are valid; with FOLLOW=1 another job is writing it. A dry run ends where the cache is missing.
-PLACE = $(shell $(PYTHON) -m pipelines.make_options place $(call quoted,$(or $(DATA),demo)))
-missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW)),,test -f $(PLACE)/manifest.json || { \
+PLACE = $(shell $(PYTHON) -m pipelines.make_options place $(call quoted,$(or $(DATA),demo)) $(call quoted,$(TEACHERS)))
+made = ls $(PLACE:%=%/manifest.json) >/dev/null 2>&1
+missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW)),,$(made) || { \
   $(PY) -m pipelines $@ $(OPTIONS_$@) --check-values && $(MAKE) cache-teacher SET= PIXELS_FROM=; } || exit $$?; \
-  $(if $(DRY_RUN),test -f $(PLACE)/manifest.json || exit 0;))
+  $(if $(DRY_RUN),$(made) || exit 0;))
 distill: $(BASE)
-	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@)
+	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@) $(if $(CACHE),,$(if $(TEACHERS),--cache $(subst $(space),$(comma),$(PLACE))))
 
 # ---- benchmarks -----------------------------------------------------------------------------------------------------
 BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 training.stage1_pipeline store.loader training.step training.break_even

@@ -8,7 +8,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 
-from scalekd_cache.config.places import default_cache
+from scalekd_cache.config.places import default_cache, teacher_folders
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.errors import UserError, closest_names, unknown_name
 
@@ -64,8 +64,8 @@ def _dotted(pair: str) -> str:
 def main(words: Sequence[str]) -> int:
     """Print what make asks for.
 
-    `help`: commands and variables; `place DATA`: the default cache; `target NAME KNOWN...`: the error of an unknown
-    target; `options TARGET NAME=value...`: the options.
+    `help`: commands and variables; `place DATA TEACHERS`: the default caches; `target NAME KNOWN...`: the error of an
+    unknown target; `options TARGET NAME=value...`: the options.
     """
     if words == ["help"]:
         print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")
@@ -73,7 +73,9 @@ def main(words: Sequence[str]) -> int:
         return 0
     kind, first, *rest = words
     if kind == "place":
-        print(shlex.quote(default_cache(first)))
+        names = [name.strip() for teachers in rest if teachers for name in teachers.split(",")]
+        folders = [f"/{folder}" for folder in teacher_folders(names)] or [""]
+        print(shlex.join(default_cache(first) + folder for folder in folders))
         return 0
     if kind == "target":
         hint = f": did you mean {closest_names(first, rest)}?"

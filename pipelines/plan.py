@@ -49,19 +49,28 @@ def main(given: Given) -> int:
     given_options = {name: value for name, value in options.items() if value is not None}
     training = build(DistillConfig, recipe_section(config.recipe, "distill"), given_options)
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.planning.forecast import describe, forecast
+    from scalekd_cache.planning.forecast import Forecast, describe, describe_together, forecast, together
 
+    plans: list[Forecast] = []
     with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting prints too
-        found = forecast(
-            config,
-            training,
-            this_process(config.device),
-            students=config.students,
-            epochs=config.epochs or training.train.epochs,
-            gpu=config.gpu,
-        )
-    print(json.dumps(found.to_json()) if config.json else describe(found))
-    return 0 if found.total_bytes <= found.free_bytes else 1
+        for one in config.per_teacher():
+            plans.append(
+                forecast(
+                    one,
+                    training,
+                    this_process(config.device),
+                    students=config.students,
+                    epochs=config.epochs or training.train.epochs,
+                    gpu=config.gpu,
+                    first=plans[0] if plans else None,
+                )
+            )
+    total = together(plans)
+    if config.teachers is None:
+        print(json.dumps(plans[0].to_json()) if config.json else describe(plans[0]))
+    else:
+        print(json.dumps(total.to_json()) if config.json else describe_together(total))
+    return 0 if total.total_bytes <= total.free_bytes else 1
 
 
 COMMAND = Command("plan", main, [PlanConfig], __doc__)

@@ -162,6 +162,45 @@ def describe(plan: Forecast) -> str:
     return "\n".join(lines)
 
 
+class Together(NamedTuple):
+    """Stage 1 of several teachers in one pass over the images, from the forecast of each."""
+
+    plans: list[Forecast]
+    total_bytes: float
+    free_bytes: int
+    teacher_gpu_hours: float
+    cores_per_gpu: float
+    """CPU cores that stage 1 needs per GPU: every view is sampled once for all teachers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return self._asdict() | {"plans": [plan.to_json() for plan in self.plans]}
+
+
+def together(plans: list[Forecast]) -> Together:
+    """The sums over the teachers of a job."""
+    return Together(
+        plans,
+        sum(plan.total_bytes for plan in plans),
+        min(plan.free_bytes for plan in plans),
+        sum(plan.teacher_gpu_hours for plan in plans),
+        1 / sum(1 / plan.cores_per_gpu for plan in plans),
+    )
+
+
+def describe_together(total: Together) -> str:
+    """The forecasts of several teachers as text, with their sum."""
+    short = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else ""
+    return "\n\n".join(
+        [
+            *(f"{plan.cache}\n{describe(plan)}" for plan in total.plans),
+            f"all teachers: {size_text(total.total_bytes)}, {size_text(total.free_bytes)} free{short}\n"
+            f"  stage 1 on one {total.plans[0].gpu}: {_gpu_time(total.teacher_gpu_hours)}, "
+            f"{total.cores_per_gpu:.0f} CPU cores per GPU",
+        ]
+    )
+
+
 MAX_EXTRA_S = 60.0
 """Time limit for fitting codecs that were not requested, seconds."""
 
@@ -198,7 +237,14 @@ class _Times(NamedTuple):
 
 
 def forecast(
-    config: CacheTeacherConfig, training: DistillConfig, process: Process, *, students: int, epochs: int, gpu: str
+    config: CacheTeacherConfig,
+    training: DistillConfig,
+    process: Process,
+    *,
+    students: int,
+    epochs: int,
+    gpu: str,
+    first: Forecast | None = None,
 ) -> Forecast:
     """Measure the sizes and count the FLOPs of a cache and its students.
 
@@ -209,6 +255,7 @@ def forecast(
         students: number of students to train.
         epochs: epochs per student.
         gpu: a name of `gpus.GPUS`.
+        first: of the first teacher, in a job with several; its cache stores the pixels.
 
     Raises:
         UserError: any option that stage 1 refuses; a codec that must be fitted, without teacher weights.
@@ -223,12 +270,14 @@ def forecast(
     codec = _codec(config, source, teacher, process)
     logits = _logits(config, teacher, codec)
     second = pooled_codec(codec.id, teacher.pooled)
-    stage = make_stage(config, process, source, cast(Teacher, teacher.live), codec, logits, second, fingerprint="")
+    shares = first is not None and config.views.pixels == "baked"
+    live = cast(Teacher, teacher.live)
+    stage = make_stage(config, process, source, live, codec, logits, second, fingerprint="", shares_pixels=shares)
     found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
     times = _times(config, training, card, sizes, epochs, classes)
     at_hand = isinstance(teacher.live, Teacher)
-    read_bytes = sizes.per_view["total"] + (_shared_pixels(source) if isinstance(source, PixelCache) else 0.0)
+    read_bytes = sizes.per_view["total"] + _shared_pixels(source, first if shares else None)
     return Forecast(
         cache=config.cache.path,
         data=config.data.source,
@@ -385,9 +434,11 @@ def _name(codec: FeatureCodec) -> str:
     return f"{codec.id}, noise {codec.noise:g}" if isinstance(codec, TransformCodec) else codec.id
 
 
-def _shared_pixels(source: PixelCache) -> float:
-    """Bytes read per view of shared pixels: whole records, with their features."""
-    return float(source.cache.manifest.bytes_per_view["total"])
+def _shared_pixels(source: Source | PixelCache, first: Forecast | None) -> float:
+    """Bytes read per view of shared pixels: whole records, with their features. 0: no shared pixels."""
+    if isinstance(source, PixelCache):
+        return float(source.cache.manifest.bytes_per_view["total"])
+    return 0.0 if first is None else first.bytes_per_view["total"]
 
 
 def _alternatives(

@@ -7,6 +7,7 @@ import random
 import shutil
 
 import pytest
+from commands import execute
 from documented import call
 from image_files import encoded, folder_tree, picture, write
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from stage1_process import KILLED, Job
 
 import scalekd_cache
 from pipelines import cache_teacher as command
+from pipelines import plan
 from scalekd_cache import UserError
 from scalekd_cache.caching import make_units as caching
 from scalekd_cache.caching import prepare, sample_views
@@ -247,12 +249,30 @@ def test_a_dry_run_names_every_cache_and_the_sum(tmp_path, data, capsys):
     assert not (tmp_path / "new").exists()
 
 
-def test_the_disk_must_hold_all_caches(tmp_path, data, monkeypatch):
+def test_the_disk_must_hold_all_caches(tmp_path, data, monkeypatch, capsys):
     asked = []
     monkeypatch.setattr(prepare, "check_disk_space", lambda path, views, needed: asked.append((views, needed)))
     found = together(tmp_path / "new", data)
     total = sum(one.bytes_per_view["total"] * 2 * len(NAMES) for one in (found, *found.others))
     assert asked == [(4 * len(NAMES), pytest.approx(total, rel=0.1))]
+    capsys.readouterr()
+    call(plan, [*words(tmp_path / "new", data), "--views", "2", "--json"])
+    forecast = json.loads(capsys.readouterr().out)
+    files = sum(path.stat().st_size for path in (tmp_path / "new").rglob("*") if path.is_file())
+    assert forecast["total_bytes"] == sum(one["total_bytes"] for one in forecast["plans"])
+    assert forecast["total_bytes"] == pytest.approx(files, rel=0.1)
+    call(plan, [*words(tmp_path / "new", data), "--views", "2"])
+    output = capsys.readouterr().out
+    assert f"{tmp_path}/new/{SECOND}\n" in output
+    assert "all teachers: " in output
+
+
+def test_make_trains_from_all_caches_and_makes_missing_ones():
+    typed = ["make", "-n", "distill", "VENV=none", "STUDENT=resnet18", "TEACHERS=a,b/c"]
+    printed = execute(*typed)
+    assert "ls caches/demo/a/manifest.json caches/demo/b-c/manifest.json" in printed
+    assert "distill --student resnet18 --cache caches/demo/a,caches/demo/b-c" in printed
+    assert "distill --student resnet18 --cache x,y" in execute(*typed, "CACHE=x,y")
 
 
 def test_refused_before_anything_is_written(tmp_path, data):
