@@ -12,6 +12,7 @@ from pipelines.command import Command, Given, Output, check_cache_path, run, tak
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache
 from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.run_files import OPTIONS
@@ -56,7 +57,8 @@ def _configured(given: Given) -> DistillConfig:
         raise UserError("set the student, for example --student resnet50")
     if not given.get("follow"):
         try:
-            check_cache_path(cache_place(given))
+            for place in cache_places(cache_place(given)):
+                check_cache_path(place)
         except UserError:
             check_values(given)
             raise

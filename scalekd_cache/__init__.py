@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from scalekd_cache.loader.decoder import RecordDecoder
     from scalekd_cache.models.tail import TailParts, register_family
     from scalekd_cache.store.reader import Cache
-    from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
+    from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
     from scalekd_cache.versions import __version__
 
 __all__ = [
@@ -40,10 +40,10 @@ _HOME = {
     "__version__": "versions",
     "Cache": "store.reader",
     "CacheInfo": "api",
-    "CachedTargets": "training.targets",
+    "CachedTargets": "training.custom_loop",
     "RecordDecoder": "loader.decoder",
     "ScaleKDConfig": "config.stage2",
-    "ScaleKDLoss": "training.targets",
+    "ScaleKDLoss": "training.custom_loop",
     "TailParts": "models.tail",
     "UserError": "errors",
     "cache_teacher": "api",
@@ -52,7 +52,7 @@ _HOME = {
     "probe": "api",
     "publish": "api",
     "register_family": "models.tail",
-    "timm_student": "training.targets",
+    "timm_student": "training.custom_loop",
 }
 
 

@@ -14,7 +14,7 @@ from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.downstream import FinetuneConfig, ProbeConfig
 from scalekd_cache.config.machine import default_workers
 from scalekd_cache.config.options import build
-from scalekd_cache.config.places import default_cache, expand_home
+from scalekd_cache.config.places import cache_places, default_cache, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.config.recipes import check_recipe, has_changed, recipe_section, training_options
@@ -130,7 +130,8 @@ def distill(
 
     Args:
         student: a timm model name, or several, separated by commas.
-        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo).
+        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). Several, separated by commas, hold
+            the same views: the student learns from all their teachers.
         run: folder of the run (None: `runs/<student>`, with `-<targets>` unless cached).
         epochs: passes over the data (None: the recipe's).
         targets: cached, live (the teacher runs in the training loop) or none (the baseline).
@@ -336,7 +337,8 @@ def distill_config(given: Given) -> DistillConfig:
     """
     place = cache_place(given)
     waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
-    facts = read_cache_facts(open_place(place), waiting.follow, 60 * waiting.follow_timeout_minutes, _print_rank0)
+    first, wait_s = open_place(cache_places(place)[0]), 60 * waiting.follow_timeout_minutes
+    facts = read_cache_facts(first, waiting.follow, wait_s, _print_rank0)
     recipe = given.get("recipe")
     if not recipe and has_changed(facts.recipe, facts.distill):
         _print_rank0(

@@ -30,7 +30,6 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfi
 from scalekd_cache.distributed import Process
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
 from scalekd_cache.training.targets import TargetSource, feature_samples, load_cache_tail, make_heads, make_order
@@ -80,8 +79,8 @@ def own_step(arm: Arm | None, student_name: str, batch: int, cache: Cache) -> Ca
     )
     facts = cache.manifest.facts
     student = build_student(config.student, num_classes=len(facts.class_names), image_size=facts.view_recipe["size"])
-    tail = load_cache_tail(cache, TeacherSpec.from_json(facts.teacher["spec"])) if arm else None
-    model = DistillModel(config, student, make_heads(config, student, tail) if tail else None).train()
+    tail = load_cache_tail(cache) if arm else None
+    model = DistillModel(config, student, [make_heads(config, student, tail)] if tail else []).train()
     optimizer = make_optimizer(model, config.optim, 0.01)
     features = feature_samples(config.scalekd, cache, batch)
     loader = CacheLoader(
@@ -90,14 +89,14 @@ def own_step(arm: Arm | None, student_name: str, batch: int, cache: Cache) -> Ca
         epochs=EPOCHS,
         global_batch=batch,
         micro_batch=batch,
-        features=features,
+        features=[features],
     )
-    batches, source = iter(loader), TargetSource(loader.codec, loader.logit_codec, features=features)
+    batches, source = iter(loader), TargetSource(loader.codecs[0], features=features)
 
     def step() -> None:
         loaded = next(batches)
-        targets = source(loaded) if arm else None
-        model(loaded.images, loaded.labels, targets, tail).total.backward()
+        targets, tails = ([source(loaded)], [tail]) if tail else ([], [])
+        model(loaded.images, loaded.labels, targets, tails).total.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

@@ -25,7 +25,6 @@ from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.planning.costs import SWIN_L, pair_costs
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
@@ -46,25 +45,26 @@ def config_of(setting: Setting, arm: Arm) -> DistillConfig:
 def stepper(setting: Setting, arm: Arm, cache: Cache) -> Callable[[], None]:
     """A function that trains one step of an arm."""
     config, manifest = config_of(setting, arm), cache.manifest
-    tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
+    tail = load_cache_tail(cache)
     size = manifest.facts.view_recipe["size"]
     student = build_student(config.student, num_classes=len(manifest.facts.class_names), image_size=size)
     distills = arm.targets != "none"
-    model = DistillModel(config, student, make_heads(config, student, tail) if distills else None).train()
+    model = DistillModel(config, student, [make_heads(config, student, tail)] if distills else []).train()
     optimizer = make_optimizer(model, config.optim, 1e-4)
     train = config.train
     features = feature_samples(config.scalekd, cache, train.micro_batch_size) if distills else None
     loader = CacheLoader(
         cache, make_order(train, cache, CPU), epochs=100_000, global_batch=train.global_batch_size,
-        micro_batch=train.micro_batch_size, workers=0, features=features,
+        micro_batch=train.micro_batch_size, workers=0, features=None if features is None else [features],
     )  # fmt: skip
-    source = TargetSource(loader.codec, loader.logit_codec, features=features)
+    source = TargetSource(loader.codecs[0], features=features)
     batches, micros = iter(loader), len(loader.micros)
 
     def step() -> None:
         with ablations(arm):
             for batch in itertools.islice(batches, micros):
-                (model(batch.images, batch.labels, source(batch) if distills else None, tail).total / micros).backward()
+                targets, tails = ([source(batch)], [tail]) if distills else ([], [])
+                (model(batch.images, batch.labels, targets, tails).total / micros).backward()
         optimizer.step()
         optimizer.zero_grad()
 

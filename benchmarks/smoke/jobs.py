@@ -141,7 +141,7 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     made = time.perf_counter()
     run = trainer_of(config_of(sizes, variant, cache, runs / variant.name), process)
     if variant.synthetic:
-        run.targets = synthetic_targets(run, variant.micro)  # type: ignore[assignment]
+        run.targets = [synthetic_targets(run, variant.micro)]
     made = time.perf_counter() - made
     lines, count = Lines(), run.loader.steps_per_epoch
     steps = run.train(lines)  # type: ignore[arg-type]
@@ -162,8 +162,9 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
     }
     if gpu:
         figures["peak_bytes"] = torch.cuda.max_memory_allocated()
-    if run.targets is not None and not variant.synthetic and run.targets.teacher is not None:
-        teacher, px = run.targets.teacher, sizes.views_px
+    teacher = run.targets[0].teacher if run.targets and not variant.synthetic else None
+    if teacher is not None:
+        px = sizes.views_px
         images = torch.zeros(variant.micro, 3, px, px, dtype=torch.uint8, device=process.device)
         figures["teacher_ms"] = milliseconds(lambda: teacher(images), process.device, sizes.repeats)
     return figures
@@ -171,11 +172,11 @@ def timed_epoch(sizes: Sizes, variant: Variant, cache: Path, runs: Path, process
 
 def synthetic_targets(run: Trainer, batch: int) -> Any:
     """A source of targets without any cost."""
-    device, shape = run.process.device, run.loader.codec.shape
+    device, shape = run.process.device, run.loader.codecs[0].features.shape
     targets = Targets(
         torch.randn(batch, *shape, device=device),
         torch.ones(batch, 2, *shape[1:], device=device),
-        torch.randn(batch, run.loader.logit_codec.num_classes, device=device),
+        torch.randn(batch, run.loader.codecs[0].logits.num_classes, device=device),
     )
 
     def source(_: Batch) -> Targets:

@@ -26,6 +26,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig, StoreCon
 from scalekd_cache.distributed import Process
 from scalekd_cache.loader.loader import Batch, MicroBatches, Slot
 from scalekd_cache.loader.order import Order
+from scalekd_cache.loader.target_cache import target_codecs
 from scalekd_cache.store.reader import Cache
 
 BATCH = 32
@@ -50,12 +51,13 @@ def batches_of(cache: Cache) -> Callable[[], list[Batch]]:
     """Load all micro-batches of one epoch and decode the features on the CPU."""
     order = Order(num_samples=len(cache), block=64, window=32, seed=0)
     dataset = MicroBatches(cache, order, BATCH, BATCH)
+    codec = dataset.targets[0].codecs.features
 
     def run() -> list[Batch]:
         batches = []
         for step in range(len(cache) // BATCH):
             batch = dataset[Slot(0, step, 0, False)]
-            dataset.codec.decode(batch.codes)
+            codec.decode(batch.stored[0].codes)
             batches.append(batch)
         return batches
 
@@ -64,14 +66,13 @@ def batches_of(cache: Cache) -> Callable[[], list[Batch]]:
 
 def features_only(cache: Cache) -> Callable[[], None]:
     """Read and check records, decode features and logits, and skip pixels."""
-    order = Order(num_samples=len(cache), block=64, window=32, seed=0)
-    dataset = MicroBatches(cache, order, BATCH, BATCH)
+    codecs = target_codecs(cache)
 
     def run() -> None:
         for start in range(0, len(cache) // BATCH * BATCH, BATCH):
             records = cache.read(np.arange(start, start + BATCH), 0)
-            dataset.codec.decode(torch.from_numpy(dataset.codec.unpack([record.features for record in records])))
-            torch.from_numpy(np.stack([dataset.logit_codec.decode(record.logits) for record in records]))
+            codecs.features.decode(torch.from_numpy(codecs.features.unpack([record.features for record in records])))
+            torch.from_numpy(np.stack([codecs.logits.decode(record.logits) for record in records]))
 
     return run
 

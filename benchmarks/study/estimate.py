@@ -54,9 +54,10 @@ def measured_steps(setting: Setting, student: str) -> tuple[dict[str, float], fl
     norms = torch.ones(batch, 2, *shape[1:], device=device)
     targets = Targets(torch.randn(batch, *shape, device=device), norms, torch.randn(batch, 10, device=device))
     for kind in ("none", "cached"):
-        heads = make_heads(config, model, tail) if kind == "cached" else None
+        heads = [make_heads(config, model, tail)] if kind == "cached" else []
         whole: Any = DistillModel(config, model, heads).to(device)
-        seconds[kind] = _min_seconds(lambda: whole(images, labels, targets if heads else None, tail).total.backward())  # noqa: B023
+        given = [targets] * len(heads), [tail] * len(heads)
+        seconds[kind] = _min_seconds(lambda: whole(images, labels, *given).total.backward())  # noqa: B023
     with torch.no_grad():
         seconds["live"] = seconds["cached"] + _min_seconds(lambda: teacher(images))
     micros = config.train.global_batch_size // batch

@@ -27,12 +27,11 @@ from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.distributed import this_process
 from scalekd_cache.models.evaluate import ValidationImages
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import LossTerms, TermWeights
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.checkpoint import MODEL, latest_checkpoint
 from scalekd_cache.training.run_files import read_config
-from scalekd_cache.training.trainer import DistillModel
+from scalekd_cache.training.trainer import DistillModel, StepLosses
 from scalekd_cache.views.view import apply_view, sample_view
 
 BATCH = 64
@@ -69,15 +68,13 @@ def heads_on_one_of(count: int) -> Iterator[None]:
     """Ablation: the heads see the first of every `count` micro-batches, with feature terms times `count`."""
     forward, calls = DistillModel.forward, itertools.count()
 
-    def some(self: DistillModel, *inputs: Any) -> LossTerms:
+    def some(self: DistillModel, *inputs: Any) -> StepLosses:
         if next(calls) % count == 0:
-            terms = forward(self, *inputs)
-            return terms._replace(**{name: count * getattr(terms, name) for name in TermWeights._fields})
-        heads, self.heads = self.heads, None
-        try:
+            losses = forward(self, *inputs)
+            scaled = {name: count * getattr(losses.terms, name) for name in TermWeights._fields}
+            return losses._replace(terms=losses.terms._replace(**scaled))
+        with patch.object(DistillModel, "project", lambda *inputs, **options: None):
             return forward(self, *inputs)
-        finally:
-            self.heads = heads
 
     with patch.object(DistillModel, "forward", some):
         yield
@@ -163,8 +160,7 @@ class HeldOutLosses:
             pixels, labels = torch.stack([image for image, _ in part]), torch.tensor([label for _, label in part])
             pixels = pixels.to(self.device)
             self.batches.append((pixels, labels.to(self.device), live_targets(teacher, pixels)))
-        spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
-        self.tail = load_cache_tail(self.cache, spec).to(self.device)
+        self.tail = load_cache_tail(self.cache).to(self.device)
 
     @torch.no_grad()
     def losses(self, run: Path) -> dict[str, float]:
@@ -181,13 +177,13 @@ class HeldOutLosses:
         manifest = self.cache.manifest
         size, classes = manifest.facts.view_recipe["size"], len(manifest.facts.class_names)
         student = build_student(config.student, num_classes=classes, image_size=size)
-        model = DistillModel(config, student, make_heads(config, student, self.tail))
+        model = DistillModel(config, student, [make_heads(config, student, self.tail)])
         checkpoint, problems = latest_checkpoint(run / "checkpoints")
         assert checkpoint is not None, problems
         model.load_state_dict(checkpoint.tensors(MODEL))
         model.to(self.device).eval()
         sums, count = torch.zeros(len(LossTerms._fields)), 0
         for pixels, labels, targets in self.batches:
-            sums += len(labels) * torch.stack(list(model(pixels, labels, targets, self.tail))).cpu()
+            sums += len(labels) * torch.stack(list(model(pixels, labels, [targets], [self.tail]).terms)).cpu()
             count += len(labels)
         return {name: round(value, 5) for name, value in zip(LossTerms._fields, (sums / count).tolist(), strict=True)}

@@ -114,28 +114,28 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     )
     classes = len(manifest.facts.class_names)
     spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
-    tail = load_cache_tail(cache, spec).to(device)
+    tail = load_cache_tail(cache).to(device)
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
     models, watch = {}, Stopwatch(device)
     for kind in {kind if kind in CHEAPER or kind == "baseline" else "cached" for kind in kinds}:
         own = dataclasses.replace(config, scalekd=ScaleKDConfig(**CHEAPER.get(kind, {})))
         student = build_student(own.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
-        heads = make_heads(own, student, tail) if kind != "baseline" else None
+        heads = [make_heads(own, student, tail)] if kind != "baseline" else []
         model = DistillModel(own, student, heads).to(device).train()
         models[kind] = (model, make_optimizer(model, own.optim, 0.01), feature_samples(own.scalekd, cache, batch))
     loader = endless_loader(cache, batch, workers, device)
     batches = iter(loader)
-    cached_source = TargetSource(loader.codec, loader.logit_codec)
-    live_source = TargetSource(loader.codec, loader.logit_codec, teacher=teacher)
+    cached_source = TargetSource(loader.codecs[0])
+    live_source = cached_source._replace(teacher=teacher)
     first = next(batches).to(device)  # worker processes start here, before anything is timed
     synthetic = Targets(torch.randn(batch, *spec.feature_shape, device=device),
                    torch.ones(batch, 2, *spec.feature_shape[1:], device=device),
                    torch.randn(batch, classes, device=device))  # fmt: skip
 
-    def step(kind: str, targets: Targets | None, images: Tensor, labels: Tensor, watch: Stopwatch) -> None:
+    def step(kind: str, targets: list[Targets], images: Tensor, labels: Tensor, watch: Stopwatch) -> None:
         model, optimizer, _ = models[kind]
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-            loss = model(images, labels, targets, tail).total
+            loss = model(images, labels, targets, [tail] * len(targets)).total
         watch.mark("forward")
         loss.backward()
         watch.mark("backward")
@@ -149,11 +149,11 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
         watch.mark("loader")
         targets = cached_source._replace(features=models[kind][2])(loaded)
         watch.mark("decoding")
-        step(kind, targets, loaded.images, loaded.labels, watch)
+        step(kind, [targets], loaded.images, loaded.labels, watch)
 
     def live() -> None:
         loaded = next(batches).to(device)
-        step("cached", live_source(loaded), loaded.images, loaded.labels, Stopwatch(device))
+        step("cached", [live_source(loaded)], loaded.images, loaded.labels, Stopwatch(device))
 
     def forward() -> None:
         teacher(first.images)
@@ -161,8 +161,8 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
             torch.cuda.synchronize()
 
     actions = {
-        "baseline": lambda: step("baseline", None, first.images, first.labels, Stopwatch(device)),
-        "synthetic": lambda: step("cached", synthetic, first.images, first.labels, Stopwatch(device)),
+        "baseline": lambda: step("baseline", [], first.images, first.labels, Stopwatch(device)),
+        "synthetic": lambda: step("cached", [synthetic], first.images, first.labels, Stopwatch(device)),
         "cached": lambda: cached("cached", watch),
         "live": live,
         "teacher": forward,

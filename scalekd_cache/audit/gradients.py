@@ -35,7 +35,7 @@ from scalekd_cache.models.evaluate import percent
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
-from scalekd_cache.models.teacher_spec import TeacherSpec, teacher_label
+from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.fidelity_summary import Summary, summarize
 from scalekd_cache.store.reader import Cache
@@ -156,8 +156,9 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
         )
     config = config.on_data(labeled=cache.manifest.facts.labeled)
     model, tail = _student(config, cache, device)
-    classifier = load_cache_classifier(config, cache, data.logit_codec, process)
-    cached = TargetSource(data.codec, data.logit_codec, classifier, features=features, second_codec=data.second_codec)
+    codecs = data.targets[0].codecs
+    classifier = load_cache_classifier(config, cache, codecs.logits, process)
+    cached = TargetSource(codecs, classifier, features=features)
     compare = _GradientSums(model, tail, cached, cached._replace(teacher=teacher), config.train.seed)
     for number in range(count):
         compare.add(data[Slot(number % manifest.num_views, number // manifest.num_views, 0, True)].to(device))
@@ -171,11 +172,11 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
     student = build_student(
         config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
     )
-    tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"])).to(device)
+    tail = load_cache_tail(cache).to(device)
     heads = make_heads(config, student, tail, pooled_width(manifest.facts))
     if config.init is not None:
         load_init_weights(config.init, student.model, heads)
-    return DistillModel(config, student, heads).to(device), tail
+    return DistillModel(config, student, [heads]).to(device), tail
 
 
 class _GradientSums:
@@ -213,7 +214,7 @@ class _GradientSums:
     def _gradient(self, batch: Batch, targets: Targets) -> Tensor:
         """The student's whole gradient, (n,) float64."""
         torch.manual_seed(self.seed)
-        terms = self.model(batch.images, batch.labels, targets, self.tail)
+        terms = self.model(batch.images, batch.labels, [targets], [self.tail])
         parts = torch.autograd.grad(terms.total, self.parameters, allow_unused=True, materialize_grads=True)
         return torch.cat([part.flatten().double() for part in parts])
 

@@ -34,8 +34,15 @@ def read_number(value: object) -> object:
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
+def _read_one_or_more(value: object) -> object:
+    """As `_read_list`; one number, typed on a command line, is this number."""
+    found = _read_list(value)
+    return found[0] if isinstance(value, str) and isinstance(found, tuple) and len(found) == 1 else found
+
+
 Range = Annotated[tuple[float, float], BeforeValidator(_read_list)]
 Channels = Annotated[tuple[float, float, float], BeforeValidator(_read_list)]
+Shares = Annotated[float | tuple[float, ...], BeforeValidator(_read_one_or_more)]
 
 
 def require(ok: bool, option: str, got: object, expected: str) -> None:

@@ -16,6 +16,12 @@ def expand_home(value: Any) -> Any:
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
+def cache_places(text: str) -> list[str]:
+    """The folders and URLs of a list of caches, separated by commas; a folder whose name has commas is one cache."""
+    places = [expand_home(place.strip()) for place in text.split(",")]
+    return [text] if Path(text).exists() else [place for place in places if place] or [text]
+
+
 def default_cache(source: str) -> str:
     """The default folder of the cache of a data set: demo, a folder, or a brace pattern of tars."""
     name = source.rstrip("/").rpartition("/")[2]

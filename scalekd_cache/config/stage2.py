@@ -4,15 +4,16 @@ In: values from a recipe and the command line. Out: checked, immutable dataclass
 Invariant: a configuration that exists is valid on its own.
 """
 
+import sys
 from dataclasses import field, replace
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from scalekd_cache.config.base import STRICT, Channels, read_number, require
+from scalekd_cache.config.base import STRICT, Channels, Shares, read_number, require
 from scalekd_cache.config.remote import RemoteConfig
-from scalekd_cache.errors import UserError
+from scalekd_cache.errors import UserError, counted
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -76,9 +77,14 @@ class ScaleKDConfig:
     """cap: cross attention projectors; lite: cheaper ones, one per tap for both views (not in the paper;
     docs/METHOD.md); linear: plain feature distillation, linear maps from S4 to the teacher's map and to its mean, no
     tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
-    feature_share: float | None = None
+    feature_share: Shares | None = None
     """Share of the samples of every micro-batch that the feature losses use; label and logit losses use all
-    (default: all samples, or all with stored features)."""
+    (default: all samples, or all with stored features). With several caches one number, or one a cache."""
+    teacher_shares: Shares | None = None
+    """With several caches: weights of the teachers' losses, one a cache, divided by their sum (default: equal)."""
+    balance: Literal["fixed", "scale"] = "fixed"
+    """With several caches: fixed: each teacher's feature losses are multiplied by its share; scale: they are also
+    divided by their current value, so that a teacher with a large loss does not dominate the gradient."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss)."""
     temperature: float = 1.0
@@ -94,8 +100,34 @@ class ScaleKDConfig:
         for name in ("spatial_weight", "frequency_weight_s3", "frequency_weight_s4"):
             require(getattr(self, name) >= 0, f"scalekd.{name}", getattr(self, name), ">= 0")
         require(self.attention_scale > 0, "scalekd.attention_scale", self.attention_scale, "> 0")
-        share = self.feature_share
-        require(share is None or 0 < share <= 1, "scalekd.feature_share", share, "0 to 1, 0 excluded")
+        for name, high, expected in (
+            ("feature_share", 1.0, "0 to 1, 0 excluded"),
+            ("teacher_shares", sys.float_info.max, "> 0"),
+        ):
+            given = getattr(self, name)
+            shares = given if isinstance(given, tuple) else (1.0 if given is None else given,)
+            require(bool(shares) and all(0 < share <= high for share in shares), f"scalekd.{name}", given, expected)
+
+    def share_of(self, number: int = 0) -> float | None:
+        """The feature share of one of several teachers (None: as much as its cache has)."""
+        return self.feature_share[number] if isinstance(self.feature_share, tuple) else self.feature_share
+
+    def weights_of(self, teachers: int) -> list[float]:
+        """The weights of the teachers' losses; their sum is 1. One teacher alone has weight 1."""
+        shares = self.teacher_shares
+        given = shares if isinstance(shares, tuple) and teachers > 1 else (1.0,) * teachers
+        return [share / sum(given) for share in given]
+
+    def check_teachers(self, teachers: int) -> None:
+        """`UserError` for a list of shares of another length than the list of caches."""
+        for name in ("feature_share", "teacher_shares"):
+            shares = getattr(self, name)
+            if isinstance(shares, tuple) and len(shares) != teachers:
+                raise UserError(
+                    f"scalekd.{name} and --cache list different numbers",
+                    got=f"{counted(len(shares), 'share')} for {counted(teachers, 'cache')}",
+                    fix=f"give one number a cache in --scalekd.{name}",
+                )
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -245,7 +277,8 @@ class DistillConfig:
     recipe: str | None = None
     """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
-    """Folder or URL (file, http, https, s3, gs) of the cache."""
+    """Folder or URL (file, http, https, s3, gs) of the cache. Several, separated by commas, hold the same views and
+    train one student on all their teachers; the first one gives pixels, labels and order."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     follow: bool = False
     """Train while stage 1 is still running: start when the first view group is complete, wait for later groups as
@@ -267,7 +300,8 @@ class DistillConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     teacher_weights: str | None = None
-    """Weights of the teacher, only for train.targets=live (default: the path used in stage 1)."""
+    """Weights of the teacher, only for train.targets=live (default: the path used in stage 1). With several caches one
+    file a cache, separated by commas."""
     data: str | None = None
     """Folder of the validation images (default: the path used in stage 1)."""
     device: str = "auto"

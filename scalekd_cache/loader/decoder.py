@@ -13,16 +13,13 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
-from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.logits import logit_codec_from_config
-from scalekd_cache.codec.pooled import second_codec_from_config
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.source import open_cache_source
-from scalekd_cache.errors import UserError
-from scalekd_cache.loader.loader import DIGEST_EVERY, PART_NAMES
+from scalekd_cache.loader.loader import DIGEST_EVERY
 from scalekd_cache.loader.record_pixels import RecordPixels, decode_features, decode_pooled, verified_pixels
+from scalekd_cache.loader.target_cache import check_parts, target_codecs, with_pixels
 from scalekd_cache.store.base import Parts, Record
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
@@ -59,9 +56,7 @@ class RecordDecoder:
         self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
         manifest = self.cache.manifest
         facts = manifest.facts
-        self._codec = codec_from_config(facts.codec, self.cache.root)
-        self._logit_codec = logit_codec_from_config(facts.logit_codec)
-        self._second_codec = second_codec_from_config(facts.second_codec)
+        self._codec, self._logit_codec, self._second_codec = target_codecs(self.cache)
         recomputed = isinstance(self._logit_codec, RecomputedLogits)
         self._classifier = load_classifier(facts.logit_codec, self.cache.root) if recomputed else None
         views = ViewConfig(**from_plain(facts.view_recipe))
@@ -97,8 +92,7 @@ class RecordDecoder:
     def _decode(self, records: list[Record], positions: ArrayLike, view: int) -> list[dict[str, Any]]:
         check_parts(records, self._needed, view, self.cache)
         if self._shared is not None:
-            others = self._shared.read(positions, view)
-            records = [with_pixels(record, other, self._shared) for record, other in zip(records, others, strict=True)]
+            records = with_pixels(records, self._shared.read(positions, view), self._shared, view)
         decoded = [{"key": record.key, "view": record.view, "image": self._image(record, view)} for record in records]
         columns = self._targets(records)
         if self.cache.manifest.facts.labeled:
@@ -130,31 +124,3 @@ class RecordDecoder:
         if self._second_codec is not None:
             columns["pooled"] = list(decode_pooled(self._second_codec, records).numpy())
         return columns
-
-
-def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cache) -> None:
-    """`UserError` for a record without one of the needed parts."""
-    for record in records:
-        missing = needed & ~record.parts
-        if missing:
-            raise UserError(
-                "a record has no " + " or no ".join(PART_NAMES[part] for part in missing),
-                got=repr(record.parts),
-                expected=" and ".join(PART_NAMES[part] for part in needed),
-                where=f"view {view} of {record.key} in {cache.root}",
-            )
-
-
-def with_pixels(record: Record, other: Record, pixels: Cache) -> Record:
-    """The record with the pixels of the other one, from the cache whose pixels are shared; `UserError` if they belong
-    to different views."""
-    got, expected = ((one.key, one.label, one.digest, one.view) for one in (other, record))
-    if got != expected:
-        raise UserError(
-            "the shared pixels and the features belong to different views",
-            got=f"{other.key}, digest {other.digest}",
-            expected=f"{record.key}, digest {record.digest}",
-            where=pixels.root,
-            fix="use the cache that was set as --pixels-from when this cache was made",
-        )
-    return record._replace(pixels=other.pixels)

@@ -1,12 +1,12 @@
-"""Training batches from a cache, in the order of `order.py`.
+"""Training batches from a cache, or from several with the same views, in the order of `order.py`.
 
-In: an open cache, an order, this rank's share. Out: `Batch`es of one micro-batch each, in the order of the run.
+In: open caches, an order, this rank's share. Out: `Batch`es of one micro-batch each, in the order of the run.
 Invariant: a batch is complete and verified, or an error names the record. The position is the step number, so a
 resumed loader continues with the next sample for any number of workers.
 """
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,11 +15,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
-from scalekd_cache.codec import codec_from_config
-from scalekd_cache.codec.base import FeatureCodec
-from scalekd_cache.codec.logits import logit_codec_from_config
-from scalekd_cache.codec.pooled import second_codec_from_config
-from scalekd_cache.codec.recomputed import RecomputedLogits
 from scalekd_cache.config.base import from_plain
 from scalekd_cache.config.stage1 import ViewConfig
 from scalekd_cache.data.base import Source
@@ -35,9 +30,17 @@ from scalekd_cache.loader.order import (
     micro_batches_of_rank,
     steps_per_epoch,
 )
-from scalekd_cache.loader.record_pixels import RecordPixels, wrong_digest
-from scalekd_cache.store.base import Parts, Record
-from scalekd_cache.store.growing import GrowingCache
+from scalekd_cache.loader.record_pixels import RecordPixels, verified_pixels
+from scalekd_cache.loader.target_cache import (
+    StoredTargets,
+    TargetCache,
+    TargetCodecs,
+    check_same_views,
+    feature_counts,
+    with_pixels,
+)
+from scalekd_cache.store.base import Record
+from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.reader import Cache
 
 DIGEST_STEPS = 2
@@ -46,8 +49,7 @@ DIGEST_EVERY = 16
 """After these steps, one in this many stored views is compared, rotating over all views. Replayed views are always
 compared: the image may have been replaced, and the digest costs 9 % of generating a view (docs/LOG.md)."""
 
-PART_NAMES = {Parts.LABEL: "label", Parts.FEATURES: "features", Parts.SECOND: "pooled embedding"}
-"""Parts of a record that training may need."""
+OTHER_VIEWS = "make this cache again from the views of the first one: scalekd cache-teacher --pixels-from"
 MOST_WAITING = 4
 """Maximum number of micro-batches that a worker prefetches."""
 
@@ -59,13 +61,8 @@ class Batch(NamedTuple):
     """(B, 3, H, W) uint8: the pixels that were the teacher's input."""
     labels: Tensor
     """(B,) int64."""
-    codes: Tensor
-    """(F, bytes_per_view) uint8: rows of the feature codec for the first F <= B samples, decoded on the training
-    device."""
-    logits: Tensor
-    """(B, K) float32: decoded logits (K = 0 if the logit codec stores none)."""
-    second: Tensor | None
-    """(B, bytes_per_view) uint8: rows of the codec of pooled embeddings; None for a cache without them."""
+    stored: tuple[StoredTargets, ...]
+    """Targets of every teacher, one a cache."""
     ids: Tensor
     """(B,) int64: positions in the view's canonical order."""
     view: int
@@ -73,10 +70,8 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on `device`, asynchronously where the memory is pinned; `ids` stay on the host for logs."""
-        tensors = (self.images, self.labels, self.codes, self.logits)
-        images, labels, codes, logits = (tensor.to(device, non_blocking=True) for tensor in tensors)
-        second = None if self.second is None else self.second.to(device, non_blocking=True)
-        return Batch(images, labels, codes, logits, second, self.ids, self.view)
+        images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
+        return self._replace(images=images, labels=labels, stored=tuple(one.to(device) for one in self.stored))
 
 
 class Slot(NamedTuple):
@@ -98,7 +93,8 @@ class MicroBatches(Dataset[Batch]):
         global_batch: int,
         micro_batch: int,
         *,
-        features: int | None = None,
+        others: Sequence[Cache] = (),
+        features: Sequence[int] | None = None,
         views: int | None = None,
         pixels: Cache | None = None,
         data: str | None = None,
@@ -112,15 +108,11 @@ class MicroBatches(Dataset[Batch]):
         self.order = order
         self.global_batch = global_batch
         self.micro_batch = micro_batch
-        self.codec: FeatureCodec = codec_from_config(manifest.facts.codec, cache.root)
-        self.logit_codec = logit_codec_from_config(manifest.facts.logit_codec)
-        self.second_codec = second_codec_from_config(manifest.facts.second_codec)
-        self.needed = Parts.LABEL if manifest.facts.labeled else Parts(0)
-        if self.second_codec is not None:
-            self.needed |= Parts.SECOND
-        if features is None or isinstance(self.logit_codec, RecomputedLogits):
-            features = featured(order, micro_batch)[0]
-        self.features: int = features
+        counts = feature_counts([cache, *others], features, featured(order, micro_batch)[0])
+        targets = [TargetCache(cache, counts[0])]
+        targets += [TargetCache(other, count, cache) for other, count in zip(others, counts[1:], strict=True)]
+        self.targets = tuple(targets)
+        self._sparsest = max(targets, key=lambda one: one.cache.manifest.facts.features_every)
         self._epoch: SparseEpoch | None = None
         views_config = ViewConfig(**from_plain(manifest.facts.view_recipe))
         source: Source | None = None
@@ -130,26 +122,28 @@ class MicroBatches(Dataset[Batch]):
 
     def __getitem__(self, slot: Slot) -> Batch:
         view = slot.epoch % self.views
-        if isinstance(self.cache, GrowingCache):
-            self.cache.wait_for(view, self._print_once)
+        for target in self.targets:
+            target.wait_for(view, self._print_once)
         ids = self.ids(slot.epoch, slot.step, slot.micro)
-        records = self._with_pixels(self.cache.read(ids, view), ids, view)
-        self._check_parts(records, view)
+        found = [target.read(ids, view) for target in self.targets]
+        for target, others in zip(self.targets[1:], found[1:], strict=True):
+            check_same_views(found[0], others, target.cache, view, OTHER_VIEWS)
+        records = self._with_pixels(found[0], ids, view)
         always, turn = slot.check_all or self.record_pixels.source is not None, slot.epoch // self.views
         images = [
-            self._pixels(record, view, check=always or (position + turn) % DIGEST_EVERY == 0)
+            verified_pixels(
+                self.record_pixels,
+                record,
+                self.cache,
+                view,
+                check=always or (position + turn) % DIGEST_EVERY == 0,
+            )
             for record, position in zip(records, ids.tolist(), strict=True)
         ]
-        codes = self.codec.unpack([record.features for record in records[: self.features]])
-        second: Tensor | None = None
-        if self.second_codec is not None:
-            second = torch.from_numpy(self.second_codec.unpack([record.second for record in records]))
         return Batch(
             images=torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2),
             labels=torch.tensor([record.label for record in records], dtype=torch.int64),
-            codes=torch.from_numpy(codes),
-            logits=torch.from_numpy(np.stack([self.logit_codec.decode(record.logits) for record in records])),
-            second=second,
+            stored=tuple(target.stored(some) for target, some in zip(self.targets, found, strict=True)),
             ids=torch.from_numpy(ids),
             view=view,
         )
@@ -161,25 +155,11 @@ class MicroBatches(Dataset[Batch]):
             return micro_batch_ids(self.order, epoch=epoch, **sizes)
         if self._epoch is None or self._epoch.epoch != epoch:
             view = epoch % self.views
-            self._epoch = SparseEpoch(self.order, epoch, lambda positions: self.cache.has_features(positions, view))
+            self._epoch = SparseEpoch(self.order, epoch, lambda positions: self._sparsest.has_features(positions, view))
         return self._epoch.micro_batch_ids(**sizes)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_epoch": None}
-
-    def _check_parts(self, records: list[Record], view: int) -> None:
-        """Raise `UserError` for a record without a part that is needed: label, features, pooled embedding; `Cache.read`
-        checks labels against the classes."""
-        for number, record in enumerate(records):
-            needed = self.needed | (Parts.FEATURES if number < self.features else Parts(0))
-            missing = needed & ~record.parts
-            if missing:
-                raise UserError(
-                    "a record has no " + " or no ".join(PART_NAMES[part] for part in missing),
-                    got=repr(record.parts),
-                    expected=" and ".join(PART_NAMES[part] for part in needed),
-                    where=f"view {view} of {record.key} in {self.cache.root}",
-                )
 
     def _print_once(self, text: str) -> None:
         """Print what the loader is waiting for, from one worker only."""
@@ -191,45 +171,15 @@ class MicroBatches(Dataset[Batch]):
         """The records, with pixels from the cache whose pixels are shared, if any."""
         if self.pixels is None:
             return records
-        whole = []
-        for record, other in zip(records, self.pixels.read(ids, view), strict=True):
-            got, expected = ((one.key, one.label, one.digest, one.view) for one in (other, record))
-            if got != expected:
-                raise UserError(
-                    "the shared pixels and the features belong to different views",
-                    got=f"{other.key}, digest {other.digest}",
-                    expected=f"{record.key}, digest {record.digest}",
-                    where=f"view {view} of {self.pixels.root}, for {self.cache.root}",
-                    fix="use the cache that was set as --pixels-from when this cache was made",
-                )
-            whole.append(record._replace(pixels=other.pixels))
-        return whole
-
-    def _pixels(self, record: Record, view: int, *, check: bool) -> NDArray[np.uint8]:
-        """The view's uint8 pixels (size, size, 3), compared with the digest of the teacher's input if `check`."""
-        pixels, replayed = self.record_pixels(record), self.record_pixels.source is not None
-        assert pixels is not None
-        wrong = wrong_digest(record, pixels) if check else None
-        if wrong is not None:
-            raise UserError(
-                "a view's pixels differ from the teacher's input",
-                got=f"digest {wrong}",
-                expected=f"digest {record.digest}",
-                where=f"view {view} of {record.key} in {self.cache.root}",
-                fix=("restore the image if it was replaced after stage 1, or " if replayed else "")
-                + "train with the library versions that wrote the cache: "
-                + ", ".join(f"{name} {version}" for name, version in self.cache.manifest.facts.versions.items()),
-            )
-        return pixels
+        return with_pixels(records, self.pixels.read(ids, view), self.pixels, view)
 
 
-def check_workers(cache: Cache, codec: FeatureCodec, micro_batch: int, workers: int) -> int:
-    """Approximate bytes of a micro-batch in transfer from a worker; `UserError` if shared memory is too small."""
-    manifest = cache.manifest
-    pixels, logits = 3 * int(manifest.facts.view_recipe["size"]) ** 2, 4 * len(manifest.facts.class_names)
-    second = second_codec_from_config(manifest.facts.second_codec)
-    row = codec.bytes_per_view + (0 if second is None else second.bytes_per_view)
-    size = micro_batch * (pixels + row + logits + 16)
+def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int, workers: int) -> int:
+    """Approximate bytes of a micro-batch in transfer from a worker, with targets of these codecs; `UserError` if shared
+    memory is too small."""
+    facts = cache.manifest.facts
+    pixels, logits = 3 * int(facts.view_recipe["size"]) ** 2, 4 * len(facts.class_names)
+    size = micro_batch * (pixels + sum(one.row_bytes + logits for one in codecs) + 16)
     prefetch_count(workers, size, MOST_WAITING)
     return size
 
@@ -251,7 +201,8 @@ class CacheLoader:
         rank: int = 0,
         world_size: int = 1,
         workers: int = 0,
-        features: int | None = None,
+        others: Sequence[Cache] = (),
+        features: Sequence[int] | None = None,
         views: int | None = None,
         pixels: Cache | None = None,
         data: str | None = None,
@@ -263,24 +214,23 @@ class CacheLoader:
         self.micros = micro_batches_of_rank(global_batch, micro_batch, rank, world_size)
         self.steps_per_epoch = steps_per_epoch(order, global_batch, micro_batch)
         self.step = 0
-        self._fingerprint = cache.manifest.facts.fingerprint
+        self._fingerprint = joint_fingerprint(one.manifest.facts for one in (cache, *others))
         self._dataset = MicroBatches(
             cache,
             order,
             global_batch,
             micro_batch,
+            others=others,
             features=features,
             views=views,
             pixels=pixels,
             data=data,
             verbose=rank == 0,
         )
-        self.codec = self._dataset.codec
-        self.logit_codec = self._dataset.logit_codec
-        self.second_codec = self._dataset.second_codec
+        self.codecs: list[TargetCodecs] = [target.codecs for target in self._dataset.targets]
         self._workers = workers
         self._pin_memory = pin_memory
-        self._batch_bytes = check_workers(cache, self.codec, micro_batch, workers)
+        self._batch_bytes = check_workers(cache, self.codecs, micro_batch, workers)
 
     @property
     def total_steps(self) -> int:

@@ -168,7 +168,7 @@ def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
 
 def _featured(config: ScaleKDConfig, batch: int) -> int:
     """Samples of a batch that the heads see."""
-    return max(1, round(batch * (config.feature_share or 1)))
+    return max(1, round(batch * (config.share_of() or 1)))
 
 
 def _params(module: nn.Module) -> int:

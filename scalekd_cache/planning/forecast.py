@@ -318,7 +318,7 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
     Raises:
         UserError: more than is stored.
     """
-    stored, asked = 1 / config.cache.features_every, training.scalekd.feature_share
+    stored, asked = 1 / config.cache.features_every, training.scalekd.share_of()
     if asked is not None and asked > stored + 1e-9:
         raise UserError(
             "scalekd.feature_share is larger than the share of views with stored features",

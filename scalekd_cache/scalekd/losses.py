@@ -6,7 +6,7 @@ Invariant: all losses are computed in float32 or float64, even under autocast. E
 student map is linear in the decoded target map: targets are divided by stored norms, not by their own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -241,6 +241,16 @@ def label_loss(
         return F.binary_cross_entropy_with_logits(logits, hot, reduction="sum") * (weight / len(labels))
 
 
+class FeatureTerms(NamedTuple):
+    """The weighted feature terms of one teacher, scalar float32; a term that is switched off is a constant 0."""
+
+    s3_spatial: Tensor
+    s3_frequency: Tensor
+    s4_spatial: Tensor
+    s4_frequency: Tensor
+    pooled: Tensor
+
+
 def distillation_losses(
     config: ScaleKDConfig,
     train: TrainConfig,
@@ -253,30 +263,79 @@ def distillation_losses(
     Logits and labels are not read where neither a label term nor a logit term is computed.
 
     Maps and the targets' features are those of the first F <= B samples. The feature terms are divided by F, so their
-    expected value does not depend on it.
-
-    The label term has weight 1 - logit_weight next to a logit term, and 1 without one (no targets, or a teacher without
-    a classifier). Without a label term (`train.label_loss` = none) the logit term has weight 1, unless logit_weight is
-    0. Terms of weight 0 are not computed.
+    expected value does not depend on it. `losses_of_teachers` is the same for several teachers.
     """
     assert maps is None or targets is not None, "projected maps without targets"
+    given = [] if targets is None else [(maps, targets)]
+    return losses_of_teachers(config, train, student_logits, labels, given)[0]
+
+
+def losses_of_teachers(
+    config: ScaleKDConfig,
+    train: TrainConfig,
+    student_logits: Tensor,
+    labels: Tensor,
+    teachers: Sequence[tuple[HeadOutputs | None, Targets]],
+) -> tuple[LossTerms, list[FeatureTerms]]:
+    """All terms of a batch with projected maps and targets of each teacher, and each teacher's own feature terms.
+
+    The label term has weight 1 - logit_weight next to a logit term, and 1 without one (no targets, or no teacher with a
+    classifier). Without a label term (`train.label_loss` = none) the logit term has weight 1, unless logit_weight is
+    0. Terms of weight 0 are not computed.
+
+    Teachers have the weights w_t of `teacher_shares`, with sum 1. The logit term is the weighted mean over the teachers
+    with logits; at equal temperature that is one cross entropy with their mean probabilities. A feature term is the
+    weighted sum of the teachers' terms. With `balance` = scale, w_t is multiplied by M / L_t, where L_t is the
+    teacher's feature loss and M the weighted mean of all L_t, without gradient: the sum of the feature terms keeps its
+    value M, and its gradient is M times the weighted sum of the gradients of log L_t.
+    """
     zero = torch.zeros((), dtype=wide(student_logits).dtype, device=student_logits.device)
-    logit_weight = config.logit_weight if targets is not None and targets.logits.shape[1] > 0 else 0.0
+    label, logit = _label_and_logit(config, train, student_logits, labels, [one for _, one in teachers], zero)
+    own = [feature_terms(config, maps, targets, zero) for maps, targets in teachers if maps is not None]
+    if len(own) < 2:
+        return LossTerms(label, logit, *(own[0] if own else [zero] * len(FeatureTerms._fields))), own
+    rows, shares = [torch.stack(one) for one in own], config.weights_of(len(own))
+    weights: Sequence[float | Tensor] = shares
+    if config.balance == "scale":
+        losses = [row.detach().sum().clamp_min(torch.finfo(row.dtype).tiny) for row in rows]
+        mean = torch.stack([share * loss for share, loss in zip(shares, losses, strict=True)]).sum()
+        weights = [share * mean / loss for share, loss in zip(shares, losses, strict=True)]
+    terms = torch.stack([weight * row for weight, row in zip(weights, rows, strict=True)]).sum(0)
+    return LossTerms(label, logit, *terms.unbind()), own
+
+
+def _label_and_logit(
+    config: ScaleKDConfig,
+    train: TrainConfig,
+    student_logits: Tensor,
+    labels: Tensor,
+    targets: Sequence[Targets],
+    zero: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """The label term and the logit term, as `losses_of_teachers` says."""
+    weighted = zip(config.weights_of(len(targets)), targets, strict=True)
+    teachers = [(share, one) for share, one in weighted if one.logits.shape[1] > 0]
+    total = config.logit_weight if teachers else 0.0
     label, logit = zero, zero
     if train.label_loss == "none":
-        logit_weight = 1.0 if logit_weight > 0 else 0.0
+        total = 1.0 if total > 0 else 0.0
     else:
         label = label_loss(
-            student_logits, labels, kind=train.label_loss, smoothing=train.label_smoothing, weight=1 - logit_weight
+            student_logits, labels, kind=train.label_loss, smoothing=train.label_smoothing, weight=1 - total
         )
-    if targets is not None and logit_weight > 0 and targets.partial:
-        logit = partial_logit_loss(student_logits, targets.logits, weight=logit_weight)
-    elif targets is not None and logit_weight > 0:
-        logit = logit_loss(student_logits, targets.logits, temperature=config.temperature, weight=logit_weight)
-    if maps is None or targets is None:
-        return LossTerms(label, logit, *[zero] * len(TermWeights._fields))
+    for share, one in teachers if total > 0 else ():
+        weight = total * share / sum(other for other, _ in teachers)
+        if one.partial:
+            term = partial_logit_loss(student_logits, one.logits, weight=weight)
+        else:
+            term = logit_loss(student_logits, one.logits, temperature=config.temperature, weight=weight)
+        logit = term if logit is zero else logit + term
+    return label, logit
 
-    features, norms = targets.features, targets.norms
+
+def feature_terms(config: ScaleKDConfig, maps: HeadOutputs, targets: Targets, zero: Tensor) -> FeatureTerms:
+    """The feature terms of one teacher; `zero` stands for those of weight 0, which are not computed."""
+    features, norms, weights = targets.features, targets.norms, term_weights(config)
 
     def mimic(view: Callable[..., Tensor], projected: Tensor | None, weight: float) -> Tensor:
         if weight == 0:
@@ -284,13 +343,10 @@ def distillation_losses(
         assert projected is not None, "a weighted term without its map"
         return view(projected, features, norms, weight=weight, grid_scaling=config.grid_scaling)
 
-    weights = term_weights(config)
     pooled = zero
     if maps.pooled is not None:
         pooled = pooled_loss(maps.pooled, pooled_target(targets), weight=weights.pooled)
-    return LossTerms(
-        label,
-        logit,
+    return FeatureTerms(
         mimic(spatial_loss, maps.s3_spatial, weights.s3_spatial),
         mimic(frequency_loss, maps.s3_frequency, weights.s3_frequency),
         mimic(spatial_loss, maps.s4_spatial, weights.s4_spatial),

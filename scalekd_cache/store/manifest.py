@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, NotRequired
@@ -180,6 +180,12 @@ FACTS = tuple(one.name for one in dataclasses.fields(ManifestFacts))
 def plain_facts(facts: ManifestFacts) -> dict[str, Any]:
     """The facts by name, as JSON holds them."""
     return {name: getattr(facts, name) for name in FACTS}
+
+
+def joint_fingerprint(caches: Iterable[ManifestFacts]) -> str:
+    """The fingerprint of a run's caches: that of one cache, or the sha256 (hex) of all, in their order."""
+    found = [facts.fingerprint for facts in caches]
+    return found[0] if len(found) == 1 else fingerprint({"caches": found})
 
 
 def units_digest(units: Sequence[UnitRow]) -> str:

@@ -101,8 +101,7 @@ class Cache:
             raise UserError("no such view", got=view, expected=f"0 to {self.manifest.num_views - 1}", where=self.root)
         group, some = self._group_of[view], ""
         for start, row in zip(self._starts[group], self._units[group], strict=False):
-            folder = unit_folder(self.root, row.group, row.range_id)
-            keys = read_keys(folder, read_unit(folder)[0])
+            keys = read_keys(*self._unit_info(row))
             if key in keys:
                 return start + keys.index(key)
             some = f", such as {keys[0]}"
@@ -162,6 +161,23 @@ class Cache:
         """The unit that holds a position of a view, and the record's row in the unit's shard of that view."""
         group, number = self._group_of[view], self._unit_number(position, view)
         return self._units[group][number], position - self._starts[group][number]
+
+    def group_of(self, view: int) -> int:
+        """The view group of a view; views of one group have the same canonical order."""
+        return self._group_of[view]
+
+    def key_files(self, group: int) -> list[str]:
+        """The sha256 of keys.txt of each unit of a group: caches with equal ones hold the same images in one order."""
+        return [self._unit_info(row)[1].files["keys.txt"].sha256 for row in self._units[group]]
+
+    def keys(self, group: int) -> list[str]:
+        """All sample keys of a group, in its canonical order."""
+        return [key for row in self._units[group] for key in read_keys(*self._unit_info(row))]
+
+    def _unit_info(self, row: UnitRow) -> tuple[StoredPath, UnitInfo]:
+        """The folder of a unit, and its sidecar."""
+        folder = unit_folder(self.root, row.group, row.range_id)
+        return folder, read_unit(folder)[0]
 
     def positions(self, view: int, range_id: int) -> range:
         """The positions of a view whose records are in the unit of this range."""

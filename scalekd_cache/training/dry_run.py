@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 
-from scalekd_cache.codec import codec_from_config
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.devices import describe_setup
@@ -17,8 +16,8 @@ from scalekd_cache.distributed import Process
 from scalekd_cache.errors import counted
 from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.loader.target_cache import target_codecs
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.training.checkpoint import latest_checkpoint
 from scalekd_cache.training.optim import describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
@@ -49,25 +48,33 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     before = started_epochs(run)
     if finished_summary(run, train.epochs, config.extend) is not None:
         return [f"{run} is finished; nothing to do"]
-    cache, manifest = reads.cache, reads.cache.manifest
+    manifest = reads.cache.manifest
     config = config.on_data(labeled=manifest.facts.labeled)
     with torch.device("cpu"):
         student = build_student(
-            config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
+            config.student, num_classes=reads.num_classes, image_size=manifest.facts.view_recipe["size"]
         )
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
     lines = [setup, f"student {config.student.name}: {_millions(student.model)} M parameters"]
-    if train.targets != "none":
-        samples = feature_samples(config.scalekd, cache, train.micro_batch_size)
+    names = reads.names() if len(reads.caches) > 1 else [""]
+    codecs = []
+    for number, (cache, name) in enumerate(zip(reads.caches, names, strict=True)):
+        codecs.append(target_codecs(cache))
+        if train.targets == "none":
+            continue
+        of = f" ({name})" if name else ""
+        samples = feature_samples(config.scalekd, cache, train.micro_batch_size, number)
         if samples < train.micro_batch_size:
-            lines.append(f"feature losses on {samples} of {counted(train.micro_batch_size, 'sample')} of a micro-batch")
-        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
-        heads = make_heads(config, student, tail, pooled_width(manifest.facts))
-        lines.append(f"projectors: {_millions(heads)} M parameters, not exported")
-        notes = heads_note(config, student, heads, tail), weights_note(config.scalekd, manifest.facts.num_classes)
-        lines += filter(None, notes)
-    order = make_order(train, cache, process)
-    check_workers(cache, codec_from_config(manifest.facts.codec, cache.root), train.micro_batch_size, train.workers)
+            total = counted(train.micro_batch_size, "sample")
+            lines.append(f"feature losses on {samples} of {total} of a micro-batch{of}")
+        tail = load_cache_tail(cache)
+        heads = make_heads(config, student, tail, pooled_width(cache.manifest.facts))
+        lines.append(f"projectors{of}: {_millions(heads)} M parameters, not exported")
+        lines += filter(None, [heads_note(config, student, heads, tail)])
+    if train.targets != "none":
+        lines += filter(None, [weights_note(config.scalekd, reads.num_classes)])
+    order = make_order(train, reads.cache, process, reads.caches[1:])
+    check_workers(reads.cache, codecs, train.micro_batch_size, train.workers)
     micros = micro_batches_of_rank(train.global_batch_size, train.micro_batch_size, process.rank, process.world_size)
     per_epoch = steps_per_epoch(order, train.global_batch_size, train.micro_batch_size)
     lines.append(
@@ -77,8 +84,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     )
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"
-    if not manifest.facts.labeled:
-        lines.append(describe_targets(config, manifest.facts))
+    lines += describe_targets(config, reads) if train.targets != "none" else []
     lines += [describe_lr(config), *(f"skipped: {problem}" for problem in problems)]
     if before is not None and before < train.epochs:
         first = checkpoint.facts["loader"]["step"] if checkpoint else 0

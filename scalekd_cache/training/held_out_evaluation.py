@@ -1,11 +1,12 @@
-"""Compares a student with its teacher on held-out images, for a cache without labels.
+"""Compares a student with its teachers on held-out images, for caches without labels.
 
-In: a trained model, the teacher's outputs that stage 1 kept (`models/teacher_outputs.py`), the held-out images.
+In: a trained model, the teachers' outputs that stage 1 kept (`models/teacher_outputs.py`), the held-out images.
 Out: figures by name (`FIGURES`).
 Invariant: the images are split over all ranks, and every rank gets the same figures. Nothing is trained.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,7 @@ from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
+from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.trainer import DistillModel
 
 FIGURES = {
@@ -40,24 +42,59 @@ FIGURES = {
 """What each figure is. The last four need labels; linear classifiers are fitted on every other image."""
 
 
+OF_STUDENT = ("knn", "linear_probe")
+"""Figures that do not depend on the teacher."""
 LEAST_IMAGES = 40
 """With fewer held-out images, the 10 nearest ones are no measure: they are a quarter of all, or more."""
 
 
-class TeacherComparison:
-    """The held-out images of a cache, with the teacher's outputs.
+class TeacherComparisons:
+    """The held-out images of a run's caches, with the outputs of each teacher.
 
     Args:
-        cache: an unlabeled cache.
-        source: its validation split.
+        run_cache: unlabeled caches.
+        source: their validation split.
         process: this process.
 
     Raises:
-        UserError: the file of the teacher's outputs is missing or damaged, or belongs to other images.
+        UserError: the file of a teacher's outputs is missing or damaged, or belongs to other images.
     """
 
-    def __init__(self, cache: Cache, source: Source, process: Process) -> None:
-        self.source, self.process = source, process
+    def __init__(self, run_cache: RunCache, source: Source, process: Process) -> None:
+        each = [TeacherComparison(cache, number, source, process) for number, cache in enumerate(run_cache.caches)]
+        self._each = dict(zip(run_cache.names(), each, strict=True))
+
+    def figures(self, model: DistillModel, tails: Sequence[Tail], *, final: bool = False) -> dict[str, float]:
+        """The figures of a student (`FIGURES`), the same on every rank; with several teachers the means over them, and
+        as `<teacher>/<figure>` those that compare with each.
+
+        Args:
+            model: student and heads, in eval mode, on the device of this process.
+            tails: of the teachers.
+            final: fit linear classifiers too.
+        """
+        found = {
+            name: one.figures(model, tail, final=final)
+            for (name, one), tail in zip(self._each.items(), tails, strict=True)
+        }
+        first, *others = found.values()
+        if not others:
+            return first
+        means = {name: sum(one[name] for one in found.values()) / len(found) for name in first}
+        apart = {
+            f"{teacher}/{name}": value
+            for teacher, figures in found.items()
+            for name, value in figures.items()
+            if name not in OF_STUDENT
+        }
+        return means | apart
+
+
+class TeacherComparison:
+    """The held-out images of a cache, with the outputs of its teacher, which is the one with this number in the run."""
+
+    def __init__(self, cache: Cache, number: int, source: Source, process: Process) -> None:
+        self.source, self.process, self.number = source, process, number
         self.size = int(cache.manifest.facts.view_recipe["size"])
         self.teacher = load_held_out(local_path(cache.root / HELD_OUT), source)
         spec = TeacherSpec.from_json(cache.manifest.facts.teacher["spec"])
@@ -73,13 +110,7 @@ class TeacherComparison:
 
     @torch.no_grad()
     def figures(self, model: DistillModel, tail: Tail, *, final: bool = False) -> dict[str, float]:
-        """The figures of a student (`FIGURES`), the same on every rank.
-
-        Args:
-            model: student and heads, in eval mode, on the device of this process.
-            tail: of the teacher.
-            final: fit linear classifiers too.
-        """
+        """The figures of a student with regard to this teacher."""
         process, rows = self.process, len(self.teacher.indices)
         share = self.teacher.indices[process.rank :: process.world_size].tolist()
         sums = torch.zeros(4, dtype=torch.float64, device=process.device)
@@ -118,8 +149,8 @@ class TeacherComparison:
         features = self.teacher.features[[self._map_of[row] for row in rows]].to(device)
         pooled = self.teacher.pooled[rows].to(device)
         targets = Targets(features, feature_norms(features), features.new_zeros(len(rows), 0), pooled=pooled)
-        output, maps = model.project(images, len(rows), tail)
-        assert maps is not None, "an unlabeled cache without heads"
+        output = model.student(model.prepare(images))
+        maps = model.project(output, self.number, len(rows), tail)
         no_labels = torch.zeros(len(rows), dtype=torch.int64, device=device)
         loss = distillation_losses(config.scalekd, config.train, output.logits, no_labels, maps, targets).total
         projected = next((one for one in (maps.s4_spatial, maps.s3_spatial) if one is not None), None)

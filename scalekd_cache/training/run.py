@@ -10,8 +10,10 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from scalekd_cache.config.base import to_plain
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.data.base import Source
@@ -22,32 +24,30 @@ from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student, check_student_name
-from scalekd_cache.models.teacher import cache_teacher_config, load_cache_teacher
-from scalekd_cache.models.teacher_spec import TeacherSpec
+from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
-from scalekd_cache.store.manifest import Manifest
+from scalekd_cache.store.manifest import Manifest, joint_fingerprint
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.training.checkpoint import Checkpoint, latest_checkpoint, prune_checkpoints
-from scalekd_cache.training.held_out_evaluation import TeacherComparison
+from scalekd_cache.training.held_out_evaluation import TeacherComparisons
 from scalekd_cache.training.init_weights import load_init_weights
 from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state
-from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of
+from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of, run_facts
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
 from scalekd_cache.training.targets import (
-    TargetSource,
     describe_targets,
     feature_samples,
     heads_note,
-    load_cache_classifier,
+    live_teachers,
     load_cache_tail,
-    make_heads,
+    make_all_heads,
     make_order,
-    pooled_width,
+    target_sources,
     weights_note,
 )
 from scalekd_cache.training.trackers import Logger, check_tracker, start_tracker
@@ -89,13 +89,13 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     check_export_place(run / "export")
     check_tracker(config.train.tracker)
     run_cache = open_run_cache(config, run, process)
-    cache = run_cache.cache
-    config = config.on_data(labeled=cache.manifest.facts.labeled)
-    validation = _validation(cache.manifest, config.data, process)
+    labeled = run_cache.facts[0].labeled
+    config = config.on_data(labeled=labeled)
+    validation = _validation(run_cache.cache.manifest, config.data, process)
     checkpoint = _checkpoint(run, process)
     comparison = None
-    if validation is not None and not cache.manifest.facts.labeled:
-        comparison = TeacherComparison(cache, validation, process)
+    if validation is not None and not labeled:
+        comparison = TeacherComparisons(run_cache, validation, process)
     trainer = _make_trainer(config, process, run_cache, checkpoint)
     first = trainer.loader.step
     if before is not None and before < config.train.epochs:
@@ -106,7 +106,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         for name in (OPTIONS, FACTS) if first else ():
             if not (run / name).exists():
                 process.print_rank0(f"{run / name} is missing: recreated from the options of this command")
-        folder.write_facts(facts_of(cache.manifest.facts, run_cache.views, config.student))
+        folder.write_facts(facts_of(run_cache, config.student))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(first)
         folder.add_logger(start_tracker(config.train.tracker, run, to_plain(config), process.print_rank0))
@@ -124,17 +124,17 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
                 dist.barrier()  # launchers end all ranks once one has exited, and rank 0 may still be writing
                 raise interrupted_by(signal, step, trainer.loader.total_steps)
             if _is_evaluation_due(config.train, step, trainer.loader):
-                found = _evaluate(config, cache.manifest, trainer, trainer.student_state(), validation, comparison)
+                found = _evaluate(config, run_cache, trainer, trainer.student_state(), validation, comparison)
                 if folder is not None and found.metrics:
                     folder.log(step, found.metrics)
     seconds = trainer.seconds()
     state = trainer.student_state()
-    found = _evaluate(config, cache.manifest, trainer, state, validation, comparison, final=True)
+    found = _evaluate(config, run_cache, trainer, state, validation, comparison, final=True)
     summary = make_summary(config, run_cache, trainer.loader, process.world_size, found)
     summary["minutes"] = round(seconds / 60, 2)
     summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
     if folder is not None:
-        facts, export = facts_of(cache.manifest.facts, run_cache.views, config.student), run / "export"
+        facts, export = facts_of(run_cache, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
         folder.finish(summary)  # last: a run with a summary is complete
@@ -147,12 +147,14 @@ def _check_finished(
     config: DistillConfig, run: Path, summary: Summary, folder: RunFolder | None, process: Process
 ) -> None:
     """Check that a finished run belongs to this cache; recreate missing options and facts."""
-    root = open_place(config.cache, config.remote)
-    facts = read_cache_facts(root, config.follow, 60 * config.follow_timeout_minutes, process.print_rank0)
-    check_same_cache(run, facts.fingerprint, root)
+    places = [open_place(place, config.remote) for place in cache_places(config.cache)]
+    wait_s = 60 * config.follow_timeout_minutes
+    facts = [read_cache_facts(place, config.follow, wait_s, process.print_rank0) for place in places]
+    joint = joint_fingerprint(facts)
+    check_same_cache(run, joint, ", ".join(map(str, places)))
     complete = all((run / name).exists() for name in (OPTIONS, FACTS))
-    if folder is not None and not complete and facts.fingerprint == summary["cache_fingerprint"]:
-        folder.write_facts(facts_of(facts, summary["views"], config.student))
+    if folder is not None and not complete and joint == summary["cache_fingerprint"]:
+        folder.write_facts(run_facts(facts, summary["views"], config.student))
 
 
 def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
@@ -206,27 +208,27 @@ def _validation(manifest: Manifest, data: str | None, process: Process) -> Sourc
 
 def _evaluate(
     config: DistillConfig,
-    manifest: Manifest,
+    run_cache: RunCache,
     trainer: Trainer,
     state: State,
     validation: Source | None,
-    comparison: TeacherComparison | None,
+    comparison: TeacherComparisons | None,
     *,
     final: bool = False,
 ) -> Evaluation:
     """Evaluate the student with these weights on the validation images, which are split over all ranks; empty without
     any."""
-    process = trainer.process
-    if comparison is not None and trainer.tail is not None:
-        size = config.student.image_size or manifest.facts.view_recipe["size"]
-        student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
-        heads = make_heads(config, student, trainer.tail, pooled_width(manifest.facts))
+    process, facts = trainer.process, run_cache.facts[0]
+    if comparison is not None and trainer.tails:
+        size = config.student.image_size or facts.view_recipe["size"]
+        student = consolidated_student(config.student, state, run_cache.num_classes, size)
+        heads = make_all_heads(config, student, trainer.tails, run_cache)
         heads.load_state_dict(trainer.heads_state())
         model = DistillModel(config, student, heads).to(process.device).eval()
-        return Evaluation(held_out=comparison.figures(model, trainer.tail, final=final))
-    if validation is None or not manifest.facts.labeled:
+        return Evaluation(held_out=comparison.figures(model, trainer.tails, final=final))
+    if validation is None or not facts.labeled:
         return Evaluation()
-    tally = evaluate_state(config, manifest, state, validation, process)
+    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process)
     return Evaluation(tally if tally.images else None)
 
 
@@ -234,53 +236,51 @@ def _make_trainer(
     config: DistillConfig, process: Process, run_cache: RunCache, checkpoint: Checkpoint | None
 ) -> Trainer:
     """Build and check the trainer on each rank."""
-    cache, manifest, train = run_cache.cache, run_cache.cache.manifest, config.train
-    features = feature_samples(config.scalekd, cache, train.micro_batch_size) if train.targets != "none" else None
+    cache, train, device = run_cache.cache, config.train, process.device
+    taught = enumerate(run_cache.caches) if train.targets != "none" else ()
+    features = [feature_samples(config.scalekd, one, train.micro_batch_size, number) for number, one in taught]
     torch.manual_seed(train.seed)
     student = build_student(
-        config.student, num_classes=manifest.facts.num_classes, image_size=manifest.facts.view_recipe["size"]
+        config.student, num_classes=run_cache.num_classes, image_size=cache.manifest.facts.view_recipe["size"]
     )
     if train.sync_bn:
         student.model = synchronize_batchnorm(student.model, process)
     process.print_rank0(describe_lr(config))
-    if not manifest.facts.labeled:
-        process.print_rank0(describe_targets(config, manifest.facts))
-    spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
-    tail, heads, targets = None, None, None
+    tails: list[Tail] = []
+    heads = nn.ModuleList()
     if train.targets != "none":
-        tail = load_cache_tail(cache, spec).to(process.device)
-        if config.scalekd.tail_drop_path:
+        for line in describe_targets(config, run_cache):
+            process.print_rank0(line)
+        tails = [load_cache_tail(one).to(device) for one in run_cache.caches]
+        for tail in tails if config.scalekd.tail_drop_path else ():
             tail.enable_drop_path()
-        heads = make_heads(config, student, tail, pooled_width(manifest.facts))
-        classes = manifest.facts.num_classes
-        for note in (heads_note(config, student, heads, tail), weights_note(config.scalekd, classes)):
+        heads = make_all_heads(config, student, tails, run_cache)
+        notes = [heads_note(config, student, some, tail) for some, tail in zip(heads, tails, strict=True)]
+        for note in (*notes, weights_note(config.scalekd, run_cache.num_classes)):
             if note is not None:
                 process.print_rank0(note)
     if config.init is not None and checkpoint is None:
-        process.print_rank0("initial weights: " + ", ".join(load_init_weights(config.init, student.model, heads)))
-    teacher = None
-    if train.targets == "live":
-        options = cache_teacher_config(manifest.facts.teacher["config"], config.teacher_weights)
-        teacher = load_cache_teacher(manifest, options, process.device)
+        loaded = load_init_weights(config.init, student.model, heads[0] if len(heads) == 1 else None)
+        process.print_rank0("initial weights: " + ", ".join(loaded))
+    teachers = live_teachers(config, run_cache, device)
     loader = CacheLoader(
         cache,
-        make_order(train, cache, process),
+        make_order(train, cache, process, run_cache.caches[1:]),
         epochs=train.epochs,
         global_batch=train.global_batch_size,
         micro_batch=train.micro_batch_size,
         rank=process.rank,
         world_size=process.world_size,
         workers=train.workers,
-        features=features,
+        others=run_cache.caches[1:],
+        features=features or None,
         views=run_cache.views,
         pixels=run_cache.pixels,
         data=config.data,
-        pin_memory=process.device.type == "cuda",
+        pin_memory=device.type == "cuda",
     )
     start_processes(process, train.timeout_minutes)
     check_ranks_agree(run_cache, process)
     model = DistillModel(config, student, heads)
-    classifier = load_cache_classifier(config, cache, loader.logit_codec, process)
-    if train.targets != "none":
-        targets = TargetSource(loader.codec, loader.logit_codec, classifier, teacher, features, loader.second_codec)
-    return Trainer(config, process, loader, model, tail, targets, checkpoint)
+    sources = target_sources(config, run_cache, loader, features, teachers, process) if features else []
+    return Trainer(config, process, loader, model, tails, sources, checkpoint)

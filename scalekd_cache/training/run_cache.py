@@ -1,7 +1,7 @@
-"""The cache of a run: targets, number of views, pixels.
+"""The cache or caches of a run: targets, number of views, pixels.
 
 In: a `DistillConfig`, the run's folder, this process. Out: a `RunCache`, the same on every rank.
-Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if the cache grows later.
+Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if a cache grows later.
 """
 
 import hashlib
@@ -11,11 +11,13 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.loader.target_cache import check_joinable
 from scalekd_cache.store.growing import GrowingCache, open_growing_cache
-from scalekd_cache.store.manifest import read_manifest
+from scalekd_cache.store.manifest import ManifestFacts, joint_fingerprint, read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import open_place
 from scalekd_cache.store.shared_pixels import open_shared_pixels
@@ -25,43 +27,79 @@ from scalekd_cache.training.run_folder import check_same_cache
 
 
 class RunCache(NamedTuple):
-    """An open cache, as one run reads it."""
+    """The open caches of a run, one a teacher, which hold the same views."""
 
-    cache: Cache
-    """Targets, labels, view records; pixels too, unless they are shared."""
+    caches: tuple[Cache, ...]
+    """Targets; the first one also gives order, labels, view records, and pixels unless they are shared."""
     views: int
     """V: number of views that the epochs cycle through."""
     pixels: Cache | None
-    """The cache with the pixels, if they are in another one."""
+    """The cache with the pixels of the first one, if they are in another one."""
+
+    @property
+    def cache(self) -> Cache:
+        """The first cache."""
+        return self.caches[0]
+
+    @property
+    def facts(self) -> list[ManifestFacts]:
+        """The facts of each cache."""
+        return [cache.manifest.facts for cache in self.caches]
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the student: those of the data set; without labels, those of the first teacher with logits."""
+        return next((facts.num_classes for facts in self.facts if facts.num_classes), 0)
+
+    def shares_classes(self, number: int) -> bool:
+        """Whether the logits of a teacher are over the student's classes: with labels always; without labels only for
+        the first teacher with logits, because the order of another one's classes is not known."""
+        return self.facts[0].labeled or not any(facts.num_classes for facts in self.facts[:number])
+
+    def names(self) -> list[str]:
+        """The teachers' names, followed by -2, -3 ... where a name occurs again."""
+        found = [str(facts.teacher["spec"]["name"]) for facts in self.facts]
+        earlier = [found[:at].count(name) for at, name in enumerate(found)]
+        return [f"{name}-{count + 1}" if count else name for name, count in zip(found, earlier, strict=True)]
 
 
 def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCache:
-    """Open the cache of a run; with `follow`, wait until the first views are ready.
+    """Open the caches of a run; with `follow`, wait until the first views are ready.
 
     Raises:
-        UserError: the cache is not finished and not followed; the run started with another cache; the cache has too
-            few views; or the cache that its pixels are shared from is missing.
+        UserError: a cache is not finished and not followed, or has too few views; the run started with another cache;
+            the caches hold different views; or the cache that the pixels are shared from is missing.
     """
-    root = open_place(config.cache, config.remote)
-    if config.follow:
-        cache = open_growing_cache(root, 60 * config.follow_timeout_minutes, process.print_rank0)
-    else:
-        cache = Cache(root, read_manifest(root))
-    manifest = cache.manifest
-    check_same_cache(run, manifest.facts.fingerprint, root)
-    views = _views(config, run, cache)
-    pixels = open_shared_pixels(cache, config.pixels_from, views, config.remote)
-    process.print_rank0(
-        f"{root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')} expected "
-        + ("by its plan, still growing" if isinstance(cache, GrowingCache) else "by its manifest")
-        + ("" if views == manifest.num_views else f"; this run reads the first {views}")
-        + ("" if pixels is None else f"; pixels from {pixels.root}")
-    )
-    return RunCache(cache, views, pixels)
+    caches = []
+    for place in cache_places(config.cache):
+        root = open_place(place, config.remote)
+        if config.follow:
+            caches.append(open_growing_cache(root, 60 * config.follow_timeout_minutes, process.print_rank0))
+        else:
+            caches.append(Cache(root, read_manifest(root)))
+    places = ", ".join(str(cache.root) for cache in caches)
+    joint = joint_fingerprint(cache.manifest.facts for cache in caches)
+    check_same_cache(run, joint, places)
+    config.scalekd.check_teachers(len(caches))
+    if len({cache.manifest.facts.fingerprint for cache in caches}) < len(caches):
+        raise UserError("a cache is listed twice", got=f"--cache {config.cache}", fix="list each cache once")
+    for cache in caches[1:]:
+        check_joinable(caches[0], cache)
+    views = _views(config, run, min(caches, key=lambda cache: cache.manifest.num_views))
+    pixels = open_shared_pixels(caches[0], config.pixels_from, views, config.remote)
+    for cache in caches:
+        manifest = cache.manifest
+        process.print_rank0(
+            f"{cache.root}: {counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')} expected "
+            + ("by its plan, still growing" if isinstance(cache, GrowingCache) else "by its manifest")
+            + ("" if views == manifest.num_views else f"; this run reads the first {views}")
+            + ("" if pixels is None or cache is not caches[0] else f"; pixels from {pixels.root}")
+        )
+    return RunCache(tuple(caches), views, pixels)
 
 
 def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
-    """V: the value the run started with; for a new run `train.views`, or all views."""
+    """V: the value the run started with; for a new run `train.views`, or all views of the cache with the fewest."""
     available, requested = cache.manifest.num_views, config.train.views
     started = _views_of_started_run(run)
     views: int = started or requested or available
@@ -94,16 +132,16 @@ def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
     """
     if process.world_size == 1:
         return
-    pixels = run_cache.pixels.manifest.facts.fingerprint if run_cache.pixels is not None else ""
-    manifest = run_cache.cache.manifest
-    text = f"{manifest.facts.fingerprint} {manifest.num_samples} {manifest.facts.groups} {run_cache.views} {pixels}"
+    manifests = [cache.manifest for cache in (*run_cache.caches, run_cache.pixels) if cache is not None]
+    states = [(one.facts.fingerprint, one.num_samples, one.facts.groups) for one in manifests]
+    text = f"{states} {run_cache.views}"
     digest = torch.frombuffer(bytearray(hashlib.sha256(text.encode()).digest()), dtype=torch.uint8).to(process.device)
     gathered = [torch.empty_like(digest) for _ in range(process.world_size)]
     dist.all_gather(gathered, digest)
     if not all(torch.equal(digest, other) for other in gathered):
         raise UserError(
             "the ranks opened the cache in different states",
-            got=f"rank {process.rank}: {counted(manifest.num_views, 'view')}, {run_cache.views} of them used",
-            where=run_cache.cache.root,
+            got=f"rank {process.rank}: {counted(manifests[0].num_views, 'view')}, {run_cache.views} of them used",
+            where=", ".join(str(cache.root) for cache in run_cache.caches),
             fix="the cache grew while the ranks started: rerun",
         )

@@ -4,6 +4,7 @@ In: a run folder, or a consolidated state dict. Out: a folder that plain timm lo
 Invariant: weights are read from a checkpoint whose digests match, and the export replaces an older one in one rename.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,24 +16,31 @@ from scalekd_cache.convert.timm_export import check_not_in_run, export_student
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.weights import check_tensors
-from scalekd_cache.store.manifest import ManifestFacts
+from scalekd_cache.store.manifest import ManifestFacts, joint_fingerprint
 from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.training.model_card import card_facts, model_card
+from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_files import classes_of, read_config, read_facts, read_summary, student_options
 
 State = dict[str, Tensor]
 
 
-def facts_of(cache: ManifestFacts, views: int, student: StudentConfig) -> dict[str, Any]:
-    """A run's facts of its cache, for resuming and for export: `views` is the number it uses, and the image size is the
-    student's."""
+def facts_of(run_cache: RunCache, student: StudentConfig) -> dict[str, Any]:
+    """A run's facts of its caches (`run_facts`)."""
+    return run_facts(run_cache.facts, run_cache.views, student)
+
+
+def run_facts(caches: Sequence[ManifestFacts], views: int, student: StudentConfig) -> dict[str, Any]:
+    """A run's facts of its caches, for resuming and for export: `views` is the number it uses, and the image size is
+    the student's."""
+    first = caches[0]
     return {
-        "fingerprint": cache.fingerprint,
+        "fingerprint": joint_fingerprint(caches),
         "views": views,
-        "image_size": student.image_size or cache.view_recipe["size"],
-        "class_names": cache.class_names,
-        "num_classes": cache.num_classes,
-        "data": cache.data,
+        "image_size": student.image_size or first.view_recipe["size"],
+        "class_names": first.class_names,
+        "num_classes": next((facts.num_classes for facts in caches if facts.num_classes), 0),
+        "data": first.data,
     }
 
 

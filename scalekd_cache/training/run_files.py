@@ -46,6 +46,8 @@ class SummaryFields(TypedDict):
     top1: Finite | None
     top5: Finite | None
     teacher_top1: Finite | None
+    """With several teachers: of the best one."""
+    teachers_top1: NotRequired[list[Finite | None]]
     epochs: Count
     steps: Count
     seed: int

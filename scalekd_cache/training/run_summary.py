@@ -11,6 +11,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.evaluate import percent, teacher_accuracy
 from scalekd_cache.models.teacher_spec import teacher_label
+from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_evaluation import Evaluation
 from scalekd_cache.training.run_files import SUMMARY, Summary, read_summary
@@ -20,28 +21,30 @@ def make_summary(
     config: DistillConfig, reads: RunCache, loader: CacheLoader, world_size: int, found: Evaluation
 ) -> Summary:
     """The fields that are known at the end of training."""
-    manifest, tally = reads.cache.manifest, found.tally
+    facts, tally = reads.facts, found.tally
+    known = [one.teacher["top1"] for one in facts if one.teacher["top1"] is not None]
     held_out = {name: round(value, 4) for name, value in found.held_out.items()}
     return {
         "student": config.student.name,
-        "teacher": teacher_label(manifest.facts.teacher),
-        "image_size": config.student.image_size or manifest.facts.view_recipe["size"],
+        "teacher": ", ".join(teacher_label(one.teacher) for one in facts),
+        "image_size": config.student.image_size or facts[0].view_recipe["size"],
         "targets": config.train.targets,
         "top1": round(tally.top1_percent, 4) if tally else None,
         "top5": round(tally.top5_percent, 4) if tally else None,
         "val_images": tally.images if tally else 0,
         **({"held_out": held_out} if held_out else {}),
-        "teacher_top1": manifest.facts.teacher["top1"],
-        "has_classifier": manifest.facts.teacher["spec"]["has_classifier"],
+        "teacher_top1": max(known, default=None),
+        **({"teachers_top1": [one.teacher["top1"] for one in facts]} if len(facts) > 1 else {}),
+        "has_classifier": any(one.teacher["spec"]["has_classifier"] for one in facts),
         "epochs": config.train.epochs,
         "steps": loader.total_steps,
         "seed": config.train.seed,
         "zero": config.train.zero,
         "world_size": world_size,
         "views": reads.views,
-        "codec": loader.codec.id,
-        "bytes_per_view": manifest.bytes_per_view["total"],
-        "cache_fingerprint": manifest.facts.fingerprint,
+        "codec": ", ".join(codecs.features.id for codecs in loader.codecs),
+        "bytes_per_view": sum(cache.manifest.bytes_per_view["total"] for cache in reads.caches),
+        "cache_fingerprint": joint_fingerprint(facts),
     }
 
 

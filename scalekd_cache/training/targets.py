@@ -1,42 +1,38 @@
-"""Distillation targets: from a cache or a live teacher; and the cache in a custom training loop.
+"""Distillation targets, from caches or live teachers, and the heads that compare a student with them.
 
-In: a finished cache, a student. Out: `TargetSource`, targets of a batch; `CachedTargets`, an iterable of batches;
-`ScaleKDLoss`, the loss as a module.
-Invariant: samples, order, checks, decoding and losses are those of `scalekd distill`.
+In: the caches of a run, a student. Out: `TargetSource`, targets of a batch; tails and heads; the order of samples.
+Invariant: training, auditing and custom loops build the same targets and heads.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import IterableDataset, get_worker_info
 
-from scalekd_cache.codec import Shape
-from scalekd_cache.codec.base import FeatureCodec, feature_norms
-from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
+from scalekd_cache.codec.base import feature_norms
+from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
-from scalekd_cache.config.options import build
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
-from scalekd_cache.distributed import Process, rank_in_loop
+from scalekd_cache.config.places import expand_home
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig
+from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
 from scalekd_cache.loader.order import WINDOW, ClassCorrelation, Order, mixing_window
-from scalekd_cache.models.normalize import Normalize, resize
-from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.loader.target_cache import TargetCodecs
+from scalekd_cache.models.student import Student
 from scalekd_cache.models.tail import Tail, load_tail
-from scalekd_cache.models.teacher import Teacher
+from scalekd_cache.models.teacher import Teacher, cache_teacher_config, load_cache_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses, term_weights
+from scalekd_cache.scalekd.losses import Targets, term_weights
 from scalekd_cache.store.checked_files import is_there
 from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import ManifestFacts
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
-from scalekd_cache.store.shared_pixels import open_shared_pixels
+from scalekd_cache.training.run_cache import RunCache
 
 
 def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None:
@@ -51,15 +47,16 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
         )
 
 
-def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int) -> int:
-    """How many samples of a micro-batch the feature losses use.
+def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, number: int = 0) -> int:
+    """How many samples of a micro-batch the feature losses of a teacher use; `number` counts the teachers.
 
     Raises:
         UserError: the cache has features for fewer samples, or the share is not a whole number of at least 2 samples
             (the BatchNorm group of the projectors).
     """
     every = cache.manifest.facts.features_every
-    share = 1 / every if config.feature_share is None else config.feature_share
+    asked = config.share_of(number)
+    share = 1 / every if asked is None else asked
     if micro_batch % every:
         raise UserError(
             "train.micro_batch_size does not match the cache's share of samples with features",
@@ -98,7 +95,7 @@ def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec
     return load_classifier(codec.get_config(), cache.root).to(process.device)
 
 
-def load_cache_tail(cache: Cache, spec: TeacherSpec) -> Tail:
+def load_cache_tail(cache: Cache) -> Tail:
     """The teacher's tail, with its sha256 checked against the manifest."""
     file = cache.root / "tail.safetensors"
     if not is_there(file) or hash_file(file).sha256 != cache.manifest.facts.tail_sha256:
@@ -108,7 +105,7 @@ def load_cache_tail(cache: Cache, spec: TeacherSpec) -> Tail:
             where=file,
             fix="restore the file, or delete the manifest and rerun scalekd cache-teacher: it reuses the units",
         )
-    return load_tail(local_path(file), spec)
+    return load_tail(local_path(file), TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
 
 
 def pooled_width(facts: ManifestFacts) -> int:
@@ -133,20 +130,42 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int 
     return heads
 
 
-def describe_targets(config: DistillConfig, facts: ManifestFacts) -> str:
-    """One line about what a run on a cache without labels minimizes."""
-    classes = facts.num_classes
-    terms = ["the teacher's feature map", "its pooled embedding"]
-    if classes and config.scalekd.logit_weight > 0:
-        terms.append(f"its soft labels ({classes:,} classes)")
-    return f"the cache has no labels: no label loss; the student learns {', '.join(terms[:-1])} and {terms[-1]}"
+def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
+    """Lines about what a run minimizes: on caches without labels, or with several teachers."""
+    logits = config.scalekd.logit_weight > 0
+    facts, labeled = run_cache.facts, run_cache.facts[0].labeled
+    soft = [bool(one.num_classes and run_cache.shares_classes(number)) for number, one in enumerate(facts)]
+    lines = []
+    if not labeled:
+        terms = ["the teacher's feature map", "its pooled embedding"]
+        if any(soft) and logits:
+            terms.append(f"its soft labels ({run_cache.num_classes:,} classes)")
+        text = f"{', '.join(terms[:-1])} and {terms[-1]}"
+        lines.append(f"the cache has no labels: no label loss; the student learns {text}")
+    if len(facts) > 1:
+        weights = config.scalekd.weights_of(len(facts))
+        teachers = [f"{name} {weight:.3g}" for name, weight in zip(run_cache.names(), weights, strict=True)]
+        rule = ", divided by the current loss" if config.scalekd.balance == "scale" else ""
+        lines.append(f"{counted(len(facts), 'teacher')}, weights of their feature losses{rule}: {', '.join(teachers)}")
+        if not labeled and sum(bool(one.num_classes) for one in facts) > 1:
+            lines.append(f"soft labels of {run_cache.names()[soft.index(True)]} only: without labels, nothing says "
+                         "whether the teachers' classes are in the same order")  # fmt: skip
+    return lines
+
+
+def make_all_heads(
+    config: DistillConfig, student: Student, tails: Sequence[Tail], run_cache: RunCache
+) -> nn.ModuleList:
+    """The heads for each teacher, in the order of the caches."""
+    pooled = [pooled_width(facts) for facts in run_cache.facts]
+    return nn.ModuleList(make_heads(config, student, tail, width) for tail, width in zip(tails, pooled, strict=True))
 
 
 HEAVY_HEADS = 10
 """Heads with this many times the student's parameters are reported."""
 
 
-def heads_note(config: DistillConfig, student: Student, heads: ScaleKDHeads, tail: Tail) -> str | None:
+def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: Tail) -> str | None:
     """One line about the cost of the heads and the cheaper option, if they are far larger than the student."""
     own, trained = (sum(value.numel() for value in module.parameters()) for module in (student.model, heads))
     if config.scalekd.projector != "cap" or trained < HEAVY_HEADS * own:
@@ -177,8 +196,11 @@ def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
     )
 
 
-def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
-    """The sample order of a run; with class-sorted images the shuffle window is larger."""
+def make_order(train: TrainConfig, cache: Cache, process: Process, others: Sequence[Cache] = ()) -> Order:
+    """The sample order of a run; with class-sorted images the shuffle window is larger.
+
+    Where one of the caches is sparse, its samples with features are spread over all micro-batches.
+    """
     found = ClassCorrelation(*cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
     if window > WINDOW and train.shuffle_window is None:
@@ -187,13 +209,14 @@ def make_order(train: TrainConfig, cache: Cache, process: Process) -> Order:
             f"{found.chance:.1%} expected by chance. The shuffle window grows from {WINDOW} to {window:,} blocks "
             f"({window * train.shuffle_block:,} images): more seeks, and more local copies of a remote cache"
         )
+    sparsest = max([cache, *others], key=lambda one: one.manifest.facts.features_every)
     return Order(
         num_samples=len(cache),
         block=train.shuffle_block,
         window=window,
         seed=train.seed,
-        features_every=cache.manifest.facts.features_every,
-        ranges=cache.num_ranges,
+        features_every=sparsest.manifest.facts.features_every,
+        ranges=sparsest.num_ranges,
     )
 
 
@@ -209,270 +232,85 @@ def live_targets(teacher: Teacher, images: Tensor) -> Targets:
 
 
 class TargetSource(NamedTuple):
-    """Where the targets of a batch come from: the cache, or a live teacher. All training and auditing code uses it."""
+    """Where the targets of one teacher come from: its cache, or the live teacher. All training and auditing code uses
+    it."""
 
-    codec: FeatureCodec
-    """Codec of the cache's features."""
-    logit_codec: LogitCodec
-    """Codec of the cache's logits."""
+    codecs: TargetCodecs
+    """Codecs of the teacher's cache."""
     classifier: nn.Linear | None = None
     """The teacher's classifier, for a cache that stores it instead of logits (`load_cache_classifier`)."""
     teacher: Teacher | None = None
     """The live teacher; None: targets are decoded from the batch."""
     features: int | None = None
     """Samples of a batch that keep their features, the first ones (None: all that the batch has)."""
-    second_codec: FeatureCodec | None = None
-    """Codec of the cache's pooled embeddings, if it has some."""
+    number: int = 0
+    """The place of the teacher's cache among those of the batch."""
+    name: str = ""
+    """Name of the teacher in metrics; differs from those of the other teachers."""
+    with_logits: bool = True
+    """False for a teacher whose classes are not the student's: its logits are not used."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
         """The targets of a batch, computed on its device."""
+        found = self._targets(batch)
+        return found if self.with_logits else found._replace(logits=found.logits[:, :0], partial=False)
+
+    def _targets(self, batch: Batch) -> Targets:
         if self.teacher is not None:
             return live_targets(self.teacher, batch.images).with_features(self.features)
-        pooled: Tensor | None = None
-        if self.second_codec is not None:
-            assert batch.second is not None
-            pooled = self.second_codec.decode(batch.second).features.flatten(1)
+        stored, pooled = batch.stored[self.number], None
+        if self.codecs.second is not None:
+            assert stored.second is not None
+            pooled = self.codecs.second.decode(stored.second).features.flatten(1)
         if self.classifier is not None:
-            decoded = self.codec.decode(batch.codes)
+            decoded = self.codecs.features.decode(stored.codes)
             logits = self.classifier(decoded.features.mean((2, 3)))
             return Targets(*decoded, logits, pooled=pooled).with_features(self.features)
-        decoded = self.codec.decode(batch.codes[: self.features])
-        return Targets(*decoded, batch.logits, self.logit_codec.partial, pooled)
+        decoded = self.codecs.features.decode(stored.codes[: self.features])
+        return Targets(*decoded, stored.logits, self.codecs.logits.partial, pooled)
 
 
-class CachedBatch(NamedTuple):
-    """One batch of `CachedTargets`."""
-
-    images: Tensor
-    """(B, 3, H, W) float32, normalized."""
-    labels: Tensor
-    """(B,) int64."""
-    targets: Targets
-    """The teacher's map, norms, logits and pooled embedding, float32."""
-
-
-class CachedTargets(IterableDataset[CachedBatch]):
-    """The batches of some epochs; epoch e reads view e mod V. Iteration continues from the saved position.
-
-    It is a data loader itself: `workers` load in the background. With several processes (a process group, or torchrun),
-    each gets its own batches, the same ones for every world size at a given global batch. torch's
-    `DataLoader(targets, batch_size=None, num_workers=2)` gives the same batches in the same order; the position is then
-    counted by the caller: `load_state_dict({**targets.state_dict(), "step": batches})`.
-
-    Args:
-        cache: a finished cache, or its folder or URL.
-        batch_size: samples per batch of this process (also the BatchNorm group); a partial last batch is dropped.
-        feature_share: share of a batch's samples that have features in its targets, the first ones (None: all, or as
-            many as the cache has).
-        epochs: passes over the data.
-        seed: seed of the sample order.
-        workers: loader processes.
-        device: where features are decoded and batches are returned.
-        mean: the student's channel means, on a scale of 0 to 1.
-        std: its channel standard deviations.
-        image_size: side of its images, pixels, to which views are resized on `device` (None: the size of the views).
-        pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
-        data: the images, for a cache without pixels (None: where stage 1 read them).
+def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.device) -> list[Teacher | None]:
+    """The teacher of each cache for train.targets=live; otherwise None for each.
 
     Raises:
-        UserError: the cache is not finished, is damaged, or has fewer samples than a batch.
+        UserError: a teacher's weights are missing or differ from those of stage 1, or another number of files is given.
     """
-
-    def __init__(
-        self,
-        cache: Cache | Path | str,
-        *,
-        batch_size: int,
-        feature_share: float | None = None,
-        epochs: int = 1,
-        seed: int = 0,
-        workers: int = 0,
-        device: torch.device | str = "cpu",
-        mean: Sequence[float] = StudentConfig().mean,
-        std: Sequence[float] = StudentConfig().std,
-        image_size: int | None = None,
-        pixels_from: str | None = None,
-        data: str | None = None,
-    ) -> None:
-        self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
-        self.device = torch.device(device)
-        manifest, process = self.cache.manifest, Process(*rank_in_loop(), self.device)
-        global_batch = batch_size * process.world_size
-        if len(self.cache) < global_batch:
-            what = "a batch" if process.world_size == 1 else f"a batch of {process.world_size} processes"
-            raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(self.cache)}")
-        self._process, self._workers = process, workers
-        self.num_classes = manifest.facts.num_classes
-        self.image_size = image_size or int(manifest.facts.view_recipe["size"])
-        features = feature_samples(ScaleKDConfig(feature_share=feature_share), self.cache, batch_size)
-        self.loader = CacheLoader(
-            self.cache,
-            make_order(TrainConfig(seed=seed), self.cache, process),
-            epochs=epochs,
-            global_batch=global_batch,
-            micro_batch=batch_size,
-            rank=process.rank,
-            world_size=process.world_size,
-            workers=workers,
-            features=features,
-            pixels=open_shared_pixels(self.cache, pixels_from, manifest.num_views),
-            data=data,
-            pin_memory=self.device.type == "cuda",
-        )
-        classifier = load_cache_classifier(DistillConfig(), self.cache, self.loader.logit_codec, process)
-        self._source = TargetSource(
-            self.loader.codec,
-            self.loader.logit_codec,
-            classifier,
-            features=features,
-            second_codec=self.loader.second_codec,
-        )
-        self._normalize = Normalize(mean, std, folded=True).to(self.device)
-
-    def __len__(self) -> int:
-        """Number of batches in all epochs."""
-        return self.loader.total_steps
-
-    def __iter__(self) -> Iterator[CachedBatch]:
-        """The batches of this process; in a worker of torch's DataLoader, the worker's part of them.
-
-        Raises:
-            UserError: the process group was made after these targets; workers or a GPU in a worker; a damaged record.
-        """
-        if get_worker_info() is None:
-            self._check_process()
-        elif self._workers or self.device.type != "cpu":
-            raise UserError(
-                "inside torch's DataLoader, CachedTargets cannot start workers or use a GPU",
-                got=f"workers={self._workers}, device={self.device}",
-                expected="workers=0, device=cpu",
-                fix="iterate over CachedTargets directly: it loads with its own workers",
-            )
-        for batch in self.loader:
-            yield self._deliver(batch.to(self.device))
-
-    def _check_process(self) -> None:
-        made, now = self._process[:2], rank_in_loop()
-        if made != now:
-            raise UserError(
-                "CachedTargets was made before the process group: processes would train on the same batches",
-                got="rank {} of {} now, {} of {} then".format(*now, *made),
-                fix="make it after init_process_group; with Lightning, in train_dataloader of a DataModule",
-            )
-
-    def _deliver(self, batch: Batch) -> CachedBatch:
-        images = self._normalize(resize(batch.images, self.image_size))
-        return CachedBatch(images, batch.labels, self._source(batch))
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position after the batches returned so far, and the options that must match to resume."""
-        return self.loader.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved position; `UserError` when it belongs to another sample order."""
-        self.loader.load_state_dict(state)
-
-
-class ScaleKDLoss(nn.Module):
-    """The ScaleKD heads of a student and their losses. Train its parameters together with the student's.
-
-    Args:
-        targets: a cache or its `CachedTargets`; provides the teacher's frozen tail and the size of the images.
-        student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits;
-            where the cache has neither labels nor logits, a pooled embedding (B, E) instead of the logits.
-            `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
-        config: the method's constants (None: those of the cache's recipe; the loss weights are printed).
-        label_loss: ce, bce or none (None: that of the cache's recipe; none for a cache without labels).
-        label_smoothing: for ce (None: that of the cache's recipe).
-
-    Raises:
-        UserError: the cache's tail is missing or damaged, or the student has other outputs.
-    """
-
-    def __init__(
-        self,
-        targets: "CachedTargets | Cache",
-        student: nn.Module,
-        config: ScaleKDConfig | None = None,
-        *,
-        label_loss: str | None = None,
-        label_smoothing: float | None = None,
-    ) -> None:
-        super().__init__()
-        cache = targets.cache if isinstance(targets, CachedTargets) else targets
-        manifest = cache.manifest
-        recipe, given = manifest.facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
-        self.config = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
-        if config is None:
-            print(f"{self._weights()}, from the cache's recipe {manifest.facts.recipe} (override with config=)")
-        label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
-        train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
-        self.train_config = DistillConfig(train=train).on_data(labeled=manifest.facts.labeled).train
-        check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))
-        tail = load_cache_tail(cache, TeacherSpec.from_json(manifest.facts.teacher["spec"]))
-        if self.config.tail_drop_path:
-            tail.enable_drop_path()
-        views_size = int(manifest.facts.view_recipe["size"])
-        size = targets.image_size if isinstance(targets, CachedTargets) else views_size
-        *shapes, width = student_shapes(student, size, manifest.facts.num_classes)
-        self._classes = manifest.facts.num_classes
-        layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
-        self.heads = ScaleKDHeads(
-            self.config,
-            tap_shapes=(shapes[0], shapes[1]),
-            tail_in_shape=tail.in_shape,
-            tail_out_shape=tail.out_shape,
-            layer_norm=layer_norm,
-            pooled=pooled_width(manifest.facts),
-            embedding=0 if self._classes else width,
-        )
-        self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
-
-    def _weights(self) -> str:
-        config = self.config
-        frequency = f"frequency {config.frequency_weight_s3:g} and {config.frequency_weight_s4:g}"
-        return f"loss weights: spatial {config.spatial_weight:g}, {frequency}, logits {config.logit_weight:g}"
-
-    def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
-        """The weighted terms; differentiate `.total`. All inputs are on one device."""
-        tail = self._tail[0] = self._tail[0].to(s4.device)
-        featured = len(targets.features)
-        embedding = (s4.mean((2, 3)) if self._classes else logits)[: featured if targets.pooled is None else None]
-        maps = self.heads(s3[:featured], s4[:featured], tail, embedding)
-        return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
-
-
-def timm_student(name: str, targets: CachedTargets) -> Student:
-    """A timm model (timm or short name) with random weights, for a cache's classes and image size.
-
-    `.model` is the plain timm model."""
-    config = StudentConfig(name=name)
-    return build_student(config, num_classes=targets.num_classes, image_size=targets.image_size).to(targets.device)
-
-
-@torch.no_grad()
-def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
-    """(C, H, W) of S3 and S4, and the width of the third output: the logits, or without classes the pooled embedding.
-
-    Raises:
-        UserError: the outputs are not two feature maps and logits of these classes.
-    """
-    mode = student.training
-    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
-    output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
-    student.train(mode)
-    shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
-    if [len(shape) for shape in shapes] != [4, 4, 2] or num_classes not in (0, shapes[2][1]):
+    if config.train.targets != "live":
+        return [None] * len(run_cache.caches)
+    files: list[str | None] = [None] * len(run_cache.caches)
+    if config.teacher_weights is not None:
+        given = config.teacher_weights.split(",") if len(files) > 1 else [config.teacher_weights]
+        files = [file or None for file in given]
+    if len(files) != len(run_cache.caches):
         raise UserError(
-            "the student must return (S3, S4, logits)"
-            if num_classes
-            else "the student must return (S3, S4, embedding)",
-            got=", ".join(map(str, shapes)),
-            expected="S3 (B, C, H, W), S4 (B, C, H, W), "
-            + (f"logits (B, {num_classes})" if num_classes else "embedding (B, E)"),
-            where=type(student).__name__,
-            fix="see docs/guides/students.md",
+            "--teacher-weights and --cache list different numbers",
+            got=f"{counted(len(files), 'file')} for {counted(len(run_cache.caches), 'cache')}",
+            fix="give one file a cache, separated by commas; nothing between two commas stands for the file of stage 1",
         )
-    s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
-    return s3, s4, output[2].shape[1]
+    return [
+        load_cache_teacher(
+            cache.manifest, cache_teacher_config(cache.manifest.facts.teacher["config"], expand_home(file)), device
+        )
+        for cache, file in zip(run_cache.caches, files, strict=True)
+    ]
+
+
+def target_sources(
+    config: DistillConfig,
+    run_cache: RunCache,
+    loader: CacheLoader,
+    features: Sequence[int],
+    teachers: Sequence[Teacher | None],
+    process: Process,
+) -> list[TargetSource]:
+    """The source of each teacher's targets."""
+    sources = []
+    for number, (cache, name, codecs) in enumerate(
+        zip(run_cache.caches, run_cache.names(), loader.codecs, strict=True)
+    ):
+        shared = run_cache.shares_classes(number)
+        classifier = load_cache_classifier(config, cache, codecs.logits, process) if shared else None
+        sources.append(TargetSource(codecs, classifier, teachers[number], features[number], number, name, shared))
+    return sources

@@ -1,17 +1,17 @@
 """The training loop under DeepSpeed; the only file that imports deepspeed, once the device is known.
 
-In: batches of a cache, a model, a `DistillConfig`. Out: trained weights, metrics, checkpoints.
-Invariant: the teacher and its tail are outside the engine's module tree: not trained, not partitioned, not saved.
+In: batches of one or more caches, a model, a `DistillConfig`. Out: trained weights, metrics, checkpoints.
+Invariant: teachers and their tails are outside the engine's module tree: not trained, not partitioned, not saved.
 The samples, BatchNorm groups and random numbers of a step depend only on the seed and the step. Between two logged
 steps, nothing waits for the device.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,8 +27,7 @@ from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, StudentOutput
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.progress import progress
-from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, distillation_losses
+from scalekd_cache.scalekd.losses import FeatureTerms, HeadOutputs, LossTerms, Targets, losses_of_teachers
 from scalekd_cache.training.checkpoint import AVERAGE, MODEL, OPTIMIZER, STUDENT, Checkpoint, commit_checkpoint
 from scalekd_cache.training.compiled_op import OPERATOR, prepare_build
 from scalekd_cache.training.optim import deepspeed_config, make_optimizer, make_schedule, scaled_lr, schedule_step
@@ -45,39 +44,56 @@ LESS_MEMORY = (
 )
 
 
-class DistillModel(nn.Module):
-    """The trained model: the student and, when there are targets, the ScaleKD heads."""
+class StepLosses(NamedTuple):
+    """The losses of a micro-batch."""
 
-    def __init__(self, config: DistillConfig, student: Student, heads: ScaleKDHeads | None) -> None:
+    terms: LossTerms
+    """What is minimized; with several teachers, the feature terms are weighted sums over them."""
+    teachers: Tensor
+    """(T, 5) float32: with T >= 2 teachers, the own feature terms of each (`FeatureTerms`); otherwise (0, 5)."""
+
+    @property
+    def total(self) -> Tensor:
+        """The training loss."""
+        return self.terms.total
+
+
+class DistillModel(nn.Module):
+    """The trained model: the student and ScaleKD heads for each teacher; no heads without targets."""
+
+    def __init__(self, config: DistillConfig, student: Student, heads: Iterable[nn.Module]) -> None:
         super().__init__()
         self.config = config
         self.student = student
-        self.heads = heads
+        self.heads = nn.ModuleList(heads)
         self.normalize = Normalize(config.student.mean, config.student.std, folded=True)
 
     def compile_parts(self) -> None:
         """Compile the student's model and the heads in place; names of parameters do not change."""
         self.student.model.compile()
-        if self.heads is not None:
-            self.heads.compile()
+        for heads in self.heads:
+            heads.compile()
 
-    def forward(self, images: Tensor, labels: Tensor, targets: Targets | None, tail: Tail | None) -> LossTerms:
-        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64 -> weighted loss terms."""
-        featured, pooled = (None, False) if targets is None else (len(targets.features), targets.pooled is not None)
-        output, maps = self.project(images, featured, tail, all_pooled=pooled)
-        return distillation_losses(self.config.scalekd, self.config.train, output.logits, labels, maps, targets)
+    def forward(self, images: Tensor, labels: Tensor, targets: Sequence[Targets], tails: Sequence[Tail]) -> StepLosses:
+        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64, each teacher's targets -> losses."""
+        output = self.student(self.prepare(images))
+        given: list[tuple[HeadOutputs | None, Targets]] = []
+        for number, (one, tail) in enumerate(zip(targets, tails, strict=True)):
+            maps = self.project(output, number, len(one.features), tail, all_pooled=one.pooled is not None)
+            given.append((maps, one))
+        scalekd, train = self.config.scalekd, self.config.train
+        terms, own = losses_of_teachers(scalekd, train, output.logits, labels, given)
+        apart = [torch.stack(one).detach() for one in own] if len(own) > 1 else []
+        return StepLosses(terms, torch.stack(apart) if apart else terms.label.new_zeros(0, len(FeatureTerms._fields)))
 
     def project(
-        self, images: Tensor, featured: int | None, tail: Tail | None, *, all_pooled: bool = False
-    ) -> tuple[StudentOutput, HeadOutputs | None]:
-        """The student's outputs for images (B, 3, H, W) uint8, and the projected maps of the first `featured`, those
-        that the targets have features for; None without heads. `all_pooled`: the pooled output is of all images."""
-        output = self.student(self.prepare(images))
-        if self.heads is None:
-            return output, None
-        assert tail is not None
+        self, output: StudentOutput, number: int, featured: int, tail: Tail, *, all_pooled: bool = False
+    ) -> HeadOutputs:
+        """The student's maps projected to one teacher, of the first `featured` samples, those that the targets have
+        features for. `all_pooled`: the pooled output is of all samples."""
         embedding = self.student.pooled(output)[: None if all_pooled else featured]
-        return output, self.heads(output.s3[:featured], output.s4[:featured], tail, embedding)
+        outputs: HeadOutputs = self.heads[number](output.s3[:featured], output.s4[:featured], tail, embedding)
+        return outputs
 
     def prepare(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> the student's input, normalized."""
@@ -128,7 +144,7 @@ def deepspeed_accelerator(device: torch.device) -> Any:
 
 
 class Trainer:
-    """One training run: the DeepSpeed engine, the frozen tail, the targets, the schedule."""
+    """One training run: the DeepSpeed engine, the frozen tails, the targets, the schedule."""
 
     def __init__(
         self,
@@ -136,8 +152,8 @@ class Trainer:
         process: Process,
         loader: CacheLoader,
         model: DistillModel,
-        tail: Tail | None,
-        targets: TargetSource | None,
+        tails: Sequence[Tail],
+        targets: Sequence[TargetSource],
         checkpoint: Checkpoint | None = None,
     ) -> None:
         """Build the engine; with a checkpoint, at its step, whatever its number of processes and ZeRO stage.
@@ -145,18 +161,20 @@ class Trainer:
         Args:
             config: the options of the run.
             process: this process.
-            loader: batches of the cache.
-            model: the student, with heads unless `targets` is None.
-            tail: the teacher's frozen tail (None: no targets).
-            targets: where targets come from (None: train on labels only).
+            loader: batches of the caches.
+            model: the student, with heads for each of `targets`.
+            tails: the frozen tail of each teacher.
+            targets: where the targets of each teacher come from (empty: train on labels only).
             checkpoint: where to resume.
         """
         self.config = config
         self.process = process
         self.loader = loader
         self.model = model.to(process.device)
-        self.tail = tail
+        self.tails = tails
         self.targets = targets
+        names = [source.name for source in targets] if len(targets) > 1 else []
+        self._columns = [*LossTerms._fields, *(f"{one}/{term}" for one in names for term in FeatureTerms._fields)]
         self.watchdog = Watchdog(process, loader)
         self._signal_steps, self._agree_now = 1, True
         self._earlier_s = float(checkpoint.facts.get("seconds", 0)) if checkpoint is not None else 0.0
@@ -191,7 +209,7 @@ class Trainer:
         first, per_epoch, total = self.loader.step, self.loader.steps_per_epoch, self.loader.total_steps
         self._started = time.perf_counter()
         batches = iter(self.loader)
-        sums, waited, started, steps = [0.0] * len(LossTerms._fields), 0.0, time.perf_counter(), 0
+        sums, waited, started, steps = [0.0] * len(self._columns), 0.0, time.perf_counter(), 0
         bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
         for step in range(first, total):
             self.watchdog.start_step(step)
@@ -233,11 +251,11 @@ class Trainer:
             wait += time.perf_counter() - asked
             batch = batch.to(self.process.device)
             torch.manual_seed((self.config.train.seed * 1_000_003 + step) * 65_536 + micro)
-            targets = self.targets(batch) if self.targets is not None else None
-            terms = self.engine(batch.images, batch.labels, targets, self.tail)
-            self.engine.backward(terms.total)
+            targets = [source(batch) for source in self.targets]
+            losses = self.engine(batch.images, batch.labels, targets, self.tails)
+            self.engine.backward(losses.total)
             self.engine.step()
-            rows.append(torch.stack([term.detach() for term in terms]))
+            rows.append(torch.cat([torch.stack([term.detach() for term in losses.terms]), losses.teachers.flatten()]))
             self.watchdog.micro_batch_done(step, micro, batch, rows[-1])
         if self.ema is not None:
             self.ema.update(self.model.student.model, step)
@@ -259,8 +277,8 @@ class Trainer:
         means = torch.stack([torch.as_tensor(value, device=self.process.device) for value in sums]) / steps
         dist.all_reduce(means)
         means /= self.process.world_size
-        values = dict(zip(LossTerms._fields, means.tolist(), strict=True))
-        return {"loss": sum(values.values()), **values}
+        values = dict(zip(self._columns, means.tolist(), strict=True))
+        return {"loss": sum(values[name] for name in LossTerms._fields), **values}
 
     def _check_finite(self, step: int, values: dict[str, float]) -> None:
         bad = [name for name, value in values.items() if value != value or abs(value) == float("inf")]
@@ -294,8 +312,8 @@ class Trainer:
         return self._full_state(self.ema.module if self.ema is not None else self.model.student.model)
 
     def heads_state(self) -> dict[str, Tensor]:
-        """The same of the heads; empty without them."""
-        return {} if self.model.heads is None else self._full_state(self.model.heads)
+        """The same of all heads; empty without them."""
+        return self._full_state(self.model.heads)
 
     @torch.no_grad()
     def _full_state(self, module: nn.Module) -> dict[str, Tensor]:

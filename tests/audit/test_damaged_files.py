@@ -17,7 +17,7 @@ from pipelines import inspect_cache, report, verify
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
-from scalekd_cache.training.targets import CachedTargets
+from scalekd_cache.training.custom_loop import CachedTargets
 
 FILES = {
     "webdataset": [

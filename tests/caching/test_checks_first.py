@@ -112,7 +112,7 @@ def test_without_a_network_a_download_fails_in_seconds(monkeypatch, tmp_path, an
 
 def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
     cache = shared_cache()
-    tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
+    tail = load_cache_tail(cache)
     student = build_student(StudentConfig(name="resnet18"), num_classes=10, image_size=64)
     config = DistillConfig(scalekd=ScaleKDConfig(heads_s3=4, heads_s4=4))
     lite = DistillConfig(scalekd=ScaleKDConfig(projector="lite"))

@@ -25,10 +25,11 @@ def test_a_fitted_cache_is_read_by_the_loader(tmp_path, backend):
         cache, Order(num_samples=SAMPLES, block=16, window=32, seed=0), epochs=1, global_batch=32, micro_batch=16
     )
     batch = next(iter(loader))
-    assert batch.codes.shape == (16, loader.codec.bytes_per_view)
-    decoded = loader.codec.decode(batch.codes)
+    codec, codes = loader.codecs[0].features, batch.stored[0].codes
+    assert codes.shape == (16, codec.bytes_per_view)
+    decoded = codec.decode(codes)
     records = cache.read(batch.ids.numpy(), batch.view)
-    again = loader.codec.decode(torch.from_numpy(loader.codec.unpack([record.features for record in records])))
+    again = codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
     assert torch.equal(decoded.features, again.features)
     assert bool(decoded.features.isfinite().all())
 

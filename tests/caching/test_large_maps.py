@@ -10,7 +10,7 @@ from scalekd_cache.audit.verify_cache import verify_deep
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.planning import forecast as planning
-from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
+from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
 
 TEACHER = {"name": "shallow_sam", "weights": None, "pretrained": False, "num_classes": 0}
 

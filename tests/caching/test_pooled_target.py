@@ -31,7 +31,8 @@ from scalekd_cache.planning import forecast as planning
 from scalekd_cache.planning.costs import meta_teacher, step_memory
 from scalekd_cache.store.base import BACKENDS, Parts
 from scalekd_cache.store.manifest import read_manifest
-from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, TargetSource, timm_student
+from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
+from scalekd_cache.training.targets import TargetSource
 
 IMAGES, SHARD, WIDTH = 16, 8, 64
 LAYOUT = {"num_views": 2, "views_per_group": 2, "samples_per_shard": SHARD}
@@ -73,7 +74,7 @@ def teacher_of(cache):
 def batches(cache):
     """A batch of a view, with live and with cached targets."""
     loader = make_loader(cache, order=ORDER, epochs=1, global_batch=IMAGES, micro_batch=IMAGES)
-    source = TargetSource(loader.codec, loader.logit_codec, second_codec=loader.second_codec)
+    source = TargetSource(loader.codecs[0])
     batch = next(iter(loader))
     return batch, source._replace(teacher=teacher_of(cache))(batch), source(batch)
 

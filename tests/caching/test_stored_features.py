@@ -226,7 +226,7 @@ def test_pixels_of_a_cache_with_another_share(tmp_path, share, of_pixels):
     order = Order(num_samples=IMAGES, block=8, window=3, seed=5, features_every=every, ranges=3)
     shared = open_shared_pixels(cache, None, EVERY)
     batch = next(iter(make_loader(cache, order=order, global_batch=8, micro_batch=8, pixels=shared)))
-    assert (len(batch.images), len(batch.codes)) == (8, 8 // every)
+    assert (len(batch.images), len(batch.stored[0].codes)) == (8, 8 // every)
 
 
 def test_view_groups_of_shared_pixels_must_fit(tmp_path):

@@ -28,7 +28,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.models.tail import TailParts, load_tail, register_family, tail_bytes
 from scalekd_cache.models.teacher import check_tail, load_teacher, split_tail
 from scalekd_cache.store.reader import Cache
-from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
+from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
 
 DOCS = ROOT / "docs"
 PAGES = [*sorted((DOCS / "guides").glob("*.md")), *(DOCS / name for name in ("tutorial.md", "REPORTS.md", "REMOTE.md"))]

@@ -15,7 +15,7 @@ from scalekd_cache.store.durable_files import hash_file
 from scalekd_cache.store.manifest import UnitRow, units_digest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.unit import UnitWriter
-from scalekd_cache.training.targets import CachedTargets
+from scalekd_cache.training.custom_loop import CachedTargets
 
 
 def with_label(root: Path, label: int) -> Cache:

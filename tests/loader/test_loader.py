@@ -43,10 +43,11 @@ def test_a_batch_is_the_records_of_its_ids():
             pixels = np.asarray(Image.open(io.BytesIO(record.pixels)).convert("RGB"))
             assert np.array_equal(batch.images[row].permute(1, 2, 0).numpy(), pixels)
             assert batch.labels[row] == record.label == labels[record.key]
-            assert bytes(batch.codes[row].numpy()) == record.features
-            assert np.array_equal(batch.logits[row].numpy(), logit_codec.decode(record.logits))
-        assert batch.second is None
-        tensors = [part for part in batch[:-1] if part is not None]
+            assert bytes(batch.stored[0].codes[row].numpy()) == record.features
+            assert np.array_equal(batch.stored[0].logits[row].numpy(), logit_codec.decode(record.logits))
+        assert batch.stored[0].second is None
+        stored = batch.stored[0]
+        tensors = (batch.images, batch.labels, stored.codes, stored.logits, batch.ids)
         assert [t.dtype for t in tensors] == [torch.uint8, torch.int64, torch.uint8, torch.float32, torch.int64]
 
 
@@ -143,15 +144,15 @@ def test_digests_are_compared_at_the_start_of_every_session_then_sampled(monkeyp
 
 def test_sampled_digests_reach_every_stored_view_in_turn(monkeypatch):
     checked = set()
-    read = loader.MicroBatches._pixels
+    read = loader.verified_pixels
 
-    def noted(self, record, view, *, check):
+    def noted(pixels_of, record, cache, view, *, check):
         if check:
             checked.add((record.key, view))
-        return read(self, record, view, check=check)
+        return read(pixels_of, record, cache, view, check=check)
 
     monkeypatch.setattr(loader, "DIGEST_STEPS", 0)
-    monkeypatch.setattr(loader.MicroBatches, "_pixels", noted)
+    monkeypatch.setattr(loader, "verified_pixels", noted)
     for _ in make_loader(epochs=VIEWS * loader.DIGEST_EVERY):
         pass
     assert len(checked) == SAMPLES * VIEWS

@@ -75,7 +75,6 @@ def test_a_lie_in_both_places_is_another_cache(tmp_path: Path) -> None:
 
 
 def test_arguments_of_the_teacher_are_compared_by_verify_and_before_they_are_used(tmp_path: Path) -> None:
-    from scalekd_cache.models.teacher_spec import TeacherSpec
     from scalekd_cache.training.targets import load_cache_tail
 
     root = copy_of_cache(tmp_path / "cache")
@@ -86,7 +85,7 @@ def test_arguments_of_the_teacher_are_compared_by_verify_and_before_they_are_use
         assert [problem.where for problem in verify_cache(root)] == ["manifest.json"]
         cache = Cache.open(root)
         with pytest.raises(UserError, match=words):
-            load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
+            load_cache_tail(cache)
 
 
 def test_nested_fields_of_figures(tmp_path: Path) -> None:

@@ -82,7 +82,7 @@ def test_batches_have_the_images_of_the_first(pair, workers):
         assert torch.equal(batch.images, other.images)
         assert torch.equal(batch.labels, other.labels)
         assert torch.equal(batch.ids, other.ids)
-        assert batch.codes.shape != other.codes.shape
+        assert batch.stored[0].codes.shape != other.stored[0].codes.shape
 
 
 def test_the_two_move_together_and_apart(pair, tmp_path):
@@ -120,7 +120,7 @@ def test_a_view_of_another_digest_is_refused(pair, tmp_path, monkeypatch):
     pixels = Cache.open(first.root)
     read = pixels.read
     monkeypatch.setattr(pixels, "read", lambda ids, view: [r._replace(digest="0" * 16) for r in read(ids, view)])
-    with pytest.raises(UserError, match="the shared pixels and the features belong to different views") as error:
+    with pytest.raises(UserError, match="two caches hold different views where one view was expected") as error:
         list(make_loader(cache, pixels=pixels))
     assert "view 0 of" in str(error.value)
 

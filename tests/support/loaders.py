@@ -17,9 +17,14 @@ def make_loader(cache=None, *, order=ORDER, epochs=2, **changes):
     return CacheLoader(cache or shared_cache(), order, epochs=epochs, **sizes)
 
 
+def tensors_of(batch: Batch):
+    return [batch.images, batch.labels, batch.ids, *(tensor for stored in batch.stored for tensor in stored)]
+
+
 def assert_same(batch: Batch, other: Batch):
     assert batch.view == other.view
-    for mine, theirs in zip(batch[:-1], other[:-1], strict=True):
+    pairs = zip(tensors_of(batch), tensors_of(other), strict=True)
+    for mine, theirs in pairs:
         if mine is None or theirs is None:
             assert mine is theirs
             continue

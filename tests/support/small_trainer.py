@@ -35,25 +35,23 @@ def trainer_of(
     cache, train = cache or shared_cache(), config.train
     torch.manual_seed(train.seed)
     student = build_student(config.student, num_classes=10, image_size=64)
-    tail = heads = None
+    tails, heads = [], []
     if train.targets != "none":
         tail = load_tail(cache.root / "tail.safetensors", TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
-        heads = make_heads(config, student, tail)
-        tail = tail.to(process.device)
+        heads = [make_heads(config, student, tail)]
+        tails = [tail.to(process.device)]
     order = order or Order(num_samples=USED, block=train.shuffle_block, window=WINDOW, seed=train.seed)
     sizes = {"global_batch": train.global_batch_size, "micro_batch": train.micro_batch_size}
-    loader = CacheLoader(cache, order, epochs=train.epochs, features=features, **sizes)
+    loader = CacheLoader(cache, order, epochs=train.epochs, features=None if features is None else [features], **sizes)
     checkpoint = latest_checkpoint(folder)[0] if folder else None
     model = DistillModel(config, student, heads)
-    classifier = load_cache_classifier(config, cache, loader.logit_codec, process)
+    classifier = load_cache_classifier(config, cache, loader.codecs[0].logits, process)
     teacher = None
     if train.targets == "live":
         options = cache_teacher_config(cache.manifest.facts.teacher["config"], None)
         teacher = load_cache_teacher(cache.manifest, options, process.device)
-    source = (
-        TargetSource(loader.codec, loader.logit_codec, classifier, teacher, features) if heads is not None else None
-    )
-    return kind(config, process, loader, model, tail, source, checkpoint)
+    sources = [TargetSource(loader.codecs[0], classifier, teacher, features)] if heads else []
+    return kind(config, process, loader, model, tails, sources, checkpoint)
 
 
 class Lines:

@@ -82,23 +82,19 @@ def test_the_first_samples_of_a_micro_batch_have_features(targets):
     start_processes(CPU)
     trainer = trainer_of(with_share(0.5, targets=targets))
     batch = next(iter(trainer.loader))
-    model, tail = trainer.model, trainer.tail
-    got = trainer.targets._replace(features=MICRO // 2)(batch)
-    everything = trainer.targets._replace(features=None)(batch)
+    model, tails = trainer.model, trainer.tails
+    got = trainer.targets[0]._replace(features=MICRO // 2)(batch)
+    everything = trainer.targets[0]._replace(features=None)(batch)
     assert len(got.features) == len(got.norms) == MICRO // 2
     assert len(got.logits) == MICRO
     assert torch.equal(got.features, everything.features[: MICRO // 2])
     model.eval()
-    terms, all_terms = (model(batch.images, batch.labels, one, tail) for one in (got, everything))
+    terms, all_terms = (model(batch.images, batch.labels, [one], tails).terms for one in (got, everything))
     assert terms.label == all_terms.label
     assert terms.logit == all_terms.logit
     rest = Targets(everything.features[MICRO // 2 :], everything.norms[MICRO // 2 :], everything.logits)
-    flipped = [
-        batch.images.flip(0),
-        batch.labels.flip(0),
-        rest._replace(features=rest.features.flip(0), norms=rest.norms.flip(0)),
-    ]
-    other = model(*flipped, tail)
+    flipped = rest._replace(features=rest.features.flip(0), norms=rest.norms.flip(0))
+    other = model(batch.images.flip(0), batch.labels.flip(0), [flipped], tails).terms
     for name in TERMS:
         mean = (getattr(terms, name) + getattr(other, name)) / 2
         assert torch.allclose(mean, getattr(all_terms, name), rtol=1e-5)

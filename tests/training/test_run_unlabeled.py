@@ -30,12 +30,12 @@ from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.training import held_out_evaluation
+from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.held_out_evaluation import FIGURES, TeacherComparison, _label_figures
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_run
 from scalekd_cache.training.run_summary import _held_out_rows
-from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
 
 def config_of(run, classes=0, *, student="resnet10t", **train):

@@ -58,7 +58,7 @@ def test_ranks_share_the_micro_batches():
     def ids(**ranks):
         order = make_order(CONFIG.train, cache, CPU)
         loader = CacheLoader(
-            cache, order, epochs=EVERY, global_batch=GLOBAL, micro_batch=MICRO, features=MICRO // EVERY, **ranks
+            cache, order, epochs=EVERY, global_batch=GLOBAL, micro_batch=MICRO, features=[MICRO // EVERY], **ranks
         )
         return [batch.ids.tolist() for batch in loader]
 

@@ -44,7 +44,7 @@ def test_every_crossing_is_in_the_list(monkeypatch, targets, optim):
         for _ in trainer.train(lines):
             per_step.append(list(seen))
             seen.clear()
-    row, classes = trainer.loader.codec.bytes_per_view, 10
+    row, classes = trainer.loader.codecs[0].features.bytes_per_view, 10
     shapes = ((MICRO, 3, 64, 64), (MICRO,), (MICRO, row), (MICRO, classes))  # pixels, labels, codes, logits
     in_a_step = [("to device", shape) for shape in shapes] * MICROS
     logged = [("to host", (7,)), ("read", ())]  # the mean terms; the first micro-batch with NaN

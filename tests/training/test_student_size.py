@@ -10,11 +10,11 @@ from scalekd_cache.config.stage2 import DistillConfig, StudentConfig, TrainConfi
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.normalize import resize
 from scalekd_cache.models.student import build_student
+from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_evaluation import evaluate_run
 from scalekd_cache.training.run_files import read_facts
-from scalekd_cache.training.targets import CachedTargets, ScaleKDLoss, timm_student
 
 SMALL = TrainConfig(epochs=1, global_batch_size=32, micro_batch_size=16, log_every=1)
 

@@ -18,8 +18,8 @@ from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentCon
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.models.student import build_student
-from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.training.targets import CachedBatch, TargetSource, load_cache_tail, make_heads, make_order
+from scalekd_cache.training.custom_loop import CachedBatch
+from scalekd_cache.training.targets import TargetSource, load_cache_tail, make_heads, make_order
 from scalekd_cache.training.trainer import DistillModel
 
 GLOBAL = 16
@@ -79,12 +79,12 @@ def test_the_losses_are_those_of_make_distill():
     cache, config = shared_cache(), DistillConfig(student=StudentConfig(name="test_resnet"))
     torch.manual_seed(0)
     student = build_student(config.student, num_classes=10, image_size=64)
-    tail = load_cache_tail(cache, TeacherSpec.from_json(cache.manifest.facts.teacher["spec"]))
-    model = DistillModel(config, student, make_heads(config, student, tail))
+    tail = load_cache_tail(cache)
+    model = DistillModel(config, student, [make_heads(config, student, tail)])
     order = make_order(config.train, cache, CPU)
     loader = CacheLoader(cache, order, epochs=1, global_batch=GLOBAL, micro_batch=GLOBAL)
     batch = next(iter(loader))
-    expected = model(batch.images, batch.labels, TargetSource(loader.codec, loader.logit_codec)(batch), tail)
+    expected = model(batch.images, batch.labels, [TargetSource(loader.codecs[0])(batch)], [tail]).terms
     torch.manual_seed(0)
     targets = small_targets()
     student = timm_student("test_resnet", targets)

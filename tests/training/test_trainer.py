@@ -30,7 +30,7 @@ def test_training(processes, tmp_path):
     """One run: the student changes, the tail does not, and nothing frozen is saved."""
     trainer = trainer_of(config_of(optim={"warmup_epochs": 1}))
     before = trainer.student_state()
-    tail_before = {name: value.clone() for name, value in trainer.tail.state_dict().items()}
+    tail_before = {name: value.clone() for name, value in trainer.tails[0].state_dict().items()}
     lines, steps = Lines(), []
     for step in trainer.train(lines):
         steps.append(step)
@@ -52,8 +52,8 @@ def test_training(processes, tmp_path):
     assert all(
         not torch.equal(before[name], after[name]) for name in after if name.endswith(("conv1.weight", "fc.bias"))
     )
-    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.tail.parameters())
-    assert all(torch.equal(value, trainer.tail.state_dict()[name]) for name, value in tail_before.items())
+    assert all(parameter.grad is None and not parameter.requires_grad for parameter in trainer.tails[0].parameters())
+    assert all(torch.equal(value, trainer.tails[0].state_dict()[name]) for name, value in tail_before.items())
 
     trained = set(trainer.engine.module.state_dict())
     assert {name.partition(".")[0] for name in trained} == {"student", "heads"}
@@ -96,7 +96,7 @@ def test_an_accumulated_gradient_is_the_mean_over_micro_batches(processes):
     moved = {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
     by_hand = trainer_of(config).model
     for batch in batches:
-        (by_hand(batch.images, batch.labels, None, None).total / 2).backward()
+        (by_hand(batch.images, batch.labels, [], []).total / 2).backward()
     for name, parameter in by_hand.named_parameters():
         assert torch.equal(parameter.detach(), start[name])
         torch.testing.assert_close(moved[name], start[name] - 0.1 * parameter.grad, rtol=1e-4, atol=1e-6)
@@ -190,14 +190,14 @@ def test_a_checkpoint_of_another_order_is_refused(processes, tmp_path):
 def test_nan_names_its_first_micro_batch_and_is_never_saved(processes, tmp_path, save_every, named):
     """Detected when the loss is logged, or before a checkpoint within the epoch is saved."""
     trainer = trainer_of(config_of(train={"log_every": 10}))
-    original, calls = trainer.targets, []
+    original, calls = trainer.targets[0], []
 
     def broken(batch):
         calls.append(1)
         targets = original(batch)
         return targets._replace(logits=targets.logits * float("nan")) if len(calls) == 4 else targets
 
-    trainer.targets = broken
+    trainer.targets = [broken]
     folder = RunFolder(tmp_path / "run", to_plain(trainer.config))
     folder.start_metrics(0)
 
@@ -279,7 +279,8 @@ def test_compiled_student_and_heads_have_the_same_losses_and_gradients(processes
     for compiled in (False, True):
         trainer = trainer_of(config_of(train={"compile": compiled}))
         batch = next(iter(trainer.loader))
-        terms = trainer.model(batch.images, batch.labels, trainer.targets(batch), trainer.tail)
+        targets = [source(batch) for source in trainer.targets]
+        terms = trainer.model(batch.images, batch.labels, targets, trainer.tails).terms
         terms.total.backward()
         gradients = {name: parameter.grad for name, parameter in trainer.model.named_parameters()}
         results.append((torch.stack(terms).detach(), gradients, trainer.student_state().keys()))

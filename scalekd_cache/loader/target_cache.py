@@ -1,0 +1,255 @@
+"""One cache of a run as a source of targets; several caches of one run hold the same views.
+
+In: positions in the order of the run's first cache. Out: this cache's records of the same views, and their targets.
+Invariant: every record of a further cache has key, label, view and pixel digest of the first cache's record: each
+teacher's target belongs to the pixels that the student sees.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from scalekd_cache.codec import codec_from_config
+from scalekd_cache.codec.base import FeatureCodec
+from scalekd_cache.codec.logits import LogitCodec, logit_codec_from_config
+from scalekd_cache.codec.pooled import second_codec_from_config
+from scalekd_cache.codec.recomputed import RecomputedLogits
+from scalekd_cache.errors import UserError, counted
+from scalekd_cache.loader.order import Ids
+from scalekd_cache.store.base import Parts, Record
+from scalekd_cache.store.growing import GrowingCache, Report
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.shared_pixels import pixel_identity
+
+PART_NAMES = {Parts.LABEL: "label", Parts.FEATURES: "features", Parts.SECOND: "pooled embedding"}
+"""Parts of a record that training may need."""
+
+
+class TargetCodecs(NamedTuple):
+    """How a cache stores its teacher's targets."""
+
+    features: FeatureCodec
+    logits: LogitCodec
+    second: FeatureCodec | None
+    """Of pooled embeddings; None for a cache without them."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Decompressed bytes of a sample's features and pooled embedding."""
+        return self.features.bytes_per_view + (0 if self.second is None else self.second.bytes_per_view)
+
+
+def target_codecs(cache: Cache) -> TargetCodecs:
+    """The codecs of a cache."""
+    facts = cache.manifest.facts
+    return TargetCodecs(
+        codec_from_config(facts.codec, cache.root),
+        logit_codec_from_config(facts.logit_codec),
+        second_codec_from_config(facts.second_codec),
+    )
+
+
+class StoredTargets(NamedTuple):
+    """One teacher's targets of a micro-batch, as its cache stores them; decoded on the training device."""
+
+    codes: Tensor
+    """(F, bytes_per_view) uint8: rows of the feature codec for the first F <= B samples."""
+    logits: Tensor
+    """(B, K) float32: decoded logits (K = 0 if the logit codec stores none)."""
+    second: Tensor | None
+    """(B, bytes_per_view) uint8: rows of the codec of pooled embeddings; None for a cache without them."""
+
+    def to(self, device: torch.device) -> "StoredTargets":
+        """The targets on `device`, asynchronously where the memory is pinned."""
+        codes, logits = (tensor.to(device, non_blocking=True) for tensor in (self.codes, self.logits))
+        return StoredTargets(codes, logits, None if self.second is None else self.second.to(device, non_blocking=True))
+
+
+class TargetCache:
+    """One cache of a run.
+
+    Args:
+        cache: the cache.
+        features: samples of a micro-batch whose features are read, the first ones.
+        first: the run's first cache, whose positions are given (None: this one).
+
+    Raises:
+        UserError: the two caches hold other views or other images.
+    """
+
+    def __init__(self, cache: Cache, features: int, first: Cache | None = None) -> None:
+        self.cache, self.features = cache, features
+        self.codecs = target_codecs(cache)
+        self.needed = Parts.LABEL if cache.manifest.facts.labeled else Parts(0)
+        if self.codecs.second is not None:
+            self.needed |= Parts.SECOND
+        self._positions = None if first is None else SamePositions(first, cache)
+
+    def wait_for(self, view: int, report: Report) -> None:
+        """Wait for a view that stage 1 is still writing."""
+        if isinstance(self.cache, GrowingCache):
+            self.cache.wait_for(view, report)
+
+    def has_features(self, ids: Ids, view: int) -> NDArray[np.bool_]:
+        """Which of these positions have features in this cache, (n,) bool."""
+        return self.cache.has_features(self._own(ids, view), view)
+
+    def read(self, ids: Ids, view: int) -> list[Record]:
+        """The records of a micro-batch, each with all parts that training needs.
+
+        Raises:
+            UserError: as `Cache.read`; a part is missing.
+        """
+        records = self.cache.read(self._own(ids, view), view)
+        check_parts(records, self.needed, view, self.cache, features=self.features)
+        return records
+
+    def stored(self, records: Sequence[Record]) -> StoredTargets:
+        """The targets of these records."""
+        second: Tensor | None = None
+        if self.codecs.second is not None:
+            second = torch.from_numpy(self.codecs.second.unpack([record.second for record in records]))
+        return StoredTargets(
+            codes=torch.from_numpy(self.codecs.features.unpack([one.features for one in records[: self.features]])),
+            logits=torch.from_numpy(np.stack([self.codecs.logits.decode(record.logits) for record in records])),
+            second=second,
+        )
+
+    def _own(self, ids: Ids, view: int) -> Ids:
+        return ids if self._positions is None else self._positions(ids, view)
+
+
+def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, there: int) -> list[int]:
+    """Samples of a micro-batch whose features each cache reads: `features` (None: `there`, all that have some).
+
+    A cache that stores the classifier instead of logits needs them all.
+    """
+    configs = [cache.manifest.facts.logit_codec for cache in caches]
+    recomputed = [isinstance(logit_codec_from_config(config), RecomputedLogits) for config in configs]
+    given = features or [there] * len(caches)
+    return [there if whole else count for whole, count in zip(recomputed, given, strict=True)]
+
+
+class SamePositions:
+    """The positions of one cache's records in another cache of the same views.
+
+    They are equal where both have the same view groups; otherwise they are found by key, once for two groups.
+    """
+
+    def __init__(self, first: Cache, other: Cache) -> None:
+        self._first, self._other = first, other
+        self._found: dict[tuple[int, int], Ids | None] = {}
+        fields = [cache.manifest.facts.fingerprint_fields for cache in (first, other)]
+        fix = f"make the second one from the views of the first: scalekd cache-teacher --pixels-from {first.root}"
+        if pixel_identity(fields[0]) != pixel_identity(fields[1]):
+            different = [name for name in ("data", "views") if fields[0][name] != fields[1][name]]
+            what = {"data": "images", "views": "views"}
+            raise UserError(
+                f"the caches hold different {' and different '.join(what[name] for name in different)}, so they cannot "
+                "train one student",
+                where=f"{first.root} and {other.root}",
+                fix=fix,
+            )
+        if len(first) != len(other):
+            raise UserError(
+                "the caches hold different numbers of images: one of them has skipped some",
+                got=f"{counted(len(other), 'image')} in {other.root}",
+                expected=f"{counted(len(first), 'image')}, as in {first.root}",
+                fix=fix,
+            )
+        self._of(0)
+
+    def __call__(self, ids: Ids, view: int) -> Ids:
+        """Positions (n,) in the other cache of these positions of a view."""
+        found = self._of(view)
+        return ids if found is None else found[ids]
+
+    def _of(self, view: int) -> Ids | None:
+        groups = self._first.group_of(view), self._other.group_of(view)
+        if groups not in self._found:
+            self._found[groups] = self._match(*groups)
+        return self._found[groups]
+
+    def _match(self, group: int, other: int) -> Ids | None:
+        """Position in the other cache of each position; None where they are equal."""
+        if self._first.key_files(group) == self._other.key_files(other):
+            return None
+        keys, others = (np.array(cache.keys(at)) for cache, at in ((self._first, group), (self._other, other)))
+        if np.array_equal(keys, others):
+            return None
+        by_key, by_other = np.argsort(keys), np.argsort(others)
+        if not np.array_equal(keys[by_key], others[by_other]):
+            key = (set(keys.tolist()) ^ set(others.tolist())).pop()
+            raise UserError(
+                "the caches hold different images",
+                got=f"{key} is in one of them only",
+                where=f"{self._first.root} and {self._other.root}",
+            )
+        found: Ids = np.empty(len(keys), np.int64)
+        found[by_key] = by_other
+        return found
+
+
+def check_joinable(first: Cache, other: Cache) -> None:
+    """Check that one student can be trained on the targets of both caches.
+
+    Raises:
+        UserError: they hold different views or images, or store features for different samples.
+    """
+    positions = SamePositions(first, other)
+    shares = [cache.manifest.facts.features_every for cache in (first, other)]
+    ids = np.arange(len(first))
+    if min(shares) > 1 and not np.array_equal(first.has_features(ids, 0), other.has_features(positions(ids, 0), 0)):
+        raise UserError(
+            "both caches store features for a part of the samples, but not for the same ones",
+            got=f"one in {shares[0]} of {first.root}, one in {shares[1]} of {other.root}",
+            fix="make the second one from the views of the first, with the same --stored-features: "
+            f"scalekd cache-teacher --pixels-from {first.root}",
+        )
+
+
+def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cache, *, features: int = 0) -> None:
+    """`UserError` for a record without one of the needed parts, or one of the first `features` without features."""
+    for number, record in enumerate(records):
+        wanted = needed | (Parts.FEATURES if number < features else Parts(0))
+        missing = wanted & ~record.parts
+        if missing:
+            raise UserError(
+                "a record has no " + " or no ".join(PART_NAMES[part] for part in missing),
+                got=repr(record.parts),
+                expected=" and ".join(PART_NAMES[part] for part in wanted),
+                where=f"view {view} of {record.key} in {cache.root}",
+            )
+
+
+def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cache, view: int) -> list[Record]:
+    """The records with the pixels of the other ones, which come from the cache whose pixels are shared.
+
+    Raises:
+        UserError: they belong to different views.
+    """
+    check_same_views(
+        records, others, pixels, view, "use the cache that was set as --pixels-from when this cache was made"
+    )
+    return [record._replace(pixels=other.pixels) for record, other in zip(records, others, strict=True)]
+
+
+def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: Cache, view: int, fix: str) -> None:
+    """Check that these records of `cache` belong to the views of the first records.
+
+    Raises:
+        UserError: another key, label, view or pixel digest.
+    """
+    for expected, got in zip(first, records, strict=True):
+        if any(getattr(got, name) != getattr(expected, name) for name in ("key", "label", "digest", "view")):
+            raise UserError(
+                "two caches hold different views where one view was expected",
+                got=f"{got.key}, digest {got.digest}",
+                expected=f"{expected.key}, digest {expected.digest}",
+                where=f"view {view} of {cache.root}",
+                fix=fix,
+            )

@@ -1,0 +1,269 @@
+"""A cache in a custom training loop.
+
+In: a finished cache, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the loss as a module.
+Invariant: samples, order, checks, decoding and losses are those of `scalekd distill`.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset, get_worker_info
+
+from scalekd_cache.codec import Shape
+from scalekd_cache.codec.logits import logit_codec_from_config
+from scalekd_cache.config.options import build
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.distributed import Process, rank_in_loop
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.loader import Batch, CacheLoader
+from scalekd_cache.models.normalize import Normalize, resize
+from scalekd_cache.models.student import Student, build_student
+from scalekd_cache.models.tail import Tail
+from scalekd_cache.scalekd.heads import ScaleKDHeads
+from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
+from scalekd_cache.store.reader import Cache
+from scalekd_cache.store.shared_pixels import open_shared_pixels
+from scalekd_cache.training.targets import (
+    TargetSource,
+    check_logits,
+    feature_samples,
+    load_cache_classifier,
+    load_cache_tail,
+    make_order,
+    pooled_width,
+)
+
+
+class CachedBatch(NamedTuple):
+    """One batch of `CachedTargets`."""
+
+    images: Tensor
+    """(B, 3, H, W) float32, normalized."""
+    labels: Tensor
+    """(B,) int64."""
+    targets: Targets
+    """The teacher's map, norms, logits and pooled embedding, float32."""
+
+
+class CachedTargets(IterableDataset[CachedBatch]):
+    """The batches of some epochs; epoch e reads view e mod V. Iteration continues from the saved position.
+
+    It is a data loader itself: `workers` load in the background. With several processes (a process group, or torchrun),
+    each gets its own batches, the same ones for every world size at a given global batch. torch's
+    `DataLoader(targets, batch_size=None, num_workers=2)` gives the same batches in the same order; the position is then
+    counted by the caller: `load_state_dict({**targets.state_dict(), "step": batches})`.
+
+    Args:
+        cache: a finished cache, or its folder or URL.
+        batch_size: samples per batch of this process (also the BatchNorm group); a partial last batch is dropped.
+        feature_share: share of a batch's samples that have features in its targets, the first ones (None: all, or as
+            many as the cache has).
+        epochs: passes over the data.
+        seed: seed of the sample order.
+        workers: loader processes.
+        device: where features are decoded and batches are returned.
+        mean: the student's channel means, on a scale of 0 to 1.
+        std: its channel standard deviations.
+        image_size: side of its images, pixels, to which views are resized on `device` (None: the size of the views).
+        pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
+        data: the images, for a cache without pixels (None: where stage 1 read them).
+
+    Raises:
+        UserError: the cache is not finished, is damaged, or has fewer samples than a batch.
+    """
+
+    def __init__(
+        self,
+        cache: Cache | Path | str,
+        *,
+        batch_size: int,
+        feature_share: float | None = None,
+        epochs: int = 1,
+        seed: int = 0,
+        workers: int = 0,
+        device: torch.device | str = "cpu",
+        mean: Sequence[float] = StudentConfig().mean,
+        std: Sequence[float] = StudentConfig().std,
+        image_size: int | None = None,
+        pixels_from: str | None = None,
+        data: str | None = None,
+    ) -> None:
+        self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
+        self.device = torch.device(device)
+        manifest, process = self.cache.manifest, Process(*rank_in_loop(), self.device)
+        global_batch = batch_size * process.world_size
+        if len(self.cache) < global_batch:
+            what = "a batch" if process.world_size == 1 else f"a batch of {process.world_size} processes"
+            raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(self.cache)}")
+        self._process, self._workers = process, workers
+        self.num_classes = manifest.facts.num_classes
+        self.image_size = image_size or int(manifest.facts.view_recipe["size"])
+        features = feature_samples(ScaleKDConfig(feature_share=feature_share), self.cache, batch_size)
+        self.loader = CacheLoader(
+            self.cache,
+            make_order(TrainConfig(seed=seed), self.cache, process),
+            epochs=epochs,
+            global_batch=global_batch,
+            micro_batch=batch_size,
+            rank=process.rank,
+            world_size=process.world_size,
+            workers=workers,
+            features=[features],
+            pixels=open_shared_pixels(self.cache, pixels_from, manifest.num_views),
+            data=data,
+            pin_memory=self.device.type == "cuda",
+        )
+        codecs = self.loader.codecs[0]
+        classifier = load_cache_classifier(DistillConfig(), self.cache, codecs.logits, process)
+        self._source = TargetSource(codecs, classifier, features=features)
+        self._normalize = Normalize(mean, std, folded=True).to(self.device)
+
+    def __len__(self) -> int:
+        """Number of batches in all epochs."""
+        return self.loader.total_steps
+
+    def __iter__(self) -> Iterator[CachedBatch]:
+        """The batches of this process; in a worker of torch's DataLoader, the worker's part of them.
+
+        Raises:
+            UserError: the process group was made after these targets; workers or a GPU in a worker; a damaged record.
+        """
+        if get_worker_info() is None:
+            self._check_process()
+        elif self._workers or self.device.type != "cpu":
+            raise UserError(
+                "inside torch's DataLoader, CachedTargets cannot start workers or use a GPU",
+                got=f"workers={self._workers}, device={self.device}",
+                expected="workers=0, device=cpu",
+                fix="iterate over CachedTargets directly: it loads with its own workers",
+            )
+        for batch in self.loader:
+            yield self._deliver(batch.to(self.device))
+
+    def _check_process(self) -> None:
+        made, now = self._process[:2], rank_in_loop()
+        if made != now:
+            raise UserError(
+                "CachedTargets was made before the process group: processes would train on the same batches",
+                got="rank {} of {} now, {} of {} then".format(*now, *made),
+                fix="make it after init_process_group; with Lightning, in train_dataloader of a DataModule",
+            )
+
+    def _deliver(self, batch: Batch) -> CachedBatch:
+        images = self._normalize(resize(batch.images, self.image_size))
+        return CachedBatch(images, batch.labels, self._source(batch))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the batches returned so far, and the options that must match to resume."""
+        return self.loader.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Resume from a saved position; `UserError` when it belongs to another sample order."""
+        self.loader.load_state_dict(state)
+
+
+class ScaleKDLoss(nn.Module):
+    """The ScaleKD heads of a student and their losses. Train its parameters together with the student's.
+
+    Args:
+        targets: a cache or its `CachedTargets`; provides the teacher's frozen tail and the size of the images.
+        student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits;
+            where the cache has neither labels nor logits, a pooled embedding (B, E) instead of the logits.
+            `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
+        config: the method's constants (None: those of the cache's recipe; the loss weights are printed).
+        label_loss: ce, bce or none (None: that of the cache's recipe; none for a cache without labels).
+        label_smoothing: for ce (None: that of the cache's recipe).
+
+    Raises:
+        UserError: the cache's tail is missing or damaged, or the student has other outputs.
+    """
+
+    def __init__(
+        self,
+        targets: "CachedTargets | Cache",
+        student: nn.Module,
+        config: ScaleKDConfig | None = None,
+        *,
+        label_loss: str | None = None,
+        label_smoothing: float | None = None,
+    ) -> None:
+        super().__init__()
+        cache = targets.cache if isinstance(targets, CachedTargets) else targets
+        manifest = cache.manifest
+        recipe, given = manifest.facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
+        self.config = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
+        if config is None:
+            print(f"{self._weights()}, from the cache's recipe {manifest.facts.recipe} (override with config=)")
+        label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
+        train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
+        self.train_config = DistillConfig(train=train).on_data(labeled=manifest.facts.labeled).train
+        check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))
+        tail = load_cache_tail(cache)
+        if self.config.tail_drop_path:
+            tail.enable_drop_path()
+        views_size = int(manifest.facts.view_recipe["size"])
+        size = targets.image_size if isinstance(targets, CachedTargets) else views_size
+        *shapes, width = student_shapes(student, size, manifest.facts.num_classes)
+        self._classes = manifest.facts.num_classes
+        layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
+        self.heads = ScaleKDHeads(
+            self.config,
+            tap_shapes=(shapes[0], shapes[1]),
+            tail_in_shape=tail.in_shape,
+            tail_out_shape=tail.out_shape,
+            layer_norm=layer_norm,
+            pooled=pooled_width(manifest.facts),
+            embedding=0 if self._classes else width,
+        )
+        self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
+
+    def _weights(self) -> str:
+        config = self.config
+        frequency = f"frequency {config.frequency_weight_s3:g} and {config.frequency_weight_s4:g}"
+        return f"loss weights: spatial {config.spatial_weight:g}, {frequency}, logits {config.logit_weight:g}"
+
+    def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
+        """The weighted terms; differentiate `.total`. All inputs are on one device."""
+        tail = self._tail[0] = self._tail[0].to(s4.device)
+        featured = len(targets.features)
+        embedding = (s4.mean((2, 3)) if self._classes else logits)[: featured if targets.pooled is None else None]
+        maps = self.heads(s3[:featured], s4[:featured], tail, embedding)
+        return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
+
+
+def timm_student(name: str, targets: CachedTargets) -> Student:
+    """A timm model (timm or short name) with random weights, for a cache's classes and image size.
+
+    `.model` is the plain timm model."""
+    config = StudentConfig(name=name)
+    return build_student(config, num_classes=targets.num_classes, image_size=targets.image_size).to(targets.device)
+
+
+@torch.no_grad()
+def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
+    """(C, H, W) of S3 and S4, and the width of the third output: the logits, or without classes the pooled embedding.
+
+    Raises:
+        UserError: the outputs are not two feature maps and logits of these classes.
+    """
+    mode = student.training
+    device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))
+    output = student.eval()(torch.zeros(1, 3, image_size, image_size, device=device))
+    student.train(mode)
+    shapes = [tuple(value.shape) for value in output] if isinstance(output, tuple | list) else [type(output).__name__]
+    if [len(shape) for shape in shapes] != [4, 4, 2] or num_classes not in (0, shapes[2][1]):
+        raise UserError(
+            "the student must return (S3, S4, logits)"
+            if num_classes
+            else "the student must return (S3, S4, embedding)",
+            got=", ".join(map(str, shapes)),
+            expected="S3 (B, C, H, W), S4 (B, C, H, W), "
+            + (f"logits (B, {num_classes})" if num_classes else "embedding (B, E)"),
+            where=type(student).__name__,
+            fix="see docs/guides/students.md",
+        )
+    s3, s4 = ((value.shape[1], value.shape[2], value.shape[3]) for value in output[:2])
+    return s3, s4, output[2].shape[1]
