@@ -1,16 +1,22 @@
 """Re-run the teacher on cached views and compare a student's gradients."""
 
 import json
+from typing import TYPE_CHECKING
 
 from pydantic.dataclasses import dataclass
 
 from pipelines.command import Command, Given, check_cache_path, run
 from scalekd_cache.config.base import STRICT, require
 from scalekd_cache.config.options import build
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.recipes import training_options
-from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig, teacher_files
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.remote.remote_path import open_place
+
+if TYPE_CHECKING:
+    from scalekd_cache.audit.gradients import GradientComparison
+    from scalekd_cache.distributed import Process
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -18,7 +24,7 @@ class ProveConfig:
     """Options of `prove`."""
 
     cache: str = "caches/demo"
-    """Folder or URL of the cache."""
+    """Folder or URL of the cache. Several, separated by commas, are compared one after the other."""
     student: str = "resnet18"
     """Student whose gradients are compared: a short name or a timm name."""
     init: str | None = None
@@ -35,7 +41,7 @@ class ProveConfig:
     seed: int = 0
     """Seed for the choice of views and the student's weights."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path used in stage 1)."""
+    """File with the teacher's weights (default: the path used in stage 1); with several caches one a cache."""
     pixels_from: str | None = None
     """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     data: str | None = None
@@ -53,12 +59,28 @@ class ProveConfig:
 def main(given: Given) -> int:
     """Print what was found; exit code 1 when cached targets do not match the teacher's outputs."""
     config = build(ProveConfig, given)
-    check_cache_path(config.cache)
-    facts = read_manifest(open_place(config.cache)).facts
+    places = cache_places(config.cache)
+    files = teacher_files(config.teacher_weights, len(places))
+    for place in places:
+        check_cache_path(place)
+    from scalekd_cache.distributed import this_process
+
+    process = this_process(config.device)
+    proofs = [_compare(config, place, file, process) for place, file in zip(places, files, strict=True)]
+    if config.json:
+        print(json.dumps(proofs[0].to_json() if len(proofs) == 1 else [proof.to_json() for proof in proofs]))
+    else:
+        print("\n".join(proof.sentence() for proof in proofs))
+    return 0 if all(proof.holds for proof in proofs) else 1
+
+
+def _compare(config: ProveConfig, place: str, weights: str | None, process: "Process") -> "GradientComparison":
+    """The comparison for one cache."""
+    facts = read_manifest(open_place(place)).facts
     options = {
-        "cache": config.cache,
+        "cache": place,
         "init": config.init,
-        "teacher_weights": config.teacher_weights,
+        "teacher_weights": weights,
         "data": config.data,
         "pixels_from": config.pixels_from,
         "student.name": config.student,
@@ -69,11 +91,8 @@ def main(given: Given) -> int:
     options = {name: value for name, value in options.items() if value is not None}
     training = build(DistillConfig, training_options(config.recipe, facts.recipe, facts.distill), options)
     from scalekd_cache.audit.gradients import compare_gradients
-    from scalekd_cache.distributed import this_process
 
-    proof = compare_gradients(training, this_process(config.device), config.views)
-    print(json.dumps(proof.to_json()) if config.json else proof.sentence())
-    return 0 if proof.holds else 1
+    return compare_gradients(training, process, config.views)
 
 
 COMMAND = Command("prove", main, [ProveConfig], __doc__)

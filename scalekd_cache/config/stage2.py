@@ -12,6 +12,7 @@ from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
 from scalekd_cache.config.base import STRICT, Channels, Shares, read_number, require
+from scalekd_cache.config.places import expand_home
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, counted
 
@@ -294,7 +295,7 @@ class DistillConfig:
     The learning rate follows the schedule of the new number of epochs."""
     init: str | None = None
     """Folder with initial weights of the student, written by `export` or `import-upstream` (default: random weights); a
-    heads.safetensors in it initializes the ScaleKD heads."""
+    heads.safetensors in it initializes the ScaleKD heads (of the first cache)."""
     student: StudentConfig = field(default_factory=StudentConfig)
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -367,3 +368,19 @@ class DistillConfig:
                 expected="ema_decay=0, or ZeRO 0 to 2",
                 fix="set --zero 2, or --train.ema_decay=0",
             )
+
+
+def teacher_files(text: str | None, caches: int) -> list[str | None]:
+    """The files of `teacher_weights`, one a cache; None where the file of stage 1 is used.
+
+    Raises:
+        UserError: another number of files than of caches.
+    """
+    given = [text] if caches == 1 else (text or "," * (caches - 1)).split(",")
+    if len(given) != caches:
+        raise UserError(
+            "--teacher-weights and --cache list different numbers",
+            got=f"{counted(len(given), 'file')} for {counted(caches, 'cache')}",
+            fix="give one file a cache, separated by commas; nothing between two commas stands for the file of stage 1",
+        )
+    return [expand_home(file) or None for file in given]

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.convert.timm_export import WEIGHTS
 from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.source import open_source
@@ -73,7 +74,7 @@ def read_spaces(run: Path, data: str | None, process: Process, notes: list[str])
     """The section of a finished run on a cache without labels; None, with a note, if something is not available."""
     try:
         source = open_source(data_of(run, data), "val")
-        root = open_place(str(read_config(run).get("cache")))
+        root = open_place(cache_places(str(read_config(run).get("cache")))[0])
         return _spaces(run, ValidationImages(source, 0), load_held_out(local_path(root / HELD_OUT), source), process)
     except UserError as error:
         if data:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.convert.timm_export import WEIGHTS, load_export
 from scalekd_cache.data.base import Source, sample_indices
 from scalekd_cache.distributed import Process
@@ -127,12 +128,12 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
 
 
 def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
-    """The teacher of a run's cache.
+    """The teacher of a run's cache; of the first one where there are several.
 
     Raises:
         UserError: the cache or the weights are not available, or the weights belong to another teacher.
     """
-    manifest = read_manifest(open_place(str(read_config(run).get("cache"))))
+    manifest = read_manifest(open_place(cache_places(str(read_config(run).get("cache")))[0]))
     config = cache_teacher_config(
         manifest.facts.teacher["config"], weights, manifest.facts.fingerprint_fields["precision"]
     )

@@ -32,7 +32,7 @@ from scalekd_cache.reports.run_data import (
     teacher_predictions,
     unique_paths,
 )
-from scalekd_cache.scalekd.losses import LossTerms
+from scalekd_cache.scalekd.losses import FeatureTerms, LossTerms
 from scalekd_cache.training.run_files import read_facts
 from scalekd_cache.training.run_summary import baseline_summary
 from scalekd_cache.versions import __version__
@@ -108,6 +108,7 @@ def _section(run: Run, teacher: Predictions | None, images: Images | None, names
         "name": run.name,
         "facts": _facts(run),
         "big": _headline(run),
+        "teachers": _teachers(run),
         "curves": _curves(run),
         "matrices": matrices,
         **_teacher_comparison(run.predictions, teacher, images, names),
@@ -191,7 +192,32 @@ def _curves(run: Run) -> list[Chart]:
         accuracy = Series("top-1", [*accuracy.x, run.summary["steps"]], [*accuracy.y, run.summary["top1"]])
     if len(accuracy.x):
         found.append(curves([accuracy], "step", "top-1, percent", "Accuracy on the validation images"))
-    return found + _held_out_curves(run)
+    return found + _teacher_curves(run) + _held_out_curves(run)
+
+
+def _teachers(run: Run) -> list[dict[str, str]]:
+    """The rows of a run's teachers; empty for one teacher, or before the run is finished."""
+    rows = []
+    for one in (run.summary or {}).get("teachers", ()):
+        last: dict[str, float] = next((line for line in reversed(run.lines) if f"{one['name']}/s4_spatial" in line), {})
+        loss = sum(last.get(f"{one['name']}/{term}", 0.0) for term in FeatureTerms._fields)
+        figures = {
+            LABELS[name]: format_figure(name, value) for name, value in one["held_out"].items() if name in LABELS
+        }
+        row = {"teacher": one["name"], "top-1": percent(one["top1"]), "weight": f"{one['share']:.3g}"}
+        rows.append({**row, "feature loss, last": f"{loss:.4g}" if last else "", **figures})
+    return rows
+
+
+def _teacher_curves(run: Run) -> list[Chart]:
+    """Each teacher's own feature loss over steps, of a run with several."""
+    names = dict.fromkeys(name.rpartition("/")[0] for line in run.lines for name in line if "/" in name)
+    shown = []
+    for name in names:
+        columns = [f"{name}/{term}" for term in FeatureTerms._fields]
+        rows = [(line["step"], sum(line[column] for column in columns)) for line in run.lines if columns[0] in line]
+        shown.append(Series(name, [step for step, _ in rows], [value for _, value in rows]))
+    return [curves(shown, "step", "feature loss", "Feature loss of each teacher, not weighted")] if shown else []
 
 
 def _held_out_curves(run: Run) -> list[Chart]:

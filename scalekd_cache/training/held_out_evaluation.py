@@ -27,6 +27,7 @@ from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
 from scalekd_cache.training.run_cache import RunCache
+from scalekd_cache.training.run_evaluation import Evaluation
 from scalekd_cache.training.trainer import DistillModel
 
 FIGURES = {
@@ -64,9 +65,9 @@ class TeacherComparisons:
         each = [TeacherComparison(cache, number, source, process) for number, cache in enumerate(run_cache.caches)]
         self._each = dict(zip(run_cache.names(), each, strict=True))
 
-    def figures(self, model: DistillModel, tails: Sequence[Tail], *, final: bool = False) -> dict[str, float]:
+    def evaluate(self, model: DistillModel, tails: Sequence[Tail], *, final: bool = False) -> Evaluation:
         """The figures of a student (`FIGURES`), the same on every rank; with several teachers the means over them, and
-        as `<teacher>/<figure>` those that compare with each.
+        those that compare with each.
 
         Args:
             model: student and heads, in eval mode, on the device of this process.
@@ -79,15 +80,13 @@ class TeacherComparisons:
         }
         first, *others = found.values()
         if not others:
-            return first
+            return Evaluation(held_out=first)
         means = {name: sum(one[name] for one in found.values()) / len(found) for name in first}
         apart = {
-            f"{teacher}/{name}": value
+            teacher: {name: value for name, value in figures.items() if name not in OF_STUDENT}
             for teacher, figures in found.items()
-            for name, value in figures.items()
-            if name not in OF_STUDENT
         }
-        return means | apart
+        return Evaluation(held_out=means, of_teachers=apart)
 
 
 class TeacherComparison:

@@ -225,7 +225,7 @@ def _evaluate(
         heads = make_all_heads(config, student, trainer.tails, run_cache)
         heads.load_state_dict(trainer.heads_state())
         model = DistillModel(config, student, heads).to(process.device).eval()
-        return Evaluation(held_out=comparison.figures(model, trainer.tails, final=final))
+        return comparison.evaluate(model, trainer.tails, final=final)
     if validation is None or not facts.labeled:
         return Evaluation()
     tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process)
@@ -260,7 +260,7 @@ def _make_trainer(
             if note is not None:
                 process.print_rank0(note)
     if config.init is not None and checkpoint is None:
-        loaded = load_init_weights(config.init, student.model, heads[0] if len(heads) == 1 else None)
+        loaded = load_init_weights(config.init, student.model, heads[0] if len(heads) else None)
         process.print_rank0("initial weights: " + ", ".join(loaded))
     teachers = live_teachers(config, run_cache, device)
     loader = CacheLoader(

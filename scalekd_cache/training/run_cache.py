@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from scalekd_cache.config.places import cache_places
+from scalekd_cache.config.places import cache_places, teacher_folders
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
@@ -57,10 +57,8 @@ class RunCache(NamedTuple):
         return self.facts[0].labeled or not any(facts.num_classes for facts in self.facts[:number])
 
     def names(self) -> list[str]:
-        """The teachers' names, followed by -2, -3 ... where a name occurs again."""
-        found = [str(facts.teacher["spec"]["name"]) for facts in self.facts]
-        earlier = [found[:at].count(name) for at, name in enumerate(found)]
-        return [f"{name}-{count + 1}" if count else name for name, count in zip(found, earlier, strict=True)]
+        """The teachers' names, with safe characters only, followed by -2, -3 ... where a name occurs again."""
+        return teacher_folders([str(facts.teacher["spec"]["name"]) for facts in self.facts])
 
 
 def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCache:

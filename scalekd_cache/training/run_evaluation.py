@@ -37,11 +37,16 @@ class Evaluation(NamedTuple):
     held_out: dict[str, float] = {}
     """`held_out_evaluation.FIGURES`; empty for a labeled cache."""
 
+    of_teachers: dict[str, dict[str, float]] = {}
+    """With several teachers, the figures that compare the student with each, by the teacher's name; `held_out` has
+    their means."""
+
     @property
     def metrics(self) -> dict[str, float]:
         """What is logged."""
         tally = self.tally
-        return {**self.held_out, **({"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {})}
+        apart = {f"{name}/{key}": value for name, found in self.of_teachers.items() for key, value in found.items()}
+        return {**self.held_out, **apart, **({"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {})}
 
 
 def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:

@@ -37,6 +37,20 @@ Finite = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
+class TeacherSummary(TypedDict):
+    """One of several teachers of a run."""
+
+    name: str
+    """As in the names of metrics."""
+    share: Finite
+    """Weight of its feature losses; the weights of all teachers have the sum 1."""
+    top1: Finite | None
+    fingerprint: str
+    """Of its cache."""
+    held_out: dict[str, Finite]
+    """Figures of held-out images that compare the student with this teacher; empty with labels."""
+
+
 class SummaryFields(TypedDict):
     """summary.json; optional fields were added by later versions."""
 
@@ -47,7 +61,8 @@ class SummaryFields(TypedDict):
     top5: Finite | None
     teacher_top1: Finite | None
     """With several teachers: of the best one."""
-    teachers_top1: NotRequired[list[Finite | None]]
+    teachers: NotRequired[list[TeacherSummary]]
+    """With several teachers: each of them, in the order of the caches."""
     epochs: Count
     steps: Count
     seed: int

@@ -14,7 +14,7 @@ from scalekd_cache.models.teacher_spec import teacher_label
 from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_evaluation import Evaluation
-from scalekd_cache.training.run_files import SUMMARY, Summary, read_summary
+from scalekd_cache.training.run_files import SUMMARY, Summary, TeacherSummary, read_summary
 
 
 def make_summary(
@@ -34,7 +34,7 @@ def make_summary(
         "val_images": tally.images if tally else 0,
         **({"held_out": held_out} if held_out else {}),
         "teacher_top1": max(known, default=None),
-        **({"teachers_top1": [one.teacher["top1"] for one in facts]} if len(facts) > 1 else {}),
+        **({"teachers": _teachers(config, reads, found)} if len(facts) > 1 else {}),
         "has_classifier": any(one.teacher["spec"]["has_classifier"] for one in facts),
         "epochs": config.train.epochs,
         "steps": loader.total_steps,
@@ -46,6 +46,21 @@ def make_summary(
         "bytes_per_view": sum(cache.manifest.bytes_per_view["total"] for cache in reads.caches),
         "cache_fingerprint": joint_fingerprint(facts),
     }
+
+
+def _teachers(config: DistillConfig, reads: RunCache, found: Evaluation) -> list[TeacherSummary]:
+    """One entry a teacher, for a run with several."""
+    shares = config.scalekd.weights_of(len(reads.caches))
+    return [
+        {
+            "name": name,
+            "share": round(share, 6),
+            "top1": facts.teacher["top1"],
+            "fingerprint": facts.fingerprint,
+            "held_out": {figure: round(value, 4) for figure, value in found.of_teachers.get(name, {}).items()},
+        }
+        for name, share, facts in zip(reads.names(), shares, reads.facts, strict=True)
+    ]
 
 
 def baseline_summary(run: Path, summary: Summary) -> Summary | None:
@@ -88,8 +103,11 @@ def summary_table(run: Path, summary: Summary) -> str:
     teacher = teacher_accuracy(facts, labeled="held_out" not in summary)
     top1, top5 = percent(summary["top1"]), percent(summary["top5"])
     baseline_text = f"top-1 {percent(baseline['top1'])} at equal steps" if baseline else "not run (--targets none)"
+    several = [
+        (one["name"], f"weight {one['share']:.3g}, top-1 {percent(one['top1'])}") for one in summary.get("teachers", ())
+    ]
     rows = [
-        ("teacher", f"{summary['teacher']}, {teacher}"),
+        *(several or [("teacher", f"{summary['teacher']}, {teacher}")]),
         ("student", f"{summary['student']}, top-1 {top1}, top-5 {top5}"),
         ("targets", str(summary["targets"])),
         ("baseline", baseline_text),

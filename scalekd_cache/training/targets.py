@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
-from scalekd_cache.config.places import expand_home
-from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig
+from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig, teacher_files
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import Batch, CacheLoader
@@ -279,20 +278,9 @@ def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.devi
     """
     if config.train.targets != "live":
         return [None] * len(run_cache.caches)
-    files: list[str | None] = [None] * len(run_cache.caches)
-    if config.teacher_weights is not None:
-        given = config.teacher_weights.split(",") if len(files) > 1 else [config.teacher_weights]
-        files = [file or None for file in given]
-    if len(files) != len(run_cache.caches):
-        raise UserError(
-            "--teacher-weights and --cache list different numbers",
-            got=f"{counted(len(files), 'file')} for {counted(len(run_cache.caches), 'cache')}",
-            fix="give one file a cache, separated by commas; nothing between two commas stands for the file of stage 1",
-        )
+    files = teacher_files(config.teacher_weights, len(run_cache.caches))
     return [
-        load_cache_teacher(
-            cache.manifest, cache_teacher_config(cache.manifest.facts.teacher["config"], expand_home(file)), device
-        )
+        load_cache_teacher(cache.manifest, cache_teacher_config(cache.manifest.facts.teacher["config"], file), device)
         for cache, file in zip(run_cache.caches, files, strict=True)
     ]
 
