@@ -169,6 +169,12 @@ def images_of(batches):
     return [batch.images for batch in batches]
 
 
+@pytest.fixture(autouse=True)
+def without_a_process_group(monkeypatch):
+    """Earlier tests of this process may have started one."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+
+
 def as_rank(monkeypatch, rank, world_size, **options):
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(world_size))
