@@ -35,7 +35,7 @@ from scalekd_cache.training.model_card import model_card
 from scalekd_cache.training.optim import describe_extension, describe_lr, synchronize_batchnorm
 from scalekd_cache.training.run_cache import RunCache, check_ranks_agree, open_run_cache
 from scalekd_cache.training.run_evaluation import Evaluation, evaluate_state
-from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of, run_facts
+from scalekd_cache.training.run_export import State, consolidated_student, export_state, facts_of
 from scalekd_cache.training.run_files import FACTS, METRICS, OPTIONS, SUMMARY, Summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache, finished_summary, started_epochs
 from scalekd_cache.training.run_summary import make_summary, summary_table
@@ -106,7 +106,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         for name in (OPTIONS, FACTS) if first else ():
             if not (run / name).exists():
                 process.print_rank0(f"{run / name} is missing: recreated from the options of this command")
-        folder.write_facts(facts_of(run_cache, config.student))
+        folder.write_facts(facts_of(run_cache.facts, run_cache.views, config.student))
         prune_checkpoints(folder.checkpoints, checkpoint.folder if checkpoint else None, config.train.keep_checkpoints)
         damaged = folder.start_metrics(first)
         folder.add_logger(start_tracker(config.train.tracker, run, to_plain(config), process.print_rank0))
@@ -134,7 +134,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     summary["minutes"] = round(seconds / 60, 2)
     summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
     if folder is not None:
-        facts, export = facts_of(run_cache, config.student), run / "export"
+        facts, export = facts_of(run_cache.facts, run_cache.views, config.student), run / "export"
         card = model_card(config.student, to_plain(config), facts, summary, export)
         summary["export_max_logit_difference"] = export_state(config.student, state, facts, export, card)
         folder.finish(summary)  # last: a run with a summary is complete
@@ -154,7 +154,7 @@ def _check_finished(
     check_same_cache(run, joint, ", ".join(map(str, places)))
     complete = all((run / name).exists() for name in (OPTIONS, FACTS))
     if folder is not None and not complete and joint == summary["cache_fingerprint"]:
-        folder.write_facts(run_facts(facts, summary["views"], config.student))
+        folder.write_facts(facts_of(facts, summary["views"], config.student))
 
 
 def _checkpoint(run: Path, process: Process) -> Checkpoint | None:

@@ -19,18 +19,12 @@ from scalekd_cache.models.weights import check_tensors
 from scalekd_cache.store.manifest import ManifestFacts, joint_fingerprint
 from scalekd_cache.training.checkpoint import STUDENT, latest_checkpoint
 from scalekd_cache.training.model_card import card_facts, model_card
-from scalekd_cache.training.run_cache import RunCache
 from scalekd_cache.training.run_files import classes_of, read_config, read_facts, read_summary, student_options
 
 State = dict[str, Tensor]
 
 
-def facts_of(run_cache: RunCache, student: StudentConfig) -> dict[str, Any]:
-    """A run's facts of its caches (`run_facts`)."""
-    return run_facts(run_cache.facts, run_cache.views, student)
-
-
-def run_facts(caches: Sequence[ManifestFacts], views: int, student: StudentConfig) -> dict[str, Any]:
+def facts_of(caches: Sequence[ManifestFacts], views: int, student: StudentConfig) -> dict[str, Any]:
     """A run's facts of its caches, for resuming and for export: `views` is the number it uses, and the image size is
     the student's."""
     first = caches[0]

@@ -48,9 +48,10 @@ def test_stage_one_without_a_classifier(tmp_path, capsys, backend):
     order = Order(num_samples=len(cache), block=4, window=1, seed=0)
     loader = CacheLoader(cache, order, epochs=1, global_batch=2, micro_batch=2, rank=0, world_size=1)
     batch = next(iter(loader))
-    assert batch.logits.shape == (2, 0)
+    stored = batch.stored[0]
+    assert stored.logits.shape == (2, 0)
     logits = torch.randn(2, 10)
-    targets = Targets(torch.zeros(2, 192, 4, 4), torch.zeros(2, 2, 4, 4), batch.logits)
+    targets = Targets(torch.zeros(2, 192, 4, 4), torch.zeros(2, 2, 4, 4), stored.logits)
     terms = distillation_losses(ScaleKDConfig(), TrainConfig(), logits, batch.labels, None, targets)
     assert torch.equal(terms.label, label_loss(logits, batch.labels))  # its full weight instead of half
     assert float(terms.logit) == 0

@@ -68,7 +68,7 @@ def start_run(folder):
     """A run folder in the middle of training."""
     cache = shared_cache()
     run = RunFolder(folder, to_plain(DistillConfig(cache=str(cache.root), student=StudentConfig(name="resnet10t"))))
-    run.write_facts(facts_of(cache.manifest.facts, 2, StudentConfig()))
+    run.write_facts(facts_of([cache.manifest.facts], 2, StudentConfig()))
     run.start_metrics(0)
     for step in range(1, 30):
         terms = dict.fromkeys(("label", "logit", "s3_spatial", "s3_frequency", "s4_spatial"), 1 / step)
@@ -81,7 +81,7 @@ def start_run(folder):
 def done(tmp_path_factory):
     """A finished run, with a student of random weights."""
     folder = tmp_path_factory.mktemp("runs") / "first"
-    run, facts = start_run(folder), facts_of(shared_cache().manifest.facts, 2, StudentConfig())
+    run, facts = start_run(folder), facts_of([shared_cache().manifest.facts], 2, StudentConfig())
     config = StudentConfig(name="resnet10t")
     torch.manual_seed(0)
     state = build_student(config, num_classes=10, image_size=64).model.state_dict()
