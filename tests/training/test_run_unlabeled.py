@@ -257,4 +257,4 @@ def test_teacher_outputs_of_another_width_are_refused(tmp_path, name, monkeypatc
     narrow = kept._replace(**{name: getattr(kept, name)[:, :3]})
     monkeypatch.setattr(held_out_evaluation, "load_held_out", lambda *_: narrow)
     with pytest.raises(UserError, match="of another teacher"):
-        TeacherComparison(unlabeled_cache(), validation(), CPU)
+        TeacherComparison(unlabeled_cache(), 0, validation(), CPU)
