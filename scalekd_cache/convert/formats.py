@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from scalekd_cache.convert.names_torchvision_mmpretrain import CODEBASES, torchvision_twin, transfer_state
 from scalekd_cache.errors import UserError, unknown_name
 from scalekd_cache.models.student import Student
+from scalekd_cache.models.weights import separate
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
 from scalekd_cache.versions import import_optional
 
@@ -115,7 +116,7 @@ def _write(
     if form in CODEBASES:
         save_file(transfer_state(model, form, images.shape[-1]), str(file), metadata)
         return _torchvision(model, file, images.shape[-1]) if form == "torchvision" else None
-    save_file({name: value.contiguous() for name, value in model.state_dict().items()}, str(file), metadata)
+    save_file(separate(model.state_dict()), str(file), metadata)
     plain: nn.Module = timm.create_model(student.model_name, **student.model_args).eval()
     plain.load_state_dict(load_file(file))
     return plain

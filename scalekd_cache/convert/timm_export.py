@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.teacher_spec import Spread, Triple
 from scalekd_cache.models.timm_models import check_name, create_timm_model
-from scalekd_cache.models.weights import check_fit, load_weights, stored_shapes
+from scalekd_cache.models.weights import check_fit, load_weights, separate, stored_shapes
 from scalekd_cache.store.checked_files import checked, read_json
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, temp_path_for
 from scalekd_cache.views.view import EVAL_CROP
@@ -146,6 +146,19 @@ def export_student(
     return difference
 
 
+class _Separate:
+    """A model for `save_for_hf`, whose safetensors file must not share memory between tensors."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return separate(self._model.state_dict())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 def _write(
     student: TimmModel,
     config: InputStatistics,
@@ -156,7 +169,7 @@ def _write(
 ) -> None:
     """All files of an export, fsynced."""
     save_for_hf(
-        student.model.eval(),
+        _Separate(student.model.eval()),
         str(folder),
         model_config={"label_names": list(class_names)},
         model_args=student.model_args,

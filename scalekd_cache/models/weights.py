@@ -108,6 +108,16 @@ def load_weights(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> No
     _load(model, read_tensors(path, shapes), path)
 
 
+def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict whose tensors share no memory, as safetensors files need it: some models share layers (`coat`)."""
+    seen, found = set[int](), {}
+    for name, value in state.items():
+        place = value.untyped_storage().data_ptr()
+        found[name] = value.clone() if place in seen else value.contiguous()
+        seen.add(place)
+    return found
+
+
 def check_fit(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
     """`UserError` unless the file has exactly the tensors of the model, which may be on the meta device."""
     check_tensors(shapes, _shapes(model.state_dict()), path)

@@ -18,7 +18,7 @@ from scalekd_cache.data.base import sample_indices
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
-from scalekd_cache.models.evaluate import ValidationImages, center_views
+from scalekd_cache.models.evaluate import ValidationImages, center_views, omitted
 from scalekd_cache.models.normalize import Normalize
 from scalekd_cache.models.student import Student
 from scalekd_cache.models.teacher_outputs import HeldOut, load_held_out
@@ -75,7 +75,8 @@ def read_spaces(run: Path, data: str | None, process: Process, notes: list[str])
     try:
         source = open_source(data_of(run, data), "val")
         root = open_place(cache_places(str(read_config(run).get("cache")))[0])
-        return _spaces(run, ValidationImages(source, 0), load_held_out(local_path(root / HELD_OUT), source), process)
+        held_out = load_held_out(local_path(root / HELD_OUT), source)
+        return _spaces(run, ValidationImages(source, 0), held_out, process, notes)
     except UserError as error:
         if data:
             raise
@@ -84,7 +85,7 @@ def read_spaces(run: Path, data: str | None, process: Process, notes: list[str])
 
 
 @torch.no_grad()
-def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Process) -> Spaces:
+def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Process, notes: list[str]) -> Spaces:
     options, facts = student_options(run), read_facts(run)
     size = facts["image_size"]
     images.size = size
@@ -100,6 +101,8 @@ def _spaces(run: Path, images: ValidationImages, held_out: HeldOut, process: Pro
         if batch.indices:
             embedded.append(student.embed(normalize(batch.images.to(process.device))).float().cpu())
             found += batch.indices
+    if lost := len(indices) - len(found):
+        notes.append(f"{run.name}: {omitted(lost, 'held-out image')}")
     row_of = dict(zip(indices, rows, strict=True))
     teacher = held_out.pooled[[row_of[index] for index in found]]
     neighbors = _neighbors(images, found, teacher, torch.cat(embedded)) if len(found) > NEIGHBORS else []

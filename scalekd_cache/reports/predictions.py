@@ -40,6 +40,8 @@ class Images(NamedTuple):
     dataset: ValidationImages
     indices: list[int]
     labels: NDArray[np.int64]
+    unreadable: int
+    """Images that could not be decoded."""
 
     def pixels(self, row: int) -> NDArray[np.uint8]:
         """(size, size, 3) uint8 pixels of image `row`."""
@@ -68,12 +70,13 @@ def validation_images(source: Source, size: int, count: int) -> Images:
     """At most `count` images, spread evenly over the data set."""
     dataset = ValidationImages(source, size)
     indices, labels = list[int](), list[int]()
-    for index in sample_indices(len(dataset), count)[:count]:
+    chosen = sample_indices(len(dataset), count)[:count]
+    for index in chosen:
         example = dataset[index]
         if example is not None:
             indices.append(index)
             labels.append(example[1])
-    return Images(dataset, indices, np.asarray(labels, dtype=np.int64))
+    return Images(dataset, indices, np.asarray(labels, dtype=np.int64), len(chosen) - len(indices))
 
 
 def predict_images(predict: Predict, images: Images, device: torch.device) -> Predictions:

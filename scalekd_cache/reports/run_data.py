@@ -14,6 +14,7 @@ from scalekd_cache.data.classes import check_classes
 from scalekd_cache.data.source import open_source
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.models.evaluate import omitted
 from scalekd_cache.reports.charts import Series
 from scalekd_cache.reports.predictions import (
     Images,
@@ -123,6 +124,8 @@ def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, 
         )
         return None
     images = validation_images(source, facts["image_size"], report.images)
+    if images.unreadable:
+        notes.append(omitted(images.unreadable))
     return images if images.indices else None
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.weights import separate
 from scalekd_cache.store.checked_files import read_json
 from scalekd_cache.store.durable_files import (
     canonical_json,
@@ -72,7 +73,7 @@ def commit_checkpoint(
             temporary.mkdir()
             written = {}
             for name, tensors in files.items():
-                save_file({key: value.contiguous() for key, value in tensors.items()}, str(temporary / name))
+                save_file(separate(tensors), str(temporary / name))
                 fsync_path(temporary / name)
                 written[name] = hash_file(temporary / name)._asdict()
             whole = {**facts, "step": step, "files": written}

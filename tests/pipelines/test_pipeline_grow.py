@@ -1,6 +1,7 @@
 """Growing and sharing caches with the user's commands, with a writer running next to the student."""
 
 import subprocess
+import time
 
 import pytest
 from commands import (
@@ -27,6 +28,15 @@ def words(options):
     return " ".join(f"{name}={value}" for name, value in options.items())
 
 
+def wait_for_text(file, text, process):
+    """Wait until a running process has printed this text; the writer of the tests starts faster than the student."""
+    end = time.monotonic() + LIMIT_S
+    while text not in file.read_text():
+        assert process.poll() is None, file.read_text()[-3000:]
+        assert time.monotonic() < end, f"{text} is not printed"
+        time.sleep(0.1)
+
+
 def exact(folder):
     rates = ("images_per_s", "data_wait")
     return [{name: value for name, value in line.items() if name not in rates} for line in steps_of(folder)]
@@ -43,6 +53,7 @@ def test_a_student_follows_a_writer(backend, nproc, workers, weights, tmp_path):
         command = [*map(str, launcher(nproc)), "pipelines.distill", *flags]
         student = subprocess.Popen(command, cwd=ROOT, env=ENV, stdout=output, stderr=subprocess.STDOUT)
         try:
+            wait_for_text(tmp_path / "output", f"waiting for a writer to start {cache}", student)
             # Small batches and one view at a time make the writer slow.
             layout = {"cache.backend": backend, "cache.views_per_group": 1, "teacher.batch_size": 1}
             run("cache_teacher", *cache_flags(cache, weights, **layout))
@@ -89,7 +100,7 @@ def test_make_adds_views_and_touches_nothing(weights, tmp_path):
     assert "48 images x 16 views" in output
     after = snapshot(cache)
     assert {name: after[name] for name in before} == before
-    assert len(after) == len(before) + 2 + 2 * 3 * (2 + 2 * 4)
+    assert len(after) == len(before) + 2 + 2 * 3 * (3 + 2 * 4)
     output = make("cache-teacher", CACHE=cache, TEACHER_WEIGHTS=weights, VIEWS=8, SET=options)
     assert "nothing is removed" in output
     assert "train.views=8" in output
