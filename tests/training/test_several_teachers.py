@@ -9,12 +9,15 @@ import torch
 from commands import steps_of
 from growing import IMAGES, Writer, make_growing, two_groups
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, shared_cache, shared_weights
+from unlabeled_cache import unlabeled_cache, unlabeled_pictures, unlabeled_weights
 
 from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.loader import CacheLoader
 from scalekd_cache.loader.order import WINDOW, Order
 from scalekd_cache.loader.target_cache import check_joinable
+from scalekd_cache.reports.run_data import RunReport
+from scalekd_cache.reports.runs import run_report
 from scalekd_cache.scalekd.losses import (
     FeatureTerms,
     HeadOutputs,
@@ -288,3 +291,26 @@ def test_sparse_caches_join_when_they_store_the_same_samples(tmp_path):
     if not np.array_equal(first.has_features(np.arange(SAMPLES), 0), other.has_features(np.arange(SAMPLES), 0)):
         with pytest.raises(UserError, match="not for the same ones"):
             check_joinable(first, other)
+
+
+def test_caches_without_labels_are_compared_with_each_teacher(tmp_path, capsys):
+    """Both teachers have a classifier: without labels only the first one's soft labels are used, and that is said."""
+    first = unlabeled_cache(10)
+    teacher = {"name": "vit_tiny_patch16_224", "pretrained": False, "num_classes": 5, "weights": None}
+    layout = {"codec": "float16", "pixels_from": str(first.root)}
+    data = {"source": str(unlabeled_pictures(10)), "max_samples": None}
+    other = make(tmp_path / "vit", unlabeled_weights(10), teacher=teacher, cache=layout, data=data)
+    run = tmp_path / "run"
+    summary = distill(config_of([first, other], run, train={"epochs": 1, "eval_epochs": 1}), CPU)
+    said = capsys.readouterr().out
+    assert "soft labels of" in said
+    assert "(10 classes)" in said
+    names = [one["name"] for one in summary["teachers"]]
+    for one in summary["teachers"]:
+        assert {"held_out_loss", "cosine_patch", "cosine_pooled"} <= one["held_out"].keys()
+        assert "knn" not in one["held_out"]
+    mean = sum(one["held_out"]["held_out_loss"] for one in summary["teachers"]) / 2
+    assert summary["held_out"]["held_out_loss"] == pytest.approx(mean, abs=1e-4)
+    page = run_report([run], RunReport(), CPU)
+    assert all(name in page for name in names)
+    assert "Feature loss of each teacher" in page
