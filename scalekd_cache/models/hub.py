@@ -73,11 +73,18 @@ def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
         resume: what a rerun does.
     """
     try:
-        yield
+        try:
+            yield
+        except RuntimeError as error:  # of a thread that uploads a file
+            if not isinstance(error.__cause__, Exception):
+                raise
+            raise error.__cause__ from error
     except errors.HFValidationError as error:
         raise UserError("not the name of a repository", got=where, expected="user/name", fix=str(error)) from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no access token for the model hub", where=endpoint, fix=LOGIN) from error
+    except UnicodeEncodeError as error:  # the only text of a user in a header
+        raise UserError("the access token for the model hub contains other characters than ASCII", fix=LOGIN) from error
     except errors.HfHubHTTPError as error:
         denied = error.response is not None and error.response.status_code in (401, 403)
         raise UserError(

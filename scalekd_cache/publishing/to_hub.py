@@ -6,12 +6,13 @@ in the last one.
 
 import contextlib
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.hub import hub_answers, upload_errors
@@ -105,9 +106,11 @@ class HubPlace:
         self._commit(files, f"Cache: {', '.join(file.name for file in files)}"[:200])
 
     def _commit(self, files: Sequence[Sending], message: str) -> None:
+        if not files:
+            return
         for file in files:
             check_file(file)
-        with self._errors():
+        with self._errors(), _without_bars():
             if not self._exists:
                 self._api.create_repo(self.repo, repo_type="dataset", private=self.private, exist_ok=True)
                 self._exists = True
@@ -122,3 +125,15 @@ class HubPlace:
 
     def _errors(self) -> contextlib.AbstractContextManager[None]:
         return upload_errors(self._api.endpoint, f"datasets/{self.repo}", RESUME)
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """A context without the progress bars of huggingface_hub, one for each file: there is one bar for all."""
+    before = are_progress_bars_disabled()
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not before:
+            enable_progress_bars()

@@ -102,7 +102,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif "/tree/" in path:
             start = re.sub(r".*/tree/[^/]+/?", "", path)
             found = [self.facts(name) for name in sorted(server.files) if name.startswith(f"{start}/" if start else "")]
-            self.answer(200 if server.exists and (found or not start) else 404, found)
+            there = server.exists and (found or not start)
+            self.answer(200 if there else 404, found if there else {"error": "not found"})
         elif "/paths-info/" in path:
             asked = [unquote(part.partition("=")[2]) for part in body.decode().split("&") if part.startswith("paths")]
             asked = asked or json.loads(body)["paths"]
