@@ -5,8 +5,10 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
+from commands import ENV, LIMIT_S, ROOT
 from safetensors.torch import load_file, save_file
 from small_cache import CPU, SAMPLES, VIEWS, copy_of_cache, make, options, shared_weights, unit_files, write_weights
 
@@ -313,3 +315,29 @@ def test_a_zarr_cache_holds_the_same_records(tmp_path):
     for view in range(VIEWS):
         assert cache.read(range(SAMPLES), view) == other.read(range(SAMPLES), view)
     assert json.loads((tmp_path / "cache" / "plan.json").read_text())["backend"] == "zarr"
+
+
+WITH_BROKEN_PACKAGES = """
+import sys
+class Broken:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {"numcodecs", "zfpy", "zarr", "pillow_heif", "pillow_avif", "pillow_jxl"}:
+            raise ValueError("invalid literal for int() with base 10: 'post0'")
+sys.meta_path.insert(0, Broken())
+from small_cache import make
+from scalekd_cache.store.verify import verify_cache
+for backend in ("webdataset", "zarr"):
+    cache = make(f"{sys.argv[1]}/{backend}", sys.argv[2], data={"max_samples": 16}, cache={"backend": backend})
+    assert len(cache.read([0, 5], 1)) == 2
+    assert verify_cache(cache.root, deep=True) == []
+print("made", "numcodecs" in sys.modules)
+"""
+
+
+def test_packages_whose_import_fails_end_no_job_that_needs_none(tmp_path):
+    """As numcodecs 0.16.6 next to a zfpy of version 1.0.1.post0; plug-ins of Pillow too."""
+    words = [sys.executable, "-c", WITH_BROKEN_PACKAGES, str(tmp_path), str(shared_weights())]
+    environment = {**ENV, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"}
+    done = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("made False\n")

@@ -1,9 +1,11 @@
-"""With timm's own transform, an exported student has the accuracy that `evaluate` measures."""
+"""Accuracy of a student: as with timm's own transform; only on images of its classes."""
 
+import pytest
 import timm
 import torch
+from image_files import folder_tree
 from PIL import Image
-from small_cache import CPU
+from small_cache import CPU, shared_cache
 from timm.data import create_transform, resolve_data_config
 
 from scalekd_cache.config.stage1 import DataConfig
@@ -12,6 +14,7 @@ from scalekd_cache.convert.timm_export import export_student
 from scalekd_cache.data.images import decode_image
 from scalekd_cache.data.source import open_source
 from scalekd_cache.models.student import build_student
+from scalekd_cache.training.run import _validation
 from scalekd_cache.training.run_evaluation import evaluate_folder
 
 SIZE = 40
@@ -36,3 +39,12 @@ def test_timm_measures_the_same_accuracy(tmp_path):
     predicted, labels = export().argmax(1), torch.tensor([sample.label for sample in source.samples])
     assert len(predicted.unique()) > 3
     assert int((predicted == labels).sum()) == evaluate_folder(folder, "demo", CPU, 0).top1
+
+
+@pytest.mark.parametrize(("classes", "text"), [("ab", "different classes"), ("", "no labels")])
+def test_a_run_on_images_of_other_classes_measures_no_accuracy(tmp_path, capsys, classes, text):
+    names = [f"{name}/1.png" for name in classes] or ["1.png", "2.png"]
+    data = folder_tree(tmp_path, names, names)
+    assert _validation(shared_cache().manifest, str(data), CPU) is None
+    assert text in capsys.readouterr().out
+    assert _validation(shared_cache().manifest, None, CPU) is not None
