@@ -7,6 +7,7 @@ an image file, and no file is listed twice; any other line is an error with its 
 import dataclasses
 import os
 import stat
+import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -66,6 +67,10 @@ def _check_image(file: Path, number: int, place: str) -> None:
     try:
         mode = os.stat(place).st_mode
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
+        for form in ("NFC", "NFD"):
+            if isinstance(error, FileNotFoundError) and os.path.exists(other := unicodedata.normalize(form, place)):
+                got = f"{place!a}: the file is named in another Unicode form (NFC or NFD): {other!a}"
+                raise _bad_line(file, number, got, "write the list with the names of the files") from error
         raise _bad_line(file, number, f"{place}: {getattr(error, 'strerror', error)}", fix) from error
     if not stat.S_ISREG(mode):
         what = "a folder: give --data the folder itself, or list its images" if stat.S_ISDIR(mode) else "not a file"

@@ -1,6 +1,7 @@
 """Data sets without labels: folders, the held-out share, and what a labeled val/ beside them means."""
 
 import pickle
+import unicodedata
 
 import numpy as np
 import pytest
@@ -395,3 +396,12 @@ def test_describe_source(tmp_path):
     assert "2 images without labels" in describe_source(source_of(tmp_path / "part"))
     assert "validation images are separate" in describe_source(source_of(tmp_path / "part"))
     assert describe_source(source_of("demo")).endswith("images of 10 classes in demo")
+
+
+@pytest.mark.parametrize(("written", "there"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_a_list_in_another_unicode_form_is_named(tmp_path, written, there):
+    """Both names look the same in a message."""
+    write(tmp_path / f"{unicodedata.normalize(there, 'ä')}.png", encoded(picture()))
+    write(tmp_path / "list.txt", f"{unicodedata.normalize(written, 'ä')}.png\n".encode())
+    with pytest.raises(UserError, match=r"line 1 (?s:.*)another Unicode form"):
+        source_of(tmp_path / "list.txt", "train")
