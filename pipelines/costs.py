@@ -26,7 +26,7 @@ class CostsConfig:
     """Options of `costs`."""
 
     teacher: str = "swin_large_patch4_window7_224"
-    """A timm model name."""
+    """A timm model name. Several, separated by commas, teach one student: a table each, and their sum."""
     student: str = "resnet50"
     """A timm model name or a short name."""
     image_size: int | None = None
@@ -43,17 +43,28 @@ class CostsConfig:
 def main(given: Given) -> None:
     """Count FLOPs and parameters and print them."""
     config = build(CostsConfig, given)
+    from scalekd_cache.models.teacher import own_image_size
     from scalekd_cache.planning.costs import (
         PAPER_IMAGE_SIZE,
         PAPER_PAIRS,
         SUMMARY_HEAD,
         pair_costs,
         report,
+        sum_line,
         summary_row,
     )
 
     if not config.all:
-        print(report(pair_costs(config.teacher, config.student, config.scalekd, config.image_size)))
+        names = [name.strip() for name in config.teacher.split(",")]
+        config.scalekd.check_teachers(len(names))
+        size = config.image_size or own_image_size(names[0])
+        several = [
+            pair_costs(name, config.student, config.scalekd.of_teacher(number), size)
+            for number, name in enumerate(names)
+        ]
+        print("\n\n".join(report(costs) for costs in several))
+        if len(several) > 1:
+            print(f"\n{sum_line(several)}")
         return
     print(INTRODUCTION)
     pairs = [pair_costs(teacher, student, config.scalekd, PAPER_IMAGE_SIZE) for teacher, student in PAPER_PAIRS]

@@ -113,6 +113,10 @@ class ScaleKDConfig:
         """The feature share of one of several teachers (None: as much as its cache has)."""
         return self.feature_share[number] if isinstance(self.feature_share, tuple) else self.feature_share
 
+    def of_teacher(self, number: int) -> "ScaleKDConfig":
+        """The constants of one of several teachers: those of a run with this teacher alone."""
+        return replace(self, feature_share=self.share_of(number), teacher_shares=None)
+
     def weights_of(self, teachers: int) -> list[float]:
         """The weights of the teachers' losses; their sum is 1. One teacher alone has weight 1."""
         shares = self.teacher_shares
@@ -120,14 +124,14 @@ class ScaleKDConfig:
         return [share / sum(given) for share in given]
 
     def check_teachers(self, teachers: int) -> None:
-        """`UserError` for a list of shares of another length than the list of caches."""
+        """`UserError` for a list of shares of another length than that of the teachers."""
         for name in ("feature_share", "teacher_shares"):
             shares = getattr(self, name)
             if isinstance(shares, tuple) and len(shares) != teachers:
                 raise UserError(
-                    f"scalekd.{name} and --cache list different numbers",
-                    got=f"{counted(len(shares), 'share')} for {counted(teachers, 'cache')}",
-                    fix=f"give one number a cache in --scalekd.{name}",
+                    f"scalekd.{name} has another number of shares than there are teachers",
+                    got=f"{counted(len(shares), 'share')} for {counted(teachers, 'teacher')}",
+                    fix=f"give --scalekd.{name} one number for each teacher",
                 )
 
 

@@ -276,6 +276,17 @@ def summary_row(costs: PairCosts) -> str:
     return f"| {costs.teacher_name} | {costs.student_name} | {numbers} | {costs.ceiling:.2f}x |"
 
 
+def sum_line(several: Sequence[PairCosts]) -> str:
+    """One line about a student with the heads of several teachers."""
+    heads = sum(costs.heads_total for costs in several)
+    offline = several[0].student.total + heads
+    live = offline + sum(costs.teacher.forward for costs in several)
+    return (
+        f"all {len(several)} teachers: heads {heads / 1e9:.1f} GFLOP, {sum(map(_heads_params, several)) / 1e6:.0f} M "
+        f"trainable parameters; maximum speedup {live / offline:.2f}x"
+    )
+
+
 SUMMARY_HEAD = (
     "| teacher | student | teacher, M | teacher forward, GFLOP | student, M | student forward + backward, GFLOP "
     "| heads, M | heads forward + backward, GFLOP | maximum speedup |\n"

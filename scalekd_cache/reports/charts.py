@@ -72,6 +72,10 @@ def plain(name: str) -> str:
     return MATH.sub(lambda found: " ".join(found[0]), short)
 
 
+LEAST_SHARE = 0.1
+"""The share that an axis in percent reaches at least; ticks below a percent would all read 0 %."""
+
+
 def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, percent: bool = False) -> Chart:
     """Curves with a common x axis; both axes include zero; `percent` shows shares as percent."""
     plot = _plot(x_name, y_name, 260)
@@ -92,6 +96,7 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
     _hover(plot, shown, [group[0] for _, group in drawn], {"@y": kind}, mode="vline")
     if percent:
         plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
+        plot.y_range.min_interval = LEAST_SHARE
     if len(series) > 1:
         _legend(plot, drawn)
     ends = "; ".join(f"{one.name} goes from {one.y[0]:.4g} to {one.y[-1]:.4g}" for one in series if len(one.y))

@@ -170,7 +170,8 @@ def _headline(run: Run) -> list[tuple[str, str]]:
             *speed,
         ]
     rows = [(percent(summary["top1"]), "top-1"), (percent(summary["top5"]), "top-5")]
-    rows.append((percent(summary["teacher_top1"]), "teacher's top-1"))
+    best = "best teacher's top-1" if "teachers" in summary else "teacher's top-1"
+    rows.append((percent(summary["teacher_top1"]), best))
     if baseline:
         rows.append((percent(baseline["top1"]), "top-1 without distillation"))
     return [*rows, *speed]

@@ -112,3 +112,18 @@ def test_command_and_committed_page(capsys):
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
     assert "maximum speedup" in text
+
+
+def test_several_teachers_have_a_table_each_and_the_sum_of_their_heads(capsys):
+    """At the size of the first one's images."""
+    names = "swin_tiny_patch4_window7_224", "vit_tiny_patch16_224"
+    call(costs_command, ["--teacher", ",".join(names), "--student", "resnet18", "--feature-share", "1,0.25"])
+    text = capsys.readouterr().out
+    apart = [
+        costs.pair_costs(name, "resnet18", ScaleKDConfig(feature_share=share), 224)
+        for name, share in zip(names, (1.0, 0.25), strict=True)
+    ]
+    assert all(costs.report(one) in text for one in apart)
+    assert f"all 2 teachers: heads {sum(one.heads_total for one in apart) / 1e9:.1f} GFLOP" in text
+    with pytest.raises(UserError, match="another number of shares than there are teachers"):
+        call(costs_command, ["--teacher", names[0], "--feature-share", "1,0.25"])
