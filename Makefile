@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 # Parallel test processes, of one thread each.
 JOBS ?= 2
-COMMANDS = cache-teacher distill evaluate probe finetune export report verify repair inspect plan prove publish fetch costs import-upstream
+COMMANDS = cache-teacher distill evaluate probe finetune export report verify repair inspect plan prove publish pull fetch costs import-upstream
 BENCHMARKS = bench-codec bench-scale study
 
 # ---- variables as options: one rule (pipelines/make_options.py), checked before an environment exists

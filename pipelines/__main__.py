@@ -23,6 +23,7 @@ try:
         probe,
         prove,
         publish,
+        pull,
         repair,
         report,
         verify,
@@ -34,7 +35,7 @@ except KeyboardInterrupt:  # in the first second, before `run` answers it
     sys.exit(130)
 
 MODULES = (cache_teacher, distill, evaluate, probe, finetune, export, report, verify, repair,
-           inspect_cache, plan, prove, publish, fetch, costs, import_upstream)  # fmt: skip
+           inspect_cache, plan, prove, publish, pull, fetch, costs, import_upstream)  # fmt: skip
 """In the order of `scalekd --help`. The formatter would take fifteen lines for it."""
 
 

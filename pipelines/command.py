@@ -50,6 +50,8 @@ class Command(click.Command):
         about: first line: summary.
         lock: held while the command runs, by the process that starts the others.
         check: run by that process, before it starts the others.
+        check_values: run instead of the command by `--check-values`.
+        argument: the option whose value may also be given without its name.
     """
 
     def __init__(
@@ -61,18 +63,25 @@ class Command(click.Command):
         lock: Callable[[Given], contextlib.AbstractContextManager[None]] | None = None,
         check: Callable[[Given], None] = lambda given: None,
         check_values: Callable[[Given], None] = lambda given: None,
+        argument: str | None = None,
     ) -> None:
         self.main_function, self.config_classes = main, tuple(config_classes)
         self.lock = lock if lock and "RANK" not in os.environ else lambda given: contextlib.nullcontext()
         self.check, self.check_values, self.plain = check, check_values, PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
+        self.argument = [click.Argument([f"{argument}_"], required=False, metavar=argument.upper())] if argument else []
+        self.dotted |= {f"{argument}_": argument} if argument else {}
         shown: dict[str, list[str]] = {}
         for plain, dotted in self.plain.items():
             shown.setdefault(dotted, []).append(plain)
         super().__init__(
             name,
-            params=[*(_click_option(option, shown.get(option.name, [])) for option in found), *_common()],
+            params=[
+                *self.argument,
+                *(_click_option(option, shown.get(option.name, [])) for option in found),
+                *_common(),
+            ],
             help=about,
             short_help=str(about).partition("\n")[0],
             callback=self._call,
@@ -146,7 +155,7 @@ class Command(click.Command):
             prefix = dotted.partition(".")[0] if "." in dotted else ""
             return 2, f"{prefix}.*" if prefix else "Other options"
 
-        params = [param for param in self.get_params(ctx) if param.get_help_record(ctx)]
+        params = [param for param in self.get_params(ctx) if param not in self.argument and param.get_help_record(ctx)]
         params.sort(key=lambda param: (group(param), order.get(self.dotted.get(str(param.name), ""), len(order))))
         for (_, title), members in groupby(params, key=group):
             records = [record for param in members if (record := param.get_help_record(ctx))]

@@ -8,7 +8,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe, publish
+    from scalekd_cache.api import CacheInfo, cache_teacher, distill, finetune, probe, publish, pull
     from scalekd_cache.config.stage2 import ScaleKDConfig
     from scalekd_cache.errors import UserError
     from scalekd_cache.loader.decoder import RecordDecoder
@@ -32,6 +32,7 @@ __all__ = [
     "finetune",
     "probe",
     "publish",
+    "pull",
     "register_family",
     "timm_student",
 ]
@@ -51,6 +52,7 @@ _HOME = {
     "finetune": "api",
     "probe": "api",
     "publish": "api",
+    "pull": "api",
     "register_family": "models.tail",
     "timm_student": "training.custom_loop",
 }

@@ -17,6 +17,7 @@ from scalekd_cache.config.options import build
 from scalekd_cache.config.places import cache_places, default_cache, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.publishing import PublishConfig
+from scalekd_cache.config.pull import PullConfig
 from scalekd_cache.config.recipes import check_recipe, has_changed, recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
@@ -263,6 +264,38 @@ def publish(
     return run(build(PublishConfig, given))
 
 
+def pull(
+    url: str | os.PathLike[str],
+    *,
+    cache: str | os.PathLike[str] | None = None,
+    views: str | None = None,
+    without_pixels: bool | None = None,
+    data: str | os.PathLike[str] | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> CacheInfo:
+    """Pull a published cache into a folder; every file is verified.
+
+    A rerun resumes; it does nothing if the folder has all wanted views.
+
+    Args:
+        url: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder.
+        cache: folder to write (None: `caches/` and the last part of the URL).
+        views: the first views only, such as `"0-3"` (None: all).
+        without_pixels: do not transfer pixels: make them again from the images in `data`.
+        data: with `without_pixels`: the images that the cache was made from.
+        options: any other option, by plain or dotted name: `{"connections": 16}`.
+
+    Raises:
+        UserError: anything that the command would report as an error.
+    """
+    config = pull_config(
+        _given("pull", options, url=url, cache=cache, views=views, without_pixels=without_pixels, data=data)
+    )
+    from scalekd_cache.publishing.pull import pull_cache
+
+    return cache_info(Path(config.folder), pull_cache(config).manifest)
+
+
 def probe_config(given: Given) -> ProbeConfig:
     """The configuration of `probe`: defaults and the given options."""
     return build(ProbeConfig, {"workers": _workers()}, given)
@@ -278,6 +311,11 @@ def caches_info(config: CacheTeacherConfig, manifests: Sequence[Manifest]) -> Ca
     pairs = zip(config.per_teacher(), manifests, strict=True)
     first, *others = [cache_info(Path(one.cache.path), manifest) for one, manifest in pairs]
     return replace(first, others=tuple(others))
+
+
+def pull_config(given: Given) -> PullConfig:
+    """The configuration of `pull`: defaults and the given options."""
+    return build(PullConfig, {"workers": _workers()}, given)
 
 
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:

@@ -1,0 +1,38 @@
+"""Pull a published cache into a folder: verified, resumable; all of it, its first views, or without its pixels."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from pipelines.command import Command, Given, JsonOutput, run, take, typed_command
+from scalekd_cache.api import cache_info, pull_config
+from scalekd_cache.config.pull import PullConfig
+from scalekd_cache.errors import counted
+from scalekd_cache.progress import size_text
+
+
+def main(given: Given) -> None:
+    """Pull, and print what the folder has now."""
+    output = take(given, JsonOutput)
+    config = pull_config(given)
+    from scalekd_cache.publishing.pull import pull_cache
+
+    facts: dict[str, Any] = {}
+    with output.printed(facts):
+        done = pull_cache(config)
+        manifest = done.manifest
+        has = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"
+        what = "already complete, nothing to pull" if done.complete else f"{size_text(done.bytes)} fetched and verified"
+        print(f"{config.folder}: {has}, {what}")
+        print(f"next: {typed_command('distill', {'student': 'resnet50', 'cache': config.folder})}")
+        facts |= {
+            **asdict(cache_info(Path(config.folder), manifest)),
+            "path": config.folder,
+            "fetched_bytes": done.bytes,
+        }
+
+
+COMMAND = Command("pull", main, [PullConfig, JsonOutput], __doc__, argument="url")
+
+if __name__ == "__main__":
+    run(COMMAND)
