@@ -23,15 +23,17 @@ from scalekd_cache.store.checked_files import PIECE_BYTES, open_file, read_at
 from scalekd_cache.store.durable_files import is_disk_full
 from scalekd_cache.versions import import_optional
 
-SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs"}
+SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "hf": "remote"}
 """URL schemes of remote caches, and the extra of setup.cfg that installs their packages; `file` is a local folder."""
 PACKAGES = {
     "http": ("aiohttp",),
     "https": ("aiohttp",),
     "s3": ("s3fs", "botocore", "aiohttp"),
     "gs": ("gcsfs", "aiohttp"),
+    "hf": ("huggingface_hub",),
 }
 """The packages that fsspec needs for each scheme."""
+HUB_PLACE = re.compile(r"hf://(datasets/)?[^/]+/[^/]+(/.*)?")
 SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
 """Names of environment variables whose values are never printed."""
@@ -72,6 +74,8 @@ def is_url(place: str) -> bool:
         return False
     scheme = found[0][:-1].lower()
     url = urlsplit(place)
+    if scheme == "hf" and not HUB_PLACE.fullmatch(place):
+        raise UserError("not a repository of the model hub", got=place, expected="hf://datasets/USER/NAME")
     if scheme not in {"file", *SCHEMES} or not place[len(scheme) :].startswith("://") or "::" in place:
         raise UserError(
             "this kind of URL is not supported",
@@ -123,8 +127,15 @@ def download(
 
     def once() -> None:
         target.unlink(missing_ok=True)
-        options = _request_options(url, config.redirect_hosts if check else "")
-        _filesystem(url, config).get_file(url, str(target), callback=_bounded(limit_bytes, config, received), **options)
+        system, callback = _filesystem(url, config), _bounded(limit_bytes, config, received)
+        if url.startswith("hf:"):  # one request; `get_file` would list the folder and read the file in blocks
+            with system.open(url, "rb", block_size=0) as remote, target.open("wb") as file:
+                while piece := remote.read(PIECE_BYTES):
+                    file.write(piece)
+                    callback.relative_update(len(piece))
+        else:
+            options = _request_options(url, config.redirect_hosts if check else "")
+            system.get_file(url, str(target), callback=callback, **options)
         if check:
             check()
 
@@ -135,7 +146,9 @@ def remote_size(url: str, config: RemoteConfig) -> int | None:
     """Length reported by the server; None when it reports none. Raises as `download`."""
 
     def once() -> Any:
-        return _filesystem(url, config).info(url, **_request_options(url, config.redirect_hosts)).get("size")
+        system = _filesystem(url, config)
+        system.invalidate_cache()  # listings of the hub, of s3 and of gs
+        return system.info(url, **_request_options(url, config.redirect_hosts)).get("size")
 
     size = _attempts(url, config, once)
     return size if isinstance(size, int) else None
@@ -267,7 +280,10 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T], verb: str =
 
 def _failures(scheme: str) -> tuple[type[Exception], ...]:
     """The exceptions of a transfer that failed because of the network or the server."""
-    errors = [OSError, TimeoutError, _package("aiohttp", scheme).ClientError]
+    errors: list[type[Exception]] = [OSError, TimeoutError]
+    if scheme == "hf":
+        return (*errors, _package("huggingface_hub.errors", scheme).HTTPError)
+    errors.append(_package("aiohttp", scheme).ClientError)
     if scheme == "s3":
         boto = _package("botocore.exceptions", scheme)
         errors += [boto.BotoCoreError, boto.ClientError]
@@ -287,7 +303,13 @@ def _status(error: Exception) -> int | None:
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
         # aiohttp's protocol errors also have a `code`: 400 for a truncated body, which is not a status of the server
         code = getattr(one, "code", None) if type(one).__module__.startswith("gcsfs") else None
-        for status in (getattr(one, "status", None), code, metadata.get("HTTPStatusCode")):
+        found = (
+            getattr(one, "status", None),
+            code,
+            metadata.get("HTTPStatusCode"),
+            getattr(response, "status_code", None),
+        )
+        for status in found:
             if isinstance(status, int) and status >= 400:
                 return status
     if isinstance(error, FileNotFoundError) and error.__cause__ is None:
@@ -298,7 +320,7 @@ def _status(error: Exception) -> int | None:
 def _is_final(error: Exception, status: int | None) -> bool:
     if status is not None:
         return 400 <= status < 500 and status not in RETRY_STATUS
-    return type(error).__name__ in ("InvalidURL", "NoCredentialsError", "ParamValidationError")
+    return type(error).__name__ in ("InvalidURL", "NoCredentialsError", "ParamValidationError", "OfflineModeIsEnabled")
 
 
 def _failed(
@@ -308,7 +330,7 @@ def _failed(
     root = error
     while isinstance(root.__cause__, Exception):  # some implementations report every error as "not found"
         root = root.__cause__
-    reason = f"{type(root).__name__}: {without_password(str(root))}".rstrip(": ")
+    reason = f"{type(root).__name__}: {without_password((str(root).splitlines() or [''])[0])}".rstrip(": ")
     fixes = FIXES if verb == "download" else WRITE_FIXES
     if isinstance(error, TransferError) and verb == "upload":
         fix = "rerun; if it happens again, check the server"
