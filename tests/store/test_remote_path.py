@@ -273,7 +273,7 @@ def test_an_open_cache_survives_pickle(tar_server, tmp_path):
                                  "http://h/x::pipe:true"])  # fmt: skip
 def test_other_urls_are_refused(url):
     for action in (Cache.open, verify_cache):
-        with pytest.raises(UserError, match="file://, gs://, http://, https://, s3://"):
+        with pytest.raises(UserError, match="file://, gs://, hf://, http://, https://, s3://"):
             action(url)
 
 

@@ -166,7 +166,7 @@ def test_a_cache_on_gs(gs, tmp_path):
 
 def test_make_verify_refuses_a_command(tmp_path):
     marker = tmp_path / "ran"
-    assert "file://, gs://, http://" in make("verify", status=2, CACHE=f"pipe:touch {marker}")
+    assert "file://, gs://, hf://, http://" in make("verify", status=2, CACHE=f"pipe:touch {marker}")
     assert not marker.exists()
 
 
