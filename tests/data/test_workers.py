@@ -167,7 +167,7 @@ def test_little_shared_memory_changes_no_result(tmp_path, monkeypatch):
     ]
     for one, other in zip(*batches, strict=True):
         assert torch.equal(one.images, other.images)
-        assert torch.equal(one.codes, other.codes)
+        assert torch.equal(one.stored[0].codes, other.stored[0].codes)
     source = open_source(DataConfig(max_samples=50), "val")
     tallies = [evaluate(lambda x: x.float().mean((2, 3)), source, 64, CPU.device, workers=count) for count in (0, 2)]
     assert tallies[0] == tallies[1]
