@@ -25,7 +25,7 @@ from pydantic.dataclasses import dataclass
 from pipelines.launcher import REPORTED, LaunchConfig, launch
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import Option, build, options_of
-from scalekd_cache.config.places import expand_home
+from scalekd_cache.config.places import cache_places, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted, UserError, join_or, unknown_name, worker_failure
 
@@ -253,6 +253,8 @@ def check_cache_path(place: str) -> None:
         (path / part).exists() for part in ("plan.json", "manifest.json", "units", "publication.json")
     ):
         return
+    if len(cache_places(place)) > 1:
+        raise UserError(f"this command takes one cache at a time, but --cache lists several: {place}")
     if path.is_dir():
         inside = sorted(str(file.parent) for file in path.glob("*/manifest.json"))[:3]
         hint = f": did you mean {join_or(inside)}?" if inside else ": it has no plan.json"

@@ -124,10 +124,12 @@ class ScaleKDConfig:
         return [share / sum(given) for share in given]
 
     def check_teachers(self, teachers: int) -> None:
-        """`UserError` for a list of shares of another length than that of the teachers."""
+        """`UserError` for another number of shares than of teachers; one feature share is that of all teachers."""
         for name in ("feature_share", "teacher_shares"):
-            shares = getattr(self, name)
-            if isinstance(shares, tuple) and len(shares) != teachers:
+            given = getattr(self, name)
+            one_for_all = given is None or (name == "feature_share" and not isinstance(given, tuple))
+            shares = given if isinstance(given, tuple) else (given,)
+            if not one_for_all and len(shares) != teachers:
                 raise UserError(
                     f"scalekd.{name} has another number of shares than there are teachers",
                     got=f"{counted(len(shares), 'share')} for {counted(teachers, 'teacher')}",

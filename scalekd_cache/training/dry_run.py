@@ -26,6 +26,7 @@ from scalekd_cache.training.targets import (
     describe_targets,
     feature_samples,
     heads_note,
+    live_options,
     load_cache_tail,
     make_heads,
     make_order,
@@ -85,6 +86,8 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"
     lines += describe_targets(config, reads) if train.targets != "none" else []
+    if train.targets == "live":
+        live_options(config, reads)
     lines += [describe_lr(config), *(f"skipped: {problem}" for problem in problems)]
     if before is not None and before < train.epochs:
         first = checkpoint.facts["loader"]["step"] if checkpoint else 0

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from scalekd_cache.codec.base import feature_norms
 from scalekd_cache.codec.logits import LogitCodec
 from scalekd_cache.codec.recomputed import RecomputedLogits, load_classifier
+from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, TrainConfig, teacher_files
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError, counted
@@ -278,11 +279,22 @@ def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.devi
     """
     if config.train.targets != "live":
         return [None] * len(run_cache.caches)
-    files = teacher_files(config.teacher_weights, len(run_cache.caches))
+    options = live_options(config, run_cache)
     return [
-        load_cache_teacher(cache.manifest, cache_teacher_config(cache.manifest.facts.teacher["config"], file), device)
-        for cache, file in zip(run_cache.caches, files, strict=True)
+        load_cache_teacher(cache.manifest, teacher, device)
+        for cache, teacher in zip(run_cache.caches, options, strict=True)
     ]
+
+
+def live_options(config: DistillConfig, run_cache: RunCache) -> list[TeacherConfig]:
+    """The options of each teacher for train.targets=live, with the files of their weights as they are now.
+
+    Raises:
+        UserError: a file does not exist, or another number of files than of caches is given.
+    """
+    files = teacher_files(config.teacher_weights, len(run_cache.caches))
+    recorded = [facts.teacher["config"] for facts in run_cache.facts]
+    return [cache_teacher_config(options, file) for options, file in zip(recorded, files, strict=True)]
 
 
 def target_sources(

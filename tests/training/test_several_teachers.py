@@ -133,6 +133,13 @@ def test_caches_of_other_views_or_images_do_not_join(pair, tmp_path):
         plan_distill(config_of([pair[0], pair[0]], tmp_path / "run"), CPU)
     with pytest.raises(UserError, match="another number of shares"):
         plan_distill(config_of(pair, tmp_path / "run", scalekd={"teacher_shares": (1, 2, 3)}), CPU)
+    with pytest.raises(UserError, match="another number of shares"):
+        plan_distill(config_of(pair, tmp_path / "run", scalekd={"teacher_shares": 2.0}), CPU)
+    live = {"train": {"targets": "live"}}
+    with pytest.raises(UserError, match="--teacher-weights and --cache list different numbers"):
+        plan_distill(config_of(pair, tmp_path / "run", teacher_weights="a,b,c", **live), CPU)
+    with pytest.raises(UserError, match="weights file does not exist"):
+        plan_distill(config_of(pair, tmp_path / "run", teacher_weights=f"{shared_weights()},b", **live), CPU)
     assert not (tmp_path / "run").exists()
 
 
