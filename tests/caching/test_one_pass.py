@@ -87,7 +87,12 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("tars", "zarr")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[] if case in QUICK else pytest.mark.ci_slow) for case in CASES]
+)
 def test_one_pass_writes_what_a_job_per_teacher_writes(tmp_path, data, case, monkeypatch):
     expected = apart(tmp_path / "apart", data, shares=case != "replayed", **CASES[case])
     decoded = []
@@ -195,6 +200,7 @@ def test_a_unit_of_other_images_than_in_the_first_cache_is_rebuilt(tmp_path):
     assert tree(root) == apart(tmp_path / "apart", data, views=1)
 
 
+@pytest.mark.ci_slow
 def test_replayed_caches_skip_the_same_images_after_a_kill(tmp_path, monkeypatch):
     data, root = folder_tree(tmp_path / "data", train=NAMES, val=NAMES[::2]), tmp_path / "together"
     image = (data / "train" / NAMES[6]).read_bytes()
@@ -251,6 +257,7 @@ def test_a_dry_run_names_every_cache_and_the_sum(tmp_path, data, capsys):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.ci_slow
 def test_the_disk_must_hold_all_caches(tmp_path, data, monkeypatch, capsys):
     asked = []
     shared_weights()  # its first use makes a cache
@@ -297,6 +304,7 @@ def test_refused_before_anything_is_written(tmp_path, data):
         together(root, data)
 
 
+@pytest.mark.ci_slow
 def test_another_order_of_the_teachers_is_explained(tmp_path, data):
     together(tmp_path / "new", data, views=1)
     with pytest.raises(UserError, match="keep their order"):
