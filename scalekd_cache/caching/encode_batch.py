@@ -63,7 +63,7 @@ class PixelBuffers:
     """Host memory for the pixels of a batch of images; two buffers alternate.
 
     New memory would cost more time than the copy into it. A buffer is reused once its copies to the device are done;
-    with two buffers this rarely means a wait.
+    with two buffers this rarely causes a wait.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -62,7 +62,7 @@ def from_plain(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(fields: Mapping[str, Any]) -> str:
-    """The sha256 (hex) of the canonical JSON of `fields`, which have everything that changes cached bytes."""
+    """The sha256 (hex) of the canonical JSON of `fields`, which contain everything that changes cached bytes."""
     text = json.dumps(fields, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -361,8 +361,8 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
 def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
     """The facts of a manifest or plan that contradict each other.
 
-    `fingerprint_fields` has everything that changes the bytes of records and `fingerprint` is its hash; readers use the
-    other fields, which must have the same values.
+    `fingerprint_fields` contains everything that changes the bytes of records, and `fingerprint` is its hash; readers
+    use the other fields, which must have the same values.
 
     Raises:
         UserError: a view recipe, data set or teacher that is not a valid configuration.
