@@ -76,14 +76,32 @@ LEAST_SHARE = 0.1
 """The share that an axis in percent reaches at least; ticks below a percent would all read 0 %."""
 
 
-def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, percent: bool = False) -> Chart:
-    """Curves with a common x axis; both axes include zero; `percent` shows shares as percent."""
+def curves(
+    series: Sequence[Series],
+    x_name: str,
+    y_name: str,
+    title: str,
+    *,
+    percent: bool = False,
+    styles: Sequence[int] | None = None,
+) -> Chart:
+    """Curves with a common x axis; both axes include zero.
+
+    Args:
+        series: the curves.
+        x_name: name of the x axis.
+        y_name: name of the y axis.
+        title: title of the chart.
+        percent: show shares as percent.
+        styles: number of the color and line style of each curve, so that a run looks the same in all charts of a page;
+            a legend then names even a single curve (None: 0, 1, ...).
+    """
     plot = _plot(x_name, y_name, 260)
     plot.x_range, plot.y_range = DataRange1d(start=0), DataRange1d()
     if all(value >= 0 for one in series for value in one.y):
         plot.y_range.start = 0
     drawn = []
-    for number, one in enumerate(series):
+    for number, one in zip(styles or range(len(series)), series, strict=True):
         source = ColumnDataSource({"x": _downsampled(one.x), "y": _downsampled(one.y)})
         style = {"line_color": COLORS[number % 7], "name": plain(one.name)}
         lines = [plot.line("x", "y", source=source, line_dash=_style(DASHES, number), line_width=2, **style)]
@@ -97,7 +115,7 @@ def curves(series: Sequence[Series], x_name: str, y_name: str, title: str, *, pe
     if percent:
         plot.yaxis.formatter = NumeralTickFormatter(format="0 %")
         plot.y_range.min_interval = LEAST_SHARE
-    if len(series) > 1:
+    if len(series) > 1 or styles:
         _legend(plot, drawn)
     ends = "; ".join(f"{one.name} goes from {one.y[0]:.4g} to {one.y[-1]:.4g}" for one in series if len(one.y))
     return _chart(plot, f"{title}. {y_name} over {x_name}: {ends or 'no values yet'}.", title)

@@ -162,14 +162,17 @@ def _loss_charts(runs: list[Run]) -> list[Chart]:
         name = "Loss without distillation" if targets == "none" else f"Loss, {targets} targets"
         same = sum(text_option(other[0].options, "train.targets") == targets for other in groups.values())
         title = f"{name}: {', '.join(run.name for run in group)}" if same > 1 else name
-        charts.append(curves([run.series("loss") for run in group], "step", "weighted loss", title))
+        styles = [number for number, run in enumerate(runs) if any(run is one for one in group)]
+        series = [run.series("loss") for run in group]
+        charts.append(curves(series, "step", "weighted loss", title, styles=styles))
     return charts
 
 
 def _other_charts(runs: list[Run]) -> list[Chart]:
     """Throughput, and accuracy against size and speed."""
-    started = [run.series("images_per_s") for run in runs if run.lines]
-    charts = [curves(started, "step", "images/s", "Training throughput")]
+    started = [number for number, run in enumerate(runs) if run.lines]
+    rates = [runs[number].series("images_per_s") for number in started]
+    charts = [curves(rates, "step", "images/s", "Training throughput", styles=started)]
     measured = [
         (run.name, run.student, float(run.summary["top1"]))
         for run in runs

@@ -381,6 +381,16 @@ def test_losses_of_other_targets_have_their_own_chart(four_pages):
     ]
 
 
+def test_a_run_has_one_color_and_its_name_in_all_charts(four_pages):
+    """The baseline is the third run, and alone in the chart of its loss."""
+    charts = re.search(r'id="charts">(.*?)</script>', four_pages, re.DOTALL)[1]
+    drawn = [json.dumps(chart) for chart in json.loads(charts) if '"baseline"' in json.dumps(chart)]
+    alone, throughput = (text for text in drawn if '"line_width": 2' in text)
+    assert set(re.findall(r'"line_color": "(#\w{6})"', alone)) == {COLORS[2]}
+    assert '"Legend"' in alone
+    assert list(dict.fromkeys(re.findall(r'"line_color": "(#\w{6})", "line_width": 2', throughput))) == list(COLORS[:4])
+
+
 def test_a_run_without_its_data_and_its_cache(done, tmp_path):
     run = changed(done, tmp_path / "run", "cache.json", '"source": "demo"', '"source": "gone"')
     text = Page(run_report([run], RunReport(), CPU)).text
