@@ -3,10 +3,9 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 MAKEFLAGS += --no-builtin-rules --no-print-directory
 .SUFFIXES:
-
+comma := ,
 PYTHON ?= python3
 VENV ?= .venv
-# Parallel test processes, of one thread each.
 JOBS ?= 2
 COMMANDS = cache-teacher distill evaluate probe finetune export report verify repair inspect plan prove publish pull fetch costs import-upstream
 BENCHMARKS = bench-codec bench-scale study
@@ -61,17 +60,14 @@ help: ## Show this help
 $(filter-out distill,$(COMMANDS)): $(BASE)
 	@$(PY) -m pipelines $@ $(OPTIONS_$@)
 
-empty :=
-space := $(empty) $(empty)
-comma := ,
 # A missing cache is created first, if the options of stage 2 are valid; with FOLLOW=1 another job is writing it. A dry run ends where the cache is missing.
 PLACE = $(shell $(PYTHON) -m pipelines.make_options place $(call quoted,$(or $(DATA),demo)) $(call quoted,$(TEACHERS)))
-made = ls $(PLACE:%=%/manifest.json) >/dev/null 2>&1
+made = ls $(patsubst %,%/manifest.json,$(subst $(comma), ,$(PLACE))) >/dev/null 2>&1
 missing = $(if $(CACHE)$(filter-out 0 false no,$(FOLLOW)),,$(made) || { \
   $(PY) -m pipelines $@ $(OPTIONS_$@) --check-values && $(MAKE) cache-teacher SET= PIXELS_FROM=; } || exit $$?; \
   $(if $(DRY_RUN),$(made) || exit 0;))
 distill: $(BASE)
-	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@) $(if $(CACHE),,$(if $(TEACHERS),--cache $(subst $(space),$(comma),$(PLACE))))
+	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@) $(if $(CACHE),,$(if $(TEACHERS),--cache $(PLACE)))
 
 # ---- benchmarks -----------------------------------------------------------------------------------------------------
 BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 training.stage1_pipeline store.loader training.step training.break_even
@@ -95,7 +91,7 @@ study-figures: $(BASE) ## Make the figures and tables of the study from its JSON
 # ---- development ----------------------------------------------------------------------------------------------------
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n in parallel
+test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n processes of one thread
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 test-ci: $(TESTS) ## Run the slow tests of continuous integration: kills, damage, replaced files
 	@$(PYTEST) -m "ci_slow and not gpu" $(ARGS)

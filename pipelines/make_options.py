@@ -64,8 +64,8 @@ def _dotted(pair: str) -> str:
 def main(words: Sequence[str]) -> int:
     """Print what make asks for.
 
-    `help`: commands and variables; `place DATA TEACHERS`: the default caches; `target NAME KNOWN...`: the error of an
-    unknown target; `options TARGET NAME=value...`: the options.
+    `help`: commands and variables; `place DATA TEACHERS`: the default caches, separated by commas; `target NAME
+    KNOWN...`: the error of an unknown target; `options TARGET NAME=value...`: the options.
     """
     if words == ["help"]:
         print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")
@@ -75,7 +75,7 @@ def main(words: Sequence[str]) -> int:
     if kind == "place":
         names = [name.strip() for teachers in rest if teachers for name in teachers.split(",")]
         folders = [f"/{folder}" for folder in teacher_folders(names)] or [""]
-        print(shlex.join(default_cache(first) + folder for folder in folders))
+        print(",".join(default_cache(first) + folder for folder in folders))
         return 0
     if kind == "target":
         hint = f": did you mean {closest_names(first, rest)}?"

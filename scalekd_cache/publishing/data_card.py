@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from huggingface_hub import DatasetCard, DatasetCardData
 
 from scalekd_cache.config.places import default_cache
+from scalekd_cache.convert.markup import escaped, last_part, table_cell
 from scalekd_cache.errors import counted
-from scalekd_cache.markup import escaped, last_part, table_cell
 from scalekd_cache.progress import size_text
 from scalekd_cache.publishing.publication import Publication
 from scalekd_cache.store.manifest import Manifest, stored_share

@@ -13,9 +13,9 @@ import yaml
 
 from scalekd_cache.config.stage2 import StudentConfig
 from scalekd_cache.convert.backbone import Backbone
+from scalekd_cache.convert.markup import escaped, last_part, table_cell
 from scalekd_cache.convert.timm_export import InputStatistics, eval_transform
 from scalekd_cache.errors import counted
-from scalekd_cache.markup import escaped, last_part, table_cell
 from scalekd_cache.models.evaluate import percent
 from scalekd_cache.training.run_files import classes_of, text_option
 from scalekd_cache.versions import __version__
