@@ -1,10 +1,8 @@
 """The decoder for other pipelines: what it returns, from tars and by position; damage; every sample once an epoch."""
 
-import functools
 import pickle
 import shutil
 import tarfile
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,39 +10,17 @@ import numpy as np
 import pytest
 import sparse_cache
 import webdataset as wds
+from cache_forms import FORMS, sharing
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from format_reader import read_view
 from servers import faulty_server
-from small_cache import SAMPLES, copy_of_cache, flip_byte, make, shared_cache, shared_weights
-from unlabeled_cache import unlabeled_cache
+from small_cache import SAMPLES, copy_of_cache, flip_byte, shared_cache
 
 from scalekd_cache import RecordDecoder
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
-
-HOLDER = tempfile.TemporaryDirectory(prefix="decoder-")
-
-
-@functools.cache
-def sharing(logits):
-    """A cache that shares the pixels of the small one, with another form of logits."""
-    root = Path(HOLDER.name) / logits
-    form = {"cache": {"pixels_from": str(shared_cache().root), "logits": logits, "top_k": 3}}
-    return make(root, shared_weights(), **form)
-
-
-FORMS = {
-    "plain": shared_cache,
-    "zarr, sparse": lambda: sparse_cache.finished(backend="zarr"),
-    "sparse": sparse_cache.finished,
-    "unlabeled": unlabeled_cache,
-    "unlabeled, teacher with classes": lambda: unlabeled_cache(10),
-    "replayed": lambda: shared_cache("replayed"),
-    "shared pixels, top-k": lambda: sharing("top_k"),
-    "shared pixels, recomputed": lambda: sharing("recomputed"),
-}
 
 
 def tars(cache, view):
