@@ -11,6 +11,7 @@ A record: mode uint8, largest logit float32, then
 For a teacher without a classifier, K is 0 and records are empty.
 """
 
+import math
 import struct
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -140,7 +141,7 @@ class DenseLogits:
         ]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """Decode a record to (K,) float32. UserError for a mode or length that this codec does not write."""
+        """Decode a record to (K,) float32. UserError for a mode, length or infinity that this codec does not write."""
         if self.num_classes == 0 and not record:
             return np.zeros(0, np.float32)
         sizes = {INT8: 9 + self.num_classes, FLOAT16: 5 + 2 * self.num_classes, FLOAT32: 5 + 4 * self.num_classes}
@@ -158,10 +159,25 @@ class DenseLogits:
             return np.frombuffer(record, "<f4", offset=5).astype(np.float32)
         if mode == FLOAT16:
             largest = np.frombuffer(record, "<f4", 1, 1)
-            return _from_halves(largest, np.frombuffer(record, "<f2", offset=5)[None]).reshape(-1)
+            halves = np.frombuffer(record, "<f2", offset=5)[None]
+            _require_finite(float(largest[0]) + float(halves.max()))
+            return _from_halves(largest, halves).reshape(-1)
         largest, step = np.frombuffer(record, "<f4", 1, 1), np.frombuffer(record, "<f4", 1, 5)
+        _require_finite(float(largest[0]) + float(step[0]))
         codes = np.frombuffer(record, np.uint8, offset=9)[None]
         return _from_codes(largest, step, codes).reshape(-1)
+
+
+def _require_finite(stored: float) -> None:
+    """UserError for NaN or infinity, also as a sum of stored values; `_subtract` would clip infinity."""
+    if not math.isfinite(stored):
+        raise UserError(
+            "the logits of a record are damaged",
+            got="NaN or infinity",
+            expected="finite values",
+            where="logits of a record",
+            fix="run `scalekd verify` on the cache",
+        )
 
 
 def _from_codes(largest: NDArray[Any], step: NDArray[Any], codes: NDArray[np.uint8]) -> NDArray[np.float32]:

@@ -21,7 +21,7 @@ from scalekd_cache.store.plan import Plan, read_plan
 from scalekd_cache.store.remote.remote_path import RemotePath, open_uncached
 from scalekd_cache.store.resume import mismatched_units
 from scalekd_cache.store.sealed_json import unsealed
-from scalekd_cache.store.sidecar import read_unit, unit_folder
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder
 from scalekd_cache.store.verify_unit import (
     MAX_NAMED,
     CheckRecords,
@@ -125,20 +125,42 @@ def check_cache(
         if progress is not None:
             progress(number + 1, len(there))
     if isinstance(root, Path):
-        problems += _other_images(root, expected, bad_units(problems))
+        problems += _other_images(root, expected, bad_units(problems), deep)
     return CheckResult(problems, notes, len(there), expected)
 
 
-def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]) -> Iterator[Problem]:
-    """Units of later view groups that do not skip the same images as the first group, which must be intact to be
-    compared."""
+def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]], deep: bool) -> Iterator[Problem]:
+    """Units of later view groups that do not hold or skip the same images as the first group, which must be intact to
+    be compared. Keys are compared by a deep check only."""
     places = [unit.place for unit in expected.units if unit.place not in bad and _is_there(root, unit)]
     if any(unit.group == 0 and unit.place not in places for unit in expected.units):
         return
     infos = [read_unit(unit_folder(root, *place))[0] for place in places]
-    for place, wrong in mismatched_units(root, infos).items():
+    mismatched = mismatched_units(root, infos)
+    for place, wrong in mismatched.items():
         for key, what in list(wrong.items())[:MAX_NAMED]:
             yield Problem(f"{unit_name(place)}/unit.json", key, f"the image is {what}", Part.UNIT, place)
+    if deep and not mismatched:
+        yield from _other_keys(root, infos)
+
+
+def _other_keys(root: Path, infos: Sequence[UnitInfo]) -> Iterator[Problem]:
+    """Keys that are twice in their view group, or not in the first one; units in the order of their places."""
+    images: set[str] = set()
+    found: set[str] = set()
+    group = 0
+    for info in infos:
+        if info.group != group:
+            images, found, group = images or found, set(), info.group
+        place, wrong = (info.group, info.range_id), dict[str, str]()
+        for key in read_keys(unit_folder(root, *place), info):
+            if key in found:
+                wrong[key] = "twice in this view group"
+            elif group > 0 and key not in images:
+                wrong[key] = "not in view group 0"
+            found.add(key)
+        for key, what in list(wrong.items())[:MAX_NAMED]:
+            yield Problem(f"{unit_name(place)}/keys.txt", key, f"the image is {what}", Part.UNIT, place)
 
 
 def _is_there(root: StoredPath, unit: ExpectedUnit) -> bool:

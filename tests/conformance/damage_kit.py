@@ -17,9 +17,12 @@ import google_crc32c
 import numpy as np
 import zstandard
 from damage import rewrite_unit
+from image_files import encoded
+from PIL import Image
 from small_cache import flip_byte, reseal
 
 from scalekd_cache.store.durable_files import canonical_json
+from scalekd_cache.views.pixels import pixel_digest
 
 UNIT = "units/g000-r00000"
 LABELS = "v0000.zarr/labels/c/0"
@@ -82,6 +85,20 @@ def change_codec(name: str, **changes: Any) -> Callable[[Path], None]:
     def changed(cache: Path) -> None:
         reseal(cache / "manifest.json", lambda fields: fields[name].update(changes))
         refingerprint(lambda fields: fields[name].update(changes))(cache)
+
+    return changed
+
+
+def change_teacher(**changes: Any) -> Callable[[Path], None]:
+    """Change the teacher's specification in both places (None: remove a field) and recompute the fingerprint."""
+
+    def update(spec: dict[str, Any]) -> None:
+        for name, value in changes.items():
+            spec.pop(name) if value is None else spec.update({name: value})
+
+    def changed(cache: Path) -> None:
+        reseal(cache / "manifest.json", lambda fields: update(fields["teacher"]["spec"]))
+        refingerprint(lambda fields: update(fields["teacher"]))(cache)
 
     return changed
 
@@ -211,22 +228,112 @@ def flip(at: int) -> Callable[[bytes], bytes]:
     return lambda data: data[:at] + bytes([data[at] ^ 0x40]) + data[at + 1 :]
 
 
-def second_record(change: Callable[[Any], Any]) -> Callable[[Path], None]:
-    """Rewrite the first unit with another second record in view 0; every checksum and hash is valid."""
+def one_record(change: Callable[[Any], Any], row: int = 1) -> Callable[[Path], None]:
+    """Rewrite the first unit with another record in this row of view 0; every checksum and hash is valid."""
 
     def changed(cache: Path) -> None:
-        key = (cache / UNIT / "keys.txt").read_text().splitlines()[1]
+        key = (cache / UNIT / "keys.txt").read_text().splitlines()[row]
         first = iter([True])
         rewrite_unit(cache, lambda one: change(one) if one.key == key and next(first, False) else one)
 
     return changed
 
 
-def infinite_scale(record: Any) -> Any:
-    """The first scale of an int8 row of 16 channels is infinite."""
-    row = bytearray(record.features)
-    row[32:34] = np.float16(np.inf).tobytes()
-    return record._replace(features=bytes(row))
+def patch(part: str, at: int, new: bytes) -> Callable[[Any], Any]:
+    """Replace bytes of a part of a record; negative places count from its end."""
+
+    def patched(record: Any) -> Any:
+        data = bytearray(getattr(record, part))
+        at_byte = at % len(data)
+        data[at_byte : at_byte + len(new)] = new
+        return record._replace(**{part: bytes(data)})
+
+    return patched
+
+
+def longer(part: str) -> Callable[[Any], Any]:
+    return lambda record: record._replace(**{part: getattr(record, part) + b"\0"})
+
+
+def with_image(image: Image.Image, pixels: Image.Image | None = None) -> Callable[[Any], Any]:
+    """A record with this image as a PNG file and the digest of `pixels`, by default of the image."""
+    digest = pixel_digest(np.asarray((pixels or image).convert("RGB")))
+    return lambda record: record._replace(pixels=encoded(image), digest=digest)
+
+
+def replane(change: Callable[[bytes], bytes]) -> Callable[[Any], Any]:
+    """Change the plane of a transform record of 4 positions: what its zstd frame holds."""
+
+    def changed(record: Any) -> Any:
+        head, frame = record.features[:24], record.features[24:]
+        return record._replace(features=head + zstandard.compress(change(zstandard.decompress(frame)), 1))
+
+    return changed
+
+
+def patch_index(at: int, new: bytes) -> Callable[[Path], None]:
+    """Change bytes of v0000.idx outside of its records."""
+
+    def changed(cache: Path) -> None:
+        file = cache / UNIT / "v0000.idx"
+        data = file.read_bytes()
+        file.write_bytes(data[:at] + new + data[at + len(new) :])
+        rehash(cache)
+
+    return changed
+
+
+def repeat_record(cache: Path) -> None:
+    """The second row of the index has the JSON of the first record, and begins there."""
+    first, second = index_row(cache, 0), index_row(cache, 1)
+    packed = struct.pack("<QQQIII", first[0], second[1], second[2], first[3], *second[4:6])
+    tar = (cache / UNIT / "v0000.tar").read_bytes()
+    key = (cache / UNIT / "keys.txt").read_text().splitlines()[1].encode()
+    crc = google_crc32c.value(key + packed + tar[first[0] : second[2] + second[5]])
+    patch_index(88, packed + struct.pack("<I", crc))(cache)
+
+
+def rename_key(new: str) -> Callable[[Path], None]:
+    """Another second key in keys.txt and in the checksums of all views; the members of the tars keep their names."""
+
+    def changed(cache: Path) -> None:
+        keys = (cache / UNIT / "keys.txt").read_text().splitlines()
+        (cache / UNIT / "keys.txt").write_text("".join(f"{key}\n" for key in [keys[0], new, *keys[2:]]))
+        for file in (cache / UNIT).glob("*.idx"):
+            rows, tar = bytearray(file.read_bytes()), file.with_suffix(".tar").read_bytes()
+            start, _, features, _, _, size, _ = struct.unpack_from("<QQQIIII", rows, 88)
+            crc = google_crc32c.value(new.encode() + bytes(rows[88:124]) + tar[start : features + size])
+            struct.pack_into("<I", rows, 124, crc)
+            file.write_bytes(rows)
+        rehash(cache)
+
+    return changed
+
+
+def change_space(cache: Path) -> None:
+    with (cache / UNIT / "unit.json").open("a") as file:
+        file.write("\n")
+
+
+def outside_file(cache: Path) -> None:
+    """unit.json lists a file of the next unit, with its right hash."""
+    file = cache / UNIT / "unit.json"
+    unit = json.loads(file.read_bytes())
+    unit["files"]["../g000-r00001/keys.txt"] = {}
+    file.write_text(json.dumps(unit, indent=1) + "\n")
+    rehash(cache)
+
+
+def change_attributes(**changes: int) -> Callable[[Path], None]:
+    """Change the attributes of v0000.zarr."""
+
+    def changed(cache: Path) -> None:
+        file = cache / UNIT / "v0000.zarr" / "zarr.json"
+        group = json.loads(file.read_bytes())
+        file.write_text(json.dumps({**group, "attributes": {**group["attributes"], **changes}}, indent=1))
+        rehash(cache)
+
+    return changed
 
 
 def remove(name: str) -> Callable[[Path], None]:

@@ -11,35 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from damage_kit import (
-    UNIT,
-    change_codec,
-    change_manifest,
-    change_unit,
-    cut_keys,
-    cut_tar,
-    cut_tar_and_count,
-    digest_units,
-    edit_flat,
-    edit_json,
-    flip,
-    flip_feature,
-    flip_feature_rehashed,
-    flip_index,
-    flip_tar_header,
-    infinite_scale,
-    long_frame,
-    manifest,
-    new_seed,
-    refingerprint,
-    remove,
-    replace_once,
-    second_record,
-    swap,
-    swap_keys,
-    swap_labels,
-)
-from image_files import encoded, picture
+import damage_kit as to
+import numpy as np
+from image_files import picture
 from small_cache import flip_byte
 
 from scalekd_cache.store.base import NO_LABEL
@@ -59,7 +33,7 @@ MANIFEST, SIDECAR, INDEX = "rules of the manifest", "fields of unit.json", "head
 
 DAMAGED = {
     "damaged-no-manifest": Damage(
-        "tar-plain", "manifest.json is missing: unfinished", MANIFEST, remove("manifest.json")
+        "tar-plain", "manifest.json is missing: unfinished", MANIFEST, to.remove("manifest.json")
     ),
     "damaged-self-sha256": Damage(
         "tar-plain",
@@ -69,185 +43,192 @@ DAMAGED = {
             cache / "manifest.json", (cache / "manifest.json").read_bytes().index(b'"recipe": "demo"') + 12
         ),
     ),
-    "damaged-format-version": Damage("tar-plain", "format_version is 3", MANIFEST, manifest(format_version=3)),
+    "damaged-format-version": Damage("tar-plain", "format_version is 3", MANIFEST, to.manifest(format_version=3)),
     "damaged-fingerprint": Damage(
         "tar-plain",
         "fingerprint_fields were changed, fingerprint was not",
         MANIFEST,
-        change_manifest(lambda fields: (fields["fingerprint_fields"]["views"].update(seed=1), new_seed(fields))),
+        to.change_manifest(lambda fields: (fields["fingerprint_fields"]["views"].update(seed=1), to.new_seed(fields))),
     ),
     "damaged-codec-contradiction": Damage(
         "tar-plain",
         "codec differs from its copy in fingerprint_fields",
         MANIFEST,
-        change_manifest(lambda fields: fields["codec"].update(shape=[16, 4, 1])),
+        to.change_manifest(lambda fields: fields["codec"].update(shape=[16, 4, 1])),
     ),
     "damaged-view-recipe": Damage(
         "tar-plain",
         "view_recipe differs from its copy in fingerprint_fields",
         MANIFEST,
-        change_manifest(new_seed),
+        to.change_manifest(to.new_seed),
     ),
     "damaged-teacher": Damage(
         "tar-plain",
         "teacher.spec differs from its copy in fingerprint_fields",
         MANIFEST,
-        change_manifest(lambda fields: fields["teacher"]["spec"].update(name="other")),
+        to.change_manifest(lambda fields: fields["teacher"]["spec"].update(name="other")),
     ),
     "damaged-data": Damage(
         "tar-plain",
         "data differs from its copy in fingerprint_fields",
         MANIFEST,
-        change_manifest(lambda fields: fields["data"].update(samples=6)),
+        to.change_manifest(lambda fields: fields["data"].update(samples=6)),
     ),
     "damaged-class-names": Damage(
-        "tar-plain", "two class names are swapped", MANIFEST, manifest(class_names=["bee", "ant", "cat"])
+        "tar-plain", "two class names are swapped", MANIFEST, to.manifest(class_names=["bee", "ant", "cat"])
     ),
     "damaged-feature-shape": Damage(
         "tar-plain",
         "the codec has another shape than the teacher's maps",
         MANIFEST,
-        change_codec("codec", shape=[16, 4, 1]),
+        to.change_codec("codec", shape=[16, 4, 1]),
     ),
     "damaged-num-classes": Damage(
         "tar-top-k",
         "the logits have more classes than the teacher",
         MANIFEST,
-        change_codec("logit_codec", num_classes=4),
+        to.change_codec("logit_codec", num_classes=4),
     ),
-    "damaged-unknown-codec": Damage("tar-plain", "an unknown codec", MANIFEST, change_codec("codec", id="int9")),
-    "damaged-codec-version": Damage("tar-plain", "int8 of version 2", MANIFEST, change_codec("codec", version=2)),
-    "damaged-pixels-from": Damage("tar-shared-pixels", "pixels_from is empty", MANIFEST, manifest(pixels_from={})),
+    "damaged-unknown-codec": Damage("tar-plain", "an unknown codec", MANIFEST, to.change_codec("codec", id="int9")),
+    "damaged-codec-version": Damage("tar-plain", "int8 of version 2", MANIFEST, to.change_codec("codec", version=2)),
+    "damaged-pixels-from": Damage("tar-shared-pixels", "pixels_from is empty", MANIFEST, to.manifest(pixels_from={})),
     "damaged-num-views": Damage(
-        "tar-plain", "num_views is less than the views of groups", MANIFEST, manifest(num_views=1)
+        "tar-plain", "num_views is less than the views of groups", MANIFEST, to.manifest(num_views=1)
     ),
     "damaged-unit-order": Damage(
         "tar-plain",
         "the rows of units are not sorted; units_digest matches",
         MANIFEST,
-        change_manifest(lambda fields: (fields["units"].reverse(), digest_units(fields))),
+        to.change_manifest(lambda fields: (fields["units"].reverse(), to.digest_units(fields))),
     ),
-    "damaged-unit-count": Damage("tar-plain", "unit.json has another count", SIDECAR, change_unit(count=2)),
+    "damaged-unit-count": Damage("tar-plain", "unit.json has another count", SIDECAR, to.change_unit(count=2)),
     "damaged-unit-stop": Damage(
-        "tar-plain", "unit.json: count is not stop - start - skipped", SIDECAR, change_unit(stop=4)
+        "tar-plain", "unit.json: count is not stop - start - skipped", SIDECAR, to.change_unit(stop=4)
     ),
     "damaged-unit-views": Damage(
-        "tar-plain", "unit.json lists other views than the group", SIDECAR, change_unit(views=[0])
+        "tar-plain", "unit.json lists other views than the group", SIDECAR, to.change_unit(views=[0])
     ),
     "damaged-unit-backend": Damage(
-        "tar-plain", "unit.json names the other store", SIDECAR, change_unit(backend="zarr")
+        "tar-plain", "unit.json names the other store", SIDECAR, to.change_unit(backend="zarr")
     ),
     "damaged-keys": Damage(
-        "tar-plain", "keys.txt lacks its last line; all hashes match", "lines of keys.txt", cut_keys
+        "tar-plain", "keys.txt lacks its last line; all hashes match", "lines of keys.txt", to.cut_keys
     ),
     "damaged-num-samples": Damage(
-        "tar-plain", "num_samples is not the sum of count", MANIFEST, manifest(num_samples=4)
+        "tar-plain", "num_samples is not the sum of count", MANIFEST, to.manifest(num_samples=4)
     ),
-    "damaged-units-digest": Damage("tar-plain", "units_digest differs", MANIFEST, manifest(units_digest="0" * 64)),
+    "damaged-units-digest": Damage("tar-plain", "units_digest differs", MANIFEST, to.manifest(units_digest="0" * 64)),
     "damaged-features-every": Damage(
         "tar-plain",
         "features_every does not divide the views of a group",
         MANIFEST,
-        refingerprint(lambda fields: fields.update(features_every=3)),
+        to.refingerprint(lambda fields: fields.update(features_every=3)),
     ),
     "damaged-features-of-all-views": Damage(
         "tar-plain",
         "features_every is 2, but all views have features",
         RECORD,
-        refingerprint(lambda fields: fields.update(features_every=2)),
+        to.refingerprint(lambda fields: fields.update(features_every=2)),
     ),
-    "damaged-missing-unit": Damage("tar-plain", "a unit is missing", "files of the units", remove("units/g000-r00001")),
-    "damaged-missing-shard": Damage("tar-plain", "a shard is missing", HASH, remove(f"{UNIT}/v0001.tar")),
+    "damaged-missing-unit": Damage(
+        "tar-plain", "a unit is missing", "files of the units", to.remove("units/g000-r00001")
+    ),
+    "damaged-missing-shard": Damage("tar-plain", "a shard is missing", HASH, to.remove(f"{to.UNIT}/v0001.tar")),
     "damaged-unit-json": Damage(
         "tar-plain",
         "unit.json was replaced by that of the next unit",
         "sha256 of unit.json",
-        lambda cache: shutil.copy(cache / "units/g000-r00001/unit.json", cache / UNIT / "unit.json"),
+        lambda cache: shutil.copy(cache / "units/g000-r00001/unit.json", cache / to.UNIT / "unit.json"),
     ),
     "damaged-other-fingerprint": Damage(
         "tar-plain",
         "a unit of another cache: its fingerprint differs",
         SIDECAR,
-        change_unit(fingerprint="f" * 64),
+        to.change_unit(fingerprint="f" * 64),
     ),
-    "damaged-truncated-tar": Damage("tar-plain", "a tar was cut between two records", HASH, cut_tar),
+    "damaged-truncated-tar": Damage("tar-plain", "a tar was cut between two records", HASH, to.cut_tar),
     "damaged-lost-record": Damage(
-        "tar-plain", "tar and index lack the last record of keys.txt; all hashes match", INDEX, cut_tar_and_count
+        "tar-plain", "tar and index lack the last record of keys.txt; all hashes match", INDEX, to.cut_tar_and_count
     ),
     "damaged-swapped-shards": Damage(
         "tar-plain",
         "two views of a unit are swapped; all hashes match",
         INDEX,
-        swap("v0000.tar", "v0001.tar", "v0000.idx", "v0001.idx"),
+        to.swap("v0000.tar", "v0001.tar", "v0000.idx", "v0001.idx"),
     ),
     "damaged-swapped-tars": Damage(
-        "tar-plain", "the tars of two views are swapped, their indices are not", CRC, swap("v0000.tar", "v0001.tar")
+        "tar-plain", "the tars of two views are swapped, their indices are not", CRC, to.swap("v0000.tar", "v0001.tar")
     ),
-    "damaged-swapped-keys": Damage("tar-plain", "two lines of keys.txt are swapped; all hashes match", CRC, swap_keys),
-    "damaged-flipped-byte": Damage("tar-plain", "one byte of the features differs", HASH, flip_feature),
+    "damaged-swapped-keys": Damage(
+        "tar-plain", "two lines of keys.txt are swapped; all hashes match", CRC, to.swap_keys
+    ),
+    "damaged-flipped-byte": Damage("tar-plain", "one byte of the features differs", HASH, to.flip_feature),
     "damaged-flipped-byte-rehashed": Damage(
-        "tar-plain", "one byte of the features differs; all hashes match", CRC, flip_feature_rehashed
+        "tar-plain", "one byte of the features differs; all hashes match", CRC, to.flip_feature_rehashed
     ),
-    "damaged-tar-header": Damage("tar-plain", "one byte of the first tar header differs", HASH, flip_tar_header),
+    "damaged-tar-header": Damage("tar-plain", "one byte of the first tar header differs", HASH, to.flip_tar_header),
     "damaged-unknown-flag": Damage(
-        "tar-plain", "a record has flag 16; all checksums match", RECORD, edit_json(b'"flags":7', b'"flags":23')
+        "tar-plain", "a record has flag 16; all checksums match", RECORD, to.edit_json(b'"flags":7', b'"flags":23')
     ),
     "damaged-absent-part": Damage(
         "tar-plain",
         "a record has flag 8 without the part; all checksums match",
         RECORD,
-        edit_json(b'"flags":7', b'"flags":15'),
+        to.edit_json(b'"flags":7', b'"flags":15'),
     ),
     "damaged-no-features": Damage(
         "tar-plain",
         "a record lacks its features; all checksums match",
         RECORD,
-        second_record(lambda one: one._replace(features=b"")),
+        to.one_record(lambda one: one._replace(features=b"")),
     ),
     "damaged-no-logits": Damage(
         "tar-plain",
         "a record lacks its logits; all checksums match",
         RECORD,
-        second_record(lambda one: one._replace(logits=b"")),
+        to.one_record(lambda one: one._replace(logits=b"")),
     ),
     "damaged-no-label": Damage(
         "tar-plain",
         "a record lacks its label; all checksums match",
         RECORD,
-        second_record(lambda one: one._replace(label=NO_LABEL)),
+        to.one_record(lambda one: one._replace(label=NO_LABEL)),
     ),
     "damaged-view-number": Damage(
         "tar-plain",
         "a record holds the parameters of another view; all checksums match",
         RECORD,
-        second_record(lambda one: one._replace(view=one.view.replace('"number":0', '"number":1'))),
+        to.one_record(lambda one: one._replace(view=one.view.replace('"number":0', '"number":1'))),
     ),
     "damaged-label": Damage(
         "tar-plain",
         "a label is beyond class_names; all checksums match",
         RECORD,
-        second_record(lambda one: one._replace(label=3)),
+        to.one_record(lambda one: one._replace(label=3)),
     ),
     "damaged-long-row": Damage(
         "tar-plain",
         "the features have one byte too many; all checksums match",
         "length of a row of the codec",
-        second_record(lambda one: one._replace(features=one.features + b"\0")),
+        to.one_record(to.longer("features")),
     ),
     "damaged-infinite": Damage(
-        "tar-plain", "a scale is infinite; all checksums match", "decoded values", second_record(infinite_scale)
+        "tar-plain",
+        "a scale is infinite; all checksums match",
+        "decoded values",
+        to.one_record(to.patch("features", 32, np.float16(np.inf).tobytes())),
     ),
     "damaged-pixel-size": Damage(
         "tar-plain",
         "the image of a record has another size than the recipe; all checksums match",
         "header of the image",
-        second_record(lambda one: one._replace(pixels=encoded(picture(size=(16, 16))))),
+        to.one_record(to.with_image(picture(size=(16, 16)))),
     ),
     "damaged-pixel-digest": Damage(
         "tar-plain",
         "the image of a record has other pixels than its digest; all checksums match",
         "digest of the decoded pixels",
-        second_record(lambda one: one._replace(pixels=encoded(picture(size=(32, 32)).quantize(4).convert("RGB")))),
+        to.one_record(to.with_image(picture(size=(32, 32)), picture(1, size=(32, 32)))),
     ),
     "damaged-tail": Damage(
         "tar-float32",
@@ -277,44 +258,146 @@ DAMAGED = {
         "tar-shared-pixels",
         "pixels_from.identity names another cache",
         "identity of the shared pixels",
-        change_manifest(lambda fields: fields["pixels_from"].update(identity="0" * 64)),
+        to.change_manifest(lambda fields: fields["pixels_from"].update(identity="0" * 64)),
     ),
     "damaged-shared-record": Damage(
         "tar-shared-pixels",
         "a record has another digest than in the cache that holds its pixels",
         "comparison with the shared record",
-        second_record(lambda one: one._replace(digest="0" * 16)),
+        to.one_record(lambda one: one._replace(digest="0" * 16)),
     ),
     "damaged-zarr-missing-chunk": Damage(
-        "zarr-plain", "a shard file of an array is missing", HASH, remove(f"{UNIT}/v0000.zarr/features/c/0")
+        "zarr-plain", "a shard file of an array is missing", HASH, to.remove(f"{to.UNIT}/v0000.zarr/features/c/0")
     ),
     "damaged-zarr-swapped-shards": Damage(
         "zarr-plain",
         "two views of a unit are swapped; all hashes match",
         "attributes of the group",
-        swap("v0000.zarr", "v0001.zarr"),
+        to.swap("v0000.zarr", "v0001.zarr"),
     ),
     "damaged-zarr-flipped-byte": Damage(
         "zarr-plain",
         "one byte of the features differs; all other checksums match",
         CRC,
-        edit_flat("features", flip(40)),
+        to.edit_flat("features", to.flip(40)),
     ),
     "damaged-zarr-index": Damage(
         "zarr-plain",
         "one byte of the index of a shard file differs; all hashes match",
         "checksum of the index",
-        flip_index,
+        to.flip_index,
     ),
     "damaged-zarr-flag": Damage(
         "zarr-plain",
         "the flags of a record lack its features; all checksums match",
         RECORD,
-        edit_flat("target", replace_once(b'"flags":7', b'"flags":5')),
+        to.edit_flat("target", to.replace_once(b'"flags":7', b'"flags":5')),
     ),
-    "damaged-zarr-labels": Damage("zarr-plain", "the labels are in another order; all hashes match", CRC, swap_labels),
+    "damaged-zarr-labels": Damage(
+        "zarr-plain", "the labels are in another order; all hashes match", CRC, to.swap_labels
+    ),
     "damaged-zarr-long-frame": Damage(
-        "zarr-plain", "a zstd frame declares 64 MiB; all hashes match", "size that the frame declares", long_frame
+        "zarr-plain", "a zstd frame declares 64 MiB; all hashes match", "size that the frame declares", to.long_frame
+    ),
+    "damaged-unit-json-space": Damage(
+        "tar-plain", "one more line break in unit.json", "sha256 of unit.json", to.change_space
+    ),
+    "damaged-outside-file": Damage("tar-plain", "unit.json lists a file of another unit", SIDECAR, to.outside_file),
+    "damaged-key": Damage(
+        "tar-plain", "a key contains `..`; all checksums match", "form of a key", to.rename_key("../5")
+    ),
+    "damaged-other-images": Damage(
+        "tar-grown",
+        "an image of group 0 is not in group 1; all checksums match",
+        "keys of the groups",
+        to.rename_key("cat/9"),
+    ),
+    "damaged-pooled": Damage(
+        "tar-unlabeled",
+        "second_codec without pooled embeddings of the teacher",
+        MANIFEST,
+        to.change_teacher(pooled=None),
+    ),
+    "damaged-features-every-1": Damage(
+        "tar-plain", "features_every is 1", MANIFEST, to.refingerprint(lambda fields: fields.update(features_every=1))
+    ),
+    "damaged-logits-version": Damage(
+        "tar-plain", "an unknown version of the logits", MANIFEST, to.change_codec("logit_codec", version=2)
+    ),
+    "damaged-index-magic": Damage("tar-plain", "the index has another name", INDEX, to.patch_index(0, b"SKDCIDX3")),
+    "damaged-index-range": Damage("tar-plain", "the index of another range", INDEX, to.patch_index(20, b"\1")),
+    "damaged-index-count": Damage("tar-plain", "the index counts one record more", INDEX, to.patch_index(32, b"\4")),
+    "damaged-index-bytes": Damage(
+        "tar-plain", "the index has another length of the tar", INDEX, to.patch_index(40, b"\1")
+    ),
+    "damaged-index-overlap": Damage(
+        "tar-plain",
+        "two records share a JSON member; all checksums match",
+        "order of the members in the index",
+        to.repeat_record,
+    ),
+    "damaged-no-pixels": Damage(
+        "tar-plain",
+        "a record lacks its image; all checksums match",
+        RECORD,
+        to.one_record(lambda one: one._replace(pixels=b"")),
+    ),
+    "damaged-no-second": Damage(
+        "tar-unlabeled",
+        "a record lacks its pooled embedding; all checksums match",
+        RECORD,
+        to.one_record(lambda one: one._replace(second=b"")),
+    ),
+    "damaged-pixel-mode": Damage(
+        "tar-plain",
+        "the image of a record has an alpha channel; all checksums match",
+        "header of the image",
+        to.one_record(to.with_image(picture(size=(32, 32)).convert("RGBA"))),
+    ),
+    "damaged-long-logits": Damage(
+        "tar-plain",
+        "the logits have one byte too many; all checksums match",
+        "length of the logits",
+        to.one_record(to.longer("logits")),
+    ),
+    "damaged-logit-mode": Damage(
+        "tar-plain",
+        "an unknown mode of logits; all checksums match",
+        "mode of the logits",
+        to.one_record(to.patch("logits", 0, b"\3")),
+    ),
+    "damaged-infinite-logits": Damage(
+        "tar-plain",
+        "the largest logit is infinite; all checksums match",
+        "decoded values",
+        to.one_record(to.patch("logits", 1, np.float32(np.inf).tobytes())),
+    ),
+    "damaged-top-k-class": Damage(
+        "tar-top-k",
+        "a class number is beyond num_classes; all checksums match",
+        "class numbers of the logits",
+        to.one_record(to.patch("logits", 0, b"\7")),
+    ),
+    "damaged-transform-plane": Damage(
+        "tar-transform",
+        "the plane of a record has one byte too many; all checksums match",
+        "size that the frame declares",
+        to.one_record(to.replane(lambda plane: plane + b"\0")),
+    ),
+    "damaged-infinite-halves": Damage(
+        "tar-bfloat16",
+        "a distance of logits in 16 bits is infinite; all checksums match",
+        "decoded values",
+        to.one_record(to.patch("logits", -2, np.float16(np.inf).tobytes()), row=0),
+    ),
+    "damaged-zarr-range": Damage(
+        "zarr-plain", "the attributes name another range", "attributes of the group", to.change_attributes(range_id=1)
+    ),
+    "damaged-zarr-label": Damage(
+        "zarr-unlabeled",
+        "labels of a cache without labels are not 0",
+        RECORD,
+        lambda cache: to.write_labels(cache, np.arange(5, dtype="<i8").tobytes()),
     ),
 }
 

@@ -24,8 +24,9 @@ def manifest_of(name):
 
 
 def test_the_folder_holds_the_cases_of_the_scripts_and_is_small():
+    """About 0.3 MB in git, where equal and similar files share their bytes."""
     assert case_names() == sorted([*VALID, *DAMAGED])
-    assert sum(file.stat().st_size for file in CASES.rglob("*") if file.is_file()) < 2_000_000
+    assert sum(file.stat().st_size for file in CASES.rglob("*") if file.is_file()) < 2_500_000
 
 
 def test_every_form_of_a_cache_is_there():

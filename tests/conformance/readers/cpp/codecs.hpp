@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <optional>
 
 #include "transform.hpp"
@@ -91,6 +92,12 @@ struct FeatureCodec {
     }
 };
 
+// Rounded to float32, within its finite values.
+inline float limited(double value) {
+    const double limit = std::numeric_limits<float>::max();
+    return float(std::max(-limit, std::min(limit, value)));
+}
+
 struct LogitCodec {
     std::string id;
     size_t classes, k;
@@ -119,13 +126,18 @@ struct LogitCodec {
         }
         require(record.size() >= 5, "a record of codec " + id + " has another length");
         double largest = little<float>(record, 1);
+        require(std::isfinite(largest), "logits are not finite");
         if (record[0] == 0) {
             length(9 + classes);
             double step = little<float>(record, 5);
-            for (size_t i = 0; i < classes; i++) out[i] = float(largest - step * uint8_t(record[9 + i]));
+            require(std::isfinite(step), "logits are not finite");
+            for (size_t i = 0; i < classes; i++) out[i] = limited(largest - step * uint8_t(record[9 + i]));
         } else if (record[0] == 1) {
             length(5 + 2 * classes);
-            for (size_t i = 0; i < classes; i++) out[i] = float(largest - half(record, i, 5));
+            for (size_t i = 0; i < classes; i++) {
+                require(std::isfinite(half(record, i, 5)), "logits are not finite");
+                out[i] = limited(largest - half(record, i, 5));
+            }
         } else {
             require(record[0] == 2, "an unknown mode of logits");
             length(5 + 4 * classes);

@@ -82,9 +82,8 @@ class Transform {
         size_t escapes = escape_count();
         require(plane.size() == start + 6 * escapes, "a plane of codec transform has another length");
         for (size_t i = 0; i < escapes; i++) {
-            size_t place = size_t(little<int32_t>(plane, start + 4 * i));
-            require(place < out.size(), "an escape beyond the symbols");
-            out[place] += little<int16_t>(plane, start + 4 * escapes + 2 * i);
+            int place = std::clamp(little<int32_t>(plane, start + 4 * i), 0, int(out.size()) - 1);
+            out[size_t(place)] += little<int16_t>(plane, start + 4 * escapes + 2 * i);
         }
         return out;
     }
