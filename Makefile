@@ -70,7 +70,7 @@ distill: $(BASE)
 	@$(missing) $(PY) -m pipelines $@ $(OPTIONS_$@) $(if $(CACHE),,$(if $(TEACHERS),--cache $(PLACE)))
 
 # ---- benchmarks -----------------------------------------------------------------------------------------------------
-BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 training.stage1_pipeline store.loader training.step training.break_even
+BENCHES = store.throughput training.startup store.growth codec.decode training.heads training.stage1 training.stage1_pipeline store.loader store.pipelines training.step training.break_even
 GPU_BENCHES = training.heads training.stage1 training.step codec.decode
 
 bench: $(BASE) ## Run the benchmarks of docs/BENCHMARKS.md (20 minutes on 2 cores); BENCHES="store.throughput ..."

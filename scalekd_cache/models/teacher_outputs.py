@@ -23,6 +23,7 @@ from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
 from scalekd_cache.store.checked_files import check_safetensors
+from scalekd_cache.store.durable_files import hash_file
 
 MAPPED_IMAGES = 256
 """Maximum number of images with a feature map."""
@@ -90,23 +91,27 @@ def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:
     return data
 
 
-def load_held_out(path: Path, source: Source) -> HeldOut:
+def load_held_out(path: Path, source: Source, sha256: str | None = None) -> HeldOut:
     """Read the file of a cache.
 
     Args:
-        path: the file, whose sha256 is that of the manifest.
+        path: the file.
         source: the validation split.
+        sha256: of the file, from the manifest (None: not compared).
 
     Raises:
         UserError: the file is missing or damaged, or belongs to other images.
     """
-    check_safetensors(path, "the teacher's outputs on held-out images")
     try:
+        check_safetensors(path, "the file")
+        if sha256 is not None and hash_file(path).sha256 != sha256:
+            raise UserError("its sha256 differs from the manifest's")
         with safe_open(path, framework="pt", device="cpu") as file:
             digest = (file.metadata() or {}).get("keys_sha256")
             found = HeldOut(*(file.get_tensor(name) for name in HeldOut._fields))
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read the teacher's outputs: {error}", where=path, fix="run scalekd repair") from error
+    except (OSError, SafetensorError, UserError) as error:
+        what = "cannot read the teacher's outputs on held-out images"
+        raise UserError(what, got=str(error).splitlines()[0], where=path, fix="run scalekd repair") from error
     if digest != _keys_digest(source):
         raise UserError(
             "the held-out images do not match the cache",

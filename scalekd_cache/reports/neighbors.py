@@ -25,7 +25,7 @@ from scalekd_cache.models.teacher_outputs import HeldOut, load_held_out
 from scalekd_cache.reports.colors import fit_palette, overlay, paint
 from scalekd_cache.reports.page import SIDE, Picture, picture
 from scalekd_cache.store.checked_files import check_safetensors
-from scalekd_cache.store.manifest import HELD_OUT
+from scalekd_cache.store.manifest import HELD_OUT, read_manifest
 from scalekd_cache.store.remote.remote_path import local_path, open_place
 from scalekd_cache.training.run_export import consolidated_student
 from scalekd_cache.training.run_files import classes_of, data_of, read_config, read_facts, student_options
@@ -75,7 +75,8 @@ def read_spaces(run: Path, data: str | None, process: Process, notes: list[str])
     try:
         source = open_source(data_of(run, data), "val")
         root = open_place(cache_places(str(read_config(run).get("cache")))[0])
-        held_out = load_held_out(local_path(root / HELD_OUT), source)
+        digest = read_manifest(root).facts.teacher_files.get(HELD_OUT)
+        held_out = load_held_out(local_path(root / HELD_OUT), source, digest)
         return _spaces(run, ValidationImages(source, 0), held_out, process, notes)
     except UserError as error:
         if data:

@@ -81,7 +81,11 @@ class TeacherComparisons:
         first, *others = found.values()
         if not others:
             return Evaluation(held_out=first)
-        means = {name: sum(one[name] for one in found.values()) / len(found) for name in first}
+        means = {
+            name: sum(one[name] for one in found.values()) / len(found)
+            for name in first
+            if all(name in one for one in others)
+        }
         apart = {
             teacher: {name: value for name, value in figures.items() if name not in OF_STUDENT}
             for teacher, figures in found.items()
@@ -95,8 +99,9 @@ class TeacherComparison:
     def __init__(self, cache: Cache, number: int, source: Source, process: Process) -> None:
         self.source, self.process, self.number = source, process, number
         self.size = int(cache.manifest.facts.view_recipe["size"])
-        self.teacher = load_held_out(local_path(cache.root / HELD_OUT), source)
-        spec = TeacherSpec.from_json(cache.manifest.facts.teacher["spec"])
+        facts = cache.manifest.facts
+        self.teacher = load_held_out(local_path(cache.root / HELD_OUT), source, facts.teacher_files.get(HELD_OUT))
+        spec = TeacherSpec.from_json(facts.teacher["spec"])
         found = (self.teacher.pooled.shape[1], *self.teacher.features.shape[1:])
         expected = (spec.pooled or spec.feature_shape[0], *spec.feature_shape)
         if found != expected:

@@ -1,10 +1,8 @@
 """The decoder for other pipelines: what it returns, from tars and by position; damage; every sample once an epoch."""
 
-import functools
 import pickle
 import shutil
 import tarfile
-import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -12,38 +10,17 @@ import numpy as np
 import pytest
 import sparse_cache
 import webdataset as wds
+from cache_forms import FORMS, sharing
 from datasets import IterableDataset
 from datasets.distributed import split_dataset_by_node
 from format_reader import read_view
-from small_cache import SAMPLES, copy_of_cache, flip_byte, make, shared_cache, shared_weights
-from unlabeled_cache import unlabeled_cache
+from servers import faulty_server
+from small_cache import SAMPLES, copy_of_cache, flip_byte, shared_cache
 
 from scalekd_cache import RecordDecoder
 from scalekd_cache.errors import UserError
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.views.pixels import decode_pixels, pixel_digest
-
-HOLDER = tempfile.TemporaryDirectory(prefix="decoder-")
-
-
-@functools.cache
-def sharing(logits):
-    """A cache that shares the pixels of the small one, with another form of logits."""
-    root = Path(HOLDER.name) / logits
-    form = {"cache": {"pixels_from": str(shared_cache().root), "logits": logits, "top_k": 3}}
-    return make(root, shared_weights(), **form)
-
-
-FORMS = {
-    "plain": shared_cache,
-    "zarr, sparse": lambda: sparse_cache.finished(backend="zarr"),
-    "sparse": sparse_cache.finished,
-    "unlabeled": unlabeled_cache,
-    "unlabeled, teacher with classes": lambda: unlabeled_cache(10),
-    "replayed": lambda: shared_cache("replayed"),
-    "shared pixels, top-k": lambda: sharing("top_k"),
-    "shared pixels, recomputed": lambda: sharing("recomputed"),
-}
 
 
 def tars(cache, view):
@@ -94,6 +71,23 @@ def test_a_webdataset_pipeline_gives_the_same_records(form):
     expected = RecordDecoder(cache).read(range(len(cache)), view)
     for got, one in zip(from_tars(cache, view), expected, strict=True):
         assert_equal(got, one)
+
+
+def test_tars_at_a_url_are_read_by_webdataset_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALEKD_CACHE_DIR", str(tmp_path))
+    with faulty_server(Path(shared_cache().root)) as server:
+        pattern = f"{server.url}/units/g000-r{{00000..00002}}/v0001.tar"
+        got = list(wds.WebDataset(pattern, shardshuffle=False).map(RecordDecoder(server.url)))
+        assert server.gets(".tar") == 3  # once each: the decoder fetches indexes and sidecars
+    for one, expected in zip(got, RecordDecoder(shared_cache()).read(range(SAMPLES), 1), strict=True):
+        assert_equal(one, expected)
+
+
+def test_records_without_features_can_be_left_out():
+    cache = sparse_cache.finished()
+    pipeline = wds.WebDataset(tars(cache, 0), shardshuffle=False).map(RecordDecoder(cache))
+    there = list(pipeline.select(lambda one: one["features"] is not None))
+    assert len(there) == cache.has_features(np.arange(len(cache)), 0).sum() > 0
 
 
 def test_the_recomputed_logits_are_those_of_the_teacher():

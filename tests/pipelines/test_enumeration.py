@@ -53,6 +53,7 @@ COMMANDS = {
     "inspect_cache": "--cache cache --index 0 --view 0 --out view.jpg",
     "plan": "{cache_again}",
     "prove": "--cache cache --views 4",
+    "publish": "--cache cache --to place --data-license mit --teacher-license mit",
     "import_upstream": "--ckpt upstream.pth --out imported",
     "cache_teacher unlabeled": "{soft_again}",
     "distill unlabeled": "--cache soft --run new --student.name test_resnet {train}",
@@ -84,7 +85,7 @@ FINE = (
     ("export", r"run/summary\.json missing", "", "an unfinished run is exported from its last checkpoint"),
     ("report.*", r"\S+ \w+", "", "the page shows the available data, with a note about the rest"),
 )
-WRITE = ("cache_teacher", "distill", "repair", "finetune")
+WRITE = ("cache_teacher", "distill", "repair", "finetune", "publish")
 """Commands that keep what they have committed when they fail; all others leave no new file then."""
 TEMPORARY = re.compile(r"(^|/)\.(tmp|aside)-|\.tmp$")
 NEVER_ENDS_WELL = ("import_upstream",)

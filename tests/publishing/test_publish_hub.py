@@ -9,7 +9,7 @@ import pytest
 from cache_facts import FIELDS
 from hub import hub_server
 from publications import finished_cache, published
-from store_cases import GROUPS, backends, flip_byte, payload_file, tree
+from store_cases import GROUPS, backends, expected, flip_byte, payload_file, tree
 
 from pipelines import publish as command
 from pipelines.command import run
@@ -17,6 +17,7 @@ from scalekd_cache.config.base import fingerprint
 from scalekd_cache.errors import UserError
 from scalekd_cache.publishing import to_hub
 from scalekd_cache.store.base import BACKENDS
+from scalekd_cache.store.reader import Cache
 
 URL = "hf://datasets/ann/pets"
 TOKEN = "hf_averysecrettoken0123"
@@ -60,6 +61,12 @@ def test_the_hub_has_the_cache_and_a_rerun_sends_nothing(caches, backend, hub, c
     assert (again["units_sent"], again["bytes_sent"]) == (0, 0)
     assert (len(hub.commits), len(hub.puts)) == done
     assert TOKEN not in "".join(capfd.readouterr())
+
+
+def test_a_published_cache_is_read_where_it_is(cache, hub):
+    published(cache, URL)
+    found = Cache.open(URL)
+    assert found.read(range(40), 2) == expected(2)
 
 
 def test_a_folder_of_a_repository(cache, hub):

@@ -29,6 +29,7 @@ from scalekd_cache.models.teacher_outputs import load_held_out
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 from scalekd_cache.store.base import NO_LABEL
 from scalekd_cache.store.manifest import HELD_OUT
+from scalekd_cache.store.reader import Cache
 from scalekd_cache.training import held_out_evaluation
 from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
 from scalekd_cache.training.dry_run import plan_distill
@@ -258,3 +259,14 @@ def test_teacher_outputs_of_another_width_are_refused(tmp_path, name, monkeypatc
     monkeypatch.setattr(held_out_evaluation, "load_held_out", lambda *_: narrow)
     with pytest.raises(UserError, match="of another teacher"):
         TeacherComparison(unlabeled_cache(), 0, validation(), CPU)
+
+
+@pytest.mark.parametrize("place", [-9, -4000])
+def test_a_flipped_bit_in_the_teacher_outputs_is_an_error(tmp_path, place):
+    """It would change figures only, of one image."""
+    root = tmp_path / "cache"
+    shutil.copytree(unlabeled_cache().root, root)
+    size = (root / HELD_OUT).stat().st_size
+    flip_byte(root / HELD_OUT, size + place)
+    with pytest.raises(UserError, match=r"sha256 differs(?s:.*)scalekd repair"):
+        TeacherComparison(Cache.open(root), 0, validation(), CPU)

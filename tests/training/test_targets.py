@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from cache_forms import FORMS
 from commands import ROOT
 from small_cache import CPU, shared_cache
 from sparse_cache import finished
@@ -207,19 +208,23 @@ def test_the_ranks_of_a_custom_loop_share_every_global_batch(monkeypatch, form, 
         assert len(seen) == len(cache)
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_torchs_data_loader_gives_the_same_batches(workers):
+@pytest.mark.parametrize(("form", "workers"), [*((form, 2) for form in FORMS), ("plain", 1)])
+def test_torchs_data_loader_gives_the_same_batches(form, workers):
     """Also from a resumed position."""
-    targets, state = small_targets(epochs=2), small_targets(epochs=2).state_dict()
-    expected = images_of(targets)
-    resumed = small_targets(epochs=2)
-    resumed.load_state_dict({**state, "step": 5})
-    for one, batches in ((small_targets(epochs=2), expected), (resumed, expected[5:])):
-        loader = DataLoader(one, batch_size=None, num_workers=workers)
-        for got, images in zip(loader, batches, strict=True):
-            assert torch.equal(got.images, images)
+
+    def targets(step=0):
+        made = CachedTargets(FORMS[form](), batch_size=8, epochs=2)
+        made.load_state_dict({**made.state_dict(), "step": step})
+        return made
+
+    expected = list(targets())
+    assert len(DataLoader(targets(), batch_size=None)) == len(expected)
+    for step in (0, 3):
+        loader = DataLoader(targets(step), batch_size=None, num_workers=workers)
+        for got, batch in zip(loader, expected[step:], strict=True):
             assert isinstance(got, CachedBatch)
-    assert len(DataLoader(targets, batch_size=None)) == len(expected)
+            assert torch.equal(got.labels, batch.labels)
+            torch.testing.assert_close([got.images, *got.targets], [batch.images, *batch.targets], rtol=0, atol=0)
 
 
 def test_workers_inside_a_data_loader_are_an_error():

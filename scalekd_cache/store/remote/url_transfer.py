@@ -75,7 +75,9 @@ def is_url(place: str) -> bool:
     scheme = found[0][:-1].lower()
     url = urlsplit(place)
     if scheme == "hf" and not HUB_PLACE.fullmatch(place):
-        raise UserError("not a repository of the model hub", got=place, expected="hf://datasets/USER/NAME")
+        raise UserError(
+            "not a repository of the model hub", got=without_password(place), expected="hf://datasets/USER/NAME"
+        )
     if scheme not in {"file", *SCHEMES} or not place[len(scheme) :].startswith("://") or "::" in place:
         raise UserError(
             "this kind of URL is not supported",
