@@ -5,6 +5,7 @@
 //     ./reader --rows FILE      decodes the rows in a file of tests/golden
 //
 // Output and exit codes: tests/conformance/README.md. zstd and zlib are loaded where a cache needs them.
+// For little-endian processors.
 
 #include <cstdio>
 #include <iostream>
