@@ -34,6 +34,8 @@ TAIL_TOLERANCE = 1e-5
 """Maximum relative difference between the teacher's features and its tail's output on the teacher's stage-3 map."""
 PROBE_IMAGES = 16
 """Number of images for the trial run of the teacher."""
+PROBE_TEACHER_S = 10.0
+"""Seconds that this run may take where fewer images give the same size (`size_probe.py`)."""
 
 
 def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:

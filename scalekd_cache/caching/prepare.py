@@ -22,10 +22,11 @@ from scalekd_cache.caching.job_plan import (
     make_plan,
     with_teacher_top1,
 )
-from scalekd_cache.caching.make_units import Stage
+from scalekd_cache.caching.make_units import Stage, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, PixelFacts, open_shared_views
 from scalekd_cache.caching.preflight import (
     PROBE_IMAGES,
+    PROBE_TEACHER_S,
     check_batches,
     check_before_weights,
     check_disk_space,
@@ -34,7 +35,7 @@ from scalekd_cache.caching.preflight import (
     probe_views,
 )
 from scalekd_cache.caching.sample_views import check_worker_memory
-from scalekd_cache.caching.size_probe import measure_sizes
+from scalekd_cache.caching.size_probe import group_views, images_within, measure_sizes
 from scalekd_cache.config.stage1 import CacheTeacherConfig, TeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
@@ -98,7 +99,7 @@ def prepare(
         return None
     for one in configs:
         check_before_weights(one, source, student, process)
-    validation = _open_validation(config, dry_run=dry_run) if process.rank == 0 else None
+    validation = open_validation(config, dry_run=dry_run) if process.rank == 0 else None
     found: list[Prepared] = []
     for one in configs:
         with peers.scope(one.cache.path):
@@ -233,7 +234,9 @@ def _check_disk_space(found: Sequence[Prepared]) -> None:
         missing = sum(unit.num_views for unit in units)
         if not missing:
             continue
-        sizes = measure_sizes(job.stage, config.cache, num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES)
+        sizes = measure_sizes(
+            job.stage, config.cache, num_views=PROBE_IMAGES, pixel_images=4 * PROBE_IMAGES, teacher_s=PROBE_TEACHER_S
+        )
         size = sum(sum(sizes.bytes_of([unit.positions], len(unit.views)).values()) for unit in units)
         place = f"{job.stage.root}: " if len(found) > 1 else ""
         print(f"{place}{counted(missing, 'view')} to make, about {size / missing:,.0f} bytes each, {size_text(size)}")
@@ -245,6 +248,28 @@ def _check_disk_space(found: Sequence[Prepared]) -> None:
         print(f"all teachers: {counted(views, 'view')} to make, {size_text(needed)}", flush=True)
 
 
+def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, validation: Source | None) -> int:
+    """Images that a new cache runs through the teacher besides its views: checks and evaluation, for the forecast.
+
+    Args:
+        config: all options of stage 1.
+        stage: what units are made with.
+        pass_s: seconds of the teacher for one image.
+        validation: the validation images, if there are any.
+    """
+    teacher, views = stage.teacher, len(group_views(config.cache))
+    small_unit = min(max(4, -(-PROBE_IMAGES // views)), images_within(stage, views, PROBE_TEACHER_S, pass_s)) * views
+    checks = min(4, teacher.images_per_pass) + (1 if pass_s > 1 else 2) + small_unit + (2 if config.student else 0)
+    if not stage.source.class_names:
+        return checks + (0 if validation is None else len(held_out_images(validation)))
+    if not teacher.spec.has_classifier:
+        return checks
+    evaluated = 0 if validation is None else len(validation.samples)
+    known = config.teacher.pretrained or config.teacher.weights is not None
+    wanted, there = max(0, CHECKED_IMAGES - evaluated) if known else 0, sum(map(len, unit_ranges(stage.source, 1)))
+    return checks + evaluated + (-(-there // max(1, there // wanted)) if wanted else 0)
+
+
 def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> Job:
     """The job with the teacher's accuracy, and its outputs on held-out images, where they are missing."""
     config, job, _ = ready
@@ -253,7 +278,7 @@ def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> 
     return job if dry_run or validation is None else _with_held_out(config, job, validation)
 
 
-def _open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
+def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
     """The validation images; None, with a note, if there are none. A dry run downloads nothing."""
     try:
         return open_source(config.data, "val", download=not dry_run)

@@ -1,11 +1,13 @@
-"""Size of a cache, measured on a small unit of it.
+"""Size of a cache and seconds per view, measured on a small unit of it.
 
 In: a `Stage` with the teacher or a placeholder for it. Out: `SizeProbe`.
 Invariant: stage 1's own code writes what is measured: one unit of a few real images, and one without images, which
-separates the cost of a shard from that of an image. Their temporary folder is removed.
+separates the cost of a shard from that of an image, in bytes and in seconds. Their temporary folder is removed.
 """
 
 import dataclasses
+import math
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from scalekd_cache.caching.make_units import Stage, fill_unit
 from scalekd_cache.caching.sample_views import SampledViews, Unit, spread_views
-from scalekd_cache.codec import Shape
+from scalekd_cache.codec import FITTED, Shape
 from scalekd_cache.config.stage1 import StoreConfig
 from scalekd_cache.models.teacher import TeacherOutput
 from scalekd_cache.store.formats.zarr import padding
@@ -30,6 +32,9 @@ VIEWS = 48
 """Approximate number of views that go through the teacher and the codecs."""
 PIXEL_IMAGES = 256
 """Number of images whose pixels are encoded to measure their size, which varies most."""
+TEACHER_S = 60.0
+"""Seconds that the teacher may take with a codec of fixed size, whose bytes do not depend on the number of views."""
+LEAST_IMAGES = 2
 PARTS = ("features", "target", "pixels", "index")
 
 
@@ -59,7 +64,11 @@ class SizeProbe(NamedTuple):
     sample_s: float
     """Seconds per view on one core: reading, decoding, sampling, encoding."""
     teacher_s: float
-    """Seconds per view for teacher, codec and store on this machine."""
+    """Seconds per view for teacher, codec and store on this machine, after a first pass."""
+    unit_s: float
+    """Seconds per unit to commit its files, on this machine."""
+    pass_s: float
+    """Seconds of the teacher for one image."""
     images: int
     views: int
 
@@ -70,7 +79,12 @@ class SizeProbe(NamedTuple):
 
 
 def measure_sizes(
-    stage: Stage, cache: StoreConfig, *, num_views: int = VIEWS, pixel_images: int = PIXEL_IMAGES
+    stage: Stage,
+    cache: StoreConfig,
+    *,
+    num_views: int = VIEWS,
+    pixel_images: int = PIXEL_IMAGES,
+    teacher_s: float = TEACHER_S,
 ) -> SizeProbe:
     """Make a small unit and an empty one in a temporary folder, and measure them.
 
@@ -79,38 +93,70 @@ def measure_sizes(
         cache: the cache's options.
         num_views: approximate number of views that go through the teacher.
         pixel_images: number of images whose pixels are encoded to measure their size.
+        teacher_s: with a codec of fixed size, fewer views are used if the teacher takes longer for them.
 
     Raises:
         UserError: no image can be decoded, or the codec refuses the teacher's output.
     """
-    every = cache.features_every
-    views = tuple(range(-(-min(cache.num_views, cache.views_per_group) // every) * every))  # the share is exact then
+    views = group_views(cache)
     started = time.perf_counter()
     images = list(spread_views(stage.source, stage.views, views, max(4, -(-num_views // len(views)))))
+    sample_s = (time.perf_counter() - started) / (len(images) * len(views))
+    pass_s = _pass_s(stage, images[0].pixels[:1])
+    images = images[: images_within(stage, len(views), teacher_s, pass_s)]
     count = len(images) * len(views)
-    sample_s = (time.perf_counter() - started) / count
     with tempfile.TemporaryDirectory(prefix="scalekd-plan-") as folder:
         small = dataclasses.replace(stage, root=Path(folder), fingerprint="0" * 64)
-        full, empty, teacher_s = _small_units(small, images, views)
-    per_view = {part: (full[part] - empty[part]) / count for part in PARTS}
+        full, empty = _small_units(small, images, views)
+    per_view = {part: (full.sizes[part] - empty.sizes[part]) / count for part in PARTS}
     if per_view["pixels"]:
         of_these = float(np.mean([len(view.encoded) for item in images for view in item.views]))
         per_view["pixels"] *= _pixel_bytes(stage, images, pixel_images) / of_these
-    return SizeProbe(
-        per_view, {part: empty[part] / len(views) for part in PARTS}, sample_s, teacher_s, len(images), count
-    )
+    per_shard = {part: empty.sizes[part] / len(views) for part in PARTS}
+    view_s = max(0.0, full.seconds - empty.seconds) / count
+    return SizeProbe(per_view, per_shard, sample_s, view_s, empty.seconds, pass_s, len(images), count)
 
 
-def _small_units(
-    stage: Stage, images: Sequence[SampledViews], views: tuple[int, ...]
-) -> tuple[dict[str, float], dict[str, float], float]:
-    """Write a unit of these views and an empty one: bytes of each by part, and seconds per view of the first."""
+def group_views(cache: StoreConfig) -> tuple[int, ...]:
+    """View numbers of the small unit; the share of stored features is exact in them."""
+    every = cache.features_every
+    return tuple(range(-(-min(cache.num_views, cache.views_per_group) // every) * every))
+
+
+def images_within(stage: Stage, views: int, teacher_s: float, pass_s: float) -> int:
+    """Most images of the small unit, so that the teacher takes about `teacher_s` seconds for their views."""
+    return sys.maxsize if stage.codec.id in FITTED else max(LEAST_IMAGES, int(teacher_s / (pass_s * views)))
+
+
+@torch.no_grad()
+def _pass_s(stage: Stage, pixels: Tensor) -> float:
+    """Seconds of a forward pass of one image. The first pass of a model also sets up its kernels: a short one is
+    repeated."""
+    seconds = math.inf
+    for _ in range(2):
+        started = time.perf_counter()
+        stage.teacher(pixels.to(stage.device)).features.cpu()
+        seconds = min(seconds, time.perf_counter() - started)
+        if seconds > 1:
+            break
+    return seconds
+
+
+class _Unit(NamedTuple):
+    """Bytes by part, and seconds."""
+
+    sizes: dict[str, float]
+    seconds: float
+
+
+def _small_units(stage: Stage, images: Sequence[SampledViews], views: tuple[int, ...]) -> tuple[_Unit, _Unit]:
+    """Write a unit of these views, and an empty one."""
     started = time.perf_counter()
     with torch.no_grad():
         unit = Unit(group=0, range_id=0, positions=range(len(images)), views=views)
         [(writer, figures)] = fill_unit([stage], unit, iter(images))
         writer.commit(figures)
-    teacher_s = (time.perf_counter() - started) / (len(images) * len(views))
+    written = time.perf_counter()
     with UnitWriter(
         stage.root,
         backend=stage.backend,
@@ -123,13 +169,14 @@ def _small_units(
     ) as writer:
         writer.skip("none", "none")
         writer.commit({})
+    emptied = time.perf_counter()
     full, full_json = _parts(stage.root, 0)
     empty, empty_json = _parts(stage.root, 1)
     zeros, usual_zeros = padding(unit_folder(stage.root, 0, 0))
     empty["index"] += usual_zeros  # cost of a shard, in both units
     full["index"] += usual_zeros - zeros
     empty["index"] += full_json - empty_json  # sidecar of a real unit: fidelity, all files
-    return full, empty, teacher_s
+    return _Unit(full, written - started), _Unit(empty, emptied - written)
 
 
 def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:

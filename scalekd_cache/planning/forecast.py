@@ -16,8 +16,9 @@ import torch
 
 from scalekd_cache.caching.codec_selection import AUTO, CALIBRATION_VIEWS, check_codec_options, select_codec
 from scalekd_cache.caching.job_plan import make_logit_codec, make_stage
-from scalekd_cache.caching.make_units import unit_ranges
+from scalekd_cache.caching.make_units import Stage, unit_ranges
 from scalekd_cache.caching.pixel_cache import PixelCache, open_shared_views
+from scalekd_cache.caching.prepare import images_besides, open_validation
 from scalekd_cache.caching.size_probe import PlaceholderTeacher, SizeProbe, measure_sizes
 from scalekd_cache.codec import FITTED, Shape, make_codec
 from scalekd_cache.codec.base import FeatureCodec
@@ -71,6 +72,8 @@ class Forecast:
     """Stage 1, from FLOPs, the GPU table and the assumed utilization."""
     teacher_s_per_view_here: float | None
     """Measured on this machine: teacher, codec and store (None: no weights)."""
+    stage_1_here_s: float | None
+    """Seconds of stage 1 in one process on this machine, with its checks and evaluation (None: no weights)."""
     draw_s_per_view: float
     """Seconds to sample one view, measured on one core of this machine."""
     cores_per_gpu: float
@@ -98,13 +101,17 @@ class Forecast:
         return dataclasses.asdict(self)
 
 
-def _gpu_time(hours: float) -> str:
-    """GPU time in hours, minutes or seconds, with three digits."""
+def _duration(hours: float, kind: str = "") -> str:
+    """A time in hours, minutes or seconds, with three digits; `kind` comes before the unit."""
     if abs(hours) * 3600 < 0.01:
-        return "< 0.01 GPU-seconds"
+        return f"< 0.01 {kind}seconds"
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
     unit, scale = next((pair for pair in units if abs(hours * pair[1]) >= 1), units[-1])
-    return f"{float(f'{hours * scale:.3g}'):,.10g} GPU-{unit}"
+    return f"{float(f'{hours * scale:.3g}'):,.10g} {kind}{unit}"
+
+
+def _gpu_time(hours: float) -> str:
+    return _duration(hours, "GPU-")
 
 
 def describe(plan: Forecast) -> str:
@@ -152,7 +159,8 @@ def describe(plan: Forecast) -> str:
     ]
     if plan.teacher_s_per_view_here is not None:
         lines.append(
-            f"  measured here: {plan.teacher_s_per_view_here * 1e3:.1f} ms per view for teacher, codec and store"
+            f"  measured here: {plan.teacher_s_per_view_here * 1e3:.1f} ms per view for teacher, codec and store; "
+            f"stage 1 in one process {_duration((plan.stage_1_here_s or 0.0) / 3600)}, with checks and evaluation"
         )
     else:
         lines.append(
@@ -265,9 +273,11 @@ def forecast(
     training = _with_share(config, training)
     source = open_shared_views(config) if config.cache.pixels_from else open_source(config.data, "train")
     training = training.on_data(labeled=bool(source.class_names))
+    started = time.perf_counter()
     teacher = _teacher(config, len(source.class_names), process)
     classes = len(source.class_names) or teacher.classes
     codec = _codec(config, source, teacher, process)
+    before_s = time.perf_counter() - started
     logits = _logits(config, teacher, codec)
     second = pooled_codec(codec.id, teacher.pooled)
     shares = first is not None and config.views.pixels == "baked"
@@ -296,6 +306,7 @@ def forecast(
         gpu=gpu.lower(),
         teacher_gpu_hours=times.stage_1_h,
         teacher_s_per_view_here=found.teacher_s if at_hand else None,
+        stage_1_here_s=before_s + _stage_1_s(config, stage, found) if at_hand else None,
         draw_s_per_view=found.sample_s,
         cores_per_gpu=found.sample_s / times.forward_s,
         student_gpu_hours=times.student_h,
@@ -351,6 +362,21 @@ def _sizes(
     once = sum(value.numel() * value.element_size() for value in tail_tensors(meta.tail).values())
     once += len(state_bytes(codec.state)) if isinstance(codec, TransformCodec) else 0
     return _Sizes(images, views, per_view, once, sum(parts.values()) + once)
+
+
+def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> float:
+    """Seconds of stage 1 in one process on this machine, after teacher and codec are ready.
+
+    On a CPU, workers and the teacher share the cores; on a GPU, the slower of them counts.
+    """
+    ranges = unit_ranges(stage.source, config.cache.samples_per_shard)
+    views, groups = config.cache.num_views, -(-config.cache.num_views // config.cache.views_per_group)
+    sample_s = found.sample_s / max(1, config.workers)
+    shared = stage.device.type == "cpu" or config.workers == 0
+    view_s = sample_s + found.teacher_s if shared else max(sample_s, found.teacher_s)
+    others = images_besides(config, stage, found.pass_s, open_validation(config, dry_run=True))
+    units = len(ranges) * groups + 2  # two for the check of the disk space
+    return sum(map(len, ranges)) * views * view_s + units * found.unit_s + others * found.teacher_s
 
 
 def _times(
