@@ -31,6 +31,8 @@ class CostsConfig:
     """A timm model name or a short name."""
     image_size: int | None = None
     """Image size (height and width), pixels (default: the teacher's native size)."""
+    labeled: bool = True
+    """The data has labels. false: the head of the pooled embedding is counted too."""
     all: bool = False
     """Print the table of all teacher-student pairs of the paper as a Markdown page."""
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)
@@ -59,7 +61,7 @@ def main(given: Given) -> None:
         config.scalekd.check_teachers(len(names))
         size = config.image_size or own_image_size(names[0])
         several = [
-            pair_costs(name, config.student, config.scalekd.of_teacher(number), size)
+            pair_costs(name, config.student, config.scalekd.of_teacher(number), size, labeled=config.labeled)
             for number, name in enumerate(names)
         ]
         print("\n\n".join(report(costs) for costs in several))

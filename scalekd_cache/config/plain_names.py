@@ -48,7 +48,7 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "prove": _names(f"cache student views init recipe heads feature_share json {_OVERRIDES}"),
     "publish": _names("cache to data_license teacher_license without_pixels pixels_from private connections json"),
     "fetch": _names("teacher"),
-    "costs": _names("teacher student heads:scalekd.projector feature_share:scalekd.feature_share all"),
+    "costs": _names("teacher student heads:scalekd.projector feature_share:scalekd.feature_share labeled all"),
     "import-upstream": _names("ckpt out student classes s4_query"),
 }
 """Command -> plain name -> dotted name. Names have underscores here; on the command line hyphens work too."""

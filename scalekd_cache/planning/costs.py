@@ -8,11 +8,14 @@ per batch); with a feature share, the heads see that share of it.
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalekd_cache.codec import Shape
@@ -113,6 +116,8 @@ def pair_costs(
     image_size: int | None = None,
     num_classes: int = CLASSES,
     student_size: int | None = None,
+    *,
+    labeled: bool = True,
 ) -> PairCosts:
     """Count one pair.
 
@@ -123,6 +128,7 @@ def pair_costs(
         image_size: side of the views, pixels (default: the teacher's native size).
         num_classes: classes of teacher and student.
         student_size: side of the student's images, pixels (None: that of the views).
+        labeled: the data has labels; without them, the heads also map the student's pooled embedding to the teacher's.
 
     Raises:
         UserError: a name, family or image size that stage 1 or 2 refuses.
@@ -134,13 +140,17 @@ def pair_costs(
         learner = build_student(
             StudentConfig(name=student, image_size=student_size), num_classes=num_classes, image_size=image_size
         )
-        heads = ScaleKDHeads(config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm)
+        pooled = 0 if labeled else _pooled_width(parts, image_size)
+        width = learner.pooled_width if pooled else 0
+        heads = ScaleKDHeads(
+            config, learner.tap_shapes, parts.tail_in, parts.tail_out, learner.layer_norm, pooled, width
+        )
         return PairCosts(
             teacher,
             student,
             image_size,
             _student_cost(learner),
-            _head_costs(heads, learner.tap_shapes, parts, _featured(config, BATCH)),
+            _head_costs(heads, learner.tap_shapes, parts, _featured(config, BATCH), width),
             teacher_cost,
         )
 
@@ -164,6 +174,17 @@ def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
     before, after = map_shapes(taps, ends)
     tail = build_tail(model, name, before, after)
     return MetaTeacher(model, tail, before, after, _params(model), _params(tail))
+
+
+def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
+    """Width of the pooled target: of timm's pooled embedding, else of the mean of the map."""
+    model: Any = teacher.model
+    if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
+        images = torch.empty(1, 3, image_size, image_size)
+        shape = model.forward_head(model.forward_features(images), pre_logits=True).shape
+        if len(shape) == 2:
+            return int(shape[1])
+    return teacher.tail_out[0]
 
 
 def _featured(config: ScaleKDConfig, batch: int) -> int:
@@ -222,17 +243,23 @@ def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, 
     )
 
 
-def _head_costs(heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int) -> list[Part]:
-    """Cost of the heads on the first `samples` images of the batch."""
+def _head_costs(
+    heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int, width: int
+) -> list[Part]:
+    """Cost of the heads on the first `samples` images of the batch; `width` is that of the student's pooled embedding,
+    which all images of the batch have, 0 with labels."""
 
     def leaf(shape: Shape) -> Tensor:
         return torch.empty(samples, *shape, requires_grad=True)
 
     rows = []
+    embedding = [torch.empty(BATCH, width, requires_grad=True)] if width else []
+    if heads.pooled is not None:
+        rows.append(_map_cost("pooled projector", _params(heads.pooled), heads.pooled, *embedding))
     for view, module in heads.s3.items():
         rows.append(_map_cost(f"S3 projector, {view}", _params(module), module, leaf(taps[0])))
     for view, module in heads.s4.items():
-        given = [leaf(teacher.tail_out)] if heads.hand_over else []
+        given = [leaf(teacher.tail_out)] if heads.hand_over else embedding if view == "linear" else []
         rows.append(_map_cost(f"S4 projector, {view}", _params(module), module, leaf(taps[1]), *given))
     if heads.tpp and len(heads.s3):
         one = _map_cost("", teacher.tail_params, teacher.tail, leaf(teacher.tail_in))
@@ -302,13 +329,49 @@ def _heads_params(costs: PairCosts) -> int:
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
 
 
+class _Live(TorchDispatchMode):
+    """Counts the bytes of all tensors that operations return, from then until they are freed.
+
+    Args:
+        own: storages that are not counted.
+    """
+
+    def __init__(self, own: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._known = {value.untyped_storage()._cdata for value in own}
+        self._now = 0
+        self.peak = 0
+        """The largest sum."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation and count its results."""
+        found = func(*args, **(kwargs or {}))
+        for value in tree_leaves(found):
+            if isinstance(value, Tensor) and value.untyped_storage()._cdata not in self._known:
+                self._add(value.untyped_storage())
+        return found
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        self._known.add(key)
+        self._now += size
+        self.peak = max(self.peak, self._now)
+        weakref.finalize(storage, self._freed, key, size)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._now -= size
+
+
 def step_memory(
     training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int, pooled: int = 0
 ) -> dict[str, float]:
-    """Memory of a training step of one micro-batch in float32, bytes; tensors saved by autograd are counted one by one.
+    """Memory of a training step of one micro-batch in float32, bytes.
 
-    Call it under `torch.device("meta")`: the real student, heads, tail and losses run, without computing. `pooled` is
-    the width of the pooled target of a data set without labels; 0 with labels.
+    "activations" is the peak of everything else that exists at the same time in the forward and the backward pass:
+    images, targets, saved tensors, temporary tensors, gradients of activations. Work space inside an operation is not
+    known. Call it under `torch.device("meta")`: the real student, heads, tail and losses run, without computing.
+    `pooled` is the width of the pooled target of a data set without labels; 0 with labels.
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
     heads = ScaleKDHeads(
@@ -325,17 +388,12 @@ def step_memory(
     trained = sum(value.numel() for module in (student, heads) for value in module.parameters())
     batch, device = training.train.micro_batch_size, torch.get_default_device()
     featured = _featured(training.scalekd, batch)
+    for parameter in (*student.parameters(), *heads.parameters()):
+        parameter.grad = torch.zeros_like(parameter)
     modules = (student, heads, teacher.tail)
-    own = {x.untyped_storage()._cdata for module in modules for x in (*module.parameters(), *module.buffers())}
-    kept: dict[int, int] = {}
-
-    def count(value: Tensor) -> Tensor:
-        storage = value.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = storage.nbytes()
-        return value
-
-    with torch.autograd.graph.saved_tensors_hooks(count, lambda value: value):
+    tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+    grads = [parameter.grad for parameter in tensors if parameter.grad is not None]
+    with _Live([*tensors, *grads]) as live:
         output = student(torch.zeros(batch, 3, student.image_size, student.image_size, device=device))
         s3, s4, logits = output
         height, width = teacher.tail_out[1:]
@@ -347,12 +405,11 @@ def step_memory(
         )
         labels = torch.zeros(batch, dtype=torch.int64, device=device)
         maps = heads(s3[:featured], s4[:featured], teacher.tail, student.pooled(output) if pooled else None)
-        total = distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total
-    assert total.requires_grad
+        distillation_losses(training.scalekd, training.train, logits, labels, maps, targets).total.backward()  # type: ignore[no-untyped-call]
     parts = {
         "weights": 4.0 * (trained + teacher.tail_params),
         "gradients": 4.0 * trained,
         "optimizer": 4.0 * trained * OPTIMIZER_TENSORS[training.optim.name],
-        "activations": float(sum(kept.values())),
+        "activations": float(live.peak),
     }
     return {**parts, "total": sum(parts.values())}

@@ -285,7 +285,8 @@ def forecast(
     stage = make_stage(config, process, source, live, codec, logits, second, fingerprint="", shares_pixels=shares)
     found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
-    times = _times(config, training, card, sizes, epochs, classes)
+    labeled = bool(source.class_names)
+    times = _times(config, training, card, sizes, epochs, classes, labeled=labeled)
     at_hand = isinstance(teacher.live, Teacher)
     read_bytes = sizes.per_view["total"] + _shared_pixels(source, first if shares else None)
     return Forecast(
@@ -317,7 +318,7 @@ def forecast(
         pays_after_students=math.ceil(sizes.views / epochs),
         images_per_s=1 / times.step_s,
         read_mb_per_s=read_bytes / times.step_s / 1e6,
-        step_memory=_step_memory(config, training, teacher, classes, labeled=bool(source.class_names)),
+        step_memory=_step_memory(config, training, teacher, classes, labeled=labeled),
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
         assumptions=_assumptions(card),
     )
@@ -380,12 +381,25 @@ def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> fl
 
 
 def _times(
-    config: CacheTeacherConfig, training: DistillConfig, card: Gpu, sizes: _Sizes, epochs: int, classes: int
+    config: CacheTeacherConfig,
+    training: DistillConfig,
+    card: Gpu,
+    sizes: _Sizes,
+    epochs: int,
+    classes: int,
+    *,
+    labeled: bool,
 ) -> _Times:
     """GPU time, from FLOPs."""
     student = training.student
     costs = pair_costs(
-        config.teacher.name, student.name, training.scalekd, config.views.size, classes, student.image_size
+        config.teacher.name,
+        student.name,
+        training.scalekd,
+        config.views.size,
+        classes,
+        student.image_size,
+        labeled=labeled,
     )
     forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILIZATION)
     step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILIZATION)

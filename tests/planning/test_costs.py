@@ -8,9 +8,11 @@ from documented import call
 from torch import nn
 
 from pipelines import costs as costs_command
-from scalekd_cache.config.stage2 import ScaleKDConfig
+from scalekd_cache.config.stage2 import ScaleKDConfig, StudentConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.models.student import build_student
 from scalekd_cache.planning import costs
+from scalekd_cache.scalekd.heads import ScaleKDHeads
 
 torch.set_num_threads(1)
 
@@ -103,6 +105,39 @@ def test_linear_heads_cost_a_hundredth_of_the_student():
     assert linear.heads_total < 0.01 * linear.student.total
 
 
+@pytest.mark.parametrize(
+    ("teacher", "projector", "share"),
+    [
+        ("test_vit", "cap", None),
+        ("demo_swin", "lite", 0.25),
+        ("test_vit", "linear", 0.25),
+        ("demo_swin", "linear", None),
+    ],
+)
+def test_without_labels_the_pooled_head_counts(teacher, projector, share):
+    """The parts add up to what PyTorch's counter counts in the heads that `distill` builds for unlabeled data."""
+    config = ScaleKDConfig(projector=projector, feature_share=share)
+    pair = costs.pair_costs(teacher, "test_resnet", config, 64, 10, labeled=False)
+    with torch.device("meta"):
+        known = costs.meta_teacher(teacher, 64, 10)
+        student = build_student(StudentConfig(name="test_resnet"), num_classes=10, image_size=64)
+        width = known.tail_out[0]
+        heads = ScaleKDHeads(
+            config, student.tap_shapes, known.tail_in, known.tail_out, False, width, student.pooled_width
+        )
+        samples = costs._featured(config, costs.BATCH)
+        s3, s4 = (torch.empty(samples, *shape, requires_grad=True) for shape in student.tap_shapes)
+        embedding = torch.empty(costs.BATCH, student.pooled_width, requires_grad=True)
+
+        def step():
+            maps = [value for value in heads(s3, s4, known.tail, embedding) if value is not None]
+            torch.autograd.backward([value.sum() for value in {id(value): value for value in maps}.values()])
+
+        assert pair.heads_total == pytest.approx(costs._flops(step))
+    if projector != "linear":  # those map the mean of S4, if there are labels
+        assert pair.heads_total > costs.pair_costs(teacher, "test_resnet", config, 64, 10).heads_total
+
+
 def test_command_and_committed_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "COSTS.md").read_text(encoding="utf-8")
     assert "scalekd costs --all" in page
@@ -112,6 +147,9 @@ def test_command_and_committed_page(capsys):
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
     assert "maximum speedup" in text
+    assert "pooled" not in text
+    call(costs_command, ["--teacher", "test_vit", "--student", "resnet10t", "--labeled", "false"])
+    assert "| pooled projector |" in capsys.readouterr().out
 
 
 def test_several_teachers_have_a_table_each_and_the_sum_of_their_heads(capsys):
