@@ -2,8 +2,7 @@
 
     python -m benchmarks.training.activation_checkpointing [--batch 16]
 
-Counted: the bytes that autograd keeps in one step of student, heads and Swin-L's tail (`planning/costs.py`, meta
-device). Measured: peak memory of a process that runs two steps of the student without heads at 224 px in float32, minus
+Counted: the peak of all tensors in one step of student, heads and Swin-L's tail (`planning/costs.py`, meta device). Measured: peak memory of a process that runs two steps of the student without heads at 224 px in float32, minus
 that of a process that only builds it; and the time of the second step. Prints a Markdown table.
 """
 
@@ -45,7 +44,7 @@ def measured(name: str, on: bool, batch: int) -> tuple[float, float]:
 
 
 def counted(name: str, on: bool, batch: int) -> float:
-    """Bytes that autograd keeps in a step with heads and tail."""
+    """Peak bytes of a step with heads and tail, without weights and their gradients."""
     config = DistillConfig(
         student=StudentConfig(name=name, grad_checkpointing=on),
         train=TrainConfig(micro_batch_size=batch, global_batch_size=batch),
@@ -63,7 +62,7 @@ def main() -> None:
         print(*steps(options.one[0], options.one[1] == "1", int(options.one[2]), int(options.one[3])))
         return
     print(f"batch of {options.batch}, float32")
-    print("| student | checkpointing | student, heads, tail: kept by autograd | student only: peak | CPU s per step |")
+    print("| student | checkpointing | student, heads, tail: counted peak | student only: peak | CPU s per step |")
     print("|---|---|---|---|---|")
     for name in STUDENTS:
         for on in (False, True):
