@@ -2,8 +2,9 @@
 
     python -m benchmarks.training.activation_checkpointing [--batch 16]
 
-Counted: the peak of all tensors in one step of student, heads and Swin-L's tail (`planning/costs.py`, meta device). Measured: peak memory of a process that runs two steps of the student without heads at 224 px in float32, minus
-that of a process that only builds it; and the time of the second step. Prints a Markdown table.
+Counted: the peak of all tensors in one step of student, heads and Swin-L's tail (`planning/costs.py`, meta device).
+Measured: peak memory of a process that runs two steps of the student without heads at 224 px in float32, minus that of
+a process that only builds it; and the time of the second step. Prints a Markdown table.
 """
 
 import argparse
