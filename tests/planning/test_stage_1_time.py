@@ -22,6 +22,7 @@ TRAINING = DistillConfig(student=StudentConfig(name="test_resnet"))
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that only the teacher, the sampling of views and commits move; with the images of every pass."""
+    shared_weights()  # a cache is made with them once
     found = SimpleNamespace(now=0.0, images=0)
 
     def costs(owner, name, seconds):
