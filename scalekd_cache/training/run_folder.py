@@ -14,8 +14,9 @@ from typing import IO, Any
 
 import yaml
 
-from scalekd_cache.config.base import flat
+from scalekd_cache.config.base import flat, to_plain
 from scalekd_cache.config.remote import RemoteConfig
+from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError, counted, require_folder
 from scalekd_cache.store.checked_files import check_regular
 from scalekd_cache.store.durable_files import disk_errors, fsync_path, remove_stale, write_atomically
@@ -215,8 +216,9 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
     if not os.path.lexists(run / OPTIONS):
         return
     stored, given = flat(read_config(run)), flat(config)
+    defaults = flat(to_plain(DistillConfig()))  # of options that are younger than the run
     names = sorted((stored | given).keys() - FREE_OPTIONS)
-    different = [name for name in names if stored.get(name) != given.get(name)]
+    different = [name for name in names if stored.get(name, defaults.get(name)) != given.get(name)]
     if different == ["train.epochs"] and isinstance(before := stored["train.epochs"], int):
         after = given["train.epochs"]
         if before < after and given.get("extend"):

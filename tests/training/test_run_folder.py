@@ -55,6 +55,19 @@ def test_other_options_are_named(tmp_path):
         RunFolder(path, to_plain(DistillConfig(cache="caches/photos", train=TrainConfig(epochs=3, seed=1))))
 
 
+def test_an_option_that_is_younger_than_the_run_has_its_default(tmp_path):
+    path, config = tmp_path / "run", DistillConfig()
+    RunFolder(path, to_plain(config)).write_facts({})
+    text = (path / "config.yaml").read_text()
+    assert "  balance: fixed\n" in text
+    (path / "config.yaml").write_text(text.replace("  balance: fixed\n", ""))
+    RunFolder(path, to_plain(config))
+    other = to_plain(config)
+    other["scalekd"] = {**other["scalekd"], "balance": "scale"}
+    with pytest.raises(UserError, match="different options"):
+        RunFolder(path, other)
+
+
 def test_folders_without_a_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="is a file"):
