@@ -18,8 +18,11 @@ from typing import NamedTuple
 from scalekd_cache.config.pull import PullConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.progress import progress, size_text
-from scalekd_cache.publishing.first_views import number_of_views, with_first_views, with_payload, with_views
+from scalekd_cache.publishing.first_views import LISTS, number_of_views, with_first_views, with_payload, with_views
 from scalekd_cache.publishing.local_cache import STAGING, finished_cache, install, staging_folder
+from scalekd_cache.publishing.publication import ORIGINAL, TARGETS, Publication, read_publication
+from scalekd_cache.publishing.ranges import other_files, tar_tasks
+from scalekd_cache.publishing.remake_pixels import RemadePixels, open_images, pixel_maker, remake_unit
 from scalekd_cache.publishing.transfers import PART, Task, Transfer, fetch_file, run_in_parallel
 from scalekd_cache.store.base import damaged
 from scalekd_cache.store.checked_files import JSON_BYTES, is_there, read_file
@@ -33,6 +36,7 @@ from scalekd_cache.store.durable_files import (
 )
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import (
+    PUBLICATION,
     Manifest,
     ManifestFacts,
     UnitRow,
@@ -65,6 +69,17 @@ class Wanted(NamedTuple):
         return unit_folder(root, self.info.group, self.info.range_id)
 
 
+class Bare(NamedTuple):
+    """Shards without pixels, and what makes their pixels."""
+
+    targets: Path | RemotePath
+    """The folder of the shards."""
+    sidecars: dict[tuple[int, int], str] | None
+    """sha256 of their sidecars by (group, range); None: the shards are those of the cache, of which only parts are
+    fetched."""
+    pixels: RemadePixels
+
+
 class PullResult(NamedTuple):
     """What a pull has done."""
 
@@ -83,11 +98,8 @@ def pull_cache(config: PullConfig) -> PullResult:
         UserError: nothing is published there, it cannot be read or is damaged, the folder holds another cache, or the
             disk is too small. The folder then holds the cache that it held before, or none.
     """
-    source, root = open_place(config.url, config.remote), Path(config.folder)
-    if not is_there(source / MANIFEST):
-        raise UserError(
-            "there is no published cache at this place (no manifest.json)", where=source, fix="check the URL"
-        )
+    place, root = open_place(config.url, config.remote), Path(config.folder)
+    source, left_out = _cache_files(place)
     published, data = read_manifest_bytes(source)
     facts = with_first_views(published.facts, number_of_views(config.views, published, source))
     there = finished_cache(root, published, facts)
@@ -96,12 +108,37 @@ def pull_cache(config: PullConfig) -> PullResult:
         with staging_folder(root) as staging:
             there = finished_cache(root, published, facts)  # another pull may just have finished it
             if there is None:
+                bare = _without_pixels(config, place, left_out, facts)
                 with _unchanged(source, data):
-                    done = PullResult(*_pull(config, source, published, data, facts, staging), False)
+                    done = PullResult(*_pull(config, source, published, data, facts, staging, bare), False)
             else:
                 done = PullResult(there, 0, True)
             shutil.rmtree(staging)
     return done
+
+
+def _cache_files(place: Path | RemotePath) -> tuple[Path | RemotePath, Publication | None]:
+    """Where the files of the cache are, and the description of a publication without pixels."""
+    if is_there(place / MANIFEST):
+        return place, None
+    if is_there(place / PUBLICATION):
+        publication = read_publication(place)
+        if publication.targets:
+            return place / ORIGINAL, publication
+    raise UserError("there is no published cache at this place (no manifest.json)", where=place, fix="check the URL")
+
+
+def _without_pixels(
+    config: PullConfig, place: Path | RemotePath, left_out: Publication | None, facts: ManifestFacts
+) -> Bare | None:
+    """What replaces the pixels, if they are not transferred; UserError without the images."""
+    stored = facts.view_recipe.get("pixels") == "baked" and not facts.pixels_from
+    if not stored or (left_out is None and not config.without_pixels):
+        return None
+    pixels = pixel_maker(facts, open_images(facts, config.data, place))
+    if left_out is None:
+        return Bare(place, None, pixels)
+    return Bare(place / TARGETS, {row[:2]: row.sha256 for row in left_out.targets}, pixels)
 
 
 @contextlib.contextmanager
@@ -129,13 +166,17 @@ def _pull(
     data: bytes,
     facts: ManifestFacts,
     staging: Path,
+    bare: Bare | None,
 ) -> tuple[Manifest, int]:
     """Fetch what is missing, then install it; returns the manifest and the bytes of the fetched files."""
     root = staging.parent
     with disk_errors(root, len(data)):
         _keep_manifest(staging, published, data)
         rows = [row for row in published.units if row.group < len(facts.groups)]
-        _fetch_sidecars(source, staging, [row for row in rows if not _in_place(root, row, facts)], config.connections)
+        missing = [row for row in rows if not _in_place(root, row, facts)]
+        _fetch_sidecars(source, staging, missing, config.connections)
+        if bare is not None and bare.sidecars is not None:
+            _fetch_bare_sidecars(bare, staging, missing, config.connections)
     ranges, units = [], list[Wanted]()
     for row in rows:
         kept = _in_place(root, row, facts)
@@ -144,14 +185,23 @@ def _pull(
         unit = Wanted(row, info, with_views(info, facts.groups[row.group]))
         units += [] if kept or _is_cut_in_place(root, unit) else [unit]
     transfers = [*_teacher_files(source, staging, facts)]
-    transfers += [transfer for unit in units for transfer in _missing_files(source, staging, unit)]
+    for unit in units:
+        transfers += _missing_files(source, staging, unit) if bare is None else _bare_files(source, bare, staging, unit)
     sizes = [(_old_place(staging, transfer), transfer.pin.bytes or 0) for transfer in transfers]
     needed = sum(size for old, size in sizes if not old.is_file() or old.stat().st_size != size)
     _check_space(root, needed)
     with disk_errors(root, needed):
-        received = _run([partial(_keep_or_fetch, staging, one) for one in transfers], config.connections, "file")
+        tasks: list[Task] = [partial(_keep_or_fetch, staging, one) for one in transfers]
+        for unit in units:
+            if bare is not None and bare.sidecars is None and any(_missing_files(source, staging, unit)):
+                tasks += tar_tasks(unit.folder(source), unit.folder(staging / TARGETS), unit.info)
+        received = _run(tasks, config.connections, "file")
         _fetch_codec_choice(source, staging, facts)
         for unit in units:
+            if bare is not None and any(_missing_files(source, staging, unit)):
+                folder, ranged = unit.folder(staging / TARGETS), bare.sidecars is None
+                remake_unit(staging, unit.info, folder, bare.pixels, config.workers, partial=ranged)
+                shutil.rmtree(unit.folder(staging / TARGETS))
             _finish(staging, unit)
     whole = (published, data) if facts == published.facts else None
     return install(root, facts, ranges, whole), received
@@ -243,6 +293,32 @@ def _missing_files(source: Path | RemotePath, staging: Path, unit: Wanted) -> It
         target = unit.folder(staging) / name
         if not target.is_file() or target.stat().st_size != fact.bytes:
             yield Transfer(unit.folder(source) / name, target, Pin(fact.sha256, fact.bytes), fact.bytes)
+
+
+def _fetch_bare_sidecars(bare: Bare, staging: Path, rows: Sequence[UnitRow], threads: int) -> None:
+    """Fetch the sidecars of the shards without pixels."""
+    tasks, sidecars = [], bare.sidecars or {}
+    for row in rows:
+        pin = Pin(sidecars.get((row.group, row.range_id), ""), None)
+        place = unit_folder(staging / TARGETS, row.group, row.range_id) / "unit.json"
+        if not _is_file(place, pin):
+            shutil.rmtree(place.parent, ignore_errors=True)
+            published = unit_folder(bare.targets, row.group, row.range_id) / "unit.json"
+            tasks.append(partial(fetch_file, Transfer(published, place, pin, UNIT_BYTES)))
+    _run(tasks, threads, "sidecar")
+
+
+def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Wanted) -> Iterator[Transfer]:
+    """The files that have not arrived yet of a unit without pixels: its lists and its shards without pixels."""
+    missing = list(_missing_files(source, staging, unit))
+    if not missing:
+        return
+    yield from (transfer for transfer in missing if transfer.target.name in LISTS)
+    if bare.sidecars is None:
+        yield from other_files(unit.folder(bare.targets), unit.folder(staging / TARGETS), unit.info)
+        return
+    info = with_views(read_unit(unit.folder(staging / TARGETS))[0], unit.info.views)
+    yield from _missing_files(bare.targets, staging / TARGETS, Wanted(unit.row, info, info))
 
 
 def _old_place(staging: Path, transfer: Transfer) -> Path:

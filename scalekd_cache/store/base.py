@@ -166,6 +166,11 @@ class ShardReader(ABC):
         """Records of these rows, in this order, with every checksum verified. UserError names shard and key."""
 
     @abstractmethod
+    def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
+        """Records of these rows with empty pixels, from a shard whose pixels are not there; not verified by checksums,
+        which cover the pixels."""
+
+    @abstractmethod
     def target_bytes(self, record: Record) -> int:
         """Bytes on disk of a record's label, view and digest."""
 

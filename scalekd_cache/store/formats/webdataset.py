@@ -180,27 +180,45 @@ class Reader(ShardReader):
             found = CRC(self._seeds[row], buffer[json_at:end])
             if found != stored:
                 self.check_crc(row, found)
-            try:
-                target = parse_target_json(data[json_at : json_at + json_bytes], self.where)
-                second_at = features_at + target.features_bytes
-                logits_at = second_at + target.second_bytes
-                if logits_at > end:
-                    raise ValueError(f"{logits_at - features_at} bytes of features in a member of {features_bytes}")
-                record = Record(
-                    key,
-                    target.label,
-                    target.view.decode(),
-                    target.digest.decode(),
-                    pixels=shown[pixels_at : pixels_at + pixels_bytes],
-                    features=shown[features_at:second_at],
-                    logits=shown[logits_at:end],
-                    second=shown[second_at:logits_at],
-                )
-                records.append(check_parts(record, target.parts))
-            except ValueError as error:
-                raise damaged(
-                    "cannot read a record's JSON", repr(error), "what was written", self.where, key
-                ) from error
+            end_of_json = json_at + json_bytes
+            pixels = shown[pixels_at : pixels_at + pixels_bytes]
+            records.append(self._record(key, data[json_at:end_of_json], pixels, shown[features_at:end]))
+        return records
+
+    def _record(self, key: str, text: bytes, pixels: memoryview, member: memoryview) -> Record:
+        """A record from its JSON, its pixels and its features member."""
+        try:
+            target = parse_target_json(text, self.where)
+            logits_at = target.features_bytes + target.second_bytes
+            if logits_at > len(member):
+                raise ValueError(f"{logits_at} bytes of features in a member of {len(member)}")
+            record = Record(
+                key,
+                target.label,
+                target.view.decode(),
+                target.digest.decode(),
+                pixels=pixels,
+                features=member[: target.features_bytes],
+                logits=member[logits_at:],
+                second=member[target.features_bytes : logits_at],
+            )
+            return check_parts(record, target.parts)
+        except ValueError as error:
+            raise damaged("cannot read a record's JSON", repr(error), "what was written", self.where, key) from error
+
+    def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
+        """Records of these rows, in this order; the bytes of the pixels are not read."""
+        descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
+        records = []
+        try:
+            for row in rows.tolist():
+                json_at, _, features_at, json_bytes, _, features_bytes, _ = self._rows[row]
+                text = read_at(descriptor, json_bytes, json_at, self.where)
+                member = memoryview(read_at(descriptor, features_bytes, features_at, self.where))
+                records.append(self._record(self.keys[row], text, memoryview(b""), member))
+        finally:
+            if descriptor != self._kept:
+                os.close(descriptor)
         return records
 
     def target_bytes(self, record: Record) -> int:

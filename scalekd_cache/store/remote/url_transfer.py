@@ -12,7 +12,7 @@ import os
 import random
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urljoin, urlsplit
@@ -142,6 +142,31 @@ def download(
             check()
 
     _attempts(url, config, once)
+
+
+def read_ranges(url: str, spans: Sequence[tuple[int, int]], config: RemoteConfig) -> list[bytes]:
+    """The bytes from start to end of each span of a file.
+
+    Raises:
+        UserError: as `download`; also when the server does not support ranges.
+    """
+
+    def once() -> list[bytes]:
+        starts, ends = [start for start, _ in spans], [end for _, end in spans]
+        options = _request_options(url, config.redirect_hosts)
+        found = _filesystem(url, config).cat_ranges([url] * len(spans), starts, ends, on_error="raise", **options)
+        for data, (start, end) in zip(found, spans, strict=True):
+            if len(data) > end - start:
+                raise UserError(
+                    "the server does not support range requests, so pixels cannot be left out",
+                    where=without_password(url),
+                    fix="pull with pixels (remove --without-pixels)",
+                )
+            if len(data) < end - start:
+                raise TransferError(f"received {len(data):,} bytes of a range of {end - start:,}")
+        return list(found)
+
+    return _attempts(url, config, once)
 
 
 def remote_size(url: str, config: RemoteConfig) -> int | None:

@@ -1,0 +1,192 @@
+"""Makes the pixels of a unit again, for a cache whose pixels were not transferred.
+
+In: shards without pixels, the sidecar of the original unit, the images. Out: the original unit.
+Invariant: a view is replayed from its record and encoded as the view recipe says; image file, decoded pixels and every
+file of the unit must have the digests of the original, so the result is the original, bit for bit, or an error.
+"""
+
+import shutil
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from scalekd_cache.config.base import from_plain
+from scalekd_cache.config.stage1 import ViewConfig
+from scalekd_cache.data.base import Source
+from scalekd_cache.data.images import UnreadableImage, decode_image, image_digest
+from scalekd_cache.data.source import open_cache_source
+from scalekd_cache.data.workers import load_items
+from scalekd_cache.errors import UserError
+from scalekd_cache.loader.record_pixels import record_view, wrong_digest
+from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
+from scalekd_cache.store.image_digests import read_images
+from scalekd_cache.store.manifest import ManifestFacts
+from scalekd_cache.store.sidecar import UnitInfo, read_keys, unit_folder
+from scalekd_cache.store.unit import UnitWriter
+from scalekd_cache.views.pixels import decode_pixels, encode_pixels
+from scalekd_cache.views.view import apply_view
+
+BARE_BACKEND = "webdataset"
+"""The store of shards without pixels."""
+REMADE = "remade"
+"""Inside the staging folder: the unit that is being made."""
+BATCH_RECORDS, MAX_PREFETCH = 32, 32
+
+
+class ImageViews(NamedTuple):
+    """The views of one image that are to be made."""
+
+    records: list[Record]
+    """One a view, without features."""
+    image: str
+    """Digest of the image file; empty where it is not known."""
+
+
+def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source:
+    """The images that the pixels are made from; UserError when they are not given or cannot be opened."""
+    if data is None:
+        raise UserError(
+            "the pixels are not transferred: the images that the cache was made from are needed",
+            got="no --data",
+            expected=f"the images of data set {facts.data.get('source')}, {facts.data['samples']:,} for training",
+            where=where,
+            fix="set --without-pixels --data to their place: a folder, tars, parquet files or a known name",
+        )
+    return open_cache_source(facts.data, data, "train")
+
+
+class RemadePixels(Dataset[list[bytes]]):
+    """Encoded views of images, made in a worker process."""
+
+    def __init__(self, source: Source, views: ViewConfig, pillow: str) -> None:
+        self.source, self.views, self.pillow = source, views, pillow
+        self.index = {sample.key: at for at, sample in enumerate(source.samples)}
+
+    def check_keys(self, keys: Sequence[str]) -> None:
+        """UserError when images are missing."""
+        missing = [key for key in keys if key not in self.index]
+        if missing:
+            raise UserError(
+                "an image that the cache was made from is missing",
+                got=f"no image {missing[0]}" + (f", and {len(missing) - 1:,} more" if missing[1:] else ""),
+                where=f"--data {self.source.name}",
+                fix="give the whole data set, with the same file names, then rerun: what has arrived is kept",
+            )
+
+    def __getitem__(self, wanted: ImageViews) -> list[bytes]:
+        key = wanted.records[0].key
+        data = self.source.read(self.index[key])
+        if wanted.image and image_digest(data) != wanted.image:
+            raise self._differs(key, "another file", f"digest {image_digest(data)}", wanted.image)
+        try:
+            image = decode_image(data, key)
+        except UnreadableImage as error:
+            raise self._differs(key, "an image that cannot be decoded", error.reason, "the image") from error
+        return [self._view(record, image) for record in wanted.records]
+
+    def _view(self, record: Record, image: Any) -> bytes:
+        encoded = encode_pixels(apply_view(record_view(record), image, self.views), self.views)
+        wrong = wrong_digest(record, decode_pixels(encoded, self.views.size))
+        if wrong is not None:
+            raise self._differs(record.key, "other pixels", f"digest {wrong}", record.digest)
+        return encoded
+
+    def _differs(self, key: str, what: str, got: str, expected: str) -> UserError:
+        return UserError(
+            f"image {key} is not the one that the cache was made from: {what}",
+            got=got,
+            expected=expected,
+            where=f"--data {self.source.name}",
+            fix="restore the image, then rerun: what has arrived is kept. If all images differ, the libraries do: "
+            f"the cache was made with Pillow {self.pillow}",
+        )
+
+
+def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
+    """What makes the pixels of a cache."""
+    views = ViewConfig(**from_plain(facts.view_recipe))
+    return RemadePixels(source, views, facts.versions.get("pillow", "of an unknown version"))
+
+
+def remake_unit(
+    staging: Path, info: UnitInfo, bare: Path, pixels: RemadePixels, workers: int, *, partial: bool
+) -> None:
+    """Write the files of a unit in the staging folder.
+
+    Args:
+        staging: the staging folder, which has the unit's keys.txt and images.txt.
+        info: the sidecar of the unit, with the wanted views.
+        bare: the folder of its shards without pixels.
+        pixels: makes the pixels.
+        workers: worker processes.
+        partial: the shards are those of the cache, with holes in the place of the pixels.
+
+    Raises:
+        UserError: an image is missing or differs, or a file is not the original one.
+    """
+    folder = unit_folder(staging, info.group, info.range_id)
+    keys, images = read_keys(folder, info), read_images(folder, info)
+    pixels.check_keys(keys)
+    scratch = staging / REMADE
+    shutil.rmtree(scratch, ignore_errors=True)
+    shards = [ShardId(info.group, info.range_id, view) for view in info.views]
+    readers = [shard_reader(info.backend if partial else BARE_BACKEND, bare, shard, keys) for shard in shards]
+    pending: deque[tuple[Record, ...]] = deque()
+
+    def wanted() -> Iterator[ImageViews]:
+        for row, records in enumerate(_rows(readers, info.count, partial)):
+            pending.append(records)
+            small = [record._replace(pixels=b"", features=b"", logits=b"", second=b"") for record in records]
+            yield ImageViews(small, images[row] if images else "")
+
+    with UnitWriter(
+        scratch,
+        backend=info.backend,
+        group=info.group,
+        range_id=info.range_id,
+        start=info.start,
+        stop=info.stop,
+        views=info.views,
+        fingerprint=info.fingerprint,
+        versions=info.versions,
+    ) as writer:
+        for skipped in info.skipped:
+            writer.skip(skipped["key"], skipped["reason"])
+        made = load_items(
+            pixels, wanted(), workers=workers, item_bytes=3 * pixels.views.size**2, max_prefetch=MAX_PREFETCH
+        )
+        for row, encoded in enumerate(made):
+            for view, record, data in zip(info.views, pending.popleft(), encoded, strict=True):
+                writer.append(view, record._replace(pixels=data), images[row] if images else "")
+        writer.commit(info.fidelity)
+    for reader in readers:
+        reader.close()
+    _check_files(writer.info.files, info, pixels.pillow, bare)
+    shutil.rmtree(folder)
+    unit_folder(scratch, info.group, info.range_id).rename(folder)
+
+
+def _rows(readers: Sequence[ShardReader], count: int, partial: bool) -> Iterator[tuple[Record, ...]]:
+    """The records of each row, one a view."""
+    for start in range(0, count, BATCH_RECORDS):
+        rows = np.arange(start, min(start + BATCH_RECORDS, count))
+        found = (reader.read_without_pixels(rows) if partial else reader.read(rows) for reader in readers)
+        yield from zip(*found, strict=True)
+
+
+def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: Path) -> None:
+    """UserError unless the files have the digests of the original ones."""
+    wrong = [name for name, fact in info.files.items() if made.get(name) != fact]
+    if wrong or made.keys() != info.files.keys():
+        raise UserError(
+            "the unit made from the images is not the original one, though all pixels are equal",
+            got=f"other bytes of {', '.join(wrong[:3]) or 'other files'}",
+            expected="the files of its sidecar",
+            where=bare,
+            fix="the records without pixels are of another cache, or the image encoder differs: the cache was made "
+            f"with Pillow {pillow}",
+        )
