@@ -49,7 +49,8 @@ def main(given: Given) -> int:
     given_options = {name: value for name, value in options.items() if value is not None}
     training = build(DistillConfig, recipe_section(config.recipe, "distill"), given_options)
     from scalekd_cache.distributed import this_process
-    from scalekd_cache.planning.forecast import Forecast, describe, describe_together, forecast, together
+    from scalekd_cache.planning.forecast import forecast
+    from scalekd_cache.planning.forecast_result import Forecast, describe, describe_together, together
 
     plans: list[Forecast] = []
     with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting prints too

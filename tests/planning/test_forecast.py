@@ -20,7 +20,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.student import build_student
 from scalekd_cache.planning import forecast as planning
 from scalekd_cache.planning.costs import MetaTeacher, meta_teacher, step_memory
-from scalekd_cache.planning.forecast import describe
+from scalekd_cache.planning.forecast_result import describe
 from scalekd_cache.scalekd import projectors
 
 

@@ -13,6 +13,7 @@ from scalekd_cache.caching.sample_views import ViewDataset
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.planning import forecast as planning
+from scalekd_cache.planning.forecast_result import describe
 from scalekd_cache.store.unit import UnitWriter
 
 IMAGE_S, VIEW_S, COMMIT_S = 0.5, 0.05, 2.0
@@ -66,7 +67,7 @@ def test_the_forecast_has_the_views_the_checks_and_the_evaluation(tmp_path, cloc
     assert clock.images > 1.3 * views  # a small cache: the checks and the evaluation are a large part
     assert plan.stage_1_here_s == pytest.approx(clock.now, rel=0.1)
     assert plan.teacher_s_per_view_here == pytest.approx(IMAGE_S)
-    assert "stage 1 in one process" in planning.describe(plan)
+    assert "stage 1 in one process" in describe(plan)
 
 
 def test_a_slow_teacher_runs_on_fewer_images_where_the_size_is_fixed(tmp_path, clock, monkeypatch):

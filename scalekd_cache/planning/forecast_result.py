@@ -1,0 +1,178 @@
+"""The result of a forecast: its figures, their sum over several teachers, and both as text.
+
+In: figures. Out: JSON values or text.
+Invariant: nothing is measured or counted here.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from scalekd_cache.errors import counted
+from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION
+from scalekd_cache.progress import size_text
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forecast:
+    """The result; bytes are decimal (1 GB = 1e9)."""
+
+    cache: str
+    data: str
+    images: int
+    views: int
+    teacher: str
+    teacher_at_hand: bool
+    """False: the weights are not available, and sizes come from random features of the teacher's shape."""
+    student: str
+    codec: str
+    stored_features: float
+    """Share of the views of every image that have features."""
+    bytes_per_view: dict[str, float]
+    """features, target (label, view record, digest, logits), pixels, index, total: as in a manifest."""
+    logit_bytes: int
+    """Bytes of the logits of a view, part of target."""
+    once_bytes: int
+    """Tail and codec state."""
+    total_bytes: float
+    free_bytes: int
+    gpu: str
+    teacher_gpu_hours: float
+    """Stage 1, from FLOPs, the GPU table and the assumed utilization."""
+    teacher_s_per_view_here: float | None
+    """Measured on this machine: teacher, codec and store (None: no weights)."""
+    stage_1_here_s: float | None
+    """Seconds of stage 1 in one process on this machine, with its checks and evaluation (None: no weights)."""
+    draw_s_per_view: float
+    """Seconds to sample one view, measured on one core of this machine."""
+    cores_per_gpu: float
+    """CPU cores that stage 1 needs per GPU: views/s of the GPU x draw_s_per_view."""
+    student_gpu_hours: float
+    """One student from the cache."""
+    online_gpu_hours: float
+    """One student, with the teacher run in every step."""
+    students: int
+    epochs: int
+    saved_gpu_hours: float
+    """For all students: online minus cached, stage 1 included."""
+    pays_after_students: int
+    images_per_s: float
+    """Training throughput of one GPU."""
+    read_mb_per_s: float
+    """Read rate of one training GPU."""
+    step_memory: dict[str, float]
+    """Bytes of a step of one micro-batch on one GPU: weights, gradients, optimizer, activations, total."""
+    alternatives: list[dict[str, Any]]
+    assumptions: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return dataclasses.asdict(self)
+
+
+def _duration(hours: float, kind: str = "") -> str:
+    """A time in hours, minutes or seconds, with three digits; `kind` comes before the unit."""
+    if abs(hours) * 3600 < 0.01:
+        return f"< 0.01 {kind}seconds"
+    units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
+    unit, scale = next((pair for pair in units if abs(hours * pair[1]) >= 1), units[-1])
+    return f"{float(f'{hours * scale:.3g}'):,.10g} {kind}{unit}"
+
+
+def _gpu_time(hours: float) -> str:
+    return _duration(hours, "GPU-")
+
+
+def describe(plan: Forecast) -> str:
+    """The forecast as text."""
+    one, memory, total = plan.bytes_per_view, plan.step_memory, plan.images * plan.views
+    logits = f"target (logits {plan.logit_bytes:,}, label, view record)"
+    share = f", {plan.stored_features:.3g} of the views" if plan.stored_features < 1 else ""
+    names = {
+        "features": f"features ({plan.codec}{share})",
+        "target": logits,
+        "pixels": "pixels",
+        "index": "index, headers",
+    }
+    short = plan.free_bytes < plan.total_bytes
+    lines = [
+        f"{counted(plan.images, 'image')} of {plan.data} x {counted(plan.views, 'view')}, "
+        f"teacher {plan.teacher}, student {plan.student}",
+        "",
+        f"  {'bytes per view':<48}{'':>10}{'total':>14}",
+        *(f"  {name:<48}{one[part]:>10,.0f}{size_text(one[part] * total):>14}" for part, name in names.items()),
+        f"  {'tail and codec, once':<48}{'':>10}{size_text(plan.once_bytes):>14}",
+        f"  {'total':<48}{one['total']:>10,.0f}{size_text(plan.total_bytes):>14}",
+        f"  {'free at ' + plan.cache:<58}{size_text(plan.free_bytes):>14}{'  DOES NOT FIT' if short else ''}",
+        "",
+        f"  stage 1 on one {plan.gpu}: {_gpu_time(plan.teacher_gpu_hours)}, {plan.cores_per_gpu:.0f} CPU cores "
+        f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
+        f"  one student from the cache, {counted(plan.epochs, 'epoch')}: {_gpu_time(plan.student_gpu_hours)}; "
+        f"with the teacher in every step: {_gpu_time(plan.online_gpu_hours)}",
+        f"  the cache breaks even with student {plan.pays_after_students}; {counted(plan.students, 'student')}: "
+        f"{_gpu_time(plan.saved_gpu_hours)} saved",
+        f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
+        f"  memory of a step, one micro-batch in float32: {size_text(memory['total'])} "
+        f"(weights {size_text(memory['weights'])}, gradients {size_text(memory['gradients'])}, "
+        f"optimizer {size_text(memory['optimizer'])}, activations {size_text(memory['activations'])})",
+        "",
+        f"  {'alternative':<30}{'total':>14}{'stage 1':>20}",
+        *(
+            f"  {row['change']:<30}{size_text(row['bytes']):>14}{_gpu_time(row['gpu_hours']):>20}"
+            for row in plan.alternatives
+        ),
+        "",
+        f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); assumed utilization "
+        f"{FORWARD_UTILIZATION:.0%} for the teacher and {TRAINING_UTILIZATION:.0%} for training; "
+        "FLOPs as in docs/COSTS.md",
+    ]
+    if plan.teacher_s_per_view_here is not None:
+        lines.append(
+            f"  measured here: {plan.teacher_s_per_view_here * 1e3:.1f} ms per view for teacher, codec and store; "
+            f"stage 1 in one process {_duration((plan.stage_1_here_s or 0.0) / 3600)}, with checks and evaluation"
+        )
+    else:
+        lines.append(
+            "  NO TEACHER WEIGHTS: sizes come from random features of its shape; they are exact for codecs of fixed "
+            "size in tars"
+        )
+    return "\n".join(lines)
+
+
+class Together(NamedTuple):
+    """Stage 1 of several teachers in one pass over the images, from the forecast of each."""
+
+    plans: list[Forecast]
+    total_bytes: float
+    free_bytes: int
+    teacher_gpu_hours: float
+    cores_per_gpu: float
+    """CPU cores that stage 1 needs per GPU: every view is sampled once for all teachers."""
+
+    def to_json(self) -> dict[str, Any]:
+        """All fields as JSON values."""
+        return self._asdict() | {"plans": [plan.to_json() for plan in self.plans]}
+
+
+def together(plans: list[Forecast]) -> Together:
+    """The sums over the teachers of a job."""
+    return Together(
+        plans,
+        sum(plan.total_bytes for plan in plans),
+        min(plan.free_bytes for plan in plans),
+        sum(plan.teacher_gpu_hours for plan in plans),
+        1 / sum(1 / plan.cores_per_gpu for plan in plans),
+    )
+
+
+def describe_together(total: Together) -> str:
+    """The forecasts of several teachers as text, with their sum."""
+    short = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else ""
+    return "\n\n".join(
+        [
+            *(f"{plan.cache}\n{describe(plan)}" for plan in total.plans),
+            f"all teachers: {size_text(total.total_bytes)}, {size_text(total.free_bytes)} free{short}\n"
+            f"  stage 1 on one {total.plans[0].gpu}: {_gpu_time(total.teacher_gpu_hours)}, "
+            f"{total.cores_per_gpu:.0f} CPU cores per GPU",
+        ]
+    )
