@@ -249,12 +249,14 @@ def check_cache_path(place: str) -> None:
     """`UserError` unless `place` is a folder with parts of a cache; the message names similar caches. URLs are not
     checked."""
     path = Path(place)
-    if "://" in place or any(
-        (path / part).exists() for part in ("plan.json", "manifest.json", "units", "publication.json")
-    ):
+    if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
         return
     if len(cache_places(place)) > 1:
         raise UserError(f"this command takes one cache at a time, but --cache lists several: {place}")
+    if (path / "publication.json").exists():
+        from scalekd_cache.store.manifest import without_pixels
+
+        raise without_pixels(path)
     if path.is_dir():
         inside = sorted(str(file.parent) for file in path.glob("*/manifest.json"))[:3]
         hint = f": did you mean {join_or(inside)}?" if inside else ": it has no plan.json"

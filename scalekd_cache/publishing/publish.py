@@ -156,7 +156,7 @@ def publish(config: PublishConfig) -> dict[str, Any]:
 
     Returns:
         Where (`to`), `fingerprint`, `pixels`, `pixels_from`, number of `units` and of `units_sent`, `bytes` of the
-        publication and `bytes_sent` of units, `local_paths` that manifest.json names, commands that use it (`next`).
+        publication and `bytes_sent` now, `local_paths` that manifest.json names, commands that use it (`next`).
 
     Raises:
         UserError: the cache is not finished or damaged, the place holds something else, no permission, no network.
@@ -172,11 +172,11 @@ def publish(config: PublishConfig) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
         job = _Job(root, manifest, place, found, Path(temp), config.without_pixels)
         files = job.root_files()
-        plan = files[0]
-        if not job.has(plan.name, plan.path.read_bytes()):
-            place.send([plan])
+        plan = [file for file in files[:1] if not job.has(file.name, file.path.read_bytes())]
+        place.send(plan)
         sent = _send_units(job, config.connections)
-        place.send([file for file in files[1:] if not job.has_same_length(file)])
+        others = [file for file in files[1:] if not job.has_same_length(file)]
+        place.send(others)
         publication = Publication(
             publication_version=VERSION,
             fingerprint=manifest.facts.fingerprint,
@@ -187,7 +187,8 @@ def publish(config: PublishConfig) -> dict[str, Any]:
             targets=[TargetsRow(*at, fact.sha256) for at, fact in sorted(job.targets.items())],
         )
         last = _last_files(job, publication)
-        place.send([file for file in last if not job.has(file.name, file.path.read_bytes())])
+        new = [file for file in last if not job.has(file.name, file.path.read_bytes())]
+        place.send(new)
     return {
         "to": place.shown,
         "fingerprint": publication.fingerprint,
@@ -195,7 +196,7 @@ def publish(config: PublishConfig) -> dict[str, Any]:
         "units": len(manifest.units),
         "units_sent": len(sent),
         "bytes": sum(job.sizes.values()) + sum(file.fact.bytes for file in [*files, *last]),
-        "bytes_sent": sum(job.sizes[at] for at in sent),
+        "bytes_sent": sum(job.sizes[at] for at in sent) + sum(file.fact.bytes for file in [*plan, *others, *new]),
         "pixels_from": pixels_from,
         "local_paths": local_paths(manifest),
         "next": commands(publication, place.shown),

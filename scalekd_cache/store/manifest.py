@@ -287,6 +287,15 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
     write_atomically(root / NAME, data)
 
 
+def without_pixels(root: object) -> UserError:
+    """The error for a place where a cache was published without its pixels: no manifest."""
+    return UserError(
+        "this is a cache without pixels, as it was published: it cannot be read directly",
+        where=root,
+        fix=f"run `scalekd pull {root} --cache ... --data ...`: it makes the pixels again from the images",
+    )
+
+
 def read_manifest(root: StoredPath) -> Manifest:
     """The manifest of a cache, strictly checked.
 
@@ -301,11 +310,7 @@ def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
     path = root / NAME
     if not is_there(path):
         if is_there(root / PUBLICATION):
-            raise UserError(
-                "this is a cache without pixels, as it was published: it cannot be read directly",
-                where=root,
-                fix=f"run `scalekd pull {root} --cache ... --data ...`: it makes the pixels again from the images",
-            )
+            raise without_pixels(root)
         raise UserError(
             "no manifest: this is not a finished cache",
             where=path,

@@ -13,6 +13,7 @@ from small_cache import reseal
 from store_cases import GROUPS, RANGES, backends, fill, flip_byte, open_unit, payload_file, tree
 
 from pipelines import publish as command
+from pipelines import verify
 from scalekd_cache.api import publish as publish_function
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.errors import UserError
@@ -63,7 +64,7 @@ def test_the_same_files_and_a_rerun_sends_nothing(caches, backend, tmp_path):
     assert facts["units"] == facts["units_sent"] == 4
     files = tree(place)
     assert {name: data for name, data in files.items() if name not in OWN} == tree(cache)
-    assert facts["bytes"] == sum(map(len, files.values()))
+    assert facts["bytes"] == facts["bytes_sent"] == sum(map(len, files.values()))
     assert verify_cache(place, deep=True) == []
     before = stats(place)
     again = published(cache, place)
@@ -140,6 +141,8 @@ def test_a_place_without_pixels_is_not_read_as_a_cache(cache, tmp_path):
     with pytest.raises(UserError, match="without pixels") as caught:
         Cache.open(place)
     assert re.search("scalekd pull .* --data", str(caught.value))
+    with pytest.raises(UserError, match="without pixels"):
+        call(verify, ["--cache", place])
     fails(cache, place, "without pixels")
     published(cache, tmp_path / "whole")
     fails(cache, tmp_path / "whole", "with its pixels", without_pixels=True)

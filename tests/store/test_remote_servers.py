@@ -5,8 +5,9 @@ import urllib.request
 from urllib.parse import quote
 
 import pytest
+from buckets import gs_server, s3_server
 from commands import ENV, STUDENT, TRAIN_OPTIONS, assert_same_losses, distill_flags, make, run
-from servers import free_port, nginx
+from servers import nginx
 from small_cache import copy_of_cache, shared_cache
 from store_cases import NUM_SAMPLES, expected, write_cache
 
@@ -17,7 +18,6 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.verify import verify_cache
 
 ALL = range(NUM_SAMPLES)
-KEYS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 @pytest.fixture(scope="module")
@@ -32,48 +32,26 @@ def site(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory):
-    """An S3-compatible server and its client, configured only by environment variables, as for a user."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    import boto3
-
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**KEYS, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(name, value)
-            patch.setitem(ENV, name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="bucket")
+def s3():
+    with s3_server() as client:
         yield client
-    server.stop()
 
 
 @pytest.fixture(scope="module")
 def gs():
-    """A Google Cloud Storage emulator, configured only by environment variables; uploads a folder."""
-    pytest.importorskip("gcsfs")
-    emulator = pytest.importorskip("gcp_storage_emulator.server")
-    port = free_port()
-    server = emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket")
-    server.start()
-    site = f"http://127.0.0.1:{port}"
+    """Uploads a folder to the emulator."""
+    with gs_server() as site:
 
-    def put(folder, prefix):
-        for path in folder.rglob("*"):
-            if path.is_file():
-                name = quote(f"{prefix}/{path.relative_to(folder).as_posix()}", safe="")
-                url = f"{site}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
-                header = {"Content-Type": "application/octet-stream"}
-                urllib.request.urlopen(urllib.request.Request(url, path.read_bytes(), header)).close()
-        return f"gs://bucket/{prefix}"
+        def put(folder, prefix):
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    name = quote(f"{prefix}/{path.relative_to(folder).as_posix()}", safe="")
+                    url = f"{site}/upload/storage/v1/b/bucket/o?uploadType=media&name={name}"
+                    header = {"Content-Type": "application/octet-stream"}
+                    urllib.request.urlopen(urllib.request.Request(url, path.read_bytes(), header)).close()
+            return f"gs://bucket/{prefix}"
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("STORAGE_EMULATOR_HOST", site)
         yield put
-    server.stop()
 
 
 def upload(client, folder, prefix):
