@@ -43,7 +43,7 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "verify": _names(f"cache deep json {_OVERRIDES}"),
     "repair": _names(f"cache workers {_OVERRIDES}"),
     "inspect": _names("cache key index view out pixels_from json"),
-    "pull": _names("url cache views without_pixels data workers json"),
+    "pull": _names("url cache views without_pixels data workers connections json"),
     "plan": _names(f"{_STAGE1} students epochs gpu heads feature_share json {_STAGE1_MORE}"),
     "prove": _names(f"cache student views init recipe heads feature_share json {_OVERRIDES}"),
     "publish": _names("cache to data_license teacher_license without_pixels pixels_from private connections json"),
