@@ -247,7 +247,7 @@ def publish(
         to: `hf://datasets/USER/NAME`, `s3://bucket/folder`, `gs://bucket/folder`, or a folder.
         data_license: license of the images, such as cc-by-4.0.
         teacher_license: license of the teacher's weights, such as apache-2.0.
-        without_pixels: leave the pixels out; `pull` makes them again from the images.
+        without_pixels: leave the pixels out; `pull` recreates them from the images.
         pixels_from: for a cache that shares pixels: where the cache that holds them is published.
         options: any other option: `{"private": True}`.
 

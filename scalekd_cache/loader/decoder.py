@@ -77,7 +77,7 @@ class RecordDecoder:
         """The decoded record of a sample that webdataset read from a tar of the cache, before any `.decode()`.
 
         Raises:
-            UserError: not such a sample, not a tar of this cache, or the record is damaged.
+            UserError: the sample is decoded already, is not from a tar of this cache, or the record is damaged.
         """
         if self._tars is None:
             self._tars = TarSamples(self.cache)

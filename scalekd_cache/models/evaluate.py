@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.images import UnreadableImage, decode_image
 from scalekd_cache.data.workers import bytes_per_worker, load_items
-from scalekd_cache.errors import counted
+from scalekd_cache.errors import UserError, counted
 from scalekd_cache.progress import progress
 from scalekd_cache.views.view import eval_view
 
@@ -138,7 +138,16 @@ def center_views(
 
 
 def tally(logits: Tensor, labels: Tensor) -> Tally:
-    """Count hits: `logits` (B, K) of any float dtype, `labels` (B,) int64."""
+    """Count hits: `logits` (B, K) of any float dtype, `labels` (B,) int64.
+
+    Raises:
+        UserError: a logit is NaN, so there is no best class.
+    """
+    if bool(logits.isnan().any()):
+        raise UserError(
+            "the model's logits are NaN, so it has no accuracy",
+            fix="use weights from before the training diverged, or restore the weights file",
+        )
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
     return Tally(int(hits[:, 0].sum()), int(hits.any(1).sum()), len(labels), 0)

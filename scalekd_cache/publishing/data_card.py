@@ -169,9 +169,9 @@ def _about_pixels(publication: Publication) -> str:
         "stored": "The pixels of the views are included, as the teacher saw them.",
         "shared": "The pixels of the views are not in this cache: it shares those of another one, published at "
         f"{table_cell(publication.pixels_from)}.",
-        "replayed": "The pixels of the views are not included: the student's views are drawn again from the images "
+        "replayed": "The pixels of the views are not included: the student's views are sampled again from the images "
         "(`--data`), and compared with the digests in the records.",
-        "left out": "**The pixels of the views are not included.** `scalekd pull` makes them again from your own copy "
+        "left out": "**The pixels of the views are not included.** `scalekd pull` recreates them from your own copy "
         "of the images (`--data`), compares each with its digest, and restores the original cache bit for bit. Readers "
         "cannot open this place directly.",
     }[publication.pixels]

@@ -34,7 +34,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         facts: the facts of the wanted cache: the first views of it.
 
     Raises:
-        UserError: the folder holds something else than views of the published cache.
+        UserError: the folder holds other files than views of the published cache.
     """
     if not root.is_dir():
         if os.path.lexists(root):

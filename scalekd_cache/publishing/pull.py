@@ -362,7 +362,7 @@ def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: Manifes
         return
     write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the record of the codec choice", JSON_BYTES))
     if read_codec_choice(staging).codec != facts.codec:
-        raise damaged("the record of the codec choice is of another codec", CODEC_FILE, "the cache's codec", source)
+        raise damaged("codec.json names another codec than the cache", CODEC_FILE, "the cache's codec", source)
 
 
 def _finish(staging: Path, unit: Wanted) -> None:

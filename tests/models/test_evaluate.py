@@ -40,6 +40,15 @@ def test_fewer_than_five_classes(classes):
     assert tally(logits, torch.arange(classes).roll(1)) == Tally(0, classes, classes, 0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_of_nan_have_no_accuracy(dtype):
+    logits = torch.zeros(3, 4, dtype=dtype)
+    assert tally(logits - torch.inf, torch.zeros(3, dtype=torch.int64)).images == 3
+    logits[2, 1] = torch.nan
+    with pytest.raises(UserError, match="the model's logits are NaN"):
+        tally(logits, torch.zeros(3, dtype=torch.int64))
+
+
 def test_percentages():
     both = Tally(1, 2, 4, 1).plus(Tally(2, 4, 4, 0))
     assert both == Tally(3, 6, 8, 1)
