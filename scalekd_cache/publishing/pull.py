@@ -25,7 +25,7 @@ from scalekd_cache.publishing.ranges import other_files, tar_tasks
 from scalekd_cache.publishing.remake_pixels import RemadePixels, open_images, pixel_maker, remake_unit
 from scalekd_cache.publishing.transfers import PART, Task, Transfer, fetch_file, run_in_parallel
 from scalekd_cache.store.base import damaged
-from scalekd_cache.store.checked_files import JSON_BYTES, is_there, read_file
+from scalekd_cache.store.checked_files import JSON_BYTES, check_safetensors, is_there, read_file
 from scalekd_cache.store.durable_files import (
     disk_errors,
     free_bytes,
@@ -282,9 +282,11 @@ def _is_file(path: Path, pin: Pin) -> bool:
 def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> Iterator[Transfer]:
     """The files of teacher and codecs that have not arrived yet."""
     for name, digest in {**facts.teacher_files, **codec_files(facts.fingerprint_fields)}.items():
-        pin = Pin(digest, None)
-        if not any(_is_file(folder / name, pin) for folder in (staging, staging.parent)):
-            yield Transfer(source / name, staging / name, pin, TEACHER_BYTES)
+        if any(_is_file(folder / name, Pin(digest, None)) for folder in (staging, staging.parent)):
+            continue
+        place = source / name
+        size = check_safetensors(place, "a file of the published cache") if isinstance(place, Path) else None
+        yield Transfer(place, staging / name, Pin(digest, size), TEACHER_BYTES)
 
 
 def _missing_files(source: Path | RemotePath, staging: Path, unit: Wanted) -> Iterator[Transfer]:

@@ -54,6 +54,8 @@ COMMANDS = {
     "plan": "{cache_again}",
     "prove": "--cache cache --views 4",
     "publish": "--cache cache --to place --data-license mit --teacher-license mit",
+    "pull": "--url cache --cache pulled",
+    "pull --without-pixels": "--url cache --cache pulled --without-pixels --data data",
     "import_upstream": "--ckpt upstream.pth --out imported",
     "cache_teacher unlabeled": "{soft_again}",
     "distill unlabeled": "--cache soft --run new --student.name test_resnet {train}",
@@ -82,12 +84,14 @@ FINE = (
     ("distill.*", r"pictures/\S+ (empty|cut)", "could not be read", "counted and skipped"),
     ("verify", r"cache/plan\.json missing", "plan.json", "older caches have none; a note reports it"),
     ("verify", r"teacher\.safetensors (missing|folder|loop|fifo)", "teacher", "a line reports it"),
+    ("pull --without-pixels", r"cache/units/\S+\.tar huge", "", "the result has the published hash"),
     ("export", r"run/summary\.json missing", "", "an unfinished run is exported from its last checkpoint"),
     ("report.*", r"\S+ \w+", "", "the page shows the available data, with a note about the rest"),
 )
-WRITE = ("cache_teacher", "distill", "repair", "finetune", "publish")
+WRITE = ("cache_teacher", "distill", "repair", "finetune", "publish", "pull")
 """Commands that keep what they have committed when they fail; all others leave no new file then."""
-TEMPORARY = re.compile(r"(^|/)\.(tmp|aside)-|\.tmp$")
+TEMPORARY = re.compile(r"(^|/)\.(tmp|aside)-(?!pull/)|\.tmp$")
+"""Files that nobody needs; a pull that is rerun needs those in `.tmp-pull`."""
 NEVER_ENDS_WELL = ("import_upstream",)
 """Commands that reject their own file in the small world."""
 NOTE = re.compile(r'<p class="note">(.*?)</p>', re.DOTALL)
