@@ -54,7 +54,7 @@ def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source
             got="no --data",
             expected=f"the images of data set {facts.data.get('source')}, {facts.data['samples']:,} for training",
             where=where,
-            fix="set --without-pixels --data to their place: a folder, tars, parquet files or a known name",
+            fix="add --without-pixels --data PLACE: a folder, tars, parquet files or a name such as demo",
         )
     return open_cache_source(facts.data, data, "train")
 
