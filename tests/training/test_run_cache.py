@@ -16,6 +16,7 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.run import distill
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_evaluation import evaluate_run
+from scalekd_cache.training.run_export import export_run
 from scalekd_cache.training.run_files import FACTS
 
 
@@ -130,3 +131,14 @@ def test_asking_for_fewer_views_removes_nothing_and_says_how_to_train_on_them(tm
     make_growing(root, {"num_views": 1})
     assert "--train.views=1" in capfd.readouterr().out
     assert Cache.open(root).manifest.num_views == 2
+
+
+def test_a_finished_run_without_checkpoints_names_its_exported_student(reference, tmp_path):
+    run = shutil.copytree(reference, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(UserError, match="the checkpoints of this finished run are gone") as error:
+        export_run(run, tmp_path / "out")
+    assert str(run / "export") in str(error.value)
+    (run / "summary.json").unlink()
+    with pytest.raises(UserError, match="has no checkpoint yet"):
+        export_run(run, tmp_path / "out")
