@@ -22,6 +22,7 @@ from scalekd_cache.data.source import open_cache_source
 from scalekd_cache.data.workers import load_items
 from scalekd_cache.errors import UserError
 from scalekd_cache.loader.record_pixels import record_view, wrong_digest
+from scalekd_cache.publishing.without_pixels import BARE_BACKEND
 from scalekd_cache.store.base import Record, ShardId, ShardReader, shard_reader
 from scalekd_cache.store.image_digests import read_images
 from scalekd_cache.store.manifest import ManifestFacts
@@ -30,8 +31,6 @@ from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.views.pixels import decode_pixels, encode_pixels
 from scalekd_cache.views.view import apply_view
 
-BARE_BACKEND = "webdataset"
-"""The store of shards without pixels."""
 REMADE = "remade"
 """Inside the staging folder: the unit that is being made."""
 BATCH_RECORDS, MAX_PREFETCH = 32, 32
@@ -143,19 +142,7 @@ def remake_unit(
             small = [record._replace(pixels=b"", features=b"", logits=b"", second=b"") for record in records]
             yield ImageViews(small, images[row] if images else "")
 
-    with UnitWriter(
-        scratch,
-        backend=info.backend,
-        group=info.group,
-        range_id=info.range_id,
-        start=info.start,
-        stop=info.stop,
-        views=info.views,
-        fingerprint=info.fingerprint,
-        versions=info.versions,
-    ) as writer:
-        for skipped in info.skipped:
-            writer.skip(skipped["key"], skipped["reason"])
+    with UnitWriter.of_unit(scratch, info, info.backend) as writer:
         made = load_items(
             pixels, wanted(), workers=workers, item_bytes=3 * pixels.views.size**2, max_prefetch=MAX_PREFETCH
         )

@@ -19,6 +19,8 @@ PART = ".part"
 Task = Callable[[Callable[[], None]], int]
 """Something to do in a thread: it gets a function that raises `Stopped` once another task has failed, and returns the
 bytes that it has transferred."""
+THREAD = "transfer"
+"""Start of the names of the threads; those of a transfer that failed may still end a request."""
 WAITING = 4
 """Tasks per thread that are submitted ahead."""
 
@@ -62,7 +64,7 @@ def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], N
         if stop.is_set():
             raise Stopped
 
-    pool, running = ThreadPoolExecutor(threads), set[Future[int]]()
+    pool, running = ThreadPoolExecutor(threads, thread_name_prefix=THREAD), set[Future[int]]()
     try:
         for task in (*tasks, None):
             if task is not None:

@@ -14,7 +14,8 @@ from scalekd_cache.store.reader import open_shard
 from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
-BACKEND = "webdataset"
+BARE_BACKEND = "webdataset"
+"""The store of shards without pixels, whatever that of the cache."""
 BATCH_RECORDS = 64
 
 
@@ -34,19 +35,7 @@ def write_without_pixels(root: Path, manifest: Manifest, row: UnitRow, folder: P
         UserError: a damaged record, or a full disk.
     """
     info, _ = read_unit(unit_folder(root, row.group, row.range_id))
-    with UnitWriter(
-        folder,
-        backend=BACKEND,
-        group=row.group,
-        range_id=row.range_id,
-        start=info.start,
-        stop=info.stop,
-        views=info.views,
-        fingerprint=info.fingerprint,
-        versions=info.versions,
-    ) as writer:
-        for skipped in info.skipped:
-            writer.skip(skipped["key"], skipped["reason"])
+    with UnitWriter.of_unit(folder, info, BARE_BACKEND) as writer:
         for view in info.views:
             reader = open_shard(root, manifest, row, view)
             for start in range(0, row.count, BATCH_RECORDS):

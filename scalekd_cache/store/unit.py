@@ -109,6 +109,24 @@ class UnitWriter:
             self._temp.parent.mkdir(parents=True, exist_ok=True)
             self._temp.mkdir()
 
+    @classmethod
+    def of_unit(cls, root: Path, info: UnitInfo, backend: str) -> Self:
+        """A writer of an existing unit in another form: the same range, views, versions and skipped images."""
+        writer = cls(
+            root,
+            backend=backend,
+            group=info.group,
+            range_id=info.range_id,
+            start=info.start,
+            stop=info.stop,
+            views=info.views,
+            fingerprint=info.fingerprint,
+            versions=info.versions,
+        )
+        for skipped in info.skipped:
+            writer.skip(skipped["key"], skipped["reason"])
+        return writer
+
     def append(self, view_number: int, record: Record, image: str = "") -> None:
         """Add a view of an image. Every view must get the same keys in the same order.
 

@@ -19,7 +19,7 @@ from scalekd_cache.config.base import fingerprint
 from scalekd_cache.errors import UserError
 from scalekd_cache.publishing import to_folder
 from scalekd_cache.publishing.publication import read_publication
-from scalekd_cache.store.base import BACKENDS, ShardId, shard_reader
+from scalekd_cache.store.base import ShardId, shard_reader
 from scalekd_cache.store.manifest import read_manifest
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixel_identity
@@ -28,18 +28,6 @@ from scalekd_cache.store.unit import UnitWriter
 from scalekd_cache.store.verify import verify_cache
 
 OWN = {"README.md", "publication.json"}
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """A cache in each store; tests must not change them."""
-    folder = tmp_path_factory.mktemp("caches")
-    return {backend: finished_cache(folder / backend, backend) for backend in BACKENDS}
-
-
-@pytest.fixture
-def cache(caches):
-    return caches["webdataset"]
 
 
 def stats(root):

@@ -16,24 +16,11 @@ from pipelines.command import run
 from scalekd_cache.config.base import fingerprint
 from scalekd_cache.errors import UserError
 from scalekd_cache.publishing import to_hub
-from scalekd_cache.store.base import BACKENDS
 from scalekd_cache.store.reader import Cache
 
 URL = "hf://datasets/ann/pets"
 TOKEN = "hf_averysecrettoken0123"
 OWN = {"README.md", "publication.json"}
-
-
-@pytest.fixture(scope="module")
-def caches(tmp_path_factory):
-    """A cache in each store; tests must not change them."""
-    folder = tmp_path_factory.mktemp("caches")
-    return {backend: finished_cache(folder / backend, backend) for backend in BACKENDS}
-
-
-@pytest.fixture
-def cache(caches):
-    return caches["webdataset"]
 
 
 @pytest.fixture
