@@ -4,7 +4,7 @@ import contextlib
 import logging
 
 import pytest
-from buckets import gs_server, s3_server
+from buckets import gs_server, new_clients, s3_server
 from publications import finished_cache, published
 from remote_cases import ALL
 from store_cases import GROUPS, expected, tree
@@ -109,15 +109,12 @@ def test_growth(s3, tmp_path):
 
 
 @pytest.fixture
-def new_clients():
-    """fsspec keeps its clients, with their settings."""
-    files = pytest.importorskip("s3fs").S3FileSystem
-    files.clear_instance_cache()
-    yield files
-    files.clear_instance_cache()
+def s3_clients():
+    with new_clients(pytest.importorskip("s3fs").S3FileSystem) as files:
+        yield files
 
 
-def test_s3_says_no(cache, s3, monkeypatch, new_clients):
+def test_s3_says_no(cache, s3, monkeypatch, s3_clients):
     with pytest.raises(UserError, match="it must exist"):
         published(cache, "s3://no-such-bucket/place")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
@@ -125,15 +122,15 @@ def test_s3_says_no(cache, s3, monkeypatch, new_clients):
     async def denied(*_, **__):
         raise PermissionError(f"AccessDenied for {SECRET} at https://key:{SECRET}@host/x?sig={SECRET}")
 
-    monkeypatch.setattr(new_clients, "_put_file", denied)
-    new_clients.clear_instance_cache()
+    monkeypatch.setattr(s3_clients, "_put_file", denied)
+    s3_clients.clear_instance_cache()
     with pytest.raises(UserError, match="write access to this bucket") as caught:
         published(cache, "s3://bucket/denied")
     assert SECRET not in str(caught.value)
     assert objects(s3, "denied") == {}
 
 
-@pytest.mark.usefixtures("s3", "new_clients")
+@pytest.mark.usefixtures("s3", "s3_clients")
 def test_no_network(cache, monkeypatch):
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setattr(to_bucket, "RemoteConfig", lambda: RemoteConfig(attempts=2, backoff_s=0.01))
