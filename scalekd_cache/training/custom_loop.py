@@ -1,6 +1,7 @@
-"""A cache in a custom training loop.
+"""One or more caches in a custom training loop.
 
-In: a finished cache, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the loss as a module.
+In: finished caches of the same views, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the loss
+as a module.
 Invariant: samples, order, checks, decoding and losses are those of `scalekd distill`.
 """
 
@@ -15,6 +16,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from scalekd_cache.codec import Shape
 from scalekd_cache.codec.logits import logit_codec_from_config
 from scalekd_cache.config.options import build
+from scalekd_cache.config.places import cache_places
 from scalekd_cache.config.stage2 import DistillConfig, ScaleKDConfig, StudentConfig, TrainConfig
 from scalekd_cache.distributed import Process, rank_in_loop
 from scalekd_cache.errors import UserError
@@ -23,17 +25,17 @@ from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.scalekd.heads import ScaleKDHeads
-from scalekd_cache.scalekd.losses import LossTerms, Targets, distillation_losses
+from scalekd_cache.scalekd.losses import HeadOutputs, LossTerms, Targets, losses_of_teachers
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
+from scalekd_cache.training.run_cache import RunCache, check_caches
 from scalekd_cache.training.targets import (
-    TargetSource,
     check_logits,
     feature_samples,
-    load_cache_classifier,
     load_cache_tail,
     make_order,
     pooled_width,
+    target_sources,
 )
 
 
@@ -44,8 +46,8 @@ class CachedBatch(NamedTuple):
     """(B, 3, H, W) float32, normalized."""
     labels: Tensor
     """(B,) int64."""
-    targets: Targets
-    """The teacher's map, norms, logits and pooled embedding, float32."""
+    targets: tuple[Targets, ...]
+    """Map, norms, logits and pooled embedding of each teacher, float32, in the order of the caches."""
 
 
 class CachedTargets(IterableDataset[CachedBatch]):
@@ -57,10 +59,11 @@ class CachedTargets(IterableDataset[CachedBatch]):
     counted by the caller: `load_state_dict({**targets.state_dict(), "step": batches})`.
 
     Args:
-        cache: a finished cache, or its folder or URL.
+        cache: a finished cache, or its folder or URL; for several teachers, caches of the same views: a sequence, or
+            places separated by commas.
         batch_size: samples per batch of this process (also the BatchNorm group); a partial last batch is dropped.
-        feature_share: share of a batch's samples that have features in its targets, the first ones (None: all, or as
-            many as the cache has).
+        feature_share: share of a batch's samples that have features in its targets, the first ones: one number, or one
+            per cache (None: all, or as many as a cache has).
         epochs: passes over the data.
         seed: seed of the sample order.
         workers: loader processes.
@@ -72,15 +75,16 @@ class CachedTargets(IterableDataset[CachedBatch]):
         data: the images, for a cache without pixels (None: where stage 1 read them).
 
     Raises:
-        UserError: the cache is not finished, is damaged, or has fewer samples than a batch.
+        UserError: a cache is not finished, is damaged, or has fewer samples than a batch; the caches hold different
+            views.
     """
 
     def __init__(
         self,
-        cache: Cache | Path | str,
+        cache: Cache | Path | str | Sequence[Cache | Path | str],
         *,
         batch_size: int,
-        feature_share: float | None = None,
+        feature_share: float | Sequence[float] | None = None,
         epochs: int = 1,
         seed: int = 0,
         workers: int = 0,
@@ -91,35 +95,54 @@ class CachedTargets(IterableDataset[CachedBatch]):
         pixels_from: str | None = None,
         data: str | None = None,
     ) -> None:
-        self.cache = cache if isinstance(cache, Cache) else Cache.open(cache)
+        listed = (
+            cache_places(cache) if isinstance(cache, str) else [cache] if isinstance(cache, Cache | Path) else cache
+        )
+        caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
+        check_caches(caches)
         self.device = torch.device(device)
-        manifest, process = self.cache.manifest, Process(*rank_in_loop(), self.device)
+        first, process = caches[0], Process(*rank_in_loop(), self.device)
         global_batch = batch_size * process.world_size
-        if len(self.cache) < global_batch:
+        if len(first) < global_batch:
             what = "a batch" if process.world_size == 1 else f"a batch of {process.world_size} processes"
-            raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(self.cache)}")
+            raise UserError(f"{what} is larger than the cache", got=global_batch, expected=f"at most {len(first)}")
         self._process, self._workers = process, workers
-        self.num_classes = manifest.facts.num_classes
-        self.image_size = image_size or int(manifest.facts.view_recipe["size"])
-        features = feature_samples(ScaleKDConfig(feature_share=feature_share), self.cache, batch_size)
+        views = min(one.manifest.num_views for one in caches)
+        self.run_cache = RunCache(caches, views, open_shared_pixels(first, pixels_from, views))
+        self.image_size = image_size or int(first.manifest.facts.view_recipe["size"])
+        share = tuple(feature_share) if isinstance(feature_share, Sequence) else feature_share
+        config = DistillConfig(scalekd=ScaleKDConfig(feature_share=share))
+        config.scalekd.check_teachers(len(caches))
+        features = [feature_samples(config.scalekd, one, batch_size, number) for number, one in enumerate(caches)]
         self.loader = CacheLoader(
-            self.cache,
-            make_order(TrainConfig(seed=seed), self.cache, process),
+            first,
+            make_order(TrainConfig(seed=seed), first, process, caches[1:]),
             epochs=epochs,
             global_batch=global_batch,
             micro_batch=batch_size,
             rank=process.rank,
             world_size=process.world_size,
             workers=workers,
-            features=[features],
-            pixels=open_shared_pixels(self.cache, pixels_from, manifest.num_views),
+            others=caches[1:],
+            features=features,
+            views=views,
+            pixels=self.run_cache.pixels,
             data=data,
             pin_memory=self.device.type == "cuda",
         )
-        codecs = self.loader.codecs[0]
-        classifier = load_cache_classifier(DistillConfig(), self.cache, codecs.logits, process)
-        self._source = TargetSource(codecs, classifier, features=features)
+        teachers = [None] * len(caches)
+        self._sources = target_sources(config, self.run_cache, self.loader, features, teachers, process)
         self._normalize = Normalize(mean, std, folded=True).to(self.device)
+
+    @property
+    def cache(self) -> Cache:
+        """The first cache."""
+        return self.run_cache.cache
+
+    @property
+    def num_classes(self) -> int:
+        """Classes of the student: those of the data set; without labels, those of the first teacher with logits."""
+        return self.run_cache.num_classes
 
     def __len__(self) -> int:
         """Number of batches in all epochs."""
@@ -154,7 +177,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     def _deliver(self, batch: Batch) -> CachedBatch:
         images = self._normalize(resize(batch.images, self.image_size))
-        return CachedBatch(images, batch.labels, self._source(batch))
+        return CachedBatch(images, batch.labels, tuple(source(batch) for source in self._sources))
 
     def state_dict(self) -> dict[str, Any]:
         """The position after the batches returned so far, and the options that must match to resume."""
@@ -166,19 +189,21 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
 
 class ScaleKDLoss(nn.Module):
-    """The ScaleKD heads of a student and their losses. Train its parameters together with the student's.
+    """The ScaleKD heads of a student, for each teacher, and their losses. Train its parameters together with the
+    student's.
 
     Args:
-        targets: a cache or its `CachedTargets`; provides the teacher's frozen tail and the size of the images.
+        targets: a cache, or the `CachedTargets` of one or more; provides the teachers' frozen tails and the size of the
+            images.
         student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits;
             where the cache has neither labels nor logits, a pooled embedding (B, E) instead of the logits.
             `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
-        config: the method's constants (None: those of the cache's recipe; the loss weights are printed).
-        label_loss: ce, bce or none (None: that of the cache's recipe; none for a cache without labels).
-        label_smoothing: for ce (None: that of the cache's recipe).
+        config: the method's constants (None: those of the first cache's recipe; the loss weights are printed).
+        label_loss: ce, bce or none (None: that of the first cache's recipe; none for a cache without labels).
+        label_smoothing: for ce (None: that of the first cache's recipe).
 
     Raises:
-        UserError: the cache's tail is missing or damaged, or the student has other outputs.
+        UserError: a cache's tail is missing or damaged, or the student has other outputs.
     """
 
     def __init__(
@@ -191,47 +216,60 @@ class ScaleKDLoss(nn.Module):
         label_smoothing: float | None = None,
     ) -> None:
         super().__init__()
-        cache = targets.cache if isinstance(targets, CachedTargets) else targets
-        manifest = cache.manifest
-        recipe, given = manifest.facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
+        if isinstance(targets, CachedTargets):
+            run_cache, size = targets.run_cache, targets.image_size
+        else:
+            run_cache = RunCache((targets,), targets.manifest.num_views, None)
+            size = int(run_cache.facts[0].view_recipe["size"])
+        facts = run_cache.facts[0]
+        recipe, given = facts.distill, {"label_loss": label_loss, "label_smoothing": label_smoothing}
         self.config = config or build(ScaleKDConfig, recipe.get("scalekd", {}))
+        self.config.check_teachers(len(run_cache.caches))
         if config is None:
-            print(f"{self._weights()}, from the cache's recipe {manifest.facts.recipe} (override with config=)")
+            print(f"{self._weights()}, from the cache's recipe {facts.recipe} (override with config=)")
         label = {name: recipe.get("train", {}).get(name) if value is None else value for name, value in given.items()}
         train = build(TrainConfig, {name: value for name, value in label.items() if value is not None})
-        self.train_config = DistillConfig(train=train).on_data(labeled=manifest.facts.labeled).train
-        check_logits(self.config, cache, logit_codec_from_config(manifest.facts.logit_codec))
-        tail = load_cache_tail(cache)
-        if self.config.tail_drop_path:
-            tail.enable_drop_path()
-        views_size = int(manifest.facts.view_recipe["size"])
-        size = targets.image_size if isinstance(targets, CachedTargets) else views_size
-        *shapes, width = student_shapes(student, size, manifest.facts.num_classes)
-        self._classes = manifest.facts.num_classes
+        self.train_config = DistillConfig(train=train).on_data(labeled=facts.labeled).train
+        self._classes = run_cache.num_classes
+        *shapes, width = student_shapes(student, size, self._classes)
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
-        self.heads = ScaleKDHeads(
-            self.config,
-            tap_shapes=(shapes[0], shapes[1]),
-            tail_in_shape=tail.in_shape,
-            tail_out_shape=tail.out_shape,
-            layer_norm=layer_norm,
-            pooled=pooled_width(manifest.facts),
-            embedding=0 if self._classes else width,
-        )
-        self._tail: list[Tail] = [tail]  # in a list: not a submodule, so in no state dict and no optimizer
+        self.heads = nn.ModuleList()
+        self._tails: list[Tail] = []  # a list, not submodules: in no state dict and no optimizer
+        for cache in run_cache.caches:
+            check_logits(self.config, cache, logit_codec_from_config(cache.manifest.facts.logit_codec))
+            tail = load_cache_tail(cache)
+            if self.config.tail_drop_path:
+                tail.enable_drop_path()
+            self._tails.append(tail)
+            self.heads.append(
+                ScaleKDHeads(
+                    self.config,
+                    tap_shapes=(shapes[0], shapes[1]),
+                    tail_in_shape=tail.in_shape,
+                    tail_out_shape=tail.out_shape,
+                    layer_norm=layer_norm,
+                    pooled=pooled_width(cache.manifest.facts),
+                    embedding=0 if self._classes else width,
+                )
+            )
 
     def _weights(self) -> str:
         config = self.config
         frequency = f"frequency {config.frequency_weight_s3:g} and {config.frequency_weight_s4:g}"
         return f"loss weights: spatial {config.spatial_weight:g}, {frequency}, logits {config.logit_weight:g}"
 
-    def forward(self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets) -> LossTerms:
-        """The weighted terms; differentiate `.total`. All inputs are on one device."""
-        tail = self._tail[0] = self._tail[0].to(s4.device)
-        featured = len(targets.features)
-        embedding = (s4.mean((2, 3)) if self._classes else logits)[: featured if targets.pooled is None else None]
-        maps = self.heads(s3[:featured], s4[:featured], tail, embedding)
-        return distillation_losses(self.config, self.train_config, logits, labels, maps, targets)
+    def forward(
+        self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets | Sequence[Targets]
+    ) -> LossTerms:
+        """The weighted terms; differentiate `.total`. All inputs are on one device; `targets` of one teacher may be
+        given alone."""
+        given: list[tuple[HeadOutputs | None, Targets]] = []
+        for number, one in enumerate([targets] if isinstance(targets, Targets) else targets):
+            tail = self._tails[number] = self._tails[number].to(s4.device)
+            featured = len(one.features)
+            embedding = (s4.mean((2, 3)) if self._classes else logits)[: featured if one.pooled is None else None]
+            given.append((self.heads[number](s3[:featured], s4[:featured], tail, embedding), one))
+        return losses_of_teachers(self.config, self.train_config, logits, labels, given)[0]
 
 
 def timm_student(name: str, targets: CachedTargets) -> Student:

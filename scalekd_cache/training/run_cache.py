@@ -5,6 +5,7 @@ Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if a
 """
 
 import hashlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,10 +80,7 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     joint = joint_fingerprint(cache.manifest.facts for cache in caches)
     check_same_cache(run, joint, places)
     config.scalekd.check_teachers(len(caches))
-    if len({cache.manifest.facts.fingerprint for cache in caches}) < len(caches):
-        raise UserError("a cache is listed twice", got=f"--cache {config.cache}", fix="list each cache once")
-    for cache in caches[1:]:
-        check_joinable(caches[0], cache)
+    check_caches(caches)
     views = _views(config, run, min(caches, key=lambda cache: cache.manifest.num_views))
     pixels = open_shared_pixels(caches[0], config.pixels_from, views, config.remote)
     for cache in caches:
@@ -94,6 +92,19 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
             + ("" if pixels is None or cache is not caches[0] else f"; pixels from {pixels.root}")
         )
     return RunCache(tuple(caches), views, pixels)
+
+
+def check_caches(caches: Sequence[Cache]) -> None:
+    """Check that one student can be trained on the targets of all these caches.
+
+    Raises:
+        UserError: a cache is listed twice, or they hold different views or images.
+    """
+    if len({cache.manifest.facts.fingerprint for cache in caches}) < len(caches):
+        listed = ", ".join(str(cache.root) for cache in caches)
+        raise UserError("a cache is listed twice", got=listed, fix="list each cache once")
+    for cache in caches[1:]:
+        check_joinable(caches[0], cache)
 
 
 def _views(config: DistillConfig, run: Path, cache: Cache) -> int:

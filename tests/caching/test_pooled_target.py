@@ -135,7 +135,7 @@ def test_sparse_caches_have_it_in_every_view():
     assert sum(bool(record.features) for record in records) == IMAGES // 2
     assert [record.second for record in records] == [one.second for one in finished().read(range(IMAGES), 1)]
     batch = next(iter(CachedTargets(cache, batch_size=8)))
-    assert (len(batch.targets.features), batch.targets.pooled.shape) == (4, (8, WIDTH))
+    assert (len(batch.targets[0].features), batch.targets[0].pooled.shape) == (4, (8, WIDTH))
     assert verify_deep(cache.root).findings.problems == []
 
 

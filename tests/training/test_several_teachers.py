@@ -28,6 +28,7 @@ from scalekd_cache.scalekd.losses import (
 )
 from scalekd_cache.store import growing as follow
 from scalekd_cache.store.reader import Cache
+from scalekd_cache.training.custom_loop import CachedTargets, ScaleKDLoss, timm_student
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run import distill
 
@@ -225,6 +226,35 @@ def test_a_run_with_two_teachers_resumes_and_reports_each(pair, tmp_path, capsys
     with pytest.raises(UserError, match="a different cache"):
         distill(dataclasses.replace(whole, cache=str(pair[0].root)), CPU)
     assert "pixels" not in json.loads((tmp_path / "whole" / "cache.json").read_text())
+
+
+def test_an_own_loop_has_the_losses_of_a_run(pair, regrouped, tmp_path):
+    """The first step of two and of three teachers; caches given as places, or open."""
+    scalekd = {"balance": "scale", "teacher_shares": (2, 1), "feature_share": (1.0, 0.5)}
+    config = config_of(pair, tmp_path / "run", scalekd=scalekd, train={"micro_batch_size": 16, "epochs": 1})
+    distill(config, CPU)
+    for given in (config.cache, pair):
+        torch.manual_seed(config.train.seed)
+        targets = CachedTargets(given, batch_size=16, feature_share=(1.0, 0.5), seed=config.train.seed)
+        student = timm_student("test_resnet", targets)
+        loss = ScaleKDLoss(targets, student, config.scalekd, label_loss="ce", label_smoothing=0.0)
+        images, labels, teachers = next(iter(targets))
+        assert [len(one.features) for one in teachers] == [16, 8]
+        terms = loss(*student(images), labels, teachers)
+        first = losses(tmp_path / "run")[0]
+        for name, value in terms._asdict().items():
+            assert value.item() == pytest.approx(first[name], rel=1e-5), name
+    terms.total.backward()
+    assert all(one.grad is not None for one in loss.parameters())
+    with pytest.raises(UserError, match="2 shares for 3 teachers"):
+        CachedTargets([*pair, regrouped], batch_size=16, feature_share=(1.0, 0.5))
+    with pytest.raises(UserError, match="a cache is listed twice"):
+        CachedTargets([pair[0], pair[0].root], batch_size=16)
+    three = CachedTargets([*pair, regrouped], batch_size=16)
+    with pytest.raises(UserError, match="2 shares for 3 teachers"):
+        ScaleKDLoss(three, student, config.scalekd)
+    batch = next(iter(three))
+    assert len(ScaleKDLoss(three, student, ScaleKDConfig())._tails) == len(batch.targets) == 3
 
 
 def interrupt_at(step):

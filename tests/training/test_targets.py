@@ -224,7 +224,7 @@ def test_torchs_data_loader_gives_the_same_batches(form, workers):
         for got, batch in zip(loader, expected[step:], strict=True):
             assert isinstance(got, CachedBatch)
             assert torch.equal(got.labels, batch.labels)
-            torch.testing.assert_close([got.images, *got.targets], [batch.images, *batch.targets], rtol=0, atol=0)
+            torch.testing.assert_close([got.images, *got.targets[0]], [batch.images, *batch.targets[0]], rtol=0, atol=0)
 
 
 def test_workers_inside_a_data_loader_are_an_error():
