@@ -1,12 +1,14 @@
 """What one optimizer step of every arm costs: CPU seconds on this machine, and FLOPs for Swin-L -> ResNet-50.
 
 In: a setting and a cache of it. Out: <setting>-steps.json with seconds per step. Invariant: steps of all arms alternate
-in one process and include loader, decoding, losses and optimizer, but not DeepSpeed; the time is that of the process,
-so other processes on the machine matter little.
+in one process, in another order each time, because the step after a large one takes longer; they include loader,
+decoding, losses and optimizer, but not DeepSpeed; the time is that of the process, so other processes on the machine
+matter little.
 """
 
 import itertools
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -93,9 +95,9 @@ def measure(setting: Setting, cache: Path, file: Path) -> dict[str, float]:
     steppers = {name: stepper(setting, setting.arms[name], opened) for name in kinds.values()}
     times: dict[str, list[float]] = {name: [] for name in steppers}
     for repeat in range(REPEATS + 2):
-        for name, step in steppers.items():
+        for name in random.Random(repeat).sample(list(steppers), len(steppers)):
             started = time.process_time()
-            step()
+            steppers[name]()
             if repeat >= 2:
                 times[name].append(time.process_time() - started)
     seconds = {name: round(statistics.median(values), 5) for name, values in times.items()}

@@ -77,6 +77,11 @@ DEMO_LONG = DEMO._replace(
     epochs=24,
     views=96,
     stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
+    questions=(
+        Question("price", "cap-1", FIRST, 4),
+        Question("the second trial", "cap-1", ("baseline", "cap-0.25", "cap-0.25-equal-cost"), 8),
+        *questions(4)[1:],
+    ),
 )
 """264 steps of one micro-batch of 32."""
 DEMO_MICRO = DEMO._replace(
