@@ -1,1 +1,1 @@
-"""Benchmarks: one script per question, in a folder per room; `harness.py` is shared. Run with `python -m`."""
+"""Benchmarks: one script per question, in one folder per topic; all use `harness.py`. Run them with `python -m`."""

@@ -1,4 +1,4 @@
-"""Smoke run on a GPU: does everything run, is it correct, is it fast? At most 10 minutes on one H100.
+"""Smoke run on a GPU: checks that everything runs, is correct and is fast. Takes at most 10 minutes on one H100.
 
     python -m benchmarks.gpu_smoke [--out FILE] [--parts abcdefg] [--stand-in]
 
@@ -13,8 +13,8 @@ results it has reported. Weights are random, and the images are generated before
 
 `--stand-in` runs the same code on a CPU with tiny models; its results are meaningless.
 
-It needs no network. On the GPU machine torch, torchvision and timm are installed (Python 3.12). Everything else comes
-as wheels (55 MB, most of it scipy), collected on a machine with network access:
+The run needs no network. The GPU machine must have torch, torchvision and timm (Python 3.12). Collect everything else
+as wheels (55 MB, most of it scipy) on a machine with network access:
 
     PACKAGES="webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard ninja hjson msgpack psutil \\
       py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\

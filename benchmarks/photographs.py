@@ -1,7 +1,7 @@
 """Writes a folder of ImageNet-sized photographs for the benchmarks, without a download.
 
 In: a folder. Out: class folders under train/ and val/ with 500x375 JPEG files. Each is a random crop of one of
-scikit-learn's two sample photographs (427x640). So image content is realistic, but varies little.
+scikit-learn's two sample photographs (427x640), so the content is realistic but varies little.
 """
 
 from pathlib import Path

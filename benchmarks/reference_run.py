@@ -1,4 +1,4 @@
-"""Shows that a refactor changed no output: hashes of cached bytes and the losses of 20 training steps.
+"""Checks that a refactoring changed no output: prints hashes of cached bytes and the losses of 20 training steps.
 
 In: nothing. It uses the embedded demo images and a teacher with random weights from a fixed seed. Out: one JSON object
 on standard output, to compare before and after a change (docs/LOG.md records the values). Invariant: only the command

@@ -1,4 +1,4 @@
-"""A view of a cache as a data set of Hugging Face: python examples/huggingface_datasets.py caches/demo"""
+"""Read one view of a cache as a Hugging Face data set: python examples/huggingface_datasets.py caches/demo"""
 
 import sys
 
@@ -11,8 +11,8 @@ from scalekd_cache import RecordDecoder
 
 
 def samples(decoder, view, ranges):
-    """The decoded records of some ranges of images."""
-    for number in ranges:  # `datasets` divides this list among nodes and workers, and shuffles it
+    """Yield the decoded records of some ranges of images."""
+    for number in ranges:  # `datasets` shuffles this list and divides it among nodes and workers
         for position in decoder.cache.positions(view, number):
             yield from decoder.read([position], view)
 

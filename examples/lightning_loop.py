@@ -1,4 +1,4 @@
-"""ScaleKD in Lightning (pip install lightning): python examples/lightning_loop.py caches/demo [number of devices]"""
+"""Train with ScaleKD in Lightning (pip install lightning): python examples/lightning_loop.py caches/demo [devices]"""
 
 import sys
 
@@ -13,7 +13,7 @@ class CachedData(lightning.LightningDataModule):
         super().__init__()
         self.cache, self.options = cache, options
 
-    def train_dataloader(self):  # Lightning calls it in every process: each one gets its own batches
+    def train_dataloader(self):  # called in every process; each process gets its own batches
         return CachedTargets(self.cache, **self.options)
 
 
@@ -37,7 +37,7 @@ class Distillation(lightning.LightningModule):
 if __name__ == "__main__":
     lightning.seed_everything(0)
     devices = int(sys.argv[2]) if len(sys.argv) > 2 else "auto"
-    data = CachedData(sys.argv[1], batch_size=32, epochs=1)  # one pass holds all epochs, so max_epochs=1
+    data = CachedData(sys.argv[1], batch_size=32, epochs=1)  # one pass covers all epochs, so max_epochs=1
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = lightning.Trainer(max_epochs=1, devices=devices, **quiet)
     trainer.fit(Distillation(data.train_dataloader()), datamodule=data)

@@ -1,4 +1,4 @@
-"""A custom student: any module that returns two feature maps and logits, in the loop of plain_pytorch.py."""
+"""Train a custom student (any module that returns two feature maps and logits) in the loop of plain_pytorch.py."""
 
 import sys
 
@@ -19,7 +19,7 @@ class MyStudent(nn.Module):
         self.head = nn.Linear(128, num_classes)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the two maps that are compared with the teacher's map, and the logits."""
+        """Return the two maps that are compared with the teacher's map, and the logits."""
         s3 = self.stage3(self.stem(images))
         s4 = self.stage4(s3)
         return s3, s4, self.head(s4.mean((2, 3)))

@@ -1,4 +1,4 @@
-"""A custom teacher: any `nn.Module` with a separate last stage (--plugin examples.my_teacher --teacher my_net)."""
+"""Register any `nn.Module` with a separate last stage as teacher (--plugin examples.my_teacher --teacher my_net)."""
 
 from itertools import pairwise
 from typing import Any

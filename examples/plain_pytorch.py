@@ -1,4 +1,4 @@
-"""ScaleKD in a plain PyTorch loop: python examples/plain_pytorch.py caches/demo [student.safetensors]"""
+"""Train with ScaleKD in a plain PyTorch loop: python examples/plain_pytorch.py caches/demo [student.safetensors]"""
 
 import sys
 
@@ -19,4 +19,4 @@ for step, (images, labels, target) in enumerate(targets, start=1):
     optimizer.step()
     print(f"step {step} of {len(targets)}: loss {terms.total.item():.4f}", flush=True)
 if len(sys.argv) > 2:
-    save_file(student.model.state_dict(), sys.argv[2])  # plain timm takes it: load_state_dict
+    save_file(student.model.state_dict(), sys.argv[2])  # for load_state_dict of the timm model

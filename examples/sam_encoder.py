@@ -1,10 +1,10 @@
-"""The image encoder of SAM into TinyViT, by its feature map only, as MobileSAM's first stage.
+"""Distill SAM's image encoder into TinyViT, using only its feature map, as in MobileSAM's first stage.
 
 python examples/sam_encoder.py pictures sam_vit_b.safetensors
 
 The file holds the weights of timm's samvit_base_patch16 (`scalekd fetch --teacher samvit_base_patch16`). The encoder
-takes 1,024 pixels and gives a map of 64 x 64 positions with 256 channels. It has no classifier, and the images need
-no labels: the student learns the map and its mean. The result is a backbone for timm.
+takes images of 1,024 pixels and returns a map of 64 x 64 positions with 256 channels. It has no classifier, and the
+images need no labels: the student learns the map and its mean. The result is a backbone for timm.
 """
 
 import sys
@@ -27,7 +27,7 @@ def main(
     teacher_options: dict[str, Any] | None = None,
     training_options: dict[str, Any] | None = None,
 ) -> list[int]:
-    """Channels of the feature maps of the exported backbone."""
+    """Returns the channels of the exported backbone's feature maps."""
     cache, run = Path(folder) / "caches" / "sam", Path(folder) / "runs" / student
     options = {"teacher.batch_size": 2, **(teacher_options or {})}  # global attention over 4,096 positions
     scalekd_cache.cache_teacher(

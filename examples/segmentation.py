@@ -1,11 +1,11 @@
-"""A downstream task: segment digits in clutter with an exported student, compared with random initialization.
+"""Segment digits in noise with an exported student, compared with the same model from random weights.
 
 python examples/segmentation.py runs/resnet18/export [steps]
 
-The scenes are generated: enlarged handwritten digits on gray noise. Each pixel is classified as background or one of
-ten digits. The exported folder provides the backbone (`features_only`) and its architecture; the head is two
-convolutions. Both networks get the same scenes in the same order. Prints the mean intersection over union (mIoU) of
-each in percent.
+The images are generated: enlarged handwritten digits on gray noise. Each pixel is classified as background or as one
+of ten digits. The exported folder provides the backbone (`features_only`) and its architecture; the head has two
+convolutions. Both models are trained on the same images in the same order. The script prints the mean intersection
+over union (mIoU) of each model in percent.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Teachers of torchvision (--plugin examples.torchvision_teachers --teacher torchvision_vit_b_16)."""
+"""Use torchvision models as teachers (--plugin examples.torchvision_teachers --teacher torchvision_vit_b_16)."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ NAMES = ("vit_b_16", "vit_b_32", "vit_l_16", "vit_l_32", "vit_h_14", "swin_t", "
 
 
 def adapt(name: str) -> Callable[..., nn.Module]:
-    """The function that timm calls to build torchvision's model, with the attributes that a teacher needs."""
+    """Returns the function with which timm builds the torchvision model, with the attributes that a teacher needs."""
 
     def build(pretrained: bool = False, num_classes: int = 1000, img_size: int = 224, **_: Any) -> nn.Module:
         if pretrained:

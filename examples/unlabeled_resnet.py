@@ -1,11 +1,11 @@
-"""DINOv2 into a ResNet-18 on images without labels, then fine-tuning with ten labels per class.
+"""Distill DINOv2 into a ResNet-18 on images without labels, then fine-tune it with ten labels per class.
 
 python examples/unlabeled_resnet.py pictures labeled dinov2.safetensors
 
 `pictures` is any folder of images, `labeled` has train/<class>/ and val/<class>/, and the file holds the weights of
-timm's vit_small_patch14_dinov2 (`scalekd fetch --teacher vit_small_patch14_dinov2`). Prints the accuracy of k-NN and of
-a linear classifier on the student's embeddings, and the accuracy after fine-tuning from the student and from random
-weights, with the same labels.
+timm's vit_small_patch14_dinov2 (`scalekd fetch --teacher vit_small_patch14_dinov2`). The script prints the k-NN and
+linear-probe accuracy of the student's embeddings. It also prints the accuracy after fine-tuning from the student and
+from random weights, with the same labels.
 """
 
 import sys
@@ -29,7 +29,7 @@ def main(
     teacher_options: dict[str, Any] | None = None,
     training_options: dict[str, Any] | None = None,
 ) -> tuple[float, float]:
-    """Accuracy after fine-tuning from the student and from random weights, percent."""
+    """Returns the accuracies after fine-tuning from the student and from random weights, in percent."""
     place = Path(folder)
     cache, run = place / "caches" / "pictures", place / "runs" / student
     scalekd_cache.cache_teacher(
@@ -46,7 +46,7 @@ def main(
     for name, start in {"student": {"init": run}, "random": random}.items():
         out = place / "finetuned" / name
         tuned = scalekd_cache.finetune(data=labeled, labels_per_class=10, out=out, **start)
-        print(f"ten labels a class, from {name}: top-1 {tuned['top1']:.1f} %")
+        print(f"ten labels per class, from {name}: top-1 {tuned['top1']:.1f} %")
         accuracies.append(tuned["top1"])
     return accuracies[0], accuracies[1]
 

@@ -1,4 +1,4 @@
-"""A plain webdataset pipeline over the tars of a cache: python examples/webdataset_pipeline.py caches/demo"""
+"""Read the tars of a cache in a plain webdataset pipeline: python examples/webdataset_pipeline.py caches/demo"""
 
 import glob
 import sys
@@ -11,7 +11,7 @@ from torch.nn.functional import cosine_similarity, cross_entropy
 from scalekd_cache import RecordDecoder
 
 decoder = RecordDecoder(sys.argv[1])
-tars = sorted(glob.glob(f"{sys.argv[1]}/units/*/v0000.tar"))  # view 0; a pattern of URLs works too
+tars = sorted(glob.glob(f"{sys.argv[1]}/units/*/v0000.tar"))  # view 0; a URL pattern also works
 shards = wds.WebDataset(tars, shardshuffle=len(tars), nodesplitter=wds.split_by_node)
 samples = shards.shuffle(1000).map(decoder)
 loader = torch.utils.data.DataLoader(samples, batch_size=32, num_workers=2)

@@ -3,8 +3,8 @@
     python -m benchmarks.codec.decode [--batch 32] [--device cuda]
 
 Uses synthetic maps of 1536 x 7 x 7 with correlated channels and positions. They compress about as well as real layers
-of that width: 39 KB per view with `transform`, against 34 KB for real ones (docs/CODECS.md). The lossless stage turns
-a record into a row. Decoding turns rows into float32 maps and norms.
+of that width: 39 KB per view with `transform`, compared with 34 KB for real layers (docs/CODECS.md). The lossless stage
+turns a record into a row. Decoding turns rows into float32 maps and norms.
 """
 
 import statistics

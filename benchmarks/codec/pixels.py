@@ -1,9 +1,9 @@
-"""How many bytes do a view's pixels take in each image format, and what does the format change?
+"""How many bytes does a view take in each image format, and how much does the format change the teacher's features?
 
     python -m benchmarks.codec.pixels --weights mobile_sam.pt [--data DIR] [--recipes traditional cifar10]
     python -m benchmarks.codec.pixels --teacher demo_swin --weights FILE --data demo --recipes demo --name pixels-demo
 
-The views are sampled by stage 1's own code from photographs (default: scikit-learn's two, `benchmarks/photographs.py`).
+Stage 1's own code samples the views from photographs (default: scikit-learn's two, `benchmarks/photographs.py`).
 Each format encodes and decodes them:
 
 - bytes per view; PSNR and SSIM against the view before encoding
@@ -14,7 +14,7 @@ Each format encodes and decodes them:
   It measures how much the stored views differ from uncompressed ones, which the published method trains on.
 
 Formats are compared by their bytes at the feature change of JPEG 90, interpolated between the qualities of a format.
-JPEG XL needs the package imagecodecs and is left out without it.
+JPEG XL needs the package imagecodecs and is omitted without it.
 Writes benchmarks/results/<name>.json and .png, and prints the tables of docs/CODECS.md.
 """
 

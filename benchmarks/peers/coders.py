@@ -1,7 +1,7 @@
-"""The coders that users would choose instead of ours, for one view at a time: (T, C) float32 tokens to bytes and back.
+"""Alternative coders, for one view at a time: (T, C) float32 tokens to bytes and back.
 
-In: tokens of the views a coder is fitted to. Out: a `Coder` each. Invariant: `decode(encode(tokens))` needs nothing but
-the bytes, the shape and what was fitted; a setting, where a coder has one, only ever trades bytes for error.
+In: the tokens to which the coders are fitted. Out: one `Coder` for each. Invariant: `decode(encode(tokens))` needs only
+the bytes, the shape and the fitted state; the setting of a coder, if it has one, only trades bytes for error.
 Peers are imported where they are used.
 """
 

@@ -1,8 +1,8 @@
-"""The environment of the peers: build/peers, made on first use.
+"""The environment of the peers in build/peers, created on first use.
 
-In: the three requirements files of this folder. Out: a virtual environment that sees every package of the running one
-(so ours and the peers share one PyTorch and one process) plus the peers.
-Invariant: the running environment is never changed; the new one is complete when its stamp matches the files.
+In: the three requirements files of this folder. Out: a virtual environment with the peers that also sees every package
+of the running environment, so that ours and the peers share one PyTorch and one process.
+Invariant: the running environment is never changed; the new one is complete if its stamp matches the files.
 """
 
 import hashlib

@@ -1,8 +1,8 @@
-"""The formats that users would choose instead of a cache, each as its documentation recommends for random access.
+"""Alternatives to a cache, each used as its documentation recommends for random access.
 
-In: samples. Out: for each format, a function that writes a folder and one that opens it for shuffled passes. A format
-imports its library when it is used. No format compresses (features are int8 codes), and none copies more than its
-library does: payloads are yielded as they come.
+In: samples. Out: for each format, a function that writes a folder and a function that opens it for shuffled passes. A
+format imports its library when it is used. No format compresses (features are int8 codes), and payloads are yielded
+without additional copies.
 """
 
 import functools

@@ -1,8 +1,8 @@
 """One training run of lightly-train: `python -m benchmarks.peers.lightly '<JSON of the options>'`, in build/peers.
 
 In: a folder of images and the teacher's weights. Out: the student's weights as a safetensors file.
-Invariant: what is not in the options has lightly-train's default: method, heads, optimizer, schedule, loader. Nothing
-is sent over the network.
+Invariant: everything that is not in the options has lightly-train's default (method, heads, optimizer, schedule,
+loader). Nothing is sent over the network.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Our two stores, for the reading benchmark: write a cache without a teacher, read it as the loader does.
+"""Our two stores, for the reading benchmark: writes a cache without a teacher and reads it as the loader does.
 
 In: samples. Out: their records, checked (crc32c over a whole record), in the order of training.
 """

@@ -1,7 +1,7 @@
 """Real transformer features for the codec benchmark: TinyViT-5M on random crops of seven photographs.
 
-In: nothing; the weights come with a package of the index, the photographs with scikit-learn and scikit-image.
-Out: maps (N, 320, 7, 7) float32 after the final norm, and the photograph of each. Kept in build/peers.
+In: nothing; the weights are in a package of the index, the photographs in scikit-learn and scikit-image.
+Out: maps (N, 320, 7, 7) float32 after the final norm, and the number of each map's photograph. Stored in build/peers.
 """
 
 import subprocess

@@ -1,13 +1,13 @@
-"""How fast are the same samples read from a cache and from the formats that users would choose instead?
+"""How fast can the same samples be read from a cache and from alternative formats?
 
     python -m benchmarks.peers.reading [--samples 2000] [--repeats 5] [--formats "ours, tar" LMDB ...] [--folder DIR]
 
 A sample is a 224 px JPEG, 79,708 bytes of int8 features (Swin-L), 1,004 bytes of logits and a label. Every pass reads
-all samples in another random order, once without decoding and once with decoding the JPEG (the same decoder for all).
+all samples in a new random order, once without and once with decoding the JPEG (with the same decoder for all formats).
 Figures are CPU seconds of the process with all of its threads, so other jobs on the machine matter less. Passes of all
-formats alternate; the page cache is warm. Then one byte of the features is flipped, or the largest file is cut in
-half, and everything is read again: is that an error, or do wrong samples arrive?
-Makes build/peers on first use (benchmarks/peers/environment.py). Takes 4 minutes and 3 GB of disk.
+formats alternate; the page cache is warm. In a second test, one byte of the features is flipped, or the largest file is
+cut in half, and everything is read again. The table shows whether the reader reports an error or returns wrong samples.
+Creates build/peers on first use (benchmarks/peers/environment.py). Takes 4 minutes and 3 GB of disk.
 """
 
 import multiprocessing

@@ -1,6 +1,6 @@
-"""The samples that every format stores: what a cache with Swin-L features and 224 px views holds.
+"""The samples that every format stores, like those of a cache with Swin-L features and 224 px views.
 
-In: a number. Out: a `Sample`, a pure function of the number, so that a writer in another process needs no copy.
+In: a number. Out: a `Sample`, a pure function of the number, so a writer in another process needs no copy.
 """
 
 import functools

@@ -1,13 +1,13 @@
-"""What does a training step from a cache cost, next to a live step of lightly-train?
+"""What does a training step from a cache cost, compared with a live step of lightly-train?
 
     python -m benchmarks.peers.step [--student resnet18] [--batch 32] [--repeats 4] [--arms "lite heads" ...]
 
-The same student, teacher (DINOv2's ViT-S/14 with random weights: time does not depend on them), photographs, 224 px,
-SGD and micro-batch for all; one process, one thread, no loader processes. A step includes loading its batch.
-lightly-train: its default distillation method (DistillationV3) with its own data set, augmentation, data loader,
-training step and optimizer; its teacher runs in every step. Ours: pixels and targets from a cache of the same
-photographs, one row per arm of `ARMS`. Figures are CPU seconds; arms alternate.
-Makes build/peers on first use (benchmarks/peers/environment.py). Takes 10 minutes.
+All arms use the same student, teacher (DINOv2's ViT-S/14 with random weights, which do not affect the time),
+photographs, image size of 224 px, SGD and micro-batch size, in one process with one thread and no loader processes. A
+step includes loading its batch. lightly-train uses its default distillation method (DistillationV3) with its own data
+set, augmentation, data loader, training step and optimizer, and runs its teacher in every step. Ours reads pixels and
+targets from a cache of the same photographs, with one row per arm of `ARMS`. Figures are CPU seconds; arms alternate.
+Creates build/peers on first use (benchmarks/peers/environment.py). Takes 10 minutes.
 """
 
 import itertools

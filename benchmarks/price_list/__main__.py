@@ -1,12 +1,12 @@
-"""The price list: accuracy against the cost of training, for heads, feature shares and lengths of training.
+"""The price list: accuracy versus the cost of training, for heads, feature shares and numbers of epochs.
 
     python -m benchmarks.price_list --setting demo [--hours 1]
     python -m benchmarks.price_list --setting demo --plan            # cost of a step and estimated hours only
     python -m benchmarks.price_list --setting cifar10 --data data/cifar10 --teacher-weights teachers/file.safetensors
 
 In: the plan in `plan.py`. Out: one JSON line per run in benchmarks/results/price-list/<setting>.jsonl, the cost of a
-step of every arm in <setting>-steps.json, then the figures and tables of `figures.py`. The runs are those of the study
-(`benchmarks/study`): resumable, one line per finished run.
+step of every arm in <setting>-steps.json, then the figures and tables of `figures.py`. Runs work as in the study
+(`benchmarks/study`): they are resumable and write one line per finished run.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""Simulated runs of 1 to 1,024 processes: curves, tables and the check against measured runs.
+"""Simulates runs of 1 to 1,024 processes: curves, tables and a comparison with measured runs.
 
 In: options, and with --check a cache and runs made here. Out: `benchmarks/results/`.
 """

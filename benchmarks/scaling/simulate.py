@@ -1,4 +1,4 @@
-"""How far do both stages scale? Simulates 1 to 1,024 processes; checked against runs on one and two.
+"""How far do both stages scale? Simulates 1 to 1,024 processes; compared with runs on one and two processes.
 
     python -m benchmarks.scaling [--check] [--repeats 3]
 

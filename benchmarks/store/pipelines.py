@@ -1,10 +1,10 @@
-"""What do other data pipelines on the records of a cache cost? Compares CPU time with `CachedTargets`, 2 workers each.
+"""What does reading a cache with other data pipelines cost? Compares CPU time with `CachedTargets`, 2 workers each.
 
     python -m benchmarks.store.pipelines [--images 96] [--epochs 16] [--repeats 5]
 
-Swin-T features (int8) of 224 px views, 32 samples per batch, warm page cache. All ways give decoded features, logits
-and pixels; `CachedTargets` normalizes the images too, and decodes features in the process that trains. CPU seconds of
-this process and its workers are counted, so other work on the machine matters little.
+Swin-T features (int8) of 224 px views, 32 samples per batch, warm page cache. All pipelines return decoded features,
+logits and pixels; `CachedTargets` also normalizes the images, and decodes features in the training process. CPU seconds
+of this process and its workers are counted, so other jobs on the machine matter little.
 """
 
 import os

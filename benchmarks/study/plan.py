@@ -1,7 +1,7 @@
 """The study's plan as data: settings, caches, arms, questions and the resulting runs.
 
-In: the name of a form. Out: `Run`s, most important first. Invariant: a run has one key, and the same key always means
-the same commands. Questions share runs, so nothing is trained twice.
+In: the name of a form. Out: `Run`s, most important first. Invariant: every run has one key, and the same key always
+means the same commands. Questions share runs, so nothing is trained twice.
 
 An arm defines what varies. Everything else (views, order, initialization, steps, learning rate) depends only on setting
 and seed, so two arms of one question are paired by (student, seed).

@@ -2,9 +2,9 @@
 
     python -m benchmarks.training.break_even [--students resnet18 mobilenetv1_100] [--epochs 2] [--data folder]
 
-Measured: wall time of whole commands on the same small data set: one `cache-teacher` plus one `distill` per student,
-against one `distill TARGETS=live` per student. Extrapolated: ImageNet with Swin-L, from FLOPs (`make costs`) at one
-assumed rate.
+Measured: wall time of complete commands on the same small data set, with one `cache-teacher` plus one `distill` per
+student, compared with one `distill TARGETS=live` per student. Extrapolated: ImageNet with Swin-L, from FLOPs
+(`make costs`) at one assumed rate.
 """
 
 import statistics

@@ -3,9 +3,9 @@
     python -m benchmarks.training.stage1 [--teacher swin_tiny_patch4_window7_224] [--images 80] [--views 2]
         [--workers 1]
 
-The plain teacher gets ready uint8 batches of the same shape and precision. Stage 1 decodes photographs, samples views,
-encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Both use the same number of threads.
-Stage 1 is timed from its first forward pass to its last commit: the worker processes start before.
+The plain teacher gets precomputed uint8 batches of the same shape and precision. Stage 1 decodes photographs, samples
+views, encodes JPEG, runs the teacher, encodes features, writes, fsyncs and reads back. Both use the same number of
+threads. Stage 1 is timed from its first forward pass to its last commit, so the start of the workers is not included.
 """
 
 import dataclasses

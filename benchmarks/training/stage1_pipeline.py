@@ -2,9 +2,9 @@
 
     python -m benchmarks.training.stage1_pipeline [--images 512] [--views 4] [--batch 128] [--repeats 5]
 
-One worker process sends ready views (224 px, 16.6 KB of JPEG). Mock teacher and feature codec return ready tensors of
-Swin-L's shapes. The rest is stage 1's own code: receive, stack, encode 1,000 logits, append to the shards. In a real
-job, a commit (fsync, sha256, read-back) runs in the background; it is timed separately.
+One worker process sends precomputed views (224 px, 16.6 KB of JPEG). A mock teacher and feature codec return
+precomputed tensors of Swin-L's shapes. The rest is stage 1's own code: receive, stack, encode 1,000 logits, append to
+the shards. In a real job, a commit (fsync, sha256, read-back) runs in the background; it is timed separately.
 """
 
 import itertools

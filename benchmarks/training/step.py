@@ -2,8 +2,8 @@
 
     python -m benchmarks.training.step [--pair resnet18 swin_tiny_patch4_window7_224 8] [--repeats 4] [--device cuda]
 
-Seconds are CPU seconds on a CPU, so that other work on the machine changes them little.
-One process without DeepSpeed, SGD, the same micro-batch for all kinds of steps, timed alternately:
+Seconds are CPU seconds on a CPU, so other jobs on the machine change them little.
+One process without DeepSpeed runs these kinds of steps alternately, with SGD and the same micro-batch size:
 baseline (labels only), synthetic (ScaleKD heads, random targets already on the device), cached (targets and pixels
 through the real loader), live (pixels from the cache, targets from the teacher), teacher (forward pass only), and
 cached with cheaper heads and feature shares (`CHEAPER`).

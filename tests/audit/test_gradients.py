@@ -1,4 +1,4 @@
-"""Cached compared with live targets, and their effect on a student's gradient."""
+"""Cached and live targets, and the effect of their difference on a student's gradient."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""The benchmarks against other libraries: what they run without any of those libraries, on a few samples."""
+"""The comparisons with other libraries: the parts that run without these libraries, on a few samples."""
 
 import numpy as np
 import pytest

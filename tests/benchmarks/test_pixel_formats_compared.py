@@ -1,4 +1,4 @@
-"""The benchmark of image formats: every format gives a view back; comparison at an equal feature change."""
+"""The benchmark of image formats: every format decodes to a view; comparison at equal feature change."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""--codec auto: the table, the selection, and that it happens once."""
+"""--codec auto: the table and the selection, which happens only once."""
 
 import json
 

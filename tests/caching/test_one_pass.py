@@ -1,4 +1,4 @@
-"""Several teachers in one pass: every cache equals the one that a job of its own writes, byte for byte."""
+"""Several teachers in one pass: every cache equals the cache that a separate job writes, byte for byte."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""Caches with features for a part of the views: what is written, read, checked, repaired, grown and refused."""
+"""Caches with features for some of the views: what is written, read, checked, repaired, grown and rejected."""
 
 import shutil
 

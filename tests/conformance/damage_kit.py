@@ -1,4 +1,4 @@
-"""Changes of a small cache that `damaged_cases.py` makes its cases from.
+"""The changes to a small cache from which `damaged_cases.py` makes its cases.
 
 In: the folder of a cache, a copy of `tar-plain` or `zarr-plain` in most cases. Out: the same folder, damaged.
 Invariant: every length, hash and checksum that a writer computes is computed again (`rehash`), except where a stale

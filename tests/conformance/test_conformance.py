@@ -1,4 +1,4 @@
-"""The conformance kit: our reader agrees with it, it can be made again, and it covers every form of a cache."""
+"""The conformance kit: our reader agrees with it, it is reproducible, and it covers every form of a cache."""
 
 import json
 import shutil

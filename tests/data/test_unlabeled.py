@@ -1,4 +1,4 @@
-"""Data sets without labels: folders, the held-out share, and what a labeled val/ beside them means."""
+"""Data sets without labels: folders, the held-out share, and the effect of a labeled val/ next to them."""
 
 import pickle
 import unicodedata

@@ -1,4 +1,4 @@
-"""What is installed: extras that messages and pages name, the container image, the Pythons that are claimed."""
+"""Packaging: the extras named in messages and pages, the container image, the supported Python versions."""
 
 import ast
 import configparser

@@ -1,4 +1,4 @@
-"""Run the README's blocks: Python unchanged, commands on smaller data with the same variables."""
+"""Run the README's code blocks: Python unchanged, commands on smaller data with the same variables."""
 
 import re
 import shutil

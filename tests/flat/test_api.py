@@ -1,4 +1,4 @@
-"""The two functions: the same names, checks and results as the commands, in one process."""
+"""The Python functions: the same names, checks and results as the commands, in one process."""
 
 import pytest
 from commands import CACHE_OPTIONS, STUDENT, TRAIN_OPTIONS, read_json, run

@@ -1,4 +1,4 @@
-"""Suggestions for mistyped names, numbers with their nouns."""
+"""Suggestions for mistyped names; singular and plural of counted nouns."""
 
 import pytest
 

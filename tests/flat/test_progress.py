@@ -1,4 +1,4 @@
-"""Progress in a log, and sizes for people."""
+"""Progress lines in a log, and human-readable sizes."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""The decoder for other pipelines: what it returns, from tars and by position; damage; every sample once an epoch."""
+"""The decoder for other pipelines: what it returns, from tars and by position; damage; every sample once per epoch."""
 
 import pickle
 import shutil

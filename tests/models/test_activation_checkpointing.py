@@ -1,4 +1,4 @@
-"""Activation checkpointing: the same losses, gradients and statistics as without it, or a refusal."""
+"""Activation checkpointing: the same losses, gradients and statistics as without it, or an error."""
 
 import dataclasses
 

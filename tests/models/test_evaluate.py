@@ -1,4 +1,4 @@
-"""Accuracy: reference counts, shares of ranks, images that cannot be decoded."""
+"""Accuracy: reference counts, the images of each rank, images that cannot be decoded."""
 
 import json
 

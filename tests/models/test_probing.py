@@ -1,4 +1,4 @@
-"""k-NN, linear probe, agreement about neighbors: loops and scikit-learn as references, any order of images."""
+"""k-NN, linear probe and common neighbors: loops and scikit-learn as references, any order of images."""
 
 import math
 

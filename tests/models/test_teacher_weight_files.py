@@ -1,4 +1,4 @@
-"""Weights files of teachers: other image sizes, the names of original checkpoints, CLIP's projection."""
+"""Weights files of teachers: trained at other image sizes, the names of original checkpoints, CLIP's projection."""
 
 import pytest
 import timm

@@ -1,4 +1,4 @@
-"""The first hour of a newcomer with a folder of photographs: steps and mistakes, each with a short answer.
+"""A new user's first steps with a folder of photographs, and typical mistakes, each with a short error message.
 
 All commands run in this process and folder. A command that fails leaves no file and no folder behind.
 """

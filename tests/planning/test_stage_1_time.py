@@ -1,4 +1,4 @@
-"""Seconds of stage 1 on this machine: the forecast, and the job, with work whose time is known."""
+"""The duration of stage 1 on this machine: the forecast and the job, with tasks of known duration."""
 
 import time
 from functools import partial

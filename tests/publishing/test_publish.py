@@ -1,4 +1,4 @@
-"""Publishing to a folder: the same files, resumed, grown, without pixels; and what is refused."""
+"""Publishing to a folder: the same files, resumed, grown, without pixels; and what is rejected."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Pulling a published cache: the same files, resumed, grown, the first views; and folders that are refused."""
+"""Pulling a published cache: the same files, resumed, grown, the first views; and folders that are rejected."""
 
 import shutil
 

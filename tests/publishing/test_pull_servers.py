@@ -1,4 +1,4 @@
-"""Pulling from servers that fail, send other bytes, or change: one clear error, and no half-written cache."""
+"""Pulling from servers that fail, send wrong bytes, or change: one clear error, and no partial cache."""
 
 import dataclasses
 import shutil

@@ -1,4 +1,4 @@
-"""A cache pulled without its pixels: they are made again from the images, and the files are the original ones."""
+"""Pulling without pixels: they are restored from the images, and the files equal the original ones."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Reports: one file, no network, one known script, everything escaped, charts with words; what is missing is said."""
+"""Reports: one file, no network, one known script, everything escaped, charts with text; missing parts are listed."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""Ablations: each row of the table builds its variant, and the default switches leave the full method unchanged."""
+"""Ablations: each row of the table builds its variant, and the default options are the full method."""
 
 import pytest
 import torch

@@ -1,5 +1,5 @@
 """A stand-in for the model hub on a free port: one repository, with the endpoints that huggingface_hub uses to create,
-list, read and commit. Small files are in commits, files of `LFS_SUFFIXES` are uploaded before as LFS objects."""
+list, read and commit. Small files are part of commits; files with `LFS_SUFFIXES` are first uploaded as LFS objects."""
 
 import base64
 import contextlib

@@ -1,4 +1,4 @@
-"""A tiny cache of digits without labels, made in-process, beside a val/ with class folders."""
+"""A tiny cache of digits without labels, made in-process, next to a val/ with class folders."""
 
 import functools
 import tempfile

@@ -1,4 +1,4 @@
-"""Initial weights of a run: loaded strictly, or refused."""
+"""Initial weights of a run: loaded strictly, or rejected."""
 
 import pytest
 import torch

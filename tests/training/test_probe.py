@@ -1,4 +1,4 @@
-"""The probe of a backbone: all kinds of backbones, the split of labeled images, references, errors."""
+"""Probing a backbone: all types of backbones, the split of labeled images, references, errors."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Training from a cache without labels: what is minimized, what is measured on held-out images, what is exported."""
+"""Training from a cache without labels: the losses, the metrics on held-out images, and the export."""
 
 import dataclasses
 import json

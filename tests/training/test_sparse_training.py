@@ -1,4 +1,4 @@
-"""Training from a sparse cache: losses, resumption, ranks, refusals."""
+"""Training from a sparse cache: losses, resuming, ranks, errors."""
 
 import dataclasses
 

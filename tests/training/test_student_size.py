@@ -1,4 +1,4 @@
-"""A student at another image size than the views: training, evaluation and export use its own size."""
+"""A student at another image size than the views: training, evaluation and export use the student's size."""
 
 import json
 

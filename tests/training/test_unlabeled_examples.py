@@ -1,4 +1,4 @@
-"""The examples without labels, with teachers of random weights: a backbone, its probe, its fine-tuning."""
+"""The examples without labels, with randomly initialized teachers: a backbone, its evaluation, its fine-tuning."""
 
 import pytest
 from image_files import encoded, folder_tree, picture, write

@@ -1,4 +1,4 @@
-"""RandAugment: timm's own functions are the oracle for arguments and pixels."""
+"""RandAugment: arguments and pixels are compared with timm's own functions."""
 
 import random
 
