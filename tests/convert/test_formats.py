@@ -1,4 +1,4 @@
-"""Exports other than timm's folder: equal logits, strict loads in other codebases, backbones, model cards, clear errors."""
+"""Exports other than timm's folder: equal logits, strict loads in other codebases, backbones, cards, clear errors."""
 
 import hashlib
 import json
