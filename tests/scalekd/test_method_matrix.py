@@ -1,4 +1,4 @@
-"""The method with every student and teacher family, at full size on the meta device and at small size with real tensors.
+"""The method with every student and teacher family: full size on the meta device, small size with real tensors.
 
 At full size the shapes must match (nothing is computed). At small size a whole training step runs: student, projectors,
 frozen tail, all losses, backward. Hooks check for operations that must not happen.
