@@ -8,7 +8,7 @@ baseline (labels only), synthetic (ScaleKD heads, random targets already on the 
 through the real loader), live (pixels from the cache, targets from the teacher), teacher (forward pass only), and
 cached with cheaper heads and feature shares (`CHEAPER`).
 Peak memory comes from a fresh process that runs two steps of one kind: resident memory on a CPU (first pair only),
-memory allocated by PyTorch on a GPU.
+memory allocated by PyTorch on a GPU. Next to it: what `step_memory` counts on the meta device.
 """
 
 import dataclasses
@@ -43,7 +43,7 @@ from scalekd_cache.loader.order import Order
 from scalekd_cache.models.student import build_student
 from scalekd_cache.models.teacher import Teacher, load_teacher
 from scalekd_cache.models.teacher_spec import TeacherSpec
-from scalekd_cache.planning.costs import pair_costs
+from scalekd_cache.planning.costs import CLASSES, meta_teacher, pair_costs, step_memory
 from scalekd_cache.scalekd.losses import Targets
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.training.optim import make_optimizer
@@ -67,6 +67,8 @@ CHEAPER: dict[str, dict[str, Any]] = {
 }
 """Cached steps with options of `ScaleKDConfig`."""
 KINDS = ("baseline", "synthetic", "cached", "live", "teacher", *CHEAPER)
+WATCHED = ("cached", "cached 1/4")
+"""Steps whose parts are timed."""
 PARTS = ("loader", "decoding", "forward", "backward", "optimizer")
 """Parts of a cached step, in order."""
 
@@ -104,8 +106,8 @@ class Stopwatch:
 
 
 def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device: torch.device, workers: int,
-          kinds: Sequence[str] = KINDS) -> tuple[dict[str, Callable[[], None]], Stopwatch]:  # fmt: skip
-    """Actions that run one optimizer step of each kind, and the time of each part of a cached step."""
+          kinds: Sequence[str] = KINDS) -> tuple[dict[str, Callable[[], None]], dict[str, Stopwatch]]:  # fmt: skip
+    """Actions that run one optimizer step of each kind, and the time of each part of the steps in `WATCHED`."""
     manifest = cache.manifest
     config = DistillConfig(
         student=StudentConfig(name=student_name),
@@ -116,7 +118,7 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     spec = TeacherSpec.from_json(manifest.facts.teacher["spec"])
     tail = load_cache_tail(cache).to(device)
     teacher = load_teacher_of(teacher_name, classes, device) if {"live", "teacher"} & set(kinds) else None
-    models, watch = {}, Stopwatch(device)
+    models, watches = {}, {kind: Stopwatch(device) for kind in WATCHED}
     for kind in {kind if kind in CHEAPER or kind == "baseline" else "cached" for kind in kinds}:
         own = dataclasses.replace(config, scalekd=ScaleKDConfig(**CHEAPER.get(kind, {})))
         student = build_student(own.student, num_classes=classes, image_size=manifest.facts.view_recipe["size"])
@@ -163,12 +165,12 @@ def steps(student_name: str, teacher_name: str, batch: int, cache: Cache, device
     actions = {
         "baseline": lambda: step("baseline", [], first.images, first.labels, Stopwatch(device)),
         "synthetic": lambda: step("cached", [synthetic], first.images, first.labels, Stopwatch(device)),
-        "cached": lambda: cached("cached", watch),
+        "cached": lambda: cached("cached", watches["cached"]),
         "live": live,
         "teacher": forward,
-        **{kind: partial(cached, kind, Stopwatch(device)) for kind in CHEAPER},
+        **{kind: partial(cached, kind, watches.get(kind, Stopwatch(device))) for kind in CHEAPER},
     }
-    return {kind: actions[kind] for kind in kinds}, watch
+    return {kind: actions[kind] for kind in kinds}, watches
 
 
 def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, device: str) -> int:
@@ -183,9 +185,9 @@ def peak_bytes(kind: str, student: str, teacher: str, batch: int, cache: Path, d
 
 
 def peaks(*where: object) -> dict[str, int]:
-    """`peak_bytes` of cached and live steps, each in a separate process."""
+    """`peak_bytes` of steps, each in a separate process."""
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as fresh:
-        return {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("cached", "live")}
+        return {kind: fresh.apply(peak_bytes, (kind, *where)) for kind in ("live", "baseline", "cached", *CHEAPER)}
 
 
 def load_teacher_of(name: str, classes: int, device: torch.device) -> Teacher:
@@ -216,17 +218,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             cache = make_cache(Path(name) / "cache", data, count, teacher, device=options.device)
             where = (student, teacher, batch, Path(name) / "cache", options.device)
             memory = peaks(*where) if device.type == "cuda" or not raw else {}
-            actions, watch = steps(student, teacher, batch, cache, device, options.workers)
+            actions, watches = steps(student, teacher, batch, cache, device, options.workers)
             for action in actions.values():
                 action()
             seconds = time_interleaved(options.repeats, clock=clock_of(device), **actions)
-        parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
-        raw[f"{student} {teacher}"] = {**seconds, "parts of cached": watch.seconds, "peak_bytes": memory}
+        parts = {f"parts of {kind}": watch.seconds for kind, watch in watches.items()}
+        raw[f"{student} {teacher}"] = {**seconds, **parts, "peak_bytes": memory}
         ceiling = pair_costs(teacher, student).ceiling
         pair = f"{student}, {teacher.partition('_patch')[0]}"
         figures += pair_rows(pair, batch, seconds, ceiling, gpu=device.type == "cuda")
         figures += cheaper_rows(pair, seconds, student, teacher)
-        figures += [breakdown_row(pair, batch, parts, seconds), *([memory_row(pair, memory)] if memory else [])]
+        figures += [breakdown_row(pair, batch, kind, watch, seconds) for kind, watch in watches.items()]
+        figures += memory_rows(pair, memory, counted_memory(student, teacher, batch)) if memory else []
     publish_table("step-gpu" if device.type == "cuda" else "step", figures, {"pairs": pairs, "seconds": raw})
 
 
@@ -268,26 +271,41 @@ def cheaper_rows(pair: str, seconds: dict[str, list[float]], student: str, teach
     return rows
 
 
-def breakdown_row(pair: str, batch: int, parts: dict[str, float], seconds: dict[str, list[float]]) -> Measurement:
-    """Breakdown of a cached step, and the fraction that a baseline step would take."""
+def breakdown_row(pair: str, batch: int, kind: str, watch: Stopwatch, seconds: dict[str, list[float]]) -> Measurement:
+    """Breakdown of a step of this kind, and the fraction that a baseline step would take."""
+    parts = {name: statistics.median(values[1:]) for name, values in watch.seconds.items()}
     total, baseline = sum(parts.values()), statistics.median(seconds["baseline"])
     shares = ", ".join(f"{name} {100 * value / total:.1f} %" for name, value in parts.items())
-    return Measurement(f"{pair}: a cached step", 1e3 * total / batch, None, "ms per image", shares, "",
+    return Measurement(f"{pair}: parts of a step, {kind}", 1e3 * total / batch, None, "ms per image", shares, "",
                   f"the baseline takes {100 * baseline / total:.0f} %; heads, tail and losses the rest")  # fmt: skip
 
 
-def memory_row(pair: str, memory: dict[str, int]) -> Measurement:
-    """Peak memory without and with the teacher."""
-    sizes = ", ".join(f"{kind} {size / 2**30:.2f} GiB" for kind, size in memory.items())
-    return Measurement(
-        f"{pair}: peak memory, live / cached",
-        memory["live"] / memory["cached"],
-        None,
-        "x",
-        sizes,
-        "",
-        "both include student, heads, gradients and activations",
-    )
+def counted_memory(student: str, teacher: str, batch: int) -> dict[str, float]:
+    """Bytes of a step by kind, without the code: model, gradients, momentum and activations, on the meta device."""
+    with torch.device("meta"):
+        known, totals = meta_teacher(teacher, 224, CLASSES), {}
+        for kind in ("cached", *CHEAPER):
+            config = DistillConfig(
+                student=StudentConfig(name=student),
+                optim=OptimConfig(name="sgd", lr=0.01, base_batch_size=batch),
+                train=TrainConfig(global_batch_size=batch, micro_batch_size=batch),
+                scalekd=ScaleKDConfig(**CHEAPER.get(kind, {})),
+            )
+            totals[kind] = step_memory(config, known, 224, CLASSES)["total"]
+    return totals
+
+
+def memory_rows(pair: str, memory: dict[str, int], counted: dict[str, float]) -> list[Measurement]:
+    """Peak memory by kind of step over that of a baseline step."""
+    rows = []
+    for kind, size in memory.items():
+        sizes = f"{size / 2**30:.2f} vs {memory['baseline'] / 2**30:.2f} GiB"
+        if kind in counted:
+            sizes += f"; without the code {counted[kind] / 2**30:.2f} GiB on meta tensors"
+        if kind != "baseline":
+            what = f"{pair}: peak memory, {kind} / baseline"
+            rows.append(Measurement(what, size / memory["baseline"], None, "x", sizes, "", ""))
+    return rows
 
 
 if __name__ == "__main__":
