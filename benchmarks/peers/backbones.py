@@ -154,7 +154,7 @@ def epochs_of(job: Job, lines: Sequence[Line], epochs: int) -> int:
 
 
 def run_one(job: Job, options: Namespace, places: Places) -> Line:
-    """Train if the job trains, and judge; the fields of its line."""
+    """Train, if the job does, and evaluate; returns the fields of its line."""
     if job == CACHE:
         return make_cache(options, places.sets, places.weights[0], places.cache)
     if job.student is None or job.arm == RANDOM:
@@ -175,7 +175,7 @@ def run_one(job: Job, options: Namespace, places: Places) -> Line:
 
 
 def run_all(options: Namespace) -> None:
-    """Make the lines that are missing, in order; none is started after `--hours`."""
+    """Produce the missing lines in order; no job starts after `--hours`."""
     end = time.monotonic() + 3600 * options.hours
     options.work.mkdir(parents=True, exist_ok=True)
     sets = write_sets(options.package, options.work, options.images)

@@ -64,7 +64,7 @@ def measure_codec(codec: FeatureCodec, maps: Tensor, setting: float = 0.0) -> Fo
 
 
 def measure_coder(coder: Coder, maps: Tensor, setting: float) -> Found:
-    """Another coder, a view at a time."""
+    """Another coder, one view at a time."""
     views, start = tokens_of(maps), time.process_time()
     records = [coder.encode(view, setting) for view in views]
     middle = time.process_time()

@@ -35,7 +35,7 @@ class Coder(NamedTuple):
 
 
 def compressed(values: NDArray[Any]) -> bytes:
-    """zstd, level 19, over the bytes of the values, most significant bytes apart from the others."""
+    """zstd, level 19, over the bytes of the values, with the most significant bytes in a separate block."""
     planes = np.ascontiguousarray(values).view(np.uint8).reshape(-1, values.itemsize).T
     return zstandard.compress(planes.tobytes(), 19)
 
@@ -46,7 +46,7 @@ def decompressed(data: bytes, dtype: type, shape: tuple[int, ...]) -> NDArray[An
 
 
 def float16_zstd(fitted: Tokens) -> Coder:
-    """Lossless beside rounding to float16."""
+    """Lossless except for rounding to float16."""
     shape = fitted.shape[1:]
     return Coder(
         "float16 + zstd",
@@ -161,7 +161,7 @@ def fitted_pca(fitted: Tokens, components: int) -> PCA:
 
 
 def pca_step_zstd(fitted: Tokens) -> Coder:
-    """All components, one quantization step for all, zstd: the plain form of what our transform does."""
+    """All components, one quantization step for all, zstd: a simple form of our transform."""
     shape, model = fitted.shape[1:], fitted_pca(fitted, fitted.shape[-1])
 
     def encode(tokens: Tokens, step: float) -> bytes:
@@ -178,7 +178,7 @@ def pca_step_zstd(fitted: Tokens) -> Coder:
 
 
 def norms_pca_sz3(fitted: Tokens) -> Coder:
-    """Tokens divided by their mean-removed norm (stored as float16), PCA, SZ3: ours built from libraries."""
+    """Tokens divided by their mean-removed norm (stored as float16), PCA, SZ3: our codec built from libraries."""
     shape = fitted.shape[1:]
     count = 2 * shape[0]
     model = fitted_pca(fitted / token_norms(fitted), fitted.shape[-1])
@@ -202,7 +202,7 @@ def token_norms(tokens: Tokens) -> Tokens:
 
 
 def product_quantization(parts: int) -> Callable[[Tokens], Coder]:
-    """Product quantization: `parts` codes of 8 bits a token."""
+    """Product quantization: `parts` codes of 8 bits per token."""
 
     def fit(fitted: Tokens) -> Coder:
         flat = fitted.reshape(-1, parts, fitted.shape[-1] // parts)
@@ -225,7 +225,7 @@ def product_quantization(parts: int) -> Callable[[Tokens], Coder]:
 
 
 def rotated_4_bits(fitted: Tokens) -> Coder:
-    """A random rotation, a scale a token (float16) and 4 bits a value, as for the weights of language models."""
+    """A random rotation, one float16 scale per token and 4 bits per value, as for the weights of language models."""
     channels = fitted.shape[-1]
     rotation = np.linalg.qr(np.random.default_rng(0).standard_normal((channels, channels)))[0].astype(np.float32)
 

@@ -57,7 +57,7 @@ def record_of(sample: Sample) -> Record:
 
 
 def read_cache(folder: Path) -> Passes:
-    """Passes over a cache in the order of training, a micro-batch a call, as the loader reads."""
+    """Passes over a cache in the order of training, one micro-batch per call, as the loader reads."""
     cache = Cache.open(folder)
     order, epochs = Order(num_samples=len(cache), block=BLOCK, window=WINDOW, seed=0), itertools.count()
 

@@ -107,7 +107,7 @@ def cut_in_half(folder: Path, sample: Sample) -> None:
 
 
 def damaged(name: str, damage: str) -> str:
-    """`outcome` in a process of its own, which may be killed."""
+    """`outcome` in a separate process, which may be killed."""
     kind = next(kind for kind in FORMATS if kind.name == name)
     with tempfile.TemporaryDirectory() as folder:
         receiver, sender = multiprocessing.Pipe(duplex=False)
@@ -130,7 +130,7 @@ def _tell(sender: Any, kind: Format, damage: str, folder: str) -> None:
 
 
 def rows(seconds: dict[str, dict[str, list[float]]], count: int, against: str) -> list[Measurement]:
-    """Two rows of the table a format: the ratio of its samples per second to those of `against`."""
+    """Two table rows per format: the ratio of its samples per second to those of `against`."""
     return [
         ratio(f"{name} / {against}, {label}", seconds[kind], name, against, amount=count, unit="samples/s", goal="",
               gap=GAPS.get(name, "") if kind == "bytes" else "")

@@ -93,7 +93,7 @@ def comparable(lines: list[Line], arms: Iterable[str]) -> list[Line]:
 
 
 def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Path) -> None:
-    """Accuracy against cost of a step and of the training, and paired differences."""
+    """Accuracy versus cost of a step and of the training, and paired differences."""
     plt, found = pyplot(), differences(setting, lines)
     rows = [(f"{arm} - {reference} ({one.pairs})", one) for (arm, reference), one in found.items()
             if arm != "baseline"]  # fmt: skip

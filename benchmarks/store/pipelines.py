@@ -61,7 +61,7 @@ class MapStyle(Dataset[dict[str, Any]]):
 
 
 def ways(cache: Cache, epochs: int) -> dict[str, Callable[[], Iterable[Any]]]:
-    """Each way, as a function that starts it."""
+    """Each pipeline, as a function that starts it."""
     decoder, ranges = RecordDecoder(cache), list(range(cache.num_ranges)) * epochs
     tars = sorted(str(path) for path in Path(str(cache.root)).glob("units/*/v0000.tar")) * epochs
 
@@ -90,7 +90,7 @@ def cpu_seconds() -> float:
 
 
 def run_through(start: Callable[[], Iterable[Any]]) -> Callable[[], None]:
-    """Start a way and take all of its batches."""
+    """Start a pipeline and read all of its batches."""
 
     def run() -> None:
         for _ in start():

@@ -8,7 +8,7 @@ baseline (labels only), synthetic (ScaleKD heads, random targets already on the 
 through the real loader), live (pixels from the cache, targets from the teacher), teacher (forward pass only), and
 cached with cheaper heads and feature shares (`CHEAPER`).
 Peak memory comes from a fresh process that runs two steps of one kind: resident memory on a CPU (first pair only),
-memory allocated by PyTorch on a GPU. Next to it: what `step_memory` counts on the meta device.
+memory allocated by PyTorch on a GPU. The table also lists the memory that `step_memory` counts on the meta device.
 """
 
 import dataclasses
