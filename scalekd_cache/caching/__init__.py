@@ -4,6 +4,6 @@ In: a `CacheTeacherConfig` and the processes of a job. Out: committed work units
 `job.py` runs the job, `prepare.py` opens and checks what it needs, `job_plan.py` plans its units, `make_units.py`
 makes them from `sample_views.py`; `codec_selection.py` selects the codec, `preflight.py` and `size_probe.py` check and
 measure before the work starts, and `pixel_cache.py` reads the views of another cache.
-Custom code instead of a library: unit assignment. It counts claims in torchrun's store, so ranks may join and leave;
-DistributedSampler needs a fixed world size.
+Unit assignment is custom code: it counts claims in torchrun's store, so ranks may join and leave. DistributedSampler
+needs a fixed world size.
 """

@@ -1,6 +1,6 @@
-"""Selects a cache's codec: by name, fitted to its teacher, or the best one that meets a target.
+"""Selects a cache's codec by name, fits it to the teacher, or finds the best codec that meets a target.
 
-In: options, data set, teacher. Out: the codec; codec.json in the cache's folder, and codec.safetensors if it is fitted.
+In: options, data set, teacher. Out: the codec, codec.json in the cache's folder, and codec.safetensors if it is fitted.
 Invariant: all units of a cache have one codec. One process fits or selects it, once; a resumed job loads it.
 """
 
@@ -37,17 +37,17 @@ from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
-"""Noise levels of the transform codec: 0.0001 to 0.075, each 7 % above the one before."""
+"""Noise levels of the transform codec: 0.0001 to 0.075, each 7 % higher than the previous one."""
 BATCH = 64
 MIN_VIEWS = 8
 
 
 class CodecMeasurement(NamedTuple):
-    """A codec, measured on held-out views."""
+    """Measurements of a codec on held-out views."""
 
     codec: str
     noise: float
-    """Noise of the transform codec; 0 for other codecs."""
+    """Noise level of the transform codec; 0 for other codecs."""
     bytes: float
     """Mean bytes per record, including norms."""
     cosine_mean: float
@@ -83,7 +83,8 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
         target: 99 % of the views must meet a cosine or KL; the mean must meet a size in bytes.
 
     Raises:
-        UserError: too few views, no codec meets the target, or a KL target for a head that does not read the features.
+        UserError: there are too few views, no codec meets the target, or the target is a KL and the head does not
+            read the features.
     """
     if len(features) < MIN_VIEWS:
         raise UserError(
@@ -91,7 +92,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
             got=counted(len(features), "image"),
             expected=MIN_VIEWS,
             where="--codec auto",
-            fix="select a codec by name: --codec int8",
+            fix="choose a codec by name: --codec int8",
         )
     judged = torch.arange(len(features)) % 3 == 2
     head = _readable_head(teacher, features[:2], logits[:2], needed=target.metric == "kl")
@@ -131,7 +132,7 @@ def _measure_transforms(
 
     fine_meets = target.metric != "bytes"  # a target in bytes is met at the coarse end
     low, high = 0, len(NOISES)
-    while low < high:  # the first noise on the other side is in [low, high]
+    while low < high:  # the first noise level on the other side is in [low, high]
         middle = (low + high) // 2
         if attempt(NOISES[middle]) == fine_meets:
             low = middle + 1
@@ -149,7 +150,7 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
         try:
             classifier_bytes(model, features.to(device), logits.to(device), teacher.autocast_dtype)
         except UserError:
-            reason = "its classifier does not read the mean of the normalized last map, as Swin's does"
+            reason = "its classifier does not read the mean of the normalized last feature map"
         else:
             linear: torch.nn.Linear = model.get_classifier()
             return linear
@@ -167,7 +168,7 @@ def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: b
 def _measure(
     codec: FeatureCodec, maps: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
 ) -> CodecMeasurement:
-    """Measure a codec on maps (N, C, H, W)."""
+    """Measure a codec on feature maps (N, C, H, W)."""
     sizes: list[int] = []
     cosines: list[float] = []
     kls: list[float] = []
@@ -220,12 +221,12 @@ def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | Non
 
 
 CALIBRATION_VIEWS = 512
-"""Number of images whose view 0 a codec is fitted to."""
+"""Number of images whose view 0 is used to fit a codec."""
 AUTO = "auto"
 
 
 class SelectedCodec(NamedTuple):
-    """A codec, and the measurements it was selected from (none for a named codec)."""
+    """A codec, and the measurements that it was selected by (none for a named codec)."""
 
     codec: FeatureCodec
     rows: list[dict[str, Any]]
@@ -234,13 +235,13 @@ class SelectedCodec(NamedTuple):
 def load_or_select_codec(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher, *, dry_run: bool = False
 ) -> FeatureCodec:
-    """The codec of a cache: the one it has, or a new one. Rank 0 fits or selects it if needed.
+    """The codec of a cache: its existing codec, or a new one. Rank 0 fits or selects it if needed.
 
-    A dry run fits nothing. Where a codec would be fitted, int8 replaces it, and that is reported.
+    A dry run fits nothing. If a codec would have to be fitted, int8 is used instead, and this is reported.
 
     Raises:
-        UserError: no such codec, a target that no codec meets, or the cache's codec file is damaged or was made with
-            other options.
+        UserError: the codec is unknown, no codec meets the target, or the cache's codec file is damaged or was made
+            with other options.
     """
     check_codec_options(config)
     name, root = config.cache.codec, Path(config.cache.path)
@@ -251,7 +252,7 @@ def load_or_select_codec(
             if (root / PLAN).exists():
                 return codec_from_config(read_plan(root).facts.codec, root)
             peers.process.print_rank0(
-                f"codec {name} is fitted when the cache is made; sizes here are estimated with int8"
+                f"codec {name} is fitted when the cache is made; the sizes shown are estimates with int8"
             )
             return make_codec("int8", teacher.spec.feature_shape)
     else:
@@ -271,13 +272,14 @@ def load_or_select_codec(
             got=asked,
             expected=kept.preset,
             where=root,
-            fix="use the codec, noise and target the cache was made with, or another folder (--cache ...)",
+            fix="use the codec, noise and target that the cache was made with, or another folder (--cache ...)",
         )
     return codec_from_config(kept.codec, root)
 
 
 def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
-    """Before the plan is written: check that the codec files belong to this job; remove files of a job without a plan.
+    """Called before the plan is written: check that the codec files belong to this job, and remove those of a job
+    without a plan.
 
     Raises:
         UserError: another job has written a different codec.
@@ -287,14 +289,14 @@ def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> 
             (root / name).unlink(missing_ok=True)
     elif read_codec_choice(root).codec != codec.get_config():
         raise UserError(
-            "another job is writing this cache with another teacher or codec",
+            "another job is writing this cache with a different teacher or codec",
             where=root,
             fix="use another --cache for one of the jobs",
         )
 
 
 def check_codec_options(config: CacheTeacherConfig) -> None:
-    """UserError if the noise is out of range, or the codec has no noise option."""
+    """Raise `UserError` if the noise is out of range or the codec has no noise option."""
     name, noise = config.cache.codec, config.cache.codec_noise
     if not 0 <= noise <= 1 or (noise and name not in FITTED):
         raise UserError(
@@ -306,7 +308,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
 
 
 def codec_options(root: Path) -> dict[str, Any]:
-    """The options of stage 1 that a cache's codec was fitted or selected with, from codec.json."""
+    """The stage-1 options that a cache's codec was fitted or selected with, from codec.json."""
     preset = read_codec_choice(root).preset
     if preset.startswith(f"{AUTO}, "):
         return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
@@ -315,7 +317,7 @@ def codec_options(root: Path) -> dict[str, Any]:
 
 
 def write_codec_choice(root: Path, fields: Mapping[str, Any]) -> None:
-    """Rewrite codec.json from the fields of a cache's fingerprint; the preset follows from the codec's noise."""
+    """Rewrite codec.json from the fields of a cache's fingerprint. The preset follows from the codec's noise."""
     from scalekd_cache.codec.transform_fit import preset_name
 
     codec = fields["codec"]
@@ -341,17 +343,18 @@ def _preset(config: CacheTeacherConfig) -> str:
 
 
 def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
-    """Whether the cache has its codec. While there is no plan, a codec of another preset or teacher is replaced."""
+    """Whether the cache already has its codec. Until a plan exists, a codec of another preset or teacher is
+    replaced."""
     planned = (root / PLAN).exists()
     if not (root / CODEC_FILE).exists():
-        # A repair removes a damaged state and repeats the same fit.
+        # `repair` removes a damaged state and repeats the same fit.
         if planned and read_plan(root).facts.codec.get("id") not in FITTED:
             raise UserError(
-                "this cache was created with another codec",
-                got=f"--codec {_preset(config)}, a codec that is fitted to the data set",
+                "this cache was made with another codec",
+                got=f"--codec {_preset(config)}, which is fitted to the data set",
                 expected=f"--codec {read_plan(root).facts.codec.get('id')}",
                 where=root,
-                fix="use the --codec the cache was made with, or another --cache",
+                fix="use the --codec that the cache was made with, or another --cache",
             )
         return False
     kept = read_codec_choice(root)
@@ -361,7 +364,7 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
 def select_codec(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device
 ) -> SelectedCodec:
-    """Fit or select the codec on view 0 of images spread over the data set; writes nothing."""
+    """Fit or select the codec on view 0 of images spread over the data set. Writes nothing."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
     name, (_, height, width) = config.cache.codec, teacher.spec.feature_shape
@@ -388,14 +391,14 @@ def select_codec(
 
 
 def _calibration_batches(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
-    """View 0 of the calibration images, (B, 3, S, S) uint8, exactly as the teacher gets them."""
+    """View 0 of the calibration images, (B, 3, S, S) uint8, exactly as fed to the teacher."""
     images = spread_views(source, config.views, (0,), CALIBRATION_VIEWS)
     while batch := [item.pixels for item in islice(images, config.teacher.batch_size)]:
         yield torch.cat(batch)
 
 
 def _write_codec(config: CacheTeacherConfig, root: Path, selected: SelectedCodec, teacher: Teacher) -> None:
-    """Write the state, then codec.json; a job that is killed in between repeats the fit."""
+    """Write the state, then codec.json. If the job is killed in between, the next one repeats the fit."""
     from scalekd_cache.codec.transform import TransformCodec
     from scalekd_cache.codec.transform_state import FILE, state_bytes
 

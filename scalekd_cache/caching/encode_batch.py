@@ -1,9 +1,9 @@
-"""Transfers between host and device, without waiting: pixels to the teacher, encoded batches back to the host.
+"""Asynchronous transfers between host and device: pixels to the teacher, encoded batches back to the host.
 
-In: pixels of images; a teacher's output. Out: pixels of a view; encoded rows and flags on the host, with an event that
-says when they have arrived.
-Invariant: nothing here reads a value on the host, so the next forward pass is enqueued at once. Encoding is enqueued
-directly after its forward pass; only the thread that writes records waits.
+In: pixels of images; a teacher's output. Out: pixels of a view; encoded rows and flags on the host, with an event
+that signals their arrival.
+Invariant: no value is read on the host here, so the next forward pass is enqueued at once. Encoding is enqueued
+directly after the forward pass. Only the thread that writes records waits.
 """
 
 from typing import NamedTuple, Protocol
@@ -25,18 +25,18 @@ class EncodedPooled(NamedTuple):
     final: Tensor
     """(B,) bool: `EncodedRows.final`."""
     cosine: Tensor
-    """(B,) float32: cosine of embedding and decoded embedding."""
+    """(B,) float32: cosine between the original and the decoded embedding."""
 
 
 class Encoded(NamedTuple):
     """A batch of views, encoded."""
 
     codes: Tensor
-    """(F, bytes_per_view) uint8: rows of the feature codec, for the F <= B views whose features are stored."""
+    """(F, bytes_per_view) uint8: rows of the feature codec for the F <= B views whose features are stored."""
     final: Tensor
     """(F,) bool: `EncodedRows.final`."""
     finite: Tensor
-    """(B,) bool: whether the teacher's output has neither NaN nor infinity."""
+    """(B,) bool: whether the teacher's output is free of NaN and Inf."""
     similarity: Tensor
     """(2, F) float32: the fields of `Fidelity`."""
     logits: Tensor
@@ -44,10 +44,10 @@ class Encoded(NamedTuple):
 
 
 class Event(Protocol):
-    """The part of `torch.cuda.Event` that is used."""
+    """The methods of `torch.cuda.Event` that are used here."""
 
     def synchronize(self) -> None:
-        """Wait until the work before the event is done."""
+        """Wait until all work before the event is done."""
 
 
 class HostBatch(NamedTuple):
@@ -62,8 +62,8 @@ class HostBatch(NamedTuple):
 class PixelBuffers:
     """Host memory for the pixels of a batch of images; two buffers alternate.
 
-    New memory would cost more time than the copy into it. A buffer is reused once its copies to the device are done;
-    with two buffers this rarely causes a wait.
+    Allocating new memory would take longer than copying into it. A buffer is reused once its copies to the device
+    are done; with two buffers, this rarely causes a wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -83,12 +83,12 @@ class PixelBuffers:
         return self._buffers[self._turn]
 
     def sent(self) -> None:
-        """Mark that all copies from the last buffer are enqueued."""
+        """Record that all copies from the last buffer are enqueued."""
         self._sent[self._turn] = recorded_event(self.device)
 
 
 class Done:
-    """The event of a CPU, where work is complete when its call returns."""
+    """The event of a CPU, on which work is complete when the call returns."""
 
     def synchronize(self) -> None:
         """Return at once."""
@@ -103,15 +103,15 @@ def encode_batch(
     seeds: Tensor,
     second_codec: FeatureCodec | None = None,
 ) -> HostBatch:
-    """Enqueue encoding, fidelity, flags and the copies to the host behind the teacher's forward pass.
+    """Enqueue encoding, fidelity, flags and the copies to the host after the teacher's forward pass.
 
     Args:
-        codec: of the features.
-        logit_codec: of the logits.
-        output: of the teacher.
-        stored: (F, C, H, W): the features that are stored; F may be 0.
-        seeds: (F,) int64 on the teacher's device: the seed of each stored view's dither.
-        second_codec: of the pooled embeddings, which are stored for all views (None: not stored).
+        codec: codec of the features.
+        logit_codec: codec of the logits.
+        output: output of the teacher.
+        stored: (F, C, H, W): the features to store; F may be 0.
+        seeds: (F,) int64 on the teacher's device: the dither seed of each stored view.
+        second_codec: codec of the pooled embeddings, which are stored for all views (None: not stored).
     """
     if len(stored):
         rows = codec.encode_rows(stored, seeds)
@@ -133,7 +133,7 @@ def encode_batch(
 
 
 def pooled_maps(output: TeacherOutput) -> Tensor:
-    """The pooled embeddings as maps of one position, (B, P, 1, 1)."""
+    """The pooled embeddings as feature maps with one position, (B, P, 1, 1)."""
     return output.pooled[..., None, None]
 
 
@@ -142,7 +142,7 @@ def _to_host(value: Tensor) -> Tensor:
 
 
 def compare(codec: FeatureCodec, features: Tensor, codes: Tensor) -> Fidelity:
-    """Similarity of features and decoded rows."""
+    """Similarity between the features and the decoded rows."""
     return fidelity(features, codec.decode(codes).features)
 
 
@@ -150,7 +150,7 @@ def recorded_event(device: torch.device) -> Event:
     """An event after everything enqueued so far on the device's current stream."""
     if device.type != "cuda":
         return Done()
-    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread leaves its core free
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread does not occupy a core
     event.record()
     return event
 

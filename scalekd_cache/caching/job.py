@@ -1,11 +1,12 @@
-"""Stage 1 as a job: prepare and check, make the work units on all ranks, write the manifest.
+"""The stage-1 job: prepare and check, make the work units on all ranks, write the manifest.
 
-In: a `CacheTeacherConfig` and this process. Out: a complete cache and its manifest; with several teachers, one each.
-Invariant: any number of processes can take part, and rank 0 finishes the cache. A rerun makes only what is missing.
-A dry run stops after `prepare`, which writes nothing then.
-Several teachers: one pass makes the units that the first cache lacks, for all caches, each unit first in the first
-cache. When that cache is complete, the units that the others still lack (after a kill, or with a new teacher) are made
-from its stored views, as for any cache that shares pixels.
+In: a `CacheTeacherConfig` and this process. Out: a complete cache and its manifest; with several teachers, one per
+teacher.
+Invariant: any number of processes can take part, and rank 0 finishes the cache. A rerun makes only the missing
+units. A dry run stops after `prepare`, which then writes nothing. Several teachers: a single pass makes the units
+that the first cache lacks, for all caches; each unit is committed to the first cache first. Once that cache is
+complete, units still missing in the others (after a kill, or for a new teacher) are made from its stored views, like
+any cache that shares pixels.
 """
 
 import dataclasses
@@ -46,7 +47,7 @@ from scalekd_cache.store.shared_pixels import open_pixel_cache
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
-    """Make the cache of one teacher, or the missing part of it: `cache_teachers` without `config.teachers`."""
+    """Make or complete the cache of one teacher: `cache_teachers` without `config.teachers`."""
     [manifest] = cache_teachers(config, process, student)
     return manifest
 
@@ -54,15 +55,15 @@ def cache_teacher(config: CacheTeacherConfig, process: Process, student: Distill
 def cache_teachers(
     config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None
 ) -> list[Manifest]:
-    """Make a cache per teacher, or the missing part of it.
+    """Make or complete one cache per teacher.
 
     Args:
         config: all options of stage 1.
         process: this process.
-        student: training options to check against the cache, with one training step before the work starts.
+        student: training options to check against the cache, by one training step before the work starts.
 
     Returns:
-        The manifests, in the order of the teachers: one, unless `config.teachers` names several.
+        The manifests in the order of the teachers; a single one unless `config.teachers` names several.
 
     Raises:
         UserError: any problem that `prepare` finds, before the first unit is made.
@@ -100,14 +101,14 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
 
 
 def _check_folders(config: CacheTeacherConfig) -> None:
-    """`UserError` for a file in the place of a folder, or a cache in the place of a folder for several."""
+    """Raise `UserError` if `--cache` is a file, or is itself a cache when it should be a folder for several caches."""
     root = Path(config.cache.path)
     require_folder(root, "--cache")
     if config.teachers is None:
         return
     if any((root / name).exists() for name in (PLAN, MANIFEST)):
         raise UserError(
-            "with --teachers, --cache is a folder for several caches, and this one is a cache itself",
+            "with --teachers, --cache must be a folder for several caches, but this folder is a cache",
             where=root,
             fix="choose another --cache; to add one teacher to this cache: "
             f"scalekd cache-teacher --pixels-from {root} --teacher NAME --cache FOLDER",
@@ -117,7 +118,8 @@ def _check_folders(config: CacheTeacherConfig) -> None:
 
 
 def _start(peers: Peers, prepared: Prepared) -> Prepared:
-    """Rank 0 writes the plan and the tail, and drops damaged units. From then on a student can train with --follow."""
+    """Rank 0 writes the plan and the tail and drops damaged units. After that, a student can be trained with
+    --follow."""
     config, job, manifest = prepared
     with peers.scope(config.cache.path):
         if peers.process.rank == 0:
@@ -134,7 +136,7 @@ def _start(peers: Peers, prepared: Prepared) -> Prepared:
 
 
 def _after(peers: Peers, ready: Prepared, first: Job) -> Prepared:
-    """The job of a further teacher, once the first cache is complete: from now on, its views come from that cache."""
+    """The job of another teacher once the first cache is complete: from then on, its views come from that cache."""
     config, job, _ = ready
     if peers.process.rank == 0:
         drop_units_unlike(job, first, peers.process)
@@ -146,7 +148,8 @@ def _after(peers: Peers, ready: Prepared, first: Job) -> Prepared:
 
 
 def _complete(peers: Peers, ready: Prepared, others: Sequence[Prepared] = ()) -> Manifest:
-    """Make the missing units of a cache, and the same units of the other caches; write the manifest of the first."""
+    """Make the missing units of the first cache and the same units of the other caches, then write the first
+    manifest."""
     config, job, manifest = ready
     with peers.scope(config.cache.path):
         if manifest is not None:
@@ -157,7 +160,7 @@ def _complete(peers: Peers, ready: Prepared, others: Sequence[Prepared] = ()) ->
 
 
 def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[Job]) -> None:
-    """Make units until none are left, with one progress bar for all processes.
+    """Make units until none are left. One progress bar covers all processes.
 
     Rank 0 finishes last. It redoes the units of lost ranks, and the deferred ones (`SkipPolicy`).
     """
@@ -168,7 +171,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
     there = sum(unit.num_views for unit in job.units if is_committed(job, unit)) if rank == 0 else 0
     bar = progress("cache", total, "view", rank=rank, initial=there)
 
-    committed, in_work = 0, 0  # views of all processes; of this one
+    committed, in_work = 0, 0  # views committed by all processes; views in work here
 
     def show() -> None:
         nonlocal committed
@@ -196,7 +199,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
                         f"no heartbeat from rank {peer} for {peers.heartbeat_timeout_s:.0f} s; rank 0 redoes its unit"
                     )
             skips.start_last_pass()
-            for first in (True, False):  # the first view group decides which images the others skip
+            for first in (True, False):  # the first view group determines which images the others skip
                 if not first:
                     drop_mismatched_units(job, peers.process)
                 left = [n for n, u in enumerate(job.units) if (u.group == 0) is first and not is_committed(job, u)]
@@ -208,7 +211,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
 
 
 def _same_units(others: Sequence[Job]) -> Callable[[Unit], list[Stage]]:
-    """For a unit, the stages of the jobs that have the same unit and lack it."""
+    """For a unit, the stages of the jobs that plan the same unit and have not made it yet."""
     known = [set(other.units) for other in others]
 
     def lacking(unit: Unit) -> list[Stage]:
@@ -219,14 +222,14 @@ def _same_units(others: Sequence[Job]) -> Callable[[Unit], list[Stage]]:
 
 
 def _claims(peers: Peers, job: Job) -> Iterator[int]:
-    """Numbers of the units that this process claims, one at a time. Committed units are skipped."""
+    """Yield the numbers of the units that this process claims, one at a time. Committed units are skipped."""
     while (number := peers.add("claims", 1) - 1) < len(job.units):
         if not is_committed(job, job.units[number]):
             yield number
 
 
 def _report_complete(peers: Peers, job: Job, manifest: Manifest) -> Manifest:
-    """Finish a job whose cache was already complete; returns the manifest."""
+    """Finish a job whose cache is already complete; returns the manifest."""
     process = peers.process
     peers.publish(f"rank {process.rank} has no more units")  # rank 0 may still wait for this rank
     images = f"{counted(manifest.num_samples, 'image')} x {counted(manifest.num_views, 'view')}"

@@ -1,8 +1,8 @@
 """The plan of a cache: its fingerprint, view groups and work units.
 
 In: a `CacheTeacherConfig`, images and a teacher. Out: a `Job`, and plan.json in the cache's folder.
-Invariant: an existing plan is only extended by view groups. Another teacher, view recipe, codec, data set or layout is
-an error that names the fields.
+Invariant: an existing plan is only extended by view groups. A different teacher, view recipe, codec, data set or
+layout is an error that names the fields.
 """
 
 import contextlib
@@ -67,16 +67,16 @@ class Job(NamedTuple):
 
     stage: Stage
     plan: Plan
-    """Facts of the cache that are known before the first unit; they go into the manifest."""
+    """Facts of the cache that are known before the first unit is made; they are written to the manifest."""
     units: list[Unit]
     ledger: CommittedUnits
     """The units that the cache already has."""
     shared: PixelFacts | None = None
     """The cache that stores the pixels; None: this one."""
     held_out: bytes | None = None
-    """Content of heldout.safetensors, where it is still to be written."""
+    """Content of heldout.safetensors if it has not been written yet."""
     first: CommittedUnits | None = None
-    """With several teachers: the units of the first cache, once it is complete. This one gets the same images."""
+    """With several teachers: the units of the first cache once it is complete. This cache gets the same images."""
 
 
 def make_plan(
@@ -87,14 +87,14 @@ def make_plan(
     codec: FeatureCodec,
     shared: PixelFacts | None = None,
 ) -> Job:
-    """Everything that determines the cached bytes, and the work units. An existing plan is extended (`join_plan`).
+    """Everything that determines the cached bytes, plus the work units. An existing plan is extended (`join_plan`).
 
     Args:
         config: all options of stage 1.
         process: this process.
         source: the images, or the cache with their views.
         teacher: the teacher.
-        codec: of the features.
+        codec: codec of the features.
         shared: the cache that stores the pixels (None: this one, or the source).
     """
     root = Path(config.cache.path)
@@ -183,10 +183,9 @@ def _job(stage: Stage, plan: Plan, shared: PixelFacts | None) -> Job:
 
 
 def join_plan(job: Job, options: StoreConfig) -> Job:
-    """The job with the plan that is in the cache now, extended by the view groups that this job adds.
+    """The job with the cache's current plan, extended by the view groups that this job adds.
 
-    The recipe with its training options, and the teacher's accuracy that an earlier or another job has measured, are
-    kept.
+    The recipe's training options, and the teacher's accuracy if another job has measured it, are kept.
 
     Raises:
         UserError: the plan is damaged, or belongs to another cache.
@@ -199,7 +198,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
     check_plan(_kept_fields(kept, layout), layout, root)
     if kept.ranges != ranges:
         raise UserError(
-            "the data set is split into different image ranges than the cache",
+            "the data set and the cache are split into different image ranges",
             got=counted(len(ranges), "range"),
             expected=f"{counted(len(kept.ranges), 'range')}, as in plan.json",
             where=root,
@@ -218,7 +217,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:
-    """The teacher with what another job has measured."""
+    """The teacher with the values that another job has measured."""
     known: TeacherFacts = {**teacher, "top1": teacher["top1"] if kept["top1"] is None else kept["top1"]}
     if "held_out_sha256" in kept:
         known["held_out_sha256"] = kept["held_out_sha256"]
@@ -228,7 +227,7 @@ def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts
 def check_before_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> None:
-    """Compare the options, as far as they are known without the teacher, with an existing plan."""
+    """Compare the options that are known without loading the teacher with an existing plan."""
     root = Path(config.cache.path)
     shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
@@ -239,9 +238,10 @@ def check_before_teacher(
 def _training_options(
     config: CacheTeacherConfig, process: Process, shared: PixelFacts | None
 ) -> dict[str, dict[str, Any]]:
-    """The recipe's training options: those of the existing plan, of the cache whose pixels are shared, or of the file.
+    """The recipe's training options: from the existing plan, from the cache that stores the shared pixels, or from
+    the file.
 
-    The file is read once, for a new cache: it may be moved or edited later.
+    The file is read only for a new cache, so it may be moved or edited later.
     """
     root = Path(config.cache.path)
     if (root / plans.NAME).exists():
@@ -280,8 +280,8 @@ def _data_fields(source: Source | PixelCache, shared: PixelFacts | None) -> dict
 
 
 def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> list[float]:
-    """How often neighboring images, and any two images, have the same class (`order.py`); sets the shuffle window.
-    Not known without labels."""
+    """How often neighboring images, and any two images, have the same class (`order.py`). It determines the shuffle
+    window and is unknown without labels."""
     if shared:
         return list(shared.facts.data.get("class_likeness", (1.0, 1.0)))
     assert not isinstance(source, PixelCache)
@@ -292,7 +292,7 @@ def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> l
 
 
 def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> LogitCodec:
-    """The codec of logits. A teacher without a classifier has no logits."""
+    """The codec for logits. A teacher without a classifier has no logits."""
     classes = teacher.spec.num_classes
     if classes == 0 or config.logits == "dense":
         return DenseLogits(classes, exact=exact)
@@ -302,7 +302,7 @@ def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> L
 
 
 def _classifier(teacher: Teacher) -> bytes:
-    """File content of the teacher's classifier, after a check on noise."""
+    """File content of the teacher's classifier, which is first checked on noise."""
     size = teacher.spec.image_size
     noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     output = teacher(noise)
@@ -310,7 +310,7 @@ def _classifier(teacher: Teacher) -> bytes:
 
 
 def _layout(config: CacheTeacherConfig, shared: PixelFacts | None) -> dict[str, Any]:
-    """The cache's layout on disk. With shared pixels, the ranges are those of the cache that holds them."""
+    """The cache's layout on disk. With shared pixels, the ranges are those of the cache that stores them."""
     shard = config.cache.samples_per_shard
     if shared:
         shard = max(len(positions) for positions in shared.ranges)
@@ -339,17 +339,17 @@ def _groups(groups: list[list[int]], config: StoreConfig, shared: PixelFacts | N
     wrong = [group for group in extended if len(group) % every]
     if wrong:
         raise UserError(
-            "the view groups of the cache whose pixels are shared do not fit the share of stored features",
+            "--stored-features does not fit the view groups of the cache that stores the shared pixels",
             got=f"a group of {counted(len(wrong[0]), 'view')}, features for one in {every} views of every image",
             expected=f"groups of a multiple of {every} views",
             where=shared.root,
-            fix="change --stored-features or --views, or make the pixels with a matching --cache.views_per_group",
+            fix="change --stored-features or --views, or rebuild that cache with a matching --cache.views_per_group",
         )
     return extended
 
 
 def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
-    """View groups of a cache of at least `num_views` views; the first ones are `groups`, unchanged."""
+    """View groups of a cache with at least `num_views` views; the first ones are `groups`, unchanged."""
     groups = [list(group) for group in groups]
     first = sum(len(group) for group in groups)
     for start in range(first, num_views, views_per_group):
@@ -358,7 +358,7 @@ def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int)
 
 
 def with_teacher_top1(job: Job, top1: float | None) -> Job:
-    """The job with the teacher's accuracy, percent, in the facts of its plan."""
+    """The job with the teacher's accuracy (percent) in the facts of its plan."""
     facts = job.plan.facts
     return job._replace(
         plan=dataclasses.replace(job.plan, facts=dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1}))
@@ -368,7 +368,7 @@ def with_teacher_top1(job: Job, top1: float | None) -> Job:
 def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
     """Rank 0: create plan.json, or join the plan that another job has written in the meantime; then write its files.
 
-    The plan is written first: a job that is refused has changed nothing, and two accepted jobs write the same files.
+    The plan is written first, so a rejected job has changed nothing, and two accepted jobs write the same files.
 
     Raises:
         UserError: the folder cannot be written, or another job has written a different plan.
@@ -392,11 +392,11 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 write_plan(root, plan)
         else:
             check_codec_files(options, root, job.stage.codec)
-            for unit in job.units:  # rejects units of another cache whose plan was lost
+            for unit in job.units:  # rejects units of another cache, whose plan was lost
                 is_committed(job, unit)
             try:
                 write_plan(root, plan, create=True)
-            except FileExistsError:  # by a job on another node, if the file system has no locks
+            except FileExistsError:  # created by a job on another node; the file system has no locks
                 return create_or_join_plan(job, options)
         classifier = codec_files(facts.fingerprint_fields).get(CLASSIFIER)
         if classifier is not None and not _is_there(root / CLASSIFIER, classifier):
@@ -409,7 +409,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def has_held_out(root: Path, facts: ManifestFacts) -> bool:
-    """Whether the cache has the teacher's outputs on held-out images, or needs none."""
+    """Whether the cache has the teacher's outputs on held-out images, or does not need them."""
     return facts.labeled or _is_there(root / HELD_OUT, facts.teacher_files.get(HELD_OUT, ""))
 
 
@@ -418,7 +418,7 @@ def _is_there(path: Path, sha256: str) -> bool:
 
 
 def finished_manifest(job: Job) -> Manifest | None:
-    """The manifest, if the cache is complete for this job; else None."""
+    """The manifest if the cache is complete for this job; otherwise None."""
     root = job.stage.root
     if not (root / MANIFEST).exists() or not (root / TAIL).exists():
         return None
@@ -432,7 +432,7 @@ def write_final_manifest(job: Job) -> Manifest:
     """Rank 0: write the manifest, unless another job has added view groups and finished the cache."""
     root, groups = job.stage.root, job.plan.facts.groups
     with plans.locked_plan(root):
-        with contextlib.suppress(UserError):  # missing, or replaced at this moment
+        with contextlib.suppress(UserError):  # missing, or just being replaced
             there = read_manifest(root)
             if there.facts.fingerprint == job.stage.fingerprint and len(there.facts.groups) > len(groups):
                 return there
@@ -442,7 +442,7 @@ def write_final_manifest(job: Job) -> Manifest:
 
 
 def open_folder(root: Path) -> None:
-    """Make the cache's folder; `UserError` when it cannot be written."""
+    """Create the cache's folder; `UserError` if it is not writable."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):

@@ -1,9 +1,9 @@
-"""Work units: sampled views go through the teacher and the codecs into committed units.
+"""Makes work units: sampled views go through the teacher and the codecs into committed units.
 
-In: a `Stage`, or several with one teacher each, and the units to make. Out: committed units.
-Invariant: a unit's bytes depend on its images, the view recipe, the teacher and the codec, never on the rank that made
-it; batch size and GPU model can change the last bits of the teacher's output. A committed unit is never changed. Every
-view group holds the same images as the first one (`SkipPolicy`).
+In: a `Stage` (or one per teacher) and the units to make. Out: committed units.
+Invariant: a unit's bytes depend on its images, the view recipe, the teacher and the codec, never on the rank that
+made it. Batch size and GPU model can change the last bits of the teacher's output. A committed unit is never
+changed. Every view group holds the same images as the first one (`SkipPolicy`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -47,16 +47,16 @@ from scalekd_cache.store.verify import unit_name
 NO_SKIPS: Mapping[str, str] = {}
 NO_PIXELS = torch.empty(0, dtype=torch.uint8)
 QUEUED_BATCHES = 2
-"""Batches that are queued to be appended. With two, a GPU does not wait between batches."""
+"""Number of batches queued for appending. With two, the GPU does not wait between batches."""
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
-    """The ranges of images, one per unit, the same in every group of views."""
+    """The ranges of images, one per unit; the same in every view group."""
     return source.shared.ranges if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
 
 
 def plan_units(ranges: Sequence[range], groups: Sequence[Sequence[int]]) -> list[Unit]:
-    """All work units of a cache, in the order in which they are assigned."""
+    """All work units of a cache in the order of assignment."""
     return [
         Unit(group=group, range_id=range_id, positions=positions, views=tuple(views))
         for group, views in enumerate(groups)
@@ -77,12 +77,12 @@ class Stage:
     codec: FeatureCodec
     logit_codec: LogitCodec
     second_codec: FeatureCodec | None = None
-    """Of pooled embeddings (None: not stored)."""
+    """Codec of pooled embeddings (None: not stored)."""
     batch_size: int
     shares_pixels: bool = False
-    """Pixels and digests of image files are stored in another cache only."""
+    """Pixels and digests of image files are stored only in another cache."""
     features_every: int = 1
-    """Features of one in this many views of every image are stored (`store/base.py`: `stores_features`)."""
+    """Features are stored for one in this many views of each image (`store/base.py`: `stores_features`)."""
     device: torch.device
     versions: dict[str, str]
     """Library versions, recorded in every unit."""
@@ -91,15 +91,15 @@ class Stage:
 class SkipPolicy:
     """Decides which images a unit skips, and defers units that cannot follow the rule yet.
 
-    The rule: every view group skips the images that the first group skips, because one of its images could not be
-    decoded. A unit that breaks it is not committed. It is retried at the end of the job, when the image may be
+    The rule: every view group skips exactly the images that the first group skipped because they could not be
+    decoded. A unit that breaks the rule is not committed. It is retried at the end of the job, when the image may be
     readable; if it still breaks the rule, `check` raises.
 
     Args:
         root: the cache's folder.
-        source: the images. A `PixelCache` skips the same images in every group already.
+        source: the images. A `PixelCache` already skips the same images in every group.
         ledger: the units of the cache.
-        follows: the ledger is that of another, finished cache; all groups skip what its first group skips.
+        follows: the ledger belongs to another, finished cache; all groups skip the images that its first group skips.
     """
 
     def __init__(
@@ -110,7 +110,7 @@ class SkipPolicy:
         self._last_pass = False
 
     def required_skips(self, unit: Unit) -> Mapping[str, str]:
-        """Sample keys that a unit skips even if they can be decoded, with the reasons."""
+        """Sample keys that a unit skips even if they are decodable, with the reasons."""
         return {} if self._decides(unit) else self._ledger.skipped_images() or {}
 
     def accepts(self, unit: Unit, writer: UnitWriter) -> bool:
@@ -124,7 +124,7 @@ class SkipPolicy:
         return not wrong
 
     def start_last_pass(self) -> None:
-        """Start the last pass: `check` now raises for every deferred unit."""
+        """Start the last pass, in which deferred units are an error."""
         self._deferred, self._last_pass = {}, True
 
     def check(self) -> None:
@@ -138,7 +138,7 @@ class SkipPolicy:
             got="; ".join(f"{unit_name(place)}: {some_keys(wrong)}" for place, wrong in self._deferred.items()),
             expected="the same images in every view group",
             where=self._root,
-            fix="restore these image files and rerun: only these units are missing. If a file is lost, remove the "
+            fix="restore these image files and rerun: only these units are missing. If a file is lost, delete the "
             f"units that hold its image ({held}) and rerun: every view then skips the image",
         )
 
@@ -150,13 +150,13 @@ class SkipPolicy:
             readable = [] if self._last_pass else self._readable_now(unit, writer.skipped)
             return {key: f"{writer.skipped[key]}; it can be decoded now" for key in readable}
         first = self._ledger.skipped_images()
-        if first is None:  # the first group is incomplete: it may or may not hold these images
+        if first is None:  # the first group is incomplete and may or may not hold these images
             return dict(writer.skipped)
         wrong = {key: reason for key, reason in writer.skipped.items() if key not in first}
         return wrong | dict.fromkeys(writer.keys & first.keys(), "left out of view group 0")
 
     def _readable_now(self, unit: Unit, skipped: Mapping[str, str]) -> Iterator[str]:
-        """Skipped images that decode on a second attempt."""
+        """Skipped images that can be decoded on a second attempt."""
         assert not isinstance(self._source, PixelCache)
         order = self._source.order(unit.group)
         for position in unit.positions if skipped else []:
@@ -183,15 +183,15 @@ def make_units(
     """Make the claimed units. Each is committed while the next one is being made.
 
     Args:
-        stage: what units are made with.
+        stage: the inputs that units are made from.
         units: all units of the cache.
-        claims: numbers of the units that this process makes; the next one is claimed as late as possible.
+        claims: numbers of the units that this process makes. The next one is claimed as late as possible.
         workers: processes that sample views.
-        done: called after a unit is committed, when the next one is already filled.
+        done: called after a unit is committed, when the next one has already been filled.
         skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).
-        arrived: called with a number of views when they reach the teacher.
-        others: further stages that make the same unit from the same views. Their units are committed after the first
-            stage's, and only if that one was.
+        arrived: called with the number of views that have just reached the teacher.
+        others: more stages that make the same unit from the same views. Their units are committed after that of the
+            first stage, and only if that one was committed.
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
@@ -223,14 +223,14 @@ def fill_unit(
     """Run one unit through teachers and codecs into writers. Records are written in a background thread.
 
     Args:
-        stages: what units are made with; several stages differ in teacher, codecs and cache only.
+        stages: the inputs that units are made from; several stages differ only in teacher, codecs and cache.
         unit: the unit.
         sampled: its images with their views.
-        left_out: sample keys that are skipped in any case, with the reasons.
+        left_out: sample keys that are always skipped, with the reasons.
         buffers: memory for pixels, kept from unit to unit (None: new).
 
     Returns:
-        For each stage the writer and the unit's fidelity; the caller commits them. After an error, nothing is left.
+        For each stage, the writer and the unit's fidelity; the caller commits them. After an error, no files are left.
     """
     first, writers = stages[0], list[UnitWriter]()
     figures: list[dict[str, list[float]]] = [{} for _ in stages]
@@ -284,11 +284,11 @@ def _batches(
     left_out: Mapping[str, str],
     buffers: PixelBuffers,
 ) -> Iterator[tuple[list[SampledViews], Tensor]]:
-    """Teacher batches: some images, without their pixels, and the pixels of all of them, (V, B, 3, size, size) uint8,
-    which are valid until the next batch but one is taken.
+    """Teacher batches: some images without their pixels, and a tensor with the pixels of all of them, (V, B, 3,
+    size, size) uint8, which stays valid until two more batches have been taken.
 
-    Each image is copied once, when it arrives: its shared memory is free again, and the pixels of a view are
-    contiguous. Images left out or that could not be decoded are skipped in the writers.
+    Each image is copied once, when it arrives. This frees its shared memory and makes the pixels of a view
+    contiguous. Images that are left out or undecodable are skipped in the writers.
     """
     batch: list[SampledViews] = []
     pixels = NO_PIXELS
@@ -311,13 +311,13 @@ def _batches(
 
 
 def _seeds(batch: Iterable[SampledViews], number: int, there: Iterable[bool], device: torch.device) -> Tensor:
-    """(F,) int64 on the device: the dither seeds of one view of those samples of a batch that are `there`."""
+    """(F,) int64 on the device: the dither seeds of one view, for the samples of a batch selected by `there`."""
     seeds = [dither_seed(item.sample.key, number) for item, is_there in zip(batch, there, strict=True) if is_there]
     return torch.tensor(seeds, dtype=torch.int64, pin_memory=page_locked(device)).to(device, non_blocking=True)
 
 
 def _stored_features(features: Tensor, there: NDArray[np.bool_]) -> Tensor:
-    """The maps (F, C, H, W) of a batch that are stored."""
+    """The feature maps (F, C, H, W) of a batch that are stored."""
     if there.all():
         return features
     places = torch.tensor(np.flatnonzero(there), pin_memory=page_locked(features.device))
@@ -334,14 +334,14 @@ def _append_batch(
     arriving: HostBatch,
     figures: dict[str, list[float]],
 ) -> None:
-    """Append one view of a batch, once its encoded rows have arrived; fidelity per view is added to `figures`.
+    """Append one view of a batch once its encoded rows have arrived. Fidelity per view is added to `figures`.
 
     Args:
-        stage: what units are made with.
+        stage: the inputs that units are made from.
         writer: of the unit.
         number: number of the view.
         views: sample, encoded view, and whether its features are stored.
-        output: of the teacher, with the features (F, C, H, W) that are stored.
+        output: output of the teacher, with the features (F, C, H, W) to store.
         arriving: the encoded batch.
         figures: fidelity by metric.
     """
@@ -350,7 +350,7 @@ def _append_batch(
     batch, _, there = zip(*views, strict=True)
     _check_finite(encoded.finite, batch, number)
     codes, similarity = encoded.codes, encoded.similarity
-    if not encoded.final.all():  # rare: rows that need a second look, or that cannot be stored
+    if not encoded.final.all():  # rare: rows that must be encoded again or cannot be stored
         codes = stage.codec.encode(stored, _seeds(batch, number, there, stored.device))
         similarity = torch.stack(compare(stage.codec, stored, codes)).cpu()
     for name, values in zip(Fidelity._fields, similarity, strict=True):
@@ -389,8 +389,8 @@ def _check_finite(finite: Tensor, batch: Sequence[SampledViews], view: int) -> N
     if not finite.all():
         bad = [item.sample.key for item, ok in zip(batch, finite.tolist(), strict=True) if not ok]
         raise UserError(
-            "the teacher's output is not finite",
-            got=f"NaN or infinity for {counted(len(bad), 'image')}, the first is {bad[0]}",
+            "the teacher's output contains NaN or Inf",
+            got=f"NaN or Inf for {counted(len(bad), 'image')}, the first is {bad[0]}",
             where=f"view {view}",
             fix="try --teacher.precision float32, or check the teacher's weights",
         )

@@ -1,7 +1,7 @@
 """A cache as the source of another cache's views.
 
-In: its folder, and the options of the new cache. Out: a `PixelCache` with the same units, images, views and skips; or
-`PixelFacts`, the part of it that is known before its units are made.
+In: its folder, and the options of the new cache. Out: a `PixelCache` with the same units, images, views and skipped
+images; or `PixelFacts`, the part that is known before its units are made.
 Invariant: position p of view v is the same view of the same image in both caches.
 """
 
@@ -23,7 +23,7 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 
 
 class PixelFacts(NamedTuple):
-    """What the plan of a cache takes from the cache that stores its pixels, which may itself only be planned."""
+    """The facts that a plan takes from the cache that stores the pixels. That cache may itself exist only as a plan."""
 
     root: Path
     facts: ManifestFacts
@@ -31,7 +31,7 @@ class PixelFacts(NamedTuple):
     """The ranges of images, the same in every group."""
 
     def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
-        """View groups of a cache of at least `num_views` views, the first ones `groups`.
+        """View groups of a cache with at least `num_views` views; the first ones are `groups`.
 
         A new group never spans two groups of this cache.
 
@@ -40,7 +40,7 @@ class PixelFacts(NamedTuple):
         """
         if num_views > self.facts.num_views:
             raise UserError(
-                "the cache whose pixels are shared has fewer views",
+                "the cache that stores the shared pixels has fewer views",
                 got=counted(self.facts.num_views, "view"),
                 expected=f"at least {num_views}",
                 where=self.root,
@@ -55,7 +55,7 @@ class PixelCache:
     """A finished cache that provides pixels, view records, labels and digests for a new one."""
 
     def __init__(self, cache: Cache) -> None:
-        assert isinstance(cache.root, Path)  # stage 1 takes pixels from a folder
+        assert isinstance(cache.root, Path)  # stage 1 reads shared pixels from a local folder
         self.cache = cache
         self._group_of = {view: group for group, views in enumerate(cache.manifest.facts.groups) for view in views}
 
@@ -66,7 +66,7 @@ class PixelCache:
 
     @functools.cached_property
     def shared(self) -> PixelFacts:
-        """What the plan of the new cache takes from this one."""
+        """The facts that the plan of the new cache takes from this one."""
         manifest = self.cache.manifest
         numbers = [unit.range_id for unit in manifest.units if unit.group == 0]
         infos = [read_unit(self._folder(0, number))[0] for number in numbers]
@@ -78,11 +78,11 @@ class PixelCache:
         return self.cache.positions(view, range_id)
 
     def skipped(self, view: int, range_id: int) -> list[dict[str, str]]:
-        """Images of a range that have no records: {key, reason}."""
+        """Images of a range without records: {key, reason}."""
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
     def sample_images(self, count: int) -> ListedSource:
-        """About `count` labeled images, evenly spaced: their stored view 0 instead of the image file."""
+        """About `count` labeled images, evenly spaced. Their stored view 0 is read instead of the image file."""
         records = [r for r in self.cache.read(sample_indices(len(self.cache), count), 0) if r.label != NO_LABEL]
         return ListedSource(
             name=str(self.cache.root),
@@ -107,11 +107,11 @@ class _Encoded:
 
 
 def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> PixelCache:
-    """Open the cache named by `cache.pixels_from`, and check that it holds the requested views.
+    """Open the cache that `cache.pixels_from` names, and check that it holds the requested views.
 
     Raises:
-        NotDownloadedError: the data set is needed to compare it, it is missing, and `download` is false.
-        UserError: another view recipe, another data set, no pixels, or the new cache's own folder.
+        NotDownloadedError: the data set is needed for the comparison but missing, and `download` is false.
+        UserError: the cache has another view recipe or data set, has no pixels, or is the new cache itself.
     """
     assert config.cache.pixels_from is not None
     root = Path(config.cache.pixels_from)
@@ -138,7 +138,7 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
 
 
 def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> None:
-    """The requested data set is that of the cache. It is opened only if its name or options differ."""
+    """Check that the requested data set is that of the cache. It is opened only if its name or options differ."""
     kept, asked = cache.manifest.facts.data, to_plain(config.data)
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return
@@ -147,7 +147,7 @@ def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> Non
     expected = cache.manifest.facts.fingerprint_fields["data"]
     if got != expected:
         raise UserError(
-            "the cache whose pixels are shared was made from another data set",
+            "the cache that stores the shared pixels was made from another data set",
             got=f"{source.name}: {counted(got['samples'], 'image')}, listing {got['listing'][:16]}",
             expected=f"{kept.get('source')}: {counted(expected['samples'], 'image')}, "
             f"listing {expected['listing'][:16]}",

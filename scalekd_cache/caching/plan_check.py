@@ -1,7 +1,7 @@
 """Compares the options of a job with the plan of the cache that it resumes.
 
-In: fields of plan.json, and the same fields of the job. Out: nothing, or an error that names what differs.
-Invariant: a cache never gets units of two teachers, view recipes, codecs, data sets or layouts.
+In: fields of plan.json, and the same fields of the job. Out: nothing, or an error that names the differences.
+Invariant: all units of a cache have the same teacher, view recipe, codec, data set and layout.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,10 +14,10 @@ from scalekd_cache.store.manifest import FEATURES_EVERY
 
 
 def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -> None:
-    """A cache is resumed only with the same teacher, views, codec, data and layout.
+    """Check that a cache is resumed with the same teacher, views, codec, data and layout.
 
     Raises:
-        UserError: naming each field that differs, with both values.
+        UserError: names each field that differs, with both values.
     """
     there, here = flat(kept), flat(asked)
     different = sorted(name for name in there | here if there.get(name) != here.get(name))
@@ -26,18 +26,18 @@ def check_plan(kept: Mapping[str, Any], asked: Mapping[str, Any], where: Path) -
             "the cache was made with other options",
             got=_differences(different, here, there),
             where=where,
-            fix="use another --cache, or the options the cache was made with" + _renamed(different),
+            fix="use another --cache, or the options that the cache was made with" + _renamed(different),
         )
 
 
 SHOWN = 3
-"""Differences that the message names; one option can change a dozen fields."""
+"""Number of differences in the message; one option can change a dozen fields."""
 DERIVED = ("sha256", "shape", "image_size", "img_size", "fingerprint")
-"""Ends of names of fields that follow from options and files; they are named last."""
+"""Suffixes of fields that are derived from options and files; they are listed last."""
 
 
 def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mapping[str, Any]) -> str:
-    """The first fields that differ, options first, with both values."""
+    """The first differing fields with both values, options first."""
     names = sorted(different, key=lambda name: name.endswith(DERIVED))
     lines = []
     for name in names[:SHOWN]:
@@ -49,13 +49,13 @@ def _differences(different: Sequence[str], here: Mapping[str, Any], there: Mappi
 
 
 def _renamed(different: Sequence[str]) -> str:
-    """A fix for another order of the teachers, and for changed images or labels, so that renamed files do not make a
-    cache useless."""
+    """Advice if the order of the teachers, the images or the labels have changed, so that renamed files do not make
+    a cache useless."""
     if "fingerprint_fields.pixels" in different:
-        return ". With --teachers, the first one's cache stores the pixels: keep their order"
+        return ". With --teachers, the cache of the first teacher stores the pixels, so their order must not change"
     if not any(name.endswith("data.listing") for name in different):
         return ""
     return (
-        ". Images were added, removed, renamed or relabeled since then. To grow the cache, restore the names in "
-        "units/*/keys.txt. Training from the existing views needs no images if pixels are baked"
+        ". Images were added, removed, renamed or relabeled since then. To add views to the cache, restore the "
+        "names listed in units/*/keys.txt. Training on the existing views needs no images if pixels are baked"
     )

@@ -1,7 +1,8 @@
 """Checks before a long job starts.
 
-In: the data set, teacher, student and folder of a job. Out: nothing, or an error that the job would raise hours later.
-Invariant: nothing is left on the disk.
+In: the data set, teacher, student and folder of a job. Out: nothing, or an error that the job would otherwise raise
+hours later.
+Invariant: no files are left on disk.
 """
 
 from collections.abc import Sequence
@@ -31,18 +32,18 @@ from scalekd_cache.store.durable_files import check_writable, existing_folder, f
 from scalekd_cache.store.plan import NAME as PLAN
 
 TAIL_TOLERANCE = 1e-5
-"""Maximum relative difference between the teacher's features and its tail's output on the teacher's stage-3 map."""
+"""Maximum relative difference between the teacher's features and the output of its tail on the stage-3 feature map."""
 PROBE_IMAGES = 16
 """Number of images for the trial run of the teacher."""
 PROBE_TEACHER_S = 10.0
-"""Seconds that this run may take where fewer images give the same size (`size_probe.py`)."""
+"""Time limit of this run in seconds, if fewer images give the same size (`size_probe.py`)."""
 
 
 def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
     """View 0 of a few images: pixels (B, 3, S, S) uint8.
 
     Raises:
-        UserError: none of the images tried can be decoded.
+        UserError: none of the tested images can be decoded.
     """
     return torch.cat([item.pixels for item in spread_views(source, views, (0,), PROBE_IMAGES)])
 
@@ -54,7 +55,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
         raise _other_classes(spec.name, spec.num_classes, class_names)
     if spec.feature_shape[1:] == (1, 1):
         raise UserError(
-            "the teacher's last feature map is 1x1: feature distillation needs a spatial grid",
+            "the teacher's last feature map is 1x1, but feature distillation needs a spatial grid",
             got=f"features {spec.feature_shape} at {spec.image_size} px",
             fix="use larger views (views.size) or a teacher with a finer last stage",
         )
@@ -65,7 +66,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
             got=f"relative difference {error:.2g}",
             expected=f"at most {TAIL_TOLERANCE:g}",
             where=f"{spec.name}, family {spec.family}",
-            fix="use another teacher, or report this one: this architecture is not supported yet",
+            fix="this architecture is not supported yet: use another teacher, or open an issue",
         )
 
 
@@ -83,7 +84,7 @@ def check_disk_space(path: Path, views: int, needed: float) -> None:
 
 
 def check_names(config: CacheTeacherConfig, student: DistillConfig | None) -> None:
-    """`UserError` for an unknown name of codec, teacher or student."""
+    """Raise `UserError` for an unknown codec, teacher or student."""
     check_codec_name(config.cache.codec)
     check_name(timm_name(config.teacher.name), "teacher.name")
     if student is not None:
@@ -95,8 +96,8 @@ def check_before_weights(
 ) -> None:
     """Run the checks that are possible before a demo teacher is trained or weights are downloaded.
 
-    Names of codec, teacher and student; the student at this size; its batches; the teacher's classes, as far as they
-    are known; the folder of a new cache.
+    These are: the names of codec, teacher and student; the student at this image size; its batches; the teacher's
+    classes, if known; the folder of a new cache.
     """
     check_names(config, student)
     options = find_weights(config.teacher)
@@ -124,17 +125,19 @@ def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Us
         got=f"{teacher} has {counted(classes, 'class')}",
         expected=f"{counted(len(class_names), 'class')} "
         f"({', '.join([*class_names[:3], *(['...'] if class_names[3:] else [])])})",
-        fix="set --teacher.num_classes 0 to use its features only, or give --teacher-weights fine-tuned on this data",
+        fix="set --teacher.num_classes 0 to use only its features, or set --teacher-weights to weights fine-tuned "
+        "on this data",
     )
 
 
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
-    """Check that a recipe's batches can be split over this world size.
+    """Check that a recipe's batches can be split across this world size.
 
-    A data set smaller than the global batch is not an error here, because options of stage 2 can still be set.
+    A data set smaller than the global batch is not an error here, because the batch size can still be changed in
+    stage 2.
 
     Returns:
-        "the training recipe", with the smaller batches that a small data set needs.
+        "the training recipe", or a text with the smaller batches that a small data set needs.
     """
     if num_samples < train.global_batch_size:
         return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {counted(num_samples, 'image')}"
@@ -148,7 +151,7 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     Args:
         config: the training options of the recipe.
         teacher: the teacher.
-        num_classes: classes of the data set; 0 without labels.
+        num_classes: number of classes of the data set; 0 without labels.
         output: the teacher's output for at least two images.
     """
     config = config.on_data(labeled=num_classes > 0)

@@ -1,8 +1,8 @@
 """Prepares a stage-1 job: opens the data set, loads the teachers, plans the units, and runs all checks.
 
 In: one `CacheTeacherConfig` per teacher, and the processes of the job. Out: one `Prepared` per teacher.
-Invariant: whatever would stop a job hours later is an error here. A dry run writes nothing; a real one writes only
-weights of the demo teacher, and fitted codecs. All teachers get the same views: the images are opened once.
+Invariant: problems that would stop the job hours later are errors here. A dry run writes nothing; a real run writes
+only the weights of the demo teacher and fitted codecs. All teachers get the same views, and the images are opened once.
 """
 
 import dataclasses
@@ -56,8 +56,8 @@ from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.store.manifest import Manifest
 
 CHECKED_IMAGES = 512
-"""Approximate number of images used to check the order of the classes; if there are fewer validation images, training
-images are added."""
+"""Approximate number of images used to check the order of the classes. If there are fewer validation images,
+training images are added."""
 
 
 class Prepared(NamedTuple):
@@ -66,7 +66,7 @@ class Prepared(NamedTuple):
     config: CacheTeacherConfig
     job: Job
     manifest: Manifest | None
-    """The manifest if the cache is already complete, else None."""
+    """The manifest if the cache is already complete; otherwise None."""
 
 
 def prepare(
@@ -80,15 +80,15 @@ def prepare(
         configs: all options of stage 1, one configuration per teacher. They differ only in teacher and folder.
         peers: the processes of this job.
         student: training options to check against the caches.
-        dry_run: write nothing: no demo teacher is trained, a codec that must be fitted is replaced by int8, and the
+        dry_run: write nothing. No demo teacher is trained, int8 replaces a codec that must be fitted, and the
             teachers' accuracy is measured on about `CHECKED_IMAGES` images.
 
     Returns:
-        The job of each teacher, with the manifest if its cache is complete; None for a dry run whose data set is not
-        downloaded or whose demo teacher is not trained yet.
+        The job of each teacher, with the manifest if its cache is complete. None for a dry run if the data set is
+        not downloaded yet or the demo teacher is not trained yet.
 
     Raises:
-        UserError: any problem that would otherwise show up hours later.
+        UserError: any problem that would otherwise surface hours later.
     """
     process, config = peers.process, configs[0]
     process.print_rank0(describe_setup(process.device, config.teacher.precision, process.world_size, config.workers))
@@ -135,26 +135,26 @@ def _prepare(
 
 
 def _pixels(first: Job) -> PixelFacts | None:
-    """The cache that stores the pixels of all teachers; None if each cache records its own views (`views.pixels`)."""
+    """The cache that stores the pixels for all teachers; None if each cache records its own views (`views.pixels`)."""
     if first.shared is not None or first.stage.views.pixels == "replayed":
         return first.shared
     return PixelFacts(first.stage.root, first.plan.facts, [range(start, stop) for start, stop in first.plan.ranges])
 
 
 def _check_distinct(found: Sequence[Prepared]) -> None:
-    """`UserError` if the last teacher has the weights of an earlier one."""
+    """Raise `UserError` if the last teacher has the same weights as an earlier one."""
     *others, last = found
     for other in others:
         if other.job.stage.teacher.spec.weights_sha256 == last.job.stage.teacher.spec.weights_sha256:
             raise UserError(
-                "two of the teachers are the same: they have equal weights",
+                "two of the teachers have identical weights",
                 got=" and ".join(f"{one.config.teacher.name} ({one.config.teacher.weights})" for one in (other, last)),
                 fix="correct --teachers and --teacher-weights",
             )
 
 
 def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool) -> Source | PixelCache:
-    """The data set, or the cache whose pixels are shared. Files that are left out are reported."""
+    """The data set, or the cache that stores the shared pixels. Files that are left out are reported."""
     if config.cache.pixels_from:
         return open_shared_views(config, download=download)
     source = open_source(config.data, "train", download=download)
@@ -164,8 +164,8 @@ def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool
 
 
 def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) -> TeacherConfig | None:
-    """The teacher's options with the file of its weights, if there is one. Rank 0 trains a missing demo teacher; a dry
-    run reports that and returns None."""
+    """The teacher's options with its weights file, if any. Rank 0 trains a missing demo teacher; a dry run only
+    reports this and returns None."""
     teacher = config.teacher
     if teacher.name == DEMO_TEACHER and teacher.pretrained and not teacher.weights:
         file = weights_file(teacher.weights_dir, teacher.name)
@@ -187,8 +187,9 @@ def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) ->
 def _load_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> Teacher:
-    """The frozen teacher. If it cannot be loaded and the cache has other options, the error names the options."""
-    torch.manual_seed(config.views.seed)  # random weights (--pretrained false) are the same on every process
+    """The frozen teacher. If it cannot be loaded and the cache was made with other options, the error names these
+    options."""
+    torch.manual_seed(config.views.seed)  # random weights (--pretrained false) are the same in every process
     try:
         return load_teacher(
             config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
@@ -202,19 +203,21 @@ def _report_kept_views(config: CacheTeacherConfig, process: Process, job: Job) -
     if config.cache.num_views < job.plan.num_views:
         asked, there = config.cache.num_views, job.plan.num_views
         process.print_rank0(
-            f"{counted(asked, 'view')} requested, but {job.stage.root} is planned with {there}; no view is removed. "
-            f"To train on the first {asked}: scalekd distill ... --train.views={asked}"
+            f"{counted(asked, 'view')} requested, but the plan of {job.stage.root} has {there}; views are never "
+            f"removed. To train on the first {asked}: scalekd distill ... --train.views={asked}"
         )
 
 
 def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> None:
-    """Check now for problems that would otherwise show up hours later (`preflight.py`)."""
+    """Check for problems that would otherwise surface hours later (`preflight.py`)."""
     config, job, stage = ready.config, ready.job, ready.job.stage
     check_worker_memory(job.units, stage.views, config.workers)
     pixels = probe_views(stage.source, stage.views)
     check_teacher(stage.teacher, stage.source.class_names, pixels.to(stage.device))
     if not stage.teacher.spec.has_classifier:
-        process.print_rank0(f"teacher {stage.teacher.spec.name} has no classifier: features only, without a logit loss")
+        process.print_rank0(
+            f"teacher {stage.teacher.spec.name} has no classifier: only features are cached, and there is no logit loss"
+        )
     if process.rank == 0:
         check_writable(stage.root, "--cache")
         if student is not None:
@@ -227,7 +230,7 @@ def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> 
 
 
 def _check_disk_space(found: Sequence[Prepared]) -> None:
-    """Check that the missing units fit on the disk; sizes are measured as in `scalekd plan`, on fewer images."""
+    """Check that the missing units fit on the disk. Sizes are measured as in `scalekd plan`, on fewer images."""
     views, needed = 0, 0.0
     for config, job, _ in found:
         units = [unit for unit in job.units if not is_committed(job, unit)]
@@ -249,11 +252,12 @@ def _check_disk_space(found: Sequence[Prepared]) -> None:
 
 
 def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, validation: Source | None) -> int:
-    """Images that a new cache runs through the teacher besides its views: checks and evaluation, for the forecast.
+    """Number of images that a new cache runs through the teacher in addition to its views (checks and evaluation),
+    for the forecast.
 
     Args:
         config: all options of stage 1.
-        stage: what units are made with.
+        stage: the inputs that units are made from.
         pass_s: seconds of the teacher for one image.
         validation: the validation images, if there are any.
     """
@@ -271,7 +275,7 @@ def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, vali
 
 
 def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> Job:
-    """The job with the teacher's accuracy, and its outputs on held-out images, where they are missing."""
+    """The job with the teacher's accuracy and its outputs on held-out images added if they were missing."""
     config, job, _ = ready
     if job.plan.facts.teacher["top1"] is None:
         job = with_teacher_top1(job, _teacher_top1(config, job.stage, validation, dry_run=dry_run))
@@ -279,7 +283,7 @@ def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> 
 
 
 def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
-    """The validation images; None, with a note, if there are none. A dry run downloads nothing."""
+    """The validation images, or None with a note if there are none. A dry run downloads nothing."""
     try:
         return open_source(config.data, "val", download=not dry_run)
     except UserError as error:
@@ -290,13 +294,13 @@ def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | No
 def _teacher_top1(
     config: CacheTeacherConfig, stage: Stage, validation: Source | None, *, dry_run: bool
 ) -> float | None:
-    """The teacher's accuracy on the validation images (in a dry run, on some of them); None when there are none,
-    or no labels.
+    """The teacher's accuracy on the validation images (in a dry run, on some of them). None if there are no
+    validation images or no labels.
 
     The order of the classes is checked on these images, and on training images if they are few.
 
     Raises:
-        UserError: its classes are in another order than the data set's, or its accuracy is near chance.
+        UserError: its classes are not in the order of the data set's classes, or its accuracy is near chance.
     """
     spec = stage.teacher.spec
     if not spec.has_classifier or not stage.source.class_names:
@@ -324,7 +328,7 @@ def _teacher_top1(
 
 
 def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> Job:
-    """The job with the teacher's outputs on held-out images, if the cache needs them and does not have them."""
+    """The job with the teacher's outputs on held-out images added if the cache needs them and lacks them."""
     if has_held_out(job.stage.root, job.plan.facts):
         return job
     size, workers = config.teacher.batch_size, config.workers
@@ -338,7 +342,7 @@ def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> 
 def _evaluate(
     config: CacheTeacherConfig, stage: Stage, images: Source, title: str, sample: int | None, answers: Answers
 ) -> Tally:
-    """Run the teacher on the images (on about `sample` of them) and record its predictions."""
+    """Run the teacher on the images (or on about `sample` of them) and record its predictions."""
 
     def predict(pixels: Tensor) -> Tensor:
         output: TeacherOutput = stage.teacher(pixels)
@@ -349,7 +353,9 @@ def _evaluate(
         images,
         config.views.size,
         stage.device,
-        world_size=max(1, len(images.samples) // sample) if sample else 1,  # one rank of many, so every n-th image
+        world_size=max(1, len(images.samples) // sample)
+        if sample
+        else 1,  # act as one rank of many: take every n-th image
         workers=config.workers,
         title=title,
         on_batch=answers.add,

@@ -1,7 +1,8 @@
-"""The views of a work unit, ready for the teacher: sampled from images, or read from another cache.
+"""Provides the views of a work unit for the teacher: sampled from images, or read from another cache.
 
-In: a data set or a `PixelCache`, work units. Out: `SampledViews`, unit by unit, made by worker processes if configured.
-Invariant: teacher and student see the same pixels. When pixels are baked, both see the decoded stored bytes.
+In: a data set or a `PixelCache`, and work units. Out: `SampledViews`, unit by unit, made by worker processes if
+configured.
+Invariant: teacher and student get the same pixels. If pixels are baked, both get the decoded stored bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -27,9 +28,9 @@ from scalekd_cache.views.pixels import Pixels, decode_pixels, encode_pixels, pix
 from scalekd_cache.views.view import apply_view, sample_view
 
 SPAN = 32
-"""Prefetch limit of a worker, images; also the records of a pixel cache that are read in one call."""
+"""Prefetch limit of a worker, in images; also the number of records of a pixel cache that are read in one call."""
 IMAGES_PER_ITEM = 8
-"""Images that a worker sends together: sending one item costs the main process about a millisecond."""
+"""Number of images that a worker sends together, because each item costs the main process about a millisecond."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +48,7 @@ class Unit:
 
     @property
     def num_views(self) -> int:
-        """Views of all its images."""
+        """Number of views of all its images."""
         return len(self.positions) * len(self.views)
 
 
@@ -55,7 +56,7 @@ class EncodedView(NamedTuple):
     """One view of one image, ready for the store."""
 
     encoded: bytes
-    """JPEG, WebP or PNG bytes to store; empty when pixels are replayed, or shared with another cache."""
+    """JPEG, WebP or PNG bytes to store; empty if pixels are replayed or stored in another cache."""
     view: str
     """The view record, canonical JSON."""
     digest: str
@@ -63,15 +64,15 @@ class EncodedView(NamedTuple):
 
 
 class SampledViews(NamedTuple):
-    """All views of one image in a unit; for a skipped image there are none, and `reason` is set."""
+    """All views of one image in a unit. A skipped image has none, and its `reason` is set."""
 
     unit: int
     sample: SampleRef
     image: str
-    """Digest of the image file; empty when the views come from another cache."""
+    """Digest of the image file; empty if the views come from another cache."""
     pixels: Tensor
-    """(V, 3, size, size) uint8: the teacher's input; decoded from the stored bytes when pixels are baked. From a worker
-    it is a view of shared memory: copy it, and keep no reference."""
+    """(V, 3, size, size) uint8: the teacher's input, decoded from the stored bytes if pixels are baked. If it comes
+    from a worker, it is a view of shared memory: copy it and keep no reference."""
     views: list[EncodedView]
     reason: str
 
@@ -95,7 +96,7 @@ def views_of_units(
         first: digests of the image files of the first view group; later groups must have the same.
 
     Raises:
-        UserError: an image file has changed, or there is too little shared memory for the workers.
+        UserError: an image file has changed, or shared memory is too small for the workers.
     """
     dataset: Dataset[Any]
     places: Iterator[Any]
@@ -149,17 +150,17 @@ def spread_views(
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
-    """`UserError` if shared memory is too small for the views of the workers."""
+    """Raise `UserError` if shared memory is too small for the views of the workers."""
     prefetch_count(workers, _image_bytes(units, config), SPAN)
 
 
 def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
-    """Bytes of the pixels of one image's views, in the largest group."""
+    """Pixel bytes of one image's views in the largest group."""
     return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
 
 
 class ViewDataset(Dataset[list[SampledViews]]):
-    """Samples the views of some images, in a worker process of stage 1."""
+    """Samples the views of some images in a worker process of stage 1."""
 
     def __init__(
         self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
@@ -197,7 +198,7 @@ class ViewDataset(Dataset[list[SampledViews]]):
 
 
 class SharedViewDataset(Dataset[list[SampledViews]]):
-    """Reads the views of neighboring images from another cache; no image is opened and nothing is augmented."""
+    """Reads the views of neighboring images from another cache, without opening or augmenting images."""
 
     def __init__(self, pixels: PixelCache, config: ViewConfig, units: Sequence[Unit]) -> None:
         self.pixels = pixels
@@ -220,7 +221,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         wrong = wrong_digest(record, pixels)
         if wrong is not None:
             raise UserError(
-                "stored pixels decode to different values than when the cache was made",
+                "stored pixels no longer decode to the values they had when the cache was made",
                 got=f"digest {wrong}",
                 expected=f"digest {record.digest}",
                 where=f"{record.key} in {self.pixels.cache.root}",
@@ -230,7 +231,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         return pixels, EncodedView(b"", record.view, record.digest)
 
     def _skipped(self, number: int, positions: range) -> list[SampledViews]:
-        """Images that the other cache skipped in this unit; returned with the first images of the unit."""
+        """Images that the other cache skipped in this unit. They are returned with the first images of the unit."""
         unit = self.units[number]
         if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
             return []
@@ -248,7 +249,7 @@ def _skipped(number: int, sample: SampleRef, reason: str) -> SampledViews:
 
 
 def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, list[int]]]:
-    """(unit number, image indices) of the claimed units, some images at a time."""
+    """(unit number, image indices) of the claimed units, a few images at a time."""
     orders: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
     for number in claims:
         unit = units[number]

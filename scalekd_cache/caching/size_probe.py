@@ -1,8 +1,8 @@
-"""Size of a cache and seconds per view, measured on a small unit of it.
+"""Measures the size of a cache and the seconds per view on a small unit.
 
-In: a `Stage` with the teacher or a placeholder for it. Out: `SizeProbe`.
-Invariant: stage 1's own code writes what is measured: one unit of a few real images, and one without images, which
-separates the cost of a shard from that of an image, in bytes and in seconds. Their temporary folder is removed.
+In: a `Stage` with the teacher or a placeholder. Out: `SizeProbe`.
+Invariant: the measured units are written by the code of stage 1. One has a few real images. The other has none,
+which separates the cost of a shard from that of an image, in bytes and seconds. The temporary folder is removed.
 """
 
 import dataclasses
@@ -29,18 +29,19 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 VIEWS = 48
-"""Approximate number of views that go through the teacher and the codecs."""
+"""Approximate number of views that pass through the teacher and the codecs."""
 PIXEL_IMAGES = 256
-"""Number of images whose pixels are encoded to measure their size, which varies most."""
+"""Number of images whose pixels are encoded to measure the pixel size, which varies the most."""
 TEACHER_S = 60.0
-"""Seconds that the teacher may take with a codec of fixed size, whose bytes do not depend on the number of views."""
+"""Time limit in seconds for the teacher with a fixed-size codec, whose bytes do not depend on the number of views."""
 LEAST_IMAGES = 2
 PARTS = ("features", "target", "pixels", "index")
 
 
 @dataclass(frozen=True)
 class PlaceholderTeacher:
-    """Random features of a teacher's shape, if its weights are not available. Sizes of fixed-size codecs are exact."""
+    """Returns random features with a teacher's shapes, if its weights are not available. Sizes of fixed-size codecs
+    are exact."""
 
     feature_shape: Shape
     num_classes: int
@@ -62,13 +63,13 @@ class SizeProbe(NamedTuple):
     per_shard: dict[str, float]
     """Overhead bytes per shard, including its share of the unit's overhead, by part."""
     sample_s: float
-    """Seconds per view on one core: reading, decoding, sampling, encoding."""
+    """Seconds per view on one core for reading, decoding, sampling and encoding."""
     teacher_s: float
-    """Seconds per view for teacher, codec and store on this machine, after a first pass."""
+    """Seconds per view for teacher, codec and store on this machine, after a warm-up pass."""
     unit_s: float
     """Seconds per unit to commit its files, on this machine."""
     pass_s: float
-    """Seconds of the teacher for one image."""
+    """Seconds that the teacher takes for one image."""
     images: int
     views: int
 
@@ -89,14 +90,14 @@ def measure_sizes(
     """Make a small unit and an empty one in a temporary folder, and measure them.
 
     Args:
-        stage: what the cache's units are made with; its teacher may be a `PlaceholderTeacher`.
+        stage: the inputs that the cache's units are made from; its teacher may be a `PlaceholderTeacher`.
         cache: the cache's options.
-        num_views: approximate number of views that go through the teacher.
-        pixel_images: number of images whose pixels are encoded to measure their size.
-        teacher_s: with a codec of fixed size, fewer views are used if the teacher takes longer for them.
+        num_views: approximate number of views that pass through the teacher.
+        pixel_images: number of images whose pixels are encoded to measure the pixel size.
+        teacher_s: time limit for the teacher; with a fixed-size codec, fewer views are used if they would take longer.
 
     Raises:
-        UserError: no image can be decoded, or the codec refuses the teacher's output.
+        UserError: no image can be decoded, or the codec rejects the teacher's output.
     """
     views = group_views(cache)
     started = time.perf_counter()
@@ -124,13 +125,14 @@ def group_views(cache: StoreConfig) -> tuple[int, ...]:
 
 
 def images_within(stage: Stage, views: int, teacher_s: float, pass_s: float) -> int:
-    """Most images of the small unit, so that the teacher takes about `teacher_s` seconds for their views."""
+    """Maximum number of images in the small unit, such that the teacher takes about `teacher_s` seconds for their
+    views."""
     return sys.maxsize if stage.codec.id in FITTED else max(LEAST_IMAGES, int(teacher_s / (pass_s * views)))
 
 
 @torch.no_grad()
 def _pass_s(stage: Stage, pixels: Tensor) -> float:
-    """Seconds of a forward pass of one image. The first pass of a model also sets up its kernels: a short one is
+    """Seconds of a forward pass of one image. The first pass of a model also sets up its kernels, so a short pass is
     repeated."""
     seconds = math.inf
     for _ in range(2):
@@ -175,7 +177,7 @@ def _small_units(stage: Stage, images: Sequence[SampledViews], views: tuple[int,
     zeros, usual_zeros = padding(unit_folder(stage.root, 0, 0))
     empty["index"] += usual_zeros  # cost of a shard, in both units
     full["index"] += usual_zeros - zeros
-    empty["index"] += full_json - empty_json  # sidecar of a real unit: fidelity, all files
+    empty["index"] += full_json - empty_json  # a real unit's sidecar also has fidelity and all files
     return _Unit(full, written - started), _Unit(empty, emptied - written)
 
 
@@ -189,7 +191,7 @@ def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
 
 
 def _pixel_bytes(stage: Stage, images: Sequence[SampledViews], count: int) -> float:
-    """Mean bytes of stored pixels per view, over many more images than go through the teacher."""
+    """Mean bytes of stored pixels per view, over many more images than pass through the teacher."""
     more = spread_views(stage.source, stage.views, (0,), count)
     sizes = [len(item.views[0].encoded) for item in more]
     sizes += [len(view.encoded) for item in images for view in item.views[1:]]

@@ -1,8 +1,8 @@
-"""Decoded records for other data pipelines: webdataset, Hugging Face `datasets`, a map-style data set.
+"""Decodes records for other data pipelines: webdataset, Hugging Face `datasets`, or a map-style data set.
 
-In: a sample that `webdataset` read from a tar of a cache, or positions of a view. Out: a dict of arrays and texts.
-Invariant: the checks are those of training: checksum of a record, its parts, labels, pixel digests. Order and
-completeness of an epoch belong to the pipeline.
+In: a sample that `webdataset` read from a tar of a cache, or positions of a view. Out: a dict of arrays and strings.
+Invariant: records pass the same checks as in training: checksum, required parts, labels, pixel digests. The pipeline
+is responsible for the order and completeness of an epoch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -29,8 +29,8 @@ from scalekd_cache.store.streamed import TarSamples
 class RecordDecoder:
     """Decodes the records of a cache for a data pipeline other than `CachedTargets`.
 
-    A call takes a sample as `webdataset` reads it: `wds.WebDataset(tars).map(RecordDecoder(cache))`. `read` takes
-    positions, and works with every cache. A decoded record is a dict:
+    Call it on samples from `webdataset`: `wds.WebDataset(tars).map(RecordDecoder(cache))`. `read` takes positions
+    and works with every cache. A decoded record is a dict:
 
     | name | value |
     |---|---|
@@ -38,15 +38,15 @@ class RecordDecoder:
     | `view` | view record as JSON text: crop, flip, operations |
     | `image` | (3, H, W) uint8: the pixels that were the teacher's input, not normalized |
     | `label` | class index; absent in a cache without labels |
-    | `features` | (C, H, W) float32: the teacher's map; None where a sparse cache stores none |
-    | `norms` | (2, H, W) float32: exact norms of its tokens, raw and mean-removed; None where `features` is None |
-    | `logits` | (K,) float32, or log-probabilities with -inf for classes that top-k logits lack; absent if K = 0 |
-    | `pooled` | (P,) float32: pooled embedding; absent where the cache stores none |
+    | `features` | (C, H, W) float32: the teacher's feature map; None if a sparse cache stores none for this view |
+    | `norms` | (2, H, W) float32: exact token norms, raw and mean-removed; None if `features` is None |
+    | `logits` | (K,) float32; for top-k logits, log-probabilities with -inf for the other classes; absent if K = 0 |
+    | `pooled` | (P,) float32: pooled embedding; absent if the cache stores none |
 
     Args:
-        cache: a finished cache, or its folder or URL.
-        pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
-        data: the images, for a cache without pixels (None: where stage 1 read them).
+        cache: a finished cache, its folder or its URL.
+        pixels_from: folder or URL of the cache that stores the shared pixels (None: as recorded).
+        data: the images, for a cache without pixels (None: the path that stage 1 used).
 
     Raises:
         UserError: the cache is not finished or is damaged; shared pixels or the images are missing.
@@ -64,9 +64,9 @@ class RecordDecoder:
         self._pixels = RecordPixels(views, open_cache_source(facts.data, data, "train") if self._replayed else None)
         self._shared = open_shared_pixels(self.cache, pixels_from, manifest.num_views)
         self.num_classes = facts.num_classes
-        """Classes of a student: those of the data set, else of the teacher; 0: none."""
+        """Number of classes of a student: those of the data set, otherwise those of the teacher; 0: none."""
         self.feature_shape = self._codec.shape
-        """(C, H, W) of the teacher's map."""
+        """(C, H, W) of the teacher's feature map."""
         self._needed = Parts.LABEL if facts.labeled else Parts(0)
         self._needed |= Parts.FEATURES if facts.features_every == 1 else Parts(0)
         self._needed |= Parts(0) if self._second_codec is None else Parts.SECOND
@@ -77,7 +77,7 @@ class RecordDecoder:
         """The decoded record of a sample that webdataset read from a tar of the cache, before any `.decode()`.
 
         Raises:
-            UserError: the sample is decoded already, is not from a tar of this cache, or the record is damaged.
+            UserError: the sample has already been decoded or is not from a tar of this cache, or the record is damaged.
         """
         if self._tars is None:
             self._tars = TarSamples(self.cache)
@@ -85,7 +85,8 @@ class RecordDecoder:
         return self._decode([record], [position], view)[0]
 
     def read(self, positions: ArrayLike, view: int) -> list[dict[str, Any]]:
-        """The decoded records at these positions of a view, in this order; arguments and errors of `Cache.read`."""
+        """The decoded records at these positions of a view, in this order. Arguments and errors are those of
+        `Cache.read`."""
         return self._decode(self.cache.read(positions, view), positions, view)
 
     @torch.no_grad()

@@ -1,8 +1,8 @@
-"""Training batches from a cache, or from several with the same views, in the order of `order.py`.
+"""Training batches from one cache, or from several caches with the same views, in the order of `order.py`.
 
-In: open caches, an order, this rank's share. Out: `Batch`es of one micro-batch each, in the order of the run.
+In: open caches, an order, the micro-batches of this rank. Out: one `Batch` per micro-batch, in the order of the run.
 Invariant: a batch is complete and verified, or an error names the record. The position is the step number, so a
-resumed loader continues with the next sample for any number of workers.
+resumed loader continues with the next sample, whatever the number of workers.
 """
 
 import itertools
@@ -44,38 +44,39 @@ from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.reader import Cache
 
 DIGEST_STEPS = 2
-"""Steps at the start of a session in which the digests of all stored views are compared."""
+"""Number of steps at the start of a session in which the digests of all stored views are compared."""
 DIGEST_EVERY = 16
 """After these steps, one in this many stored views is compared, rotating over all views. Replayed views are always
-compared: the image may have been replaced, and the digest costs 9 % of generating a view (docs/LOG.md)."""
+compared, because the image may have been replaced; the digest adds 9 % to the cost of generating a view
+(docs/LOG.md)."""
 
-OTHER_VIEWS = "make this cache again from the views of the first one: scalekd cache-teacher --pixels-from"
+OTHER_VIEWS = "rebuild this cache from the views of the first one: scalekd cache-teacher --pixels-from"
 MOST_WAITING = 4
 """Maximum number of micro-batches that a worker prefetches."""
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one view number."""
+    """One micro-batch; all its samples have the same view number."""
 
     images: Tensor
     """(B, 3, H, W) uint8: the pixels that were the teacher's input."""
     labels: Tensor
     """(B,) int64."""
     stored: tuple[StoredTargets, ...]
-    """Targets of every teacher, one a cache."""
+    """Targets of each teacher, one entry per cache."""
     ids: Tensor
     """(B,) int64: positions in the view's canonical order."""
     view: int
     """The view number."""
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on `device`, asynchronously where the memory is pinned; `ids` stay on the host for logs."""
+        """Copy the batch to `device`, asynchronously if the memory is pinned; `ids` stay on the host for logs."""
         images, labels = (tensor.to(device, non_blocking=True) for tensor in (self.images, self.labels))
         return self._replace(images=images, labels=labels, stored=tuple(one.to(device) for one in self.stored))
 
 
 class Slot(NamedTuple):
-    """A micro-batch of the run: the index passed to loader workers."""
+    """Identifies a micro-batch of the run; passed to loader workers as the index."""
 
     epoch: int
     step: int
@@ -162,21 +163,21 @@ class MicroBatches(Dataset[Batch]):
         return {**self.__dict__, "_epoch": None}
 
     def _print_once(self, text: str) -> None:
-        """Print what the loader is waiting for, from one worker only."""
+        """Print what the loader is waiting for. Only one worker prints."""
         worker = get_worker_info()
         if self.verbose and (worker is None or worker.id == 0):
             print(text, flush=True)
 
     def _with_pixels(self, records: list[Record], ids: NDArray[np.int64], view: int) -> list[Record]:
-        """The records, with pixels from the cache whose pixels are shared, if any."""
+        """The records, with pixels from the cache that stores the shared pixels, if any."""
         if self.pixels is None:
             return records
         return with_pixels(records, self.pixels.read(ids, view), self.pixels, view)
 
 
 def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int, workers: int) -> int:
-    """Approximate bytes of a micro-batch in transfer from a worker, with targets of these codecs; `UserError` if shared
-    memory is too small."""
+    """Approximate bytes of a micro-batch in transfer from a worker, with targets in these codecs; `UserError` if
+    shared memory is too small."""
     facts = cache.manifest.facts
     pixels, logits = 3 * int(facts.view_recipe["size"]) ** 2, 4 * len(facts.class_names)
     size = micro_batch * (pixels + sum(one.row_bytes + logits for one in codecs) + 16)
@@ -187,7 +188,7 @@ def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int
 class CacheLoader:
     """The micro-batches of one rank from a step to the end of the run.
 
-    Iterating yields `Batch`es: for every step the rank's micro-batches in order. `state_dict` is the position.
+    Iterating yields `Batch`es: for each step, the rank's micro-batches in order. `state_dict` is the position.
     """
 
     def __init__(
@@ -248,7 +249,8 @@ class CacheLoader:
         return f"micro-batch {micro} (view {view}, shards {', '.join(shards[:3])}{more})"
 
     def _slots(self) -> Iterator[Slot]:
-        """The micro-batches that are left; in a worker of torch's DataLoader, every n-th of them, n workers."""
+        """The remaining micro-batches; in a worker of torch's DataLoader, every n-th of them, where n is the number
+        of workers."""
         worker = get_worker_info()
         slots = self._all_slots()
         return slots if worker is None else itertools.islice(slots, worker.id, None, worker.num_workers)
@@ -291,7 +293,7 @@ class CacheLoader:
                 "the checkpoint was saved with a different sample order",
                 got=", ".join(f"{name}={identity[name]}" for name in different),
                 expected=", ".join(f"{name}={state.get(name)}" for name in different),
-                fix="resume with the options the run was started with, or choose another --run",
+                fix="resume with the options that the run was started with, or choose another --run",
             )
         self.step = int(state["step"])
 

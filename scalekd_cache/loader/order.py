@@ -1,15 +1,15 @@
-"""The order of samples; no other module decides it.
+"""The order of samples, which is defined in this module only.
 
-In: (num_samples, block, window, seed) and an epoch, a step, a rank. Out: positions in a view's canonical order.
-Invariant: pure functions. The global batch of a step does not depend on ranks, workers or resumption.
+In: (num_samples, block, window, seed) and an epoch, step and rank. Out: positions in a view's canonical order.
+Invariant: pure functions. The global batch of a step does not depend on ranks, workers or resuming.
 
 An epoch is a block shuffle: the blocks of `block` neighboring samples are permuted, then the samples of every
-`window` successive blocks are permuted together. Reads stay contiguous (a block is one read), any sample can
-land anywhere, and no array of the data set's size is allocated: memory is O(num_samples / block + block * window).
+`window` successive blocks are permuted together. Reads stay contiguous (a block is one read), and a sample can end
+up anywhere. No array of the data set's size is allocated: memory is O(num_samples / block + block * window).
 
-A sparse cache stores features for one in `features_every` samples of a view. Its epochs are two streams in the order
-above, samples with features and samples without; every micro-batch takes a fixed number of each, those with features
-first.
+A sparse cache stores features for one in `features_every` samples of a view. Each of its epochs consists of two
+streams in the order above: samples with features and samples without. Every micro-batch takes a fixed number of
+each, those with features first.
 """
 
 import math
@@ -25,13 +25,13 @@ from scalekd_cache.errors import UserError, counted
 
 Ids = NDArray[np.int64]
 FeatureMask = Callable[[Ids], NDArray[np.bool_]]
-"""For positions of a view: which samples have features."""
+"""A function of positions in a view: which samples have features."""
 WINDOW = 64
-"""Minimum number of blocks in a window; used where neighboring samples are unrelated."""
+"""Minimum number of blocks in a window; used if neighboring samples are unrelated."""
 NEIGHBORS = 64
 """Samples closer than this count as neighbors."""
 EXCESS = 0.1
-"""Maximum excess over chance of two samples of a window having the same class."""
+"""Maximum excess over chance of the probability that two samples of a window have the same class."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,31 +39,31 @@ class Order:
     """The order of one training run over views of `num_samples` samples."""
 
     num_samples: int
-    """Samples of one view."""
+    """Number of samples in one view."""
     block: int
     """Neighboring samples that stay together in one window."""
     window: int
-    """Blocks whose samples are shuffled together."""
+    """Number of blocks whose samples are shuffled together."""
     seed: int
     features_every: int = 1
-    """One in this many samples of a view has features (1: all)."""
+    """One in this many samples of a view has features (1: every sample)."""
     ranges: int = 1
-    """Ranges of images; the samples with features are counted in each one separately."""
+    """Ranges of images. The samples with features are counted separately in each range."""
 
 
 class ClassCorrelation(NamedTuple):
     """How often neighboring samples have the same class."""
 
     neighbors: float
-    """Share of pairs of neighbors with the same class."""
+    """Share of neighboring pairs with the same class."""
     chance: float
-    """The same for two random samples."""
+    """The same share for two random samples."""
 
 
 def class_correlation(labels: Ids) -> ClassCorrelation:
-    """Class correlation of neighbors in a canonical order; labels (N,) int64.
+    """Class correlation of neighbors in the canonical order; labels (N,) int64.
 
-    A distance is weighted by the number of pairs at this distance in a block of `NEIGHBORS` samples.
+    Each distance is weighted by the number of pairs at that distance in a block of `NEIGHBORS` samples.
     """
     count = len(labels)
     if count < 2:
@@ -77,11 +77,12 @@ def class_correlation(labels: Ids) -> ClassCorrelation:
 
 
 def mixing_window(num_samples: int, block: int, found: ClassCorrelation) -> int:
-    """Blocks of a window, at least `WINDOW`, so that two of its samples share a class at most `EXCESS` above chance.
+    """Number of blocks in a window, at least `WINDOW`, such that two samples of a window have the same class with a
+    probability at most `EXCESS` above chance.
 
     Of two samples of a window of w blocks of b, (b - 1) / (w b - 1) come from one block, where a share
-    `found.neighbors` has the same class. Windows have equal sizes, because a short last one would be mixed less; the
-    whole data set is one window if that is not enough.
+    `found.neighbors` has the same class. Windows have equal sizes, because a short last window would be shuffled
+    less well. If that is not enough, the whole data set is one window.
     """
     if found.chance == 0:
         return WINDOW
@@ -99,7 +100,7 @@ def _generator(*key: int) -> np.random.Generator:
 
 @lru_cache(maxsize=2)
 def _block_order(order: Order, epoch: int) -> tuple[Ids, Ids]:
-    """Block numbers in the epoch's order, and the start position of each (plus one entry: the end)."""
+    """Block numbers in the epoch's order, and the start position of each block (plus a last entry: the end)."""
     num_blocks = -(-order.num_samples // order.block)
     blocks = _generator(order.seed, epoch).permutation(num_blocks).astype(np.int64)
     sizes = np.minimum(order.block, order.num_samples - blocks * order.block)
@@ -124,7 +125,7 @@ def epoch_ids(order: Order, epoch: int, start: int, stop: int) -> Ids:
 
 
 def _joined(begins: Ids, ids_of: Callable[[int], Ids], start: int, stop: int) -> Ids:
-    """Entries [start, stop) of the windows' ids, one window after the other; window w starts at entry begins[w]."""
+    """Entries [start, stop) of the concatenated ids of the windows; window w starts at entry begins[w]."""
     parts = []
     at = start
     while at < stop:
@@ -154,7 +155,7 @@ class SparseEpoch:
         return starts
 
     def ids(self, start: int, stop: int, *, features: bool) -> Ids:
-        """Entries [start, stop) of the samples with features, or of those without."""
+        """Entries [start, stop) among the samples with features, or among those without."""
         return _joined(self._begins[features], lambda window: self._chosen(window, features), start, stop)
 
     def _of_window(self, window: int, features: bool) -> Ids:
@@ -164,7 +165,8 @@ class SparseEpoch:
         return chosen
 
     def micro_batch_ids(self, *, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
-        """Positions (micro_batch,) of a micro-batch, as `micro_batch_ids`: first those of the samples with features."""
+        """Positions (micro_batch,) of a micro-batch, like `micro_batch_ids`, with those of the samples with features
+        first."""
         number = step * (global_batch // micro_batch) + micro
         parts = []
         for features, count in zip((True, False), featured(self.order, micro_batch), strict=True):
@@ -173,16 +175,16 @@ class SparseEpoch:
 
 
 def featured(order: Order, count: int) -> tuple[int, int]:
-    """Of `count` samples of a batch, how many are read with features and how many without."""
+    """How many of a batch's `count` samples are read with features, and how many without."""
     there = count // order.features_every
     return there, count - there
 
 
 def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int | None = None) -> int:
-    """Whole global batches in an epoch. The last partial batch (different samples each epoch) is dropped.
+    """Number of full global batches in an epoch. The last partial batch (different samples each epoch) is dropped.
 
-    In a sparse cache, every range may have up to one sample with features, or without, less than its share. The number
-    of steps is that of the least favorable view, so that it is the same in every epoch.
+    In a sparse cache, each range may have one sample with features (or without) fewer than its share. The number of
+    steps is that of the least favorable view, so that it is the same in every epoch.
 
     Raises:
         UserError: the data set is smaller than one global batch; the message names a multiple of `micro_batch_size`.
@@ -200,14 +202,16 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
             "the global batch is larger than the data set",
             got=f"{counted(num_samples, 'sample')}, global batch {global_batch_size}"
             + (f", features for one in {every} samples of {counted(order.ranges, 'shard')}" if every > 1 else ""),
-            expected=f"a global batch of at most {num_samples}" + (", with room for each shard" if every > 1 else ""),
+            expected=f"a global batch of at most {num_samples}"
+            + (", with a margin for each shard" if every > 1 else ""),
             fix=f"lower it, for example {batches_that_fit(num_samples, micro_batch_size or global_batch_size)}",
         )
     return steps
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """The option of the largest global batch for a small data set, with micro-batches of at most this size."""
+    """The option that sets the largest possible global batch for a small data set, with micro-batches of at most
+    this size."""
     micro = min(micro_batch_size, num_samples)
     return f"--batch {num_samples // micro * micro}"
 
@@ -221,10 +225,10 @@ def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_b
 def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
     """The micro-batch numbers of a global batch that a rank computes, in order.
 
-    The micro-batch is the group of BatchNorm statistics, so its size is fixed and ranks share whole micro-batches.
+    BatchNorm statistics are computed per micro-batch, so its size is fixed, and ranks get whole micro-batches.
 
     Raises:
-        UserError: they cannot be divided evenly; the message names the nearest possible numbers.
+        UserError: they cannot be divided evenly; the message names the nearest valid numbers.
     """
     count = global_batch // micro_batch
     assert count * micro_batch == global_batch

@@ -1,8 +1,8 @@
 """Pixels and features of one stored record.
 
-In: a record of a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they have the
-record's digest; its feature map and pooled embedding, decoded.
-Invariant: damaged or missing data is an error, never a substitute.
+In: a record of a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they match the
+record's digest; its decoded feature map and pooled embedding.
+Invariant: damaged or missing data raises an error; it is never replaced.
 """
 
 from collections.abc import Sequence
@@ -27,17 +27,17 @@ def record_view(record: Record) -> View:
 
 
 def decode_features(codec: FeatureCodec, records: Sequence[Record]) -> FeatureMap:
-    """Maps (B, C, H, W) and norms (B, 2, H, W) of records; `UserError` for features of another codec."""
+    """Feature maps (B, C, H, W) and norms (B, 2, H, W) of records; `UserError` if the features use another codec."""
     return codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
 
 
 def decode_pooled(codec: FeatureCodec, records: Sequence[Record]) -> torch.Tensor:
-    """(B, P) pooled embeddings of records; `UserError` for those of another codec."""
+    """(B, P) pooled embeddings of records; `UserError` if they use another codec."""
     return codec.decode(torch.from_numpy(codec.unpack([record.second for record in records]))).features.flatten(1)
 
 
 class RecordPixels:
-    """Gives the pixels of records: decodes stored ones, or generates the view again from its image (replayed views).
+    """Provides the pixels of records: decodes stored pixels, or regenerates the view from its image (replayed views).
 
     Args:
         views: view recipe of the cache.
@@ -52,7 +52,7 @@ class RecordPixels:
         """(size, size, 3) uint8; None for a replayed view without the data set.
 
         Raises:
-            UserError: damaged pixels, or an image that the data set does not have.
+            UserError: the pixels are damaged, or the data set lacks the image.
             UnreadableImage: the image cannot be decoded.
         """
         if self.views.pixels == "baked":
@@ -64,23 +64,23 @@ class RecordPixels:
                 "the image of a replayed view is not in the data set",
                 got=f"no sample {record.key}",
                 where=self.source.name,
-                fix="give the data set the cache was made from with --data",
+                fix="set --data to the data set that the cache was made from",
             )
         image = decode_image(self.source.read(self._index[record.key]), record.key)
         return apply_view(record_view(record), image, self.views)
 
 
 def wrong_digest(record: Record, pixels: Pixels) -> str | None:
-    """The digest of the pixels where it differs from the record's; None where they are equal."""
+    """The digest of the pixels if it differs from the record's; otherwise None."""
     found = pixel_digest(pixels)
     return None if found == record.digest else found
 
 
 def verified_pixels(pixels_of: RecordPixels, record: Record, cache: Cache, view: int, *, check: bool) -> Pixels:
-    """The pixels of a record of a cache, compared with the digest of the teacher's input if `check`.
+    """The pixels of a record, compared with the digest of the teacher's input if `check` is set.
 
     Raises:
-        UserError: as `RecordPixels`; the digest differs.
+        UserError: as for `RecordPixels`, or the digest differs.
     """
     pixels = pixels_of(record)
     assert pixels is not None, "the data set of replayed views is open"

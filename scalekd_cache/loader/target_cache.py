@@ -1,8 +1,8 @@
-"""One cache of a run as a source of targets; several caches of one run hold the same views.
+"""One cache of a run as a source of targets. All caches of a run hold the same views.
 
-In: positions in the order of the run's first cache. Out: this cache's records of the same views, and their targets.
-Invariant: every record of a further cache has key, label, view and pixel digest of the first cache's record: each
-teacher's target belongs to the pixels that the student sees.
+In: positions in the order of the run's first cache. Out: this cache's records of the same views, with their targets.
+Invariant: every record of another cache has the key, label, view and pixel digest of the first cache's record, so
+each teacher's targets belong to the pixels that the student is trained on.
 """
 
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ class TargetCodecs(NamedTuple):
     features: FeatureCodec
     logits: LogitCodec
     second: FeatureCodec | None
-    """Of pooled embeddings; None for a cache without them."""
+    """Codec of pooled embeddings; None for a cache without them."""
 
     @property
     def row_bytes(self) -> int:
@@ -54,7 +54,7 @@ def target_codecs(cache: Cache) -> TargetCodecs:
 
 
 class StoredTargets(NamedTuple):
-    """One teacher's targets of a micro-batch, as its cache stores them; decoded on the training device."""
+    """One teacher's targets for a micro-batch, as stored in its cache. They are decoded on the training device."""
 
     codes: Tensor
     """(F, bytes_per_view) uint8: rows of the feature codec for the first F <= B samples."""
@@ -64,7 +64,7 @@ class StoredTargets(NamedTuple):
     """(B, bytes_per_view) uint8: rows of the codec of pooled embeddings; None for a cache without them."""
 
     def to(self, device: torch.device) -> "StoredTargets":
-        """The targets on `device`, asynchronously where the memory is pinned."""
+        """Copy the targets to `device`, asynchronously if the memory is pinned."""
         codes, logits = (tensor.to(device, non_blocking=True) for tensor in (self.codes, self.logits))
         return StoredTargets(codes, logits, None if self.second is None else self.second.to(device, non_blocking=True))
 
@@ -74,11 +74,11 @@ class TargetCache:
 
     Args:
         cache: the cache.
-        features: samples of a micro-batch whose features are read, the first ones.
-        first: the run's first cache, whose positions are given (None: this one).
+        features: number of samples of a micro-batch whose features are read, starting with the first.
+        first: the run's first cache, which defines the positions (None: this one).
 
     Raises:
-        UserError: the two caches hold other views or other images.
+        UserError: the two caches hold different views or images.
     """
 
     def __init__(self, cache: Cache, features: int, first: Cache | None = None) -> None:
@@ -99,10 +99,10 @@ class TargetCache:
         return self.cache.has_features(self._own(ids, view), view)
 
     def read(self, ids: Ids, view: int) -> list[Record]:
-        """The records of a micro-batch, each with all parts that training needs.
+        """The records of a micro-batch, each with all the parts that training needs.
 
         Raises:
-            UserError: as `Cache.read`; a part is missing.
+            UserError: as for `Cache.read`, or a part is missing.
         """
         records = self.cache.read(self._own(ids, view), view)
         check_parts(records, self.needed, view, self.cache, features=self.features)
@@ -124,9 +124,10 @@ class TargetCache:
 
 
 def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, there: int) -> list[int]:
-    """Samples of a micro-batch whose features each cache reads: `features` (None: `there`, all that have some).
+    """Number of samples of a micro-batch whose features each cache reads: `features` (None: `there`, all samples
+    with features).
 
-    A cache that stores the classifier instead of logits needs them all.
+    A cache that stores the classifier instead of logits reads all features.
     """
     configs = [cache.manifest.facts.logit_codec for cache in caches]
     recomputed = [isinstance(logit_codec_from_config(config), RecomputedLogits) for config in configs]
@@ -135,28 +136,28 @@ def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, ther
 
 
 class SamePositions:
-    """The positions of one cache's records in another cache of the same views.
+    """Maps positions of records in one cache to positions in another cache of the same views.
 
-    They are equal where both have the same view groups; otherwise they are found by key, once for two groups.
+    Positions are equal if both have the same view groups; otherwise they are looked up by key, once per pair of groups.
     """
 
     def __init__(self, first: Cache, other: Cache) -> None:
         self._first, self._other = first, other
         self._found: dict[tuple[int, int], Ids | None] = {}
         fields = [cache.manifest.facts.fingerprint_fields for cache in (first, other)]
-        fix = f"make the second one from the views of the first: scalekd cache-teacher --pixels-from {first.root}"
+        fix = f"build the second one from the views of the first: scalekd cache-teacher --pixels-from {first.root}"
         if pixel_identity(fields[0]) != pixel_identity(fields[1]):
             different = [name for name in ("data", "views") if fields[0][name] != fields[1][name]]
             what = {"data": "images", "views": "views"}
             raise UserError(
-                f"the caches hold different {' and different '.join(what[name] for name in different)}, so they cannot "
-                "train one student",
+                f"the caches hold different {' and different '.join(what[name] for name in different)}, so they "
+                "cannot be used in one run",
                 where=f"{first.root} and {other.root}",
                 fix=fix,
             )
         if len(first) != len(other):
             raise UserError(
-                "the caches hold different numbers of images: one of them has skipped some",
+                "the caches hold different numbers of images, because one of them skipped some",
                 got=f"{counted(len(other), 'image')} in {other.root}",
                 expected=f"{counted(len(first), 'image')}, as in {first.root}",
                 fix=fix,
@@ -164,7 +165,7 @@ class SamePositions:
         self._of(0)
 
     def __call__(self, ids: Ids, view: int) -> Ids:
-        """Positions (n,) in the other cache of these positions of a view."""
+        """Positions (n,) in the other cache that correspond to these positions of a view."""
         found = self._of(view)
         return ids if found is None else found[ids]
 
@@ -175,7 +176,7 @@ class SamePositions:
         return self._found[groups]
 
     def _match(self, group: int, other: int) -> Ids | None:
-        """Position in the other cache of each position; None where they are equal."""
+        """For each position, the position in the other cache; None if all are equal."""
         if self._first.key_files(group) == self._other.key_files(other):
             return None
         keys, others = (np.array(cache.keys(at)) for cache, at in ((self._first, group), (self._other, other)))
@@ -186,7 +187,7 @@ class SamePositions:
             key = (set(keys.tolist()) ^ set(others.tolist())).pop()
             raise UserError(
                 "the caches hold different images",
-                got=f"{key} is in one of them only",
+                got=f"{key} is in only one of them",
                 where=f"{self._first.root} and {self._other.root}",
             )
         found: Ids = np.empty(len(keys), np.int64)
@@ -195,25 +196,25 @@ class SamePositions:
 
 
 def check_joinable(first: Cache, other: Cache) -> None:
-    """Check that one student can be trained on the targets of both caches.
+    """Check that both caches can provide targets for one student.
 
     Raises:
-        UserError: they hold different views or images, or store features for different samples.
+        UserError: the caches hold different views or images, or store features for different samples.
     """
     positions = SamePositions(first, other)
     shares = [cache.manifest.facts.features_every for cache in (first, other)]
     ids = np.arange(len(first))
     if min(shares) > 1 and not np.array_equal(first.has_features(ids, 0), other.has_features(positions(ids, 0), 0)):
         raise UserError(
-            "both caches store features for a part of the samples, but not for the same ones",
+            "both caches store features for only some samples, and not for the same ones",
             got=f"one in {shares[0]} of {first.root}, one in {shares[1]} of {other.root}",
-            fix="make the second one from the views of the first, with the same --stored-features: "
-            f"scalekd cache-teacher --pixels-from {first.root}",
+            fix="build the second one from the views of the first with the same --stored-features: scalekd "
+            f"cache-teacher --pixels-from {first.root}",
         )
 
 
 def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cache, *, features: int = 0) -> None:
-    """`UserError` for a record without one of the needed parts, or one of the first `features` without features."""
+    """Raise `UserError` if a record lacks a needed part, or if one of the first `features` records has no features."""
     for number, record in enumerate(records):
         wanted = needed | (Parts.FEATURES if number < features else Parts(0))
         missing = wanted & ~record.parts
@@ -227,27 +228,25 @@ def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cach
 
 
 def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cache, view: int) -> list[Record]:
-    """The records with the pixels of the other ones, which come from the cache whose pixels are shared.
+    """The records with the pixels of `others`, which come from the cache that stores the shared pixels.
 
     Raises:
-        UserError: they belong to different views.
+        UserError: the records belong to different views.
     """
-    check_same_views(
-        records, others, pixels, view, "use the cache that was set as --pixels-from when this cache was made"
-    )
+    check_same_views(records, others, pixels, view, "use the cache that --pixels-from named when this cache was made")
     return [record._replace(pixels=other.pixels) for record, other in zip(records, others, strict=True)]
 
 
 def check_same_views(first: Sequence[Record], records: Sequence[Record], cache: Cache, view: int, fix: str) -> None:
-    """Check that these records of `cache` belong to the views of the first records.
+    """Check that these records of `cache` belong to the same views as the first records.
 
     Raises:
-        UserError: another key, label, view or pixel digest.
+        UserError: a key, label, view or pixel digest differs.
     """
     for expected, got in zip(first, records, strict=True):
         if any(getattr(got, name) != getattr(expected, name) for name in ("key", "label", "digest", "view")):
             raise UserError(
-                "two caches hold different views where one view was expected",
+                "two caches hold different views at the same position",
                 got=f"{got.key}, digest {got.digest}",
                 expected=f"{expected.key}, digest {expected.digest}",
                 where=f"view {view} of {cache.root}",

@@ -1,6 +1,7 @@
-"""Publishes a finished cache at another place, and pulls a published one.
+"""Publishes a finished cache to a destination, and pulls published caches.
 
-In: a folder with a finished cache and a place (hub, bucket or folder), or the reverse. Out: the same cache there.
-Invariant: a place holds manifest.json only after every other file has arrived and was verified.
-huggingface_hub and fsspec do the transfers.
+In: a finished cache in a local folder and a destination (hub, bucket or folder), or the reverse. Out: a copy of it
+there.
+Invariant: manifest.json is written only after all other files have arrived and been verified.
+Transfers use huggingface_hub and fsspec.
 """

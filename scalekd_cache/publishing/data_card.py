@@ -1,8 +1,8 @@
-"""The data card of a published cache: README.md, with a header in YAML as the model hub wants it.
+"""The data card of a published cache: README.md with the YAML header that the model hub expects.
 
-In: the manifest and the facts of the publication. Out: the text of the card.
-Invariant: licenses are those that the publisher gave; names from the cache show as text, never as markup; no path of
-this machine and no credential is in it.
+In: the manifest and facts about the publication. Out: the text of the card.
+Invariant: the card states only licenses that the publisher gave. Names from the cache are shown as text, never as
+markup. The card contains no credentials and no paths of this machine.
 """
 
 import re
@@ -26,10 +26,11 @@ HUB_LICENSES = set(
     cc-by-nc-sa-4.0 odbl odc-by pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 bsd-2-clause bsd-3-clause
     gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail unlicense""".split()  # noqa: SIM905 - one list of many short words
 )
-"""Identifiers that the hub's header accepts; any other name is `other` there, and given in full in the card."""
+"""License identifiers that the hub's header accepts. For any other name the header says `other`, and the card gives
+the full name."""
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
          "10B<n<100B", "100B<n<1T", "n>1T")  # fmt: skip
-"""The hub's categories: each ten times the one before, from 1,000 on."""
+"""The hub's size categories. From 1,000 on, each is ten times the previous one."""
 CITATION = """@inproceedings{fan2024scalekd,
   title     = {ScaleKD: Strong Vision Transformers Could Be Excellent Teachers},
   author    = {Fan, Jiawei and Li, Chao and Liu, Xiaolong and Yao, Anbang},
@@ -56,7 +57,7 @@ TEMPLATE = """
 | images | {data_license} |
 | weights of the teacher | {teacher_license} |
 
-The publisher of this cache gave these names. Using the cache requires both.
+These licenses were declared by the publisher of the cache. You need to comply with both.
 
 ## Train from it
 
@@ -81,7 +82,7 @@ Any timm model can be the student.
 
 ## Citation
 
-Cite the authors of the images and of the teacher, and the method:
+Cite the authors of the images and of the teacher, as well as the method:
 
 ```bibtex
 {citation}
@@ -92,15 +93,15 @@ Made by scalekd-cache {version}.
 
 
 class Card(NamedTuple):
-    """What the card says besides the manifest."""
+    """Facts in the card that are not in the manifest."""
 
     manifest: Manifest
     publication: Publication
-    """Its licenses, pixels and where shared pixels are."""
+    """Licenses, how pixels are published, and where shared pixels are."""
     place: str
-    """The URL of the publication, or its folder."""
+    """URL or folder of the publication."""
     total_bytes: int
-    """Bytes of all published files."""
+    """Total bytes of the published files."""
 
 
 def data_card(card: Card) -> str:
@@ -119,8 +120,8 @@ def data_card(card: Card) -> str:
     body = TEMPLATE.format(
         title=f"Outputs of {teacher} on {source}",
         summary=f"Feature maps{' and logits' if spec['num_classes'] else ''} of the frozen teacher {teacher} for "
-        f"{counted(manifest.num_views, 'augmented view')} of each of {counted(manifest.num_samples, 'image')}: a cache "
-        "from which any number of students are trained without running the teacher again.",
+        f"{counted(manifest.num_views, 'augmented view')} of each of {counted(manifest.num_samples, 'image')}. Any "
+        "number of students can be trained from this cache without running the teacher again.",
         pixels=_about_pixels(publication),
         table=_table(_rows(card)),
         data_license=table_cell(publication.licenses["data"]),
@@ -135,7 +136,7 @@ def data_card(card: Card) -> str:
 
 
 def commands(publication: Publication, place: str) -> list[str]:
-    """The commands that use a publication, as they are typed."""
+    """The shell commands that use a publication."""
     url, cache = shlex.quote(place), default_cache(place)
     pixels = f" --pixels-from {publication.pixels_from}" if publication.pixels == "shared" else ""
     data = " --data IMAGES" if publication.pixels in ("replayed", "left out") else ""
@@ -143,14 +144,14 @@ def commands(publication: Publication, place: str) -> list[str]:
     if publication.pixels == "left out":
         return [f"scalekd pull {url} --cache {cache}{data}", f"scalekd distill --cache {cache} {train}"]
     return [
-        f"scalekd distill --cache {url} {train}{data}  # reads it where it is",
-        f"scalekd pull {url} --cache {cache}  # or: a copy, here of all views",
+        f"scalekd distill --cache {url} {train}{data}  # streams the cache",
+        f"scalekd pull {url} --cache {cache}  # or copy all views to disk first",
         f"scalekd distill --cache {cache} {train}{data}",
     ]
 
 
 def license_header(*names: str) -> dict[str, Any]:
-    """The fields of the header for these licenses: identifiers of the hub, or `other` with a name."""
+    """License fields of the header: the hub's identifiers, or `other` with a name."""
     unique = list(dict.fromkeys(name.strip().lower() for name in names))
     if set(unique) <= HUB_LICENSES:
         return {"license": unique if len(unique) > 1 else unique[0]}
@@ -159,21 +160,21 @@ def license_header(*names: str) -> dict[str, Any]:
 
 
 def size_category(count: int) -> str:
-    """The hub's category of a number of examples."""
+    """The hub's size category for a number of examples."""
     return SIZES[min(max(len(str(count)) - 3, 0), len(SIZES) - 1)]
 
 
 def _about_pixels(publication: Publication) -> str:
     """Whether the pixels of the views are included, in a sentence or two."""
     return {
-        "stored": "The pixels of the views are included, as the teacher saw them.",
-        "shared": "The pixels of the views are not in this cache: it shares those of another one, published at "
+        "stored": "The pixels of the views are included, exactly as the teacher received them.",
+        "shared": "The pixels of the views are not in this cache. They are stored in another cache, published at "
         f"{table_cell(publication.pixels_from)}.",
-        "replayed": "The pixels of the views are not included: the student's views are sampled again from the images "
-        "(`--data`), and compared with the digests in the records.",
+        "replayed": "The pixels of the views are not included. Training regenerates each view from the images "
+        "(`--data`) and compares it with the digest in its record.",
         "left out": "**The pixels of the views are not included.** `scalekd pull` recreates them from your own copy "
-        "of the images (`--data`), compares each with its digest, and restores the original cache bit for bit. Readers "
-        "cannot open this place directly.",
+        "of the images (`--data`), verifies each digest, and restores the original cache bit for bit. Readers "
+        "cannot open this publication directly.",
     }[publication.pixels]
 
 
@@ -184,20 +185,20 @@ def _rows(card: Card) -> dict[str, str]:
     versions = ", ".join(f"{name} {version}" for name, version in facts.versions.items())
     rows = {
         "teacher": f"{spec['name']} (timm {spec.get('timm_version', 'unknown')})",
-        "sha256 of its weights": str(spec.get("weights_sha256", "")),
-        "its top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f} %",
+        "sha256 of the weights": str(spec.get("weights_sha256", "")),
+        "teacher's top-1 on the validation images": "not measured" if top1 is None else f"{top1:.2f} %",
         "data set": last_part(str(facts.data["source"])),
         "images": f"{manifest.num_samples:,}",
-        "classes": f"{len(facts.class_names):,}" if facts.labeled else "none: no labels",
-        "views of each image": f"{manifest.num_views:,}",
+        "classes": f"{len(facts.class_names):,}" if facts.labeled else "none (no labels)",
+        "views per image": f"{manifest.num_views:,}",
         "feature map (C x H x W)": size,
         "features": " ".join(filter(None, (_codec(facts.codec), stored_share(facts.features_every)))),
-        "logits": _codec(facts.logit_codec) if spec["num_classes"] else "none: the teacher has no classifier",
+        "logits": _codec(facts.logit_codec) if spec["num_classes"] else "none (the teacher has no classifier)",
         "pooled embedding": _codec(facts.second_codec) if facts.second_codec else "",
         "recipe": last_part(facts.recipe),
-        "store": f"{facts.backend}, at most {counted(facts.samples_per_shard, 'image')} in a shard",
-        "bytes": f"{size_text(card.total_bytes)} in all",
-        "bytes of a view in the original cache": ", ".join(
+        "store": f"{facts.backend}, at most {counted(facts.samples_per_shard, 'image')} per shard",
+        "bytes": f"{size_text(card.total_bytes)} in total",
+        "bytes per view in the original cache": ", ".join(
             f"{name} {number:,.0f}" for name, number in manifest.bytes_per_view.items()
         ),
         "fingerprint": facts.fingerprint,
@@ -207,7 +208,7 @@ def _rows(card: Card) -> dict[str, str]:
 
 
 def _codec(config: Mapping[str, Any]) -> str:
-    """A codec by its name and its parameters that are plain values, without shapes and hashes."""
+    """Name of a codec and its scalar parameters, without shapes and hashes."""
     kept = {name: config[name] for name in ("channels", "noise", "k", "kl_limit") if config.get(name)}
     return ", ".join([str(config["id"]), *(f"{name} {value}" for name, value in kept.items())])
 

@@ -1,8 +1,9 @@
-"""The first views of a published cache, as a cache with fewer views.
+"""Selects the first views of a published cache, giving a cache with fewer views.
 
-In: `0-3` or nothing, a manifest, sidecars. Out: the number of views; facts and sidecars of a cache of only these views.
-Invariant: views are numbered 0, 1, ..., so only first views can be selected; the shards are unchanged, and a unit whose
-views are all selected keeps its sidecar.
+In: `0-3` or nothing, a manifest, sidecars. Out: the number of views; facts and sidecars of a cache with only these
+views.
+Invariant: views are numbered 0, 1, ..., so only the first ones can be selected. Shards are unchanged, and a unit
+whose views are all selected keeps its sidecar.
 """
 
 import dataclasses
@@ -19,15 +20,16 @@ from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.store.sidecar import UnitInfo, read_keys
 
 LISTS = ("keys.txt", IMAGES)
-"""Files of a unit that belong to all its views."""
+"""Files of a unit that all its views share."""
 BATCH_RECORDS = 64
 
 
 def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
-    """The number of views that `0-3` selects; all of them without a text.
+    """The number of views that `0-3` selects; an empty text selects all.
 
     Raises:
-        UserError: not the first views of this cache, or a number of views that a sparse cache cannot have.
+        UserError: the selection does not start at view 0, exceeds the cache, or is a number of views that a sparse
+            cache cannot have.
     """
     views = manifest.num_views
     if text is None:
@@ -39,14 +41,14 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
         raise UserError(
             "only the first views of a cache can be pulled",
             got=f"--views {text}",
-            expected=f"0-{views - 1}, or fewer: the publication has {counted(views, 'view')}, and views count from 0",
+            expected=f"0-{views - 1}or fewer (the publication has {counted(views, 'view')}, numbered from 0)",
             where=where,
             fix=f"set --views 0-N, where N is the last view{number}",
         )
     count, every = last + 1, manifest.facts.features_every
     if any(len(group) % every for group in first_groups(manifest.facts.groups, count)):
         raise UserError(
-            "this cache stores features for a part of the views of every image",
+            "this cache stores features for only some views of each image",
             got=f"--views {text}: {counted(count, 'view')}",
             expected=f"groups of a multiple of {every} views; groups end after "
             + ", ".join(str(group[-1]) for group in manifest.facts.groups),
@@ -56,20 +58,20 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
 
 
 def first_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The groups of the first `count` views; the last one may be cut."""
+    """The groups of the first `count` views; the last group may be truncated."""
     kept = [[view for view in group if view < count] for group in groups]
     return [group for group in kept if group]
 
 
 def with_first_views(facts: ManifestFacts, count: int) -> ManifestFacts:
-    """The facts of a cache of the first `count` views."""
+    """The facts of a cache with the first `count` views."""
     return dataclasses.replace(facts, groups=first_groups(facts.groups, count))
 
 
 def with_views(info: UnitInfo, views: Sequence[int]) -> UnitInfo:
-    """The sidecar of a unit that holds only these views; payload bytes are 0 until `with_payload`.
+    """The sidecar of a unit with only these views; `with_payload` sets its payload bytes, which are 0 until then.
 
-    `fidelity` stays as measured, over the views of the published unit.
+    `fidelity` is unchanged: it was measured over all views of the published unit.
     """
     if list(views) == info.views:
         return info

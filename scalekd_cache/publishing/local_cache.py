@@ -1,8 +1,9 @@
-"""The folder that a pull writes: what it holds, its lock, and the exchange of old units for new ones.
+"""The folder that a pull writes to: its contents, its lock, and the replacement of old units by new ones.
 
-In: a folder, and the facts of the wanted cache. Out: a staging folder that one process may fill; then a finished cache.
-Invariant: a folder with anything else in it is refused before it is touched. manifest.json is removed before a unit is
-replaced and written when all units are in place, so that a folder with a manifest is always a whole cache.
+In: a folder, and the facts of the requested cache. Out: a staging folder that one process fills, then a finished
+cache.
+Invariant: a folder with other contents is rejected before anything is changed. manifest.json is removed before a
+unit is replaced and written once all units are in place, so a folder with a manifest is always a complete cache.
 """
 
 import contextlib
@@ -20,21 +21,21 @@ from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, read_plan, write_plan
 
 STAGING = ".tmp-pull"
-"""Folder inside the cache for everything that has arrived; readers and `verify` ignore names that begin with .tmp-."""
+"""Folder inside the cache for files that have arrived. Readers and `verify` ignore names that begin with .tmp-."""
 OLD = "old"
-"""Inside it: units that were replaced."""
+"""Inside the staging folder: units that were replaced."""
 
 
 def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Manifest | None:
-    """The manifest of the cache in the folder, if it has all the wanted views.
+    """The manifest of the cache in the folder if it has all requested views.
 
     Args:
         root: the folder.
         published: the manifest of the publication.
-        facts: the facts of the wanted cache: the first views of it.
+        facts: the facts of the requested cache, which has the first views of the published one.
 
     Raises:
-        UserError: the folder holds other files than views of the published cache.
+        UserError: the folder holds anything other than views of the published cache.
     """
     if not root.is_dir():
         if os.path.lexists(root):
@@ -51,7 +52,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
         raise UserError(
             "the folder holds another cache",
             got=wrong,
-            expected="no cache, or views of the published one",
+            expected="an empty folder, or views of the published cache",
             where=root,
             fix="pull into another folder (--cache ...)",
         )
@@ -59,43 +60,43 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
 
 
 def _check_unfinished(root: Path) -> None:
-    """UserError unless a folder without a manifest is empty, or was left by a pull."""
+    """Raise `UserError` unless a folder without a manifest is empty or comes from an interrupted pull."""
     names = sorted(path.name for path in root.iterdir())
     if names and STAGING not in names:
         raise UserError(
-            "the folder holds something else",
+            "the folder holds something other than an interrupted pull",
             got="an unfinished cache of stage 1" if PLAN in names else ", ".join(names[:3]),
-            expected="an empty or new folder, or one with a part of the published cache",
+            expected="a new or empty folder, or a partly pulled copy of the published cache",
             where=root,
             fix="pull into another folder (--cache ...)",
         )
 
 
 def _difference(there: Manifest, published: Manifest) -> str | None:
-    """Why a finished cache is not the published one, or its first views."""
+    """Why a finished cache is neither the published one nor its first views."""
     if there.facts.fingerprint != published.facts.fingerprint:
-        return f"fingerprint {there.facts.fingerprint[:16]}, published is {published.facts.fingerprint[:16]}"
+        return f"fingerprint {there.facts.fingerprint[:16]}, published: {published.facts.fingerprint[:16]}"
     if there.facts.backend != published.facts.backend:
-        return f"store {there.facts.backend}, published is {published.facts.backend}"
+        return f"store {there.facts.backend}, published: {published.facts.backend}"
     mine, theirs = there.facts.groups, published.facts.groups
     for group, (views, wanted) in enumerate(zip(mine, theirs, strict=False)):
         last = group == len(mine) - 1
         if views != wanted[: len(views)] or (len(views) < len(wanted) and not last):
-            return f"view groups {mine}, published are {theirs}"
+            return f"view groups {mine}, published: {theirs}"
         ours, others = ([row for row in one.units if row.group == group] for one in (there, published))
         if len(views) < len(wanted):
             ours, others = ([row._replace(sha256="") for row in rows] for rows in (ours, others))
         if ours != others:
-            return f"the same options, but other units in view group {group} (made or repaired by another job)"
+            return f"same options, but different units in view group {group} (made or repaired by another job)"
     return None
 
 
 @contextlib.contextmanager
 def staging_folder(root: Path) -> Iterator[Path]:
-    """The staging folder of a cache, locked for this process; the kernel releases the lock of a killed one.
+    """The staging folder of a cache, locked for this process. If the process is killed, the kernel releases the lock.
 
     Raises:
-        UserError: another process is pulling into the folder, or it cannot be written.
+        UserError: another process is pulling into the folder, or the folder is not writable.
     """
     staging = root / STAGING
     with disk_errors(root, 0):
@@ -111,7 +112,7 @@ def _locked(staging: Path) -> int:
         staging.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # the previous holder has just removed it
+        except FileNotFoundError:  # just removed by the previous holder of the lock
             continue
         try:
             lock(descriptor, staging, wait=False)
@@ -122,7 +123,7 @@ def _locked(staging: Path) -> int:
             raise UserError(
                 "another pull is writing to this folder",
                 where=staging.parent,
-                fix="wait until it is finished, or pull into another folder (--cache ...)",
+                fix="wait until it has finished, or pull into another folder (--cache ...)",
             ) from None
         except FileNotFoundError:
             pass
@@ -132,13 +133,13 @@ def _locked(staging: Path) -> int:
 def install(
     root: Path, facts: ManifestFacts, ranges: Sequence[Sequence[int]], whole: tuple[Manifest, bytes] | None
 ) -> Manifest:
-    """Move everything from the staging folder to its place, then write plan and manifest.
+    """Move everything from the staging folder into the cache, then write the plan and the manifest.
 
     Args:
         root: the cache's folder.
         facts: the facts of the cache.
         ranges: [start, stop] of every range of images.
-        whole: manifest and bytes of manifest.json as published, when all its views are wanted.
+        whole: the manifest and the bytes of manifest.json as published, if all views are requested.
     """
     staging = root / STAGING
     with disk_errors(root, 0):
@@ -159,7 +160,7 @@ def install(
     if whole is None:
         write_manifest(root, manifest)
     elif manifest.units != whole[0].units:
-        raise UserError("the pulled units are not those of the manifest", where=root, fix="rerun")
+        raise UserError("the pulled units do not match the manifest", where=root, fix="rerun")
     else:
         write_atomically(root / MANIFEST, whole[1])
     return read_manifest(root)

@@ -1,7 +1,7 @@
-"""The choice of the place from `--to`.
+"""Chooses the destination from `--to`.
 
 In: a URL or a folder. Out: a `Destination`.
-Invariant: nothing is read or written here; messages contain no password, token or query.
+Invariant: nothing is read or written here. Messages contain no password, token or query.
 """
 
 import re
@@ -17,19 +17,19 @@ HUB_SITE = re.compile(r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/datas
 
 
 def open_destination(to: str, *, private: bool = False, connections: int = 4) -> Destination:
-    """The place that `--to` names.
+    """The destination that `--to` names.
 
     Args:
         to: a URL or a folder.
-        private: whether a new repository of the hub is private.
+        private: whether a new hub repository is private.
         connections: number of parallel transfers.
 
     Raises:
-        UserError: an unknown kind of URL, an incomplete one, or one with a password.
+        UserError: the URL has an unknown scheme, is incomplete, or contains a password.
     """
     site = HUB_SITE.match(to)
     if site is not None:
-        raise UserError(f"set --to hf://datasets/{site[1]}: a web page is not a place for a cache")
+        raise UserError(f"--to is the address of a web page: write --to hf://datasets/{site[1]}")
     scheme, mark, _ = to.partition(":")
     if not mark or "/" in scheme or len(scheme) < 2:
         return _folder(to, connections)
@@ -37,13 +37,13 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
         return _folder(urlsplit(to).path, connections)
     if scheme.lower() not in KINDS:
         known = [f"{name}://" for name in KINDS]
-        raise unknown_name("kind of place", f"{scheme}://", known, f"--to {_shown(to)}; or a folder")
+        raise unknown_name("URL scheme", f"{scheme}://", known, f"--to {_shown(to)}; or a folder")
     scheme = scheme.lower()
     url = to[to.index(":") :].rstrip("/")
     authority, _, folder = url.removeprefix("://").partition("/")
     parts = folder.split("/")
     if not url.startswith("://") or not authority or not folder or "" in parts or ".." in parts or "." in parts:
-        raise UserError(f"--to {_shown(to)} is not a whole URL: write {KINDS[scheme]}")
+        raise UserError(f"--to {_shown(to)} is not a complete URL: write {KINDS[scheme]}")
     if "@" in authority:
         raise UserError(
             "--to contains a user name, a password or a token",
@@ -62,7 +62,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
 
 
 def _shown(to: str) -> str:
-    """The value of the option without passwords, also where it is not a whole URL."""
+    """The value of the option without passwords, even if it is not a complete URL."""
     return re.sub(r":(?!//)[^/]*@", ":***@", without_password(to))
 
 
@@ -73,6 +73,7 @@ def _folder(to: str, connections: int) -> Destination:
     if not root.absolute().parent.is_dir():
         hint = f"hf://{to}" if to.startswith("datasets/") else KINDS["hf"]
         raise UserError(
-            f"--to {to} is neither a URL nor in an existing folder: create {root.parent}, or write a URL such as {hint}"
+            f"--to {to} is neither a URL nor inside an existing folder: create {root.parent}, or use a URL such as "
+            f"{hint}"
         )
     return FolderPlace(root, connections)

@@ -1,8 +1,8 @@
-"""publication.json: what a place with a published cache holds besides the files that the manifest covers.
+"""publication.json: describes the files of a published cache that its manifest does not cover.
 
-In: facts of the publication, or the file. Out: its bytes, or a checked `Publication`.
-Invariant: file names stay inside the place; the checksum inside the file covers all of it. docs/FORMAT.md describes
-every field.
+In: facts of the publication, or the file. Out: the bytes of the file, or a checked `Publication`.
+Invariant: file names cannot point outside the publication. The checksum in the file covers its whole content.
+docs/FORMAT.md describes every field.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Whole, is_inside, unit_folder
 
 ORIGINAL, TARGETS = "original", "targets"
-"""Folders of a place without pixels: the cache's files except shards, and the shards without pixels."""
+"""Folders of a publication without pixels: the cache's files except shards, and the shards without pixels."""
 VERSION = 1
 PUBLICATION_BYTES = 1 << 26
 WHAT = "the description of a published cache"
@@ -42,7 +42,7 @@ class TargetsRow(NamedTuple):
     group: Whole
     range_id: Whole
     sha256: Sha256
-    """Of its unit.json."""
+    """Length and sha256 of its unit.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +52,19 @@ class Publication:
     publication_version: int
     fingerprint: Sha256
     pixels: Literal["stored", "shared", "replayed", "left out"]
-    """As in the cache; left out: shards are in `targets`, without pixels."""
+    """As in the cache; "left out": the shards are in `targets`, without pixels."""
     pixels_from: str
-    """Where the cache with the shared pixels is published; empty unless pixels are shared."""
+    """Where the cache that stores the shared pixels is published; empty unless pixels are shared."""
     licenses: Licenses
     files: dict[str, FileHash]
-    """The files of the cache that are not in units/, and README.md unless somebody has edited it, by their path in the
-    place."""
+    """The files of the cache outside units/, and README.md unless it was edited, by path relative to the
+    publication."""
     targets: Annotated[list[TargetsRow], Field(fail_fast=True)]
-    """Sorted by group and range; empty unless pixels are left out."""
+    """Units sorted by group and range; empty unless pixels are left out."""
 
     @property
     def cache_folder(self) -> str:
-        """The folder of the place with the files of the cache; empty: the place itself."""
+        """Subfolder with the files of the cache; empty if they are at the top level."""
         return ORIGINAL if self.pixels == "left out" else ""
 
 
@@ -76,21 +76,21 @@ def publication_text(publication: Publication) -> bytes:
 
 
 def read_publication(place: StoredPath) -> Publication:
-    """publication.json of a place, checked.
+    """Read and check the publication.json of a published cache.
 
     Raises:
-        UserError: it is missing, damaged, or of another version.
+        UserError: it is missing or damaged, or has an unsupported version.
     """
     path = place / PUBLICATION
     return parse_publication(read_file(path, WHAT, PUBLICATION_BYTES), path)
 
 
 def parse_publication(data: bytes, path: StoredPath | str) -> Publication:
-    """The publication in these bytes, which were read from `path`; UserError when damaged, or of another version."""
+    """Parse bytes that were read from `path`; UserError if they are damaged or have an unsupported version."""
     fields = parse_json(data, WHAT, path)
     if fields.get("publication_version") != VERSION:
         raise UserError(
-            "the publication has a version that this version of scalekd-cache does not read",
+            "this version of scalekd-cache cannot read this version of the publication format",
             got=repr(fields.get("publication_version"))[:100],
             expected=VERSION,
             where=path,
@@ -110,5 +110,5 @@ def parse_publication(data: bytes, path: StoredPath | str) -> Publication:
 
 
 def targets_folder(group: int, range_id: int) -> str:
-    """The folder of a unit's shards without pixels, relative to the place."""
+    """Folder of a unit's shards without pixels, relative to the publication."""
     return unit_folder(Path(TARGETS), group, range_id).as_posix()

@@ -1,9 +1,9 @@
 """Publishes a finished cache: to the model hub, to a bucket or to a folder.
 
-In: the folder of a cache and a place. Out: the cache there, whole or without pixels, with a data card.
-Invariant: plan.json is sent first, so that an unfinished publication names its cache; unit.json is the last file of its
-unit; the file that makes the place readable is the last of all. What is there already is not sent again. A place with
-another cache is never changed. docs/FORMAT.md describes the layout.
+In: the folder of a cache and a destination. Out: the published cache, complete or without pixels, with a data card.
+Invariant: plan.json is sent first, so that an unfinished publication identifies its cache. unit.json is the last
+file of its unit, and the file that makes the cache readable is sent last of all. Existing files are not sent again.
+A destination that holds another cache is never changed. docs/FORMAT.md describes the layout.
 """
 
 import contextlib
@@ -53,21 +53,21 @@ class _Job:
     manifest: Manifest
     place: Destination
     found: Mapping[str, Found]
-    """What was at the place before."""
+    """Files that existed at the destination before."""
     temp: Path
     without_pixels: bool
     targets: dict[tuple[int, int], FileHash] = field(default_factory=dict)
-    """unit.json of every unit without pixels."""
+    """unit.json of each unit without pixels."""
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Bytes of every published unit."""
+    """Bytes of each published unit."""
 
     @property
     def start(self) -> str:
-        """The folder of the place with the files of the cache."""
+        """Subfolder of the destination with the files of the cache."""
         return f"{ORIGINAL}/" if self.without_pixels else ""
 
     def is_there(self, row: UnitRow) -> bool:
-        """Whether a unit was published; then its bytes are known."""
+        """Whether a unit is already published; if so, its bytes are recorded."""
         folder, unit = unit_folder(self.root, *row[:2]), unit_folder(Path(), *row[:2]).as_posix()
         info, data = read_unit(folder)
         files = {f"{self.start}{unit}/{name}": fact for name, fact in self.kept(info).items()}
@@ -92,12 +92,12 @@ class _Job:
         return True
 
     def has_same_length(self, file: Sending) -> bool:
-        """Whether the place has a file of this length, and with its sha256 as far as the place reports one."""
+        """Whether the destination has a file of this length and, if it reports a sha256, with this sha256."""
         there = self.found.get(file.name)
         return there is not None and there.fits(file.fact)
 
     def has(self, name: str, data: bytes) -> bool:
-        """Whether the place has a file with these bytes."""
+        """Whether the destination has a file with these bytes."""
         there = self.found.get(name)
         same = False if there is None else there.same_as(data)
         return self.place.read(name) == data if same is None else same
@@ -109,7 +109,7 @@ class _Job:
 
     @contextlib.contextmanager
     def parcel(self, row: UnitRow) -> Iterator[list[Sending]]:
-        """The files of a unit, its sidecar last."""
+        """The files of a unit; its sidecar is the last one."""
         folder, unit = unit_folder(self.root, *row[:2]), unit_folder(Path(), *row[:2]).as_posix()
         info, _ = read_unit(folder)
         files: list[Sending] = []
@@ -130,13 +130,13 @@ class _Job:
             yield files
 
     def written(self, name: str, data: bytes) -> Sending:
-        """A small file of the publication, which does not exist in the cache."""
+        """A small file of the publication that does not exist in the cache."""
         path = self.temp / name.replace("/", "-")
         path.write_bytes(data)
         return Sending(name, path, FileHash(len(data), hashlib.sha256(data).hexdigest()))
 
     def root_files(self) -> list[Sending]:
-        """The files of the cache that are not in units, without the manifest; plan.json first."""
+        """The files of the cache outside units, except the manifest; plan.json is the first."""
         known = {**self.manifest.facts.teacher_files, **codec_files(self.manifest.facts.fingerprint_fields)}
         names = [PLAN, *known, *([CODEC_FILE] if is_there(self.root / CODEC_FILE) else [])]
         files = []
@@ -155,11 +155,13 @@ def publish(config: PublishConfig) -> dict[str, Any]:
         config: the options.
 
     Returns:
-        Where (`to`), `fingerprint`, `pixels`, `pixels_from`, number of `units` and of `units_sent`, `bytes` of the
-        publication and `bytes_sent` now, `local_paths` that manifest.json names, commands that use it (`next`).
+        The destination (`to`), `fingerprint`, `pixels`, `pixels_from`, the number of `units` and `units_sent`, total
+        `bytes` and `bytes_sent` by this call, the `local_paths` that manifest.json names, and commands that use the
+        publication (`next`).
 
     Raises:
-        UserError: the cache is not finished or damaged, the place holds something else, no permission, no network.
+        UserError: the cache is unfinished or damaged, the destination holds something else, or permission or network
+            access is missing.
     """
     root = Path(config.cache)
     place = open_destination(config.to, private=config.private, connections=config.connections)
@@ -168,7 +170,7 @@ def publish(config: PublishConfig) -> dict[str, Any]:
     pixels, pixels_from = pixels_of(config, manifest)
     found = place.listing()
     check_place(place, found, manifest, without_pixels=config.without_pixels)
-    # After an error, other threads may still write there.
+    # After an error, other threads may still be writing there.
     with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
         job = _Job(root, manifest, place, found, Path(temp), config.without_pixels)
         files = job.root_files()
@@ -204,13 +206,13 @@ def publish(config: PublishConfig) -> dict[str, Any]:
 
 
 def _send_units(job: "_Job", connections: int) -> list[tuple[int, int]]:
-    """Send the units that are not at the place; returns their (group, range)."""
+    """Send the missing units; returns their (group, range)."""
     rows = job.manifest.units
     with ThreadPoolExecutor(connections) as pool:
         missing = [row for row, there in zip(rows, pool.map(job.is_there, rows), strict=True) if not there]
     if len(missing) < len(rows):
         units = counted(len(rows), "unit")
-        print(f"{job.place.shown}: {len(rows) - len(missing)} of {units} are there already", flush=True)
+        print(f"{job.place.shown}: {len(rows) - len(missing)} of {units} already exist", flush=True)
     if missing:
         with progress("publish", len(missing), "unit") as bar:
 
@@ -237,12 +239,12 @@ def _last_files(job: "_Job", publication: Publication) -> list[Sending]:
 
 
 def _edited_card(job: "_Job") -> bool:
-    """Whether somebody has edited README.md since an earlier publication; it is kept."""
+    """Whether README.md was edited after an earlier publication; if so, it is kept."""
     old, card = (job.place.read(name) if name in job.found else None for name in (PUBLICATION, CARD))
     if old is None or card is None:
         return False
     written = parse_publication(old, f"{job.place.shown}/{PUBLICATION}").files.get(CARD)
     if written is not None and written.sha256 == hashlib.sha256(card).hexdigest():
         return False
-    print(f"{job.place.shown}/{CARD} was edited: it is kept (remove it there to get a new one)", flush=True)
+    print(f"{job.place.shown}/{CARD} was edited and is kept (to get a new one, delete it and rerun)", flush=True)
     return True

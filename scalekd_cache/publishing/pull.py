@@ -1,9 +1,10 @@
 """Pulls a published cache into a folder.
 
-In: a URL or folder with a finished cache. Out: the same cache in a local folder, or its first views.
-Invariant: every file is checked against its sha256 before it gets its name. Files arrive in a staging folder, and
-manifest.json is written last: a folder with a manifest is a whole cache. A pull that was killed resumes; a pull of a
-publication that has grown fetches only what is new. An existing cache is readable until the new one is complete.
+In: a URL or folder with a finished cache. Out: a local copy of the cache, or of its first views.
+Invariant: the sha256 of every file is checked before the file gets its final name. Files arrive in a staging folder
+and manifest.json is written last, so a folder with a manifest is a complete cache. A killed pull is resumed by a
+rerun. If the publication has grown, a pull fetches only the new parts. An existing cache stays readable until the
+new one is complete.
 """
 
 import contextlib
@@ -53,50 +54,52 @@ from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 SOURCE = "source"
 """Inside the staging folder: the manifest and the sidecars as published."""
 TEACHER_BYTES = 1 << 36
-"""Maximum size of a file of the teacher or of a codec, whose length is not known in advance."""
+"""Maximum size of a teacher or codec file, whose length is not known in advance."""
 
 
 class Wanted(NamedTuple):
-    """A unit that must be pulled."""
+    """A unit to pull."""
 
     row: UnitRow
     published: UnitInfo
     info: UnitInfo
-    """The unit with the wanted views. Where they are not all, `payload_bytes` is known once its shards have arrived."""
+    """The unit with the requested views. If these are not all its views, `payload_bytes` is known once the shards
+    have arrived."""
 
     def folder(self, root: P) -> P:
-        """Its folder in a cache."""
+        """Folder of the unit in a cache."""
         return unit_folder(root, self.info.group, self.info.range_id)
 
 
 class Bare(NamedTuple):
-    """Shards without pixels, and what makes their pixels."""
+    """Shards without pixels, and the object that regenerates their pixels."""
 
     targets: Path | RemotePath
     """The folder of the shards."""
     sidecars: dict[tuple[int, int], str] | None
-    """sha256 of their sidecars by (group, range); None: the shards are those of the cache, of which only parts are
-    fetched."""
+    """sha256 of their sidecars by (group, range). None: the published shards have pixels, and only their other parts
+    are fetched."""
     pixels: RemadePixels
 
 
 class PullResult(NamedTuple):
-    """What a pull has done."""
+    """The result of a pull."""
 
     manifest: Manifest
-    """Of the cache in the folder."""
+    """Manifest of the cache in the folder."""
     bytes: int
     """Bytes of the fetched files."""
     complete: bool
-    """Whether the cache had all wanted views before."""
+    """Whether the cache already had all requested views."""
 
 
 def pull_cache(config: PullConfig) -> PullResult:
-    """Pull a published cache; a rerun resumes, and does nothing when the folder has all wanted views.
+    """Pull a published cache. A rerun resumes an interrupted pull, and does nothing if the folder has all requested
+    views.
 
     Raises:
-        UserError: nothing is published there, it cannot be read or is damaged, the folder holds another cache, or the
-            disk is too small. The folder then holds the cache that it held before, or none.
+        UserError: no cache is published there, it is unreadable or damaged, the folder holds another cache, or the
+            disk is too small. A cache that was in the folder before is still there.
     """
     place, root = open_place(config.url, config.remote), Path(config.folder)
     source, left_out = _cache_files(place)
@@ -106,7 +109,7 @@ def pull_cache(config: PullConfig) -> PullResult:
     done = PullResult(there, 0, True) if there is not None else None
     if done is None or (root / STAGING).exists():
         with staging_folder(root) as staging:
-            there = finished_cache(root, published, facts)  # another pull may just have finished it
+            there = finished_cache(root, published, facts)  # another pull may have just finished it
             if there is None:
                 bare = _without_pixels(config, place, left_out, facts)
                 with _unchanged(source, data):
@@ -118,20 +121,20 @@ def pull_cache(config: PullConfig) -> PullResult:
 
 
 def _cache_files(place: Path | RemotePath) -> tuple[Path | RemotePath, Publication | None]:
-    """Where the files of the cache are, and the description of a publication without pixels."""
+    """The location of the cache's files, and the description of a publication without pixels."""
     if is_there(place / MANIFEST):
         return place, None
     if is_there(place / PUBLICATION):
         publication = read_publication(place)
         if publication.targets:
             return place / ORIGINAL, publication
-    raise UserError("there is no published cache at this place (no manifest.json)", where=place, fix="check the URL")
+    raise UserError("no published cache found (no manifest.json)", where=place, fix="check the URL")
 
 
 def _without_pixels(
     config: PullConfig, place: Path | RemotePath, left_out: Publication | None, facts: ManifestFacts
 ) -> Bare | None:
-    """What replaces the pixels, if they are not transferred; UserError without the images."""
+    """How pixels are regenerated if they are not transferred; UserError if the images are not given."""
     stored = facts.view_recipe.get("pixels") == "baked" and not facts.pixels_from
     if not stored or (left_out is None and not config.without_pixels):
         return None
@@ -143,7 +146,7 @@ def _without_pixels(
 
 @contextlib.contextmanager
 def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
-    """Turn an error into a clearer one if the publication has changed in the meantime."""
+    """Replace an error by a clearer one if the publication has changed in the meantime."""
     try:
         yield
     except UserError as error:
@@ -153,9 +156,9 @@ def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
         if now == data:
             raise
         raise UserError(
-            "the publication has changed since this pull began",
+            "the publication has changed since this pull started",
             where=source,
-            fix="rerun: files that are still part of it are kept",
+            fix="rerun: files that are unchanged are kept",
         ) from error
 
 
@@ -168,7 +171,7 @@ def _pull(
     staging: Path,
     bare: Bare | None,
 ) -> tuple[Manifest, int]:
-    """Fetch what is missing, then install it; returns the manifest and the bytes of the fetched files."""
+    """Fetch the missing files and install them; returns the manifest and the bytes of the fetched files."""
     root = staging.parent
     with disk_errors(root, len(data)):
         _keep_manifest(staging, published, data)
@@ -208,11 +211,11 @@ def _pull(
 
 
 def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
-    """Keep the manifest for a resumed pull; UserError when the folder has parts of another cache."""
+    """Keep the manifest for resuming the pull; UserError if the folder has parts of another cache."""
     place = staging / SOURCE / MANIFEST
     if place.exists() and (kept := read_manifest(place.parent).facts.fingerprint) != published.facts.fingerprint:
         raise UserError(
-            "the folder has parts of another cache, from a pull that was interrupted",
+            "the folder contains an interrupted pull of another cache",
             got=f"fingerprint {kept[:16]}",
             expected=f"fingerprint {published.facts.fingerprint[:16]}",
             where=staging.parent,
@@ -223,7 +226,7 @@ def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
 
 
 def _in_place(root: Path, row: UnitRow, facts: ManifestFacts) -> bool:
-    """Whether the cache has this unit, as published, with files of full length."""
+    """Whether the cache has this unit as published, with all files at full length."""
     folder = unit_folder(root, row.group, row.range_id)
     if not (folder / "unit.json").is_file() or hash_file(folder / "unit.json").sha256 != row.sha256:
         return False
@@ -232,7 +235,8 @@ def _in_place(root: Path, row: UnitRow, facts: ManifestFacts) -> bool:
 
 
 def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
-    """Whether the cache has the wanted views of this unit, which are not all, with files of full length."""
+    """Whether the cache has exactly the requested views of this unit (not all its views), with all files at full
+    length."""
     folder = unit.folder(root)
     if unit.info == unit.published or not (folder / "unit.json").is_file():
         return False
@@ -244,7 +248,8 @@ def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
 
 
 def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[UnitRow], threads: int) -> None:
-    """Fetch sidecars. What has arrived of a unit whose sidecar is another one now is removed."""
+    """Fetch sidecars. If the sidecar of a unit has changed, the files of that unit that have already arrived are
+    removed."""
     tasks = []
     for row in rows:
         place = unit_folder(staging / SOURCE, row.group, row.range_id) / "unit.json"
@@ -256,7 +261,7 @@ def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[Uni
 
 
 def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:
-    """Run tasks with a progress bar; returns the bytes that they have fetched."""
+    """Run tasks with a progress bar; returns the bytes fetched."""
     if not tasks:
         return 0
     received, bar = 0, progress("pull", len(tasks), unit)
@@ -275,12 +280,12 @@ def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:
 
 
 def _is_file(path: Path, pin: Pin) -> bool:
-    """Whether this file is there."""
+    """Whether this file exists."""
     return path.is_file() and pin.bytes in (None, path.stat().st_size) and hash_file(path).sha256 == pin.sha256
 
 
 def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> Iterator[Transfer]:
-    """The files of teacher and codecs that have not arrived yet."""
+    """The files of the teacher and the codecs that have not arrived yet."""
     for name, digest in {**facts.teacher_files, **codec_files(facts.fingerprint_fields)}.items():
         if any(_is_file(folder / name, Pin(digest, None)) for folder in (staging, staging.parent)):
             continue
@@ -311,7 +316,7 @@ def _fetch_bare_sidecars(bare: Bare, staging: Path, rows: Sequence[UnitRow], thr
 
 
 def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Wanted) -> Iterator[Transfer]:
-    """The files that have not arrived yet of a unit without pixels: its lists and its shards without pixels."""
+    """Files of a unit without pixels that have not arrived yet: its lists and its shards without pixels."""
     missing = list(_missing_files(source, staging, unit))
     if not missing:
         return
@@ -324,12 +329,12 @@ def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Want
 
 
 def _old_place(staging: Path, transfer: Transfer) -> Path:
-    """Where the cache has this file, after a pull of fewer views."""
+    """Path of this file in the cache after a pull of fewer views."""
     return staging.parent / transfer.target.relative_to(staging)
 
 
 def _keep_or_fetch(staging: Path, transfer: Transfer, check_stop: Callable[[], None]) -> int:
-    """Link a file that the cache has already; otherwise fetch it."""
+    """Hard-link a file that the cache already has; otherwise fetch it."""
     old = _old_place(staging, transfer)
     if not _is_file(old, transfer.pin):
         return fetch_file(transfer, check_stop)
@@ -343,32 +348,32 @@ def _keep_or_fetch(staging: Path, transfer: Transfer, check_stop: Callable[[], N
 
 
 def _check_space(root: Path, needed: int) -> None:
-    """UserError if the missing files do not fit on the disk."""
+    """Raise `UserError` if the missing files do not fit on the disk."""
     free = free_bytes(root)
     if needed > free:
         raise UserError(
             "the disk is too small for the cache",
             got=f"{size_text(free)} free",
-            expected=f"{size_text(needed)} for the files that are missing",
+            expected=f"{size_text(needed)} for the missing files",
             where=root,
-            fix="free space, use another disk (--cache ...), or pull the first views only (--views 0-1)",
+            fix="free space, use another disk (--cache ...), or pull only the first views (--views 0-1)",
         )
 
 
 def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> None:
-    """Fetch codec.json, which only stage 1 needs, where it is published: caches without a fitted codec have none."""
+    """Fetch codec.json if it is published. Only stage 1 needs it, and caches without a fitted codec have none."""
     try:
         if not is_there(source / CODEC_FILE):
             return
-    except RemoteDeniedError:  # some servers answer this for a missing file
+    except RemoteDeniedError:  # some servers return this for a missing file
         return
     write_atomically(staging / CODEC_FILE, read_file(source / CODEC_FILE, "the record of the codec choice", JSON_BYTES))
     if read_codec_choice(staging).codec != facts.codec:
-        raise damaged("codec.json names another codec than the cache", CODEC_FILE, "the cache's codec", source)
+        raise damaged("codec.json names a different codec than the cache", CODEC_FILE, "the cache's codec", source)
 
 
 def _finish(staging: Path, unit: Wanted) -> None:
-    """Write the sidecar of a unit whose files have arrived, and flush its folders."""
+    """Write the sidecar of a unit whose files have all arrived, and flush its folders."""
     folder = unit.folder(staging)
     for part in folder.rglob(f"*{PART}"):
         part.unlink()

@@ -1,8 +1,8 @@
-"""Fetches the parts of a shard that are not pixels, for a pull without pixels of a publication that has them.
+"""Fetches everything in a shard except pixels, for `pull --without-pixels` from a publication that has pixels.
 
-In: a unit's folder (local or remote) and its sidecar. Out: the shard's files in a local folder, without their pixels:
-zarr without the chunks of `pixels`; a tar with holes in the place of the pixels. Invariant: index and arrays are
-verified by sha256; what is read from a tar is verified once its unit is whole again (`remake_pixels.py`).
+In: a unit's folder (local or remote) and its sidecar. Out: the shard's files in a local folder, without their
+pixels: zarr without the chunks of `pixels`; a tar with holes instead of pixels. Invariant: the index and arrays are
+verified by sha256. Data read from a tar is verified once its unit is complete again (`remake_pixels.py`).
 """
 
 import os
@@ -22,12 +22,12 @@ from scalekd_cache.store.sidecar import UnitInfo
 
 PIXELS = ".zarr/pixels/c/"
 BATCH = 64
-"""Ranges in one call."""
+"""Ranges per request."""
 Span = tuple[int, int]
 
 
 def other_files(source: Path | RemotePath, target: Path, info: UnitInfo) -> Iterator[Transfer]:
-    """The files of a unit's zarr shards that have not arrived yet, without those of the pixels."""
+    """The files of a unit's zarr shards that have not arrived yet, except the pixel files."""
     for name, fact in info.files.items():
         place = target / name
         there = place.is_file() and place.stat().st_size == fact.bytes
@@ -36,7 +36,7 @@ def other_files(source: Path | RemotePath, target: Path, info: UnitInfo) -> Iter
 
 
 def tar_tasks(source: Path | RemotePath, target: Path, info: UnitInfo) -> Iterator[Callable[[Callable[[], None]], int]]:
-    """Fetch the tars of a unit, without their pixels, that have not arrived yet."""
+    """Fetch the tars of a unit that have not arrived yet, without their pixels."""
     for view in info.views:
         name = f"v{view:04d}.tar"
         if name in info.files and not (target / name).is_file():
@@ -56,7 +56,9 @@ def _fetch_tar(
         file.truncate(size)
         for at in range(0, len(spans), BATCH):
             check_stop()
-            batch = spans[at : at + BATCH] if at else spans[:1]  # one range first: not every server has ranges
+            batch = (
+                spans[at : at + BATCH] if at else spans[:1]
+            )  # one range first: not every server supports range requests
             batches = [batch] if at else [batch, spans[1:BATCH]]
             for some in filter(None, batches):
                 for (start, _), data in zip(some, _read(source / f"{stem}.tar", some), strict=True):
@@ -68,7 +70,7 @@ def _fetch_tar(
 
 
 def _spans(rows: Any) -> list[Span]:
-    """Start and end of everything in a tar between the pixels."""
+    """Start and end of each stretch of a tar that is not pixels."""
     spans: list[Span] = []
     start = end = 0
     for at, (json_at, _, features_at, json_bytes, pixels_bytes, features_bytes, _) in enumerate(rows.tolist()):

@@ -1,8 +1,9 @@
-"""Makes the pixels of a unit again, for a cache whose pixels were not transferred.
+"""Regenerates the pixels of a unit, for a cache whose pixels were not transferred.
 
-In: shards without pixels, the sidecar of the original unit, the images. Out: the original unit.
-Invariant: a view is replayed from its record and encoded as the view recipe says; image file, decoded pixels and every
-file of the unit must have the digests of the original, so the result is the original, bit for bit, or an error.
+In: shards without pixels, the sidecar of the original unit, and the images. Out: the original unit.
+Invariant: a view is replayed from its record and encoded according to the view recipe. The image file, the decoded
+pixels and every file of the unit must have the digests of the original. The result is therefore bit-identical to the
+original, or an error is raised.
 """
 
 import shutil
@@ -32,28 +33,28 @@ from scalekd_cache.views.pixels import decode_pixels, encode_pixels
 from scalekd_cache.views.view import apply_view
 
 REMADE = "remade"
-"""Inside the staging folder: the unit that is being made."""
+"""Inside the staging folder: the unit being written."""
 BATCH_RECORDS, MAX_PREFETCH = 32, 32
 
 
 class ImageViews(NamedTuple):
-    """The views of one image that are to be made."""
+    """The views of one image to regenerate."""
 
     records: list[Record]
-    """One a view, without features."""
+    """One record per view, without features."""
     image: str
-    """Digest of the image file; empty where it is not known."""
+    """Digest of the image file; empty if unknown."""
 
 
 def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source:
-    """The images that the pixels are made from; UserError when they are not given or cannot be opened."""
+    """The images that the pixels are regenerated from; UserError if they are not given or cannot be opened."""
     if data is None:
         raise UserError(
-            "the pixels are not transferred: the images that the cache was made from are needed",
+            "this pull does not transfer pixels and needs the images that the cache was made from",
             got="no --data",
-            expected=f"the images of data set {facts.data.get('source')}, {facts.data['samples']:,} for training",
+            expected=f"the training images of data set {facts.data.get('source')} ({facts.data['samples']:,})",
             where=where,
-            fix="add --without-pixels --data PLACE: a folder, tars, parquet files or a name such as demo",
+            fix="add --without-pixels --data DATA, where DATA is a folder, tars, parquet files or a name such as demo",
         )
     return open_cache_source(facts.data, data, "train")
 
@@ -66,32 +67,33 @@ class RemadePixels(Dataset[list[bytes]]):
         self.index = {sample.key: at for at, sample in enumerate(source.samples)}
 
     def check_keys(self, keys: Sequence[str]) -> None:
-        """UserError when images are missing."""
+        """Raise `UserError` if images are missing."""
         missing = [key for key in keys if key not in self.index]
         if missing:
             raise UserError(
                 "an image that the cache was made from is missing",
                 got=f"no image {missing[0]}" + (f", and {len(missing) - 1:,} more" if missing[1:] else ""),
                 where=f"--data {self.source.name}",
-                fix="give the whole data set, with the same file names, then rerun: what has arrived is kept",
+                fix="set --data to the complete data set with the original file names, then rerun: files that have "
+                "arrived are kept",
             )
 
     def __getitem__(self, wanted: ImageViews) -> list[bytes]:
         key = wanted.records[0].key
         data = self.source.read(self.index[key])
         if wanted.image and image_digest(data) != wanted.image:
-            raise self._differs(key, "another file", f"digest {image_digest(data)}", wanted.image)
+            raise self._differs(key, "the file differs", f"digest {image_digest(data)}", wanted.image)
         try:
             image = decode_image(data, key)
         except UnreadableImage as error:
-            raise self._differs(key, "an image that cannot be decoded", error.reason, "the image") from error
+            raise self._differs(key, "it cannot be decoded", error.reason, "the image") from error
         return [self._view(record, image) for record in wanted.records]
 
     def _view(self, record: Record, image: Any) -> bytes:
         encoded = encode_pixels(apply_view(record_view(record), image, self.views), self.views)
         wrong = wrong_digest(record, decode_pixels(encoded, self.views.size))
         if wrong is not None:
-            raise self._differs(record.key, "other pixels", f"digest {wrong}", record.digest)
+            raise self._differs(record.key, "its pixels differ", f"digest {wrong}", record.digest)
         return encoded
 
     def _differs(self, key: str, what: str, got: str, expected: str) -> UserError:
@@ -100,13 +102,13 @@ class RemadePixels(Dataset[list[bytes]]):
             got=got,
             expected=expected,
             where=f"--data {self.source.name}",
-            fix="restore the image, then rerun: what has arrived is kept. If all images differ, the libraries do: "
-            f"the cache was made with Pillow {self.pillow}",
+            fix="restore the image, then rerun: files that have arrived are kept. If every image differs, check the "
+            f"library versions: the cache was made with Pillow {self.pillow}",
         )
 
 
 def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
-    """What makes the pixels of a cache."""
+    """The object that regenerates the pixels of a cache."""
     views = ViewConfig(**from_plain(facts.view_recipe))
     return RemadePixels(source, views, facts.versions.get("pillow", "of an unknown version"))
 
@@ -114,18 +116,18 @@ def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
 def remake_unit(
     staging: Path, info: UnitInfo, bare: Path, pixels: RemadePixels, workers: int, *, partial: bool
 ) -> None:
-    """Write the files of a unit in the staging folder.
+    """Write the files of a unit to the staging folder.
 
     Args:
         staging: the staging folder, which has the unit's keys.txt and images.txt.
-        info: the sidecar of the unit, with the wanted views.
+        info: the sidecar of the unit with the requested views.
         bare: the folder of its shards without pixels.
-        pixels: makes the pixels.
+        pixels: regenerates the pixels.
         workers: worker processes.
-        partial: the shards are those of the cache, with holes in the place of the pixels.
+        partial: the shards come from the published cache, with holes instead of pixels.
 
     Raises:
-        UserError: an image is missing or differs, or a file is not the original one.
+        UserError: an image is missing or differs, or a file differs from the original.
     """
     folder = unit_folder(staging, info.group, info.range_id)
     keys, images = read_keys(folder, info), read_images(folder, info)
@@ -158,7 +160,7 @@ def remake_unit(
 
 
 def _rows(readers: Sequence[ShardReader], count: int, partial: bool) -> Iterator[tuple[Record, ...]]:
-    """The records of each row, one a view."""
+    """The records of each row, one per view."""
     for start in range(0, count, BATCH_RECORDS):
         rows = np.arange(start, min(start + BATCH_RECORDS, count))
         found = (reader.read_without_pixels(rows) if partial else reader.read(rows) for reader in readers)
@@ -166,14 +168,14 @@ def _rows(readers: Sequence[ShardReader], count: int, partial: bool) -> Iterator
 
 
 def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: Path) -> None:
-    """UserError unless the files have the digests of the original ones."""
+    """Raise `UserError` unless the files have the digests of the original files."""
     wrong = [name for name, fact in info.files.items() if made.get(name) != fact]
     if wrong or made.keys() != info.files.keys():
         raise UserError(
-            "the unit made from the images is not the original one, though all pixels are equal",
-            got=f"other bytes of {', '.join(wrong[:3]) or 'other files'}",
-            expected="the files of its sidecar",
+            "the regenerated unit differs from the original, although all pixels are equal",
+            got=f"different bytes in {', '.join(wrong[:3]) or 'other files'}",
+            expected="the files listed in its sidecar",
             where=bare,
-            fix="the records without pixels are of another cache, or the image encoder differs: the cache was made "
-            f"with Pillow {pillow}",
+            fix="either the records without pixels belong to another cache, or the image encoder differs: the cache "
+            f"was made with Pillow {pillow}",
         )

@@ -1,7 +1,7 @@
 """Publishes to a bucket (s3, gs) through fsspec.
 
-In: files. Out: objects of a bucket. Invariant: an object appears when it is complete; the last file of a unit is sent
-after the others.
+In: files. Out: objects in a bucket. Invariant: an object becomes visible only when complete. The last file of a unit
+is sent after the others.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ from scalekd_cache.store.remote.url_transfer import RemoteNotFoundError, sizes_b
 
 
 class BucketPlace:
-    """A folder of a bucket."""
+    """A folder in a bucket."""
 
     def __init__(self, url: str, connections: int) -> None:
         self.url, self.connections = url, connections
@@ -27,18 +27,18 @@ class BucketPlace:
         return without_password(self.url)
 
     def listing(self) -> dict[str, Found]:
-        """The objects there."""
+        """The existing objects."""
         return {name: Found(size) for name, size in sizes_below(self.url, self._remote).items()}
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small object; None when there is none."""
+        """All bytes of a small object; None if it does not exist."""
         try:
             return (open_place(self.url, self._remote) / name).read_bytes()
         except RemoteNotFoundError:
             return None
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units in parallel, the files of a unit one after the other."""
+        """Send units in parallel, the files of a unit one after another."""
         tasks: list[Task] = [partial(send_unit, self, parcel) for parcel in parcels]
         run_in_parallel(tasks, self.connections, done)
 

@@ -1,7 +1,7 @@
 """Publishes to a folder, such as a network mount.
 
-In: files. Out: their copies. Invariant: a copy is flushed and read back before it gets its name by a rename; a unit
-gets its name as a whole, so a unit under its final name is complete.
+In: files. Out: their copies. Invariant: a copy is flushed and read back before it is renamed to its final name. A
+unit is renamed as a whole, so a unit under its final name is complete.
 """
 
 import os
@@ -35,7 +35,7 @@ class FolderPlace:
         return str(self.root)
 
     def listing(self) -> dict[str, Found]:
-        """The files there, without temporary ones."""
+        """The existing files, without temporary ones."""
         found = {}
         for folder, folders, names in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".tmp-")]
@@ -46,7 +46,7 @@ class FolderPlace:
         return found
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small file; None when there is none."""
+        """All bytes of a small file; None if it does not exist."""
         path = self.root / name
         return read_file(path, name, JSON_BYTES) if is_there(path) else None
 
@@ -56,7 +56,7 @@ class FolderPlace:
         run_in_parallel(tasks, self.connections, done)
 
     def send(self, files: Sequence[Sending]) -> None:
-        """Copy files in this order; those of a unit together."""
+        """Copy files in this order; the files of a unit together."""
         with disk_errors(self.root, sum(file.fact.bytes for file in files)):
             for unit, members in groupby(files, key=lambda file: file.unit):
                 if unit:
@@ -89,7 +89,7 @@ class FolderPlace:
                 _copy(file, temp / name)
             for folder in parent_folders(temp, names):
                 fsync_path(folder)
-            if target.exists():  # incomplete or damaged, else it would not be sent
+            if target.exists():  # incomplete or damaged; otherwise it would not be sent
                 target.rename(old)
             temp.rename(target)
         finally:
@@ -99,11 +99,11 @@ class FolderPlace:
 
 
 def _copy(file: Sending, target: Path) -> None:
-    """Copy a file, flush it and compare the copy with what is expected."""
+    """Copy a file, flush it, and compare the copy with the expected length and sha256."""
     shutil.copyfile(file.path, target)
     fsync_path(target)
     try:
         check_file(file._replace(path=target))
     except Exception:
-        check_file(file)  # if the source is damaged, name that one
+        check_file(file)  # if the source is damaged, the error names the source
         raise

@@ -1,7 +1,7 @@
-"""Publishes to a data set repository of the model hub through huggingface_hub.
+"""Publishes to a data set repository on the model hub through huggingface_hub.
 
-In: files. Out: commits. Invariant: the files of a unit are in one commit, and the files that make the place a cache are
-in the last one.
+In: files. Out: commits. Invariant: the files of a unit are in one commit, and the files that make the cache readable
+are in the last commit.
 """
 
 import contextlib
@@ -20,22 +20,22 @@ from scalekd_cache.publishing.destination import KINDS, Found, Parcel, Sending, 
 from scalekd_cache.store.checked_files import JSON_BYTES, read_file
 
 COMMIT_BYTES, COMMIT_FILES = 4_000_000_000, 500
-"""A commit is sent when it holds this much. Its temporary files need as much space."""
-RESUME = "rerun: files that are there are not sent again"
+"""A commit is sent once it reaches this size. Its temporary files need the same amount of disk space."""
+RESUME = "rerun: files that have arrived are not sent again"
 
 
 def hub_repository(url: str) -> tuple[str, str]:
-    """The repository USER/NAME and the folder in it (empty: the repository itself) of a URL.
+    """Split a URL into the repository USER/NAME and the folder in it (empty: the top level).
 
     Raises:
-        UserError: not a data set repository.
+        UserError: the URL is not a data set repository.
     """
     kind, *parts = url.removeprefix("hf://").split("/")
     if kind != "datasets" or len(parts) < 2:
         kinds = ("datasets", "models", "spaces")
         hint = "/".join(parts[:2] if kind in kinds else [kind, *parts[:1]])
         example = f"hf://datasets/{hint}" if hint.count("/") == 1 else KINDS["hf"]
-        raise UserError(f"--to {url} is not a data set repository of the hub: write {example}")
+        raise UserError(f"--to {url} is not a data set repository on the hub: write {example}")
     return "/".join(parts[:2]), "/".join(parts[2:])
 
 
@@ -53,11 +53,11 @@ class HubPlace:
         return "/".join(filter(None, ("hf://datasets", self.repo, self.folder)))
 
     def listing(self) -> dict[str, Found]:
-        """The files there."""
+        """The existing files."""
         found = {}
         if not constants.is_offline_mode() and not hub_answers():  # huggingface_hub retries for a minute
             raise UserError(
-                "cannot reach the model hub", where=self._api.endpoint, fix="connect to a network, then rerun"
+                "cannot reach the model hub", where=self._api.endpoint, fix="check the network connection, then rerun"
             )
         with self._errors(), contextlib.suppress(RepositoryNotFoundError, EntryNotFoundError):
             entries = self._api.list_repo_tree(
@@ -71,7 +71,7 @@ class HubPlace:
         return found
 
     def read(self, name: str) -> bytes | None:
-        """All bytes of a small file; None when there is none."""
+        """All bytes of a small file; None if it does not exist."""
         path = "/".join(filter(None, (self.folder, name)))
         with self._errors(), tempfile.TemporaryDirectory(prefix="scalekd-publish-") as folder:
             try:
@@ -85,7 +85,7 @@ class HubPlace:
         raise AssertionError
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units, several in each commit; the files of a commit in parallel."""
+        """Send units, several per commit; the files of a commit are sent in parallel."""
         sent, count = 0, len(parcels)
         while sent < count:
             with contextlib.ExitStack() as made:
@@ -129,7 +129,7 @@ class HubPlace:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """A context without the progress bars of huggingface_hub, one for each file: there is one bar for all."""
+    """A context that disables huggingface_hub's progress bar per file, because one bar shows the whole transfer."""
     before = are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -1,7 +1,7 @@
-"""Fetches many files in parallel, each verified before it gets its name.
+"""Fetches many files in parallel and verifies each one before it gets its final name.
 
-In: files of a cache (local or remote) with the expected length and sha256, and where each of them goes.
-Out: the files. Invariant: a file under its final name was complete, verified and flushed to disk. A killed process
+In: files of a cache (local or remote) with expected length and sha256, and their target paths.
+Out: the files. Invariant: a file under its final name is complete, verified and flushed to disk. A killed process
 leaves only `.part` files, which the next transfer of the same file replaces.
 """
 
@@ -15,18 +15,18 @@ from scalekd_cache.store.durable_files import fsync_path
 from scalekd_cache.store.remote.remote_path import Pin, RemotePath, fetch
 
 PART = ".part"
-"""Suffix of a file that is being written."""
+"""Suffix of files being written."""
 Task = Callable[[Callable[[], None]], int]
-"""Something to do in a thread: it gets a function that raises `Stopped` once another task has failed, and returns the
-bytes that it has transferred."""
+"""A task for a thread. Its argument is a function that raises `Stopped` once another task has failed; it returns the
+bytes transferred."""
 THREAD = "transfer"
-"""Start of the names of the threads; those of a transfer that failed may still end a request."""
+"""Prefix of the thread names. Threads of a failed transfer may still be finishing a request."""
 WAITING = 4
-"""Tasks per thread that are submitted ahead."""
+"""Tasks submitted ahead, per thread."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
-    """The transfer was stopped because another one failed."""
+    """The transfer was stopped because another transfer failed."""
 
 
 class Transfer(NamedTuple):
@@ -36,7 +36,7 @@ class Transfer(NamedTuple):
     target: Path
     pin: Pin
     limit_bytes: int
-    """Maximum size where the length is not known."""
+    """Maximum size if the length is not known."""
 
 
 def fetch_file(transfer: Transfer, check_stop: Callable[[], None]) -> int:
@@ -51,12 +51,12 @@ def fetch_file(transfer: Transfer, check_stop: Callable[[], None]) -> int:
 
 
 def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], None]) -> None:
-    """Run tasks in threads; the first error stops all.
+    """Run tasks in threads; the first error stops them all.
 
     Args:
-        tasks: what to do.
-        threads: tasks that run at the same time.
-        done: called in this thread with the bytes of each finished task.
+        tasks: the tasks.
+        threads: number of tasks that run at the same time.
+        done: called in the calling thread with the bytes of each finished task.
     """
     stop = threading.Event()
 
@@ -75,7 +75,7 @@ def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], N
                     done(future.result())
     except BaseException:
         stop.set()
-        # Not waiting: a server that sends nothing would delay the message until its timeout.
+        # No wait: a server that has stopped sending would delay the error message until its timeout.
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()

@@ -1,8 +1,8 @@
-"""The shards of a unit without their pixels.
+"""Writes the shards of a unit without pixels.
 
-In: a unit of a cache that stores pixels. Out: a unit of tars with the same records, their pixels empty.
-Invariant: every record was verified by its checksum when it was read; equal units give equal bytes, so that a resumed
-publication can go on.
+In: a unit of a cache that stores pixels. Out: a unit of tars with the same records and empty pixels.
+Invariant: the checksum of every record is verified when it is read. Equal units give equal bytes, so that an
+interrupted publication can be resumed.
 """
 
 from pathlib import Path
@@ -15,24 +15,24 @@ from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 BARE_BACKEND = "webdataset"
-"""The store of shards without pixels, whatever that of the cache."""
+"""The storage format of shards without pixels, whatever format the cache uses."""
 BATCH_RECORDS = 64
 
 
 def write_without_pixels(root: Path, manifest: Manifest, row: UnitRow, folder: Path) -> UnitInfo:
-    """Write the unit below `folder`, where `unit_folder` names it.
+    """Write the unit under `folder`, at the path that `unit_folder` gives.
 
     Args:
         root: the cache.
         manifest: its manifest.
         row: the unit.
-        folder: where the unit is written.
+        folder: output folder.
 
     Returns:
         The sidecar of the new unit.
 
     Raises:
-        UserError: a damaged record, or a full disk.
+        UserError: a record is damaged, or the disk is full.
     """
     info, _ = read_unit(unit_folder(root, row.group, row.range_id))
     with UnitWriter.of_unit(folder, info, BARE_BACKEND) as writer:

@@ -38,7 +38,7 @@ def test_stage_one_without_a_classifier(tmp_path, capsys, backend):
         student=StudentConfig(name="resnet18"), train=TrainConfig(global_batch_size=2, micro_batch_size=2)
     )
     manifest = cache_teacher(config(tmp_path / "cache", backend), PROCESS, student)
-    assert capsys.readouterr().out.count("features only, without a logit loss") == 1
+    assert capsys.readouterr().out.count("only features are cached, and there is no logit loss") == 1
     assert manifest.facts.teacher["spec"]["has_classifier"] is False
     assert manifest.facts.teacher["spec"]["num_classes"] == manifest.facts.logit_codec["num_classes"] == 0
     assert manifest.facts.teacher["top1"] is None

@@ -104,7 +104,7 @@ def test_an_output_that_is_not_finite_names_the_image(tmp_path, monkeypatch, par
         return TeacherOutput(*output)
 
     monkeypatch.setattr(Teacher, "forward", broken)
-    with pytest.raises(UserError, match="not finite") as error, torch.no_grad():
+    with pytest.raises(UserError, match="contains NaN or Inf") as error, torch.no_grad():
         make_units(job.stage, job.units, iter([1]), 0, lambda unit: None)
     key = job.stage.source.samples[32 + 5].key
     assert f"1 image, the first is {key}" in str(error.value)

@@ -291,14 +291,14 @@ def test_make_trains_from_all_caches_and_makes_missing_ones():
 def test_refused_before_anything_is_written(tmp_path, data):
     copy, root = tmp_path / "copy.safetensors", tmp_path / "new"
     shutil.copyfile(shared_weights(), copy)
-    with pytest.raises(UserError, match="two of the teachers are the same"):
+    with pytest.raises(UserError, match="two of the teachers have identical weights"):
         together(root, data, teachers=f"{FIRST},{FIRST}", weights=f"{shared_weights()},{copy}")
     with pytest.raises(UserError, match=f"no timm model {SECOND}s|{SECOND}s"):
         together(root, data, teachers=f"{FIRST},{SECOND}s")
     assert not root.exists()
     (root / FIRST).mkdir(parents=True)
     (root / "plan.json").touch()
-    with pytest.raises(UserError, match=r"this one is a cache itself(.|\n)*--pixels-from"):
+    with pytest.raises(UserError, match=r"this folder is a cache(.|\n)*--pixels-from"):
         together(root, data)
     (root / "plan.json").unlink()
     write(root / SECOND, b"")
@@ -309,7 +309,7 @@ def test_refused_before_anything_is_written(tmp_path, data):
 @pytest.mark.ci_slow
 def test_another_order_of_the_teachers_is_explained(tmp_path, data):
     together(tmp_path / "new", data, views=1)
-    with pytest.raises(UserError, match="keep their order"):
+    with pytest.raises(UserError, match="their order must not change"):
         together(tmp_path / "new", data, views=1, teachers=f"{SECOND},{FIRST}", weights=f",{shared_weights()}")
 
 

@@ -75,7 +75,7 @@ def test_growth_waits_for_an_image_that_cannot_be_decoded(tmp_path, data, backen
             match=f"cannot decode images that the first view group contains(.|\n)*g001-r0000.: {BAD}: .*(.|\n)*restore",
         ) as error:
             make(root, data, 2, backend)
-    assert "remove the units that hold its image (units/g000-r0000" in str(error.value)
+    assert "delete the units that hold its image (units/g000-r0000" in str(error.value)
     assert read_manifest(root).num_views == 1  # the previous cache can be used for training
     assert verify_cache(root, deep=True) == []
     assert len(list((root / "units").glob("g001-*"))) == 3

@@ -37,7 +37,7 @@ def test_header_and_facts(manifest):
     assert header["size_categories"] == ["n<1K"]
     assert header["task_categories"] == ["image-classification"]
     assert {"scalekd-cache", "knowledge-distillation", "webdataset"} <= set(header["tags"])
-    for fact in ("`cc-by-4.0`", "`apache-2.0`", "5.00 MB in all", manifest.facts.fingerprint, "`int8`", "1" * 64,
+    for fact in ("`cc-by-4.0`", "`apache-2.0`", "5.00 MB in total", manifest.facts.fingerprint, "`int8`", "1" * 64,
                  "3 augmented views", "| cosine |", "`0.08 to 1`"):  # fmt: skip
         assert fact in text
 

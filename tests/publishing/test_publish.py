@@ -69,7 +69,7 @@ def test_a_publication_grows_with_its_cache(tmp_path):
     assert old.items() <= stats(place / "units").items()
     assert read_manifest(place).num_views == 3
     finish(cache, "webdataset", GROUPS[:1])
-    assert "later state" in fails(cache, place, "publish the cache that has grown")
+    assert "later state" in fails(cache, place, "publish the copy of this cache with more views")
 
 
 @pytest.mark.parametrize("kept", range(0, 24, 3))
@@ -133,7 +133,7 @@ def test_a_place_without_pixels_is_not_read_as_a_cache(cache, tmp_path):
         call(verify, ["--cache", place])
     fails(cache, place, "without pixels")
     published(cache, tmp_path / "whole")
-    fails(cache, tmp_path / "whole", "with its pixels", without_pixels=True)
+    fails(cache, tmp_path / "whole", "with pixels", without_pixels=True)
 
 
 def test_an_edited_card_is_kept(cache, tmp_path, capsys):
@@ -143,7 +143,7 @@ def test_an_edited_card_is_kept(cache, tmp_path, capsys):
     (place / "README.md").write_bytes(card)
     published(cache, place)
     assert (place / "README.md").read_bytes() == card
-    assert "was edited: it is kept" in capsys.readouterr().out
+    assert "was edited and is kept" in capsys.readouterr().out
     published(cache, place, data_license="mit")
     assert (place / "README.md").read_bytes() == card
     assert read_publication(place).licenses == {"data": "mit", "teacher": "apache-2.0"}
@@ -153,7 +153,7 @@ def test_places_that_hold_something_else(cache, tmp_path):
     place = tmp_path / "place"
     place.mkdir()
     (place / "notes.txt").write_text("mine")
-    fails(cache, place, "not empty, and holds no cache")
+    fails(cache, place, "not empty and holds no cache")
     other = tmp_path / "other"
     published(cache, other)
     reseal(other / "plan.json", lambda fields: fields.update(fingerprint="0" * 64))
@@ -165,7 +165,7 @@ def test_places_that_hold_something_else(cache, tmp_path):
         fields["units"][0][3] = "0" * 64
 
     reseal(changed / "manifest.json", change)
-    fails(cache, changed, "other units of this cache")
+    fails(cache, changed, "different units of this cache")
     broken = tmp_path / "broken"
     published(cache, broken)
     (broken / "plan.json").write_bytes(b"{}")
@@ -188,7 +188,7 @@ def test_caches_that_are_not_published(cache, tmp_path):
     assert not place.exists()
     shutil.copy(payload_file(cache), shard)
     flip_byte(shard, 5000)  # only its sha256 shows this
-    fails(copy, place, "not the one that was committed")
+    fails(copy, place, "has changed since it was committed")
     fails(copy, tmp_path / "stripped", "checksum", without_pixels=True)
 
 
@@ -203,8 +203,8 @@ def test_a_foreign_file_in_the_cache_is_not_published(cache, tmp_path):
 
 def test_a_place_inside_the_cache(cache, tmp_path):
     fails(cache, cache, "the cache itself")
-    fails(cache, cache / "units", "within each other")
-    fails(cache, cache.parent, "within each other")
+    fails(cache, cache / "units", "must not contain each other")
+    fails(cache, cache.parent, "must not contain each other")
     link = tmp_path / "link"
     link.symlink_to(cache)
     fails(cache, link, "the cache itself")
@@ -214,21 +214,21 @@ def test_a_place_inside_the_cache(cache, tmp_path):
     ("to", "words"),
     [
         ("s4://bucket/cache", "did you mean s3://"),
-        ("hub://datasets/ann/pets", "there is no kind of place hub://"),
-        ("https://huggingface.co/datasets/ann/pets", "set --to hf://datasets/ann/pets"),
-        ("huggingface.co/datasets/ann/pets", "set --to hf://datasets/ann/pets"),
-        ("https://host/cache", "there is no kind of place https://"),
+        ("hub://datasets/ann/pets", "there is no URL scheme hub://"),
+        ("https://huggingface.co/datasets/ann/pets", "write --to hf://datasets/ann/pets"),
+        ("huggingface.co/datasets/ann/pets", "write --to hf://datasets/ann/pets"),
+        ("https://host/cache", "there is no URL scheme https://"),
         ("datasets/ann/pets", "hf://datasets/ann/pets"),
         ("hf://ann/pets", "write hf://datasets/ann/pets"),
         ("hf://models/ann/pets", "write hf://datasets/ann/pets"),
         ("hf://datasets/ann", "write hf://datasets/USER/NAME"),
-        ("s3:bucket/cache", "not a whole URL"),
-        ("s3:/bucket/cache", "not a whole URL"),
-        ("s3://bucket", "not a whole URL"),
-        ("s3://", "not a whole URL"),
-        ("gs://bucket/../x", "not a whole URL"),
+        ("s3:bucket/cache", "not a complete URL"),
+        ("s3:/bucket/cache", "not a complete URL"),
+        ("s3://bucket", "not a complete URL"),
+        ("s3://", "not a complete URL"),
+        ("gs://bucket/../x", "not a complete URL"),
         ("s3://bucket/cache*", "a pattern"),
-        ("no/such/folder", "neither a URL nor in an existing folder"),
+        ("no/such/folder", "neither a URL nor inside an existing folder"),
         ("", "--to is empty"),
     ],
 )
@@ -299,7 +299,7 @@ def test_shared_pixels_are_never_lost(cache, tmp_path):
     facts = published(shared, place)
     assert read_publication(place).pixels_from == str(pixels) == facts["pixels_from"]
     assert f"--pixels-from {pixels}" in facts["next"][0]
-    assert "shares those of another one" in (place / "README.md").read_text()
+    assert "stored in another cache" in (place / "README.md").read_text()
 
 
 def finished_shared(root, fields, mark, reference):

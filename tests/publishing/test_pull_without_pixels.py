@@ -72,7 +72,7 @@ def test_the_first_views_and_then_the_rest(published, images, tmp_path):
 
 
 def test_without_images_the_error_says_what_is_needed(published, tmp_path):
-    with pytest.raises(UserError, match=r"the images that the cache was made from are needed(?s:.)*--data"):
+    with pytest.raises(UserError, match=r"needs the images that the cache was made from(?s:.)*--data"):
         pull(published[1], tmp_path / "pulled")
 
 
