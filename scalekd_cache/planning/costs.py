@@ -1,9 +1,9 @@
 """FLOPs, parameters and step memory of a teacher and student, counted on the meta device.
 
 In: names of timm models, a `ScaleKDConfig`. Out: one `Part` for the student, each head, the tail and the teacher.
-Invariant: nothing is allocated or computed. PyTorch's counter counts a multiply and an add as two FLOPs, in matrix
-products, convolutions and attention. Figures are per image, in a batch of `BATCH` (a learned query is projected once
-per batch); with a feature share, the heads see that share of it.
+Invariant: nothing is allocated or computed. PyTorch's counter counts a multiply-add in matrix products, convolutions
+and attention as two FLOPs. Figures are per image in a batch of `BATCH` (a learned query is projected once per
+batch). With a feature share, the heads process only that share of the batch.
 """
 
 import functools
@@ -29,7 +29,7 @@ from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
 BATCH = 32
-"""Images in the batch that is counted."""
+"""Batch size used for counting."""
 CLASSES = 1000
 SWIN_L = "swin_large_patch4_window7_224"
 BEIT_L = "eva_large_patch14_196"
@@ -53,7 +53,8 @@ PAPER_PAIRS = (
     (BEIT_L, "mixer_b16"),
     (BEIT_L, "vit_base_14"),
 )
-"""The pairs that the paper reports and releases. Its Mixer-B/14 has no timm name; Mixer-B/16 replaces it."""
+"""The teacher-student pairs that the paper reports and releases. Its Mixer-B/14 has no timm name and is replaced by
+Mixer-B/16."""
 PAPER_IMAGE_SIZE = 224
 
 
@@ -66,7 +67,7 @@ class Part(NamedTuple):
     forward: float
     """FLOPs per image."""
     backward: float
-    """FLOPs per image; 0 without a backward pass."""
+    """FLOPs per image; 0 if there is no backward pass."""
 
     @property
     def total(self) -> float:
@@ -80,7 +81,7 @@ class PairCosts(NamedTuple):
     teacher_name: str
     student_name: str
     image_size: int
-    """Side of the images, pixels."""
+    """Side length of the images, pixels."""
     student: Part
     heads: list[Part]
     """Projectors of both taps, and passes through the frozen tail."""
@@ -124,14 +125,15 @@ def pair_costs(
     Args:
         teacher: name of the teacher.
         student: name of the student.
-        config: constants of the method (None: as published).
-        image_size: side of the views, pixels (default: the teacher's native size).
+        config: constants of the method (None: the published ones).
+        image_size: side length of the views, pixels (None: the teacher's native size).
         num_classes: classes of teacher and student.
-        student_size: side of the student's images, pixels (None: that of the views).
-        labeled: the data has labels; without them, the heads also map the student's pooled embedding to the teacher's.
+        student_size: side length of the student's images, pixels (None: that of the views).
+        labeled: whether the data has labels. Without labels, the heads also map the student's pooled embedding to
+            the teacher's.
 
     Raises:
-        UserError: a name, family or image size that stage 1 or 2 refuses.
+        UserError: stage 1 or 2 rejects the name, family or image size.
     """
     config = config or ScaleKDConfig()
     image_size = image_size or own_image_size(teacher)
@@ -157,7 +159,7 @@ def pair_costs(
 
 @functools.lru_cache(maxsize=2)
 def _teacher_cost(name: str, image_size: int, num_classes: int) -> tuple[MetaTeacher, Part]:
-    """The teacher of several pairs, counted once."""
+    """The teacher of several pairs, which is counted once."""
     parts, images = meta_teacher(name, image_size, num_classes), torch.empty(BATCH, 3, image_size, image_size)
     return parts, Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0)
 
@@ -177,7 +179,7 @@ def meta_teacher(name: str, image_size: int, num_classes: int) -> MetaTeacher:
 
 
 def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
-    """Width of the pooled target: of timm's pooled embedding, else of the mean of the map."""
+    """Width of the pooled target: timm's pooled embedding if there is one, otherwise the mean of the feature map."""
     model: Any = teacher.model
     if hasattr(model, "forward_features") and hasattr(model, "forward_head"):
         images = torch.empty(1, 3, image_size, image_size)
@@ -188,7 +190,7 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
 
 
 def _featured(config: ScaleKDConfig, batch: int) -> int:
-    """Samples of a batch that the heads see."""
+    """Number of samples of a batch that the heads process."""
     return max(1, round(batch * (config.share_of() or 1)))
 
 
@@ -208,7 +210,7 @@ def _flops(run: Callable[[], object]) -> float:
 def _conv_backward(grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
     """FLOPs of a convolution's gradients; each costs as much as the forward pass.
 
-    PyTorch's own count ignores groups in the weight gradient, which gives ten times too much for MobileNet.
+    PyTorch's own count ignores groups in the weight gradient, which overestimates MobileNet by a factor of ten.
     """
     mask = args[-1]  # which gradients are needed: input, weight, bias
     return 2 * grad[0] * math.prod(grad[2:]) * math.prod(weight) * sum(map(int, mask[:2]))
@@ -221,17 +223,17 @@ def _no_grad(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _student_cost(student: Student) -> Part:
-    """Cost of the student; its images need no gradient."""
+    """Cost of the student. Its images need no gradient."""
     images = torch.empty(BATCH, 3, student.image_size, student.image_size)
     outputs: list[Tensor] = []
     forward = _flops(lambda: outputs.extend(student(images)))
-    # All outputs are used, as in the sum of the losses.
+    # All outputs are used, because the losses are summed.
     backward = _flops(lambda: torch.autograd.backward([output.sum() for output in outputs]))
     return Part("student", _params(student), forward, backward)
 
 
 def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Part:
-    """Cost of a module between maps: gradients reach its inputs and its trainable parameters."""
+    """Cost of a module between feature maps. Gradients reach its inputs and its trainable parameters."""
     outputs: list[Tensor] = []
 
     def forward() -> None:
@@ -246,8 +248,8 @@ def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, 
 def _head_costs(
     heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int, width: int
 ) -> list[Part]:
-    """Cost of the heads on the first `samples` images of the batch; `width` is that of the student's pooled embedding,
-    which all images of the batch have, 0 with labels."""
+    """Cost of the heads on the first `samples` images of the batch. `width` is the width of the student's pooled
+    embedding, which is computed for all images of the batch; 0 with labels."""
 
     def leaf(shape: Shape) -> Tensor:
         return torch.empty(samples, *shape, requires_grad=True)
@@ -283,7 +285,7 @@ def report(costs: PairCosts) -> str:
         lines.append(f"| {part.name} | " + " | ".join(f"{figure:.1f}" for figure in figures) + " |")
     lines += [
         "",
-        f"heads together {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
+        f"all heads: {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
         f"parameters; maximum speedup {costs.ceiling:.2f}x",
     ]
     return "\n".join(lines)
@@ -304,7 +306,7 @@ def summary_row(costs: PairCosts) -> str:
 
 
 def sum_line(several: Sequence[PairCosts]) -> str:
-    """One line about a student with the heads of several teachers."""
+    """One line about a student with heads for several teachers."""
     heads = sum(costs.heads_total for costs in several)
     offline = several[0].student.total + heads
     live = offline + sum(costs.teacher.forward for costs in several)
@@ -330,10 +332,10 @@ OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations return, from then until they are freed.
+    """Counts the bytes of all tensors that operations return, until they are freed.
 
     Args:
-        own: storages that are not counted.
+        own: storages to exclude.
     """
 
     def __init__(self, own: Iterable[Tensor]) -> None:
@@ -341,7 +343,7 @@ class _Live(TorchDispatchMode):
         self._known = {value.untyped_storage()._cdata for value in own}
         self._now = 0
         self.peak = 0
-        """The largest sum."""
+        """The peak."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count its results."""
@@ -368,10 +370,10 @@ def step_memory(
 ) -> dict[str, float]:
     """Memory of a training step of one micro-batch in float32, bytes.
 
-    "activations" is the peak of everything else that exists at the same time in the forward and the backward pass:
-    images, targets, saved tensors, temporary tensors, gradients of activations. Work space inside an operation is not
-    known. Call it under `torch.device("meta")`: the real student, heads, tail and losses run, without computing.
-    `pooled` is the width of the pooled target of a data set without labels; 0 with labels.
+    "activations" is the peak of everything else that is alive at the same time in the forward and backward pass:
+    images, targets, saved tensors, temporary tensors and gradients of activations. Workspace inside an operation is
+    not included. Call it under `torch.device("meta")`: the real student, heads, tail and losses run without
+    computing values. `pooled` is the width of the pooled target for a data set without labels; 0 with labels.
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
     heads = ScaleKDHeads(

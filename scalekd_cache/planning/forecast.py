@@ -1,8 +1,8 @@
-"""Forecast of what a cache and its students cost, before anything runs.
+"""Forecasts the cost of a cache and its students before anything runs.
 
 In: options of stage 1 and of training, the number of students, a GPU model. Out: a `Forecast`.
-Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted on the
-real modules (meta device). Assumptions (utilization) and missing teacher weights are reported next to the figures.
+Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted on
+the real modules (meta device). Assumptions (utilization) and missing teacher weights are reported with the figures.
 """
 
 import dataclasses
@@ -44,7 +44,7 @@ from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATIO
 from scalekd_cache.store.durable_files import free_bytes
 
 MAX_EXTRA_S = 60.0
-"""Time limit for fitting codecs that were not requested, seconds."""
+"""Time limit in seconds for fitting codecs that were not requested."""
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,10 @@ def forecast(
         students: number of students to train.
         epochs: epochs per student.
         gpu: a name of `gpus.GPUS`.
-        first: of the first teacher, in a job with several; its cache stores the pixels.
+        first: in a job with several teachers, the forecast of the first one, whose cache stores the pixels.
 
     Raises:
-        UserError: any option that stage 1 refuses; a codec that must be fitted, without teacher weights.
+        UserError: stage 1 rejects an option, or a codec must be fitted but there are no teacher weights.
     """
     card = gpu_of(gpu)
     check_codec_options(config)
@@ -162,7 +162,7 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
     """The training options with the feature share that students of this cache use.
 
     Raises:
-        UserError: more than is stored.
+        UserError: the feature share is larger than the stored share.
     """
     stored, asked = 1 / config.cache.features_every, training.scalekd.share_of()
     if asked is not None and asked > stored + 1e-9:
@@ -187,7 +187,7 @@ def _assumptions(card: Gpu) -> dict[str, float]:
 def _sizes(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: _Teacher, codec: FeatureCodec, found: SizeProbe
 ) -> _Sizes:
-    """Size of the cache, from a small unit."""
+    """Size of the cache, estimated from a small unit."""
     ranges, views = unit_ranges(source, config.cache.samples_per_shard), config.cache.num_views
     images, parts = sum(map(len, ranges)), found.bytes_of(ranges, views)
     per_view = {part: round(value / (images * views), 1) for part, value in parts.items()}
@@ -200,9 +200,9 @@ def _sizes(
 
 
 def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> float:
-    """Seconds of stage 1 in one process on this machine, after teacher and codec are ready.
+    """Seconds of stage 1 in one process on this machine, once teacher and codec are ready.
 
-    On a CPU, workers and the teacher share the cores; on a GPU, the slower of them counts.
+    On a CPU, the workers and the teacher share the cores. On a GPU, the slower of the two determines the time.
     """
     ranges = unit_ranges(stage.source, config.cache.samples_per_shard)
     views, groups = config.cache.num_views, -(-config.cache.num_views // config.cache.views_per_group)
@@ -210,7 +210,7 @@ def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> fl
     shared = stage.device.type == "cpu" or config.workers == 0
     view_s = sample_s + found.teacher_s if shared else max(sample_s, found.teacher_s)
     others = images_besides(config, stage, found.pass_s, open_validation(config, dry_run=True))
-    units = len(ranges) * groups + 2  # two for the check of the disk space
+    units = len(ranges) * groups + 2  # two for the disk space check
     return sum(map(len, ranges)) * views * view_s + units * found.unit_s + others * found.teacher_s
 
 
@@ -257,7 +257,7 @@ def _step_memory(
 
 
 def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) -> _Teacher:
-    """The teacher as stage 1 loads it; a placeholder of its shape if there are no weights."""
+    """The teacher as loaded by stage 1, or a placeholder with its shapes if there are no weights."""
     options, size = find_weights(config.teacher), config.views.size
     torch.manual_seed(config.views.seed)
     try:
@@ -268,7 +268,7 @@ def _teacher(config: CacheTeacherConfig, data_classes: int, process: Process) ->
         if options.weights is not None or not options.pretrained:
             raise
     classes = teacher_classes(options, check_name(timm_name(options.name), "teacher.name"), None, data_classes)
-    if data_classes == 0:  # only a real forward pass shows whether an embedding is stored; any weights do
+    if data_classes == 0:  # only a real forward pass shows whether an embedding is stored; random weights are enough
         random = dataclasses.replace(options, pretrained=False, num_classes=classes)
         spec = load_teacher(random, image_size=size, num_classes=0, device=torch.device("cpu")).spec
         shape, pooled = spec.feature_shape, spec.pooled
@@ -285,7 +285,7 @@ def _codec(
         return make_codec(config.cache.codec, teacher.shape)
     if not isinstance(teacher.live, Teacher):
         raise UserError(
-            "this codec's size depends on the teacher's features, and its weights are not available",
+            "this codec's size depends on the teacher's features, but the teacher's weights are not available",
             got=f"--codec {config.cache.codec}, teacher {config.teacher.name}",
             fix=f"run `scalekd fetch --teacher {config.teacher.name}` on a machine with network access, "
             "set --teacher-weights, or plan with --codec int8",
@@ -309,7 +309,7 @@ def _name(codec: FeatureCodec) -> str:
 
 
 def _shared_pixels(source: Source | PixelCache, first: Forecast | None) -> float:
-    """Bytes read per view of shared pixels: whole records, with their features. 0: no shared pixels."""
+    """Bytes read per view of shared pixels: complete records, including features. 0: no shared pixels."""
     if isinstance(source, PixelCache):
         return float(source.cache.manifest.bytes_per_view["total"])
     return 0.0 if first is None else first.bytes_per_view["total"]

@@ -1,4 +1,4 @@
-"""The result of a forecast: its figures, their sum over several teachers, and both as text.
+"""The result of a forecast: figures, their sum over several teachers, and both as text.
 
 In: figures. Out: JSON values or text.
 Invariant: nothing is measured or counted here.
@@ -23,15 +23,15 @@ class Forecast:
     views: int
     teacher: str
     teacher_at_hand: bool
-    """False: the weights are not available, and sizes come from random features of the teacher's shape."""
+    """False if the weights are not available; sizes then come from random features with the teacher's shapes."""
     student: str
     codec: str
     stored_features: float
-    """Share of the views of every image that have features."""
+    """Share of each image's views that have features."""
     bytes_per_view: dict[str, float]
-    """features, target (label, view record, digest, logits), pixels, index, total: as in a manifest."""
+    """The same parts as in a manifest: features, target (label, view record, digest, logits), pixels, index, total."""
     logit_bytes: int
-    """Bytes of the logits of a view, part of target."""
+    """Bytes of a view's logits, which are part of target."""
     once_bytes: int
     """Tail and codec state."""
     total_bytes: float
@@ -40,9 +40,9 @@ class Forecast:
     teacher_gpu_hours: float
     """Stage 1, from FLOPs, the GPU table and the assumed utilization."""
     teacher_s_per_view_here: float | None
-    """Measured on this machine: teacher, codec and store (None: no weights)."""
+    """Teacher, codec and store, measured on this machine (None: no weights)."""
     stage_1_here_s: float | None
-    """Seconds of stage 1 in one process on this machine, with its checks and evaluation (None: no weights)."""
+    """Seconds of stage 1 in one process on this machine, including checks and evaluation (None: no weights)."""
     draw_s_per_view: float
     """Seconds to sample one view, measured on one core of this machine."""
     cores_per_gpu: float
@@ -50,7 +50,7 @@ class Forecast:
     student_gpu_hours: float
     """One student from the cache."""
     online_gpu_hours: float
-    """One student, with the teacher run in every step."""
+    """One student with the teacher run at every step."""
     students: int
     epochs: int
     saved_gpu_hours: float
@@ -71,7 +71,7 @@ class Forecast:
 
 
 def _duration(hours: float, kind: str = "") -> str:
-    """A time in hours, minutes or seconds, with three digits; `kind` comes before the unit."""
+    """A time in hours, minutes or seconds with three digits; `kind` is put before the unit."""
     if abs(hours) * 3600 < 0.01:
         return f"< 0.01 {kind}seconds"
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
@@ -101,14 +101,14 @@ def describe(plan: Forecast) -> str:
         "",
         f"  {'bytes per view':<48}{'':>10}{'total':>14}",
         *(f"  {name:<48}{one[part]:>10,.0f}{size_text(one[part] * total):>14}" for part, name in names.items()),
-        f"  {'tail and codec, once':<48}{'':>10}{size_text(plan.once_bytes):>14}",
+        f"  {'tail and codec, stored once':<48}{'':>10}{size_text(plan.once_bytes):>14}",
         f"  {'total':<48}{one['total']:>10,.0f}{size_text(plan.total_bytes):>14}",
         f"  {'free at ' + plan.cache:<58}{size_text(plan.free_bytes):>14}{'  DOES NOT FIT' if short else ''}",
         "",
         f"  stage 1 on one {plan.gpu}: {_gpu_time(plan.teacher_gpu_hours)}, {plan.cores_per_gpu:.0f} CPU cores "
         f"per GPU ({plan.draw_s_per_view * 1e3:.1f} ms per view on a core of this machine)",
         f"  one student from the cache, {counted(plan.epochs, 'epoch')}: {_gpu_time(plan.student_gpu_hours)}; "
-        f"with the teacher in every step: {_gpu_time(plan.online_gpu_hours)}",
+        f"with the teacher run at every step: {_gpu_time(plan.online_gpu_hours)}",
         f"  the cache breaks even with student {plan.pays_after_students}; {counted(plan.students, 'student')}: "
         f"{_gpu_time(plan.saved_gpu_hours)} saved",
         f"  one {plan.gpu} trains on {plan.images_per_s:,.0f} images/s and reads {plan.read_mb_per_s:,.0f} MB/s",
@@ -133,14 +133,14 @@ def describe(plan: Forecast) -> str:
         )
     else:
         lines.append(
-            "  NO TEACHER WEIGHTS: sizes come from random features of its shape; they are exact for codecs of fixed "
-            "size in tars"
+            "  NO TEACHER WEIGHTS: sizes are based on random features with the teacher's shapes; they are exact for "
+            "fixed-size codecs in tars"
         )
     return "\n".join(lines)
 
 
 class Together(NamedTuple):
-    """Stage 1 of several teachers in one pass over the images, from the forecast of each."""
+    """Stage 1 of several teachers in one pass over the images, from the forecast of each teacher."""
 
     plans: list[Forecast]
     total_bytes: float
@@ -166,7 +166,7 @@ def together(plans: list[Forecast]) -> Together:
 
 
 def describe_together(total: Together) -> str:
-    """The forecasts of several teachers as text, with their sum."""
+    """The forecasts of several teachers and their sum, as text."""
     short = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else ""
     return "\n\n".join(
         [

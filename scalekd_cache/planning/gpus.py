@@ -1,7 +1,8 @@
-"""GPUs by name: peak throughput and memory from data sheets, and assumed utilization.
+"""GPUs by name, with peak throughput and memory from data sheets, and the assumed utilization.
 
 In: a name. Out: a `Gpu`.
-Invariant: peaks are dense bfloat16 with float32 accumulation, from the documents named; none is measured.
+Invariant: peaks are for dense bfloat16 with float32 accumulation, as stated in the cited documents. They are not
+measured.
 """
 
 from typing import NamedTuple
@@ -39,7 +40,7 @@ GPUS = {
 
 
 def gpu_of(name: str) -> Gpu:
-    """The GPU of a name; UserError with the nearest names if it is not in the table."""
+    """The GPU with this name; UserError with the closest names if it is not in the table."""
     if name.lower() not in GPUS:
         raise unknown_name("GPU", name.lower(), GPUS, "GPU=; use one of similar speed")
     return GPUS[name.lower()]

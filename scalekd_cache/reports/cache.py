@@ -1,7 +1,7 @@
 """The report of a cache: summary, sizes, fidelity, a gallery of views, and outliers.
 
 In: a finished cache, and its teacher if available. Out: HTML.
-Invariant: what cannot be shown (missing pixels, no teacher weights) is reported on the page.
+Invariant: anything that cannot be shown (missing pixels, no teacher weights) is reported on the page.
 """
 
 from collections.abc import Mapping
@@ -34,9 +34,9 @@ OUTLIERS = 6
 """Views shown for each type of outlier."""
 GALLERY_VIEWS = 2
 SWITCHES = {"flip_": "flip_probability", "randaugment_": "randaugment_ops", "erase_": "erase_probability"}
-"""Options of a view recipe by the beginning of their names, and the one that is 0 when they are off."""
+"""Options of a view recipe by name prefix, with the option that is 0 if they are off."""
 UNITS = 500
-"""Units whose fidelity is plotted, at most."""
+"""Maximum number of units whose fidelity is plotted."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,13 +44,13 @@ class CacheReport:
     """Options of the report."""
 
     views: int = 1000
-    """Size of the random sample of views that is searched for outliers."""
+    """Number of randomly sampled views to search for outliers."""
     teacher_views: int = 64
-    """Views of that sample to re-run the teacher on, if its weights are available (0: none)."""
+    """Number of views in that sample to re-run the teacher on, if its weights are available (0: none)."""
     images: int = 8
-    """Images in the gallery, each with up to two views."""
+    """Number of images in the gallery, each with up to two views."""
     seed: int = 0
-    """Seed of the samples."""
+    """Seed for sampling views."""
     data: str | None = None
     """Path of the images, for a cache without pixels (None: as recorded in the cache)."""
     teacher_weights: str | None = None
@@ -86,7 +86,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         (gallery.cards([(sample.views[pair.first], ""), (sample.views[pair.second], "")]), pair)
         for pair in closest_pairs(sample, OUTLIERS // 2)
     ]
-    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are no cards
+    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # cards need a palette
     return render(
         "cache.html",
         title=f"Cache {cache.root.name}",
@@ -109,7 +109,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
 
 
 def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
-    """A checker with access to the pixels; a note if they are not available."""
+    """A checker with access to the pixels, or a note if they are not available."""
     manifest, source, shared = cache.manifest, None, None
     try:
         if manifest.facts.pixels_from:
@@ -125,13 +125,13 @@ def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> Rec
 
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
-    """The teacher, if it can be loaded without a network; else None and a note."""
+    """The teacher if it can be loaded offline; otherwise None and a note."""
     config = cache_teacher_config(
         manifest.facts.teacher["config"], options.teacher_weights, manifest.facts.fingerprint_fields["precision"]
     )
     if not weights_available(config):
         notes.append(
-            "The teacher's weights are not available, so stored maps are not compared with live maps "
+            "The teacher's weights are not available, so stored feature maps are not compared with live ones "
             f"(weights file: {config.weights or 'none recorded'}; set --teacher-weights)."
         )
         return None
@@ -145,7 +145,7 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
 
 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
-    """A random sample of images; views with features of one group, in which an image has the same position."""
+    """A random sample of images, and the views with features of one group, in which an image keeps its position."""
     places = []
     for position in sample_indices(len(cache), options.images, seed=options.seed):
         of_image = ((view, position) for view in cache.manifest.facts.groups[0])
@@ -154,7 +154,7 @@ def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]
 
 
 def _by_image(cards: list[Card]) -> list[list[Card]]:
-    """The views of one image together."""
+    """Group the views by image."""
     images: dict[int, list[Card]] = {}
     for card in cards:
         images.setdefault(card.info.position, []).append(card)
@@ -162,7 +162,7 @@ def _by_image(cards: list[Card]) -> list[list[Card]]:
 
 
 def _evenly_spaced(places: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
-    """At most `count` places, evenly spaced."""
+    """At most `count` positions, evenly spaced."""
     return [places[index] for index in sample_indices(len(places), count)[:count]] if count else []
 
 
@@ -174,7 +174,7 @@ def _top_disagreements(sample: ViewSample) -> list[ViewInfo]:
 
 def _closeness(outputs: TeacherOutputs, info: ViewInfo) -> str:
     cosine = outputs.cosines.get(info.place)
-    return "" if cosine is None else f"cosine of stored and live map, mean removed: {cosine:.5f}"
+    return "" if cosine is None else f"cosine between stored and live map, mean removed: {cosine:.5f}"
 
 
 def _sizes(manifest: Manifest) -> dict[str, Any]:
@@ -259,7 +259,7 @@ def _classes(facts: ManifestFacts) -> str:
 
 
 def _is_on(name: str, recipe: Mapping[str, Any]) -> bool:
-    """Whether an option of a view recipe has an effect and no row of its own."""
+    """Whether an option of a view recipe has an effect and no separate row."""
     off = [part for part, switch in SWITCHES.items() if not recipe.get(switch)]
     if recipe["pixels"] == "replayed":
         off += ["pixel_format", "jpeg_"]

@@ -1,9 +1,9 @@
 """The charts of reports, drawn by Bokeh in the browser.
 
-In: series, counts, matrices. Out: `Chart`s: a Bokeh document as JSON, and a text for screen readers and pages without
-scripts. Invariant: the same numbers give the same bytes. Series differ by color, line style and name; colors have a
-contrast of 3 to 1 or more with the light and the dark page, numbers on colored cells of 4.5 to 1 or more.
-Axes and legends take their colors from the page (Bokeh reads CSS variables, `--bk-...` in base.html).
+In: series, counts, matrices. Out: `Chart`s, each a Bokeh document as JSON with a text for screen readers and pages
+without scripts. Invariant: the same numbers give the same bytes. Series differ in color, line style and name. Colors
+have a contrast of at least 3:1 with the light and the dark page; numbers on colored cells have at least 4.5:1. Axes
+and legends take their colors from the page (Bokeh reads CSS variables, `--bk-...` in base.html).
 """
 
 import math
@@ -31,20 +31,20 @@ from numpy.typing import ArrayLike, NDArray
 from scalekd_cache.errors import counted
 
 COLORS = ("#0072b2", "#d55e00", "#008a64", "#b3589a", "#2f87c6", "#9a7200", "#767676")
-"""After Okabe and Ito, safe for color-blind readers; the bright ones are darker, so that they show on white."""
+"""The color-blind-safe palette of Okabe and Ito, with bright colors darkened for a white background."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", "dotdash", [12, 3], [2, 6])
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star")
 HATCHES = (" ", "/", ".", "x")
 MAX_POINTS = 400
-"""Maximum points of a curve; longer curves are averaged."""
+"""Maximum number of points per curve; longer curves are averaged."""
 MAX_NAME = 24
-"""Characters of a name in a chart."""
+"""Maximum length of a name in a chart."""
 NUMBERED = 12
-"""Columns of the largest matrix whose cells show their numbers; larger ones show them under the pointer."""
+"""Maximum number of columns for which cells show their numbers; larger matrices show them on hover."""
 NAMED = 40
-"""Columns of the largest matrix with names at its axes."""
+"""Maximum number of columns for which axes show names."""
 MATH = re.compile(r"\$\$|\\[(\[]")
-"""What Bokeh takes for the beginning of a formula."""
+"""Prefixes that Bokeh treats as the start of a formula."""
 
 
 class Chart(NamedTuple):
@@ -53,7 +53,7 @@ class Chart(NamedTuple):
     item: dict[str, Any]
     """Bokeh's JSON."""
     alt: str
-    """What it shows, in words."""
+    """Description of the chart in words."""
     caption: str
 
 
@@ -73,7 +73,7 @@ def plain(name: str) -> str:
 
 
 LEAST_SHARE = 0.1
-"""The share that an axis in percent reaches at least; ticks below a percent would all read 0 %."""
+"""Minimum upper end of a percent axis; ticks below one percent would all read 0 %."""
 
 
 def curves(
@@ -93,8 +93,8 @@ def curves(
         y_name: name of the y axis.
         title: title of the chart.
         percent: show shares as percent.
-        styles: number of the color and line style of each curve, so that a run looks the same in all charts of a page;
-            a legend then names even a single curve (None: 0, 1, ...).
+        styles: index of the color and line style of each curve, so that a run looks the same in all charts of a
+            page. If given, even a single curve gets a legend (None: 0, 1, ...).
     """
     plot = _plot(x_name, y_name, 260)
     plot.x_range, plot.y_range = DataRange1d(start=0), DataRange1d()
@@ -109,7 +109,7 @@ def curves(
             lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
         drawn.append((one.name, lines))
     value, kind = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
-    # One line each: the values of all curves at a step show at once.
+    # One line per curve, so that the values of all curves at a step are shown together.
     shown = [("", f"$name: {value} at {x_name} @x{{0,0}}")]
     _hover(plot, shown, [group[0] for _, group in drawn], {"@y": kind}, mode="vline")
     if percent:
@@ -152,7 +152,7 @@ def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tup
 
 
 def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:
-    """Parts of a total as one stacked bar."""
+    """The parts of a total as one stacked bar."""
     plot = _plot(unit, "", 150)
     plot.x_range = DataRange1d(start=0)
     plot.yaxis.visible = plot.ygrid.visible = False
@@ -173,7 +173,7 @@ def stacked_bar(parts: Mapping[str, float], unit: str, title: str) -> Chart:
 def matrix(
     counts: NDArray[Any], rows: Sequence[str], columns: Sequence[str], names: tuple[str, str], title: str
 ) -> Chart:
-    """A matrix of counts or shares, with numbers if it is small; `names` label its rows and columns."""
+    """A matrix of counts or shares, with numbers if it is small. `names` label the rows and columns."""
     side, whole = len(columns), np.issubdtype(counts.dtype, np.integer)
     plot = _plot(names[1], names[0], 420 if side > 6 else 300)
     plot.x_range, plot.y_range = Range1d(-0.5, side - 0.5), Range1d(len(rows) - 0.5, -0.5)
@@ -242,7 +242,7 @@ def readable_ink(color: str) -> str:
 
 
 def _style(styles: Sequence[Any], number: int) -> Any:
-    """A style for series `number` that differs from that of other series with the same color."""
+    """A style for series `number` that differs from other series with the same color."""
     return styles[(number + number // len(COLORS)) % len(styles)]
 
 
@@ -265,7 +265,7 @@ def _hover(
     formatters: Mapping[str, str] | None = None,
     mode: str = "mouse",
 ) -> None:
-    """Show these values under the pointer; Bokeh escapes them."""
+    """Show these values on hover; Bokeh escapes them."""
     label = '<span style="color: #57606a">{}</span> '.format  # Bokeh's own table has light blue labels on white
     tooltips = "".join(f"<div>{label(name) if name else ''}{value}</div>" for name, value in rows)
     plot.add_tools(
@@ -288,7 +288,7 @@ def _legend(plot: Any, drawn: Sequence[tuple[str, list[GlyphRenderer]]], *, shor
 
 
 def _chart(plot: Any, alt: str, caption: str) -> Chart:
-    # Bokeh numbers its objects through the whole process: number them through the chart.
+    # Bokeh's object ids count up over the whole process: renumber them within the chart.
     ids: dict[str, str] = {}
 
     def renumbered(value: Any) -> Any:

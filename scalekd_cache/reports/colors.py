@@ -1,8 +1,8 @@
-"""Feature maps as colors: similar features get similar colors.
+"""Renders feature maps as colors, such that similar features get similar colors.
 
 In: maps (B, C, H, W) and pixels. Out: uint8 images. Invariant: images made with one `Palette` are comparable.
-The first principal component sets the brightness. The second runs from blue to yellow, which color-blind readers can
-distinguish; the third runs from green to purple.
+The first principal component sets the brightness. The second goes from blue to yellow, which color-blind readers can
+distinguish. The third goes from green to purple.
 """
 
 from typing import NamedTuple
@@ -33,13 +33,13 @@ class Palette(NamedTuple):
 
 
 def fit_palette(maps: Tensor) -> Palette:
-    """The palette of maps (B, C, H, W)."""
+    """Compute the palette of feature maps (B, C, H, W)."""
     tokens = maps.permute(0, 2, 3, 1).flatten(0, 2).double()
     mean = tokens.mean(0)
     count = min(3, *tokens.shape)
     _, vectors = torch.linalg.eigh((tokens - mean).T @ (tokens - mean))
     basis = vectors[:, -count:].flip(1)
-    basis = basis * basis.sum(0).sign().where(basis.sum(0) != 0, 1)  # eigenvectors have no fixed sign: set it
+    basis = basis * basis.sum(0).sign().where(basis.sum(0) != 0, 1)  # the sign of an eigenvector is arbitrary: fix it
     values = (tokens - mean) @ basis
     return Palette(mean, basis, values.quantile(0.02, 0), values.quantile(0.98, 0))
 
@@ -55,7 +55,7 @@ def paint(palette: Palette, features: Tensor) -> NDArray[np.uint8]:
 
 
 def overlay(pixels: NDArray[np.uint8] | None, colors: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Colors (h, w, 3), enlarged, over a gray copy of the pixels; without pixels, only the colors."""
+    """Enlarged colors (h, w, 3) over a grayscale copy of the pixels, or the colors alone without pixels."""
     large = Image.fromarray(colors).resize((side, side), Image.Resampling.NEAREST)
     if pixels is None:
         return np.array(large)

@@ -1,7 +1,7 @@
 """The comparison of several runs: a table with the teacher, mean and spread over seeds, and charts.
 
 In: runs, and the teacher's predictions if available. Out: values for the template.
-Invariant: losses are drawn in one chart only if they are the same sum of terms, so that they can be compared.
+Invariant: losses share a chart only if they are sums of the same terms and can therefore be compared.
 """
 
 import json
@@ -36,7 +36,7 @@ NUMBERS = (*LABELS.values(), "parameters, M", "weights, MB", "training images/s"
 """Columns of the table that hold numbers."""
 NOT_RESULTS = ("seed", "workers", "log_every", "log_samples", "timeout_minutes", "checkpoint_epochs",
                "checkpoint_steps", "keep_checkpoints", "eval_epochs")  # fmt: skip
-"""Options of `train` in which the runs of one mean may differ."""
+"""Options of `train` that may differ between runs that are averaged."""
 
 
 def compare_runs(runs: list[Run], teacher: Predictions | None, images: Images | None) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def format_figure(name: str, value: float) -> str:
 
 
 def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The measures of a finished run: top-1 and top-5, or the figures of held-out images."""
+    """The metrics of a finished run: top-1 and top-5, or the figures on held-out images."""
     held_out = summary.get("held_out", {})
     if held_out:
         return dict(held_out)
@@ -66,7 +66,7 @@ def _measures(summary: Mapping[str, Any]) -> dict[str, float]:
 
 
 def heads_of(options: Mapping[str, Any]) -> str:
-    """The kind of a run's heads; none without distillation."""
+    """The type of a run's heads; none without distillation."""
     targets = text_option(options, "train.targets")
     return "none" if targets == "none" else text_option(options, "scalekd.projector")
 
@@ -91,7 +91,7 @@ def _row(run: Run) -> dict[str, str]:
 
 
 def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
-    """One row for each teacher of the finished runs."""
+    """One row per teacher of the finished runs."""
     finished = [run.summary for run in runs if run.summary is not None and "held_out" not in run.summary]
     found = {summary["teacher"]: summary["teacher_top1"] for summary in finished}
     empty = dict.fromkeys(_row(runs[0]), "")
@@ -99,7 +99,7 @@ def _teacher_rows(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
-    """Rows of mean and spread for the finished runs that differ in their seed only; none for a single seed."""
+    """Rows with mean and spread for finished runs that differ only in the seed; no rows for a single seed."""
     groups: dict[str, dict[str, Run]] = {}
     for run in runs:
         if run.summary is not None and _measures(run.summary):
@@ -111,7 +111,7 @@ def mean_over_seeds(runs: list[Run]) -> list[dict[str, str]]:
 
 
 def _mean_row(runs: list[Run]) -> dict[str, str]:
-    """Mean and standard deviation of each measure, and the range of the main one."""
+    """Mean and standard deviation of each metric, and the range of the main metric."""
     found = [_measures(run.summary) for run in runs if run.summary is not None]
     values = {name: [row[name] for row in found] for name in found[0] if all(name in row for row in found)}
     main = next(name for name in ("top1", "knn", "cosine_patch", *values) if name in values)
@@ -136,7 +136,7 @@ def _plain(name: str, value: float) -> str:
 
 
 def _without_empty(rows: list[dict[str, str]]) -> list[dict[str, str]]:
-    """The rows without the figures that no run has."""
+    """The rows without columns that are empty for all runs."""
     kept = [name for name in rows[0] if name not in LABELS.values() or any(row[name] for row in rows)]
     return [{name: row[name] for name in kept} for row in rows]
 
@@ -147,7 +147,7 @@ def _part(run: Run, name: str) -> dict[str, Any]:
 
 
 def _loss_charts(runs: list[Run]) -> list[Chart]:
-    """One chart for each sum of terms: targets, weights and the label loss."""
+    """One chart per sum of terms (targets, weights and the label loss)."""
     groups: dict[str, list[Run]] = {}
     for run in runs:
         if any("loss" in line for line in run.lines):
@@ -187,7 +187,7 @@ def _other_charts(runs: list[Run]) -> list[Chart]:
 
 
 def _agreement_chart(runs: list[Run], teacher: Predictions | None, images: Images | None) -> list[Chart]:
-    """How often the students, and the teacher, predict the same class."""
+    """How often the students and the teacher predict the same class."""
     predicted = [(run.name, run.predictions) for run in runs if run.predictions is not None]
     if images is None or len(predicted) < 2:
         return []

@@ -1,6 +1,6 @@
-"""Cards of views: pixels, the stored feature map as colors, and the live map next to it if the teacher was run.
+"""Cards for views: pixels, the stored feature map as colors, and the live map next to it if the teacher was run.
 
-In: an open cache, views. Out: `Card`s for the page, all with one palette.
+In: an open cache, views. Out: `Card`s for the page, all with the same palette.
 Invariant: the teacher runs on the pixels that the cache holds.
 """
 
@@ -33,7 +33,7 @@ class Card(NamedTuple):
     fresh: Picture | None
     """The live map, in the same colors."""
     note: str
-    """The cosine of the two maps, or empty."""
+    """The cosine between the two maps, or empty."""
 
 
 class TeacherOutputs(NamedTuple):
@@ -48,7 +48,7 @@ class TeacherOutputs(NamedTuple):
 def rerun_on_views(
     cache: Cache, checker: RecordChecker, teacher: Teacher, places: Sequence[Place], keep: set[Place]
 ) -> TeacherOutputs:
-    """Re-run the teacher on views; keeps the live maps of those in `keep`. Views without pixels are left out."""
+    """Re-run the teacher on views. Live maps are kept for the views in `keep`. Views without pixels are left out."""
     outputs = TeacherOutputs({}, {})
     for batch in rerun_teacher(cache, teacher, checker, sorted(set(places))):
         cosines = batch.close.cosine_mean_removed.tolist()
@@ -60,7 +60,7 @@ def rerun_on_views(
 
 
 class Gallery:
-    """Makes all cards of a report, with one palette."""
+    """Makes all cards of a report with the same palette."""
 
     def __init__(
         self, cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]], outputs: TeacherOutputs
@@ -77,7 +77,7 @@ class Gallery:
         return decode_features(self.checker.codec, [self._record(info)]).features[0]
 
     def cards(self, views: Sequence[tuple[ViewInfo, str]]) -> list[Card]:
-        """One card for each view, with its note."""
+        """One card per view, with its note."""
         return [self._card(info, note) for info, note in views] if self.palette is not None else []
 
     def _card(self, info: ViewInfo, note: str) -> Card:
@@ -100,5 +100,5 @@ class Gallery:
 
 
 def load_views(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]]) -> list[ViewInfo]:
-    """The views at these places that can be read."""
+    """The readable views at these positions."""
     return read_sample(cache, checker, places).views

@@ -1,7 +1,8 @@
-"""Held-out images in the spaces of teacher and student: nearest neighbors side by side, and feature maps as colors.
+"""Compares teacher and student on held-out images: nearest neighbors in both embedding spaces, and feature maps as
+colors.
 
-In: a run on a cache without labels, its export, the teacher's outputs that stage 1 kept. Out: pictures for the page.
-Invariant: nothing is trained, and the teacher is not run. What is missing becomes a note.
+In: a run on a cache without labels, its export, the teacher's outputs that stage 1 stored. Out: pictures for the page.
+Invariant: nothing is trained, and the teacher is not run. Missing inputs become notes on the page.
 """
 
 from pathlib import Path
@@ -41,7 +42,7 @@ class Neighbor(NamedTuple):
 
     picture: Picture
     common: bool
-    """Whether it is among the nearest for the other model too."""
+    """Whether the other model also ranks it among the nearest."""
 
 
 class Neighbors(NamedTuple):
@@ -81,7 +82,7 @@ def read_spaces(run: Path, data: str | None, process: Process, notes: list[str])
     except UserError as error:
         if data:
             raise
-        notes.append(f"{run.name}: no held-out images are compared: {str(error).splitlines()[0]}")
+        notes.append(f"{run.name}: held-out images are not compared: {str(error).splitlines()[0]}")
         return None
 
 

@@ -1,8 +1,8 @@
-"""The HTML page of a report: templates, embedded images and charts, and the output file.
+"""Builds the HTML page of a report from templates, embedded images and charts, and writes it to a file.
 
-In: a template and values. Out: HTML in one file. Invariant: the page loads nothing and runs one script, Bokeh's with
-`page.js`, which does not depend on the data: its content security policy admits that script by its hash and no other.
-The template engine escapes all text, and the size is bounded.
+In: a template and values. Out: HTML in one file. Invariant: the page loads no external resources and runs one script
+(Bokeh with `page.js`), which does not depend on the data. Its content security policy allows only that script, by
+its hash. The template engine escapes all text, and the size of the page is limited.
 """
 
 import base64
@@ -28,7 +28,8 @@ from scalekd_cache.store.durable_files import disk_errors, write_atomically
 MAX_BYTES = 5_000_000
 """Maximum size of a report."""
 SIDE = 160
-"""Images are shown at about this side length, pixels. Browsers enlarge smaller ones; larger ones are reduced here."""
+"""Images are shown at about this side length in pixels. Browsers enlarge smaller images; larger ones are downscaled
+here."""
 
 
 class Picture(NamedTuple):
@@ -59,21 +60,21 @@ def data_uri(data: bytes, kind: str) -> str:
 
 @functools.cache
 def page_script() -> str:
-    """The script of every report: Bokeh's library, then ours, which draws the charts and sorts tables."""
+    """The script of every report: Bokeh's library, followed by `page.js`, which draws charts and sorts tables."""
     library = Path(Resources(mode="server", minified=True, components=["bokeh"]).base_dir, "js", "bokeh.min.js")
     own = files(__package__).joinpath("templates/page.js")
     script = f"{library.read_text(encoding='utf-8')}\n{own.read_text(encoding='utf-8')}"
-    assert not re.search(r"</script|<!--|\r", script), "it would end the script's element, or change its hash"
+    assert not re.search(r"</script|<!--|\r", script), "the script would close its HTML element, or change its hash"
     return script
 
 
 def script_hash(script: str) -> str:
-    """The hash of a script as a content security policy names it."""
+    """The hash of a script in the notation of a content security policy."""
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
 def breakable(text: object) -> Markup:
-    """Text that browsers may break after a separator, so that they do not break words."""
+    """Text with optional line breaks after separators, so that browsers do not break inside words."""
     return Markup(re.sub(r"([/_])(?=\w)", r"\1<wbr>", str(escape(text))))
 
 

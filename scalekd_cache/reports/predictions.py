@@ -1,6 +1,6 @@
 """Predictions on validation images: a run's student, and the teacher of its cache.
 
-In: a run folder, a validation source. Out: `Predictions` of each classifier.
+In: a run folder, validation images. Out: `Predictions` of each classifier.
 Invariant: all classifiers get the same images; an image that cannot be decoded is left out for all.
 """
 
@@ -30,12 +30,12 @@ from scalekd_cache.training.run_files import read_config, student_options
 
 BATCH = 32
 REPEATS = 5
-"""Forward passes timed; the speed is their median."""
+"""Number of timed forward passes; the reported speed is their median."""
 Predict = Callable[[Tensor], Tensor]
 
 
 class Images(NamedTuple):
-    """Validation images that can be decoded."""
+    """The validation images that can be decoded."""
 
     dataset: ValidationImages
     indices: list[int]
@@ -59,7 +59,7 @@ class Predictions(NamedTuple):
 
     classes: NDArray[np.int64]
     percent: NDArray[np.float64]
-    """Its probability, percent."""
+    """Probability of the predicted class, percent."""
 
     def accuracy(self, labels: NDArray[np.int64]) -> float:
         """Top-1 accuracy, percent."""
@@ -67,7 +67,7 @@ class Predictions(NamedTuple):
 
 
 def validation_images(source: Source, size: int, count: int) -> Images:
-    """At most `count` images, spread evenly over the data set."""
+    """At most `count` images, evenly spaced over the data set."""
     dataset = ValidationImages(source, size)
     indices, labels = list[int](), list[int]()
     chosen = sample_indices(len(dataset), count)[:count]
@@ -100,11 +100,11 @@ class RunStudent(NamedTuple):
     bytes: int
     """Size of its weights file."""
     images_per_s: float
-    """Forward passes with batches of `BATCH`, float32, on this device."""
+    """Images per second of forward passes with batches of `BATCH` in float32 on this device."""
 
 
 def load_run_student(run: Path, size: int, process: Process) -> RunStudent | None:
-    """The exported student; None if the run has none yet.
+    """The exported student; None if the run has not exported one yet.
 
     Raises:
         UserError: the export is damaged.
@@ -125,13 +125,13 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         with torch.no_grad():
-            predict(images)[0, 0].item()  # waits for the device
+            predict(images)[0, 0].item()  # wait for the device
         seconds.append(time.perf_counter() - started)
     return BATCH / float(np.median(seconds[1:]))
 
 
 def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
-    """The teacher of a run's cache; of the first one where there are several.
+    """The teacher of a run's cache, or of its first cache if there are several.
 
     Raises:
         UserError: the cache or the weights are not available, or the weights belong to another teacher.

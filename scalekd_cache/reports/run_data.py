@@ -1,7 +1,8 @@
 """Inputs of the report of runs: run folders, validation images, predictions.
 
 In: run folders, finished or in progress. Out: `Run`s, and the teacher's predictions on the same images.
-Invariant: runs are only read. Missing inputs become notes on the page; missing inputs that an option names are errors.
+Invariant: runs are only read. Missing inputs become notes on the page, unless an option names them: then they are
+errors.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,7 +45,8 @@ class RunReport:
     """Options of the report."""
 
     images: int = 1000
-    """Validation images to predict, evenly spaced over the data set (0: none; no data set is needed)."""
+    """Number of validation images to run the models on, evenly spaced over the data set (0: none; no data set is
+    needed)."""
     data: str | None = None
     """Path of the validation images (None: as recorded in the cache)."""
     teacher_weights: str | None = None
@@ -75,12 +77,12 @@ class Run(NamedTuple):
 
 
 def unique_paths(paths: Sequence[Path]) -> list[Path]:
-    """The folders, each once."""
+    """The folders without duplicates."""
     return list(dict.fromkeys(path.resolve() for path in paths)) if len(paths) > 1 else list(paths)
 
 
 def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
-    """One run, with its student's predictions if classes and image size are those of the `first` run."""
+    """One run, with its student's predictions if it has the classes and image size of the `first` run."""
     options, facts = read_config(path), read_facts(path)
     summary = _or_note(lambda: read_summary(path), path, notes)
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)

@@ -1,7 +1,7 @@
 """The report of runs: curves over time, errors of student and teacher, and a comparison of several students.
 
 In: run folders, finished or in progress. Out: HTML.
-Invariant: runs are only read; what is missing is reported on the page.
+Invariant: runs are only read. Missing data is reported on the page.
 """
 
 from collections.abc import Sequence
@@ -39,11 +39,11 @@ from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
 DETAILED = 4
-"""Maximum runs with their own section."""
+"""Maximum number of runs that get a section."""
 MATRIX_CLASSES = 30
-"""Maximum classes of a confusion matrix: those with the most errors."""
+"""Maximum number of classes in a confusion matrix; the classes with the most errors are shown."""
 DISAGREEMENTS = 8
-"""Maximum images shown on which student and teacher differ."""
+"""Maximum number of images shown on which student and teacher differ."""
 
 
 CURVES = (
@@ -65,7 +65,7 @@ class Disagreement(NamedTuple):
 
 
 def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> str:
-    """The page of one run, or of several compared.
+    """The page of one run, or the comparison of several runs.
 
     Raises:
         UserError: a folder holds no run, or there are too many runs.
@@ -211,7 +211,7 @@ def _teachers(run: Run) -> list[dict[str, str]]:
 
 
 def _teacher_curves(run: Run) -> list[Chart]:
-    """Each teacher's own feature loss over steps, of a run with several."""
+    """For a run with several teachers: the feature loss of each teacher over steps."""
     names = dict.fromkeys(name.rpartition("/")[0] for line in run.lines for name in line if "/" in name)
     shown = []
     for name in names:
@@ -222,7 +222,7 @@ def _teacher_curves(run: Run) -> list[Chart]:
 
 
 def _held_out_curves(run: Run) -> list[Chart]:
-    """The figures of held-out images over steps; the last point is that of the summary."""
+    """The figures on held-out images over steps. The last point is taken from the summary."""
     last = run.summary.get("held_out", {}) if run.summary is not None else {}
 
     def series(name: str) -> Series:
@@ -251,7 +251,7 @@ def _matrix(predictions: Predictions, images: Images, names: list[str], title: s
 
 
 class PredictionAgreement(NamedTuple):
-    """How often student and teacher agree, percent of the images."""
+    """How often student and teacher agree, in percent of the images."""
 
     same: float
     both_right: float
@@ -268,7 +268,7 @@ def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int
 
 
 def _disagreements(student: Predictions, teacher: Predictions, images: Images, names: list[str]) -> list[Disagreement]:
-    """The images with different predictions and the highest probabilities."""
+    """The images with different predictions, highest probabilities first."""
     rows = np.flatnonzero(student.classes != teacher.classes)
     rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DISAGREEMENTS]
     found = []

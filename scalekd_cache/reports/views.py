@@ -1,7 +1,8 @@
 """Reads a sample of a cache's views and searches it for outliers.
 
-In: a finished cache, places of views. Out: `ViewInfo`s with label and stored predictions, and a vector of each map.
-Invariant: a record that cannot be read is reported by name. Memory is one batch plus the vectors.
+In: a finished cache, positions of views. Out: `ViewInfo`s with label and stored predictions, and one vector per
+feature map.
+Invariant: unreadable records are reported by name. Only one batch and the vectors are held in memory.
 """
 
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ from scalekd_cache.store.reader import Cache
 
 BATCH = 32
 POOLED = 2
-"""Maps are compared by their means over a grid of this side length."""
+"""Feature maps are compared by their means over a grid of this side length."""
 PALETTE_VIEWS = 24
 
 
@@ -136,7 +137,7 @@ def pixels_of_view(checker: RecordChecker, record: Record, place: tuple[int, int
 
 
 class Pair(NamedTuple):
-    """Two views whose maps are alike."""
+    """Two views with similar feature maps."""
 
     first: int
     second: int
@@ -146,7 +147,7 @@ class Pair(NamedTuple):
 
 
 def closest_pairs(sample: ViewSample, count: int) -> list[Pair]:
-    """The `count` closest pairs, closest first; every view is in one of them at most."""
+    """The `count` most similar pairs, most similar first. Each view occurs in at most one pair."""
     if len(sample.views) < 2:
         return []
     cosine = sample.vectors @ sample.vectors.T

@@ -141,7 +141,7 @@ def test_a_cache_report_says_what_the_cache_is(cache_page):
     assert "crop " in text
     assert text.count("stored map") >= 6
     assert text.count("live map") >= 6  # the teacher's weights are available
-    assert "cosine of stored and live map" in text
+    assert "cosine between stored and live map" in text
     assert re.search(r"\d+ of 40 views \(\d+\.\d %\)", text)  # where the teacher disagrees with the label
     assert "size 64" in text
     for off in ("flip probability", "randaugment", "erase"):
@@ -174,7 +174,7 @@ def test_without_the_teacher_it_is_said(tmp_path):
     folder = copy_of_cache(tmp_path / "cache")
     page = Page(cache_report(Cache.open(folder), CacheReport(views=10, teacher_views=0, images=1), CPU)).text
     assert "The teacher was not re-run." in page
-    assert "cosine of stored and live map" not in page
+    assert "cosine between stored and live map" not in page
     assert "stored map" not in page  # a single map is shown as is
     with pytest.raises(UserError, match="weights file does not exist"):
         cache_report(Cache.open(folder), CacheReport(teacher_weights=str(tmp_path / "none")), CPU)
