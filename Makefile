@@ -85,17 +85,17 @@ bench-scale: $(BASE) ## Simulate 1 to 1,024 processes; CHECK=1 first measures th
 	@$(PY) -m benchmarks.scaling $(OPTIONS_$@)
 study: $(BASE) ## Compare cached with live training: FORM=cpu|cpu-long|full DATA= HOURS=1.5 PLAN=1; resumable
 	@$(PY) -m benchmarks.study $(OPTIONS_$@)
-study-figures: $(BASE) ## Make the figures and tables of the study from its JSON lines
+study-figures: $(BASE) ## Create the figures and tables of the study from its JSON lines
 	@$(PY) -m benchmarks.study.figures
 
 # ---- development ----------------------------------------------------------------------------------------------------
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS)
 
-test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n processes of one thread
+test: $(TESTS) ## Run the tests (under 15 minutes on 2 cores); JOBS=n sets the number of processes
 	@$(PYTEST) -m "not slow and not gpu" $(ARGS)
 test-ci: $(TESTS) ## Run the slow tests of continuous integration: kills, damage, replaced files
 	@$(PYTEST) -m "ci_slow and not gpu" $(ARGS)
-test-all: $(TESTS) ## Run all tests, slow ones included
+test-all: $(TESTS) ## Run all tests, including slow tests
 	@$(PYTEST) $(ARGS)
 lint: $(TESTS) ## Check formatting, lint and types
 	@$(PY) -m ruff format --check . && $(PY) -m ruff check . && $(PY) -m mypy
