@@ -2,11 +2,13 @@
 
 In: a data set, the order of its items, the size of one item in bytes. Out: the items, in that order.
 Invariant: all tensors of an item are sent in one block of shared memory (one file descriptor) and copied out of it when
-received, by the loader or by its caller. Prefetching is limited by the free shared memory and the open-file limit. A
-worker that cannot send an item exits, and a worker that exits raises an error. Every worker runs one thread.
+received, by the loader or by its caller; the worker uses the block again. Prefetching is limited by the free shared
+memory and the open-file limit. A worker that cannot send an item exits, and a worker that exits raises an error. Every
+worker runs one thread.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import math
 import multiprocessing.queues
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from scalekd_cache.errors import UserError, counted, worker_failure
 
@@ -31,8 +33,8 @@ ALIGNMENT = 64
 """Alignment of tensors in a block, bytes."""
 RESERVED_FILES = 64
 """File descriptors reserved for everything else in the process."""
-FILES_PER_WORKER = 6
-"""File descriptors that one worker takes in the main process: pipes and process handle."""
+FILES_PER_WORKER = 7
+"""File descriptors that one worker takes in the main process: pipes, process handle and the block being read."""
 
 
 def bytes_per_worker(workers: int) -> int:
@@ -99,26 +101,30 @@ def load_items(
         item_bytes: approximate size of the tensors of one item.
         max_prefetch: maximum number of items that each worker prefetches.
         pin_memory: return tensors in page-locked memory.
-        borrow: return tensors that are views of an item's shared memory, not copies. An item whose tensors are kept
-            keeps a file descriptor open.
+        borrow: return tensors that are views of an item's shared memory, not copies. They are overwritten once the
+            next item is taken.
 
     Raises:
         UserError: too little shared memory or file descriptors, or a worker that exited.
     """
+    prefetch = prefetch_count(workers, item_bytes, max_prefetch)
     loader = DataLoader(
-        _SharedMemoryItems(dataset) if workers else dataset,
+        _SharedMemoryItems(dataset, prefetch + 1, item_bytes) if workers else dataset,
         batch_size=None,
         sampler=_LazySampler(order),
         collate_fn=_identity,
         num_workers=workers,
         pin_memory=pin_memory,
-        prefetch_factor=prefetch_count(workers, item_bytes, max_prefetch) or None,
+        prefetch_factor=prefetch or None,
         worker_init_fn=_init_worker,
     )
     received = iter(loader)
+    mapped: dict[tuple[int, int], Tensor] = {}
     try:
         for item in received:
             if isinstance(item, _SharedItem):
+                if not pin_memory:
+                    mapped[item.place] = item.block  # stays mapped: mapping it again costs as much as the copy
                 item = item.received(borrow=borrow)
             yield item
             del item
@@ -171,17 +177,19 @@ class _SharedItem:
 
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""
+    place: tuple[int, int]
+    """Number of the worker, and of the block among its blocks."""
     slots: list[tuple[Place, _TensorSlot]]
     """Position of each tensor in the item and in the block."""
     rest: Any
     """The item with None instead of its tensors."""
 
     def pin_memory(self) -> "_SharedItem":
-        """Called by DataLoader's pinning thread: a pinned copy, so that the shared block is freed."""
-        return _SharedItem(self.block.pin_memory(), self.slots, self.rest)
+        """Called by DataLoader's pinning thread: a pinned copy, so that the worker can use the block again."""
+        return dataclasses.replace(self, block=self.block.pin_memory())
 
     def received(self, *, borrow: bool = False) -> Any:
-        """The item. Unless it is borrowed, the shared block is copied, so that its file descriptor is closed now."""
+        """The item. Unless it is borrowed, the shared block is copied, because the worker uses it again."""
         block = self.block if borrow or self.block.is_pinned() else self.block.clone()
         item = self.rest
         for path, slot in self.slots:
@@ -193,22 +201,42 @@ class _SharedItem:
 class _SharedMemoryItems(Dataset[_SharedItem]):
     """Wraps a data set in a worker: items with their tensors in shared memory.
 
+    The worker fills its blocks in turn: new pages cost four times as much as the copy into them. With one block more
+    than items are prefetched, a block's turn comes when the main process has taken the item after the one in it.
     Shared memory is allocated here: an error in the sending thread would be lost, and the main process would hang.
+
+    Args:
+        dataset: the items.
+        blocks: number of blocks of each worker.
+        block_bytes: size of a block; larger items get larger blocks.
     """
 
-    def __init__(self, dataset: Dataset[Any]) -> None:
-        self.dataset = dataset
+    def __init__(self, dataset: Dataset[Any], blocks: int, block_bytes: int) -> None:
+        self.dataset, self._block_bytes = dataset, block_bytes
+        self._blocks: list[Tensor | None] = [None] * blocks
+        self._turn = 0
 
     def __getitem__(self, place: Any) -> _SharedItem:
         tensors: list[tuple[Place, Tensor]] = []
         rest = _without_tensors(self.dataset[place], (), tensors)
         starts = list(itertools.accumulate((-(-t.nbytes // ALIGNMENT) * ALIGNMENT for _, t in tensors), initial=0))
-        block = _shared_block(max(starts[-1], ALIGNMENT))
+        number, block = self._next_block(max(starts[-1], ALIGNMENT))
         slots = []
         for start, (path, tensor) in zip(starts, tensors, strict=False):
             block[start : start + tensor.nbytes] = tensor.contiguous().view(-1).view(torch.uint8)
             slots.append((path, _TensorSlot(start, tensor.dtype, tuple(tensor.shape))))
-        return _SharedItem(block, slots, rest)
+        worker = get_worker_info()
+        assert worker is not None
+        return _SharedItem(block, (worker.id, number), slots, rest)
+
+    def _next_block(self, size: int) -> tuple[int, Tensor]:
+        """Number and first `size` bytes of the block whose turn it is."""
+        number = self._turn = (self._turn + 1) % len(self._blocks)
+        block = self._blocks[number]
+        if block is None or len(block) < size:
+            self._blocks[number] = None  # frees it first
+            block = self._blocks[number] = _shared_block(max(size, self._block_bytes))
+        return number, block[:size]
 
 
 def _shared_block(size: int) -> Tensor:
