@@ -12,7 +12,7 @@ logits are the model's own in all cases.
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from timm.models.hiera import Hiera
 from timm.models.hieradet_sam2 import HieraDet
+from timm.models.naflexvit import NaFlexVit
 from timm.models.swin_transformer import SwinTransformer
 from timm.models.swin_transformer_v2 import SwinTransformerV2
 from timm.models.tiny_vit import TinyVit
@@ -114,8 +115,8 @@ FAMILIES = (
     Family("vitdet", (VisionTransformerSAM,), _vitdet),  # SAM
     Family("tiny_vit", (TinyVit,), lambda model: TailParts([model.stages[-1]], model.head.norm, "nchw")),
     Family(
-        "vit",  # DeiT, DINOv2, CLIP and SigLIP too
-        (VisionTransformer,),
+        "vit",  # DeiT, DINOv2, CLIP, SigLIP and NaFlex too
+        (VisionTransformer, NaFlexVit),
         lambda model: TailParts(_last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens),
     ),
     Family(
@@ -162,7 +163,7 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
 def family_of(model: nn.Module, name: str) -> Family:
     """The family of a timm model; `UserError` naming the supported ones when it has none."""
     for family in (*_ADDED, *FAMILIES):
-        if isinstance(model, family.classes) and not getattr(model, "rope_mixed", False):
+        if isinstance(model, family.classes):
             return family
     raise UserError(
         "this model cannot be used as a teacher: its architecture is not supported",
@@ -281,6 +282,7 @@ class Tail(nn.Module):
             mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
             mask[..., :hidden] = float("-inf")
         options: dict[str, Any] = {}
+        ropes: Sequence[Any] = [None] * len(self.body)
         if self.family == "beit":
             bias = None if self.position is None else self.position()
             options["shared_rel_pos_bias"] = bias if mask is None else mask if bias is None else bias + mask
@@ -288,10 +290,12 @@ class Tail(nn.Module):
             position: Any = self.position
             if position is not None:
                 fixed = getattr(position, "feat_shape", None) is not None
-                options["rope"] = position.get_embed() if fixed else position.get_embed(shape=list(self.in_shape[1:]))
+                rope = position.get_embed() if fixed else position.get_embed(shape=list(self.in_shape[1:]))
+                # mixed embeddings are (depth, heads, N, D), a row for each block of the teacher; all others are (N, D)
+                ropes = rope[-len(self.body) :] if rope.ndim == 4 else [rope] * len(self.body)
             options["attn_mask"] = mask
-        for block in self.body:
-            tokens = block(tokens, **options)
+        for block, rope in zip(self.body, ropes, strict=True):
+            tokens = block(tokens, **options, **({} if rope is None else {"rope": rope}))
         return tokens
 
 

@@ -178,11 +178,12 @@ def own_image_size(name: str) -> int:
 def size_args(name: str, image_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The timm model's required and optional arguments for images of this size (`create_timm_model`).
 
-    SAM's ViT resizes its positions in every pass; built for another size, it would not take its own weights.
+    SAM's ViT and NaFlex resize their positions in every pass; built for another size, they would not take their own
+    weights.
     """
     if name == DEMO_TEACHER:
         return {**demo_teacher_args(), "img_size": image_size}, {}
-    if timm.models.is_model_in_modules(name.partition(".")[0], ["vision_transformer_sam"]):
+    if timm.models.is_model_in_modules(name.partition(".")[0], ["vision_transformer_sam", "naflexvit"]):
         return {}, {}
     return {}, {"img_size": image_size} if image_size != own_image_size(name) else {}
 

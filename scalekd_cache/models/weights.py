@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -98,8 +98,20 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
         got="; ".join(lines),
         expected=f"exactly the model's {counted(len(wanted), 'tensor')}",
         where=where,
-        fix="use the model name, image size and number of classes that the file was trained with",
+        fix=f"remove the prefix {prefix} from the names in the file"
+        if (prefix := _common_prefix(set(surplus), missing))
+        else "use the model name, image size and number of classes that the file was trained with",
     )
+
+
+def _common_prefix(surplus: Collection[str], missing: Sequence[str]) -> str:
+    """What stands before most of the missing names in the file of a wrapped or larger model (`module.`); else ''."""
+    starts = {name.removesuffix(last) for last in missing[:8] for name in surplus if name.endswith(f".{last}")}
+    number, prefix = max(
+        ((sum(start + name in surplus for name in missing), start) for start in sorted(starts, key=len)[:8]),
+        default=(0, ""),
+    )
+    return prefix if 2 * number > len(missing) else ""
 
 
 def load_weights(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:

@@ -20,6 +20,9 @@ CASES = [
     ("deit_tiny_distilled_patch16_224", 64, TOKENS, 48),  # mean of two tokens
     ("vit_small_patch14_reg4_dinov2", 56, TOKENS, 48),  # class token before registers
     ("vit_base_patch16_siglip_224", 64, TOKENS, 48),  # attention pool
+    ("naflexvit_base_patch16_siglip", 64, TOKENS, 48),
+    ("naflexvit_base_patch16_gap", 64, TOKENS, 48),
+    ("vit_small_patch16_rope_mixed_224", 64, {**TOKENS, "num_heads": 2}, 48),
     ("beit_base_patch16_224", 64, TOKENS, 48),
     ("eva02_tiny_patch14_224", 56, {}, 192),
     ("demo_swin", 64, {}, 0),

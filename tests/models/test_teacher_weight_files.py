@@ -36,6 +36,8 @@ def save(model, path, rename=lambda name: name):
         ("vit_base_patch16_siglip_224.v2_webli", 64, 96, TOKENS),
         ("vit_base_patch16_clip_224.openai", 64, 96, TOKENS),
         ("eva02_tiny_patch14_224", 56, 84, TOKENS),
+        ("vit_small_patch16_rope_mixed_ape_224", 64, 96, TOKENS),
+        ("vit_small_patch16_dinov3", 64, 96, TOKENS),
         ("beit_base_patch16_224", 64, 96, TOKENS),
         ("swin_tiny_patch4_window7_224", 64, 96, {"embed_dim": 24, "depths": [1, 1, 1, 1]}),
     ],
@@ -54,13 +56,44 @@ def test_a_file_of_another_image_size(tmp_path, name, size, other, args):
     assert all(torch.equal(value, same[key]) for key, value in state.items())
 
 
-def test_sam_takes_images_of_another_size_with_the_weights_as_they_are(tmp_path):
-    path = tmp_path / "sam.safetensors"
-    args = {**SAM, "img_size": 128}
-    state = save(timm.create_model("samvit_base_patch16", **args, num_classes=0), path)
-    teacher = load("samvit_base_patch16", 64, path, args)
-    assert teacher.spec.feature_shape == (32, 4, 4)
-    assert all(torch.equal(value, state[key]) for key, value in teacher.model.state_dict().items())
+@pytest.mark.parametrize(
+    ("name", "args", "channels"),
+    [
+        ("samvit_base_patch16", {**SAM, "img_size": 128}, 32),
+        ("naflexvit_base_patch16_siglip", TOKENS, 48),
+        ("naflexvit_base_patch16_radio_v3", TOKENS, 48),
+    ],
+)
+def test_images_of_another_size_with_the_weights_as_they_are(tmp_path, name, args, channels):
+    path = tmp_path / "teacher.safetensors"
+    state = save(timm.create_model(name, **args, num_classes=0), path)
+    for size in (64, 96):
+        teacher = load(name, size, path, args)
+        assert teacher.spec.feature_shape == (channels, size // 16, size // 16)
+        assert all(torch.equal(value, state[key]) for key, value in teacher.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "prefix"),
+    [
+        (
+            "sam2_hiera_tiny",
+            {"embed_dim": 24, "stages": [1, 1, 1, 1], "global_att_blocks": [3]},
+            "image_encoder.trunk.",
+        ),
+        ("vit_tiny_patch16_224", TOKENS, "module.backbone."),
+        ("convnext_tiny", {"depths": [1, 1, 1, 1], "dims": [8, 8, 8, 8]}, "model."),
+    ],
+)
+def test_a_prefix_of_all_names_is_named(tmp_path, name, args, prefix):
+    """A checkpoint of a wrapped model, or of a larger one: Meta's of SAM 2 has a neck, and no final norm."""
+    path = tmp_path / "teacher.safetensors"
+    state = save(timm.create_model(name, **args, num_classes=0), path, lambda name: prefix + name)
+    state = {name: value for name, value in state.items() if "head.norm" not in name}
+    save_file({**state, "image_encoder.neck.convs.0.conv.weight": torch.zeros(3)}, path)
+    with pytest.raises(UserError, match="do not fit the model") as caught:
+        load(name, 64, path, args)
+    assert f"remove the prefix {prefix} from the names" in str(caught.value)
 
 
 def test_original_names_of_sam(tmp_path):

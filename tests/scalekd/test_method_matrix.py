@@ -40,7 +40,13 @@ TEACHERS = [
     ("vit_base_patch16_dinov3", 256, "eva", (768, 16, 16), (768, 16, 16)),
     ("convnext_base.dinov3_lvd1689m", 224, "convnext", (512, 14, 14), (1024, 7, 7)),
     ("vit_so400m_patch16_siglip_512", 512, "vit", (1152, 32, 32), (1152, 32, 32)),
+    ("vit_small_patch14_reg4_dinov2", 518, "vit", (384, 37, 37), (384, 37, 37)),
+    ("vit_base_patch16_clip_384", 384, "vit", (768, 24, 24), (768, 24, 24)),
+    ("naflexvit_base_patch16_siglip", 384, "vit", (768, 24, 24), (768, 24, 24)),
+    ("vit_base_patch16_rope_mixed_224", 384, "eva", (768, 24, 24), (768, 24, 24)),
+    ("samvit_base_patch16", 512, "vitdet", (768, 32, 32), (256, 32, 32)),
     ("samvit_base_patch16", 1024, "vitdet", (768, 64, 64), (256, 64, 64)),
+    ("sam2_hiera_base_plus", 512, "hieradet", (448, 32, 32), (896, 16, 16)),
     ("sam2_hiera_large", 1024, "hieradet", (576, 64, 64), (1152, 32, 32)),
 ]
 STUDENTS = (*PAPER_STUDENTS, "resnet50d", "vit_base_14", "mixer_b14")
