@@ -8,12 +8,13 @@ import argparse
 import importlib
 import json
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu_smoke import PARTS
-from benchmarks.smoke.sizes import sizes_of
+from benchmarks.smoke.sizes import FAILED, sizes_of
 
 
 class Report:
@@ -45,7 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--stand-in", action="store_true")
     options = parser.parse_args(argv)
-    run_part(options.part, options.folder, stand_in=options.stand_in)
+    figures = run_part(options.part, options.folder, stand_in=options.stand_in)
+    if any(isinstance(value, dict) and FAILED in value for value in figures.values()):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.harness import ROOT, option_words
 from benchmarks.smoke.kernels import milliseconds
-from benchmarks.smoke.sizes import Add, Sizes, cache_of
+from benchmarks.smoke.sizes import Add, Sizes, attempt, cache_of
 from benchmarks.training.stage1 import measure
 from scalekd_cache.audit.repair import repair_cache
 from scalekd_cache.audit.verify_cache import verify_deep
@@ -51,23 +51,27 @@ class Variant:
 def variants(sizes: Sizes) -> list[Variant]:
     """All variants, most important first, because the part may be stopped."""
     found = []
-    for micro in sizes.micro_batches:
+    for place, micro in enumerate(sizes.micro_batches):
         found += [
             Variant(f"synthetic {micro}", micro, synthetic=True),
             Variant(f"cached {micro}", micro),
             Variant(f"live {micro}", micro, train={"targets": "live"}),
             Variant(f"baseline {micro}", micro, train={"targets": "none"}),
+        ]
+        if place == 0:
+            found += [Variant(f"zero{stage} {micro}", micro, train={"zero": stage}) for stage in (1, 2, 3)]
+            found += [Variant(f"lamb {micro}", micro, optim={"name": "lamb", "lr": 1e-3})]
+        found += [
             Variant(f"share 1/4 {micro}", micro, scalekd={"feature_share": 0.25}),
             Variant(f"lite {micro}", micro, scalekd={"projector": "lite"}),
             Variant(f"linear {micro}", micro, scalekd={"projector": "linear"}),
         ]
     micro = sizes.micro_batches[0]
-    found += [
+    return [
+        *found,
         Variant(f"share 1/2 {micro}", micro, scalekd={"feature_share": 0.5}),
         Variant(f"lite, share 1/4 {micro}", micro, scalekd={"projector": "lite", "feature_share": 0.25}),
     ]
-    found += [Variant(f"zero{stage} {micro}", micro, train={"zero": stage}) for stage in (1, 2, 3)]
-    return [*found, Variant(f"lamb {micro}", micro, optim={"name": "lamb", "lr": 1e-3})]
 
 
 class Lines:
@@ -124,10 +128,8 @@ def trainer(sizes: Sizes, folder: Path, add: Add) -> None:
     process = this_process(sizes.device)
     cache = cache_of(folder, sizes)
     for variant in variants(sizes):
-        try:
+        with attempt(add, variant.name):  # also for "out of memory"
             add(variant.name, timed_epoch(sizes, variant, cache, folder / "runs", process))
-        except torch.OutOfMemoryError as error:
-            add(variant.name, {"error": str(error).splitlines()[0]})
         gc.collect()
         if process.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -189,10 +191,13 @@ def recovery(sizes: Sizes, folder: Path, add: Add) -> None:
     """Part g: resume at another ZeRO stage, verify and repair, training on the CPU of this machine."""
     process = this_process(sizes.device)
     cache = cache_of(folder, sizes)
-    add("resume", resumed(sizes, cache, folder / "recovery", process))
-    add("audit", audited(cache, process))
-    tiny = cache_of(folder, sizes, tiny=True)
-    add("device_cpu", trained_on_cpu(tiny, folder / "cpu-run"))
+    with attempt(add, "resume"):
+        add("resume", resumed(sizes, cache, folder / "recovery", process))
+    with attempt(add, "audit"):
+        add("audit", audited(cache, process))
+    with attempt(add, "device_cpu"):
+        tiny = cache_of(folder, sizes, tiny=True)
+        add("device_cpu", trained_on_cpu(tiny, folder / "cpu-run"))
 
 
 def resumed(sizes: Sizes, cache: Path, folder: Path, process: Process) -> dict[str, Any]:

@@ -4,12 +4,14 @@ In: `Sizes`, the folder of the run. Out: results, reported one by one.
 Invariant: GPU times come from CUDA events; a missing kernel is a result, not an error.
 """
 
+import itertools
 import resource
 import shutil
 import statistics
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +22,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.codec.decode import fitted_codecs, synthetic_maps
 from benchmarks.harness import machine
-from benchmarks.smoke.sizes import Add, Sizes
+from benchmarks.smoke.sizes import Add, Sizes, attempt
 from scalekd_cache.codec import make_codec
+from scalekd_cache.codec.base import FeatureCodec
 from scalekd_cache.codec.dither import dither_seed
 from scalekd_cache.config.stage1 import TeacherConfig
 from scalekd_cache.models.teacher import Teacher, check_tail, load_teacher
@@ -90,8 +93,12 @@ def environment(sizes: Sizes, folder: Path, add: Add) -> None:
 
 
 def attention(sizes: Sizes, folder: Path, add: Add) -> None:
-    """Part b: each attention backend at the projectors' shapes, query expanded or contiguous, against float32 math."""
+    """Part b: each attention backend at the projectors' shapes, query expanded or contiguous, against float32 math.
+
+    The suspected case is last, cuDNN with an expanded query: an illegal memory access ends the use of the GPU.
+    """
     device = torch.device(sizes.device)
+    expected, parts = {}, {}
     for stage, shape in sizes.attention.items():
         torch.manual_seed(0)
         batch, head = sizes.attention_batch, shape.width // shape.heads
@@ -99,36 +106,32 @@ def attention(sizes: Sizes, folder: Path, add: Add) -> None:
         key, value = (
             torch.randn(batch, shape.heads, shape.keys, head, device=device, dtype=torch.bfloat16) for _ in range(2)
         )
-        scale = 5 * head**-0.5
-
-        def run(dtype: torch.dtype, contiguous: bool, parts: tuple[Tensor, ...], scale: float = scale) -> list[Tensor]:
-            leaves = [part.detach().to(dtype).requires_grad_() for part in parts]
-            q, k, v = leaves
-            q = q.expand(len(k), -1, -1, -1)
-            out = functional.scaled_dot_product_attention(q.contiguous() if contiguous else q, k, v, scale=scale)
-            out.square().mean().backward()
-            return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
-
-        parts = (query, key, value)
+        parts[stage] = query, key, value
         with sdpa_kernel(SDPBackend.MATH):
-            expected = run(torch.float32, True, parts)
-        for backend in BACKENDS:
-            for contiguous in (False, True):
-                name = f"{stage}, {backend.lower()}, {'contiguous' if contiguous else 'expanded'} query"
-                try:
-                    with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, backend)):
-                        warnings.simplefilter("ignore")
-                        got = run(torch.bfloat16, contiguous, parts)
-                        errors = [relative(a, b) for a, b in zip(got, expected, strict=True)]
-                        ms = milliseconds(
-                            lambda contiguous=contiguous, parts=parts, run=run: run(torch.bfloat16, contiguous, parts),
-                            device,
-                            sizes.repeats,
-                        )
-                except RuntimeError as error:
-                    add(name, {"error": str(error).splitlines()[0][:200]})
-                    continue
-                add(name, {"forward_backward_ms": ms, **dict(zip(("out", "d_query", "d_key", "d_value"), errors))})
+            expected[stage] = attend(torch.float32, True, *parts[stage])
+    for contiguous, backend, stage in itertools.product((True, False), BACKENDS, parts):
+        name = f"{stage}, {backend.lower()}, {'contiguous' if contiguous else 'expanded'} query"
+        call = partial(attend, torch.bfloat16, contiguous, *parts[stage])
+        try:
+            with warnings.catch_warnings(), sdpa_kernel(getattr(SDPBackend, backend)):
+                warnings.simplefilter("ignore")
+                errors = [relative(a, b) for a, b in zip(call(), expected[stage], strict=True)]
+                ms = milliseconds(call, device, sizes.repeats)
+        except RuntimeError as error:
+            add(name, {"error": str(error).splitlines()[0][:200]})
+            continue
+        add(name, {"forward_backward_ms": ms, **dict(zip(("out", "d_query", "d_key", "d_value"), errors))})
+
+
+def attend(dtype: torch.dtype, contiguous: bool, query: Tensor, key: Tensor, value: Tensor) -> list[Tensor]:
+    """Output and gradients of an attention whose query (1, heads, queries, head) is the same for all samples."""
+    leaves = [part.detach().to(dtype).requires_grad_() for part in (query, key, value)]
+    q, k, v = leaves
+    q = q.expand(len(k), -1, -1, -1)
+    scale = 5 * q.shape[-1] ** -0.5
+    out = functional.scaled_dot_product_attention(q.contiguous() if contiguous else q, k, v, scale=scale)
+    out.square().mean().backward()
+    return [out, *(leaf.grad for leaf in leaves if leaf.grad is not None)]
 
 
 def codecs(sizes: Sizes, folder: Path, add: Add) -> None:
@@ -138,27 +141,32 @@ def codecs(sizes: Sizes, folder: Path, add: Add) -> None:
     placed = maps.to(device)
     seeds = torch.tensor([dither_seed(str(number), 0) for number in range(count)])
     for name, codec in fitted_codecs(sizes.feature_shape, count, ("int8", "transform", "transform-rotated")):
-        expected = codec.encode(maps, seeds)
-        rows = codec.encode(placed, seeds)
-        codes = expected.to(device)
-        difference = relative(codec.decode(codes).features.cpu(), codec.decode(expected).features)
+        with attempt(add, name):
+            add(name, codec_figures(codec, maps, placed, seeds, sizes.repeats))
 
-        def encode(codec: Any = codec) -> Tensor:
-            encoded: Tensor = codec.encode(placed, seeds)
-            return encoded
 
-        def decode(codec: Any = codec, codes: Tensor = codes) -> Any:
-            return codec.decode(codes)
+def codec_figures(codec: FeatureCodec, maps: Tensor, placed: Tensor, seeds: Tensor, repeats: int) -> dict[str, Any]:
+    """One codec on the device, with maps (B, C, H, W) on the CPU and `placed` there; encoded as stage 1 does."""
+    device = placed.device
+    expected = codec.encode(maps, seeds)
+    codes, seeds = expected.to(device), seeds.to(device)
+    rows = codec.encode(placed, seeds)
 
-        add(name, {
-            "views": count,
-            "rows_that_differ_from_the_cpu": int((rows.cpu() != expected).any(1).sum()),
-            "decoded_difference": difference,
-            "encode_ms": milliseconds(encode, device, sizes.repeats),
-            "decode_ms": milliseconds(decode, device, sizes.repeats),
-            "encode_waits": synchronizations(encode, device),
-            "decode_waits": synchronizations(decode, device),
-        })  # fmt: skip
+    def encode() -> object:
+        return codec.encode_rows(placed, seeds)
+
+    def decode() -> object:
+        return codec.decode(codes)
+
+    return {
+        "views": len(maps),
+        "rows_that_differ_from_the_cpu": int((rows.cpu() != expected).any(1).sum()),
+        "decoded_difference": relative(codec.decode(codes).features.cpu(), codec.decode(expected).features),
+        "encode_ms": milliseconds(encode, device, repeats),
+        "decode_ms": milliseconds(decode, device, repeats),
+        "encode_waits": synchronizations(encode, device),
+        "decode_waits": synchronizations(decode, device),
+    }
 
 
 def teacher(sizes: Sizes, folder: Path, add: Add) -> None:

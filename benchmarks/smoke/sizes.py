@@ -5,8 +5,11 @@ Invariant: the images need no package beyond numpy and Pillow, and are the same 
 """
 
 import os
-from collections.abc import Callable
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +18,28 @@ from PIL import Image
 
 Add = Callable[[str, Any], None]
 """Reports a result of a part: its name and a JSON value."""
+
+
+FAILED = "failed"
+"""Key of a result that is an error; the part then ends with exit code 1."""
+WORKER_BYTES = 100 << 20
+"""Shared memory for each loader worker: two batches of 128 views with their features, in half of the free memory."""
+
+
+@contextmanager
+def attempt(add: Add, name: str) -> Iterator[None]:
+    """Context for one result: an error becomes the result, and the part continues with the next one."""
+    try:
+        yield
+    except Exception as error:
+        traceback.print_exc()
+        add(name, {FAILED: f"{type(error).__name__}: {error}"[:500]})
+
+
+def gpu_workers(shared_memory: Path = Path("/dev/shm")) -> int:
+    """Loader workers of the run on a GPU: one per core but one, fewer if shared memory is small (containers)."""
+    cores = max(1, (os.cpu_count() or 2) - 1)
+    return min(cores, shutil.disk_usage(shared_memory).free // WORKER_BYTES) if shared_memory.exists() else cores
 
 
 class Attention(NamedTuple):
@@ -53,7 +78,7 @@ class Sizes(NamedTuple):
 
 GPU = Sizes(
     device="cuda", teacher="swin_large_patch4_window7_224", student="resnet50", image_px=500, views_px=224,
-    images=4096, views=4, workers=max(1, (os.cpu_count() or 2) - 1), teacher_batches=(64, 128, 256),
+    images=4096, views=4, workers=gpu_workers(), teacher_batches=(64, 128, 256),
     attention={"stage 3": Attention(16, 768, 196, 196), "stage 4": Attention(24, 1536, 49, 49)}, attention_batch=128,
     feature_shape=(1536, 7, 7), codec_views=256, trained=1024, micro_batches=(128, 64, 32), repeats=10,
     compiler="inductor",
@@ -89,7 +114,7 @@ def write_images(folder: Path, sizes: Sizes) -> None:
     for part in ("train", "val"):
         for label in range(2):
             (folder / part / f"class{label}").mkdir(parents=True)
-    with ThreadPoolExecutor(sizes.workers) as pool:  # Pillow releases the lock while it scales and encodes
+    with ThreadPoolExecutor() as pool:  # Pillow releases the lock while it scales and encodes
         list(pool.map(write, range(sizes.images + 4)))
 
 

@@ -3,13 +3,17 @@
 import json
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks import gpu_smoke
 from benchmarks.gpu_smoke import PARTS, guarded, ratios, run_parts
+from benchmarks.smoke import __main__ as smoke_part
+from benchmarks.smoke import jobs, kernels, sizes
 from benchmarks.smoke.__main__ import Report, run_part
-from benchmarks.smoke.sizes import GPU, STAND_IN, write_images
+from benchmarks.smoke.sizes import FAILED, GPU, STAND_IN, write_images
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +45,51 @@ def test_what_a_failing_part_reported_is_kept(tmp_path, monkeypatch):
     assert found["log"] == "why"
     run_parts("b", tmp_path, out, stand_in=True, total_limit_s=0.5)
     assert json.loads(out.read_text())["parts"]["b"]["status"].startswith("not started")
+
+
+def test_a_failed_result_does_not_end_its_part(folder, monkeypatch):
+    """Out of memory in one variant, a codec that fails, a resume that fails: the results after it are reported, and the
+    exit code tells."""
+
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    reported = {}
+    monkeypatch.setattr(kernels, "codec_figures", full)
+    kernels.codecs(STAND_IN, folder, reported.__setitem__)
+    assert {tuple(value) for value in reported.values()} == {(FAILED,)}
+    assert len(reported) == 3
+    monkeypatch.setattr(jobs, "cache_of", lambda *args, **options: folder)
+    for name in ("timed_epoch", "resumed", "audited"):
+        monkeypatch.setattr(jobs, name, full)
+    monkeypatch.setattr(jobs, "trained_on_cpu", lambda *args: {"exit_code": 0})
+    reported.clear()
+    jobs.trainer(STAND_IN, folder, reported.__setitem__)
+    jobs.recovery(STAND_IN, folder, reported.__setitem__)
+    assert reported.pop("device_cpu") == {"exit_code": 0}
+    assert {value[FAILED] for value in reported.values()} == {
+        "OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB."
+    }
+    assert reported.keys() == {*(variant.name for variant in jobs.variants(STAND_IN)), "resume", "audit"}
+    monkeypatch.setattr(smoke_part, "run_part", lambda *args, **options: {"resume": {FAILED: "why"}})
+    with pytest.raises(SystemExit) as ended:
+        smoke_part.main(["g", str(folder), "--stand-in"])
+    assert ended.value.code == 1
+
+
+def test_small_shared_memory_lowers_the_number_of_workers(monkeypatch, tmp_path):
+    monkeypatch.setattr(sizes.os, "cpu_count", lambda: 16)
+    for free, expected in ((64 << 20, 0), (1 << 30, 10), (64 << 30, 15)):
+        monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert sizes.gpu_workers(tmp_path) == expected
+
+
+def test_most_important_variants_are_first():
+    """The part is stopped after 180 s."""
+    names = [variant.name for variant in jobs.variants(GPU)]
+    assert names[:8] == [*(f"{name} 128" for name in ("synthetic", "cached", "live", "baseline")), "zero1 128",
+                         "zero2 128", "zero3 128", "lamb 128"]  # fmt: skip
+    assert len(set(names)) == len(names) == 27
 
 
 def test_ratios_with_goals():
