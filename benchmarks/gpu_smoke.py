@@ -4,7 +4,8 @@
 
 Each part runs in a separate process with a limit of 180 seconds. After each part its results are printed as one JSON
 line and written to the file `--out`, so an interrupted run keeps them. A part that fails or is stopped keeps the
-results it has reported; a result that fails holds its error, and the part continues. Weights are random, and the images are generated before the parts start.
+results it has reported; a result that fails holds its error, and the part continues. Weights are random, and the images
+are generated before the parts start.
 
     a  environment                                   e  stage 1 compared with the plain teacher
     b  attention at the projectors' shapes           f  the real trainer: targets, heads, batches, ZeRO, LAMB
@@ -16,8 +17,8 @@ results it has reported; a result that fails holds its error, and the part conti
 The run needs no network. The GPU machine must have torch, torchvision and timm (Python 3.12). Collect everything else
 as wheels (55 MB, most of it scipy) on a machine with network access:
 
-    PACKAGES="webdataset braceexpand zarr==3.1.6 donfig numcodecs==0.16.6 google-crc32c zstandard ninja hjson msgpack psutil \\
-      py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\
+    PACKAGES="webdataset braceexpand zarr==3.1.6 donfig numcodecs==0.16.6 google-crc32c zstandard ninja hjson msgpack \\
+      psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\
       tensorboard absl-py protobuf"
     pip download --no-deps --dest wheels --python-version 3.12 --only-binary=:all: \\
       --platform manylinux2014_x86_64 --platform manylinux_2_28_x86_64 $PACKAGES
