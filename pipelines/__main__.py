@@ -31,19 +31,19 @@ try:
     from pipelines.command import HELP, run
     from scalekd_cache.errors import unknown_name
     from scalekd_cache.versions import __version__
-except KeyboardInterrupt:  # in the first second, before `run` answers it
+except KeyboardInterrupt:  # during startup, before `run` handles it
     sys.exit(130)
 
 MODULES = (cache_teacher, distill, evaluate, probe, finetune, export, report, verify, repair,
            inspect_cache, plan, prove, publish, pull, fetch, costs, import_upstream)  # fmt: skip
-"""In the order of `scalekd --help`. The formatter would take fifteen lines for it."""
+"""In the order of `scalekd --help`. The formatter would spread the list over many lines."""
 
 
 class Commands(click.Group):
-    """The group of all commands; an unknown command is an error of one line."""
+    """The group of all commands. An unknown command gives a one-line error."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """Names in the order people use them."""
+        """Command names in the order of use."""
         return list(self.commands)
 
     def resolve_command(
@@ -60,7 +60,7 @@ SCALEKD = Commands(
     "scalekd",
     commands=[module.COMMAND for module in MODULES],
     context_settings=HELP,
-    help="Run a frozen vision teacher once, keep its features and logits, train any number of students from them.",
+    help="Run a frozen vision teacher once, store its features and logits, and train any number of students from them.",
     epilog="Exit codes: 0 success, 1 check failed, 2 usage error or invalid input, 75 checkpointed: rerun to resume, "
     "130 interrupted.",
 )

@@ -48,10 +48,10 @@ def main(given: Given) -> None:
 
 @contextlib.contextmanager
 def one_job_per_node(given: Given) -> Iterator[None]:
-    """Two commands on one node that write one cache run one after the other, if locks work.
+    """Two commands on one node that write the same cache run one after another, if file locks work.
 
-    The lock is in the node's folder for temporary files: a failed command leaves nothing beside the cache. The nodes of
-    one job take no lock: they may be containers on one machine, and would wait for each other.
+    The lock is in the node's folder for temporary files, so that a failed command leaves no file next to the cache.
+    The nodes of a multi-node job take no lock: they may be containers on one machine and would wait for each other.
     """
     if take(dict(given), Output).dry_run or str(given.get("nnodes", "1")) != "1":  # a dry run writes nothing
         yield
@@ -64,7 +64,8 @@ def one_job_per_node(given: Given) -> Iterator[None]:
         file = open_lock(folder / name)
     except OSError as error:
         print(
-            f"warning: no lock in {folder} ({error.strerror}): do not write {root} by two commands at a time",
+            f"warning: no lock in {folder} ({error.strerror}): do not run two commands that write {root} at the "
+            "same time",
             flush=True,
         )
         yield
@@ -79,7 +80,7 @@ def one_job_per_node(given: Given) -> Iterator[None]:
 
 
 def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> str:
-    """The command that trains a student from this cache or these caches, as it is typed in this folder.
+    """The command to type in this folder to train a student from these caches.
 
     It sets smaller batches if the recipe's global batch is larger than the data set.
     """
@@ -92,7 +93,7 @@ def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> 
 
 
 def check(given: Given) -> None:
-    """Find mistyped options and names now: several processes would report them only after they have started."""
+    """Find mistyped options and names early: several processes would report them only after they have started."""
     take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)
     student = checked_student(config)

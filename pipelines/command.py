@@ -1,4 +1,4 @@
-"""The command line: options made from the configuration dataclasses, errors of one line, exit codes.
+"""The command line: options generated from the configuration dataclasses, one-line errors, exit codes.
 
 In: the arguments of a process. Out: the options that were given, by dotted name, for a command's `main`.
 Invariant: an error that the user can fix prints one message without a traceback and exits with code 2.
@@ -31,7 +31,7 @@ from scalekd_cache.errors import CLEAR_LINE, RunInterrupted, UserError, join_or,
 
 Config = TypeVar("Config")
 Given = dict[str, Any]
-"""Options that were given: dotted name -> text."""
+"""Given options: dotted name -> text."""
 COMPLETION = "_SCALEKD_COMPLETE"
 """Set by the completion script: `eval "$(_SCALEKD_COMPLETE=bash_source scalekd)"`."""
 HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 110}
@@ -48,8 +48,8 @@ class Command(click.Command):
         main: takes the given options; returns the exit code, None for 0.
         config_classes: the dataclasses with the options. With `LaunchConfig`, it may start several processes.
         about: first line: summary.
-        lock: held while the command runs, by the process that starts the others.
-        check: run by that process, before it starts the others.
+        lock: lock that the launching process holds while the command runs.
+        check: function that the launching process runs before it starts the others.
         check_values: run instead of the command by `--check-values`.
         argument: the option whose value may also be given without its name.
     """
@@ -104,28 +104,28 @@ class Command(click.Command):
             return self.main_function(given)
 
     def _checked(self, given: Given) -> None:
-        """Run the checks; what they print is printed again by rank 0."""
+        """Run the checks without printing, because rank 0 prints the same lines again."""
         with contextlib.redirect_stdout(io.StringIO()):
             self.check(dict(given))
 
     def run_here(self, words: Sequence[str]) -> int | None:
-        """Run the command in this process: without launcher, lock and the checks before the start. Its exit code."""
+        """Run the command in this process, without launcher, lock and preliminary checks; returns its exit code."""
         with self.make_context(self.name, list(words)) as context:
             return self.main_function(self.given(context.params))
 
     def given_by(self, words: Sequence[str]) -> Given:
-        """The options that the words of a command line give, by dotted name."""
+        """The options in the words of a command line, by dotted name."""
         return self.given(self.make_context(self.name, list(words)).params)
 
     def given(self, values: Mapping[str, str | None]) -> Given:
         """The options that were given, by dotted name, from click's parameters."""
         given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
         if empty := [name for name, text in given.items() if not text]:
-            raise UserError(f"--{empty[0]} has an empty value: is a variable of the shell not set?")
+            raise UserError(f"--{empty[0]} has an empty value: is a shell variable unset?")
         return {name: None if text in ("null", "None") else expand_home(text) for name, text in given.items()}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse, with errors of one line that name the closest option."""
+        """Parse the arguments. Errors are one line and name the closest option."""
         words = list(args)  # click removes what it has parsed
         try:
             return super().parse_args(ctx, args)
@@ -135,7 +135,7 @@ class Command(click.Command):
         except click.UsageError as error:
             extra = [word for word in words if not word.startswith("-") and f"({word})" in error.message]
             if extra:
-                text = f"unexpected argument {extra[0]}: each value follows the name of its option (--help)"
+                text = f"unexpected argument {extra[0]}: put the name of an option before each value (--help)"
                 raise UserError(text) from error
             raise UserError(f"{error.format_message().rstrip('.')} (--help)") from error
 
@@ -143,7 +143,7 @@ class Command(click.Command):
         return [name for option in self.params for name in option.opts if name.startswith("--")]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The options people use first, then the rest in groups."""
+        """The most common options first, then the rest in groups."""
         order = {dotted: index for index, dotted in enumerate(dict.fromkeys(self.plain.values()))}
 
         def group(param: click.Parameter) -> tuple[int, str]:
@@ -172,7 +172,7 @@ class JsonOutput:
 
     @contextlib.contextmanager
     def printed(self, facts: dict[str, Any]) -> Iterator[None]:
-        """With `json`: move prints to standard error, then print the facts that the block has added."""
+        """With `json`: redirect prints to standard error, then print the facts that the block has added."""
         if not self.json:
             yield
             return
@@ -184,10 +184,10 @@ class JsonOutput:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class Output(JsonOutput):
-    """Options of a long command that are not part of its configuration."""
+    """Options of a long-running command that are not part of its configuration."""
 
     dry_run: bool = False
-    """Run all checks, print what would be done, write nothing."""
+    """Run all checks and print what would be done, without writing anything."""
 
 
 def take(given: Given, config_class: type[Config]) -> Config:
@@ -197,7 +197,7 @@ def take(given: Given, config_class: type[Config]) -> Config:
 
 
 def _click_option(option: Option, plain: list[str]) -> click.Option:
-    """The click option of one field. A switch may stand alone: `--deep` is `--deep true`."""
+    """The click option of one field. A switch needs no value: `--deep` is `--deep true`."""
     kind = option.info.annotation
     literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (*plain, option.name)]
@@ -246,8 +246,8 @@ def import_plugin(name: str | None) -> None:
 
 
 def check_cache_path(place: str) -> None:
-    """`UserError` unless `place` is a folder with parts of a cache; the message names similar caches. URLs are not
-    checked."""
+    """Raise `UserError` unless `place` is a folder with parts of a cache. The message names similar caches. URLs are
+    not checked."""
     path = Path(place)
     if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
         return
@@ -272,12 +272,12 @@ def check_cache_path(place: str) -> None:
 
 
 def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence[str] = ()) -> str:
-    """A command as it is typed in this folder; under make in make's form, with that make's VENV= and PYTHON=.
+    """A command to type in this folder. Under make, it is a make command with the same VENV= and PYTHON=.
 
     Args:
         name: the command.
-        options: plain name -> value; those without a value are left out.
-        dotted: further options, as `train.epochs=2`.
+        options: plain name -> value; options without a value are left out.
+        dotted: additional options, such as `train.epochs=2`.
     """
     given = {option: value for option, value in options.items() if value}
     if "MAKELEVEL" not in os.environ:
@@ -296,7 +296,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     130 interrupted, 141 the reader of the output closed the pipe.
     """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    # Not: CUDA_HOME is set, but there is no GPU; a cosine of one epoch is constant.
+    # Hide these warnings: CUDA_HOME is set without a GPU; a cosine over one epoch is constant.
     for name in ("torch.utils.cpp_extension", "timm.scheduler.cosine_lr"):
         logging.getLogger(name).setLevel(logging.ERROR)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -304,7 +304,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
     try:
         if COMPLETION in os.environ:
             command.main(words, prog_name="scalekd", complete_var=COMPLETION)
-        # Not `command.main`: it turns a closed pipe into exit code 1.
+        # `command.main` is not used, because it turns a closed pipe into exit code 1.
         with command.make_context(_program(command), words) as context:
             status = command.invoke(context)
         sys.stdout.flush()
@@ -327,7 +327,7 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
             _print_over(str(stop))
         _exit(stop.exit_code)
     except RuntimeError as error:
-        ended = worker_failure(error)  # the only RuntimeError that a user can fix
+        ended = worker_failure(error)  # the only RuntimeError that the user can fix
         if debug or ended is None:
             raise
         print(f"error: {ended}", file=sys.stderr, flush=True)
@@ -343,12 +343,12 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _print_over(text: str) -> None:
-    """Print a message after Ctrl-C; in a terminal, over the line with ^C and an open bar."""
+    """Print a message after Ctrl-C. In a terminal, it replaces the line with ^C and an unfinished progress bar."""
     print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
 
 
 def _first_to_report(text: str) -> bool:
-    """Whether no other rank of this job has printed this error; most errors are found by all ranks."""
+    """Whether this rank is the first of the job to print this error; most errors occur on all ranks."""
     folder = os.environ.get(REPORTED)
     if folder is None:
         return True
@@ -356,7 +356,7 @@ def _first_to_report(text: str) -> bool:
         (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the folder is on another node, or gone: rather twice than never
+    except OSError:  # the folder is on another node or gone: printing twice is better than not at all
         return True
     return True
 

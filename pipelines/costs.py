@@ -26,13 +26,14 @@ class CostsConfig:
     """Options of `costs`."""
 
     teacher: str = "swin_large_patch4_window7_224"
-    """A timm model name. Several, separated by commas, teach one student: a table each, and their sum."""
+    """A timm model name. For several teachers of one student (separated by commas), one table each and their sum are
+    printed."""
     student: str = "resnet50"
     """A timm model name or a short name."""
     image_size: int | None = None
     """Image size (height and width), pixels (default: the teacher's native size)."""
     labeled: bool = True
-    """The data has labels. false: the head of the pooled embedding is counted too."""
+    """Whether the data has labels. Without labels, the head for the pooled embedding is counted too."""
     all: bool = False
     """Print the table of all teacher-student pairs of the paper as a Markdown page."""
     scalekd: ScaleKDConfig = field(default_factory=ScaleKDConfig)

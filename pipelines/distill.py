@@ -23,7 +23,7 @@ class RunOutput(Output):
     """Options of `distill` that are not part of its configuration."""
 
     resume: bool = False
-    """Only resume: an error if the run folder holds no run (default: start or resume)."""
+    """Only resume; it is an error if the run folder holds no run (default: start or resume)."""
 
 
 def main(given: Given) -> None:
@@ -66,7 +66,7 @@ def _configured(given: Given) -> DistillConfig:
 
 
 def check_values(given: Given) -> None:
-    """Check what does not depend on the cache: option values, the recipe, the student's name."""
+    """Check everything that does not depend on the cache: option values, the recipe, the student's name."""
     given = dict(given)
     for config_class in (RunOutput, LaunchConfig):
         take(given, config_class)
@@ -81,9 +81,9 @@ def check_values(given: Given) -> None:
 
 
 def check(given: Given) -> None:
-    """Find mistyped options and names now: several processes would report them only after they have started."""
+    """Find mistyped options and names early: several processes would report them only after they have started."""
     take(given, RunOutput)
-    if given.get("follow"):  # the cache may not be there yet
+    if given.get("follow"):  # the cache may not exist yet
         return
     config = _configured(given)
     from scalekd_cache.models.student import check_student_name

@@ -23,14 +23,14 @@ class ExportConfig:
     push: str | None = None
     """Also upload the folder to the model hub as user/name, with timm's function (format timm)."""
     private: bool = False
-    """With push: a new repository is private."""
+    """With push: make a new repository private."""
 
     def __post_init__(self) -> None:
         require(self.push is None or self.format == "timm", "format", self.format, "timm with --push")
 
 
 def main(given: Given) -> None:
-    """Export the student of the last checkpoint and print what was checked."""
+    """Export the student of the last checkpoint and print the result of the check."""
     config = build(ExportConfig, given)
     from scalekd_cache.training.run_export import export_run
 

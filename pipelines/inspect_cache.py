@@ -58,7 +58,7 @@ def main(given: Given) -> None:
 
 
 def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
-    """The other cache that holds the pixels, if there is one and it is available."""
+    """The other cache that stores the pixels, if there is one and it is available."""
     from scalekd_cache.store.shared_pixels import open_shared_pixels
 
     try:
@@ -87,7 +87,7 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:
-    """One line for each fact."""
+    """One line per fact."""
     lines = []
     for name, value in facts.items():
         title = indent + name.replace("_", " ")

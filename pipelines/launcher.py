@@ -1,7 +1,9 @@
-"""Several processes: `--nproc 8` starts torchrun or DeepSpeed's launcher, which run the same command on every rank.
+"""Starts several processes: `--nproc 8` runs torchrun or DeepSpeed's launcher, which run the same command on every
+rank.
 
-In: the launch options and the command as typed. Out: the exit code of the processes, or None: run here.
-Invariant: a process that a launcher has started (RANK is set) never starts another one. Exit codes arrive unchanged.
+In: the launch options and the command as typed. Out: the exit code of the processes, or None to run in this process.
+Invariant: a process that was started by a launcher (RANK is set) never starts a launcher itself. Exit codes are
+passed on unchanged.
 """
 
 import importlib
@@ -23,20 +25,21 @@ from scalekd_cache.config.machine import available_cores, visible_gpus
 from scalekd_cache.errors import UserError
 
 ENVIRONMENT = {
-    # A new key-value store for every start of the processes: a shared one keeps the values of the previous start.
+    # Each start of the processes gets a new key-value store, because a shared store keeps values of the previous start.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
     # The signals of schedulers are forwarded to the processes, which have five minutes to save.
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
     "PYTHONUNBUFFERED": "1",
 }
-"""Environment variables that the processes need; values that are already set are kept."""
+"""Environment variables that the processes need. Values that are already set are kept."""
 OWN_EXIT = r"failed \(exitcode: (1|2|75|130)\)"
 """Torch's log line about a process that exited with one of our exit codes."""
 REPORTED = "SCALEKD_REPORTED"
-"""Variable with a folder in which ranks note the errors that they have printed, so that each is printed once."""
+"""Environment variable with a folder in which ranks record the errors they have printed, so that each error is
+printed once."""
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
-"""Exit code after a signal to torchrun: the ranks have saved what they can resume from."""
+"""Exit code after a signal to torchrun: the ranks have saved their state and can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -78,7 +81,7 @@ class LaunchConfig:
 def launch(
     options: LaunchConfig, command: str, given: dict[str, Any], argv: list[str], check: Callable[[dict[str, Any]], None]
 ) -> int | None:
-    """Start the processes of a command and wait for them; `check` is called with the given options before.
+    """Start the processes of a command and wait for them. `check` is called first, with the given options.
 
     Returns:
         The exit code; None if the command runs in this process.
@@ -122,14 +125,14 @@ def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to print a log record of torchrun: not if it is about our exit codes or a forwarded signal."""
+    """Whether to print a log record of torchrun. Records about our exit codes or a forwarded signal are hidden."""
     return record.levelno >= logging.ERROR and not re.search(OWN_EXIT, record.getMessage())
 
 
 def _nodes(options: LaunchConfig) -> list[str]:
     """torchrun's options for the nodes."""
     port = str(options.master_port)
-    if options.nnodes == "1":  # the loopback address, however the host name resolves
+    if options.nnodes == "1":  # use the loopback address, whatever the host name resolves to
         return ["--standalone", "--local-addr", "127.0.0.1"]
     assert options.master_addr is not None
     if ":" not in options.nnodes:

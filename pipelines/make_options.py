@@ -1,7 +1,7 @@
-"""The variables of `make` as options: `make distill STUDENT=x NPROC=2` is `scalekd distill --student x --nproc 2`.
+"""Converts `make` variables to options: `make distill STUDENT=x NPROC=2` is `scalekd distill --student x --nproc 2`.
 
-In: a target and `NAME=value` words. Out: the options, quoted for a shell; or an error of one line and exit code 2.
-Invariant: standard library only, so that a mistyped variable is reported before an environment exists.
+In: a target and `NAME=value` words. Out: the options, quoted for a shell, or a one-line error and exit code 2.
+Invariant: it imports only the standard library, so that a mistyped variable is reported before an environment exists.
 """
 
 import shlex
@@ -22,7 +22,7 @@ BENCHMARKS = {
 SWITCHES = {("bench-scale", "check"), ("study", "plan")}
 """Options of benchmarks that take no value."""
 STAGES = {"cache-teacher", "distill"}
-"""`make distill` creates a missing cache, so each stage accepts the variables of the other one."""
+"""`make distill` creates a missing cache, so each stage accepts the variables of the other."""
 
 
 def options(target: str, words: Sequence[str]) -> list[str]:
@@ -62,7 +62,7 @@ def _dotted(pair: str) -> str:
 
 
 def main(words: Sequence[str]) -> int:
-    """Print what make asks for.
+    """Print the output that make requests.
 
     `help`: commands and variables; `place DATA TEACHERS`: the default caches, separated by commas; `target NAME
     KNOWN...`: the error of an unknown target; `options TARGET NAME=value...`: the options.
@@ -84,7 +84,7 @@ def main(words: Sequence[str]) -> int:
     try:
         print(shlex.join(options(first, rest)))
     except UserError as error:
-        print(f"error: {error}")  # make looks at the first word
+        print(f"error: {error}")  # make checks the first word
         return 2
     return 0
 

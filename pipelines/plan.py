@@ -17,7 +17,7 @@ from scalekd_cache.config.stage2 import DistillConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanConfig(CacheTeacherConfig):
-    """Options of `plan`: all options of stage 1, and these."""
+    """Options of `plan`, in addition to all options of stage 1."""
 
     students: int = 8
     """Number of students to be trained from the cache."""

@@ -1,6 +1,6 @@
 """Measure a backbone on labeled images: k-NN and linear-probe accuracy.
 
-Random weights of the same architecture and the pixels of small images are measured too, as baselines.
+The same architecture with random weights, and the raw pixels of small images, are measured as baselines.
 """
 
 from typing import Any
@@ -11,7 +11,7 @@ from scalekd_cache.config.downstream import ProbeConfig
 
 
 def main(given: Given) -> None:
-    """Print accuracies of the backbone and of the baselines."""
+    """Print the accuracies of the backbone and the baselines."""
     output = take(given, JsonOutput)
     config = probe_config(given)
     from scalekd_cache.devices import choose_device

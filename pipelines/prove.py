@@ -24,7 +24,7 @@ class ProveConfig:
     """Options of `prove`."""
 
     cache: str = "caches/demo"
-    """Folder or URL of the cache. Several, separated by commas, are compared one after the other."""
+    """Folder or URL of the cache. Several caches, separated by commas, are compared one after another."""
     student: str = "resnet18"
     """Student whose gradients are compared: a short name or a timm name."""
     init: str | None = None
@@ -37,11 +37,11 @@ class ProveConfig:
     recipe: str | None = None
     """Training recipe (default: the training options stored in the cache)."""
     views: int = 256
-    """Number of views on which the teacher is re-run."""
+    """Number of views to re-run the teacher on."""
     seed: int = 0
-    """Seed for the choice of views and the student's weights."""
+    """Seed for sampling views and for the student's weights."""
     teacher_weights: str | None = None
-    """File with the teacher's weights (default: the path used in stage 1); with several caches one a cache."""
+    """File with the teacher's weights (default: the path used in stage 1); with several caches, one file per cache."""
     pixels_from: str | None = None
     """Folder or URL of the cache that holds the shared pixels (default: the path recorded in this cache)."""
     data: str | None = None
@@ -57,7 +57,7 @@ class ProveConfig:
 
 
 def main(given: Given) -> int:
-    """Print what was found; exit code 1 when cached targets do not match the teacher's outputs."""
+    """Print the result; exit code 1 if cached targets do not match the teacher's outputs."""
     config = build(ProveConfig, given)
     places = cache_places(config.cache)
     files = teacher_files(config.teacher_weights, len(places))

@@ -1,4 +1,4 @@
-"""Publish a finished cache: on the model hub, in a bucket, or in a folder."""
+"""Publish a finished cache to the model hub, a bucket or a folder."""
 
 from pipelines.command import Command, Given, JsonOutput, check_cache_path, run, take
 from scalekd_cache.config.options import build
@@ -17,9 +17,12 @@ def main(given: Given) -> None:
     with output.printed(facts):
         found = publish(config)
         facts.update(found)
-        print(f"{found['to']}: {size_text(found['bytes'])}, of which {size_text(found['bytes_sent'])} were sent")
+        print(f"{found['to']}: {size_text(found['bytes'])}, {size_text(found['bytes_sent'])} of it sent now")
         if found["local_paths"]:
-            print(f"note: manifest.json is published unchanged and names {', '.join(found['local_paths'])}")
+            print(
+                "note: manifest.json is published unchanged and contains these local paths: "
+                f"{', '.join(found['local_paths'])}"
+            )
         for command in found["next"]:
             print(f"  {command}")
 

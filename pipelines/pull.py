@@ -1,4 +1,4 @@
-"""Pull a published cache into a folder: verified, resumable; all of it, its first views, or without its pixels."""
+"""Pull a published cache into a folder, with verification and resume: all of it, its first views, or without pixels."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +12,7 @@ from scalekd_cache.progress import size_text
 
 
 def main(given: Given) -> None:
-    """Pull, and print what the folder has now."""
+    """Pull, then print what the folder contains."""
     output = take(given, JsonOutput)
     config = pull_config(given)
     from scalekd_cache.publishing.pull import pull_cache

@@ -1,4 +1,4 @@
-"""Rebuild the damaged parts of a cache, and nothing else."""
+"""Rebuild only the damaged parts of a cache."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from scalekd_cache.errors import counted
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class RepairConfig:
-    """Options of `repair`; all others are read from the cache."""
+    """Options of `repair`; all other settings are read from the cache."""
 
     cache: str = "caches/demo"
     """Folder of the cache."""
@@ -29,7 +29,7 @@ class RepairConfig:
 
 
 def main(given: Given) -> int:
-    """Print what was damaged, rebuilt and not repaired; exit code 1 when problems remain."""
+    """Print what was damaged, rebuilt and not repaired; exit code 1 if problems remain."""
     config = build(RepairConfig, given)
     root = Path(config.cache)
     from pipelines.verify import check_folder, line_of

@@ -12,7 +12,7 @@ from scalekd_cache.errors import UserError
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ReportConfig:
-    """Options of `report`: one of `cache`, `run` and `runs`, and what to sample."""
+    """Options of `report`: one of `cache`, `run` and `runs`, and the sample sizes."""
 
     cache: str | None = None
     """Folder or URL of a finished cache."""
@@ -27,9 +27,10 @@ class ReportConfig:
     asked: int = 64
     """Cache: number of sampled views on which the teacher is re-run, if its weights are available (0: none)."""
     images: int | None = None
-    """Cache: images in the gallery (default: 8). Runs: validation images evaluated (default: 1000; 0: none)."""
+    """Cache: number of images in the gallery (default: 8). Runs: number of validation images to evaluate (default:
+    1000; 0: none)."""
     seed: int = 0
-    """Seed of these random samples."""
+    """Seed for the random samples."""
     data: str | None = None
     """Path of the data set (default: the path recorded in the cache)."""
     teacher_weights: str | None = None
@@ -57,7 +58,7 @@ def main(given: Given) -> None:
     path, page = _of_cache(config) if config.cache else _of_runs(config)
     path = Path(config.out) if config.out else path
     size = write_page(path, page)
-    print(f"{path}: {size / 1e6:.1f} MB, open it in any browser; it needs no network")
+    print(f"{path}: {size / 1e6:.1f} MB, open it in any browser (works offline)")
 
 
 def _of_cache(config: ReportConfig) -> tuple[Path, str]:

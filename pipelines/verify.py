@@ -31,11 +31,11 @@ class VerifyConfig:
     json: bool = False
     """Print one JSON object instead of text."""
     records: int = RERUN_VIEWS
-    """With deep: number of random views on which the teacher is re-run, if available (0: none)."""
+    """With deep: number of random views to re-run the teacher on, if it is available (0: none)."""
     seed: int = 0
     """Seed of that random sample."""
     data: str | None = None
-    """Path of the data set (default: the path recorded in the cache); needed for replayed views only."""
+    """Path of the data set (default: the path recorded in the cache); needed only for replayed views."""
     teacher_weights: str | None = None
     """File with the teacher's weights (default: the path recorded in the cache)."""
     pixels_from: str | None = None
@@ -45,7 +45,7 @@ class VerifyConfig:
 
 
 def main(given: Given) -> int:
-    """Print every problem with its location; exit code 0 without problems, else 1."""
+    """Print every problem with its location; exit code 1 if there are problems, otherwise 0."""
     config = build(VerifyConfig, given)
     from scalekd_cache.store.remote.remote_path import open_place
 
@@ -67,7 +67,7 @@ def check_folder(root: Path) -> None:
 
 
 def _check(config: VerifyConfig) -> "tuple[CheckResult, TeacherAgreement | None]":
-    """Run the check. Torch is imported for the deep check only."""
+    """Run the check. Torch is imported only for the deep check."""
     if not config.deep:
         from scalekd_cache.store.verify import check_cache
 

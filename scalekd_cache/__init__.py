@@ -1,7 +1,7 @@
-"""scalekd-cache: run a frozen ViT teacher once, keep what students need, train any number of students from it.
+"""scalekd-cache: run a frozen vision teacher once, cache its outputs, and train any number of students from them.
 
 In: nothing. Out: the names for a custom training loop (docs/guides/students.md), each imported on first use.
-Invariant: importing the package imports neither torch nor anything else that takes time.
+Invariant: importing the package imports neither torch nor other slow modules.
 """
 
 import importlib

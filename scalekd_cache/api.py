@@ -1,7 +1,7 @@
 """Commands as Python functions, with the same names, defaults, checks and errors.
 
 In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts of the cache, or the run's summary.
-Invariant: the command line builds its configurations here too, so a command and a function cannot differ.
+Invariant: the command line builds its configurations here too, so commands and functions behave the same.
 """
 
 import os
@@ -28,7 +28,7 @@ from scalekd_cache.store.remote.remote_path import open_place
 
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Given = Mapping[str, Any]
-"""Options that were given, by dotted name."""
+"""Given options by dotted name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,15 +48,15 @@ class CacheInfo:
     bytes_per_view: dict[str, float]
     """Mean bytes on disk: pixels, features, target, index, total."""
     fidelity: dict[str, dict[str, float]]
-    """Of the decoded features: mean and 1st percentile of the cosine and of the mean-removed cosine."""
+    """Mean and 1st percentile of the cosine and the mean-removed cosine of the decoded features."""
     fingerprint: str
     """Hash of everything that changes the cached bytes."""
     others: tuple["CacheInfo", ...] = ()
-    """With several teachers: the caches of the others, in their order."""
+    """With several teachers: the caches of the other teachers, in order."""
 
     @property
     def place(self) -> str:
-        """What `distill(cache=...)` takes: the folder, or those of all teachers, separated by commas."""
+        """The value for `distill(cache=...)`: the folder, or the folders of all teachers, separated by commas."""
         return ",".join(str(one.path) for one in (self, *self.others))
 
     def to_json(self) -> dict[str, Any]:
@@ -78,17 +78,17 @@ def cache_teacher(
     recipe: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CacheInfo:
-    """Stage 1: run the teacher once over augmented views and store what students need.
+    """Stage 1: run the teacher once over augmented views and store the targets for students.
 
-    A rerun makes only what is missing. Under torchrun, every rank calls this function.
+    A rerun makes only the missing parts. Under torchrun, every rank calls this function.
 
     Args:
         data: demo, cifar10, imagenette, or a folder, tars or parquet files (None: demo).
         teacher: a timm model name (None: the recipe's).
-        teachers: several timm model names, separated by commas: one pass over the images makes a cache for each.
-        teacher_weights: a .safetensors file (None: timm's pretrained weights); with `teachers` a list in their order,
-            separated by commas.
-        cache: folder of the cache (None: `caches/<data>`); with `teachers` the folder that holds their caches.
+        teachers: several timm model names, separated by commas; one pass over the images makes one cache per teacher.
+        teacher_weights: a .safetensors file (None: timm's pretrained weights); with `teachers`, a comma-separated
+            list in the same order.
+        cache: folder of the cache (None: `caches/<data>`); with `teachers`, the folder that holds all caches.
         views: views per image (None: the recipe's).
         size: side length of a view, pixels (None: the recipe's).
         codec: feature codec (None: int8).
@@ -97,7 +97,7 @@ def cache_teacher(
         options: any other option, by plain or dotted name: `{"views.seed": 1, "store": "zarr"}`.
 
     Returns:
-        The facts of the cache; with several teachers those of the first one's, with the others in `others`.
+        The facts of the cache; with several teachers, the facts of the first cache, with the other caches in `others`.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -131,8 +131,8 @@ def distill(
 
     Args:
         student: a timm model name, or several, separated by commas.
-        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). Several, separated by commas, hold
-            the same views: the student learns from all their teachers.
+        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). With several caches of the same
+            views, separated by commas, the student learns from all their teachers.
         run: folder of the run (None: `runs/<student>`, with `-<targets>` unless cached).
         epochs: passes over the data (None: the recipe's).
         targets: cached, live (the teacher runs in the training loop) or none (the baseline).
@@ -143,7 +143,7 @@ def distill(
         log: called on rank 0 with (step, values) for every line of metrics.jsonl.
 
     Returns:
-        The summary: what summary.json of the run holds (accuracy in percent, steps, minutes, ...). For several students
+        The contents of the run's summary.json (accuracy in percent, steps, minutes, ...). For several students
         (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`): `runs`, all summaries, and `series`, one
         row per student with mean and standard deviation over the seeds.
 
@@ -240,7 +240,7 @@ def publish(
     pixels_from: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Publish a finished cache: on the model hub, in a bucket, or in a folder. A rerun resumes.
+    """Publish a finished cache to the model hub, a bucket or a folder. A rerun resumes.
 
     Args:
         cache: folder of the cache.
@@ -248,11 +248,11 @@ def publish(
         data_license: license of the images, such as cc-by-4.0.
         teacher_license: license of the teacher's weights, such as apache-2.0.
         without_pixels: leave the pixels out; `pull` recreates them from the images.
-        pixels_from: for a cache that shares pixels: where the cache that holds them is published.
+        pixels_from: for a cache that shares pixels, the URL or folder where the cache that stores them is published.
         options: any other option: `{"private": True}`.
 
     Returns:
-        Place, fingerprint, units, bytes, and the commands that use the published cache (`next`).
+        Destination, fingerprint, units, bytes, and the commands that use the published cache (`next`).
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -275,13 +275,13 @@ def pull(
 ) -> CacheInfo:
     """Pull a published cache into a folder; every file is verified.
 
-    A rerun resumes; it does nothing if the folder has all wanted views.
+    A rerun resumes; it does nothing if the folder already has all requested views.
 
     Args:
         url: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder.
-        cache: folder to write (None: `caches/` and the last part of the URL).
-        views: the first views only, such as `"0-3"` (None: all).
-        without_pixels: do not transfer pixels: make them again from the images in `data`.
+        cache: folder to write (None: `caches/` followed by the last part of the URL).
+        views: only the first views, such as `"0-3"` (None: all).
+        without_pixels: do not transfer pixels, but regenerate them from the images in `data`.
         data: with `without_pixels`: the images that the cache was made from.
         options: any other option, by plain or dotted name: `{"connections": 16}`.
 
@@ -336,7 +336,7 @@ def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
 def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
     """The configuration of stage 1: defaults, recipe, and the given options.
 
-    A cache that shares the pixels of another one takes views, data set and recipe from there.
+    A cache that shares the pixels of another cache takes views, data set and recipe from it.
 
     Args:
         config_class: `CacheTeacherConfig` or a subclass.
@@ -357,7 +357,7 @@ def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
 
 
 def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
-    """The training options of the student that stage 1 checks before it starts, if there is one.
+    """The training options of the student that stage 1 checks before it starts, if any.
 
     Raises:
         UserError: the recipe's training options are invalid, with or without a student.
@@ -371,7 +371,8 @@ def distill_config(given: Given) -> DistillConfig:
     """The configuration of stage 2: defaults, the recipe of the cache or the given one, and the given options.
 
     Raises:
-        UserError: no such cache, invalid options, or a given recipe whose views differ from the cache's.
+        UserError: the cache does not exist, options are invalid, or the views of the given recipe differ from the
+            cache's.
     """
     place = cache_place(given)
     waiting = build(DistillConfig, {name: given[name] for name in given if name.startswith("follow")})
@@ -390,7 +391,7 @@ def distill_config(given: Given) -> DistillConfig:
 
 
 def distill_config_before_cache(given: Given) -> DistillConfig:
-    """The configuration of stage 2 as far as it is known without a cache, to check the given options.
+    """The part of the stage-2 configuration that is known without a cache, for checking the given options.
 
     Raises:
         UserError: invalid options or recipe.
@@ -401,12 +402,12 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
 
 
 def cache_place(given: Given) -> str:
-    """The cache that stage 2 reads: the given one, or the default one of the data set."""
+    """The cache that stage 2 reads: the given cache, or the default cache of the data set."""
     return str(given.get("cache") or default_cache(given.get("data") or DataConfig.source))
 
 
 def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
-    """A recipe given by the user must have the view options of the cache; without one, nothing is checked.
+    """Check that a recipe given by the user has the view options of the cache.
 
     The views of a cache may differ from its recipe, through `views.*` options of stage 1.
 
@@ -427,7 +428,7 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
     """The arguments of a function by dotted name.
 
     Raises:
-        UserError: a name in `options` that is neither plain nor dotted, or that is an argument too.
+        UserError: a name in `options` is neither plain nor dotted, or is also given as an argument.
     """
     names = PLAIN_NAMES[command]
     given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -448,7 +449,7 @@ def _one_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any
 
 
 def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
-    """A recipe's options with views and data set replaced by those of the cache whose pixels are shared."""
+    """A recipe's options, with views and data set replaced by those of the cache that stores the shared pixels."""
     data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
     views = {"num_views": shared.num_views}
     return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}

@@ -1,4 +1,4 @@
-"""Helpers of all configurations: the dataclass settings, the range check, JSON values, the fingerprint.
+"""Helpers for all configurations: dataclass settings, range checks, JSON values, the fingerprint.
 
 In: options and dataclasses. Out: an error, JSON values, a hash.
 Invariant: equal configurations give equal fingerprints.
@@ -20,7 +20,7 @@ STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 def _read_list(value: object) -> object:
-    """A list as a tuple; one typed on a command line is YAML: `[0.2,1]` or `0.2,1`."""
+    """A list as a tuple. On the command line, a list is written as YAML: `[0.2,1]` or `0.2,1`."""
     if isinstance(value, str):
         try:
             value = yaml.safe_load(value if value.startswith("[") else f"[{value}]")
@@ -30,12 +30,12 @@ def _read_list(value: object) -> object:
 
 
 def read_number(value: object) -> object:
-    """A whole number typed on a command line, for options with a few allowed numbers."""
+    """Parses a whole number from the command line, for options with a few allowed numbers."""
     return int(value) if isinstance(value, str) and value.isdigit() else value
 
 
 def _read_one_or_more(value: object) -> object:
-    """As `_read_list`; one number, typed on a command line, is this number."""
+    """Like `_read_list`, but a single number on the command line stays a number."""
     found = _read_list(value)
     return found[0] if isinstance(value, str) and isinstance(found, tuple) and len(found) == 1 else found
 

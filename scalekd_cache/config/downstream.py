@@ -1,7 +1,7 @@
 """Options of the commands that use a backbone on labeled images: `probe` and `finetune`.
 
 In: values from the command line or a Python call. Out: checked, immutable dataclasses.
-Invariant: a configuration that exists is valid on its own.
+Invariant: every configuration object is valid by itself.
 """
 
 from dataclasses import field
@@ -37,7 +37,7 @@ class ProbeConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class FinetuneViews(ViewConfig):
-    """Augmented views of the labeled images: same options as in stage 1, but larger crops by default."""
+    """Augmented views of the labeled images: the same options as in stage 1, but with larger crops by default."""
 
     crop_scale: Range = (0.35, 1.0)
     """Range of the crop area, as a fraction of the image area."""
@@ -89,7 +89,7 @@ class FinetuneConfig:
         if (self.init is None) == (self.model is None):
             raise UserError("set either --init (a folder) or --model (a timm model name)")
         if self.init is not None and self.weights is not None:
-            raise UserError("--weights needs --model: a folder (--init) has its own weights")
+            raise UserError("--weights needs --model: the weights of --init are in its folder")
         _check_machine(self.size, self.workers)
         require(self.epochs > 0, "epochs", self.epochs, "> 0")
         require(self.batch > 1, "batch", self.batch, "> 1")

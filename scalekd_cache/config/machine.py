@@ -1,7 +1,7 @@
-"""The cores and GPUs that this process may use, for the default numbers of processes and workers.
+"""Counts the cores and GPUs that this process may use, for the default numbers of processes and workers.
 
 In: affinity, control groups, environment, device files. Out: counts.
-Invariant: torch is not imported: a command that only starts other processes starts quickly.
+Invariant: torch is not imported, so that a command that only starts other processes starts quickly.
 """
 
 import os
@@ -21,7 +21,7 @@ def available_cores() -> int:
 
 
 def visible_gpus() -> int:
-    """NVIDIA GPUs that this process may use: those of CUDA_VISIBLE_DEVICES, else the device files."""
+    """NVIDIA GPUs that this process may use, from CUDA_VISIBLE_DEVICES or otherwise from the device files."""
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     there = len([file for file in Path("/dev").glob("nvidia*") if re.fullmatch(r"nvidia\d+", file.name)])
     if chosen is None:
@@ -30,8 +30,9 @@ def visible_gpus() -> int:
 
 
 def default_workers(processes: int = 1) -> int:
-    """Loader processes per rank. With few cores, loading runs in the main process between the steps: a worker would
-    only take a core from training. Otherwise the rank's share of the cores, one left for the rank itself, at most 16.
+    """Loader processes per rank. With few cores, loading runs in the main process between steps, because a worker
+    would only take a core away from training. Otherwise, this is the rank's share of the cores minus one for the
+    rank itself, at most 16.
     """
     cores = available_cores()
     return 0 if cores <= 4 else min(16, max(0, cores // processes - 1))

@@ -1,7 +1,8 @@
-"""Options in layers: a recipe, then what the user gave, as one checked configuration.
+"""Merges layers of options (a recipe, then the user's options) into one checked configuration.
 
-In: mappings of nested or dotted names (`{"train": {"epochs": 2}}` or `{"train.epochs": "2"}`); later ones override.
-Out: a configuration. Invariant: the command line, the Python functions and the recipes are checked by this code only.
+In: mappings of nested or dotted names (`{"train": {"epochs": 2}}` or `{"train.epochs": "2"}`); later ones override
+earlier ones. Out: a configuration. Invariant: options from the command line, Python functions and recipes are all
+checked by this code.
 """
 
 import dataclasses
@@ -19,7 +20,7 @@ EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number",
             "int_type": "a whole number", "float_type": "a number", "tuple_type": "a list such as [0.2,1]",
             "missing": "a longer list, such as [0.2,1]", "too_long": "a shorter list, such as [0.2,1]",
             "dataclass_type": "a group of options"}  # fmt: skip
-"""What is expected, by pydantic's error type. The formatter would take eight lines for it."""
+"""Expected values by pydantic's error type. The formatter would spread the table over many lines."""
 
 
 class Option(NamedTuple):
@@ -30,7 +31,7 @@ class Option(NamedTuple):
     info: FieldInfo
     """Type and default."""
     help: str
-    """The docstring of the field, in one line."""
+    """The docstring of the field as one line."""
 
 
 def options_of(config_class: type, prefix: str = "") -> Iterator[Option]:
@@ -41,7 +42,7 @@ def options_of(config_class: type, prefix: str = "") -> Iterator[Option]:
             assert isinstance(info.annotation, type)
             yield from options_of(info.annotation, f"{prefix}{name}.")
         else:
-            # A subclass has only the docstrings of its own fields.
+            # pydantic gives a subclass only the docstrings of the fields it defines itself.
             owners = (base.__dict__.get("__pydantic_fields__", {}).get(name) for base in config_class.__mro__)
             text = next((owner.description for owner in owners if owner is not None and owner.description), "")
             yield Option(prefix + name, info, " ".join(text.split()))
@@ -76,7 +77,7 @@ def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 
 def _option_error(error: ValidationError, config_class: type) -> UserError:
-    """The first problem as one line; an unknown option before an invalid value."""
+    """The first problem as one line. Unknown options are reported before invalid values."""
     problems = error.errors(include_url=False)
     problem = min(problems, key=lambda found: found["type"] != "unexpected_keyword_argument")
     name = ".".join(str(part) for part in problem["loc"])

@@ -1,7 +1,8 @@
 """The default folder of a cache: `caches/<data>`.
 
-In: a data set, as given on the command line; names of teachers. Out: folders. Invariant: their last part is always a
-plain name: never `.`, no brace pattern, no spaces. The Makefile runs this file too: standard library only.
+In: a data set, as given on the command line; names of teachers. Out: folders. Invariant: the last path component is
+always a plain name, never `.`, a brace pattern or a name with spaces. The Makefile runs this file too, so it imports
+only the standard library.
 """
 
 import re
@@ -12,18 +13,19 @@ from typing import Any
 
 
 def expand_home(value: Any) -> Any:
-    """A text that starts with ~/ as a path in the home folder; shells leave --data=~/photos as it is."""
+    """Expand a leading ~/ to the home folder, because shells do not expand it in --data=~/photos."""
     return str(Path(value).expanduser()) if isinstance(value, str) and value.startswith("~/") else value
 
 
 def cache_places(text: str) -> list[str]:
-    """The folders and URLs of a list of caches, separated by commas; a folder whose name has commas is one cache."""
+    """Split a comma-separated list of cache folders and URLs. An existing folder whose name contains commas is one
+    cache."""
     places = [expand_home(place.strip()) for place in text.split(",")]
     return [text] if Path(text).exists() else [place for place in places if place] or [text]
 
 
 def default_cache(source: str) -> str:
-    """The default folder of the cache of a data set: demo, a folder, or a brace pattern of tars."""
+    """The default cache folder of a data set (demo, a folder, or a brace pattern of tars)."""
     name = source.rstrip("/").rpartition("/")[2]
     if name in ("", ".", "..", "~"):
         name = Path(source or ".").expanduser().resolve().name
@@ -32,7 +34,7 @@ def default_cache(source: str) -> str:
 
 
 def teacher_folders(names: Sequence[str]) -> list[str]:
-    """Folder names for the caches of several teachers: the names of the models, with -2, -3 where they repeat."""
+    """Folder names for the caches of several teachers: the model names, with -2, -3 appended to repeated names."""
     folders: list[str] = []
     for name in names:
         plain, folder, number = _plain(name) or "teacher", "", 1

@@ -1,7 +1,8 @@
-"""The everyday options by plain names: `--epochs` for `--train.epochs`, on the command line, in Python and in make.
+"""Short names of common options, such as `--epochs` for `--train.epochs`, on the command line, in Python and in make.
 
-In: nothing. Out: for each command, its plain names with their dotted names; the ten most common ones come first.
-Invariant: standard library only: the Makefile checks its variables with it before an environment exists.
+In: nothing. Out: for each command, its plain names with their dotted names, the most common ones first.
+Invariant: it imports only the standard library, because the Makefile uses it to check variables before an
+environment exists.
 """
 
 
@@ -51,4 +52,4 @@ PLAIN_NAMES: dict[str, dict[str, str]] = {
     "costs": _names("teacher student heads:scalekd.projector feature_share:scalekd.feature_share labeled all"),
     "import-upstream": _names("ckpt out student classes s4_query"),
 }
-"""Command -> plain name -> dotted name. Names have underscores here; on the command line hyphens work too."""
+"""Command -> plain name -> dotted name. Names have underscores here; on the command line, hyphens work too."""

@@ -17,20 +17,20 @@ class PublishConfig:
     cache: str
     """Folder of a finished cache."""
     to: str
-    """Where to publish it: hf://datasets/USER/NAME, s3://bucket/folder, gs://bucket/folder, or a folder."""
+    """Destination: hf://datasets/USER/NAME, s3://bucket/folder, gs://bucket/folder, or a folder."""
     data_license: str = ""
     """License of the images, such as cc-by-4.0; required."""
     teacher_license: str = ""
     """License of the teacher's weights, such as apache-2.0; required."""
     without_pixels: bool = False
-    """Leave the pixels out, where the license of the images forbids handing them on. Whoever pulls the cache needs the
-    images: `pull --data` makes the pixels again."""
+    """Leave the pixels out, for example if the license of the images forbids redistribution. Users then need the
+    images: `pull --data` regenerates the pixels."""
     pixels_from: str | None = None
     """For a cache that shares the pixels of another one: where that cache is published (folder or URL)."""
     private: bool = False
-    """On the hub: a new repository is private."""
+    """On the hub: make a new repository private."""
     connections: int = 4
-    """Units that are sent at the same time."""
+    """Number of units sent in parallel."""
 
     def __post_init__(self) -> None:
         for place, option in ((self.cache, "--cache"), (self.to, "--to")):
@@ -40,8 +40,8 @@ class PublishConfig:
         missing = [option for option, name in names.items() if not name.strip()]
         if missing:
             raise UserError(
-                f"set {' and '.join(missing)}: a published cache names the licenses of its images and of its teacher "
-                "(for example --data-license cc-by-4.0 --teacher-license apache-2.0)"
+                f"set {' and '.join(missing)}: a published cache must state the licenses of its images and its "
+                "teacher (for example --data-license cc-by-4.0 --teacher-license apache-2.0)"
             )
         for option, name in names.items():
             fits = len(name) <= 200 and name.isprintable()

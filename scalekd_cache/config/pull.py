@@ -1,7 +1,7 @@
-"""Options of `pull`: the published cache, where it goes, and which parts.
+"""Options of `pull`: the published cache, the output folder, and the parts to pull.
 
 In: values from the command line or a Python call. Out: a checked, immutable dataclass.
-Invariant: none of these options changes the bytes of a file that is pulled.
+Invariant: none of these options changes the bytes of a pulled file.
 """
 
 from dataclasses import field
@@ -20,19 +20,19 @@ class PullConfig:
     url: str
     """The published cache: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder."""
     cache: str | None = None
-    """Folder to write (default: caches/ and the last part of the URL)."""
+    """Folder to write (default: caches/ followed by the last part of the URL)."""
     views: str | None = None
-    """Pull the first views only, such as 0-3 (default: all). A later pull may add more."""
+    """Pull only the first views, such as 0-3 (default: all). A later pull can add more."""
     without_pixels: bool = False
-    """Do not transfer pixels: make them again from the images in --data, and compare them with their digests."""
+    """Do not transfer pixels. They are regenerated from the images in --data and checked against their digests."""
     data: str | None = None
     """With --without-pixels: path of the images that the cache was made from."""
     connections: int = 8
-    """Files that are transferred at the same time."""
+    """Number of files transferred in parallel."""
     workers: int = 0
-    """With --without-pixels: worker processes that make pixels (0: the main process)."""
+    """With --without-pixels: worker processes that regenerate pixels (0: the main process)."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
-    """How a URL is read."""
+    """Options for reading URLs."""
 
     def __post_init__(self) -> None:
         require(1 <= self.connections <= 256, "connections", self.connections, "1 to 256")

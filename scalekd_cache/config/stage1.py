@@ -1,7 +1,7 @@
 """Options of stage 1: data, views, teacher, cache.
 
 In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per topic.
-Invariant: a configuration that exists is valid on its own.
+Invariant: every configuration object is valid by itself.
 """
 
 import math
@@ -65,13 +65,12 @@ class ViewConfig:
     erase_ratio: Range = (0.3, 10 / 3)
     """Range of the erased box's aspect ratio (height over width), sampled log-uniformly."""
     pixels: Literal["baked", "replayed"] = "baked"
-    """baked: encoded pixels are stored; replayed: only view parameters and a digest are stored, and training recomputes
-    the view."""
+    """baked: store encoded pixels; replayed: store only view parameters and a digest, and regenerate the views in
+    training."""
     pixel_format: Literal["jpeg", "jpeg-optimized", "webp", "png"] = "jpeg"
-    """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, slower to encode; webp: fewer
-    bytes for small views, but decoding takes twice as long as JPEG at 128 pixels and three times as long at 224; png:
-    lossless
-    (docs/CODECS.md)."""
+    """Encoding of baked pixels: jpeg; jpeg-optimized: the same pixels in fewer bytes, but slower to encode; webp:
+    fewer bytes for small views, but decoding takes twice as long as JPEG at 128 pixels and three times as long at
+    224; png: lossless (docs/CODECS.md)."""
     jpeg_quality: int = 90
     """Quality of JPEG and WebP, 1 to 100."""
     jpeg_subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"
@@ -127,10 +126,10 @@ class TeacherConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the forward pass; auto: bfloat16 on a GPU, float32 on a CPU."""
     batch_size: int = 64
-    """Views per teacher forward pass (above 512 px at most as many pixels as 64 views of 224 px)."""
+    """Views per teacher forward pass (at sizes above 512 px, limited to the number of pixels in 64 views of 224 px)."""
     check_classes: bool = True
-    """Stop before the first unit if the teacher's accuracy is near chance, or far below its accuracy with the classes
-    in another order (false: only print a warning)."""
+    """Stop before the first unit if the teacher's accuracy is near chance, or much lower than with the classes in
+    another order (false: only print a warning)."""
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
@@ -147,22 +146,23 @@ class StoreConfig:
     """File format of the shards."""
     codec: str = "int8"
     """Feature codec (docs/CODECS.md): int8, transform, transform-economy, float16, bfloat16, float32, int4, fp8; or
-    auto: the smallest codec that meets codec_target, selected once on views of this data set."""
+    auto, which selects the smallest codec that meets codec_target on views of this data set."""
     codec_target: str | None = None
     """Target of codec=auto, met by 99 % of held-out views: ac-cosine:0.999 (mean-removed cosine) or kl:0.01 (nats,
-    through the teacher's head); or bytes:20000: the most accurate codec with at most this many bytes per view."""
+    through the teacher's head); or bytes:20000, which selects the most accurate codec with at most this many bytes
+    per view."""
     codec_noise: float = 0.0
     """Noise of a transform codec; its mean-removed cosine is 1 / sqrt(1 + noise). 0: the preset's value, 0.0018 or
     0.06."""
     logits: Literal["dense", "top_k", "recomputed"] = "dense"
-    """How logits are stored: dense: all, in 8 bits; top_k: the most probable classes and the remaining mass;
-    recomputed: not stored, for teachers whose classifier takes the mean of the last feature map."""
+    """How logits are stored. dense: all classes, in 8 bits; top_k: the most probable classes and the remaining
+    probability mass; recomputed: not stored, for teachers whose classifier takes the mean of the last feature map."""
     top_k: int = 10
     """Number of classes stored with logits=top_k."""
     num_views: int = 4
     """Number of augmented views per image."""
     views_per_group: int = 4
-    """Views per work unit; an image is decoded once for all of them."""
+    """Number of views per work unit. An image is decoded once for all views of a unit."""
     stored_features: float = 1.0
     """Share of each image's views with stored features; labels, logits and pixels are stored for all.
     1 / share is a whole number that divides num_views and views_per_group."""
@@ -188,11 +188,11 @@ class StoreConfig:
 
     @property
     def features_every(self) -> int:
-        """Features are stored for one in this many views of every image."""
+        """Features are stored for one in this many views of each image."""
         return round(1 / self.stored_features)
 
     def _check_share(self) -> None:
-        """Raise `UserError` unless every image gets features equally often."""
+        """Raise `UserError` unless all images have features in the same number of views."""
         share = self.stored_features
         require(1 / 64 <= share <= 1, "cache.stored_features", share, "1/64 to 1")
         every = self.features_every
@@ -212,13 +212,13 @@ class StoreConfig:
                 fix="set --cache.logits=dense (or top_k), or remove --stored-features",
             )
         counts = {"cache.num_views": self.num_views}
-        if self.pixels_from is None:  # otherwise the view groups are those of the other cache
+        if self.pixels_from is None:  # otherwise the other cache determines the view groups
             counts["cache.views_per_group"] = self.views_per_group
         for name, count in counts.items():
             if count % every:
                 near = sorted({max(every, count // every * every), -(-count // every) * every})
                 raise UserError(
-                    "the views cannot be divided so that every image has features equally often",
+                    "with this number of views, features cannot be stored equally often for every image",
                     got=f"{name}={count}, features for one in {every} views (cache.stored_features={share:g})",
                     expected=f"a multiple of {every}",
                     fix=f"set {_OPTIONS[name]} to {' or '.join(map(str, near))}, or change --stored-features",
@@ -239,12 +239,13 @@ class CacheTeacherConfig:
     views: ViewConfig = field(default_factory=ViewConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     teachers: str | None = None
-    """Several teachers in one pass over the images: timm model names, separated by commas. cache.path is then a folder
-    with one cache per teacher, named like the model: the first cache stores the pixels, the others share them.
-    teacher.weights may list files in the same order, with an empty entry for a teacher without one."""
+    """Several teachers in one pass over the images: timm model names, separated by commas. cache.path is then a
+    folder with one cache per teacher, named after the model. The first cache stores the pixels, and the others share
+    them. teacher.weights may list files in the same order, with an empty entry for a teacher without a file."""
     cache: StoreConfig = field(default_factory=StoreConfig)
     student: str | None = None
-    """Student to validate before stage 1: it and the recipe's training options must be compatible with the cache."""
+    """Student to check before stage 1: the student and the recipe's training options must be compatible with the
+    cache."""
     workers: int = 0
     """Worker processes per rank that decode images and compute views (0: main process)."""
     device: str = "auto"
@@ -258,10 +259,12 @@ class CacheTeacherConfig:
         self.per_teacher()
 
     def per_teacher(self) -> list[Self]:
-        """One configuration per teacher, each of an ordinary cache: this one, unless `teachers` names several.
+        """One configuration per teacher, each for an ordinary cache. Without `teachers`, this is the configuration
+        itself.
 
         Raises:
-            UserError: an empty name, another number of weights than of teachers, or the same teacher twice.
+            UserError: a name is empty, the number of weights files differs from that of teachers, or a teacher is
+                listed twice.
         """
         if self.teachers is None:
             return [self]

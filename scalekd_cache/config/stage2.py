@@ -1,7 +1,7 @@
 """Options of stage 2: student, method, optimization, training.
 
 In: values from a recipe and the command line. Out: checked, immutable dataclasses, one per topic.
-Invariant: a configuration that exists is valid on its own.
+Invariant: every configuration object is valid by itself.
 """
 
 import sys
@@ -22,12 +22,12 @@ class StudentConfig:
     """The student (`models/student.py`)."""
 
     name: str = "resnet18"
-    """A timm model name, or a short name. Several, separated by commas, are trained one after the other."""
+    """A timm model name, or a short name. Several names, separated by commas, are trained one after another."""
     image_size: int | None = None
     """Side length of the student's images, pixels: views are resized on the device, bicubic with antialiasing;
     evaluation and export use this size too (default: the size of the views)."""
     drop_path: float = 0.0
-    """Stochastic depth rate, for models that have it."""
+    """Stochastic depth rate, for models that support it."""
     grad_checkpointing: bool = False
     """Activation checkpointing of the student's blocks, the projectors and the tail: less memory, more time, the same
     results."""
@@ -45,7 +45,7 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class ScaleKDConfig:
-    """Constants of the method (`scalekd/`); the defaults are upstream's for Swin-L with ResNet and MobileNet."""
+    """Constants of the method (`scalekd/`). The defaults are those of upstream for Swin-L with ResNet and MobileNet."""
 
     spatial_weight: float = 0.08
     """Weight of the spatial feature loss at both taps."""
@@ -75,23 +75,25 @@ class ScaleKDConfig:
     """Pass the S3 projection through the teacher's frozen tail (false: ablation, projects directly to the last
     grid)."""
     projector: Literal["cap", "lite", "linear", "linear-tpp"] = "cap"
-    """cap: cross attention projectors; lite: cheaper ones, one per tap for both views (not in the paper;
+    """cap: cross attention projectors; lite: cheaper projectors, one per tap for both views (not in the paper;
     docs/METHOD.md); linear: plain feature distillation, linear maps from S4 to the teacher's map and to its mean, no
     tail (not in the paper); linear-tpp: cap with 1x1 convolutions as projectors (ablation)."""
     feature_share: Shares | None = None
     """Share of the samples of every micro-batch that the feature losses use; label and logit losses use all
-    (default: all samples, or all with stored features). With several caches one number, or one a cache."""
+    (default: all samples, or all with stored features). With several caches: one number for all, or one per cache."""
     teacher_shares: Shares | None = None
-    """With several caches: weights of the teachers' losses, one a cache, divided by their sum (default: equal)."""
+    """With several caches: weights of the teachers' losses, one per cache, normalized to sum to 1 (default: equal)."""
     balance: Literal["fixed", "scale"] = "fixed"
-    """With several caches: fixed: each teacher's feature losses are multiplied by its share; scale: they are also
-    divided by their current value, so that a teacher with a large loss does not dominate the gradient."""
+    """With several caches, how feature losses are weighted. fixed: each teacher's losses are multiplied by its
+    share; scale: they are also divided by their current value, so that a teacher with a large loss does not dominate
+    the gradient."""
     logit_weight: float = 0.5
     """Weight of the logit loss; the label loss has weight 1 - logit_weight (0: no logit loss)."""
     temperature: float = 1.0
     """Temperature of the logit loss."""
     grid_scaling: bool = True
-    """Scale feature losses by 49 / (H W), so that other grids have the same weight as 7x7 (deviation from upstream)."""
+    """Scale feature losses by 49 / (H W), so that other grid sizes have the same weight as 7x7 (differs from
+    upstream)."""
     tail_drop_path: bool = False
     """Keep the frozen tail's drop path active, as upstream does by accident (ablation)."""
 
@@ -110,30 +112,31 @@ class ScaleKDConfig:
             require(bool(shares) and all(0 < share <= high for share in shares), f"scalekd.{name}", given, expected)
 
     def share_of(self, number: int = 0) -> float | None:
-        """The feature share of one of several teachers (None: as much as its cache has)."""
+        """The feature share of one of several teachers (None: all features in its cache)."""
         return self.feature_share[number] if isinstance(self.feature_share, tuple) else self.feature_share
 
     def of_teacher(self, number: int) -> "ScaleKDConfig":
-        """The constants of one of several teachers: those of a run with this teacher alone."""
+        """The constants for one of several teachers, as in a run with only this teacher."""
         return replace(self, feature_share=self.share_of(number), teacher_shares=None)
 
     def weights_of(self, teachers: int) -> list[float]:
-        """The weights of the teachers' losses; their sum is 1. One teacher alone has weight 1."""
+        """The weights of the teachers' losses, which sum to 1. A single teacher has weight 1."""
         shares = self.teacher_shares
         given = shares if isinstance(shares, tuple) and teachers > 1 else (1.0,) * teachers
         return [share / sum(given) for share in given]
 
     def check_teachers(self, teachers: int) -> None:
-        """`UserError` for another number of shares than of teachers; one feature share is that of all teachers."""
+        """Raise `UserError` if the number of shares differs from that of teachers. A single feature share applies to
+        all teachers."""
         for name in ("feature_share", "teacher_shares"):
             given = getattr(self, name)
             one_for_all = given is None or (name == "feature_share" and not isinstance(given, tuple))
             shares = given if isinstance(given, tuple) else (given,)
             if not one_for_all and len(shares) != teachers:
                 raise UserError(
-                    f"scalekd.{name} has another number of shares than there are teachers",
+                    f"the number of shares in scalekd.{name} differs from the number of teachers",
                     got=f"{counted(len(shares), 'share')} for {counted(teachers, 'teacher')}",
-                    fix=f"give --scalekd.{name} one number for each teacher",
+                    fix=f"set --scalekd.{name} to one number per teacher",
                 )
 
 
@@ -154,8 +157,8 @@ class OptimConfig:
     momentum: float = 0.9
     """Momentum of SGD."""
     schedule: Literal["cosine", "step", "constant", "restarts"] = "cosine"
-    """Learning-rate schedule; the cosine starts after the warm-up. restarts: a cosine every `cycle_epochs`. All but
-    cosine do not depend on the number of epochs, so that a run can be extended exactly (`extend`)."""
+    """Learning-rate schedule; the cosine starts after the warm-up. restarts: a new cosine every `cycle_epochs`.
+    Except for cosine, schedules do not depend on the number of epochs, so a run can be extended exactly (`extend`)."""
     schedule_per_epoch: bool = False
     """Update the learning rate once per epoch, as upstream does after the warm-up (false: every step)."""
     warmup_epochs: float = 0.0
@@ -210,9 +213,10 @@ class TrainConfig:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Autocast dtype of the student; auto: bfloat16 on a GPU, float32 on a CPU."""
     compile: bool = False
-    """Compile student and projectors with torch.compile; equal results within rounding (not measured on a GPU yet)."""
+    """Compile student and projectors with torch.compile. Results are equal up to rounding (not measured on a GPU
+    yet)."""
     channels_last: bool = False
-    """Keep the weights of convolutions in channels-last memory (ZeRO 0; not measured on a GPU yet)."""
+    """Keep convolution weights in channels-last memory format (ZeRO 0 only; not measured on a GPU yet)."""
     cudnn_benchmark: bool = False
     """Benchmark cuDNN's algorithms for each shape and use the fastest (GPU only; not measured yet)."""
     ema_decay: float = 0.0
@@ -220,8 +224,8 @@ class TrainConfig:
     seed: int = 0
     """Seed of initialization, order and regularization."""
     seeds: str | None = None
-    """Several seeds, separated by commas, are run one after the other in folders <run>-seed<N>, with mean and standard
-    deviation at the end (default: one run with `seed`)."""
+    """Several seeds, separated by commas. They are run one after another in folders <run>-seed<N>; mean and standard
+    deviation are printed at the end (default: one run with `seed`)."""
     shuffle_block: int = 64
     """Number of adjacent samples that are read together."""
     shuffle_window: int | None = None
@@ -235,7 +239,7 @@ class TrainConfig:
     log_samples: bool = False
     """Write the sample positions of every micro-batch to samples-r00000.jsonl, one file per rank."""
     timeout_minutes: float = 30.0
-    """Timeout of a distributed hang, minutes; then the run stops and reports the stalled rank."""
+    """Timeout for a distributed hang, in minutes. After it, the run stops and reports the stalled rank."""
     checkpoint_epochs: int = 1
     """Epochs between checkpoints (the last step always has one)."""
     checkpoint_steps: int = 0
@@ -284,21 +288,21 @@ class DistillConfig:
     recipe: str | None = None
     """Name or file of the recipe (default: the training options stored in the cache)."""
     cache: str = "caches/demo"
-    """Folder or URL (file, http, https, s3, gs) of the cache. Several, separated by commas, hold the same views and
-    train one student on all their teachers; the first one gives pixels, labels and order."""
+    """Folder or URL (file, http, https, s3, gs) of the cache. Several caches of the same views, separated by commas,
+    train one student on all their teachers; the first cache provides pixels, labels and sample order."""
     remote: RemoteConfig = field(default_factory=RemoteConfig)
     follow: bool = False
-    """Train while stage 1 is still running: start when the first view group is complete, wait for later groups as
-    needed."""
+    """Train while stage 1 is still running: start when the first view group is complete, and wait for later groups
+    as needed."""
     follow_timeout_minutes: float = 60.0
     """With `follow`: minutes to wait for a new unit before the run stops with an error."""
     pixels_from: str | None = None
-    """Folder of the cache whose pixels are shared (default: the path used in stage 1, relative to this cache)."""
+    """Folder of the cache that stores the shared pixels (default: the path used in stage 1, relative to this cache)."""
     run: str | None = None
     """Folder of the run (default: runs/<student>-<targets>)."""
     extend: bool = False
-    """Extend a run: continue from its last checkpoint up to a larger `train.epochs`. All other options stay the same.
-    The learning rate follows the schedule of the new number of epochs."""
+    """Extend a run: continue from its last checkpoint to a larger `train.epochs`. All other options must be
+    unchanged. The learning rate follows the schedule for the new number of epochs."""
     init: str | None = None
     """Folder with initial weights of the student, written by `export` or `import-upstream` (default: random weights); a
     heads.safetensors in it initializes the ScaleKD heads (of the first cache)."""
@@ -307,18 +311,18 @@ class DistillConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     teacher_weights: str | None = None
-    """Weights of the teacher, only for train.targets=live (default: the path used in stage 1). With several caches one
-    file a cache, separated by commas."""
+    """Weights of the teacher, only for train.targets=live (default: the path used in stage 1). With several caches:
+    one file per cache, separated by commas."""
     data: str | None = None
     """Folder of the validation images (default: the path used in stage 1)."""
     device: str = "auto"
     """auto, cpu or cuda."""
 
     def on_data(self, *, labeled: bool) -> "DistillConfig":
-        """The options on a data set with or without labels: without labels there is no label loss.
+        """The options for a data set with or without labels. Without labels, there is no label loss.
 
         Raises:
-            UserError: no labels, and train.targets=none.
+            UserError: there are no labels and train.targets=none.
         """
         if labeled or self.train.label_loss == "none":
             return self
@@ -349,27 +353,28 @@ class DistillConfig:
             )
         if self.optim.name == "lamb" and self.train.zero > 0:
             raise UserError(
-                "LAMB does not work with ZeRO 1-3: trust ratios would be per flat partition instead of per layer",
+                "LAMB does not work with ZeRO 1-3, because trust ratios would be computed per flat partition "
+                "instead of per layer",
                 got=f"optim.name=lamb with train.zero={self.train.zero}",
                 expected="train.zero=0 with lamb, or sgd / adamw with any stage",
                 fix="set --zero 0, or --optim.name=adamw",
             )
         if self.train.channels_last and self.train.zero > 0:
             raise UserError(
-                "channels-last weights need ZeRO 0: ZeRO 1-3 keep weights as flat partitions",
+                "channels-last weights need ZeRO 0, because ZeRO 1-3 store weights as flat partitions",
                 got=f"train.channels_last=true with train.zero={self.train.zero}",
                 fix="set --zero 0, or --train.channels_last=false",
             )
         if self.train.compile and (self.train.zero == 3 or self.student.grad_checkpointing):
             raise UserError(
-                "torch.compile works with neither ZeRO 3 nor activation checkpointing here",
+                "train.compile supports neither ZeRO 3 nor activation checkpointing",
                 got=f"train.compile=true with train.zero={self.train.zero} and "
                 f"student.grad_checkpointing={str(self.student.grad_checkpointing).lower()}",
                 fix="set --train.compile=false",
             )
         if self.train.ema_decay > 0 and self.train.zero == 3:
             raise UserError(
-                "a moving average of the weights needs full weights at every step, but ZeRO 3 partitions them",
+                "EMA needs the full weights at every step, but ZeRO 3 partitions them",
                 got=f"train.ema_decay={self.train.ema_decay} with train.zero=3",
                 expected="ema_decay=0, or ZeRO 0 to 2",
                 fix="set --zero 2, or --train.ema_decay=0",
@@ -377,16 +382,16 @@ class DistillConfig:
 
 
 def teacher_files(text: str | None, caches: int) -> list[str | None]:
-    """The files of `teacher_weights`, one a cache; None where the file of stage 1 is used.
+    """The files in `teacher_weights`, one per cache; None means the file used in stage 1.
 
     Raises:
-        UserError: another number of files than of caches.
+        UserError: the number of files differs from the number of caches.
     """
     given = [text] if caches == 1 else (text or "," * (caches - 1)).split(",")
     if len(given) != caches:
         raise UserError(
-            "--teacher-weights and --cache list different numbers",
+            "--teacher-weights and --cache list different numbers of entries",
             got=f"{counted(len(given), 'file')} for {counted(caches, 'cache')}",
-            fix="give one file a cache, separated by commas; nothing between two commas stands for the file of stage 1",
+            fix="set one file per cache, separated by commas; an empty entry means the file used in stage 1",
         )
     return [expand_home(file) or None for file in given]

@@ -2,7 +2,7 @@
 
 In: finished caches of the same views, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the loss
 as a module.
-Invariant: samples, order, checks, decoding and losses are those of `scalekd distill`.
+Invariant: samples, order, checks, decoding and losses are the same as in `scalekd distill`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -51,12 +51,13 @@ class CachedBatch(NamedTuple):
 
 
 class CachedTargets(IterableDataset[CachedBatch]):
-    """The batches of some epochs; epoch e reads view e mod V. Iteration continues from the saved position.
+    """Iterates over the batches of a number of epochs. Epoch e reads view e mod V. Iteration continues from the
+    saved position.
 
-    It is a data loader itself: `workers` load in the background. With several processes (a process group, or torchrun),
-    each gets its own batches, the same ones for every world size at a given global batch. torch's
-    `DataLoader(targets, batch_size=None, num_workers=2)` gives the same batches in the same order; the position is then
-    counted by the caller: `load_state_dict({**targets.state_dict(), "step": batches})`.
+    This class is itself a data loader: `workers` processes load in the background. With several processes (a process
+    group, or torchrun), each process gets its own batches; for a given global batch, they do not depend on the world
+    size. torch's `DataLoader(targets, batch_size=None, num_workers=2)` returns the same batches in the same order.
+    In that case, the caller must count the position: `load_state_dict({**targets.state_dict(), "step": batches})`.
 
     Args:
         cache: a finished cache, or its folder or URL; for several teachers, caches of the same views: a sequence, or
@@ -70,9 +71,9 @@ class CachedTargets(IterableDataset[CachedBatch]):
         device: where features are decoded and batches are returned.
         mean: the student's channel means, on a scale of 0 to 1.
         std: its channel standard deviations.
-        image_size: side of its images, pixels, to which views are resized on `device` (None: the size of the views).
-        pixels_from: folder or URL of the cache whose pixels are shared (None: as recorded).
-        data: the images, for a cache without pixels (None: where stage 1 read them).
+        image_size: side length of its images, pixels; views are resized on `device` (None: the size of the views).
+        pixels_from: folder or URL of the cache that stores the shared pixels (None: as recorded).
+        data: the images, for a cache without pixels (None: the path that stage 1 used).
 
     Raises:
         UserError: a cache is not finished, is damaged, or has fewer samples than a batch; the caches hold different
@@ -149,10 +150,11 @@ class CachedTargets(IterableDataset[CachedBatch]):
         return self.loader.total_steps
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        """The batches of this process; in a worker of torch's DataLoader, the worker's part of them.
+        """The batches of this process; in a worker of torch's DataLoader, the worker's share of them.
 
         Raises:
-            UserError: the process group was made after these targets; workers or a GPU in a worker; a damaged record.
+            UserError: the process group was created after this object; a DataLoader worker would start workers or
+                use a GPU; a record is damaged.
         """
         if get_worker_info() is None:
             self._check_process()
@@ -161,7 +163,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
                 "inside torch's DataLoader, CachedTargets cannot start workers or use a GPU",
                 got=f"workers={self._workers}, device={self.device}",
                 expected="workers=0, device=cpu",
-                fix="iterate over CachedTargets directly: it loads with its own workers",
+                fix="iterate over CachedTargets directly, because it has its own workers",
             )
         for batch in self.loader:
             yield self._deliver(batch.to(self.device))
@@ -170,9 +172,9 @@ class CachedTargets(IterableDataset[CachedBatch]):
         made, now = self._process[:2], rank_in_loop()
         if made != now:
             raise UserError(
-                "CachedTargets was made before the process group: processes would train on the same batches",
+                "CachedTargets was created before the process group, so all processes would train on the same batches",
                 got="rank {} of {} now, {} of {} then".format(*now, *made),
-                fix="make it after init_process_group; with Lightning, in train_dataloader of a DataModule",
+                fix="create it after init_process_group; with Lightning, in train_dataloader of a DataModule",
             )
 
     def _deliver(self, batch: Batch) -> CachedBatch:
@@ -184,7 +186,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved position; `UserError` when it belongs to another sample order."""
+        """Resume from a saved position; `UserError` if it belongs to another sample order."""
         self.loader.load_state_dict(state)
 
 
@@ -196,8 +198,8 @@ class ScaleKDLoss(nn.Module):
         targets: a cache, or the `CachedTargets` of one or more; provides the teachers' frozen tails and the size of the
             images.
         student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits;
-            where the cache has neither labels nor logits, a pooled embedding (B, E) instead of the logits.
-            `timm_student` builds one from a timm name. It is called once, in eval mode, to get the shapes.
+            for a cache without labels and logits, a pooled embedding (B, E) instead of the logits.
+            `timm_student` builds one from a timm name. The student is called once, in eval mode, to get the shapes.
         config: the method's constants (None: those of the first cache's recipe; the loss weights are printed).
         label_loss: ce, bce or none (None: that of the first cache's recipe; none for a cache without labels).
         label_smoothing: for ce (None: that of the first cache's recipe).
@@ -282,7 +284,7 @@ def timm_student(name: str, targets: CachedTargets) -> Student:
 
 @torch.no_grad()
 def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
-    """(C, H, W) of S3 and S4, and the width of the third output: the logits, or without classes the pooled embedding.
+    """(C, H, W) of S3 and S4, and the width of the third output: the logits or, without classes, the pooled embedding.
 
     Raises:
         UserError: the outputs are not two feature maps and logits of these classes.

@@ -1,8 +1,8 @@
 """The dry run of stage 2.
 
 In: a `DistillConfig`. Out: lines of text.
-Invariant: everything that a run checks before its first step is checked here. Nothing is written; no process group
-and no DeepSpeed engine is started.
+Invariant: all checks that a run makes before its first step are made here. No files are written, and no process
+group or DeepSpeed engine is started.
 """
 
 from pathlib import Path
@@ -40,7 +40,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     """What `scalekd distill` would do, one line per fact.
 
     Raises:
-        UserError: as the run would before its first step.
+        UserError: the errors that the run would raise before its first step.
     """
     run, train = Path(config.run or "runs/student"), config.train
     check_config(run, to_plain(config))

@@ -40,7 +40,7 @@ transform = create_transform(**resolve_data_config({{}}, model=model))
 
 ## Evaluation transform
 
-`transform` is the one behind the figures above; another resize, crop or normalization gives other figures.
+The figures above were measured with `transform`. A different resize, crop or normalization gives different figures.
 
 | step | value |
 |---|---|

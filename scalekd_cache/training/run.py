@@ -1,8 +1,8 @@
-"""Stage 2, the whole job: a cache and a student -> a run folder.
+"""The complete stage-2 job, from a cache and a student to a run folder.
 
 In: a `DistillConfig`. Out: a trained, evaluated and exported student, and a summary.
-Invariant: invalid input is reported before the first step. The summary is written last: a run that has one is complete
-and is not run again.
+Invariant: invalid input is reported before the first step. The summary is written last, so a run that has a summary
+is complete and is not repeated.
 """
 
 import os
@@ -65,7 +65,7 @@ def distill(config: DistillConfig, process: Process, log: Logger | None = None) 
         log: called on rank 0 with (step, values) for every line of metrics.jsonl.
     """
     run = Path(config.run or "runs/student")
-    check_student_name(config.student.name)  # a mistyped name leaves no folder
+    check_student_name(config.student.name)  # before a folder is created
     folder = RunFolder(run, to_plain(config)) if process.rank == 0 else None
     try:
         if folder is not None:
@@ -121,7 +121,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
             if signal or _is_checkpoint_due(config.train, step, trainer.loader):
                 trainer.save(run / "checkpoints")
             if signal:
-                dist.barrier()  # launchers end all ranks once one has exited, and rank 0 may still be writing
+                dist.barrier()  # launchers end all ranks once one exits, and rank 0 may still be writing
                 raise interrupted_by(signal, step, trainer.loader.total_steps)
             if _is_evaluation_due(config.train, step, trainer.loader):
                 found = _evaluate(config, run_cache, trainer, trainer.student_state(), validation, comparison)
@@ -161,7 +161,7 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
     """The checkpoint to resume from: the newest undamaged one. Damaged ones are reported.
 
     Raises:
-        UserError: all are damaged, or a finished run that is to be extended has none.
+        UserError: all checkpoints are damaged, or a finished run to be extended has none.
     """
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:

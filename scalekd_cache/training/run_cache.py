@@ -28,14 +28,14 @@ from scalekd_cache.training.run_folder import check_same_cache
 
 
 class RunCache(NamedTuple):
-    """The open caches of a run, one a teacher, which hold the same views."""
+    """The open caches of a run, one per teacher. They hold the same views."""
 
     caches: tuple[Cache, ...]
-    """Targets; the first one also gives order, labels, view records, and pixels unless they are shared."""
+    """Sources of targets. The first one also provides order, labels, view records and, unless shared, pixels."""
     views: int
     """V: number of views that the epochs cycle through."""
     pixels: Cache | None
-    """The cache with the pixels of the first one, if they are in another one."""
+    """The cache that stores the pixels of the first cache, if they are shared."""
 
     @property
     def cache(self) -> Cache:
@@ -49,16 +49,17 @@ class RunCache(NamedTuple):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the student: those of the data set; without labels, those of the first teacher with logits."""
+        """Number of classes of the student: those of the data set or, without labels, of the first teacher with
+        logits."""
         return next((facts.num_classes for facts in self.facts if facts.num_classes), 0)
 
     def shares_classes(self, number: int) -> bool:
-        """Whether the logits of a teacher are over the student's classes: with labels always; without labels only for
-        the first teacher with logits, because the order of another one's classes is not known."""
+        """Whether a teacher's logits refer to the student's classes. With labels, they always do. Without labels,
+        this holds only for the first teacher with logits, because the class order of other teachers is unknown."""
         return self.facts[0].labeled or not any(facts.num_classes for facts in self.facts[:number])
 
     def names(self) -> list[str]:
-        """The teachers' names, with safe characters only, followed by -2, -3 ... where a name occurs again."""
+        """The teachers' names, reduced to safe characters, with -2, -3, ... appended to repeated names."""
         return teacher_folders([str(facts.teacher["spec"]["name"]) for facts in self.facts])
 
 
@@ -66,8 +67,8 @@ def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCac
     """Open the caches of a run; with `follow`, wait until the first views are ready.
 
     Raises:
-        UserError: a cache is not finished and not followed, or has too few views; the run started with another cache;
-            the caches hold different views; or the cache that the pixels are shared from is missing.
+        UserError: a cache is unfinished and `follow` is off, or has too few views; the run started with another
+            cache; the caches hold different views; or the cache that stores the shared pixels is missing.
     """
     caches = []
     for place in cache_places(config.cache):
@@ -125,7 +126,7 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
 
 
 def _views_of_started_run(run: Path) -> int | None:
-    """V of a run that was started before: from cache.json or, where that is gone, from its newest checkpoint."""
+    """V of a run that was started earlier, from cache.json or, if that file is missing, from the newest checkpoint."""
     if (run / FACTS).exists():
         return int(read_facts(run)["views"])
     checkpoint, _ = latest_checkpoint(run / "checkpoints")

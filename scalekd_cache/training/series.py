@@ -1,8 +1,8 @@
-"""Several runs of one command: a list of seeds, a list of students; mean and spread over the seeds.
+"""Several runs from one command, for a list of seeds or students, with mean and spread over the seeds.
 
 In: a `DistillConfig` whose `student.name` and `train.seeds` may list several values. Out: one configuration per run,
 their summaries, and one row per student.
-Invariant: each run of a series equals the run of a command with this single student and seed, in its own folder.
+Invariant: each run of a series has its own folder and equals the run of a command with only this student and seed.
 """
 
 import dataclasses
@@ -30,10 +30,10 @@ def default_run(config: DistillConfig) -> str:
 
 
 def single_runs(config: DistillConfig) -> list[DistillConfig]:
-    """One configuration for each student and seed (each once), students first, each with its folder.
+    """One configuration per student and seed, without duplicates, ordered by student, each with its own folder.
 
-    The folder is `run` (None: `default_run`), followed by -<student> where several students share a `run`, and by
-    -seed<N> where `train.seeds` is set.
+    The folder is `run` (None: `default_run`), followed by -<student> if several students share a `run`, and by
+    -seed<N> if `train.seeds` is set.
     """
     students = list(dict.fromkeys(name.strip() for name in config.student.name.split(",") if name.strip()))
     students = students or [config.student.name]
@@ -50,17 +50,17 @@ def single_runs(config: DistillConfig) -> list[DistillConfig]:
 
 
 def seeds_of(config: DistillConfig) -> list[int]:
-    """The seeds of `train.seeds`, each once; empty when it is not set."""
+    """The seeds in `train.seeds` without duplicates; empty if it is not set."""
     return list(dict.fromkeys(int(seed) for seed in (config.train.seeds or "").split(",") if seed.strip()))
 
 
 def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logger | None = None) -> list[Summary]:
-    """Train one run after the other. All are checked before the first one starts; finished ones are not run again.
+    """Train one run after another. All runs are checked before the first one starts; finished runs are not repeated.
 
-    `log` is called as by `distill`.
+    `log` is called as in `distill`.
 
     Raises:
-        UserError: from the first run that fails; a rerun resumes there.
+        UserError: raised by the first run that fails; a rerun resumes there.
     """
     if len(configs) > 1:
         for config in configs:
@@ -77,9 +77,9 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
 
 
 def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """One row for all runs that differ in their seed only: number, mean and sample standard deviation, as JSON values.
+    """One row for all runs that differ only in the seed: number, mean and sample standard deviation, as JSON values.
 
-    The deviation is None for one run; mean and deviation are None where a run was not evaluated.
+    The deviation is None for a single run; mean and deviation are None if a run was not evaluated.
     """
     groups: dict[tuple[Any, ...], list[Summary]] = {}
     for summary in summaries:

@@ -48,7 +48,7 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
 
 
 def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, number: int = 0) -> int:
-    """How many samples of a micro-batch the feature losses of a teacher use; `number` counts the teachers.
+    """How many samples of a micro-batch the feature losses of a teacher use; `number` is the index of the teacher.
 
     Raises:
         UserError: the cache has features for fewer samples, or the share is not a whole number of at least 2 samples
@@ -148,8 +148,8 @@ def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
         rule = ", divided by the current loss" if config.scalekd.balance == "scale" else ""
         lines.append(f"{counted(len(facts), 'teacher')}, weights of their feature losses{rule}: {', '.join(teachers)}")
         if not labeled and sum(bool(one.num_classes) for one in facts) > 1:
-            lines.append(f"soft labels of {run_cache.names()[soft.index(True)]} only: without labels, nothing says "
-                         "whether the teachers' classes are in the same order")  # fmt: skip
+            lines.append(f"soft labels of {run_cache.names()[soft.index(True)]} only: without labels, it is unknown "
+                "whether the teachers' classes are in the same order")  # fmt: skip
     return lines
 
 
@@ -185,13 +185,13 @@ FEW_CLASSES = 20
 
 
 def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
-    """One line when the published feature weights, chosen for 1,000 classes, are used with few classes."""
+    """One line if the published feature weights, which were chosen for 1,000 classes, are used with few classes."""
     published = term_weights(ScaleKDConfig())
     if not 0 < classes <= FEW_CLASSES or term_weights(config) != published:
         return None
     return (
-        f"{classes} classes with the feature weights for 1,000: a sixteenth was better in 5 of 6 short runs with 10 "
-        "(docs/METHOD.md, Few classes): "
+        f"the feature weights were chosen for 1,000 classes, and the student has {classes}: in 5 of 6 short runs "
+        "with 10 classes, weights of 1/16 were better (docs/METHOD.md, Few classes): "
         "--scalekd.spatial_weight 0.005 --scalekd.frequency_weight_s3 0.004 --scalekd.frequency_weight_s4 0.004"
     )
 
@@ -199,7 +199,7 @@ def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
 def make_order(train: TrainConfig, cache: Cache, process: Process, others: Sequence[Cache] = ()) -> Order:
     """The sample order of a run; with class-sorted images the shuffle window is larger.
 
-    Where one of the caches is sparse, its samples with features are spread over all micro-batches.
+    If one of the caches is sparse, its samples with features are spread over all micro-batches.
     """
     found = ClassCorrelation(*cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
@@ -244,7 +244,7 @@ class TargetSource(NamedTuple):
     features: int | None = None
     """Samples of a batch that keep their features, the first ones (None: all that the batch has)."""
     number: int = 0
-    """The place of the teacher's cache among those of the batch."""
+    """Index of the teacher's cache in the batch."""
     name: str = ""
     """Name of the teacher in metrics; differs from those of the other teachers."""
     with_logits: bool = True

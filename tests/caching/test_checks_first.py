@@ -125,6 +125,6 @@ def test_heads_far_larger_than_their_student_are_reported(monkeypatch):
 
 def test_published_weights_with_few_classes_are_reported():
     demo = ScaleKDConfig(spatial_weight=0.005, frequency_weight_s3=0.004, frequency_weight_s4=0.004)
-    assert "10 classes with the feature weights" in targets.weights_note(ScaleKDConfig(), 10)
+    assert "the student has 10" in targets.weights_note(ScaleKDConfig(), 10)
     assert targets.weights_note(ScaleKDConfig(), 1000) is None
     assert targets.weights_note(demo, 10) is None
