@@ -20,7 +20,7 @@ from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired
 
 METHODS = {
-    "baseline": ("baseline", "baseline-2x", "baseline-3x", "baseline-4x"),
+    "baseline": ("baseline", "baseline-2x", "baseline-3x", "baseline-4x", "baseline-7x"),
     "cap": ("cap-0.125", "cap-0.25", "cap-0.5", "cap-1"),
     "lite": ("lite-0.25", "lite"),
     "linear": ("linear",),

@@ -25,7 +25,7 @@ def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
     return {
         **{
             "baseline" + ("" if times == 1 else f"-{times}x"): Arm(targets="none", length=times)
-            for times in (1, 2, 3, 4)
+            for times in (1, 2, 3, 4, 7)
         },
         **{f"cap-{share:g}": heads(share=share) for share in SHARES},
         "lite": heads("lite"),
@@ -80,6 +80,7 @@ DEMO_LONG = DEMO._replace(
     questions=(
         Question("price", "cap-1", FIRST, 4),
         Question("the second trial", "cap-1", ("baseline", "cap-0.25", "cap-0.25-equal-cost"), 8),
+        Question("baseline at equal cost", "cap-0.25-equal-cost", ("baseline-3x",), 4),
         *questions(4)[1:],
     ),
 )
@@ -99,18 +100,30 @@ DEMO_MICRO = DEMO._replace(
     ),
 )
 """132 steps of four micro-batches of 8: which samples should have features?"""
+CIFAR_EQUAL_COST = {"cap-0.25": 7 / 3, "lite": 2.0, "linear": 20 / 3}
+"""`cap-1` costs 7.09 baseline steps (`cifar10-steps.json`): the tail pads 2 x 2 maps to windows of 7 x 7."""
+CIFAR_ARMS = (
+    *("baseline", "cap-0.25", "linear", "cap-0.25-equal-cost", "linear-equal-cost", "baseline-7x"),
+    *("lite", "baseline-3x"),
+)
 CIFAR = Setting(
     name="cifar10",
     recipe="cifar10-small",
-    epochs=8,
+    epochs=3,
     student="test_resnet",
     views=8,
     stage1=("data.max_samples=2000", "cache.views_per_group=8"),
     stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
-    arms=arms(EQUAL_COST),
-    questions=questions(4),
+    arms=arms(CIFAR_EQUAL_COST),
+    questions=(
+        Question("price", "cap-1", CIFAR_ARMS, 4),
+        Question("equal cost", "baseline-7x", ("cap-0.25-equal-cost", "linear-equal-cost"), 4),
+        Question("equal cost of a step", "baseline-3x", ("cap-0.25", "lite"), 4),
+        Question("rest of the list", "cap-1", ("baseline-2x", "lite-equal-cost", *REST), 4),
+    ),
 )
-"""--data, --teacher-weights: as for the study (docs/STUDY.md). Longer runs repeat views."""
+"""186 steps of one micro-batch of 32. --data, --teacher-weights: as for the study (docs/STUDY.md). Runs of more than 8
+epochs repeat views."""
 FASHION = CIFAR._replace(name="fashion-mnist")
 """--data, --teacher-weights: an image folder of Fashion-MNIST and TinyViT fine-tuned on it."""
 SETTINGS = {setting.name: setting for setting in (DEMO, DEMO_LONG, DEMO_MICRO, CIFAR, FASHION)}
