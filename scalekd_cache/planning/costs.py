@@ -25,6 +25,7 @@ from scalekd_cache.models.student import Student, build_student
 from scalekd_cache.models.tail import Tail, build_tail, family_of
 from scalekd_cache.models.teacher import map_shapes, own_image_size, probe_taps, size_args
 from scalekd_cache.models.timm_models import check_name, create_timm_model, timm_name
+from scalekd_cache.progress import size_text
 from scalekd_cache.scalekd.heads import ScaleKDHeads
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
 
@@ -287,8 +288,19 @@ def report(costs: PairCosts) -> str:
         "",
         f"all heads: {costs.heads_total / 1e9:.1f} GFLOP, {_heads_params(costs) / 1e6:.0f} M trainable "
         f"parameters; maximum speedup {costs.ceiling:.2f}x",
+        "",
+        _update_line(_heads_params(costs)),
     ]
     return "\n".join(lines)
+
+
+def _update_line(params: int) -> str:
+    """What an optimizer step costs for the parameters of the heads, which no feature share reduces."""
+    moved = ", ".join(f"{size_text(4 * params * tensors)} by {name}" for name, tensors in OPTIMIZER_TRAFFIC.items())
+    return (
+        f"heads per optimizer step, at every feature share: {size_text(4 * params)} of float32 gradients, exchanged "
+        f"between ranks; {moved}, read and written"
+    )
 
 
 def summary_row(costs: PairCosts) -> str:
@@ -329,6 +341,9 @@ def _heads_params(costs: PairCosts) -> int:
 
 
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
+"""Tensors of a parameter's size that an optimizer keeps."""
+OPTIMIZER_TRAFFIC = {"SGD": 5, "AdamW": 7}
+"""Tensors of a parameter's size that a step reads and writes: weight, gradient and the optimizer's own."""
 
 
 class _Live(TorchDispatchMode):

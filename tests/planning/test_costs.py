@@ -138,11 +138,30 @@ def test_without_labels_the_pooled_head_counts(teacher, projector, share):
         assert pair.heads_total > costs.pair_costs(teacher, "test_resnet", config, 64, 10).heads_total
 
 
+@pytest.mark.parametrize(
+    ("teacher", "student", "text"),
+    [
+        (costs.SWIN_L, "resnet50", "703.83 MB of float32 gradients, exchanged between ranks; 3.52 GB by SGD, 4.93 GB"),
+        ("swin_tiny_patch4_window7_224", "resnet18", "97.67 MB of float32 gradients"),
+    ],
+)
+def test_optimizer_traffic_does_not_fall_with_the_feature_share(teacher, student, text):
+    whole, quarter = (
+        costs.report(costs.pair_costs(teacher, student, ScaleKDConfig(feature_share=share), 224)) for share in (1, 0.25)
+    )
+    assert text in whole
+    assert whole.splitlines()[-1] == quarter.splitlines()[-1]
+    assert whole != quarter
+
+
 def test_command_and_committed_page(capsys):
     page = (Path(__file__).parents[2] / "docs" / "COSTS.md").read_text(encoding="utf-8")
     assert "scalekd costs --all" in page
     row = costs.summary_row(costs.pair_costs(costs.SWIN_L, "resnet50"))
-    assert row in page, "docs/COSTS.md is stale: scalekd costs --all > docs/COSTS.md"
+    stale = "docs/COSTS.md is stale: scalekd costs --all > docs/COSTS.md"
+    assert row in page, stale
+    assert costs_command.INTRODUCTION in page, stale
+    assert "heads per optimizer step, at every feature share: 703.83 MB" in page, stale
     call(costs_command, ["--teacher", "swin_tiny_patch4_window7_224", "--student", "resnet18"])
     text = capsys.readouterr().out
     assert text.startswith("swin_tiny_patch4_window7_224 -> resnet18, 224 px\n")
