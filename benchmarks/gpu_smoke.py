@@ -17,7 +17,7 @@ are generated before the parts start.
 The run needs no network. The GPU machine must have torch, torchvision and timm (Python 3.12). Collect everything else
 as wheels (55 MB, most of it scipy) on a machine with network access:
 
-    PACKAGES="webdataset braceexpand zarr==3.1.6 donfig numcodecs==0.16.6 google-crc32c zstandard ninja hjson msgpack \\
+    PACKAGES="webdataset braceexpand zarr donfig numcodecs google-crc32c zstandard ninja hjson msgpack \\
       psutil py-cpuinfo pydantic pydantic-core annotated-types typing-inspection einops jsonargparse click scipy \\
       tensorboard absl-py protobuf"
     pip download --no-deps --dest wheels --python-version 3.12 --only-binary=:all: \\

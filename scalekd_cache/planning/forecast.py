@@ -32,6 +32,7 @@ from scalekd_cache.config.stage1 import CacheTeacherConfig
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.data.base import Source
 from scalekd_cache.data.source import open_source
+from scalekd_cache.devices import memory_errors
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
 from scalekd_cache.models.tail import tail_tensors
@@ -40,7 +41,7 @@ from scalekd_cache.models.timm_models import check_name, timm_name
 from scalekd_cache.models.weights import find_weights
 from scalekd_cache.planning.costs import meta_teacher, pair_costs, step_memory
 from scalekd_cache.planning.forecast_result import Forecast
-from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of
+from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION, Gpu, gpu_of, name_of_device
 from scalekd_cache.store.durable_files import free_bytes
 
 MAX_EXTRA_S = 60.0
@@ -76,6 +77,8 @@ class _Times(NamedTuple):
     stage_1_h: float
     student_h: float
     online_h: float
+    utilization: float
+    """Share of the GPU's peak in the forward pass."""
 
 
 def forecast(
@@ -120,8 +123,9 @@ def forecast(
     found = measure_sizes(stage, config.cache)
     sizes = _sizes(config, source, teacher, codec, found)
     labeled = bool(source.class_names)
-    times = _times(config, training, card, sizes, epochs, classes, labeled=labeled)
     at_hand = isinstance(teacher.live, Teacher)
+    measured_s = _forward_s(stage) if at_hand and name_of_device(process.device) == gpu.lower() else None
+    times = _times(config, training, card, sizes, epochs, classes, measured_s, labeled=labeled)
     read_bytes = sizes.per_view["total"] + _shared_pixels(source, first if shares else None)
     return Forecast(
         cache=config.cache.path,
@@ -140,6 +144,7 @@ def forecast(
         free_bytes=free_bytes(Path(config.cache.path)),
         gpu=gpu.lower(),
         teacher_gpu_hours=times.stage_1_h,
+        teacher_rate_measured=measured_s is not None,
         teacher_s_per_view_here=found.teacher_s if at_hand else None,
         stage_1_here_s=before_s + _stage_1_s(config, stage, found) if at_hand else None,
         draw_s_per_view=found.sample_s,
@@ -154,7 +159,11 @@ def forecast(
         read_mb_per_s=read_bytes / times.step_s / 1e6,
         step_memory=_step_memory(config, training, teacher, classes, labeled=labeled),
         alternatives=_alternatives(config, source, teacher, codec, found, process, sizes.once, times.stage_1_h),
-        assumptions=_assumptions(card),
+        assumptions={
+            "peak_tflops": card.peak_tflops,
+            "forward_utilization": times.utilization,
+            "training_utilization": TRAINING_UTILIZATION,
+        },
     )
 
 
@@ -174,14 +183,6 @@ def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillC
         )
     share = (stored if stored < 1 else None) if asked is None else asked
     return dataclasses.replace(training, scalekd=dataclasses.replace(training.scalekd, feature_share=share))
-
-
-def _assumptions(card: Gpu) -> dict[str, float]:
-    return {
-        "peak_tflops": card.peak_tflops,
-        "forward_utilization": FORWARD_UTILIZATION,
-        "training_utilization": TRAINING_UTILIZATION,
-    }
 
 
 def _sizes(
@@ -221,10 +222,11 @@ def _times(
     sizes: _Sizes,
     epochs: int,
     classes: int,
+    measured_s: float | None,
     *,
     labeled: bool,
 ) -> _Times:
-    """GPU time, from FLOPs."""
+    """GPU time, from FLOPs; of the teacher from `measured_s`, seconds per view, if this machine has the GPU."""
     student = training.student
     costs = pair_costs(
         config.teacher.name,
@@ -235,7 +237,8 @@ def _times(
         student.image_size,
         labeled=labeled,
     )
-    forward_s = costs.teacher.forward / (card.peak_tflops * 1e12 * FORWARD_UTILIZATION)
+    at_peak_s = costs.teacher.forward / (card.peak_tflops * 1e12)
+    forward_s = at_peak_s / FORWARD_UTILIZATION if measured_s is None else measured_s
     step_s = (costs.student.total + costs.heads_total) / (card.peak_tflops * 1e12 * TRAINING_UTILIZATION)
     student_h = sizes.images * epochs * step_s / 3600
     return _Times(
@@ -244,7 +247,21 @@ def _times(
         stage_1_h=sizes.images * sizes.views * forward_s / 3600,
         student_h=student_h,
         online_h=student_h + sizes.images * epochs * forward_s / 3600,
+        utilization=at_peak_s / forward_s,
     )
+
+
+@torch.no_grad()
+def _forward_s(stage: Stage) -> float:
+    """Seconds per view of the teacher on this machine, in full batches: the fastest of three, after a first one."""
+    size, seconds = stage.views.size, []
+    with memory_errors("lower the teacher's batch: --teacher.batch_size=32"):
+        pixels = torch.zeros(stage.batch_size, 3, size, size, dtype=torch.uint8, device=stage.device)
+        for _ in range(4):
+            started = time.perf_counter()
+            stage.teacher(pixels).features.flatten()[0].item()  # waits for the device
+            seconds.append(time.perf_counter() - started)
+    return min(seconds[1:]) / stage.batch_size
 
 
 def _step_memory(

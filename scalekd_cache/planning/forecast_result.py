@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from scalekd_cache.errors import counted
-from scalekd_cache.planning.gpus import FORWARD_UTILIZATION, TRAINING_UTILIZATION
 from scalekd_cache.progress import size_text
 
 
@@ -38,7 +37,9 @@ class Forecast:
     free_bytes: int
     gpu: str
     teacher_gpu_hours: float
-    """Stage 1, from FLOPs, the GPU table and the assumed utilization."""
+    """Stage 1, from the teacher's measured rate if this machine has that GPU, else from FLOPs, the GPU table and the
+    assumed utilization."""
+    teacher_rate_measured: bool
     teacher_s_per_view_here: float | None
     """Teacher, codec and store, measured on this machine (None: no weights)."""
     stage_1_here_s: float | None
@@ -122,9 +123,10 @@ def describe(plan: Forecast) -> str:
             for row in plan.alternatives
         ),
         "",
-        f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); assumed utilization "
-        f"{FORWARD_UTILIZATION:.0%} for the teacher and {TRAINING_UTILIZATION:.0%} for training; "
-        "FLOPs as in docs/COSTS.md",
+        f"  GPU figures: {plan.assumptions['peak_tflops']:g} TFLOP/s dense bfloat16 (data sheet); "
+        f"{'measured' if plan.teacher_rate_measured else 'assumed'} utilization "
+        f"{plan.assumptions['forward_utilization']:.0%} for the teacher, "
+        f"assumed {plan.assumptions['training_utilization']:.0%} for training; FLOPs as in docs/COSTS.md",
     ]
     if plan.teacher_s_per_view_here is not None:
         lines.append(

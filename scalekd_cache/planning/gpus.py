@@ -7,6 +7,8 @@ measured.
 
 from typing import NamedTuple
 
+import torch
+
 from scalekd_cache.errors import unknown_name
 
 FORWARD_UTILIZATION = 0.35
@@ -44,3 +46,15 @@ def gpu_of(name: str) -> Gpu:
     if name.lower() not in GPUS:
         raise unknown_name("GPU", name.lower(), GPUS, "GPU=; use one of similar speed")
     return GPUS[name.lower()]
+
+
+def name_of_device(device: torch.device) -> str | None:
+    """The name in `GPUS` of a device; None for a CPU and for GPUs that are not in the table."""
+    return name_of_model(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def name_of_model(model: str) -> str | None:
+    """The name in `GPUS` of a model as its driver reports it, such as "NVIDIA H100 80GB HBM3"."""
+    words = set(model.lower().replace("rtx ", "rtx").replace("-", " ").split())
+    names = [name for name in GPUS if words >= set(name.split("-"))]
+    return max(names, key=len, default=None)

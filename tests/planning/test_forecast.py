@@ -21,6 +21,7 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.planning import forecast as planning
 from scalekd_cache.planning.costs import MetaTeacher, meta_teacher, step_memory
 from scalekd_cache.planning.forecast_result import describe
+from scalekd_cache.planning.gpus import name_of_model
 from scalekd_cache.scalekd import projectors
 
 
@@ -224,3 +225,33 @@ def test_a_plan_knows_the_stored_share(tmp_path):
     asked = dataclasses.replace(TRAINING, scalekd=dataclasses.replace(TRAINING.scalekd, feature_share=0.5))
     with pytest.raises(UserError, match="feature_share is larger than the share of views"):
         plan_of(config, training=asked)
+
+
+def test_teacher_rate_is_measured_if_this_machine_has_the_gpu(tmp_path, monkeypatch):
+    """A stand-in: the CPU is taken for an H100. Students of another GPU, or of no GPU, use the assumed utilization."""
+    monkeypatch.setattr(planning, "name_of_device", lambda device: "h100")
+    forward = planning._forward_s
+    asked = []
+    monkeypatch.setattr(planning, "_forward_s", lambda stage: asked.append(forward(stage)) or asked[-1])
+    config = options(tmp_path / "cache", shared_weights())
+    other, found = plan_of(config, gpu="l4"), plan_of(config)
+    assert not other.teacher_rate_measured
+    assert "assumed utilization 35% for the teacher" in describe(other)
+    assert found.teacher_rate_measured
+    assert len(asked) == 1
+    assert found.teacher_gpu_hours == pytest.approx(found.images * found.views * asked[0] / 3600)
+    assert found.cores_per_gpu == pytest.approx(found.draw_s_per_view / asked[0])
+    assert found.online_gpu_hours - found.student_gpu_hours == pytest.approx(found.images * 300 * asked[0] / 3600)
+    assert "measured utilization 0% for the teacher, assumed 25% for training" in describe(found)
+    seconds_at_peak = other.teacher_gpu_hours * 0.35 * 121 / 989 * 3600 / (found.images * found.views)
+    assert found.assumptions["forward_utilization"] == pytest.approx(seconds_at_peak / asked[0])
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [("NVIDIA H100 80GB HBM3", "h100"), ("NVIDIA H100 PCIe", "h100-pcie"), ("NVIDIA A100-SXM4-80GB", "a100"),
+     ("NVIDIA A10", "a10"), ("NVIDIA L40S", "l40s"), ("NVIDIA GeForce RTX 4090", "rtx4090"), ("NVIDIA H200", "h200"),
+     ("AMD Instinct MI300X", "mi300x"), ("Tesla T4", None)],
+)  # fmt: skip
+def test_names_of_gpus_as_drivers_report_them(model, name):
+    assert name_of_model(model) == name
