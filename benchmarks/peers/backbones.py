@@ -256,7 +256,11 @@ def table(lines: Sequence[Line]) -> list[Measurement]:
         (FIRST, MATCHED),
         (LATER, PEER),
         (LATER, MATCHED),
+        (LATER, RANDOM),
         (LATER, PIXELS.arm),
+        (LATER, FROM.arm),
+        (FIRST, PIXELS.arm),
+        (MATCHED, PIXELS.arm),
     ):
         knn, probe = (over_seeds(lines, arm, against, value) for value in ("knn", "probe"))
         if knn is None or probe is None:
