@@ -13,15 +13,16 @@ from typing import Any
 
 import click
 
-from pipelines.command import Command, Given, Output, run, take, typed_command
+from pipelines.command import STAGE1_DEFAULTS, Command, Given, Output, run, take, typed_command
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_teacher_config, caches_info, checked_student
+from scalekd_cache.config.base import flat
 from scalekd_cache.config.options import build
 from scalekd_cache.config.places import default_cache
-from scalekd_cache.config.recipes import training_options
+from scalekd_cache.config.recipes import recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
-from scalekd_cache.config.stage2 import DistillConfig
-from scalekd_cache.loader.order import batches_that_fit
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
+from scalekd_cache.loader.order import batches_that_fit, views_note
 from scalekd_cache.store.locks import lock, open_lock
 from scalekd_cache.store.manifest import Manifest
 
@@ -42,6 +43,9 @@ def main(given: Given) -> None:
             return
         manifests = cache_teachers(config, process, student)
         found = caches_info(config, manifests)
+        train = _training_of(manifests[0])
+        if note := views_note(train.epochs, manifests[0].num_views):
+            process.print_rank0(f"note: with recipe {manifests[0].facts.recipe}, {note}")
         process.print_rank0(f"next: {next_command(config, found.place, manifests[0])}")
         facts |= found.to_json()
 
@@ -84,12 +88,17 @@ def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> 
 
     It sets smaller batches if the recipe's global batch is larger than the data set.
     """
-    train = build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
+    train = _training_of(manifest)
     plugin = click.get_current_context().params["plugin"]
     options = {"student": config.student or "resnet50", "cache": place, "plugin": plugin}
     smaller = manifest.num_samples < train.global_batch_size
     batch = batches_that_fit(manifest.num_samples, train.micro_batch_size).split()[1] if smaller else None
     return typed_command("distill", {**options, "batch": batch})
+
+
+def _training_of(manifest: Manifest) -> TrainConfig:
+    """The training options that `distill` takes from this cache."""
+    return build(DistillConfig, training_options(None, manifest.facts.recipe, manifest.facts.distill)).train
 
 
 def check(given: Given) -> None:
@@ -103,7 +112,16 @@ def check(given: Given) -> None:
         check_names(one, student)
 
 
-COMMAND = Command("cache-teacher", main, [CacheTeacherConfig, Output, LaunchConfig], __doc__, one_job_per_node, check)
+COMMAND = Command(
+    "cache-teacher",
+    main,
+    [CacheTeacherConfig, Output, LaunchConfig],
+    __doc__,
+    one_job_per_node,
+    check,
+    recipe_options=lambda name: flat(recipe_section(name, "cache")),
+    defaults=STAGE1_DEFAULTS,
+)
 
 if __name__ == "__main__":
     run(COMMAND)

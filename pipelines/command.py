@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import click
@@ -27,6 +28,7 @@ from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import Option, build, options_of
 from scalekd_cache.config.places import cache_places, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
+from scalekd_cache.config.recipes import DEMO, OTHER
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted, UserError, join_or, unknown_name, worker_failure
 
 Config = TypeVar("Config")
@@ -38,6 +40,14 @@ HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_widt
 """Settings of click for all help texts."""
 FIRST = 10
 """Options in the first group of `--help`."""
+WORKERS = "default: from the number of cores"
+"""The default of `workers`, in words, where it is computed."""
+STAGE1_DEFAULTS = {
+    "recipe": f"default: {DEMO} for --data demo, otherwise {OTHER}",
+    "cache.path": "default: caches/<name of the data>",
+    "workers": WORKERS,
+}
+"""Defaults of stage 1, in words."""
 
 
 class Command(click.Command):
@@ -52,6 +62,8 @@ class Command(click.Command):
         check: function that the launching process runs before it starts the others.
         check_values: run instead of the command by `--check-values`.
         argument: the option whose value may also be given without its name.
+        recipe_options: the options that a recipe, given by name, sets; for the defaults in the help.
+        defaults: the defaults, in words, of options whose default is computed.
     """
 
     def __init__(
@@ -64,12 +76,16 @@ class Command(click.Command):
         check: Callable[[Given], None] = lambda given: None,
         check_values: Callable[[Given], None] = lambda given: None,
         argument: str | None = None,
+        recipe_options: Callable[[str], Mapping[str, Any]] | None = None,
+        defaults: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         self.main_function, self.config_classes = main, tuple(config_classes)
         self.lock = lock if lock and "RANK" not in os.environ else lambda given: contextlib.nullcontext()
         self.check, self.check_values, self.plain = check, check_values, PLAIN_NAMES[name]
         found = [option for config_class in config_classes for option in options_of(config_class)]
         self.dotted = {option.name.replace(".", "__"): option.name for option in found}
+        self.own = {option.name: option for option in found}
+        self.recipe_options, self.defaults = recipe_options, defaults
         self.argument = [click.Argument([f"{argument}_"], required=False, metavar=argument.upper())] if argument else []
         self.dotted |= {f"{argument}_": argument} if argument else {}
         shown: dict[str, list[str]] = {}
@@ -157,10 +173,32 @@ class Command(click.Command):
 
         params = [param for param in self.get_params(ctx) if param not in self.argument and param.get_help_record(ctx)]
         params.sort(key=lambda param: (group(param), order.get(self.dotted.get(str(param.name), ""), len(order))))
+        recipes = self._recipes(ctx.params.get("recipe"))
         for (_, title), members in groupby(params, key=group):
-            records = [record for param in members if (record := param.get_help_record(ctx))]
+            records = [
+                (record[0], record[1] + self._default(self.dotted.get(str(param.name), ""), recipes))
+                for param in members
+                if (record := param.get_help_record(ctx))
+            ]
             with formatter.section(title):
                 formatter.write_dl(records, col_max=38)
+
+    def _recipes(self, given: str | None) -> dict[str, Mapping[str, Any]]:
+        """The recipes whose values the help shows: the given one, or those that are used by default."""
+        if self.recipe_options is None:
+            return {}
+        return {name: self.recipe_options(name) for name in ([given] if given else [DEMO, OTHER])}
+
+    def _default(self, dotted: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
+        """The default of an option, for the help; nothing if its description says it."""
+        if dotted in self.defaults:
+            return f"  [{self.defaults[dotted]}]"
+        info = self.own[dotted].info if dotted in self.own else None
+        default = info.get_default(call_default_factory=True) if info and not info.is_required() else None
+        values = {name: _text(options.get(dotted, default)) for name, options in recipes.items()}
+        if any(value != _text(default) for value in values.values()):
+            return "  [default: " + ", ".join(f"{text} (recipe {name})" for name, text in values.items()) + "]"
+        return f"  [default: {_text(default)}]" if _text(default) not in ("", "false") else ""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -202,13 +240,12 @@ def _click_option(option: Option, plain: list[str]) -> click.Option:
     literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (*plain, option.name)]
     switch = kind is bool
-    default = option.info.get_default(call_default_factory=True)
-    hint = "" if option.info.is_required() or default in (None, "", False) else f"  [default: {_text(default)}]"
     return click.Option(
         [option.name.replace(".", "__"), *dict.fromkeys(names)],
         **({"is_flag": False, "flag_value": "true"} if switch else {}),
         metavar="" if switch else "|".join(literal) or _kind(kind),
-        help=option.help + hint,
+        help=option.help,
+        is_eager=option.name == "recipe",  # `--recipe name --help` shows the defaults of this recipe
         shell_complete=lambda ctx, param, start: [word for word in literal if word.startswith(start)],
     )
 
@@ -220,7 +257,10 @@ def _kind(kind: Any) -> str:
 
 
 def _text(value: object) -> str:
-    return "[" + ",".join(f"{part:.3g}" for part in value) + "]" if isinstance(value, tuple) else str(value)
+    """A default as it is typed; empty for none."""
+    if isinstance(value, tuple | list):
+        return "[" + ",".join(f"{part:.3g}" for part in value) + "]"
+    return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _common() -> Iterator[click.Option]:
@@ -281,7 +321,7 @@ def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence
     """
     given = {option: value for option, value in options.items() if value}
     if "MAKELEVEL" not in os.environ:
-        words = [word for option, value in given.items() for word in (f"--{option}", value)]
+        words = [word for option, value in given.items() for word in (f"--{option.replace('_', '-')}", value)]
         return shlex.join(["scalekd", name, *words, *(f"--{pair}" for pair in dotted)])
     words = [f"{option.upper()}={value}" for option, value in given.items()]
     words += [f"SET={' '.join(dotted)}"] if dotted else []

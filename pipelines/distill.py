@@ -8,11 +8,12 @@ from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipelines.command import Command, Given, Output, check_cache_path, run, take, typed_command
+from pipelines.command import WORKERS, Command, Given, Output, check_cache_path, run, take, typed_command
 from pipelines.launcher import LaunchConfig
 from scalekd_cache.api import cache_place, distill_config, distill_config_before_cache
-from scalekd_cache.config.base import STRICT
+from scalekd_cache.config.base import STRICT, flat
 from scalekd_cache.config.places import cache_places
+from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage2 import DistillConfig
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.run_files import OPTIONS
@@ -94,7 +95,18 @@ def check(given: Given) -> None:
 
 
 COMMAND = Command(
-    "distill", main, [DistillConfig, RunOutput, LaunchConfig], __doc__, check=check, check_values=check_values
+    "distill",
+    main,
+    [DistillConfig, RunOutput, LaunchConfig],
+    __doc__,
+    check=check,
+    check_values=check_values,
+    recipe_options=lambda name: flat(recipe_section(name, "distill")),
+    defaults={
+        "student.name": "required",
+        "cache": "default: caches/<name of --data>, caches/demo without --data",
+        "train.workers": WORKERS,
+    },
 )
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ a file for `cache-teacher --teacher-weights`.
 
 from typing import Any
 
-from pipelines.command import Command, Given, JsonOutput, run, take
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take
 from scalekd_cache.api import finetune_config
 from scalekd_cache.config.downstream import FinetuneConfig
 
@@ -23,7 +23,7 @@ def main(given: Given) -> None:
         facts |= finetune(config, choose_device(config.device))
 
 
-COMMAND = Command("finetune", main, [FinetuneConfig, JsonOutput], __doc__)
+COMMAND = Command("finetune", main, [FinetuneConfig, JsonOutput], __doc__, defaults={"workers": WORKERS})
 
 if __name__ == "__main__":
     run(COMMAND)

@@ -3,16 +3,17 @@
 import contextlib
 import json
 import sys
+from typing import Any
 
 from pydantic.dataclasses import dataclass
 
-from pipelines.command import Command, Given, run
+from pipelines.command import STAGE1_DEFAULTS, Command, Given, run
 from scalekd_cache.api import cache_teacher_config
-from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.base import STRICT, flat, require
 from scalekd_cache.config.options import build
 from scalekd_cache.config.recipes import recipe_section
 from scalekd_cache.config.stage1 import CacheTeacherConfig
-from scalekd_cache.config.stage2 import DistillConfig
+from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -22,13 +23,13 @@ class PlanConfig(CacheTeacherConfig):
     students: int = 8
     """Number of students to be trained from the cache."""
     epochs: int | None = None
-    """Training epochs of each student (default: from the recipe)."""
+    """Training epochs of each student."""
     gpu: str = "h100"
     """GPU model for the GPU-hours: b200, h200, h100, h100-pcie, mi300x, a100, l40s, a10, l4, rtx4090."""
     heads: str | None = None
-    """Heads of the students: cap, lite or linear (default: from the recipe)."""
+    """Heads of the students: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
-    """Share of the samples that the feature losses use (default: from the recipe)."""
+    """Share of the samples that the feature losses use (default: the recipe's, otherwise all)."""
     json: bool = False
     """Print JSON."""
 
@@ -74,7 +75,13 @@ def main(given: Given) -> int:
     return 0 if total.total_bytes <= total.free_bytes else 1
 
 
-COMMAND = Command("plan", main, [PlanConfig], __doc__)
+def _recipe_options(name: str) -> dict[str, Any]:
+    """The options of `plan` that a recipe sets."""
+    training = flat(recipe_section(name, "distill"))
+    return {**flat(recipe_section(name, "cache")), "epochs": training.get("train.epochs", TrainConfig.epochs)}
+
+
+COMMAND = Command("plan", main, [PlanConfig], __doc__, recipe_options=_recipe_options, defaults=STAGE1_DEFAULTS)
 
 if __name__ == "__main__":
     run(COMMAND)

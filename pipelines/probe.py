@@ -5,7 +5,7 @@ The same architecture with random weights, and the raw pixels of small images, a
 
 from typing import Any
 
-from pipelines.command import Command, Given, JsonOutput, run, take
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take
 from scalekd_cache.api import probe_config
 from scalekd_cache.config.downstream import ProbeConfig
 
@@ -23,7 +23,7 @@ def main(given: Given) -> None:
         print(probe_table(facts))
 
 
-COMMAND = Command("probe", main, [ProbeConfig, JsonOutput], __doc__)
+COMMAND = Command("probe", main, [ProbeConfig, JsonOutput], __doc__, defaults={"workers": WORKERS})
 
 if __name__ == "__main__":
     run(COMMAND)

@@ -30,10 +30,10 @@ class ProveConfig:
     init: str | None = None
     """Folder with a trained student (default: random weights)."""
     heads: str | None = None
-    """Heads: cap, lite or linear (default: from the recipe)."""
+    """Heads: cap, lite or linear (default: the recipe's, otherwise cap)."""
     feature_share: float | None = None
-    """Share of the samples that the feature losses use (default: from the recipe, or all
-    samples with stored features)."""
+    """Share of the samples that the feature losses use (default: the recipe's, otherwise all samples with
+    stored features)."""
     recipe: str | None = None
     """Training recipe (default: the training options stored in the cache)."""
     views: int = 256

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines.command import Command, Given, JsonOutput, run, take, typed_command
+from pipelines.command import WORKERS, Command, Given, JsonOutput, run, take, typed_command
 from scalekd_cache.api import cache_info, pull_config
 from scalekd_cache.config.pull import PullConfig
 from scalekd_cache.errors import counted
@@ -32,7 +32,7 @@ def main(given: Given) -> None:
         }
 
 
-COMMAND = Command("pull", main, [PullConfig, JsonOutput], __doc__, argument="url")
+COMMAND = Command("pull", main, [PullConfig, JsonOutput], __doc__, argument="url", defaults={"workers": WORKERS})
 
 if __name__ == "__main__":
     run(COMMAND)

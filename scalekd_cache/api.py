@@ -18,7 +18,7 @@ from scalekd_cache.config.places import cache_places, default_cache, expand_home
 from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.config.pull import PullConfig
-from scalekd_cache.config.recipes import check_recipe, has_changed, recipe_section, training_options
+from scalekd_cache.config.recipes import DEMO, OTHER, check_recipe, has_changed, recipe_section, training_options
 from scalekd_cache.config.stage1 import CacheTeacherConfig, DataConfig
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
@@ -421,7 +421,7 @@ def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> Non
 
 def default_recipe(source: str) -> str:
     """The recipe of a data set: demo for the embedded digits, otherwise traditional."""
-    return "demo" if source == DataConfig.source else "traditional"
+    return DEMO if source == DataConfig.source else OTHER
 
 
 def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dict[str, Any]:

@@ -21,6 +21,8 @@ RECIPE_BYTES = 1 << 20
 """Size limit of a recipe file, bytes."""
 KEPT = ("student", "scalekd", "optim", "train")
 """The parts of `distill:` that a cache keeps. The others are paths and resources of one machine."""
+DEMO, OTHER = "demo", "traditional"
+"""The recipe of the embedded digits, and that of all other data sets."""
 LOCAL = ("train.deepspeed",)
 """Options in these parts that are paths on one machine; a cache does not keep them."""
 

@@ -299,7 +299,7 @@ class DistillConfig:
     pixels_from: str | None = None
     """Folder of the cache that stores the shared pixels (default: the path used in stage 1, relative to this cache)."""
     run: str | None = None
-    """Folder of the run (default: runs/<student>-<targets>)."""
+    """Folder of the run (default: runs/<student>, with -<targets> unless cached)."""
     extend: bool = False
     """Extend a run: continue from its last checkpoint to a larger `train.epochs`. All other options must be
     unchanged. The learning rate follows the schedule for the new number of epochs."""
