@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic.dataclasses import dataclass
 
-from pipelines.command import Command, Given, check_cache_path, run
+from pipelines.command import Command, Given, check_cache_path, run, typed_command
 from scalekd_cache.audit import RERUN_VIEWS
 from scalekd_cache.config.base import STRICT
 from scalekd_cache.config.options import build
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.store.manifest import NAME as MANIFEST
 
 if TYPE_CHECKING:
     from scalekd_cache.audit.rerun_teacher import TeacherAgreement
@@ -53,7 +54,7 @@ def main(given: Given) -> int:
     if isinstance(root, Path):
         check_folder(root)
     findings, agreement = _check(config)
-    facts = _as_json(config, _fidelity(root), findings, agreement)
+    facts = _as_json(config, _fidelity(root), findings, agreement) | {"next": _next(config, root, findings)}
     if config.json:
         print(json.dumps(facts, indent=1))
     else:
@@ -102,6 +103,26 @@ def line_of(problem: "Problem") -> str:
     return f"{problem.where}: {problem.what}{named}"
 
 
+def _next(config: VerifyConfig, root: "StoredPath", findings: "CheckResult") -> list[str]:
+    """The commands that mend what was found, as they are typed in this folder. A problem that no command mends says
+    itself what to do."""
+    from scalekd_cache.store.manifest import read_manifest
+    from scalekd_cache.store.shared_pixels import shared_pixels_path
+    from scalekd_cache.store.verify_unit import Part
+
+    problems = findings.problems
+    options = {name: getattr(config, name) for name in ("cache", "data", "teacher_weights", "pixels_from")}
+    if findings.expected is None or not isinstance(root, Path):
+        return []
+    commands = []
+    if any(problem.part not in (Part.PIXELS, Part.UNKNOWN_FILE) for problem in problems):
+        commands.append(typed_command("repair", options))
+    if any(problem.part is Part.PIXELS and problem.where != MANIFEST for problem in problems):
+        pixels = config.pixels_from or shared_pixels_path(root, read_manifest(root).facts)
+        commands.append(typed_command("repair", {"cache": str(pixels)}))
+    return commands
+
+
 def _fidelity(root: "StoredPath") -> dict[str, Any]:
     from scalekd_cache.store.manifest import read_manifest
 
@@ -132,6 +153,8 @@ def _print(facts: dict[str, Any], findings: "CheckResult", agreement: "TeacherAg
     depth = "every byte" if facts["deep"] else "sizes and fingerprints"
     state = counted(len(findings.problems), "problem") if findings.problems else "no problems"
     print(f"{facts['cache']}: {state} ({depth} checked, {counted(findings.units, 'unit')})")
+    for command in facts["next"]:
+        print(f"next: {command}")
 
 
 def _as_json(

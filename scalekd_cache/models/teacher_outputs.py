@@ -22,6 +22,7 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.models.teacher import Teacher
 from scalekd_cache.progress import progress
+from scalekd_cache.store.base import repair_fix
 from scalekd_cache.store.checked_files import check_safetensors
 from scalekd_cache.store.durable_files import hash_file
 
@@ -111,7 +112,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
             found = HeldOut(*(file.get_tensor(name) for name in HeldOut._fields))
     except (OSError, SafetensorError, UserError) as error:
         what = "cannot read the teacher's outputs on held-out images"
-        raise UserError(what, got=str(error).splitlines()[0], where=path, fix="run scalekd repair") from error
+        raise UserError(what, got=str(error).splitlines()[0], where=path, fix=repair_fix(path)) from error
     if digest != _keys_digest(source):
         raise UserError(
             "the held-out images do not match the cache",
@@ -121,7 +122,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
             fix="set --data to the data set of the cache",
         )
     if wrong := _contradiction(found, len(source.samples)):
-        fix = "run scalekd repair, or make the cache again"
+        fix = f"{repair_fix(path)}, or make the cache again"
         raise UserError("the teacher's outputs on held-out images are damaged", got=wrong, where=path, fix=fix)
     return found
 

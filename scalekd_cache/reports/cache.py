@@ -24,6 +24,8 @@ from scalekd_cache.reports.charts import Chart, histogram, stacked_bar
 from scalekd_cache.reports.gallery import Card, Gallery, TeacherOutputs, load_views, rerun_on_views
 from scalekd_cache.reports.page import render
 from scalekd_cache.reports.views import ViewInfo, ViewSample, closest_pairs, read_sample
+from scalekd_cache.store.base import repair_fix
+from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, ManifestFacts, stored_share
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import open_shared_pixels
@@ -81,6 +83,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         rerun_on_views(cache, checker, teacher, [*places, *rerun], set(places)) if teacher else TeacherOutputs({}, {})
     )
     gallery = Gallery(cache, checker, places, outputs)
+    damage = [f"Damaged records: {repair_fix(cache.root / MANIFEST)}."] if sample.unreadable else []
     worst = sorted(outputs.cosines, key=lambda place: outputs.cosines[place])[:OUTLIERS]
     pairs = [
         (gallery.cards([(sample.views[pair.first], ""), (sample.views[pair.second], "")]), pair)
@@ -94,7 +97,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         facts=facts_of_cache(cache),
         sizes=_sizes(cache.manifest),
         fidelity=_fidelity(cache, outputs),
-        notes=[*notes, *sample.unreadable[:20]],
+        notes=[*notes, *sample.unreadable[:20], *damage],
         gallery=_by_image(gallery.cards([(info, _closeness(outputs, info)) for info in gallery.views])),
         scanned=len(sample.views),
         labeled=cache.manifest.facts.labeled,
@@ -120,7 +123,8 @@ def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> Rec
     except UserError as error:
         if options.pixels_from or options.data:
             raise
-        notes.append(f"Pixels are not shown: {str(error).splitlines()[0]}")
+        option = "--pixels-from" if manifest.facts.pixels_from else "--data"
+        notes.append(f"Pixels are not shown: {str(error).splitlines()[0]} (set {option})")
     return RecordChecker(manifest.facts.fingerprint_fields, cache.root, len(manifest.facts.class_names), source, shared)
 
 

@@ -5,6 +5,7 @@ Invariant: runs are only read. Missing inputs become notes on the page, unless a
 errors.
 """
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,7 +95,11 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
     predictions = None
     same = (facts["image_size"], facts["class_names"]) == (first["image_size"], first["class_names"])
     if student is None:
-        notes.append(f"{path.name} has no exported student yet: its predictions are omitted.")
+        command = f"scalekd export --run {shlex.quote(str(path))}" if any((path / "checkpoints").glob("*")) else ""
+        notes.append(
+            f"{path.name} has no exported student yet: its predictions are omitted."
+            + (f" Export the last checkpoint: {command}" if command else "")
+        )
     elif not same:
         notes.append(f"{path.name} differs from the first run in classes or image size: its predictions are omitted.")
     elif images is not None:

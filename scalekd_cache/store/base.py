@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scalekd_cache.errors import UserError, counted, unknown_name
+from scalekd_cache.store.checked_files import REPAIR, repair_command
 from scalekd_cache.store.durable_files import Written
 from scalekd_cache.store.path import StoredPath
 
@@ -38,8 +39,6 @@ UINT32 = struct.Struct("<I").pack
 INT64 = struct.Struct("<q").pack
 NO_LABEL = -1
 """The label of a record without a label."""
-
-REPAIR = "run `scalekd repair --cache ...` to rebuild damaged parts (`scalekd verify --cache ... --deep` lists them)"
 
 BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "scalekd_cache.store.formats.zarr"}
 
@@ -223,6 +222,11 @@ def check_backend(backend: str) -> str:
     return backend
 
 
+def repair_fix(where: object) -> str:
+    """What to do about damage at this place. The command names the cache if the place tells its folder."""
+    return repair_command(where) or REPAIR
+
+
 def damaged(what: str, got: object, expected: object, where: object, key: str | None = None) -> UserError:
     """The error for stored bytes that differ from what was written."""
     return UserError(
@@ -230,7 +234,7 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
         got=got,
         expected=expected,
         where=where if key is None else f"{where}, sample {key!r}",
-        fix=REPAIR,
+        fix=repair_fix(where),
     )
 
 

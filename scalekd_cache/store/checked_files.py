@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import re
+import shlex
 import stat
 from collections.abc import Hashable, Sequence
 from pathlib import Path
@@ -186,6 +187,19 @@ def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
     return b"".join(pieces)
 
 
+REPAIR = "run `scalekd repair --cache ...` to rebuild damaged parts (`scalekd verify --cache ... --deep` lists them)"
+"""What to do about a damaged cache."""
+
+
+def repair_command(where: object) -> str | None:
+    """`REPAIR` with the folder of the cache; None if the place is not in the folder of a cache on this machine."""
+    text = str(where)
+    root = text.rpartition("/units/")[0] or str(Path(text).parent)
+    if "://" in text or not any(os.path.lexists(f"{root}/{name}") for name in ("manifest.json", "plan.json")):
+        return None
+    return REPAIR.replace("...", shlex.quote(root))
+
+
 def read_json(
     path: StoredPath | str, what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
 ) -> tuple[dict[str, Any], bytes]:
@@ -201,9 +215,10 @@ def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
     try:
         value = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise UserError(f"{what} is not JSON", got=error, where=where) from error
+        raise UserError(f"{what} is not JSON", got=error, where=where, fix=repair_command(where)) from error
     if not isinstance(value, dict):
-        raise UserError(f"{what} is not a JSON object", got=type(value).__name__, where=where)
+        got = type(value).__name__
+        raise UserError(f"{what} is not a JSON object", got=got, where=where, fix=repair_command(where))
     return value
 
 
@@ -245,7 +260,8 @@ def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
         value: T = _adapter(cast(Hashable, kind)).validate_json(data, strict=True, extra="forbid")
     except ValidationError as error:
         wrong = error.errors(include_url=False, include_context=False)
-        raise UserError(f"{what} is not as expected", got=_named(wrong), where=where) from None
+        fix = repair_command(where)
+        raise UserError(f"{what} is not as expected", got=_named(wrong), where=where, fix=fix) from None
     except UserError as error:  # of a `__post_init__`
         raise UserError(f"{what} is not as expected", got=error, where=where) from None
     return value

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scalekd_cache.errors import UserError, counted
+from scalekd_cache.store.base import repair_fix
 from scalekd_cache.store.checked_files import is_hex, read_file
 from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_folder
 
@@ -85,7 +86,8 @@ def read_images(folder: Path, info: UnitInfo) -> list[str]:
     data = read_file(folder / NAME, "the list of a unit's image files", size)
     lines = data.decode("ascii", "replace").split("\n")[:-1]
     if len(data) != size or not all(is_hex(line, LINE_BYTES - 1) for line in lines):
-        raise UserError("the list of a unit's image files is damaged", where=folder / NAME, fix="run `scalekd repair`")
+        what = "the list of a unit's image files is damaged"
+        raise UserError(what, where=folder / NAME, fix=repair_fix(folder / NAME))
     return lines
 
 

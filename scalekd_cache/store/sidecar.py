@@ -15,7 +15,15 @@ from pydantic import Field, FiniteFloat, PlainValidator, TypeAdapter
 from typing_extensions import TypedDict
 
 from scalekd_cache.errors import UserError, counted
-from scalekd_cache.store.base import BACKENDS, MAX_UNIT_SAMPLES, MAX_VIEWS, REPAIR, check_key, check_version, damaged
+from scalekd_cache.store.base import (
+    BACKENDS,
+    MAX_UNIT_SAMPLES,
+    MAX_VIEWS,
+    check_key,
+    check_version,
+    damaged,
+    repair_fix,
+)
 from scalekd_cache.store.checked_files import checked, read_file, read_json
 from scalekd_cache.store.durable_files import FileHash
 from scalekd_cache.store.fidelity_summary import Summary
@@ -142,7 +150,7 @@ def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
     """Sample keys of a unit's records, in order. UserError unless there are `count` valid keys."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes
-    data = read_file(path, "the keys of a unit", expected, fix=REPAIR)
+    data = read_file(path, "the keys of a unit", expected, fix=repair_fix(path))
     if len(data) != expected:
         raise damaged("the keys of a unit have the wrong length", len(data), f"{expected} bytes", path)
     try:

@@ -6,6 +6,7 @@ every file) and every record (crc32c) and names the damaged samples. Nothing on 
 """
 
 import os
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -181,7 +182,8 @@ def _missing(expected: Expected, there: Sequence[ExpectedUnit], notes: list[str]
     grown = [unit for unit in missing if unit.sha256 is None]
     if grown and expected.finished:
         notes.append(
-            f"the plan lists {counted(len(grown), 'more unit')}, not written yet (`scalekd cache-teacher` writes them)"
+            f"the plan lists {counted(len(grown), 'more unit')}, not written yet: rerun the "
+            "`scalekd cache-teacher` command that adds them"
         )
 
 
@@ -208,7 +210,8 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
         if _exists(root / PLAN) or manifest is None:
             problems.append(Problem(PLAN, None, str(error), Part.PLAN))
         elif isinstance(root, Path):
-            notes.append("no plan.json: the cache is readable, and `scalekd repair` rewrites the plan")
+            command = f"`scalekd repair --cache {shlex.quote(str(root))}`"
+            notes.append(f"no plan.json: the cache is readable, and {command} rewrites the plan")
     if manifest is not None and plan is not None and (what := _disagree(manifest, plan)):
         problems.append(Problem(PLAN, None, what, Part.PLAN))
         plan = None

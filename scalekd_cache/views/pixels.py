@@ -58,7 +58,7 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
         "cannot decode the pixels of a view",
         got=got,
         expected=f"a JPEG, WebP or PNG file, RGB, {size} x {size} pixels",
-        fix="the cache is damaged: run `scalekd verify`, then `scalekd repair`",
+        fix="the cache is damaged: run `scalekd repair --cache ...`",
     )
 
 

@@ -1,6 +1,8 @@
 """The commands inspect, repair and verify: output, imports, exit codes."""
 
 import json
+import re
+import shlex
 import subprocess
 import sys
 
@@ -97,6 +99,55 @@ def test_repair_as_a_command(tmp_path, capsys):
     assert "cosine mean removed 0.999" in text
     assert "teacher re-run on 16 views" in text
     assert output_of(capsys, repair, "--cache", root)[0].endswith("nothing to do\n")
+
+
+def next_of(text):
+    return [line.removeprefix("next: ") for line in text.splitlines() if line.startswith("next: ")]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "units/g000-r00002/v0001.tar",
+        "manifest.json",
+        pytest.param("units/g000-r00001/unit.json", marks=pytest.mark.slow),
+        pytest.param("tail.safetensors", marks=pytest.mark.slow),
+    ],
+)
+def test_the_command_that_verify_prints_mends_what_it_found(tmp_path, capsys, lost):
+    root = copy_of_cache(tmp_path / "a cache")
+    (root / lost).unlink()
+    text, status = output_of(capsys, verify, "--cache", root)
+    (command,) = next_of(text)
+    assert (status, command) == (1, f"scalekd repair --cache '{root}'")
+    assert output_of(capsys, repair, *shlex.split(command)[2:])[1] == 0
+    text, status = output_of(capsys, verify, "--cache", root)
+    assert (status, next_of(text)) == (0, [])
+
+
+def test_the_other_places_of_data_and_weights_are_part_of_the_command(tmp_path, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / "units/g000-r00002/v0001.idx").unlink()
+    text, _ = output_of(capsys, verify, "--cache", root, "--data", "demo", "--teacher-weights", "w", "--json")
+    assert json.loads(text)["next"] == [f"scalekd repair --cache {root} --data demo --teacher-weights w"]
+
+
+def test_what_no_command_mends_suggests_none(tmp_path, capsys):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / "notes.txt").touch()
+    text, status = output_of(capsys, verify, "--cache", root)
+    assert (status, next_of(text)) == (1, [])
+    assert "remove it" in text
+
+
+def test_damage_that_another_command_meets_names_the_cache(tmp_path):
+    root = copy_of_cache(tmp_path / "cache")
+    (root / "units/g000-r00001/v0000.idx").write_bytes(b"")
+    with pytest.raises(UserError, match=f"scalekd repair --cache {re.escape(str(root))}"):
+        call(inspect_cache, ["--cache", str(root), "--index", "40"])
+    (root / "manifest.json").write_text("{")
+    with pytest.raises(UserError, match=f"scalekd repair --cache {re.escape(str(root))}"):
+        call(inspect_cache, ["--cache", str(root)])
 
 
 def test_a_mistyped_path_is_no_damaged_cache(tmp_path):

@@ -189,6 +189,7 @@ def test_damaged_records_are_named_and_left_out(tmp_path):
     page = Page(cache_report(Cache.open(folder), CacheReport(views=192, teacher_views=0, images=2), CPU)).text
     assert "view 0, position" in page
     assert "damaged cache" in page
+    assert f"scalekd repair --cache {folder}" in page
     assert "random sample of 192 views" not in page
 
 

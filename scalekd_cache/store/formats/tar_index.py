@@ -10,7 +10,7 @@ import struct
 import numpy as np
 from numpy.typing import NDArray
 
-from scalekd_cache.store.base import MAX_RECORD_BYTES, MAX_UNIT_SAMPLES, REPAIR, ShardId, damaged
+from scalekd_cache.store.base import MAX_RECORD_BYTES, MAX_UNIT_SAMPLES, ShardId, damaged, repair_fix
 from scalekd_cache.store.checked_files import read_file
 from scalekd_cache.store.path import StoredPath
 
@@ -48,7 +48,7 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
     """
     assert 0 <= count <= MAX_UNIT_SAMPLES, count
     expected_bytes = HEADER.size + count * ROW.itemsize
-    data = read_file(path, "the index of a shard", expected_bytes, fix=REPAIR)
+    data = read_file(path, "the index of a shard", expected_bytes, fix=repair_fix(path))
     if len(data) != expected_bytes:
         raise damaged("the index of a shard has the wrong length", len(data), f"{expected_bytes} bytes", path)
     header = HEADER.unpack_from(data)
