@@ -200,14 +200,25 @@ def _pull(
                 tasks += tar_tasks(unit.folder(source), unit.folder(staging / TARGETS), unit.info)
         received = _run(tasks, config.connections, "file")
         _fetch_codec_choice(source, staging, facts)
+        remade = [unit for unit in units if bare is not None and any(_missing_files(source, staging, unit))]
+        places = {unit.row[:2] for unit in remade}
         for unit in units:
-            if bare is not None and any(_missing_files(source, staging, unit)):
-                folder, ranged = unit.folder(staging / TARGETS), bare.sidecars is None
-                remake_unit(staging, unit.info, folder, bare.pixels, config.workers, partial=ranged)
-                shutil.rmtree(unit.folder(staging / TARGETS))
-            _finish(staging, unit)
+            if unit.row[:2] not in places:
+                _finish(staging, unit)
+        if bare is not None and remade:
+            _remake(bare, staging, remade, config.workers)
     whole = (published, data) if facts == published.facts else None
     return install(root, facts, ranges, whole), received
+
+
+def _remake(bare: Bare, staging: Path, units: Sequence[Wanted], workers: int) -> None:
+    """Make the pixels of these units, with a progress bar."""
+    with progress("pixels", sum(unit.info.count for unit in units), "image") as bar:
+        for unit in units:
+            folder, ranged = unit.folder(staging / TARGETS), bare.sidecars is None
+            remake_unit(staging, unit.info, folder, bare.pixels, workers, partial=ranged, on_image=bar.update)
+            shutil.rmtree(folder)
+            _finish(staging, unit)
 
 
 def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:

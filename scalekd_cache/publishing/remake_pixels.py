@@ -8,7 +8,7 @@ original, or an error is raised.
 
 import shutil
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -114,7 +114,14 @@ def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
 
 
 def remake_unit(
-    staging: Path, info: UnitInfo, bare: Path, pixels: RemadePixels, workers: int, *, partial: bool
+    staging: Path,
+    info: UnitInfo,
+    bare: Path,
+    pixels: RemadePixels,
+    workers: int,
+    *,
+    partial: bool,
+    on_image: Callable[[], object] = lambda: None,
 ) -> None:
     """Write the files of a unit to the staging folder.
 
@@ -125,6 +132,7 @@ def remake_unit(
         pixels: regenerates the pixels.
         workers: worker processes.
         partial: the shards come from the published cache, with holes instead of pixels.
+        on_image: called for each image whose views are regenerated.
 
     Raises:
         UserError: an image is missing or differs, or a file differs from the original.
@@ -151,6 +159,7 @@ def remake_unit(
         for row, encoded in enumerate(made):
             for view, record, data in zip(info.views, pending.popleft(), encoded, strict=True):
                 writer.append(view, record._replace(pixels=data), images[row] if images else "")
+            on_image()
         writer.commit(info.fidelity)
     for reader in readers:
         reader.close()

@@ -62,6 +62,11 @@ def test_the_result_is_the_original_bit_for_bit(published, images, tmp_path):
     assert pull(place, root, without_pixels=True, data=str(images)).complete
 
 
+def test_a_bar_counts_the_images_whose_pixels_are_made(published, images, tmp_path, capfd):
+    pull(published[1], tmp_path / "pulled", without_pixels=True, data=str(images))
+    assert "pixels: 12/12 images" in capfd.readouterr().err
+
+
 def test_the_first_views_and_then_the_rest(published, images, tmp_path):
     cache, place = published
     root = tmp_path / "pulled"
