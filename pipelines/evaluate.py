@@ -46,7 +46,7 @@ def main(given: Given) -> None:
         print(json.dumps({**facts, "images": tally.images, "unreadable": tally.unreadable}))
         return
     read = counted(tally.images, "image") + (f", {tally.unreadable} could not be read" if tally.unreadable else "")
-    print(f"{config.run}: top-1 {tally.top1_percent:.2f} %, top-5 {tally.top5_percent:.2f} % of {read}")
+    print(f"{config.run}: {tally.accuracies} of {read}")
 
 
 COMMAND = Command("evaluate", main, [EvaluateConfig], __doc__)

@@ -209,6 +209,14 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
     return steps
 
 
+def views_note(epochs: int, views: int) -> str | None:
+    """One line when a run has fewer epochs than there are views: an epoch reads one view of every image."""
+    if epochs >= views:
+        return None
+    what = "epoch reads" if epochs == 1 else "epochs read"
+    return f"{epochs} {what} {epochs} of the {views} views, one an epoch (--epochs {views} reads all)"
+
+
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
     """The option that sets the largest possible global batch for a small data set, with micro-batches of at most
     this size."""

@@ -41,8 +41,8 @@ class Tally(NamedTuple):
 
     top1: int
     """Images whose label has the largest logit."""
-    top5: int
-    """Images whose label is among the five largest (all classes, when there are fewer)."""
+    top5: int | None
+    """Images whose label is among the five largest; None with at most five classes, where it says nothing."""
     images: int
     """Images that were evaluated."""
     unreadable: int
@@ -50,7 +50,14 @@ class Tally(NamedTuple):
 
     def plus(self, other: "Tally") -> "Tally":
         """The sum of two tallies."""
-        return Tally(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+        top5 = None if self.top5 is None or other.top5 is None else self.top5 + other.top5
+        return Tally(self.top1 + other.top1, top5, self.images + other.images, self.unreadable + other.unreadable)
+
+    @property
+    def accuracies(self) -> str:
+        """Top-1 and, if it is counted, top-5 as text."""
+        top5 = self.top5_percent
+        return f"top-1 {percent(self.top1_percent)}" + ("" if top5 is None else f", top-5 {percent(top5)}")
 
     @property
     def top1_percent(self) -> float:
@@ -58,9 +65,9 @@ class Tally(NamedTuple):
         return 100 * self.top1 / max(self.images, 1)
 
     @property
-    def top5_percent(self) -> float:
-        """Top-5 accuracy, percent."""
-        return 100 * self.top5 / max(self.images, 1)
+    def top5_percent(self) -> float | None:
+        """Top-5 accuracy, percent; None with at most five classes."""
+        return None if self.top5 is None else 100 * self.top5 / max(self.images, 1)
 
 
 def omitted(unreadable: int, what: str = "validation image") -> str:
@@ -150,7 +157,8 @@ def tally(logits: Tensor, labels: Tensor) -> Tally:
         )
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
     hits = best == labels[:, None]
-    return Tally(int(hits[:, 0].sum()), int(hits.any(1).sum()), len(labels), 0)
+    top5 = int(hits.any(1).sum()) if logits.shape[1] > 5 else None
+    return Tally(int(hits[:, 0].sum()), top5, len(labels), 0)
 
 
 @torch.no_grad()
@@ -166,6 +174,7 @@ def evaluate(
     workers: int = 0,
     title: str = "evaluate",
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> Tally:
     """Evaluate `predict` on validation images rank, rank + world_size, ...
 
@@ -180,6 +189,7 @@ def evaluate(
         workers: processes that decode images.
         title: title of the progress bar.
         on_batch: called with the logits (B, K) and labels (B,) of every batch.
+        stop: called after every batch; when it is true, the tally of the images until then is returned.
     """
     share = range(rank, len(source.samples), world_size)
     total = Tally(0, 0, 0, 0)
@@ -192,4 +202,6 @@ def evaluate(
                 if on_batch is not None:
                     on_batch(logits, labels)
             bar.update(len(labels) + unreadable)
+            if stop():
+                break
     return total

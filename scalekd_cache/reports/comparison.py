@@ -80,7 +80,7 @@ def _row(run: Run) -> dict[str, str]:
         "targets": text_option(run.options, "train.targets"),
         "heads": heads_of(run.options),
         "top-1": "in progress" if summary is None else "" if held_out else percent(summary["top1"]),
-        "top-5": "" if summary is None or held_out else percent(summary["top5"]),
+        "top-5": "" if summary is None or summary["top5"] is None else percent(summary["top5"]),
         **{LABELS[name]: format_figure(name, held_out[name]) if name in held_out else "" for name in FIGURES},
         "parameters, M": "" if student is None else f"{student.parameters / 1e6:.2f}",
         "weights, MB": "" if student is None else f"{student.bytes / 1e6:.1f}",

@@ -169,7 +169,8 @@ def _headline(run: Run) -> list[tuple[str, str]]:
             *((format_figure(name, summary["held_out"][name]), LABELS[name]) for name in summary["held_out"]),
             *speed,
         ]
-    rows = [(percent(summary["top1"]), "top-1"), (percent(summary["top5"]), "top-5")]
+    rows = [(percent(summary["top1"]), "top-1")]
+    rows += [(percent(summary["top5"]), "top-5")] if summary["top5"] is not None else []
     best = "best teacher's top-1" if "teachers" in summary else "teacher's top-1"
     rows.append((percent(summary["teacher_top1"]), best))
     if baseline:

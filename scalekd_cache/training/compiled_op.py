@@ -53,8 +53,9 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
             got="no g++",
             fix="install g++ (build-essential)",
         )
-    process.print_rank0("starting DeepSpeed (the first start on a machine compiles a small operator: about a minute)")
     folder = _build_folder()
+    if not any(folder.glob("*.so")):
+        process.print_rank0("compiling a small operator of DeepSpeed, once on this machine: about a minute")
     with open_lock(folder / ".scalekd.lock") as marker:
         lock(marker, folder / ".scalekd.lock")
         if LOCK_IS_A_FILE and marker.read(1):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from scalekd_cache.codec import Shape
 from scalekd_cache.codec.logits import logit_codec_from_config
@@ -48,6 +49,21 @@ class CachedBatch(NamedTuple):
     """(B,) int64."""
     targets: tuple[Targets, ...]
     """Map, norms, logits and pooled embedding of each teacher, float32, in the order of the caches."""
+
+
+def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> CachedBatch:
+    """What torch's `DataLoader` does with its default batch size of 1: it gets a whole batch, which stays as it is."""
+    if len(batches) > 1:
+        raise UserError(
+            "CachedTargets gives whole batches, which torch's DataLoader cannot put together",
+            got=f"DataLoader(targets, batch_size={len(batches)})",
+            expected="DataLoader(targets, batch_size=None)",
+            fix="set the number of samples with CachedTargets(..., batch_size=N)",
+        )
+    return batches[0]
+
+
+default_collate_fn_map[CachedBatch] = _collate
 
 
 class CachedTargets(IterableDataset[CachedBatch]):

@@ -15,7 +15,7 @@ from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import counted
 from scalekd_cache.loader.loader import check_workers
-from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch
+from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch, views_note
 from scalekd_cache.loader.target_cache import target_codecs
 from scalekd_cache.models.student import build_student
 from scalekd_cache.training.checkpoint import latest_checkpoint
@@ -84,10 +84,11 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} a process"
     )
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
-    start = f"resume at step {checkpoint.facts['loader']['step'] + 1}" if checkpoint else "start at step 1"
+    start = f"resume after step {checkpoint.facts['loader']['step']}" if checkpoint else "start at step 1"
     lines += describe_targets(config, reads) if train.targets != "none" else []
     if train.targets == "live":
         live_options(config, reads)
+    lines += filter(None, [views_note(train.epochs, reads.views)])
     lines += [describe_lr(config), *(f"skipped: {problem}" for problem in problems)]
     if before is not None and before < train.epochs:
         first = checkpoint.facts["loader"]["step"] if checkpoint else 0

@@ -6,7 +6,7 @@ Invariant: the images are split over all ranks, and every rank gets the same fig
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,7 @@ from scalekd_cache.models.tail import Tail
 from scalekd_cache.models.teacher_outputs import load_held_out
 from scalekd_cache.models.teacher_spec import TeacherSpec
 from scalekd_cache.scalekd.losses import Targets, distillation_losses
+from scalekd_cache.store.base import repair_fix
 from scalekd_cache.store.manifest import HELD_OUT
 from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.remote.remote_path import local_path
@@ -65,19 +66,29 @@ class TeacherComparisons:
         each = [TeacherComparison(cache, number, source, process) for number, cache in enumerate(run_cache.caches)]
         self._each = dict(zip(run_cache.names(), each, strict=True))
 
-    def evaluate(self, model: DistillModel, tails: Sequence[Tail], *, final: bool = False) -> Evaluation:
+    def evaluate(
+        self,
+        model: DistillModel,
+        tails: Sequence[Tail],
+        *,
+        final: bool = False,
+        stop: Callable[[], bool] = lambda: False,
+    ) -> Evaluation | None:
         """The figures of a student (`FIGURES`), the same on every rank; with several teachers the means over them, and
-        those that compare with each.
+        those that compare with each. None on all ranks when `stop` was true on one of them.
 
         Args:
             model: student and heads, in eval mode, on the device of this process.
             tails: of the teachers.
             final: fit linear classifiers too.
+            stop: called after every batch of images.
         """
-        found = {
-            name: one.figures(model, tail, final=final)
-            for (name, one), tail in zip(self._each.items(), tails, strict=True)
-        }
+        found = dict[str, dict[str, float]]()
+        for (name, one), tail in zip(self._each.items(), tails, strict=True):
+            figures = one.figures(model, tail, final=final, stop=stop)
+            if figures is None:
+                return None
+            found[name] = figures
         first, *others = found.values()
         if not others:
             return Evaluation(held_out=first)
@@ -106,15 +117,17 @@ class TeacherComparison:
         expected = (spec.pooled or spec.feature_shape[0], *spec.feature_shape)
         if found != expected:
             what = "the teacher's outputs on held-out images are those of another teacher"
-            fix = "run scalekd repair"
-            raise UserError(what, got=found, expected=expected, where=cache.root / HELD_OUT, fix=fix)
+            place = cache.root / HELD_OUT
+            raise UserError(what, got=found, expected=expected, where=place, fix=repair_fix(place))
         self._row_of = {index: row for row, index in enumerate(self.teacher.indices.tolist())}
         self._map_of = {row: place for place, row in enumerate(self.teacher.mapped.tolist())}
         self._teacher_figures: dict[str, float] = {}
 
     @torch.no_grad()
-    def figures(self, model: DistillModel, tail: Tail, *, final: bool = False) -> dict[str, float]:
-        """The figures of a student with regard to this teacher."""
+    def figures(
+        self, model: DistillModel, tail: Tail, *, final: bool = False, stop: Callable[[], bool] = lambda: False
+    ) -> dict[str, float] | None:
+        """The figures of a student with regard to this teacher; None on all ranks when `stop` was true on one."""
         process, rows = self.process, len(self.teacher.indices)
         share = self.teacher.indices[process.rank :: process.world_size].tolist()
         sums = torch.zeros(4, dtype=torch.float64, device=process.device)
@@ -130,6 +143,12 @@ class TeacherComparison:
             mapped = [at for at, row in enumerate(places) if row in self._map_of]
             if mapped:
                 sums += self._compare_maps(model, tail, images[mapped], [places[at] for at in mapped])
+            if stop():
+                break
+        stopped = torch.tensor(int(stop()), device=process.device)
+        dist.all_reduce(stopped)
+        if stopped:
+            return None
         dist.all_reduce(sums)
         dist.all_reduce(embeddings)
         there = embeddings[:, -1].cpu() > 0

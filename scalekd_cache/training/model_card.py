@@ -31,6 +31,8 @@ TEMPLATE = """---
 |---|---|
 {table}
 
+{where}
+
 ```python
 import timm
 from timm.data import create_transform, resolve_data_config
@@ -99,7 +101,8 @@ def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -
              "seed": "seed", "classes": "classes", "val_images": "validation images"}  # fmt: skip
     rows = {"started from": start, "data set": last_part(str(facts["data"]))}
     rows |= {label: "all" if facts[name] is None else str(facts[name]) for name, label in names.items()}
-    rows |= {"top-1": percent(facts["top1"]), "top-5": percent(facts["top5"])}
+    rows["top-1"] = percent(facts["top1"])
+    rows |= {"top-5": percent(facts["top5"])} if facts["top5"] is not None else {}
     return _filled(
         backbone,
         folder,
@@ -131,6 +134,7 @@ def _filled(
         title=title,
         sentence=sentence,
         table="\n".join(f"| {name} | {table_cell(value)} |" for name, value in rows.items()),
+        where=f"Run this in the folder that holds {table_cell(folder.resolve().name)}:",
         place=ascii(f"local-dir:{folder.resolve().name}").replace("`", "\\x60"),
         size=image_size,
         resize=eval_resize(image_size, transform["crop_pct"]),
@@ -152,7 +156,7 @@ def card_facts(
         "teacher": summary["teacher"] if summary else "see the cache",
         "teacher's top-1": percent(summary["teacher_top1"]) if summary else "not known yet",
         "top-1": percent(summary["top1"]) if summary else "the run is not finished",
-        "top-5": percent(summary["top5"]) if summary else "the run is not finished",
+        **({"top-5": percent(summary["top5"])} if summary and summary["top5"] is not None else {}),
         "validation images": summary.get("val_images", 0) if summary else 0,
         "targets": text_option(options, "train.targets"),
         "recipe": last_part(text_option(options, "recipe")),

@@ -156,7 +156,7 @@ def learning_rate(config: DistillConfig, step: int, per_epoch: int) -> float:
 def describe_extension(config: DistillConfig, before: int, step: int, per_epoch: int) -> str:
     """What the schedule does when a run of `before` epochs is extended after `step` steps, as one line of text."""
     optim, after = config.optim, config.train.epochs
-    text = f"extending {config.run} from {before} to {after} epochs at step {step + 1}: "
+    text = f"extending {config.run} from {before} to {after} epochs after step {step}: "
     if optim.schedule != "cosine" or step == 0:
         return text + f"the {optim.schedule} schedule gives the same run as {after} epochs from the start"
     old = dataclasses.replace(config, train=dataclasses.replace(config.train, epochs=before))

@@ -7,6 +7,7 @@ is complete and is not repeated.
 
 import os
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,7 @@ from scalekd_cache.devices import describe_setup
 from scalekd_cache.distributed import Process, SignalHandler, interrupted_by
 from scalekd_cache.errors import UserError, counted
 from scalekd_cache.loader.loader import CacheLoader
+from scalekd_cache.loader.order import views_note
 from scalekd_cache.models.student import build_student, check_student_name
 from scalekd_cache.models.tail import Tail
 from scalekd_cache.store.growing import read_cache_facts
@@ -101,7 +103,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     if before is not None and before < config.train.epochs:
         process.print_rank0(describe_extension(config, before, first, trainer.loader.steps_per_epoch))
     elif first:
-        process.print_rank0(f"resuming {run} at step {first + 1} of {trainer.loader.total_steps}")
+        process.print_rank0(f"resuming {run} after step {first} of {trainer.loader.total_steps}")
     if folder is not None:
         for name in (OPTIONS, FACTS) if first else ():
             if not (run / name).exists():
@@ -115,21 +117,34 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
             process.print_rank0(f"{counted(damaged, 'damaged line')} of {run / METRICS} dropped")
     if config.train.log_samples:
         trainer.watchdog.log_samples(run)
-    with SignalHandler() as signals, trainer.watchdog.guard(60 * config.train.timeout_minutes):
-        for step in trainer.train(folder):
-            signal = trainer.signal_of_any_rank(signals.received)
-            if signal or _is_checkpoint_due(config.train, step, trainer.loader):
-                trainer.save(run / "checkpoints")
-            if signal:
-                dist.barrier()  # launchers end all ranks once one exits, and rank 0 may still be writing
-                raise interrupted_by(signal, step, trainer.loader.total_steps)
-            if _is_evaluation_due(config.train, step, trainer.loader):
-                found = _evaluate(config, run_cache, trainer, trainer.student_state(), validation, comparison)
-                if folder is not None and found.metrics:
-                    folder.log(step, found.metrics)
-    seconds = trainer.seconds()
-    state = trainer.student_state()
-    found = _evaluate(config, run_cache, trainer, state, validation, comparison, final=True)
+    with SignalHandler() as signals:
+
+        def evaluate(step: int, state: State, *, final: bool = False) -> Evaluation:
+            """Evaluate after this step. A signal ends it: all ranks save a checkpoint, if there is none, and stop."""
+            found = _evaluate(config, run_cache, trainer, state, validation, comparison, signals, final=final)
+            if found is None:
+                if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
+                    trainer.save(run / "checkpoints")
+                _stop(trainer, signals, step)
+            if folder is not None and found.metrics and not final:
+                folder.log(step, found.metrics)
+            return found
+
+        with trainer.watchdog.guard(60 * config.train.timeout_minutes):
+            due = first > 0 and _is_evaluation_due(config.train, first, trainer.loader)
+            if due and trainer.true_on_any_rank(folder is not None and not folder.is_evaluated(first)):
+                evaluate(first, trainer.student_state())  # it was interrupted
+            for step in trainer.train(folder):
+                signal = trainer.signal_of_any_rank(signals.received)
+                if signal or _is_checkpoint_due(config.train, step, trainer.loader):
+                    trainer.save(run / "checkpoints")
+                if signal:
+                    _stop(trainer, signals, step)
+                if _is_evaluation_due(config.train, step, trainer.loader):
+                    evaluate(step, trainer.student_state())
+        seconds = trainer.seconds()
+        state = trainer.student_state()
+        found = evaluate(trainer.loader.total_steps, state, final=True)
     summary = make_summary(config, run_cache, trainer.loader, process.world_size, found)
     summary["minutes"] = round(seconds / 60, 2)
     summary["images_per_s"] = round(summary["steps"] * config.train.global_batch_size / seconds, 1)
@@ -141,6 +156,13 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         process.print_rank0(summary_table(run, summary))
     dist.barrier()
     return summary
+
+
+def _stop(trainer: Trainer, signals: SignalHandler, step: int) -> NoReturn:
+    """End all ranks because of a signal; the checkpoint of this step is saved."""
+    signal = trainer.signal_of_any_rank(signals.received, now=True)
+    dist.barrier()  # launchers end all ranks once one has exited, and rank 0 may still be writing
+    raise interrupted_by(signal, step, trainer.loader.total_steps)
 
 
 def _check_finished(
@@ -213,23 +235,28 @@ def _evaluate(
     state: State,
     validation: Source | None,
     comparison: TeacherComparisons | None,
+    signals: SignalHandler,
     *,
     final: bool = False,
-) -> Evaluation:
+) -> Evaluation | None:
     """Evaluate the student with these weights on the validation images, which are split over all ranks; empty without
-    any."""
+    any. None on all ranks if one has received a signal in the meantime."""
     process, facts = trainer.process, run_cache.facts[0]
+
+    def stop() -> bool:
+        return signals.received > 0
+
     if comparison is not None and trainer.tails:
         size = config.student.image_size or facts.view_recipe["size"]
         student = consolidated_student(config.student, state, run_cache.num_classes, size)
         heads = make_all_heads(config, student, trainer.tails, run_cache)
         heads.load_state_dict(trainer.heads_state())
         model = DistillModel(config, student, heads).to(process.device).eval()
-        return comparison.evaluate(model, trainer.tails, final=final)
+        return comparison.evaluate(model, trainer.tails, final=final, stop=stop)
     if validation is None or not facts.labeled:
         return Evaluation()
-    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process)
-    return Evaluation(tally if tally.images else None)
+    tally = evaluate_state(config, run_cache.cache.manifest, state, validation, process, stop)
+    return None if tally is None else Evaluation(tally if tally.images else None)
 
 
 def _make_trainer(
@@ -246,6 +273,8 @@ def _make_trainer(
     if train.sync_bn:
         student.model = synchronize_batchnorm(student.model, process)
     process.print_rank0(describe_lr(config))
+    if note := views_note(train.epochs, run_cache.views):
+        process.print_rank0(note)
     tails: list[Tail] = []
     heads = nn.ModuleList()
     if train.targets != "none":

@@ -46,7 +46,8 @@ class Evaluation(NamedTuple):
         """What is logged."""
         tally = self.tally
         apart = {f"{name}/{key}": value for name, found in self.of_teachers.items() for key, value in found.items()}
-        return {**self.held_out, **apart, **({"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {})}
+        accuracies = {"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {}
+        return {**self.held_out, **apart, **{name: value for name, value in accuracies.items() if value is not None}}
 
 
 def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
@@ -57,9 +58,15 @@ def make_predictor(model: nn.Module, mean: Sequence[float], std: Sequence[float]
 
 
 def evaluate_state(
-    config: DistillConfig, manifest: Manifest, state: State, validation: Source, process: Process
-) -> Tally:
-    """Accuracy of the student with these weights; the validation images are split over all ranks."""
+    config: DistillConfig,
+    manifest: Manifest,
+    state: State,
+    validation: Source,
+    process: Process,
+    stop: Callable[[], bool] = lambda: False,
+) -> Tally | None:
+    """Accuracy of the student with these weights; the validation images are split over all ranks. None on all ranks
+    when `stop` was true on one of them."""
     size = config.student.image_size or manifest.facts.view_recipe["size"]
     student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
     share = evaluate(
@@ -70,10 +77,16 @@ def evaluate_state(
         rank=process.rank,
         world_size=process.world_size,
         workers=config.train.workers,
+        stop=stop,
     )
-    counts = torch.tensor(share, device=process.device)
+    counts = torch.tensor([stop(), *(count or 0 for count in share)], dtype=torch.int64, device=process.device)
     dist.all_reduce(counts)
-    total = Tally(*counts.tolist())
+    stopped, *found = counts.tolist()
+    if stopped:
+        return None
+    total = Tally(*found)
+    if manifest.facts.num_classes <= 5:
+        total = total._replace(top5=None)
     if total.unreadable:
         process.print_rank0(omitted(total.unreadable))
     return total

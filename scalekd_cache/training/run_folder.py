@@ -148,11 +148,16 @@ class RunFolder:
             return
         logged = any(line["step"] == step and "top1" in line for line in read_metrics(self.path)[0])
         if summary["steps"] == step and summary["top1"] is not None and not logged:
-            self.log(step, {"top1": summary["top1"], "top5": summary["top5"]})
+            accuracies = {name: summary[name] for name in ("top1", "top5")}
+            self.log(step, {name: value for name, value in accuracies.items() if value is not None})
         if summary["steps"] == step and summary.get("held_out"):
             self.log(step, summary["held_out"])
         (self.path / SUMMARY).unlink()
         fsync_path(self.path)
+
+    def is_evaluated(self, step: int) -> bool:
+        """Whether the metrics have an evaluation after this step."""
+        return any(line["step"] == step and "loss" not in line for line in read_metrics(self.path)[0])
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of metrics; the same scalars go to TensorBoard and to the loggers.

@@ -30,7 +30,7 @@ def make_summary(
         "image_size": config.student.image_size or facts[0].view_recipe["size"],
         "targets": config.train.targets,
         "top1": round(tally.top1_percent, 4) if tally else None,
-        "top5": round(tally.top5_percent, 4) if tally else None,
+        "top5": round(tally.top5_percent, 4) if tally and tally.top5_percent is not None else None,
         "val_images": tally.images if tally else 0,
         **({"held_out": held_out} if held_out else {}),
         "teacher_top1": max(known, default=None),
@@ -101,14 +101,15 @@ def summary_table(run: Path, summary: Summary) -> str:
     baseline = baseline_summary(run, summary) if summary["targets"] != "none" else None
     facts = {"spec": {"has_classifier": summary.get("has_classifier", True)}, "top1": summary["teacher_top1"]}
     teacher = teacher_accuracy(facts, labeled="held_out" not in summary)
-    top1, top5 = percent(summary["top1"]), percent(summary["top5"])
+    accuracies = f"top-1 {percent(summary['top1'])}"
+    accuracies += "" if summary["top5"] is None else f", top-5 {percent(summary['top5'])}"
     baseline_text = f"top-1 {percent(baseline['top1'])} at equal steps" if baseline else "not run (--targets none)"
     several = [
         (one["name"], f"weight {one['share']:.3g}, top-1 {percent(one['top1'])}") for one in summary.get("teachers", ())
     ]
     rows = [
         *(several or [("teacher", f"{summary['teacher']}, {teacher}")]),
-        ("student", f"{summary['student']}, top-1 {top1}, top-5 {top5}"),
+        ("student", f"{summary['student']}, {accuracies}"),
         ("targets", str(summary["targets"])),
         ("baseline", baseline_text),
         *_held_out_rows(summary.get("held_out", {})),

@@ -7,6 +7,7 @@ Invariant: each run of a series has its own folder and equals the run of a comma
 
 import dataclasses
 import gc
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -109,7 +110,8 @@ def _row(runs: Sequence[Summary]) -> dict[str, Any]:
 def series_table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows of `summarize_series` as a table of text."""
     head = ("student", "targets", "n", "top-1", "std", "top-5", "each top-1", "epochs", "minutes")
-    lines = [head]
+    shown = [name != "top-5" or any(row["top5_mean"] is not None for row in rows) for name in head]
+    lines: list[tuple[str, ...]] = [head]
     for row in rows:
         spread = "-" if row["top1_std"] is None else f"{row['top1_std']:.2f}"
         each = ", ".join("-" if value is None else f"{value:.2f}" for value in row["top1"])
@@ -117,5 +119,6 @@ def series_table(rows: Sequence[dict[str, Any]]) -> str:
         lines.append(
             (row["student"], row["targets"], str(row["n"]), *accuracies, str(row["epochs"]), f"{row['minutes']:.1f}")
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    lines = [tuple(itertools.compress(line, shown)) for line in lines]
+    widths = [max(len(line[column]) for line in lines) for column in range(sum(shown))]
     return "\n".join("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths)).rstrip() for line in lines)

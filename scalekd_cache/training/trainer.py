@@ -287,14 +287,19 @@ class Trainer:
             got = ", ".join(f"{name}={values[name]}" for name in bad) or "a micro-batch's loss"
             raise diverged(got, first or f"step {step + 1}")
 
-    def signal_of_any_rank(self, received: int) -> int:
+    def signal_of_any_rank(self, received: int, *, now: bool = False) -> int:
         """The signal that any rank has received (0: none), the same on all ranks, so that all stop at the same step.
 
-        Several ranks agree at logged steps, where they wait for each other anyway, and between these every `SIGNAL_S`.
+        Several ranks agree at logged steps, where they wait for each other anyway, and between these every `SIGNAL_S`;
+        with `now` in any case.
         """
         if self.process.world_size == 1:
             return received
-        return int(self._max_over_ranks(received)) if self._agree_now else 0
+        return int(self._max_over_ranks(received)) if now or self._agree_now else 0
+
+    def true_on_any_rank(self, flag: bool) -> bool:
+        """Whether the flag is set on any rank, the same on all ranks."""
+        return self._max_over_ranks(flag) > 0
 
     def _max_over_ranks(self, number: float) -> float:
         """The maximum over all ranks. Waits for the device."""

@@ -36,8 +36,8 @@ def test_counts_by_hand():
 @pytest.mark.parametrize("classes", [2, 3, 4])
 def test_fewer_than_five_classes(classes):
     logits = torch.eye(classes)
-    assert tally(logits, torch.arange(classes)) == Tally(classes, classes, classes, 0)
-    assert tally(logits, torch.arange(classes).roll(1)) == Tally(0, classes, classes, 0)
+    assert tally(logits, torch.arange(classes)) == Tally(classes, None, classes, 0)
+    assert tally(logits, torch.arange(classes).roll(1)) == Tally(0, None, classes, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -86,7 +86,7 @@ def test_unreadable_images_are_counted(tmp_path):
         return torch.tensor([[1.0, 0.0]]).repeat(len(images), 1)
 
     result = evaluate(predict, source_of(root, "val"), 32, CPU, batch_size=1)  # batches without a readable image
-    assert result == Tally(2, 3, 3, 3)
+    assert result == Tally(2, None, 3, 3)
     assert batches == [(1, 3, 32, 32)] * 3
     assert evaluate(predict, source_of(root, "val"), 32, CPU) == result
 
@@ -116,7 +116,7 @@ def test_an_exported_or_imported_student_without_a_run(tmp_path, capsys, place, 
     main({"run": str(tmp_path / "out"), "data": str(pictures(tmp_path / "data", "abc")), "device": "cpu", "json": True})
     facts = json.loads(capsys.readouterr().out)
     assert facts["images"] == 6
-    assert facts["top5"] == 100
+    assert facts["top5"] is None
 
 
 def test_exported_students_that_cannot_be_judged(tmp_path):
@@ -164,3 +164,21 @@ def test_a_run_is_not_evaluated_on_other_classes(tmp_path, capsys, classes, text
         main(given)
     with pytest.raises(UserError, match=text):
         load_validation_images(run, read_facts(run), report, [])
+
+
+def test_top_5_says_nothing_where_there_are_at_most_five_classes():
+    few, many = tally(torch.eye(5), torch.arange(5)), tally(torch.eye(6), torch.arange(6))
+    assert (few.top5, few.top5_percent, few.accuracies) == (None, None, "top-1 100.00 %")
+    assert many.accuracies == "top-1 100.00 %, top-5 100.00 %"
+    assert few.plus(few) == Tally(10, None, 10, 0)
+    assert Tally(0, 0, 0, 0).plus(few).plus(Tally(0, 0, 0, 2)) == Tally(5, None, 5, 2)
+
+
+def test_an_evaluation_ends_when_it_is_told_to():
+    source = open_source(DataConfig(source="demo"), "val")
+    batches = []
+    found = evaluate(
+        lambda images: torch.zeros(len(images), 10), source, 16, CPU, batch_size=8,
+        on_batch=lambda logits, labels: batches.append(len(labels)), stop=lambda: len(batches) == 2,
+    )  # fmt: skip
+    assert found.images == 16

@@ -79,7 +79,7 @@ def test_a_run_goes_on_with_other_processes(before, after, finished, cache, work
         shutil.rmtree(later)
     (folder / "summary.json").unlink()
     output = run("distill", *distill_flags(cache, folder, **{"train.zero": after[1]}), nproc=after[0])
-    assert f"resuming {folder} at step 3 of {STEPS}" in output
+    assert f"resuming {folder} after step 2 of {STEPS}" in output
     assert_same_losses(folder, finished, 1e-4)
 
 

@@ -179,7 +179,7 @@ def test_a_preempted_job_is_queued_again_and_finishes(slurm, cache, workshop, tm
     assert stopped < STEPS
     assert f"SIGUSR1: checkpoint saved at step {stopped}" in log.read_text()
     until(lambda: (folder / "summary.json").exists())
-    assert f"resuming {folder} at step {stopped + 1} of {STEPS}" in log.read_text()
+    assert f"resuming {folder} after step {stopped} of {STEPS}" in log.read_text()
     assert [line["step"] for line in steps_of(folder)] == list(range(1, STEPS + 1))
     summary = read_json(folder / "summary.json")
     assert (summary["world_size"], summary["steps"]) == (2, STEPS)

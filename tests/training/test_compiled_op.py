@@ -131,3 +131,10 @@ def test_environments_do_not_share_a_folder(tmp_path, monkeypatch, part):
 def test_the_users_folder_is_kept(folder, monkeypatch, tmp_path):
     assert build_folder(monkeypatch, "/proc/nohome") == str(folder)
     assert os.environ["TORCH_EXTENSIONS_DIR"] == str(tmp_path)
+
+
+def test_a_build_is_announced_and_a_start_without_one_is_not(folder, capsys):
+    prepare_build(CPU, lambda: (folder / f"{NAME}.so").touch())
+    assert "compiling a small operator of DeepSpeed" in capsys.readouterr().out
+    prepare_build(CPU, lambda: None)
+    assert capsys.readouterr().out == ""

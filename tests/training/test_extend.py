@@ -60,7 +60,7 @@ def test_a_finished_run_is_extended_exactly(one_epoch, tmp_path, capsys):
     assert str(error.value).splitlines()[0] == f"{run} contains a run of 1 epoch, not 2"
     assert "--extend" in str(error.value)
     assert f"--init {run}" in str(error.value)
-    assert "would resume at step 4" in plan_distill(config_of(run, 2, extend=True), CPU)[-1]
+    assert "would resume after step 3" in plan_distill(config_of(run, 2, extend=True), CPU)[-1]
     assert read_summary(run) == before
     capsys.readouterr()
     summary = distill(config_of(run, 2, extend=True), CPU)

@@ -227,6 +227,19 @@ def test_torchs_data_loader_gives_the_same_batches(form, workers):
             torch.testing.assert_close([got.images, *got.targets[0]], [batch.images, *batch.targets[0]], rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_the_default_batch_size_of_torchs_data_loader_gives_the_batches_as_they_are(workers):
+    for got, batch in zip(DataLoader(small_targets(), num_workers=workers), small_targets(), strict=True):
+        assert isinstance(got, CachedBatch)
+        assert torch.equal(got.images, batch.images)
+        assert torch.equal(got.targets[0].features, batch.targets[0].features)
+
+
+def test_batches_of_batches_are_an_error():
+    with pytest.raises(UserError, match=r"(?s)whole batches.*batch_size=2.*batch_size=None"):
+        next(iter(DataLoader(small_targets(), batch_size=2)))
+
+
 def test_workers_inside_a_data_loader_are_an_error():
     with pytest.raises(UserError, match="cannot start workers or use a GPU"):
         next(iter(DataLoader(small_targets(workers=1), batch_size=None, num_workers=1)))

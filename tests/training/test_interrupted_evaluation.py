@@ -1,0 +1,84 @@
+"""A signal during an evaluation: the checkpoint does not wait for its end, and a rerun does the evaluation."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+from commands import metric_lines
+from small_cache import CPU, shared_cache
+from unlabeled_cache import unlabeled_cache
+
+from scalekd_cache.config.stage2 import DistillConfig, OptimConfig, ScaleKDConfig, StudentConfig, TrainConfig
+from scalekd_cache.errors import RunInterrupted
+from scalekd_cache.models import evaluate
+from scalekd_cache.training import held_out_evaluation
+from scalekd_cache.training.run import distill
+
+
+def config_of(cache, run, checkpoint_epochs):
+    return DistillConfig(
+        cache=str(cache.root),
+        run=str(run),
+        student=StudentConfig(name="test_resnet"),
+        optim=OptimConfig(name="adamw", lr=1e-3, base_batch_size=32),
+        scalekd=ScaleKDConfig(projector="linear"),
+        train=TrainConfig(
+            epochs=2, global_batch_size=32, micro_batch_size=16, log_every=1, checkpoint_epochs=checkpoint_epochs
+        ),
+    )
+
+
+def lines_of(run):
+    """The metrics without what depends on time."""
+    return [{k: v for k, v in line.items() if k not in ("images_per_s", "data_wait")} for line in metric_lines(run)]
+
+
+def evaluate_by_eight(monkeypatch, signal_in=0):
+    """Evaluate eight images at a time; send a signal in the first batch of the evaluation with this number.
+
+    Returns:
+        For each evaluation, the sizes of its batches.
+    """
+    original, evaluations = evaluate.center_views, []
+
+    def center_views(source, indices, size, **options):
+        evaluations.append(batches := [])
+        for batch in original(source, indices, size, **{**options, "batch_size": 8}):
+            batches.append(len(batch.indices))
+            if len(evaluations) == signal_in and len(batches) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    for module in (evaluate, held_out_evaluation):
+        monkeypatch.setattr(module, "center_views", center_views)
+    return evaluations
+
+
+@pytest.mark.parametrize(
+    ("make_cache", "number", "checkpoint_epochs"),
+    [
+        pytest.param(shared_cache, 1, 2, id="no-checkpoint-of-this-epoch"),
+        pytest.param(unlabeled_cache, 2, 1, id="final-held-out"),
+        pytest.param(shared_cache, 1, 1, id="checkpoint-of-this-epoch", marks=pytest.mark.slow),
+        pytest.param(shared_cache, 2, 1, id="final", marks=pytest.mark.slow),
+        pytest.param(unlabeled_cache, 1, 1, id="held-out", marks=pytest.mark.slow),
+    ],
+)
+def test_the_run_stops_at_once_and_the_rerun_evaluates(tmp_path, monkeypatch, make_cache, number, checkpoint_epochs):
+    run, whole = tmp_path / "run", tmp_path / "whole"
+    config = config_of(make_cache(), run, checkpoint_epochs)
+    evaluate_by_eight(monkeypatch)
+    expected = distill(dataclasses.replace(config, run=str(whole)), CPU)
+    monkeypatch.undo()
+    evaluations = evaluate_by_eight(monkeypatch, signal_in=number)
+    step = number * expected["steps"] // 2
+    with pytest.raises(RunInterrupted, match=f"SIGTERM: checkpoint saved at step {step} of") as stop:
+        distill(config, CPU)
+    assert (stop.value.exit_code, evaluations[-1]) == (75, [8])
+    monkeypatch.undo()
+    evaluate_by_eight(monkeypatch)
+    summary = distill(config, CPU)
+    assert lines_of(run) == lines_of(whole)
+    same = ("top1", "held_out", "steps")
+    assert {name: summary.get(name) for name in same} == {name: expected.get(name) for name in same}
