@@ -18,6 +18,7 @@ from benchmarks.price_list.plan import SETTINGS
 from benchmarks.study.figures import draw_differences, load, table, text_of, verdict
 from benchmarks.study.plan import Setting
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired
+from scalekd_cache.errors import counted
 
 METHODS = {
     "baseline": ("baseline", "baseline-2x", "baseline-3x", "baseline-4x", "baseline-7x"),
@@ -121,7 +122,8 @@ def chart(setting: Setting, lines: list[Line], costs: dict[str, float], file: Pa
     axes[0].legend(fontsize=8)
     draw_differences(axes[2], rows)
     figure.suptitle(
-        f"{setting.name}: {setting.epochs} epochs, {lines[0]['student']}, teacher {lines[0]['teacher_top1']:.1f} %"
+        f"{setting.name}: {counted(setting.epochs, 'epoch')}, {lines[0]['student']}, "
+        f"teacher {lines[0]['teacher_top1']:.1f} %"
     )
     figure.savefig(file, dpi=110)
     plt.close(figure)

@@ -15,6 +15,7 @@ from typing import Any
 from benchmarks.harness import RESULTS, argument_parser, pyplot
 from benchmarks.study.plan import FORMS, Question, Setting, canonical
 from benchmarks.study.statistics import Difference, Line, interval, mean_and_std, paired, read_lines
+from scalekd_cache.errors import counted
 
 MARGIN = 0.5
 """Equivalence margin in points of top-1."""
@@ -158,7 +159,7 @@ def figure_of(setting: Setting, lines: list[Line], file: Path) -> None:
     for axis in axes[:2]:
         axis.set_ylabel("top-1 %, mean ± std over seeds common to all arms")
     draw_differences(axes[2], rows)
-    figure.suptitle(f"{setting.name}: {setting.epochs} epochs, teacher {lines[0]['teacher_top1']:.1f} %")
+    figure.suptitle(f"{setting.name}: {counted(setting.epochs, 'epoch')}, teacher {lines[0]['teacher_top1']:.1f} %")
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
