@@ -24,7 +24,7 @@ def commands() -> str:
     rows = ["| command | what it does | first options |", "|---|---|---|"]
     for name, command in SCALEKD.commands.items():
         options = " ".join(f"--{plain.replace('_', '-')}" for plain in [*PLAIN_NAMES[name]][:FIRST])
-        rows.append(f"| `scalekd {name}` | {command.short_help} | `{options}` |")
+        rows.append(f"| `{name}` | {command.short_help} | `{options}` |")
     return "\n".join(rows)
 
 
