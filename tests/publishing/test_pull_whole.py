@@ -1,4 +1,4 @@
-"""Pulling from end to end: killed at random moments, from the hub and from S3, and training from what was pulled."""
+"""Publishing and pulling from end to end: killed at random moments, from the hub and from S3; training afterwards."""
 
 import os
 import random
@@ -7,16 +7,15 @@ import signal
 import time
 
 import pytest
+from buckets import s3_server
 from commands import STUDENT, TRAIN_OPTIONS, assert_same_losses, distill_flags, run
 from hub import hub_server
+from publications import finished_cache, published
 from small_cache import copy_of_cache
-from store_cases import RANGES, facts, tree, write_cache
+from store_cases import tree
 
-from scalekd_cache.config.publishing import PublishConfig
 from scalekd_cache.config.pull import PullConfig
-from scalekd_cache.publishing.publish import publish
 from scalekd_cache.publishing.pull import pull_cache
-from scalekd_cache.store.plan import Plan, write_plan
 
 KILLS = 20
 
@@ -25,12 +24,12 @@ def pull(source, root, **options):
     return pull_cache(PullConfig(url=str(source), cache=str(root), **options))
 
 
-def pull_in_child(source, root, views, wait_s):
-    """Pull in a forked process, which is killed after a time; returns whether it was."""
+def killed(call, wait_s):
+    """Whether a call in a forked process was killed after a time, because it had not returned before."""
     child = os.fork()
     if child == 0:
         try:
-            pull(source, root, views=views)
+            call()
         finally:
             os._exit(0)
     time.sleep(wait_s)
@@ -38,55 +37,59 @@ def pull_in_child(source, root, views, wait_s):
     return os.WIFSIGNALED(os.waitpid(child, 0)[1])
 
 
+def kill_often(call, check, clean):
+    """Kill a call at `KILLS` random moments; after each, `check`; after a call that was faster, `clean`."""
+    draw, kills, longest, end = random.Random(0), 0, 0.2, time.monotonic() + 300
+    while kills < KILLS and time.monotonic() < end:
+        dead = killed(lambda: call(draw), draw.uniform(0, longest))
+        kills += dead
+        check()
+        if not dead:
+            clean()
+        longest = longest * (1.3 if dead else 0.8)
+    assert kills == KILLS
+
+
 @pytest.mark.slow
 def test_a_pull_that_is_killed_finishes_bit_for_bit(tmp_path):
-    source = write_cache(tmp_path / "source", "zarr")
-    write_plan(source, Plan(facts=facts("zarr"), ranges=[list(pair) for pair in RANGES]))
-    root, draw, kills, longest = tmp_path / "cache", random.Random(0), 0, 0.2
-    end = time.monotonic() + 300
-    while kills < KILLS and time.monotonic() < end:
-        killed = pull_in_child(source, root, draw.choice(["0", "0-1", None]), draw.uniform(0, longest))
-        kills += killed
+    source, root = finished_cache(tmp_path / "source", "zarr"), tmp_path / "cache"
+
+    def check():
         if (root / "manifest.json").exists() and not (root / ".tmp-pull").exists():
             names = [path.name for path in (root / "units").iterdir()]
             assert not [name for name in names if name.startswith(".")]
-        if not killed:
-            shutil.rmtree(root)
-        longest = longest * (1.3 if killed else 0.8)
-    assert kills == KILLS
+
+    kill_often(
+        lambda draw: pull(source, root, views=draw.choice(["0", "0-1", None])), check, lambda: shutil.rmtree(root)
+    )
     pull(source, root)
     assert tree(root) == tree(source)
 
 
-@pytest.fixture(scope="module")
-def s3():
-    """An S3-compatible server, configured only by environment variables, and a bucket."""
-    pytest.importorskip("s3fs")
-    server_module = pytest.importorskip("moto.server")
-    import boto3
+@pytest.mark.slow
+@pytest.mark.parametrize("without_pixels", [False, True])
+def test_a_publication_that_is_killed_finishes_bit_for_bit(tmp_path, without_pixels):
+    """Into a folder; until its last file is there, no reader takes it for a cache."""
+    source, place, whole = finished_cache(tmp_path / "source", "webdataset"), tmp_path / "place", tmp_path / "whole"
+    published(source, whole, without_pixels=without_pixels)
+    expected = tree(whole)
 
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {**keys, "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():
-            patch.setenv(name, value)
-        boto3.client("s3").create_bucket(Bucket="pulls")
-        yield "s3://pulls/cache"
-    server.stop()
+    def check():
+        if (place / "manifest.json").exists():
+            assert {name: data for name, data in tree(place).items() if name in expected} == expected
+
+    kill_often(lambda _: published(source, place, without_pixels=without_pixels), check, lambda: shutil.rmtree(place))
+    published(source, place, without_pixels=without_pixels)
+    assert tree(place) == expected
 
 
-def published(cache, to):
-    publish(PublishConfig(cache=str(cache), to=to, data_license="cc-by-4.0", teacher_license="mit"))
-    return to
-
-
-def test_a_cache_published_to_s3(s3, tmp_path):
-    cache = copy_of_cache(tmp_path / "cache")
-    pull(published(cache, s3), tmp_path / "first", views="0")
-    pull(s3, tmp_path / "pulled")
-    pull(s3, tmp_path / "made", without_pixels=True, data="demo")
+def test_a_cache_published_to_s3(tmp_path):
+    cache, url = copy_of_cache(tmp_path / "cache"), "s3://bucket/cache"
+    with s3_server():
+        published(cache, url)
+        pull(url, tmp_path / "first", views="0")
+        pull(url, tmp_path / "pulled")
+        pull(url, tmp_path / "made", without_pixels=True, data="demo")
     assert tree(tmp_path / "pulled") == tree(tmp_path / "made") == tree(cache)
 
 
@@ -94,7 +97,8 @@ def test_a_cache_published_to_s3(s3, tmp_path):
 def test_a_cache_from_the_hub_trains_to_the_same_losses(tmp_path):
     cache = copy_of_cache(tmp_path / "cache")
     with hub_server():
-        pull(published(cache, "hf://datasets/ann/pets"), tmp_path / "elsewhere" / "pulled")
+        published(cache, "hf://datasets/ann/pets")
+        pull("hf://datasets/ann/pets", tmp_path / "elsewhere" / "pulled")
         pull("hf://datasets/ann/pets", tmp_path / "made", without_pixels=True, data="demo")
     assert tree(tmp_path / "made") == tree(cache)
     assert tree(tmp_path / "elsewhere" / "pulled") == tree(cache)
