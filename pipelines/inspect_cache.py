@@ -71,6 +71,7 @@ def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
 
 def _write_pixels(pixels: bytes, path: Path) -> None:
     from scalekd_cache.store.base import pixels_suffix
+    from scalekd_cache.store.durable_files import disk_errors, write_atomically
 
     if not pixels:
         raise UserError(
@@ -83,7 +84,8 @@ def _write_pixels(pixels: bytes, path: Path) -> None:
         raise UserError(
             "the pixels are stored in another format", got=path.name, expected=f"a file name ending in {end}"
         )
-    path.write_bytes(pixels)
+    with disk_errors(path.parent, len(pixels)):
+        write_atomically(path, pixels)
 
 
 def _lines(facts: dict[str, Any], indent: str = "") -> list[str]:

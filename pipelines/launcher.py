@@ -23,6 +23,7 @@ from pydantic.dataclasses import dataclass
 from scalekd_cache.config.base import STRICT, require
 from scalekd_cache.config.machine import available_cores, visible_gpus
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import check_regular
 
 ENVIRONMENT = {
     # Each start of the processes gets a new key-value store, because a shared store keeps values of the previous start.
@@ -72,6 +73,7 @@ class LaunchConfig:
     def __post_init__(self) -> None:
         require(self.nproc is None or 1 <= self.nproc <= 1024, "nproc", self.nproc, "1 to 1,024")
         require(self.threads is None or self.threads > 0, "threads", self.threads, "> 0")
+        require(0 < self.master_port < 1 << 16, "master_port", self.master_port, "1 to 65,535")
         if self.nnodes != "1" and not self.hostfile:
             for name in ("node_rank", "master_addr"):
                 if getattr(self, name) is None:
@@ -95,6 +97,8 @@ def launch(
     if nproc == 1 and options.nnodes == "1" and not options.hostfile:
         return None
     check(given)
+    if options.hostfile:
+        check_regular(options.hostfile, "--hostfile")
     module = f"pipelines.{command.replace('-', '_')}"
     words = argv[2:] if argv[1:2] and argv[1].replace("_", "-") == command else argv[1:]
     if (options.launcher or ("deepspeed" if options.hostfile else "torchrun")) == "deepspeed":

@@ -53,8 +53,10 @@ class ReportConfig:
 def main(given: Given) -> None:
     """Write the report and print its path."""
     config = build(ReportConfig, given)
-    from scalekd_cache.reports.page import write_page
+    from scalekd_cache.reports.page import check_page_place, write_page
 
+    if config.out:
+        check_page_place(Path(config.out))
     path, page = _of_cache(config) if config.cache else _of_runs(config)
     path = Path(config.out) if config.out else path
     size = write_page(path, page)

@@ -114,6 +114,11 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
     return UserError(f"there is no {what} {got}{hint} ({where})")
 
 
+def is_text(name: str) -> bool:
+    """Whether a name can be written as UTF-8; names of files can hold any bytes."""
+    return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
+
+
 def require_folder(place: Path, option: str) -> None:
     """`UserError` if `place`, given by `option`, is a file. A folder that does not exist yet is fine."""
     if place.exists() and not place.is_dir():

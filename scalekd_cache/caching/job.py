@@ -43,6 +43,7 @@ from scalekd_cache.progress import progress
 from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import Manifest, read_manifest, stored_share
 from scalekd_cache.store.plan import NAME as PLAN
+from scalekd_cache.store.plan import check_outside_caches
 from scalekd_cache.store.shared_pixels import open_pixel_cache
 
 
@@ -104,6 +105,7 @@ def _check_folders(config: CacheTeacherConfig) -> None:
     """Raise `UserError` if `--cache` is a file, or is itself a cache when it should be a folder for several caches."""
     root = Path(config.cache.path)
     require_folder(root, "--cache")
+    check_outside_caches(root, "--cache", may_be_cache=True)
     if config.teachers is None:
         return
     if any((root / name).exists() for name in (PLAN, MANIFEST)):

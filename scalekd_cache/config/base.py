@@ -18,6 +18,9 @@ from scalekd_cache.errors import UserError
 STRICT = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 """Settings of every options dataclass: unknown names are errors, and a field's docstring is its help."""
 
+LONGEST_MINUTES = 1_000_000
+"""The longest timeout: two years."""
+
 
 def _read_list(value: object) -> object:
     """A list as a tuple. On the command line, a list is written as YAML: `[0.2,1]` or `0.2,1`."""
@@ -49,6 +52,11 @@ def require(ok: bool, option: str, got: object, expected: str) -> None:
     """Raise the error of an option that is out of range."""
     if not ok:
         raise UserError(f"option {option} is out of range: {got}, expected {expected}")
+
+
+def require_minutes(option: str, got: float) -> None:
+    """Raise the error of a timeout that is zero, or longer than timers and sockets accept."""
+    require(0 < got <= LONGEST_MINUTES, option, got, f"above 0, at most {LONGEST_MINUTES:,} minutes")
 
 
 def to_plain(config: Any) -> Any:

@@ -6,13 +6,16 @@ checked by this code.
 """
 
 import dataclasses
+import math
+import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from scalekd_cache.errors import UserError, unknown_name
+from scalekd_cache.config.base import require
+from scalekd_cache.errors import UserError, is_text, unknown_name
 
 Config = TypeVar("Config")
 EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number", "float_parsing": "a number",
@@ -21,6 +24,8 @@ EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number",
             "missing": "a longer list, such as [0.2,1]", "too_long": "a shorter list, such as [0.2,1]",
             "dataclass_type": "a group of options"}  # fmt: skip
 """Expected values by pydantic's error type. The formatter would spread the table over many lines."""
+TOO_LARGE = 2**63
+"""Libraries that take an option as a 64-bit integer fail at this number."""
 
 
 class Option(NamedTuple):
@@ -52,15 +57,31 @@ def build(config_class: type[Config], *layers: Mapping[str, Any]) -> Config:
     """A configuration: the defaults, overridden by each layer in turn.
 
     Raises:
-        UserError: an unknown option (with the closest names), or an invalid value.
+        UserError: an unknown option (with the closest names), or an invalid value. No number may be negative, NaN or
+            infinite.
     """
     tree: dict[str, Any] = {}
     for layer in layers:
         _merge(tree, layer)
     try:
-        return config_class(**tree)
+        config = config_class(**tree)
     except ValidationError as error:
         raise _option_error(error, config_class) from error
+    for option in options_of(config_class):
+        _check_value(option.name, operator.attrgetter(option.name)(config))
+    return config
+
+
+def _check_value(name: str, value: object) -> None:
+    """Raise the error of a number that no option accepts (NaN, infinity, negative, too large), and of text that is not
+    UTF-8, which cannot be stored or printed."""
+    for part in value if isinstance(value, tuple) else (value,):
+        if isinstance(part, int):
+            require(0 <= part < TOO_LARGE, name, value, "0 to 2^63 - 1")
+        elif isinstance(part, float):
+            require(0 <= part < math.inf, name, value, "a finite number >= 0")
+        elif isinstance(part, str) and not is_text(part):
+            raise UserError(f"the value of option {name} is not UTF-8: {part!a}", fix="rename the file or folder")
 
 
 def _merge(tree: dict[str, Any], layer: Mapping[str, Any]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic.dataclasses import dataclass
 
-from scalekd_cache.config.base import STRICT, require
+from scalekd_cache.config.base import LONGEST_MINUTES, STRICT, require
 from scalekd_cache.errors import UserError
 
 FOLDER_VARIABLE, LIMIT_VARIABLE = "SCALEKD_CACHE_DIR", "SCALEKD_CACHE_BYTES"
@@ -41,10 +41,11 @@ class RemoteConfig:
     def __post_init__(self) -> None:
         require(self.limit_bytes is None or self.limit_bytes > 0, "remote.limit_bytes", self.limit_bytes, "> 0")
         require(1 <= self.attempts <= 100, "remote.attempts", self.attempts, "1 to 100")
-        require(self.backoff_s >= 0, "remote.backoff_s", self.backoff_s, ">= 0")
-        require(self.timeout_s > 0, "remote.timeout_s", self.timeout_s, "> 0")
+        require(0 <= self.backoff_s <= 3600, "remote.backoff_s", self.backoff_s, "0 to 3,600")
+        for name in ("timeout_s", "total_s"):
+            seconds = getattr(self, name)
+            require(0 < seconds <= 60 * LONGEST_MINUTES, f"remote.{name}", seconds, "above 0, at most two years")
         require(self.least_rate >= 0, "remote.least_rate", self.least_rate, ">= 0")
-        require(self.total_s > 0, "remote.total_s", self.total_s, "> 0")
 
 
 def copies_folder(config: RemoteConfig) -> Path:

@@ -10,7 +10,7 @@ from typing import Literal, Self
 
 from pydantic.dataclasses import dataclass
 
-from scalekd_cache.config.base import STRICT, Range, require
+from scalekd_cache.config.base import STRICT, Range, require, require_minutes
 from scalekd_cache.config.places import expand_home, teacher_folders
 from scalekd_cache.config.target import parse_target
 from scalekd_cache.errors import UserError, counted
@@ -133,7 +133,8 @@ class TeacherConfig:
 
     def __post_init__(self) -> None:
         require(self.batch_size > 0, "teacher.batch_size", self.batch_size, "> 0")
-        require(self.num_classes is None or self.num_classes >= 0, "teacher.num_classes", self.num_classes, ">= 0")
+        classes = self.num_classes
+        require(classes is None or 0 <= classes <= 1_000_000, "teacher.num_classes", classes, "0 to 1,000,000")
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
@@ -255,7 +256,7 @@ class CacheTeacherConfig:
 
     def __post_init__(self) -> None:
         require(0 <= self.workers <= 256, "workers", self.workers, "0 to 256")
-        require(self.peer_timeout_minutes > 0, "peer_timeout_minutes", self.peer_timeout_minutes, "> 0")
+        require_minutes("peer_timeout_minutes", self.peer_timeout_minutes)
         self.per_teacher()
 
     def per_teacher(self) -> list[Self]:

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 from pydantic.dataclasses import dataclass
 
-from scalekd_cache.config.base import STRICT, Channels, Shares, read_number, require
+from scalekd_cache.config.base import STRICT, Channels, Shares, read_number, require, require_minutes
 from scalekd_cache.config.places import expand_home
 from scalekd_cache.config.remote import RemoteConfig
 from scalekd_cache.errors import UserError, counted
@@ -180,6 +180,9 @@ class OptimConfig:
         require(self.weight_decay >= 0, "optim.weight_decay", self.weight_decay, ">= 0")
         require(0 <= self.momentum < 1, "optim.momentum", self.momentum, "0 to 1, 1 excluded")
         require(self.warmup_epochs >= 0, "optim.warmup_epochs", self.warmup_epochs, ">= 0")
+        require(0 <= self.warmup_start <= 1, "optim.warmup_start", self.warmup_start, "0 to 1")
+        require(0 <= self.min_lr <= 1, "optim.min_lr", self.min_lr, "0 to 1")
+        require(self.step_epochs > 0, "optim.step_epochs", self.step_epochs, "> 0")
         require(self.cycle_epochs > 0, "optim.cycle_epochs", self.cycle_epochs, "> 0")
         require(self.clip_norm >= 0, "optim.clip_norm", self.clip_norm, ">= 0")
 
@@ -273,10 +276,12 @@ class TrainConfig:
         smoothing_is_used = self.label_loss == "ce" or self.label_smoothing == 0
         expected = f"0 with train.label_loss={self.label_loss}"
         require(smoothing_is_used, "train.label_smoothing", self.label_smoothing, expected)
-        listed = (self.seeds or "0").split(",")
-        require(all(one.strip().isdecimal() for one in listed), "train.seeds", self.seeds, "numbers such as 0,1,2")
+        require(0 <= self.seed < 2**63, "train.seed", self.seed, "0 to 2^63 - 1")
+        listed = [one.strip() for one in (self.seeds or "0").split(",")]
+        valid = all(one.isdecimal() and len(one) < 20 and int(one) < 2**63 for one in listed)
+        require(valid, "train.seeds", self.seeds, "numbers from 0 to 2^63 - 1, such as 0,1,2")
         require(0 <= self.ema_decay < 1, "train.ema_decay", self.ema_decay, "0 to 1, 1 excluded")
-        require(self.timeout_minutes > 0, "train.timeout_minutes", self.timeout_minutes, "> 0")
+        require_minutes("train.timeout_minutes", self.timeout_minutes)
         require(self.checkpoint_steps >= 0, "train.checkpoint_steps", self.checkpoint_steps, ">= 0")
         require(0 <= self.workers <= 256, "train.workers", self.workers, "0 to 256")
 
@@ -336,7 +341,7 @@ class DistillConfig:
         return replace(self, train=replace(self.train, label_loss="none", label_smoothing=0.0))
 
     def __post_init__(self) -> None:
-        require(self.follow_timeout_minutes > 0, "follow_timeout_minutes", self.follow_timeout_minutes, "> 0")
+        require_minutes("follow_timeout_minutes", self.follow_timeout_minutes)
         if self.student.grad_checkpointing and self.train.sync_bn:
             raise UserError(
                 "SyncBatchNorm and activation checkpointing cannot be combined: recomputation would exchange "

@@ -31,7 +31,7 @@ from scalekd_cache.data.image_formats import (
     is_image_name,
     suffix_of,
 )
-from scalekd_cache.errors import UserError, closest_names, counted
+from scalekd_cache.errors import UserError, closest_names, counted, is_text
 from scalekd_cache.store.base import NO_LABEL
 
 LAYOUT = f"train/<class>/*.jpg and val/<class>/*.jpg (or {OTHER_SUFFIXES})"
@@ -231,6 +231,8 @@ def _by_normalized_name(folder: Path, class_names: list[str]) -> dict[str, str]:
     """Class folders by their names in Unicode form NFC."""
     by_text: dict[str, str] = {}
     for name in class_names:
+        if not is_text(name):
+            raise UserError("the name of a class folder is not UTF-8", got=f"{name!a}", where=folder, fix="rename it")
         other = by_text.setdefault(normalize_name(name), name)
         if other != name:
             raise UserError(

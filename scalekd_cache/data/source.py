@@ -88,6 +88,8 @@ def _not_a_folder(name: str, root: Path) -> UserError:
             f"--data {name} is a file: give a folder with {LAYOUT}, WebDataset tars or parquet files, "
             f"or a {SUFFIX} file with one image path per line"
         )
+    if root.exists():
+        return UserError(f"--data {name} is neither a folder nor a regular file")
     beside = [str(folder.parent) for folder in root.parent.glob("*/train")]
     for folder in beside:
         if normalize_name(folder) == normalize_name(str(root)):

@@ -74,6 +74,9 @@ class Destination(Protocol):
     def shown(self) -> str:
         """The destination as shown in messages and documents."""
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the place for one publication, where it has locks. UserError when another process holds it."""
+
     def listing(self) -> dict[str, Found]:
         """The existing files, by path relative to the destination."""
 

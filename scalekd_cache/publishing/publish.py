@@ -168,29 +168,30 @@ def publish(config: PublishConfig) -> dict[str, Any]:
     check_apart(root, config.to)
     manifest = checked_cache(root)
     pixels, pixels_from = pixels_of(config, manifest)
-    found = place.listing()
-    check_place(place, found, manifest, without_pixels=config.without_pixels)
-    # After an error, other threads may still be writing there.
-    with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
-        job = _Job(root, manifest, place, found, Path(temp), config.without_pixels)
-        files = job.root_files()
-        plan = [file for file in files[:1] if not job.has(file.name, file.path.read_bytes())]
-        place.send(plan)
-        sent = _send_units(job, config.connections)
-        others = [file for file in files[1:] if not job.has_same_length(file)]
-        place.send(others)
-        publication = Publication(
-            publication_version=VERSION,
-            fingerprint=manifest.facts.fingerprint,
-            pixels=pixels,
-            pixels_from=pixels_from,
-            licenses=Licenses(data=config.data_license.strip(), teacher=config.teacher_license.strip()),
-            files={file.name: file.fact for file in files},
-            targets=[TargetsRow(*at, fact.sha256) for at, fact in sorted(job.targets.items())],
-        )
-        last = _last_files(job, publication)
-        new = [file for file in last if not job.has(file.name, file.path.read_bytes())]
-        place.send(new)
+    with place.locked():
+        found = place.listing()
+        check_place(place, found, manifest, without_pixels=config.without_pixels)
+        # After an error, other threads may still be writing there.
+        with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
+            job = _Job(root, manifest, place, found, Path(temp), config.without_pixels)
+            files = job.root_files()
+            plan = [file for file in files[:1] if not job.has(file.name, file.path.read_bytes())]
+            place.send(plan)
+            sent = _send_units(job, config.connections)
+            others = [file for file in files[1:] if not job.has_same_length(file)]
+            place.send(others)
+            publication = Publication(
+                publication_version=VERSION,
+                fingerprint=manifest.facts.fingerprint,
+                pixels=pixels,
+                pixels_from=pixels_from,
+                licenses=Licenses(data=config.data_license.strip(), teacher=config.teacher_license.strip()),
+                files={file.name: file.fact for file in files},
+                targets=[TargetsRow(*at, fact.sha256) for at, fact in sorted(job.targets.items())],
+            )
+            last = _last_files(job, publication)
+            new = [file for file in last if not job.has(file.name, file.path.read_bytes())]
+            place.send(new)
     return {
         "to": place.shown,
         "fingerprint": publication.fingerprint,

@@ -4,6 +4,7 @@ In: files. Out: objects in a bucket. Invariant: an object becomes visible only w
 is sent after the others.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -25,6 +26,10 @@ class BucketPlace:
     def shown(self) -> str:
         """The URL."""
         return without_password(self.url)
+
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """There are no locks."""
+        return contextlib.nullcontext()
 
     def listing(self) -> dict[str, Found]:
         """The existing objects."""

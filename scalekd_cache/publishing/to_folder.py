@@ -4,13 +4,15 @@ In: files. Out: their copies. Invariant: a copy is flushed and read back before 
 unit is renamed as a whole, so a unit under its final name is complete.
 """
 
+import contextlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 
+from scalekd_cache.errors import UserError
 from scalekd_cache.publishing.destination import Found, Parcel, Sending, check_file, send_unit
 from scalekd_cache.publishing.transfers import Task, run_in_parallel
 from scalekd_cache.store.checked_files import JSON_BYTES, is_there, read_file
@@ -21,6 +23,7 @@ from scalekd_cache.store.durable_files import (
     remove_stale,
     temp_path_for,
 )
+from scalekd_cache.store.locks import lock
 
 
 class FolderPlace:
@@ -33,6 +36,32 @@ class FolderPlace:
     def shown(self) -> str:
         """The folder."""
         return str(self.root)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Create and lock the folder: two publications at the same time would mix their units."""
+        new = not self.root.exists()
+        with disk_errors(self.root, 0):
+            self.root.mkdir(exist_ok=True)
+            descriptor = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            self._lock(descriptor)
+            yield
+        finally:
+            if new:
+                with contextlib.suppress(OSError):
+                    self.root.rmdir()  # if nothing was written
+            os.close(descriptor)
+
+    def _lock(self, descriptor: int) -> None:
+        try:
+            lock(descriptor, self.root, wait=False)
+        except BlockingIOError:
+            raise UserError(
+                "another process is publishing to this folder",
+                where=self.root,
+                fix="wait until it is finished, or choose another --to",
+            ) from None
 
     def listing(self) -> dict[str, Found]:
         """The existing files, without temporary ones."""

@@ -52,6 +52,10 @@ class HubPlace:
         """The URL."""
         return "/".join(filter(None, ("hf://datasets", self.repo, self.folder)))
 
+    def locked(self) -> contextlib.AbstractContextManager[None]:
+        """There are no locks."""
+        return contextlib.nullcontext()
+
     def listing(self) -> dict[str, Found]:
         """The existing files."""
         found = {}

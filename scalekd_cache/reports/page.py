@@ -23,10 +23,12 @@ from PIL import Image
 
 from scalekd_cache.errors import UserError
 from scalekd_cache.reports.charts import Chart
-from scalekd_cache.store.durable_files import disk_errors, write_atomically
+from scalekd_cache.store.checked_files import open_file
+from scalekd_cache.store.durable_files import check_replaceable, disk_errors, write_atomically
 
 MAX_BYTES = 5_000_000
 """Maximum size of a report."""
+START = b"<!DOCTYPE html>"
 SIDE = 160
 """Images are shown at about this side length in pixels. Browsers enlarge smaller images; larger ones are downscaled
 here."""
@@ -103,14 +105,31 @@ def render(template: str, **values: Any) -> str:
     )
 
 
-def write_page(path: Path, html: str) -> int:
-    """Write a report atomically; returns its size in bytes."""
-    data = html.encode()
-    assert len(data) <= MAX_BYTES, f"a report of {len(data)} bytes"
+def check_page_place(path: Path) -> None:
+    """`UserError` if a report at this path would replace anything but an HTML page."""
     if path.is_dir():
         raise UserError(
             "the output path of the report is a folder", where=path, expected="a file name", fix="correct --out"
         )
+    check_replaceable(path)
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with open_file(path, "the output path of the report") as file:
+        is_page = file.read(len(START)) == START
+    if not is_page:
+        raise UserError(
+            "the output path of the report is another file, which the report would replace",
+            expected="a new file, or an earlier report",
+            where=path,
+            fix="choose another --out",
+        )
+
+
+def write_page(path: Path, html: str) -> int:
+    """Write a report atomically; returns its size in bytes."""
+    data = html.encode()
+    assert len(data) <= MAX_BYTES, f"a report of {len(data)} bytes"
+    check_page_place(path)
     with disk_errors(path.parent, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, data)

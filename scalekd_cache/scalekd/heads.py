@@ -62,7 +62,7 @@ class ScaleKDHeads(nn.Module):
         embedding: width of the student's pooled embedding; 0: it is the mean of S4.
 
     Raises:
-        UserError: head counts do not divide the teacher's widths, or the teacher's map has one position.
+        UserError: head counts do not divide the teacher's widths, or a map has one position.
     """
 
     def __init__(
@@ -89,6 +89,14 @@ class ScaleKDHeads(nn.Module):
             if on.s4_spatial > 0:
                 self.s4["linear"] = LinearHead(tap_shapes[1][0], tail_out_shape, pooled, embedding)
             return
+        for name, (_, height, width), weight in zip(("S3", "S4"), tap_shapes, (on.s3_frequency, on.s4_frequency)):
+            if weight > 0 and height * width < 2:
+                raise UserError(
+                    f"the student's feature map {name} is 1x1: it gives every position of the teacher's map the same "
+                    "value, and the frequency loss divides by the norm of what differs between positions",
+                    expected="at least two positions",
+                    fix="use larger views (--size) or another student, or set --scalekd.frequency=false",
+                )
         if pooled and on.pooled > 0:
             self.pooled = nn.Linear(embedding or tap_shapes[1][0], pooled)
         layer_norm = layer_norm if config.cap_norm == "auto" else config.cap_norm == "layer"

@@ -15,6 +15,7 @@ import re
 import secrets
 import shutil
 import socket
+import stat
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -156,9 +157,10 @@ def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileHa
         create: never replace an existing file; if several processes create it, one succeeds.
 
     Raises:
-        UserError: no space, or no permission; an existing file is unchanged.
+        UserError: no space, no permission, or a device or FIFO has this name; what exists is unchanged.
         FileExistsError: `create`, and the file exists.
     """
+    check_replaceable(path)
     temp = temp_path_for(path)
     try:
         write_new(temp, data)
@@ -173,6 +175,17 @@ def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileHa
         raise_disk_error(error, path.parent, len(data))
         raise
     return FileHash(len(data), hashlib.sha256(data).hexdigest())
+
+
+def check_replaceable(path: Path) -> None:
+    """`UserError` for a device such as /dev/null or /dev/stdout: a rename would replace it for all programs."""
+    try:
+        kind = path.stat().st_mode
+    except OSError:  # nothing there, or a broken link
+        return
+    stream = path.is_symlink() and os.readlink(path).startswith("/proc/")
+    if stream or stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
+        raise UserError("cannot write to a device: choose a file name", where=path)
 
 
 def _publish_new(temp: Path, path: Path) -> None:

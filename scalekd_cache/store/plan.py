@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from scalekd_cache.errors import UserError
 from scalekd_cache.store.base import FORMAT_VERSION, MAX_UNIT_SAMPLES, check_version, damaged
 from scalekd_cache.store.checked_files import checked_value, read_json
 from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.store.locks import lock
+from scalekd_cache.store.manifest import NAME as MANIFEST
 from scalekd_cache.store.manifest import ManifestFacts, contradictions, plain_facts
 from scalekd_cache.store.path import StoredPath
 from scalekd_cache.store.sealed_json import sealed, unsealed
@@ -47,6 +49,14 @@ class Plan:
             for group, views in enumerate(facts.groups)
             for range_id, (start, stop) in enumerate(self.ranges)
         ]
+
+
+def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False) -> None:
+    """`UserError` if files in this folder would be written into a cache (or another one, for a place of a cache)."""
+    folder = place.resolve()
+    for parent in (*(() if may_be_cache else (folder,)), *folder.parents):
+        if (parent / "units").is_dir() and any((parent / name).exists() for name in (NAME, MANIFEST)):
+            raise UserError(f"{option} {place} is inside the cache {parent.name}: choose another folder")
 
 
 @contextlib.contextmanager

@@ -92,8 +92,8 @@ class CachedTargets(IterableDataset[CachedBatch]):
         data: the images, for a cache without pixels (None: the path that stage 1 used).
 
     Raises:
-        UserError: a cache is not finished, is damaged, or has fewer samples than a batch; the caches hold different
-            views.
+        UserError: an argument is out of range; a cache is not finished, is damaged, or has fewer samples than a batch;
+            the caches hold different views.
     """
 
     def __init__(
@@ -115,6 +115,23 @@ class CachedTargets(IterableDataset[CachedBatch]):
         listed = (
             cache_places(cache) if isinstance(cache, str) else [cache] if isinstance(cache, Cache | Path) else cache
         )
+        share = tuple(feature_share) if isinstance(feature_share, Sequence) else feature_share
+        config = build(
+            DistillConfig,
+            {
+                "scalekd": {"feature_share": share},
+                "student": {"mean": tuple(map(float, mean)), "std": tuple(map(float, std)), "image_size": image_size},
+                "train": {
+                    "epochs": epochs,
+                    "global_batch_size": batch_size,
+                    "micro_batch_size": batch_size,
+                    "seed": seed,
+                    "workers": workers,
+                },
+            },
+        )
+        if not listed:
+            raise UserError("CachedTargets needs at least one cache", got=cache)
         caches = tuple(one if isinstance(one, Cache) else Cache.open(one) for one in listed)
         check_caches(caches)
         self.device = torch.device(device)
@@ -127,13 +144,11 @@ class CachedTargets(IterableDataset[CachedBatch]):
         views = min(one.manifest.num_views for one in caches)
         self.run_cache = RunCache(caches, views, open_shared_pixels(first, pixels_from, views))
         self.image_size = image_size or int(first.manifest.facts.view_recipe["size"])
-        share = tuple(feature_share) if isinstance(feature_share, Sequence) else feature_share
-        config = DistillConfig(scalekd=ScaleKDConfig(feature_share=share))
         config.scalekd.check_teachers(len(caches))
         features = [feature_samples(config.scalekd, one, batch_size, number) for number, one in enumerate(caches)]
         self.loader = CacheLoader(
             first,
-            make_order(TrainConfig(seed=seed), first, process, caches[1:]),
+            make_order(config.train, first, process, caches[1:]),
             epochs=epochs,
             global_batch=global_batch,
             micro_batch=batch_size,

@@ -18,8 +18,10 @@ from scalekd_cache.loader.loader import check_workers
 from scalekd_cache.loader.order import micro_batches_of_rank, steps_per_epoch, views_note
 from scalekd_cache.loader.target_cache import target_codecs
 from scalekd_cache.models.student import build_student
+from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.training.checkpoint import latest_checkpoint
-from scalekd_cache.training.optim import describe_extension, describe_lr
+from scalekd_cache.training.init_weights import load_init_weights
+from scalekd_cache.training.optim import deepspeed_config, describe_extension, describe_lr
 from scalekd_cache.training.run_cache import open_run_cache
 from scalekd_cache.training.run_folder import check_config, finished_summary, started_epochs
 from scalekd_cache.training.targets import (
@@ -58,7 +60,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     setup = describe_setup(process.device, train.precision, process.world_size, train.workers)
     lines = [setup, f"student {config.student.name}: {_millions(student.model)} M parameters"]
     names = reads.names() if len(reads.caches) > 1 else [""]
-    codecs = []
+    codecs, first_heads = [], None
     for number, (cache, name) in enumerate(zip(reads.caches, names, strict=True)):
         codecs.append(target_codecs(cache))
         if train.targets == "none":
@@ -70,6 +72,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
             lines.append(f"feature losses on {samples} of {total} of a micro-batch{of}")
         tail = load_cache_tail(cache)
         heads = make_heads(config, student, tail, pooled_width(cache.manifest.facts))
+        first_heads = heads if first_heads is None else first_heads
         lines.append(f"projectors{of}: {_millions(heads)} M parameters, not exported")
         lines += filter(None, [heads_note(config, student, heads, tail)])
     if train.targets != "none":
@@ -83,7 +86,11 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
         f"of {counted(train.global_batch_size, 'image')}, "
         f"{counted(len(micros), 'micro-batch')} of {train.micro_batch_size} a process"
     )
+    deepspeed_config(config, process)
+    check_writable(run, "--run")
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
+    if config.init is not None and checkpoint is None:
+        load_init_weights(config.init, student.model, first_heads)
     start = f"resume after step {checkpoint.facts['loader']['step']}" if checkpoint else "start at step 1"
     lines += describe_targets(config, reads) if train.targets != "none" else []
     if train.targets == "live":

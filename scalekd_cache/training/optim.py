@@ -5,8 +5,6 @@ Invariant: the user's DeepSpeed JSON adds to a recipe and never contradicts it. 
 """
 
 import dataclasses
-import json
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,9 +18,12 @@ from scalekd_cache.config.stage2 import DistillConfig, OptimConfig
 from scalekd_cache.devices import autocast_dtype
 from scalekd_cache.distributed import Process
 from scalekd_cache.errors import UserError
+from scalekd_cache.store.checked_files import read_json
 
 POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
 """Parts of the names of parameters that hold positions, in students and in the heads."""
+WHAT = "the DeepSpeed JSON"
+DEEPSPEED_BYTES = 1 << 20
 NEVER = 1 << 62
 """Larger than the number of steps or cycles of any run."""
 
@@ -32,14 +33,9 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
     train = config.train
     given: dict[str, Any] = {}
     if train.deepspeed:
-        try:
-            given = json.loads(Path(train.deepspeed).read_text(encoding="utf-8"))
-            if not isinstance(given, dict):
-                raise ValueError(f"it holds a {type(given).__name__}, not an object")
-        except (OSError, ValueError) as error:
-            raise UserError(
-                "cannot read the DeepSpeed JSON", got=error, where=train.deepspeed, fix="check train.deepspeed"
-            ) from error
+        given, _ = read_json(train.deepspeed, WHAT, DEEPSPEED_BYTES, "check train.deepspeed")
+        if not isinstance(given.get("zero_optimization", {}), dict):
+            raise UserError(f"zero_optimization in {WHAT} is not an object", where=train.deepspeed)
     low = autocast_dtype(train.precision, process.device) == torch.bfloat16
     own: dict[str, Any] = {
         "train_batch_size": train.global_batch_size,

@@ -8,7 +8,7 @@ steps, nothing waits for the device.
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -123,6 +123,21 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     )
 
 
+@contextmanager
+def single_value_errors(micro_batch: int) -> Iterator[None]:
+    """Context for a training step: a batch normalization that gets one value per channel becomes a `UserError`."""
+    try:
+        yield
+    except ValueError as error:
+        if "more than 1 value per channel" not in str(error):  # PyTorch has no class for it
+            raise
+        raise UserError(
+            "batch normalization needs more than one value per channel",
+            got=f"train.micro_batch_size={micro_batch}, and feature maps of 1 x 1",
+            fix="set --batch and --train.micro_batch_size to 2 or more, or use larger views",
+        ) from error
+
+
 def deepspeed_accelerator(device: torch.device) -> Any:
     """DeepSpeed's accelerator, which it chooses once in a process, when it is imported.
 
@@ -213,7 +228,7 @@ class Trainer:
         bar = progress("distill", total, "step", rank=self.process.rank, initial=first)
         for step in range(first, total):
             self.watchdog.start_step(step)
-            with memory_errors(LESS_MEMORY):
+            with memory_errors(LESS_MEMORY), single_value_errors(self.config.train.micro_batch_size):
                 terms, wait = self._step(step, batches)
             bar.update()
             waited, steps = waited + wait, steps + 1

@@ -170,3 +170,12 @@ def test_commands_import_no_more_than_they_need(words):
     assert done.returncode == 0, done.stderr
     allowed = ["['torch']"] if words.startswith("inspect_cache --cache") else []
     assert any(f"IMPORTED {modules}" in done.stdout for modules in ["[]", *allowed]), done.stdout
+
+
+@pytest.mark.parametrize("out", ["missing/view.jpg", "folder.jpg", "file/view.jpg"])
+def test_pixels_that_cannot_be_written(tmp_path, out):
+    (tmp_path / "folder.jpg").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write|expected a file"):
+        call(inspect_cache, ["--cache", shared_cache().root, "--index", 0, "--out", tmp_path / out])
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["file", "folder.jpg"]

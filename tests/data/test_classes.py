@@ -1,5 +1,7 @@
 """The order of the classes: named orders, lists in files, names in two Unicode forms, labels without names."""
 
+import os
+
 import numpy as np
 import pytest
 from image_files import encoded, folder_tree, parquet_file, picture, shard, source_of, write
@@ -119,6 +121,21 @@ def test_one_class_in_two_unicode_forms_is_refused(tmp_path, split):
     write(tmp_path / split / NFD / "1.png", encoded(picture()))
     with pytest.raises(UserError, match=r"Unicode normalization \(NFC and NFD\)"):
         source_of(tmp_path, split)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+def test_a_class_folder_that_is_not_utf_8_is_refused(tmp_path, split):
+    tree(tmp_path, ("cat", "dog"))
+    write(tmp_path / split / "z\udcff" / "1.png", encoded(picture()))
+    with pytest.raises(UserError, match=r"class folder is not UTF-8\n  got: 'z\\udcff'"):
+        source_of(tmp_path, split)
+
+
+@pytest.mark.parametrize("name", ["pictures", "list.txt"])
+def test_a_data_set_that_is_a_fifo(tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(UserError, match="neither a folder nor a regular file"):
+        source_of(tmp_path / name)
 
 
 def test_a_data_set_named_in_the_other_unicode_form(tmp_path):

@@ -172,6 +172,25 @@ def test_places_that_hold_something_else(cache, tmp_path):
     fails(cache, broken, "self_sha256")
 
 
+@pytest.mark.parametrize("layout", ["same", "without_pixels"])
+def test_two_publications_to_one_folder(cache, tmp_path, layout):
+    place = tmp_path / "place"
+    with to_folder.FolderPlace(place, 1).locked():
+        fails(cache, place, "another process is publishing to this folder", without_pixels=layout != "same")
+    assert not place.exists()
+    published(cache, place)
+    with to_folder.FolderPlace(place, 1).locked():
+        fails(cache, place, "another process is publishing to this folder")
+    assert not verify_cache(place)
+
+
+def test_a_rejected_publication_leaves_no_folder(cache, tmp_path, monkeypatch):
+    place = tmp_path / "place"
+    monkeypatch.setattr(to_folder.FolderPlace, "send", lambda *_: (_ for _ in ()).throw(UserError("no")))
+    fails(cache, place, "no")
+    assert not place.exists()
+
+
 def test_caches_that_are_not_published(cache, tmp_path):
     copy, place = tmp_path / "copy", tmp_path / "place"
     shutil.copytree(cache, copy)
@@ -293,7 +312,7 @@ def test_shared_pixels_are_never_lost(cache, tmp_path):
     place.parent.mkdir()
     assert "publish that cache first" in fails(shared, place, "not published there")
     fails(shared, place, "remove --without-pixels here", without_pixels=True)
-    fails(cache, place, "pixels of its own", pixels_from="x")
+    fails(cache, place, "its own pixels", pixels_from="x")
     pixels = tmp_path / "published" / "pixels"
     published(cache, pixels, without_pixels=True)
     facts = published(shared, place)

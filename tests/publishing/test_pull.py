@@ -191,6 +191,16 @@ def test_a_file_that_has_arrived_is_not_read_again(published, tmp_path, monkeypa
     assert len(sent) - len(set(sent)) <= 1  # the one that was stopped
 
 
+@pytest.mark.parametrize("inside", ["sub", "units/sub"])
+def test_a_pull_does_not_write_into_another_cache(published, tmp_path, inside):
+    cache = tmp_path / "cache"
+    pull(published, cache)
+    before = tree(cache)
+    with pytest.raises(UserError, match="is inside the cache cache: choose another folder"):
+        pull(published, cache / inside)
+    assert tree(cache) == before
+
+
 def test_two_pulls_into_one_folder(published, tmp_path):
     root = tmp_path / "cache"
     with staging_folder(root), pytest.raises(UserError, match="another pull is writing"):

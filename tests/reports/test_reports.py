@@ -410,6 +410,19 @@ def test_folders_that_are_no_runs(tmp_path):
         write_page(tmp_path, "page")
 
 
+@pytest.mark.parametrize("data", [b'{"format_version": 9}', b"\x89PNG", b"<svg>"])
+def test_a_report_replaces_only_a_report(tmp_path, data):
+    place = tmp_path / "page.html"
+    place.write_bytes(data)
+    with pytest.raises(UserError, match="another file, which the report would replace"):
+        write_page(place, "<!DOCTYPE html>1")
+    assert place.read_bytes() == data
+    place.write_bytes(b"")
+    for page in ("<!DOCTYPE html>1", "<!DOCTYPE html>2"):
+        write_page(place, page)
+        assert place.read_text() == page
+
+
 @needs_browser
 @pytest.mark.parametrize("width", [390, 1280])
 def test_a_browser_shows_it_at_any_width(cache_page, four_pages, hostile_cache, tmp_path, width):

@@ -320,6 +320,19 @@ def test_bad_heads_and_grids_are_refused() -> None:
     assert heads.s4["frequency"].pos_attention.num_heads == 6
 
 
+@pytest.mark.parametrize("projector", ["cap", "lite", "linear-tpp"])
+@pytest.mark.parametrize("name", ["S3", "S4"])
+def test_a_student_map_of_one_position_has_no_frequency(name: str, projector: Any) -> None:
+    taps: Any = ((6, 1, 1), (8, 2, 2)) if name == "S3" else ((6, 2, 2), (8, 1, 1))
+    shapes = (taps, (12, 4, 4), (24, 2, 2))
+    with pytest.raises(UserError, match=f"the student's feature map {name} is 1x1"):
+        ScaleKDHeads(ScaleKDConfig(projector=projector), *shapes)
+    ScaleKDHeads(ScaleKDConfig(projector=projector, frequency=False), *shapes)
+    ScaleKDHeads(ScaleKDConfig(projector="linear"), *shapes)
+    off: dict[str, Any] = {name.lower(): False, "s4_query": "learned"}
+    ScaleKDHeads(ScaleKDConfig(projector=projector, **off), *shapes)
+
+
 @pytest.mark.parametrize(("cap_norm", "layer_norm"), [("auto", False), ("batch", True), ("layer", False)])
 def test_norm_of_the_projectors(cap_norm: Any, layer_norm: bool) -> None:
     config = ScaleKDConfig(cap_norm=cap_norm)

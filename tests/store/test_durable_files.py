@@ -2,13 +2,15 @@
 
 import os
 import random
+import stat
 
 import google_crc32c
 import numpy as np
 import pytest
 
+from scalekd_cache.errors import UserError
 from scalekd_cache.store import durable_files as files
-from scalekd_cache.store.durable_files import NewFile, read_back
+from scalekd_cache.store.durable_files import NewFile, read_back, write_atomically
 
 
 def as_array(data):
@@ -56,3 +58,20 @@ def test_an_abandoned_file_writes_nothing_more(tmp_path):
     file.write(b"waits")
     file.abort()
     assert (tmp_path / "x").read_bytes() == b""
+
+
+@pytest.mark.parametrize("kind", ["device", "stream"])
+def test_a_device_is_never_replaced_by_a_file(tmp_path, kind):
+    place = tmp_path / "out"
+    if kind == "device":
+        try:
+            os.mknod(place, stat.S_IFCHR | 0o600, os.makedev(1, 3))  # a second /dev/null
+        except PermissionError:
+            pytest.skip("creating a device needs root")
+    else:
+        place.symlink_to("/proc/self/fd/1")  # as /dev/stdout
+    before = place.lstat()
+    with pytest.raises(UserError, match="cannot write to a device"):
+        write_atomically(place, b"data")
+    assert os.path.samestat(place.lstat(), before)
+    assert list(tmp_path.iterdir()) == [place]

@@ -6,16 +6,18 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 from commands import ENV, LIMIT_S, ROOT, execute
-from small_cache import CPU, options, shared_cache, shared_weights
+from small_cache import CPU, copy_of_cache, options, shared_cache, shared_weights
 from small_run import SUMMARY, config_of
 
 from pipelines.command import check_cache_path
 from scalekd_cache.caching.job import dry_run
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, StudentConfig
+from scalekd_cache.convert.timm_export import check_export_place
 from scalekd_cache.errors import UserError
 from scalekd_cache.training.dry_run import plan_distill
 from scalekd_cache.training.run_files import read_config
@@ -44,6 +46,30 @@ def test_a_dry_run_refuses_what_training_refuses(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="is a file"):
         plan_distill(config_of(tmp_path / "file"), CPU)
+
+
+def test_a_dry_run_opens_the_files_that_training_opens(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="the DeepSpeed JSON is missing"):
+        plan_distill(config_of(run, deepspeed=str(tmp_path / "ds.json")), CPU)
+    with pytest.raises(UserError, match="no initial weights in this folder"):
+        plan_distill(replace(config_of(run), init=str(tmp_path)), CPU)
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write to the folder"):
+        plan_distill(config_of(tmp_path / "file/run"), CPU)
+
+
+@pytest.mark.parametrize("inside", ["", "units", "run/of/me"])
+def test_a_run_is_not_written_into_a_cache(tmp_path, inside):
+    cache = copy_of_cache(tmp_path / "cache")
+    before = tree(cache)
+    with pytest.raises(UserError, match="is inside the cache cache: choose another folder"):
+        plan_distill(config_of(cache / inside), CPU)
+    with pytest.raises(UserError, match="is inside the cache cache: choose another folder"):
+        RunFolder(cache / inside, to_plain(config_of(cache / inside)))
+    with pytest.raises(UserError, match="is inside the cache cache: choose another folder"):
+        check_export_place(cache / inside)
+    assert tree(cache) == before
 
 
 def test_a_finished_training(tmp_path):

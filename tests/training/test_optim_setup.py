@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -55,12 +56,36 @@ def test_keys_that_the_recipe_decides_are_refused(tmp_path, given):
     assert str(file) in str(error.value)
 
 
+@pytest.mark.parametrize("kind", ["fifo", "folder", "device", "endless"])
+def test_a_deepspeed_file_that_is_no_small_file_is_refused(tmp_path, kind):
+    file = tmp_path / "ds.json"
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "device":
+        file.symlink_to("/dev/zero")
+    else:
+        with file.open("wb") as opened:
+            opened.truncate(1 << 40)
+    with pytest.raises(UserError, match=r"the DeepSpeed JSON is (not a file|too large)"):
+        deepspeed_config(config_of(train={"deepspeed": str(file)}), CPU)
+
+
+@pytest.mark.parametrize("value", [5, [], "2", None])
+def test_deepspeed_options_of_another_type_are_refused(tmp_path, value):
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({"zero_optimization": value}))
+    with pytest.raises(UserError, match="zero_optimization in the DeepSpeed JSON is not an object"):
+        deepspeed_config(config_of(train={"deepspeed": str(file)}), CPU)
+
+
 @pytest.mark.parametrize("text", ["{", "[1]", None])
 def test_an_invalid_deepspeed_file_is_refused(tmp_path, text):
     file = tmp_path / "ds.json"
     if text is not None:
         file.write_text(text)
-    with pytest.raises(UserError, match="cannot read the DeepSpeed JSON"):
+    with pytest.raises(UserError, match="the DeepSpeed JSON is"):
         deepspeed_config(config_of(train={"deepspeed": str(file)}), CPU)
 
 

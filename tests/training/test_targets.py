@@ -256,3 +256,18 @@ def test_a_process_group_made_after_the_targets_is_an_error(monkeypatch):
 def test_a_batch_of_all_ranks_may_not_be_larger_than_the_cache(monkeypatch):
     with pytest.raises(UserError, match="a batch of 7 processes is larger than the cache"):
         as_rank(monkeypatch, 0, 7)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("batch_size", -4), ("batch_size", 2.5), ("epochs", 0), ("epochs", -1), ("workers", -1),
+     ("seed", 2**63), ("image_size", -3), ("std", (0.2, 0.0, 0.2)), ("mean", (0.5,)), ("mean", (float("nan"),) * 3)],
+)  # fmt: skip
+def test_arguments_of_a_loop_that_are_out_of_range(name, value):
+    with pytest.raises(UserError, match=r"out of range|invalid value"):
+        CachedTargets(shared_cache(), **{"batch_size": 8, name: value})
+
+
+def test_a_loop_without_a_cache():
+    with pytest.raises(UserError, match="at least one cache"):
+        CachedTargets([], batch_size=8)
