@@ -203,6 +203,19 @@ def test_bfloat16_returns_float32_close_to_it():
     assert torch.allclose(exact.features, rough.features, atol=0.1)
 
 
+@pytest.mark.slow
+def test_compiled_blocks_give_close_outputs():
+    """As the smoke run compiles them. No option compiles the teacher: the last bits of a cache would change."""
+    teacher, images = scramble(make()), views(64)
+    plain = teacher(images)
+    for module in teacher.modules():
+        if "Block" in type(module).__name__:
+            module.compile(dynamic=False)
+    compiled = teacher(images)
+    torch.testing.assert_close(compiled.features, plain.features, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(compiled.logits, plain.logits, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [(views(32), "wrong dtype or shape"), (views(64).float(), "wrong dtype or shape")],
