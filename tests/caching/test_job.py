@@ -86,7 +86,7 @@ def test_a_second_call_makes_nothing(tmp_path, no_work, capsys):
         ({"cache": {"samples_per_shard": 16}}, ["samples_per_shard: 16 (requested) / 32 (cache)"]),
         (
             {"data": {"max_samples": 64}},
-            ["data.samples: 64 (requested) / 96 (cache)", "data.listing: ", "names in units/*/keys.txt"],
+            ["data.samples: 64 (requested) / 96 (cache)", "data.listing: ", "names listed in units/*/keys.txt"],
         ),
         ({"teacher": {"precision": "bfloat16"}}, ["precision: bfloat16 (requested) / float32 (cache)"]),
         ({"teacher": {"weights": None, "pretrained": False}, "views": {"seed": 3}}, ["teacher.weights_sha256: "]),
