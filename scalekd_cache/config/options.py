@@ -6,7 +6,6 @@ checked by this code.
 """
 
 import dataclasses
-import math
 import operator
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
@@ -26,6 +25,9 @@ EXPECTED = {"int_parsing": "a whole number", "int_from_float": "a whole number",
 """Expected values by pydantic's error type. The formatter would spread the table over many lines."""
 TOO_LARGE = 2**63
 """Libraries that take an option as a 64-bit integer fail at this number."""
+
+LARGEST = 3.4028235e38
+"""The largest float32."""
 
 
 class Option(NamedTuple):
@@ -79,7 +81,7 @@ def _check_value(name: str, value: object) -> None:
         if isinstance(part, int):
             require(0 <= part < TOO_LARGE, name, value, "0 to 2^63 - 1")
         elif isinstance(part, float):
-            require(0 <= part < math.inf, name, value, "a finite number >= 0")
+            require(0 <= part <= LARGEST, name, value, "a finite float32 number >= 0")
         elif isinstance(part, str) and not is_text(part):
             raise UserError(f"the value of option {name} is not UTF-8: {part!a}", fix="rename the file or folder")
 

@@ -123,6 +123,11 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     )
 
 
+def micro_batch_seed(seed: int, step: int, micro: int) -> int:
+    """The seed of the random numbers of a micro-batch; torch takes 64 bits."""
+    return ((seed * 1_000_003 + step) * 65_536 + micro) % 2**64
+
+
 @contextmanager
 def single_value_errors(micro_batch: int) -> Iterator[None]:
     """Context for a training step: a batch normalization that gets one value per channel becomes a `UserError`."""
@@ -265,7 +270,7 @@ class Trainer:
                 batch = next(batches)
             wait += time.perf_counter() - asked
             batch = batch.to(self.process.device)
-            torch.manual_seed((self.config.train.seed * 1_000_003 + step) * 65_536 + micro)
+            torch.manual_seed(micro_batch_seed(self.config.train.seed, step, micro))
             targets = [source(batch) for source in self.targets]
             losses = self.engine(batch.images, batch.labels, targets, self.tails)
             self.engine.backward(losses.total)

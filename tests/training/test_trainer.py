@@ -18,12 +18,21 @@ from scalekd_cache.models.student import build_student
 from scalekd_cache.training.checkpoint import MODEL, OPTIMIZER, STUDENT, latest_checkpoint
 from scalekd_cache.training.run_export import consolidated_student
 from scalekd_cache.training.run_folder import RunFolder
-from scalekd_cache.training.trainer import start_processes
+from scalekd_cache.training.trainer import micro_batch_seed, start_processes
 
 
 @pytest.fixture(scope="session")
 def processes():
     start_processes(CPU)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**28, 2**31 - 1, 2**32 - 1, 2**63 - 1])
+def test_every_seed_has_random_numbers(seed):
+    first, second = (micro_batch_seed(seed, step, 5) for step in (3, 4))
+    assert first != second
+    torch.manual_seed(first)
+    torch.manual_seed(second)
+    assert seed > 2**28 or first == (seed * 1_000_003 + 3) * 65_536 + 5  # as in earlier versions
 
 
 def test_training(processes, tmp_path):
