@@ -31,6 +31,7 @@ def arms(equal_cost: dict[str, float]) -> dict[str, Arm]:
         "lite": heads("lite"),
         "lite-0.25": heads("lite", 0.25),
         "linear": heads("linear"),
+        "linear-3x": heads("linear", length=3.0),
         "logits-only": Arm(options=("scalekd.s3=false", "scalekd.s4=false")),
         "cap-0.25-equal-cost": heads(share=0.25, length=equal_cost["cap-0.25"]),
         "lite-equal-cost": heads("lite", length=equal_cost["lite"]),
@@ -102,10 +103,6 @@ DEMO_MICRO = DEMO._replace(
 """132 steps of four micro-batches of 8: which samples should have features?"""
 CIFAR_EQUAL_COST = {"cap-0.25": 7 / 3, "lite": 2.0, "linear": 20 / 3}
 """`cap-1` costs 7.09 baseline steps (`cifar10-steps.json`): the tail pads 2 x 2 maps to windows of 7 x 7."""
-CIFAR_ARMS = (
-    *("baseline", "cap-0.25", "linear", "cap-0.25-equal-cost", "linear-equal-cost", "baseline-7x"),
-    *("lite", "baseline-3x"),
-)
 CIFAR = Setting(
     name="cifar10",
     recipe="cifar10-small",
@@ -116,9 +113,11 @@ CIFAR = Setting(
     stage2=("train.global_batch_size=32", "train.micro_batch_size=32", "optim.lr=2e-3"),
     arms=arms(CIFAR_EQUAL_COST),
     questions=(
-        Question("price", "cap-1", CIFAR_ARMS, 4),
-        Question("equal cost", "baseline-7x", ("cap-0.25-equal-cost", "linear-equal-cost"), 4),
-        Question("equal cost of a step", "baseline-3x", ("cap-0.25", "lite"), 4),
+        Question("cheapest heads", "baseline", ("linear", "baseline-3x"), 4),
+        Question("published heads", "cap-1", ("baseline", "linear", "baseline-3x"), 4),
+        Question("linear heads, longer", "baseline-3x", ("linear-3x",), 4),
+        Question("cheaper heads", "cap-1", ("cap-0.25", "lite", "cap-0.25-equal-cost"), 4),
+        Question("equal cost", "baseline-7x", ("cap-1", "cap-0.25-equal-cost", "linear-equal-cost"), 4),
         Question("rest of the list", "cap-1", ("baseline-2x", "lite-equal-cost", *REST), 4),
     ),
 )
