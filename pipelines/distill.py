@@ -3,6 +3,7 @@
 Every command is resumable: after an interruption, rerun it.
 """
 
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def main(given: Given) -> None:
         facts |= series_facts(distill_series(runs, process))
         if len(runs) > 1:
             process.print_rank0(series_table(facts["series"]))
-        places = " ".join(str(one.run) for one in runs)
-        process.print_rank0(f"next: {typed_command('report', {'run' if len(runs) == 1 else 'runs': places})}")
+        folders = {"run": str(runs[0].run)} if len(runs) == 1 else {"runs": shlex.join(str(one.run) for one in runs)}
+        process.print_rank0(f"next: {typed_command('report', folders)}")
 
 
 def _configured(given: Given) -> DistillConfig:

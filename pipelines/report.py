@@ -1,5 +1,6 @@
 """Write a report as one HTML file."""
 
+import shlex
 from pathlib import Path
 
 from pydantic.dataclasses import dataclass
@@ -19,7 +20,7 @@ class ReportConfig:
     run: str | None = None
     """Folder of a run, finished or in progress."""
     runs: str | None = None
-    """Folders of runs to compare, separated by spaces."""
+    """Folders of runs to compare, separated by spaces; quote a folder whose name contains spaces."""
     out: str | None = None
     """Output file (default: next to the cache, in the run folder, or next to the first of several runs)."""
     views: int = 1000
@@ -92,7 +93,7 @@ def _of_runs(config: ReportConfig) -> tuple[Path, str]:
     from scalekd_cache.reports.run_data import RunReport
     from scalekd_cache.reports.runs import run_report
 
-    paths = [Path(config.run)] if config.run else [Path(word) for word in (config.runs or "").split()]
+    paths = [Path(config.run)] if config.run else run_folders(config.runs or "")
     options = RunReport(
         images=1000 if config.images is None else config.images,
         data=config.data,
@@ -100,6 +101,19 @@ def _of_runs(config: ReportConfig) -> tuple[Path, str]:
     )
     page = run_report(paths, options, this_process(config.device))
     return paths[0] / "report.html" if config.run else paths[0].parent / "comparison.html", page
+
+
+def run_folders(text: str) -> list[Path]:
+    """The folders of `runs`, split as a shell splits words.
+
+    Raises:
+        UserError: a quotation mark is not closed.
+    """
+    try:
+        return [Path(word) for word in shlex.split(text)]
+    except ValueError as error:
+        fix = "quote folders whose names contain spaces or quotation marks: --runs \"'my runs/a' 'my runs/b'\""
+        raise UserError("cannot split --runs into folders", got=f"{text}: {error}", fix=fix) from error
 
 
 COMMAND = Command("report", main, [ReportConfig], __doc__)

@@ -4,6 +4,7 @@ import contextlib
 import shlex
 import sys
 import threading
+from pathlib import Path
 
 import click
 import pytest
@@ -13,6 +14,7 @@ from documented import given_by
 from pipelines import cache_teacher, command, launcher
 from pipelines.__main__ import SCALEKD
 from pipelines.make_options import options
+from pipelines.report import run_folders
 from scalekd_cache.api import cache_teacher_config
 from scalekd_cache.config.options import build, options_of
 from scalekd_cache.config.places import default_cache
@@ -356,3 +358,10 @@ def test_make_has_the_same_default(data):
     words = execute("make", "-n", "distill", "VENV=none", f"PYTHON={sys.executable}", f"DATA={data}", "STUDENT=x")
     assert f"ls {default_cache(data)}/manifest.json" in words
     assert shlex.join(["--data", data]) in words
+
+
+def test_folders_of_runs_are_words_of_a_shell():
+    folders = ["runs/a", "my runs/b", "it's"]
+    assert run_folders(shlex.join(folders)) == [Path(folder) for folder in folders]
+    with pytest.raises(UserError, match="cannot split --runs into folders"):
+        run_folders("it's")
