@@ -6,9 +6,10 @@ The samples, BatchNorm groups and random numbers of a step depend only on the se
 steps, nothing waits for the device.
 """
 
+import io
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -115,12 +116,13 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     import deepspeed
 
     set_launcher_variables(process.device)
-    deepspeed.init_distributed(
-        dist_backend="nccl" if process.device.type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        verbose=False,
-        timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
-    )
+    with redirect_stdout(io.StringIO()):  # "built successfully", at every start and by every rank
+        deepspeed.init_distributed(
+            dist_backend="nccl" if process.device.type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            verbose=False,
+            timeout=timedelta(minutes=BACKEND_TIMEOUTS * timeout_minutes),
+        )
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
