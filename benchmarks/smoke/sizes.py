@@ -4,7 +4,6 @@ In: nothing. Out: `Sizes`, a folder of images, finished caches.
 Invariant: the images need no package beyond numpy and Pillow, and are the same in every run.
 """
 
-import os
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,6 +14,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
+
+from scalekd_cache.config.machine import available_cores
 
 Add = Callable[[str, Any], None]
 """Reports a result of a part: its name and a JSON value."""
@@ -38,7 +39,7 @@ def attempt(add: Add, name: str) -> Iterator[None]:
 
 def gpu_workers(shared_memory: Path = Path("/dev/shm")) -> int:
     """Loader workers of the run on a GPU: one per core but one, fewer if shared memory is small (containers)."""
-    cores = max(1, (os.cpu_count() or 2) - 1)
+    cores = max(1, available_cores() - 1)
     return min(cores, shutil.disk_usage(shared_memory).free // WORKER_BYTES) if shared_memory.exists() else cores
 
 

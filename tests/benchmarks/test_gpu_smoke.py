@@ -78,7 +78,7 @@ def test_a_failed_result_does_not_end_its_part(folder, monkeypatch):
 
 
 def test_small_shared_memory_lowers_the_number_of_workers(monkeypatch, tmp_path):
-    monkeypatch.setattr(sizes.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(sizes, "available_cores", lambda: 16)
     for free, expected in ((64 << 20, 0), (1 << 30, 10), (64 << 30, 15)):
         monkeypatch.setattr(sizes.shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
         assert sizes.gpu_workers(tmp_path) == expected
