@@ -158,8 +158,10 @@ class RunFolder:
         fsync_path(self.path)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the metrics have an evaluation after this step."""
-        return any(line["step"] == step and "loss" not in line for line in read_metrics(self.path)[0])
+        """Whether the metrics have an evaluation after this step; true if they are too large to be read here."""
+        with contextlib.suppress(UserError):
+            return any(line["step"] == step and "loss" not in line for line in read_metrics(self.path)[0])
+        return True
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
         """Append one line of metrics; the same scalars go to TensorBoard and to the loggers.

@@ -11,6 +11,7 @@ from small_run import FACTS, SUMMARY
 from scalekd_cache.config.base import to_plain
 from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 from scalekd_cache.errors import UserError
+from scalekd_cache.training import metrics
 from scalekd_cache.training.run_files import read_config, read_facts, read_summary
 from scalekd_cache.training.run_folder import RunFolder, check_same_cache
 from scalekd_cache.training.run_summary import baseline_summary, summary_table
@@ -165,3 +166,20 @@ def test_a_run_belongs_to_one_cache(tmp_path):
         check_same_cache(run, "b" * 64, tmp_path / "other")
     assert "bbbb" in str(error.value)
     assert "ffff" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "expected"),
+    [
+        ('{"step": 3, "loss": 1.0}\n{"step": 3, "top1": 9.0}\n', 1 << 20, True),
+        ('{"step": 3, "loss": 1.0}\n{"step": 2, "top1": 9.0}\n', 1 << 20, False),
+        ('{"step": 3, "loss": 1.0}\n', 10, True),
+    ],
+    ids=["evaluated", "not evaluated", "too large"],
+)
+def test_whether_a_step_is_evaluated(tmp_path, monkeypatch, text, limit, expected):
+    folder = RunFolder(tmp_path, {})
+    (tmp_path / "metrics.jsonl").write_text(text)
+    monkeypatch.setattr(metrics, "SHOWN_BYTES", limit)
+    assert folder.is_evaluated(3) is expected
+    folder.close()
