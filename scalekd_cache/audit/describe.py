@@ -1,7 +1,7 @@
-"""Facts about a cache or one of its records, for `inspect`: sizes, shapes, labels, place on disk, digest check.
+"""Facts about a cache or one of its records, for `inspect`: sizes, shapes, labels, location on disk and digest check.
 
 In: an open cache, a view and a position. Out: JSON values.
-Invariant: nothing is written. A record that cannot be used is an error that names its shard and key.
+Invariant: nothing is written. A record that cannot be used raises an error that names its shard and key.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ NO_FEATURES = "no features stored for this view of this image"
 
 
 def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None = None) -> dict[str, Any]:
-    """All facts about a record; `pixels` is the cache that holds its pixels, if that is another cache."""
+    """All facts about a record; `pixels` is the cache that holds its pixels, if that is a different cache."""
     if view not in range(cache.manifest.num_views) or position not in range(len(cache)):
         raise UserError(
             "no such record in the cache",
@@ -34,7 +34,7 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
             expected=f"views 0 to {cache.manifest.num_views - 1}, positions 0 to {len(cache) - 1}",
             where=cache.root,
         )
-    record = cache.read([position], view)[0]  # raises if its checksum differs
+    record = cache.read([position], view)[0]  # raises on a checksum mismatch
     manifest = cache.manifest
     names = manifest.facts.class_names
     checker = RecordChecker(manifest.facts.fingerprint_fields, cache.root, len(names))
@@ -59,7 +59,7 @@ def describe_record(cache: Cache, view: int, position: int, pixels: Cache | None
 
 
 def _place(cache: Cache, view: int, position: int) -> dict[str, Any]:
-    """The shard file and the row in it."""
+    """The record's shard file and its row in that file."""
     unit, row = cache.locate(position, view)
     end = "tar" if cache.manifest.facts.backend == "webdataset" else "zarr"
     shard = unit_folder(cache.root, unit.group, unit.range_id) / f"v{view:04d}.{end}"
@@ -111,7 +111,7 @@ def _range(values: NDArray[np.float32]) -> dict[str, float]:
 
 
 def top_logits(row: NDArray[np.float32], names: Sequence[str]) -> list[dict[str, Any]]:
-    """The largest logits with their probabilities; empty without a classifier."""
+    """The largest logits with their probabilities; empty if there is no classifier."""
     if row.size == 0:
         return []
     logits = row.astype(np.float64)

@@ -6,12 +6,12 @@ with those from the live targets.
 In: a finished cache, its teacher, training options. Out: a `GradientComparison`: fidelity of the stored targets, and
 the gradient error compared with the gradient's sampling noise.
 Invariant: nothing is written. Both gradients use the same images, weights, random numbers and BatchNorm groups, so
-they differ only by the targets.
+they differ only in the targets.
 
-The gradients of micro-batch i are g_i (live targets) and g_i + e_i (cached targets), of the whole loss over the
-student's parameters. The sampling noise s^2 is the variance of g_i over micro-batches. The mean of |e_i|^2 splits into
-a constant part (bias) and a part that averages out (variance). A batch of k micro-batches has sampling noise s^2 / k
-and codec noise bias^2 + variance / k. Their ratio says how many bits the targets need.
+For micro-batch i, the gradient of the full loss with respect to the student's parameters is g_i with live targets and
+g_i + e_i with cached targets. The sampling noise s^2 is the variance of g_i over micro-batches. The mean of |e_i|^2
+splits into a constant part (bias) and a part that averages out (variance). A batch of k micro-batches has sampling
+noise s^2 / k and codec noise bias^2 + variance / k. Their ratio says how many bits the targets need.
 """
 
 import dataclasses
@@ -54,12 +54,12 @@ from scalekd_cache.training.trainer import DistillModel
 from scalekd_cache.versions import __version__
 
 TOLERANCE = 0.01
-"""How far the 1st percentile of the mean-removed cosine may be below the value measured in stage 1."""
+"""How far the 1st percentile of the mean-removed cosine may fall below the value measured in stage 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GradientComparison:
-    """Targets and gradients compared; the fields are the JSON output."""
+    """A comparison of targets and gradients; its fields are the JSON output."""
 
     cache: str
     fingerprint: str
@@ -67,31 +67,31 @@ class GradientComparison:
     teacher: str
     student: str
     start: str | None
-    """Folder of the student's weights (default: random weights)."""
+    """Folder that holds the student's weights (None: random weights)."""
     views: int
-    """Views that the teacher was re-run on."""
+    """Number of views on which the teacher was re-run."""
     micro_batches: int
     micro_batch_size: int
     global_batch_size: int
     fidelity: Summary
     """Cosines of decoded features, KL and top-1 agreement of stored logits, all against the live teacher."""
     as_cached: Summary
-    """The same, measured in stage 1."""
+    """The same metrics, measured in stage 1."""
     holds: bool
-    """Whether the two agree to within `TOLERANCE`."""
+    """Whether the 1st percentile in `fidelity` is within `TOLERANCE` of the one in `as_cached`, or above it."""
     gradient_cosine: float
-    """Cosine of the gradients from cached and live targets, over all views."""
+    """Cosine between the gradients from cached and live targets, over all views."""
     gradient_relative_error: float
-    """Norm of their difference over the norm of the live gradient."""
+    """Norm of the difference between these gradients, divided by the norm of the live gradient."""
     micro_batch_cosine: float
-    """Cosine over one micro-batch, mean."""
+    """Mean over micro-batches of the cosine within one micro-batch."""
     micro_batch_relative_error: float
     noise_ratio: float
-    """Variance that the codec adds to the gradient of a global batch, over the sampling variance."""
+    """Variance that the codec adds to the gradient of a global batch, divided by the sampling variance."""
     noise_ratio_db: float | None
-    """Sampling noise over codec noise in decibels (None: no codec noise)."""
+    """Ratio of sampling noise to codec noise in decibels (None: no codec noise)."""
     bias_share: float
-    """Fraction of the codec's squared error that is constant over micro-batches, its bias (0 for unbiased targets)."""
+    """Fraction of the codec's squared error that is bias, i.e. constant over micro-batches (0 for unbiased targets)."""
     versions: dict[str, str]
 
     def to_json(self) -> dict[str, Any]:
@@ -121,7 +121,7 @@ def compare_gradients(config: DistillConfig, process: Process, views: int) -> Gr
     """Re-run the teacher of a cache on a sample of its views and compare targets and gradients.
 
     Args:
-        config: training options: cache, student, method, micro-batch, `init` for a trained student.
+        config: training options: cache, student, method, micro-batch size, and `init` for a trained student.
         process: this process (one rank).
         views: number of views, sampled with `train.seed`; fewer if the cache has fewer.
 
@@ -180,7 +180,7 @@ def _student(config: DistillConfig, cache: Cache, device: torch.device) -> tuple
 
 
 class _GradientSums:
-    """Running sums over micro-batches, so memory does not grow with their number."""
+    """Running sums over micro-batches, so memory use does not grow with the number of micro-batches."""
 
     def __init__(
         self,
@@ -197,7 +197,7 @@ class _GradientSums:
         device = self.parameters[0].device
         self.live, self.error = (torch.zeros(size, dtype=torch.float64, device=device) for _ in range(2))
         self.squares: list[tuple[float, float, float]] = []
-        """|g|^2, |e|^2 and cosine of each micro-batch."""
+        """|g|^2, |e|^2 and the cosine for each micro-batch."""
         self.figures: dict[str, list[float]] = {}
 
     def add(self, batch: Batch) -> None:
@@ -212,7 +212,7 @@ class _GradientSums:
         self.error += error
 
     def _gradient(self, batch: Batch, targets: Targets) -> Tensor:
-        """The student's whole gradient, (n,) float64."""
+        """The student's full gradient, (n,) float64."""
         torch.manual_seed(self.seed)
         terms = self.model(batch.images, batch.labels, [targets], [self.tail])
         parts = torch.autograd.grad(terms.total, self.parameters, allow_unused=True, materialize_grads=True)

@@ -1,7 +1,7 @@
 """Checks the contents of records whose checksums are correct: decoding, finite values, labels, views, pixels.
 
-In: records of a shard, and the settings of the cache. Out: findings, each with the part of the cache to repair.
-Invariant: no content of a record raises an exception; every error is a finding. At most one batch is in memory.
+In: records from a shard, and the cache's settings. Out: findings, which name the part of the cache to repair.
+Invariant: record contents never raise an exception; every error becomes a finding. At most one batch is in memory.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,13 +44,14 @@ class RecordChecker:
 
     Args:
         fields: `fingerprint_fields` of a manifest or plan.
-        root: the cache, for the state of a fitted codec and the teacher's classifier.
-        num_classes: number of classes of the data set, if known; 0: it has no labels.
-        source: the images, to recompute replayed views; without them their pixels are not checked.
-        pixels: for a cache that shares pixels, the cache that holds them; without it they are not checked.
+        root: the cache; the state of a fitted codec and the teacher's classifier are read from it.
+        num_classes: number of classes in the dataset, if known; 0 if the dataset has no labels.
+        source: the images from which replayed views are recomputed; without them, the pixels of these views are not
+            checked.
+        pixels: for a cache that shares pixels, the cache that holds them; without it, pixels are not checked.
 
     Raises:
-        UserError: this version does not know the codec or view recipe, or a file of the codec is damaged.
+        UserError: this version does not know the codec or view recipe, or a codec file is damaged.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class RecordChecker:
         self.record_pixels = RecordPixels(self.views, source)
 
     def __call__(self, records: list[Record], shard: ShardId, rows: list[int]) -> list[RecordProblem]:
-        """All findings in these records; `rows` are their rows in the shard."""
+        """All findings for these records; `rows` are their row numbers in the shard."""
         found: list[RecordProblem] = []
         checks = (self._label, self._logits, self._second, self._view, *(() if self.shares else (self._pixels,)))
         for record in records:
@@ -157,7 +158,7 @@ class RecordChecker:
         return None if wrong is None else f"pixels have digest {wrong}, expected {record.digest}"
 
     def _features(self, records: list[Record], there: list[bool]) -> list[RecordProblem]:
-        """Problems of the features; `there` tells which records must have features."""
+        """Problems with the features; `there` marks the records that must have features."""
         found, whole = list[RecordProblem](), list[Record]()
         for record, is_there in zip(records, there, strict=True):
             wrong = wrong_share(record, is_there)
@@ -209,7 +210,7 @@ class RecordChecker:
 
 
 def _read_each(cache: Cache, positions: list[int], view: int) -> list[Record | UserError]:
-    """Each record, or the error from reading it; a single read when nothing is damaged."""
+    """Each record, or the error from reading it. If nothing is damaged, one call reads all records."""
     try:
         return list(cache.read(positions, view))
     except UserError:

@@ -1,9 +1,9 @@
-"""Repairs a cache: regenerates damaged units, tail, manifest and plan, and nothing else.
+"""Repairs a cache: regenerates the damaged units, tail, manifest and plan, and nothing else.
 
-In: the folder of a cache, its data set and its teacher; all other options are read from the cache.
+In: a cache folder, its dataset and its teacher; all other options are read from the cache.
 Out: a `RepairResult`.
 Invariant: a damaged unit is moved aside and deleted only after the new one is committed. Intact files are not changed.
-Repair needs the same teacher, views, codec and data that the cache was made with.
+A repair needs the same teacher, views, codec and data from which the cache was made.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ from scalekd_cache.store.verify_unit import Part, Problem
 ASIDE = ".aside-"
 """Name prefix of files and folders that were moved aside; readers and writers ignore them."""
 FILES = (Part.MANIFEST, Part.TEACHER, Part.CODEC_STATE)
-"""Files next to the units that stage 1 writes."""
+"""Files that stage 1 writes next to the units."""
 
 
 class RepairResult(NamedTuple):
@@ -67,10 +67,10 @@ def repair_cache(
     Args:
         root: folder of the cache.
         process: this process; a repair runs in one process.
-        data: current path of the data set (None: as recorded in the cache).
-        weights: file of the teacher's weights (None: as recorded in the cache).
-        pixels_from: path of the cache that holds the pixels (None: as recorded).
-        workers: worker processes that generate views.
+        data: current path of the dataset (None: as recorded in the cache).
+        weights: file with the teacher's weights (None: as recorded in the cache).
+        pixels_from: path of the cache that holds the pixels (None: as recorded in the cache).
+        workers: number of worker processes that generate views.
         progress: called by the check with (units done, total units).
 
     Raises:
@@ -116,7 +116,7 @@ def stage1_config(
     pixels_from: str | None = None,
     workers: int = 0,
 ) -> CacheTeacherConfig:
-    """The stage 1 options of a cache, from its plan, with the current places of data, weights and pixels."""
+    """A cache's stage 1 options, read from its plan, with the current locations of the data, weights and pixels."""
     fields, teacher = facts.fingerprint_fields, facts.teacher["config"]
     precision = teacher["precision"]
     if str(autocast_dtype(precision, process.device)).removeprefix("torch.") != fields["precision"]:
@@ -143,7 +143,7 @@ def stage1_config(
 
 
 def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
-    """The options of the codecs; the preset of a fitted codec is stored next to its state."""
+    """The codec options; the preset of a fitted codec is stored next to its state."""
     logits = fields["logit_codec"]
     kept = {
         "logits-top-k": {"logits": "top_k", "top_k": logits.get("k")},
@@ -156,7 +156,7 @@ def _codec_options(fields: Mapping[str, Any], root: Path) -> dict[str, Any]:
 
 
 def _require_inputs(config: CacheTeacherConfig, root: Path) -> None:
-    """Check that teacher and pixels are available before anything is moved."""
+    """Check that the teacher and the pixels are available before anything is moved."""
     if not weights_available(config.teacher):
         raise UserError(
             "the teacher's weights are not available",
@@ -216,7 +216,7 @@ def _rebuild_plan(root: Path, found: CheckResult) -> None:
 def _moved_aside(root: Path, names: list[str]) -> Iterator[None]:
     """Move damaged files and units aside; after an error, move back everything that was not regenerated.
 
-    After an error a newly fitted codec is deleted: it may differ from the one in the fingerprint.
+    A newly fitted codec is deleted after an error, because it may differ from the one in the fingerprint.
     """
     moved: list[tuple[Path, Path]] = []
     try:
@@ -237,20 +237,20 @@ def _moved_aside(root: Path, names: list[str]) -> Iterator[None]:
 
 
 def _set_aside(root: Path) -> list[tuple[Path, Path]]:
-    """(moved aside, replacement) of this repair and of repairs that were killed."""
+    """(path moved aside, path of its replacement) pairs from this repair and from repairs that were killed."""
     found = [*root.glob(f"{ASIDE}*"), *(root / UNITS).glob(f"{ASIDE}*")]
     pairs = [(aside, aside.with_name(aside.name.removeprefix(ASIDE).rpartition("-")[0])) for aside in found]
     return [(aside, successor) for aside, successor in pairs if successor.exists()]
 
 
 def _unknown_files(aside: Path, successor: Path) -> list[Path]:
-    """Files of a unit that was moved aside, which its replacement does not have: they do not belong to the cache."""
+    """Files in a moved unit that its replacement lacks, which means that they do not belong to the cache."""
     files = [path.relative_to(aside) for path in sorted(aside.rglob("*")) if path.is_symlink() or path.is_file()]
     return [name for name in files if not (successor / name).exists()]
 
 
 def _restore_unknown_files(aside: Path, successor: Path) -> None:
-    """Move unknown files back to their place, to be reported; what cannot be moved stays aside."""
+    """Move unknown files back to where they were, so that they are reported; files that cannot be moved stay aside."""
     for name in _unknown_files(aside, successor):
         with contextlib.suppress(FileExistsError, NotADirectoryError):
             (successor / name).parent.mkdir(parents=True, exist_ok=True)
@@ -258,7 +258,7 @@ def _restore_unknown_files(aside: Path, successor: Path) -> None:
 
 
 def _remove_set_aside(root: Path, left: list[Problem]) -> None:
-    """Delete what was moved aside if its replacement is intact."""
+    """Delete each file or folder that was moved aside if its replacement is intact."""
     bad = {unit_name(problem.unit) for problem in left if problem.part is Part.UNIT and problem.unit is not None}
     bad |= {problem.where for problem in left if problem.part in FILES}
     for aside, successor in _set_aside(root):

@@ -3,7 +3,8 @@
 This is the only check that finds wrong targets under correct checksums.
 
 In: a finished cache, its teacher. Out: fidelity figures, and the records whose targets do not match.
-Invariant: the teacher has the weights the cache was made with. A seed selects the records, so a check can be repeated.
+Invariant: the teacher has the weights with which the cache was made. A seed selects the records, so a check can be
+repeated.
 """
 
 from collections.abc import Iterator, Sequence
@@ -28,12 +29,12 @@ from scalekd_cache.store.reader import Cache
 
 BATCH = 16
 MARGIN = 0.02
-"""How far a cosine may fall below the codec's own 1st percentile. Other hardware rounds differently; another teacher
-or another view gives a much lower cosine."""
+"""How far a cosine may fall below the codec's own 1st percentile. Different hardware rounds differently; a different
+teacher or view gives a much lower cosine."""
 
 
 COMPARED = {"cosine_mean_removed": "features: mean-removed cosine", POOLED_COSINE: "pooled embeddings: cosine"}
-"""Metrics that a record must meet, with their names in messages."""
+"""Metrics for which each record must reach a minimum, with their names in messages."""
 Place = tuple[int, int]
 """(view, position) of a record."""
 
@@ -43,32 +44,32 @@ class TeacherAgreement(NamedTuple):
 
     records: int
     figures: dict[str, dict[str, float]]
-    """{cosine, cosine_mean_removed: {mean, p1, count}} between live and decoded features."""
+    """Cosines between live and decoded features: {cosine, cosine_mean_removed: {mean, p1, count}}."""
     top1_percent: float | None
-    """Records whose largest logit is the same class; None without a classifier."""
+    """Percentage of records whose stored and live logits have the same top class; None without a classifier."""
     wrong: list[tuple[int, int, str, str]]
     """(view, position, key, what) of records that do not match the teacher."""
 
 
 class RerunBatch(NamedTuple):
-    """Some stored views and the teacher's outputs for them."""
+    """A batch of stored views and the teacher's outputs for them."""
 
     places: list[Place]
     records: list[Record]
     output: TeacherOutput
-    """The teacher's outputs now, on the CPU."""
+    """The live teacher's outputs, on the CPU."""
     decoded: Tensor
-    """(B, C, H, W) float32 features as the cache stores them."""
+    """(B, C, H, W) float32 features, decoded from the cache."""
     close: Fidelity
-    """Cosines of `output.features` and `decoded`, one value per view."""
+    """Cosines between `output.features` and `decoded`, one value per view."""
     pooled_cosine: Tensor | None
-    """(B,) cosines of `output.pooled` and the stored embeddings; None for a cache without them."""
+    """(B,) cosines between `output.pooled` and the stored embeddings; None for a cache without embeddings."""
 
 
 def sample_places(cache: Cache, count: int, seed: int) -> list[Place]:
     """(view, position) of at most `count` records: a random sample without repeats, in reading order.
 
-    In a sparse cache, about `count` records that have features.
+    For a sparse cache, returns about `count` records, all of which have features.
     """
     total = len(cache) * cache.manifest.num_views
     sampled = sample_indices(total, count * cache.manifest.facts.features_every, seed=seed)
@@ -76,7 +77,7 @@ def sample_places(cache: Cache, count: int, seed: int) -> list[Place]:
 
 
 def has_features(cache: Cache, place: Place) -> bool:
-    """Whether the record at a place has features."""
+    """Whether the record at this place has features."""
     view, position = place
     return bool(cache.has_features(np.array([position]), view)[0])
 
@@ -109,7 +110,7 @@ def _pooled_cosine(checker: RecordChecker, records: Sequence[Record], output: Te
 
 
 def _load(cache: Cache, checker: RecordChecker, place: Place) -> Iterator[tuple[Record, NDArray[np.uint8]]]:
-    """The record and its pixels; nothing when they cannot be read or decoded."""
+    """Yield the record and its pixels, or nothing if they cannot be read or decoded."""
     view, position = place
     try:
         record = cache.read([position], view)[0]
@@ -128,7 +129,7 @@ def check_targets(
     Args:
         cache: a finished cache.
         teacher: its teacher.
-        checker: of this cache; it knows where the pixels are.
+        checker: the cache's checker, which knows where the pixels are.
         records: maximum number of views.
         seed: seed of the random sample.
     """

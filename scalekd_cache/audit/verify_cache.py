@@ -1,8 +1,8 @@
-"""The deep check of a cache: files (`store/verify.py`), then records, then the teacher re-run on a random sample.
+"""The deep check of a cache: checks files (`store/verify.py`) and records, then re-runs the teacher on a random sample.
 
-In: the folder or URL of a cache; optionally the new places of its data set and its teacher's weights.
+In: the folder or URL of a cache; optionally the new locations of its dataset and its teacher's weights.
 Out: a `VerifyResult`.
-Invariant: a check that is not possible here (no teacher, no images, no pixels) is reported as a note.
+Invariant: a note reports each check that is skipped because the teacher, the images or the pixels are not available.
 """
 
 from collections.abc import Callable
@@ -38,7 +38,7 @@ class VerifyResult(NamedTuple):
 
     findings: CheckResult
     agreement: TeacherAgreement | None
-    """Stored targets compared with the teacher's outputs; None if the teacher was not run (a note says why)."""
+    """How well the targets match the teacher's outputs; None if the teacher was not run (a note gives the reason)."""
 
 
 def verify_deep(
@@ -56,16 +56,16 @@ def verify_deep(
 
     Args:
         place: the cache's folder or URL.
-        data: current path of the data set (None: as recorded in the cache); needed for replayed views only.
-        weights: file of the teacher's weights (None: as recorded in the cache).
-        pixels_from: folder or URL of the cache that holds the pixels (None: as recorded).
-        records: number of views to re-run the teacher on (0: none).
-        seed: seed of that random sample.
-        device: device of the teacher.
+        data: current path of the dataset (None: as recorded in the cache); needed for replayed views only.
+        weights: file with the teacher's weights (None: as recorded in the cache).
+        pixels_from: folder or URL of the cache that holds the pixels (None: as recorded in the cache).
+        records: number of views on which to re-run the teacher (0: none).
+        seed: seed for the random sample.
+        device: device on which the teacher runs.
         progress: called with (units done, total units).
 
     Raises:
-        UserError: `weights` or `pixels_from` do not exist or do not belong to this cache.
+        UserError: `weights` or `pixels_from` does not exist or does not belong to this cache.
     """
     root = open_place(place)
     notes, problems = list[str](), list[Problem]()
@@ -108,7 +108,7 @@ def _plan_facts(root: StoredPath) -> ManifestFacts | None:
 
 
 def _source_for(facts: ManifestFacts, data: str | None, notes: list[str]) -> Source | None:
-    """The images of a cache with replayed views; a note if they are not available."""
+    """The images of a cache with replayed views; adds a note if they are not available."""
     if ViewConfig(**from_plain(facts.view_recipe)).pixels == "baked":
         return None
     try:
@@ -126,7 +126,7 @@ def _pixels_for(
     problems: list[Problem],
     notes: list[str],
 ) -> PixelCache | None:
-    """The cache that holds the pixels: a note if it is missing, a problem if it is a different cache."""
+    """The cache that holds the pixels; adds a note if it is missing, or a problem if it is a different cache."""
     if manifest is None:
         if facts.pixels_from:
             notes.append("shared pixels were not checked: the cache is not finished")
@@ -155,7 +155,7 @@ def _rerun_teacher(
     device: torch.device | None,
     notes: list[str],
 ) -> TeacherAgreement | None:
-    """Compare a random sample with the teacher; None, with a note, if its weights or the pixels are not available."""
+    """Compare a random sample with the teacher; adds a note and returns None if the weights or pixels are missing."""
     config = cache_teacher_config(
         manifest.facts.teacher["config"], weights, manifest.facts.fingerprint_fields["precision"]
     )
@@ -172,7 +172,7 @@ def _rerun_teacher(
 
 
 def _problems(agreement: TeacherAgreement, cache: Cache) -> list[Problem]:
-    """The records that do not match the teacher, with their units."""
+    """One problem per record that does not match the teacher, with the record's unit."""
     problems = []
     for view, position, key, what in agreement.wrong:
         row, _ = cache.locate(position, view)

@@ -1,4 +1,4 @@
-"""The parts of every image source: sample keys, the canonical order, and `ListedSource`.
+"""The parts shared by all image sources: sample keys, the canonical order, and `ListedSource`.
 
 In: keys, labels and a reader that returns the encoded bytes of sample i. Out: a `ListedSource`.
 Invariant: keys are unique and contain neither dots nor whitespace. Their order depends only on the keys (or on the
@@ -27,16 +27,16 @@ IntArray = npt.NDArray[np.int64]
 Split = Literal["train", "val"]
 
 MAX_KEY_BYTES = 1024
-"""Maximum key length in a cache (`store/base.py`); longer keys are truncated and end in a hash of the full key."""
+"""Maximum key length in bytes (`store/base.py`); longer keys are truncated and end in a hash of the full key."""
 MAX_IMAGE_BYTES = 1 << 31
-"""Maximum size of an image file."""
+"""Maximum size of an image file in bytes."""
 MAX_UNNAMED_CLASSES = 100_000
 """Without a list of class names, labels must be below this number or below the number of images."""
 CANONICAL_ORDER = b"scalekd-cache canonical order"
 
 
 class NoSplitError(UserError):
-    """The data set has no such split. A split that exists, but is damaged or incomplete, is another `UserError`."""
+    """The dataset has no such split. A damaged or incomplete split raises a different `UserError`."""
 
 
 class SampleRef(NamedTuple):
@@ -47,17 +47,17 @@ class SampleRef(NamedTuple):
 
 
 class Source(Protocol):
-    """A set of encoded images in a fixed, canonical order: every image has a label, or none has."""
+    """A set of encoded images in a fixed, canonical order; either every image has a label or none does."""
 
     @property
     def name(self) -> str:
-        """As the user gave it: demo, cifar10, imagenette or a path."""
+        """The name or path that the user gave: demo, cifar10, imagenette or a path."""
 
     @property
     def class_names(self) -> tuple[str, ...]:
-        """Names of the classes; a label is an index into it. Empty: no image of this split has a label.
+        """Class names, indexed by label; empty if no image in this split has a label.
 
-        The same for train and val if train has labels; otherwise val may have names of its own.
+        They are the same for train and val if train has labels; otherwise val may have its own names.
         """
 
     @property
@@ -70,7 +70,7 @@ class Source(Protocol):
 
     @property
     def held_out(self) -> int | None:
-        """Number of images that were held out of an unlabeled data set as its val split; 0 if it has its own."""
+        """Number of images held out from an unlabeled dataset as its val split; 0 if it has its own val split."""
 
     def ranges(self, samples_per_shard: int) -> list[range]:
         """Split the canonical order into contiguous work units of at most `samples_per_shard` samples."""
@@ -79,18 +79,18 @@ class Source(Protocol):
         """The permutation of sample indices, (N,) int64, in which view group `group` is stored."""
 
     def read(self, index: int) -> bytes:
-        """The encoded image file of sample `index`. Files are opened lazily; works in any process."""
+        """The encoded image file of sample `index`. Files are opened lazily, so it works in any process."""
 
 
 class Reader(Protocol):
-    """Returns the encoded bytes of sample `index`. Can be pickled; holds no open files."""
+    """Returns the encoded bytes of sample `index`. It can be pickled and holds no open files."""
 
     def __call__(self, index: int) -> bytes:
         """Read one image file."""
 
 
 class PackedStrings:
-    """Many strings in one block of bytes: cheap to pickle; forked workers share it without copies."""
+    """Many strings in one block of bytes, which is cheap to pickle and which forked workers share without copying."""
 
     def __init__(self, strings: Iterable[str]) -> None:
         encoded = [text.encode("utf-8", "surrogateescape") for text in strings]
@@ -123,7 +123,7 @@ class SampleList(Sequence[SampleRef]):
         return self._labels
 
     def with_labels(self, labels: IntArray) -> "SampleList":
-        """The same keys with other labels, (N,) int64."""
+        """The same keys with different labels, (N,) int64."""
         assert labels.shape == self._labels.shape, (labels.shape, self._labels.shape)
         other = copy.copy(self)
         other._labels = labels
@@ -145,11 +145,11 @@ class SampleList(Sequence[SampleRef]):
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ListedSource:
-    """The only implementation of `Source`: a list of samples and a reader of their bytes.
+    """The only implementation of `Source`: a list of samples and a reader for their bytes.
 
-    `file_starts`, (files,) int64, is the index of the first sample of every tar or parquet file, for sources that are
-    read in file order; None for sources whose canonical order is a hash of the keys. `held_out` is None while the list
-    holds both splits of an unlabeled data set without a val split (`held_out.py`).
+    `file_starts`, (files,) int64, holds the index of the first sample in each tar or parquet file for sources that are
+    read in file order; it is None for sources whose canonical order is a hash of the keys. `held_out` is None while the
+    list holds both splits of an unlabeled dataset without a val split (`held_out.py`).
     """
 
     name: str
@@ -174,20 +174,21 @@ class ListedSource:
         ]
 
     def order(self, group: int) -> IntArray:
-        """(N,) int64: identity for group 0 and for file-order sources, else the order of a hash of (group, key)."""
+        """(N,) int64: identity for group 0 and for file-order sources; otherwise, sorted by a hash of (group, key)."""
         assert group >= 0, group
         if group == 0 or self.file_starts is not None:
             return np.arange(len(self.samples), dtype=np.int64)
         return hash_order((sample.key for sample in self.samples), b"scalekd-cache view group %d" % group)
 
     def read(self, index: int) -> bytes:
-        """Encoded bytes of sample `index`. IndexError outside 0..N-1; UserError for a changed or missing file."""
+        """Encoded bytes of sample `index`. Raises IndexError outside 0..N-1, UserError for a changed or missing
+        file."""
         if not 0 <= index < len(self.samples):
             raise IndexError(f"sample {index} of {len(self.samples)}")
         return self.reader(index)
 
     def first(self, count: int | None) -> "ListedSource":
-        """The first `count` samples of the canonical order (None: all)."""
+        """The first `count` samples in canonical order (None: all)."""
         if count is None or count >= len(self.samples):
             return self
         starts = None if self.file_starts is None else self.file_starts[self.file_starts < count]
@@ -200,7 +201,7 @@ def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
     """A relative path (without its extension) as a sample key: `/` is kept, dots and special characters become %XX.
 
     A leading double underscore is encoded too: WebDataset readers skip members with names like `__meta__`.
-    A key of more than `limit` bytes is truncated and ends in a hash of the full key.
+    A key longer than `limit` bytes is truncated and ends in a hash of the full key.
     """
     parts = [quote(os.fsencode(part), safe="").replace(".", "%2E") for part in path.split("/") if part not in ("", ".")]
     key = "/".join("%5F" + part[1:] if part.startswith("__") else part for part in parts)
@@ -211,7 +212,7 @@ def encode_key(path: str, limit: int = MAX_KEY_BYTES) -> str:
 
 
 def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
-    """(N,) int64, the permutation that sorts `keys` by their blake2b keyed with `purpose` (at most 64 bytes)."""
+    """(N,) int64, the permutation that sorts `keys` by their blake2b hashes keyed with `purpose` (at most 64 bytes)."""
     hashes = [
         int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8, key=purpose).digest(), "little") for key in keys
     ]
@@ -219,7 +220,7 @@ def hash_order(keys: Iterable[str], purpose: bytes) -> IntArray:
 
 
 def canonical_order(keys: Sequence[str]) -> IntArray:
-    """(N,) int64, indices of `keys` in canonical order: sorted by a hash, independent of the order of `keys`."""
+    """(N,) int64, indices of `keys` in canonical order: sorted by a hash, so the order of `keys` has no effect."""
     by_name = np.array(sorted(range(len(keys)), key=keys.__getitem__), dtype=np.int64)
     return by_name[hash_order((keys[index] for index in by_name), CANONICAL_ORDER)]
 
@@ -229,9 +230,9 @@ def sample_indices(total: int, count: int, *, seed: int | None = None) -> Sequen
 
     Args:
         total: number of items.
-        count: number of items; all items if there are fewer.
-        seed: None for evenly spaced items, at least `count` and fewer than twice as many: a caller that stops at
-            `count` can skip unreadable ones. Otherwise the seed of a random sample of `count` items.
+        count: number of items to select; if there are fewer, all are selected.
+        seed: seed for a random sample of `count` items. None selects evenly spaced items: at least `count` and fewer
+            than twice as many, so that a caller that stops at `count` can skip unreadable ones.
     """
     if seed is None:
         return range(0, total, max(1, total // count))
@@ -256,7 +257,7 @@ def missing_folder_error(what: str, folder: str | Path, expected: str, fix: str)
 
 
 def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
-    """Class names "0".."max" of a data set without a list of names.
+    """Class names "0".."max" for a dataset without a list of names.
 
     Raises:
         UserError: a label is too large to be a class number (for example an id).
@@ -274,7 +275,7 @@ def numbered_classes(labels: IntArray, where: object) -> tuple[str, ...]:
 
 
 def check_labels(labels: IntArray, num_classes: int, describe: str, where: object) -> None:
-    """UserError for labels outside 0..num_classes-1; it names the first one. Without classes, no image has a label."""
+    """Raise UserError for the first label outside 0..num_classes-1. Without classes, no image may have a label."""
     missing = labels == NO_LABEL
     wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if not num_classes and missing.any():

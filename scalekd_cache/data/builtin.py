@@ -1,4 +1,4 @@
-"""Data sets by name: the embedded demo digits, and torchvision's cifar10 and imagenette downloads.
+"""Built-in datasets: the embedded demo digits, and cifar10 and imagenette, which torchvision downloads.
 
 In: `DataConfig` and a split. Out: a `ListedSource`; images stored as arrays are returned as PNG bytes.
 Invariant: the train and val splits are disjoint and the same on every machine.
@@ -27,7 +27,7 @@ from scalekd_cache.store.locks import lock, open_lock
 
 BUILTIN = ("demo", "cifar10", "imagenette")
 DEMO_SIZE = 64
-"""Side of a demo image, pixels."""
+"""Side length of a demo image in pixels."""
 DEMO_VAL_SHARE = 0.2
 IMAGENETTE_FOLDER = "imagenette2-320"
 DOWNLOAD_ERRORS = (OSError, RuntimeError, ValueError, EOFError, http.client.HTTPException, tarfile.TarError)
@@ -35,7 +35,7 @@ Pixels = npt.NDArray[np.uint8]
 
 
 class NotDownloadedError(UserError):
-    """The data set would have to be downloaded first."""
+    """The dataset would have to be downloaded first."""
 
 
 def open_builtin(name: str, config: DataConfig, split: Split, *, download: bool) -> ListedSource:
@@ -51,7 +51,7 @@ def open_builtin(name: str, config: DataConfig, split: Split, *, download: bool)
 
 
 class DigitReader:
-    """Returns 8x8 digits, (N, 8, 8) uint8 in 0..16, as RGB PNG files of `DEMO_SIZE` pixels."""
+    """Returns 8x8 digits, (N, 8, 8) uint8 in 0..16, as RGB PNG files with sides of `DEMO_SIZE` pixels."""
 
     def __init__(self, digits: Pixels) -> None:
         self._digits = digits
@@ -64,7 +64,7 @@ class DigitReader:
 
 
 def _open_demo(split: Split) -> ListedSource:
-    """scikit-learn's 1,797 handwritten digits; about a fifth of every class is val."""
+    """scikit-learn's 1,797 handwritten digits; about a fifth of each class is in val."""
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
@@ -121,12 +121,13 @@ def _open_cifar10(folder: Path, split: Split, download: bool) -> ListedSource:
 
 
 def _load_cifar10(folder: Path, split: Split, *, download: bool) -> Any:
-    """torchvision's data set: .data (N, 32, 32, 3) uint8, .targets, .classes. MD5 sums are checked first."""
+    """torchvision's dataset with .data (N, 32, 32, 3) uint8, .targets and .classes. MD5 sums are checked first."""
     return _torchvision_datasets().CIFAR10(str(folder), train=split == "train", download=download)
 
 
 def _open_imagenette(folder: Path, split: Split, download: bool) -> ListedSource:
-    """imagenette2, shorter side 320 pixels. Unpacked into a temporary folder, then renamed."""
+    """Open imagenette2 with a shorter side of 320 pixels. It is unpacked into a temporary folder, which is then
+    renamed."""
     final = folder / IMAGENETTE_FOLDER
     if not final.is_dir():
         with _explained("imagenette", folder), _download("imagenette", folder, download):
@@ -142,7 +143,7 @@ def _open_imagenette(folder: Path, split: Split, download: bool) -> ListedSource
 
 @contextmanager
 def _download(name: str, folder: Path, allowed: bool) -> Iterator[None]:
-    """Only one process downloads at a time."""
+    """Hold a lock so that only one process downloads at a time."""
     if not allowed:
         raise NotDownloadedError(f"{name} is not in {folder} yet", fix="run the command without --dry-run")
     folder.mkdir(parents=True, exist_ok=True)
@@ -154,7 +155,7 @@ def _download(name: str, folder: Path, allowed: bool) -> Iterator[None]:
 
 @contextmanager
 def _explained(name: str, folder: Path) -> Iterator[None]:
-    """Errors explain what to do without a download."""
+    """Turn download errors into a UserError that explains what to do without a download."""
     try:
         yield
     except DOWNLOAD_ERRORS as error:

@@ -1,8 +1,8 @@
-"""The order of the classes: it must be the order of the teacher's outputs.
+"""Orders the classes of a dataset to match the teacher's outputs.
 
-In: a source, and `data.classes`: the name of an order or a file of class names. Out: the same source, labels renumbered
-in that order. Invariant: every image keeps its class; a list that does not contain exactly the classes of the data set
-is an error.
+In: a source, and `data.classes`, which names an order or a file of class names. Out: the same source with its labels
+renumbered in that order. Invariant: every image keeps its class; a list that does not contain exactly the dataset's
+classes is an error.
 """
 
 import dataclasses
@@ -22,12 +22,12 @@ MAX_LIST_BYTES = 1 << 26
 
 
 def natural_key(name: str) -> list[Any]:
-    """The sort key of timm's image folders: numbers by value, case-insensitive."""
+    """The sort key that timm uses for image folders: case-insensitive, with numbers compared by value."""
     return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name.lower()))]
 
 
 ORDERS: dict[str, Callable[[str], Any]] = {"sorted": lambda name: name, "natural": natural_key, "caseless": str.lower}
-"""Named orders: by code point as in torchvision's image folders, natural as in timm's, case-insensitive."""
+"""Named orders: by code point (as in torchvision's image folders), natural (as in timm's), and case-insensitive."""
 
 
 def normalize_name(name: str) -> str:
@@ -39,7 +39,7 @@ def read_class_names(path: Path) -> tuple[str, ...]:
     """The non-empty lines of a class list.
 
     Raises:
-        UserError: no such file, not UTF-8, too large.
+        UserError: the file does not exist, is not UTF-8 or is too large.
     """
     what = "the list of class names"
     try:
@@ -56,12 +56,12 @@ def read_class_names(path: Path) -> tuple[str, ...]:
 
 
 def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
-    """The source with its classes in the order of `classes`: one of `ORDERS`, a file, or None for the source's own.
+    """The source with its classes in the order of `classes`: one of `ORDERS`, a file, or None to keep the order.
 
-    If the classes of the source are only numbered, a file with other names gives them these names.
+    If the source's classes have only numbers, a file can give them names.
 
     Raises:
-        UserError: the file cannot be read, its names are not the classes of the data set, or there are no labels.
+        UserError: the file cannot be read, its names are not the dataset's classes, or there are no labels.
     """
     if classes is None:
         return source
@@ -87,16 +87,16 @@ def reorder_classes(source: ListedSource, classes: str | None) -> ListedSource:
 
 
 def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
-    """Check that the labels of a data set are the outputs of a model.
+    """Check that the labels of a dataset match the outputs of a model.
 
     Args:
         source: the images.
-        expected: class names of the model, in the order of its outputs; empty: unknown.
-        count: its number of outputs.
+        expected: the model's class names in the order of its outputs; empty if they are unknown.
+        count: number of model outputs.
 
     Raises:
-        UserError: no labels, another number of classes, other names or another order. Classes that are only numbered
-            have no names to compare.
+        UserError: there are no labels, or the classes differ from the model's in number, names or order. Names are not
+            compared for classes that have only numbers.
     """
     names = [normalize_name(name) for name in source.class_names]
     if not names:
@@ -121,7 +121,7 @@ def check_classes(source: Source, expected: Sequence[str], count: int) -> None:
 
 
 def _listed(names: Sequence[str]) -> str:
-    """The number of classes and the first names."""
+    """The number of classes and the first few names."""
     return f"{counted(len(names), 'class')}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
 
 

@@ -1,6 +1,6 @@
-"""Labels of ImageNet's flat val/ folder from its devkit.
+"""Labels for ImageNet's flat val/ folder, read from the devkit.
 
-In: image names, the sorted class folders of train/, the devkit folder. Out: one label per image.
+In: image names, the sorted class folders in train/, and the devkit folder. Out: one label per image.
 Invariant: a label comes from the number in the file name, so a subset of the validation set is labeled correctly too.
 """
 
@@ -15,11 +15,11 @@ TRUTH = "ILSVRC2012_validation_ground_truth.txt"
 
 
 def flat_val_labels(root: Path, images: list[str], class_names: list[str], devkit: str | None) -> list[int]:
-    """Labels of `images`, named like ILSVRC2012_val_00000001.JPEG.
+    """Labels of `images`, whose names look like ILSVRC2012_val_00000001.JPEG.
 
     Raises:
-        UserError: no devkit or a damaged one, an image without a number or beyond the ground truth, a class (WordNet
-            id) that train/ does not have.
+        UserError: the devkit is missing or damaged, an image has no number or one beyond the ground truth, or train/
+            lacks the class (WordNet ID) of an image.
     """
     data = _devkit_data(root, devkit)
     wnids = _read_wnids(data / "meta.mat")
@@ -64,7 +64,7 @@ def _devkit_data(root: Path, devkit: str | None) -> Path:
 
 
 def _read_wnids(path: Path) -> dict[int, str]:
-    """ILSVRC2012_ID to WordNet id for the leaf classes (those without children)."""
+    """The WordNet ID of each leaf class (a class without children), keyed by ILSVRC2012_ID."""
     import scipy.io
 
     try:
@@ -82,7 +82,7 @@ def _read_wnids(path: Path) -> dict[int, str]:
 
 
 def _read_truth(path: Path) -> list[int]:
-    """ILSVRC2012_ID of validation image 1, 2, ..."""
+    """The ILSVRC2012_IDs of the validation images in numerical order, from image 1."""
     try:
         return [int(line) for line in path.read_text("ascii").split()]
     except ValueError as error:

@@ -1,8 +1,9 @@
 """Image folders: class folders under train/ and val/, ImageNet's flat val/ with its devkit, or images without labels.
 
-In: a root folder. Out: a `ListedSource`; its keys are the paths below the split, its labels index the sorted class
-folders of train/. A train/ with images and no folders has no labels; without train/, neither has any image below the
-root. Invariant: the listing is complete or an error; every file is a sample or is counted in `ignored`.
+In: a root folder. Out: a `ListedSource`; its keys are the paths below the split's folder, and its labels are indices
+into the sorted class folders in train/. Images have no labels if train/ holds images but no folders, or if there is no
+train/; in the second case, all images below the root are listed. Invariant: the listing is complete, or an error is
+raised; every file is a sample or is counted in `ignored`.
 """
 
 import dataclasses
@@ -47,16 +48,16 @@ SYSTEM_NAMES = frozenset(
         "system volume information",
     }
 )
-"""Files and folders (in lower case) that operating systems add."""
+"""Names, in lower case, of files and folders that operating systems add."""
 
 
 OTHER_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "test", "testing")}
-"""Names, in lower case, that people give to the folder of a split."""
+"""Names, in lower case, that people give to a split's folder."""
 SPLIT_FOLDERS = frozenset(name for names in OTHER_NAMES.values() for name in names)
 
 
 class FileReader:
-    """Reads single image files. Holds paths only."""
+    """Reads single image files. It holds only paths."""
 
     def __init__(self, folder: Path, paths: Sequence[str]) -> None:
         self._folder = str(folder)
@@ -69,7 +70,7 @@ class FileReader:
 
 
 Kind = tuple[str, str]
-"""A kind of ignored file: one, several."""
+"""A kind of ignored file, as a singular and a plural noun."""
 HIDDEN: Kind = ("hidden or system file or folder", "hidden or system files and folders")
 BROKEN: Kind = ("broken link or special file", "broken links or special files")
 UNREADABLE: Kind = ("file that cannot be read", "files that cannot be read")
@@ -101,16 +102,16 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
     """List an image folder.
 
     Args:
-        name: the data set as the user gave it.
+        name: the path that the user gave.
         root: the folder with train/ and val/.
         split: train or val.
         devkit: ImageNet devkit folder, for a flat val/.
-        classes_file: whether to use the class order of classes.txt in `root`, if that lists the class folders.
+        classes_file: whether to use the class order in classes.txt in `root`, if that file lists the class folders.
 
     Raises:
-        UserError: no images, no val/ for labeled images, an empty class folder, a validation class unknown to train/,
-            class folders with images beside them, a split folder with another name, a loop of symbolic links, a
-            duplicate key.
+        UserError: there are no images, labeled images have no val/, a class folder is empty, val/ has a class that
+            train/ lacks, there are images next to class folders, a split's folder has a different name, symbolic links
+            form a loop, or a key is duplicated.
     """
     train = root / "train"
     if not train.is_dir():
@@ -143,7 +144,7 @@ def open_folder(name: str, root: Path, split: Split, devkit: str | None, *, clas
 
 
 def _open_pictures(name: str, root: Path) -> ListedSource:
-    """All images below a folder without train/, without labels."""
+    """All images below a folder that has no train/; they have no labels."""
     others = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and entry.name.lower() in SPLIT_FOLDERS)
     if others:
         renames = [text for split in OTHER_NAMES if (text := _rename(root, split))]
@@ -171,7 +172,7 @@ def _open_pictures(name: str, root: Path) -> ListedSource:
 
 
 def _unused_names(root: Path, paths: list[str]) -> Iterator[str]:
-    """Notes about folders that could be class folders, or splits of a data set further below."""
+    """Notes about folders that could be class folders or the splits of a dataset in a subfolder."""
     classes = sorted({path.partition("/")[0] for path in paths if "/" in path})
     if len(classes) > 1 and all("/" in path for path in paths):
         yield (
@@ -186,7 +187,8 @@ def _unused_names(root: Path, paths: list[str]) -> Iterator[str]:
 def _open_unlabeled_train(
     name: str, root: Path, split: Split, images: list[str], devkit: str | None, ignored: IgnoredFiles
 ) -> ListedSource:
-    """A split of a data set whose train/ holds `images` and no folders. Class folders of val/ are its own classes."""
+    """A split of a dataset whose train/ holds `images` but no folders. If val/ has class folders, they are its
+    classes."""
     folder = root / "val"
     if not folder.is_dir() and (fix := _rename(root, "val")):
         raise UserError(f"{root} has no val/", fix=fix)
@@ -213,13 +215,13 @@ def _open_unlabeled_train(
 
 
 def _contents(root: Path) -> str:
-    """The first names in a folder."""
+    """The first few names in a folder."""
     names = sorted(entry.name for entry in root.iterdir())
     return ", ".join(names[:4]) + (f" and {len(names) - 4:,} more" if len(names) > 4 else "") if names else "nothing"
 
 
 def _rename(root: Path, split: str) -> str:
-    """What to do if the folder of a split has another name; empty if there is none."""
+    """What to do if a split's folder has a different name; empty if there is no such folder."""
     for entry in sorted(root.iterdir()):
         named = entry.name.lower() in OTHER_NAMES[split] and entry.name != split and entry.is_dir()
         if named and not (root / split).exists():
@@ -228,7 +230,7 @@ def _rename(root: Path, split: str) -> str:
 
 
 def _by_normalized_name(folder: Path, class_names: list[str]) -> dict[str, str]:
-    """Class folders by their names in Unicode form NFC."""
+    """Class folders, keyed by their names in Unicode form NFC."""
     by_text: dict[str, str] = {}
     for name in class_names:
         if not is_text(name):
@@ -272,7 +274,7 @@ def _list_validation(
 
 
 def _val_entries(folder: Path, ignored: IgnoredFiles) -> tuple[list[str], list[str]]:
-    """Class folders of val/, or the images of a flat val/."""
+    """The class folders in val/, or the images in a flat val/."""
     folders, flat = _entries(folder, ignored)
     if folders and flat:
         raise UserError(
@@ -355,7 +357,7 @@ def _scan(folder: Path, prefix: str, ignored: IgnoredFiles) -> list[os.DirEntry[
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a folder, or a link to one; a link loop is not."""
+    """Whether an entry is a folder or a link to one; false for a link loop."""
     try:
         return entry.is_dir()
     except OSError:
@@ -363,7 +365,7 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
-    """Whether an entry is a file, or a link to one; a link loop is not."""
+    """Whether an entry is a file or a link to one; false for a link loop."""
     try:
         return entry.is_file()
     except OSError:
@@ -371,7 +373,7 @@ def _is_file(entry: os.DirEntry[str]) -> bool:
 
 
 def _is_image(entry: os.DirEntry[str], prefix: str, ignored: IgnoredFiles) -> bool:
-    """Whether a file is an image: by its suffix, otherwise by its first bytes."""
+    """Whether a file is an image, judged by its suffix or else by its first bytes."""
     named = is_image_name(entry.name)
     if not _is_file(entry):
         if not named:
@@ -404,7 +406,7 @@ def is_system_name(name: str) -> bool:
 
 
 def path_keys(paths: Sequence[str]) -> list[str]:
-    """Keys of relative paths: without the image suffix, unless two files differ only in the suffix."""
+    """Keys for relative paths; the image suffix is dropped unless two files differ only in it."""
     stems = [os.path.splitext(path)[0] if is_image_name(path) else path for path in paths]
     count = Counter(stems)
     return [encode_key(path if count[stem] > 1 else stem) for path, stem in zip(paths, stems)]
@@ -413,7 +415,7 @@ def path_keys(paths: Sequence[str]) -> list[str]:
 def source_of_files(
     name: str, class_names: tuple[str, ...], folder: Path, paths: list[str], labels: list[int], ignored: IgnoredFiles
 ) -> ListedSource:
-    """The source of image files at `paths`, relative to `folder` or absolute, in canonical order.
+    """A source for the image files at `paths` (absolute or relative to `folder`), in canonical order.
 
     Raises:
         UserError: two files have the same key.

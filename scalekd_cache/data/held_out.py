@@ -1,7 +1,7 @@
-"""The held-out share: the val split of an unlabeled data set that has none.
+"""Holds out images as the val split of an unlabeled dataset that has no val split.
 
-In: a source that holds both splits. Out: one of them. Invariant: the splits are disjoint, together they are the whole
-list, and which image is held out depends only on the keys, not on their order. The order of the source is kept.
+In: a source that holds both splits. Out: one of them. Invariant: the splits are disjoint and together make up the whole
+list. Which images are held out depends only on the keys, not on their order. Each split keeps the order of the source.
 """
 
 import dataclasses
@@ -13,15 +13,15 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.store.base import NO_LABEL
 
 SHARE = 20
-"""One image of this many is held out."""
+"""One image in this many is held out."""
 MAX_HELD_OUT = 5_000
-"""Maximum number of held-out images, and of validation images for which the teacher's outputs are stored: enough for
-nearest neighbors among a thousand classes."""
+"""Maximum number of held-out images, and of validation images for which the teacher's outputs are stored. This is
+enough for a nearest-neighbor evaluation with a thousand classes."""
 HELD_OUT_ORDER = b"scalekd-cache held-out share"
 
 
 class SelectedReader:
-    """Reads the images of another reader at `indices`, (N,) int64."""
+    """Reads the images at `indices`, (N,) int64, from the reader it wraps."""
 
     def __init__(self, reader: Reader, indices: IntArray) -> None:
         self._reader = reader
@@ -33,7 +33,7 @@ class SelectedReader:
 
 
 def divide(source: ListedSource, split: Split) -> ListedSource:
-    """One split of an unlabeled source; a source whose `held_out` is known is returned as it is.
+    """One split of an unlabeled source; a source whose `held_out` is known is returned unchanged.
 
     Raises:
         UserError: the source has fewer than two images.

@@ -1,8 +1,8 @@
-"""Supported image formats, and how a file is recognized by its name or its first bytes.
+"""Supported image formats, and tests that recognize an image by its file name or its first bytes.
 
-In: file names, first bytes. Out: whether it is a supported image. Invariant: only formats for which Pillow raises on
-damaged files, and none that runs other programs (EPS). Only the Pillow plugins of these formats are imported, so a
-broken plugin of another format cannot cause errors.
+In: a file name or the first bytes of a file. Out: whether it is a supported image. Invariant: Pillow raises an error on
+damaged files in every supported format, and no supported format runs other programs (as EPS does). Only the Pillow
+plugins for these formats are imported, so a broken plugin for a different format cannot cause errors.
 """
 
 import importlib
@@ -39,23 +39,23 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "TIFF": (".tif", ".tiff"),
     "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
 }
-"""Suffixes of every format that is decoded. Not JPEG 2000: Pillow decodes some truncated files."""
+"""Suffixes of each supported format. JPEG 2000 is excluded because Pillow decodes some truncated files."""
 if importlib.util.find_spec("PIL.AvifImagePlugin"):  # since Pillow 11.3
     _PLUGINS.append(importlib.import_module("PIL.AvifImagePlugin"))
     SUFFIXES["AVIF"] = (".avif",)
 FORMATS = tuple(SUFFIXES)
-"""Formats that are decoded, whatever the file name."""
+"""Formats that are decoded, regardless of the file name."""
 IMAGE_SUFFIXES = frozenset(suffix for suffixes in SUFFIXES.values() for suffix in suffixes)
 OTHER_SUFFIXES = ", ".join(suffixes[0][1:] for suffixes in SUFFIXES.values() if suffixes[0] != ".jpg")
-"""One suffix of every format except JPEG, for messages."""
+"""One suffix for each format except JPEG, for messages."""
 START_BYTES = 16
-"""Number of first bytes from which Pillow recognizes a format."""
+"""Number of bytes at the start of a file from which Pillow recognizes the format."""
 TIFF_STARTS = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 """Raw camera files start with these bytes too, so they count only for a file without a suffix."""
 
 
 def suffix_of(name: str) -> str:
-    """The suffix of a file name in lower case, without a query string (left by some downloads)."""
+    """The suffix of a file name in lower case, without the query string that some downloads leave."""
     return os.path.splitext(name.partition("?")[0])[1].lower()
 
 
@@ -65,10 +65,10 @@ def is_image_name(name: str) -> bool:
 
 
 def is_image_file(path: str, start: bytes) -> bool:
-    """Whether a file with another suffix, or none, is a supported image, by its first bytes and its header."""
+    """Whether a file with an unknown suffix or none is a supported image, judged by its first bytes and its header."""
     if len(start) < START_BYTES or (start.startswith(TIFF_STARTS) and suffix_of(os.path.basename(path))):
         return False
-    accepts = (Image.OPEN[kind][1] for kind in FORMATS if kind in Image.OPEN and kind != "DIB")  # DIB has no magic
+    accepts = (Image.OPEN[kind][1] for kind in FORMATS if kind in Image.OPEN and kind != "DIB")  # DIB: no magic bytes
     if not any(accept is not None and accept(start) is True for accept in accepts):
         return False
     try:

@@ -1,7 +1,7 @@
 """Decodes one image file.
 
 In: the bytes of an image file. Out: (H, W, 3) uint8 RGB.
-Invariant: an image that decodes is complete; anything else is `UnreadableImage`, never a crash and never zero-filled.
+Invariant: a decoded image is complete and never zero-filled; anything else raises `UnreadableImage` and never crashes.
 """
 
 import hashlib
@@ -14,7 +14,8 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from scalekd_cache.data.image_formats import FORMATS
 
 MAX_PIXELS = 178_956_970
-"""Maximum image size, pixels: twice Pillow's default, the size at which Pillow itself raises."""
+"""Maximum image size in pixels: twice Pillow's default limit, which is the size at which Pillow itself raises an
+error."""
 ORIENTATION_TAG = 0x0112
 TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -40,7 +41,7 @@ class UnreadableImage(Exception):  # noqa: N818 (not a program error)
 
 
 def image_digest(data: bytes) -> str:
-    """16 hex characters: blake2b of an image file, used to detect a replaced file."""
+    """The blake2b digest of an image file as 16 hex characters, used to detect a replaced file."""
     return hashlib.blake2b(data, digest_size=8).hexdigest()
 
 
@@ -48,22 +49,23 @@ def decode_image(data: bytes, key: str) -> npt.NDArray[np.uint8]:
     """Decode an image file to (H, W, 3) uint8 RGB.
 
     EXIF rotation is applied; alpha and palette transparency are composited over white; 16-bit gray is scaled to 8;
-    CMYK is converted without a color profile; of several frames the first is used.
+    CMYK is converted without a color profile; only the first of multiple frames is used.
 
     Raises:
-        UnreadableImage: no bytes, not an image, truncated, no defined range of values, over `MAX_PIXELS`.
+        UnreadableImage: the file is empty, truncated, not an image or larger than `MAX_PIXELS`, or its value range is
+            undefined.
     """
     if not data:
         raise UnreadableImage(key, "zero bytes")
     ImageFile.LOAD_TRUNCATED_IMAGES = (
-        False  # process-wide; when another library sets it, truncated images are zero-filled
+        False  # process-wide; if a different library sets it, truncated images are zero-filled
     )
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             _check_size(image, key)
             image.load()
             pixels = np.array(_to_rgb(_upright(image), key))
-    except (UnreadableImage, MemoryError):  # MemoryError is a fact about the machine, not the image
+    except (UnreadableImage, MemoryError):  # MemoryError depends on the machine, not on the image
         raise
     except Exception as error:  # Pillow raises many exception types on damaged bytes
         reason = "not a known image format" if isinstance(error, UnidentifiedImageError) else str(error)
@@ -81,7 +83,7 @@ def _check_size(image: Image.Image, key: str) -> None:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """The image rotated by its EXIF orientation."""
+    """The image rotated according to its EXIF orientation."""
     try:
         orientation = image.getexif().get(ORIENTATION_TAG, 1)
     except Exception:  # the pixels are complete; only the EXIF block is damaged
@@ -102,7 +104,8 @@ def _to_rgb(image: Image.Image, key: str) -> Image.Image:
 
 
 def _from_deep_gray(image: Image.Image, key: str) -> Image.Image:
-    """16-bit gray to 8-bit RGB; for wider integers and floats the value of white is unknown."""
+    """Convert 16-bit gray to 8-bit RGB; wider integers and floats are rejected because their value for white is
+    unknown."""
     values = np.asarray(image)
     low, high = values.min(), values.max()
     if image.mode == "F" or low < 0 or high > 65535:

@@ -1,8 +1,8 @@
-"""Parquet files in the layout of Hugging Face data sets: a column of images, and a column of labels if there are any.
+"""Parquet files laid out like Hugging Face datasets: an image column and, if there are labels, a label column.
 
-In: a folder with train/ and val/ (validation/, test/) parquet files, or data/train-*.parquet and its like.
+In: a folder with parquet files in train/ and val/ (or validation/, test/), or with names like data/train-*.parquet.
 Out: a `ListedSource` in file order (only whole row groups can be read, so a hashed order would read a group for every
-sample). Invariant: row i of a file is one sample, key `<file>/<row>`.
+sample). Invariant: row i of a file is one sample, with the key `<file>/<row>`.
 """
 
 import json
@@ -34,13 +34,14 @@ SPLIT_NAMES = {"train": ("train",), "val": ("val", "validation", "test")}
 IMAGE_COLUMNS = ("image", "img")
 LABEL_COLUMN = "label"
 LABEL_LIKE = re.compile(r".*label.*|class|classes|cls|target", re.IGNORECASE)
-"""Names of integer columns that could hold the labels: they are refused rather than ignored."""
+"""Names of integer columns that could hold the labels: they are rejected rather than ignored."""
 LAYOUT = "train/*.parquet and val/*.parquet, or data/train-*.parquet and data/validation-*.parquet"
 
 
 class ParquetFacts(NamedTuple):
-    """Facts about a file: rows of each row group, labels (rows,) int64, whether it has a column of labels (otherwise
-    they are `NO_LABEL`), class names if declared, and the number of rows with neither bytes nor a path."""
+    """Facts about a file: the row count of each row group, labels (rows,) int64, whether it has a label column (without
+    one, all labels are `NO_LABEL`), the declared class names, if any, and the number of rows with neither bytes nor a
+    path."""
 
     path: str
     image_column: str
@@ -52,10 +53,10 @@ class ParquetFacts(NamedTuple):
 
 
 class ParquetReader:
-    """Reads image bytes and caches the last row group (not pickled). Holds no open file.
+    """Reads image bytes and caches the last row group, which is not pickled. It holds no open files.
 
     Args:
-        files: the facts of the files.
+        files: the facts about the files.
         root: image paths may be relative to it or to the folder of their file.
     """
 
@@ -68,7 +69,7 @@ class ParquetReader:
         self._latest: tuple[int, Any] | None = None
 
     def __call__(self, index: int) -> bytes:
-        """Image bytes of row `index` (counted over all files), embedded or read from its path; b"" for a null."""
+        """Image bytes of row `index` (counted over all files), embedded or read from its path; b"" for a null value."""
         group = int(np.searchsorted(self._starts, index, side="right")) - 1
         latest = self._latest
         if latest is None or latest[0] != group:
@@ -107,12 +108,11 @@ def has_parquet(root: Path) -> bool:
 def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
     """List a folder of parquet files. Class names are those declared in the files, otherwise "0".."max".
 
-    If no training file has a column of labels, val may have labels of its own; without val files, the list is that of
-    both splits.
+    If no training file has a label column, val may have its own labels; without val files, the list covers both splits.
 
     Raises:
-        UserError: pyarrow is missing, no files, unexpected columns or labels, labels in only some files, a damaged
-            file.
+        UserError: pyarrow or the files are missing, columns or labels are not as expected, only some files have labels,
+            or a file is damaged.
     """
     train_paths, val_paths = _find(root, "train"), _find(root, "val")
     paths = val_paths if split == "val" else train_paths
@@ -156,7 +156,7 @@ def open_parquet(name: str, root: Path, split: Split) -> ListedSource:
 
 
 def _check_all_labeled(files: list[ParquetFacts], *, needed: bool) -> None:
-    """UserError for the first file without a column of labels, if another file has one or labels are `needed`."""
+    """Raise UserError for the first file without a label column if any file has one or labels are `needed`."""
     unlabeled = [facts for facts in files if not facts.labeled]
     if unlabeled and (needed or len(unlabeled) < len(files)):
         raise UserError(
@@ -183,7 +183,7 @@ def _find(root: Path, split: str) -> list[Path]:
 
 
 def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
-    """The facts of a file; with `images`, checks that every image has bytes or an existing file."""
+    """The facts about a file; `images` also checks that every image has bytes or an existing file."""
     parquet = _pyarrow_parquet()
     check_regular(path, "a parquet file")
     try:
@@ -210,23 +210,23 @@ def _read_facts(path: Path, root: Path, *, images: bool) -> ParquetFacts:
 
 
 def _parts(value: Any) -> tuple[bytes, str]:
-    """Bytes and path of the image in a row, which holds bytes, a path or a struct of both."""
+    """Bytes and path of the image in a column value, which is bytes, a path or a struct of both."""
     if isinstance(value, dict):
         return value.get("bytes") or b"", value.get("path") or ""
     return (b"", value) if isinstance(value, str) else (value or b"", "")
 
 
 def _place_of(path: str, file: Path, root: Path) -> Path | None:
-    """The file of a path that is absolute, relative to the parquet file, or relative to the data set."""
+    """The file at a path that is absolute, relative to the parquet file, or relative to the dataset."""
     places = (folder / path for folder in (file.parent, root))  # an absolute path is kept
     return next((place for place in places if place.is_file()), None)
 
 
 def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
-    """The number of rows with neither bytes nor a path; reads only row groups with images that have no bytes.
+    """The number of rows with neither bytes nor a path. Only row groups with images that have no bytes are read.
 
     Raises:
-        UserError: the file of a path does not exist.
+        UserError: there is no file at one of the paths.
     """
     first, empty, example = 0, 0, ""
     lost: list[int] = []
@@ -255,7 +255,7 @@ def _check_images(file: Any, column: str, path: Path, root: Path) -> int:
 
 
 def _has_nulls(group: Any, column: str) -> bool:
-    """Whether a row group may have images without bytes, by its statistics."""
+    """Whether a row group may have images without bytes, according to its statistics."""
     chunks = [group.column(number) for number in range(group.num_columns)]
     found = [chunk.statistics for chunk in chunks if chunk.path_in_schema in (column, f"{column}.bytes")]
     return not found or found[0] is None or found[0].null_count != 0
@@ -282,7 +282,7 @@ def _is_integer(kind: Any) -> bool:
 
 
 def _declared_classes(metadata: dict[bytes, bytes] | None, path: Path) -> tuple[str, ...] | None:
-    """Names of the ClassLabel feature in the Hugging Face schema metadata, if there is one."""
+    """Class names from the ClassLabel feature in the Hugging Face schema metadata, if it has one."""
     text = (metadata or {}).get(b"huggingface")
     if text is None:
         return None

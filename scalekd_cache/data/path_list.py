@@ -1,7 +1,7 @@
 """A text file that lists images: one path per line, relative to the file's folder or absolute, without labels.
 
-In: the file. Out: a `ListedSource` of both splits; its keys are the paths as written. Invariant: every listed path is
-an image file, and no file is listed twice; any other line is an error with its number.
+In: the file. Out: a `ListedSource` that holds both splits; its keys are the paths as written. Invariant: every listed
+path is an image file, and no file is listed twice; for any other line, the error gives the line number.
 """
 
 import dataclasses
@@ -28,8 +28,8 @@ def open_path_list(name: str, file: Path) -> ListedSource:
     """List the images of a text file; empty lines and lines that start with # are skipped.
 
     Raises:
-        UserError: the file is not UTF-8, too large, or lists no image; a line names a missing file, a folder, a file of
-            another format, or an image of an earlier line. The error names the line.
+        UserError: the file is not UTF-8, is too large or lists no images; or a line names a missing file, a folder, a
+            file that is not an image, or an image that an earlier line lists. The error gives the line number.
     """
     line_of: dict[str, int] = {}
     paths = []

@@ -1,7 +1,7 @@
-"""Brace patterns of file names: `train-{000..146}.tar`, `{a,b}.tar`.
+"""Brace patterns for file names: `train-{000..146}.tar`, `{a,b}.tar`.
 
 In: a pattern. Out: the file names it expands to, or the matching validation files.
-Invariant: a training pattern means exactly the files it names; a missing one is an error when it is opened.
+Invariant: a training pattern stands for exactly the files it names; opening a missing file is an error.
 """
 
 import glob
@@ -15,12 +15,12 @@ MAX_FILES = 1_000_000
 
 
 def is_pattern(text: str) -> bool:
-    """Whether `text` is a brace pattern of tars."""
+    """Whether `text` is a brace pattern for tars."""
     return text.endswith(".tar") and BRACES.search(text) is not None
 
 
 def expand_braces(pattern: str) -> list[str]:
-    """All names a pattern expands to, in order; leading zeros of a range are kept."""
+    """All names that a pattern expands to, in order; leading zeros in a range are kept."""
     pieces = BRACES.split(pattern)  # text, inside, text, inside, ..., text
     choices = [_choices(piece, pattern) if number % 2 else [piece] for number, piece in enumerate(pieces)]
     total = 1
@@ -37,7 +37,7 @@ def word(name: str) -> re.Pattern[str]:
 
 
 def find_val_tars(pattern: str, names: tuple[str, ...]) -> list[str]:
-    """Existing files for the pattern with its last word `train` replaced by one of `names`, with any numbers."""
+    """Existing files that match the pattern with its last word `train` replaced by one of `names`, with any numbers."""
     words = list(word("train").finditer(pattern))
     if not words:
         return []

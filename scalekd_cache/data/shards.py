@@ -1,9 +1,9 @@
-"""WebDataset shards as a source: samples are neighboring tar members with one key, an image and a .cls.
+"""WebDataset shards as a source: a sample is a run of adjacent tar members with one key: an image and a .cls.
 
-In: a folder with train and val tars, or a brace pattern of the train tars. Out: a `ListedSource` in tar order whose
-work units never span two tars. A split without any .cls has no labels. Invariant: every header is checked once at
-opening; a truncated tar, a sample without image, labels of only some samples and a duplicate key are errors; nothing is
-extracted.
+In: a folder with train and val tars, or a brace pattern for the train tars. Out: a `ListedSource` in tar order whose
+work units never span two tars. A split without any .cls has no labels. Invariant: every header is checked once, when
+the source is opened; a truncated tar, a sample without an image, labels for only some samples and a duplicate key are
+errors; nothing is extracted.
 """
 
 import os
@@ -47,7 +47,7 @@ class ShardSample(NamedTuple):
 
 
 class TarReader:
-    """Reads images from tars by offset. Holds no open files: each read opens and closes its tar."""
+    """Reads images from tars by offset. It holds no open files: each read opens and closes its tar."""
 
     def __init__(self, tars: list[str], samples: list[list[ShardSample]]) -> None:
         self._tars = tars
@@ -93,15 +93,15 @@ def has_shards(root: Path) -> bool:
 
 
 def open_shards(name: str, root: str, split: Split) -> ListedSource:
-    """List WebDataset tars; `root` is a folder or a brace pattern of the training tars.
+    """List WebDataset tars; `root` is a folder or a brace pattern for the training tars.
 
-    Class names are the lines of classes.txt next to the tars or one folder up, otherwise "0".."max" of the training
-    labels (then opening val also reads the training headers). If the training samples have no labels, val may have
-    labels of its own; without val tars, the list is that of both splits.
+    Class names are the lines of classes.txt, next to the tars or one folder up. Without that file, they are "0".."max"
+    of the training labels, and opening val also reads the headers of the training tars. If the training samples have no
+    labels, val may have its own labels; without val tars, the list covers both splits.
 
     Raises:
-        UserError: no tars, a damaged tar, a sample without image, labels of only some samples, a duplicate key, a label
-            outside the list.
+        UserError: there are no tars, a tar is damaged, a sample has no image, only some samples have labels, a key is
+            duplicated, or a label is outside the class list.
     """
     train_tars, val_tars = _find(root, "train"), _find(root, "val")
     if not train_tars or (split == "val" and not val_tars and _has_labels(train_tars)):
@@ -143,13 +143,13 @@ def open_shards(name: str, root: str, split: Split) -> ListedSource:
 
 
 def _has_labels(tars: list[str]) -> bool:
-    """Whether the samples of the first tar that holds any have labels."""
+    """Whether the samples in the first tar that holds any have labels."""
     samples = next((found for tar in tars if (found := _read_samples(tar, Counter()))), [])
     return any(sample.label != NO_LABEL for sample in samples)
 
 
 def _check_all_labeled(tars: list[str], samples: list[list[ShardSample]]) -> None:
-    """UserError for the first sample without a label."""
+    """Raise UserError for the first sample without a label."""
     unlabeled = [(tar, sample.key) for tar, many in zip(tars, samples) for sample in many if sample.label == NO_LABEL]
     if unlabeled:
         tar, key = unlabeled[0]
@@ -157,7 +157,7 @@ def _check_all_labeled(tars: list[str], samples: list[list[ShardSample]]) -> Non
 
 
 def _class_names(train_tars: list[str], labels: IntArray, split: Split, root: str) -> tuple[str, ...]:
-    """Names of the classes of a split with `labels`; of its own labels if train has none."""
+    """Class names for a split with `labels`; they come from its own labels if train has none."""
     listed = _class_names_beside(train_tars[0])
     if listed is not None:
         return listed
@@ -191,7 +191,7 @@ def _find(root: str, split: str) -> list[str]:
 
 
 def _class_names_beside(tar: str) -> tuple[str, ...] | None:
-    """Lines of classes.txt in the folder of a training tar, or in its parent if the folder is train/."""
+    """Lines of classes.txt in the folder of a training tar, or in the parent folder if that folder is train/."""
     folder = Path(tar).parent
     for path in (folder / "classes.txt", folder.parent / "classes.txt"):
         if path.is_file() and (path.parent == folder or folder.name == "train"):
@@ -200,7 +200,7 @@ def _class_names_beside(tar: str) -> tuple[str, ...] | None:
 
 
 def _read_samples(tar: str, others: Counter[str]) -> list[ShardSample]:
-    """All samples of one tar, in order; members of no sample are counted in `others`."""
+    """All samples in one tar, in order; members that belong to no sample are counted in `others`."""
     groups: list[tuple[str, dict[str, TarMember]]] = []
     for member in scan_tar(tar, others):
         parts = split_name(member.name)
@@ -225,7 +225,7 @@ def _sample(tar: str, descriptor: int, stem: str, members: dict[str, TarMember],
     whole = len(images) == 1
     dotted = sorted(name for name in members if "." in name and name.rpartition(".")[2] in {*IMAGE_EXTENSIONS, "cls"})
     pairs = {name.rpartition(".")[0] for name in dotted if name.endswith(".cls")}
-    # WebDataset uses extensions such as seg.png for further data of a sample; with a label it is a sample by itself.
+    # WebDataset uses extensions such as seg.png for more data in a sample; with its own label, it is a separate sample.
     if dotted and (not whole or any(name.rpartition(".")[0] in pairs for name in dotted if not name.endswith(".cls"))):
         raise _dotted(tar, stem, dotted[0])
     if not whole:

@@ -1,7 +1,7 @@
-"""Opens a data set by name or path.
+"""Opens a dataset by name or path.
 
-In: `DataConfig` and a split, or the data facts of a manifest. Out: a `Source` (keys, labels, encoded images), and the
-digest of its listing. Invariant: every command opens its images here, so a name or path means the same data set in all
+In: `DataConfig` and a split, or the data facts in a manifest. Out: a `Source` (keys, labels, encoded images), and the
+digest of its listing. Invariant: every command opens its images here, so a name or path means the same dataset in all
 of them.
 """
 
@@ -26,30 +26,30 @@ from scalekd_cache.store.manifest import classes_digest
 
 
 def open_source(config: DataConfig, split: Split, *, download: bool = True) -> Source:
-    """List a data set.
+    """List a dataset.
 
     Args:
         config: `source` is demo, cifar10, imagenette, a folder (class folders, images without labels, WebDataset tars
             or parquet files), a text file with image paths or a brace pattern of tars; `max_samples` keeps only the
-            first samples of the canonical order.
+            first samples in canonical order.
         split: train or val. Class names come from train in both cases, unless train has no labels. If an unlabeled
             train has no val, `divide` holds out a share of the `max_samples` images as val.
-        download: download a data set that is missing; otherwise that is a `NotDownloadedError`.
+        download: whether to download a missing dataset; if not, it raises `NotDownloadedError`.
 
     Raises:
-        UserError: an unknown name, a missing or damaged data set, a failed download.
+        UserError: the name is unknown, the dataset is missing or damaged, or the download fails.
     """
     assert split in ("train", "val"), split
     return divide(reorder_classes(_open(config, split, download), config.classes).first(config.max_samples), split)
 
 
 def open_cache_source(facts: Mapping[str, Any], source: str | None, split: Split) -> Source:
-    """The data set that a cache was made from; arguments are those of `data_config`, errors those of `open_source`."""
+    """The dataset that a cache was made from; see `data_config` for the arguments and `open_source` for the errors."""
     return open_source(data_config(facts, source), split)
 
 
 def data_config(facts: Mapping[str, Any], source: str | None) -> DataConfig:
-    """The data options of a cache from its manifest; `source`, where given, is the new location of the data set."""
+    """The data options of a cache from its manifest; `source`, if given, is the new location of the dataset."""
     return DataConfig(
         source=source or facts["source"],
         devkit=facts.get("devkit"),
@@ -106,7 +106,7 @@ def _not_a_folder(name: str, root: Path) -> UserError:
 
 
 def describe_source(source: Source) -> str:
-    """One line about a training split: number of images, classes, and held-out images if it has no labels."""
+    """One line about a training split: the number of images and classes, or of held-out images if it has no labels."""
     count = len(source.samples)
     place = f"in {source.name.rstrip('/')}/" if Path(source.name).expanduser().is_dir() else f"in {source.name}"
     if source.class_names:
@@ -123,7 +123,7 @@ def describe_source(source: Source) -> str:
 
 
 def data_facts(source: Source) -> dict[str, Any]:
-    """The data set's part of a cache fingerprint."""
+    """The dataset's part of a cache fingerprint."""
     return {
         "listing": listing_digest(source),
         "samples": len(source.samples),
@@ -132,7 +132,7 @@ def data_facts(source: Source) -> dict[str, Any]:
 
 
 def listing_digest(source: Source) -> str:
-    """sha256 (hex) over keys and labels in canonical order."""
+    """sha256 (hex) of the keys and labels in canonical order."""
     digest = hashlib.sha256()
     for key, label in source.samples:
         digest.update(f"{key}\0{label}\n".encode())

@@ -1,8 +1,8 @@
 """Scans the headers of an untrusted tar.
 
-In: a path. Out: name, offset and size of every regular member.
-Invariant: every member lies completely inside the file; the tar has its end marker and nothing after it; links, devices
-and sparse files are ignored; no allocation depends on a size from a header.
+In: a path. Out: the name, offset and size of every regular member.
+Invariant: every member lies completely inside the file; the tar ends with its end marker; links, devices and sparse
+files are ignored; no allocation depends on a size from a header.
 """
 
 import io
@@ -19,7 +19,7 @@ SCAN_ERRORS = (tarfile.TarError, ValueError, OverflowError, IndexError, KeyError
 
 
 class TarMember(NamedTuple):
-    """A regular file inside a tar: its data starts at `offset` and has `size` bytes."""
+    """A regular file inside a tar: its data starts at `offset` and is `size` bytes long."""
 
     name: str
     offset: int
@@ -48,7 +48,8 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
     """All regular members in order; links and other members without data are counted in `others`.
 
     Raises:
-        UserError: no such file, not an uncompressed tar, truncated, damaged, data after the end marker.
+        UserError: the file does not exist, is not an uncompressed tar, is truncated or damaged, or has data after the
+            end marker.
     """
     members: list[TarMember] = []
     last = "none"
@@ -80,7 +81,7 @@ def scan_tar(path: str, others: Counter[str]) -> list[TarMember]:
 
 
 def _check_end(file: io.FileIO, position: int) -> None:
-    """Checks that only zeros follow the last member, at least one block."""
+    """Check that at least one block follows the last member, and that only zeros follow it."""
     file.seek(position)
     block = file.read(BLOCK)
     if len(block) < BLOCK:

@@ -1,8 +1,8 @@
-"""Loads items in worker processes: prefetch limits, transfer through shared memory, errors of workers.
+"""Loads items in worker processes: limits prefetching, transfers items through shared memory and reports worker errors.
 
-In: a data set, the order of its items, the size of one item in bytes. Out: the items, in that order.
+In: a dataset, the order of its items, and the size of one item in bytes. Out: the items, in that order.
 Invariant: all tensors of an item are sent in one block of shared memory (one file descriptor) and copied out of it when
-received, by the loader or by its caller; the worker uses the block again. Prefetching is limited by the free shared
+received, by the loader or by its caller; the worker then reuses the block. Prefetching is limited by the free shared
 memory and the open-file limit. A worker that cannot send an item exits, and a worker that exits raises an error. Every
 worker runs one thread.
 """
@@ -28,19 +28,20 @@ from scalekd_cache.errors import UserError, counted, worker_failure
 SHARED_MEMORY = Path("/dev/shm")
 SHARED_MEMORY_FIX = "give the container more (docker run --shm-size=8g or --ipc=host)"
 MAX_PREFETCH_BYTES = 2 << 30
-"""Maximum prefetched bytes of one loader in shared memory, even if more is free."""
+"""Maximum number of bytes that one loader prefetches in shared memory, even if more is free."""
 ALIGNMENT = 64
-"""Alignment of tensors in a block, bytes."""
+"""Alignment of tensors in a block, in bytes."""
 RESERVED_FILES = 64
-"""File descriptors reserved for everything else in the process."""
+"""Number of file descriptors reserved for everything else in the process."""
 FILES_PER_WORKER = 7
-"""File descriptors that one worker takes in the main process: pipes, process handle and the block being read."""
+"""Number of file descriptors that one worker uses in the main process: pipes, process handle and the block being
+read."""
 
 
 def bytes_per_worker(workers: int) -> int:
-    """Bytes that each worker may prefetch: all workers together use half of the free shared memory.
+    """Number of bytes that each worker may prefetch; all workers together use half of the free shared memory.
 
-    The other half is for a second loader (evaluation during training). Processes on one machine share it evenly.
+    The other half is for a second loader (evaluation during training). Processes on one machine get equal shares.
     """
     free = _free_bytes()
     share = MAX_PREFETCH_BYTES if free is None else free // 2 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -48,7 +49,7 @@ def bytes_per_worker(workers: int) -> int:
 
 
 def prefetch_count(workers: int, item_bytes: int, most: int) -> int:
-    """Items that each worker may prefetch, 1 to `most`; 0 without workers.
+    """Number of items that each worker may prefetch, from 1 to `most`; 0 without workers.
 
     Raises:
         UserError: shared memory or the open-file limit does not allow one item per worker.
@@ -96,16 +97,16 @@ def load_items(
 
     Args:
         dataset: its items are tensors, or lists, tuples and named tuples of tensors and small values.
-        order: indices into the data set.
-        workers: worker processes (0: load in this process).
-        item_bytes: approximate size of the tensors of one item.
+        order: indices into the dataset.
+        workers: number of worker processes (0: load in this process).
+        item_bytes: approximate size of one item's tensors.
         max_prefetch: maximum number of items that each worker prefetches.
         pin_memory: return tensors in page-locked memory.
         borrow: return tensors that are views of an item's shared memory, not copies. They are overwritten once the
             next item is taken.
 
     Raises:
-        UserError: too little shared memory or file descriptors, or a worker that exited.
+        UserError: there is too little shared memory or there are too few file descriptors, or a worker exited.
     """
     prefetch = prefetch_count(workers, item_bytes, max_prefetch)
     loader = DataLoader(
@@ -124,13 +125,13 @@ def load_items(
         for item in received:
             if isinstance(item, _SharedItem):
                 if not pin_memory:
-                    mapped[item.place] = item.block  # stays mapped: mapping it again costs as much as the copy
+                    mapped[item.place] = item.block  # stays mapped: remapping costs as much as the copy
                 item = item.received(borrow=borrow)
             yield item
             del item
     except (RuntimeError, EOFError, ConnectionError) as error:
         raise ((worker_failure(error) if workers else None) or error) from error
-    finally:  # shut down now: while a traceback keeps the iterator alive, torch may raise for dead workers anywhere
+    finally:  # shut down now: while a traceback keeps the iterator alive, dead workers can make torch raise anywhere
         if workers:
             with contextlib.suppress(RuntimeError):  # repeats the same error; torch cleans up anyway
                 received._shutdown_workers()  # type: ignore[attr-defined]
@@ -178,18 +179,18 @@ class _SharedItem:
     block: Tensor
     """(N,) uint8, in shared memory or page-locked."""
     place: tuple[int, int]
-    """Number of the worker, and of the block among its blocks."""
+    """The worker's number, and the block's number among the worker's blocks."""
     slots: list[tuple[Place, _TensorSlot]]
     """Position of each tensor in the item and in the block."""
     rest: Any
     """The item with None instead of its tensors."""
 
     def pin_memory(self) -> "_SharedItem":
-        """Called by DataLoader's pinning thread: a pinned copy, so that the worker can use the block again."""
+        """Return a pinned copy, so that the worker can reuse the block. DataLoader's pinning thread calls this."""
         return dataclasses.replace(self, block=self.block.pin_memory())
 
     def received(self, *, borrow: bool = False) -> Any:
-        """The item. Unless it is borrowed, the shared block is copied, because the worker uses it again."""
+        """The item. Unless it is borrowed, the shared block is copied, because the worker reuses it."""
         block = self.block if borrow or self.block.is_pinned() else self.block.clone()
         item = self.rest
         for path, slot in self.slots:
@@ -199,16 +200,17 @@ class _SharedItem:
 
 
 class _SharedMemoryItems(Dataset[_SharedItem]):
-    """Wraps a data set in a worker: items with their tensors in shared memory.
+    """Wraps a dataset in a worker and puts the tensors of its items into shared memory.
 
-    The worker fills its blocks in turn: new pages cost four times as much as the copy into them. With one block more
-    than items are prefetched, a block's turn comes when the main process has taken the item after the one in it.
-    Shared memory is allocated here: an error in the sending thread would be lost, and the main process would hang.
+    The worker fills its blocks in turn instead of allocating new ones, because new pages cost four times as much as the
+    copy into them. There is one more block than the number of prefetched items, so before a block is reused, the main
+    process has taken the item after the one in that block. Shared memory is allocated here because an error in the
+    sending thread would be lost, and the main process would hang.
 
     Args:
         dataset: the items.
-        blocks: number of blocks of each worker.
-        block_bytes: size of a block; larger items get larger blocks.
+        blocks: number of blocks per worker.
+        block_bytes: size of a block in bytes; larger items get larger blocks.
     """
 
     def __init__(self, dataset: Dataset[Any], blocks: int, block_bytes: int) -> None:
@@ -230,7 +232,7 @@ class _SharedMemoryItems(Dataset[_SharedItem]):
         return _SharedItem(block, (worker.id, number), slots, rest)
 
     def _next_block(self, size: int) -> tuple[int, Tensor]:
-        """Number and first `size` bytes of the block whose turn it is."""
+        """The next block's number and its first `size` bytes."""
         number = self._turn = (self._turn + 1) % len(self._blocks)
         block = self._blocks[number]
         if block is None or len(block) < size:
@@ -296,7 +298,7 @@ def _identity(item: Any) -> Any:
 
 
 def _init_worker(_: int) -> None:
-    """Runs in each worker process before its first item."""
+    """Set up a worker process; called before its first item."""
     torch.set_num_threads(1)
     # By default Python prints an item that cannot be pickled and drops it: the main process would hang.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_exit_on_send_error)  # type: ignore[attr-defined]

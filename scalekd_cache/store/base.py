@@ -90,7 +90,7 @@ def stores_features(rows: NDArray[np.int64], view: int, every: int) -> NDArray[n
 
     Every block of `every` rows has one row with features, so the number of them in a shard is exact. The row moves on
     by one from view to view: `every` consecutive views of a group have the features of each image once. It also moves
-    on from block to block: if classes alternate in the data set, every view has features of all classes.
+    on from block to block: if classes alternate in the dataset, every view has features of all classes.
     """
     selected: NDArray[np.bool_] = (rows + rows // every + view) % every == 0
     return selected

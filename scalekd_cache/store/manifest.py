@@ -66,7 +66,7 @@ class TeacherFacts(TypedDict):
     config: dict[str, Any]
     """The `TeacherConfig` of the job that created the cache."""
     top1: FiniteFloat | None
-    """Accuracy on the data set in percent; None when it was not measured."""
+    """Accuracy on the dataset in percent; None when it was not measured."""
     held_out_sha256: NotRequired[Sha256]
     """sha256 of heldout.safetensors, which only unlabeled caches have."""
 
@@ -128,7 +128,7 @@ class ManifestFacts:
 
     @property
     def num_classes(self) -> int:
-        """Classes of a student: those of the data set; without labels, those of the stored logits (0: none)."""
+        """Classes of a student: those of the dataset; without labels, those of the stored logits (0: none)."""
         return len(self.class_names) or int(self.logit_codec.get("num_classes", 0))
 
     @property
@@ -370,7 +370,7 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
     use the other fields, which must have the same values.
 
     Raises:
-        UserError: a view recipe, data set or teacher that is not a valid configuration.
+        UserError: a view recipe, dataset or teacher that is not a valid configuration.
     """
     fields, spec = facts.fingerprint_fields, facts.teacher["spec"]
     checked_value(facts.view_recipe, ViewConfig, "the view recipe", path)

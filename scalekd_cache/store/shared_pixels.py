@@ -20,7 +20,7 @@ from scalekd_cache.store.remote.remote_path import RemotePath, open_place
 
 
 def pixel_identity(fingerprint_fields: Mapping[str, Any]) -> str:
-    """The sha256 (hex) over everything that determines a cache's pixels: view recipe and data set listing."""
+    """The sha256 (hex) over everything that determines a cache's pixels: view recipe and dataset listing."""
     return fingerprint({name: fingerprint_fields[name] for name in ("views", "data")})
 
 
