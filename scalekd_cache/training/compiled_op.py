@@ -1,8 +1,8 @@
 """Compile the operator that DeepSpeed needs on a machine without a GPU.
 
 In: the environment. Out: the compiled operator, loaded.
-Invariant: a missing compiler or a folder that cannot be written raises `UserError`; the stale lock of a killed build is
-removed, so that no process waits forever. This is the only place that handles torch's build lock.
+Invariant: a missing compiler or a folder that cannot be written raises `UserError`; the stale lock left by a killed
+build is removed, so no process waits forever. This is the only place that handles torch's build lock.
 """
 
 import errno
@@ -25,27 +25,28 @@ from scalekd_cache.store.locks import lock, open_lock
 
 OPERATOR, NAME = "ShareMemCommBuilder", "deepspeed_shm_comm"
 VARIABLE = "TORCH_EXTENSIONS_DIR"
-"""The environment variable that sets torch's folder of compiled operators."""
+"""The environment variable that sets the folder in which torch compiles operators."""
 STALE_S = 300.0
-"""A build with no file change for this long is dead; a build takes about a minute."""
+"""If no file changes for this many seconds, the build is considered dead; a build normally takes about a minute."""
 POLL_S = 0.5
 LOCK_IS_A_FILE = hasattr(cpp_extension, "FileBaton")
-"""Whether torch's lock is the existence of a file (until 2.13). Newer versions use filelock and leave the file."""
+"""Whether a file's existence is torch's lock, as it is up to torch 2.13. Newer versions use filelock and leave the file
+in place."""
 
 
 def prepare_build(process: Process, load: Callable[[], object]) -> None:
-    """Compile or load the operator, one process of this machine at a time.
+    """Compile or load the operator, in one process at a time on this machine.
 
     torch locks the folder with a file. A killed build leaves it behind, and torch would wait for it forever. So an
-    flock is held around the build: when this file shows that one of our processes was killed, torch's lock is removed
-    at once. A lock of another program is removed when its build has stalled.
+    flock is held on a marker file during the build. If the marker shows that one of our processes was killed, torch's
+    lock is removed at once. Another program's lock is removed once its build has stalled.
 
     Args:
         process: this process.
         load: compiles and loads the operator; a second load in this process needs no lock.
 
     Raises:
-        UserError: no C++ compiler, no writable folder, or the compiler fails.
+        UserError: there is no C++ compiler or no writable folder, or compilation fails.
     """
     if shutil.which("g++") is None:
         raise UserError(
@@ -82,7 +83,8 @@ def prepare_build(process: Process, load: Callable[[], object]) -> None:
 def _build_folder() -> Path:
     """The folder in which torch compiles the operator, created if missing.
 
-    If the user sets none, it is a folder of torch's cache for this environment and processor (`_build_key`).
+    If the user does not set one, it is a folder in torch's cache, specific to this environment and processor
+    (`_build_key`).
     """
     try:
         folder = Path(os.environ.get(VARIABLE) or Path(cpp_extension.get_default_build_root()) / _build_key()) / NAME
@@ -102,8 +104,8 @@ def _build_folder() -> Path:
 def _build_key() -> str:
     """What a compiled operator depends on, as a folder name: environment, torch, DeepSpeed, ninja and processor.
 
-    With one folder for all, two environments that are used in turn would compile it on every start, and a machine with
-    an older processor and the same home would load code that it cannot run (-march=native).
+    If all environments shared one folder, two that are used in turn would recompile the operator on every start. A
+    machine that has an older processor and shares the home folder would load code that it cannot run (-march=native).
     """
     deepspeed = importlib.util.find_spec("deepspeed")
     parts = (sys.version, torch.__version__, torch.__file__, deepspeed and deepspeed.origin, shutil.which("ninja"))
@@ -112,7 +114,7 @@ def _build_key() -> str:
 
 
 def _processor() -> str:
-    """The instruction sets of the processor, as the kernel lists them; empty if it does not."""
+    """The processor's instruction sets as listed by the kernel; empty if the kernel does not list them."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -121,7 +123,7 @@ def _processor() -> str:
 
 
 def _wait_for_others(folder: Path, process: Process) -> None:
-    """Wait for another program's build; remove its lock when nothing has changed for `STALE_S`."""
+    """Wait for another program's build; remove its lock if no file has changed for `STALE_S` seconds."""
     theirs, reported = folder / "lock", False
     while theirs.exists():
         changed = [path.stat().st_mtime for path in folder.iterdir() if path.name != ".scalekd.lock"]

@@ -1,7 +1,7 @@
-"""One or more caches in a custom training loop.
+"""Use one or more caches in a custom training loop.
 
-In: finished caches of the same views, a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the loss
-as a module.
+In: finished caches of the same views, and a student. Out: `CachedTargets`, an iterable of batches; `ScaleKDLoss`, the
+loss as a module.
 Invariant: samples, order, checks, decoding and losses are the same as in `scalekd distill`.
 """
 
@@ -48,11 +48,12 @@ class CachedBatch(NamedTuple):
     labels: Tensor
     """(B,) int64."""
     targets: tuple[Targets, ...]
-    """Map, norms, logits and pooled embedding of each teacher, float32, in the order of the caches."""
+    """The map, norms, logits and pooled embedding from each teacher, as float32, in the order of the caches."""
 
 
 def _collate(batches: list[CachedBatch], *, collate_fn_map: object = None) -> CachedBatch:
-    """What torch's `DataLoader` does with its default batch size of 1: it gets a whole batch, which stays as it is."""
+    """The collate function for torch's `DataLoader` at its default batch size of 1: returns the single whole batch
+    unchanged."""
     if len(batches) > 1:
         raise UserError(
             "CachedTargets gives whole batches, which torch's DataLoader cannot put together",
@@ -67,27 +68,28 @@ default_collate_fn_map[CachedBatch] = _collate
 
 
 class CachedTargets(IterableDataset[CachedBatch]):
-    """Iterates over the batches of a number of epochs. Epoch e reads view e mod V. Iteration continues from the
-    saved position.
+    """Iterates over the batches of all epochs. Epoch e reads view e mod V. Iteration continues from the saved position.
 
-    This class is itself a data loader: `workers` processes load in the background. With several processes (a process
-    group, or torchrun), each process gets its own batches; for a given global batch, they do not depend on the world
-    size. torch's `DataLoader(targets, batch_size=None, num_workers=2)` returns the same batches in the same order.
-    In that case, the caller must count the position: `load_state_dict({**targets.state_dict(), "step": batches})`.
+    This class is itself a data loader: `workers` processes load in the background. With multiple processes (a process
+    group, or torchrun), each process gets its own batches; for a given global batch size, their contents do not depend
+    on the world size. torch's `DataLoader(targets, batch_size=None, num_workers=2)` returns the same batches in the
+    same order. The caller must then track the position: `load_state_dict({**targets.state_dict(), "step": batches})`.
 
     Args:
-        cache: a finished cache, or its folder or URL; for several teachers, caches of the same views: a sequence, or
-            places separated by commas.
-        batch_size: samples per batch of this process (also the BatchNorm group); a partial last batch is dropped.
-        feature_share: share of a batch's samples that have features in its targets, the first ones: one number, or one
-            per cache (None: all, or as many as a cache has).
+        cache: a finished cache, or its folder or URL. For multiple teachers: caches of the same views, as a sequence or
+            as folders and URLs separated by commas.
+        batch_size: samples per batch in this process, which is also the BatchNorm group; a partial last batch is
+            dropped.
+        feature_share: share of the samples in a batch that have features in the targets; these samples come first. One
+            number, or one per cache (None: all samples, or as many as have features in the cache).
         epochs: passes over the data.
         seed: seed of the sample order.
         workers: loader processes.
         device: where features are decoded and batches are returned.
-        mean: the student's channel means, on a scale of 0 to 1.
-        std: its channel standard deviations.
-        image_size: side length of its images, pixels; views are resized on `device` (None: the size of the views).
+        mean: the channel means for the student's normalization, on a scale of 0 to 1.
+        std: the channel standard deviations, on the same scale.
+        image_size: side length of the student's images in pixels; views are resized on `device` (None: the size of the
+            views).
         pixels_from: folder or URL of the cache that stores the shared pixels (None: as recorded).
         data: the images, for a cache without pixels (None: the path that stage 1 used).
 
@@ -173,7 +175,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
 
     @property
     def num_classes(self) -> int:
-        """Classes of the student: those of the data set; without labels, those of the first teacher with logits."""
+        """Number of student classes: that of the dataset or, without labels, that of the first teacher with logits."""
         return self.run_cache.num_classes
 
     def __len__(self) -> int:
@@ -181,7 +183,7 @@ class CachedTargets(IterableDataset[CachedBatch]):
         return self.loader.total_steps
 
     def __iter__(self) -> Iterator[CachedBatch]:
-        """The batches of this process; in a worker of torch's DataLoader, the worker's share of them.
+        """The batches for this process; in a worker of torch's DataLoader, the worker's share of them.
 
         Raises:
             UserError: the process group was created after this object; a DataLoader worker would start workers or
@@ -217,26 +219,26 @@ class CachedTargets(IterableDataset[CachedBatch]):
         return self.loader.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from a saved position; `UserError` if it belongs to another sample order."""
+        """Resume from a saved position; `UserError` if it belongs to a different sample order."""
         self.loader.load_state_dict(state)
 
 
 class ScaleKDLoss(nn.Module):
-    """The ScaleKD heads of a student, for each teacher, and their losses. Train its parameters together with the
-    student's.
+    """The student's ScaleKD heads for each teacher, and the losses. Train the parameters of this module together with
+    the student's.
 
     Args:
-        targets: a cache, or the `CachedTargets` of one or more; provides the teachers' frozen tails and the size of the
-            images.
-        student: a module, (B, 3, H, W) normalized images -> (S3, S4, logits): two feature maps (B, C, H, W) and logits;
-            for a cache without labels and logits, a pooled embedding (B, E) instead of the logits.
+        targets: a cache, or the `CachedTargets` for one or more caches. Provides the teachers' frozen tails and the
+            image size.
+        student: a module that maps normalized images (B, 3, H, W) to (S3, S4, logits): two feature maps (B, C, H, W),
+            and logits. For a cache without labels and logits, it returns a pooled embedding (B, E) instead of logits.
             `timm_student` builds one from a timm name. The student is called once, in eval mode, to get the shapes.
-        config: the method's constants (None: those of the first cache's recipe; the loss weights are printed).
-        label_loss: ce, bce or none (None: that of the first cache's recipe; none for a cache without labels).
-        label_smoothing: for ce (None: that of the first cache's recipe).
+        config: the constants of the method (None: those in the first cache's recipe; the loss weights are printed).
+        label_loss: ce, bce or none (None: the one in the first cache's recipe; none for a cache without labels).
+        label_smoothing: label smoothing for ce (None: the value in the first cache's recipe).
 
     Raises:
-        UserError: a cache's tail is missing or damaged, or the student has other outputs.
+        UserError: a cache's tail is missing or damaged, or the student's outputs are not as described above.
     """
 
     def __init__(
@@ -267,7 +269,7 @@ class ScaleKDLoss(nn.Module):
         *shapes, width = student_shapes(student, size, self._classes)
         layer_norm = not any(isinstance(module, nn.BatchNorm2d) for module in student.modules())
         self.heads = nn.ModuleList()
-        self._tails: list[Tail] = []  # a list, not submodules: in no state dict and no optimizer
+        self._tails: list[Tail] = []  # a plain list: keeps the tails out of state dict and optimizer
         for cache in run_cache.caches:
             check_logits(self.config, cache, logit_codec_from_config(cache.manifest.facts.logit_codec))
             tail = load_cache_tail(cache)
@@ -294,8 +296,8 @@ class ScaleKDLoss(nn.Module):
     def forward(
         self, s3: Tensor, s4: Tensor, logits: Tensor, labels: Tensor, targets: Targets | Sequence[Targets]
     ) -> LossTerms:
-        """The weighted terms; differentiate `.total`. All inputs are on one device; `targets` of one teacher may be
-        given alone."""
+        """The weighted terms; differentiate `.total`. All inputs are on one device; for one teacher, `targets` may be
+        given without a sequence."""
         given: list[tuple[HeadOutputs | None, Targets]] = []
         for number, one in enumerate([targets] if isinstance(targets, Targets) else targets):
             tail = self._tails[number] = self._tails[number].to(s4.device)
@@ -315,10 +317,11 @@ def timm_student(name: str, targets: CachedTargets) -> Student:
 
 @torch.no_grad()
 def student_shapes(student: nn.Module, image_size: int, num_classes: int) -> tuple[Shape, Shape, int]:
-    """(C, H, W) of S3 and S4, and the width of the third output: the logits or, without classes, the pooled embedding.
+    """The shapes (C, H, W) of S3 and S4, and the width of the third output: logits or, without classes, the pooled
+    embedding.
 
     Raises:
-        UserError: the outputs are not two feature maps and logits of these classes.
+        UserError: the outputs are not two feature maps and logits with this many classes.
     """
     mode = student.training
     device = next((parameter.device for parameter in student.parameters()), torch.device("cpu"))

@@ -1,7 +1,7 @@
 """The dry run of stage 2.
 
 In: a `DistillConfig`. Out: lines of text.
-Invariant: all checks that a run makes before its first step are made here. No files are written, and no process
+Invariant: every check that a run makes before its first step is also made here. No files are written, and no process
 group or DeepSpeed engine is started.
 """
 
@@ -42,7 +42,7 @@ def plan_distill(config: DistillConfig, process: Process) -> list[str]:
     """What `scalekd distill` would do, one line per fact.
 
     Raises:
-        UserError: the errors that the run would raise before its first step.
+        UserError: any error that the run would raise before its first step.
     """
     run, train = Path(config.run or "runs/student"), config.train
     check_config(run, to_plain(config))

@@ -1,8 +1,8 @@
-"""Supervised training of a backbone with a new classifier: a student on a few labels, or a teacher for a data set.
+"""Trains a backbone with a new classifier on labels: a student on a few labels, or a teacher for a new dataset.
 
-In: an exported student or a timm model, labeled images. Out: an export for timm with its accuracy.
-Invariant: the export is written at the end, complete or not at all. The same options give the same batches with any
-number of workers. Validation images are only evaluated: nothing is selected by them.
+In: an exported student or a timm model, and labeled images. Out: an export for timm, and its accuracy. Invariant: the
+export is written at the end, either completely or not at all. The same options give the same batches for any number of
+workers. Validation images are used only for the final evaluation, not for model selection.
 """
 
 import dataclasses
@@ -42,7 +42,7 @@ from scalekd_cache.training.model_card import finetuned_card
 from scalekd_cache.views.view import apply_view, sample_view
 
 WARMUP_SHARE = 0.1
-"""Share of the steps in which the learning rate rises to its peak; then it falls to zero, as a cosine."""
+"""Share of the steps in which the learning rate rises to its peak. It then follows a cosine down to zero."""
 
 
 def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Any]:
@@ -51,15 +51,15 @@ def finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str], 
     Args:
         config: the options.
         device: where the model is trained.
-        say: called with lines for people.
+        say: called with each line of text for the user.
 
     Returns:
-        Folder, counts, and the accuracy in percent (None without validation images).
+        The folder, counts, and the accuracy in percent (None without validation images).
 
     Raises:
-        UserError: no such model or data set, no labels, an output folder with other files, a loss that is NaN, or a
-            failed evaluation; after that one, the export exists.
-        RunInterrupted: Ctrl-C; nothing was written.
+        UserError: the model or dataset does not exist, there are no labels, the output folder contains other files, the
+            loss is NaN, or the evaluation fails. If only the evaluation fails, the export already exists.
+        RunInterrupted: the user pressed Ctrl-C; nothing was written.
     """
     try:
         with memory_errors("lower --batch or --size"):
@@ -100,7 +100,7 @@ def _finetune(config: FinetuneConfig, device: torch.device, say: Callable[[str],
     tally, failed = None, None
     try:
         tally = _accuracy(dataclasses.replace(backbone, model=model), validation, device, config.workers)
-    except UserError as error:  # such as an image that cannot be read any more: the trained weights are still exported
+    except UserError as error:  # e.g. an image is no longer readable; the trained weights are still exported
         failed = error
     facts: dict[str, Any] = {
         "out": str(out),
@@ -143,7 +143,8 @@ def _figure(tally: Tally | None) -> str:
 
 
 def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> None:
-    """Check that an export in `out` replaces neither a run's export nor the start; an earlier result is named."""
+    """Check that writing to `out` overwrites neither a run's export nor the initial weights; print a note about an
+    earlier result there."""
     check_export_place(out)
     check_not_in_run(out)
     start = find_export(Path(init)) if init is not None else None
@@ -154,7 +155,8 @@ def _check_place(out: Path, init: str | None, say: Callable[[str], object]) -> N
 
 
 def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:
-    """Indices of the training images, in the order of the source: all, or the first of each class by a keyed hash."""
+    """Indices of the training images in source order: all of them, or the first `per_class` of each class, ranked by a
+    keyed hash."""
     if per_class is None:
         return np.arange(len(source.samples))
     order = hash_order((sample.key for sample in source.samples), b"scalekd-cache labels %d" % seed)
@@ -164,7 +166,7 @@ def chosen_images(source: Source, per_class: int | None, seed: int) -> IntArray:
 
 
 def with_classifier(backbone: Backbone, classes: int) -> Backbone:
-    """The backbone with a new classifier of this width."""
+    """The backbone with a new classifier for this many classes."""
     model: Any = backbone.model
     model.reset_classifier(classes)
     shape = _output_shape(model.eval(), backbone.image_size)
@@ -183,7 +185,7 @@ def _output_shape(model: nn.Module, size: int) -> tuple[int, ...]:
 
 
 def _validation(config: FinetuneConfig, train: Source, say: Callable[[str], object]) -> Source | None:
-    """The validation images; None, with a note, if there are none."""
+    """The validation images. If there are none, prints a note and returns None."""
     try:
         source = open_source(config.data, "val")
     except NoSplitError as error:
@@ -196,7 +198,7 @@ def _validation(config: FinetuneConfig, train: Source, say: Callable[[str], obje
 def _train(
     config: FinetuneConfig, backbone: Backbone, source: Source, chosen: IntArray, device: torch.device
 ) -> tuple[nn.Module, int]:
-    """Train in place; the trained model (or the moving average) and the number of unreadable images."""
+    """Train in place. Returns the trained model (or its moving average) and the number of unreadable images."""
     model = backbone.model.to(device).train()
     count = max(1, -(-len(chosen) // config.batch))
     optimizer = create_optimizer_v2(
@@ -210,7 +212,7 @@ def _train(
         warmup_epochs=warmup,
         warmup_lr=config.lr / 100,
         warmup_prefix=False,
-        step_on_epochs=True,  # the unit of its epochs is a step here
+        step_on_epochs=True,  # here, one of its epochs is one step
     )
     ema = ModelEmaV3(model, decay=config.ema_decay, use_warmup=True) if config.ema_decay else None
     loss_of = LabelSmoothingCrossEntropy(config.label_smoothing) if config.label_smoothing else nn.CrossEntropyLoss()
@@ -230,7 +232,7 @@ def _train(
         )
         for views, labels, bad in items:
             unreadable.update(bad)
-            if len(labels) > 1:  # batch normalization needs two
+            if len(labels) > 1:  # batch normalization needs at least two
                 yield normalize(views.to(device)), labels.to(device)
 
     with progress("finetune", config.epochs * count, "step") as bar:
@@ -270,9 +272,8 @@ def _accuracy(backbone: Backbone, validation: Source | None, device: torch.devic
 
 
 class TrainingViews(Dataset[tuple[Tensor, Tensor, list[int]]]):
-    """Batches of augmented views, by (epoch, indices of images): views (B, 3, S, S) uint8, labels, unreadable indices.
-
-    A view depends only on the seed of the views, the image and the epoch.
+    """Batches of augmented views, indexed by (epoch, image indices). A batch holds views (B, 3, S, S) uint8, labels and
+    unreadable indices. A view depends only on the view seed, the image and the epoch.
     """
 
     def __init__(self, source: Source, views: ViewConfig) -> None:
@@ -293,5 +294,5 @@ class TrainingViews(Dataset[tuple[Tensor, Tensor, list[int]]]):
             labels.append(sample.label)
         size = self.views.size
         pixels = np.stack(found) if found else np.empty((0, size, size, 3), np.uint8)
-        # Contiguous, as a worker sends it: convolutions round differently in another memory layout.
+        # Contiguous, as sent by a worker: convolutions round differently in a different memory layout.
         return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels, dtype=torch.int64), bad

@@ -1,8 +1,8 @@
 """Compares a student with its teachers on held-out images, for caches without labels.
 
-In: a trained model, the teachers' outputs that stage 1 kept (`models/teacher_outputs.py`), the held-out images.
-Out: figures by name (`FIGURES`).
-Invariant: the images are split over all ranks, and every rank gets the same figures. Nothing is trained.
+In: a trained model, the teacher outputs stored by stage 1 (`models/teacher_outputs.py`), and the held-out images.
+Out: metric values by name (`FIGURES`).
+Invariant: the images are split across all ranks, and every rank gets the same values. The model is not trained.
 """
 
 import math
@@ -41,17 +41,18 @@ FIGURES = {
     "linear_probe": "accuracy of a linear classifier on the student's embeddings, percent",
     "teacher_linear_probe": "accuracy of a linear classifier on the teacher's embeddings",
 }
-"""What each figure is. The last four need labels; linear classifiers are fitted on every other image."""
+"""Description of each metric. The last four need labels. Linear classifiers are fitted on every other image."""
 
 
 OF_STUDENT = ("knn", "linear_probe")
-"""Figures that do not depend on the teacher."""
+"""Metrics that do not depend on the teacher."""
 LEAST_IMAGES = 40
-"""With fewer held-out images, the 10 nearest ones are no measure: they are a quarter of all, or more."""
+"""With fewer held-out images, accuracy over the 10 nearest neighbors means little, because they are at least a quarter
+of all images."""
 
 
 class TeacherComparisons:
-    """The held-out images of a run's caches, with the outputs of each teacher.
+    """The held-out images for a run's caches, with each teacher's outputs.
 
     Args:
         run_cache: unlabeled caches.
@@ -59,7 +60,7 @@ class TeacherComparisons:
         process: this process.
 
     Raises:
-        UserError: the file of a teacher's outputs is missing or damaged, or belongs to other images.
+        UserError: the file with a teacher's outputs is missing, damaged or for different images.
     """
 
     def __init__(self, run_cache: RunCache, source: Source, process: Process) -> None:
@@ -74,13 +75,14 @@ class TeacherComparisons:
         final: bool = False,
         stop: Callable[[], bool] = lambda: False,
     ) -> Evaluation | None:
-        """The figures of a student (`FIGURES`), the same on every rank; with several teachers the means over them, and
-        those that compare with each. None on all ranks when `stop` was true on one of them.
+        """The metrics of a student (`FIGURES`), the same on every rank. With multiple teachers, also the metrics for
+        each teacher; the main values are then means over the teachers. Returns None on all ranks if `stop` was true on
+        any rank.
 
         Args:
             model: student and heads, in eval mode, on the device of this process.
-            tails: of the teachers.
-            final: fit linear classifiers too.
+            tails: the tails of the teachers.
+            final: also fit linear classifiers.
             stop: called after every batch of images.
         """
         found = dict[str, dict[str, float]]()
@@ -105,7 +107,8 @@ class TeacherComparisons:
 
 
 class TeacherComparison:
-    """The held-out images of a cache, with the outputs of its teacher, which is the one with this number in the run."""
+    """The held-out images for one cache, with its teacher's outputs; `number` is the index of the teacher in the
+    run."""
 
     def __init__(self, cache: Cache, number: int, source: Source, process: Process) -> None:
         self.source, self.process, self.number = source, process, number
@@ -127,13 +130,13 @@ class TeacherComparison:
     def figures(
         self, model: DistillModel, tail: Tail, *, final: bool = False, stop: Callable[[], bool] = lambda: False
     ) -> dict[str, float] | None:
-        """The figures of a student with regard to this teacher; None on all ranks when `stop` was true on one."""
+        """The metrics of a student compared with this teacher; None on all ranks if `stop` was true on any rank."""
         process, rows = self.process, len(self.teacher.indices)
         share = self.teacher.indices[process.rank :: process.world_size].tolist()
         sums = torch.zeros(4, dtype=torch.float64, device=process.device)
         blank = torch.zeros(1, 3, self.size, self.size, dtype=torch.uint8, device=process.device)
         width = model.student.embed(model.prepare(blank)).shape[1]
-        embeddings = torch.zeros(rows, width + 1, device=process.device)  # the last column: the row is there
+        embeddings = torch.zeros(rows, width + 1, device=process.device)  # last column: 1 if the row is present
         for batch in center_views(self.source, share, self.size, workers=model.config.train.workers):
             if not batch.indices:
                 continue
@@ -167,7 +170,8 @@ class TeacherComparison:
         return {**found, **_label_figures(student, labels, "", final), **self._teacher_figures}
 
     def _compare_maps(self, model: DistillModel, tail: Tail, images: Tensor, rows: list[int]) -> Tensor:
-        """Sums over images (B, 3, S, S) uint8 of loss, patch cosine, pooled cosine and 1: (4,) float64."""
+        """Sums of loss, patch cosine and pooled cosine over uint8 images (B, 3, S, S), plus the image count: (4,)
+        float64."""
         device, config = self.process.device, model.config
         features = self.teacher.features[[self._map_of[row] for row in rows]].to(device)
         pooled = self.teacher.pooled[rows].to(device)
@@ -185,7 +189,7 @@ class TeacherComparison:
 
 
 def _label_figures(embeddings: Tensor, labels: Tensor, prefix: str, final: bool) -> dict[str, float]:
-    """k-NN accuracy and, at the end of a run, linear-probe accuracy, percent; empty where there are too few images."""
+    """k-NN accuracy and, at the end of a run, linear-probe accuracy, in percent; empty if there are too few images."""
     if len(labels) < 2:
         return {}
     found = {f"{prefix}knn": leave_one_out_knn(embeddings, labels)}

@@ -12,7 +12,8 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.models.weights import load_weights, stored_shapes
 
 STUDENT_FILES = ("student/model.safetensors", "model.safetensors", "export/model.safetensors")
-"""Possible paths of the student's weights: in a folder of `import-upstream`, an exported folder, a run's folder."""
+"""Possible paths of the student's weights, relative to an `import-upstream` output folder, an export folder or a run
+folder."""
 HEADS_FILE = "heads.safetensors"
 
 
@@ -22,13 +23,13 @@ def load_init_weights(folder: Path | str, student: nn.Module, heads: nn.Module |
     Args:
         folder: an exported student, a run with an export, or a folder that `import-upstream` wrote.
         student: the plain timm model.
-        heads: the heads of this run (None: no teacher; a file of heads is ignored).
+        heads: the heads of this run (None: there is no teacher, and a heads file is ignored).
 
     Returns:
         The files that were loaded.
 
     Raises:
-        UserError: no weights, or weights of another model, size, number of classes or teacher.
+        UserError: there are no weights, or they belong to a different model, size, number of classes or teacher.
     """
     folder = Path(folder)
     file = next((folder / name for name in STUDENT_FILES if (folder / name).is_file()), None)

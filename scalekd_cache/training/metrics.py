@@ -1,8 +1,8 @@
-"""The measurements of a run over its steps: metrics.jsonl and TensorBoard events.
+"""A run's metrics by step: metrics.jsonl and TensorBoard events.
 
-In: values by step. Out: one JSON object per line, and event files; read back for reports and for resuming.
+In: values by step. Out: one JSON object per line, and event files. The lines are read back for reports and to resume.
 Invariant: each line is written in one append and each event is flushed, so a full disk is reported at that step. On
-resume, damaged lines and lines of lost steps are dropped.
+resume, damaged lines and the lines for lost steps are dropped.
 """
 
 import io
@@ -19,16 +19,16 @@ from scalekd_cache.store.durable_files import write_atomically
 from scalekd_cache.training.run_files import METRICS, Finite
 
 LINES_BYTES = 1 << 30
-"""Maximum size of metrics.jsonl that a run can resume: about 3 million logged steps."""
+"""Maximum size of metrics.jsonl with which a run can be resumed, enough for about 3 million logged steps."""
 SHOWN_BYTES = 1 << 27
-"""Maximum size of metrics.jsonl that a report shows."""
+"""Maximum size of metrics.jsonl that a report can show."""
 LINE_BYTES = 1 << 20
 
 
 class EventFile:
-    """A file of TensorBoard events, flushed after each event.
+    """A TensorBoard event file, flushed after each event.
 
-    torch's `SummaryWriter` writes in a thread, where a full disk is a traceback at some later step.
+    torch's `SummaryWriter` writes in a thread, so a full disk causes a traceback at some later step.
     """
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -40,7 +40,7 @@ class EventFile:
         self._file = open(folder / name, "xb")  # noqa: SIM115 - closed by `close`
         self._records = RecordWriter(self._file)
         self._write(Event(wall_time=time.time(), file_version="brain.Event:2"))
-        # Viewers drop events of an interrupted session from this step on.
+        # Viewers drop an interrupted session's events from this step on.
         start = SessionLog(status=SessionLog.START)
         self._write(Event(wall_time=time.time(), step=step + 1, session_log=start))
 
@@ -49,7 +49,7 @@ class EventFile:
         self._file.flush()
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Add the scalars of a step."""
+        """Add the scalars for a step."""
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary as Scalars
 
@@ -62,7 +62,7 @@ class EventFile:
 
 
 def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
-    """The valid lines of metrics.jsonl, and the number of damaged ones.
+    """The valid lines in metrics.jsonl, and the number of damaged ones.
 
     Raises:
         UserError: the file cannot be read, or is too large.
@@ -75,7 +75,7 @@ def read_metrics(run: Path) -> tuple[list[dict[str, Any]], int]:
 
 
 def drop_lines_after(file: Path, kind: type[Any], step: int) -> int:
-    """Drop lines of steps after `step`, which an interruption discarded, and damaged lines.
+    """Drop damaged lines, and lines for steps after `step`, which were lost in an interruption.
 
     Returns:
         The number of damaged lines.
@@ -92,8 +92,8 @@ def drop_lines_after(file: Path, kind: type[Any], step: int) -> int:
 
 
 def _lines(file: Path, kind: type[Any], limit_bytes: int) -> Iterator[tuple[bytes, Any]]:
-    """Each line with its values (None: damaged). Text after the last newline is ignored: a write in progress or cut
-    short by a kill."""
+    """Each line with its values (None: damaged). Text after the last newline is ignored, because that write is in
+    progress or was cut short by a kill."""
     try:
         with io.BufferedReader(open_file(file, "a JSONL file")) as reader:  # type: ignore[type-var]
             while line := reader.readline(LINE_BYTES):

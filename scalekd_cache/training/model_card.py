@@ -1,7 +1,7 @@
-"""The model card of an exported student: README.md.
+"""The model card for an exported student: README.md.
 
-In: the options of a run, its facts of the cache, its summary. Out: the text of the card.
-Invariant: quoted values are escaped: a name from a file shows as text, never as markup, a link or HTML. No path of
+In: a run's options, its facts about the cache, and its summary. Out: the text of the card.
+Invariant: quoted values are escaped, so a name from a file appears as text, never as markup, a link or HTML. No path on
 this machine is quoted.
 """
 
@@ -69,9 +69,9 @@ def model_card(
     Args:
         student: the student's options.
         options: all options of the run.
-        facts: the run's facts of its cache.
+        facts: the run's facts about its cache.
         summary: the run's summary (None: not finished).
-        folder: of the exported student.
+        folder: folder of the exported student.
     """
     task = "image-classification" if classes_of(facts) else "image-feature-extraction"
     return _filled(
@@ -87,12 +87,12 @@ def model_card(
 
 
 def finetuned_card(backbone: Backbone, facts: Mapping[str, Any], folder: Path) -> str:
-    """The text of README.md of a fine-tuned backbone.
+    """The text of README.md for a fine-tuned backbone.
 
     Args:
         backbone: its name and normalization.
         facts: what `finetune` returns.
-        folder: of the export.
+        folder: the export folder.
     """
     start = last_part(str(facts["start"]))
     how = f"{facts['train_images']:,} labeled images of {escaped(last_part(str(facts['data'])))}"
@@ -126,7 +126,7 @@ def _filled(
     rows: Mapping[str, str],
     credit: str,
 ) -> str:
-    """The template with these texts; the first tag is the task."""
+    """The template filled in with these texts; the first tag is the task."""
     header = {"library_name": "timm", "pipeline_tag": tags[0], "tags": tags}
     transform = eval_transform(statistics, image_size)
     return TEMPLATE.format(
@@ -184,7 +184,7 @@ def _sentence(student: str, summary: Mapping[str, Any] | None) -> str:
 
 
 def _figures(held_out: Mapping[str, float]) -> str:
-    """Figures of held-out images as text."""
+    """Metrics on held-out images, as text."""
     units = {name: " %" if "knn" in name or "probe" in name else "" for name in held_out}
     return ", ".join(f"{name.replace('_', ' ')} {value:g}{units[name]}" for name, value in held_out.items())
 

@@ -1,7 +1,7 @@
-"""Optimizer, schedule and DeepSpeed configuration of a recipe.
+"""Optimizer, schedule and DeepSpeed configuration for a recipe.
 
 In: a `DistillConfig`. Out: timm's optimizer and schedule, DeepSpeed's configuration.
-Invariant: the user's DeepSpeed JSON adds to a recipe and never contradicts it. deepspeed is not imported here.
+Invariant: the user's DeepSpeed JSON can add to a recipe but not contradict it. deepspeed is not imported here.
 """
 
 import dataclasses
@@ -21,7 +21,7 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import read_json
 
 POSITION_NAMES = ("pos_embed", "cls_token", "relative_position_bias_table")
-"""Parts of the names of parameters that hold positions, in students and in the heads."""
+"""Substrings of the names of position parameters in students and heads."""
 WHAT = "the DeepSpeed JSON"
 DEEPSPEED_BYTES = 1 << 20
 NEVER = 1 << 62
@@ -44,10 +44,10 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
         "gradient_clipping": config.optim.clip_norm,
         "zero_optimization": {**given.get("zero_optimization", {}), "stage": train.zero},
         "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer runs offloaded too
-        # No "safe" modules: gradients of their weights would be averaged over ranks in bfloat16, but not at ZeRO 0.
+        "zero_force_ds_cpu_optimizer": False,  # the recipe's optimizer is also used when offloaded
+        # No "safe" modules: their weight gradients would be averaged over ranks in bfloat16, but not at ZeRO 0.
         "torch_autocast": {"enabled": low, "dtype": "bfloat16", "lower_precision_safe_modules": []},
-        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice per micro-batch
+        "timers": {"throughput": {"enabled": False}},  # it synchronizes with the device twice per micro-batch
         "steps_per_print": 10**9,
     }
     decided = own.keys() - {"zero_optimization"}
@@ -65,7 +65,7 @@ def deepspeed_config(config: DistillConfig, process: Process) -> dict[str, Any]:
 
 
 def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """Trainable parameters in two groups, with and without weight decay, as `optim.no_decay` says."""
+    """Trainable parameters in two groups, with and without weight decay, according to `optim.no_decay`."""
     groups: dict[bool, list[nn.Parameter]] = {True: [], False: []}
     for name, parameter in model.named_parameters():
         position = any(part in name for part in POSITION_NAMES)
@@ -80,17 +80,16 @@ def parameter_groups(model: nn.Module, optim: OptimConfig) -> list[dict[str, Any
 def make_optimizer(model: nn.Module, optim: OptimConfig, lr: float) -> torch.optim.Optimizer:
     """The recipe's optimizer, from timm."""
     momentum = {"momentum": optim.momentum} if optim.name == "sgd" else {}
-    name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" is Nesterov's, upstream's is not
+    name = "momentum" if optim.name == "sgd" else optim.name  # timm's "sgd" uses Nesterov momentum, upstream's does not
     groups = parameter_groups(model, optim)
     optimizer: torch.optim.Optimizer = create_optimizer_v2(groups, opt=name, lr=lr, **momentum)
     return optimizer
 
 
 def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: float, steps: int, epoch: int) -> Scheduler:
-    """The recipe's schedule, from timm, counted in optimizer steps (`epoch` of them in an epoch).
-
-    The cosine starts at the full rate after the warm-up, as upstream's does. The steps of a step schedule are at
-    multiples of `step_epochs`, with or without warm-up.
+    """The recipe's schedule, from timm, counted in optimizer steps; `epoch` is the number of steps per epoch. After the
+    warm-up, the cosine starts at the full rate, as it does upstream. A step schedule lowers the rate at multiples of
+    `step_epochs`, with or without warm-up.
     """
     warm = min(round(optim.warmup_epochs * epoch), steps - 1)
     warmup = {"warmup_t": warm, "warmup_lr_init": optim.warmup_start * lr, "t_in_epochs": False}
@@ -104,17 +103,18 @@ def make_schedule(optimizer: torch.optim.Optimizer, optim: OptimConfig, lr: floa
 
 
 def schedule_step(optim: OptimConfig, step: int, epoch: int) -> int:
-    """The step whose rate `step` uses: itself in the warm-up, the first of its epoch when held within epochs."""
+    """The step whose rate `step` uses: `step` itself during warm-up; the first step of its epoch if the rate is
+    constant within epochs."""
     if not optim.schedule_per_epoch or step < round(optim.warmup_epochs * epoch):
         return step
     return step // epoch * epoch
 
 
 def synchronize_batchnorm(model: nn.Module, process: Process) -> nn.Module:
-    """The model with BatchNorm synchronized over all ranks.
+    """The model with BatchNorm synchronized across all ranks.
 
     Raises:
-        UserError: on a CPU.
+        UserError: the device is a CPU.
     """
     if process.device.type != "cuda":
         raise UserError(
@@ -141,7 +141,7 @@ def describe_lr(config: DistillConfig) -> str:
 
 
 def learning_rate(config: DistillConfig, step: int, per_epoch: int) -> float:
-    """The learning rate of a step, from 0."""
+    """The learning rate at a step; steps are numbered from 0."""
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=scaled_lr(config))
     steps = config.train.epochs * per_epoch
     schedule = make_schedule(optimizer, config.optim, scaled_lr(config), steps, per_epoch)
@@ -150,7 +150,7 @@ def learning_rate(config: DistillConfig, step: int, per_epoch: int) -> float:
 
 
 def describe_extension(config: DistillConfig, before: int, step: int, per_epoch: int) -> str:
-    """What the schedule does when a run of `before` epochs is extended after `step` steps, as one line of text."""
+    """One line of text about the schedule when a run of `before` epochs is extended after `step` steps."""
     optim, after = config.optim, config.train.epochs
     text = f"extending {config.run} from {before} to {after} epochs after step {step}: "
     if optim.schedule != "cosine" or step == 0:

@@ -1,7 +1,8 @@
-"""Measures a backbone by k-NN and a linear classifier on labeled images, next to random weights and to pixels.
+"""Measures a backbone with k-NN and a linear classifier on labeled images, and compares it with random weights and
+pixels.
 
-In: a backbone and a labeled data set. Out: accuracies in percent.
-Invariant: all three embeddings are of the same readable images; no image is in both the training and the test set.
+In: a backbone and a labeled dataset. Out: accuracies in percent.
+Invariant: all three embeddings use the same readable images, and no image is in both the training and the test set.
 """
 
 from collections.abc import Callable
@@ -21,28 +22,28 @@ from scalekd_cache.models.normalize import Normalize, resize
 from scalekd_cache.models.probing import embed, knn_accuracy, linear_probe_accuracy, pooled_embedding
 
 PIXEL_SIDE = 16
-"""Side of the images of the pixel baseline."""
+"""Side length of the images for the pixel baseline."""
 HELD_OUT_SHARE = 0.2
-"""Share of a single labeled split that is used for testing."""
+"""Share of the images used for testing if only one split has labels."""
 EMBEDDINGS = {"backbone": "the backbone", "random_weights": "random weights",
               "pixels": f"pixels, {PIXEL_SIDE} x {PIXEL_SIDE}"}  # fmt: skip
-"""What is compared, by its name in the results."""
+"""The embeddings that are compared, by their names in the results."""
 
 
 class LabeledImages(NamedTuple):
-    """Some labeled images of a data set."""
+    """Some of the labeled images in a dataset."""
 
     source: Source
     indices: IntArray
-    """(N,) int64, in the order of the source."""
+    """(N,) int64, in source order."""
 
 
 def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tuple[LabeledImages, LabeledImages]:
-    """Training and test images: train and val, or a division of the only labeled split by a hash of the keys.
+    """Training and test images: train and val or, if only one split has labels, a division of it by a hash of the keys.
 
     Args:
-        data: the data set.
-        use: called with one line about a split that is missing.
+        data: the dataset.
+        use: called with one line of text about a missing split.
 
     Raises:
         UserError: no split has labels, or the only one has fewer than two images.
@@ -72,18 +73,19 @@ def labeled_splits(data: DataConfig, use: Callable[[str], object] = print) -> tu
 
 
 def probe(config: ProbeConfig, device: torch.device, say: Callable[[str], object] = print) -> dict[str, Any]:
-    """Accuracies of a backbone's pooled embeddings, of those of random weights, and of pixels.
+    """Accuracies for a backbone's pooled embeddings, the embeddings from random weights, and pixels.
 
     Args:
         config: the options.
         device: where the backbone runs.
-        say: called with lines for people.
+        say: called with each line of text for the user.
 
     Returns:
-        Names and counts, and for each of `EMBEDDINGS` its width (`channels`), `knn` and `linear_probe` in percent.
+        Names and counts. Also, for each of `EMBEDDINGS`, its width (`channels`), and `knn` and `linear_probe` in
+        percent.
 
     Raises:
-        UserError: no such backbone or data set, no labels, or no readable image in a split.
+        UserError: the backbone or dataset does not exist, there are no labels, or a split has no readable image.
     """
     backbone = open_backbone(config.backbone, config.weights, size=config.size, pretrained=True, option="--backbone")
     splits = labeled_splits(config.data, say)
@@ -133,7 +135,7 @@ def probe_table(facts: dict[str, Any]) -> str:
 
 
 class _Compared:
-    """uint8 images to the embeddings of `EMBEDDINGS`, side by side: every image is decoded once."""
+    """Maps uint8 images to all `EMBEDDINGS`, concatenated, so that every image is decoded only once."""
 
     def __init__(self, backbone: Backbone, device: torch.device) -> None:
         self._normalize = Normalize(backbone.mean, backbone.std).to(device)

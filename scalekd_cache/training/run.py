@@ -1,8 +1,8 @@
-"""The complete stage-2 job, from a cache and a student to a run folder.
+"""The complete stage-2 job: takes a cache and a student and produces a run folder.
 
 In: a `DistillConfig`. Out: a trained, evaluated and exported student, and a summary.
-Invariant: invalid input is reported before the first step. The summary is written last, so a run that has a summary
-is complete and is not repeated.
+Invariant: invalid input is reported before the first step. The summary is written last, so a run with a summary is
+complete and is not repeated.
 """
 
 import os
@@ -57,9 +57,9 @@ from scalekd_cache.training.trainer import DistillModel, Trainer, start_processe
 
 
 def distill(config: DistillConfig, process: Process, log: Logger | None = None) -> Summary:
-    """Train a student from a cache; return the summary. A finished run only returns its summary.
+    """Train a student from a cache; return the summary. For a finished run, only return its summary.
 
-    With `extend`, a run of fewer epochs continues from its last checkpoint.
+    With `extend`, a run with fewer epochs continues from its last checkpoint.
 
     Args:
         config: all options of stage 2.
@@ -120,7 +120,8 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
     with SignalHandler() as signals:
 
         def evaluate(step: int, state: State, *, final: bool = False) -> Evaluation:
-            """Evaluate after this step. A signal ends it: all ranks save a checkpoint, if there is none, and stop."""
+            """Evaluate after this step. On a signal, all ranks stop; they first save a checkpoint unless this step has
+            one."""
             found = _evaluate(config, run_cache, trainer, state, validation, comparison, signals, final=final)
             if found is None:
                 if step != first and not _is_checkpoint_due(config.train, step, trainer.loader):
@@ -133,7 +134,7 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
         with trainer.watchdog.guard(60 * config.train.timeout_minutes):
             due = first > 0 and _is_evaluation_due(config.train, first, trainer.loader)
             if due and trainer.true_on_any_rank(folder is not None and not folder.is_evaluated(first)):
-                evaluate(first, trainer.student_state())  # it was interrupted
+                evaluate(first, trainer.student_state())  # the evaluation was interrupted
             for step in trainer.train(folder):
                 signal = trainer.signal_of_any_rank(signals.received)
                 if signal or _is_checkpoint_due(config.train, step, trainer.loader):
@@ -159,9 +160,9 @@ def _distill(config: DistillConfig, run: Path, folder: RunFolder | None, process
 
 
 def _stop(trainer: Trainer, signals: SignalHandler, step: int) -> NoReturn:
-    """End all ranks because of a signal; the checkpoint of this step is saved."""
+    """Stop all ranks because of a signal, after the checkpoint for this step has been saved."""
     signal = trainer.signal_of_any_rank(signals.received, now=True)
-    dist.barrier()  # launchers end all ranks once one has exited, and rank 0 may still be writing
+    dist.barrier()  # launchers kill all ranks once one has exited, and rank 0 may still be writing
     raise interrupted_by(signal, step, trainer.loader.total_steps)
 
 
@@ -183,7 +184,7 @@ def _checkpoint(run: Path, process: Process) -> Checkpoint | None:
     """The checkpoint to resume from: the newest undamaged one. Damaged ones are reported.
 
     Raises:
-        UserError: all checkpoints are damaged, or a finished run to be extended has none.
+        UserError: all checkpoints are damaged, or a finished run that is to be extended has no checkpoint.
     """
     checkpoint, problems = latest_checkpoint(run / "checkpoints")
     for problem in problems:
@@ -216,7 +217,7 @@ def _is_evaluation_due(train: TrainConfig, step: int, loader: CacheLoader) -> bo
 
 
 def _validation(manifest: Manifest, data: str | None, process: Process) -> Source | None:
-    """The validation images, or None; missing ones are reported before training starts."""
+    """The validation images, or None. Missing images are reported before training starts."""
     try:
         source = open_cache_source(manifest.facts.data, data, "val")
         if manifest.facts.labeled:
@@ -239,8 +240,8 @@ def _evaluate(
     *,
     final: bool = False,
 ) -> Evaluation | None:
-    """Evaluate the student with these weights on the validation images, which are split over all ranks; empty without
-    any. None on all ranks if one has received a signal in the meantime."""
+    """Evaluate the student with these weights on the validation images, which are split across all ranks. The result is
+    empty if there are none, and None on all ranks if any rank has received a signal in the meantime."""
     process, facts = trainer.process, run_cache.facts[0]
 
     def stop() -> bool:

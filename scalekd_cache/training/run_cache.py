@@ -1,6 +1,6 @@
-"""The cache or caches of a run: targets, number of views, pixels.
+"""The cache or caches used by a run: targets, number of views, pixels.
 
-In: a `DistillConfig`, the run's folder, this process. Out: a `RunCache`, the same on every rank.
+In: a `DistillConfig`, the run's folder, and this process. Out: a `RunCache`, the same on every rank.
 Invariant: epoch e reads view e mod V. V is fixed when the run starts, even if a cache grows later.
 """
 
@@ -31,9 +31,10 @@ class RunCache(NamedTuple):
     """The open caches of a run, one per teacher. They hold the same views."""
 
     caches: tuple[Cache, ...]
-    """Sources of targets. The first one also provides order, labels, view records and, unless shared, pixels."""
+    """Sources of targets. The first one also provides the order, labels, view records and, unless shared, the
+    pixels."""
     views: int
-    """V: number of views that the epochs cycle through."""
+    """V: the number of views that the epochs cycle through."""
     pixels: Cache | None
     """The cache that stores the pixels of the first cache, if they are shared."""
 
@@ -44,13 +45,12 @@ class RunCache(NamedTuple):
 
     @property
     def facts(self) -> list[ManifestFacts]:
-        """The facts of each cache."""
+        """The facts about each cache."""
         return [cache.manifest.facts for cache in self.caches]
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of the student: those of the data set or, without labels, of the first teacher with
-        logits."""
+        """Number of student classes: that of the dataset or, without labels, that of the first teacher with logits."""
         return next((facts.num_classes for facts in self.facts if facts.num_classes), 0)
 
     def shares_classes(self, number: int) -> bool:
@@ -64,10 +64,10 @@ class RunCache(NamedTuple):
 
 
 def open_run_cache(config: DistillConfig, run: Path, process: Process) -> RunCache:
-    """Open the caches of a run; with `follow`, wait until the first views are ready.
+    """Open the caches for a run; with `follow`, wait until the first views are ready.
 
     Raises:
-        UserError: a cache is unfinished and `follow` is off, or has too few views; the run started with another
+        UserError: a cache is unfinished and `follow` is off, or has too few views; the run started with a different
             cache; the caches hold different views; or the cache that stores the shared pixels is missing.
     """
     caches = []
@@ -109,7 +109,8 @@ def check_caches(caches: Sequence[Cache]) -> None:
 
 
 def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
-    """V: the value the run started with; for a new run `train.views`, or all views of the cache with the fewest."""
+    """V: the value the run started with. For a new run: `train.views` or, if not set, the number of views in the cache
+    with the fewest."""
     available, requested = cache.manifest.num_views, config.train.views
     started = _views_of_started_run(run)
     views: int = started or requested or available
@@ -126,7 +127,8 @@ def _views(config: DistillConfig, run: Path, cache: Cache) -> int:
 
 
 def _views_of_started_run(run: Path) -> int | None:
-    """V of a run that was started earlier, from cache.json or, if that file is missing, from the newest checkpoint."""
+    """V for a run that was started earlier, read from cache.json or, if that file is missing, from the newest
+    checkpoint."""
     if (run / FACTS).exists():
         return int(read_facts(run)["views"])
     checkpoint, _ = latest_checkpoint(run / "checkpoints")
@@ -135,10 +137,10 @@ def _views_of_started_run(run: Path) -> int | None:
 
 
 def check_ranks_agree(run_cache: RunCache, process: Process) -> None:
-    """Check that all ranks opened the cache in the same state; a growing cache may differ.
+    """Check that all ranks opened the cache in the same state. The state of a growing cache may differ between ranks.
 
     Raises:
-        UserError: on every rank, when they differ.
+        UserError: the states differ; raised on every rank.
     """
     if process.world_size == 1:
         return

@@ -1,6 +1,6 @@
-"""Accuracy of a student on validation images: during a run, of a finished run, or of an exported folder.
+"""Evaluates a student on validation images: during a run, after a finished run, or from an exported folder.
 
-In: weights or an exported folder, and a data set. Out: a `Tally`.
+In: weights or an exported folder, and a dataset. Out: a `Tally`.
 Invariant: no cache is needed, and deepspeed is not imported.
 """
 
@@ -30,7 +30,7 @@ from scalekd_cache.training.run_folder import is_locked
 
 
 class Evaluation(NamedTuple):
-    """How good a student is: accuracies, or for a cache without labels its distance to the teacher."""
+    """The quality of a student: accuracies or, for a cache without labels, its distance to the teacher."""
 
     tally: Tally | None = None
     """Accuracies; None without labeled validation images."""
@@ -38,12 +38,12 @@ class Evaluation(NamedTuple):
     """`held_out_evaluation.FIGURES`; empty for a labeled cache."""
 
     of_teachers: dict[str, dict[str, float]] = {}
-    """With several teachers, the figures that compare the student with each, by the teacher's name; `held_out` has
-    their means."""
+    """With multiple teachers, the metrics that compare the student with each teacher, by the teacher's name. `held_out`
+    has their means."""
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What is logged."""
+        """The metrics to log."""
         tally = self.tally
         apart = {f"{name}/{key}": value for name, found in self.of_teachers.items() for key, value in found.items()}
         accuracies = {"top1": tally.top1_percent, "top5": tally.top5_percent} if tally else {}
@@ -65,8 +65,8 @@ def evaluate_state(
     process: Process,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tally | None:
-    """Accuracy of the student with these weights; the validation images are split over all ranks. None on all ranks
-    when `stop` was true on one of them."""
+    """Accuracy of the student with these weights; the validation images are split across all ranks. None on all ranks
+    if `stop` was true on any rank."""
     size = config.student.image_size or manifest.facts.view_recipe["size"]
     student = consolidated_student(config.student, state, manifest.facts.num_classes, size)
     share = evaluate(
@@ -96,7 +96,8 @@ def evaluate_run(run: Path, data: str | None, process: Process, workers: int) ->
     """The accuracy of a finished run's exported student.
 
     Raises:
-        UserError: no exported student, a damaged one, no validation images, or images of other classes.
+        UserError: the exported student is missing or damaged, there are no validation images, or their classes differ
+            from the student's.
     """
     student, facts, source = student_options(run), read_facts(run), data_of(run, data)
     folder = run / "export"
@@ -121,10 +122,10 @@ def _no_classes(folder: Path) -> UserError:
 
 
 def evaluate_folder(folder: Path, data: str | None, process: Process, workers: int) -> Tally:
-    """The accuracy of an exported or imported student without a run. config.json gives model, size, mean, std.
+    """The accuracy of an exported or imported student without a run. config.json gives the model, size, mean and std.
 
     Raises:
-        UserError: no data set is given, a file is damaged, or data set and student have different classes.
+        UserError: no dataset is given, a file is damaged, or the dataset and the student have different classes.
     """
     if data is None:
         raise UserError("the exported student has no recorded data set", where=folder, fix="set --data folder")

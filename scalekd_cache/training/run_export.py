@@ -1,7 +1,8 @@
-"""Export the student of a run. No training engine and no cache are needed.
+"""Export the student of a run. Neither a training engine nor a cache is needed.
 
-In: a run folder, or a consolidated state dict. Out: a folder that plain timm loads, or a file in another format.
-Invariant: weights are read from a checkpoint whose digests match, and the export replaces an older one in one rename.
+In: a run folder, or a consolidated state dict. Out: a folder that plain timm can load, or a file in a different format.
+Invariant: weights are read from a checkpoint whose digests match, and the new export replaces an older one in a single
+rename.
 """
 
 from collections.abc import Sequence
@@ -25,8 +26,8 @@ State = dict[str, Tensor]
 
 
 def facts_of(caches: Sequence[ManifestFacts], views: int, student: StudentConfig) -> dict[str, Any]:
-    """A run's facts of its caches, for resuming and for export: `views` is the number it uses, and the image size is
-    the student's."""
+    """A run's facts about its caches, which are needed to resume and to export. `views` is the number of views that the
+    run uses, and the image size is the student's."""
     first = caches[0]
     return {
         "fingerprint": joint_fingerprint(caches),
@@ -52,7 +53,7 @@ def consolidated_student(config: StudentConfig, state: State, num_classes: int, 
 def export_state(
     config: StudentConfig, state: State, facts: dict[str, Any], folder: Path, card: str | None = None
 ) -> float:
-    """Export a student with its model card; returns the largest difference of a reloaded logit."""
+    """Export a student with its model card; returns the largest logit difference after reloading."""
     size, names = facts["image_size"], facts["class_names"]
     student = consolidated_student(config, state, classes_of(facts), size)
     return export_student(student, config, folder, image_size=size, class_names=names, card=card)
@@ -64,20 +65,20 @@ class Exported(NamedTuple):
     path: Path
     """The folder (timm) or file (other formats)."""
     difference: float | None
-    """Largest difference of a reloaded logit; None if the target library is not installed."""
+    """The largest logit difference after reloading; None if the target library is not installed."""
 
 
 def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
     """Export the student of a run's last checkpoint; the run need not be finished.
 
     Args:
-        run: its folder.
-        out: folder (timm) or file to write (None: <run>/export, or <run>/<student><suffix of the format>).
+        run: the folder of the run.
+        out: folder (timm) or file to write (None: <run>/export, or <run>/<student> with the suffix of the format).
         form: one of `formats.FORMATS`.
 
     Raises:
-        UserError: no run, no checkpoint yet, a damaged newest checkpoint, or a format that does not support the
-            student.
+        UserError: the folder holds no run, the run has no checkpoint yet, its newest checkpoint is damaged, or the
+            format does not support the student.
     """
     check_format(form)
     options, facts = read_config(run), read_facts(run)
@@ -88,7 +89,7 @@ def export_run(run: Path, out: Path | None, form: str = "timm") -> Exported:
             fix = f"its exported student is in {run / 'export'}"
             raise UserError("the checkpoints of this finished run are gone", where=where, fix=fix)
         raise UserError("the run has no checkpoint yet", got="; ".join(problems) or None, where=where, fix=fix)
-    if problems:  # an older student than the run's must not be exported unnoticed
+    if problems:  # never silently export an older student
         raise UserError(
             "the newest checkpoint of the run is damaged",
             got="; ".join(problems),

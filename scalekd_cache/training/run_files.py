@@ -1,7 +1,7 @@
-"""Read the small files of a run's folder: options, facts of the cache, summary.
+"""Read the small files in a run's folder: options, facts about the cache, summary.
 
-In: a run's folder, possibly written by another machine or version. Out: values with checked types.
-Invariant: a damaged file is a `UserError` that names the file and what to do. Sizes are limited, and only regular
+In: a run's folder, possibly written on a different machine or by a different version. Out: type-checked values.
+Invariant: a damaged file raises a `UserError` that names the file and what to do. Sizes are limited, and only regular
 files are opened.
 """
 
@@ -24,13 +24,13 @@ from scalekd_cache.store.checked_files import checked, read_checked, read_file
 Summary = dict[str, Any]
 OPTIONS = "config.yaml"
 FACTS = "cache.json"
-"""A run's facts of its cache: fingerprint, class names, data set; and the size of the student's images."""
+"""A run's facts about its cache (fingerprint, class names, dataset) and the size of the student's images."""
 SUMMARY = "summary.json"
 METRICS = "metrics.jsonl"
 OPTIONS_BYTES = SUMMARY_BYTES = 1 << 17
 FACTS_BYTES = 1 << 26
 WRITTEN_OPTIONS = ("cache", "student", "train", "device")
-"""Options that every complete config.yaml has, including the last one written."""
+"""Options that every complete config.yaml contains, including the option that is written last."""
 AGAIN = "remove this file and rerun `scalekd distill` with the options of this run to recreate it"
 T = TypeVar("T")
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -38,21 +38,21 @@ Count = Annotated[int, Field(ge=0, lt=2**53)]
 
 
 class TeacherSummary(TypedDict):
-    """One of several teachers of a run."""
+    """One of the teachers in a run with multiple teachers."""
 
     name: str
-    """As in the names of metrics."""
+    """The name that is used in metric names."""
     share: Finite
-    """Weight of its feature losses; the weights of all teachers have the sum 1."""
+    """Weight of its feature losses; the weights of all teachers sum to 1."""
     top1: Finite | None
     fingerprint: str
-    """Of its cache."""
+    """Fingerprint of its cache."""
     held_out: dict[str, Finite]
-    """Figures of held-out images that compare the student with this teacher; empty with labels."""
+    """Metrics on held-out images that compare the student with this teacher; empty for caches with labels."""
 
 
 class SummaryFields(TypedDict):
-    """summary.json; optional fields were added by later versions."""
+    """The fields of summary.json; optional fields were added in later versions."""
 
     student: str
     teacher: str
@@ -60,9 +60,9 @@ class SummaryFields(TypedDict):
     top1: Finite | None
     top5: Finite | None
     teacher_top1: Finite | None
-    """With several teachers: of the best one."""
+    """With multiple teachers: the value for the best one."""
     teachers: NotRequired[list[TeacherSummary]]
-    """With several teachers: each of them, in the order of the caches."""
+    """With multiple teachers: one entry per teacher, in the order of the caches."""
     epochs: Count
     steps: Count
     seed: int
@@ -82,7 +82,7 @@ class SummaryFields(TypedDict):
 
 
 class CacheFacts(TypedDict):
-    """cache.json"""
+    """The fields of cache.json."""
 
     fingerprint: str
     views: Annotated[int, Field(ge=1, lt=2**31)]
@@ -93,7 +93,7 @@ class CacheFacts(TypedDict):
 
 
 class SampleLine(TypedDict):
-    """A line of samples-r00000.jsonl."""
+    """A line in samples-r00000.jsonl."""
 
     step: Count
     micro: Count
@@ -116,36 +116,36 @@ def read_config(run: Path) -> dict[str, Any]:
         raise _with_fix(error) from error
     try:
         config = PlainLoader(data).get_single_data()
-    except Exception as error:  # PyYAML's constructors raise errors of many kinds
+    except Exception as error:  # PyYAML's constructors raise many types of errors
         raise UserError("the run's configuration is damaged", got=error, where=file, fix=AGAIN) from error
     if not isinstance(config, dict) or not all(isinstance(name, str) for name in config):
         raise UserError("the run's configuration is damaged", got=type(config).__name__, where=file, fix=AGAIN)
-    if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a file that ends early is YAML too
+    if missing := [name for name in WRITTEN_OPTIONS if name not in config]:  # a truncated file is still valid YAML
         raise UserError("the run's configuration is damaged", got=f"no {missing[0]}", where=file, fix=AGAIN)
     return config
 
 
 def _with_fix(error: UserError) -> UserError:
-    """The error with `AGAIN` as what to do, unless it has its own."""
+    """The error with `AGAIN` as its fix, unless it already has one."""
     return UserError(str(error), fix=None if "what to do: " in str(error) else AGAIN)
 
 
 def student_options(run: Path) -> StudentConfig:
-    """The student options of a run.
+    """A run's student options.
 
     Raises:
-        UserError: as `read_config`, or the section is invalid.
+        UserError: as for `read_config`, or the section is invalid.
     """
     return _checked_part(read_config(run).get("student"), StudentConfig, run / OPTIONS)
 
 
 def text_option(options: Mapping[str, Any], name: str) -> str:
-    """An option of a run as text, for display; the file is not trusted."""
+    """One of a run's options as text for display; the file is not trusted."""
     return str(flat(options).get(name, "not known"))
 
 
 def read_facts(run: Path) -> dict[str, Any]:
-    """A run's facts of its cache.
+    """A run's facts about its cache.
 
     Raises:
         UserError: the folder holds no started run, or the file is damaged.
@@ -160,15 +160,15 @@ def read_facts(run: Path) -> dict[str, Any]:
 
 
 def classes_of(facts: Mapping[str, Any]) -> int:
-    """Width of a student's classifier, from a run's facts of its cache; 0: none."""
+    """Width of a student's classifier, from a run's facts about its cache; 0 if it has none."""
     return int(facts.get("num_classes", len(facts["class_names"])))
 
 
 def data_of(run: Path, source: str | None) -> DataConfig:
-    """The data set of a run's cache: as recorded when the run started, or at another path (`source`).
+    """The dataset used for a run's cache: as recorded when the run started, or at a different path (`source`).
 
     Raises:
-        UserError: as `read_facts` and `read_config`, or the path is not a data set.
+        UserError: as for `read_facts` and `read_config`, or the path is not a dataset.
     """
     names = DataConfig.__dataclass_fields__
     kept = {name: value for name, value in read_facts(run)["data"].items() if name in names}
@@ -177,7 +177,7 @@ def data_of(run: Path, source: str | None) -> DataConfig:
 
 
 def _checked_part(part: Any, kind: type[T], file: Path) -> T:
-    """A section of a file as one of our dataclasses."""
+    """A section of a file, parsed into one of our dataclasses."""
     try:
         return checked(json.dumps(part, default=str), kind, "a part of it", file)
     except (UserError, ValueError, RecursionError) as error:
@@ -185,7 +185,7 @@ def _checked_part(part: Any, kind: type[T], file: Path) -> T:
 
 
 def read_summary(run: Path) -> Summary | None:
-    """The summary of a run, None before it is finished.
+    """The summary of a run; None before the run is finished.
 
     Raises:
         UserError: the file is damaged.

@@ -1,8 +1,8 @@
 """The folder of a run: its lock, and the files that training writes.
 
-In: options, loss terms, accuracies. Out: config.yaml, cache.json, metrics.jsonl, TensorBoard events, summary.json.
-Invariant: a run folder belongs to one set of options and one job at a time. metrics.jsonl has one line per logged
-step, in order, also after a resume.
+In: options, loss terms and accuracies. Out: config.yaml, cache.json, metrics.jsonl, TensorBoard events, summary.json.
+Invariant: a run folder belongs to one set of options and one job at a time. metrics.jsonl has one line per logged step,
+in order, even after a resume.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ FREE_OPTIONS |= {
 FREE_OPTIONS |= {f"remote.{name}" for name in RemoteConfig.__dataclass_fields__}
 FREE_OPTIONS |= {"train.compile", "train.channels_last", "train.cudnn_benchmark"}
 FREE_OPTIONS |= {"follow", "follow_timeout_minutes", "pixels_from", "extend", "train.seeds", "train.tracker"}
-"""Options that may change when a run is resumed: paths and resources, not the computation."""
+"""Options that may change when a run is resumed. They set paths and resources and do not affect the computation."""
 
 
 class RunFolder:
@@ -56,13 +56,13 @@ class RunFolder:
         """Open or create the folder.
 
         Raises:
-            UserError: it belongs to a run with other options, or another process is training in it.
+            UserError: the folder belongs to a run with different options, or another process is training in it.
         """
         self.path = path
         self._events: EventFile | None = None
         self._loggers: list[Logger] = []
         require_folder(path, "--run")
-        check_outside_caches(path, "--run")  # before anything is made
+        check_outside_caches(path, "--run")  # before anything is created
         self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
         with disk_errors(path, 0):
             path.mkdir(parents=True, exist_ok=True)
@@ -72,12 +72,12 @@ class RunFolder:
             remove_stale(path)
             check_config(path, config)
         except BaseException:
-            self.close()  # a traceback that is kept, as in a notebook, would keep the lock
+            self.close()  # a traceback that is kept alive, e.g. in a notebook, would hold the lock
             raise
         self._config = dict(config)
 
     def close(self) -> None:
-        """End the trackers and release the lock. A run that has written nothing leaves no folder."""
+        """Close the trackers and release the lock. If the run has written nothing, its folder is removed."""
         for logger in self._loggers:
             if isinstance(logger, CsvFile | Tracker):
                 logger.close()
@@ -90,7 +90,7 @@ class RunFolder:
         self._lock.close()
 
     def _take_lock(self) -> IO[bytes]:
-        """Take the lock, held as long as this object lives; no effect on a file system without locks."""
+        """Take the lock and hold it for the lifetime of this object. Has no effect on a file system without locks."""
         file = open_lock(self.path / LOCK)
         try:
             lock(file, self.path / LOCK, wait=False)
@@ -102,33 +102,34 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of checkpoints."""
+        """The folder for checkpoints."""
         return self.path / "checkpoints"
 
     def summary(self) -> Summary | None:
-        """The summary of a finished run, None before it is finished."""
+        """The summary of the run; None before the run is finished."""
         return read_summary(self.path)
 
     def write_facts(self, facts: Mapping[str, Any]) -> None:
-        """Write the options, and the facts of the cache that later commands need without the cache.
+        """Write the options, and the facts about the cache that later commands need when the cache is not available.
 
-        Called after all checks: a refused command must not leave options that conflict with the corrected one.
+        Called after all checks, so that a rejected command does not leave options that conflict with the corrected
+        command.
         """
         file = self.path / OPTIONS
         epochs = flat(self._config).get("train.epochs")
         if not file.exists():
             write_atomically(file, yaml.safe_dump(self._config, sort_keys=False).encode())
-        elif started_epochs(self.path) != epochs:  # it is extended
+        elif started_epochs(self.path) != epochs:  # the run is being extended
             config = read_config(self.path)
             config["train"]["epochs"] = epochs
             write_atomically(file, yaml.safe_dump(config, sort_keys=False).encode())
         write_atomically(self.path / FACTS, (json.dumps(facts, indent=2) + "\n").encode())
 
     def start_metrics(self, step: int) -> int:
-        """Open the metrics at a step; drop lines of later steps, which an interruption discarded.
+        """Open the metrics at a step, and drop the lines for later steps, which were lost in an interruption.
 
         Returns:
-            The number of damaged lines, which are dropped too.
+            The number of damaged lines, which are also dropped.
         """
         damaged = drop_lines_after(self.path / METRICS, dict[str, Finite], step)
         with disk_errors(self.path, 0):
@@ -136,14 +137,15 @@ class RunFolder:
         return damaged
 
     def add_logger(self, logger: Logger | None) -> None:
-        """Call a function for each later line of metrics.jsonl."""
+        """Call a function for each line that is added to metrics.jsonl from now on."""
         if logger is not None:
             self._loggers.append(logger)
 
     def reopen(self, step: int) -> None:
-        """Remove the summary of a run that is extended; its accuracy becomes a line of the metrics at this step.
+        """Remove the summary of a run that is being extended; its accuracy is added to the metrics as a line for this
+        step.
 
-        Called after `write_facts` and `start_metrics`: a kill in between leaves a run that is extended by a rerun.
+        Called after `write_facts` and `start_metrics`, so that after a kill in between, a rerun extends the run.
         """
         summary = self.summary()
         if summary is None:
@@ -158,7 +160,7 @@ class RunFolder:
         fsync_path(self.path)
 
     def is_evaluated(self, step: int) -> bool:
-        """Whether the metrics have an evaluation after this step; true if they are too large to be read here."""
+        """Whether the metrics contain an evaluation after this step; True if they are too large to be read here."""
         with contextlib.suppress(UserError):
             return any(line["step"] == step and "loss" not in line for line in read_metrics(self.path)[0])
         return True
@@ -189,7 +191,7 @@ def check_paths(run: Path) -> None:
     """Check the paths that a run writes.
 
     Raises:
-        UserError: something else (a folder, a FIFO, a link loop) has the name of one of its files or folders.
+        UserError: one of these names is taken by something else, such as a folder, a FIFO or a symlink loop.
     """
     for name in (OPTIONS, FACTS, SUMMARY, METRICS, CSV, ID):
         if os.path.lexists(run / name):
@@ -200,7 +202,7 @@ def check_paths(run: Path) -> None:
 
 
 def started_epochs(run: Path) -> int | None:
-    """The epochs that a run was started with or extended to; None for a folder without options."""
+    """The number of epochs that a run was started with or extended to; None for a folder without options."""
     if not os.path.lexists(run / OPTIONS):
         return None
     epochs = flat(read_config(run)).get("train.epochs")
@@ -208,7 +210,8 @@ def started_epochs(run: Path) -> int | None:
 
 
 def finished_summary(run: Path, epochs: int, extend: bool) -> Summary | None:
-    """The summary of a run that is finished; None for one that is extended to `epochs`, now or by a killed job."""
+    """The summary of a finished run; None if this command, or an earlier one that was killed, extends the run to
+    `epochs`."""
     summary = read_summary(run)
     if summary is None or (summary["epochs"] < epochs and (extend or started_epochs(run) == epochs)):
         return None
@@ -216,17 +219,17 @@ def finished_summary(run: Path, epochs: int, extend: bool) -> Summary | None:
 
 
 def check_config(run: Path, config: Mapping[str, Any]) -> None:
-    """Check that a folder is new or holds a run with these options; with `extend`, a run of at most these epochs.
+    """Check that a folder is new or holds a run with these options; with `extend`, the run may have fewer epochs.
 
     Raises:
-        UserError: it is a file, or a run with other options.
+        UserError: it is a file, or holds a run with different options.
     """
     require_folder(run, "--run")
     check_outside_caches(run, "--run")
     if not os.path.lexists(run / OPTIONS):
         return
     stored, given = flat(read_config(run)), flat(config)
-    defaults = flat(to_plain(DistillConfig()))  # of options that are younger than the run
+    defaults = flat(to_plain(DistillConfig()))  # for options that are newer than the run
     names = sorted((stored | given).keys() - FREE_OPTIONS)
     different = [name for name in names if stored.get(name, defaults.get(name)) != given.get(name)]
     if different == ["train.epochs"] and isinstance(before := stored["train.epochs"], int):
@@ -249,7 +252,7 @@ def check_config(run: Path, config: Mapping[str, Any]) -> None:
 
 
 def is_locked(run: Path) -> bool:
-    """Whether a process is training in a run's folder now."""
+    """Whether a process is currently training in a run's folder."""
     try:
         with open_lock(run / LOCK, make=False) as file:
             lock(file, run / LOCK, wait=False, shared=True)
@@ -264,7 +267,7 @@ def check_same_cache(run: Path, fingerprint: str, cache: object) -> None:
     """Check that a started run uses the cache it started with.
 
     Raises:
-        UserError: it started with another cache.
+        UserError: it started with a different cache.
     """
     if os.path.lexists(run / FACTS) and read_facts(run)["fingerprint"] != fingerprint:
         raise UserError(

@@ -1,8 +1,8 @@
-"""Several runs from one command, for a list of seeds or students, with mean and spread over the seeds.
+"""Multiple runs from one command, for a list of seeds or students, with mean and spread over the seeds.
 
-In: a `DistillConfig` whose `student.name` and `train.seeds` may list several values. Out: one configuration per run,
-their summaries, and one row per student.
-Invariant: each run of a series has its own folder and equals the run of a command with only this student and seed.
+In: a `DistillConfig` whose `student.name` and `train.seeds` may list multiple values. Out: one configuration per run,
+the summaries, and one row per student.
+Invariant: each run of a series has its own folder and equals the run made by a command with only this student and seed.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ def default_run(config: DistillConfig) -> str:
 def single_runs(config: DistillConfig) -> list[DistillConfig]:
     """One configuration per student and seed, without duplicates, ordered by student, each with its own folder.
 
-    The folder is `run` (None: `default_run`), followed by -<student> if several students share a `run`, and by
+    The folder is `run` (None: `default_run`), followed by -<student> if `run` is given with multiple students, and by
     -seed<N> if `train.seeds` is set.
     """
     students = list(dict.fromkeys(name.strip() for name in config.student.name.split(",") if name.strip()))
@@ -61,7 +61,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
     `log` is called as in `distill`.
 
     Raises:
-        UserError: raised by the first run that fails; a rerun resumes there.
+        UserError: a run failed; the remaining runs are not started. A rerun resumes at this run.
     """
     if len(configs) > 1:
         for config in configs:
@@ -78,7 +78,7 @@ def distill_series(configs: Sequence[DistillConfig], process: Process, log: Logg
 
 
 def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
-    """One row for all runs that differ only in the seed: number, mean and sample standard deviation, as JSON values.
+    """One row for each set of runs that differ only in the seed: number of runs, mean and sample standard deviation.
 
     The deviation is None for a single run; mean and deviation are None if a run was not evaluated.
     """
@@ -90,7 +90,7 @@ def summarize_series(summaries: Sequence[Summary]) -> list[dict[str, Any]]:
 
 
 def series_facts(summaries: Sequence[Summary]) -> dict[str, Any]:
-    """The summary of one run; for several, `runs` (their summaries) and `series` (`summarize_series`)."""
+    """The summary of a single run; for multiple runs, `runs` (their summaries) and `series` (`summarize_series`)."""
     one = len(summaries) == 1
     return summaries[0] if one else {"runs": list(summaries), "series": summarize_series(summaries)}
 
@@ -108,7 +108,7 @@ def _row(runs: Sequence[Summary]) -> dict[str, Any]:
 
 
 def series_table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows of `summarize_series` as a table of text."""
+    """The rows of `summarize_series` as a text table."""
     head = ("student", "targets", "n", "top-1", "std", "top-5", "each top-1", "epochs", "minutes")
     shown = [name != "top-5" or any(row["top5_mean"] is not None for row in rows) for name in head]
     lines: list[tuple[str, ...]] = [head]

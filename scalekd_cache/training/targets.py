@@ -1,6 +1,7 @@
 """Distillation targets, from caches or live teachers, and the heads that compare a student with them.
 
-In: the caches of a run, a student. Out: `TargetSource`, targets of a batch; tails and heads; the order of samples.
+In: a run's caches, and a student. Out: `TargetSource`s, which give the targets of a batch; tails and heads; the sample
+order.
 Invariant: training, auditing and custom loops build the same targets and heads.
 """
 
@@ -36,7 +37,7 @@ from scalekd_cache.training.run_cache import RunCache
 
 
 def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None:
-    """`UserError` for a temperature that the stored logits do not support."""
+    """Raise `UserError` for a temperature that the stored logits do not support."""
     if codec.partial and config.temperature != 1 and config.logit_weight > 0:
         raise UserError(
             "the cache stores top-k logits, which support temperature 1 only",
@@ -48,11 +49,11 @@ def check_logits(config: ScaleKDConfig, cache: Cache, codec: LogitCodec) -> None
 
 
 def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, number: int = 0) -> int:
-    """How many samples of a micro-batch the feature losses of a teacher use; `number` is the index of the teacher.
+    """The number of samples in a micro-batch that a teacher's feature losses use; `number` is the index of the teacher.
 
     Raises:
-        UserError: the cache has features for fewer samples, or the share is not a whole number of at least 2 samples
-            (the BatchNorm group of the projectors).
+        UserError: the cache has features for fewer samples, or the share does not give a whole number of at least 2
+            samples. These samples are the BatchNorm group of the projectors.
     """
     every = cache.manifest.facts.features_every
     asked = config.share_of(number)
@@ -88,7 +89,8 @@ def feature_samples(config: ScaleKDConfig, cache: Cache, micro_batch: int, numbe
 
 
 def load_cache_classifier(config: DistillConfig, cache: Cache, codec: LogitCodec, process: Process) -> nn.Linear | None:
-    """The teacher's classifier if the cache stores it instead of logits; checks the temperature (`check_logits`)."""
+    """The teacher's classifier, if the cache stores it instead of logits. Also checks the temperature
+    (`check_logits`)."""
     check_logits(config.scalekd, cache, codec)
     if not isinstance(codec, RecomputedLogits) or config.train.targets != "cached":
         return None
@@ -109,13 +111,13 @@ def load_cache_tail(cache: Cache) -> Tail:
 
 
 def pooled_width(facts: ManifestFacts) -> int:
-    """Width of the pooled target of a cache without labels; 0 with labels."""
+    """Width of the pooled target in a cache without labels; 0 with labels."""
     spec = facts.teacher["spec"]
     return 0 if facts.labeled else int(spec.get("pooled") or spec["feature_shape"][0])
 
 
 def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int = 0) -> ScaleKDHeads:
-    """The ScaleKD heads between a student and a teacher's tail; `pooled` as `pooled_width` returns it."""
+    """The ScaleKD heads between a student and a teacher's tail; `pooled` is the result of `pooled_width`."""
     heads = ScaleKDHeads(
         config.scalekd,
         tap_shapes=student.tap_shapes,
@@ -131,7 +133,7 @@ def make_heads(config: DistillConfig, student: Student, tail: Tail, pooled: int 
 
 
 def describe_targets(config: DistillConfig, run_cache: RunCache) -> list[str]:
-    """Lines about what a run minimizes: on caches without labels, or with several teachers."""
+    """Lines that describe what a run minimizes, for caches without labels or multiple teachers; otherwise empty."""
     logits = config.scalekd.logit_weight > 0
     facts, labeled = run_cache.facts, run_cache.facts[0].labeled
     soft = [bool(one.num_classes and run_cache.shares_classes(number)) for number, one in enumerate(facts)]
@@ -162,11 +164,11 @@ def make_all_heads(
 
 
 HEAVY_HEADS = 10
-"""Heads with this many times the student's parameters are reported."""
+"""Heads with at least this many times the student's parameters are reported."""
 
 
 def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: Tail) -> str | None:
-    """One line about the cost of the heads and the cheaper option, if they are far larger than the student."""
+    """One line about the cost of the heads and a cheaper option, if the heads are far larger than the student."""
     own, trained = (sum(value.numel() for value in module.parameters()) for module in (student.model, heads))
     if config.scalekd.projector != "cap" or trained < HEAVY_HEADS * own:
         return None
@@ -181,11 +183,11 @@ def heads_note(config: DistillConfig, student: Student, heads: nn.Module, tail: 
 
 
 FEW_CLASSES = 20
-"""Up to this many classes, the published feature weights are reported (docs/METHOD.md, Few classes)."""
+"""For up to this many classes, using the published feature weights is reported (docs/METHOD.md, Few classes)."""
 
 
 def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
-    """One line if the published feature weights, which were chosen for 1,000 classes, are used with few classes."""
+    """One line if a run with few classes uses the published feature weights, which were chosen for 1,000 classes."""
     published = term_weights(ScaleKDConfig())
     if not 0 < classes <= FEW_CLASSES or term_weights(config) != published:
         return None
@@ -197,9 +199,9 @@ def weights_note(config: ScaleKDConfig, classes: int) -> str | None:
 
 
 def make_order(train: TrainConfig, cache: Cache, process: Process, others: Sequence[Cache] = ()) -> Order:
-    """The sample order of a run; with class-sorted images the shuffle window is larger.
+    """The sample order for a run. If the images are sorted by class, the shuffle window is larger.
 
-    If one of the caches is sparse, its samples with features are spread over all micro-batches.
+    If any of the caches is sparse, its samples with features are spread over all micro-batches.
     """
     found = ClassCorrelation(*cache.manifest.facts.data.get("class_likeness", (1.0, 1.0)))
     window = train.shuffle_window or mixing_window(len(cache), train.shuffle_block, found)
@@ -222,9 +224,9 @@ def make_order(train: TrainConfig, cache: Cache, process: Process, others: Seque
 
 @torch.no_grad()
 def live_targets(teacher: Teacher, images: Tensor) -> Targets:
-    """Exact targets of uint8 images (B, 3, H, W), in the memory layout of a decoded lossless cache.
+    """Exact targets for uint8 images (B, 3, H, W), in the same memory layout as targets decoded from a lossless cache.
 
-    NaN is found in the loss: a check here would wait for the device.
+    NaN is detected later, in the loss, because a check here would synchronize with the device.
     """
     features, logits, pooled = teacher(images)
     features = features.contiguous(memory_format=torch.channels_last)
@@ -232,8 +234,8 @@ def live_targets(teacher: Teacher, images: Tensor) -> Targets:
 
 
 class TargetSource(NamedTuple):
-    """Where the targets of one teacher come from: its cache, or the live teacher. All training and auditing code uses
-    it."""
+    """The source of one teacher's targets: its cache, or the live teacher. All training and auditing code uses this
+    class."""
 
     codecs: TargetCodecs
     """Codecs of the teacher's cache."""
@@ -242,17 +244,17 @@ class TargetSource(NamedTuple):
     teacher: Teacher | None = None
     """The live teacher; None: targets are decoded from the batch."""
     features: int | None = None
-    """Samples of a batch that keep their features, the first ones (None: all that the batch has)."""
+    """Number of samples in a batch that keep their features, starting with the first (None: all that have features)."""
     number: int = 0
     """Index of the teacher's cache in the batch."""
     name: str = ""
-    """Name of the teacher in metrics; differs from those of the other teachers."""
+    """Name of the teacher in metrics; different for each teacher."""
     with_logits: bool = True
-    """False for a teacher whose classes are not the student's: its logits are not used."""
+    """False if the teacher's classes are not the student's classes; its logits are then not used."""
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Targets:
-        """The targets of a batch, computed on its device."""
+        """The targets for a batch, computed on the batch's device."""
         found = self._targets(batch)
         return found if self.with_logits else found._replace(logits=found.logits[:, :0], partial=False)
 
@@ -275,7 +277,8 @@ def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.devi
     """The teacher of each cache for train.targets=live; otherwise None for each.
 
     Raises:
-        UserError: a teacher's weights are missing or differ from those of stage 1, or another number of files is given.
+        UserError: a teacher's weights are missing or differ from the weights in stage 1, or the wrong number of files
+            is given.
     """
     if config.train.targets != "live":
         return [None] * len(run_cache.caches)
@@ -287,10 +290,10 @@ def live_teachers(config: DistillConfig, run_cache: RunCache, device: torch.devi
 
 
 def live_options(config: DistillConfig, run_cache: RunCache) -> list[TeacherConfig]:
-    """The options of each teacher for train.targets=live, with the files of their weights as they are now.
+    """The options for each teacher for train.targets=live, with the current paths of the weight files.
 
     Raises:
-        UserError: a file does not exist, or another number of files than of caches is given.
+        UserError: a file does not exist, or the number of files differs from the number of caches.
     """
     files = teacher_files(config.teacher_weights, len(run_cache.caches))
     recorded = [facts.teacher["config"] for facts in run_cache.facts]

@@ -1,8 +1,8 @@
-"""Trackers: the measurements of a run in wandb, mlflow, trackio, a CSV file, or a function of the caller.
+"""Trackers: log a run's metrics to wandb, mlflow, trackio, a CSV file, or a function of the caller.
 
-In: a run's folder, its options, values by step. Out: the same values in a tracker, through its own library.
-Invariant: a tracker gets what metrics.jsonl gets, after it was written there. A tracker that fails does not end a run.
-Its ID is stored in the run's folder, so that a resumed run continues in the tracker.
+In: a run's folder, its options, and values by step. Out: the same values in a tracker, written with its own library.
+Invariant: a tracker gets the same values as metrics.jsonl, after they were written there. If a tracker fails, the run
+continues. The run's ID in the tracker is stored in the run's folder, so that a resumed run continues there.
 """
 
 import csv
@@ -25,25 +25,25 @@ from scalekd_cache.training.metrics import read_metrics
 from scalekd_cache.versions import import_optional
 
 Logger = Callable[[int, Mapping[str, float]], None]
-"""Called on rank 0 with the step and the values of every line of metrics.jsonl."""
+"""Called on rank 0 with the step and the values in every line of metrics.jsonl."""
 PROJECT = "scalekd-cache"
 ID, CSV = "tracker.json", "metrics.csv"
 LIBRARIES = ("wandb", "mlflow", "trackio")
 
 
 def check_tracker(name: str) -> None:
-    """`UserError` when the package of the tracker is not installed."""
+    """Raise `UserError` if the tracker's package is not installed."""
     if name in LIBRARIES:
         import_optional(name, f"train.tracker={name} needs {name}", name)
 
 
 def start_tracker(name: str, run: Path, options: Mapping[str, Any], report: Callable[[str], None]) -> Logger | None:
-    """The logger of `train.tracker`; None for tensorboard, which every run writes anyway.
+    """The logger for `train.tracker`; None for tensorboard, because every run writes TensorBoard events anyway.
 
     Args:
         name: `train.tracker`.
         run: the run's folder; its name is the run's name in the tracker.
-        options: the options of the run.
+        options: the run's options.
         report: prints a line.
 
     Raises:
@@ -55,7 +55,8 @@ def start_tracker(name: str, run: Path, options: Mapping[str, Any], report: Call
 
 
 class CsvFile:
-    """metrics.csv: metrics.jsonl as a table, one column per value; written at each evaluation and at the end."""
+    """metrics.csv: the content of metrics.jsonl as a table with one column per value, written at each evaluation and at
+    the end."""
 
     def __init__(self, run: Path) -> None:
         self._run = run
@@ -86,7 +87,7 @@ class Tracker:
             if name == "mlflow":
                 library.set_experiment(PROJECT)
                 session = library.start_run(run_id=kept, run_name=run.name)
-                if kept is None:  # mlflow refuses other values in a resumed run
+                if kept is None:  # mlflow does not accept changed values in a resumed run
                     library.log_params(config)
                 kept = session.info.run_id
                 self._log, self._finish = library.log_metrics, library.end_run
@@ -95,7 +96,7 @@ class Tracker:
                 place = {"id": kept, "dir": str(run)} if name == "wandb" else {}
                 session = library.init(project=PROJECT, name=run.name, resume="allow", config=config, **place)
                 self._log, self._finish = session.log, session.finish
-        except Exception as error:  # any exception: these packages connect to servers
+        except Exception as error:  # these packages connect to servers and can raise anything
             raise UserError(
                 f"cannot start the tracker {name}",
                 got=error,
@@ -115,13 +116,13 @@ class Tracker:
             return
         try:
             act()
-        except Exception as error:  # any exception: a failing tracker must not end the run
+        except Exception as error:  # a failing tracker must not end the run, whatever it raises
             self._works = False
             self._report(f"the tracker {self._name} failed and is off; metrics.jsonl is complete: {error}")
 
 
 def _kept_id(run: Path, name: str) -> str | None:
-    """The id of this run in the tracker, from an earlier session."""
+    """The ID of this run in the tracker, from an earlier session."""
     if not os.path.lexists(run / ID):
         return None
     try:

@@ -1,9 +1,9 @@
-"""The training loop under DeepSpeed; the only file that imports deepspeed, once the device is known.
+"""The training loop under DeepSpeed. Only this file imports deepspeed, and only after the device is known.
 
-In: batches of one or more caches, a model, a `DistillConfig`. Out: trained weights, metrics, checkpoints.
-Invariant: teachers and their tails are outside the engine's module tree: not trained, not partitioned, not saved.
-The samples, BatchNorm groups and random numbers of a step depend only on the seed and the step. Between two logged
-steps, nothing waits for the device.
+In: batches from one or more caches, a model, and a `DistillConfig`. Out: trained weights, metrics, checkpoints.
+Invariant: teachers and their tails are outside the engine's module tree, so they are not trained, partitioned or saved.
+The samples, BatchNorm groups and random numbers in a step depend only on the seed and the step. Between two logged
+steps, nothing synchronizes with the device.
 """
 
 import io
@@ -38,7 +38,8 @@ from scalekd_cache.training.watchdog import BACKEND_TIMEOUTS, Watchdog
 from scalekd_cache.training.zero_state import gather_state, gather_weights, scatter_state
 
 SIGNAL_S = 10.0
-"""Ranks agree on a signal at every logged step, and between these when that takes longer than this, seconds."""
+"""Ranks agree on a signal at every logged step, and also in between if logged steps are more than this many seconds
+apart."""
 LESS_MEMORY = (
     "set student.grad_checkpointing=true, --heads lite, --heads linear (no attention, no tail) or --zero 2, or lower "
     "train.micro_batch_size, which is also the BatchNorm group"
@@ -49,9 +50,9 @@ class StepLosses(NamedTuple):
     """The losses of a micro-batch."""
 
     terms: LossTerms
-    """What is minimized; with several teachers, the feature terms are weighted sums over them."""
+    """The terms that are minimized. With multiple teachers, the feature terms are weighted sums over the teachers."""
     teachers: Tensor
-    """(T, 5) float32: with T >= 2 teachers, the own feature terms of each (`FeatureTerms`); otherwise (0, 5)."""
+    """(T, 5) float32: the feature terms for each of T >= 2 teachers (`FeatureTerms`). With one teacher: (0, 5)."""
 
     @property
     def total(self) -> Tensor:
@@ -60,7 +61,7 @@ class StepLosses(NamedTuple):
 
 
 class DistillModel(nn.Module):
-    """The trained model: the student and ScaleKD heads for each teacher; no heads without targets."""
+    """The trained model: the student, and ScaleKD heads for each teacher. Without targets, it has no heads."""
 
     def __init__(self, config: DistillConfig, student: Student, heads: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -70,13 +71,13 @@ class DistillModel(nn.Module):
         self.normalize = Normalize(config.student.mean, config.student.std, folded=True)
 
     def compile_parts(self) -> None:
-        """Compile the student's model and the heads in place; names of parameters do not change."""
+        """Compile the student's model and the heads in place; parameter names do not change."""
         self.student.model.compile()
         for heads in self.heads:
             heads.compile()
 
     def forward(self, images: Tensor, labels: Tensor, targets: Sequence[Targets], tails: Sequence[Tail]) -> StepLosses:
-        """One micro-batch: images (B, 3, H, W) uint8, labels (B,) int64, each teacher's targets -> losses."""
+        """The losses for one micro-batch: images (B, 3, H, W) uint8, labels (B,) int64, and each teacher's targets."""
         output = self.student(self.prepare(images))
         given: list[tuple[HeadOutputs | None, Targets]] = []
         for number, (one, tail) in enumerate(zip(targets, tails, strict=True)):
@@ -90,8 +91,8 @@ class DistillModel(nn.Module):
     def project(
         self, output: StudentOutput, number: int, featured: int, tail: Tail, *, all_pooled: bool = False
     ) -> HeadOutputs:
-        """The student's maps projected to one teacher, of the first `featured` samples, those that the targets have
-        features for. `all_pooled`: the pooled output is of all samples."""
+        """The student's maps projected to one teacher, for the first `featured` samples: those with features in the
+        targets. With `all_pooled`, the pooled output covers all samples."""
         embedding = self.student.pooled(output)[: None if all_pooled else featured]
         outputs: HeadOutputs = self.heads[number](output.s3[:featured], output.s4[:featured], tail, embedding)
         return outputs
@@ -105,10 +106,10 @@ class DistillModel(nn.Module):
 
 
 def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
-    """Initialize torch.distributed, also for one process. A collective that exceeds the timeout ends the run.
+    """Initialize torch.distributed, even for a single process. A collective that exceeds the timeout ends the run.
 
     Raises:
-        UserError: DeepSpeed's communication operator cannot be compiled, or DeepSpeed uses another device.
+        UserError: DeepSpeed's communication operator cannot be compiled, or DeepSpeed uses a different device.
     """
     accelerator = deepspeed_accelerator(process.device)
     if process.device.type == "cpu":
@@ -116,7 +117,7 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
     import deepspeed
 
     set_launcher_variables(process.device)
-    with redirect_stdout(io.StringIO()):  # "built successfully", at every start and by every rank
+    with redirect_stdout(io.StringIO()):  # every rank prints "built successfully" at every start
         deepspeed.init_distributed(
             dist_backend="nccl" if process.device.type == "cuda" else "gloo",
             auto_mpi_discovery=False,
@@ -126,17 +127,18 @@ def start_processes(process: Process, timeout_minutes: float = 30.0) -> None:
 
 
 def micro_batch_seed(seed: int, step: int, micro: int) -> int:
-    """The seed of the random numbers of a micro-batch; torch takes 64 bits."""
+    """The seed for the random numbers in a micro-batch; torch accepts 64 bits."""
     return ((seed * 1_000_003 + step) * 65_536 + micro) % 2**64
 
 
 @contextmanager
 def single_value_errors(micro_batch: int) -> Iterator[None]:
-    """Context for a training step: a batch normalization that gets one value per channel becomes a `UserError`."""
+    """Context for a training step: turns PyTorch's error about a single value per channel in batch normalization into a
+    `UserError`."""
     try:
         yield
     except ValueError as error:
-        if "more than 1 value per channel" not in str(error):  # PyTorch has no class for it
+        if "more than 1 value per channel" not in str(error):  # PyTorch has no specific error class for it
             raise
         raise UserError(
             "batch normalization needs more than one value per channel",
@@ -146,10 +148,10 @@ def single_value_errors(micro_batch: int) -> Iterator[None]:
 
 
 def deepspeed_accelerator(device: torch.device) -> Any:
-    """DeepSpeed's accelerator, which it chooses once in a process, when it is imported.
+    """DeepSpeed's accelerator, which DeepSpeed chooses once per process, on import.
 
     Raises:
-        UserError: DeepSpeed was started in this process on another kind of device.
+        UserError: DeepSpeed was started in this process on a different type of device.
     """
     with deepspeed_device(device):
         from deepspeed.accelerator import get_accelerator
@@ -166,7 +168,7 @@ def deepspeed_accelerator(device: torch.device) -> Any:
 
 
 class Trainer:
-    """One training run: the DeepSpeed engine, the frozen tails, the targets, the schedule."""
+    """One training run: the DeepSpeed engine, the frozen tails, the targets and the schedule."""
 
     def __init__(
         self,
@@ -178,16 +180,16 @@ class Trainer:
         targets: Sequence[TargetSource],
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Build the engine; with a checkpoint, at its step, whatever its number of processes and ZeRO stage.
+        """Build the engine. With a checkpoint, start at its step; it may come from any world size and ZeRO stage.
 
         Args:
             config: the options of the run.
             process: this process.
-            loader: batches of the caches.
+            loader: loads batches from the caches.
             model: the student, with heads for each of `targets`.
             tails: the frozen tail of each teacher.
-            targets: where the targets of each teacher come from (empty: train on labels only).
-            checkpoint: where to resume.
+            targets: the source of each teacher's targets (empty: train on labels only).
+            checkpoint: the checkpoint to resume from.
         """
         self.config = config
         self.process = process
@@ -214,7 +216,7 @@ class Trainer:
         self.schedule = make_schedule(optimizer, config.optim, lr, loader.total_steps, loader.steps_per_epoch)
         with memory_errors(LESS_MEMORY):
             self.engine = self._initialize(model, optimizer)
-        if config.train.channels_last:  # before the engine, its broadcast of the weights fails
+        if config.train.channels_last:  # not before the engine is built: its broadcast would fail
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if checkpoint is not None:
             self._resume_optimizer(checkpoint)
@@ -259,11 +261,13 @@ class Trainer:
         bar.close()
 
     def seconds(self) -> float:
-        """Seconds of training until now, over all sessions of the run, up to the checkpoint that each one left."""
+        """Seconds of training so far. For each earlier session of the run, the time up to its last checkpoint
+        counts."""
         return self._earlier_s + (time.perf_counter() - self._started if self._started is not None else 0.0)
 
     def _step(self, step: int, batches: Iterator[Batch]) -> tuple[Tensor, float]:
-        """One optimizer step: the mean of each loss term over this rank's micro-batches, and seconds of data wait."""
+        """Run one optimizer step; return the mean of each loss term over this rank's micro-batches, and the data wait
+        in seconds."""
         self.schedule.step_update(schedule_step(self.config.optim, step, self.loader.steps_per_epoch))
         wait, rows = 0.0, []
         for micro in self.loader.micros:
@@ -284,7 +288,8 @@ class Trainer:
         return torch.stack(rows).mean(0), wait
 
     def _is_logged(self, step: int) -> bool:
-        """Whether the loss is read after this step: also at the end of an epoch, NaN must not reach a checkpoint."""
+        """Whether the loss is read after this step. It is also read at the end of an epoch, so NaN never reaches a
+        checkpoint."""
         return (step + 1) % self.config.train.log_every == 0 or (step + 1) % self.loader.steps_per_epoch == 0
 
     def _gpu_memory(self) -> str:
@@ -310,21 +315,22 @@ class Trainer:
             raise diverged(got, first or f"step {step + 1}")
 
     def signal_of_any_rank(self, received: int, *, now: bool = False) -> int:
-        """The signal that any rank has received (0: none), the same on all ranks, so that all stop at the same step.
+        """The signal that any rank has received (0: none). The result is the same on all ranks, so they stop at the
+        same step.
 
-        Several ranks agree at logged steps, where they wait for each other anyway, and between these every `SIGNAL_S`;
-        with `now` in any case.
+        With more than one rank, the ranks agree at logged steps, where they synchronize anyway, and every `SIGNAL_S`
+        seconds in between. With `now`, they agree at once.
         """
         if self.process.world_size == 1:
             return received
         return int(self._max_over_ranks(received)) if now or self._agree_now else 0
 
     def true_on_any_rank(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank, the same on all ranks."""
+        """Whether the flag is set on any rank. The result is the same on all ranks."""
         return self._max_over_ranks(flag) > 0
 
     def _max_over_ranks(self, number: float) -> float:
-        """The maximum over all ranks. Waits for the device."""
+        """The maximum over all ranks. Synchronizes with the device."""
         if self.process.world_size == 1:
             return number
         largest = torch.tensor(number, dtype=torch.float64, device=self.process.device)
@@ -334,12 +340,12 @@ class Trainer:
     def student_state(self) -> dict[str, Tensor]:
         """The student's full state dict on the CPU, the same on every rank.
 
-        The moving average if there is one. BatchNorm statistics, which differ between ranks, are averaged.
+        This is the moving average, if there is one. BatchNorm statistics differ between ranks and are averaged.
         """
         return self._full_state(self.ema.module if self.ema is not None else self.model.student.model)
 
     def heads_state(self) -> dict[str, Tensor]:
-        """The same of all heads; empty without them."""
+        """The full state dict of all heads, as for `student_state`; empty without heads."""
         return self._full_state(self.model.heads)
 
     @torch.no_grad()
@@ -355,7 +361,7 @@ class Trainer:
         return {name: value.cpu() for name, value in state.items()}
 
     def save(self, folder: Path) -> None:
-        """Commit a checkpoint of this step and remove the oldest beyond `keep_checkpoints` (`checkpoint.py`).
+        """Commit a checkpoint for this step and remove the oldest ones beyond `keep_checkpoints` (`checkpoint.py`).
 
         Raises:
             UserError: weights are NaN or Inf, or the disk is full. Earlier checkpoints remain.
@@ -386,7 +392,7 @@ class Trainer:
         return {name: value.cpu() for name, value in buffers.items()}
 
     def _resume_weights(self, checkpoint: Checkpoint) -> None:
-        """Restore position, weights and statistics; called before the engine partitions the weights."""
+        """Restore the position, weights and statistics. Called before the engine partitions the weights."""
         self.loader.load_state_dict(checkpoint.facts["loader"])
         self.model.load_state_dict(checkpoint.tensors(MODEL))
 
@@ -398,7 +404,7 @@ class Trainer:
 
 
 def diverged(got: str, where: str) -> UserError:
-    """The error of a diverged run."""
+    """The error for a diverged run."""
     return UserError(
         "the loss or the weights became NaN or Inf",
         got=got,

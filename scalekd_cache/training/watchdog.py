@@ -1,6 +1,6 @@
-"""The watchdog of a run: the first NaN or Inf, stalled ranks, and a log of the samples used.
+"""The watchdog of a run: finds the first NaN or Inf and stalled ranks, and can log the samples used.
 
-In: every micro-batch and its loss terms. Out: errors that name step, rank, shard and samples; optionally a log.
+In: every micro-batch and its loss terms. Out: errors that name step, rank, shard and samples, and optionally a log.
 Invariant: the computation is unchanged, and the device is not synchronized between two logged steps.
 """
 
@@ -27,7 +27,8 @@ MICROS = 1 << 20
 """Larger than the number of micro-batches of any step, so that (step, micro-batch) fits in one integer."""
 NONE = torch.iinfo(torch.int64).max
 BACKEND_TIMEOUTS = 1.5
-"""Timeout of NCCL and Gloo in timeouts of this watchdog, which then reports first: NCCL's aborts the process."""
+"""Timeout for NCCL and Gloo, as a multiple of this watchdog's timeout. It is larger so that the watchdog reports first;
+NCCL's timeout aborts the process."""
 
 
 class Watchdog:
@@ -44,7 +45,7 @@ class Watchdog:
     def log_samples(self, run: Path) -> None:
         """Write every micro-batch's step, number, view and sample positions to samples-r00000.jsonl in `run`.
 
-        Lines of steps after the loader's position, which an interruption discarded, are dropped.
+        Lines for steps after the loader's position, which were lost in an interruption, are dropped.
         """
         self._log = run / f"samples-r{self.process.rank:05d}.jsonl"
         drop_lines_after(self._log, SampleLine, self.loader.step)
@@ -64,7 +65,7 @@ class Watchdog:
                 file.write(json.dumps(line) + "\n")
 
     def first_nonfinite(self) -> str | None:
-        """The first micro-batch of any rank with NaN or Inf, as text. A collective: call it on all ranks."""
+        """The first micro-batch of any rank with NaN or Inf, as text. This is a collective, so call it on all ranks."""
         dist.all_reduce(self._first_nonfinite, op=dist.ReduceOp.MIN)
         if int(self._first_nonfinite) == NONE:
             return None
@@ -75,9 +76,9 @@ class Watchdog:
     def guard(self, timeout_s: float) -> Iterator[None]:
         """Context for training: report a lost or stalled rank instead of hanging.
 
-        A failed collective becomes a `RunInterrupted` with the exit code for a rerun. When no step finishes within
-        `timeout_s`, the process exits, whatever call it is blocked in: the timeouts of the backends do not apply to
-        DeepSpeed's own groups.
+        A failed collective becomes a `RunInterrupted` with the exit code that asks for a rerun. If no step finishes
+        within `timeout_s`, the process exits, whatever call it is blocked in, because backend timeouts do not apply to
+        DeepSpeed's own process groups.
         """
         over = threading.Event()
         self._progress_at = time.monotonic()
@@ -95,7 +96,7 @@ class Watchdog:
 
     @contextmanager
     def pause_timeout(self) -> Iterator[None]:
-        """Context for a wait with its own timeout, for a growing cache."""
+        """Context for waiting on a growing cache, which has its own timeout."""
         self._progress_at = float("inf")
         try:
             yield
@@ -126,7 +127,7 @@ class Watchdog:
         return self.process.world_size > 1 and any(pattern in text for pattern in patterns)
 
     def _hang_error(self, got: str) -> UserError:
-        """The error of a distributed hang: names the ranks that are furthest behind."""
+        """The error for a distributed hang; names the ranks that are furthest behind."""
         at = {rank: self._peers.get(f"step of {rank}") for rank in range(self.process.world_size)}
         known = {rank: int(step) for rank, step in at.items() if step is not None}
         step = min(known.values(), default=self.loader.step)

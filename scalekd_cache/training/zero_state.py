@@ -1,8 +1,8 @@
 """Gather a sharded optimizer's state into full tensors, one per parameter, and scatter it back.
 
-In: a DeepSpeed engine at any ZeRO stage. Out: `{"exp_avg/<parameter>": tensor of the parameter's shape}`, and numbers.
-Invariant: state gathered at any world size and ZeRO stage can be scattered to any other. DeepSpeed's own checkpoints
-hold one part per process and are pickles.
+In: a DeepSpeed engine at any ZeRO stage. Out: `{"exp_avg/<parameter>": tensor of the parameter's shape}`, and scalars.
+Invariant: state gathered at any world size and ZeRO stage can be scattered to any other world size and stage.
+DeepSpeed's own checkpoints hold one part per process and are pickles.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,23 +13,23 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 Numbers = dict[str, float]
-"""Scalars of an optimizer that are equal for all parameters: its number of steps."""
+"""Optimizer scalars that are the same for all parameters, such as the number of steps."""
 
 
 class Fragment(NamedTuple):
     """A contiguous part of one parameter in this rank's optimizer."""
 
     flat: Tensor
-    """The tensor that keys the optimizer's state: the parameter, or a flat partition of several."""
+    """The tensor that keys the optimizer's state: the parameter, or a flat partition of multiple parameters."""
     start: int
     """Offset of the part in `flat`."""
     offset: int
-    """Its offset in the flattened parameter."""
+    """Offset of the part in the flattened parameter."""
     length: int
 
 
 def fragments(engine: Any, parameter: nn.Parameter, zero: int) -> Iterator[Fragment]:
-    """The part of a parameter in this rank's optimizer; none or one."""
+    """The part of a parameter in this rank's optimizer; yields at most one."""
     optimizer = engine.optimizer
     if zero == 0:
         yield Fragment(parameter, 0, 0, parameter.numel())
@@ -65,7 +65,8 @@ def gather_weights(engine: Any, model: nn.Module, zero: int, device: torch.devic
 def gather_state(
     engine: Any, model: nn.Module, zero: int, device: torch.device
 ) -> tuple[dict[str, Tensor], Numbers, Numbers]:
-    """The optimizer's state: tensors by `key/parameter` on the CPU, its scalars, and those of its parameter groups."""
+    """The optimizer's state: tensors on the CPU by `key/parameter`, its scalars, and the scalars of its parameter
+    groups."""
     base = base_optimizer(engine)
     known: dict[str, Any] = next(iter(base.state.values()), {})
     keys = [name for name, value in known.items() if torch.is_tensor(value) and value.ndim > 0]
@@ -81,7 +82,7 @@ def gather_state(
 
 
 def _gathered(engine: Any, parameter: nn.Parameter, zero: int, device: torch.device, key: str | None) -> Tensor:
-    """One full tensor of the optimizer's state (None: its weights), gathered from all ranks."""
+    """One full tensor from the optimizer's state (`key` None: the weights), gathered from all ranks."""
     shape = parameter.ds_shape if zero == 3 else parameter.shape  # type: ignore[attr-defined]
     whole = torch.zeros(int(torch.Size(shape).numel()), device=device)
     state = base_optimizer(engine).state
