@@ -1,7 +1,7 @@
 """Selects a cache's codec by name, fits it to the teacher, or finds the best codec that meets a target.
 
-In: options, data set, teacher. Out: the codec, codec.json in the cache's folder, and codec.safetensors if it is fitted.
-Invariant: all units of a cache have one codec. One process fits or selects it, once; a resumed job loads it.
+In: options, dataset, teacher. Out: the codec, codec.json in the cache's folder, and codec.safetensors if it is fitted.
+Invariant: all units of a cache use the same codec. One process fits or selects it, once; a resumed job loads it.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -37,7 +37,7 @@ from scalekd_cache.store.sealed_json import sealed
 from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 NOISES = tuple(float(f"{1e-4 * 10 ** (step / 32):.3g}") for step in range(93))
-"""Noise levels of the transform codec: 0.0001 to 0.075, each 7 % higher than the previous one."""
+"""Noise levels of the transform codec, from 0.0001 to 0.075; each is 7 % higher than the previous one."""
 BATCH = 64
 MIN_VIEWS = 8
 
@@ -51,10 +51,11 @@ class CodecMeasurement(NamedTuple):
     bytes: float
     """Mean bytes per record, including norms."""
     cosine_mean: float
-    """Cosine of mean-removed features, mean over views."""
+    """Mean cosine of mean-removed features over the views."""
     cosine_p1: float
     kl_mean: float | None
-    """KL in nats, through the teacher's head; None if the head does not read the mean of the features."""
+    """KL divergence in nats, computed with the teacher's head; None if the head does not read the mean of the
+    features."""
     kl_p99: float | None
     top1_agreement: float | None
     meets: bool
@@ -65,7 +66,7 @@ class CodecMeasurement(NamedTuple):
 
 
 class CodecChoice(NamedTuple):
-    """The selected codec, and all measured codecs."""
+    """The selected codec, and the measurements of all codecs that were tried."""
 
     codec: FeatureCodec
     rows: list[CodecMeasurement]
@@ -74,13 +75,14 @@ class CodecChoice(NamedTuple):
 
 
 def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: CodecTarget) -> CodecChoice:
-    """Select the smallest codec that meets a target; for a target in bytes, the most accurate one.
+    """Select the smallest codec that meets a target. For a target in bytes, select the most accurate codec that meets
+    it.
 
     Args:
-        features: (N, C, H, W) float32 on the CPU, one view of each of N images; a third of them is held out.
+        features: (N, C, H, W) float32 on the CPU, with one view for each of N images; a third of them are held out.
         logits: (N, K) float32 from the teacher.
         teacher: provides the head for the KL.
-        target: 99 % of the views must meet a cosine or KL; the mean must meet a size in bytes.
+        target: a cosine or KL must be met by 99 % of the views; a size in bytes must be met by the mean over the views.
 
     Raises:
         UserError: there are too few views, no codec meets the target, or the target is a KL and the head does not
@@ -121,7 +123,7 @@ def choose_codec(features: Tensor, logits: Tensor, teacher: Teacher, target: Cod
 def _measure_transforms(
     features: Tensor, held_out: Tensor, head: "torch.nn.Linear | None", target: CodecTarget
 ) -> list[tuple[FeatureCodec, CodecMeasurement]]:
-    """The transform codec at the noise levels of a binary search for the highest one that meets the target."""
+    """The transform codec at each noise level tried by a binary search for the highest level that meets the target."""
     state = fit_moments(features)
     found: list[tuple[FeatureCodec, CodecMeasurement]] = []
 
@@ -130,9 +132,9 @@ def _measure_transforms(
         found.append((codec, _measure(codec, held_out, head, target)))
         return found[-1][1].meets
 
-    fine_meets = target.metric != "bytes"  # a target in bytes is met at the coarse end
+    fine_meets = target.metric != "bytes"  # a target in bytes is met at high noise levels
     low, high = 0, len(NOISES)
-    while low < high:  # the first noise level on the other side is in [low, high]
+    while low < high:  # the first noise level past the boundary is in [low, high]
         middle = (low + high) // 2
         if attempt(NOISES[middle]) == fine_meets:
             low = middle + 1
@@ -142,7 +144,7 @@ def _measure_transforms(
 
 
 def _readable_head(teacher: Teacher, features: Tensor, logits: Tensor, needed: bool) -> "torch.nn.Linear | None":
-    """The teacher's classifier if it reads the mean of the features; else None."""
+    """The teacher's classifier if it reads the mean of the features; otherwise None."""
     model: Any = teacher.model
     device = next(model.parameters()).device
     reason = "it has no classifier"
@@ -205,7 +207,7 @@ def _measure(
 
 
 def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | None) -> str:
-    """The measurements as text; an arrow marks the chosen codec."""
+    """The measurements as text, with an arrow at the chosen codec."""
     lines = [
         f"  {'codec':<12}{'noise':>9}{'bytes':>11}{'ac-cosine':>11}{'p1':>9}{'KL':>10}{'p99':>10}{'top-1':>9}  meets"
     ]
@@ -221,12 +223,12 @@ def codec_table(rows: Sequence[CodecMeasurement], chosen: CodecMeasurement | Non
 
 
 CALIBRATION_VIEWS = 512
-"""Number of images whose view 0 is used to fit a codec."""
+"""Number of images used to fit a codec, with view 0 of each."""
 AUTO = "auto"
 
 
 class SelectedCodec(NamedTuple):
-    """A codec, and the measurements that it was selected by (none for a named codec)."""
+    """A codec, and the measurements on which its selection was based (empty for a codec that was named)."""
 
     codec: FeatureCodec
     rows: list[dict[str, Any]]
@@ -235,13 +237,13 @@ class SelectedCodec(NamedTuple):
 def load_or_select_codec(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, teacher: Teacher, *, dry_run: bool = False
 ) -> FeatureCodec:
-    """The codec of a cache: its existing codec, or a new one. Rank 0 fits or selects it if needed.
+    """The codec of a cache: its existing codec or a new one, which rank 0 fits or selects.
 
     A dry run fits nothing. If a codec would have to be fitted, int8 is used instead, and this is reported.
 
     Raises:
         UserError: the codec is unknown, no codec meets the target, or the cache's codec file is damaged or was made
-            with other options.
+            with different options.
     """
     check_codec_options(config)
     name, root = config.cache.codec, Path(config.cache.path)
@@ -278,11 +280,11 @@ def load_or_select_codec(
 
 
 def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> None:
-    """Called before the plan is written: check that the codec files belong to this job, and remove those of a job
-    without a plan.
+    """Check that the codec files belong to this job, and remove those left by a job without a plan. Called before the
+    plan is written.
 
     Raises:
-        UserError: another job has written a different codec.
+        UserError: a different job has written a different codec.
     """
     if options.codec not in (*FITTED, AUTO):
         for name in (CODEC_FILE, STATE):
@@ -296,7 +298,7 @@ def check_codec_files(options: StoreConfig, root: Path, codec: FeatureCodec) -> 
 
 
 def check_codec_options(config: CacheTeacherConfig) -> None:
-    """Raise `UserError` if the noise is out of range or the codec has no noise option."""
+    """Raise `UserError` if the noise level is out of range or the codec has no noise option."""
     name, noise = config.cache.codec, config.cache.codec_noise
     if not 0 <= noise <= 1 or (noise and name not in FITTED):
         raise UserError(
@@ -308,7 +310,7 @@ def check_codec_options(config: CacheTeacherConfig) -> None:
 
 
 def codec_options(root: Path) -> dict[str, Any]:
-    """The stage-1 options that a cache's codec was fitted or selected with, from codec.json."""
+    """The stage-1 options with which a cache's codec was fitted or selected, read from codec.json."""
     preset = read_codec_choice(root).preset
     if preset.startswith(f"{AUTO}, "):
         return {"codec": AUTO, "codec_target": preset.removeprefix(f"{AUTO}, ")}
@@ -317,11 +319,11 @@ def codec_options(root: Path) -> dict[str, Any]:
 
 
 def write_codec_choice(root: Path, fields: Mapping[str, Any]) -> None:
-    """Rewrite codec.json from the fields of a cache's fingerprint. The preset follows from the codec's noise."""
+    """Rewrite codec.json from a cache's fingerprint fields. The preset is derived from the codec's noise level."""
     from scalekd_cache.codec.transform_fit import preset_name
 
     codec = fields["codec"]
-    if "noise" not in codec:  # selected by a target but not fitted, so its name is enough
+    if "noise" not in codec:  # selected for a target but not fitted, so its name is enough
         (root / CODEC_FILE).unlink(missing_ok=True)
         return
     preset = preset_name(codec)
@@ -343,7 +345,7 @@ def _preset(config: CacheTeacherConfig) -> str:
 
 
 def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bool:
-    """Whether the cache already has its codec. Until a plan exists, a codec of another preset or teacher is
+    """Whether the cache already has its codec. Until a plan exists, a codec for a different preset or teacher is
     replaced."""
     planned = (root / PLAN).exists()
     if not (root / CODEC_FILE).exists():
@@ -364,7 +366,7 @@ def _is_selected(config: CacheTeacherConfig, root: Path, teacher: Teacher) -> bo
 def select_codec(
     config: CacheTeacherConfig, source: Source | PixelCache, teacher: Teacher, device: torch.device
 ) -> SelectedCodec:
-    """Fit or select the codec on view 0 of images spread over the data set. Writes nothing."""
+    """Fit or select the codec on view 0 of images that are spread over the dataset. Writes nothing."""
     from scalekd_cache.codec.transform_fit import ALWAYS_ROTATED, PRESETS, fit
 
     name, (_, height, width) = config.cache.codec, teacher.spec.feature_shape
@@ -391,7 +393,7 @@ def select_codec(
 
 
 def _calibration_batches(config: CacheTeacherConfig, source: Source | PixelCache) -> Iterator[Tensor]:
-    """View 0 of the calibration images, (B, 3, S, S) uint8, exactly as fed to the teacher."""
+    """View 0 of each calibration image, in batches (B, 3, S, S) uint8, exactly as fed to the teacher."""
     images = spread_views(source, config.views, (0,), CALIBRATION_VIEWS)
     while batch := [item.pixels for item in islice(images, config.teacher.batch_size)]:
         yield torch.cat(batch)
@@ -405,5 +407,5 @@ def _write_codec(config: CacheTeacherConfig, root: Path, selected: SelectedCodec
     if isinstance(selected.codec, TransformCodec):
         write_atomically(root / FILE, state_bytes(selected.codec.state))
     else:
-        (root / FILE).unlink(missing_ok=True)  # left over from a fit with other options and no plan
+        (root / FILE).unlink(missing_ok=True)  # left over from a fit with different options and no plan
     _write_mark(root, _preset(config), teacher.spec.weights_sha256, selected.codec.get_config(), selected.rows)

@@ -1,7 +1,7 @@
-"""Asynchronous transfers between host and device: pixels to the teacher, encoded batches back to the host.
+"""Asynchronous transfers between host and device: moves pixels to the teacher and encoded batches back to the host.
 
-In: pixels of images; a teacher's output. Out: pixels of a view; encoded rows and flags on the host, with an event
-that signals their arrival.
+In: image pixels; a teacher's output. Out: the pixels of a view; encoded rows and flags on the host, with an event that
+signals when they have been copied.
 Invariant: no value is read on the host here, so the next forward pass is enqueued at once. Encoding is enqueued
 directly after the forward pass. Only the thread that writes records waits.
 """
@@ -18,7 +18,7 @@ from scalekd_cache.models.teacher import TeacherOutput
 
 
 class EncodedPooled(NamedTuple):
-    """The pooled embeddings of a batch, encoded."""
+    """The encoded pooled embeddings of a batch."""
 
     codes: Tensor
     """(B, bytes_per_view) uint8."""
@@ -29,7 +29,7 @@ class EncodedPooled(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """A batch of views, encoded."""
+    """An encoded batch of views."""
 
     codes: Tensor
     """(F, bytes_per_view) uint8: rows of the feature codec for the F <= B views whose features are stored."""
@@ -51,16 +51,16 @@ class Event(Protocol):
 
 
 class HostBatch(NamedTuple):
-    """An encoded batch in page-locked memory of the host; valid after `arrived`."""
+    """An encoded batch in page-locked host memory; valid after `arrived`."""
 
     encoded: Encoded
     pooled: EncodedPooled | None
-    """None for a cache without pooled embeddings."""
+    """None if the cache has no pooled embeddings."""
     arrived: Event
 
 
 class PixelBuffers:
-    """Host memory for the pixels of a batch of images; two buffers alternate.
+    """Host memory for the pixels of an image batch; two buffers alternate.
 
     Allocating new memory would take longer than copying into it. A buffer is reused once its copies to the device
     are done; with two buffers, this rarely causes a wait.
@@ -88,7 +88,7 @@ class PixelBuffers:
 
 
 class Done:
-    """The event of a CPU, on which work is complete when the call returns."""
+    """The event for a CPU, where work is complete when the call returns."""
 
     def synchronize(self) -> None:
         """Return at once."""
@@ -103,15 +103,15 @@ def encode_batch(
     seeds: Tensor,
     second_codec: FeatureCodec | None = None,
 ) -> HostBatch:
-    """Enqueue encoding, fidelity, flags and the copies to the host after the teacher's forward pass.
+    """Enqueue encoding, fidelity measurement, flags and the copies to the host after the teacher's forward pass.
 
     Args:
-        codec: codec of the features.
-        logit_codec: codec of the logits.
-        output: output of the teacher.
+        codec: codec for the features.
+        logit_codec: codec for the logits.
+        output: the teacher's output.
         stored: (F, C, H, W): the features to store; F may be 0.
         seeds: (F,) int64 on the teacher's device: the dither seed of each stored view.
-        second_codec: codec of the pooled embeddings, which are stored for all views (None: not stored).
+        second_codec: codec for the pooled embeddings, which are stored for all views (None: not stored).
     """
     if len(stored):
         rows = codec.encode_rows(stored, seeds)
@@ -133,7 +133,7 @@ def encode_batch(
 
 
 def pooled_maps(output: TeacherOutput) -> Tensor:
-    """The pooled embeddings as feature maps with one position, (B, P, 1, 1)."""
+    """The pooled embeddings as feature maps with a single position, (B, P, 1, 1)."""
     return output.pooled[..., None, None]
 
 
@@ -147,7 +147,7 @@ def compare(codec: FeatureCodec, features: Tensor, codes: Tensor) -> Fidelity:
 
 
 def recorded_event(device: torch.device) -> Event:
-    """An event after everything enqueued so far on the device's current stream."""
+    """An event that follows everything enqueued so far on the device's current stream."""
     if device.type != "cuda":
         return Done()
     event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # the waiting thread does not occupy a core

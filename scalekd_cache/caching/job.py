@@ -1,12 +1,11 @@
 """The stage-1 job: prepare and check, make the work units on all ranks, write the manifest.
 
-In: a `CacheTeacherConfig` and this process. Out: a complete cache and its manifest; with several teachers, one per
-teacher.
+In: a `CacheTeacherConfig` and this process. Out: a complete cache and its manifest, for each teacher.
 Invariant: any number of processes can take part, and rank 0 finishes the cache. A rerun makes only the missing
-units. A dry run stops after `prepare`, which then writes nothing. Several teachers: a single pass makes the units
-that the first cache lacks, for all caches; each unit is committed to the first cache first. Once that cache is
-complete, units still missing in the others (after a kill, or for a new teacher) are made from its stored views, like
-any cache that shares pixels.
+units. A dry run stops after `prepare`, which then writes nothing. With multiple teachers, a single pass makes the units
+that the first cache lacks, for all caches. Each unit is committed to the first cache before the others. Once the first
+cache is complete, units that the others still lack (after a kill, or for a new teacher) are made from its stored views,
+as for any cache that shares pixels.
 """
 
 import dataclasses
@@ -48,7 +47,7 @@ from scalekd_cache.store.shared_pixels import open_pixel_cache
 
 
 def cache_teacher(config: CacheTeacherConfig, process: Process, student: DistillConfig | None = None) -> Manifest:
-    """Make or complete the cache of one teacher: `cache_teachers` without `config.teachers`."""
+    """Make or complete the cache for one teacher: `cache_teachers` without `config.teachers`."""
     [manifest] = cache_teachers(config, process, student)
     return manifest
 
@@ -61,10 +60,10 @@ def cache_teachers(
     Args:
         config: all options of stage 1.
         process: this process.
-        student: training options to check against the cache, by one training step before the work starts.
+        student: training options to check against the cache. One training step is run before the work starts.
 
     Returns:
-        The manifests in the order of the teachers; a single one unless `config.teachers` names several.
+        The manifests in the order of the teachers; only one unless `config.teachers` names multiple teachers.
 
     Raises:
         UserError: any problem that `prepare` finds, before the first unit is made.
@@ -77,7 +76,7 @@ def cache_teachers(
             for one in configs:
                 remove_stale_files(Path(one.cache.path), process)
         prepared = prepare(configs, peers, student)
-        assert prepared is not None  # None: a dry run only
+        assert prepared is not None  # None only in a dry run
         first, *others = [_start(peers, one) for one in prepared]
         manifests = [_complete(peers, first, others)]
         return manifests + [_complete(peers, _after(peers, one, first.job)) for one in others]
@@ -102,7 +101,8 @@ def dry_run(config: CacheTeacherConfig, process: Process, student: DistillConfig
 
 
 def _check_folders(config: CacheTeacherConfig) -> None:
-    """Raise `UserError` if `--cache` is a file, or is itself a cache when it should be a folder for several caches."""
+    """Raise `UserError` if `--cache` is a file, or if it is itself a cache but should be a folder for multiple
+    caches."""
     root = Path(config.cache.path)
     require_folder(root, "--cache")
     check_outside_caches(root, "--cache", may_be_cache=True)
@@ -138,7 +138,7 @@ def _start(peers: Peers, prepared: Prepared) -> Prepared:
 
 
 def _after(peers: Peers, ready: Prepared, first: Job) -> Prepared:
-    """The job of another teacher once the first cache is complete: from then on, its views come from that cache."""
+    """The job for one of the other teachers after the first cache is complete. Its views now come from that cache."""
     config, job, _ = ready
     if peers.process.rank == 0:
         drop_units_unlike(job, first, peers.process)
@@ -173,7 +173,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
     there = sum(unit.num_views for unit in job.units if is_committed(job, unit)) if rank == 0 else 0
     bar = progress("cache", total, "view", rank=rank, initial=there)
 
-    committed, in_work = 0, 0  # views committed by all processes; views in work here
+    committed, in_work = 0, 0  # views committed by all processes; views in progress here
 
     def show() -> None:
         nonlocal committed
@@ -201,7 +201,7 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
                         f"no heartbeat from rank {peer} for {peers.heartbeat_timeout_s:.0f} s; rank 0 redoes its unit"
                     )
             skips.start_last_pass()
-            for first in (True, False):  # the first view group determines which images the others skip
+            for first in (True, False):  # the first view group determines which images the other groups skip
                 if not first:
                     drop_mismatched_units(job, peers.process)
                 left = [n for n, u in enumerate(job.units) if (u.group == 0) is first and not is_committed(job, u)]
@@ -213,7 +213,8 @@ def _make(config: CacheTeacherConfig, peers: Peers, job: Job, others: Sequence[J
 
 
 def _same_units(others: Sequence[Job]) -> Callable[[Unit], list[Stage]]:
-    """For a unit, the stages of the jobs that plan the same unit and have not made it yet."""
+    """Returns a function that lists, for a unit, the stages of all jobs that plan the same unit and have not made it
+    yet."""
     known = [set(other.units) for other in others]
 
     def lacking(unit: Unit) -> list[Stage]:

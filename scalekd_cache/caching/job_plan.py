@@ -1,8 +1,8 @@
 """The plan of a cache: its fingerprint, view groups and work units.
 
 In: a `CacheTeacherConfig`, images and a teacher. Out: a `Job`, and plan.json in the cache's folder.
-Invariant: an existing plan is only extended by view groups. A different teacher, view recipe, codec, data set or
-layout is an error that names the fields.
+Invariant: an existing plan is only extended by view groups. A different teacher, view recipe, codec, dataset or layout
+is an error that names the differing fields.
 """
 
 import contextlib
@@ -59,7 +59,7 @@ from scalekd_cache.store.shared_pixels import pixel_reference
 from scalekd_cache.store.sidecar import unit_folder
 
 LAYOUT = ("backend", "samples_per_shard", "fingerprint", "fingerprint_fields")
-"""Fields of a plan that must be the same in every job on the cache."""
+"""Plan fields that must be the same in every job for the cache."""
 
 
 class Job(NamedTuple):
@@ -67,16 +67,17 @@ class Job(NamedTuple):
 
     stage: Stage
     plan: Plan
-    """Facts of the cache that are known before the first unit is made; they are written to the manifest."""
+    """Facts about the cache that are known before the first unit is made. They are written to the manifest."""
     units: list[Unit]
     ledger: CommittedUnits
-    """The units that the cache already has."""
+    """The units that already exist in the cache."""
     shared: PixelFacts | None = None
-    """The cache that stores the pixels; None: this one."""
+    """The cache that stores the pixels; None if it is this one."""
     held_out: bytes | None = None
-    """Content of heldout.safetensors if it has not been written yet."""
+    """The content of heldout.safetensors, if it has not been written yet."""
     first: CommittedUnits | None = None
-    """With several teachers: the units of the first cache once it is complete. This cache gets the same images."""
+    """With multiple teachers: the units of the first cache, once that cache is complete. This cache gets the same
+    images."""
 
 
 def make_plan(
@@ -87,14 +88,14 @@ def make_plan(
     codec: FeatureCodec,
     shared: PixelFacts | None = None,
 ) -> Job:
-    """Everything that determines the cached bytes, plus the work units. An existing plan is extended (`join_plan`).
+    """Plan the work units and everything that determines the cached bytes. An existing plan is extended (`join_plan`).
 
     Args:
         config: all options of stage 1.
         process: this process.
-        source: the images, or the cache with their views.
+        source: the images, or the cache that stores their views.
         teacher: the teacher.
-        codec: codec of the features.
+        codec: codec for the features.
         shared: the cache that stores the pixels (None: this one, or the source).
     """
     root = Path(config.cache.path)
@@ -158,7 +159,7 @@ def make_stage(
     *,
     shares_pixels: bool = False,
 ) -> Stage:
-    """What every unit is made with."""
+    """The inputs that every unit is made from."""
     return Stage(
         root=Path(config.cache.path),
         backend=config.cache.backend,
@@ -183,12 +184,12 @@ def _job(stage: Stage, plan: Plan, shared: PixelFacts | None) -> Job:
 
 
 def join_plan(job: Job, options: StoreConfig) -> Job:
-    """The job with the cache's current plan, extended by the view groups that this job adds.
+    """The job with the cache's current plan, extended with the view groups that this job adds.
 
-    The recipe's training options, and the teacher's accuracy if another job has measured it, are kept.
+    The recipe's training options are kept, as is the teacher's accuracy if a previous job has measured it.
 
     Raises:
-        UserError: the plan is damaged, or belongs to another cache.
+        UserError: the plan is damaged, or belongs to a different cache.
     """
     root, facts, ranges = job.stage.root, job.plan.facts, job.plan.ranges
     if not (root / plans.NAME).exists():
@@ -217,7 +218,7 @@ def join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts:
-    """The teacher with the values that another job has measured."""
+    """The teacher with the values that a previous job has measured."""
     known: TeacherFacts = {**teacher, "top1": teacher["top1"] if kept["top1"] is None else kept["top1"]}
     if "held_out_sha256" in kept:
         known["held_out_sha256"] = kept["held_out_sha256"]
@@ -227,7 +228,7 @@ def _measured_teacher(teacher: TeacherFacts, kept: TeacherFacts) -> TeacherFacts
 def check_before_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> None:
-    """Compare the options that are known without loading the teacher with an existing plan."""
+    """Compare an existing plan with the options that are known before the teacher is loaded."""
     root = Path(config.cache.path)
     shared = source.shared if isinstance(source, PixelCache) else shared
     if (root / plans.NAME).exists():
@@ -280,8 +281,8 @@ def _data_fields(source: Source | PixelCache, shared: PixelFacts | None) -> dict
 
 
 def _class_likeness(source: Source | PixelCache, shared: PixelFacts | None) -> list[float]:
-    """How often neighboring images, and any two images, have the same class (`order.py`). It determines the shuffle
-    window and is unknown without labels."""
+    """How often neighboring images, and any two images, have the same class (`order.py`). These shares determine the
+    shuffle window and are unknown without labels."""
     if shared:
         return list(shared.facts.data.get("class_likeness", (1.0, 1.0)))
     assert not isinstance(source, PixelCache)
@@ -302,7 +303,7 @@ def make_logit_codec(config: StoreConfig, teacher: Teacher, *, exact: bool) -> L
 
 
 def _classifier(teacher: Teacher) -> bytes:
-    """File content of the teacher's classifier, which is first checked on noise."""
+    """The file content for the teacher's classifier, which is first checked on noise."""
     size = teacher.spec.image_size
     noise = torch.randint(0, 256, (2, 3, size, size), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     output = teacher(noise)
@@ -310,7 +311,7 @@ def _classifier(teacher: Teacher) -> bytes:
 
 
 def _layout(config: CacheTeacherConfig, shared: PixelFacts | None) -> dict[str, Any]:
-    """The cache's layout on disk. With shared pixels, the ranges are those of the cache that stores them."""
+    """The cache's layout on disk. With shared pixels, the ranges are the same as in the cache that stores them."""
     shard = config.cache.samples_per_shard
     if shared:
         shard = max(len(positions) for positions in shared.ranges)
@@ -349,7 +350,7 @@ def _groups(groups: list[list[int]], config: StoreConfig, shared: PixelFacts | N
 
 
 def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int) -> list[list[int]]:
-    """View groups of a cache with at least `num_views` views; the first ones are `groups`, unchanged."""
+    """View groups for a cache with at least `num_views` views. The existing `groups` come first, unchanged."""
     groups = [list(group) for group in groups]
     first = sum(len(group) for group in groups)
     for start in range(first, num_views, views_per_group):
@@ -358,7 +359,7 @@ def extend_groups(groups: list[list[int]], num_views: int, views_per_group: int)
 
 
 def with_teacher_top1(job: Job, top1: float | None) -> Job:
-    """The job with the teacher's accuracy (percent) in the facts of its plan."""
+    """The job with the teacher's accuracy (percent) added to the facts in its plan."""
     facts = job.plan.facts
     return job._replace(
         plan=dataclasses.replace(job.plan, facts=dataclasses.replace(facts, teacher={**facts.teacher, "top1": top1}))
@@ -366,7 +367,8 @@ def with_teacher_top1(job: Job, top1: float | None) -> Job:
 
 
 def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
-    """Rank 0: create plan.json, or join the plan that another job has written in the meantime; then write its files.
+    """On rank 0: create plan.json, or join the plan that another job has written in the meantime; then write the plan's
+    files.
 
     The plan is written first, so a rejected job has changed nothing, and two accepted jobs write the same files.
 
@@ -392,7 +394,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
                 write_plan(root, plan)
         else:
             check_codec_files(options, root, job.stage.codec)
-            for unit in job.units:  # rejects units of another cache, whose plan was lost
+            for unit in job.units:  # rejects units of a different cache whose plan was lost
                 is_committed(job, unit)
             try:
                 write_plan(root, plan, create=True)
@@ -409,7 +411,7 @@ def create_or_join_plan(job: Job, options: StoreConfig) -> Job:
 
 
 def has_held_out(root: Path, facts: ManifestFacts) -> bool:
-    """Whether the cache has the teacher's outputs on held-out images, or does not need them."""
+    """Whether the cache has the teacher's outputs for held-out images, or does not need them."""
     return facts.labeled or _is_there(root / HELD_OUT, facts.teacher_files.get(HELD_OUT, ""))
 
 
@@ -429,10 +431,10 @@ def finished_manifest(job: Job) -> Manifest | None:
 
 
 def write_final_manifest(job: Job) -> Manifest:
-    """Rank 0: write the manifest, unless another job has added view groups and finished the cache."""
+    """On rank 0: write the manifest, unless another job has added view groups and finished the cache."""
     root, groups = job.stage.root, job.plan.facts.groups
     with plans.locked_plan(root):
-        with contextlib.suppress(UserError):  # missing, or just being replaced
+        with contextlib.suppress(UserError):  # missing, or currently being replaced
             there = read_manifest(root)
             if there.facts.fingerprint == job.stage.fingerprint and len(there.facts.groups) > len(groups):
                 return there
@@ -442,7 +444,7 @@ def write_final_manifest(job: Job) -> Manifest:
 
 
 def open_folder(root: Path) -> None:
-    """Create the cache's folder; `UserError` if it is not writable."""
+    """Create the cache's folder; raise `UserError` if it is not writable."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=root):
@@ -459,20 +461,21 @@ def is_committed(job: Job, unit: Unit) -> bool:
 
 
 def drop_damaged_units(job: Job, process: Process) -> None:
-    """Rank 0: remove damaged and mismatched units, and report them (`store/resume.py`)."""
+    """On rank 0: remove damaged and mismatched units, and report them (`store/resume.py`)."""
     for folder in job.ledger.drop_damaged():
         process.print_rank0(f"{folder} is damaged (right file sizes, wrong sha256) and will be rebuilt")
     drop_mismatched_units(job, process)
 
 
 def drop_mismatched_units(job: Job, process: Process) -> None:
-    """Rank 0: remove units that do not hold the images of the first view group, and report them."""
+    """On rank 0: remove units that do not hold the same images as the first view group, and report them."""
     for folder, wrong in job.ledger.drop_mismatched_units().items():
         process.print_rank0(f"{folder} does not contain the images of view group 0 and will be rebuilt: {wrong}")
 
 
 def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
-    """Rank 0: remove units that do not hold the images of the complete cache of the first teacher, and report them."""
+    """On rank 0: remove units that do not hold the same images as the first teacher's complete cache, and report
+    them."""
     units = {(view, unit.range_id): unit for unit in first.units for view in unit.views}
     for unit in job.units:
         other = units.get((unit.views[0], unit.range_id))
@@ -484,7 +487,7 @@ def drop_units_unlike(job: Job, first: Job, process: Process) -> None:
 
 
 def remove_stale_files(root: Path, process: Process) -> None:
-    """Rank 0: remove temporary files of killed writers; report those that may belong to running ones."""
+    """On rank 0: remove temporary files left by killed writers, and report files that may belong to running ones."""
     others = [*remove_stale(root), *remove_stale(root / "units")]
     if others:
         oldest = max(others, key=lambda leftover: leftover.age_s)

@@ -1,9 +1,9 @@
-"""Makes work units: sampled views go through the teacher and the codecs into committed units.
+"""Makes work units: passes sampled views through the teacher and the codecs and commits the results.
 
 In: a `Stage` (or one per teacher) and the units to make. Out: committed units.
-Invariant: a unit's bytes depend on its images, the view recipe, the teacher and the codec, never on the rank that
-made it. Batch size and GPU model can change the last bits of the teacher's output. A committed unit is never
-changed. Every view group holds the same images as the first one (`SkipPolicy`).
+Invariant: a unit's bytes depend only on its images, the view recipe, the teacher and the codec, never on the rank that
+made it. Batch size and GPU model can change the last bits of the teacher's output. A committed unit is never changed.
+Every view group holds the same images as the first one (`SkipPolicy`).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -51,12 +51,12 @@ QUEUED_BATCHES = 2
 
 
 def unit_ranges(source: Source | PixelCache, samples_per_shard: int) -> list[range]:
-    """The ranges of images, one per unit; the same in every view group."""
+    """The image ranges, one per unit. They are the same in every view group."""
     return source.shared.ranges if isinstance(source, PixelCache) else source.ranges(samples_per_shard)
 
 
 def plan_units(ranges: Sequence[range], groups: Sequence[Sequence[int]]) -> list[Unit]:
-    """All work units of a cache in the order of assignment."""
+    """All work units for a cache, in the order in which they are assigned."""
     return [
         Unit(group=group, range_id=range_id, positions=positions, views=tuple(views))
         for group, views in enumerate(groups)
@@ -66,7 +66,7 @@ def plan_units(ranges: Sequence[range], groups: Sequence[Sequence[int]]) -> list
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What every unit is made with."""
+    """The inputs that every unit is made from."""
 
     root: Path
     backend: str
@@ -77,12 +77,12 @@ class Stage:
     codec: FeatureCodec
     logit_codec: LogitCodec
     second_codec: FeatureCodec | None = None
-    """Codec of pooled embeddings (None: not stored)."""
+    """Codec for pooled embeddings (None: not stored)."""
     batch_size: int
     shares_pixels: bool = False
-    """Pixels and digests of image files are stored only in another cache."""
+    """Whether pixels and image file digests are stored only in a different cache."""
     features_every: int = 1
-    """Features are stored for one in this many views of each image (`store/base.py`: `stores_features`)."""
+    """For each image, one in this many views has stored features (`stores_features` in `store/base.py`)."""
     device: torch.device
     versions: dict[str, str]
     """Library versions, recorded in every unit."""
@@ -93,13 +93,14 @@ class SkipPolicy:
 
     The rule: every view group skips exactly the images that the first group skipped because they could not be
     decoded. A unit that breaks the rule is not committed. It is retried at the end of the job, when the image may be
-    readable; if it still breaks the rule, `check` raises.
+    readable again; if it still breaks the rule, `check` raises.
 
     Args:
         root: the cache's folder.
         source: the images. A `PixelCache` already skips the same images in every group.
-        ledger: the units of the cache.
-        follows: the ledger belongs to another, finished cache; all groups skip the images that its first group skips.
+        ledger: the cache's committed units.
+        follows: the ledger belongs to a different, finished cache; all groups skip the images that its first group
+            skips.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class SkipPolicy:
         self._last_pass = False
 
     def required_skips(self, unit: Unit) -> Mapping[str, str]:
-        """Sample keys that a unit skips even if they are decodable, with the reasons."""
+        """Keys of the samples that a unit skips even if they are decodable, with the reasons."""
         return {} if self._decides(unit) else self._ledger.skipped_images() or {}
 
     def accepts(self, unit: Unit, writer: UnitWriter) -> bool:
@@ -156,7 +157,7 @@ class SkipPolicy:
         return wrong | dict.fromkeys(writer.keys & first.keys(), "left out of view group 0")
 
     def _readable_now(self, unit: Unit, skipped: Mapping[str, str]) -> Iterator[str]:
-        """Skipped images that can be decoded on a second attempt."""
+        """The skipped images that can be decoded on a second attempt."""
         assert not isinstance(self._source, PixelCache)
         order = self._source.order(unit.group)
         for position in unit.positions if skipped else []:
@@ -184,14 +185,14 @@ def make_units(
 
     Args:
         stage: the inputs that units are made from.
-        units: all units of the cache.
+        units: all units in the cache.
         claims: numbers of the units that this process makes. The next one is claimed as late as possible.
         workers: processes that sample views.
         done: called after a unit is committed, when the next one has already been filled.
         skips: decides which images are skipped and which units are deferred (None: skip what cannot be decoded).
         arrived: called with the number of views that have just reached the teacher.
-        others: more stages that make the same unit from the same views. Their units are committed after that of the
-            first stage, and only if that one was committed.
+        others: further stages that make the same units from the same views. Their units are committed after the unit
+            from the first stage, and only if that one was committed.
     """
     first = ImageFiles(stage.root, [(unit.group, unit.range_id) for unit in units if unit.group == 0])
     all_views = views_of_units(stage.source, stage.views, units, claims, workers, first)
@@ -225,12 +226,13 @@ def fill_unit(
     Args:
         stages: the inputs that units are made from; several stages differ only in teacher, codecs and cache.
         unit: the unit.
-        sampled: its images with their views.
-        left_out: sample keys that are always skipped, with the reasons.
-        buffers: memory for pixels, kept from unit to unit (None: new).
+        sampled: the unit's images with their views.
+        left_out: keys of samples that are always skipped, with the reasons.
+        buffers: memory for pixels, reused from unit to unit (None: allocate new memory).
 
     Returns:
-        For each stage, the writer and the unit's fidelity; the caller commits them. After an error, no files are left.
+        For each stage, the writer and the unit's fidelity; the caller commits the writers. After an error, no files are
+        left.
     """
     first, writers = stages[0], list[UnitWriter]()
     figures: list[dict[str, list[float]]] = [{} for _ in stages]
@@ -284,10 +286,10 @@ def _batches(
     left_out: Mapping[str, str],
     buffers: PixelBuffers,
 ) -> Iterator[tuple[list[SampledViews], Tensor]]:
-    """Teacher batches: some images without their pixels, and a tensor with the pixels of all of them, (V, B, 3,
-    size, size) uint8, which stays valid until two more batches have been taken.
+    """Teacher batches: a list of images without pixels, and one tensor with the pixels of all of them, (V, B, 3, size,
+    size) uint8. The tensor stays valid until two more batches have been taken.
 
-    Each image is copied once, when it arrives. This frees its shared memory and makes the pixels of a view
+    Each image is copied once, when it is received. This frees its shared memory and makes the pixels of a view
     contiguous. Images that are left out or undecodable are skipped in the writers.
     """
     batch: list[SampledViews] = []
@@ -334,23 +336,24 @@ def _append_batch(
     arriving: HostBatch,
     figures: dict[str, list[float]],
 ) -> None:
-    """Append one view of a batch once its encoded rows have arrived. Fidelity per view is added to `figures`.
+    """Append one view of a batch after its encoded rows have been copied to the host. Adds the fidelity of each view to
+    `figures`.
 
     Args:
         stage: the inputs that units are made from.
-        writer: of the unit.
-        number: number of the view.
+        writer: the unit's writer.
+        number: view number.
         views: sample, encoded view, and whether its features are stored.
-        output: output of the teacher, with the features (F, C, H, W) to store.
+        output: the teacher's output, with the features (F, C, H, W) to store.
         arriving: the encoded batch.
-        figures: fidelity by metric.
+        figures: fidelity values by metric.
     """
     arriving.arrived.synchronize()
     encoded, stored = arriving.encoded, output.features
     batch, _, there = zip(*views, strict=True)
     _check_finite(encoded.finite, batch, number)
     codes, similarity = encoded.codes, encoded.similarity
-    if not encoded.final.all():  # rare: rows that must be encoded again or cannot be stored
+    if not encoded.final.all():  # rare: some rows must be re-encoded or cannot be stored
         codes = stage.codec.encode(stored, _seeds(batch, number, there, stored.device))
         similarity = torch.stack(compare(stage.codec, stored, codes)).cpu()
     for name, values in zip(Fidelity._fields, similarity, strict=True):
@@ -375,7 +378,7 @@ def _append_batch(
 def _pooled_rows(
     stage: Stage, output: TeacherOutput, arrived: HostBatch, figures: dict[str, list[float]]
 ) -> list[bytes]:
-    """The stored pooled embeddings of a batch, with their fidelity in `figures`; empty if none are stored."""
+    """The pooled embeddings to store for a batch; empty if none are stored. Adds their fidelity to `figures`."""
     codec, pooled = stage.second_codec, arrived.pooled
     if codec is None or pooled is None:
         return []

@@ -1,7 +1,7 @@
-"""A cache as the source of another cache's views.
+"""Uses one cache as the source of views for another cache.
 
-In: its folder, and the options of the new cache. Out: a `PixelCache` with the same units, images, views and skipped
-images; or `PixelFacts`, the part that is known before its units are made.
+In: the folder of the existing cache, and the options for the new one. Out: a `PixelCache` with the same units, images,
+views and skipped images; or `PixelFacts`, the part that is known before the new cache's units are made.
 Invariant: position p of view v is the same view of the same image in both caches.
 """
 
@@ -23,17 +23,17 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 
 
 class PixelFacts(NamedTuple):
-    """The facts that a plan takes from the cache that stores the pixels. That cache may itself exist only as a plan."""
+    """The facts that a plan takes from the cache that stores the pixels. For this, that cache needs only a plan."""
 
     root: Path
     facts: ManifestFacts
     ranges: list[range]
-    """The ranges of images, the same in every group."""
+    """The image ranges, which are the same in every group."""
 
     def extend_groups(self, groups: list[list[int]], num_views: int) -> list[list[int]]:
-        """View groups of a cache with at least `num_views` views; the first ones are `groups`.
+        """View groups for a cache with at least `num_views` views. The existing `groups` come first.
 
-        A new group never spans two groups of this cache.
+        A new group never spans two groups in this cache.
 
         Raises:
             UserError: this cache has fewer views.
@@ -74,15 +74,15 @@ class PixelCache:
         return PixelFacts(self.cache.root, manifest.facts, [range(info.start, info.stop) for info in infos])
 
     def records(self, view: int, range_id: int) -> range:
-        """Positions of a range's records in the view's canonical order."""
+        """The positions of a range's records in the view's canonical order."""
         return self.cache.positions(view, range_id)
 
     def skipped(self, view: int, range_id: int) -> list[dict[str, str]]:
-        """Images of a range without records: {key, reason}."""
+        """The images in a range that have no records, as {key, reason}."""
         return read_unit(self._folder(self._group_of[view], range_id))[0].skipped
 
     def sample_images(self, count: int) -> ListedSource:
-        """About `count` labeled images, evenly spaced. Their stored view 0 is read instead of the image file."""
+        """About `count` evenly spaced labeled images. The stored view 0 is read instead of the image file."""
         records = [r for r in self.cache.read(sample_indices(len(self.cache), count), 0) if r.label != NO_LABEL]
         return ListedSource(
             name=str(self.cache.root),
@@ -97,7 +97,7 @@ class PixelCache:
 
 
 class _Encoded:
-    """Encoded images as a `Reader`."""
+    """A `Reader` for encoded images."""
 
     def __init__(self, images: list[bytes]) -> None:
         self._images = images
@@ -110,8 +110,8 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
     """Open the cache that `cache.pixels_from` names, and check that it holds the requested views.
 
     Raises:
-        NotDownloadedError: the data set is needed for the comparison but missing, and `download` is false.
-        UserError: the cache has another view recipe or data set, has no pixels, or is the new cache itself.
+        NotDownloadedError: the dataset is needed for the comparison but is missing, and `download` is false.
+        UserError: the cache has a different view recipe or dataset, has no pixels, or is the new cache itself.
     """
     assert config.cache.pixels_from is not None
     root = Path(config.cache.pixels_from)
@@ -138,7 +138,8 @@ def open_shared_views(config: CacheTeacherConfig, *, download: bool = True) -> P
 
 
 def _check_data(config: CacheTeacherConfig, cache: Cache, download: bool) -> None:
-    """Check that the requested data set is that of the cache. It is opened only if its name or options differ."""
+    """Check that the requested dataset is the one used for the cache. It is opened only if its name or options
+    differ."""
     kept, asked = cache.manifest.facts.data, to_plain(config.data)
     if all(kept.get(field.name) == asked[field.name] for field in dataclasses.fields(config.data)):
         return

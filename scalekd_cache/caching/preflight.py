@@ -1,7 +1,7 @@
 """Checks before a long job starts.
 
-In: the data set, teacher, student and folder of a job. Out: nothing, or an error that the job would otherwise raise
-hours later.
+In: a job's dataset, teacher, student and folder. Out: nothing, or an error that the job would otherwise raise hours
+later.
 Invariant: no files are left on disk.
 """
 
@@ -36,11 +36,11 @@ TAIL_TOLERANCE = 1e-5
 PROBE_IMAGES = 16
 """Number of images for the trial run of the teacher."""
 PROBE_TEACHER_S = 10.0
-"""Time limit of this run in seconds, if fewer images give the same size (`size_probe.py`)."""
+"""Time limit for this trial run in seconds; it applies if fewer images give the same size (`size_probe.py`)."""
 
 
 def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
-    """View 0 of a few images: pixels (B, 3, S, S) uint8.
+    """View 0 of a few images, as pixels (B, 3, S, S) uint8.
 
     Raises:
         UserError: none of the tested images can be decoded.
@@ -49,7 +49,7 @@ def probe_views(source: Source | PixelCache, views: ViewConfig) -> torch.Tensor:
 
 
 def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Tensor) -> None:
-    """Check that the teacher has the classes of a labeled data set, and that its tail reproduces its features."""
+    """Check that the teacher has the same classes as a labeled dataset, and that its tail reproduces its features."""
     spec = teacher.spec
     if class_names and spec.has_classifier and spec.num_classes != len(class_names):
         raise _other_classes(spec.name, spec.num_classes, class_names)
@@ -71,7 +71,7 @@ def check_teacher(teacher: Teacher, class_names: Sequence[str], pixels: torch.Te
 
 
 def check_disk_space(path: Path, views: int, needed: float) -> None:
-    """Check that the `needed` bytes of `views` views fit on the disk."""
+    """Check that `views` views, which take `needed` bytes, fit on the disk."""
     free = free_bytes(path)
     if needed > free:
         raise UserError(
@@ -94,10 +94,10 @@ def check_names(config: CacheTeacherConfig, student: DistillConfig | None) -> No
 def check_before_weights(
     config: CacheTeacherConfig, source: Source | PixelCache, student: DistillConfig | None, process: Process
 ) -> None:
-    """Run the checks that are possible before a demo teacher is trained or weights are downloaded.
+    """Run the checks that can be made before a demo teacher is trained or weights are downloaded.
 
-    These are: the names of codec, teacher and student; the student at this image size; its batches; the teacher's
-    classes, if known; the folder of a new cache.
+    They cover the names of codec, teacher and student; the student at this image size; its batches; the teacher's
+    classes, if known; and the folder for a new cache.
     """
     check_names(config, student)
     options = find_weights(config.teacher)
@@ -133,11 +133,11 @@ def _other_classes(teacher: str, classes: int, class_names: Sequence[str]) -> Us
 def check_batches(train: TrainConfig, num_samples: int, world_size: int) -> str:
     """Check that a recipe's batches can be split across this world size.
 
-    A data set smaller than the global batch is not an error here, because the batch size can still be changed in
-    stage 2.
+    A dataset smaller than the global batch is not an error here, because the batch size can still be changed in stage
+    2.
 
     Returns:
-        "the training recipe", or a text with the smaller batches that a small data set needs.
+        "the training recipe", or a text that states the smaller batches needed for a small dataset.
     """
     if num_samples < train.global_batch_size:
         return f"with {batches_that_fit(num_samples, train.micro_batch_size)} for {counted(num_samples, 'image')}"
@@ -149,9 +149,9 @@ def check_student(config: DistillConfig, teacher: Teacher, num_classes: int, out
     """Run one training step on two images to check that student, heads and losses fit together.
 
     Args:
-        config: the training options of the recipe.
+        config: the training options from the recipe.
         teacher: the teacher.
-        num_classes: number of classes of the data set; 0 without labels.
+        num_classes: number of classes in the dataset; 0 without labels.
         output: the teacher's output for at least two images.
     """
     config = config.on_data(labeled=num_classes > 0)

@@ -1,8 +1,8 @@
-"""Prepares a stage-1 job: opens the data set, loads the teachers, plans the units, and runs all checks.
+"""Prepares a stage-1 job: opens the dataset, loads the teachers, plans the units, and runs all checks.
 
 In: one `CacheTeacherConfig` per teacher, and the processes of the job. Out: one `Prepared` per teacher.
 Invariant: problems that would stop the job hours later are errors here. A dry run writes nothing; a real run writes
-only the weights of the demo teacher and fitted codecs. All teachers get the same views, and the images are opened once.
+only the demo teacher's weights and fitted codecs. All teachers get the same views, and the images are opened once.
 """
 
 import dataclasses
@@ -56,12 +56,12 @@ from scalekd_cache.store.durable_files import check_writable
 from scalekd_cache.store.manifest import Manifest
 
 CHECKED_IMAGES = 512
-"""Approximate number of images used to check the order of the classes. If there are fewer validation images,
-training images are added."""
+"""Approximate number of images used to check the class order. If there are fewer validation images, training images are
+added."""
 
 
 class Prepared(NamedTuple):
-    """The job of one teacher, ready to start."""
+    """The job for one teacher, ready to start."""
 
     config: CacheTeacherConfig
     job: Job
@@ -72,20 +72,20 @@ class Prepared(NamedTuple):
 def prepare(
     configs: Sequence[CacheTeacherConfig], peers: Peers, student: DistillConfig | None = None, *, dry_run: bool = False
 ) -> list[Prepared] | None:
-    """Open the data set, load the teachers, get their codecs, plan the units, and run all checks.
+    """Open the dataset, load the teachers, get their codecs, plan the units, and run all checks.
 
     Checks that need no teacher weights run before the weights are trained or downloaded.
 
     Args:
-        configs: all options of stage 1, one configuration per teacher. They differ only in teacher and folder.
-        peers: the processes of this job.
+        configs: one configuration per teacher, with all options for stage 1. They differ only in teacher and folder.
+        peers: the processes in this job.
         student: training options to check against the caches.
         dry_run: write nothing. No demo teacher is trained, int8 replaces a codec that must be fitted, and the
             teachers' accuracy is measured on about `CHECKED_IMAGES` images.
 
     Returns:
-        The job of each teacher, with the manifest if its cache is complete. None for a dry run if the data set is
-        not downloaded yet or the demo teacher is not trained yet.
+        The job for each teacher, with the manifest if its cache is complete. In a dry run, None if the dataset has not
+        been downloaded yet or the demo teacher has not been trained yet.
 
     Raises:
         UserError: any problem that would otherwise surface hours later.
@@ -121,7 +121,7 @@ def prepare(
 def _prepare(
     config: CacheTeacherConfig, peers: Peers, source: Source | PixelCache, shared: PixelFacts | None, dry_run: bool
 ) -> Prepared | None:
-    """Load one teacher and plan its units; None for a dry run without a trained demo teacher."""
+    """Load one teacher and plan its units; returns None in a dry run if the demo teacher is not trained."""
     process = peers.process
     teacher_config = _prepare_weights(config, peers, dry_run)
     if teacher_config is None:
@@ -154,7 +154,7 @@ def _check_distinct(found: Sequence[Prepared]) -> None:
 
 
 def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool) -> Source | PixelCache:
-    """The data set, or the cache that stores the shared pixels. Files that are left out are reported."""
+    """The dataset, or the cache that stores the shared pixels. Files that are left out are reported."""
     if config.cache.pixels_from:
         return open_shared_views(config, download=download)
     source = open_source(config.data, "train", download=download)
@@ -164,8 +164,8 @@ def _open_images(config: CacheTeacherConfig, process: Process, *, download: bool
 
 
 def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) -> TeacherConfig | None:
-    """The teacher's options with its weights file, if any. Rank 0 trains a missing demo teacher; a dry run only
-    reports this and returns None."""
+    """The teacher's options with its weights file, if any. Rank 0 trains the demo teacher if it is missing; a dry run
+    only reports that it would and returns None."""
     teacher = config.teacher
     if teacher.name == DEMO_TEACHER and teacher.pretrained and not teacher.weights:
         file = weights_file(teacher.weights_dir, teacher.name)
@@ -187,9 +187,9 @@ def _prepare_weights(config: CacheTeacherConfig, peers: Peers, dry_run: bool) ->
 def _load_teacher(
     config: CacheTeacherConfig, process: Process, source: Source | PixelCache, shared: PixelFacts | None
 ) -> Teacher:
-    """The frozen teacher. If it cannot be loaded and the cache was made with other options, the error names these
+    """The frozen teacher. If it cannot be loaded and the cache was made with different options, the error names those
     options."""
-    torch.manual_seed(config.views.seed)  # random weights (--pretrained false) are the same in every process
+    torch.manual_seed(config.views.seed)  # make random weights (--pretrained false) the same in every process
     try:
         return load_teacher(
             config.teacher, image_size=config.views.size, num_classes=len(source.class_names), device=process.device
@@ -230,7 +230,7 @@ def _check(ready: Prepared, process: Process, student: DistillConfig | None) -> 
 
 
 def _check_disk_space(found: Sequence[Prepared]) -> None:
-    """Check that the missing units fit on the disk. Sizes are measured as in `scalekd plan`, on fewer images."""
+    """Check that the missing units fit on the disk. Sizes are measured as in `scalekd plan`, but on fewer images."""
     views, needed = 0, 0.0
     for config, job, _ in found:
         units = [unit for unit in job.units if not is_committed(job, unit)]
@@ -256,9 +256,9 @@ def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, vali
     for the forecast.
 
     Args:
-        config: all options of stage 1.
+        config: all options for stage 1.
         stage: the inputs that units are made from.
-        pass_s: seconds of the teacher for one image.
+        pass_s: seconds that the teacher takes for one image.
         validation: the validation images, if there are any.
     """
     teacher, views = stage.teacher, len(group_views(config.cache))
@@ -275,7 +275,7 @@ def images_besides(config: CacheTeacherConfig, stage: Stage, pass_s: float, vali
 
 
 def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> Job:
-    """The job with the teacher's accuracy and its outputs on held-out images added if they were missing."""
+    """The job with the teacher's accuracy and its outputs for held-out images, which are added if they were missing."""
     config, job, _ = ready
     if job.plan.facts.teacher["top1"] is None:
         job = with_teacher_top1(job, _teacher_top1(config, job.stage, validation, dry_run=dry_run))
@@ -283,7 +283,7 @@ def _with_outputs(ready: Prepared, validation: Source | None, dry_run: bool) -> 
 
 
 def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | None:
-    """The validation images, or None with a note if there are none. A dry run downloads nothing."""
+    """The validation images. If there are none, prints a note and returns None. A dry run downloads nothing."""
     try:
         return open_source(config.data, "val", download=not dry_run)
     except UserError as error:
@@ -294,13 +294,13 @@ def open_validation(config: CacheTeacherConfig, *, dry_run: bool) -> Source | No
 def _teacher_top1(
     config: CacheTeacherConfig, stage: Stage, validation: Source | None, *, dry_run: bool
 ) -> float | None:
-    """The teacher's accuracy on the validation images (in a dry run, on some of them). None if there are no
-    validation images or no labels.
+    """The teacher's accuracy on the validation images (in a dry run, on some of them); None without validation images
+    or labels.
 
-    The order of the classes is checked on these images, and on training images if they are few.
+    The class order is checked on these images. If there are too few of them, training images are added.
 
     Raises:
-        UserError: its classes are not in the order of the data set's classes, or its accuracy is near chance.
+        UserError: its classes are not in the same order as those of the dataset, or its accuracy is near chance.
     """
     spec = stage.teacher.spec
     if not spec.has_classifier or not stage.source.class_names:
@@ -328,7 +328,7 @@ def _teacher_top1(
 
 
 def _with_held_out(config: CacheTeacherConfig, job: Job, validation: Source) -> Job:
-    """The job with the teacher's outputs on held-out images added if the cache needs them and lacks them."""
+    """The job with the teacher's outputs for held-out images, which are added if the cache needs and lacks them."""
     if has_held_out(job.stage.root, job.plan.facts):
         return job
     size, workers = config.teacher.batch_size, config.workers
@@ -355,7 +355,7 @@ def _evaluate(
         stage.device,
         world_size=max(1, len(images.samples) // sample)
         if sample
-        else 1,  # act as one rank of many: take every n-th image
+        else 1,  # act like one of many ranks: take every n-th image
         workers=config.workers,
         title=title,
         on_batch=answers.add,

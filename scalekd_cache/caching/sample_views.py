@@ -1,8 +1,8 @@
-"""Provides the views of a work unit for the teacher: sampled from images, or read from another cache.
+"""Provides the teacher with the views in a work unit, sampled from images or read from another cache.
 
-In: a data set or a `PixelCache`, and work units. Out: `SampledViews`, unit by unit, made by worker processes if
+In: a dataset or a `PixelCache`, and work units. Out: `SampledViews`, unit by unit, made in worker processes if
 configured.
-Invariant: teacher and student get the same pixels. If pixels are baked, both get the decoded stored bytes.
+Invariant: teacher and student get the same pixels. If pixels are baked, both get pixels decoded from the stored bytes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -35,20 +35,20 @@ IMAGES_PER_ITEM = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
-    """A work unit: a range of images and a group of views."""
+    """A work unit: one range of images and one group of views."""
 
     group: int
     """Number of the view group."""
     range_id: int
     """Number of the range of images."""
     positions: range
-    """Positions of the images in the group's canonical order."""
+    """Positions of its images in the group's canonical order."""
     views: tuple[int, ...]
-    """View numbers of the group."""
+    """View numbers in the group."""
 
     @property
     def num_views(self) -> int:
-        """Number of views of all its images."""
+        """Total number of views over all its images."""
         return len(self.positions) * len(self.views)
 
 
@@ -58,21 +58,21 @@ class EncodedView(NamedTuple):
     encoded: bytes
     """JPEG, WebP or PNG bytes to store; empty if pixels are replayed or stored in another cache."""
     view: str
-    """The view record, canonical JSON."""
+    """The view record as canonical JSON."""
     digest: str
     """Digest of the pixels."""
 
 
 class SampledViews(NamedTuple):
-    """All views of one image in a unit. A skipped image has none, and its `reason` is set."""
+    """All views of one image in a unit. For a skipped image, there are no views, and `reason` is set."""
 
     unit: int
     sample: SampleRef
     image: str
     """Digest of the image file; empty if the views come from another cache."""
     pixels: Tensor
-    """(V, 3, size, size) uint8: the teacher's input, decoded from the stored bytes if pixels are baked. If it comes
-    from a worker, it is a view of shared memory: copy it and keep no reference."""
+    """(V, 3, size, size) uint8: the teacher's input, decoded from the stored bytes if pixels are baked. A tensor from a
+    worker is a view of shared memory, so copy it and keep no reference to it."""
     views: list[EncodedView]
     reason: str
 
@@ -85,7 +85,7 @@ def views_of_units(
     workers: int,
     first: ImageFiles | None = None,
 ) -> Iterator[SampledViews]:
-    """The views of all images of the claimed units, in order. A unit is claimed only when it is needed.
+    """The views of all images in the claimed units, in order. A unit is claimed only when it is needed.
 
     Args:
         source: images, or another cache's views of them.
@@ -93,7 +93,7 @@ def views_of_units(
         units: all units.
         claims: numbers of the units to sample.
         workers: processes that sample views.
-        first: digests of the image files of the first view group; later groups must have the same.
+        first: digests of the image files in the first view group; later groups must have the same digests.
 
     Raises:
         UserError: an image file has changed, or shared memory is too small for the workers.
@@ -116,13 +116,13 @@ def views_of_units(
 def spread_views(
     source: Source | PixelCache, config: ViewConfig, views: tuple[int, ...], count: int
 ) -> Iterator[SampledViews]:
-    """Views of `count` images that are evenly spaced over the data set, as stage 1 stores them.
+    """Views of `count` images that are evenly spaced over the dataset, as stage 1 stores them.
 
     Args:
         source: images, or another cache's views of them.
         config: the view recipe.
         views: view numbers.
-        count: number of images; fewer are returned if images are unreadable or the data set is smaller.
+        count: number of images; fewer are returned if images are unreadable or the dataset is smaller.
 
     Raises:
         UserError: none of the images can be decoded.
@@ -150,17 +150,17 @@ def spread_views(
 
 
 def check_worker_memory(units: Sequence[Unit], config: ViewConfig, workers: int) -> None:
-    """Raise `UserError` if shared memory is too small for the views of the workers."""
+    """Raise `UserError` if shared memory is too small for the workers' views."""
     prefetch_count(workers, _image_bytes(units, config), SPAN)
 
 
 def _image_bytes(units: Sequence[Unit], config: ViewConfig) -> int:
-    """Pixel bytes of one image's views in the largest group."""
+    """The pixel bytes in one image's views in the largest group."""
     return max((len(unit.views) for unit in units), default=1) * 3 * config.size**2
 
 
 class ViewDataset(Dataset[list[SampledViews]]):
-    """Samples the views of some images in a worker process of stage 1."""
+    """Samples the views of some images in a stage-1 worker process."""
 
     def __init__(
         self, source: Source, config: ViewConfig, units: Sequence[Unit], first: ImageFiles | None = None
@@ -231,7 +231,7 @@ class SharedViewDataset(Dataset[list[SampledViews]]):
         return pixels, EncodedView(b"", record.view, record.digest)
 
     def _skipped(self, number: int, positions: range) -> list[SampledViews]:
-        """Images that the other cache skipped in this unit. They are returned with the first images of the unit."""
+        """Images that the other cache skipped in this unit. They are returned with the unit's first images."""
         unit = self.units[number]
         if positions.start != self.pixels.records(unit.views[0], unit.range_id).start:
             return []
@@ -249,7 +249,7 @@ def _skipped(number: int, sample: SampleRef, reason: str) -> SampledViews:
 
 
 def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, list[int]]]:
-    """(unit number, image indices) of the claimed units, a few images at a time."""
+    """Yields (unit number, image indices) for the claimed units, a few images at a time."""
     orders: dict[int, np.ndarray[tuple[int, ...], np.dtype[np.int64]]] = {}
     for number in claims:
         unit = units[number]
@@ -260,7 +260,7 @@ def _places(source: Source, units: Sequence[Unit], claims: Iterator[int], span: 
 
 
 def _spans(pixels: PixelCache, units: Sequence[Unit], claims: Iterator[int], span: int) -> Iterator[tuple[int, range]]:
-    """(unit number, positions in the pixel cache) of the claimed units, a few adjacent positions at a time."""
+    """Yields (unit number, positions in the pixel cache) for the claimed units, a few adjacent positions at a time."""
     for number in claims:
         records = pixels.records(units[number].views[0], units[number].range_id)
         for start in range(records.start, max(records.stop, records.start + 1), span):

@@ -1,8 +1,8 @@
 """Measures the size of a cache and the seconds per view on a small unit.
 
 In: a `Stage` with the teacher or a placeholder. Out: `SizeProbe`.
-Invariant: the measured units are written by the code of stage 1. One has a few real images. The other has none,
-which separates the cost of a shard from that of an image, in bytes and seconds. The temporary folder is removed.
+Invariant: the measured units are written by the stage-1 code. One unit has a few real images. The other has none, so
+the costs per shard and per image can be told apart, in bytes and in seconds. The temporary folder is removed.
 """
 
 import dataclasses
@@ -31,24 +31,25 @@ from scalekd_cache.store.unit import UnitWriter
 VIEWS = 48
 """Approximate number of views that pass through the teacher and the codecs."""
 PIXEL_IMAGES = 256
-"""Number of images whose pixels are encoded to measure the pixel size, which varies the most."""
+"""Number of images encoded to measure the pixel size, which varies the most."""
 TEACHER_S = 60.0
-"""Time limit in seconds for the teacher with a fixed-size codec, whose bytes do not depend on the number of views."""
+"""Time limit in seconds for the teacher with a fixed-size codec, for which bytes per view do not depend on the number
+of views measured."""
 LEAST_IMAGES = 2
 PARTS = ("features", "target", "pixels", "index")
 
 
 @dataclass(frozen=True)
 class PlaceholderTeacher:
-    """Returns random features with a teacher's shapes, if its weights are not available. Sizes of fixed-size codecs
-    are exact."""
+    """Returns random features with a teacher's shapes, for a teacher whose weights are not available. With fixed-size
+    codecs, the sizes are exact."""
 
     feature_shape: Shape
     num_classes: int
     pooled: int = 0
 
     def __call__(self, images: Tensor) -> TeacherOutput:
-        """Standard normal features, logits and embeddings, seeded by the batch size."""
+        """Standard normal features, logits and embeddings, seeded with the batch size."""
         generator = torch.Generator().manual_seed(len(images))
         features = torch.randn(len(images), *self.feature_shape, generator=generator)
         logits = torch.randn(len(images), self.num_classes, generator=generator)
@@ -59,13 +60,13 @@ class SizeProbe(NamedTuple):
     """Sizes and times measured on a small unit."""
 
     per_view: dict[str, float]
-    """Bytes per view, by part, without the overhead of the shard."""
+    """Bytes per view, by part, without the shard overhead."""
     per_shard: dict[str, float]
-    """Overhead bytes per shard, including its share of the unit's overhead, by part."""
+    """Overhead in bytes per shard, by part, including its share of the unit's overhead."""
     sample_s: float
     """Seconds per view on one core for reading, decoding, sampling and encoding."""
     teacher_s: float
-    """Seconds per view for teacher, codec and store on this machine, after a warm-up pass."""
+    """Seconds per view for the teacher, codec and store on this machine, after a warm-up pass."""
     unit_s: float
     """Seconds per unit to commit its files, on this machine."""
     pass_s: float
@@ -74,7 +75,7 @@ class SizeProbe(NamedTuple):
     views: int
 
     def bytes_of(self, ranges: Sequence[range], num_views: int) -> dict[str, float]:
-        """Bytes of all units of a cache, by part."""
+        """The bytes in all units of a cache, by part."""
         images = sum(map(len, ranges))
         return {part: num_views * (images * self.per_view[part] + len(ranges) * self.per_shard[part]) for part in PARTS}
 
@@ -92,12 +93,12 @@ def measure_sizes(
     Args:
         stage: the inputs that the cache's units are made from; its teacher may be a `PlaceholderTeacher`.
         cache: the cache's options.
-        num_views: approximate number of views that pass through the teacher.
-        pixel_images: number of images whose pixels are encoded to measure the pixel size.
+        num_views: approximate number of views to pass through the teacher.
+        pixel_images: number of images to encode to measure the pixel size.
         teacher_s: time limit for the teacher; with a fixed-size codec, fewer views are used if they would take longer.
 
     Raises:
-        UserError: no image can be decoded, or the codec rejects the teacher's output.
+        UserError: none of the images can be decoded, or the codec rejects the teacher's output.
     """
     views = group_views(cache)
     started = time.perf_counter()
@@ -119,21 +120,21 @@ def measure_sizes(
 
 
 def group_views(cache: StoreConfig) -> tuple[int, ...]:
-    """View numbers of the small unit; the share of stored features is exact in them."""
+    """View numbers in the small unit, chosen so that the share of views with stored features is exact."""
     every = cache.features_every
     return tuple(range(-(-min(cache.num_views, cache.views_per_group) // every) * every))
 
 
 def images_within(stage: Stage, views: int, teacher_s: float, pass_s: float) -> int:
-    """Maximum number of images in the small unit, such that the teacher takes about `teacher_s` seconds for their
-    views."""
+    """Maximum number of images in the small unit for which the teacher processes all views in about `teacher_s`
+    seconds."""
     return sys.maxsize if stage.codec.id in FITTED else max(LEAST_IMAGES, int(teacher_s / (pass_s * views)))
 
 
 @torch.no_grad()
 def _pass_s(stage: Stage, pixels: Tensor) -> float:
-    """Seconds of a forward pass of one image. The first pass of a model also sets up its kernels, so a short pass is
-    repeated."""
+    """Seconds that a forward pass takes for one image. A model's first pass also sets up its kernels, so a short pass
+    is repeated."""
     seconds = math.inf
     for _ in range(2):
         started = time.perf_counter()
@@ -152,7 +153,7 @@ class _Unit(NamedTuple):
 
 
 def _small_units(stage: Stage, images: Sequence[SampledViews], views: tuple[int, ...]) -> tuple[_Unit, _Unit]:
-    """Write a unit of these views, and an empty one."""
+    """Write a unit with these views, and an empty unit."""
     started = time.perf_counter()
     with torch.no_grad():
         unit = Unit(group=0, range_id=0, positions=range(len(images)), views=views)
@@ -175,14 +176,14 @@ def _small_units(stage: Stage, images: Sequence[SampledViews], views: tuple[int,
     full, full_json = _parts(stage.root, 0)
     empty, empty_json = _parts(stage.root, 1)
     zeros, usual_zeros = padding(unit_folder(stage.root, 0, 0))
-    empty["index"] += usual_zeros  # cost of a shard, in both units
+    empty["index"] += usual_zeros  # cost per shard, in both units
     full["index"] += usual_zeros - zeros
-    empty["index"] += full_json - empty_json  # a real unit's sidecar also has fidelity and all files
+    empty["index"] += full_json - empty_json  # a real unit's sidecar also lists fidelity and all files
     return _Unit(full, written - started), _Unit(empty, emptied - written)
 
 
 def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
-    """Bytes of a unit by part, and the bytes of its sidecar."""
+    """The bytes in a unit by part, and the size of its sidecar in bytes."""
     folder = unit_folder(root, 0, range_id)
     info, data = read_unit(folder)
     total = len(data) + sum(fact.bytes for fact in info.files.values())
@@ -191,7 +192,7 @@ def _parts(root: Path, range_id: int) -> tuple[dict[str, float], int]:
 
 
 def _pixel_bytes(stage: Stage, images: Sequence[SampledViews], count: int) -> float:
-    """Mean bytes of stored pixels per view, over many more images than pass through the teacher."""
+    """Mean bytes of stored pixels per view, measured on many more images than pass through the teacher."""
     more = spread_views(stage.source, stage.views, (0,), count)
     sizes = [len(item.views[0].encoded) for item in more]
     sizes += [len(view.encoded) for item in images for view in item.views[1:]]
