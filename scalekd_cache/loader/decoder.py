@@ -1,6 +1,6 @@
-"""Decodes records for other data pipelines: webdataset, Hugging Face `datasets`, or a map-style data set.
+"""Decodes records for other data pipelines: webdataset, Hugging Face `datasets`, or a map-style dataset.
 
-In: a sample that `webdataset` read from a tar of a cache, or positions of a view. Out: a dict of arrays and strings.
+In: a sample that `webdataset` read from a cache's tar, or positions in a view. Out: a dict of arrays and strings.
 Invariant: records pass the same checks as in training: checksum, required parts, labels, pixel digests. The pipeline
 is responsible for the order and completeness of an epoch.
 """
@@ -27,7 +27,7 @@ from scalekd_cache.store.streamed import TarSamples
 
 
 class RecordDecoder:
-    """Decodes the records of a cache for a data pipeline other than `CachedTargets`.
+    """Decodes a cache's records for a data pipeline other than `CachedTargets`.
 
     Call it on samples from `webdataset`: `wds.WebDataset(tars).map(RecordDecoder(cache))`. `read` takes positions
     and works with every cache. A decoded record is a dict:
@@ -64,7 +64,8 @@ class RecordDecoder:
         self._pixels = RecordPixels(views, open_cache_source(facts.data, data, "train") if self._replayed else None)
         self._shared = open_shared_pixels(self.cache, pixels_from, manifest.num_views)
         self.num_classes = facts.num_classes
-        """Number of classes of a student: those of the data set, otherwise those of the teacher; 0: none."""
+        """Number of classes for a student: that of the dataset or, without labels, that of the teacher; 0 if there are
+        none."""
         self.feature_shape = self._codec.shape
         """(C, H, W) of the teacher's feature map."""
         self._needed = Parts.LABEL if facts.labeled else Parts(0)
@@ -74,10 +75,11 @@ class RecordDecoder:
         self._decoded = 0
 
     def __call__(self, sample: Mapping[str, Any]) -> dict[str, Any]:
-        """The decoded record of a sample that webdataset read from a tar of the cache, before any `.decode()`.
+        """The decoded record for a sample that webdataset read from one of the cache's tars, before any `.decode()`.
 
         Raises:
-            UserError: the sample has already been decoded or is not from a tar of this cache, or the record is damaged.
+            UserError: the sample has already been decoded, is not from one of this cache's tars, or has a damaged
+                record.
         """
         if self._tars is None:
             self._tars = TarSamples(self.cache)
@@ -85,7 +87,7 @@ class RecordDecoder:
         return self._decode([record], [position], view)[0]
 
     def read(self, positions: ArrayLike, view: int) -> list[dict[str, Any]]:
-        """The decoded records at these positions of a view, in this order. Arguments and errors are those of
+        """The decoded records at these positions in a view, in this order. Arguments and errors are the same as for
         `Cache.read`."""
         return self._decode(self.cache.read(positions, view), positions, view)
 
@@ -109,7 +111,7 @@ class RecordDecoder:
         return verified_pixels(self._pixels, record, self.cache, view, check=check).transpose(2, 0, 1)
 
     def _targets(self, records: Sequence[Record]) -> dict[str, Sequence[Any]]:
-        """The teacher's targets by name, each with one value per record."""
+        """The teacher's targets by name, with one value per record for each."""
         there = [number for number, record in enumerate(records) if len(record.features)]
         features: list[NDArray[np.float32] | None] = [None] * len(records)
         norms, columns = features.copy(), dict[str, Sequence[Any]]()

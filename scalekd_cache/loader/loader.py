@@ -1,6 +1,6 @@
-"""Training batches from one cache, or from several caches with the same views, in the order of `order.py`.
+"""Training batches from one cache, or from multiple caches with the same views, in the order defined by `order.py`.
 
-In: open caches, an order, the micro-batches of this rank. Out: one `Batch` per micro-batch, in the order of the run.
+In: open caches, an order, and this rank's micro-batches. Out: one `Batch` per micro-batch, in the order of the run.
 Invariant: a batch is complete and verified, or an error names the record. The position is the step number, so a
 resumed loader continues with the next sample, whatever the number of workers.
 """
@@ -44,10 +44,10 @@ from scalekd_cache.store.manifest import joint_fingerprint
 from scalekd_cache.store.reader import Cache
 
 DIGEST_STEPS = 2
-"""Number of steps at the start of a session in which the digests of all stored views are compared."""
+"""Number of steps at the start of a session during which the digests of all stored views are compared."""
 DIGEST_EVERY = 16
-"""After these steps, one in this many stored views is compared, rotating over all views. Replayed views are always
-compared, because the image may have been replaced; the digest adds 9 % to the cost of generating a view
+"""After these steps, one in this many stored views is compared, rotating through all views. Replayed views are always
+compared, because the image may have been replaced; computing the digest adds 9 % to the cost of generating a view
 (docs/LOG.md)."""
 
 OTHER_VIEWS = "rebuild this cache from the views of the first one: scalekd cache-teacher --pixels-from"
@@ -63,7 +63,7 @@ class Batch(NamedTuple):
     labels: Tensor
     """(B,) int64."""
     stored: tuple[StoredTargets, ...]
-    """Targets of each teacher, one entry per cache."""
+    """Each teacher's targets, with one entry per cache."""
     ids: Tensor
     """(B,) int64: positions in the view's canonical order."""
     view: int
@@ -76,7 +76,7 @@ class Batch(NamedTuple):
 
 
 class Slot(NamedTuple):
-    """Identifies a micro-batch of the run; passed to loader workers as the index."""
+    """Identifies a micro-batch in the run; passed to loader workers as the index."""
 
     epoch: int
     step: int
@@ -85,7 +85,7 @@ class Slot(NamedTuple):
 
 
 class MicroBatches(Dataset[Batch]):
-    """Micro-batches by `Slot`; runs in a loader worker."""
+    """Micro-batches indexed by `Slot`; runs in a loader worker."""
 
     def __init__(
         self,
@@ -150,7 +150,7 @@ class MicroBatches(Dataset[Batch]):
         )
 
     def ids(self, epoch: int, step: int, micro: int) -> Ids:
-        """Positions (B,) of a micro-batch, in the view that the epoch reads."""
+        """Positions (B,) of a micro-batch's samples in the view that the epoch reads."""
         sizes = {"step": step, "micro": micro, "global_batch": self.global_batch, "micro_batch": self.micro_batch}
         if self.order.features_every == 1:
             return micro_batch_ids(self.order, epoch=epoch, **sizes)
@@ -176,7 +176,7 @@ class MicroBatches(Dataset[Batch]):
 
 
 def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int, workers: int) -> int:
-    """Approximate bytes of a micro-batch in transfer from a worker, with targets in these codecs; `UserError` if
+    """Approximate size in bytes of a micro-batch sent by a worker, with targets in these codecs. Raises `UserError` if
     shared memory is too small."""
     facts = cache.manifest.facts
     pixels, logits = 3 * int(facts.view_recipe["size"]) ** 2, 4 * len(facts.class_names)
@@ -186,7 +186,7 @@ def check_workers(cache: Cache, codecs: Sequence[TargetCodecs], micro_batch: int
 
 
 class CacheLoader:
-    """The micro-batches of one rank from a step to the end of the run.
+    """One rank's micro-batches, from a given step to the end of the run.
 
     Iterating yields `Batch`es: for each step, the rank's micro-batches in order. `state_dict` is the position.
     """
@@ -235,11 +235,11 @@ class CacheLoader:
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Number of optimizer steps in the whole run."""
         return self.epochs * self.steps_per_epoch
 
     def describe(self, step: int, micro: int) -> str:
-        """The view and shards that a micro-batch of a step comes from, as text."""
+        """Text that names the view and shards from which a step's micro-batch is read."""
         data = self._dataset
         epoch, inside = divmod(step, self.steps_per_epoch)
         ids = data.ids(epoch, inside, micro)
@@ -277,14 +277,14 @@ class CacheLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the options that determine the order of samples."""
+        """The position, and the options that determine the sample order."""
         return {"step": self.step, **self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue at a saved position.
+        """Continue from a saved position.
 
         Raises:
-            UserError: the saved position belongs to another order of samples.
+            UserError: the saved position belongs to a different sample order.
         """
         identity = self._identity()
         different = [name for name in identity if state.get(name) != identity[name]]

@@ -1,15 +1,15 @@
-"""The order of samples, which is defined in this module only.
+"""The sample order, which is defined only in this module.
 
 In: (num_samples, block, window, seed) and an epoch, step and rank. Out: positions in a view's canonical order.
-Invariant: pure functions. The global batch of a step does not depend on ranks, workers or resuming.
+Invariant: pure functions. The global batch at a step does not depend on ranks, workers or resuming.
 
-An epoch is a block shuffle: the blocks of `block` neighboring samples are permuted, then the samples of every
-`window` successive blocks are permuted together. Reads stay contiguous (a block is one read), and a sample can end
-up anywhere. No array of the data set's size is allocated: memory is O(num_samples / block + block * window).
+An epoch is a block shuffle: blocks of `block` neighboring samples are permuted, then the samples in every `window`
+successive blocks are permuted together. Reads stay contiguous (one read per block), and a sample can end up anywhere.
+No array as large as the dataset is allocated: memory is O(num_samples / block + block * window).
 
-A sparse cache stores features for one in `features_every` samples of a view. Each of its epochs consists of two
-streams in the order above: samples with features and samples without. Every micro-batch takes a fixed number of
-each, those with features first.
+A sparse cache stores features for one in `features_every` samples in a view. Each of its epochs consists of two streams
+in the order above: samples with features and samples without. Every micro-batch takes a fixed number from each stream;
+samples with features come first.
 """
 
 import math
@@ -25,43 +25,43 @@ from scalekd_cache.errors import UserError, counted
 
 Ids = NDArray[np.int64]
 FeatureMask = Callable[[Ids], NDArray[np.bool_]]
-"""A function of positions in a view: which samples have features."""
+"""A function that takes positions in a view and returns which of these samples have features."""
 WINDOW = 64
-"""Minimum number of blocks in a window; used if neighboring samples are unrelated."""
+"""Minimum number of blocks in a window; this minimum is used if neighboring samples are unrelated."""
 NEIGHBORS = 64
 """Samples closer than this count as neighbors."""
 EXCESS = 0.1
-"""Maximum excess over chance of the probability that two samples of a window have the same class."""
+"""Maximum amount by which the probability that two samples in a window have the same class may exceed chance."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Order:
-    """The order of one training run over views of `num_samples` samples."""
+    """The order of one training run over views with `num_samples` samples each."""
 
     num_samples: int
     """Number of samples in one view."""
     block: int
-    """Neighboring samples that stay together in one window."""
+    """Number of neighboring samples that stay together in one window."""
     window: int
     """Number of blocks whose samples are shuffled together."""
     seed: int
     features_every: int = 1
-    """One in this many samples of a view has features (1: every sample)."""
+    """One in this many samples in a view has features (1: every sample)."""
     ranges: int = 1
-    """Ranges of images. The samples with features are counted separately in each range."""
+    """Number of image ranges. The samples with features are counted separately in each range."""
 
 
 class ClassCorrelation(NamedTuple):
     """How often neighboring samples have the same class."""
 
     neighbors: float
-    """Share of neighboring pairs with the same class."""
+    """The share of neighboring pairs with the same class."""
     chance: float
     """The same share for two random samples."""
 
 
 def class_correlation(labels: Ids) -> ClassCorrelation:
-    """Class correlation of neighbors in the canonical order; labels (N,) int64.
+    """Class correlation between neighbors in the canonical order; labels are (N,) int64.
 
     Each distance is weighted by the number of pairs at that distance in a block of `NEIGHBORS` samples.
     """
@@ -77,12 +77,12 @@ def class_correlation(labels: Ids) -> ClassCorrelation:
 
 
 def mixing_window(num_samples: int, block: int, found: ClassCorrelation) -> int:
-    """Number of blocks in a window, at least `WINDOW`, such that two samples of a window have the same class with a
-    probability at most `EXCESS` above chance.
+    """The number of blocks in a window (at least `WINDOW`) for which the probability that two samples in a window have
+    the same class is at most `EXCESS` above chance.
 
-    Of two samples of a window of w blocks of b, (b - 1) / (w b - 1) come from one block, where a share
-    `found.neighbors` has the same class. Windows have equal sizes, because a short last window would be shuffled
-    less well. If that is not enough, the whole data set is one window.
+    In a window of w blocks with b samples each, two samples come from the same block with probability (b - 1) / (w b -
+    1); a share `found.neighbors` of such pairs has the same class. All windows have the same size, because a short last
+    window would be shuffled less well. If no such size is large enough, the whole dataset is one window.
     """
     if found.chance == 0:
         return WINDOW
@@ -100,7 +100,8 @@ def _generator(*key: int) -> np.random.Generator:
 
 @lru_cache(maxsize=2)
 def _block_order(order: Order, epoch: int) -> tuple[Ids, Ids]:
-    """Block numbers in the epoch's order, and the start position of each block (plus a last entry: the end)."""
+    """Block numbers in the epoch's order, and the start position of each block, followed by the end position of the
+    last."""
     num_blocks = -(-order.num_samples // order.block)
     blocks = _generator(order.seed, epoch).permutation(num_blocks).astype(np.int64)
     sizes = np.minimum(order.block, order.num_samples - blocks * order.block)
@@ -109,7 +110,7 @@ def _block_order(order: Order, epoch: int) -> tuple[Ids, Ids]:
 
 @lru_cache(maxsize=4)
 def _window_ids(order: Order, epoch: int, window: int) -> Ids:
-    """The shuffled positions of one window of blocks."""
+    """The shuffled positions in one window of blocks."""
     blocks, _ = _block_order(order, epoch)
     members = blocks[window * order.window : (window + 1) * order.window]
     parts = [np.arange(b * order.block, min((b + 1) * order.block, order.num_samples), dtype=np.int64) for b in members]
@@ -118,14 +119,14 @@ def _window_ids(order: Order, epoch: int, window: int) -> Ids:
 
 
 def epoch_ids(order: Order, epoch: int, start: int, stop: int) -> Ids:
-    """Entries [start, stop) of the epoch's permutation of range(num_samples), int64."""
+    """Entries [start, stop) of the epoch's permutation of range(num_samples), as int64."""
     assert 0 <= start <= stop <= order.num_samples
     _, begins = _block_order(order, epoch)
     return _joined(begins[:: order.window], lambda window: _window_ids(order, epoch, window), start, stop)
 
 
 def _joined(begins: Ids, ids_of: Callable[[int], Ids], start: int, stop: int) -> Ids:
-    """Entries [start, stop) of the concatenated ids of the windows; window w starts at entry begins[w]."""
+    """Entries [start, stop) of the concatenated window ids; window w starts at entry begins[w]."""
     parts = []
     at = start
     while at < stop:
@@ -139,7 +140,7 @@ def _joined(begins: Ids, ids_of: Callable[[int], Ids], start: int, stop: int) ->
 
 
 class SparseEpoch:
-    """One epoch of a sparse cache: the samples with features and those without, each in the order of `epoch_ids`."""
+    """One epoch over a sparse cache: the samples with features and those without, each in the order of `epoch_ids`."""
 
     def __init__(self, order: Order, epoch: int, mask: FeatureMask) -> None:
         self.order, self.epoch, self._mask = order, epoch, mask
@@ -159,14 +160,13 @@ class SparseEpoch:
         return _joined(self._begins[features], lambda window: self._chosen(window, features), start, stop)
 
     def _of_window(self, window: int, features: bool) -> Ids:
-        """The shuffled positions of a window that have features, or those that have none."""
+        """The shuffled positions in a window that have features, or those that do not."""
         ids = _window_ids(self.order, self.epoch, window)
         chosen: Ids = ids[self._mask(ids) == features]
         return chosen
 
     def micro_batch_ids(self, *, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
-        """Positions (micro_batch,) of a micro-batch, like `micro_batch_ids`, with those of the samples with features
-        first."""
+        """Positions (micro_batch,) of a micro-batch, as for `micro_batch_ids`; samples with features come first."""
         number = step * (global_batch // micro_batch) + micro
         parts = []
         for features, count in zip((True, False), featured(self.order, micro_batch), strict=True):
@@ -175,19 +175,19 @@ class SparseEpoch:
 
 
 def featured(order: Order, count: int) -> tuple[int, int]:
-    """How many of a batch's `count` samples are read with features, and how many without."""
+    """The number of samples in a batch of `count` that are read with features, and the number read without."""
     there = count // order.features_every
     return there, count - there
 
 
 def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int | None = None) -> int:
-    """Number of full global batches in an epoch. The last partial batch (different samples each epoch) is dropped.
+    """Number of full global batches in an epoch. The last partial batch is dropped; each epoch drops different samples.
 
-    In a sparse cache, each range may have one sample with features (or without) fewer than its share. The number of
-    steps is that of the least favorable view, so that it is the same in every epoch.
+    In a sparse cache, each range may fall one sample short of its share of samples with (or without) features. The
+    number of steps is computed for the least favorable view, so it is the same in every epoch.
 
     Raises:
-        UserError: the data set is smaller than one global batch; the message names a multiple of `micro_batch_size`.
+        UserError: the dataset is smaller than one global batch; the message suggests a multiple of `micro_batch_size`.
     """
     num_samples, every = order.num_samples, order.features_every
     steps = num_samples // global_batch_size
@@ -210,7 +210,7 @@ def steps_per_epoch(order: Order, global_batch_size: int, micro_batch_size: int 
 
 
 def views_note(epochs: int, views: int) -> str | None:
-    """One line when a run has fewer epochs than there are views: an epoch reads one view of every image."""
+    """One line of text if a run has fewer epochs than there are views, since an epoch reads one view of every image."""
     if epochs >= views:
         return None
     what = "epoch reads" if epochs == 1 else "epochs read"
@@ -218,25 +218,26 @@ def views_note(epochs: int, views: int) -> str | None:
 
 
 def batches_that_fit(num_samples: int, micro_batch_size: int) -> str:
-    """The option that sets the largest possible global batch for a small data set, with micro-batches of at most
-    this size."""
+    """The option that sets the largest possible global batch for a small dataset, with micro-batches of at most this
+    size."""
     micro = min(micro_batch_size, num_samples)
     return f"--batch {num_samples // micro * micro}"
 
 
 def micro_batch_ids(order: Order, *, epoch: int, step: int, micro: int, global_batch: int, micro_batch: int) -> Ids:
-    """Positions (micro_batch,) of micro-batch number `micro` in global batch `step` of the epoch."""
+    """Positions (micro_batch,) of micro-batch `micro` in the epoch's global batch `step`."""
     start = step * global_batch + micro * micro_batch
     return epoch_ids(order, epoch, start, start + micro_batch)
 
 
 def micro_batches_of_rank(global_batch: int, micro_batch: int, rank: int, world_size: int) -> range:
-    """The micro-batch numbers of a global batch that a rank computes, in order.
+    """The numbers of the micro-batches in a global batch that a rank computes, in order.
 
     BatchNorm statistics are computed per micro-batch, so its size is fixed, and ranks get whole micro-batches.
 
     Raises:
-        UserError: they cannot be divided evenly; the message names the nearest valid numbers.
+        UserError: the micro-batches cannot be divided evenly among the ranks; the message names the nearest valid
+            numbers.
     """
     count = global_batch // micro_batch
     assert count * micro_batch == global_batch

@@ -1,7 +1,7 @@
-"""Pixels and features of one stored record.
+"""Reads the pixels and features of one stored record.
 
-In: a record of a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they match the
-record's digest; its decoded feature map and pooled embedding.
+In: a record from a cache. Out: its view record; its uint8 pixels, decoded or replayed, and whether they match its
+digest; its decoded feature map and pooled embedding.
 Invariant: damaged or missing data raises an error; it is never replaced.
 """
 
@@ -22,17 +22,18 @@ from scalekd_cache.views.view import View, apply_view
 
 
 def record_view(record: Record) -> View:
-    """The view of a stored record."""
+    """The view in a stored record."""
     return View.from_json(parse_json(record.view.encode(), "a view record", record.key))
 
 
 def decode_features(codec: FeatureCodec, records: Sequence[Record]) -> FeatureMap:
-    """Feature maps (B, C, H, W) and norms (B, 2, H, W) of records; `UserError` if the features use another codec."""
+    """Feature maps (B, C, H, W) and norms (B, 2, H, W) from records; `UserError` if the features use a different
+    codec."""
     return codec.decode(torch.from_numpy(codec.unpack([record.features for record in records])))
 
 
 def decode_pooled(codec: FeatureCodec, records: Sequence[Record]) -> torch.Tensor:
-    """(B, P) pooled embeddings of records; `UserError` if they use another codec."""
+    """Pooled embeddings (B, P) from records; `UserError` if they use a different codec."""
     return codec.decode(torch.from_numpy(codec.unpack([record.second for record in records]))).features.flatten(1)
 
 
@@ -40,8 +41,8 @@ class RecordPixels:
     """Provides the pixels of records: decodes stored pixels, or regenerates the view from its image (replayed views).
 
     Args:
-        views: view recipe of the cache.
-        source: the data set, for replayed views (None: not available).
+        views: the cache's view recipe.
+        source: the dataset, for replayed views (None: not available).
     """
 
     def __init__(self, views: ViewConfig, source: Source | None = None) -> None:
@@ -49,10 +50,10 @@ class RecordPixels:
         self._index = {} if source is None else {sample.key: at for at, sample in enumerate(source.samples)}
 
     def __call__(self, record: Record) -> Pixels | None:
-        """(size, size, 3) uint8; None for a replayed view without the data set.
+        """(size, size, 3) uint8; None for a replayed view if the dataset is not available.
 
         Raises:
-            UserError: the pixels are damaged, or the data set lacks the image.
+            UserError: the pixels are damaged, or the dataset lacks the image.
             UnreadableImage: the image cannot be decoded.
         """
         if self.views.pixels == "baked":
@@ -77,7 +78,7 @@ def wrong_digest(record: Record, pixels: Pixels) -> str | None:
 
 
 def verified_pixels(pixels_of: RecordPixels, record: Record, cache: Cache, view: int, *, check: bool) -> Pixels:
-    """The pixels of a record, compared with the digest of the teacher's input if `check` is set.
+    """The pixels of a record. If `check` is set, they are compared with the digest of the teacher's input.
 
     Raises:
         UserError: as for `RecordPixels`, or the digest differs.

@@ -1,8 +1,8 @@
-"""One cache of a run as a source of targets. All caches of a run hold the same views.
+"""One of a run's caches as a source of targets. All caches in a run hold the same views.
 
-In: positions in the order of the run's first cache. Out: this cache's records of the same views, with their targets.
-Invariant: every record of another cache has the key, label, view and pixel digest of the first cache's record, so
-each teacher's targets belong to the pixels that the student is trained on.
+In: positions in the order of the run's first cache. Out: this cache's records for the same views, with their targets.
+Invariant: each record from the other caches has the same key, label, view and pixel digest as the first cache's record,
+so every teacher's targets belong to the pixels that the student is trained on.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.shared_pixels import pixel_identity
 
 PART_NAMES = {Parts.LABEL: "label", Parts.FEATURES: "features", Parts.SECOND: "pooled embedding"}
-"""Parts of a record that training may need."""
+"""The parts of a record that training may need."""
 
 
 class TargetCodecs(NamedTuple):
@@ -35,11 +35,11 @@ class TargetCodecs(NamedTuple):
     features: FeatureCodec
     logits: LogitCodec
     second: FeatureCodec | None
-    """Codec of pooled embeddings; None for a cache without them."""
+    """Codec for pooled embeddings; None if the cache has none."""
 
     @property
     def row_bytes(self) -> int:
-        """Decompressed bytes of a sample's features and pooled embedding."""
+        """Decompressed size in bytes of a sample's features and pooled embedding."""
         return self.features.bytes_per_view + (0 if self.second is None else self.second.bytes_per_view)
 
 
@@ -57,11 +57,11 @@ class StoredTargets(NamedTuple):
     """One teacher's targets for a micro-batch, as stored in its cache. They are decoded on the training device."""
 
     codes: Tensor
-    """(F, bytes_per_view) uint8: rows of the feature codec for the first F <= B samples."""
+    """(F, bytes_per_view) uint8: rows from the feature codec for the first F <= B samples."""
     logits: Tensor
     """(B, K) float32: decoded logits (K = 0 if the logit codec stores none)."""
     second: Tensor | None
-    """(B, bytes_per_view) uint8: rows of the codec of pooled embeddings; None for a cache without them."""
+    """(B, bytes_per_view) uint8: rows from the codec for pooled embeddings; None if the cache has none."""
 
     def to(self, device: torch.device) -> "StoredTargets":
         """Copy the targets to `device`, asynchronously if the memory is pinned."""
@@ -70,11 +70,11 @@ class StoredTargets(NamedTuple):
 
 
 class TargetCache:
-    """One cache of a run.
+    """One of a run's caches.
 
     Args:
         cache: the cache.
-        features: number of samples of a micro-batch whose features are read, starting with the first.
+        features: number of samples in a micro-batch whose features are read, starting with the first.
         first: the run's first cache, which defines the positions (None: this one).
 
     Raises:
@@ -99,7 +99,7 @@ class TargetCache:
         return self.cache.has_features(self._own(ids, view), view)
 
     def read(self, ids: Ids, view: int) -> list[Record]:
-        """The records of a micro-batch, each with all the parts that training needs.
+        """The records for a micro-batch, with all parts that training needs.
 
         Raises:
             UserError: as for `Cache.read`, or a part is missing.
@@ -124,8 +124,8 @@ class TargetCache:
 
 
 def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, there: int) -> list[int]:
-    """Number of samples of a micro-batch whose features each cache reads: `features` (None: `there`, all samples
-    with features).
+    """For each cache, the number of samples in a micro-batch whose features are read: `features` (None: `there`, which
+    is all samples with features).
 
     A cache that stores the classifier instead of logits reads all features.
     """
@@ -136,9 +136,10 @@ def feature_counts(caches: Sequence[Cache], features: Sequence[int] | None, ther
 
 
 class SamePositions:
-    """Maps positions of records in one cache to positions in another cache of the same views.
+    """Maps record positions in one cache to positions in another cache of the same views.
 
-    Positions are equal if both have the same view groups; otherwise they are looked up by key, once per pair of groups.
+    Positions are equal if both caches have the same view groups; otherwise they are looked up by key, once per pair of
+    groups.
     """
 
     def __init__(self, first: Cache, other: Cache) -> None:
@@ -165,7 +166,7 @@ class SamePositions:
         self._of(0)
 
     def __call__(self, ids: Ids, view: int) -> Ids:
-        """Positions (n,) in the other cache that correspond to these positions of a view."""
+        """Positions (n,) in the other cache that correspond to these positions in a view."""
         found = self._of(view)
         return ids if found is None else found[ids]
 
@@ -214,7 +215,7 @@ def check_joinable(first: Cache, other: Cache) -> None:
 
 
 def check_parts(records: Sequence[Record], needed: Parts, view: int, cache: Cache, *, features: int = 0) -> None:
-    """Raise `UserError` if a record lacks a needed part, or if one of the first `features` records has no features."""
+    """Raise `UserError` if a record lacks a needed part, or if any of the first `features` records has no features."""
     for number, record in enumerate(records):
         wanted = needed | (Parts.FEATURES if number < features else Parts(0))
         missing = wanted & ~record.parts
@@ -231,7 +232,7 @@ def with_pixels(records: Sequence[Record], others: Sequence[Record], pixels: Cac
     """The records with the pixels of `others`, which come from the cache that stores the shared pixels.
 
     Raises:
-        UserError: the records belong to different views.
+        UserError: the two sets of records belong to different views.
     """
     check_same_views(records, others, pixels, view, "use the cache that --pixels-from named when this cache was made")
     return [record._replace(pixels=other.pixels) for record, other in zip(records, others, strict=True)]

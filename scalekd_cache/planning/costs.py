@@ -1,9 +1,10 @@
 """FLOPs, parameters and step memory of a teacher and student, counted on the meta device.
 
-In: names of timm models, a `ScaleKDConfig`. Out: one `Part` for the student, each head, the tail and the teacher.
-Invariant: nothing is allocated or computed. PyTorch's counter counts a multiply-add in matrix products, convolutions
-and attention as two FLOPs. Figures are per image in a batch of `BATCH` (a learned query is projected once per
-batch). With a feature share, the heads process only that share of the batch.
+In: names of timm models, and a `ScaleKDConfig`. Out: one `Part` each for the student, every head, the tail and the
+teacher.
+Invariant: no memory is allocated for tensors, and nothing is computed. PyTorch's counter counts a multiply-add in
+matrix products, convolutions and attention as two FLOPs. Figures are per image in a batch of `BATCH` images, because a
+learned query is projected once per batch. With a feature share, the heads process only that share of the batch.
 """
 
 import functools
@@ -34,7 +35,7 @@ BATCH = 32
 CLASSES = 1000
 SWIN_L = "swin_large_patch4_window7_224"
 BEIT_L = "eva_large_patch14_196"
-"""The paper's BEiT-L/14: pre-trained by EVA, 304 M parameters, run at 224 px."""
+"""The paper's BEiT-L/14, with 304 M parameters, pretrained by EVA and run at 224 px."""
 PAPER_STUDENTS = (
     "mobilenetv1",
     "resnet50",
@@ -64,7 +65,7 @@ class Part(NamedTuple):
 
     name: str
     params: int
-    """Parameters, frozen ones included."""
+    """Number of parameters, including frozen ones."""
     forward: float
     """FLOPs per image."""
     backward: float
@@ -72,7 +73,7 @@ class Part(NamedTuple):
 
     @property
     def total(self) -> float:
-        """Forward and backward, FLOPs per image."""
+        """FLOPs per image for forward and backward passes."""
         return self.forward + self.backward
 
 
@@ -82,20 +83,21 @@ class PairCosts(NamedTuple):
     teacher_name: str
     student_name: str
     image_size: int
-    """Side length of the images, pixels."""
+    """Side length of the images in pixels."""
     student: Part
     heads: list[Part]
-    """Projectors of both taps, and passes through the frozen tail."""
+    """The projectors for both taps, and the passes through the frozen tail."""
     teacher: Part
 
     @property
     def heads_total(self) -> float:
-        """FLOPs per image of all heads, forward and backward."""
+        """FLOPs per image for all heads, forward and backward."""
         return sum(part.total for part in self.heads)
 
     @property
     def ceiling(self) -> float:
-        """Largest speedup of offline over online: (student + heads + teacher forward) / (student + heads)."""
+        """Upper bound on the speedup of offline over online: (student + heads + teacher forward) / (student +
+        heads)."""
         offline = self.student.total + self.heads_total
         return (offline + self.teacher.forward) / offline
 
@@ -126,15 +128,15 @@ def pair_costs(
     Args:
         teacher: name of the teacher.
         student: name of the student.
-        config: constants of the method (None: the published ones).
-        image_size: side length of the views, pixels (None: the teacher's native size).
-        num_classes: classes of teacher and student.
-        student_size: side length of the student's images, pixels (None: that of the views).
+        config: the constants of the method (None: the published ones).
+        image_size: side length of the views in pixels (None: the teacher's native size).
+        num_classes: number of classes for teacher and student.
+        student_size: side length of the student's images in pixels (None: same as the views).
         labeled: whether the data has labels. Without labels, the heads also map the student's pooled embedding to
             the teacher's.
 
     Raises:
-        UserError: stage 1 or 2 rejects the name, family or image size.
+        UserError: stage 1 or 2 does not accept the name, family or image size.
     """
     config = config or ScaleKDConfig()
     image_size = image_size or own_image_size(teacher)
@@ -160,7 +162,7 @@ def pair_costs(
 
 @functools.lru_cache(maxsize=2)
 def _teacher_cost(name: str, image_size: int, num_classes: int) -> tuple[MetaTeacher, Part]:
-    """The teacher of several pairs, which is counted once."""
+    """The cost of a teacher, which is counted once even if multiple pairs share it."""
     parts, images = meta_teacher(name, image_size, num_classes), torch.empty(BATCH, 3, image_size, image_size)
     return parts, Part("teacher", parts.params, _flops(lambda: _no_grad(parts.model, images)), 0.0)
 
@@ -191,7 +193,7 @@ def _pooled_width(teacher: MetaTeacher, image_size: int) -> int:
 
 
 def _featured(config: ScaleKDConfig, batch: int) -> int:
-    """Number of samples of a batch that the heads process."""
+    """Number of samples in a batch that the heads process."""
     return max(1, round(batch * (config.share_of() or 1)))
 
 
@@ -200,7 +202,7 @@ def _params(module: nn.Module) -> int:
 
 
 def _flops(run: Callable[[], object]) -> float:
-    """FLOPs per image of one call on `BATCH` images."""
+    """FLOPs per image for one call on `BATCH` images."""
     with FlopCounterMode(
         display=False, custom_mapping={torch.ops.aten.convolution_backward: _conv_backward}
     ) as counter:
@@ -209,7 +211,7 @@ def _flops(run: Callable[[], object]) -> float:
 
 
 def _conv_backward(grad: Sequence[int], image: Sequence[int], weight: Sequence[int], *args: Any, **kwargs: Any) -> int:
-    """FLOPs of a convolution's gradients; each costs as much as the forward pass.
+    """FLOPs for a convolution's gradients; each gradient costs as much as the forward pass.
 
     PyTorch's own count ignores groups in the weight gradient, which overestimates MobileNet by a factor of ten.
     """
@@ -224,7 +226,7 @@ def _no_grad(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _student_cost(student: Student) -> Part:
-    """Cost of the student. Its images need no gradient."""
+    """Cost of the student. No gradient is computed for its images."""
     images = torch.empty(BATCH, 3, student.image_size, student.image_size)
     outputs: list[Tensor] = []
     forward = _flops(lambda: outputs.extend(student(images)))
@@ -234,7 +236,8 @@ def _student_cost(student: Student) -> Part:
 
 
 def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, ...]], *inputs: Tensor) -> Part:
-    """Cost of a module between feature maps. Gradients reach its inputs and its trainable parameters."""
+    """Cost of a module that maps between feature maps. Gradients are computed for its inputs and its trainable
+    parameters."""
     outputs: list[Tensor] = []
 
     def forward() -> None:
@@ -249,8 +252,8 @@ def _map_cost(name: str, params: int, run: Callable[..., Tensor | tuple[Tensor, 
 def _head_costs(
     heads: ScaleKDHeads, taps: tuple[Shape, Shape], teacher: MetaTeacher, samples: int, width: int
 ) -> list[Part]:
-    """Cost of the heads on the first `samples` images of the batch. `width` is the width of the student's pooled
-    embedding, which is computed for all images of the batch; 0 with labels."""
+    """Cost of the heads on the first `samples` images in the batch. `width` is the width of the student's pooled
+    embedding, which is computed for all images in the batch; 0 with labels."""
 
     def leaf(shape: Shape) -> Tensor:
         return torch.empty(samples, *shape, requires_grad=True)
@@ -295,7 +298,8 @@ def report(costs: PairCosts) -> str:
 
 
 def _update_line(params: int) -> str:
-    """What an optimizer step costs for the parameters of the heads, which no feature share reduces."""
+    """One line about the cost of an optimizer step for the heads' parameters. A feature share does not reduce this
+    cost."""
     moved = ", ".join(f"{size_text(4 * params * tensors)} by {name}" for name, tensors in OPTIMIZER_TRAFFIC.items())
     return (
         f"heads per optimizer step, at every feature share: {size_text(4 * params)} of float32 gradients, exchanged "
@@ -304,7 +308,7 @@ def _update_line(params: int) -> str:
 
 
 def summary_row(costs: PairCosts) -> str:
-    """One pair as one row of `SUMMARY_HEAD`'s table."""
+    """One pair as a row in the table that `SUMMARY_HEAD` starts."""
     figures = (
         costs.teacher.params / 1e6,
         costs.teacher.forward / 1e9,
@@ -318,7 +322,7 @@ def summary_row(costs: PairCosts) -> str:
 
 
 def sum_line(several: Sequence[PairCosts]) -> str:
-    """One line about a student with heads for several teachers."""
+    """One line about a student with heads for multiple teachers."""
     heads = sum(costs.heads_total for costs in several)
     offline = several[0].student.total + heads
     live = offline + sum(costs.teacher.forward for costs in several)
@@ -336,18 +340,19 @@ SUMMARY_HEAD = (
 
 
 def _heads_params(costs: PairCosts) -> int:
-    """Trainable parameters of the heads, without the frozen tail."""
+    """Number of trainable parameters in the heads, without the frozen tail."""
     return sum(part.params for part in costs.heads if not part.name.startswith("frozen"))
 
 
 OPTIMIZER_TENSORS = {"sgd": 1, "adamw": 2, "lamb": 2}
-"""Tensors of a parameter's size that an optimizer keeps."""
+"""Number of tensors of the same size as a parameter that each optimizer keeps."""
 OPTIMIZER_TRAFFIC = {"SGD": 5, "AdamW": 7}
-"""Tensors of a parameter's size that a step reads and writes: weight, gradient and the optimizer's own."""
+"""Number of tensors of the same size as a parameter that a step reads and writes: weight, gradient and optimizer
+state."""
 
 
 class _Live(TorchDispatchMode):
-    """Counts the bytes of all tensors that operations return, until they are freed.
+    """Counts the bytes of all live tensors that operations have returned.
 
     Args:
         own: storages to exclude.
@@ -358,7 +363,7 @@ class _Live(TorchDispatchMode):
         self._known = {value.untyped_storage()._cdata for value in own}
         self._now = 0
         self.peak = 0
-        """The peak."""
+        """Peak number of live bytes."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count its results."""
@@ -383,12 +388,12 @@ class _Live(TorchDispatchMode):
 def step_memory(
     training: DistillConfig, teacher: MetaTeacher, size: int, num_classes: int, pooled: int = 0
 ) -> dict[str, float]:
-    """Memory of a training step of one micro-batch in float32, bytes.
+    """Memory in bytes for a float32 training step with one micro-batch.
 
-    "activations" is the peak of everything else that is alive at the same time in the forward and backward pass:
-    images, targets, saved tensors, temporary tensors and gradients of activations. Workspace inside an operation is
-    not included. Call it under `torch.device("meta")`: the real student, heads, tail and losses run without
-    computing values. `pooled` is the width of the pooled target for a data set without labels; 0 with labels.
+    "activations" is the peak memory of everything else that is live during the forward and backward passes: images,
+    targets, saved tensors, temporary tensors and activation gradients. Workspace inside an operation is not included.
+    Call it under `torch.device("meta")`: the real student, heads, tail and losses run without computing values.
+    `pooled` is the width of the pooled target for a dataset without labels; 0 with labels.
     """
     student = build_student(training.student, num_classes=num_classes, image_size=size)
     heads = ScaleKDHeads(

@@ -1,8 +1,9 @@
 """Forecasts the cost of a cache and its students before anything runs.
 
-In: options of stage 1 and of training, the number of students, a GPU model. Out: a `Forecast`.
-Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted on
-the real modules (meta device). Assumptions (utilization) and missing teacher weights are reported with the figures.
+In: options for stage 1 and for training, the number of students, and a GPU model. Out: a `Forecast`.
+Invariant: bytes are measured on a small real unit (`caching/size_probe.py`). FLOPs and step memory are counted on the
+real modules, on the meta device. Assumptions (utilization) and missing teacher weights are reported along with the
+figures.
 """
 
 import dataclasses
@@ -56,11 +57,11 @@ class _Teacher:
     shape: Shape
     classes: int
     pooled: int
-    """Width of the stored pooled embedding; 0: none is stored."""
+    """Width of the stored pooled embedding; 0 if none is stored."""
 
 
 class _Sizes(NamedTuple):
-    """Bytes; `per_view` by part."""
+    """Sizes in bytes; `per_view` is split by part."""
 
     images: int
     views: int
@@ -78,7 +79,7 @@ class _Times(NamedTuple):
     student_h: float
     online_h: float
     utilization: float
-    """Share of the GPU's peak in the forward pass."""
+    """Share of the GPU's peak reached in the forward pass."""
 
 
 def forecast(
@@ -94,16 +95,16 @@ def forecast(
     """Measure the sizes and count the FLOPs of a cache and its students.
 
     Args:
-        config: all options of stage 1.
-        training: the recipe's training options with the student.
+        config: all options for stage 1.
+        training: the recipe's training options, including the student.
         process: this process.
         students: number of students to train.
         epochs: epochs per student.
-        gpu: a name of `gpus.GPUS`.
-        first: in a job with several teachers, the forecast of the first one, whose cache stores the pixels.
+        gpu: a name in `gpus.GPUS`.
+        first: in a job with multiple teachers, the forecast for the first one, whose cache stores the pixels.
 
     Raises:
-        UserError: stage 1 rejects an option, or a codec must be fitted but there are no teacher weights.
+        UserError: stage 1 does not accept an option, or a codec must be fitted but there are no teacher weights.
     """
     card = gpu_of(gpu)
     check_codec_options(config)
@@ -168,7 +169,7 @@ def forecast(
 
 
 def _with_share(config: CacheTeacherConfig, training: DistillConfig) -> DistillConfig:
-    """The training options with the feature share that students of this cache use.
+    """The training options with the feature share that students trained on this cache use.
 
     Raises:
         UserError: the feature share is larger than the stored share.
@@ -201,7 +202,7 @@ def _sizes(
 
 
 def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> float:
-    """Seconds of stage 1 in one process on this machine, once teacher and codec are ready.
+    """Seconds that stage 1 takes in one process on this machine, once the teacher and codec are ready.
 
     On a CPU, the workers and the teacher share the cores. On a GPU, the slower of the two determines the time.
     """
@@ -211,7 +212,7 @@ def _stage_1_s(config: CacheTeacherConfig, stage: Stage, found: SizeProbe) -> fl
     shared = stage.device.type == "cpu" or config.workers == 0
     view_s = sample_s + found.teacher_s if shared else max(sample_s, found.teacher_s)
     others = images_besides(config, stage, found.pass_s, open_validation(config, dry_run=True))
-    units = len(ranges) * groups + 2  # two for the disk space check
+    units = len(ranges) * groups + 2  # the disk space check makes two units
     return sum(map(len, ranges)) * views * view_s + units * found.unit_s + others * found.teacher_s
 
 
@@ -226,7 +227,8 @@ def _times(
     *,
     labeled: bool,
 ) -> _Times:
-    """GPU time, from FLOPs; of the teacher from `measured_s`, seconds per view, if this machine has the GPU."""
+    """GPU time computed from FLOPs. If this machine has the GPU, the teacher's time comes from `measured_s` (seconds
+    per view)."""
     student = training.student
     costs = pair_costs(
         config.teacher.name,
@@ -253,13 +255,14 @@ def _times(
 
 @torch.no_grad()
 def _forward_s(stage: Stage) -> float:
-    """Seconds per view of the teacher on this machine, in full batches: the fastest of three, after a first one."""
+    """Seconds per view that the teacher takes on this machine: the fastest of three full batches, after one warm-up
+    batch."""
     size, seconds = stage.views.size, []
     with memory_errors("lower the teacher's batch: --teacher.batch_size=32"):
         pixels = torch.zeros(stage.batch_size, 3, size, size, dtype=torch.uint8, device=stage.device)
         for _ in range(4):
             started = time.perf_counter()
-            stage.teacher(pixels).features.flatten()[0].item()  # waits for the device
+            stage.teacher(pixels).features.flatten()[0].item()  # synchronizes with the device
             seconds.append(time.perf_counter() - started)
     return min(seconds[1:]) / stage.batch_size
 
@@ -326,7 +329,8 @@ def _name(codec: FeatureCodec) -> str:
 
 
 def _shared_pixels(source: Source | PixelCache, first: Forecast | None) -> float:
-    """Bytes read per view of shared pixels: complete records, including features. 0: no shared pixels."""
+    """Bytes read per view to get shared pixels, which means complete records, including features; 0 without shared
+    pixels."""
     if isinstance(source, PixelCache):
         return float(source.cache.manifest.bytes_per_view["total"])
     return 0.0 if first is None else first.bytes_per_view["total"]
@@ -342,7 +346,7 @@ def _alternatives(
     once: int,
     stage_1: float,
 ) -> list[dict[str, Any]]:
-    """Total bytes and teacher GPU-hours with fewer or more views, and with other codecs."""
+    """Total bytes and teacher GPU-hours with fewer or more views, and with different codecs."""
     ranges = unit_ranges(source, config.cache.samples_per_shard)
     views, images = config.cache.num_views, sum(map(len, ranges))
     rows: list[dict[str, Any]] = []

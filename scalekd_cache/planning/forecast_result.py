@@ -1,4 +1,4 @@
-"""The result of a forecast: figures, their sum over several teachers, and both as text.
+"""The result of a forecast: figures, their sum over multiple teachers, and both as text.
 
 In: figures. Out: JSON values or text.
 Invariant: nothing is measured or counted here.
@@ -22,7 +22,7 @@ class Forecast:
     views: int
     teacher: str
     teacher_at_hand: bool
-    """False if the weights are not available; sizes then come from random features with the teacher's shapes."""
+    """False if the weights are not available. Sizes are then measured on random features with the teacher's shapes."""
     student: str
     codec: str
     stored_features: float
@@ -30,39 +30,39 @@ class Forecast:
     bytes_per_view: dict[str, float]
     """The same parts as in a manifest: features, target (label, view record, digest, logits), pixels, index, total."""
     logit_bytes: int
-    """Bytes of a view's logits, which are part of target."""
+    """Bytes for a view's logits; included in the `target` part."""
     once_bytes: int
-    """Tail and codec state."""
+    """Bytes for the tail and codec state, which are stored once."""
     total_bytes: float
     free_bytes: int
     gpu: str
     teacher_gpu_hours: float
-    """Stage 1, from the teacher's measured rate if this machine has that GPU, else from FLOPs, the GPU table and the
-    assumed utilization."""
+    """GPU-hours for stage 1. Based on the teacher's measured rate if this machine has that GPU; otherwise on FLOPs, the
+    GPU table and the assumed utilization."""
     teacher_rate_measured: bool
     teacher_s_per_view_here: float | None
-    """Teacher, codec and store, measured on this machine (None: no weights)."""
+    """Seconds per view for teacher, codec and store, measured on this machine (None: no weights)."""
     stage_1_here_s: float | None
-    """Seconds of stage 1 in one process on this machine, including checks and evaluation (None: no weights)."""
+    """Seconds that stage 1 takes in one process on this machine, including checks and evaluation (None: no weights)."""
     draw_s_per_view: float
     """Seconds to sample one view, measured on one core of this machine."""
     cores_per_gpu: float
-    """CPU cores that stage 1 needs per GPU: views/s of the GPU x draw_s_per_view."""
+    """CPU cores that stage 1 needs per GPU: the GPU's views/s multiplied by draw_s_per_view."""
     student_gpu_hours: float
-    """One student from the cache."""
+    """GPU-hours to train one student from the cache."""
     online_gpu_hours: float
-    """One student with the teacher run at every step."""
+    """GPU-hours to train one student with the teacher running at every step."""
     students: int
     epochs: int
     saved_gpu_hours: float
-    """For all students: online minus cached, stage 1 included."""
+    """GPU-hours saved over all students: online minus cached, where cached includes stage 1."""
     pays_after_students: int
     images_per_s: float
-    """Training throughput of one GPU."""
+    """Training throughput on one GPU."""
     read_mb_per_s: float
     """Read rate of one training GPU."""
     step_memory: dict[str, float]
-    """Bytes of a step of one micro-batch on one GPU: weights, gradients, optimizer, activations, total."""
+    """Bytes for a step with one micro-batch on one GPU: weights, gradients, optimizer, activations, total."""
     alternatives: list[dict[str, Any]]
     assumptions: dict[str, float]
 
@@ -72,7 +72,7 @@ class Forecast:
 
 
 def _duration(hours: float, kind: str = "") -> str:
-    """A time in hours, minutes or seconds with three digits; `kind` is put before the unit."""
+    """A time in hours, minutes or seconds, with three digits; `kind` is placed before the unit."""
     if abs(hours) * 3600 < 0.01:
         return f"< 0.01 {kind}seconds"
     units = (("hours", 1), ("minutes", 60), ("seconds", 3600))
@@ -142,7 +142,7 @@ def describe(plan: Forecast) -> str:
 
 
 class Together(NamedTuple):
-    """Stage 1 of several teachers in one pass over the images, from the forecast of each teacher."""
+    """Stage 1 for multiple teachers in one pass over the images, based on the forecast for each teacher."""
 
     plans: list[Forecast]
     total_bytes: float
@@ -157,7 +157,7 @@ class Together(NamedTuple):
 
 
 def together(plans: list[Forecast]) -> Together:
-    """The sums over the teachers of a job."""
+    """The sums over the teachers in a job."""
     return Together(
         plans,
         sum(plan.total_bytes for plan in plans),
@@ -168,7 +168,7 @@ def together(plans: list[Forecast]) -> Together:
 
 
 def describe_together(total: Together) -> str:
-    """The forecasts of several teachers and their sum, as text."""
+    """The forecasts for multiple teachers and their sum, as text."""
     short = "  DOES NOT FIT" if total.total_bytes > total.free_bytes else ""
     return "\n\n".join(
         [
