@@ -1,7 +1,7 @@
 """Activation checkpointing: blocks keep only their inputs and are recomputed in the backward pass.
 
-In: a timm model, or modules that are called directly. Out: the same modules, using less memory and more time.
-Invariant: losses, gradients and BatchNorm statistics equal those without checkpointing. The recomputation uses the
+In: a timm model, or modules that are called directly. Out: the same modules, which need less memory and more time.
+Invariant: losses, gradients and BatchNorm statistics are the same as without checkpointing. The recomputation uses the
 same random numbers (PyTorch restores them), and only the first pass updates running statistics.
 """
 
@@ -18,12 +18,12 @@ from scalekd_cache.errors import UserError
 
 
 class FirstPass:
-    """Freezes the BatchNorm statistics of modules, in training, except inside `with` on this object.
+    """Freezes a model's BatchNorm statistics during training, except in a `with` block on a call to this object.
 
-    A module cannot distinguish a recomputation from the first pass, so the caller marks the first pass with `with`.
+    A module cannot distinguish a recomputation from the first pass, so the caller runs the first pass in that block.
 
     Raises:
-        UserError: a module has running statistics that are not those of a BatchNorm.
+        UserError: a module other than BatchNorm has running statistics.
     """
 
     def __init__(self, root: nn.Module, name: str) -> None:
@@ -40,7 +40,7 @@ class FirstPass:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        """The context of a first pass."""
+        """The context for a first pass."""
         self._now = True
         try:
             yield
@@ -58,7 +58,7 @@ class FirstPass:
 
 
 def recompute_blocks(model: nn.Module, name: str) -> FirstPass:
-    """Enable checkpointing of a timm model's blocks with its own `set_grad_checkpointing`.
+    """Enable checkpointing for a timm model's blocks with the model's `set_grad_checkpointing`.
 
     Raises:
         UserError: the model does not support it, or would train differently with it.
@@ -74,7 +74,7 @@ def recompute_blocks(model: nn.Module, name: str) -> FirstPass:
 
 
 def last_called(module: nn.Module) -> nn.Module:
-    """The last module of nested sequences: timm calls a sequence's blocks one by one, not the sequence."""
+    """The last module inside nested `nn.Sequential` modules, because timm calls their blocks one by one."""
     while type(module).forward is nn.Sequential.forward and len(children := list(module.children())):
         module = children[-1]
     return module
@@ -87,7 +87,7 @@ def recomputed(function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
 
 
 def check_tapped(tapped: Tensor, name: str) -> None:
-    """Raise `UserError` for a feature map without a gradient."""
+    """Raise `UserError` if a feature map does not require a gradient."""
     if torch.is_grad_enabled() and not tapped.requires_grad:
         raise _refusal(name, "a feature map inside a recomputed block has no gradient")
 

@@ -1,6 +1,6 @@
-"""The demo teacher: a small Swin, trained once on the digits when its weights are missing.
+"""The demo teacher: a small Swin that is trained once on the digits if its weights are missing.
 
-In: the demo's training images. Out: a safetensors file of the timm model's state dict.
+In: the demo's training images. Out: a safetensors file with the timm model's state dict.
 Invariant: the file is written atomically; the same machine and thread count give the same weights.
 """
 
@@ -29,7 +29,7 @@ from scalekd_cache.models.weights import save_weights
 from scalekd_cache.progress import progress
 
 DEMO_CLASSES = 10
-"""Digits."""
+"""The ten digits."""
 EPOCHS = 30
 BATCH_SIZE = 32
 PEAK_LR = 2e-3
@@ -43,7 +43,7 @@ def _images(source: Source) -> tuple[Tensor, Tensor]:
 
 
 def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Random zoom (0.8 to 1.05), stretch, shift and rotation (up to 9 degrees) of float images (B, 3, H, W)."""
+    """Apply random zoom (0.8 to 1.05), stretch, shift and rotation (up to 9 degrees) to float images (B, 3, H, W)."""
     count = len(images)
     draw = torch.rand(count, 5, generator=generator)
     zoom, stretch, angle = 0.8 + 0.25 * draw[:, 0], 0.9 + 0.2 * draw[:, 1], 0.3 * (draw[:, 2] - 0.5)
@@ -61,7 +61,7 @@ def train_demo_teacher(
     """Train the demo teacher and save it; `model_args` override `demo_teacher_args`.
 
     Returns:
-        Its top-1 accuracy on the demo's held-out images, percent.
+        Its top-1 accuracy in percent on the demo's held-out images.
     """
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)

@@ -1,8 +1,8 @@
 """Accuracy of a classifier (teacher or student) on the validation images.
 
 In: a function from uint8 pixels to logits, a validation source, this rank's share. Out: a `Tally`.
-Invariant: every readable validation image counts exactly once whatever the number of ranks; the others
-are counted as unreadable.
+Invariant: every readable validation image counts exactly once, regardless of the number of ranks. Images
+that cannot be decoded are counted as unreadable.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,7 @@ Example = tuple[Tensor, int] | None
 
 
 def percent(value: float | None) -> str:
-    """An accuracy in percent as text."""
+    """Format an accuracy in percent as text."""
     return "not measured" if value is None else f"{value:.2f} %"
 
 
@@ -37,12 +37,12 @@ def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str
 
 
 class Tally(NamedTuple):
-    """Counts over validation images; tallies of disjoint shares can be added."""
+    """Counts over validation images. Tallies of disjoint shares can be added."""
 
     top1: int
     """Images whose label has the largest logit."""
     top5: int | None
-    """Images whose label is among the five largest; None with at most five classes, where it says nothing."""
+    """Images whose label has one of the five largest logits; None for five or fewer classes, which all rank there."""
     images: int
     """Images that were evaluated."""
     unreadable: int
@@ -55,23 +55,23 @@ class Tally(NamedTuple):
 
     @property
     def accuracies(self) -> str:
-        """Top-1 and, if it is counted, top-5 as text."""
+        """Top-1 accuracy as text, followed by top-5 accuracy if it was counted."""
         top5 = self.top5_percent
         return f"top-1 {percent(self.top1_percent)}" + ("" if top5 is None else f", top-5 {percent(top5)}")
 
     @property
     def top1_percent(self) -> float:
-        """Top-1 accuracy, percent."""
+        """Top-1 accuracy in percent."""
         return 100 * self.top1 / max(self.images, 1)
 
     @property
     def top5_percent(self) -> float | None:
-        """Top-5 accuracy, percent; None with at most five classes."""
+        """Top-5 accuracy in percent; None for five or fewer classes."""
         return None if self.top5 is None else 100 * self.top5 / max(self.images, 1)
 
 
 def omitted(unreadable: int, what: str = "validation image") -> str:
-    """The note about images that could not be decoded."""
+    """A note that says how many images could not be decoded."""
     return f"{counted(unreadable, what)} could not be read: omitted"
 
 
@@ -95,7 +95,7 @@ class ValidationImages(Dataset[Example]):
 
 
 class CenterViews(NamedTuple):
-    """The center views of the readable ones of some images."""
+    """Center views of the readable images in a batch."""
 
     images: Tensor
     """(B, 3, size, size) uint8"""
@@ -108,7 +108,7 @@ class CenterViews(NamedTuple):
 
 
 class _Batches(Dataset[CenterViews]):
-    """The center views of several images at a time."""
+    """Loads the center views of multiple images at a time."""
 
     def __init__(self, images: ValidationImages) -> None:
         self.images = images
@@ -124,14 +124,14 @@ class _Batches(Dataset[CenterViews]):
 def center_views(
     source: Source, indices: Sequence[int], size: int, *, batch_size: int = 64, workers: int = 0
 ) -> Iterator[CenterViews]:
-    """The center views of some images of a source, in order, at most `batch_size` at a time.
+    """Yield the center views of selected images from a source in order, at most `batch_size` at a time.
 
     Args:
         source: the images.
-        indices: which ones.
-        size: side of a view, pixels.
+        indices: indices of the selected images in the source.
+        size: side of a view in pixels.
         batch_size: maximum number of images at a time.
-        workers: processes that decode images.
+        workers: number of processes that decode images.
     """
     if workers:  # a whole batch per worker if two fit into shared memory, else a part of one
         batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
@@ -176,20 +176,20 @@ def evaluate(
     on_batch: Callable[[Tensor, Tensor], None] | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tally:
-    """Evaluate `predict` on validation images rank, rank + world_size, ...
+    """Evaluate `predict` on the validation images with indices rank, rank + world_size, ...
 
     Args:
         predict: (B, 3, size, size) uint8 on `device` -> logits (B, K).
         source: the validation split.
-        size: side of the center view, pixels.
-        device: where `predict` runs.
-        rank: this process.
-        world_size: processes that share the work; the caller adds their tallies.
-        batch_size: maximum number of images per call of `predict`.
-        workers: processes that decode images.
+        size: side of the center view in pixels.
+        device: the device that `predict` runs on.
+        rank: rank of this process.
+        world_size: number of processes that share the work; the caller adds their tallies.
+        batch_size: maximum number of images per call to `predict`.
+        workers: number of processes that decode images.
         title: title of the progress bar.
         on_batch: called with the logits (B, K) and labels (B,) of every batch.
-        stop: called after every batch; when it is true, the tally of the images until then is returned.
+        stop: called after every batch; if it returns true, evaluation stops and returns the tally so far.
     """
     share = range(rank, len(source.samples), world_size)
     total = Tally(0, 0, 0, 0)

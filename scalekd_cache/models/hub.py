@@ -1,8 +1,8 @@
 """Access to the model hub: offline machines fail within seconds, and errors say what to do.
 
-In: huggingface_hub's settings. Out: a context in which downloads work or fail at once; a context for uploads.
-Invariant: files in the hub's local cache are found either way. huggingface_hub alone retries for about a minute.
-Messages contain no token.
+In: huggingface_hub's settings. Out: one context in which downloads work or fail at once, and one for uploads.
+Invariant: files in the hub's local cache are found whether or not the hub replies. Without these contexts,
+huggingface_hub retries for about a minute. Error messages contain no token.
 """
 
 import contextlib
@@ -20,11 +20,11 @@ from scalekd_cache.store.remote.url_transfer import without_password
 
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN to a token with write access"
 TIMEOUT_S = 3.0
-"""Timeout in seconds for the first reply of the hub, including name lookup."""
+"""Timeout in seconds for the hub's first reply, including name lookup."""
 
 
 def hub_answers() -> bool:
-    """Whether the hub replies within `TIMEOUT_S`; uses the proxies of the environment."""
+    """Whether the hub replies within `TIMEOUT_S`. The request uses the proxies set in the environment."""
     answers: queue.SimpleQueue[bool] = queue.SimpleQueue()
 
     def ask() -> None:
@@ -32,7 +32,7 @@ def hub_answers() -> bool:
             request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
             with urllib.request.urlopen(request, timeout=TIMEOUT_S):
                 answers.put(True)
-        except urllib.error.HTTPError:  # an answer all the same
+        except urllib.error.HTTPError:  # an error reply is still a reply
             answers.put(True)
         except (OSError, ValueError):
             answers.put(False)
@@ -65,17 +65,17 @@ def hub_or_cache() -> Iterator[None]:
 
 @contextlib.contextmanager
 def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
-    """A context for uploads: the errors of huggingface_hub become a `UserError`.
+    """A context for uploads that turns huggingface_hub's errors into `UserError`.
 
     Args:
-        endpoint: address of the hub.
-        where: the repository.
-        resume: what a rerun does.
+        endpoint: the hub's address.
+        where: the repository's name.
+        resume: the fix to print if the upload was rejected for a reason other than access rights.
     """
     try:
         try:
             yield
-        except RuntimeError as error:  # of a thread that uploads a file
+        except RuntimeError as error:  # raised by a thread that uploads a file
             if not isinstance(error.__cause__, Exception):
                 raise
             raise error.__cause__ from error
@@ -83,7 +83,7 @@ def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
         raise UserError("not the name of a repository", got=where, expected="user/name", fix=str(error)) from error
     except errors.LocalTokenNotFoundError as error:
         raise UserError("no access token for the model hub", where=endpoint, fix=LOGIN) from error
-    except UnicodeEncodeError as error:  # the only text of a user in a header
+    except UnicodeEncodeError as error:  # the token is the only user text in a header
         raise UserError("the access token for the model hub contains other characters than ASCII", fix=LOGIN) from error
     except errors.HfHubHTTPError as error:
         denied = error.response is not None and error.response.status_code in (401, 403)
@@ -93,7 +93,7 @@ def upload_errors(endpoint: str, where: str, resume: str) -> Iterator[None]:
             where=f"{endpoint}/{where}",
             fix=LOGIN if denied else resume,
         ) from error
-    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # of the hub's HTTP library
+    except (OSError, errors.HTTPError) as error:  # type: ignore[attr-defined]  # from the hub's HTTP library
         fix = "connect to a network (and unset HF_HUB_OFFLINE), then rerun"
         raise UserError(
             "cannot reach the model hub", got=without_password(str(error)), where=endpoint, fix=fix

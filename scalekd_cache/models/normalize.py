@@ -1,8 +1,8 @@
-"""Pixel normalization: uint8 images to what a model takes, at its size.
+"""Pixel normalization: converts uint8 images to the value range and size that a model expects.
 
 In: images (B, 3, H, W) and a model's image size, channel means and standard deviations. Out: float32.
-Invariant: each model keeps one order of operations, because another order rounds differently: the bytes of caches and
-the losses of a fixed seed depend on it.
+Invariant: each model always uses the same order of operations, because a different order rounds differently. The bytes
+of a cache and the losses for a fixed seed depend on it.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 def resize(images: Tensor, size: int) -> Tensor:
     """(B, 3, H, W) on a scale of 0 to 255 -> (B, 3, size, size) float32, bicubic with antialiasing.
 
-    Images of this size are returned unchanged.
+    Images that already have this size are returned unchanged.
     """
     if images.shape[2:] == (size, size):
         return images
@@ -29,8 +29,8 @@ class Normalize(nn.Module):
     Args:
         mean: three channel means.
         std: three channel standard deviations.
-        folded: fold the factor 255 into the constants, (x - 255 mean) / (255 std), which saves one pass over the
-            images (training); otherwise (x / 255 - mean) / std.
+        folded: if true, fold the factor 255 into the constants: (x - 255 mean) / (255 std). Training uses this because
+            it saves one pass over the images. If false: (x / 255 - mean) / std.
     """
 
     mean: Tensor
@@ -48,5 +48,5 @@ class Normalize(nn.Module):
         return self.standardize(images.float() if self.folded else images.float() / 255)
 
     def standardize(self, x: Tensor) -> Tensor:
-        """(B, 3, H, W) float32, on the scale of the constants -> float32."""
+        """(B, 3, H, W) float32 on the same scale as the constants -> float32."""
         return (x - self.mean) / self.std

@@ -1,8 +1,9 @@
-"""The quality of an embedding: k-NN and linear-probe accuracy, and how well two embeddings agree on neighbors.
+"""Embedding quality: k-NN and linear-probe accuracy, and how well two embeddings agree on neighbors.
 
-In: a function from uint8 pixels to embeddings, or embeddings with labels. Out: accuracies in percent, shares.
-Invariant: similarity is the cosine; no result depends on the order of the images, except among exact ties.
-Similarities are computed in blocks, so that memory does not grow with the square of the number of images.
+In: a function from uint8 pixels to embeddings, or embeddings with labels. Out: accuracies in percent, and agreement
+from 0 to 1.
+Invariant: similarity is cosine similarity, and results do not depend on the order of the images, except for exact
+ties. Similarities are computed in blocks, so that memory does not grow with the square of the number of images.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,15 +19,15 @@ from scalekd_cache.models.evaluate import center_views
 from scalekd_cache.progress import progress
 
 BLOCK = 1 << 24
-"""Similarities computed at a time."""
+"""Maximum number of similarities computed at a time."""
 TEMPERATURE = 0.07
-"""Of the votes, as in DINO's evaluation: a neighbor with cosine c votes with weight exp(c / temperature)."""
+"""Temperature of the votes, as in DINO's evaluation: a neighbor with cosine c has the weight exp(c / temperature)."""
 MAX_ITERATIONS = 1000
-"""Of the optimizer of the linear probe."""
+"""Maximum number of optimizer iterations for the linear probe."""
 
 
 class Embeddings(NamedTuple):
-    """Embeddings of the readable images of a data set, on the CPU."""
+    """Embeddings of a dataset's readable images, on the CPU."""
 
     features: Tensor
     """(N, C) float32."""
@@ -35,7 +36,7 @@ class Embeddings(NamedTuple):
 
 
 def pooled_embedding(model: nn.Module, images: Tensor) -> Tensor:
-    """The input of a timm model's classifier, (B, C), as timm pools it; where it does not, the mean over positions.
+    """The input (B, C) to a timm model's classifier as timm pools it; the mean over positions if timm does not pool.
 
     Args:
         model: the timm model.
@@ -61,16 +62,16 @@ def embed(
     workers: int = 0,
     title: str = "embed",
 ) -> Embeddings:
-    """The embeddings of the readable images of a data set, in its canonical order.
+    """Compute the embeddings of a dataset's readable images, in the dataset's canonical order.
 
     Args:
         predict: (B, 3, size, size) uint8 on `device` -> embeddings (B, C).
         source: the images.
-        size: side of the center view, pixels.
-        device: where `predict` runs.
-        indices: images to embed (None: all).
-        batch_size: maximum number of images per call of `predict`.
-        workers: processes that decode images.
+        size: side of the center view in pixels.
+        device: the device that `predict` runs on.
+        indices: indices of the images to embed (None: all).
+        batch_size: maximum number of images per call to `predict`.
+        workers: number of processes that decode images.
         title: title of the progress bar.
     """
     chosen = range(len(source.samples)) if indices is None else indices
@@ -88,33 +89,33 @@ def embed(
 def knn_accuracy(
     train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor, *, neighbors: int = 20
 ) -> float:
-    """Accuracy of a weighted vote of the nearest training images, percent.
+    """Accuracy in percent of a weighted vote among the nearest training images.
 
     Args:
         train: (N, C), any float dtype.
-        train_labels: (N,) int64, at least 0.
+        train_labels: (N,) non-negative int64.
         test: (M, C).
         test_labels: (M,) int64.
-        neighbors: voting images; all if there are fewer.
+        neighbors: number of images that vote; all training images if there are fewer.
     """
     return _vote((block for _, block in _cosines(test, train)), train_labels, test_labels, neighbors)
 
 
 @torch.no_grad()
 def leave_one_out_knn(features: Tensor, labels: Tensor, *, neighbors: int = 20) -> float:
-    """k-NN accuracy of every image against all others, percent; arguments as those of `knn_accuracy`."""
+    """k-NN accuracy in percent of every image against all others. The arguments are as in `knn_accuracy`."""
     assert len(features) > 1, "one image has no neighbors"
     return _vote(_cosines_of_others(features), labels, labels, min(neighbors, len(features) - 1))
 
 
 def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, test_labels: Tensor) -> float:
-    """Accuracy of logistic regression on standardized embeddings, percent.
+    """Accuracy in percent of logistic regression on standardized embeddings.
 
-    scikit-learn's LogisticRegression with its default L2 penalty; mean and standard deviation are those of `train`.
-    Arguments as those of `knn_accuracy`.
+    The classifier is scikit-learn's LogisticRegression with its default L2 penalty. Embeddings are standardized with
+    the mean and standard deviation of `train`. The arguments are as in `knn_accuracy`.
 
     Raises:
-        UserError: an embedding is NaN or Inf.
+        UserError: an embedding contains NaN or Inf.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -126,22 +127,22 @@ def linear_probe_accuracy(train: Tensor, train_labels: Tensor, test: Tensor, tes
     if len(set(given.tolist())) < 2:  # LogisticRegression needs two classes
         return _percent(wanted == int(given[0]))
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=MAX_ITERATIONS))
-    # In float64, the optimizer stops at the same solution in any order of the images.
+    # In float64, the optimizer reaches the same solution for any order of the images.
     probe.fit(train.double().cpu().numpy(), given)
     return _percent(torch.from_numpy(probe.predict(test.double().cpu().numpy())) == wanted)
 
 
 @torch.no_grad()
 def retrieval_agreement(student: Tensor, teacher: Tensor, *, neighbors: int = 10) -> float:
-    """Mean share (0 to 1) of an image's nearest neighbors in one embedding that are also nearest in the other.
+    """Mean fraction (0 to 1) of an image's nearest neighbors in one embedding that are also its neighbors in the other.
 
     Args:
         student: (N, Cs), any float dtype.
-        teacher: (N, Ct), of the same images.
-        neighbors: nearest neighbors of each image, itself excluded; all others if there are fewer.
+        teacher: (N, Ct), for the same images.
+        neighbors: number of nearest neighbors per image, not counting the image; all other images if there are fewer.
 
     Returns:
-        NaN for fewer than two images: there are no neighbors. Two unrelated embeddings give about neighbors / (N - 1).
+        NaN for fewer than two images, which have no neighbors. Unrelated embeddings give about neighbors / (N - 1).
     """
     assert len(student) == len(teacher), (student.shape, teacher.shape)
     count = min(neighbors, len(student) - 1)
@@ -155,7 +156,7 @@ def retrieval_agreement(student: Tensor, teacher: Tensor, *, neighbors: int = 10
 
 
 def _cosines(queries: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
-    """Position of the first query of each block, and its cosines with all of `bank`, (B, N) float32."""
+    """Yield the index of each block's first query, and the block's cosines with all of `bank`, (B, N) float32."""
     rows = max(1, BLOCK // max(1, len(bank)))
     known = F.normalize(bank.float(), dim=1)
     for start in range(0, len(queries), rows):
@@ -163,7 +164,7 @@ def _cosines(queries: Tensor, bank: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 
 def _cosines_of_others(features: Tensor) -> Iterator[Tensor]:
-    """Blocks of cosines of each image with all images; with itself it is minus infinity."""
+    """Yield blocks of cosines between each image and all images; minus infinity for an image and itself."""
     for start, block in _cosines(features, features):
         rows = torch.arange(len(block), device=block.device)
         block[rows, start + rows] = -torch.inf
@@ -171,7 +172,7 @@ def _cosines_of_others(features: Tensor) -> Iterator[Tensor]:
 
 
 def _vote(blocks: Iterator[Tensor], labels: Tensor, wanted: Tensor, neighbors: int) -> float:
-    """Percent of images whose nearest neighbors vote for the wanted label; blocks of cosines (B, N), labels (N,)."""
+    """Percentage of images whose neighbors vote for the expected label; `blocks`: cosines (B, N), `labels`: (N,)."""
     classes, votes_for = torch.unique(labels, return_inverse=True)
     found = []
     for cosines in blocks:
@@ -184,5 +185,5 @@ def _vote(blocks: Iterator[Tensor], labels: Tensor, wanted: Tensor, neighbors: i
 
 
 def _percent(hits: Tensor) -> float:
-    """The share of hits, percent."""
+    """The share of hits in percent."""
     return 100 * float(hits.double().mean())

@@ -1,17 +1,18 @@
-"""The student: any timm model, with its two last feature maps taken from one plain forward pass.
+"""The student: any timm model, with its last two feature maps recorded in one ordinary forward pass.
 
 In: a `StudentConfig`; images (B, 3, H, W), float, already normalized. Out: `StudentOutput` (S3, S4, logits).
-Invariant: logits are exactly `model(images)`, and `Student.model` is an untouched timm module: its state dict
-is exported.
+Invariant: logits are exactly `model(images)`, and `Student.model` is an unmodified timm module, whose state
+dict is exported.
 
-S3 and S4. Models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin): the ends of their last two stages, as timm's
-`feature_info` names them. Models of one resolution (ViT): the block that ends the third quarter and the last block,
-patch tokens only. Mixer: the third block from the end and the last. S4 of ViT, Swin and ConvNeXt is taken after the
-model's final norm (on every position, where timm normalizes after pooling); all others are taken without a norm.
-These are upstream's choices where its code shows them (docs/METHOD.md).
+Choice of S3 and S4. In models whose maps shrink (ResNet, MobileNet, ConvNeXt, Swin), they are the outputs of the last
+two stages, as listed in timm's `feature_info`. In models with a single resolution (ViT), they are the patch tokens
+after the first three quarters of the blocks and after the last block. In Mixers, they are the outputs of the
+third-to-last and the last block. For ViT, Swin and ConvNeXt, S4 is taken after the model's final norm. If timm
+normalizes after pooling, that norm is applied at every position instead. All other maps are taken without a norm.
+These choices follow upstream where its code shows them (docs/METHOD.md).
 
-Hooks record the maps while the whole model is called. ZeRO 3 gathers parameters only when a module is called, so the
-parts of a model are not called separately.
+Hooks record the maps during a forward pass of the whole model. Its parts are not called separately, because ZeRO 3
+gathers parameters only when a module is called.
 """
 
 import math
@@ -34,11 +35,13 @@ from scalekd_cache.models.mixer_b14 import mixer_b14_224
 from scalekd_cache.models.timm_models import check_name, create_timm_model, default_image_size
 
 POOLED_VIT: dict[str, Any] = {"class_token": False, "global_pool": "avg", "fc_norm": False}
-"""No class token; the final norm on every token, then their mean (timm's default pools first, then normalizes)."""
+"""There is no class token. The final norm is applied to every token, and then the mean is taken. By default, timm pools
+first and then normalizes."""
 MOBILENET_FORM: dict[str, Any] = {"act_layer": "relu"}
-"""ReLU, where timm's default is ReLU6."""
+"""ReLU instead of ReLU6, timm's default."""
 CONVNEXT_FORM: dict[str, Any] = {"head_norm_first": True}
-"""The final norm on every position, then their mean (timm's default pools first, then normalizes)."""
+"""The final norm is applied at every position, and then the mean is taken. By default, timm pools first and then
+normalizes."""
 SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "mobilenetv1": ("mobilenetv1_100", MOBILENET_FORM),
     "resnet50": ("resnet50", {}),
@@ -52,8 +55,8 @@ SHORT_NAMES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit_base_14": ("vit_base_patch16_224", {**POOLED_VIT, "patch_size": 14}),  # for a teacher with 14-pixel patches
     "swin_tiny": ("swin_tiny_patch4_window7_224", {}),
 }
-"""The paper's students by short name: timm's name, and the arguments that make it compute what upstream's model does.
-Other names keep timm's defaults."""
+"""The paper's students by short name. Each entry is timm's name and the arguments that make timm's model compute the
+same function as upstream's. Models given by a timm name keep timm's defaults."""
 
 
 FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -61,37 +64,37 @@ FINAL_NORMS: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
     (SwinTransformerV2, ("norm",)),
     (ConvNeXt, ("norm_pre", "head.norm")),
 )
-"""Final norms of models whose maps shrink. The first that is not an identity is applied to S4."""
+"""Final norms of models whose maps shrink. The first one that is not an identity is applied to S4."""
 TOKEN_NORMS = ("norm", "fc_norm")
-"""The same for models of one resolution."""
+"""The same for models with a single resolution."""
 
 
 class StudentOutput(NamedTuple):
-    """One pass of the student."""
+    """The output of one student forward pass."""
 
     s3: Tensor
     """(B, C3, H3, W3)"""
     s4: Tensor
     """(B, C4, H4, W4)"""
     logits: Tensor
-    """(B, K); for a student without a classifier its pooled embedding, (B, E)."""
+    """(B, K); for a student without a classifier, its pooled embedding (B, E)."""
 
 
 class TapPlan(NamedTuple):
-    """Which modules of a timm model give S3 and S4."""
+    """The modules of a timm model that produce S3 and S4."""
 
     modules: tuple[str, str]
     channels: tuple[int, int]
     indices: tuple[int, int]
     """Their positions in `feature_info`."""
     reduction: int | None
-    """Pixels per token of models of one resolution, None for maps that shrink."""
+    """Pixels per token in models with a single resolution; None if the maps shrink."""
     norm: str | None
-    """Module applied to S4, None for none."""
+    """Module applied to S4, or None."""
 
 
 class _Tap:
-    """A forward hook that records a module's output while `armed`; a plain `model(x)` keeps no tensor alive."""
+    """A forward hook that records a module's output while `armed`, so that a plain `model(x)` keeps no tensor alive."""
 
     def __init__(self) -> None:
         self.armed = False
@@ -103,7 +106,7 @@ class _Tap:
 
 
 def plan_taps(model: Any, name: str) -> TapPlan:
-    """Choose S3 and S4 from timm's `feature_info`; `UserError` when the model has none or fewer than two maps."""
+    """Choose S3 and S4 from timm's `feature_info`. Raise `UserError` if it lists fewer than two maps."""
     info = [dict(entry) for entry in getattr(model, "feature_info", None) or []]
     if len(info) < 2 or not all("module" in entry for entry in info):
         raise _unfit(name, "timm does not list its feature maps")
@@ -133,13 +136,13 @@ def _is_norm(model: nn.Module, name: str) -> bool:
 
 
 class Student(nn.Module):
-    """A timm model with hooks on its two last feature maps.
+    """A timm model with hooks on its last two feature maps.
 
     Args:
         model: The timm model.
         name: Its timm name, kept as `model_name`.
         args: The arguments that built it, kept as `model_args`.
-        image_size: Side of the images, pixels; kept.
+        image_size: Side of the images in pixels, kept as `image_size`.
         grad_checkpointing: Recompute blocks in the backward pass (`activation_checkpointing.py`).
     """
 
@@ -159,7 +162,7 @@ class Student(nn.Module):
         self.tap_shapes = self._probe(image_size)
 
     def forward(self, images: Tensor) -> StudentOutput:
-        """(B, 3, H, W) normalized images to S3, S4 (both NCHW) and logits, in the dtype of the pass."""
+        """Map normalized images (B, 3, H, W) to S3, S4 (both NCHW) and logits, in the dtype of the forward pass."""
         with self._first_pass() if self._first_pass is not None else nullcontext():
             s3, s4, logits = self._tapped(images)
         if self._first_pass is not None:
@@ -168,21 +171,21 @@ class Student(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """Width of the classifier; 0: none."""
+        """Width of the classifier; 0 if there is none."""
         return int(self.model_args["num_classes"])
 
     @property
     def pooled_width(self) -> int:
-        """Channels of `pooled`."""
+        """Width of the embedding that `pooled` returns."""
         return self._width if self.num_classes == 0 else self.tap_shapes[1][0]
 
     def pooled(self, output: StudentOutput) -> Tensor:
-        """The pooled embedding that is trained, (B, E): the model's own, or the mean of S4 if it has a classifier (the
-        layers between S4 and the logits then learn from the logits)."""
+        """The pooled embedding (B, E) that is trained: the model's own, or the mean of S4 if there is a classifier. In
+        the latter case, the layers between S4 and the logits learn from the logits."""
         return output.logits if self.num_classes == 0 else output.s4.mean((2, 3))
 
     def embed(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) normalized images to pooled embeddings (B, E), as timm defines them: the classifier's input."""
+        """Map normalized images (B, 3, H, W) to pooled embeddings (B, E): the classifier's input, as in timm."""
         if self.num_classes == 0:
             return self.forward(images).logits
         model: Any = self.model
@@ -190,7 +193,7 @@ class Student(nn.Module):
         return pooled
 
     def _tapped(self, images: Tensor) -> StudentOutput:
-        """One call of the model; maps in its own layout."""
+        """Run the model once and return the maps in its own layout."""
         for tap in self._taps:
             tap.armed = True
         logits = self.model(images)
@@ -213,7 +216,7 @@ class Student(nn.Module):
         return normed
 
     def _to_map(self, x: Tensor) -> Tensor:
-        """NHWC, or tokens with a prefix, to NCHW."""
+        """Convert NHWC, or tokens with a prefix, to NCHW."""
         if x.ndim == 4:
             return x.permute(0, 3, 1, 2) if getattr(self.model, "output_fmt", "NCHW") == "NHWC" else x
         x = x[:, self.prefix :].transpose(1, 2)
@@ -222,11 +225,11 @@ class Student(nn.Module):
 
     @torch.no_grad()
     def _probe(self, image_size: int) -> tuple[Shape, Shape]:
-        """Run one noise image to get the shapes, and compare the hooked maps with `forward_intermediates`."""
+        """Get the shapes from one noise image, and compare the hooked maps with those from `forward_intermediates`."""
         mode = self.model.training
         self.model.eval()
         x = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0), device="cpu")
-        x = x.to(next(self.model.parameters()).device)  # on the meta device only shapes are known
+        x = x.to(next(self.model.parameters()).device)  # on the meta device, only shapes are known
         try:
             raw = self._tapped(x)
             if self.plan.reduction is not None and raw.s3.ndim == 3:  # CaiT and XCiT add their class token later
@@ -260,10 +263,13 @@ def _unfit(name: str, reason: str) -> UserError:
 
 
 def check_student_name(name: str) -> tuple[str, dict[str, Any]]:
-    """timm's name of a student, given by a short name or timm name, and the arguments that a short name implies.
+    """timm's name for a student, and the arguments that its short name implies.
+
+    Args:
+        name: a short name or timm's name.
 
     Raises:
-        UserError: there is no such model; the message names the nearest ones.
+        UserError: there is no such model; the message lists the closest names.
     """
     name, known = SHORT_NAMES.get(name, (name, {}))
     return check_name(name, "student.name"), known
@@ -277,12 +283,13 @@ def build_student(
     Args:
         config: Name, image size, drop path rate, activation checkpointing.
         num_classes: Width of its classifier.
-        image_size: Side of the views, pixels: the student's size unless `config` has another one; passed to models that
-            are built for one size.
-        args: Further arguments of the timm model; they override those of the short name.
+        image_size: Side of the views in pixels. This is also the student's image size unless `config` sets a different
+            one. Models that are built for one image size receive it as an argument.
+        args: Additional arguments to the timm model; they override those of the short name.
 
     Raises:
-        UserError: an unknown name, no two usable maps at this size, or no support for activation checkpointing.
+        UserError: the name is unknown, or the model does not have two usable maps at this size or does not support
+            activation checkpointing.
     """
     name, known = check_student_name(config.name)
     image_size = config.image_size or image_size

@@ -1,7 +1,7 @@
-"""The supervised training loop: one pass over batches of images with labels.
+"""The supervised training loop: one pass over batches of labeled images.
 
-In: a model, batches, a loss, an optimizer, the step of a schedule. Out: the mean loss; the model is trained in place.
-Invariant: gradients are clipped; a loss that is NaN or Inf is an error before the weights are saved.
+In: a model, batches, a loss, an optimizer and a schedule's step. Out: the mean loss; the model is trained in place.
+Invariant: gradients are clipped; a NaN or Inf loss raises an error before the weights are saved.
 """
 
 import math
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scalekd_cache.errors import UserError
 
 CLIP_NORM = 1.0
-"""Largest norm of the gradient."""
+"""Maximum norm of the gradient after clipping."""
 
 
 def train_epoch(
@@ -28,14 +28,14 @@ def train_epoch(
 
     Args:
         forward: normalized images (B, 3, H, W) -> logits (B, K).
-        parameters: those of the model, whose gradients are clipped.
+        parameters: returns the model's parameters, whose gradients are clipped.
         batches: normalized images and labels (B,) int64, on the model's device.
         loss_of: logits and labels -> mean loss.
-        optimizer: of the model's parameters.
-        after_step: called with the loss after every step: schedules, moving averages, progress.
+        optimizer: the optimizer for the model's parameters.
+        after_step: called with the loss after every step, for schedules, moving averages and progress bars.
 
     Returns:
-        The mean of the losses of all batches.
+        The mean loss over all batches.
 
     Raises:
         UserError: the loss became NaN or Inf.

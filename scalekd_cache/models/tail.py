@@ -1,13 +1,13 @@
 """The tail: the frozen end of a teacher, from its stage-3 map to the features after the final norm.
 
-In: a timm model of a known family. Out: a `Tail`, (B, C3, H3, W3) -> (B, C, H, W).
-Invariant: from the teacher's own stage-3 map (and prefix tokens) a tail computes the teacher's features; its parameters
-never change and it stays in eval mode.
+In: a timm model from a known family. Out: a `Tail`, (B, C3, H3, W3) -> (B, C, H, W).
+Invariant: given the teacher's own stage-3 map (and prefix tokens), a tail computes the teacher's features. Its
+parameters never change, and it stays in eval mode.
 
 The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalize after pooling: `norm` is the identity
-and `fc_norm` is a LayerNorm. There the features are `fc_norm` applied to every token. TinyViT, Hiera and SAM 2's Hiera:
-`head.norm` at every position. ConvNeXt: the same, or `norm_pre`. SAM's ViT: the neck, which ends with a norm. The
-logits are the model's own in all cases.
+and `fc_norm` is a LayerNorm. For these models, `fc_norm` is applied to every token. For TinyViT, Hiera and SAM 2's
+Hiera, `head.norm` is applied at every position. For ConvNeXt, either `head.norm` or `norm_pre` is. For SAM's ViT, the
+final norm is the neck, which ends with a norm. The logits are always the model's own.
 """
 
 import copy
@@ -48,13 +48,13 @@ class TailParts(NamedTuple):
     body: list[nn.Module]
     norm: nn.Module
     layout: str
-    """nhwc, nchw, tokens or unrolled (Hiera's token order): layout of `body`'s input and output and `norm`'s input."""
+    """Layout of `body`'s input and output and of `norm`'s input: nhwc, nchw, tokens or unrolled (as in Hiera)."""
     prefix: int = 0
-    """Tokens before the patch tokens (class, distillation, registers)."""
+    """Number of tokens before the patch tokens (class, distillation, registers)."""
     position: nn.Module | None = None
     """Position module shared by all blocks: relative position bias (BEiT) or rotary embedding (EVA)."""
     unrolled: tuple[int, int] = (0, 0)
-    """Number of unrolls of `body`'s input and output tokens (Hiera)."""
+    """How many times `body`'s input and output tokens are unrolled (Hiera)."""
 
 
 class Family(NamedTuple):
@@ -82,13 +82,13 @@ def _hieradet(model: Any) -> TailParts:
 
 
 def _vitdet(model: Any) -> TailParts:
-    """The last quarter of the blocks, with windows and global attention as they are, and the neck."""
+    """The last quarter of the blocks, with their windows and global attention unchanged, followed by the neck."""
     neck = nn.Sequential(Permute([0, 3, 1, 2]), model.neck, Permute([0, 2, 3, 1]))
     return TailParts(_last_quarter(model), neck, "nhwc")
 
 
 def _hiera(model: Any) -> TailParts:
-    """The last stage. Its tokens have one unroll for each pooling that follows."""
+    """The last stage, whose tokens are unrolled once for each pooling that follows."""
     last, ends = len(model.blocks) - 1, model.stage_ends
     first = ends[-2] + 1
     before, after = (len(model.reroll.schedule[number][0]) for number in (first - 1, last))
@@ -134,7 +134,7 @@ FAMILIES = (
         ),
     ),
 )
-"""The supported teachers. Add a family here, with a case in tests/models/test_teacher.py."""
+"""The supported teachers. To add a family, add an entry here and a case in tests/models/test_teacher.py."""
 
 _ADDED: list[Family] = []
 
@@ -143,12 +143,12 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
     """Register a class of models as a teacher family, like a row of `FAMILIES` (docs/guides/teacher.md).
 
     Args:
-        name: name of the family; caches record it, and reading such a cache requires registering the family again.
+        name: name of the family. Caches record it; to read such a cache, register the family again.
         kind: the class.
-        parts: returns the tail's modules of a model of this class.
+        parts: returns the tail's modules for a model of this class.
 
     Raises:
-        UserError: the name is registered for another class.
+        UserError: the name is already registered for a different class.
     """
     for family in (*FAMILIES, *_ADDED):
         if family.name == name:
@@ -161,7 +161,7 @@ def register_family(name: str, kind: type[nn.Module], parts: Callable[[Any], Tai
 
 
 def family_of(model: nn.Module, name: str) -> Family:
-    """The family of a timm model; `UserError` naming the supported ones when it has none."""
+    """The family of a timm model. Raises `UserError` naming the supported families if the model belongs to none."""
     for family in (*_ADDED, *FAMILIES):
         if isinstance(model, family.classes):
             return family
@@ -175,7 +175,7 @@ def family_of(model: nn.Module, name: str) -> Family:
 
 
 def unroll(x: Tensor, times: int) -> Tensor:
-    """(B, C, H, W) to Hiera's tokens (B, H W, C): an unroll moves the position within a 2x2 patch to the front."""
+    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll moves the position in a 2x2 patch first."""
     batch, channels, height, width = x.shape
     for _ in range(times):
         height, width = height // 2, width // 2
@@ -196,7 +196,7 @@ def reroll(x: Tensor, times: int, grid: tuple[int, int]) -> Tensor:
 
 
 def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled: int = 0) -> Tensor:
-    """From a model's own layout to (B, C, H, W), without prefix tokens."""
+    """Convert a model's own layout to (B, C, H, W), dropping prefix tokens."""
     if layout == "unrolled":
         return reroll(x, unrolled, grid)
     if layout == "tokens":
@@ -205,19 +205,19 @@ def to_map(x: Tensor, layout: str, prefix: int, grid: tuple[int, int], unrolled:
 
 
 def features_of(parts: TailParts, x: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The final norm on the output of `parts.body`, as (B, C, H, W)."""
+    """Apply the final norm to the output of `parts.body`, and return it as (B, C, H, W)."""
     return to_map(parts.norm(x), parts.layout, parts.prefix, grid, parts.unrolled[1])
 
 
 class Tail(nn.Module):
-    """The frozen end of a teacher (ScaleKD's teacher parameter perception, TPP, runs student features through it).
+    """The frozen end of a teacher. ScaleKD's teacher parameter perception (TPP) runs student features through it.
 
-    Gradients flow to the input; parameters are frozen; `train()` has no effect. For token models the tail runs on
-    patch tokens only: where positions include prefix tokens (BEiT, EVA), zeros replace them and attention masks
-    them.
+    Gradients flow to the input; parameters are frozen; `train()` has no effect. For token models, the tail runs on
+    patch tokens only. If the model's positions include prefix tokens (BEiT, EVA), zeros replace those tokens and
+    attention masks them.
 
     Args:
-        parts: Modules, used without a copy (copy them first if the model is still needed).
+        parts: Modules, which are not copied. Copy them first if the model is still needed.
         family: Name of the family.
         in_shape: (C3, H3, W3).
         out_shape: (C, H, W).
@@ -248,7 +248,7 @@ class Tail(nn.Module):
 
         Args:
             x: (B, C3, H3, W3), floating point.
-            prefix: (B, P, C3), the teacher's own prefix tokens, for checking a tail against its teacher.
+            prefix: (B, P, C3), the teacher's own prefix tokens. They are used to check a tail against its teacher.
 
         Returns:
             (B, C, H, W) after the final norm.
@@ -276,7 +276,7 @@ class Tail(nn.Module):
         return features_of(parts, x, grid)
 
     def _blocks(self, tokens: Tensor, hidden: int) -> Tensor:
-        """(B, N, C) through the blocks; no token attends to the first `hidden` ones."""
+        """Run tokens (B, N, C) through the blocks. No token attends to the first `hidden` tokens."""
         mask = None
         if hidden:
             mask = tokens.new_zeros(1, 1, 1, tokens.shape[1])
@@ -291,7 +291,7 @@ class Tail(nn.Module):
             if position is not None:
                 fixed = getattr(position, "feat_shape", None) is not None
                 rope = position.get_embed() if fixed else position.get_embed(shape=list(self.in_shape[1:]))
-                # mixed embeddings are (depth, heads, N, D), a row for each block of the teacher; all others are (N, D)
+                # mixed embeddings are (depth, heads, N, D), with one row per teacher block; all others are (N, D)
                 ropes = rope[-len(self.body) :] if rope.ndim == 4 else [rope] * len(self.body)
             options["attn_mask"] = mask
         for block, rope in zip(self.body, ropes, strict=True):
@@ -300,12 +300,12 @@ class Tail(nn.Module):
 
 
 def build_tail(model: nn.Module, name: str, in_shape: Shape, out_shape: Shape) -> Tail:
-    """A tail that is a copy of the end of `model`."""
+    """Build a tail from a copy of the end of `model`."""
     family = family_of(model, name)
     tail = Tail(copy.deepcopy(family.parts(model)), family.name, in_shape, out_shape)
     for module in tail.modules():
         if "attention_bias_cache" in vars(module):
-            vars(module)["attention_bias_cache"] = {}  # TinyViT fills it in eval mode from the weights of that moment
+            vars(module)["attention_bias_cache"] = {}  # in eval mode, TinyViT fills it from the current weights
     return tail
 
 
@@ -315,9 +315,9 @@ def tail_tensors(tail: Tail) -> dict[str, Tensor]:
 
 
 def tail_bytes(tail: Tail, spec: TeacherSpec) -> bytes:
-    """The content of a tail's file (safetensors with the specification); equal tails give equal bytes."""
+    """The content of a tail file (safetensors with the specification). Equal tails give equal bytes."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in tail_tensors(tail).items()}
-    # one metadata key only: safetensors does not fix the order of several keys
+    # only one metadata key, because safetensors does not fix the order of multiple keys
     data: bytes = save(tensors, metadata={"spec": json.dumps(spec.to_json(), sort_keys=True)})
     return data
 
@@ -325,25 +325,25 @@ def tail_bytes(tail: Tail, spec: TeacherSpec) -> bytes:
 def load_tail(path: str | Path, spec: TeacherSpec) -> Tail:
     """Read a tail without loading the rest of its teacher.
 
-    timm builds the architecture on the meta device, without allocation; all tensors, buffers included, come from the
-    file.
+    timm builds the architecture on the meta device, which allocates no memory. All tensors, including buffers, come
+    from the file.
 
     Args:
-        path: A file written from `tail_bytes`.
-        spec: The teacher it must belong to.
+        path: A file that contains the output of `tail_bytes`.
+        spec: Description of the teacher that the tail must belong to.
 
     Returns:
         The tail, on the CPU.
 
     Raises:
-        UserError: the file is missing or damaged, or belongs to another teacher; or its tensors are missing, extra or
-        misshapen.
+        UserError: the file is missing or damaged, or belongs to a different teacher; or tensors are missing or extra,
+        or have the wrong shape.
     """
     name = check_name(timm_name(spec.name), "teacher.name")
     check_safetensors(path, "the tail's file")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # before a model is built from it
+            _check_spec((file.metadata() or {}).get("spec"), spec, path)  # checked before a model is built from it
             with torch.device("meta"):
                 model, _ = create_timm_model(name, spec.model_args)
             tail = build_tail(model, spec.name, spec.tail_shape, spec.feature_shape)

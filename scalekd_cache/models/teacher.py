@@ -1,8 +1,8 @@
 """The frozen teacher: a timm transformer that maps uint8 views to features and logits.
 
 In: a `TeacherConfig`, and images (B, 3, H, W) uint8. Out: `TeacherOutput` in float32; `TeacherSpec`; the `Tail`.
-Invariant: always in eval mode, without gradients. Features are taken after the final norm (`tail.py` defines it for
-each family). Features, logits and pooled embedding come from one forward pass.
+Invariant: the teacher is always in eval mode and computes no gradients. Features are taken after the final norm, which
+`tail.py` defines for each family. Features, logits and pooled embedding come from one forward pass.
 """
 
 import json
@@ -42,26 +42,28 @@ class TeacherOutput(NamedTuple):
     features: Tensor
     """(B, C, H, W) float32, after the final norm."""
     logits: Tensor
-    """(B, K) float32; (B, 0) when the teacher has no classifier."""
+    """(B, K) float32; (B, 0) if the teacher has no classifier."""
     pooled: Tensor
-    """(B, P) float32: the pooled embedding, P = `TeacherSpec.pooled`; (B, 0) where that is 0."""
+    """(B, P) float32: the pooled embedding, where P is `TeacherSpec.pooled`; (B, 0) if P is 0."""
 
 
 class Taps(NamedTuple):
-    """One forward pass: input of the tail's first module, output of its last (model's own layout), logits."""
+    """Results of one forward pass. Maps are in the model's own layout."""
 
     before: Tensor
+    """Input to the tail's first module."""
     after: Tensor
+    """Output of the tail's last module."""
     logits: Tensor
     pooled: Tensor | None = None
-    """What timm's pooling of the model returns, if it was asked for."""
+    """The output of the model's pooling in timm, if it was requested."""
 
 
 def run_with_taps(model: nn.Module, parts: TailParts, x: Tensor, *, pooled: bool = False) -> Taps:
     """Run the model and record the maps before and after the tail's body with hooks.
 
-    With `pooled`, the head runs twice: once to the pooled embedding only. That is timm's definition of it, also where
-    several classifiers or an attention pool read the tokens.
+    With `pooled`, the head runs twice, the second time only up to the pooled embedding. This follows timm's definition
+    of the pooled embedding, even if multiple classifiers or an attention pool read the tokens.
     """
     seen: dict[str, Tensor] = {}
     first = parts.body[0].register_forward_pre_hook(lambda _, args: seen.__setitem__("before", args[0]))
@@ -84,9 +86,9 @@ class Teacher(nn.Module):
     """A frozen timm model with its normalization.
 
     Args:
-        model: timm model of a family in `tail.FAMILIES`.
-        spec: Its description.
-        precision: float32, bfloat16 (autocast), or auto: bfloat16 on a GPU, float32 on a CPU.
+        model: timm model from a family in `tail.FAMILIES`.
+        spec: The teacher's description.
+        precision: float32, bfloat16 (autocast) or auto, which means bfloat16 on a GPU and float32 on a CPU.
     """
 
     def __init__(self, model: nn.Module, spec: TeacherSpec, precision: str = "auto") -> None:
@@ -99,12 +101,12 @@ class Teacher(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it runs."""
+        """The device that the teacher runs on."""
         return self._normalize.mean.device
 
     @property
     def autocast_dtype(self) -> torch.dtype:
-        """The dtype of its convolutions and matrix products."""
+        """The dtype of the teacher's convolutions and matrix products."""
         return autocast_dtype(self.precision, self.device)
 
     def train(self, mode: bool = True) -> "Teacher":
@@ -112,7 +114,7 @@ class Teacher(nn.Module):
         return self
 
     def normalize(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to float32 with the teacher's own mean and standard deviation, on the teacher's device."""
+        """Convert (B, 3, H, W) uint8 to float32 on the teacher's device with its mean and standard deviation."""
         size = self.spec.image_size
         if images.dtype != torch.uint8 or images.shape[1:] != (3, size, size):
             raise UserError(
@@ -124,10 +126,10 @@ class Teacher(nn.Module):
         normalized: Tensor = self._normalize(images.to(self.device))
         return normalized
 
-    # no_grad, not inference_mode: TinyViT caches tensors of a pass, and inference tensors cannot be used with autograd
+    # not inference_mode: TinyViT caches tensors from a forward pass, and autograd cannot use inference tensors
     @torch.no_grad()
     def forward(self, images: Tensor) -> TeacherOutput:
-        """(B, 3, H, W) uint8 images to features and logits, float32; large images a few at a time."""
+        """Map uint8 images (B, 3, H, W) to float32 features and logits. Large images run a few at a time."""
         if len(images) > self.images_per_pass:
             outputs = [self._pass(part) for part in torch.split(images, self.images_per_pass)]
             return TeacherOutput(*(torch.cat(values) for values in zip(*outputs, strict=True)))
@@ -135,9 +137,10 @@ class Teacher(nn.Module):
 
     @property
     def images_per_pass(self) -> int:
-        """Images in one forward pass: as many pixels as 64 images of 224 px, for images above 512 px.
+        """Maximum number of images in one forward pass. Only batches of images above 512 px are split.
 
-        The attention of SAM's ViT-B at 1,024 px takes about 2 GB per image. Smaller images are not split.
+        One pass of such images has at most as many pixels as 64 images of 224 px. At 1,024 px, the attention of SAM's
+        ViT-B takes about 2 GB per image.
         """
         size = self.spec.image_size
         return max(1, 64 * 224**2 // size**2) if size > 512 else sys.maxsize
@@ -154,9 +157,10 @@ class Teacher(nn.Module):
 
 
 def demo_teacher_args() -> dict[str, Any]:
-    """Arguments that make `swin_tiny_patch4_window7_224` into demo_swin: 64 px, maps (64, 8, 8) and (128, 4, 4).
+    """Arguments that turn `swin_tiny_patch4_window7_224` into demo_swin.
 
-    Three stages on a 16x16 grid: cheap enough to be trained on a CPU when its weights are missing.
+    demo_swin takes 64 px images and returns maps of shape (64, 8, 8) and (128, 4, 4). It has three stages on a 16x16
+    grid, so it is cheap enough to train on a CPU when its weights are missing.
     """
     return {
         "img_size": 64,
@@ -169,7 +173,7 @@ def demo_teacher_args() -> dict[str, Any]:
 
 
 def own_image_size(name: str) -> int:
-    """Native image size of a teacher, pixels."""
+    """Native image size of a teacher in pixels."""
     if name == DEMO_TEACHER:
         return int(demo_teacher_args()["img_size"])
     return default_image_size(check_name(name, "teacher"))
@@ -178,8 +182,8 @@ def own_image_size(name: str) -> int:
 def size_args(name: str, image_size: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """The timm model's required and optional arguments for images of this size (`create_timm_model`).
 
-    SAM's ViT and NaFlex resize their positions in every pass; built for another size, they would not take their own
-    weights.
+    SAM's ViT and NaFlex resize their position embeddings in every forward pass. If they were built for a different
+    size, their own weights would not fit.
     """
     if name == DEMO_TEACHER:
         return {**demo_teacher_args(), "img_size": image_size}, {}
@@ -200,14 +204,15 @@ def load_teacher(
 
     Args:
         config: Name, weights, classes, precision.
-        image_size: Side of the views, pixels.
-        num_classes: Classes of the data set, used for random weights when the configuration names no number. 0: it has
-            no labels, and the teacher also returns its pooled embedding.
-        device: Where it runs.
-        model_args: More arguments of the timm model.
+        image_size: Side of the views in pixels.
+        num_classes: Number of classes in the dataset, used for random weights if the configuration does not set it. 0
+            means that the dataset has no labels; the teacher then also returns its pooled embedding.
+        device: The device that the teacher runs on.
+        model_args: Additional arguments to the timm model.
 
     Raises:
-        UserError: unknown name, unsupported family or image size, weights that are missing, unsafe or do not fit.
+        UserError: the name is unknown, the family or image size is not supported, or the weights are missing, are
+            unsafe or do not fit.
     """
     demo = config.name == DEMO_TEACHER
     name = check_name(timm_name(config.name), "teacher.name")
@@ -230,7 +235,7 @@ def load_teacher(
         known: Any = model.pretrained_cfg
         heads = tuple(f"{head}." for head in _classifiers(known.get("classifier"))) if classes == 0 else ()
         kept = {tensor: shape for tensor, shape in shapes.items() if not tensor.startswith(heads)}
-        load_converted(model, config.weights, kept, heads)  # without classes the file's classifier is left out
+        load_converted(model, config.weights, kept, heads)  # without classes, the file's classifier is left out
     model.requires_grad_(False).eval()
     spec = _describe(model, config.name if demo else name, used, image_size, pools=num_classes == 0)
     return Teacher(model, spec, config.precision).to(device)
@@ -248,12 +253,12 @@ def _no_weights(name: str, reason: str) -> UserError:
 def teacher_classes(
     config: TeacherConfig, name: str, shapes: Mapping[str, tuple[int, ...]] | None, data_classes: int
 ) -> int:
-    """Width of the classifier: 0 if configured, else that of the weights, else the configured number, else the data
-    set's.
+    """Width of the classifier.
 
-    CLIP's projection to its image-text embedding is not a classifier, unless the options or the data set have as many
-    classes. `name` is timm's current name (`check_name`): timm knows the classes of pretrained weights under that name
-    only.
+    It is 0 if configured as 0. Otherwise it is taken from the weights, the options or the dataset, in this order.
+    CLIP's projection to its image-text embedding is not a classifier, unless the options or the dataset have the same
+    number of classes. `name` must be timm's current name (`check_name`), because timm lists the number of classes in
+    pretrained weights only under that name.
     """
     known = timm.get_pretrained_cfg(name)
     if known is None:  # a model registered by a plugin: its classifier tensor is not known
@@ -262,7 +267,7 @@ def teacher_classes(
         stored = next(
             (shapes[f"{head}.weight"][0] for head in _classifiers(known.classifier) if shapes.get(f"{head}.weight")), 0
         )
-    elif config.pretrained and config.name != DEMO_TEACHER:  # its weights never come from timm
+    elif config.pretrained and config.name != DEMO_TEACHER:  # the demo teacher's weights never come from timm
         stored = known.num_classes
     elif known.num_classes == 0:
         return config.num_classes or 0
@@ -282,19 +287,19 @@ def teacher_classes(
 
 
 def _classifiers(names: str | Sequence[str] | None) -> tuple[str, ...]:
-    """Names of a timm model's classifiers (`pretrained_cfg`): none, one, or two in distilled models."""
+    """Names of a timm model's classifiers in its `pretrained_cfg`: none, one, or two for distilled models."""
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int, *, pools: bool) -> TeacherSpec:
-    """Run one black image through the model to get its shapes, and build its specification.
+    """Run one black image through the model to get its shapes, and build the model's specification.
 
     Args:
         model: the model, on the CPU.
-        name: its name.
-        args: its arguments.
-        image_size: side of its images, pixels.
-        pools: also measure whether its pooled embedding differs from the mean of its map.
+        name: the model's name.
+        args: the model's arguments.
+        image_size: side of the images in pixels.
+        pools: whether to check if the pooled embedding differs from the mean of the map.
     """
     family = family_of(model, name)
     parts = family.parts(model)
@@ -327,16 +332,16 @@ def _describe(model: nn.Module, name: str, args: dict[str, Any], image_size: int
 
 
 POOLED_TOLERANCE = 1e-4
-"""A pooled embedding and the mean of the map count as equal up to this difference, relative to the largest value of the
-mean. Rounding in float32 gives about 1e-6."""
+"""Maximum difference at which a pooled embedding and the mean of the map count as equal. It is relative to the largest
+value of the mean; float32 rounding gives about 1e-6."""
 
 
 @torch.no_grad()
 def pooled_width(model: nn.Module, parts: TailParts, grid: tuple[int, int], image_size: int) -> int:
-    """P, the width of the pooled embedding; 0 where the model has none, or where it is the mean of the map.
+    """P, the width of the pooled embedding; 0 if the model has none, or if it equals the mean of the map.
 
-    Measured on one image of noise, in float32. A model without timm's `forward_head`, or whose pooling keeps positions
-    (`global_pool=""`, the encoder of SAM), has no pooled embedding.
+    It is measured on one noise image in float32. A model has no pooled embedding if it lacks timm's `forward_head` or
+    if its pooling keeps positions (`global_pool=""`, as in SAM's encoder).
     """
     if not (hasattr(model, "forward_features") and hasattr(model, "forward_head")):
         return 0
@@ -357,7 +362,7 @@ def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -
     """Outputs of the tapped layers for one black image.
 
     Raises:
-        UserError: the model does not take images of this size.
+        UserError: the model does not accept images of this size.
     """
     try:
         return run_with_taps(model, parts, torch.zeros(1, 3, image_size, image_size))
@@ -370,13 +375,13 @@ def probe_taps(model: nn.Module, parts: TailParts, name: str, image_size: int) -
 
 
 def map_shapes(taps: Taps, parts: TailParts) -> tuple[Shape, Shape]:
-    """(C3, H3, W3) of the tail's input and (C, H, W) of the features; token grids are square, as images are."""
+    """(C3, H3, W3) of the tail's input and (C, H, W) of the features. Token grids are square because images are."""
     grids = []
     for x, unrolled in ((taps.before, parts.unrolled[0]), (taps.after, parts.unrolled[1])):
         side = math.isqrt(x.shape[1] - parts.prefix) if parts.layout in ("tokens", "unrolled") else 0
         grids.append(to_map(x, parts.layout, parts.prefix, (side, side), unrolled).shape)
     (_, before, *grid), (_, _, height, width) = grids
-    channels = features_of(parts, taps.after, (height, width)).shape[1]  # SAM's neck changes their number
+    channels = features_of(parts, taps.after, (height, width)).shape[1]  # SAM's neck changes the number
     return (before, grid[0], grid[1]), (channels, height, width)
 
 
@@ -387,7 +392,7 @@ def split_tail(teacher: Teacher) -> Tail:
 
 @torch.no_grad()
 def check_tail(teacher: Teacher, images: Tensor) -> float:
-    """Largest difference between the tail's and the teacher's features, relative to the largest feature, in float32.
+    """Largest difference in float32 between the tail's and the teacher's features, relative to the largest feature.
 
     Args:
         teacher: Teacher to check.
@@ -407,15 +412,15 @@ def check_tail(teacher: Teacher, images: Tensor) -> float:
 def cache_teacher_config(
     options: Mapping[str, Any], weights: str | None, precision: str | None = None
 ) -> TeacherConfig:
-    """The teacher's options as a cache records them, with the file of its weights as it is now.
+    """The teacher's options as a cache records them, with the current path of the weights file.
 
     Args:
-        options: `teacher["config"]` of a manifest or plan.
-        weights: file of the weights (None: the file stage 1 used).
-        precision: arithmetic of the forward pass (None: as recorded, so `auto` follows the device).
+        options: `teacher["config"]` from a manifest or plan.
+        weights: the weights file (None: the file that stage 1 used).
+        precision: precision of the forward pass (None: as recorded; `auto` then depends on the device).
 
     Raises:
-        UserError: no such file.
+        UserError: the weights file does not exist.
     """
     if weights is not None and not Path(weights).is_file():
         raise UserError("the teacher's weights file does not exist", got=weights, fix="correct --teacher-weights")
@@ -426,13 +431,13 @@ def cache_teacher_config(
 
 
 def load_cache_teacher(manifest: Manifest, config: TeacherConfig, device: torch.device) -> Teacher:
-    """The whole teacher of a cache; `config` comes from `cache_teacher_config`.
+    """Load a cache's whole teacher; `config` comes from `cache_teacher_config`.
 
-    It is built with the arguments stage 1 used: the size of the views, the classes of the data set, the views' seed
-    for random weights.
+    It is built with the arguments that stage 1 used: the size of the views, the dataset's number of classes and, for
+    random weights, the views' seed.
 
     Raises:
-        UserError: it cannot be loaded, or its weights differ from those of the cache's teacher.
+        UserError: the teacher cannot be loaded, or its weights differ from those of the cache's teacher.
     """
     size, classes = manifest.facts.view_recipe["size"], len(manifest.facts.class_names)
     torch.manual_seed(manifest.facts.view_recipe["seed"])

@@ -1,7 +1,7 @@
-"""Checks by accuracy on labeled images whether the teacher's outputs are in the order of the data set's classes.
+"""Uses accuracy on labeled images to check that the teacher's outputs follow the dataset's class order.
 
 In: the teacher's predictions and the labels. Out: an error that names the matching order, or nothing.
-Invariant: an order is evaluated on held-out images; a difference within chance is not an error.
+Invariant: an order is never evaluated on the images that it was fitted on. A difference within chance is not an error.
 """
 
 from collections.abc import Sequence
@@ -18,9 +18,9 @@ from scalekd_cache.models.evaluate import percent
 IntArray = npt.NDArray[np.int64]
 Hits = npt.NDArray[np.bool_]
 LEAST_IMAGES = 100
-"""Minimum number of images to decide that a teacher is near chance."""
+"""Minimum number of images needed to decide that a teacher is near chance."""
 LEAST_GAIN = 0.02
-"""Minimum gain in accuracy of another order, as a fraction of the images."""
+"""Minimum accuracy gain that a different order must give, as a fraction of the images."""
 UNLIKELY = 1e-3
 MAX_FITTED = 4096
 """Maximum number of classes for which an order is fitted."""
@@ -31,7 +31,7 @@ class Answers:
     """The teacher's predictions on labeled images."""
 
     def __init__(self, teacher: str, class_names: Sequence[str]) -> None:
-        """`teacher`: its name, for messages; `class_names` of the data set."""
+        """`teacher` is the teacher's name for messages; `class_names` are the dataset's."""
         self.teacher = teacher
         self.class_names = class_names
         self._pairs: list[IntArray] = []
@@ -40,11 +40,11 @@ class Answers:
         return sum(pairs.shape[1] for pairs in self._pairs)
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
-        """Keep the largest logit of each image: `logits` (B, K), `labels` (B,)."""
+        """Keep the class with the largest logit for each image: `logits` (B, K), `labels` (B,)."""
         self._pairs.append(torch.stack([labels, logits.argmax(1).cpu()]).numpy())
 
     def check(self, pixels_from: str | None = None) -> None:
-        """Raise `UserError` for classes in another order, or accuracy near chance (`check_class_order`)."""
+        """Raise `UserError` if the class order differs or accuracy is near chance (`check_class_order`)."""
         if self._pairs:
             labels, guesses = np.concatenate(self._pairs, 1)
             check_class_order(labels, guesses, self.class_names, self.teacher, pixels_from)
@@ -53,17 +53,17 @@ class Answers:
 def check_class_order(
     labels: IntArray, guesses: IntArray, class_names: Sequence[str], teacher: str, pixels_from: str | None = None
 ) -> None:
-    """Raise `UserError` for a teacher whose classes are in another order, or whose accuracy is near chance.
+    """Raise `UserError` if the teacher's classes are in a different order or its accuracy is near chance.
 
     Args:
         labels: (N,) int64.
-        guesses: (N,) int64, the largest logit of each image.
-        class_names: of the data set.
-        teacher: its name, for the message.
-        pixels_from: the cache that shared pixels and labels come from: the order is that of its labels.
+        guesses: (N,) int64, the class with the largest logit for each image.
+        class_names: the dataset's class names.
+        teacher: the teacher's name for the message.
+        pixels_from: the cache that shared pixels and labels come from. The order is then that of its labels.
 
     Raises:
-        UserError: accuracy far below what another order gives, or near chance.
+        UserError: accuracy is far below what a different order gives, or near chance.
     """
     right = labels == guesses
     count, hits = len(labels), int(right.sum())
@@ -94,8 +94,8 @@ def check_class_order(
 
 
 def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
-    """Whether this accuracy is likely by chance, and unlikely for a teacher halfway between chance and 100 %."""
-    from scipy.stats import binom  # scipy.stats and scipy.optimize take a second to import
+    """Whether this accuracy is likely by chance and unlikely for a teacher halfway between chance and 100%."""
+    from scipy.stats import binom  # not at the top: scipy.stats and scipy.optimize take a second to import
 
     count, hits = len(labels), int((labels == guesses).sum())
     shares = [np.bincount(values, minlength=classes) / max(count, 1) for values in (labels, guesses)]
@@ -105,13 +105,13 @@ def near_chance(labels: IntArray, guesses: IntArray, classes: int) -> bool:
 
 
 def far_above(better: Hits, hits: Hits) -> bool:
-    """Whether another order is clearly better: by three standard deviations, and by `LEAST_GAIN`."""
+    """Whether a different order is better by more than three standard deviations and by at least `LEAST_GAIN`."""
     gain, differing = int(better.sum()) - int(hits.sum()), int((better != hits).sum())
     return gain > 3 * differing**0.5 and gain >= LEAST_GAIN * len(hits)
 
 
 def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits:
-    """(N,) bool: correct under the best order, fitted on the other half of the images."""
+    """(N,) bool: whether each image is correct under the best order for the other half of the images."""
     right = np.zeros(len(labels), np.bool_)
     for half in (0, 1):
         mine = np.arange(len(labels)) % 2 == half
@@ -123,7 +123,7 @@ def right_when_fitted(labels: IntArray, guesses: IntArray, classes: int) -> Hits
 
 
 def _assigned(labels: IntArray, guesses: IntArray, classes: int) -> dict[int, int]:
-    """The best class of each of the teacher's outputs, one to one."""
+    """The best one-to-one assignment of the teacher's outputs to classes."""
     from scipy.optimize import linear_sum_assignment
 
     if classes > MAX_FITTED:

@@ -1,8 +1,8 @@
-"""The teacher's outputs on held-out images: a file of an unlabeled cache that students are compared with.
+"""The teacher's outputs on held-out images. An unlabeled cache stores them in a file for comparison with students.
 
 In: a teacher and the validation split. Out: `HeldOut`, and the bytes of its file.
-Invariant: the file names the images it belongs to; other images are an error. Sizes are checked before anything is
-allocated.
+Invariant: the file identifies the images it belongs to, and using it with different images is an error. Sizes are
+checked before anything is allocated.
 """
 
 import hashlib
@@ -29,31 +29,31 @@ from scalekd_cache.store.durable_files import hash_file
 MAPPED_IMAGES = 256
 """Maximum number of images with a feature map."""
 MAP_BYTES = 1 << 27
-"""Maximum bytes of all feature maps together; large maps are stored for fewer images, at least 2."""
+"""Maximum total size of all feature maps in bytes. Large maps are stored for fewer images, but for at least 2."""
 
 
 class HeldOut(NamedTuple):
     """The teacher's outputs on the center views of held-out images."""
 
     indices: Tensor
-    """(N,) int64: the images, as indices into the validation split; ascending."""
+    """(N,) int64: the images' indices in the validation split, in ascending order."""
     pooled: Tensor
     """(N, P) float32: pooled embeddings."""
     mapped: Tensor
-    """(M,) int64: the rows of `pooled` whose images have a map; ascending."""
+    """(M,) int64: the rows of `pooled` whose images have a map, in ascending order."""
     features: Tensor
     """(M, C, H, W) float32: feature maps after the final norm."""
 
 
 @torch.no_grad()
 def run_held_out(teacher: Teacher, source: Source, *, batch_size: int, workers: int = 0) -> HeldOut:
-    """Run the teacher on at most `MAX_HELD_OUT` images of the validation split, spread evenly.
+    """Run the teacher on at most `MAX_HELD_OUT` evenly spaced images from the validation split.
 
     Args:
         teacher: the teacher.
         source: the validation split.
         batch_size: maximum number of images per forward pass.
-        workers: processes that decode images.
+        workers: number of processes that decode images.
 
     Raises:
         UserError: none of the images can be decoded.
@@ -87,21 +87,21 @@ def held_out_images(source: Source) -> Sequence[int]:
 
 
 def held_out_bytes(held_out: HeldOut, source: Source) -> bytes:
-    """The content of the file (safetensors); equal outputs give equal bytes."""
+    """The content of the file (safetensors). Equal outputs give equal bytes."""
     data: bytes = save(held_out._asdict(), metadata={"keys_sha256": _keys_digest(source)})
     return data
 
 
 def load_held_out(path: Path, source: Source, sha256: str | None = None) -> HeldOut:
-    """Read the file of a cache.
+    """Read a cache's file of held-out outputs.
 
     Args:
         path: the file.
         source: the validation split.
-        sha256: of the file, from the manifest (None: not compared).
+        sha256: the file's sha256 from the manifest (None: it is not compared).
 
     Raises:
-        UserError: the file is missing or damaged, or belongs to other images.
+        UserError: the file is missing or damaged, or belongs to different images.
     """
     try:
         check_safetensors(path, "the file")
@@ -128,7 +128,7 @@ def load_held_out(path: Path, source: Source, sha256: str | None = None) -> Held
 
 
 def _contradiction(found: HeldOut, images: int) -> str | None:
-    """What is wrong with the values of a file; None if they are those of a `HeldOut` for this number of images."""
+    """What is wrong with a file's values; None if they form a valid `HeldOut` for this number of images."""
     dtypes = (torch.int64, torch.float32, torch.int64, torch.float32)
     for name, tensor, dtype, dimensions in zip(HeldOut._fields, found, dtypes, (1, 2, 1, 4), strict=True):
         if tensor.dtype != dtype or tensor.ndim != dimensions or not tensor.numel():

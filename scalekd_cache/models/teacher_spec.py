@@ -1,7 +1,7 @@
-"""`TeacherSpec`, the description of a teacher that a cache stores, and the digest of its weights.
+"""`TeacherSpec`, the teacher description that a cache stores, and the digest of the teacher's weights.
 
 In: a loaded teacher, or JSON from a manifest. Out: a frozen, validated description that rebuilds the architecture.
-Invariant: `TeacherSpec.from_json(spec.to_json()) == spec`; an incomplete or unknown field is an error.
+Invariant: `TeacherSpec.from_json(spec.to_json()) == spec`; a missing or unknown field is an error.
 """
 
 import dataclasses
@@ -25,9 +25,9 @@ Triple = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
 Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 DEPTH = re.compile("depth|layer|block")
 MAX_DEPTH, MAX_LENGTH, MAX_NUMBER = 1000, 100, 10_000_000
-"""Limits of model arguments: number of layers, length of a list, any other number."""
+"""Limits on model arguments: the number of layers, the length of a list and any other number."""
 RANDOM = " (random weights)"
-"""Suffix of the name of a teacher without trained weights."""
+"""Suffix added to the name of a teacher that has random weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,15 +37,15 @@ class TeacherSpec:
     name: str
     """timm model name, or demo_swin."""
     timm_version: str
-    """timm version that built it (recorded, not compared)."""
+    """timm version that built the model. It is recorded but not compared."""
     model_args: dict[str, Any]
-    """Arguments of `timm.create_model`, JSON values."""
+    """Arguments to `timm.create_model` as JSON values."""
     family: str
     """Family in `tail.FAMILIES`."""
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
-    """Width of the logits, 0 without a classifier."""
+    """Width of the logits; 0 without a classifier."""
     image_size: Side
-    """Side of its input images, pixels."""
+    """Side of its input images in pixels."""
     mean: Triple
     """Channel means, on a scale of 0 to 1."""
     std: tuple[Spread, Spread, Spread]
@@ -53,22 +53,22 @@ class TeacherSpec:
     feature_shape: tuple[Side, Side, Side]
     """(C, H, W) of the features after the final norm."""
     tail_shape: tuple[Side, Side, Side]
-    """(C3, H3, W3) that the tail takes."""
+    """(C3, H3, W3) of the tail's input."""
     weights_sha256: Sha256
     """`weights_digest` of the state dict."""
     has_classifier: bool
-    """False: the teacher has no classifier, only features are used."""
+    """If false, the teacher has no classifier and only its features are used."""
     pooled: Annotated[int, Field(ge=0, le=1 << 16)] = 0
-    """Width of the pooled embedding. 0: it is the mean of the map over positions, or the data set has labels."""
+    """Width of the pooled embedding; 0 if it is the mean of the map over positions, or if the dataset has labels."""
 
     def to_json(self) -> dict[str, Any]:
-        """All fields as JSON values, without `pooled` where it is 0."""
+        """All fields as JSON values. `pooled` is omitted if it is 0."""
         plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self), allow_nan=False))
         return plain if self.pooled else {name: value for name, value in plain.items() if name != "pooled"}
 
     @staticmethod
     def from_json(value: object, where: str = "teacher") -> "TeacherSpec":
-        """The inverse of `to_json`; raises `UserError` naming the first field that is missing, unknown or malformed."""
+        """The inverse of `to_json`. Raises `UserError` naming the first field that is missing, unknown or malformed."""
         spec = checked_value(value, TeacherSpec, "the teacher's description", where)
         if not all(_is_plain(name, argument) for name, argument in spec.model_args.items()):
             raise UserError(
@@ -82,7 +82,7 @@ class TeacherSpec:
 
 
 def _is_plain(name: str, value: object, inside: int = 0) -> bool:
-    """Whether an argument is within the limits: a crafted file could ask for 20,000 layers."""
+    """Whether an argument is within the limits. Without limits, a crafted file could ask for 20,000 layers."""
     if isinstance(value, list | tuple):
         return inside < 3 and len(value) <= MAX_LENGTH and all(_is_plain(name, item, inside + 1) for item in value)
     if isinstance(value, int | float) and type(value) is not bool:
@@ -91,13 +91,13 @@ def _is_plain(name: str, value: object, inside: int = 0) -> bool:
 
 
 def teacher_label(teacher: Mapping[str, Any]) -> str:
-    """The teacher's name, from its entry in the manifest, with a suffix for random weights (--pretrained false)."""
+    """The teacher's name from its manifest entry, with a suffix if its weights are random (--pretrained false)."""
     random = not teacher["config"]["pretrained"] and teacher["config"]["weights"] is None
     return f"{teacher['spec']['name']}{RANDOM if random else ''}"
 
 
 def weights_digest(state: Mapping[str, Tensor]) -> str:
-    """sha256 (hex) of a state dict: name, dtype, shape and raw bytes of each tensor, in the order of the names."""
+    """sha256 (hex) of a state dict: the name, dtype, shape and raw bytes of each tensor, sorted by name."""
     digest = hashlib.sha256()
     for name in sorted(state):
         tensor = state[name].detach().cpu().contiguous()

@@ -1,9 +1,9 @@
-"""timm models by name: checks the name, builds the model with the arguments it accepts.
+"""timm models by name: checks a name, and builds the model with the arguments it accepts.
 
-In: a model name as typed and keyword arguments. Out: a timm module and the arguments that built it.
+In: a model name as typed by the user, and keyword arguments. Out: a timm module and the arguments that built it.
 Invariant: deprecated names are resolved first. A pretrained model's classifier comes from its weights or is removed.
-Only names in timm's registry are built. `local-dir:` and `hf-hub:` names are refused: without `pretrained=True` timm
-silently gives them random weights, and with it they may load a pickle.
+Only names in timm's registry are built. `local-dir:` and `hf-hub:` names are rejected. Without `pretrained=True`, timm
+silently gives such models random weights; with it, timm may load a pickle.
 """
 
 import contextlib
@@ -35,7 +35,8 @@ def timm_name(name: str) -> str:
 
 
 RESERVED_ARGS = frozenset(inspect.signature(timm.create_model).parameters) - {"kwargs"} | {"features_only", "device"}
-"""Arguments of `timm.create_model` that choose weights or files; never accepted from a file or a caller's mapping."""
+"""Arguments to `timm.create_model` that select weights or files. They are never accepted from a file or a caller's
+mapping."""
 
 
 HUB_PREFIX = re.compile(r"(https?://)?(huggingface\.co/|hf[-_]hub:)?(timm/)?")
@@ -43,13 +44,13 @@ HUB_PREFIX = re.compile(r"(https?://)?(huggingface\.co/|hf[-_]hub:)?(timm/)?")
 
 
 def check_name(name: str, option: str) -> str:
-    """timm's current name of this model, with the tag of the weights that a deprecated name implies.
+    """timm's current name for this model, with the weights tag that a deprecated name implies.
 
-    timm maps deprecated names (`vit_base_patch16_224_in21k`) when it builds a model, but knows classes, image size and
-    weights under the current name only (`vit_base_patch16_224.augreg_in21k`).
+    timm maps deprecated names (`vit_base_patch16_224_in21k`) when it builds a model. However, it lists the number of
+    classes, the image size and the weights only under the current name (`vit_base_patch16_224.augreg_in21k`).
 
     Raises:
-        UserError: no architecture or tag in timm's registry; the message names the nearest ones.
+        UserError: the architecture or tag is not in timm's registry; the message lists the closest names.
     """
     stem, dot, tag = name.partition(".")
     old = timm.models.get_deprecated_models()
@@ -70,10 +71,10 @@ def check_name(name: str, option: str) -> str:
 
 
 def is_projection(name: str, width: int) -> bool:
-    """Whether a last layer of this width projects to an image-text embedding (CLIP), and is not a classifier.
+    """Whether a last layer of this width is a projection to an image-text embedding (CLIP) instead of a classifier.
 
-    timm loads the projection of CLIP's weights as the classifier. The widths are those of such weights of this
-    architecture, except those of weights fine-tuned on ImageNet.
+    timm loads the projection in CLIP's weights as the classifier. The width is compared with those of all CLIP weights
+    for this architecture, except weights that were fine-tuned on ImageNet.
     """
     tags = [tag for tag in timm.list_pretrained(f"{name.partition('.')[0]}.*") if "clip" in tag or "pe_core" in tag]
     configs = [config for tag in tags if (config := timm.get_pretrained_cfg(tag)) is not None]
@@ -81,7 +82,7 @@ def is_projection(name: str, width: int) -> bool:
 
 
 def default_image_size(name: str) -> int:
-    """Side (pixels) of the images timm builds this model for by default."""
+    """Side in pixels of the images that timm builds this model for by default."""
     config = timm.get_pretrained_cfg(name)
     return int(config.input_size[-1]) if config is not None else 224
 
@@ -93,15 +94,16 @@ def create_timm_model(
 
     Args:
         name: A name that `check_name` accepts.
-        args: Arguments the model must take.
+        args: Arguments that the model must accept.
         optional: Arguments that are dropped if the model's constructor does not accept them.
-        pretrained: Load timm's weights. A classifier without pretrained weights is removed, never left random.
+        pretrained: Load timm's weights. A classifier without pretrained weights is removed rather than left random.
 
     Returns:
         The model and the arguments that build it (without `pretrained`).
 
     Raises:
-        UserError: an argument that selects weights or files or that the model rejects, or an unsupported image size.
+        UserError: an argument selects weights or files, the model rejects an argument, or the image size is not
+            supported.
     """
     reserved = sorted(RESERVED_ARGS & {*args, *(optional or {})})
     if reserved:
@@ -142,7 +144,7 @@ def create_timm_model(
 
 
 def _random_head(name: str, model: Any, args: Mapping[str, Any], generator: torch.Tensor) -> bool:
-    """Whether a pretrained model's classifier is random; `generator` is the RNG state from before it was built."""
+    """Whether a pretrained model's classifier is random; `generator` is the RNG state before it was built."""
     config, head = timm.get_pretrained_cfg(name), _head_tensors(model)
     if not head:
         return False
@@ -158,17 +160,17 @@ def _random_head(name: str, model: Any, args: Mapping[str, Any], generator: torc
 
 
 def _head_tensors(model: Any) -> list[torch.Tensor]:
-    """Weights of the classifier (two for distilled models), without biases: those may be zero in trained heads too."""
+    """Weights of all classifiers (distilled models have two), without biases, which may be zero in trained heads."""
     found = model.get_classifier() if hasattr(model, "get_classifier") else None
     heads = found if isinstance(found, tuple | list) else (found,)
     return [value for head in heads if isinstance(head, nn.Module) for value in head.parameters() if value.ndim > 1]
 
 
 def fetch_weights(name: str, folder: Path) -> Path:
-    """Download timm's pretrained weights of a model to `folder`/<name>.safetensors, written atomically.
+    """Download timm's pretrained weights for a model, and write them atomically to `folder`/<name>.safetensors.
 
     Raises:
-        UserError: an unknown name, or weights that cannot be downloaded.
+        UserError: the name is unknown, or the weights cannot be downloaded.
     """
     current = check_name(name, "teacher")
     try:

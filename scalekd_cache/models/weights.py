@@ -1,6 +1,6 @@
-"""Weights files: where a teacher's file is; read a header, compare it with a model, load it strictly.
+"""Weights files: finds a teacher's file, reads its header, compares it with a model and loads it strictly.
 
-In: teacher options, or a .safetensors path and a timm model. Out: the file, or the loaded model.
+In: teacher options, or a .safetensors path and a timm model. Out: the file's path, or the loaded model.
 Invariant: no pickle is opened; loading is all or nothing, and NaN or Inf is an error. Only a teacher's file may be
 converted (`load_converted`).
 """
@@ -28,7 +28,7 @@ def save_weights(model: nn.Module, file: Path) -> None:
     """Write a model's weights as safetensors, atomically.
 
     Raises:
-        UserError: the folder cannot be written or the disk is full.
+        UserError: the folder is not writable, or the disk is full.
     """
     temporary, weights = temp_path_for(file), {name: value.contiguous() for name, value in model.state_dict().items()}
     with disk_errors(file, sum(value.nbytes for value in weights.values())):
@@ -42,12 +42,12 @@ def save_weights(model: nn.Module, file: Path) -> None:
 
 
 def weights_file(folder: str | Path, name: str) -> Path:
-    """File of a teacher's weights in a folder of weights (`teacher.weights_dir`, `scalekd fetch`)."""
+    """Path of a teacher's weights file in a weights folder (`teacher.weights_dir`, `scalekd fetch`)."""
     return Path(folder) / f"{name}.safetensors"
 
 
 def find_weights(config: TeacherConfig) -> TeacherConfig:
-    """The options with `weights` set to the file in `weights_dir`, if that exists and `pretrained` is true."""
+    """The options, with `weights` set to the file in `weights_dir` if that file exists and `pretrained` is true."""
     file = weights_file(config.weights_dir, config.name)
     if config.weights or not config.pretrained or not file.exists():
         return config
@@ -55,12 +55,12 @@ def find_weights(config: TeacherConfig) -> TeacherConfig:
 
 
 def weights_available(config: TeacherConfig) -> bool:
-    """Whether the teacher loads without a network: its file exists, or its weights are random."""
+    """Whether the teacher loads without network access because its file exists or its weights are random."""
     return Path(config.weights).is_file() if config.weights else not config.pretrained
 
 
 def stored_shapes(path: str) -> dict[str, Shape]:
-    """Names and shapes in a .safetensors file, from its header."""
+    """Tensor names and shapes from the header of a .safetensors file."""
     if Path(path).suffix != ".safetensors":
         raise UserError(
             "weights are read from .safetensors files only: other checkpoints are pickles, which can run code",
@@ -82,7 +82,7 @@ def stored_shapes(path: str) -> dict[str, Shape]:
 
 
 def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str | Path) -> None:
-    """Raise `UserError` naming missing and extra tensors and wrong shapes, unless a file fits a model exactly."""
+    """Raise `UserError` if a file does not fit a model exactly, naming missing and extra tensors and wrong shapes."""
     missing, surplus = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
     wrong = [name for name in sorted(wanted.keys() & found.keys()) if wanted[name] != found[name]]
     if not (missing or surplus or wrong):
@@ -105,7 +105,7 @@ def check_tensors(found: Mapping[str, Shape], wanted: Mapping[str, Shape], where
 
 
 def _common_prefix(surplus: Collection[str], missing: Sequence[str]) -> str:
-    """What stands before most of the missing names in the file of a wrapped or larger model (`module.`); else ''."""
+    """The prefix of most missing names in the file of a wrapped or larger model (`module.`); '' if there is none."""
     starts = {name.removesuffix(last) for last in missing[:8] for name in surplus if name.endswith(f".{last}")}
     number, prefix = max(
         ((sum(start + name in surplus for name in missing), start) for start in sorted(starts, key=len)[:8]),
@@ -121,7 +121,7 @@ def load_weights(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> No
 
 
 def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict whose tensors share no memory, as safetensors files need it: some models share layers (`coat`)."""
+    """A state dict whose tensors share no memory, as safetensors requires. Some models (`coat`) share layers."""
     seen, found = set[int](), {}
     for name, value in state.items():
         place = value.untyped_storage().data_ptr()
@@ -131,15 +131,15 @@ def separate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_fit(model: nn.Module, path: str, shapes: Mapping[str, Shape]) -> None:
-    """`UserError` unless the file has exactly the tensors of the model, which may be on the meta device."""
+    """Raise `UserError` unless the file has exactly the model's tensors. The model may be on the meta device."""
     check_tensors(shapes, _shapes(model.state_dict()), path)
 
 
 def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], without: tuple[str, ...] = ()) -> None:
-    """Load a .safetensors state dict, converted by timm if it does not fit as it is.
+    """Load a .safetensors state dict. If it does not fit unchanged, timm converts it.
 
-    timm converts the pretrained weights of a model to other image sizes (positions are resampled) and from the names
-    of the original checkpoints (DINOv2, DINOv3, CLIP, SAM).
+    timm converts a model's pretrained weights to other image sizes by resampling positions. It also converts the
+    tensor names of original checkpoints (DINOv2, DINOv3, CLIP, SAM).
 
     Args:
         model: A timm model.
@@ -148,13 +148,13 @@ def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], wit
         without: Prefixes of converted tensors to leave out.
 
     Raises:
-        UserError: the tensors do not fit the model, converted or not, or hold NaN or Inf.
+        UserError: the tensors do not fit the model even after conversion, or contain NaN or Inf.
     """
     wanted = _shapes(model.state_dict())
     convert = getattr(inspect.getmodule(type(model)), "checkpoint_filter_fn", None)
     if convert is not None and shapes != wanted:
         try:
-            with contextlib.redirect_stdout(None):  # some of timm's conversions print
+            with contextlib.redirect_stdout(None):  # some of timm's conversion functions print
                 state = convert(read_tensors(path, shapes), model)
             state = {name: value for name, value in state.items() if not name.startswith(without)}
             converted = _shapes(state)
@@ -166,7 +166,7 @@ def load_converted(model: nn.Module, path: str, shapes: Mapping[str, Shape], wit
 
 
 def read_tensors(path: str, names: Iterable[str]) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file."""
+    """Read tensors from a .safetensors file."""
     with safe_open(path, framework="pt", device="cpu") as file:
         return {name: file.get_tensor(name) for name in names}
 
