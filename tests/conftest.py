@@ -8,6 +8,9 @@ from commands import LIMIT_S, TEST_LIMITS, TRAIN_OPTIONS, cache_flags, distill_f
 
 # All tests use the CPU on any machine (also with `device=auto`), except those marked gpu.
 os.environ["DS_ACCELERATOR"] = "cpu"
+# `make test` runs the tests: without its variables, messages name `scalekd` commands.
+for name in ("MAKELEVEL", "MAKEFLAGS"):
+    os.environ.pop(name, None)
 os.environ.setdefault("PYTEST_TIMEOUT", str(TEST_LIMITS * LIMIT_S))  # pytest-timeout's variable, applies to every test
 
 

@@ -39,7 +39,6 @@ def home(tmp_path_factory):
     other = ("--cache", "caches/other", "--views.seed", "1")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(home)
-        patch.delenv("MAKELEVEL", raising=False)  # `make test` runs the tests
         for words, text in (
             ((*CACHE, *SMALL), "next: scalekd distill --student resnet50 --cache caches/photos"),
             ((*CACHE, *SMALL, *other), "next: scalekd distill"),
@@ -57,7 +56,6 @@ def home(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def at_home(home, monkeypatch):
     monkeypatch.chdir(home)
-    monkeypatch.delenv("MAKELEVEL", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
