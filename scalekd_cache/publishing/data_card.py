@@ -1,8 +1,8 @@
 """The data card of a published cache: README.md with the YAML header that the model hub expects.
 
-In: the manifest and facts about the publication. Out: the text of the card.
-Invariant: the card states only licenses that the publisher gave. Names from the cache are shown as text, never as
-markup. The card contains no credentials and no paths of this machine.
+In: the manifest, and facts about the publication. Out: the text of the card.
+Invariant: the card states only licenses that the publisher specified. Names from the cache are shown as text, never as
+markup. The card contains no credentials and no local paths.
 """
 
 import re
@@ -26,11 +26,11 @@ HUB_LICENSES = set(
     cc-by-nc-sa-4.0 odbl odc-by pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 bsd-2-clause bsd-3-clause
     gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail unlicense""".split()  # noqa: SIM905 - one list of many short words
 )
-"""License identifiers that the hub's header accepts. For any other name the header says `other`, and the card gives
-the full name."""
+"""License identifiers that the hub accepts in the header. For any other license, the header contains `other`, and the
+card gives the full name."""
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B",
          "10B<n<100B", "100B<n<1T", "n>1T")  # fmt: skip
-"""The hub's size categories. From 1,000 on, each is ten times the previous one."""
+"""The hub's size categories. From 1,000 up, each category is ten times the previous one."""
 CITATION = """@inproceedings{fan2024scalekd,
   title     = {ScaleKD: Strong Vision Transformers Could Be Excellent Teachers},
   author    = {Fan, Jiawei and Li, Chao and Liu, Xiaolong and Yao, Anbang},
@@ -38,7 +38,7 @@ CITATION = """@inproceedings{fan2024scalekd,
   year      = {2024},
   url       = {https://arxiv.org/abs/2411.06786}
 }"""
-"""The paper of CITATION.cff."""
+"""The paper cited in CITATION.cff."""
 TEMPLATE = """
 # {title}
 
@@ -93,15 +93,15 @@ Made by scalekd-cache {version}.
 
 
 class Card(NamedTuple):
-    """Facts in the card that are not in the manifest."""
+    """Facts for the card that are not in the manifest."""
 
     manifest: Manifest
     publication: Publication
-    """Licenses, how pixels are published, and where shared pixels are."""
+    """The licenses, how pixels are published, and where shared pixels are."""
     place: str
     """URL or folder of the publication."""
     total_bytes: int
-    """Total bytes of the published files."""
+    """Total size of the published files in bytes."""
 
 
 def data_card(card: Card) -> str:
@@ -136,7 +136,7 @@ def data_card(card: Card) -> str:
 
 
 def commands(publication: Publication, place: str) -> list[str]:
-    """The shell commands that use a publication."""
+    """Shell commands for using a publication."""
     url, cache = shlex.quote(place), default_cache(place)
     pixels = f" --pixels-from {publication.pixels_from}" if publication.pixels == "shared" else ""
     data = " --data IMAGES" if publication.pixels in ("replayed", "left out") else ""
@@ -151,7 +151,7 @@ def commands(publication: Publication, place: str) -> list[str]:
 
 
 def license_header(*names: str) -> dict[str, Any]:
-    """License fields of the header: the hub's identifiers, or `other` with a name."""
+    """License fields for the header: the hub's identifiers, or `other` with a name."""
     unique = list(dict.fromkeys(name.strip().lower() for name in names))
     if set(unique) <= HUB_LICENSES:
         return {"license": unique if len(unique) > 1 else unique[0]}
@@ -165,7 +165,7 @@ def size_category(count: int) -> str:
 
 
 def _about_pixels(publication: Publication) -> str:
-    """Whether the pixels of the views are included, in a sentence or two."""
+    """One or two sentences that say whether the pixels of the views are included."""
     return {
         "stored": "The pixels of the views are included, exactly as the teacher received them.",
         "shared": "The pixels of the views are not in this cache. They are stored in another cache, published at "
@@ -208,7 +208,7 @@ def _rows(card: Card) -> dict[str, str]:
 
 
 def _codec(config: Mapping[str, Any]) -> str:
-    """Name of a codec and its scalar parameters, without shapes and hashes."""
+    """A codec's name and scalar parameters, without shapes and hashes."""
     kept = {name: config[name] for name in ("channels", "noise", "k", "kl_limit") if config.get(name)}
     return ", ".join([str(config["id"]), *(f"{name} {value}" for name, value in kept.items())])
 

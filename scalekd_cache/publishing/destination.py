@@ -1,7 +1,7 @@
-"""The interface of a destination that a cache is published to.
+"""The interface for destinations to which a cache is published.
 
-In: files with their expected length and sha256. Out: the same files at the destination.
-Invariant: a file whose sha256 is not the expected one is never sent.
+In: files with expected lengths and sha256 hashes. Out: the same files at the destination.
+Invariant: a file whose sha256 differs from the expected one is never sent.
 """
 
 import hashlib
@@ -31,7 +31,7 @@ class Sending(NamedTuple):
 
     @property
     def unit(self) -> str:
-        """Folder of the file's unit, relative to the destination; empty for files outside units."""
+        """Folder of the unit that contains the file, relative to the destination; empty for files outside units."""
         parts = self.name.split("/")
         ends = [at for at, part in enumerate(parts) if UNIT_NAME.fullmatch(part)]
         return "/".join(parts[: ends[0] + 1]) if ends else ""
@@ -41,18 +41,18 @@ class Found(NamedTuple):
     """A file at the destination."""
 
     size: int
-    """Bytes."""
+    """Size in bytes."""
     sha256: str | None = None
     """None if the destination does not report it."""
     git_sha1: str | None = None
-    """Reported by the hub for small files."""
+    """Git's hash, which the hub reports for small files."""
 
     def fits(self, fact: FileHash) -> bool:
         """Whether the file has this length and, if the destination reports a sha256, this sha256."""
         return self.size == fact.bytes and self.sha256 in (None, fact.sha256)
 
     def same_as(self, data: bytes) -> bool | None:
-        """Whether the file has these bytes; None if the destination reports no hash."""
+        """Whether the file has this content; None if the destination reports no hash."""
         if self.size != len(data):
             return False
         if self.sha256 is not None:
@@ -64,18 +64,19 @@ class Found(NamedTuple):
 
 
 Parcel = Callable[[], AbstractContextManager[list[Sending]]]
-"""Creates the files of a unit in the order in which they are sent. Temporary files are removed at the end."""
+"""Creates a unit's files in the order in which they are sent. Temporary files are removed at the end."""
 
 
 class Destination(Protocol):
-    """A place."""
+    """A place to which a cache can be published."""
 
     @property
     def shown(self) -> str:
         """The destination as shown in messages and documents."""
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the place for one publication, where it has locks. UserError when another process holds it."""
+        """Lock the place for one publication, if it supports locks. Raises UserError if another process holds the
+        lock."""
 
     def listing(self) -> dict[str, Found]:
         """The existing files, by path relative to the destination."""
@@ -84,11 +85,11 @@ class Destination(Protocol):
         """All bytes of a small file (at most `JSON_BYTES`); None if it does not exist."""
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units. The last file of a unit arrives last, or all its files arrive together.
+        """Send units. A unit's last file becomes visible last, or all its files become visible together.
 
         Args:
             parcels: one per unit.
-            done: called with the bytes of each unit sent.
+            done: called with the number of bytes in each unit sent.
         """
 
     def send(self, files: Sequence[Sending]) -> None:
@@ -96,7 +97,7 @@ class Destination(Protocol):
 
 
 def send_unit(place: Destination, parcel: Parcel, check_stop: Callable[[], None]) -> int:
-    """Create and send one unit; returns its bytes. `check_stop` raises if another unit has failed."""
+    """Create and send one unit; returns its size in bytes. `check_stop` raises if another unit has failed."""
     check_stop()
     with parcel() as files:
         check_stop()

@@ -1,6 +1,6 @@
-"""Selects the first views of a published cache, giving a cache with fewer views.
+"""Selects the first views of a published cache, which results in a cache with fewer views.
 
-In: `0-3` or nothing, a manifest, sidecars. Out: the number of views; facts and sidecars of a cache with only these
+In: `0-3` or nothing, a manifest, and sidecars. Out: the number of views; facts and sidecars for a cache with only these
 views.
 Invariant: views are numbered 0, 1, ..., so only the first ones can be selected. Shards are unchanged, and a unit
 whose views are all selected keeps its sidecar.
@@ -20,16 +20,16 @@ from scalekd_cache.store.manifest import Manifest, ManifestFacts
 from scalekd_cache.store.sidecar import UnitInfo, read_keys
 
 LISTS = ("keys.txt", IMAGES)
-"""Files of a unit that all its views share."""
+"""Files in a unit that are shared by all its views."""
 BATCH_RECORDS = 64
 
 
 def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
-    """The number of views that `0-3` selects; an empty text selects all.
+    """The number of views that a text such as `0-3` selects; an empty text selects all.
 
     Raises:
-        UserError: the selection does not start at view 0, exceeds the cache, or is a number of views that a sparse
-            cache cannot have.
+        UserError: the selection does not start at view 0, exceeds the views in the cache, or is a number of views that
+            a sparse cache cannot have.
     """
     views = manifest.num_views
     if text is None:
@@ -58,20 +58,19 @@ def number_of_views(text: str | None, manifest: Manifest, where: object) -> int:
 
 
 def first_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The groups of the first `count` views; the last group may be truncated."""
+    """The groups for the first `count` views; the last group may be truncated."""
     kept = [[view for view in group if view < count] for group in groups]
     return [group for group in kept if group]
 
 
 def with_first_views(facts: ManifestFacts, count: int) -> ManifestFacts:
-    """The facts of a cache with the first `count` views."""
+    """The facts for a cache with only the first `count` views."""
     return dataclasses.replace(facts, groups=first_groups(facts.groups, count))
 
 
 def with_views(info: UnitInfo, views: Sequence[int]) -> UnitInfo:
-    """The sidecar of a unit with only these views; `with_payload` sets its payload bytes, which are 0 until then.
-
-    `fidelity` is unchanged: it was measured over all views of the published unit.
+    """The sidecar for a unit with only these views. Its payload bytes are 0 until `with_payload` sets them. `fidelity`
+    is unchanged, because it was measured over all views in the published unit.
     """
     if list(views) == info.views:
         return info

@@ -1,9 +1,9 @@
-"""The folder that a pull writes to: its contents, its lock, and the replacement of old units by new ones.
+"""The folder that a pull writes to: checks its contents, locks it, and replaces old units with new ones.
 
-In: a folder, and the facts of the requested cache. Out: a staging folder that one process fills, then a finished
+In: a folder, and the facts for the requested cache. Out: a staging folder that one process fills, then a finished
 cache.
 Invariant: a folder with other contents is rejected before anything is changed. manifest.json is removed before a
-unit is replaced and written once all units are in place, so a folder with a manifest is always a complete cache.
+unit is replaced and written once all units are in place, so a folder with a manifest always holds a complete cache.
 """
 
 import contextlib
@@ -21,18 +21,18 @@ from scalekd_cache.store.plan import NAME as PLAN
 from scalekd_cache.store.plan import Plan, check_outside_caches, read_plan, write_plan
 
 STAGING = ".tmp-pull"
-"""Folder inside the cache for files that have arrived. Readers and `verify` ignore names that begin with .tmp-."""
+"""Folder inside the cache for transferred files. Readers and `verify` ignore names that start with .tmp-."""
 OLD = "old"
-"""Inside the staging folder: units that were replaced."""
+"""Subfolder of the staging folder for units that were replaced."""
 
 
 def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Manifest | None:
-    """The manifest of the cache in the folder if it has all requested views.
+    """The manifest of the cache in the folder, if the cache has all requested views.
 
     Args:
         root: the folder.
         published: the manifest of the publication.
-        facts: the facts of the requested cache, which has the first views of the published one.
+        facts: the facts for the requested cache, which has the first views of the published one.
 
     Raises:
         UserError: the folder holds anything other than views of the published cache.
@@ -61,7 +61,7 @@ def finished_cache(root: Path, published: Manifest, facts: ManifestFacts) -> Man
 
 
 def _check_unfinished(root: Path) -> None:
-    """Raise `UserError` unless a folder without a manifest is empty or comes from an interrupted pull."""
+    """Raise `UserError` unless a folder without a manifest is empty or was left by an interrupted pull."""
     names = sorted(path.name for path in root.iterdir())
     if names and STAGING not in names:
         raise UserError(
@@ -74,7 +74,7 @@ def _check_unfinished(root: Path) -> None:
 
 
 def _difference(there: Manifest, published: Manifest) -> str | None:
-    """Why a finished cache is neither the published one nor its first views."""
+    """The reason why a finished cache is neither the published one nor its first views."""
     if there.facts.fingerprint != published.facts.fingerprint:
         return f"fingerprint {there.facts.fingerprint[:16]}, published: {published.facts.fingerprint[:16]}"
     if there.facts.backend != published.facts.backend:
@@ -94,7 +94,7 @@ def _difference(there: Manifest, published: Manifest) -> str | None:
 
 @contextlib.contextmanager
 def staging_folder(root: Path) -> Iterator[Path]:
-    """The staging folder of a cache, locked for this process. If the process is killed, the kernel releases the lock.
+    """The staging folder for a cache, locked for this process. If the process is killed, the kernel releases the lock.
 
     Raises:
         UserError: another process is pulling into the folder, or the folder is not writable.
@@ -113,7 +113,7 @@ def _locked(staging: Path) -> int:
         staging.mkdir(parents=True, exist_ok=True)
         try:
             descriptor = os.open(staging, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except FileNotFoundError:  # just removed by the previous holder of the lock
+        except FileNotFoundError:  # the previous holder of the lock has just removed it
             continue
         try:
             lock(descriptor, staging, wait=False)
@@ -138,9 +138,9 @@ def install(
 
     Args:
         root: the cache's folder.
-        facts: the facts of the cache.
-        ranges: [start, stop] of every range of images.
-        whole: the manifest and the bytes of manifest.json as published, if all views are requested.
+        facts: the facts for the cache.
+        ranges: [start, stop] for every image range.
+        whole: the published manifest and the bytes in its manifest.json, if all views are requested.
     """
     staging = root / STAGING
     with disk_errors(root, 0):

@@ -22,7 +22,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
     Args:
         to: a URL or a folder.
         private: whether a new hub repository is private.
-        connections: number of parallel transfers.
+        connections: the number of parallel transfers.
 
     Raises:
         UserError: the URL has an unknown scheme, is incomplete, or contains a password.
@@ -62,7 +62,7 @@ def open_destination(to: str, *, private: bool = False, connections: int = 4) ->
 
 
 def _shown(to: str) -> str:
-    """The value of the option without passwords, even if it is not a complete URL."""
+    """The option value without passwords, even if it is not a complete URL."""
     return re.sub(r":(?!//)[^/]*@", ":***@", without_password(to))
 
 

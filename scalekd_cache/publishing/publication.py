@@ -1,7 +1,7 @@
-"""publication.json: describes the files of a published cache that its manifest does not cover.
+"""publication.json: describes the files in a published cache that its manifest does not cover.
 
-In: facts of the publication, or the file. Out: the bytes of the file, or a checked `Publication`.
-Invariant: file names cannot point outside the publication. The checksum in the file covers its whole content.
+In: facts about the publication, or the file. Out: the bytes of the file, or a checked `Publication`.
+Invariant: file names cannot point outside the publication. The checksum in the file covers all of its content.
 docs/FORMAT.md describes every field.
 """
 
@@ -23,14 +23,15 @@ from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Whole, is_inside, unit_folder
 
 ORIGINAL, TARGETS = "original", "targets"
-"""Folders of a publication without pixels: the cache's files except shards, and the shards without pixels."""
+"""Folders in a publication without pixels: one for the cache's files except shards, and one for the shards without
+pixels."""
 VERSION = 1
 PUBLICATION_BYTES = 1 << 26
 WHAT = "the description of a published cache"
 
 
 class Licenses(TypedDict):
-    """Names of the licenses, as given by the publisher."""
+    """License names, as given by the publisher."""
 
     data: Annotated[str, Field(min_length=1, max_length=200)]
     teacher: Annotated[str, Field(min_length=1, max_length=200)]
@@ -42,7 +43,7 @@ class TargetsRow(NamedTuple):
     group: Whole
     range_id: Whole
     sha256: Sha256
-    """Length and sha256 of its unit.json."""
+    """Length and sha256 of the unit's unit.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,19 +53,18 @@ class Publication:
     publication_version: int
     fingerprint: Sha256
     pixels: Literal["stored", "shared", "replayed", "left out"]
-    """As in the cache; "left out": the shards are in `targets`, without pixels."""
+    """Same as in the cache, or "left out" if the shards are in `targets`, without pixels."""
     pixels_from: str
     """Where the cache that stores the shared pixels is published; empty unless pixels are shared."""
     licenses: Licenses
     files: dict[str, FileHash]
-    """The files of the cache outside units/, and README.md unless it was edited, by path relative to the
-    publication."""
+    """The cache's files outside units/, and README.md unless it was edited, by path relative to the publication."""
     targets: Annotated[list[TargetsRow], Field(fail_fast=True)]
     """Units sorted by group and range; empty unless pixels are left out."""
 
     @property
     def cache_folder(self) -> str:
-        """Subfolder with the files of the cache; empty if they are at the top level."""
+        """Subfolder with the cache's files; empty if they are at the top level."""
         return ORIGINAL if self.pixels == "left out" else ""
 
 
@@ -86,7 +86,7 @@ def read_publication(place: StoredPath) -> Publication:
 
 
 def parse_publication(data: bytes, path: StoredPath | str) -> Publication:
-    """Parse bytes that were read from `path`; UserError if they are damaged or have an unsupported version."""
+    """Parse bytes that were read from `path`; raises UserError if they are damaged or have an unsupported version."""
     fields = parse_json(data, WHAT, path)
     if fields.get("publication_version") != VERSION:
         raise UserError(
@@ -110,5 +110,5 @@ def parse_publication(data: bytes, path: StoredPath | str) -> Publication:
 
 
 def targets_folder(group: int, range_id: int) -> str:
-    """Folder of a unit's shards without pixels, relative to the publication."""
+    """Folder for a unit's shards without pixels, relative to the publication."""
     return unit_folder(Path(TARGETS), group, range_id).as_posix()

@@ -1,9 +1,9 @@
 """Publishes a finished cache: to the model hub, to a bucket or to a folder.
 
-In: the folder of a cache and a destination. Out: the published cache, complete or without pixels, with a data card.
-Invariant: plan.json is sent first, so that an unfinished publication identifies its cache. unit.json is the last
-file of its unit, and the file that makes the cache readable is sent last of all. Existing files are not sent again.
-A destination that holds another cache is never changed. docs/FORMAT.md describes the layout.
+In: a cache's folder and a destination. Out: the published cache, complete or without pixels, with a data card.
+Invariant: plan.json is sent first, so that an unfinished publication identifies its cache. Within a unit, unit.json is
+sent last; after all units, the file that makes the cache readable is sent. Existing files are not sent again. A
+destination that holds a different cache is never changed. docs/FORMAT.md describes the layout.
 """
 
 import contextlib
@@ -53,21 +53,21 @@ class _Job:
     manifest: Manifest
     place: Destination
     found: Mapping[str, Found]
-    """Files that existed at the destination before."""
+    """Files that already existed at the destination."""
     temp: Path
     without_pixels: bool
     targets: dict[tuple[int, int], FileHash] = field(default_factory=dict)
-    """unit.json of each unit without pixels."""
+    """Length and sha256 of unit.json for each unit without pixels."""
     sizes: dict[tuple[int, int], int] = field(default_factory=dict)
-    """Bytes of each published unit."""
+    """Size in bytes of each published unit."""
 
     @property
     def start(self) -> str:
-        """Subfolder of the destination with the files of the cache."""
+        """Subfolder of the destination that holds the cache's files."""
         return f"{ORIGINAL}/" if self.without_pixels else ""
 
     def is_there(self, row: UnitRow) -> bool:
-        """Whether a unit is already published; if so, its bytes are recorded."""
+        """Whether a unit is already published; if so, its size is recorded."""
         folder, unit = unit_folder(self.root, *row[:2]), unit_folder(Path(), *row[:2]).as_posix()
         info, data = read_unit(folder)
         files = {f"{self.start}{unit}/{name}": fact for name, fact in self.kept(info).items()}
@@ -92,7 +92,7 @@ class _Job:
         return True
 
     def has_same_length(self, file: Sending) -> bool:
-        """Whether the destination has a file of this length and, if it reports a sha256, with this sha256."""
+        """Whether the destination has a file with this length and, if it reports hashes, this sha256."""
         there = self.found.get(file.name)
         return there is not None and there.fits(file.fact)
 
@@ -103,13 +103,13 @@ class _Job:
         return self.place.read(name) == data if same is None else same
 
     def kept(self, info: UnitInfo) -> dict[str, FileHash]:
-        """The files of a unit that are published unchanged, without its sidecar."""
+        """The files in a unit that are published unchanged, without its sidecar."""
         shards = tuple(f"v{view:04d}." for view in info.views) if self.without_pixels else ()
         return {name: fact for name, fact in info.files.items() if not (shards and name.startswith(shards))}
 
     @contextlib.contextmanager
     def parcel(self, row: UnitRow) -> Iterator[list[Sending]]:
-        """The files of a unit; its sidecar is the last one."""
+        """The files in a unit; the sidecar comes last."""
         folder, unit = unit_folder(self.root, *row[:2]), unit_folder(Path(), *row[:2]).as_posix()
         info, _ = read_unit(folder)
         files: list[Sending] = []
@@ -130,13 +130,13 @@ class _Job:
             yield files
 
     def written(self, name: str, data: bytes) -> Sending:
-        """A small file of the publication that does not exist in the cache."""
+        """A small publication file that does not exist in the cache."""
         path = self.temp / name.replace("/", "-")
         path.write_bytes(data)
         return Sending(name, path, FileHash(len(data), hashlib.sha256(data).hexdigest()))
 
     def root_files(self) -> list[Sending]:
-        """The files of the cache outside units, except the manifest; plan.json is the first."""
+        """The cache's files outside units, except the manifest; plan.json comes first."""
         known = {**self.manifest.facts.teacher_files, **codec_files(self.manifest.facts.fingerprint_fields)}
         names = [PLAN, *known, *([CODEC_FILE] if is_there(self.root / CODEC_FILE) else [])]
         files = []
@@ -155,13 +155,13 @@ def publish(config: PublishConfig) -> dict[str, Any]:
         config: the options.
 
     Returns:
-        The destination (`to`), `fingerprint`, `pixels`, `pixels_from`, the number of `units` and `units_sent`, total
-        `bytes` and `bytes_sent` by this call, the `local_paths` that manifest.json names, and commands that use the
-        publication (`next`).
+        A dict with the destination (`to`), `fingerprint`, `pixels`, `pixels_from`, the numbers of units in total
+        (`units`) and sent by this call (`units_sent`), the same for bytes (`bytes`, `bytes_sent`), the local paths that
+        manifest.json names (`local_paths`), and commands for using the publication (`next`).
 
     Raises:
-        UserError: the cache is unfinished or damaged, the destination holds something else, or permission or network
-            access is missing.
+        UserError: the cache is unfinished or damaged, the destination holds something else, or there is no permission
+            or network access.
     """
     root = Path(config.cache)
     place = open_destination(config.to, private=config.private, connections=config.connections)
@@ -171,7 +171,7 @@ def publish(config: PublishConfig) -> dict[str, Any]:
     with place.locked():
         found = place.listing()
         check_place(place, found, manifest, without_pixels=config.without_pixels)
-        # After an error, other threads may still be writing there.
+        # After an error, other threads may still be writing to this folder.
         with tempfile.TemporaryDirectory(prefix="scalekd-publish-", ignore_cleanup_errors=True) as temp:
             job = _Job(root, manifest, place, found, Path(temp), config.without_pixels)
             files = job.root_files()

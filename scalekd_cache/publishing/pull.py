@@ -1,9 +1,9 @@
 """Pulls a published cache into a folder.
 
 In: a URL or folder with a finished cache. Out: a local copy of the cache, or of its first views.
-Invariant: the sha256 of every file is checked before the file gets its final name. Files arrive in a staging folder
-and manifest.json is written last, so a folder with a manifest is a complete cache. A killed pull is resumed by a
-rerun. If the publication has grown, a pull fetches only the new parts. An existing cache stays readable until the
+Invariant: the sha256 of every file is checked before the file gets its final name. Files are transferred to a staging
+folder, and manifest.json is written last, so a folder with a manifest holds a complete cache. Rerunning a killed pull
+resumes it. If the publication has grown, a pull fetches only the new parts. An existing cache stays readable until the
 new one is complete.
 """
 
@@ -52,7 +52,7 @@ from scalekd_cache.store.sidecar import UNIT_BYTES, P, UnitInfo, read_unit, side
 from scalekd_cache.store.verify import CODEC_FILE, read_codec_choice
 
 SOURCE = "source"
-"""Inside the staging folder: the manifest and the sidecars as published."""
+"""Subfolder of the staging folder for the manifest and the sidecars as published."""
 TEACHER_BYTES = 1 << 36
 """Maximum size of a teacher or codec file, whose length is not known in advance."""
 
@@ -63,11 +63,11 @@ class Wanted(NamedTuple):
     row: UnitRow
     published: UnitInfo
     info: UnitInfo
-    """The unit with the requested views. If these are not all its views, `payload_bytes` is known once the shards
-    have arrived."""
+    """The sidecar for the unit with the requested views. If these are not all its views, `payload_bytes` is known only
+    after the shards have been transferred."""
 
     def folder(self, root: P) -> P:
-        """Folder of the unit in a cache."""
+        """The unit's folder in a cache."""
         return unit_folder(root, self.info.group, self.info.range_id)
 
 
@@ -75,10 +75,10 @@ class Bare(NamedTuple):
     """Shards without pixels, and the object that regenerates their pixels."""
 
     targets: Path | RemotePath
-    """The folder of the shards."""
+    """The folder that contains the shards."""
     sidecars: dict[tuple[int, int], str] | None
-    """sha256 of their sidecars by (group, range). None: the published shards have pixels, and only their other parts
-    are fetched."""
+    """The sha256 of each sidecar by (group, range). None if the published shards have pixels; only their other parts
+    are then fetched."""
     pixels: RemadePixels
 
 
@@ -86,20 +86,20 @@ class PullResult(NamedTuple):
     """The result of a pull."""
 
     manifest: Manifest
-    """Manifest of the cache in the folder."""
+    """The manifest of the cache in the folder."""
     bytes: int
-    """Bytes of the fetched files."""
+    """Total size of the fetched files in bytes."""
     complete: bool
     """Whether the cache already had all requested views."""
 
 
 def pull_cache(config: PullConfig) -> PullResult:
-    """Pull a published cache. A rerun resumes an interrupted pull, and does nothing if the folder has all requested
-    views.
+    """Pull a published cache. A rerun resumes an interrupted pull and does nothing if the folder already has all
+    requested views.
 
     Raises:
-        UserError: no cache is published there, it is unreadable or damaged, the folder holds another cache, or the
-            disk is too small. A cache that was in the folder before is still there.
+        UserError: no cache is published there, the publication is unreadable or damaged, the folder holds a different
+            cache, or the disk is too small. If the folder already contained a cache, it is unchanged.
     """
     place, root = open_place(config.url, config.remote), Path(config.folder)
     source, left_out = _cache_files(place)
@@ -109,7 +109,7 @@ def pull_cache(config: PullConfig) -> PullResult:
     done = PullResult(there, 0, True) if there is not None else None
     if done is None or (root / STAGING).exists():
         with staging_folder(root) as staging:
-            there = finished_cache(root, published, facts)  # another pull may have just finished it
+            there = finished_cache(root, published, facts)  # another pull may just have finished it
             if there is None:
                 bare = _without_pixels(config, place, left_out, facts)
                 with _unchanged(source, data):
@@ -134,7 +134,7 @@ def _cache_files(place: Path | RemotePath) -> tuple[Path | RemotePath, Publicati
 def _without_pixels(
     config: PullConfig, place: Path | RemotePath, left_out: Publication | None, facts: ManifestFacts
 ) -> Bare | None:
-    """How pixels are regenerated if they are not transferred; UserError if the images are not given."""
+    """How pixels are regenerated if they are not transferred; raises UserError if the images are not given."""
     stored = facts.view_recipe.get("pixels") == "baked" and not facts.pixels_from
     if not stored or (left_out is None and not config.without_pixels):
         return None
@@ -146,7 +146,7 @@ def _without_pixels(
 
 @contextlib.contextmanager
 def _unchanged(source: Path | RemotePath, data: bytes) -> Iterator[None]:
-    """Replace an error by a clearer one if the publication has changed in the meantime."""
+    """Replace an error with a clearer one if the publication has changed in the meantime."""
     try:
         yield
     except UserError as error:
@@ -171,7 +171,8 @@ def _pull(
     staging: Path,
     bare: Bare | None,
 ) -> tuple[Manifest, int]:
-    """Fetch the missing files and install them; returns the manifest and the bytes of the fetched files."""
+    """Fetch the missing files and install them; returns the manifest and the total size of the fetched files in
+    bytes."""
     root = staging.parent
     with disk_errors(root, len(data)):
         _keep_manifest(staging, published, data)
@@ -212,7 +213,7 @@ def _pull(
 
 
 def _remake(bare: Bare, staging: Path, units: Sequence[Wanted], workers: int) -> None:
-    """Make the pixels of these units, with a progress bar."""
+    """Regenerate the pixels in these units, with a progress bar."""
     with progress("pixels", sum(unit.info.count for unit in units), "image") as bar:
         for unit in units:
             folder, ranged = unit.folder(staging / TARGETS), bare.sidecars is None
@@ -222,7 +223,8 @@ def _remake(bare: Bare, staging: Path, units: Sequence[Wanted], workers: int) ->
 
 
 def _keep_manifest(staging: Path, published: Manifest, data: bytes) -> None:
-    """Keep the manifest for resuming the pull; UserError if the folder has parts of another cache."""
+    """Keep the manifest, which is needed to resume the pull; raises UserError if the folder has parts of a different
+    cache."""
     place = staging / SOURCE / MANIFEST
     if place.exists() and (kept := read_manifest(place.parent).facts.fingerprint) != published.facts.fingerprint:
         raise UserError(
@@ -246,7 +248,7 @@ def _in_place(root: Path, row: UnitRow, facts: ManifestFacts) -> bool:
 
 
 def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
-    """Whether the cache has exactly the requested views of this unit (not all its views), with all files at full
+    """Whether the cache has exactly the requested views of this unit (a subset of its views), with all files at full
     length."""
     folder = unit.folder(root)
     if unit.info == unit.published or not (folder / "unit.json").is_file():
@@ -259,8 +261,7 @@ def _is_cut_in_place(root: Path, unit: Wanted) -> bool:
 
 
 def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[UnitRow], threads: int) -> None:
-    """Fetch sidecars. If the sidecar of a unit has changed, the files of that unit that have already arrived are
-    removed."""
+    """Fetch sidecars. If a unit's sidecar has changed, files of that unit that were already transferred are removed."""
     tasks = []
     for row in rows:
         place = unit_folder(staging / SOURCE, row.group, row.range_id) / "unit.json"
@@ -272,7 +273,7 @@ def _fetch_sidecars(source: Path | RemotePath, staging: Path, rows: Sequence[Uni
 
 
 def _run(tasks: Sequence[Task], threads: int, unit: str) -> int:
-    """Run tasks with a progress bar; returns the bytes fetched."""
+    """Run tasks with a progress bar; returns the number of bytes fetched."""
     if not tasks:
         return 0
     received, bar = 0, progress("pull", len(tasks), unit)
@@ -296,7 +297,7 @@ def _is_file(path: Path, pin: Pin) -> bool:
 
 
 def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFacts) -> Iterator[Transfer]:
-    """The files of the teacher and the codecs that have not arrived yet."""
+    """The teacher and codec files that have not been transferred yet."""
     for name, digest in {**facts.teacher_files, **codec_files(facts.fingerprint_fields)}.items():
         if any(_is_file(folder / name, Pin(digest, None)) for folder in (staging, staging.parent)):
             continue
@@ -306,7 +307,7 @@ def _teacher_files(source: Path | RemotePath, staging: Path, facts: ManifestFact
 
 
 def _missing_files(source: Path | RemotePath, staging: Path, unit: Wanted) -> Iterator[Transfer]:
-    """The files of a unit that have not arrived yet."""
+    """The files in a unit that have not been transferred yet."""
     for name, fact in unit.info.files.items():
         target = unit.folder(staging) / name
         if not target.is_file() or target.stat().st_size != fact.bytes:
@@ -314,7 +315,7 @@ def _missing_files(source: Path | RemotePath, staging: Path, unit: Wanted) -> It
 
 
 def _fetch_bare_sidecars(bare: Bare, staging: Path, rows: Sequence[UnitRow], threads: int) -> None:
-    """Fetch the sidecars of the shards without pixels."""
+    """Fetch the sidecars for the shards without pixels."""
     tasks, sidecars = [], bare.sidecars or {}
     for row in rows:
         pin = Pin(sidecars.get((row.group, row.range_id), ""), None)
@@ -327,7 +328,8 @@ def _fetch_bare_sidecars(bare: Bare, staging: Path, rows: Sequence[UnitRow], thr
 
 
 def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Wanted) -> Iterator[Transfer]:
-    """Files of a unit without pixels that have not arrived yet: its lists and its shards without pixels."""
+    """The files in a unit without pixels that have not been transferred yet: its lists, and its shards without
+    pixels."""
     missing = list(_missing_files(source, staging, unit))
     if not missing:
         return
@@ -340,7 +342,7 @@ def _bare_files(source: Path | RemotePath, bare: Bare, staging: Path, unit: Want
 
 
 def _old_place(staging: Path, transfer: Transfer) -> Path:
-    """Path of this file in the cache after a pull of fewer views."""
+    """The path of this file in a cache that was pulled with fewer views."""
     return staging.parent / transfer.target.relative_to(staging)
 
 
@@ -384,7 +386,7 @@ def _fetch_codec_choice(source: Path | RemotePath, staging: Path, facts: Manifes
 
 
 def _finish(staging: Path, unit: Wanted) -> None:
-    """Write the sidecar of a unit whose files have all arrived, and flush its folders."""
+    """Write the sidecar of a unit after all its files have been transferred, and flush its folders."""
     folder = unit.folder(staging)
     for part in folder.rglob(f"*{PART}"):
         part.unlink()

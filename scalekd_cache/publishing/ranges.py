@@ -1,8 +1,8 @@
-"""Fetches everything in a shard except pixels, for `pull --without-pixels` from a publication that has pixels.
+"""Fetches everything in a shard except the pixels, for `pull --without-pixels` from a publication that has pixels.
 
 In: a unit's folder (local or remote) and its sidecar. Out: the shard's files in a local folder, without their
-pixels: zarr without the chunks of `pixels`; a tar with holes instead of pixels. Invariant: the index and arrays are
-verified by sha256. Data read from a tar is verified once its unit is complete again (`remake_pixels.py`).
+pixels: zarr shards without the `pixels` chunks, or tars with holes instead of pixels. Invariant: the index and arrays
+are verified by sha256. Data read from a tar is verified once its unit is complete again (`remake_pixels.py`).
 """
 
 import os
@@ -22,12 +22,12 @@ from scalekd_cache.store.sidecar import UnitInfo
 
 PIXELS = ".zarr/pixels/c/"
 BATCH = 64
-"""Ranges per request."""
+"""Number of ranges per request."""
 Span = tuple[int, int]
 
 
 def other_files(source: Path | RemotePath, target: Path, info: UnitInfo) -> Iterator[Transfer]:
-    """The files of a unit's zarr shards that have not arrived yet, except the pixel files."""
+    """The files in a unit's zarr shards that have not been transferred yet, except the pixel files."""
     for name, fact in info.files.items():
         place = target / name
         there = place.is_file() and place.stat().st_size == fact.bytes
@@ -36,7 +36,7 @@ def other_files(source: Path | RemotePath, target: Path, info: UnitInfo) -> Iter
 
 
 def tar_tasks(source: Path | RemotePath, target: Path, info: UnitInfo) -> Iterator[Callable[[Callable[[], None]], int]]:
-    """Fetch the tars of a unit that have not arrived yet, without their pixels."""
+    """Tasks that fetch a unit's tars, without their pixels, if they have not been transferred yet."""
     for view in info.views:
         name = f"v{view:04d}.tar"
         if name in info.files and not (target / name).is_file():
@@ -58,7 +58,7 @@ def _fetch_tar(
             check_stop()
             batch = (
                 spans[at : at + BATCH] if at else spans[:1]
-            )  # one range first: not every server supports range requests
+            )  # start with one range, because not every server supports range requests
             batches = [batch] if at else [batch, spans[1:BATCH]]
             for some in filter(None, batches):
                 for (start, _), data in zip(some, _read(source / f"{stem}.tar", some), strict=True):
@@ -70,7 +70,7 @@ def _fetch_tar(
 
 
 def _spans(rows: Any) -> list[Span]:
-    """Start and end of each stretch of a tar that is not pixels."""
+    """The start and end of each stretch in a tar that does not hold pixels."""
     spans: list[Span] = []
     start = end = 0
     for at, (json_at, _, features_at, json_bytes, pixels_bytes, features_bytes, _) in enumerate(rows.tolist()):

@@ -1,9 +1,9 @@
 """Regenerates the pixels of a unit, for a cache whose pixels were not transferred.
 
-In: shards without pixels, the sidecar of the original unit, and the images. Out: the original unit.
+In: shards without pixels, the original unit's sidecar, and the images. Out: the original unit.
 Invariant: a view is replayed from its record and encoded according to the view recipe. The image file, the decoded
-pixels and every file of the unit must have the digests of the original. The result is therefore bit-identical to the
-original, or an error is raised.
+pixels and every file in the unit must have the same digests as the originals. The result is therefore bit-identical to
+the original, or an error is raised.
 """
 
 import shutil
@@ -33,7 +33,7 @@ from scalekd_cache.views.pixels import decode_pixels, encode_pixels
 from scalekd_cache.views.view import apply_view
 
 REMADE = "remade"
-"""Inside the staging folder: the unit being written."""
+"""Subfolder of the staging folder for the unit being written."""
 BATCH_RECORDS, MAX_PREFETCH = 32, 32
 
 
@@ -47,7 +47,7 @@ class ImageViews(NamedTuple):
 
 
 def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source:
-    """The images that the pixels are regenerated from; UserError if they are not given or cannot be opened."""
+    """The images from which the pixels are regenerated; raises UserError if they are not given or cannot be opened."""
     if data is None:
         raise UserError(
             "this pull does not transfer pixels and needs the images that the cache was made from",
@@ -60,7 +60,7 @@ def open_images(facts: ManifestFacts, data: str | None, where: object) -> Source
 
 
 class RemadePixels(Dataset[list[bytes]]):
-    """Encoded views of images, made in a worker process."""
+    """Encodes regenerated views of images in a worker process."""
 
     def __init__(self, source: Source, views: ViewConfig, pillow: str) -> None:
         self.source, self.views, self.pillow = source, views, pillow
@@ -108,7 +108,7 @@ class RemadePixels(Dataset[list[bytes]]):
 
 
 def pixel_maker(facts: ManifestFacts, source: Source) -> RemadePixels:
-    """The object that regenerates the pixels of a cache."""
+    """The object that regenerates a cache's pixels."""
     views = ViewConfig(**from_plain(facts.view_recipe))
     return RemadePixels(source, views, facts.versions.get("pillow", "of an unknown version"))
 
@@ -123,19 +123,19 @@ def remake_unit(
     partial: bool,
     on_image: Callable[[], object] = lambda: None,
 ) -> None:
-    """Write the files of a unit to the staging folder.
+    """Write a unit's files to the staging folder.
 
     Args:
         staging: the staging folder, which has the unit's keys.txt and images.txt.
-        info: the sidecar of the unit with the requested views.
-        bare: the folder of its shards without pixels.
+        info: the sidecar for the unit with the requested views.
+        bare: the folder with its shards without pixels.
         pixels: regenerates the pixels.
-        workers: worker processes.
+        workers: number of worker processes.
         partial: the shards come from the published cache, with holes instead of pixels.
         on_image: called for each image whose views are regenerated.
 
     Raises:
-        UserError: an image is missing or differs, or a file differs from the original.
+        UserError: an image is missing or has changed, or a file differs from the original.
     """
     folder = unit_folder(staging, info.group, info.range_id)
     keys, images = read_keys(folder, info), read_images(folder, info)
@@ -169,7 +169,7 @@ def remake_unit(
 
 
 def _rows(readers: Sequence[ShardReader], count: int, partial: bool) -> Iterator[tuple[Record, ...]]:
-    """The records of each row, one per view."""
+    """The records for each row, one per view."""
     for start in range(0, count, BATCH_RECORDS):
         rows = np.arange(start, min(start + BATCH_RECORDS, count))
         found = (reader.read_without_pixels(rows) if partial else reader.read(rows) for reader in readers)
@@ -177,7 +177,7 @@ def _rows(readers: Sequence[ShardReader], count: int, partial: bool) -> Iterator
 
 
 def _check_files(made: Mapping[str, object], info: UnitInfo, pillow: str, bare: Path) -> None:
-    """Raise `UserError` unless the files have the digests of the original files."""
+    """Raise `UserError` unless the files have the same digests as the original files."""
     wrong = [name for name, fact in info.files.items() if made.get(name) != fact]
     if wrong or made.keys() != info.files.keys():
         raise UserError(

@@ -1,7 +1,7 @@
 """Checks the cache, its pixels and the destination before a cache is published.
 
-In: the cache and the destination. Out: facts, or an error that says what to do.
-Invariant: nothing is written here. A destination that holds anything other than an earlier state of this cache is
+In: the cache and the destination. Out: facts, or an error with a suggested fix.
+Invariant: nothing is written here. A destination that contains anything other than an earlier state of this cache is
 rejected.
 """
 
@@ -33,7 +33,7 @@ OTHER = "choose another destination, or remove its contents"
 
 
 def checked_cache(root: Path) -> Manifest:
-    """The manifest of a finished cache whose files all exist at full length.
+    """The manifest of a finished cache in which all files exist at full length.
 
     Raises:
         UserError: the cache is unfinished or damaged, or has no plan.
@@ -58,7 +58,7 @@ def checked_cache(root: Path) -> Manifest:
 
 
 def check_apart(root: Path, to: str) -> None:
-    """Raise `UserError` if the destination folder is the cache, or if one contains the other."""
+    """Raise `UserError` if the destination folder is the cache itself, or if one contains the other."""
     if "://" in to:
         return
     cache, place = root.resolve(), Path(to).resolve()
@@ -70,10 +70,10 @@ def check_apart(root: Path, to: str) -> None:
 
 
 def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:
-    """How the pixels are published, and where shared pixels are published (otherwise empty).
+    """How the pixels are published, and the location of published shared pixels (empty if pixels are not shared).
 
     Raises:
-        UserError: the options do not fit the cache, or the shared pixels are not published.
+        UserError: the options do not match the cache, or the shared pixels are not published.
     """
     facts = manifest.facts
     if facts.pixels_from:
@@ -93,7 +93,7 @@ def pixels_of(config: PublishConfig, manifest: Manifest) -> tuple[Pixels, str]:
 
 
 def local_paths(manifest: Manifest) -> list[str]:
-    """The local paths in manifest.json: images, class list and weights."""
+    """The local paths in manifest.json, for images, class list and weights."""
     facts = manifest.facts
     given = [facts.recipe, *(facts.data.get(name) for name in ("source", "devkit", "classes", "download_dir"))]
     given += [facts.teacher["config"].get(name) for name in ("weights", "weights_dir")]
@@ -101,7 +101,7 @@ def local_paths(manifest: Manifest) -> list[str]:
 
 
 def _place_of_pixels(config: PublishConfig, manifest: Manifest) -> str:
-    """Where the shared pixels of a cache are published. By default, next to it under the same name."""
+    """The location of a cache's published shared pixels; by default, next to the cache under the same name."""
     reference = manifest.facts.pixels_from
     place = config.pixels_from or _sibling(config.to, reference["path"])
     try:
@@ -183,7 +183,7 @@ def check_place(place: Destination, found: Mapping[str, Found], manifest: Manife
 
 
 def _fields(place: Destination, name: str) -> dict[str, Any]:
-    """The object in a sealed JSON file of the destination."""
+    """The object in a sealed JSON file at the destination."""
     data = place.read(name)
     where = f"{place.shown}/{name}"
     return {} if data is None else unsealed(parse_json(data, name, where), data, where)

@@ -1,7 +1,7 @@
 """Publishes to a bucket (s3, gs) through fsspec.
 
-In: files. Out: objects in a bucket. Invariant: an object becomes visible only when complete. The last file of a unit
-is sent after the others.
+In: files. Out: objects in a bucket. Invariant: an object becomes visible only when it is complete. Each unit's last
+file is sent after the others.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ class BucketPlace:
         return without_password(self.url)
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """There are no locks."""
+        """Does nothing, because buckets have no locks."""
         return contextlib.nullcontext()
 
     def listing(self) -> dict[str, Found]:
@@ -43,7 +43,7 @@ class BucketPlace:
             return None
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units in parallel, the files of a unit one after another."""
+        """Send units in parallel; files within a unit are sent one after another."""
         tasks: list[Task] = [partial(send_unit, self, parcel) for parcel in parcels]
         run_in_parallel(tasks, self.connections, done)
 

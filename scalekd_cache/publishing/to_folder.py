@@ -1,6 +1,6 @@
 """Publishes to a folder, such as a network mount.
 
-In: files. Out: their copies. Invariant: a copy is flushed and read back before it is renamed to its final name. A
+In: files. Out: their copies. Invariant: a copy is flushed and read back before it is renamed to its final name. Each
 unit is renamed as a whole, so a unit under its final name is complete.
 """
 
@@ -39,7 +39,7 @@ class FolderPlace:
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Create and lock the folder: two publications at the same time would mix their units."""
+        """Create and lock the folder, because two simultaneous publications would mix their units."""
         new = not self.root.exists()
         with disk_errors(self.root, 0):
             self.root.mkdir(exist_ok=True)
@@ -64,7 +64,7 @@ class FolderPlace:
             ) from None
 
     def listing(self) -> dict[str, Found]:
-        """The existing files, without temporary ones."""
+        """The existing files, except temporary ones."""
         found = {}
         for folder, folders, names in os.walk(self.root):
             folders[:] = [name for name in folders if not name.startswith(".tmp-")]
@@ -85,7 +85,7 @@ class FolderPlace:
         run_in_parallel(tasks, self.connections, done)
 
     def send(self, files: Sequence[Sending]) -> None:
-        """Copy files in this order; the files of a unit together."""
+        """Copy files in this order; files within a unit are copied together."""
         with disk_errors(self.root, sum(file.fact.bytes for file in files)):
             for unit, members in groupby(files, key=lambda file: file.unit):
                 if unit:
@@ -118,7 +118,7 @@ class FolderPlace:
                 _copy(file, temp / name)
             for folder in parent_folders(temp, names):
                 fsync_path(folder)
-            if target.exists():  # incomplete or damaged; otherwise it would not be sent
+            if target.exists():  # it is incomplete or damaged; otherwise it would not be sent again
                 target.rename(old)
             temp.rename(target)
         finally:

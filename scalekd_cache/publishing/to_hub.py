@@ -1,6 +1,6 @@
-"""Publishes to a data set repository on the model hub through huggingface_hub.
+"""Publishes to a dataset repository on the model hub through huggingface_hub.
 
-In: files. Out: commits. Invariant: the files of a unit are in one commit, and the files that make the cache readable
+In: files. Out: commits. Invariant: all files in a unit are in one commit, and the files that make the cache readable
 are in the last commit.
 """
 
@@ -20,7 +20,7 @@ from scalekd_cache.publishing.destination import KINDS, Found, Parcel, Sending, 
 from scalekd_cache.store.checked_files import JSON_BYTES, read_file
 
 COMMIT_BYTES, COMMIT_FILES = 4_000_000_000, 500
-"""A commit is sent once it reaches this size. Its temporary files need the same amount of disk space."""
+"""A commit is sent once it reaches this many bytes or files. Its temporary files need the same amount of disk space."""
 RESUME = "rerun: files that have arrived are not sent again"
 
 
@@ -28,7 +28,7 @@ def hub_repository(url: str) -> tuple[str, str]:
     """Split a URL into the repository USER/NAME and the folder in it (empty: the top level).
 
     Raises:
-        UserError: the URL is not a data set repository.
+        UserError: the URL does not name a dataset repository.
     """
     kind, *parts = url.removeprefix("hf://").split("/")
     if kind != "datasets" or len(parts) < 2:
@@ -40,7 +40,7 @@ def hub_repository(url: str) -> tuple[str, str]:
 
 
 class HubPlace:
-    """A data set repository, or a folder in it; it may not exist yet."""
+    """A dataset repository, or a folder in one; it may not exist yet."""
 
     def __init__(self, repo: str, folder: str, *, private: bool, connections: int) -> None:
         self.repo, self.folder, self.private, self.connections = repo, folder, private, connections
@@ -53,13 +53,13 @@ class HubPlace:
         return "/".join(filter(None, ("hf://datasets", self.repo, self.folder)))
 
     def locked(self) -> contextlib.AbstractContextManager[None]:
-        """There are no locks."""
+        """Does nothing, because the hub has no locks."""
         return contextlib.nullcontext()
 
     def listing(self) -> dict[str, Found]:
         """The existing files."""
         found = {}
-        if not constants.is_offline_mode() and not hub_answers():  # huggingface_hub retries for a minute
+        if not constants.is_offline_mode() and not hub_answers():  # otherwise huggingface_hub retries for a minute
             raise UserError(
                 "cannot reach the model hub", where=self._api.endpoint, fix="check the network connection, then rerun"
             )
@@ -89,7 +89,7 @@ class HubPlace:
         raise AssertionError
 
     def send_units(self, parcels: Sequence[Parcel], done: Callable[[int], None]) -> None:
-        """Send units, several per commit; the files of a commit are sent in parallel."""
+        """Send units, with multiple units per commit; the files in a commit are sent in parallel."""
         sent, count = 0, len(parcels)
         while sent < count:
             with contextlib.ExitStack() as made:
@@ -133,7 +133,7 @@ class HubPlace:
 
 @contextlib.contextmanager
 def _without_bars() -> Iterator[None]:
-    """A context that disables huggingface_hub's progress bar per file, because one bar shows the whole transfer."""
+    """A context that disables huggingface_hub's per-file progress bars, because one bar shows the whole transfer."""
     before = are_progress_bars_disabled()
     disable_progress_bars()
     try:

@@ -1,8 +1,8 @@
 """Fetches many files in parallel and verifies each one before it gets its final name.
 
-In: files of a cache (local or remote) with expected length and sha256, and their target paths.
+In: files in a cache (local or remote) with expected lengths and sha256 hashes, and their target paths.
 Out: the files. Invariant: a file under its final name is complete, verified and flushed to disk. A killed process
-leaves only `.part` files, which the next transfer of the same file replaces.
+leaves only `.part` files, which are replaced the next time the same file is transferred.
 """
 
 import threading
@@ -17,12 +17,12 @@ from scalekd_cache.store.remote.remote_path import Pin, RemotePath, fetch
 PART = ".part"
 """Suffix of files being written."""
 Task = Callable[[Callable[[], None]], int]
-"""A task for a thread. Its argument is a function that raises `Stopped` once another task has failed; it returns the
-bytes transferred."""
+"""A task for a thread. Its argument is a function that raises `Stopped` once another task has failed. The task returns
+the number of bytes transferred."""
 THREAD = "transfer"
-"""Prefix of the thread names. Threads of a failed transfer may still be finishing a request."""
+"""Prefix for thread names. Threads of a failed transfer may still be finishing a request."""
 WAITING = 4
-"""Tasks submitted ahead, per thread."""
+"""Number of tasks per thread that are submitted ahead."""
 
 
 class Stopped(Exception):  # noqa: N818 - not an error
@@ -36,11 +36,11 @@ class Transfer(NamedTuple):
     target: Path
     pin: Pin
     limit_bytes: int
-    """Maximum size if the length is not known."""
+    """Maximum size in bytes if the length is not known."""
 
 
 def fetch_file(transfer: Transfer, check_stop: Callable[[], None]) -> int:
-    """Fetch one file (a `Task`); returns its bytes."""
+    """Fetch one file (a `Task`); returns its size in bytes."""
     transfer.target.parent.mkdir(parents=True, exist_ok=True)
     part = transfer.target.with_name(transfer.target.name + PART)
     fetch(transfer.source, part, transfer.pin, transfer.limit_bytes, lambda _: check_stop())
@@ -56,7 +56,7 @@ def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], N
     Args:
         tasks: the tasks.
         threads: number of tasks that run at the same time.
-        done: called in the calling thread with the bytes of each finished task.
+        done: called in the calling thread with the number of bytes transferred by each finished task.
     """
     stop = threading.Event()
 
@@ -75,7 +75,7 @@ def run_in_parallel(tasks: Iterable[Task], threads: int, done: Callable[[int], N
                     done(future.result())
     except BaseException:
         stop.set()
-        # No wait: a server that has stopped sending would delay the error message until its timeout.
+        # Do not wait: a server that has stopped sending would delay the error message until a timeout.
         pool.shutdown(wait=False, cancel_futures=True)
         raise
     pool.shutdown()

@@ -1,6 +1,6 @@
-"""Writes the shards of a unit without pixels.
+"""Writes a unit's shards without pixels.
 
-In: a unit of a cache that stores pixels. Out: a unit of tars with the same records and empty pixels.
+In: a unit from a cache that stores pixels. Out: a unit that consists of tars with the same records and empty pixels.
 Invariant: the checksum of every record is verified when it is read. Equal units give equal bytes, so that an
 interrupted publication can be resumed.
 """
@@ -15,7 +15,7 @@ from scalekd_cache.store.sidecar import UnitInfo, read_unit, unit_folder
 from scalekd_cache.store.unit import UnitWriter
 
 BARE_BACKEND = "webdataset"
-"""The storage format of shards without pixels, whatever format the cache uses."""
+"""The storage format for shards without pixels, regardless of the cache's format."""
 BATCH_RECORDS = 64
 
 
@@ -29,7 +29,7 @@ def write_without_pixels(root: Path, manifest: Manifest, row: UnitRow, folder: P
         folder: output folder.
 
     Returns:
-        The sidecar of the new unit.
+        The new unit's sidecar.
 
     Raises:
         UserError: a record is damaged, or the disk is full.

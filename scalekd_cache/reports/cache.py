@@ -33,10 +33,10 @@ from scalekd_cache.store.sidecar import read_unit, unit_folder
 from scalekd_cache.versions import __version__
 
 OUTLIERS = 6
-"""Views shown for each type of outlier."""
+"""Number of views shown for each type of outlier."""
 GALLERY_VIEWS = 2
 SWITCHES = {"flip_": "flip_probability", "randaugment_": "randaugment_ops", "erase_": "erase_probability"}
-"""Options of a view recipe by name prefix, with the option that is 0 if they are off."""
+"""Prefixes of option names in a view recipe, each with the option that is 0 if these options have no effect."""
 UNITS = 500
 """Maximum number of units whose fidelity is plotted."""
 
@@ -71,7 +71,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
     """The page of a finished cache.
 
     Raises:
-        UserError: the cache has another format version, or a file of the codec is damaged.
+        UserError: the cache has a different format version, or a codec file is damaged.
     """
     notes: list[str] = []
     checker = _record_checker(cache, options, notes)
@@ -89,7 +89,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
         (gallery.cards([(sample.views[pair.first], ""), (sample.views[pair.second], "")]), pair)
         for pair in closest_pairs(sample, OUTLIERS // 2)
     ]
-    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # cards need a palette
+    shown = [(cards, pair) for cards, pair in pairs if len(cards) == 2]  # without a palette there are no cards
     return render(
         "cache.html",
         title=f"Cache {cache.root.name}",
@@ -112,7 +112,7 @@ def cache_report(cache: Cache, options: CacheReport, process: Process) -> str:
 
 
 def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> RecordChecker:
-    """A checker with access to the pixels, or a note if they are not available."""
+    """A checker with access to the pixels. If they are not available, adds a note."""
     manifest, source, shared = cache.manifest, None, None
     try:
         if manifest.facts.pixels_from:
@@ -129,7 +129,7 @@ def _record_checker(cache: Cache, options: CacheReport, notes: list[str]) -> Rec
 
 
 def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: list[str]) -> Teacher | None:
-    """The teacher if it can be loaded offline; otherwise None and a note."""
+    """The teacher if it can be loaded offline; otherwise adds a note and returns None."""
     config = cache_teacher_config(
         manifest.facts.teacher["config"], options.teacher_weights, manifest.facts.fingerprint_fields["precision"]
     )
@@ -149,7 +149,8 @@ def _teacher(manifest: Manifest, options: CacheReport, process: Process, notes: 
 
 
 def _gallery_places(cache: Cache, options: CacheReport) -> list[tuple[int, int]]:
-    """A random sample of images, and the views with features of one group, in which an image keeps its position."""
+    """A random sample of images, and the views with features in one view group. Within a group, an image keeps its
+    position."""
     places = []
     for position in sample_indices(len(cache), options.images, seed=options.seed):
         of_image = ((view, position) for view in cache.manifest.facts.groups[0])
@@ -192,7 +193,7 @@ def _sizes(manifest: Manifest) -> dict[str, Any]:
 
 
 def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
-    """Fidelity measured in stage 1, by unit, and by re-running the teacher."""
+    """Fidelity measured per unit in stage 1, and by re-running the teacher."""
     manifest, charts = cache.manifest, list[Chart]()
     rows = manifest.units[:: max(1, len(manifest.units) // UNITS)][:UNITS]
     units = [read_unit(unit_folder(cache.root, row.group, row.range_id))[0].fidelity for row in rows]
@@ -218,7 +219,7 @@ def _fidelity(cache: Cache, outputs: TeacherOutputs) -> dict[str, Any]:
 
 
 def facts_of_cache(cache: Cache) -> list[tuple[str, str]]:
-    """Facts about the cache, as rows of a table."""
+    """Facts about the cache, as table rows."""
     manifest = cache.manifest
     spec, recipe = manifest.facts.teacher["spec"], manifest.facts.view_recipe
     codec = ", ".join(
@@ -263,7 +264,7 @@ def _classes(facts: ManifestFacts) -> str:
 
 
 def _is_on(name: str, recipe: Mapping[str, Any]) -> bool:
-    """Whether an option of a view recipe has an effect and no separate row."""
+    """Whether an option in a view recipe has an effect and is not shown in a row of its own."""
     off = [part for part, switch in SWITCHES.items() if not recipe.get(switch)]
     if recipe["pixels"] == "replayed":
         off += ["pixel_format", "jpeg_"]

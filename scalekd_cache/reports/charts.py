@@ -1,9 +1,9 @@
-"""The charts of reports, drawn by Bokeh in the browser.
+"""Charts for reports, drawn by Bokeh in the browser.
 
-In: series, counts, matrices. Out: `Chart`s, each a Bokeh document as JSON with a text for screen readers and pages
-without scripts. Invariant: the same numbers give the same bytes. Series differ in color, line style and name. Colors
-have a contrast of at least 3:1 with the light and the dark page; numbers on colored cells have at least 4.5:1. Axes
-and legends take their colors from the page (Bokeh reads CSS variables, `--bk-...` in base.html).
+In: series, counts, matrices. Out: `Chart`s. Each holds a Bokeh document as JSON, and a text for screen readers and for
+pages without scripts. Invariant: the same numbers give the same bytes. Series differ in color, line style and name. The
+contrast of colors with both the light and the dark page is at least 3:1; for numbers on colored cells, it is at least
+4.5:1. Axes and legends take their colors from the page, because Bokeh reads CSS variables (`--bk-...` in base.html).
 """
 
 import math
@@ -31,7 +31,7 @@ from numpy.typing import ArrayLike, NDArray
 from scalekd_cache.errors import counted
 
 COLORS = ("#0072b2", "#d55e00", "#008a64", "#b3589a", "#2f87c6", "#9a7200", "#767676")
-"""The color-blind-safe palette of Okabe and Ito, with bright colors darkened for a white background."""
+"""The color-blind-safe palette of Okabe and Ito, with the bright colors darkened for a white background."""
 DASHES = ("solid", "dashed", "dashdot", "dotted", "dotdash", [12, 3], [2, 6])
 MARKERS = ("circle", "square", "triangle", "diamond", "inverted_triangle", "plus", "star")
 HATCHES = (" ", "/", ".", "x")
@@ -40,9 +40,9 @@ MAX_POINTS = 400
 MAX_NAME = 24
 """Maximum length of a name in a chart."""
 NUMBERED = 12
-"""Maximum number of columns for which cells show their numbers; larger matrices show them on hover."""
+"""Maximum number of columns at which cells show their numbers; larger matrices show them on hover."""
 NAMED = 40
-"""Maximum number of columns for which axes show names."""
+"""Maximum number of columns at which the axes show names."""
 MATH = re.compile(r"\$\$|\\[(\[]")
 """Prefixes that Bokeh treats as the start of a formula."""
 
@@ -51,7 +51,7 @@ class Chart(NamedTuple):
     """A chart for a template."""
 
     item: dict[str, Any]
-    """Bokeh's JSON."""
+    """The document as Bokeh's JSON."""
     alt: str
     """Description of the chart in words."""
     caption: str
@@ -66,14 +66,14 @@ class Series(NamedTuple):
 
 
 def plain(name: str) -> str:
-    """A name from a data set, made safe for a chart: short, printable, not parsed as a formula."""
+    """A name from a dataset, made safe for a chart: short, printable, and not parsed as a formula."""
     printable = "".join(character if character.isprintable() else "?" for character in name)
     short = printable if len(printable) <= MAX_NAME else printable[: MAX_NAME - 1] + "…"
     return MATH.sub(lambda found: " ".join(found[0]), short)
 
 
 LEAST_SHARE = 0.1
-"""Minimum upper end of a percent axis; ticks below one percent would all read 0 %."""
+"""Minimum upper end of a percent axis, because ticks below one percent would all read 0 %."""
 
 
 def curves(
@@ -93,8 +93,8 @@ def curves(
         y_name: name of the y axis.
         title: title of the chart.
         percent: show shares as percent.
-        styles: index of the color and line style of each curve, so that a run looks the same in all charts of a
-            page. If given, even a single curve gets a legend (None: 0, 1, ...).
+        styles: index of the color and line style for each curve, so that a run looks the same in all charts on a page
+            (None: 0, 1, ...). If given, even a single curve gets a legend.
     """
     plot = _plot(x_name, y_name, 260)
     plot.x_range, plot.y_range = DataRange1d(start=0), DataRange1d()
@@ -109,7 +109,7 @@ def curves(
             lines.append(plot.scatter("x", "y", source=source, size=6, fill_color=COLORS[number % 7], **style))
         drawn.append((one.name, lines))
     value, kind = ("@y{0.0 %}", "numeral") if percent else ("@y{%.4g}", "printf")
-    # One line per curve, so that the values of all curves at a step are shown together.
+    # One line per curve, so that hovering shows the values of all curves at a step together.
     shown = [("", f"$name: {value} at {x_name} @x{{0,0}}")]
     _hover(plot, shown, [group[0] for _, group in drawn], {"@y": kind}, mode="vline")
     if percent:
@@ -122,7 +122,7 @@ def curves(
 
 
 def histogram(values: ArrayLike, x_name: str, y_name: str, title: str, mark: tuple[str, float] | None = None) -> Chart:
-    """Histogram of the finite values, with an optional named vertical line."""
+    """A histogram of the finite values, with an optional named vertical line."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     lost, data = int((~np.isfinite(data)).sum()), data[np.isfinite(data)]
     counts, edges = np.histogram(data, bins=min(40, max(8, len(data) // 8)))
@@ -207,7 +207,7 @@ def matrix(
 
 
 def scatter(points: Sequence[tuple[str, float, float]], x_name: str, y_name: str, title: str) -> Chart:
-    """Named points."""
+    """A scatter plot of named points."""
     plot = _plot(x_name, y_name, 280)
     plot.x_range, plot.y_range = DataRange1d(range_padding=0.3), DataRange1d(range_padding=0.3)
     drawn = []
@@ -231,13 +231,13 @@ def luminance(color: str) -> float:
 
 
 def contrast(first: str, second: str) -> float:
-    """Contrast of two colors, 1 to 21 (WCAG 2.2)."""
+    """Contrast between two colors, from 1 to 21 (WCAG 2.2)."""
     low, high = sorted((luminance(first), luminance(second)))
     return (high + 0.05) / (low + 0.05)
 
 
 def readable_ink(color: str) -> str:
-    """Black or white, whichever is easier to read on a color; the contrast is at least 4.58."""
+    """Black or white, whichever is easier to read on this color; the contrast is at least 4.58."""
     return max("#000000", "#ffffff", key=lambda ink: contrast(ink, color))
 
 
@@ -266,7 +266,7 @@ def _hover(
     mode: str = "mouse",
 ) -> None:
     """Show these values on hover; Bokeh escapes them."""
-    label = '<span style="color: #57606a">{}</span> '.format  # Bokeh's own table has light blue labels on white
+    label = '<span style="color: #57606a">{}</span> '.format  # Bokeh's default has light blue labels on white
     tooltips = "".join(f"<div>{label(name) if name else ''}{value}</div>" for name, value in rows)
     plot.add_tools(
         HoverTool(tooltips=tooltips, renderers=list(renderers), formatters=dict(formatters or {}), mode=mode)
@@ -274,7 +274,7 @@ def _hover(
 
 
 def _legend(plot: Any, drawn: Sequence[tuple[str, list[GlyphRenderer]]], *, shorten: bool = True) -> None:
-    """A legend above the plot; a click on a name hides its curve."""
+    """A legend above the plot; clicking a name hides its curve."""
     names = [plain(name) if shorten else name for name, _ in drawn]
     items = [LegendItem(label=name, renderers=group) for name, (_, group) in zip(names, drawn, strict=True)]
     longest = max(map(len, names))
@@ -288,7 +288,7 @@ def _legend(plot: Any, drawn: Sequence[tuple[str, list[GlyphRenderer]]], *, shor
 
 
 def _chart(plot: Any, alt: str, caption: str) -> Chart:
-    # Bokeh's object ids count up over the whole process: renumber them within the chart.
+    # Bokeh numbers objects consecutively within a process, so renumber them within the chart.
     ids: dict[str, str] = {}
 
     def renumbered(value: Any) -> Any:
@@ -303,7 +303,7 @@ def _chart(plot: Any, alt: str, caption: str) -> Chart:
 
 
 def _downsampled(values: Sequence[float]) -> list[float]:
-    """At most `MAX_POINTS` values of 6 digits: means of consecutive values."""
+    """At most `MAX_POINTS` values, rounded to 6 digits; each is a mean of consecutive values."""
     data: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
     if len(data) > MAX_POINTS:
         data = np.array([part.mean() for part in np.array_split(data, MAX_POINTS)])

@@ -1,6 +1,6 @@
-"""Cards for views: pixels, the stored feature map as colors, and the live map next to it if the teacher was run.
+"""Makes cards for views: pixels, the stored feature map as colors and, if the teacher was run, the live map next to it.
 
-In: an open cache, views. Out: `Card`s for the page, all with the same palette.
+In: an open cache, and views. Out: `Card`s for the page, which all use the same palette.
 Invariant: the teacher runs on the pixels that the cache holds.
 """
 
@@ -33,16 +33,16 @@ class Card(NamedTuple):
     fresh: Picture | None
     """The live map, in the same colors."""
     note: str
-    """The cosine between the two maps, or empty."""
+    """The cosine between the two maps; empty if there is no live map."""
 
 
 class TeacherOutputs(NamedTuple):
     """Results of re-running the teacher on views."""
 
     cosines: dict[Place, float]
-    """Mean-removed cosine of live and stored maps, by (view, position)."""
+    """Mean-removed cosine between live and stored maps, by (view, position)."""
     maps: dict[Place, Tensor]
-    """Live maps (C, H, W) of the views in the gallery."""
+    """Live maps (C, H, W) for the views in the gallery."""
 
 
 def rerun_on_views(
@@ -60,7 +60,7 @@ def rerun_on_views(
 
 
 class Gallery:
-    """Makes all cards of a report with the same palette."""
+    """Makes all cards in a report with the same palette."""
 
     def __init__(
         self, cache: Cache, checker: RecordChecker, places: Sequence[tuple[int, int]], outputs: TeacherOutputs

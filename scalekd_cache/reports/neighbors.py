@@ -1,7 +1,7 @@
 """Compares teacher and student on held-out images: nearest neighbors in both embedding spaces, and feature maps as
 colors.
 
-In: a run on a cache without labels, its export, the teacher's outputs that stage 1 stored. Out: pictures for the page.
+In: a run on a cache without labels, its export, and the teacher outputs stored by stage 1. Out: pictures for the page.
 Invariant: nothing is trained, and the teacher is not run. Missing inputs become notes on the page.
 """
 
@@ -32,9 +32,9 @@ from scalekd_cache.training.run_export import consolidated_student
 from scalekd_cache.training.run_files import classes_of, data_of, read_config, read_facts, student_options
 
 QUERIES, NEIGHBORS, MAPS = 6, 5, 6
-"""Images with neighbors, neighbors of each, images with maps."""
+"""Number of images shown with neighbors, of neighbors per image, and of images shown with maps."""
 MOST = 1_000
-"""Images that are searched for neighbors."""
+"""Maximum number of images searched for neighbors."""
 
 
 class Neighbor(NamedTuple):
@@ -55,7 +55,7 @@ class Neighbors(NamedTuple):
 
 
 class Maps(NamedTuple):
-    """Feature maps of an image as colors."""
+    """An image's feature maps as colors."""
 
     key: str
     picture: Picture
@@ -64,7 +64,7 @@ class Maps(NamedTuple):
 
 
 class Spaces(NamedTuple):
-    """The section of a run."""
+    """The report section for a run."""
 
     searched: int
     neighbors: list[Neighbors]
@@ -72,7 +72,8 @@ class Spaces(NamedTuple):
 
 
 def read_spaces(run: Path, data: str | None, process: Process, notes: list[str]) -> Spaces | None:
-    """The section of a finished run on a cache without labels; None, with a note, if something is not available."""
+    """The section for a finished run on a cache without labels. If anything is not available, adds a note and returns
+    None."""
     try:
         source = open_source(data_of(run, data), "val")
         root = open_place(cache_places(str(read_config(run).get("cache")))[0])
@@ -126,7 +127,7 @@ def _neighbors(images: ValidationImages, found: list[int], teacher: Tensor, stud
 
 
 def _nearest(space: Tensor, queries: list[int], count: int) -> list[list[int]]:
-    """Rows of the `count` nearest embeddings by cosine, for each query."""
+    """For each query, the rows of the `count` nearest embeddings by cosine."""
     unit = F.normalize(space, dim=1)
     similarity = unit[queries] @ unit.T
     similarity[range(len(queries)), queries] = -torch.inf
@@ -137,7 +138,7 @@ def _nearest(space: Tensor, queries: list[int], count: int) -> list[list[int]]:
 def _maps(
     images: ValidationImages, held_out: HeldOut, student: Student, normalize: Normalize, process: Process
 ) -> list[Maps]:
-    """Maps of teacher and student; each model has its own palette."""
+    """Feature maps from teacher and student; each model has its own palette."""
     places = list(sample_indices(len(held_out.mapped), MAPS)[:MAPS])
     found = held_out.indices[held_out.mapped[places]].tolist()
     (batch,) = center_views(images.source, found, images.size)

@@ -1,8 +1,8 @@
 """Builds the HTML page of a report from templates, embedded images and charts, and writes it to a file.
 
-In: a template and values. Out: HTML in one file. Invariant: the page loads no external resources and runs one script
-(Bokeh with `page.js`), which does not depend on the data. Its content security policy allows only that script, by
-its hash. The template engine escapes all text, and the size of the page is limited.
+In: a template and values. Out: one HTML file. Invariant: the page loads no external resources and runs a single script
+(Bokeh with `page.js`), which does not depend on the data. Its content security policy allows only that script,
+identified by its hash. The template engine escapes all text, and the size of the page is limited.
 """
 
 import base64
@@ -30,21 +30,21 @@ MAX_BYTES = 5_000_000
 """Maximum size of a report."""
 START = b"<!DOCTYPE html>"
 SIDE = 160
-"""Images are shown at about this side length in pixels. Browsers enlarge smaller images; larger ones are downscaled
-here."""
+"""Approximate side length in pixels at which images are shown. Browsers enlarge smaller images; larger ones are
+downscaled here."""
 
 
 class Picture(NamedTuple):
     """An image for a template."""
 
     source: str
-    """A data URI."""
+    """The image as a data URI."""
     alt: str
     """Alternative text for screen readers."""
 
 
 def picture(pixels: NDArray[np.uint8], alt: str) -> Picture:
-    """(H, W, 3) uint8 pixels as PNG if small, else as JPEG of side `SIDE`."""
+    """Pixels (H, W, 3), uint8, as PNG if small, otherwise as JPEG with side length `SIDE`."""
     image = Image.fromarray(pixels)
     buffer = io.BytesIO()
     if max(image.size) <= SIDE // 2:
@@ -62,7 +62,7 @@ def data_uri(data: bytes, kind: str) -> str:
 
 @functools.cache
 def page_script() -> str:
-    """The script of every report: Bokeh's library, followed by `page.js`, which draws charts and sorts tables."""
+    """The script in every report: Bokeh's library followed by `page.js`, which draws charts and sorts tables."""
     library = Path(Resources(mode="server", minified=True, components=["bokeh"]).base_dir, "js", "bokeh.min.js")
     own = files(__package__).joinpath("templates/page.js")
     script = f"{library.read_text(encoding='utf-8')}\n{own.read_text(encoding='utf-8')}"
@@ -85,7 +85,7 @@ def render(template: str, **values: Any) -> str:
     charts: list[dict[str, Any]] = []
 
     def place(chart: Chart) -> str:
-        """The id of the element for a chart."""
+        """The ID of the element for a chart."""
         charts.append({**chart.item, "target_id": f"chart-{len(charts)}"})
         return str(charts[-1]["target_id"])
 
@@ -96,7 +96,7 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.policies["json.dumps_kwargs"] = {}  # jinja sorts by default: Bokeh reads definitions before references
+    environment.policies["json.dumps_kwargs"] = {}  # no key sorting: Bokeh needs definitions before references
     environment.filters["breakable"] = breakable
     environment.globals["place"] = place
     script = page_script()
@@ -106,7 +106,7 @@ def render(template: str, **values: Any) -> str:
 
 
 def check_page_place(path: Path) -> None:
-    """`UserError` if a report at this path would replace anything but an HTML page."""
+    """Raise `UserError` if a report at this path would replace anything other than an HTML page."""
     if path.is_dir():
         raise UserError(
             "the output path of the report is a folder", where=path, expected="a file name", fix="correct --out"

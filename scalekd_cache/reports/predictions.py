@@ -1,6 +1,6 @@
-"""Predictions on validation images: a run's student, and the teacher of its cache.
+"""Predictions on validation images, by a run's student and by the teacher from its cache.
 
-In: a run folder, validation images. Out: `Predictions` of each classifier.
+In: a run folder, and validation images. Out: `Predictions` by each classifier.
 Invariant: all classifiers get the same images; an image that cannot be decoded is left out for all.
 """
 
@@ -30,7 +30,7 @@ from scalekd_cache.training.run_files import read_config, student_options
 
 BATCH = 32
 REPEATS = 5
-"""Number of timed forward passes; the reported speed is their median."""
+"""Number of timed forward passes; the median speed is reported."""
 Predict = Callable[[Tensor], Tensor]
 
 
@@ -67,7 +67,7 @@ class Predictions(NamedTuple):
 
 
 def validation_images(source: Source, size: int, count: int) -> Images:
-    """At most `count` images, evenly spaced over the data set."""
+    """At most `count` images, evenly spaced over the dataset."""
     dataset = ValidationImages(source, size)
     indices, labels = list[int](), list[int]()
     chosen = sample_indices(len(dataset), count)[:count]
@@ -100,7 +100,7 @@ class RunStudent(NamedTuple):
     bytes: int
     """Size of its weights file."""
     images_per_s: float
-    """Images per second of forward passes with batches of `BATCH` in float32 on this device."""
+    """Images per second for float32 forward passes on this device, with `BATCH` images per batch."""
 
 
 def load_run_student(run: Path, size: int, process: Process) -> RunStudent | None:
@@ -125,16 +125,16 @@ def _speed(predict: Predict, size: int, device: torch.device) -> float:
     for _ in range(REPEATS + 1):
         started = time.perf_counter()
         with torch.no_grad():
-            predict(images)[0, 0].item()  # wait for the device
+            predict(images)[0, 0].item()  # synchronize with the device
         seconds.append(time.perf_counter() - started)
     return BATCH / float(np.median(seconds[1:]))
 
 
 def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predict:
-    """The teacher of a run's cache, or of its first cache if there are several.
+    """The teacher from a run's cache, or from its first cache if there is more than one.
 
     Raises:
-        UserError: the cache or the weights are not available, or the weights belong to another teacher.
+        UserError: the cache or the weights are not available, or the weights belong to a different teacher.
     """
     manifest = read_manifest(open_place(cache_places(str(read_config(run).get("cache")))[0]))
     config = cache_teacher_config(
@@ -151,7 +151,7 @@ def load_run_teacher(run: Path, weights: str | None, process: Process) -> Predic
 
 
 def confusion(labels: Sequence[int] | NDArray[np.int64], predictions: Predictions, classes: int) -> NDArray[np.int64]:
-    """(classes, classes) counts: rows are labels, columns are predictions."""
+    """Counts (classes, classes): rows are labels, and columns are predictions."""
     counts = np.zeros((classes, classes), dtype=np.int64)
     inside = predictions.classes < classes
     np.add.at(counts, (np.asarray(labels)[inside], predictions.classes[inside]), 1)

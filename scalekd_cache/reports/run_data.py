@@ -1,8 +1,7 @@
-"""Inputs of the report of runs: run folders, validation images, predictions.
+"""Inputs for the report on runs: run folders, validation images, predictions.
 
 In: run folders, finished or in progress. Out: `Run`s, and the teacher's predictions on the same images.
-Invariant: runs are only read. Missing inputs become notes on the page, unless an option names them: then they are
-errors.
+Invariant: runs are only read. Missing inputs become notes on the page, or errors if an option names them.
 """
 
 import shlex
@@ -43,10 +42,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, kw_only=True)
 class RunReport:
-    """Options of the report."""
+    """Options for the report."""
 
     images: int = 1000
-    """Number of validation images to run the models on, evenly spaced over the data set (0: none; no data set is
+    """Number of validation images to run the models on, evenly spaced over the dataset (0: none, so no dataset is
     needed)."""
     data: str | None = None
     """Path of the validation images (None: as recorded in the cache)."""
@@ -65,7 +64,7 @@ class Run(NamedTuple):
     options: dict[str, Any]
     facts: dict[str, Any]
     lines: list[dict[str, Any]]
-    """metrics.jsonl"""
+    """The lines in metrics.jsonl."""
     summary: Summary | None
     """None while the run is in progress."""
     student: RunStudent | None
@@ -83,7 +82,7 @@ def unique_paths(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run(path: Path, images: Images | None, first: dict[str, Any], process: Process, notes: list[str]) -> Run:
-    """One run, with its student's predictions if it has the classes and image size of the `first` run."""
+    """One run, with its student's predictions if its classes and image size are the same as for the `first` run."""
     options, facts = read_config(path), read_facts(path)
     summary = _or_note(lambda: read_summary(path), path, notes)
     student = _or_note(lambda: load_run_student(path, facts["image_size"], process), path, notes)
@@ -110,7 +109,7 @@ def read_run(path: Path, images: Images | None, first: dict[str, Any], process: 
 
 
 def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
-    """The result of `read`; None, with a note, if a file of the run is damaged."""
+    """The result of `read`. If one of the run's files is damaged, adds a note and returns None."""
     try:
         return read()
     except UserError as error:
@@ -119,7 +118,7 @@ def _or_note(read: Callable[[], T], path: Path, notes: list[str]) -> T | None:
 
 
 def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, notes: list[str]) -> Images | None:
-    """The validation images of a run; None, with a note, if they are not available."""
+    """The validation images for a run. If they are not available, adds a note and returns None."""
     try:
         source = open_source(data_of(run, report.data), "val")
         check_classes(source, facts["class_names"], classes_of(facts))
@@ -139,7 +138,7 @@ def load_validation_images(run: Path, facts: dict[str, Any], report: RunReport, 
 def teacher_predictions(
     run: Run, images: Images | None, report: RunReport, process: Process, notes: list[str]
 ) -> Predictions | None:
-    """Predictions of the teacher of a run's cache; None, with a note, if it is not available."""
+    """Predictions by the teacher from a run's cache. If it is not available, adds a note and returns None."""
     if images is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The report of runs: curves over time, errors of student and teacher, and a comparison of several students.
+"""The report on runs: curves over time, errors by student and teacher, and a comparison of multiple students.
 
 In: run folders, finished or in progress. Out: HTML.
 Invariant: runs are only read. Missing data is reported on the page.
@@ -39,11 +39,11 @@ from scalekd_cache.versions import __version__
 
 MAX_RUNS = 12
 DETAILED = 4
-"""Maximum number of runs that get a section."""
+"""Maximum number of runs that get a section of their own."""
 MATRIX_CLASSES = 30
 """Maximum number of classes in a confusion matrix; the classes with the most errors are shown."""
 DISAGREEMENTS = 8
-"""Maximum number of images shown on which student and teacher differ."""
+"""Maximum number of images to show on which student and teacher differ."""
 
 
 CURVES = (
@@ -51,7 +51,7 @@ CURVES = (
     (("cosine_patch", "cosine_pooled", "retrieval"), "cosine, share", "Agreement with the teacher on held-out images"),
     (("knn", "teacher_knn"), "k-NN accuracy, percent", "k-NN accuracy on held-out labels"),
 )
-"""Charts of a run on a cache without labels: metrics, unit, title."""
+"""Charts for a run on a cache without labels: metrics, unit, title."""
 
 
 class Disagreement(NamedTuple):
@@ -65,7 +65,7 @@ class Disagreement(NamedTuple):
 
 
 def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> str:
-    """The page of one run, or the comparison of several runs.
+    """The page for one run, or the comparison of multiple runs.
 
     Raises:
         UserError: a folder holds no run, or there are too many runs.
@@ -98,7 +98,7 @@ def run_report(paths: Sequence[Path], options: RunReport, process: Process) -> s
 
 
 def _section(run: Run, teacher: Predictions | None, images: Images | None, names: list[str]) -> dict[str, Any]:
-    """The section of one run."""
+    """The section for one run."""
     matrices: list[Chart] = []
     if images is not None and run.predictions is not None:
         matrices.append(_matrix(run.predictions, images, names, f"Predictions of {run.name}"))
@@ -118,7 +118,7 @@ def _section(run: Run, teacher: Predictions | None, images: Images | None, names
 def _teacher_comparison(
     student: Predictions | None, teacher: Predictions | None, images: Images | None, names: list[str]
 ) -> dict[str, Any]:
-    """Student compared with the teacher, if both have predictions."""
+    """The comparison of student and teacher, if both have predictions."""
     if student is None or teacher is None or images is None:
         return {"agreement": None, "differing": []}
     shares = agreement(student, teacher, images.labels)
@@ -198,7 +198,7 @@ def _curves(run: Run) -> list[Chart]:
 
 
 def _teachers(run: Run) -> list[dict[str, str]]:
-    """The rows of a run's teachers; empty for one teacher, or before the run is finished."""
+    """The rows for a run's teachers; empty if there is only one teacher or the run is not finished."""
     rows = []
     for one in (run.summary or {}).get("teachers", ()):
         last: dict[str, float] = next((line for line in reversed(run.lines) if f"{one['name']}/s4_spatial" in line), {})
@@ -212,7 +212,7 @@ def _teachers(run: Run) -> list[dict[str, str]]:
 
 
 def _teacher_curves(run: Run) -> list[Chart]:
-    """For a run with several teachers: the feature loss of each teacher over steps."""
+    """For a run with multiple teachers: the feature loss for each teacher over steps."""
     names = dict.fromkeys(name.rpartition("/")[0] for line in run.lines for name in line if "/" in name)
     shown = []
     for name in names:
@@ -223,7 +223,7 @@ def _teacher_curves(run: Run) -> list[Chart]:
 
 
 def _held_out_curves(run: Run) -> list[Chart]:
-    """The figures on held-out images over steps. The last point is taken from the summary."""
+    """The metrics on held-out images over steps. The last point is taken from the summary."""
     last = run.summary.get("held_out", {}) if run.summary is not None else {}
 
     def series(name: str) -> Series:
@@ -252,7 +252,7 @@ def _matrix(predictions: Predictions, images: Images, names: list[str], title: s
 
 
 class PredictionAgreement(NamedTuple):
-    """How often student and teacher agree, in percent of the images."""
+    """How often student and teacher agree, as a percentage of the images."""
 
     same: float
     both_right: float
@@ -269,7 +269,7 @@ def agreement(student: Predictions, teacher: Predictions, labels: NDArray[np.int
 
 
 def _disagreements(student: Predictions, teacher: Predictions, images: Images, names: list[str]) -> list[Disagreement]:
-    """The images with different predictions, highest probabilities first."""
+    """The images with different predictions, sorted by probability, highest first."""
     rows = np.flatnonzero(student.classes != teacher.classes)
     rows = rows[np.argsort(-(student.percent + teacher.percent)[rows], kind="stable")][:DISAGREEMENTS]
     found = []

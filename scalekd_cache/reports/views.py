@@ -1,8 +1,8 @@
-"""Reads a sample of a cache's views and searches it for outliers.
+"""Reads a sample of the views in a cache and searches it for outliers.
 
-In: a finished cache, positions of views. Out: `ViewInfo`s with label and stored predictions, and one vector per
-feature map.
-Invariant: unreadable records are reported by name. Only one batch and the vectors are held in memory.
+In: a finished cache, and view positions. Out: `ViewInfo`s with label and stored predictions, and one vector per feature
+map.
+Invariant: unreadable records are reported by name. Only one batch and all vectors are held in memory.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ PALETTE_VIEWS = 24
 
 
 class ClassProbability(NamedTuple):
-    """One of the classes the teacher predicts for a view."""
+    """One of the classes that the teacher predicts for a view."""
 
     name: str
     percent: float
@@ -44,11 +44,11 @@ class ViewInfo:
     position: int
     label: int
     label_name: str
-    """Empty for an image without a label."""
+    """Name of the label; empty for an image without a label."""
     top_classes: list[ClassProbability]
-    """The largest logits; empty for a teacher without a classifier."""
+    """The classes with the largest logits; empty for a teacher without a classifier."""
     predicted: int | None
-    """Class of the largest logit."""
+    """The class with the largest logit."""
     words: str
     """The view record as text."""
     digest: str
@@ -65,11 +65,11 @@ class ViewInfo:
 
 
 class ViewSample(NamedTuple):
-    """The views of a sample."""
+    """The views in a sample."""
 
     views: list[ViewInfo]
     vectors: NDArray[np.float32]
-    """(N, D) unit vectors of their maps."""
+    """Unit vectors (N, D) for their maps."""
     unreadable: list[str]
     """Records that cannot be read, with the reason."""
 
@@ -102,7 +102,7 @@ def read_sample(cache: Cache, checker: RecordChecker, places: Sequence[tuple[int
 
 
 def read_one(cache: Cache, checker: RecordChecker, view: int, position: int) -> tuple[Record | None, str]:
-    """A record that can be decoded, or None and the reason."""
+    """The record if it can be decoded; otherwise None and the reason."""
     try:
         record = cache.read([position], view)[0]
         record_view(record)
@@ -141,13 +141,13 @@ class Pair(NamedTuple):
 
     first: int
     second: int
-    """Indices into `ViewSample.views`."""
+    """Both fields are indices into `ViewSample.views`."""
     cosine: float
     same_pixels: bool
 
 
 def closest_pairs(sample: ViewSample, count: int) -> list[Pair]:
-    """The `count` most similar pairs, most similar first. Each view occurs in at most one pair."""
+    """The `count` most similar pairs, with the most similar first. Each view occurs in at most one pair."""
     if len(sample.views) < 2:
         return []
     cosine = sample.vectors @ sample.vectors.T
