@@ -1,7 +1,7 @@
 """A background thread for writes: calls run in order, with a bounded queue.
 
-In: calls. Out: their effects. Invariant: at most `depth` calls are pending. After a failure no other call is run, and
-the error is raised in the caller at a later call or at the end; leaving the `with` block waits for pending calls.
+In: calls. Out: their effects. Invariant: at most `depth` calls are pending. After a failure, no more calls are run, and
+the error is raised in the caller at a later call or at the end. Leaving the `with` block waits for pending calls.
 """
 
 from collections import deque
@@ -17,10 +17,10 @@ P = ParamSpec("P")
 
 
 class BackgroundWriter:
-    """Runs calls in one background thread. A context manager.
+    """A context manager that runs calls in one background thread.
 
     Args:
-        name: name of the thread.
+        name: the thread's name.
         depth: maximum number of pending calls; `submit` waits for room.
     """
 
@@ -30,12 +30,12 @@ class BackgroundWriter:
         self._failed = False
 
     def submit(self, call: Callable[P, object], *args: P.args, **kwargs: P.kwargs) -> None:
-        """Queue a call; waits while the queue is full. Raises the error of an earlier call."""
+        """Queue a call; waits while the queue is full. Raises the error from an earlier call."""
         self.wait(self._depth - 1)
         self._pending.append(self._thread.submit(self._run, partial(call, *args, **kwargs)))
 
     def wait(self, left: int = 0) -> None:
-        """Wait until at most `left` calls are pending. Raises the error of one of them."""
+        """Wait until at most `left` calls are pending. Raises the error if a call failed."""
         while len(self._pending) > left:
             self._pending.popleft().result()
 
@@ -70,18 +70,19 @@ class FilledUnit(NamedTuple):
 
 
 class CommitQueue:
-    """Commits units in the background, one at a time. A context manager."""
+    """A context manager that commits units in the background, one at a time."""
 
     def __init__(self) -> None:
         self._writer = BackgroundWriter("commit", depth=1)
         self._done: Callable[[], None] = _nothing
 
     def put(self, filled: Sequence[FilledUnit], done: Callable[[], None]) -> None:
-        """Commit a unit of one or more caches, once the previous one is published. The queue takes over the writers.
+        """Commit a unit in one or more caches, once the previous unit is published. The queue takes over the writers.
 
         Args:
-            filled: the unit in each cache. The first is committed first; if another writer was faster there, the
-                others are dropped, because they may hold other images than the unit that is kept.
+            filled: the unit in each cache. The first one is committed first. If a different writer has already
+                committed that unit, the others are dropped, because they may not hold the same images as the unit that
+                is kept.
             done: called in this thread once the unit is committed: at the next `put` or at the end.
 
         Raises:
@@ -122,7 +123,7 @@ def _commit(filled: Sequence[FilledUnit]) -> None:
 
 
 def abort_all(filled: Sequence[FilledUnit]) -> None:
-    """Remove the temporary files of the units; committed ones stay."""
+    """Remove the units' temporary files; committed units stay."""
     for one in filled:
         one.writer.abort()
 

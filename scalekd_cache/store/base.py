@@ -1,8 +1,8 @@
 """The contract between a cache and its file formats: records, their checksum, shard writers and shard readers.
 
 In: records of one view of a contiguous range of images. Out: one shard, in the format of a backend.
-Invariant: both backends store the same records, each with a crc32c over everything that a reader uses; a reader returns
-exactly these records or raises, never zeros and never fewer records.
+Invariant: both backends store the same records, and each record has a crc32c over everything that a reader uses. A
+reader returns exactly these records or raises an error; it never returns zeros or fewer records.
 """
 
 import enum
@@ -30,27 +30,28 @@ MAX_UNIT_SAMPLES = 65_536
 """Maximum number of records in a shard; a file that claims more is rejected before anything is allocated."""
 MAX_VIEWS = 10_000
 MAX_RECORD_BYTES = 1 << 28
-"""Maximum bytes per record; an index that claims more is rejected before anything is allocated."""
+"""Maximum number of bytes per record; an index that claims more is rejected before anything is allocated."""
 MAX_KEY_BYTES = 1024
 RUN_BYTES = 1 << 20
-"""Adjacent records are read in one call up to this size; larger reads no longer fit the CPU cache and were slower."""
+"""Adjacent records are read in one call up to this size; larger reads do not fit into the CPU cache and were slower."""
 CRC: Callable[[int, Any], int] = google_crc32c.extend
 UINT32 = struct.Struct("<I").pack
 INT64 = struct.Struct("<q").pack
 NO_LABEL = -1
-"""The label of a record without a label."""
+"""The label value of a record that has no label."""
 
 BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "scalekd_cache.store.formats.zarr"}
 
 
 Payload = bytes | memoryview
-"""Bytes of a record. A reader returns read-only memoryviews into one buffer per call, which stays alive as long as one
-of them does. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both; pickle and DataLoader's collation need `bytes`.
+"""Bytes of a record. A reader returns read-only memoryviews into one buffer per call; the buffer stays alive as long as
+any of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both; pickle and DataLoader's collation need
+`bytes`.
 """
 
 
 class Parts(enum.IntFlag):
-    """The optional parts of a record, as flags. Stored with the record; a reader rejects unknown flags."""
+    """The optional parts of a record, as flags. They are stored with the record, and a reader rejects unknown flags."""
 
     LABEL = 1
     FEATURES = 2
@@ -64,19 +65,19 @@ class Record(NamedTuple):
     key: str
     """Sample key: '/' allowed; no dots, no whitespace."""
     label: int
-    """Class index; `NO_LABEL` when there is none."""
+    """Class index; `NO_LABEL` if there is none."""
     view: str
-    """The view parameters, as canonical JSON (sorted keys, no spaces; `canonical_json`); stored unchanged."""
+    """The view parameters as canonical JSON (sorted keys, no spaces; `canonical_json`), which is stored unchanged."""
     digest: str
     """16 hex characters: digest of the view's uint8 pixels."""
     pixels: Payload
     """The encoded view (JPEG, WebP or PNG); empty when views are replayed."""
     features: Payload
-    """A row of the feature codec; empty when there is none."""
+    """A row of the feature codec; empty if there is none."""
     logits: Payload
-    """A record of the logit codec; empty when there is none."""
+    """A record of the logit codec; empty if there is none."""
     second: Payload = b""
-    """A row of `second_codec`, a second feature target; empty when there is none."""
+    """A row of `second_codec` for a second feature target; empty if there is none."""
 
     @property
     def parts(self) -> Parts:
@@ -88,17 +89,18 @@ class Record(NamedTuple):
 def stores_features(rows: NDArray[np.int64], view: int, every: int) -> NDArray[np.bool_]:
     """Which rows of a shard have features, (n,) bool.
 
-    Every block of `every` rows has one row with features, so the number of them in a shard is exact. The row moves on
-    by one from view to view: `every` consecutive views of a group have the features of each image once. It also moves
-    on from block to block: if classes alternate in the dataset, every view has features of all classes.
+    Every block of `every` rows has one row with features, so the number of these rows in a shard is exact. Their
+    position in the block moves by one from view to view, so `every` consecutive views of a group have the features of
+    each image once. It also moves from block to block, so if classes alternate in the dataset, every view has features
+    for all classes.
     """
     selected: NDArray[np.bool_] = (rows + rows // every + view) % every == 0
     return selected
 
 
 def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
-    """The problem, got and expected, if a record has no features although `stores_features` gives it some (`there`), or
-    the reverse."""
+    """The problem, got and expected, if a record lacks features that it should have according to `stores_features`
+    (`there`), or has features that it should not have."""
     if (len(record.features) > 0) is there:
         return None
     got, expected = (
@@ -108,7 +110,7 @@ def wrong_share(record: Record, there: bool) -> tuple[str, str, str] | None:
 
 
 class ShardId(NamedTuple):
-    """Identifies a shard; stored inside it, so that a shard under a wrong name is detected."""
+    """Identifies a shard; it is stored inside the shard, so that a shard with a wrong name is detected."""
 
     group: int
     range_id: int
@@ -119,9 +121,10 @@ class ShardSummary(NamedTuple):
     """The files of a finished shard."""
 
     files: dict[str, Written]
-    """Files by name relative to the unit's folder."""
+    """The files, keyed by name relative to the unit's folder."""
     payload: dict[str, int]
-    """Bytes of records: pixels, features and target (label, view, digest, logits); everything else is index."""
+    """Record bytes by kind: pixels, features and target (label, view, digest, logits); all other bytes count as
+    index."""
 
 
 class ShardWriter(ABC):
@@ -145,7 +148,7 @@ class ShardWriter(ABC):
 
 
 class ShardReader(ABC):
-    """Reads records of one shard by row. Opening reads the index, not the payloads."""
+    """Reads records from one shard by row. Opening it reads the index, not the payloads."""
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str]) -> None:
         self.folder, self.shard, self.keys = folder, shard, keys
@@ -153,7 +156,7 @@ class ShardReader(ABC):
     @property
     @abstractmethod
     def crcs(self) -> NDArray[np.uint32]:
-        """(n,) uint32: crc32c of every record, from the index."""
+        """(n,) uint32: the crc32c of each record, from the index."""
 
     @property
     @abstractmethod
@@ -162,16 +165,17 @@ class ShardReader(ABC):
 
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows, in this order, with every checksum verified. UserError names shard and key."""
+        """The records in these rows, in this order, with every checksum verified. A UserError names the shard and the
+        key."""
 
     @abstractmethod
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows with empty pixels, from a shard whose pixels are not there; not verified by checksums,
-        which cover the pixels."""
+        """The records in these rows with empty pixels, from a shard without pixels. They are not verified, because the
+        checksums cover the pixels."""
 
     @abstractmethod
     def target_bytes(self, record: Record) -> int:
-        """Bytes on disk of a record's label, view and digest."""
+        """Number of bytes that a record's label, view and digest take on disk."""
 
     def payload(self, rows: NDArray[np.int64]) -> dict[str, int]:
         """Payload bytes of these rows, as the writer counts them (`ShardSummary.payload`)."""
@@ -190,7 +194,7 @@ class ShardReader(ABC):
             self.close()
 
     def check_crc(self, row: int, found: int) -> None:
-        """UserError unless the crc32c of a record matches the one in the index."""
+        """Raise UserError unless the crc32c of a record matches the one in the index."""
         stored = int(self.crcs[row])
         if found != stored:
             raise damaged(
@@ -203,32 +207,32 @@ class ShardReader(ABC):
 
 
 def shard_writer(backend: str, folder: Path, shard: ShardId) -> ShardWriter:
-    """The writer of a backend, whose module is imported here."""
+    """The writer for a backend, whose module is imported here."""
     module = importlib.import_module(BACKENDS[check_backend(backend)])
     writer: ShardWriter = module.Writer(folder, shard)
     return writer
 
 
 def shard_reader(backend: str, folder: StoredPath, shard: ShardId, keys: list[str]) -> ShardReader:
-    """The reader of a backend for a shard with these keys."""
+    """A backend's reader for a shard with these keys."""
     reader: ShardReader = importlib.import_module(BACKENDS[check_backend(backend)]).Reader(folder, shard, keys)
     return reader
 
 
 def check_backend(backend: str) -> str:
-    """The name itself; UserError with the nearest names for an unknown backend."""
+    """Return the name; raise UserError with the closest names for an unknown backend."""
     if backend not in BACKENDS:
         raise unknown_name("store", backend, BACKENDS, "--store, cache.backend, or backend in a manifest")
     return backend
 
 
 def repair_fix(where: object) -> str:
-    """What to do about damage at this place. The command names the cache if the place tells its folder."""
+    """What to do about damage at this place. The command names the cache if its folder can be derived from `where`."""
     return repair_command(where) or REPAIR
 
 
 def damaged(what: str, got: object, expected: object, where: object, key: str | None = None) -> UserError:
-    """The error for stored bytes that differ from what was written."""
+    """The error for stored bytes that differ from the written bytes."""
     return UserError(
         f"damaged cache: {what}",
         got=got,
@@ -239,7 +243,7 @@ def damaged(what: str, got: object, expected: object, where: object, key: str | 
 
 
 def check_version(fields: Mapping[str, Any], path: StoredPath, name: str = "format_version") -> None:
-    """UserError for a file of another format version, whose other fields may have another meaning."""
+    """Raise UserError for a file with a different format version, whose other fields may have different meanings."""
     if fields.get(name) != FORMAT_VERSION:
         raise UserError(
             "the cache has a format version that this version of scalekd-cache does not read",
@@ -269,7 +273,7 @@ TARGET = re.compile(
 
 
 def target_json(record: Record, *, places: bool) -> bytes:
-    """A record's JSON, in canonical form: the view is canonical and the names are sorted.
+    """A record's JSON in canonical form: the view is canonical JSON and the names are sorted.
 
     Args:
         record: the record.
@@ -285,11 +289,11 @@ def target_json(record: Record, *, places: bool) -> bytes:
 
 
 def parse_target_json(text: bytes, where: object) -> Target:
-    """The inverse of `target_json`, by a regular expression (a JSON parser takes four times as long).
+    """The inverse of `target_json`. It uses a regular expression, because a JSON parser takes four times as long.
 
     Raises:
-        UserError: unknown flags.
-        ValueError: not the JSON of a record.
+        UserError: the record has unknown flags.
+        ValueError: this is not the JSON of a record.
     """
     match = TARGET.fullmatch(text)
     if match is None:
@@ -309,7 +313,7 @@ def parse_target_json(text: bytes, where: object) -> Target:
 
 
 def check_parts(record: Record, parts: Parts) -> Record:
-    """The record itself; ValueError unless its parts match its flags."""
+    """Return the record; raise ValueError unless its parts match its flags."""
     if record.parts != parts:
         raise ValueError(f"flags are {parts!r}, the record has {record.parts!r}")
     return record
@@ -317,7 +321,7 @@ def check_parts(record: Record, parts: Parts) -> Record:
 
 def record_crc(record: Record) -> int:
     """The crc32c (Castagnoli) of a record: key, label (int64), view, digest, pixels, features, second and logits, each
-    as its length (uint32, little-endian; 0 when absent) followed by its bytes; second only when present."""
+    as its length (uint32, little-endian; 0 if absent) followed by its bytes. `second` is included only if present."""
     texts = record.key.encode(), record.view.encode(), record.digest.encode()
     rest = (record.pixels, record.features, record.second, record.logits)
     return fields_crc(*texts, record.label, *map(crc_input, rest))
@@ -326,7 +330,7 @@ def record_crc(record: Record) -> int:
 def fields_crc(
     key: bytes, view: bytes, digest: bytes, label: int, pixels: Any, features: Any, second: Any, logits: Any
 ) -> int:
-    """`record_crc` from separate fields: texts as UTF-8, the rest as bytes or uint8 arrays."""
+    """`record_crc` from separate fields: text is UTF-8, and the rest is bytes or uint8 arrays."""
     packed = b"" if label == NO_LABEL else INT64(label)
     head = b"".join(map(_with_length, (key, packed, view, digest))) + UINT32(len(pixels))
     crc = CRC(CRC(0, head), pixels)
@@ -345,14 +349,15 @@ def crc_input(data: Payload) -> Any:
 
 
 def pixels_suffix(pixels: Payload) -> str:
-    """The suffix of a file with these encoded pixels."""
+    """The file name suffix for these encoded pixels."""
     start = bytes(pixels[:4])
     return ".png" if start == b"\x89PNG" else ".webp" if start == b"RIFF" else ".jpg"
 
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Make malloc keep the freed memory of a batch for the next one: new pages cost four times as much as the read.
+    """Make malloc keep a batch's freed memory for the next batch, because new pages cost four times as much as the
+    read.
 
     glibc keeps up to twice the largest block that was ever freed (at most 64 MiB; 128 KiB before the first one; see
     mallopt(3), M_MMAP_THRESHOLD). The block allocated here is never touched.
@@ -361,7 +366,7 @@ def keep_freed_memory() -> None:
 
 
 def check_key(key: str, where: object) -> str:
-    """The key itself; UserError for one that could leave its folder or that a tar reader would split."""
+    """Return the key; raise UserError if it could point outside its folder or a tar reader would split it."""
     parts = key.split("/")
     plain = key.isprintable() and not any(character.isspace() for character in key)
     if not plain or "" in parts or "." in key or "\\" in key or not 0 < len(key.encode()) <= MAX_KEY_BYTES:

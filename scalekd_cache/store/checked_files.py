@@ -1,6 +1,6 @@
-"""Reads untrusted files: only regular files, no more bytes than expected, JSON checked against a schema.
+"""Reads untrusted files: reads only regular files and no more bytes than expected, and checks JSON against a schema.
 
-In: a path, and what the file should be. Out: a descriptor, bytes, JSON values or a dataclass whose types were checked.
+In: a path, and what the file should be. Out: a descriptor, bytes, JSON values or a dataclass with checked types.
 Invariant: a FIFO or device never blocks, nothing is read or allocated beyond a limit known in advance, and every
 problem is a `UserError` that names the file (a missing file too, except in `open_regular`).
 """
@@ -23,14 +23,14 @@ from scalekd_cache.store.path import StoredPath
 
 T = TypeVar("T")
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
-"""For schemas: a sha256 in hex."""
+"""Schema type for a sha256 in hex."""
 JSON_BYTES = 1 << 26
-"""Maximum size of a JSON file: a manifest of about 600,000 units."""
+"""Maximum size of a JSON file: enough for a manifest with about 600,000 units."""
 JSON_VALUES = 1 << 22
-"""Maximum number of values in a JSON file: each takes about 100 bytes of memory or more, however short its text."""
+"""Maximum number of values in a JSON file: each takes at least about 100 bytes of memory, however short its text is."""
 PIECE_BYTES = 1 << 20
 TENSOR_HEADER_BYTES = 100_000_000
-"""Maximum size of the header of a .safetensors file: the limit of the safetensors library."""
+"""Maximum size of a .safetensors header: the limit that the safetensors library sets."""
 KINDS = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a FIFO",
@@ -40,11 +40,11 @@ KINDS = {
 
 
 def open_regular(path: Path | str, what: str = "a file") -> int:
-    """A descriptor of a regular file, for reading; the caller closes it.
+    """A descriptor for reading a regular file; the caller closes it.
 
     Args:
         path: the file, or a link to one.
-        what: what it should be, for the error.
+        what: what the file should be, for the error.
 
     Raises:
         FileNotFoundError: the file or its folder does not exist.
@@ -73,10 +73,10 @@ def open_file(path: StoredPath | str, what: str = "a file") -> IO[bytes]:
 
 
 def check_regular(path: Path | str, what: str = "a file") -> int:
-    """The length of a readable regular file; for libraries that open a file by its name.
+    """The length of a readable regular file. Use it before a library opens the file by name.
 
     Raises:
-        UserError: missing, not a regular file, or it cannot be opened.
+        UserError: the file is missing, is not a regular file or cannot be opened.
     """
     try:
         descriptor = open_regular(path, what)
@@ -89,7 +89,7 @@ def check_regular(path: Path | str, what: str = "a file") -> int:
 
 
 def is_hex(value: object, digits: int) -> bool:
-    """Whether a value is a text of exactly this many lower-case hex digits."""
+    """Whether a value is a string of exactly this many lower-case hex digits."""
     return isinstance(value, str) and re.fullmatch(rf"[0-9a-f]{{{digits}}}", value) is not None
 
 
@@ -97,7 +97,7 @@ def check_safetensors(path: Path | str, what: str = "a file of tensors") -> int:
     """The length of a .safetensors file, checked against its header; no tensor is read.
 
     Raises:
-        UserError: as `check_regular`; also for a damaged header or another length.
+        UserError: as `check_regular`; also if the header is damaged or gives a different length.
     """
     size = check_regular(path, what)
     descriptor = open_regular(path, what)
@@ -130,13 +130,14 @@ def is_there(path: StoredPath) -> bool:
 
 
 def unreadable(error: OSError | ValueError, path: object, what: str = "a file") -> UserError:
-    """The error for an existing file that cannot be opened or read: a bad sector, no permission, a link loop."""
+    """The error for an existing file that cannot be opened or read, because of a bad sector, missing permission or a
+    link loop."""
     got = (error.strerror if isinstance(error, OSError) else None) or error
     return UserError(f"cannot read {what}", got=got, where=path, fix="check the path, its permissions and the disk")
 
 
 def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
-    """`os.pread`: fewer bytes at the end of the file. UserError when the disk cannot read them."""
+    """`os.pread`, which returns fewer bytes at the end of the file. Raises UserError if the disk cannot read them."""
     try:
         return os.pread(descriptor, count, offset)
     except OSError as error:
@@ -144,16 +145,16 @@ def read_at(descriptor: int, count: int, offset: int, where: object) -> bytes:
 
 
 def read_file(path: StoredPath | str, what: str, limit_bytes: int, fix: str | None = None) -> bytes:
-    """All bytes of a file of at most `limit_bytes`.
+    """All bytes of a file that is at most `limit_bytes` long.
 
     Args:
         path: the file; for a remote path, the verified local copy is read.
-        what: what it is, for the error.
+        what: what the file is, for the error.
         limit_bytes: maximum size.
-        fix: what to do when it is missing.
+        fix: what to do if the file is missing.
 
     Raises:
-        UserError: missing, not a regular file, too large, or it cannot be read.
+        UserError: the file is missing, is not a regular file, is too large or cannot be read.
     """
     try:
         if isinstance(path, Path | str):
@@ -173,7 +174,7 @@ def _too_large(what: str, got: str, limit_bytes: int, path: object) -> UserError
 
 
 def _read(file: IO[bytes], path: object, what: str, limit_bytes: int) -> bytes:
-    """Reads at most one byte more than the limit."""
+    """Read a file, but at most one byte more than the limit."""
     pieces, left = [], limit_bytes + 1
     try:
         size = os.fstat(file.fileno()).st_size
@@ -192,7 +193,7 @@ REPAIR = "run `scalekd repair --cache ...` to rebuild damaged parts (`scalekd ve
 
 
 def repair_command(where: object) -> str | None:
-    """`REPAIR` with the folder of the cache; None if the place is not in the folder of a cache on this machine."""
+    """`REPAIR` with the cache's folder; None if `where` is not inside a cache folder on this machine."""
     text = str(where)
     root = text.rpartition("/units/")[0] or str(Path(text).parent)
     if "://" in text or not any(os.path.lexists(f"{root}/{name}") for name in ("manifest.json", "plan.json")):
@@ -203,13 +204,13 @@ def repair_command(where: object) -> str | None:
 def read_json(
     path: StoredPath | str, what: str, limit_bytes: int = JSON_BYTES, fix: str | None = None
 ) -> tuple[dict[str, Any], bytes]:
-    """A JSON object and its bytes. UserError as `read_file`, and when it is not a JSON object."""
+    """A JSON object and its bytes. Raises UserError as `read_file` does, and if the file is not a JSON object."""
     data = read_file(path, what, limit_bytes, fix)
     return parse_json(data, what, path), data
 
 
 def parse_json(data: bytes, what: str, where: object) -> dict[str, Any]:
-    """The JSON object (without NaN and infinity) in these bytes. UserError when they are something else."""
+    """The JSON object (without NaN and infinity) in these bytes. Raises UserError if they are something else."""
     if sum(data.count(mark) for mark in (b",", b"[", b"{")) > JSON_VALUES:
         raise UserError(f"{what} contains too many values", expected=f"at most {JSON_VALUES:,}", where=where)
     try:
@@ -229,15 +230,15 @@ def read_checked(
 
     Args:
         path: the file.
-        kind: the class. Unknown fields, missing fields and values of another type are errors. The only conversion is
-            from JSON lists to tuples where the class has tuples. Limits are written as `Annotated[int, Field(ge=0)]`;
-            `Field(fail_fast=True)` on a long list stops at its first error.
+        kind: the class. Unknown fields, missing fields and values of a different type are errors. The only conversion
+            is from JSON lists to tuples where the class has tuples. Limits are written as `Annotated[int,
+            Field(ge=0)]`; `Field(fail_fast=True)` on a long list stops at its first error.
         what: what the file is, for the error.
         limit_bytes: as in `read_file`.
         fix: as in `read_file`.
 
     Raises:
-        UserError: as `read_json`, or the file does not match the class: names the field.
+        UserError: as `read_json`, or the file does not match the class; the error names the field.
     """
     fields, data = read_json(path, what, limit_bytes, fix)
     del fields
@@ -245,7 +246,7 @@ def read_checked(
 
 
 def checked_value(value: object, kind: type[T], what: str, where: object) -> T:
-    """JSON values that are already parsed, as `kind`; see `read_checked`."""
+    """Parsed JSON values as `kind`; see `read_checked`."""
     found = checked(json.dumps(value), kind, what, where)
     try:
         json.dumps(value, allow_nan=False)
@@ -262,7 +263,7 @@ def checked(data: bytes | str, kind: type[T], what: str, where: object) -> T:
         wrong = error.errors(include_url=False, include_context=False)
         fix = repair_command(where)
         raise UserError(f"{what} is not as expected", got=_named(wrong), where=where, fix=fix) from None
-    except UserError as error:  # of a `__post_init__`
+    except UserError as error:  # from a `__post_init__`
         raise UserError(f"{what} is not as expected", got=error, where=where) from None
     return value
 
@@ -273,7 +274,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 
 
 def _named(wrong: Sequence[Any]) -> str:
-    """The first fields of a JSON text that do not match, each with its value."""
+    """The first few fields of a JSON text that do not match, with their values."""
     named = []
     for one in wrong[:3]:
         place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in one["loc"]).lstrip(".")

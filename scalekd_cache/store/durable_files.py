@@ -1,8 +1,8 @@
 """Durable writes: files are fsynced once, read back, hashed, and published by rename.
 
-In: bytes. Out: files with their length and sha256. The sha256 is computed from the bytes read back from disk, after
-their crc32c was compared with the one of the written bytes. Invariant: a file under its final name is never
-half-written, `read_back` reads from the disk and not from the page cache, and no decision depends on a clock.
+In: bytes. Out: files with their length and sha256. The bytes are read back from disk, and their crc32c is compared with
+that of the written bytes before their sha256 is computed. Invariant: a file under its final name is never half-written,
+`read_back` reads from the disk and not from the page cache, and no decision depends on a clock.
 """
 
 import contextlib
@@ -33,16 +33,16 @@ from scalekd_cache.store.path import StoredPath
 PIECE_BYTES = 1 << 20
 WRITEBACK_BYTES = 1 << 23
 BUFFER_BYTES = 1 << 20
-"""Bytes that a file buffers before one write call; a call per record would cost a fifth of the throughput."""
+"""Number of bytes that a file buffers before a write call; one call per record would cost a fifth of the throughput."""
 BUFFER_PIECES = 512
 """Maximum number of buffered pieces; the kernel accepts 1,024 in one call."""
 NO_HARD_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
-"""The errors of `link` on a file system without hard links."""
+"""Errors that `link` raises on a file system without hard links."""
 TEMP_NAME = re.compile(r"\.tmp-(?P<name>.+)-(?P<host>[0-9a-f]{8})-(?P<process>\d{1,9})-[0-9a-f]+(-damaged)?")
 
 
 class ForeignTempFile(NamedTuple):
-    """A temporary file or folder of another host, whose writer may still be running."""
+    """A temporary file or folder from a different host, where its writer may still be running."""
 
     path: Path
     age_s: float
@@ -66,7 +66,7 @@ class Written(NamedTuple):
 class NewFile:
     """A new file that records the length and crc32c of everything written to it, without copying.
 
-    It buffers at most `BUFFER_BYTES` plus one piece. Buffered pieces keep the memory they are views of alive.
+    It buffers at most `BUFFER_BYTES` plus one piece. A buffered piece that is a view keeps its underlying memory alive.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,7 +101,8 @@ class NewFile:
             self._start_writeback()
 
     def finish(self, *, sync: bool = True) -> Written:
-        """Write the rest, fsync, close. Without `sync` only writeback starts, and the caller fsyncs the path."""
+        """Write the rest, fsync and close. Without `sync`, writeback is only started, and the caller fsyncs the
+        path."""
         if self._buffer:
             self._flush()
         if sync:
@@ -118,7 +119,7 @@ class NewFile:
             os.close(descriptor)
 
     def _start_writeback(self) -> None:
-        """Start writeback of the data so far, so that the final fsync waits less."""
+        """Start writeback of the data written so far, so that the final fsync takes less time."""
         if hasattr(os, "posix_fadvise"):  # DONTNEED makes Linux start writing dirty pages without waiting
             os.posix_fadvise(self._descriptor, self._submitted, 0, os.POSIX_FADV_DONTNEED)
         self._submitted = self.bytes
@@ -149,16 +150,16 @@ def write_new(path: Path, data: bytes, *, sync: bool = True) -> Written:
 
 
 def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileHash:
-    """Replace `path` atomically: temporary file in the same folder, fsync, rename, fsync of the folder.
+    """Replace `path` atomically: write a temporary file in the same folder, fsync it, rename it and fsync the folder.
 
     Args:
         path: the file.
         data: its bytes.
-        create: never replace an existing file; if several processes create it, one succeeds.
+        create: never replace an existing file; if multiple processes create it, one succeeds.
 
     Raises:
-        UserError: no space, no permission, or a device or FIFO has this name; what exists is unchanged.
-        FileExistsError: `create`, and the file exists.
+        UserError: there is no space or no permission, or a device or FIFO has this name; an existing file is unchanged.
+        FileExistsError: `create` is set and the file exists.
     """
     check_replaceable(path)
     temp = temp_path_for(path)
@@ -178,10 +179,10 @@ def write_atomically(path: Path, data: bytes, *, create: bool = False) -> FileHa
 
 
 def check_replaceable(path: Path) -> None:
-    """`UserError` for a device such as /dev/null or /dev/stdout: a rename would replace it for all programs."""
+    """Raise UserError for a device such as /dev/null or /dev/stdout, which a rename would replace for all programs."""
     try:
         kind = path.stat().st_mode
-    except OSError:  # nothing there, or a broken link
+    except OSError:  # no such file, or a broken link
         return
     stream = path.is_symlink() and os.readlink(path).startswith("/proc/")
     if stream or stat.S_ISCHR(kind) or stat.S_ISBLK(kind):
@@ -191,8 +192,8 @@ def check_replaceable(path: Path) -> None:
 def _publish_new(temp: Path, path: Path) -> None:
     """Give a file its final name unless that name is taken.
 
-    Without hard links (FAT, some network mounts) this is not atomic: the name is checked first, and two processes
-    within the same millisecond can both succeed.
+    Without hard links (FAT, some network mounts) this is not atomic: the name is checked first, and if two processes do
+    this in the same millisecond, both can succeed.
     """
     try:
         os.link(temp, path)
@@ -224,10 +225,11 @@ def hash_file(path: StoredPath) -> FileHash:
 
 
 def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]:
-    """Read every file from disk after its fsync: length and crc32c must match what was written; returns sha256 too.
+    """Read every file from disk after its fsync and check that its length and crc32c match what was written; also hash
+    it.
 
     Raises:
-        UserError: names the file that differs.
+        UserError: a file differs; the error names it.
     """
     facts: dict[str, FileHash] = {}
     buffer: Any = np.empty(PIECE_BYTES, np.uint8)
@@ -258,13 +260,13 @@ def canonical_json(value: Any) -> str:
 
 
 def parent_folders(folder: Path, names: Iterable[str]) -> list[Path]:
-    """The folders that hold the files `names`, deepest first, `folder` itself last."""
+    """The folders that hold the files `names`, with the deepest first and `folder` itself last."""
     inside = {parent for name in names for parent in (folder / name).parents if folder in parent.parents}
     return [*sorted(inside, key=lambda path: (-len(path.parts), str(path))), folder]
 
 
 def error_number(error: BaseException) -> int | None:
-    """The errno of an error; libraries written in Rust (safetensors) have it only in their message."""
+    """The errno of an error; errors from libraries written in Rust (safetensors) give it only in their message."""
     if isinstance(error, OSError):
         return error.errno
     found = re.search(r"\(os error (\d+)\)", str(error))
@@ -272,7 +274,7 @@ def error_number(error: BaseException) -> int | None:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether an error means that there is no space or no quota left."""
+    """Whether an error means that no space or no quota is left."""
     return error_number(error) in (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -282,12 +284,13 @@ def existing_folder(path: Path) -> Path:
 
 
 def free_bytes(path: Path) -> int:
-    """Free bytes on the disk of a path, which need not exist yet."""
+    """Number of free bytes on the disk that holds a path, which need not exist yet."""
     return shutil.disk_usage(existing_folder(path)).free
 
 
 def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
-    """Check, before long work, that files can be written in a folder or its nearest existing parent; leaves nothing.
+    """Check, before long work, that files can be written in a folder or its nearest existing parent. It leaves no
+    files.
 
     Args:
         folder: the folder, which need not exist yet.
@@ -295,7 +298,7 @@ def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
         needed_bytes: bytes that will be written at once.
 
     Raises:
-        UserError: it cannot be written, or has no room for these bytes.
+        UserError: the folder is not writable or has no room for these bytes.
     """
     try:
         with tempfile.TemporaryFile(dir=existing_folder(folder)):
@@ -349,7 +352,7 @@ def raise_disk_error(error: BaseException, folder: Path, needed_bytes: int) -> N
 
 
 def _final_path(path: object) -> Path:
-    """The path that a temporary path becomes: the name that the user knows."""
+    """The final path of a temporary path: the name that the user knows."""
     parts = Path(str(path)).parts
     for index, part in enumerate(parts):
         if name := TEMP_NAME.fullmatch(part):
@@ -359,7 +362,7 @@ def _final_path(path: object) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(folder: Path, needed_bytes: int) -> Iterator[None]:
-    """For a block that writes in `folder`: turns disk errors into a `UserError` (`raise_disk_error`)."""
+    """Turn disk errors in a block that writes in `folder` into a `UserError` (`raise_disk_error`)."""
     try:
         yield
     except Exception as error:
@@ -379,7 +382,8 @@ def temp_path_for(path: Path) -> Path:
 
 @functools.cache
 def host_tag() -> str:
-    """8 hex digits over host, boot and PID namespace: equal for processes that can check each other's process ID."""
+    """8 hex digits of a hash of host, boot and PID namespace: equal for processes that can check each other's process
+    IDs."""
     facts = [socket.gethostname()]
     boot, namespace = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
     if boot.exists() and namespace.exists():
@@ -388,10 +392,11 @@ def host_tag() -> str:
 
 
 def remove_stale(folder: Path) -> list[ForeignTempFile]:
-    """Remove temporary files and folders in `folder` whose process ran on this host and has ended. One scan.
+    """Scan `folder` once and remove temporary files and folders whose process ran on this host and has ended.
 
     Returns:
-        Those of other hosts, or of this host before a reboot. They are kept: their process may still be running.
+        Those from different hosts, or from this host before a reboot. They are kept because their process may still be
+        running.
     """
     others = []
     for entry in _temporary(folder):

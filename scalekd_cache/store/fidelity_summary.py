@@ -1,7 +1,7 @@
 """Summaries of fidelity metrics (decoded features compared with the teacher's) over many views.
 
-In: metrics of single views. Out: mean and 1st percentile of a unit, and of a cache from its units.
-Invariant: merging weights the summaries by their number of views.
+In: metrics for single views. Out: the mean and 1st percentile for a unit, and those for a cache, from its units.
+Invariant: merging weights each summary by its number of views.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,11 +10,11 @@ import numpy as np
 
 Summary = dict[str, dict[str, float]]
 POOLED_COSINE = "pooled_cosine"
-"""The metric of pooled embeddings: cosine of an embedding and the stored one."""
+"""The metric for pooled embeddings: the cosine between an embedding and the stored one."""
 
 
 def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
-    """Values per view, by metric -> {metric: {mean, p1, count}}; p1 is the 1st percentile."""
+    """Summarize values per view by metric: {metric: {mean, p1, count}}, where p1 is the 1st percentile."""
     summary = {}
     for name, figures in values.items():
         array = np.asarray(list(figures), dtype=np.float64)
@@ -25,7 +25,7 @@ def summarize(values: Mapping[str, Iterable[float]]) -> Summary:
 
 
 def merge_summaries(summaries: Iterable[Summary]) -> Summary:
-    """Merge summaries of several units: means weighted by count, the lowest p1, the highest p99 if present."""
+    """Merge summaries of multiple units: the means weighted by count, the lowest p1, and the highest p99 if present."""
     merged: Summary = {}
     for summary in summaries:
         for name, row in summary.items():

@@ -1,8 +1,9 @@
 """Reads a cache while stage 1 is still writing it.
 
 In: plan.json, and the committed units. Out: a `Cache` that waits for later view groups.
-Invariant: every record read is the record that the finished cache has at this position. The first complete group fixes
-the number of samples, a group is read only when all of its units are committed, and all groups hold the same images.
+Invariant: every record read is the one that the finished cache has at this position. The first complete group
+determines the number of samples, a group is read only when all of its units are committed, and all groups hold the same
+images.
 """
 
 import dataclasses
@@ -21,11 +22,11 @@ from scalekd_cache.store.reader import Cache
 from scalekd_cache.store.sidecar import unit_folder
 
 POLL_S = 1.0
-"""Seconds between two scans of the folder."""
+"""Seconds between scans of the folder."""
 REPORT_S = 30.0
-"""Seconds between two progress lines while waiting."""
+"""Seconds between progress lines while waiting."""
 RATE_UNITS = 16
-"""Number of latest units used to estimate the writer's rate."""
+"""Number of most recent units used to estimate the writer's rate."""
 Report = Callable[[str], None]
 """Prints one progress line."""
 
@@ -38,12 +39,12 @@ class GrowingCache(Cache):
 
         Args:
             root: the cache's folder.
-            plan: the plan of the cache.
+            plan: the cache's plan.
             timeout_s: maximum time without a new unit, in seconds.
             report: prints progress while waiting.
 
         Raises:
-            UserError: no new unit for `timeout_s`, or the units do not belong to one cache.
+            UserError: no new unit appeared for `timeout_s`, or the units do not belong to one cache.
         """
         self._place, self._plan, self._timeout_s = root, plan, timeout_s
         self._complete_groups = 0
@@ -53,7 +54,7 @@ class GrowingCache(Cache):
         """Wait until all units of the view's group are committed.
 
         Raises:
-            UserError: no new unit for `timeout_s`, or the group does not hold the images of the first group.
+            UserError: no new unit appeared for `timeout_s`, or the group does not hold the images of the first group.
         """
         group = next(number for number, views in enumerate(self._plan.facts.groups) if view in views)
         if group >= self._complete_groups:
@@ -77,10 +78,11 @@ class GrowingCache(Cache):
 
 
 def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: Report) -> ManifestFacts:
-    """The facts of a cache: from the manifest of a finished cache, or with `follow` from the plan, once it exists.
+    """The facts about a cache, from the manifest of a finished cache or, with `follow`, from the plan once it exists.
 
     Raises:
-        UserError: not finished without `follow`; no plan after `timeout_s`; or `follow` with a URL.
+        UserError: the cache is not finished and `follow` is not set, there is no plan after `timeout_s`, or `follow` is
+            set for a URL.
     """
     if not follow:
         return read_manifest(root).facts
@@ -111,10 +113,10 @@ def read_cache_facts(root: StoredPath, follow: bool, timeout_s: float, report: R
 
 
 def open_growing_cache(root: StoredPath, timeout_s: float, report: Report) -> Cache:
-    """Open a cache with all planned views: finished, or still being written once its first group is complete.
+    """Open a cache with all planned views. If it is still being written, wait until its first group is complete.
 
     Raises:
-        UserError: no plan or unit for `timeout_s`, or the units do not belong to one cache.
+        UserError: no plan or unit appeared for `timeout_s`, or the units do not belong to one cache.
     """
     facts = read_cache_facts(root, True, timeout_s, report)
     assert isinstance(root, Path)
@@ -126,7 +128,7 @@ def open_growing_cache(root: StoredPath, timeout_s: float, report: Report) -> Ca
 
 
 def _manifest_so_far(root: Path, plan: Plan, groups: int) -> Manifest:
-    """A manifest with the units of the first groups and all views of the plan."""
+    """A manifest with the units of the first `groups` groups and all views in the plan."""
     facts = plan.facts
     manifest = read_manifest(root) if (root / MANIFEST).exists() else None
     if manifest is None or len(manifest.facts.groups) < groups or manifest.facts.fingerprint != facts.fingerprint:
@@ -165,7 +167,7 @@ def _wait_for_units(root: Path, plan: Plan, group: int, timeout_s: float, report
 
 
 def _unit_names(root: Path) -> set[str]:
-    """Names of the unit folders, without temporary ones."""
+    """Names of the unit folders, except temporary ones."""
     try:
         return {entry.name for entry in os.scandir(root / "units") if not entry.name.startswith(".")}
     except FileNotFoundError:
@@ -182,7 +184,7 @@ def _rate(root: Path, names: set[str], missing: int) -> str:
 
 
 def _mtime(path: Path) -> float | None:
-    """Time of the last change; None for a unit that is being replaced."""
+    """Modification time; None for a unit that is being replaced."""
     try:
         return path.stat().st_mtime
     except FileNotFoundError:

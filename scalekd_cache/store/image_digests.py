@@ -1,8 +1,8 @@
-"""images.txt: digests of the image files that a unit was made from, and a check that all units used the same files.
+"""images.txt: digests of the image files from which a unit was made, and a check that all units used the same files.
 
-In: digests of image files, by sample key. Out: images.txt, where line i belongs to line i of keys.txt; an error that
-names changed images. Invariant: all views of an image in a cache come from the same file. Units whose views come from
-another cache, and units of earlier versions, have no images.txt and are not compared.
+In: digests of image files, keyed by sample key. Out: images.txt, where line i belongs to line i of keys.txt, or an
+error that names changed images. Invariant: all views of an image in a cache come from the same file. Units whose views
+come from a different cache and units from earlier versions have no images.txt and are not compared.
 """
 
 import hashlib
@@ -35,10 +35,10 @@ class Change(NamedTuple):
 
 
 class ImageFiles:
-    """Digests of the image files that a set of units was made from."""
+    """Digests of the image files from which a set of units was made."""
 
     def __init__(self, root: Path, units: Iterable[tuple[int, int]]) -> None:
-        """Read images.txt of these units, (group, range), where unit and file exist."""
+        """Read images.txt for each of these units, (group, range), if the unit and the file exist."""
         self.root, self._units = root, list(units)
         keys, digests, numbers = [], [], []
         for number, (group, range_id) in enumerate(self._units):
@@ -54,7 +54,7 @@ class ImageFiles:
         self._numbers = np.array(numbers, np.int32)[order]
 
     def change(self, key: str, digest: str) -> Change | None:
-        """The change of an image, if a unit was made from another file of it."""
+        """The change, if a unit was made from a different file for this image."""
         number = _number(key)
         at = int(np.searchsorted(self._keys, np.uint64(number)))
         if at == len(self._keys) or int(self._keys[at]) != number or int(self._digests[at]) == int(digest, 16):
@@ -62,7 +62,7 @@ class ImageFiles:
         return Change(key, unit_folder(Path(), *self._units[self._numbers[at]]).as_posix())
 
     def check(self, key: str, digest: str) -> None:
-        """UserError when an image file has changed since an earlier view group was made from it."""
+        """Raise UserError if an image file has changed since an earlier view group was made from it."""
         change = self.change(key, digest)
         if change is not None:
             raise UserError(
@@ -79,7 +79,7 @@ def images_text(digests: Iterable[str]) -> bytes:
 
 
 def read_images(folder: Path, info: UnitInfo) -> list[str]:
-    """Digests of the image files of a unit's records, in order; empty when the unit has no images.txt."""
+    """Digests of the image files of a unit's records, in order; empty if the unit has no images.txt."""
     if NAME not in info.files:
         return []
     size = info.count * LINE_BYTES
@@ -92,10 +92,10 @@ def read_images(folder: Path, info: UnitInfo) -> list[str]:
 
 
 def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
-    """Check that every view group was made from the same image files as the first one.
+    """Check that every view group was made from the same image files as the first group.
 
     Raises:
-        UserError: names the first changed image and its units.
+        UserError: an image changed; the error names the first changed image and its units.
     """
     if len(groups) < 2:
         return
@@ -120,5 +120,5 @@ def check_images(root: Path, groups: list[list[UnitInfo]]) -> None:
 
 
 def _number(key: str) -> int:
-    """64 bits of a key."""
+    """A 64-bit hash of a key."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=8).digest(), "little")

@@ -1,8 +1,9 @@
 """File locks between processes (flock), with a fallback for file systems without locks.
 
-In: a lock file. Out: an open file that holds the lock until it is closed; the kernel closes it for a killed process.
+In: a lock file. Out: an open file that holds the lock until it is closed; if the process is killed, the kernel closes
+it.
 Invariant: on a file system without flock (some NFS and Lustre mounts) one warning is printed and work continues without
-the lock. Only regular files are opened. Custom code, because lock libraries poll or leave stale lock files.
+the lock. Only regular files are opened. This is custom code because lock libraries poll or leave stale lock files.
 """
 
 import errno
@@ -16,18 +17,18 @@ from typing import IO
 from scalekd_cache.errors import UserError
 
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL}
-"""The errors of flock on a file system without locks."""
+"""Errors that flock raises on a file system without locks."""
 _warned: set[str] = set()
 
 
 def open_lock(path: Path, *, make: bool = True) -> IO[bytes]:
-    """Open a lock file; with `make`, for writing: a missing file is created.
+    """Open a lock file; `make` opens it for writing and creates a missing file.
 
     Raises:
         UserError: the path is not a regular file.
-        OSError: it cannot be created or opened; FileNotFoundError when it is missing and `make` is false.
+        OSError: it cannot be created or opened; FileNotFoundError if it is missing and `make` is false.
     """
-    # Non-blocking, so that a FIFO is opened at once and rejected.
+    # The call does not block, so that a FIFO is opened at once and rejected.
     flags = os.O_CLOEXEC | os.O_NONBLOCK | (os.O_RDWR | os.O_CREAT if make else os.O_RDONLY)
     try:
         file = os.fdopen(os.open(path, flags, 0o644), "r+b" if make else "rb", buffering=0)
@@ -52,13 +53,13 @@ def lock(file: IO[bytes] | int, path: Path, *, wait: bool = True, shared: bool =
         file: the open file, or its descriptor.
         path: its path, for the warning.
         wait: block until other processes have released it.
-        shared: several processes may hold it at the same time.
+        shared: multiple processes may hold it at the same time.
 
     Returns:
-        False when the file system has no locks; a warning is printed once per process and folder.
+        False if the file system has no locks; a warning is then printed once per process and folder.
 
     Raises:
-        BlockingIOError: another process holds it, and `wait` is false.
+        BlockingIOError: a different process holds the lock, and `wait` is false.
     """
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | (0 if wait else fcntl.LOCK_NB))
@@ -71,7 +72,7 @@ def lock(file: IO[bytes] | int, path: Path, *, wait: bool = True, shared: bool =
 
 
 def _warn(folder: Path, error: OSError) -> None:
-    """Print the warning once per process and folder; processes forked later inherit that."""
+    """Print the warning once per process and folder; processes forked later do not repeat it."""
     if str(folder) not in _warned:
         _warned.add(str(folder))
         print(

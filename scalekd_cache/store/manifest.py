@@ -1,9 +1,10 @@
-"""manifest.json: the description of a finished cache, built last by one process from the sidecars of all its units.
+"""manifest.json: the description of a finished cache. One process builds it, after all units are committed, from their
+sidecars.
 
-In: the facts of the plan, and every unit.json. Out: a checked `Manifest`.
-Invariant: in every group the number of samples is the sum over its units, all groups hold the same images, and
-`units_digest` covers every sidecar. Each sidecar has the sha256 of its files, so the manifest covers the whole cache;
-the checksum inside the manifest covers the manifest.
+In: the facts from the plan, and every unit.json. Out: a checked `Manifest`.
+Invariant: in each group, the number of samples is the sum over its units; all groups hold the same images; and
+`units_digest` covers every sidecar. Each sidecar contains the sha256 of its files, so the manifest covers the whole
+cache; the checksum inside the manifest covers the manifest.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ from scalekd_cache.store.sealed_json import sealed, unsealed
 from scalekd_cache.store.sidecar import Fidelity, UnitInfo, Whole, read_keys, read_unit, unit_folder, wrong_sizes
 
 PUBLICATION, CARD = "publication.json", "README.md"
-"""Files of a published cache, which readers ignore (`publishing/publication.py`)."""
+"""Files in a published cache that readers ignore (`publishing/publication.py`)."""
 NAME, TAIL, HELD_OUT = "manifest.json", "tail.safetensors", "heldout.safetensors"
 Share = Annotated[float, Field(ge=0, le=1)]
 STATE, CLASSIFIER = "codec.safetensors", "classifier.safetensors"
@@ -53,7 +54,7 @@ class UnitRow(NamedTuple):
     group: Whole
     range_id: Whole
     count: Annotated[int, Field(ge=0, le=MAX_UNIT_SAMPLES)]  # type: ignore[assignment]  # hides tuple.count, which is not used
-    """Records in each shard of the unit."""
+    """Number of records in each shard of the unit."""
     sha256: Sha256
     """sha256 of unit.json."""
 
@@ -66,13 +67,13 @@ class TeacherFacts(TypedDict):
     config: dict[str, Any]
     """The `TeacherConfig` of the job that created the cache."""
     top1: FiniteFloat | None
-    """Accuracy on the dataset in percent; None when it was not measured."""
+    """Accuracy on the dataset in percent; None if it was not measured."""
     held_out_sha256: NotRequired[Sha256]
     """sha256 of heldout.safetensors, which only unlabeled caches have."""
 
 
 class DataFacts(TypedDict):
-    """The fields of `data` that are not in `DataConfig`."""
+    """The fields in `data` that are not in `DataConfig`."""
 
     listing: Sha256
     samples: Whole
@@ -82,7 +83,7 @@ class DataFacts(TypedDict):
 
 @dataclass(frozen=True, kw_only=True)
 class ManifestFacts:
-    """The facts that are known before the first unit is written; plan.json and manifest.json both hold them."""
+    """The facts that are known before the first unit is written; both plan.json and manifest.json hold them."""
 
     fingerprint: Sha256
     fingerprint_fields: dict[str, Any]
@@ -90,12 +91,12 @@ class ManifestFacts:
     recipe: str
     """Name or path of the recipe, for messages."""
     distill: dict[str, dict[str, Any]]
-    """Training options of the recipe; `distill` takes them when no recipe is given."""
+    """Training options from the recipe; `distill` uses them if no recipe is given."""
     backend: str
     samples_per_shard: Annotated[int, Field(gt=0, le=MAX_UNIT_SAMPLES)]
-    """Maximum number of images in a range: the option of the job that created the cache."""
+    """Maximum number of images in a range, as set for the job that created the cache."""
     groups: list[list[Whole]]
-    """View numbers of each group; together 0, 1, ... num_views - 1."""
+    """View numbers in each group; all groups together hold 0, 1, ... num_views - 1."""
     class_names: list[str]
     teacher: TeacherFacts
     tail_sha256: Sha256 | Literal[""]
@@ -104,20 +105,21 @@ class ManifestFacts:
     codec: dict[str, Any]
     logit_codec: dict[str, Any]
     second_codec: dict[str, Any]
-    """Codec of a second feature target; empty when no record holds one."""
+    """Codec for a second feature target; empty if no record holds one."""
     data: dict[str, Any]
     pixels_from: dict[str, str]
-    """For a cache that shares the baked pixels of another one: its `identity` and `path`; otherwise empty."""
+    """For a cache that shares the baked pixels of a different cache: `identity` and `path` of that cache; otherwise
+    empty."""
     versions: dict[str, str]
 
     @property
     def num_views(self) -> int:
-        """Views of every image, over all groups."""
+        """Number of views of each image, over all groups."""
         return sum(len(views) for views in self.groups)
 
     @property
     def teacher_files(self) -> dict[str, str]:
-        """The files with parts or outputs of the teacher, with their sha256."""
+        """The files that hold parts or outputs of the teacher, with their sha256."""
         digests = {TAIL: self.tail_sha256, HELD_OUT: self.teacher.get("held_out_sha256", "")}
         return {name: digest for name, digest in digests.items() if digest}
 
@@ -128,30 +130,32 @@ class ManifestFacts:
 
     @property
     def num_classes(self) -> int:
-        """Classes of a student: those of the dataset; without labels, those of the stored logits (0: none)."""
+        """Number of a student's classes: those in the dataset or, without labels, those in the stored logits (0:
+        none)."""
         return len(self.class_names) or int(self.logit_codec.get("num_classes", 0))
 
     @property
     def features_every(self) -> int:
-        """One in this many records of a shard has features (`base.stores_features`); 1: all."""
+        """One in this many records in a shard has features (`base.stores_features`); 1 means all."""
         return int(self.fingerprint_fields.get(FEATURES_EVERY, 1))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A whole cache. On disk the facts are fields of the one JSON object; docs/FORMAT.md describes every field."""
+    """A whole cache. On disk, the facts are fields of the single JSON object; docs/FORMAT.md describes every field."""
 
     format_version: int
     facts: ManifestFacts
     num_samples: Whole
-    """Images, the same number in every view."""
+    """Number of images, which is the same in every view."""
     num_views: Whole
     units: Annotated[list[UnitRow], Field(fail_fast=True)]
     """Sorted by group, then range: the canonical order of each group."""
     units_digest: Sha256
-    """sha256 hex over the rows of `units`."""
+    """sha256 (hex) of the rows of `units`."""
     bytes_per_view: dict[str, FiniteFloat]
-    """Mean bytes on disk: pixels, features, target, index (everything else: headers, padding, sidecars), total."""
+    """Mean bytes on disk for pixels, features, target and index (all the rest: headers, padding, sidecars), and their
+    total."""
     fidelity: Fidelity
 
 
@@ -173,17 +177,17 @@ FIELDS = (
 )
 """The fields of manifest.json, in the order in which they are written."""
 FEATURES_EVERY = "features_every"
-"""The field of `fingerprint_fields` of a sparse cache."""
+"""The field that only a sparse cache has in its `fingerprint_fields`."""
 FACTS = tuple(one.name for one in dataclasses.fields(ManifestFacts))
 
 
 def plain_facts(facts: ManifestFacts) -> dict[str, Any]:
-    """The facts by name, as JSON holds them."""
+    """The facts as JSON values, keyed by name."""
     return {name: getattr(facts, name) for name in FACTS}
 
 
 def joint_fingerprint(caches: Iterable[ManifestFacts]) -> str:
-    """The fingerprint of a run's caches: that of one cache, or the sha256 (hex) of all, in their order."""
+    """The fingerprint of a run's caches: that of a single cache, or the sha256 (hex) of all fingerprints in order."""
     found = [facts.fingerprint for facts in caches]
     return found[0] if len(found) == 1 else fingerprint({"caches": found})
 
@@ -198,11 +202,12 @@ def build_manifest(root: Path, facts: ManifestFacts, ranges: Sequence[Sequence[i
 
     Args:
         root: the cache's folder.
-        facts: the facts of the plan.
-        ranges: [start, stop] of every range of images; every group of views has the same ranges.
+        facts: the facts from the plan.
+        ranges: [start, stop] of every range of images; every view group has the same ranges.
 
     Raises:
-        UserError: a unit is missing, truncated or of another cache, or groups do not hold the same images.
+        UserError: a unit is missing, is truncated or belongs to a different cache, or groups do not hold the same
+            images.
     """
     check_backend(facts.backend)
     rows: list[UnitRow] = []
@@ -249,7 +254,8 @@ def _check_belongs(info: UnitInfo, facts: ManifestFacts, bounds: tuple[int, int]
 
 
 def _key_number(key: str) -> int:
-    """128 bits of a key. The sum over keys does not depend on their order and differs for different sets of keys."""
+    """A 128-bit hash of a key. The sum over keys does not depend on their order and differs for different sets of
+    keys."""
     return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little")
 
 
@@ -288,7 +294,7 @@ def write_manifest(root: Path, manifest: Manifest) -> None:
 
 
 def without_pixels(root: object) -> UserError:
-    """The error for a place where a cache was published without its pixels: no manifest."""
+    """The error for a place that has no manifest because a cache was published there without its pixels."""
     return UserError(
         "this is a cache without pixels, as it was published: it cannot be read directly",
         where=root,
@@ -300,13 +306,14 @@ def read_manifest(root: StoredPath) -> Manifest:
     """The manifest of a cache, strictly checked.
 
     Raises:
-        UserError: no manifest (the cache is not finished), another format version, wrong types, or a contradiction.
+        UserError: there is no manifest (the cache is not finished), or it has a different format version, wrong types
+            or a contradiction.
     """
     return read_manifest_bytes(root)[0]
 
 
 def read_manifest_bytes(root: StoredPath) -> tuple[Manifest, bytes]:
-    """The manifest of a cache and the bytes of its file; raises as `read_manifest`."""
+    """The manifest of a cache and the bytes of its file; raises the same errors as `read_manifest`."""
     path = root / NAME
     if not is_there(path):
         if is_there(root / PUBLICATION):
@@ -330,7 +337,7 @@ def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
     check_version(fields, path)
     fields = unsealed(fields, data, path)
     facts = {name: fields.pop(name) for name in FACTS if name in fields}
-    checked_value(facts, ManifestFacts, "the manifest", path)  # first: its errors name a field of the file
+    checked_value(facts, ManifestFacts, "the manifest", path)  # first: its errors name a field in the file
     manifest = checked_value({**fields, "facts": facts}, Manifest, "the manifest", path)
     wrong = [name for name, right in _checks(manifest).items() if not right] + contradictions(manifest.facts, path)
     if wrong:
@@ -339,7 +346,7 @@ def _parse(fields: dict[str, Any], data: bytes, path: StoredPath) -> Manifest:
 
 
 def _checks(manifest: Manifest) -> dict[str, bool]:
-    """Consistency checks of the units, by message; num_samples is bounded by the listed units."""
+    """Consistency checks of the units, keyed by message; num_samples is bounded by the listed units."""
     groups, units = manifest.facts.groups, manifest.units
     views = [view for group in groups for view in group]
     order = [(row.group, row.range_id) for row in units]
@@ -364,13 +371,13 @@ def _checks(manifest: Manifest) -> dict[str, bool]:
 
 
 def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
-    """The facts of a manifest or plan that contradict each other.
+    """The facts in a manifest or plan that contradict each other.
 
     `fingerprint_fields` contains everything that changes the bytes of records, and `fingerprint` is its hash; readers
-    use the other fields, which must have the same values.
+    use the separate fields, which must have the same values.
 
     Raises:
-        UserError: a view recipe, dataset or teacher that is not a valid configuration.
+        UserError: the view recipe, dataset or teacher is not a valid configuration.
     """
     fields, spec = facts.fingerprint_fields, facts.teacher["spec"]
     checked_value(facts.view_recipe, ViewConfig, "the view recipe", path)
@@ -407,19 +414,20 @@ def contradictions(facts: ManifestFacts, path: StoredPath) -> list[str]:
 
 
 def _fits_pooled(codec: Mapping[str, Any], width: object) -> bool:
-    """Whether there is a codec for pooled embeddings exactly if the teacher has a pooled embedding of this width."""
+    """Whether the codec for pooled embeddings has this width, or does not exist if the teacher has no pooled
+    embedding."""
     if not codec:
         return width == 0
     return codec.get("shape") == [width, 1, 1] and codec.get("id") != "transform"  # a fitted codec has a file
 
 
 def stored_share(every: int) -> str:
-    """Which views have features, as part of a sentence; empty if all have."""
+    """Which views have features, as part of a sentence; empty if all of them do."""
     return f"stored for one in {every} views of every image" if every > 1 else ""
 
 
 def _divides_groups(every: object, facts: ManifestFacts) -> bool:
-    """Whether every image has features in the same number of views, and the logits are stored."""
+    """Whether every image has features in the same number of views and the logits are stored."""
     if FEATURES_EVERY not in facts.fingerprint_fields:
         return True
     sparse = type(every) is int and every > 1 and all(len(group) % every == 0 for group in facts.groups)
@@ -427,8 +435,8 @@ def _divides_groups(every: object, facts: ManifestFacts) -> bool:
 
 
 def without_arguments(spec: object) -> object:
-    """A teacher's specification except `model_args`, which are compared with the tail's file before they are used
-    and in `scalekd verify`."""
+    """A teacher's specification without `model_args`; before use and in `scalekd verify`, these are compared with the
+    tail's file."""
     return {name: value for name, value in spec.items() if name != "model_args"} if isinstance(spec, dict) else spec
 
 
@@ -438,7 +446,7 @@ def classes_digest(names: Sequence[str]) -> str:
 
 
 def codec_files(fields: Mapping[str, Any]) -> dict[str, str]:
-    """Files (other than manifest and tail) that are needed to decode records, with their sha256."""
+    """Files other than the manifest and the tail that are needed to decode records, with their sha256."""
     found = {}
     for name, codec, entry in ((STATE, "codec", "state_sha256"), (CLASSIFIER, "logit_codec", "sha256")):
         config = fields.get(codec)

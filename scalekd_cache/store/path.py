@@ -1,4 +1,4 @@
-"""The path interface of readers, for local and remote caches.
+"""The path interface that readers use for local and remote caches.
 
 In: nothing. Out: a protocol that `pathlib.Path` and `RemotePath` implement.
 Invariant: read-only; writers take a `Path`.
@@ -33,7 +33,7 @@ class StoredPath(Protocol):
         """All parent folders, the nearest first."""
 
     def __truediv__(self, name: str, /) -> Self:
-        """A path inside."""
+        """A path inside this folder."""
 
     def relative_to(self, root: Any, /) -> PurePath:
         """The path inside `root`."""

@@ -1,6 +1,6 @@
 """plan.json: the plan of a cache, written before its first unit.
 
-In: the facts that the manifest will hold, and the ranges of images. Out: the file, or the plan read back and checked.
+In: the facts that the manifest will hold, and the image ranges. Out: the file, or the plan read back and checked.
 Invariant: the plan and the committed units of a view group are enough to read that group, without a manifest. The first
 writer creates the plan. A later writer may only extend it: the extended plan begins with the same groups. A checksum
 covers every byte.
@@ -34,15 +34,15 @@ class Plan:
 
     facts: ManifestFacts
     ranges: list[list[int]]
-    """[start, stop] of every range of images, from 0 without gaps; every group of views has the same ranges."""
+    """[start, stop] of every range of images, from 0 without gaps; every view group has the same ranges."""
 
     @property
     def num_views(self) -> int:
-        """Views of every image in the finished cache."""
+        """Number of views of each image in the finished cache."""
         return self.facts.num_views
 
     def units(self) -> list[ExpectedUnit]:
-        """All units of the plan, in the order in which they are assigned."""
+        """All units in the plan, in the order in which they are assigned."""
         facts = self.facts
         return [
             ExpectedUnit(group, range_id, facts.fingerprint, facts.backend, views, (start, stop))
@@ -52,7 +52,7 @@ class Plan:
 
 
 def check_outside_caches(place: Path, option: str, *, may_be_cache: bool = False) -> None:
-    """`UserError` if files in this folder would be written into a cache (or another one, for a place of a cache)."""
+    """Raise UserError if this folder lies inside a cache. With `may_be_cache`, the folder itself may be a cache."""
     folder = place.resolve()
     for parent in (*(() if may_be_cache else (folder,)), *folder.parents):
         if (parent / "units").is_dir() and any((parent / name).exists() for name in (NAME, MANIFEST)):
@@ -75,7 +75,7 @@ def locked_plan(root: Path) -> Iterator[None]:
 
 
 def write_plan(root: Path, plan: Plan, *, create: bool = False) -> None:
-    """Write plan.json atomically. `create`: FileExistsError when it exists."""
+    """Write plan.json atomically. With `create`, raises FileExistsError if it exists."""
     fields: dict[str, Any] = {"format_version": FORMAT_VERSION}
     for name, value in plain_facts(plan.facts).items():
         fields |= {name: value, "ranges": plan.ranges} if name == "groups" else {name: value}
@@ -86,7 +86,7 @@ def read_plan(root: StoredPath) -> Plan:
     """The plan of a cache, checked.
 
     Raises:
-        UserError: it is missing or damaged, has another format version, or contradicts itself.
+        UserError: it is missing or damaged, has a different format version, or contradicts itself.
     """
     path = root / NAME
     fields, data = read_json(path, WHAT, fix="rerun `scalekd cache-teacher`: it resumes")

@@ -1,8 +1,8 @@
-"""A finished cache, read by position.
+"""Reads a finished cache by position.
 
-In: positions in a view's canonical order, and the view's number. Out: records, in the requested order.
-Invariant: a returned record is exactly the one that was written (crc32c over all of it, key included); anything else is
-an error that names the shard and the sample.
+In: positions in a view's canonical order, and the view's number. Out: the records, in the requested order.
+Invariant: a returned record is exactly the one that was written (a crc32c covers all of it, including the key);
+anything else raises an error that names the shard and the sample.
 """
 
 import bisect
@@ -38,7 +38,7 @@ OPEN_SHARDS = 128
 
 
 class Cache:
-    """Random access to records, for one thread. Pickles small; a copy in a worker process opens its own files."""
+    """Random access to records, for one thread. Its pickle is small; a copy in a worker process opens its own files."""
 
     def __init__(self, root: Path | RemotePath, manifest: Manifest) -> None:
         self.root, self.manifest = root, manifest
@@ -51,11 +51,11 @@ class Cache:
 
     @classmethod
     def open(cls, place: Path | str, remote: RemoteConfig | None = None) -> Self:
-        """Open a cache from its folder or URL (file, http, https, s3, gs). Reads only the manifest.
+        """Open a cache from its folder or URL (file, http, https, s3, gs). Only the manifest is read.
 
         Args:
             place: the folder or URL.
-            remote: how a URL is read.
+            remote: options for reading a URL.
 
         Raises:
             UserError: the manifest is missing, damaged or cannot be fetched, or the URL scheme is not supported.
@@ -68,11 +68,11 @@ class Cache:
 
     @property
     def num_ranges(self) -> int:
-        """Ranges of images, the units of one view group."""
+        """Number of image ranges, which is the number of units in one view group."""
         return len(self._units[0])
 
     def has_features(self, positions: NDArray[np.int64], view: int) -> NDArray[np.bool_]:
-        """Which positions of a view have features, (n,) bool; all of them unless the cache is sparse."""
+        """Which positions in a view have features, (n,) bool; all of them do unless the cache is sparse."""
         starts = np.asarray(self._starts[self._group_of[view]])
         rows = positions - starts[np.searchsorted(starts, positions, side="right") - 1]
         return stores_features(rows, view, self.manifest.facts.features_every)
@@ -81,12 +81,12 @@ class Cache:
         return {**self.__dict__, "_readers": OrderedDict()}
 
     def __getitem__(self, place: tuple[str, int]) -> Record:
-        """The record of a sample key and a view number: `cache[key, view]`.
+        """The record for a sample key and a view number: `cache[key, view]`.
 
-        Finding a key reads keys.txt of the units; to read many records, use `read` with positions.
+        Finding a key reads the units' keys.txt files; to read many records, use `read` with positions.
 
         Raises:
-            UserError: no such sample or view; otherwise as `read`.
+            UserError: there is no such sample or view; otherwise as for `read`.
         """
         key, view = place
         return self.read([self.position(key, view)], view)[0]
@@ -95,7 +95,7 @@ class Cache:
         """The position of a sample in a view's canonical order.
 
         Raises:
-            UserError: no such sample, or no such view.
+            UserError: there is no such sample or view.
         """
         if view not in self._group_of:
             raise UserError("no such view", got=view, expected=f"0 to {self.manifest.num_views - 1}", where=self.root)
@@ -110,10 +110,11 @@ class Cache:
     def read(self, ids: ArrayLike, view: int) -> list[Record]:
         """Records at these positions (integers from 0 to len(cache) - 1) of a view, in this order.
 
-        Fastest when adjacent positions are read in one call.
+        Reading is fastest if one call reads adjacent positions.
 
         Raises:
-            UserError: no such view; a shard is missing, truncated or of another cache; a record fails its checksum.
+            UserError: there is no such view; a shard is missing, is truncated or belongs to a different cache; or a
+                record fails its checksum.
         """
         positions: NDArray[np.int64] = np.asarray(ids, dtype=np.int64)
         if view not in self._group_of:
@@ -132,10 +133,11 @@ class Cache:
         return self.checked([records[place] for place in range(len(positions))], positions, view)
 
     def checked(self, records: list[Record], positions: NDArray[np.int64], view: int) -> list[Record]:
-        """Records read from these positions of a view, themselves.
+        """Check records that were read from these positions in a view, and return them.
 
         Raises:
-            UserError: a label outside the classes, or features where the cache's share of stored features has none.
+            UserError: a label is outside the classes, or a record has features although its row in a sparse cache has
+                none, or the reverse.
         """
         for record, position in zip(records, positions.tolist(), strict=True):
             self._check_label(record, position, view)
@@ -158,16 +160,17 @@ class Cache:
         )
 
     def locate(self, position: int, view: int) -> tuple[UnitRow, int]:
-        """The unit that holds a position of a view, and the record's row in the unit's shard of that view."""
+        """The unit that holds a position in a view, and the record's row in the unit's shard for that view."""
         group, number = self._group_of[view], self._unit_number(position, view)
         return self._units[group][number], position - self._starts[group][number]
 
     def group_of(self, view: int) -> int:
-        """The view group of a view; views of one group have the same canonical order."""
+        """The view's group; all views in a group have the same canonical order."""
         return self._group_of[view]
 
     def key_files(self, group: int) -> list[str]:
-        """The sha256 of keys.txt of each unit of a group: caches with equal ones hold the same images in one order."""
+        """The sha256 of each unit's keys.txt in a group. Caches with equal values hold the same images in the same
+        order."""
         return [self._unit_info(row)[1].files["keys.txt"].sha256 for row in self._units[group]]
 
     def keys(self, group: int) -> list[str]:
@@ -175,17 +178,17 @@ class Cache:
         return [key for row in self._units[group] for key in read_keys(*self._unit_info(row))]
 
     def _unit_info(self, row: UnitRow) -> tuple[StoredPath, UnitInfo]:
-        """The folder of a unit, and its sidecar."""
+        """A unit's folder and its sidecar."""
         folder = unit_folder(self.root, row.group, row.range_id)
         return folder, read_unit(folder)[0]
 
     def positions(self, view: int, range_id: int) -> range:
-        """The positions of a view whose records are in the unit of this range."""
+        """The positions in a view whose records are in this range's unit."""
         starts = self._starts[self._group_of[view]]
         return range(starts[range_id], starts[range_id + 1])
 
     def shard_at(self, position: int, view: int) -> str:
-        """The shard that holds a position of a view: its path in the cache, without the extension."""
+        """The path, inside the cache and without extension, of the shard that holds a position in a view."""
         unit, _ = self.locate(position, view)
         return f"{unit_folder(Path(), unit.group, unit.range_id).as_posix()}/v{view:04d}"
 
@@ -194,7 +197,7 @@ class Cache:
         return bisect.bisect_right(self._starts[self._group_of[view]], position) - 1
 
     def _read_unit(self, view: int, unit: int, rows: NDArray[np.int64]) -> list[Record]:
-        """Rows of a shard; a damaged local copy of a remote shard is fetched again once."""
+        """Records in these rows of a shard; a damaged local copy of a remote shard is downloaded again once."""
         try:
             return self._reader(view, unit).read(rows)
         except UserError:
@@ -205,7 +208,8 @@ class Cache:
             return self._reader(view, unit).read(rows)
 
     def _reader(self, view: int, unit: int) -> ShardReader:
-        """The reader of a shard, opened and checked on first use; the least recently used reader is closed."""
+        """The reader for a shard, which is opened and checked on first use; if too many are open, the least recently
+        used one is closed."""
         row = self._units[self._group_of[view]][unit]
         shard = ShardId(row.group, row.range_id, view)
         if shard in self._readers:
@@ -214,7 +218,7 @@ class Cache:
         reader = open_shard(self.root, self.manifest, row, view)
         self._readers[shard] = reader
         while len(self._readers) > OPEN_SHARDS:
-            self._readers.popitem(last=False)  # closes its files with the last reference
+            self._readers.popitem(last=False)  # its files are closed with the last reference
         return reader
 
 
@@ -222,24 +226,25 @@ class ShardFacts(NamedTuple):
     """A committed shard."""
 
     folder: StoredPath
-    """The folder of its unit."""
+    """The shard's unit folder."""
     unit: UnitInfo
     files: dict[str, FileHash]
-    """Its files by name relative to the unit's folder."""
+    """The shard's files, keyed by name relative to the unit's folder."""
 
 
 def open_shard(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardReader:
-    """The reader of a shard, after the checks of `shard_facts`."""
+    """The reader for a shard, after the checks in `shard_facts`."""
     folder, unit, _ = shard_facts(root, manifest, row, view)
     return shard_reader(unit.backend, folder, ShardId(row.group, row.range_id, view), read_keys(folder, unit))
 
 
 def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -> ShardFacts:
-    """A shard, after checking that its unit is the one in the manifest and its files have full length."""
+    """Facts about a shard, after a check that its unit is the one in the manifest and that its files have their full
+    length."""
     folder = unit_folder(root, row.group, row.range_id)
     info = read_listed_unit(root, manifest, row)
     files = {name: fact for name, fact in info.files.items() if name.startswith(f"v{view:04d}.")}
-    wrong = wrong_sizes(folder, files) if isinstance(folder, Path) else []  # remote files are checked on arrival
+    wrong = wrong_sizes(folder, files) if isinstance(folder, Path) else []  # remote: checked when downloaded
     if wrong or not files:
         name, what = wrong[0] if wrong else (f"v{view:04d}", "not in the unit's sidecar")
         raise damaged("a shard is truncated or missing", what, "the committed file", folder / name)
@@ -247,7 +252,7 @@ def shard_facts(root: StoredPath, manifest: Manifest, row: UnitRow, view: int) -
 
 
 def read_listed_unit(root: StoredPath, manifest: Manifest, row: UnitRow) -> UnitInfo:
-    """The sidecar of a unit; UserError unless it is the one in the manifest."""
+    """The sidecar of a unit. Raises UserError unless it is the one in the manifest."""
     folder = unit_folder(root, row.group, row.range_id)
     info, data = read_unit(folder)
     digest = hashlib.sha256(data).hexdigest()

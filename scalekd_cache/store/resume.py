@@ -2,11 +2,12 @@
 
 In: a cache's folder. Out: the units that need no work. Invariant: no decision depends on a clock.
 
-What is verified at startup. For every unit: its sidecar (parsed; fingerprint, store, views and range as planned), its
-skipped images, and the length of every file. This detects the results of a kill, a full disk or an interrupted copy.
-For the last committed units also the sha256 of every file: a power cut with an unflushed write cache can leave files of
-the right length full of zeros. Other damage to older units is not searched for, because that would read the whole cache
-on every start: readers verify the checksum of every record, and `scalekd verify --deep` reads every byte.
+The startup check covers every unit's sidecar (which must be readable and have the planned fingerprint, store, views and
+range), its skipped images, and the length of every file. This detects the results of a kill, a full disk or an
+interrupted copy. For the last committed units, the check also covers the sha256 of every file, because a power cut with
+an unflushed write cache can leave files that have the right length but are full of zeros. Other damage to older units
+is not searched for, because that would mean reading the whole cache on every start. Readers verify the checksum of
+every record, and `scalekd verify --deep` reads every byte.
 """
 
 import contextlib
@@ -22,21 +23,22 @@ from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_fol
 from scalekd_cache.store.verify_unit import ExpectedUnit
 
 RECHECKED_UNITS = 8
-"""Units hashed at startup: with default sizes (200 MB each) more than the cache of a disk; takes about a second."""
+"""Number of units hashed at startup. At the default size (200 MB each), they exceed a disk's write cache, and hashing
+them takes about a second."""
 
 NAMED_KEYS = 5
-"""Sample keys of a unit that an error lists; the rest is counted."""
+"""Maximum number of a unit's sample keys that an error lists; the rest are counted."""
 
 
 def committed_unit(root: Path, unit: ExpectedUnit) -> UnitInfo | None:
-    """The sidecar of a committed unit of this cache whose files all have full length; None otherwise.
+    """The sidecar of a unit that is committed in this cache and whose files all have their full length; None otherwise.
 
-    Costs one small read, and one stat per file. A unit with truncated or missing files counts as missing and is
-    rewritten.
+    This costs one small read, and one stat call per file. A unit with truncated or missing files counts as missing and
+    is rewritten.
 
     Raises:
-        UserError: the unit has another fingerprint (teacher, recipe, codec or data) or other images or views, or its
-            sidecar is damaged.
+        UserError: the unit has a different fingerprint (teacher, recipe, codec or data) or different images or views,
+            or its sidecar is damaged.
     """
     folder = unit_folder(root, unit.group, unit.range_id)
     if not (folder / "unit.json").exists():
@@ -68,7 +70,7 @@ def _layout_of(info: UnitInfo) -> tuple[str, list[int], tuple[int, int]]:
 
 
 class CommittedUnits:
-    """The committed units of a cache. Each unit is checked once per job, at its first use.
+    """The committed units of a cache. Each unit is checked once per job, when it is first used.
 
     Args:
         root: the cache's folder.
@@ -82,17 +84,18 @@ class CommittedUnits:
         self._first: dict[str, str] | None = None
 
     def committed(self, group: int, range_id: int) -> bool:
-        """Whether a unit is committed. Raises as `committed_unit` does."""
+        """Whether a unit is committed. Raises the same errors as `committed_unit`."""
         place = (group, range_id)
         if place not in self._whole:
             info = committed_unit(self._root, self._units[place])
-            if info is not None:  # without unused fields: a cache may have 100,000 units
+            if info is not None:  # unused fields are dropped, because a cache may have 100,000 units
                 files = {"keys.txt": info.files["keys.txt"]}
                 self._whole[place] = dataclasses.replace(info, files=files, fidelity={}, versions={})
         return place in self._whole
 
     def skipped_images(self) -> dict[str, str] | None:
-        """Sample keys that the first view group skips, with the reasons; None until all its units are committed."""
+        """Sample keys that the first view group skips, with the reasons; None until all units in the group are
+        committed."""
         if self._first is None:
             places = [place for place in self._units if place[0] == 0]
             if all(self.committed(*place) for place in places):
@@ -100,7 +103,7 @@ class CommittedUnits:
         return self._first
 
     def units_with(self, keys: Set[str]) -> list[tuple[int, int]]:
-        """(group, range) of the units of the first view group that hold any of these sample keys."""
+        """(group, range) of the units in the first view group that hold any of these sample keys."""
         first = [place for place in self._units if place[0] == 0 and self.committed(*place)]
         return [place for place in first if keys & {*read_keys(unit_folder(self._root, *place), self._whole[place])}]
 
@@ -120,11 +123,11 @@ class CommittedUnits:
         return damaged
 
     def drop_mismatched_units(self) -> dict[Path, str]:
-        """Remove units that do not skip the same images as the first view group (`mismatched_units`), once that is
-        complete.
+        """Remove units that do not skip the same images as the first view group (`mismatched_units`), once that group
+        is complete.
 
         Returns:
-            The folders of the removed units, which will be rebuilt, with the problem of each.
+            The folders of the removed units, which will be rebuilt, with the problem in each unit.
         """
         if self.skipped_images() is None:
             return {}
@@ -136,7 +139,7 @@ class CommittedUnits:
         return dropped
 
     def keys_hash(self, group: int, range_id: int) -> FileHash:
-        """Hash of the list of sample keys of a committed unit."""
+        """Hash of a committed unit's list of sample keys."""
         return self._whole[group, range_id].files["keys.txt"]
 
     def drop_unlike(self, group: int, range_id: int, keys: FileHash) -> bool:
@@ -157,23 +160,23 @@ def _bytes_differ(folder: Path) -> bool:
 
 
 def has_wrong_sizes(folder: Path) -> bool:
-    """Whether a file of the unit in this folder, its sidecar included, is missing or has a wrong length."""
+    """Whether a file of the unit in this folder, including its sidecar, is missing or has the wrong length."""
     return not (folder / "unit.json").exists() or bool(wrong_sizes(folder, read_unit(folder)[0].files))
 
 
 def remove_damaged_unit(folder: Path, damaged: Callable[[Path], bool]) -> None:
     """Remove a damaged unit.
 
-    It is renamed first, so that no reader sees a half-removed unit, and then checked again: if another process has
-    replaced it by an intact unit in the meantime, that unit is renamed back.
+    It is renamed first, so that no reader sees a half-removed unit. Then it is checked again: if a different process
+    has replaced it with an intact unit in the meantime, that unit is renamed back.
     """
     temp = temp_path_for(folder)
     renamed = temp.with_name(f"{temp.name}-damaged")
     try:
         os.rename(folder, renamed)
-    except FileNotFoundError:  # another process was faster
+    except FileNotFoundError:  # a different process removed it first
         return
-    intact = True  # also when the check fails: nothing is removed unchecked
+    intact = True  # also if the check fails: nothing is removed unchecked
     try:
         intact = not damaged(renamed)
     finally:
@@ -189,14 +192,14 @@ def skipped_keys(infos: Iterable[UnitInfo]) -> dict[str, str]:
 
 
 def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, int], dict[str, str]]:
-    """Units of later groups that do not skip the same images as the first group. The first group decides.
+    """Units in later groups that do not skip the same images as the first group, which is the reference.
 
     Args:
         root: the cache's folder.
         infos: the sidecars of committed units, including all of group 0.
 
     Returns:
-        For (group, range) of each such unit: the sample keys, each with the problem.
+        The sample keys and their problems for each such unit, keyed by (group, range).
 
     Raises:
         UserError: the keys of a unit cannot be read.
@@ -220,6 +223,6 @@ def mismatched_units(root: Path, infos: Iterable[UnitInfo]) -> dict[tuple[int, i
 
 
 def some_keys(wrong: Mapping[str, str]) -> str:
-    """The first keys with their problems, in one line."""
+    """The first few keys with their problems, in one line."""
     some = "; ".join(f"{key}: {what}" for key, what in list(wrong.items())[:NAMED_KEYS])
     return some + (f"; and {counted(len(wrong) - NAMED_KEYS, 'more image')}" if len(wrong) > NAMED_KEYS else "")

@@ -1,7 +1,8 @@
 """JSON files that contain their own checksum: manifest.json, plan.json and codec.json.
 
-In: an object, or a file's bytes. Out: a file whose last field, `self_sha256`, is the sha256 of the whole file with 64
-zeros in that place; or the object again. Invariant: any changed byte of such a file, white space included, is detected.
+In: an object, or a file's bytes. Out: a file, or the object in a file. The file's last field, `self_sha256`, is the
+sha256 of the whole file with 64 zeros in place of that field's value. Invariant: a change to any byte of such a file,
+including whitespace, is detected.
 """
 
 import hashlib
@@ -30,7 +31,7 @@ def unsealed(fields: Mapping[str, Any], data: bytes, path: StoredPath | str) -> 
 
     Args:
         fields: the parsed object.
-        data: the bytes it was parsed from.
+        data: the bytes from which it was parsed.
         path: the file, for the error.
 
     Raises:

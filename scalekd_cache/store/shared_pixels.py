@@ -1,8 +1,8 @@
-"""Shared pixels: a cache without its own pixels reads those of another cache.
+"""Shared pixels: a cache without its own pixels reads those in a different cache.
 
-In: a cache whose manifest refers to another cache's pixels, or the folder of a cache with pixels. Out: the cache that
-stores the pixels. Invariant: the pixels belong to the same images, view recipe and seed; the digest in every record
-verifies the pixel bytes.
+In: a cache whose manifest refers to a different cache's pixels, or the folder of a cache with pixels. Out: the cache
+that stores the pixels. Invariant: the pixels belong to the same images, view recipe and seed; the digest in every
+record verifies the pixel bytes.
 """
 
 import os
@@ -20,7 +20,7 @@ from scalekd_cache.store.remote.remote_path import RemotePath, open_place
 
 
 def pixel_identity(fingerprint_fields: Mapping[str, Any]) -> str:
-    """The sha256 (hex) over everything that determines a cache's pixels: view recipe and dataset listing."""
+    """The sha256 (hex) of everything that determines a cache's pixels: the view recipe and the dataset listing."""
     return fingerprint({name: fingerprint_fields[name] for name in ("views", "data")})
 
 
@@ -28,7 +28,7 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
     """Open a finished cache whose pixels can be shared.
 
     Raises:
-        UserError: not finished, without stored pixels, or itself sharing the pixels of a third cache.
+        UserError: the cache is not finished, stores no pixels, or itself shares the pixels of a third cache.
     """
     cache = Cache(root, read_manifest(root))
     manifest = cache.manifest
@@ -51,7 +51,8 @@ def open_pixel_cache(root: Path | RemotePath) -> Cache:
 
 
 def pixel_reference(root: Path, pixels: Path, facts: ManifestFacts) -> dict[str, str]:
-    """The manifest's reference to the cache whose pixels are shared; the path is relative, so both can be moved."""
+    """The manifest's reference to the cache whose pixels are shared; the path is relative, so both caches can be moved
+    together."""
     path = os.path.relpath(pixels.resolve(), root.resolve())
     return {"identity": pixel_identity(facts.fingerprint_fields), "path": Path(path).as_posix()}
 
@@ -64,16 +65,16 @@ def shared_pixels_path(root: Path | RemotePath, facts: ManifestFacts) -> Path | 
 
 
 def open_shared_pixels(cache: Cache, place: str | None, views: int, remote: RemoteConfig | None = None) -> Cache | None:
-    """Open the cache that stores the pixels of `cache`; None when `cache` does not share pixels.
+    """Open the cache that stores the pixels for `cache`; None if `cache` does not share pixels.
 
     Args:
         cache: the cache used for training.
-        place: folder or URL of the pixels (None: the path in the manifest, relative to the cache).
-        views: views that will be read.
-        remote: how a URL is read.
+        place: folder or URL of the cache with the pixels (None: the path in the manifest, relative to the cache).
+        views: number of views that will be read.
+        remote: options for reading a URL.
 
     Raises:
-        UserError: missing, other pixels, or fewer images or views.
+        UserError: the cache is missing, holds different pixels, or has too few images or views.
     """
     manifest = cache.manifest
     if not manifest.facts.pixels_from:

@@ -32,7 +32,7 @@ from scalekd_cache.store.remote.remote_path import pin_files, size_of
 
 WHAT = "the sidecar of a unit"
 UNIT_BYTES = 1 << 25
-"""Maximum size of unit.json: 65,536 skipped images with keys and reasons, or 200,000 files."""
+"""Maximum size of unit.json: enough for 65,536 skipped images with keys and reasons, or for 200,000 files."""
 FILE_NAME = re.compile(r"[A-Za-z0-9._-]{1,200}(/[A-Za-z0-9._-]{1,200}){0,4}")
 Whole = Annotated[int, Field(ge=0, lt=2**40)]
 P = TypeVar("P", bound=StoredPath)
@@ -54,7 +54,7 @@ def _summaries(value: object) -> object:
 
 
 Fidelity = Annotated[Summary, PlainValidator(_summaries)]
-"""Metric summaries by name; counts stay integers."""
+"""Metric summaries, keyed by name; counts stay integers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,16 +69,16 @@ class UnitInfo:
     start: Whole
     """First image of the range, in the canonical order of the group."""
     stop: Whole
-    """One past the last."""
+    """One past the last image."""
     views: list[Whole]
     count: int
-    """Records in each shard: stop - start - len(skipped)."""
+    """Number of records in each shard: stop - start - len(skipped)."""
     skipped: list[dict[str, str]]
-    """{key, reason} of the skipped images, which could not be read."""
+    """{key, reason} for each skipped image; these images could not be read."""
     files: dict[str, FileHash]
-    """Length and sha256 of every file except unit.json."""
+    """Length and sha256 of each file except unit.json."""
     payload_bytes: dict[str, Whole]
-    """Bytes on disk of pixels, features and target, over all views."""
+    """Number of bytes on disk for pixels, features and target, over all views."""
     fidelity: Fidelity
     versions: dict[str, str]
 
@@ -97,7 +97,8 @@ def sidecar_text(info: UnitInfo) -> str:
 
 
 def read_unit(folder: StoredPath) -> tuple[UnitInfo, bytes]:
-    """unit.json, checked, and its bytes. UserError when it is missing or damaged, or has another format version."""
+    """The checked unit.json and its bytes. Raises UserError if it is missing or damaged, or has a different format
+    version."""
     path = folder / "unit.json"
     fields, data = read_json(path, WHAT, UNIT_BYTES, fix="rerun `scalekd cache-teacher`: it resumes")
     check_version(fields, path, "format")
@@ -125,12 +126,13 @@ def _check_unit(info: UnitInfo, path: StoredPath) -> None:
 
 
 def is_inside(name: str) -> bool:
-    """Whether a file name is one that writers use: plain letters, no overlong part, inside the folder."""
+    """Whether writers can create this file name: it has plain characters, no overlong part, and stays inside the
+    folder."""
     return FILE_NAME.fullmatch(name) is not None and not {".", ".."} & set(name.split("/"))
 
 
 def wrong_sizes(folder: StoredPath, files: Mapping[str, FileHash]) -> list[tuple[str, str]]:
-    """(name, problem) of the files that are missing or have a wrong length."""
+    """(name, problem) for each file that is missing or has the wrong length."""
     wrong = []
     for name, fact in files.items():
         try:
@@ -147,7 +149,7 @@ def wrong_sizes(folder: StoredPath, files: Mapping[str, FileHash]) -> list[tuple
 
 
 def read_keys(folder: StoredPath, info: UnitInfo) -> list[str]:
-    """Sample keys of a unit's records, in order. UserError unless there are `count` valid keys."""
+    """Sample keys of a unit's records, in order. Raises UserError unless there are `count` valid keys."""
     path = folder / "keys.txt"
     expected = info.files["keys.txt"].bytes
     data = read_file(path, "the keys of a unit", expected, fix=repair_fix(path))

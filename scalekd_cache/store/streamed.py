@@ -1,8 +1,10 @@
-"""Records from the tars of a cache, read by `webdataset`.
+"""Converts samples that `webdataset` reads from a cache's tars into records.
 
-In: a cache, and a sample of `webdataset.WebDataset` on one of its tars. Out: the record, its position and view.
+In: a cache, and a sample that `webdataset.WebDataset` read from one of its tars. Out: the record, its position and its
+view.
 Invariant: a record is exactly the one that was written (crc32c over all of it), as `Cache.read` returns it. The tars
-are not opened here. webdataset ends without an error where a tar was cut; the length of a tar in a folder is compared.
+are not opened here. Because webdataset stops without an error at the end of a truncated tar, the length of each tar in
+a local folder is checked.
 """
 
 import re
@@ -23,7 +25,7 @@ AS_READ = "pass the decoder what webdataset has read: wds.WebDataset(urls).map(d
 
 
 class StreamedRecord(NamedTuple):
-    """A record, and where the cache has it."""
+    """A record and its place in the cache."""
 
     record: Record
     position: int
@@ -39,7 +41,7 @@ class _Shard(NamedTuple):
 
 
 class TarSamples:
-    """Makes records of samples; pickles small.
+    """Turns samples into records; its pickle is small.
 
     Args:
         cache: the cache whose tars are read.
@@ -64,7 +66,7 @@ class TarSamples:
         return {"cache": self.cache, "_shards": {}}
 
     def __call__(self, sample: Mapping[str, Any]) -> StreamedRecord:
-        """The record of a sample as webdataset reads it: `__key__`, `__url__` and the bytes of its members.
+        """The record for a sample as webdataset reads it: `__key__`, `__url__` and the bytes of its members.
 
         Raises:
             UserError: the sample is not from a tar of this cache, or the record fails its checksum.
@@ -105,7 +107,7 @@ class TarSamples:
 
 
 def _member(sample: Mapping[str, Any], name: str) -> bytes:
-    """The bytes of a member; none for the pixels of a cache that stores none."""
+    """The bytes of a member; empty for the pixels if the cache stores none."""
     if not name:
         return b""
     data = sample.get(name)

@@ -1,8 +1,9 @@
-"""Writes a work unit: the shards of one range of images for a group of views, committed together.
+"""Writes a work unit: the shards for one range of images and one view group, which are committed together.
 
-In: records of every view, in the same order of keys. Out: `units/g000-r00000/` with unit.json, keys.txt and the shards.
-Invariant: a unit's folder gets its final name only after everything in it was fsynced and read back; two writers of the
-same unit leave exactly one; an exception leaves nothing.
+In: records for every view, with keys in the same order. Out: `units/g000-r00000/` with unit.json, keys.txt and the
+shards.
+Invariant: a unit's folder gets its final name only after everything in it was fsynced and read back; if two writers
+write the same unit, exactly one is kept; after an exception, no files are left.
 """
 
 import dataclasses
@@ -45,23 +46,23 @@ from scalekd_cache.store.verify_unit import ExpectedUnit
 from scalekd_cache.versions import __version__
 
 READ_BACK_RECORDS = 32
-"""Records per reader call when reading back: the buffer is reused and stays in the CPU cache."""
+"""Number of records per reader call when reading back. The buffer is reused and stays in the CPU cache."""
 COMMIT_THREADS = 4
-"""Shards of a unit that are fsynced and read back in parallel."""
+"""Number of a unit's shards that are fsynced and read back in parallel."""
 
 
 class UnitWriter:
-    """Writes one unit into a temp folder and publishes it with one rename. A context manager.
+    """A context manager that writes one unit into a temporary folder and publishes it with one rename.
 
     Args:
         root: the cache's folder.
         backend: `webdataset` or `zarr`.
         group: number of the view group.
-        range_id: number of the range of images.
+        range_id: number of the image range.
         start: first image of the range, in the canonical order of the group.
-        stop: one past the last.
+        stop: one past the last image.
         views: the group's view numbers.
-        fingerprint: sha256 (hex) of everything that changes cached bytes.
+        fingerprint: sha256 (hex) of everything that affects the cached bytes.
         versions: library versions, stored in the sidecar to explain a later mismatch of digests.
     """
 
@@ -111,7 +112,8 @@ class UnitWriter:
 
     @classmethod
     def of_unit(cls, root: Path, info: UnitInfo, backend: str) -> Self:
-        """A writer of an existing unit in another form: the same range, views, versions and skipped images."""
+        """A writer that writes an existing unit in a different form: with the same range, views, versions and skipped
+        images."""
         writer = cls(
             root,
             backend=backend,
@@ -133,10 +135,10 @@ class UnitWriter:
         Args:
             view_number: number of the view.
             record: its record.
-            image: digest of the image file, the same for all views (empty: not known).
+            image: digest of the image file, which is the same for all views (empty: not known).
 
         Raises:
-            UserError: an invalid or repeated key, or a full disk.
+            UserError: the key is invalid or repeated, or the disk is full.
         """
         row = self._counts[view_number]
         if row == len(self._keys):
@@ -155,7 +157,8 @@ class UnitWriter:
         self._skipped[key] = reason
 
     def commit(self, fidelity: Mapping[str, Any]) -> bool:
-        """Finish, fsync, read back and publish. False when another writer has committed this unit already (it is kept).
+        """Finish, fsync, read back and publish. Returns False if a different writer has already committed this unit,
+        which is kept.
 
         Raises:
             UserError: the disk is full, or a file differs when read back. Nothing is published then.
@@ -170,7 +173,7 @@ class UnitWriter:
         return published
 
     def abort(self) -> None:
-        """Remove the temp folder; harmless after a commit."""
+        """Remove the temporary folder; this has no effect after a commit."""
         for writer in self._writers.values():
             writer.abort()
         self._writers.clear()
@@ -195,7 +198,7 @@ class UnitWriter:
         return self._skipped
 
     def needed_bytes(self) -> int:
-        """Estimated size of this unit, from its largest record so far."""
+        """Estimated size of this unit, based on its largest record so far."""
         return self._record_bytes * (self.info.stop - self.info.start) * len(self.info.views)
 
     def _add_key(self, key: str) -> None:
@@ -213,16 +216,17 @@ class UnitWriter:
         return self._writers[view]
 
     def _finish_files(self, fidelity: dict[str, Any]) -> None:
-        """Everything under the temp folder: shards, keys.txt, the read-back, unit.json last, folders fsynced."""
+        """Finish everything in the temporary folder: write shards and keys.txt, read them back, write unit.json and
+        fsync the folders."""
         info = self.info
-        for view in info.views:  # also creates the writers when every image of the range was skipped
+        for view in info.views:  # also creates the writers if every image in the range was skipped
             self._writer(view)
         keys = write_new(self._temp / "keys.txt", "".join(f"{key}\n" for key in self._keys).encode())
         lists = {"keys.txt": keys}
         if all(self._images):
             lists[IMAGES] = write_new(self._temp / IMAGES, images_text(self._images))
         files = read_back(self._temp, lists)
-        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while another one is hashed
+        with ThreadPoolExecutor(COMMIT_THREADS) as pool:  # one shard waits for the disk while a different one is hashed
             finished = list(pool.map(self._finish_shard, info.views))
         for _, facts in finished:
             files |= facts
@@ -244,7 +248,7 @@ class UnitWriter:
         """Finish one shard and read it back: every byte, then every record through the reader used in training."""
         writer = self._writers[view]
         summary = writer.finish()
-        for name in summary.files:  # writeback has started: the first fsync waits for the journal
+        for name in summary.files:  # writeback has started, so only the first fsync waits for the journal
             fsync_path(self._temp / name)
         facts = read_back(self._temp, summary.files)
         shard = ShardId(self.info.group, self.info.range_id, view)
@@ -257,7 +261,8 @@ class UnitWriter:
         return summary.payload, facts
 
     def _publish(self) -> bool:
-        """Publish by one rename. An existing complete unit is kept; one with truncated or missing files is replaced."""
+        """Publish with one rename. An existing complete unit is kept; a unit with truncated or missing files is
+        replaced."""
         for _ in range(3):
             try:
                 os.rename(self._temp, self.folder)

@@ -1,4 +1,4 @@
-"""Verifies a whole cache and reports every problem, not only the first.
+"""Verifies a whole cache and reports every problem, not just the first one.
 
 In: a cache's folder, finished or not, or its URL. Out: `CheckResult`; an intact cache has no problems.
 Invariant: the fast check reads sidecars and file lengths and lists folders; the deep check reads every byte (sha256 of
@@ -36,7 +36,7 @@ from scalekd_cache.store.verify_unit import (
 
 UNITS = "units"
 CODEC_FILE = "codec.json"
-"""The preset or target that the codec was fitted or selected for; only writers read it (`codec_selection.py`)."""
+"""The preset or target for which the codec was fitted or selected; only writers read it (`codec_selection.py`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class CodecChoice:
 
 
 def read_codec_choice(root: StoredPath) -> CodecChoice:
-    """codec.json, checked. UserError when missing or damaged."""
+    """The checked codec.json. Raises UserError if it is missing or damaged."""
     path, what = root / CODEC_FILE, "the record of the codec choice"
     return checked_value(unsealed(*read_json(path, what), path), CodecChoice, what, path)
 
@@ -63,9 +63,9 @@ class Expected(NamedTuple):
     """Everything that the fingerprint covers."""
     units: list[ExpectedUnit]
     teacher_files: dict[str, str]
-    """Files of the teacher (`ManifestFacts.teacher_files`) with their sha256."""
+    """The teacher's files (`ManifestFacts.teacher_files`) with their sha256."""
     finished: bool
-    """Whether there is a manifest; without one, missing units are not written yet, which is not damage."""
+    """Whether there is a manifest. Without one, missing units count as not written yet instead of damaged."""
 
 
 class CheckResult(NamedTuple):
@@ -77,13 +77,13 @@ class CheckResult(NamedTuple):
     units: int
     """Number of units that were checked."""
     expected: Expected | None
-    """The expected contents; None when neither the manifest nor the plan can be read."""
+    """The expected contents; None if neither the manifest nor the plan can be read."""
 
 
 def verify_cache(
     place: Path | str, deep: bool = False, progress: Callable[[int, int], None] | None = None
 ) -> list[Problem]:
-    """The problems of a cache; see `check_cache`."""
+    """The problems in a cache; see `check_cache`."""
     return check_cache(place, deep=deep, progress=progress).problems
 
 
@@ -97,10 +97,10 @@ def check_cache(
     """Check a cache, finished or not.
 
     Args:
-        place: the cache's folder or URL; for a URL every file is fetched again.
-        deep: read every file and record too.
-        make_checker: makes the function that checks the contents of records (`audit/records.py`), once it is known what
-        to expect.
+        place: the cache's folder or URL; for a URL, every file is downloaded again.
+        deep: also read every file and record.
+        make_checker: creates the function that checks the contents of records (`audit/records.py`), once the expected
+        contents are known.
         progress: called with (units done, total units).
     """
     root = open_uncached(place)
@@ -131,8 +131,8 @@ def check_cache(
 
 
 def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]], deep: bool) -> Iterator[Problem]:
-    """Units of later view groups that do not hold or skip the same images as the first group, which must be intact to
-    be compared. Keys are compared by a deep check only."""
+    """Units in later view groups that do not hold or skip the same images as the first group. They are compared only if
+    the first group is intact. Only a deep check compares keys."""
     places = [unit.place for unit in expected.units if unit.place not in bad and _is_there(root, unit)]
     if any(unit.group == 0 and unit.place not in places for unit in expected.units):
         return
@@ -146,7 +146,8 @@ def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]
 
 
 def _other_keys(root: Path, infos: Sequence[UnitInfo]) -> Iterator[Problem]:
-    """Keys that are twice in their view group, or not in the first one; units in the order of their places."""
+    """Keys that occur twice in their view group or not at all in the first group; `infos` must be sorted by (group,
+    range)."""
     images: set[str] = set()
     found: set[str] = set()
     group = 0
@@ -165,7 +166,7 @@ def _other_keys(root: Path, infos: Sequence[UnitInfo]) -> Iterator[Problem]:
 
 
 def _is_there(root: StoredPath, unit: ExpectedUnit) -> bool:
-    """Whether a unit's folder exists; for a remote cache, whether the manifest lists the unit."""
+    """Whether a unit's folder exists or, for a remote cache, whether the manifest lists the unit."""
     folder = unit_folder(root, unit.group, unit.range_id)
     return os.path.isdir(folder) if isinstance(folder, Path) else unit.sha256 is not None
 
@@ -193,7 +194,8 @@ def unit_name(place: tuple[int, int]) -> str:
 
 
 def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Expected | None:
-    """Read manifest and plan. A problem with one of them is recorded, and the other one is used."""
+    """Read the manifest and the plan. If there is a problem with one of them, it is recorded, and the other one is
+    used."""
     manifest: Manifest | None = None
     plan: Plan | None = None
     try:
@@ -206,7 +208,7 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
     try:
         plan = read_plan(root)
     except UserError as error:
-        # readers do not need a plan: a missing one is a remark, a damaged one is a problem
+        # readers do not need a plan, so a missing plan is only a note, but a damaged plan is a problem
         if _exists(root / PLAN) or manifest is None:
             problems.append(Problem(PLAN, None, str(error), Part.PLAN))
         elif isinstance(root, Path):
@@ -219,7 +221,7 @@ def _expected(root: StoredPath, problems: list[Problem], notes: list[str]) -> Ex
 
 
 def _exists(path: StoredPath) -> bool:
-    """Whether a path exists; True when that cannot be determined."""
+    """Whether a path exists; True if this cannot be determined."""
     try:
         return is_there(path)
     except UserError:
@@ -227,7 +229,7 @@ def _exists(path: StoredPath) -> bool:
 
 
 def _disagree(manifest: Manifest, plan: Plan) -> str | None:
-    """How the plan differs from the manifest; more groups in the plan are allowed."""
+    """How the plan differs from the manifest, or None. The plan may have more groups."""
     facts = plan.facts
     if facts.fingerprint != manifest.facts.fingerprint:
         return f"fingerprint {facts.fingerprint} is not the manifest's, {manifest.facts.fingerprint}"
@@ -239,7 +241,7 @@ def _disagree(manifest: Manifest, plan: Plan) -> str | None:
 
 
 def expected_contents(manifest: Manifest | None, plan: Plan | None) -> Expected | None:
-    """The units of the manifest, then those that only the plan lists."""
+    """The expected contents: the units in the manifest, then those that only the plan lists."""
     units = {unit.place: unit for unit in plan.units()} if plan is not None else {}
     if manifest is not None:
         for row in manifest.units:
@@ -280,7 +282,7 @@ def _kept_problems(root: StoredPath, expected: Expected, deep: bool) -> Iterator
 
 
 def _unknown_files(root: Path, expected: Expected | None, notes: list[str]) -> Iterator[Problem]:
-    """Files and folders that do not belong to the cache; temporary ones are only noted."""
+    """Files and folders that do not belong to the cache; for temporary ones, only a note is added."""
     known = {MANIFEST, PLAN, UNITS, PUBLICATION, CARD}
     known |= {TAIL, HELD_OUT} if expected is None else expected.teacher_files.keys()
     kept = {} if expected is None else codec_files(expected.fields)
@@ -298,7 +300,7 @@ def _unknown_files(root: Path, expected: Expected | None, notes: list[str]) -> I
 
 
 def _listing(folder: Path, notes: list[str]) -> list[Path]:
-    """The entries of a folder, sorted; adds a note when it cannot be listed."""
+    """The sorted entries of a folder; adds a note if it cannot be listed."""
     try:
         return sorted(folder.iterdir()) if os.path.isdir(folder) else []
     except OSError as error:

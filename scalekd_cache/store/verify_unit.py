@@ -1,7 +1,7 @@
 """Verifies one work unit and reports every problem.
 
-In: the folder of a unit and its expected contents. Out: problems, each with its file and, when known, its sample.
-Invariant: the deep check reads every byte and every record of the unit, and no damage makes it raise.
+In: the folder of a unit and its expected contents. Out: problems, which name the file and, if known, the sample.
+Invariant: the deep check reads every byte and every record of the unit, and it raises no error for damage of any kind.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from scalekd_cache.store.sidecar import UnitInfo, read_keys, read_unit, unit_fol
 
 BATCH_RECORDS = 64
 MAX_NAMED = 20
-"""Maximum number of damaged samples listed per shard; the rest is counted."""
+"""Maximum number of damaged samples listed per shard; the rest are counted."""
 
 
 class Part(Enum):
@@ -35,12 +35,12 @@ class Part(Enum):
     MANIFEST = "manifest"
     PLAN = "plan"
     TEACHER = "tail"
-    """A file with a part or outputs of the teacher."""
+    """A file that holds a part or outputs of the teacher."""
     CODEC_STATE = "kept"
-    """A file that decoding all units needs (codec state, classifier): restore it from a copy of the cache, or refit
-    and compare its sha256."""
+    """A file that is needed to decode all units (codec state, classifier): restore it from a copy of the cache, or
+    refit it and compare its sha256."""
     CODEC_CHOICE = "mark"
-    """The record of the codec choice: rewritten from the codec."""
+    """The record of the codec choice: rewrite it from the codec."""
     UNFINISHED = "unfinished"
     """Resume stage 1."""
     PIXELS = "pixels"
@@ -50,7 +50,7 @@ class Part(Enum):
 
 
 class Problem(NamedTuple):
-    """A problem of a cache."""
+    """A problem in a cache."""
 
     where: str
     """File or folder, relative to the cache."""
@@ -59,20 +59,20 @@ class Problem(NamedTuple):
     what: str
     part: Part
     unit: tuple[int, int] | None = None
-    """(group, range) of its unit."""
+    """(group, range) of the unit that has the problem."""
 
 
 class RecordProblem(NamedTuple):
-    """A problem of a record."""
+    """A problem in a record."""
 
     key: str | None
-    """The sample key; None for a problem of several records."""
+    """The sample key; None for a problem that concerns multiple records."""
     what: str
     part: Part = Part.UNIT
 
 
 CheckRecords = Callable[[list[Record], ShardId, list[int]], list[RecordProblem]]
-"""Checks the contents of some records of a shard, given their rows."""
+"""Checks the contents of some of a shard's records, given their rows."""
 
 
 class ExpectedUnit(NamedTuple):
@@ -84,9 +84,9 @@ class ExpectedUnit(NamedTuple):
     backend: str
     views: list[int]
     bounds: tuple[int, int] | None
-    """First image of the range and one past the last, from the plan."""
+    """First image of the range and one past the last image, from the plan."""
     records: int | None = None
-    """Records in each shard, from the manifest (images that could not be read are skipped)."""
+    """Number of records in each shard, from the manifest (images that could not be read are skipped)."""
     sha256: str | None = None
     """sha256 of unit.json, from the manifest."""
 
@@ -104,8 +104,8 @@ def unit_problems(
     Args:
         root: the cache's folder or URL.
         unit: the expected contents.
-        deep: read every file and record too.
-        check_records: checks the contents of the records whose checksum is right.
+        deep: also read every file and record.
+        check_records: checks the contents of the records whose checksums are correct.
     """
     folder = unit_folder(root, unit.group, unit.range_id)
     name = folder.relative_to(root).as_posix()
@@ -145,9 +145,10 @@ def unit_problems(
 
 
 def file_problem(path: StoredPath) -> str | None:
-    """Why a file cannot be opened, or is a .safetensors file of another length than its header says; None when it can.
+    """Why a file cannot be opened, or how a .safetensors file's length differs from its header; None if there is no
+    problem.
 
-    Nothing but that header is read, and no file is fetched.
+    Only that header is read, and no file is downloaded.
     """
     try:
         size_of(path)
@@ -161,7 +162,7 @@ def file_problem(path: StoredPath) -> str | None:
 
 
 def hash_problem(path: StoredPath, sha256: str, pinned_by: str) -> str | None:
-    """Why a file does not have this sha256, None when it has; remote files are checked when they are fetched."""
+    """Why a file does not have this sha256; None if it does. Remote files are checked when they are downloaded."""
     try:
         return None if hash_file(path).sha256 == sha256 else f"sha256 differs from the {pinned_by}'s"
     except (UserError, OSError) as error:
@@ -191,7 +192,7 @@ def _unknown_files(folder: StoredPath, info: UnitInfo) -> Iterator[str]:
 
 
 def _inside(folder: Path) -> list[Path]:
-    """Everything in a folder; empty when it cannot be listed (its files are then reported as missing)."""
+    """Everything in a folder; empty if it cannot be listed (its files are then reported as missing)."""
     with contextlib.suppress(OSError):
         return sorted(folder.rglob("*"))
     return []
@@ -200,7 +201,7 @@ def _inside(folder: Path) -> list[Path]:
 def _record_problems(
     folder: StoredPath, info: UnitInfo, view: int, keys: list[str], check_records: CheckRecords | None
 ) -> Iterator[RecordProblem]:
-    """The problems of a shard's records."""
+    """The problems in a shard's records."""
     try:
         reader = shard_reader(info.backend, folder, ShardId(info.group, info.range_id, view), keys)
     except (UserError, OSError) as error:
@@ -227,7 +228,7 @@ def _batch_problems(
         records = reader.read(rows)
     except (UserError, OSError):
         records, good = [], []
-        for row in rows.tolist():  # find the damaged ones
+        for row in rows.tolist():  # find the damaged records
             try:
                 records += reader.read(np.array([row]))
                 good.append(row)

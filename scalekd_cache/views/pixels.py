@@ -1,6 +1,6 @@
-"""Pixels of a view: encoding, decoding, digest.
+"""Encodes, decodes and hashes the pixels of a view.
 
-In: (size, size, 3) uint8 pixels, or the bytes of a cache. Out: a JPEG, WebP or PNG file, pixels, 16 hex characters.
+In: (size, size, 3) uint8 pixels, or bytes from a cache. Out: a JPEG, WebP or PNG file, pixels, or a digest.
 Invariant: the header of stored bytes is checked before anything is decoded or allocated; a format is always decoded by
 the same library, so that a student gets exactly the teacher's pixels.
 """
@@ -20,7 +20,8 @@ Pixels = NDArray[np.uint8]
 
 
 def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
-    """A (size, size, 3) uint8 view as a file of `pixel_format`; always three channels, equal bytes for equal pixels."""
+    """A (size, size, 3) uint8 view as a file of `pixel_format`; it always has three channels, and equal pixels give
+    equal bytes."""
     assert pixels.dtype == np.uint8, pixels.dtype
     assert pixels.shape == (config.size, config.size, 3), pixels.shape
     buffer = io.BytesIO()
@@ -37,9 +38,9 @@ def encode_pixels(pixels: Pixels, config: ViewConfig) -> bytes:
 
 def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
     """The (size, size, 3) uint8 pixels of an encoded view. Format, mode and size come from the header and are checked
-    before anything is decoded; UserError when they differ or the bytes are damaged.
+    before anything is decoded. Raises UserError if they are wrong or the bytes are damaged.
 
-    JPEG and WebP are decoded by torchvision: the same libraries as Pillow's, without Pillow's copies (docs/LOG.md).
+    torchvision decodes JPEG and WebP: it uses the same libraries as Pillow but avoids Pillow's copies (docs/LOG.md).
     """
     try:
         jpeg = jpeg_shape(data) == (size, size, 3)
@@ -63,8 +64,8 @@ def decode_pixels(data: bytes | memoryview, size: int) -> Pixels:
 
 
 def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
-    """(height, width, components) of a JPEG of 8 bits from its first frame header (ITU-T T.81, B.2.2); None for
-    anything else, and for a file that ends before it."""
+    """(height, width, components) of an 8-bit JPEG from its first frame header (ITU-T T.81, B.2.2); None for anything
+    else, including a file that ends before that header."""
     if bytes(data[:2]) != b"\xff\xd8":
         return None
     at = 2
@@ -76,14 +77,14 @@ def jpeg_shape(data: bytes | memoryview) -> tuple[int, int, int] | None:
         if marker in (0xC0, 0xC1, 0xC2):
             precision, height, width, components = struct.unpack(">BHHB", data[at + 4 : at + 10])
             return (height, width, components) if precision == 8 else None
-        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:  # no segment, or the scan begins without a frame
+        if marker < 0xC0 or 0xD0 <= marker <= 0xDA or length < 2:  # not a segment, or the scan begins without a frame
             return None
         at += 2 + length
     return None
 
 
 def webp_size(data: bytes | memoryview) -> tuple[int, int] | None:
-    """(width, height) of a WebP file with one lossy key frame and nothing else (RFC 9649, 2.5; RFC 6386, 9.1); None for
+    """(width, height) of a WebP file that contains only one lossy key frame (RFC 9649, 2.5; RFC 6386, 9.1); None for
     anything else."""
     if (
         len(data) < 30
@@ -92,7 +93,7 @@ def webp_size(data: bytes | memoryview) -> tuple[int, int] | None:
     ):
         return None
     width, height = struct.unpack("<HH", data[26:30])
-    return width & 0x3FFF, height & 0x3FFF  # two bits of each are a scaling hint, which decoders ignore
+    return width & 0x3FFF, height & 0x3FFF  # two bits of each value are a scaling hint that decoders ignore
 
 
 def _decode_by_torchvision(data: bytes | memoryview, decoder: str) -> Pixels:
@@ -101,14 +102,14 @@ def _decode_by_torchvision(data: bytes | memoryview, decoder: str) -> Pixels:
 
     try:
         planes = getattr(torchvision.io, decoder)(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    except RuntimeError as error:  # in C++, with the place in its source
+    except RuntimeError as error:  # a C++ error, which names its place in the source
         raise ValueError(str(error).rpartition(", ")[2]) from error
     pixels: Pixels = planes.permute(1, 2, 0).numpy()
     return pixels
 
 
 def pixel_digest(pixels: Pixels) -> str:
-    """16 hex characters: blake2b over the shape and the bytes of uint8 pixels."""
+    """16 hex characters: the blake2b digest of the shape and the bytes of uint8 pixels."""
     assert pixels.dtype == np.uint8, pixels.dtype
     shape = ",".join(map(str, pixels.shape)).encode() + b";"
     return hashlib.blake2b(shape + np.ascontiguousarray(pixels).tobytes(), digest_size=8).hexdigest()

@@ -1,9 +1,10 @@
-"""RandAugment's fifteen operations (timm's "increasing" set): from magnitude to argument, from argument to pixels.
+"""RandAugment's fifteen operations (timm's "increasing" set): converts magnitudes to arguments and applies the
+operations.
 
 In: an operation's name with a magnitude (0 to 10) and a sign, or with a resolved argument, and a PIL image.
-Out: the argument, a plain number that a view record keeps, and the changed image.
-Invariant: the argument fully determines the pixels; nothing here uses random numbers. Names, ranges and results are
-those of `timm.data.auto_augment`. The order and number of `OPERATIONS` affect how views are sampled, so they never
+Out: the argument (a plain number that a view record stores) and the changed image.
+Invariant: the argument fully determines the pixels; nothing here uses random numbers. Names, ranges and results are the
+same as in `timm.data.auto_augment`. The order and number of `OPERATIONS` affect how views are sampled, so they never
 change.
 """
 
@@ -15,13 +16,13 @@ from PIL import Image, ImageEnhance, ImageOps
 from scalekd_cache.errors import UserError, closest_names
 
 FILL = (124, 116, 104)
-"""Fill color (RGB) of geometric operations: ImageNet's mean, as upstream."""
+"""Fill color (RGB) for geometric operations: ImageNet's mean, as in timm."""
 
 RECORD_FIX = "the record is damaged or from another version: verify the cache, or rebuild it"
 """The fix for an invalid view record."""
 
 MAGNITUDE_MAX = 10.0
-"""The strongest magnitude; `level` below is magnitude over this, 0 to 1."""
+"""The maximum magnitude. Below, `level` is the magnitude divided by this value, so it ranges from 0 to 1."""
 
 
 class Operation(NamedTuple):
@@ -30,7 +31,7 @@ class Operation(NamedTuple):
     resolve: Callable[[float, int], float]
     """(level, sign) -> argument, in the unit given next to the operation."""
     apply: Callable[[Image.Image, float, Image.Resampling], Image.Image]
-    """(image, argument, filter of geometric operations) -> image of the same size."""
+    """(image, argument, filter for geometric operations) -> image of the same size."""
     low: float
     high: float
     whole: bool = False
@@ -46,7 +47,7 @@ def _signed(limit: float) -> Callable[[float, int], float]:
 
 
 def _factor(level: float, sign: int) -> float:
-    """Blend factor: 1 changes nothing, the distance from 1 grows with the level."""
+    """Blend factor: 1 changes nothing, and the distance from 1 grows with the level."""
     return max(0.1, 1.0 + sign * level * 0.9)
 
 
@@ -57,8 +58,8 @@ def _affine(
 
 
 def _posterize(image: Image.Image, argument: float, resample: Image.Resampling) -> Image.Image:
-    """Keep the highest `argument` bits; 0 (magnitude 10) gives black, which Pillow's own function rejects since version
-    13."""
+    """Keep the highest `argument` bits; 0 (magnitude 10) gives black; Pillow's own function has rejected 0 since
+    version 13."""
     mask = 256 - 2 ** (8 - int(argument))
     return image.point([value & mask for value in range(256)] * 3)
 
@@ -90,7 +91,7 @@ OPERATIONS: dict[str, Operation] = {
     ),
     # bits that are kept
     "PosterizeIncreasing": Operation(lambda level, _: 4 - int(level * 4), _posterize, 0, 4, True),
-    # values from this threshold on are inverted
+    # values at or above this threshold are inverted
     "SolarizeIncreasing": Operation(
         lambda level, _: 256 - int(level * 256),
         lambda image, limit, _: ImageOps.solarize(image, int(limit)),
@@ -104,10 +105,10 @@ OPERATIONS: dict[str, Operation] = {
     "ContrastIncreasing": _blend(ImageEnhance.Contrast),
     "BrightnessIncreasing": _blend(ImageEnhance.Brightness),
     "SharpnessIncreasing": _blend(ImageEnhance.Sharpness),
-    # pixels of shift per pixel of the other axis
+    # shift in pixels per pixel along the other axis
     "ShearX": _geometric(0.3, lambda shear, _: (1, shear, 0, 0, 1, 0)),
     "ShearY": _geometric(0.3, lambda shear, _: (1, 0, 0, shear, 1, 0)),
-    # share of the width, of the height
+    # share of the width or height
     "TranslateXRel": _geometric(0.45, lambda share, image: (1, 0, share * image.width, 0, 1, 0)),
     "TranslateYRel": _geometric(0.45, lambda share, image: (1, 0, 0, 0, 1, share * image.height)),
 }
@@ -116,9 +117,11 @@ OPERATION_NAMES = tuple(OPERATIONS)
 
 
 def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
-    """The argument of operation `name` at `magnitude` (clipped to 0 to 10), negated where the operation has a sign.
+    """The argument of operation `name` at `magnitude` (clipped to 0 to 10), negated if `negative` and the operation has
+    a sign.
 
-    Rounded to six decimals, so that records are short and do not depend on the last bit of a platform's logarithm.
+    It is rounded to six decimals, so that records are short and do not depend on the last bit of a platform's
+    logarithm.
     """
     level = max(0.0, min(magnitude, MAGNITUDE_MAX)) / MAGNITUDE_MAX
     argument = OPERATIONS[name].resolve(level, -1 if negative else 1)
@@ -126,7 +129,7 @@ def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
 
 
 def check_operation(name: object, argument: object) -> tuple[str, float]:
-    """The operation, if it is one of the fifteen and its argument is in range; UserError otherwise."""
+    """Return the operation if it is one of the fifteen and its argument is in range; raise UserError otherwise."""
     if not isinstance(name, str) or name not in OPERATIONS:
         raise UserError(
             "a view record names an unknown operation",
@@ -149,5 +152,5 @@ def check_operation(name: object, argument: object) -> tuple[str, float]:
 
 
 def apply_operation(name: str, argument: float, image: Image.Image, resample: Image.Resampling) -> Image.Image:
-    """Operation `name` on an RGB image; `resample` is the filter of rotation, shear and translation."""
+    """Apply operation `name` to an RGB image; `resample` is the filter for rotation, shear and translation."""
     return OPERATIONS[name].apply(image, argument, resample)

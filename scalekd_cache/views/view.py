@@ -1,6 +1,6 @@
-"""Views: sampling, applying to an image, JSON records.
+"""Views: samples them, applies them to an image, and converts them to and from JSON records.
 
-In: the view recipe, a sample key with its image size and a view number; or the record of an earlier view.
+In: the view recipe, a sample key with its image size, and a view number; or the record of an earlier view.
 Out: `View` records and (size, size, 3) uint8 pixels, which `pixels.py` encodes.
 Invariant: a view is a pure function of (recipe, seed, key, number, image size), and its pixels are a pure function of
 (view, image, recipe). No global state: rank, worker and order have no effect. All pixels are uint8.
@@ -35,17 +35,17 @@ Box = tuple[int, int, int, int]
 """(left, top, width, height) in pixels."""
 
 NOISE_MEAN, NOISE_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-"""Mean and standard deviation of erased pixels, red, green and blue: ImageNet's, as upstream."""
+"""Mean and standard deviation of the red, green and blue values of erased pixels: ImageNet's values, as in timm."""
 
 _TRIES, _OPS_MAX, _APPLY_PROBABILITY = 10, 15, 0.5
-# Layout of the uniform values behind one view; it is part of the cache format.
+# Layout of the uniform values from which one view is sampled; it is part of the cache format.
 _CROP = slice(0, 4 * _TRIES)
 _FLIP = _CROP.stop
 _OPS = slice(_FLIP + 1, _FLIP + 1 + 4 * _OPS_MAX)
 _ERASE = _OPS.stop
 _BOX = slice(_ERASE + 1, _ERASE + 1 + 4 * _TRIES)
-_NOISE = _BOX.stop  # the last one
-_SEED_BITS = 53  # what every JSON reader keeps exactly
+_NOISE = _BOX.stop  # the last value
+_SEED_BITS = 53  # every JSON reader keeps this many bits exactly
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 _FIELDS = ("number", "crop", "flip", "operations", "erase", "noise_seed")
 
@@ -58,9 +58,10 @@ class View:
     crop: Box
     """Box of the source image that is resized to the view."""
     flip: bool
-    """Mirrored left to right."""
+    """Whether the view is mirrored left to right."""
     operations: tuple[tuple[str, float], ...]
-    """RandAugment operations that are applied, in order, each with its argument (units: `randaugment.py`)."""
+    """The RandAugment operations in the order in which they are applied, with their arguments (units:
+    `randaugment.py`)."""
     erase: Box | None
     """Box of the view that is overwritten with noise, or None."""
     noise_seed: int
@@ -125,13 +126,13 @@ def _box(record: dict[str, Any], name: str) -> Box:
 def sample_view(config: ViewConfig, key: str, number: int, width: int, height: int) -> View:
     """Sample view `number` of the image `key`, which is `width` x `height` pixels.
 
-    A Philox generator keyed by a hash of (config.seed, key, number) gives 143 uniform values. Every
-    augmentation has its own values, whether it is enabled or not, so disabling one does not change the others:
-    40 crop (10 tries of area, ratio, left, top), 1 flip, 60 RandAugment (15 operations of kind, applied or not,
-    magnitude, sign), 1 erase or not, 40 erase box (as the crop), 1 noise seed. Only the generator's raw output is used:
-    numpy keeps that stable over versions.
+    A Philox generator keyed by a hash of (config.seed, key, number) gives 143 uniform values. Every augmentation has
+    its own values, whether or not it is enabled, so disabling one does not change the others: 40 values for the crop
+    (10 tries with area, ratio, left and top), 1 for the flip, 60 for RandAugment (15 operations with kind, applied or
+    not, magnitude and sign), 1 for whether to erase, 40 for the erase box (10 tries, as for the crop) and 1 for the
+    noise seed. Only the generator's raw output is used, because numpy keeps it stable across versions.
 
-    The crop is torchvision's RandomResizedCrop, RandAugment and random erasing are timm's.
+    The crop follows torchvision's RandomResizedCrop; RandAugment and random erasing follow timm.
     """
     assert number >= 0, number
     assert min(width, height) > 0, (width, height)
@@ -158,7 +159,8 @@ def _log_between(uniform: float, bounds: tuple[float, float]) -> float:
 
 
 def _sample_crop(config: ViewConfig, uniform: Sequence[float], width: int, height: int) -> Box:
-    """RandomResizedCrop's box: the first of ten tries that fits, else the largest centered one of an allowed ratio."""
+    """RandomResizedCrop's box: the first of ten tries that fits, or else the largest centered box with an allowed
+    ratio."""
     for i in range(0, len(uniform), 4):
         area = width * height * _between(uniform[i], config.crop_scale)
         ratio = _log_between(uniform[i + 1], config.crop_ratio)
@@ -178,14 +180,14 @@ def _sample_operations(config: ViewConfig, uniform: Sequence[float]) -> tuple[tu
         if applied >= _APPLY_PROBABILITY:
             continue
         name = OPERATION_NAMES[int(kind * len(OPERATION_NAMES))]
-        deviation = NormalDist().inv_cdf(normal + 2.0**-54)  # half a step: the open interval (0, 1)
+        deviation = NormalDist().inv_cdf(normal + 2.0**-54)  # half a step keeps it in the open interval (0, 1)
         magnitude = config.randaugment_magnitude + config.randaugment_magnitude_std * deviation
         operations.append((name, resolve_argument(name, magnitude, sign >= 0.5)))
     return tuple(operations)
 
 
 def _sample_erase(config: ViewConfig, uniform: Sequence[float]) -> Box | None:
-    """The box of timm's RandomErasing, strictly smaller than the view; None when none of ten tries fits."""
+    """The box of timm's RandomErasing, strictly smaller than the view; None if none of ten tries fits."""
     size = config.size
     for i in range(0, len(uniform), 4):
         area = size * size * _between(uniform[i], config.erase_area)
@@ -199,9 +201,9 @@ def _sample_erase(config: ViewConfig, uniform: Sequence[float]) -> Box | None:
 def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
     """The view of an (H, W, 3) uint8 image: crop, resize, flip, RandAugment, erase; (size, size, 3) uint8.
 
-    The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside it has an effect.
-    Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped. Raises
-    UserError if the view does not fit the image or the recipe's size.
+    The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside the crop has an
+    effect. Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped.
+    Raises UserError if the view does not fit the image or the recipe's size.
     """
     _assert_pixels(image)
     left, top, width, height = view.crop
@@ -248,8 +250,8 @@ def _noise_table() -> Pixels:
 
 
 def _noise(seed: int, width: int, height: int) -> Pixels:
-    """(height, width, 3) uint8 noise: 16 bits of raw Philox output per value, through a table (exact on any
-    platform)."""
+    """(height, width, 3) uint8 noise: each value is looked up in a table by 16 bits of raw Philox output, which is
+    exact on any platform."""
     count = width * height * 3
     raw = np.random.Philox(key=seed).random_raw(-(-count // 4)).astype("<u8", copy=False)
     quantiles = raw.view("<u2")[:count].reshape(height, width, 3)
@@ -259,20 +261,21 @@ def _noise(seed: int, width: int, height: int) -> Pixels:
 EVAL_CROP = 0.875
 """Share of the resized image's shorter side that the validation view shows."""
 LONG = 8
-"""Sides of an image longer than this, as a multiple of the shorter one, are not resized as a whole."""
+"""An image whose longer side exceeds this multiple of the shorter side is not resized as a whole."""
 
 
 def eval_resize(size: int, crop_share: float = EVAL_CROP) -> int:
-    """Shorter side of the resized image, pixels, from which a validation view of `size` is cropped; as in timm."""
+    """Shorter side, in pixels, of the resized image from which a validation view of `size` is cropped; as in timm."""
     return math.floor(size / crop_share)
 
 
 def eval_view(image: Pixels, size: int, crop_share: float = EVAL_CROP) -> Pixels:
-    """The validation view of an (H, W, 3) uint8 image: shorter side to floor(size / crop_share), bicubic, then the
-    central size x size; (size, size, 3) uint8. Images smaller than that are enlarged.
+    """The validation view of an (H, W, 3) uint8 image: the shorter side is resized to floor(size / crop_share) with the
+    bicubic filter, and the central size x size pixels are cropped; (size, size, 3) uint8. Smaller images are enlarged.
 
-    The pixels are those of timm's evaluation transform. Of an image longer than `LONG` times its shorter side, only the
-    central part is resized, so that it costs no more than any other; its pixels may differ from timm's by 1.
+    The pixels equal those from timm's evaluation transform. If an image is longer than `LONG` times its shorter side,
+    only its central part is resized, so that it costs no more than any other image; its pixels may differ from timm's
+    by 1.
     """
     _assert_pixels(image)
     require(0 < crop_share <= 1, "crop_share", crop_share, "above 0, at most 1")

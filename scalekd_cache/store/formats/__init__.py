@@ -1,4 +1,4 @@
-"""The two file formats of a shard: a tar with a byte-offset index, and a Zarr v3 group.
+"""The two file formats for a shard: a tar with a byte-offset index, and a Zarr v3 group.
 
 In: records of one view of a range of images. Out: the files of one shard, or its records.
 Both implement `ShardWriter` and `ShardReader` of `store/base.py`, and one conformance suite runs on both. The tar

@@ -1,8 +1,8 @@
 """The byte-offset index of a tar shard: `v0000.idx`.
 
-In: offsets and lengths of each record's members. Out: a header of 48 bytes and 40 bytes per record, little-endian.
-Invariant: a loaded index matches the length of its tar, the number of keys and its own name; members are inside the
-tar, in the order of the records, without overlap.
+In: offsets and lengths of each record's members. Out: a 48-byte header followed by 40 bytes per record, little-endian.
+Invariant: a loaded index matches the length of its tar, the number of keys and its own name; members lie inside the tar
+in record order and do not overlap.
 """
 
 import struct
@@ -16,7 +16,7 @@ from scalekd_cache.store.path import StoredPath
 
 MAGIC = b"SKDCIDX2"
 HEADER = struct.Struct("<8sIIIIIIQQ")
-"""Magic, header bytes, index row bytes, group, range, view, zero, rows, bytes of the tar."""
+"""Magic, header bytes, bytes per index row, group, range, view, zero, number of rows, bytes in the tar."""
 ROW = np.dtype(
     [
         ("json_offset", "<u8"),
@@ -41,10 +41,10 @@ def pack_index(rows: NDArray[np.void], shard: ShardId, tar_bytes: int) -> bytes:
 
 
 def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> NDArray[np.void]:
-    """Read the index of this shard, which has `count` records in a tar of `tar_bytes`.
+    """Read the index of this shard, which has `count` records in a tar that is `tar_bytes` long.
 
     Raises:
-        UserError: it is missing, belongs to another shard, has a wrong length, or points outside the tar.
+        UserError: it is missing, belongs to a different shard, has the wrong length, or points outside the tar.
     """
     assert 0 <= count <= MAX_UNIT_SAMPLES, count
     expected_bytes = HEADER.size + count * ROW.itemsize
@@ -68,7 +68,7 @@ def load_index(path: StoredPath, shard: ShardId, count: int, tar_bytes: int) -> 
 
 
 def _check_order(rows: NDArray[np.void], path: StoredPath) -> None:
-    """Members must be in order, so that one read covers a record or several adjacent records."""
+    """Check that members are in order, so that one read covers a record or a run of adjacent records."""
     json_end, pixels_end = (rows[f"{member}_offset"] + rows[f"{member}_bytes"] for member in ("json", "pixels"))
     pixels_end = np.where(rows["pixels_bytes"] > 0, pixels_end, json_end)
     features_end = rows["features_offset"] + rows["features_bytes"]

@@ -3,7 +3,7 @@
 In: records. Out: members <key>.json (label, view parameters, digest, flags), <key>.jpg, .webp or .png (baked pixels
 only), <key>.features (features, second target, logits), in this order; any WebDataset reader can stream the tar.
 Invariant: headers contain no time, owner or host, so equal records give equal bytes. The reader uses the index and
-pread; it never extracts the tar and does not use its headers.
+pread; it never extracts the tar or uses its headers.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Writer(ShardWriter):
         self._payload = {"pixels": 0, "features": 0, "target": 0}
 
     def append(self, record: Record) -> None:
-        """Add the two or three members of a record, in one write."""
+        """Add a record's two or three members in one write."""
         target = target_json(record, places=True)
         payloads = (record.pixels, record.features, record.second, record.logits)
         pixels, features, second, logits = map(crc_input, payloads)
@@ -75,7 +75,7 @@ class Writer(ShardWriter):
             self._payload[kind] += size
 
     def finish(self) -> ShardSummary:
-        """End the tar (two empty blocks), then the index."""
+        """End the tar with two empty blocks, then write the index."""
         self._tar.write(bytes(2 * BLOCK))
         tar = self._tar.finish(sync=False)
         index = pack_index(np.array(self._rows, ROW), self.shard, tar.bytes)
@@ -89,9 +89,9 @@ class Writer(ShardWriter):
 
 
 class Reader(ShardReader):
-    """Reads with one pread per record or per run of adjacent records.
+    """Reads the tar with one pread per record or per run of adjacent records.
 
-    With `tar_bytes`, the length of the tar, the tar itself is not opened: only `from_members` can be used.
+    If `tar_bytes`, the length of the tar, is given, the tar itself is not opened, and only `from_members` can be used.
     """
 
     def __init__(self, folder: StoredPath, shard: ShardId, keys: list[str], tar_bytes: int | None = None) -> None:
@@ -120,13 +120,13 @@ class Reader(ShardReader):
         """(n,) uint32."""
         return self._crcs
 
-    @functools.cached_property  # used for every record; making a path takes 3 microseconds
+    @functools.cached_property  # used for every record; creating a path takes 3 microseconds
     def where(self) -> StoredPath:
         """The tar."""
         return self.folder / f"v{self.shard.view:04d}.tar"
 
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows, in this order."""
+        """The records in these rows, in this order."""
         descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
         records: list[Record] = []
         wanted, done = rows.tolist(), 0
@@ -150,9 +150,9 @@ class Reader(ShardReader):
         return records
 
     def from_members(self, row: int, target: bytes, pixels: bytes, features: bytes) -> Record:
-        """The record of a row from the data of its members, as another tar reader returns them.
+        """The record in a row, built from its members' data as a different tar reader returns it.
 
-        The checksum covers the headers and padding between the members too; they are made again from names and sizes.
+        The checksum also covers the headers and the padding between the members; they are rebuilt from names and sizes.
         """
         key, start = self.keys[row], self._rows[row][0]
         pieces: list[Any] = [target]
@@ -163,12 +163,12 @@ class Reader(ShardReader):
         return self._cut([row], b"".join(pieces), start)[0]
 
     def _extent(self, row: int) -> tuple[int, int]:
-        """Start and end of a record in the tar; its features come last (`load_index` checks the order)."""
+        """Start and end of a record in the tar; the record's features come last (`load_index` checks the order)."""
         places = self._rows[row]
         return places[0], places[2] + places[5]
 
     def _cut(self, rows: list[int], data: bytes, start: int) -> list[Record]:
-        """Adjacent records from the tar's bytes at `start`; large parts are not copied."""
+        """Adjacent records, cut from the tar's bytes at `start`; large parts are not copied."""
         records, shown = [], memoryview(data)
         # google_crc32c rejects memoryviews; slicing all of a bytes object does not copy.
         buffer: Any = data if len(rows) == 1 else np.frombuffer(data, np.uint8)
@@ -207,7 +207,7 @@ class Reader(ShardReader):
             raise damaged("cannot read a record's JSON", repr(error), "what was written", self.where, key) from error
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
-        """Records of these rows, in this order; the bytes of the pixels are not read."""
+        """The records in these rows, in this order; the bytes of the pixels are not read."""
         descriptor = self._kept if self._kept >= 0 else descriptor_of(self.where)
         records = []
         try:
@@ -222,7 +222,7 @@ class Reader(ShardReader):
         return records
 
     def target_bytes(self, record: Record) -> int:
-        """Bytes of the record's JSON."""
+        """Length of the record's JSON in bytes."""
         return len(target_json(record, places=True))
 
     def close(self) -> None:
@@ -233,7 +233,7 @@ class Reader(ShardReader):
 
 
 def add_member(pieces: list[Any], end: int, name: str, *data: Any) -> int:
-    """Add padding after offset `end`, header and data of a member; returns the offset of the data."""
+    """Add padding after offset `end`, then a member's header and data; returns the offset of the data."""
     header = member_header(name, sum(map(len, data)))
     padding = PADDING[-end % BLOCK]
     pieces += (padding, header, *data)
@@ -243,15 +243,16 @@ def add_member(pieces: list[Any], end: int, name: str, *data: Any) -> int:
 def crc_seed(key: str, places: bytes) -> int:
     """The start of a record's checksum: its key and the first 36 bytes of its index row.
 
-    The record's bytes in the tar follow. The row is included because the reader uses it to split these bytes.
+    The record's bytes in the tar come next in the checksum. The row is included because the reader splits these bytes
+    by it.
     """
     return CRC(CRC(0, key.encode()), places)
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The tar header of a member: a template from tarfile, filled in here for plain names.
+    """A member's tar header; for plain names, a template from tarfile is filled in here.
 
-    tarfile takes 40 microseconds per header, this function 2; a test compares the results.
+    tarfile takes 40 microseconds per header and this function takes 2. A test compares the results.
     """
     if not name.isascii() or len(name) > 100 or size >= 8**11:
         info = tarfile.TarInfo(name)
@@ -269,5 +270,5 @@ def _plain_header() -> bytes:
 
 
 PLAIN = _plain_header()
-"""A header without name and size: offsets 0-100 name, 124-136 size, 148-156 checksum."""
+"""A header without name and size. The name is at offsets 0-100, the size at 124-136 and the checksum at 148-156."""
 PLAIN_SUM = sum(PLAIN[100:124]) + sum(PLAIN[136:148]) + 8 * ord(" ") + sum(PLAIN[156:])

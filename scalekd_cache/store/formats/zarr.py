@@ -1,8 +1,9 @@
-"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, readable with plain zarr-python.
+"""The `zarr` backend: a shard is a Zarr v3 group, `v0000.zarr`, with sharded arrays, which plain zarr-python can read.
 
-In: records. Out: arrays labels, crc32c (n,), and features (with the second target), pixels, target, logits as flat
-uint8, each with <name>_offsets uint64 (n + 1). Invariant: equal records give equal bytes; a missing chunk or file is an
-error. `zarr_read.py` is the reader, because zarr-python returns zeros for both.
+In: records. Out: the arrays labels and crc32c, (n,), and the flat uint8 arrays features (with the second target),
+pixels, target and logits, each with an array <name>_offsets, (n + 1,) uint64. Invariant: equal records give equal
+bytes; a missing chunk or file is an error. `zarr_read.py` is the reader, because zarr-python returns zeros for missing
+chunks and files.
 """
 
 from functools import cached_property
@@ -37,16 +38,16 @@ from scalekd_cache.store.formats.zarr_write import ArrayWriter, write_group
 from scalekd_cache.store.path import StoredPath
 
 CHUNK_BYTES = (1 << 8, 1 << 18)
-"""Smallest and largest chunk of a flat array; in between, the next power of two of a record's size. Chunks are stored
-uncompressed, so that a record is read without the rest of its chunk: the samples of a batch are rarely adjacent in
-their shard (docs/LOG.md). On average half a chunk per array is padding."""
+"""Smallest and largest chunk size of a flat array; between them, a record's size is rounded up to the next power of
+two. Chunks are stored uncompressed, so that a record can be read without the rest of its chunk, because the samples in
+a batch are rarely adjacent in their shard (docs/LOG.md). On average, half a chunk per array is padding."""
 SHARD_BYTES = 1 << 25
-"""Maximum bytes of a shard file, without checksums."""
+"""Maximum number of bytes in a shard file, without checksums."""
 FLAT = ("features", "pixels", "target", "logits")
 
 
 class Writer(ShardWriter):
-    """Buffers at most one chunk, or a block of small chunks, per array, plus the buffers of its files (`NewFile`)."""
+    """Buffers at most one chunk or one block of small chunks per array, in addition to the file buffers (`NewFile`)."""
 
     def __init__(self, folder: Path, shard: ShardId) -> None:
         super().__init__(folder, shard)
@@ -68,7 +69,7 @@ class Writer(ShardWriter):
         self.crcs.append(record_crc(record))
 
     def _array(self, name: str, first: Payload) -> ArrayWriter:
-        """A flat array; created with a chunk size for parts like the first one that is not empty."""
+        """A flat array; when it is created, its chunk size fits parts like the first one that is not empty."""
         if name not in self._arrays:
             chunk = min(max(1 << (len(first) - 1).bit_length(), CHUNK_BYTES[0]), CHUNK_BYTES[1])
             self._arrays[name] = ArrayWriter(self._root / name, "u1", None, chunk, SHARD_BYTES)
@@ -79,7 +80,7 @@ class Writer(ShardWriter):
         self._arrays = {name: self._array(name, b"") for name in FLAT}
         small = {f"{name}_offsets": np.array(self._offsets[name], "<u8") for name in FLAT}
         small |= {"labels": np.array(self._labels, "<i8"), "crc32c": np.array(self.crcs, "<u4")}
-        for name, values in small.items():  # each in a single chunk
+        for name, values in small.items():  # each array has a single chunk
             size = max(1, len(values)) * values.itemsize
             self._arrays[name] = ArrayWriter(self._root / name, values.dtype.name, 1, size, size)
             self._arrays[name].append(values.tobytes())
@@ -127,7 +128,7 @@ class Reader(ShardReader):
         """(n,) uint32."""
         return self._crcs
 
-    @cached_property  # used for every record; making a path takes 3 microseconds
+    @cached_property  # used for every record; creating a path takes 3 microseconds
     def where(self) -> StoredPath:
         """The group's folder."""
         return self.folder / f"v{self.shard.view:04d}.zarr"
@@ -142,7 +143,7 @@ class Reader(ShardReader):
         return [self._record(row, *parts) for row, *parts in zip(wanted, *flat, strict=True)]
 
     def target_bytes(self, record: Record) -> int:
-        """Bytes of the record's JSON and of its row in `labels`."""
+        """Number of bytes in the record's JSON and in its row in `labels`."""
         return len(target_json(record, places=False)) + np.dtype("<i8").itemsize
 
     def read_without_pixels(self, rows: NDArray[np.int64]) -> list[Record]:
@@ -175,9 +176,9 @@ class Reader(ShardReader):
 
 
 def padding(unit: Path) -> tuple[int, float]:
-    """Bytes of padding in the last chunks of a unit's flat arrays, and the expected value: half a chunk per array.
+    """Bytes of padding in the last chunks of a unit's flat arrays, and the expected number: half a chunk per array.
 
-    Every shard has this overhead, however few records it holds. (0, 0) for a unit of tars.
+    Every shard has this overhead, however few records it holds. For a unit of tars, the result is (0, 0).
     """
     zeros, chunks = 0, 0
     for name in FLAT:

@@ -2,8 +2,8 @@
 
 In: an array's folder and its expected dtype and length. Out: bytes of rows.
 Invariant: metadata is checked before anything is allocated; a zstd frame must declare exactly the size of a chunk
-before it is decoded; a missing chunk or file is an error (zarr-python 3.1 returns zeros for both). Of uncompressed
-chunks (flat arrays) only the requested bytes are read; the checksum of their record covers them.
+before it is decoded; a missing chunk or file is an error (zarr-python 3.1 returns zeros for both). In uncompressed
+chunks (flat arrays), only the requested bytes are read, and the checksums of their records cover them.
 """
 
 import json
@@ -31,13 +31,13 @@ INDEX_CODECS = ["bytes", "crc32c"]
 
 
 class ShardedArray:
-    """An array split along its first axis only: shard files of chunks.
+    """An array that is split only along its first axis, into shard files that consist of chunks.
 
     Args:
         folder: the array's folder.
-        dtype: numpy's name.
+        dtype: the numpy name of the dtype.
         length: number of rows.
-        plain: chunks are uncompressed, each with its crc32c; otherwise each chunk is a zstd frame.
+        plain: whether chunks are uncompressed and followed by their crc32c; otherwise, each chunk is a zstd frame.
     """
 
     def __init__(self, folder: StoredPath, dtype: str, length: int, *, plain: bool = False) -> None:
@@ -107,7 +107,7 @@ class ShardedArray:
         return self._plain_spans(spans) if self.plain else self._decoded_spans(spans)
 
     def _plain_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Adjacent spans are read in one call, up to `RUN_BYTES`."""
+        """`spans` for uncompressed chunks; adjacent spans are read in one call, up to `RUN_BYTES`."""
         files: dict[int, tuple[int, StoredPath]] = {}
         cut: list[memoryview] = []
         row, done = self.row_bytes, 0
@@ -126,7 +126,8 @@ class ShardedArray:
     def _plain_span(self, at: int, end: int, files: dict[int, tuple[int, StoredPath]]) -> memoryview:
         """Bytes `at` to `end` of the array: one read per file, from which the chunks' checksums are removed.
 
-        `files` are the open files of the call; making a path per span would take as long as reading it.
+        `files` holds the files opened in this call; creating a path for each span would take as long as reading the
+        span.
         """
         pieces: list[bytes | memoryview] = []
         while at < end:
@@ -151,11 +152,11 @@ class ShardedArray:
         return memoryview(pieces[0] if len(pieces) == 1 else b"".join(pieces))
 
     def _in_file(self, at: int) -> int:
-        """Offset in the file of byte `at` of a shard: a crc32c follows every chunk."""
+        """Offset in the file of a shard's byte `at`; a crc32c follows each chunk."""
         return at + 4 * int(at // self.chunk_bytes)
 
     def _check_plain(self, index: NDArray[np.uint64], shard: int) -> None:
-        """Check that the chunks of a flat array are contiguous from the file's first byte."""
+        """Check that the chunks of a flat array are contiguous and start at the file's first byte."""
         left = self.length * self.row_bytes - shard * self.shard_chunks * self.chunk_bytes
         there = index[: -(-min(left, self.shard_chunks * self.chunk_bytes) // self.chunk_bytes)]
         size = self.chunk_bytes + 4
@@ -173,7 +174,7 @@ class ShardedArray:
             )
 
     def _decoded_spans(self, spans: list[tuple[int, int]]) -> list[memoryview]:
-        """Views into one buffer, in which the chunks of a span are adjacent."""
+        """`spans` for zstd frames: views into one buffer, in which the chunks of each span are adjacent."""
         needed: set[int] = set()
         for start, stop in spans:
             if stop > start:
@@ -197,7 +198,7 @@ class ShardedArray:
         return self.folder / "c" / str(shard)
 
     def _read_chunks(self, shard: int, chunks: list[int], target: NDArray[np.uint8]) -> None:
-        """Decode these chunks of one shard file into `target`, one after another."""
+        """Decode these chunks from one shard file into `target`, one after the other."""
         descriptor = self._open(shard)
         try:
             index = self._indexes[shard]
@@ -208,7 +209,7 @@ class ShardedArray:
             os.close(descriptor)
 
     def _open(self, shard: int) -> int:
-        """A descriptor of a shard file; its index is read when it is opened for the first time."""
+        """A descriptor of a shard file, whose index is read when the file is opened for the first time."""
         path = self._path(shard)
         try:
             descriptor = descriptor_of(path)
@@ -226,7 +227,7 @@ class ShardedArray:
         return descriptor
 
     def _read_index(self, path: StoredPath, descriptor: int) -> NDArray[np.uint64]:
-        """(chunks, 2) uint64: offset and length of every chunk, checked against the file's length."""
+        """(chunks, 2) uint64: the offset and length of each chunk, checked against the file's length."""
         size, index_bytes = os.fstat(descriptor).st_size, self.shard_chunks * 16 + 4
         if size < index_bytes:
             raise damaged("a shard file is too short for its index", size, f">= {index_bytes} bytes", path)
@@ -253,7 +254,7 @@ class ShardedArray:
             data = zstandard.ZstdDecompressor().decompress(frame)
         except zstandard.ZstdError as error:
             raise damaged("cannot decompress a chunk", error, "a zstd frame", path) from error
-        target[:] = np.frombuffer(data, np.uint8)  # the decoder fails unless the length is the declared one
+        target[:] = np.frombuffer(data, np.uint8)  # the decoder fails unless the length is as declared
 
 
 def zstd_content_size(frame: bytes) -> int | None:

@@ -1,8 +1,9 @@
 """Writes the one-dimensional, sharded Zarr v3 arrays of the `zarr` backend, chunk by chunk, without zarr-python.
 
-In: an array's bytes, in any pieces. Out: `<name>/zarr.json` and shard files `<name>/c/0`, ...: chunks, each either raw
-with its crc32c or as a zstd frame with checksum, then their index. Invariant: every chunk is written, all-zero chunks
-too; equal input gives equal bytes; any Zarr v3 reader opens the arrays (the tests use zarr-python).
+In: an array's bytes, in pieces of any size. Out: `<name>/zarr.json` and the shard files `<name>/c/0`, ... A shard file
+holds chunks (raw bytes with a crc32c, or a zstd frame with a checksum), followed by their index. Invariant: every chunk
+is written, including all-zero chunks; equal input gives equal bytes; any Zarr v3 reader opens the arrays (the tests use
+zarr-python).
 """
 
 import functools
@@ -27,16 +28,16 @@ ABSENT = struct.pack("<QQ", 2**64 - 1, 2**64 - 1)
 
 
 class ArrayWriter:
-    """Writes one array by appending; buffers at most one chunk, or a block of small chunks.
+    """Writes one array by appending; buffers at most one chunk or one block of small chunks.
 
     Args:
         folder: the array's folder.
-        dtype: numpy's name, little-endian in the file.
-        level: zstd level, with a checksum per frame; None: chunks are stored uncompressed, each followed by its crc32c,
-            so that a reader can read any part of them.
-        chunk_bytes: bytes of a chunk before compression.
-        shard_bytes: bytes of a shard file before compression, a multiple of the chunk; an array that fits into one file
-            has only as many chunks as it needs.
+        dtype: the numpy name of the dtype, which is little-endian in the file.
+        level: zstd level; each frame has a checksum. If None, chunks are stored uncompressed and followed by their
+            crc32c, so that a reader can read any part of them.
+        chunk_bytes: size of a chunk before compression.
+        shard_bytes: size of a shard file before compression, which must be a multiple of `chunk_bytes`; an array that
+            fits into one file has only as many chunks as it needs.
     """
 
     def __init__(self, folder: Path, dtype: str, level: int | None, chunk_bytes: int, shard_bytes: int) -> None:
@@ -52,7 +53,7 @@ class ArrayWriter:
         self._file: NewFile | None = None
         self._index: list[bytes] = []
         self.files: dict[str, Written] = {}
-        """Finished files, by name relative to `folder`; all files after `finish`."""
+        """Finished files, keyed by name relative to `folder`; after `finish`, these are all files."""
         folder.mkdir()
 
     def append(self, data: Payload) -> None:
@@ -86,7 +87,7 @@ class ArrayWriter:
             self._file.abort()
 
     def _write_block(self) -> None:
-        """Write pending data as whole chunks: one chunk without a copy, or many small ones in one write."""
+        """Write pending data as whole chunks: one chunk without a copy, or many small chunks in one write."""
         pieces, self._pending, self._missing_bytes = self._pending, [], self._block_bytes
         if len(self._index) == self._shard_chunks:
             self._finish_file()
@@ -109,7 +110,7 @@ class ArrayWriter:
         self._index += [ENTRY(start + place * stored, stored) for place in range(count)]
 
     def _finish_file(self) -> None:
-        """End a shard file with its index: offset and length of every chunk, crc32c."""
+        """End a shard file with its index: the offset and length of each chunk, and a crc32c."""
         assert self._file is not None
         index = b"".join(self._index) + ABSENT * (self._shard_chunks - len(self._index))
         self._file.write(index, UINT32(google_crc32c.value(index)))

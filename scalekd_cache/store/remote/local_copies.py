@@ -1,9 +1,10 @@
-"""Local copies of remote files, named by sha256, in a folder of limited size shared by all processes of a machine.
+"""Local copies of remote files, named by sha256, in a size-limited folder that all processes on a machine share.
 
 In: a sha256 and a function that downloads the file. Out: a descriptor of a file with this sha256.
-Invariant: a file named by its sha256 was complete and verified when it was put there; complete and incoming files
-together never exceed the limit; one process downloads a file while others wait; files of killed processes are removed.
-On a file system without locks each process downloads for itself, and the limit applies to complete files only.
+Invariant: a file gets its sha256 as its name only after it is complete and verified; complete and incoming files
+together never exceed the limit; one process downloads a file while others wait; files from killed processes are
+removed. On a file system without locks, each process downloads for itself, and the limit applies only to complete
+files.
 
     folder/ab/abcd...              a copy; its modification time is the time of its last use
     folder/incoming/abcd....lock   held (flock) by the downloading process; its length is the reserved size
@@ -24,11 +25,11 @@ from scalekd_cache.store.durable_files import fsync, is_disk_full, remove_stale,
 from scalekd_cache.store.locks import lock, open_lock
 
 WAIT_S = 0.1
-"""Seconds between two checks for space that other processes have reserved."""
+"""Seconds between checks for free space while other processes have reserved the rest."""
 
 
 class CopyFile(NamedTuple):
-    """A file in the folder of copies."""
+    """A file in the folder of local copies."""
 
     used_ns: int
     bytes: int
@@ -36,7 +37,7 @@ class CopyFile(NamedTuple):
 
 
 class LocalCopies:
-    """The folder of local copies. Has no open files, so it can be used from forked and spawned processes."""
+    """The folder of local copies. It has no open files, so forked and spawned processes can use it."""
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         self.folder, self.limit_bytes = folder, limit_bytes
@@ -45,7 +46,7 @@ class LocalCopies:
         """A descriptor of the copy, which the caller closes; `fetch` downloads and verifies a missing file.
 
         Raises:
-            UserError: no space, the folder cannot be written, or an error of `fetch`.
+            UserError: there is no space, the folder is not writable, or `fetch` raised an error.
         """
         descriptor = self._existing(sha256, size)
         if descriptor is not None:
@@ -60,7 +61,7 @@ class LocalCopies:
             raise UserError(what, got=error, where=self.folder, fix=fix) from error
 
     def path(self, sha256: str) -> Path:
-        """The path of the copy, whether it exists or not."""
+        """The path of the copy, whether or not it exists."""
         return self.folder / sha256[:2] / sha256
 
     def discard(self, sha256: str) -> None:
@@ -78,7 +79,7 @@ class LocalCopies:
             return None
         try:
             os.utime(descriptor)
-        except OSError:  # another user's copy: readable, but only its owner can update the time of use
+        except OSError:  # a different user's copy: readable, but only its owner can update the time of use
             return descriptor
         return descriptor
 
@@ -106,10 +107,10 @@ class LocalCopies:
 
     @contextmanager
     def _download_lock(self, sha256: str) -> Iterator[tuple[IO[bytes], bool]]:
-        """Hold the lock of this file's download; the kernel releases the lock of a killed process.
+        """Hold the lock for downloading this file; if the process is killed, the kernel releases the lock.
 
         Yields:
-            The locked file, and whether the file system has locks (without them no process waits).
+            The locked file, and whether the file system has locks (without locks, no process waits).
         """
         path = self.folder / "incoming" / f"{sha256}.lock"
         while True:
@@ -143,7 +144,7 @@ class LocalCopies:
             time.sleep(WAIT_S)  # other processes have reserved the rest: wait until they finish or are killed
 
     def _evict(self, budget_bytes: int) -> bool:
-        """Remove the least recently used copies until the rest and all reservations fit; False when they cannot."""
+        """Remove the least recently used copies until the rest and all reservations fit; False if they cannot fit."""
         found = sorted(one for part in self.folder.glob("[0-9a-f][0-9a-f]") for one in _files_in(part))
         taken = sum(one.bytes for one in found) + self._reserved_bytes()
         for one in found:
@@ -154,7 +155,7 @@ class LocalCopies:
         return taken <= budget_bytes
 
     def _reserved_bytes(self) -> int:
-        """Bytes reserved by running processes; files of killed processes are removed."""
+        """Number of bytes reserved by running processes; files from killed processes are removed."""
         total = 0
         for one in _files_in(self.folder / "incoming"):
             if one.path.suffix != ".lock":
@@ -172,7 +173,7 @@ class LocalCopies:
 
 
 def _files_in(folder: Path) -> list[CopyFile]:
-    """Files of a folder; files that are removed during the scan are ignored."""
+    """The files in a folder; files that are removed during the scan are ignored."""
     found = []
     for path in folder.iterdir():
         try:

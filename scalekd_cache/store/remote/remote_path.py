@@ -1,9 +1,9 @@
-"""A cache behind a URL: paths whose files are read from verified local copies.
+"""A cache at a URL: paths whose files are read from verified local copies.
 
 In: a folder or a URL. Out: a `Path`, or a `RemotePath` with the part of the `Path` interface that readers use.
-Invariant: except for the manifest, a file is downloaded only when its sha256 is known: the manifest lists the sidecars
-and the tail, a sidecar the files of its unit. A file that does not match never becomes a local copy, so readers get
-verified bytes or an error.
+Invariant: except for the manifest, a file is downloaded only if its sha256 is known: the manifest lists the sidecars
+and the tail, and each sidecar lists the files in its unit. A file that does not match never becomes a local copy, so
+readers get verified bytes or an error.
 """
 
 import hashlib
@@ -33,8 +33,8 @@ from scalekd_cache.store.remote.url_transfer import (
 
 COPY_AGAIN = "the cache there is damaged or incomplete: copy or publish it again"
 UNPINNED_BYTES = JSON_BYTES
-"""Maximum size of the manifest. Its sha256 is not known in advance, so it is fetched each time the cache is opened, and
-not kept."""
+"""Maximum size of the manifest. Its sha256 is not known in advance, so it is downloaded each time the cache is opened,
+and it is not kept."""
 
 
 class Pin(NamedTuple):
@@ -42,7 +42,7 @@ class Pin(NamedTuple):
 
     sha256: str
     bytes: int | None
-    """None when not known."""
+    """None if not known."""
 
 
 class FileStat(NamedTuple):
@@ -58,7 +58,7 @@ class RemoteCache:
         self.url, self.copies, self.config = url.rstrip("/"), copies, config
         self.pins: dict[str, Pin] = {}
         self.renewed: set[str] | None = None
-        """sha256 of the files that a check has downloaded again; None: existing local copies are used."""
+        """sha256 of the files that a check has downloaded again; if None, existing local copies are used."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class RemotePath:
         return self.inside.relative_to(root.inside)
 
     def exists(self) -> bool:
-        """Whether the server has it."""
+        """Whether the server has this file."""
         try:
             self.size()
         except RemoteNotFoundError:
@@ -111,11 +111,11 @@ class RemotePath:
         return self.exists()
 
     def size(self) -> int | None:
-        """Its length as reported by the server, without downloading; None when the server reports none."""
+        """The length that the server reports, without downloading the file; None if the server reports none."""
         return remote_size(self.url, self.place.config)
 
     def stat(self) -> "FileStat":
-        """Size of the verified copy; for the manifest, the size reported by the server."""
+        """Size of the verified copy; for the manifest, the size that the server reports."""
         if self._pin() is None:
             return FileStat(self.size() or 0)
         with self.open() as file:
@@ -127,7 +127,8 @@ class RemotePath:
         return os.fdopen(self.descriptor(), mode, buffering)
 
     def read_bytes(self) -> bytes:
-        """The whole of a small file, hashed on every read, because sidecars, keys and indexes have no other check."""
+        """All bytes of a small file. It is hashed on every read, because sidecars, keys and indexes have no other
+        check."""
         if self._pin() is None:
             return self._read_unpinned()
         for _ in range(2):
@@ -142,7 +143,7 @@ class RemotePath:
         )
 
     def descriptor(self) -> int:
-        """A descriptor of the verified copy, downloaded if needed; the caller closes it."""
+        """A descriptor of the verified copy, which is downloaded if needed; the caller closes it."""
         pin = self._pin()
         if pin is None:
             raise FileNotFoundError(f"{self} is not part of the cache")
@@ -153,7 +154,8 @@ class RemotePath:
         return self.place.copies.open(pin.sha256, pin.bytes, self._fetch)
 
     def local(self) -> Path:
-        """The path of the verified copy, for libraries that need a path; hashed again, because they verify nothing."""
+        """The path of the verified copy, for libraries that need a path. The copy is hashed again, because they verify
+        nothing."""
         with self.open("rb", 0) as file:
             self.discard_damaged(hashlib.file_digest(file, "sha256").hexdigest())  # type: ignore[arg-type]
         os.close(self.descriptor())
@@ -195,10 +197,10 @@ class RemotePath:
 
 
 def open_place(place: Path | str | RemotePath, config: RemoteConfig | None = None) -> Path | RemotePath:
-    """The path of a cache from a folder or URL.
+    """The path of a cache, from its folder or URL.
 
     Raises:
-        UserError: a URL scheme other than file, http, https, s3 and gs.
+        UserError: the URL scheme is not file, http, https, s3 or gs.
     """
     if not isinstance(place, str):
         return place
@@ -224,17 +226,17 @@ def open_uncached(place: Path | str | RemotePath) -> Path | RemotePath:
 def fetch(
     path: Path | RemotePath, target: Path, pin: Pin, limit_bytes: int, received: Callable[[int], None] | None = None
 ) -> None:
-    """Write a file of a cache to `target`, which is replaced; it has the expected length and sha256.
+    """Write a cache file to `target`, which is replaced, and check that it has the expected length and sha256.
 
     Args:
         path: the file.
-        target: where it is written.
-        pin: what it must be.
-        limit_bytes: maximum size where the length is not known.
-        received: called with the number of bytes of each piece; an exception ends the transfer.
+        target: where the file is written.
+        pin: its expected sha256 and length.
+        limit_bytes: maximum size if the length is not known.
+        received: called with the number of bytes in each piece; an exception ends the transfer.
 
     Raises:
-        UserError: it cannot be read, or it is another file.
+        UserError: the file cannot be read, or it does not match `pin`.
     """
 
     def check() -> None:
@@ -258,7 +260,7 @@ def fetch(
 
 
 def pin_files(folder: StoredPath, pins: Mapping[str, tuple[int | None, str]]) -> None:
-    """Set the expected {name: (bytes, sha256)} of files in a remote folder. No effect for a local folder."""
+    """Set the expected {name: (bytes, sha256)} of files in a remote folder. This has no effect for a local folder."""
     if isinstance(folder, RemotePath):
         folder.place.pins.update(
             {str(folder.inside / name): Pin(sha256, size) for name, (size, sha256) in pins.items()}
@@ -274,12 +276,13 @@ def discard_damaged(folder: StoredPath, start: str) -> bool:
 
 
 def descriptor_of(path: StoredPath) -> int:
-    """A descriptor for reading. FileNotFoundError when a cache has no such file; UserError as `open_regular`."""
+    """A descriptor for reading. Raises FileNotFoundError if a cache has no such file, and UserError as `open_regular`
+    does."""
     return path.descriptor() if isinstance(path, RemotePath) else open_regular(str(path))
 
 
 def size_of(path: StoredPath) -> int | None:
-    """Length of a regular file, local or remote, without reading it; None when the server does not report it.
+    """Length of a regular file, local or remote, without reading it; None if the server does not report it.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -298,5 +301,5 @@ def size_of(path: StoredPath) -> int | None:
 
 
 def local_path(path: StoredPath) -> Path:
-    """The path of a local file with the verified bytes."""
+    """The path of a local file that holds the verified bytes."""
     return path.local() if isinstance(path, RemotePath) else Path(str(path))

@@ -1,9 +1,10 @@
-"""Transfers from and to a URL through fsspec: allowed URL schemes, bounded retries, and errors with a fix.
+"""Transfers from and to a URL through fsspec, with allowed URL schemes, bounded retries, and errors that suggest a fix.
 
-In: a URL; for an upload also a file. Out: a file, a length, a listing.
-Invariant: only the schemes listed here are opened, never a shell command; size and time are limited; a redirect may
-lead only to the same host or to a host that the user allowed; an error names URL, status and attempts. Messages
-contain no passwords. fsspec and its implementations are imported when a URL is opened, and an instance never crosses
+In: a URL and, for an upload, a file. Out: a file, a length, a listing.
+Invariant: only the schemes listed here are opened, and no shell command is run; size and time are limited; a redirect
+may lead only to the same host or to a host that the user allowed; an error names the URL, the status and the number of
+attempts. Messages contain no passwords. fsspec and its implementations are imported when a URL is opened, and an
+instance never crosses
 a fork (its event loop would hang).
 """
 
@@ -24,7 +25,7 @@ from scalekd_cache.store.durable_files import is_disk_full
 from scalekd_cache.versions import import_optional
 
 SCHEMES = {"http": "remote", "https": "remote", "s3": "remote", "gs": "gcs", "hf": "remote"}
-"""URL schemes of remote caches, and the extra of setup.cfg that installs their packages; `file` is a local folder."""
+"""URL schemes for remote caches, and the extra in setup.cfg that installs their packages; `file` is a local folder."""
 PACKAGES = {
     "http": ("aiohttp",),
     "https": ("aiohttp",),
@@ -38,7 +39,8 @@ SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
 SECRET = re.compile("TOKEN|SECRET|PASSWORD|CREDENTIAL|_KEY")
 """Names of environment variables whose values are never printed."""
 SECRET_LENGTH = 8
-"""Shorter values are no secrets, and hiding them would hide words."""
+"""Minimum length of a secret. Shorter values are not treated as secrets, because hiding them would hide ordinary
+words."""
 MAX_WAIT_S = 30.0
 RETRY_STATUS = {408, 425, 429}
 """Client errors that are retried."""
@@ -56,7 +58,7 @@ T = TypeVar("T")
 
 
 class TransferError(OSError):
-    """The downloaded bytes are not the expected ones."""
+    """The downloaded bytes differ from the expected bytes."""
 
 
 class RemoteNotFoundError(UserError):
@@ -68,7 +70,7 @@ class RemoteDeniedError(UserError):
 
 
 def is_url(place: str) -> bool:
-    """Whether a text is a URL; UserError for a URL whose scheme is not allowed."""
+    """Whether a string is a URL. Raises UserError for a URL whose scheme is not allowed."""
     found = SCHEME.match(place)
     if found is None:
         return False
@@ -95,8 +97,8 @@ def is_url(place: str) -> bool:
 
 
 def without_password(text: str) -> str:
-    """A URL, or a text with URLs, for messages: names, passwords, queries and the secrets of the environment are
-    hidden."""
+    """A URL, or text that contains URLs, for messages: user names, passwords, queries and secrets from the environment
+    are hidden."""
     for name, value in os.environ.items():
         if SECRET.search(name) and len(value) >= SECRET_LENGTH:
             text = text.replace(value, "***")
@@ -116,15 +118,15 @@ def download(
 
     Args:
         url: the file.
-        target: where it is written; replaced.
+        target: where the file is written; an existing file is replaced.
         limit_bytes: maximum size.
-        config: attempts and timeouts.
-        check: raises TransferError for wrong bytes; None for a file of unknown hash, for which redirects to other hosts
-            are not allowed.
-        received: called with the number of bytes of each piece; an exception ends the transfer.
+        config: number of attempts, and timeouts.
+        check: raises TransferError for wrong bytes; None for a file with an unknown hash, for which redirects to
+            different hosts are not allowed.
+        received: called with the number of bytes in each piece; an exception ends the transfer.
 
     Raises:
-        UserError: after the last attempt; RemoteNotFoundError when the server does not have the file.
+        UserError: the last attempt failed; RemoteNotFoundError if the server does not have the file.
     """
 
     def once() -> None:
@@ -148,7 +150,7 @@ def read_ranges(url: str, spans: Sequence[tuple[int, int]], config: RemoteConfig
     """The bytes from start to end of each span of a file.
 
     Raises:
-        UserError: as `download`; also when the server does not support ranges.
+        UserError: as for `download`; also if the server does not support range requests.
     """
 
     def once() -> list[bytes]:
@@ -170,11 +172,11 @@ def read_ranges(url: str, spans: Sequence[tuple[int, int]], config: RemoteConfig
 
 
 def remote_size(url: str, config: RemoteConfig) -> int | None:
-    """Length reported by the server; None when it reports none. Raises as `download`."""
+    """The length that the server reports; None if it reports none. Raises the same errors as `download`."""
 
     def once() -> Any:
         system = _filesystem(url, config)
-        system.invalidate_cache()  # listings of the hub, of s3 and of gs
+        system.invalidate_cache()  # cached listings of the hub, S3 and GS
         return system.info(url, **_request_options(url, config.redirect_hosts)).get("size")
 
     size = _attempts(url, config, once)
@@ -182,7 +184,7 @@ def remote_size(url: str, config: RemoteConfig) -> int | None:
 
 
 def _filesystem(url: str, config: RemoteConfig) -> Any:
-    """The fsspec file system of a URL. fsspec caches instances per process and thread, so none crosses a fork."""
+    """The fsspec file system for a URL. fsspec caches instances per process and thread, so none crosses a fork."""
     scheme = urlsplit(url).scheme
     for name in PACKAGES[scheme]:
         _package(name, scheme)
@@ -193,12 +195,12 @@ def _filesystem(url: str, config: RemoteConfig) -> Any:
 
 
 def _package(module: str, scheme: str) -> Any:
-    """Import a package of a scheme; UserError when it is missing or broken."""
+    """Import a package that a scheme needs; raises UserError if it is missing or broken."""
     return import_optional(module, f"{scheme}:// URLs need {module.partition('.')[0]}", SCHEMES[scheme])
 
 
 def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
-    """Timeouts in the form of each implementation, with its own retries off."""
+    """Timeouts in the form that each implementation expects, with its own retries turned off."""
     if scheme in ("http", "https"):
         from aiohttp import ClientTimeout
 
@@ -211,7 +213,7 @@ def _options(scheme: str, config: RemoteConfig) -> dict[str, Any]:
 
 
 def _request_options(url: str, redirect_hosts: str) -> dict[str, Any]:
-    """Options of one HTTP request: the hosts that a redirect may lead to."""
+    """Options for one HTTP request: the hosts to which a redirect may lead."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https"):
         return {}
@@ -221,7 +223,8 @@ def _request_options(url: str, redirect_hosts: str) -> dict[str, Any]:
 
 @functools.cache
 def _redirect_hooks() -> list[Any]:
-    """aiohttp hooks that reject other redirects; one object, because fsspec caches its instances by their options."""
+    """aiohttp hooks that reject all other redirects. They are one object, because fsspec caches its instances by their
+    options."""
     from aiohttp import TraceConfig
 
     async def check(session: Any, context: Any, facts: Any) -> None:
@@ -245,7 +248,7 @@ def _redirect_hooks() -> list[Any]:
 
 
 def copy_file(path: Path, target: Path, limit_bytes: int, received: Callable[[int], None] | None = None) -> None:
-    """Copy a local file to `target`, which is replaced; arguments as `download`.
+    """Copy a local file to `target`, which is replaced; arguments as for `download`.
 
     Raises:
         FileNotFoundError: it does not exist.
@@ -306,7 +309,7 @@ def _attempts(url: str, config: RemoteConfig, once: Callable[[], T], verb: str =
 
 
 def _failures(scheme: str) -> tuple[type[Exception], ...]:
-    """The exceptions of a transfer that failed because of the network or the server."""
+    """The exceptions that a transfer raises if the network or the server fails."""
     errors: list[type[Exception]] = [OSError, TimeoutError]
     if scheme == "hf":
         return (*errors, _package("huggingface_hub.errors", scheme).HTTPError)
@@ -324,11 +327,11 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: Exception) -> int | None:
-    """The HTTP status of an error, if the implementation reports one."""
+    """The HTTP status in an error, if the implementation reports one."""
     for one in _chain(error):
         response = getattr(one, "response", None)
         metadata = response.get("ResponseMetadata", {}) if isinstance(response, dict) else {}
-        # aiohttp's protocol errors also have a `code`: 400 for a truncated body, which is not a status of the server
+        # aiohttp's protocol errors also have a `code`: 400 for a truncated body, which is not the server's status
         code = getattr(one, "code", None) if type(one).__module__.startswith("gcsfs") else None
         found = (
             getattr(one, "status", None),
@@ -380,10 +383,10 @@ def _failed(
 
 
 def upload(path: Path, url: str, config: RemoteConfig) -> None:
-    """Upload a file; the length that the server reports afterwards is compared.
+    """Upload a file and compare its length with the length that the server reports afterwards.
 
     Raises:
-        UserError: after the last attempt.
+        UserError: the last attempt failed.
     """
 
     def once() -> None:
@@ -398,7 +401,8 @@ def upload(path: Path, url: str, config: RemoteConfig) -> None:
 
 
 def sizes_below(url: str, config: RemoteConfig) -> dict[str, int]:
-    """The files below a folder of a bucket: path relative to the folder -> bytes. Raises as `upload`."""
+    """Sizes in bytes of all files below a bucket's folder, keyed by path relative to it. Raises the same errors as
+    `upload`."""
 
     def once() -> dict[str, int]:
         system = _filesystem(url, config)
