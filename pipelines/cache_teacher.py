@@ -52,10 +52,9 @@ def main(given: Given) -> None:
 
 @contextlib.contextmanager
 def one_job_per_node(given: Given) -> Iterator[None]:
-    """Two commands on one node that write the same cache run one after another, if file locks work.
-
-    The lock is in the node's folder for temporary files, so that a failed command leaves no file next to the cache.
-    The nodes of a multi-node job take no lock: they may be containers on one machine and would wait for each other.
+    """If file locks work, two commands on one node that write the same cache run one after the other. The lock file is
+    in the node's folder for temporary files, so a failed command leaves no file next to the cache. In a multi-node job,
+    nodes take no lock, because they may be containers on one machine and would wait for each other.
     """
     if take(dict(given), Output).dry_run or str(given.get("nnodes", "1")) != "1":  # a dry run writes nothing
         yield
@@ -84,9 +83,9 @@ def one_job_per_node(given: Given) -> Iterator[None]:
 
 
 def next_command(config: CacheTeacherConfig, place: str, manifest: Manifest) -> str:
-    """The command to type in this folder to train a student from these caches.
+    """The command that trains a student from these caches, as typed in this folder.
 
-    It sets smaller batches if the recipe's global batch is larger than the data set.
+    It sets smaller batches if the recipe's global batch is larger than the dataset.
     """
     train = _training_of(manifest)
     plugin = click.get_current_context().params["plugin"]
@@ -102,7 +101,8 @@ def _training_of(manifest: Manifest) -> TrainConfig:
 
 
 def check(given: Given) -> None:
-    """Find mistyped options and names early: several processes would report them only after they have started."""
+    """Find mistyped options and names early. Otherwise, they would be reported only after all processes have
+    started."""
     take(given, Output)
     config = cache_teacher_config(CacheTeacherConfig, given)
     student = checked_student(config)

@@ -1,8 +1,9 @@
-"""The command line: options generated from the configuration dataclasses, one-line errors, exit codes.
+"""The command line: generates options from the configuration dataclasses, prints one-line errors, and sets exit codes.
 
-In: the arguments of a process. Out: the options that were given, by dotted name, for a command's `main`.
+In: a process's arguments. Out: the options that were given, by dotted name, for a command's `main`.
 Invariant: an error that the user can fix prints one message without a traceback and exits with code 2.
-Click parses, completes and formats help. Values are checked by `config/options.py`, as in recipes and in Python.
+Click parses arguments, completes them and formats help. Values are checked by `config/options.py`, as in recipes and in
+Python.
 """
 
 import contextlib
@@ -33,21 +34,21 @@ from scalekd_cache.errors import CLEAR_LINE, RunInterrupted, UserError, join_or,
 
 Config = TypeVar("Config")
 Given = dict[str, Any]
-"""Given options: dotted name -> text."""
+"""The options that were given, as dotted name -> text."""
 COMPLETION = "_SCALEKD_COMPLETE"
 """Set by the completion script: `eval "$(_SCALEKD_COMPLETE=bash_source scalekd)"`."""
 HELP: dict[str, Any] = {"help_option_names": ["--help", "-h"], "max_content_width": 110}
-"""Settings of click for all help texts."""
+"""Click settings for all help texts."""
 FIRST = 10
-"""Options in the first group of `--help`."""
+"""Number of options in the first group in `--help`."""
 WORKERS = "default: from the number of cores"
-"""The default of `workers`, in words, where it is computed."""
+"""Description of the default of `workers`, for commands that compute it."""
 STAGE1_DEFAULTS = {
     "recipe": f"default: {DEMO} for --data demo, otherwise {OTHER}",
     "cache.path": "default: caches/<name of the data>",
     "workers": WORKERS,
 }
-"""Defaults of stage 1, in words."""
+"""Descriptions of the defaults for stage 1."""
 
 
 class Command(click.Command):
@@ -56,14 +57,14 @@ class Command(click.Command):
     Args:
         name: its name on the command line.
         main: takes the given options; returns the exit code, None for 0.
-        config_classes: the dataclasses with the options. With `LaunchConfig`, it may start several processes.
-        about: first line: summary.
-        lock: lock that the launching process holds while the command runs.
-        check: function that the launching process runs before it starts the others.
-        check_values: run instead of the command by `--check-values`.
+        config_classes: the dataclasses with the options. With `LaunchConfig`, the command may start multiple processes.
+        about: the help text; its first line is the summary.
+        lock: the lock that the launching process holds while the command runs.
+        check: a function that the launching process runs before it starts the other processes.
+        check_values: a function that `--check-values` runs instead of the command.
         argument: the option whose value may also be given without its name.
-        recipe_options: the options that a recipe, given by name, sets; for the defaults in the help.
-        defaults: the defaults, in words, of options whose default is computed.
+        recipe_options: returns the options that the recipe with a given name sets, for the defaults shown in the help.
+        defaults: descriptions of the defaults for options whose default is computed.
     """
 
     def __init__(
@@ -107,7 +108,7 @@ class Command(click.Command):
     def _call(
         self, plugin: str | None, debug: bool, local_rank: str | None, check_values: bool, **values: str | None
     ) -> int | None:
-        """Run the command, or start the processes that run it."""
+        """Run the command in this process, or start the processes that run it."""
         import_plugin(plugin)
         given = self.given(values)
         if check_values:
@@ -125,24 +126,24 @@ class Command(click.Command):
             self.check(dict(given))
 
     def run_here(self, words: Sequence[str]) -> int | None:
-        """Run the command in this process, without launcher, lock and preliminary checks; returns its exit code."""
+        """Run the command in this process, without the launcher, lock and preliminary checks; returns its exit code."""
         with self.make_context(self.name, list(words)) as context:
             return self.main_function(self.given(context.params))
 
     def given_by(self, words: Sequence[str]) -> Given:
-        """The options in the words of a command line, by dotted name."""
+        """The options given in the words of a command line, by dotted name."""
         return self.given(self.make_context(self.name, list(words)).params)
 
     def given(self, values: Mapping[str, str | None]) -> Given:
-        """The options that were given, by dotted name, from click's parameters."""
+        """The options that were given, taken from click's parameters, by dotted name."""
         given = {self.dotted[name]: text for name, text in values.items() if name in self.dotted and text is not None}
         if empty := [name for name, text in given.items() if not text]:
             raise UserError(f"--{empty[0]} has an empty value: is a shell variable unset?")
         return {name: None if text in ("null", "None") else expand_home(text) for name, text in given.items()}
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the arguments. Errors are one line and name the closest option."""
-        words = list(args)  # click removes what it has parsed
+        """Parse the arguments. Errors are one line long and name the closest option."""
+        words = list(args)  # click removes the words that it has parsed
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
@@ -159,7 +160,7 @@ class Command(click.Command):
         return [name for option in self.params for name in option.opts if name.startswith("--")]
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """The most common options first, then the rest in groups."""
+        """Write the most common options first, then the rest in groups."""
         order = {dotted: index for index, dotted in enumerate(dict.fromkeys(self.plain.values()))}
 
         def group(param: click.Parameter) -> tuple[int, str]:
@@ -184,13 +185,13 @@ class Command(click.Command):
                 formatter.write_dl(records, col_max=38)
 
     def _recipes(self, given: str | None) -> dict[str, Mapping[str, Any]]:
-        """The recipes whose values the help shows: the given one, or those that are used by default."""
+        """The recipes whose values the help shows: the one given, or those used by default."""
         if self.recipe_options is None:
             return {}
         return {name: self.recipe_options(name) for name in ([given] if given else [DEMO, OTHER])}
 
     def _default(self, dotted: str, recipes: Mapping[str, Mapping[str, Any]]) -> str:
-        """The default of an option, for the help; nothing if its description says it."""
+        """The default of an option, for the help; empty if the description already states it."""
         if dotted in self.defaults:
             return f"  [{self.defaults[dotted]}]"
         info = self.own[dotted].info if dotted in self.own else None
@@ -203,14 +204,14 @@ class Command(click.Command):
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class JsonOutput:
-    """The output option of a command with results."""
+    """The output option for a command that prints results."""
 
     json: bool = False
     """Print one JSON object; everything else goes to standard error."""
 
     @contextlib.contextmanager
     def printed(self, facts: dict[str, Any]) -> Iterator[None]:
-        """With `json`: redirect prints to standard error, then print the facts that the block has added."""
+        """With `json`, redirect prints to standard error, then print the facts that the block has added."""
         if not self.json:
             yield
             return
@@ -229,13 +230,13 @@ class Output(JsonOutput):
 
 
 def take(given: Given, config_class: type[Config]) -> Config:
-    """Remove the options of a configuration from `given`, and build it."""
+    """Remove a configuration's options from `given`, and build the configuration."""
     names = [option.name for option in options_of(config_class) if option.name in given]
     return build(config_class, {name: given.pop(name) for name in names})
 
 
 def _click_option(option: Option, plain: list[str]) -> click.Option:
-    """The click option of one field. A switch needs no value: `--deep` is `--deep true`."""
+    """The click option for one field. A switch needs no value: `--deep` means `--deep true`."""
     kind = option.info.annotation
     literal = [str(value) for value in get_args(kind)] if get_origin(kind) is Literal else []
     names = [f"--{name.replace('_', '-') if '.' not in name else name}" for name in (*plain, option.name)]
@@ -251,25 +252,25 @@ def _click_option(option: Option, plain: list[str]) -> click.Option:
 
 
 def _kind(kind: Any) -> str:
-    """The metavar of a type: INT, FLOAT or TEXT."""
+    """The metavar for a type: INT, FLOAT or TEXT."""
     kinds = {part for part in (kind, *get_args(kind)) if part in (int, float)}
     return "INT" if int in kinds else "FLOAT" if float in kinds and get_origin(kind) is not tuple else "TEXT"
 
 
 def _text(value: object) -> str:
-    """A default as it is typed; empty for none."""
+    """A default as it would be typed; empty if there is none."""
     if isinstance(value, tuple | list):
         return "[" + ",".join(f"{part:.3g}" for part in value) + "]"
     return "" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _common() -> Iterator[click.Option]:
-    """Options of every command."""
+    """Options that every command has."""
     yield click.Option(["--plugin"], metavar="MODULE", help="Import this Python module first (custom models).")
     yield click.Option(["--debug"], is_flag=True, help="Print the traceback of an error.")
-    # DeepSpeed's launcher adds it. `distributed.py` reads the same value from the environment.
+    # Added by DeepSpeed's launcher. `distributed.py` reads the same value from the environment.
     yield click.Option(["--local_rank"], hidden=True)
-    # `make distill` checks the options of stage 2 before it makes a missing cache.
+    # `make distill` checks the stage-2 options before it makes a missing cache.
     yield click.Option(["--check-values"], is_flag=True, hidden=True)
 
 
@@ -286,8 +287,8 @@ def import_plugin(name: str | None) -> None:
 
 
 def check_cache_path(place: str) -> None:
-    """Raise `UserError` unless `place` is a folder with parts of a cache. The message names similar caches. URLs are
-    not checked."""
+    """Raise `UserError` unless `place` is a folder with at least parts of a cache. The message names similar caches.
+    URLs are not checked."""
     path = Path(place)
     if "://" in place or any((path / part).exists() for part in ("plan.json", "manifest.json", "units")):
         return
@@ -312,10 +313,10 @@ def check_cache_path(place: str) -> None:
 
 
 def typed_command(name: str, options: Mapping[str, str | None], dotted: Sequence[str] = ()) -> str:
-    """A command to type in this folder. Under make, it is a make command with the same VENV= and PYTHON=.
+    """A command as typed in this folder. Under make, this is a make command with the same VENV= and PYTHON=.
 
     Args:
-        name: the command.
+        name: the name of the command.
         options: plain name -> value; options without a value are left out.
         dotted: additional options, such as `train.epochs=2`.
     """
@@ -367,12 +368,12 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
             _print_over(str(stop))
         _exit(stop.exit_code)
     except RuntimeError as error:
-        ended = worker_failure(error)  # the only RuntimeError that the user can fix
+        ended = worker_failure(error)  # no other RuntimeError can be fixed by the user
         if debug or ended is None:
             raise
         print(f"error: {ended}", file=sys.stderr, flush=True)
         _exit(2)
-    except BrokenPipeError:  # the reader of our output (head, less) has exited
+    except BrokenPipeError:  # the program that reads our output (head, less) has exited
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         _exit(141)
     except KeyboardInterrupt:
@@ -383,12 +384,13 @@ def run(command: click.Command, argv: Sequence[str] | None = None) -> NoReturn:
 
 
 def _print_over(text: str) -> None:
-    """Print a message after Ctrl-C. In a terminal, it replaces the line with ^C and an unfinished progress bar."""
+    """Print a message after Ctrl-C. In a terminal, it replaces the line that shows ^C and an unfinished progress
+    bar."""
     print(f"{CLEAR_LINE if sys.stderr.isatty() else ''}{text}", file=sys.stderr, flush=True)
 
 
 def _first_to_report(text: str) -> bool:
-    """Whether this rank is the first of the job to print this error; most errors occur on all ranks."""
+    """Whether this rank is the first in the job to print this error; most errors occur on all ranks."""
     folder = os.environ.get(REPORTED)
     if folder is None:
         return True
@@ -396,18 +398,18 @@ def _first_to_report(text: str) -> bool:
         (Path(folder) / hashlib.sha256(text.encode()).hexdigest()).touch(exist_ok=False)
     except FileExistsError:
         return False
-    except OSError:  # the folder is on another node or gone: printing twice is better than not at all
+    except OSError:  # the folder is gone or on another node: printing twice is better than not at all
         return True
     return True
 
 
 def _program(command: click.Command) -> str:
-    """The program's name in help texts."""
+    """The program name shown in help texts."""
     return "scalekd" if isinstance(command, click.Group) else f"scalekd {command.name}"
 
 
 def _exit(status: int) -> NoReturn:
-    """Exit without waiting for other ranks or for loader workers."""
+    """Exit without waiting for other ranks or loader workers."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)

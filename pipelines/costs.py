@@ -51,7 +51,7 @@ class CostsConfig:
 
 
 def main(given: Given) -> None:
-    """Count FLOPs and parameters and print them."""
+    """Count FLOPs and parameters, and print them."""
     config = build(CostsConfig, given)
     from scalekd_cache.models.teacher import own_image_size
     from scalekd_cache.planning.costs import (

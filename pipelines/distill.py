@@ -29,7 +29,7 @@ class RunOutput(Output):
 
 
 def main(given: Given) -> None:
-    """Train, or print what a run would do."""
+    """Train a student, or print what a run would do."""
     output = take(given, RunOutput)
     config = _configured(given)
     from scalekd_cache.distributed import this_process
@@ -68,7 +68,7 @@ def _configured(given: Given) -> DistillConfig:
 
 
 def check_values(given: Given) -> None:
-    """Check everything that does not depend on the cache: option values, the recipe, the student's name."""
+    """Check everything that does not depend on the cache: option values, the recipe and the student's name."""
     given = dict(given)
     for config_class in (RunOutput, LaunchConfig):
         take(given, config_class)
@@ -83,7 +83,8 @@ def check_values(given: Given) -> None:
 
 
 def check(given: Given) -> None:
-    """Find mistyped options and names early: several processes would report them only after they have started."""
+    """Find mistyped options and names early. Otherwise, they would be reported only after all processes have
+    started."""
     take(given, RunOutput)
     if given.get("follow"):  # the cache may not exist yet
         return

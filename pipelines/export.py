@@ -30,7 +30,7 @@ class ExportConfig:
 
 
 def main(given: Given) -> None:
-    """Export the student of the last checkpoint and print the result of the check."""
+    """Export the student from the last checkpoint and print the result of the check."""
     config = build(ExportConfig, given)
     from scalekd_cache.training.run_export import export_run
 

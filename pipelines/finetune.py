@@ -12,7 +12,7 @@ from scalekd_cache.config.downstream import FinetuneConfig
 
 
 def main(given: Given) -> None:
-    """Train, write the export, print its accuracy."""
+    """Train, write the export and print its accuracy."""
     output = take(given, JsonOutput)
     config = finetune_config(given)
     from scalekd_cache.devices import choose_device

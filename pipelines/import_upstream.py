@@ -30,7 +30,7 @@ class ImportConfig:
 
 
 def main(given: Given) -> None:
-    """Import a checkpoint; print what was imported and what was skipped."""
+    """Import a checkpoint, and print what was imported and what was skipped."""
     config = build(ImportConfig, given)
     from scalekd_cache.convert.upstream_checkpoint import import_checkpoint, summary
 

@@ -36,7 +36,7 @@ class InspectConfig:
 
 
 def main(given: Given) -> None:
-    """Print the facts of the cache or of one record."""
+    """Print facts about the cache or about one record."""
     config = build(InspectConfig, given)
     if config.key is not None and config.index is not None:
         raise UserError("key and index are mutually exclusive", got=f"{config.key} and {config.index}", fix="set one")
@@ -58,7 +58,7 @@ def main(given: Given) -> None:
 
 
 def _pixels(cache: "Cache", config: InspectConfig) -> "Cache | None":
-    """The other cache that stores the pixels, if there is one and it is available."""
+    """The cache that stores the shared pixels, if pixels are shared and that cache is available."""
     from scalekd_cache.store.shared_pixels import open_shared_pixels
 
     try:

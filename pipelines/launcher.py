@@ -1,7 +1,7 @@
-"""Starts several processes: `--nproc 8` runs torchrun or DeepSpeed's launcher, which run the same command on every
+"""Starts multiple processes: `--nproc 8` runs torchrun or DeepSpeed's launcher, which runs the same command on every
 rank.
 
-In: the launch options and the command as typed. Out: the exit code of the processes, or None to run in this process.
+In: the launch options and the command as typed. Out: the processes' exit code, or None to run in this process.
 Invariant: a process that was started by a launcher (RANK is set) never starts a launcher itself. Exit codes are
 passed on unchanged.
 """
@@ -26,9 +26,9 @@ from scalekd_cache.errors import UserError
 from scalekd_cache.store.checked_files import check_regular
 
 ENVIRONMENT = {
-    # Each start of the processes gets a new key-value store, because a shared store keeps values of the previous start.
+    # Every (re)start gets a new key-value store, because a shared store would keep values from the previous start.
     "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    # The signals of schedulers are forwarded to the processes, which have five minutes to save.
+    # Signals from schedulers are forwarded to the processes, which then have five minutes to save their state.
     "PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
     "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "300",
     "PYTHONUNBUFFERED": "1",
@@ -37,15 +37,15 @@ ENVIRONMENT = {
 OWN_EXIT = r"failed \(exitcode: (1|2|75|130)\)"
 """Torch's log line about a process that exited with one of our exit codes."""
 REPORTED = "SCALEKD_REPORTED"
-"""Environment variable with a folder in which ranks record the errors they have printed, so that each error is
-printed once."""
+"""Environment variable that names the folder in which ranks record the errors they have printed, so that each error is
+printed only once."""
 STOPPED = {signal.SIGINT: 130, signal.SIGTERM: 75, signal.SIGUSR1: 75}
-"""Exit code after a signal to torchrun: the ranks have saved their state and can be resumed."""
+"""Exit code by signal sent to torchrun. The ranks have saved their state, so the run can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class LaunchConfig:
-    """Options that start several processes."""
+    """Options for starting multiple processes."""
 
     nproc: int | None = None
     """Processes on this node (default: one per visible GPU, else 1)."""
@@ -86,7 +86,7 @@ def launch(
     """Start the processes of a command and wait for them. `check` is called first, with the given options.
 
     Returns:
-        The exit code; None if the command runs in this process.
+        The exit code, or None if the command runs in this process.
     """
     nproc = options.nproc or (1 if given.get("device") == "cpu" else max(1, visible_gpus()))
     if "RANK" in os.environ:
@@ -107,7 +107,7 @@ def launch(
 
 
 def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
-    """Run torchrun in this process; the exit code is that of the first rank that failed."""
+    """Run torchrun in this process; returns the exit code of the first rank that failed."""
     run = importlib.import_module("torch.distributed.run")
     errors = importlib.import_module("torch.distributed.elastic.multiprocessing.errors")
     api = importlib.import_module("torch.distributed.elastic.multiprocessing.api")
@@ -129,12 +129,12 @@ def _torchrun(options: LaunchConfig, nproc: int, command: list[str]) -> int:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """Whether to print a log record of torchrun. Records about our exit codes or a forwarded signal are hidden."""
+    """Whether to print a log record of torchrun. Records about our own exit codes or a forwarded signal are hidden."""
     return record.levelno >= logging.ERROR and not re.search(OWN_EXIT, record.getMessage())
 
 
 def _nodes(options: LaunchConfig) -> list[str]:
-    """torchrun's options for the nodes."""
+    """The torchrun options that describe the nodes."""
     port = str(options.master_port)
     if options.nnodes == "1":  # use the loopback address, whatever the host name resolves to
         return ["--standalone", "--local-addr", "127.0.0.1"]
@@ -149,7 +149,7 @@ def _nodes(options: LaunchConfig) -> list[str]:
 
 
 def _deepspeed(options: LaunchConfig, nproc: int, command: list[str]) -> int:
-    """Replace this process by DeepSpeed's launcher."""
+    """Replace this process with DeepSpeed's launcher."""
     words = ["--num_gpus", str(nproc)]
     if options.hostfile:
         words = ["--hostfile", options.hostfile, "--master_port", str(options.master_port)]

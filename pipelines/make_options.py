@@ -1,7 +1,8 @@
 """Converts `make` variables to options: `make distill STUDENT=x NPROC=2` is `scalekd distill --student x --nproc 2`.
 
-In: a target and `NAME=value` words. Out: the options, quoted for a shell, or a one-line error and exit code 2.
-Invariant: it imports only the standard library, so that a mistyped variable is reported before an environment exists.
+In: a target and `NAME=value` words. Out: the options, quoted for a shell, or a one-line error with exit code 2.
+Invariant: this file imports only the standard library, so that a mistyped variable is reported before an environment
+exists.
 """
 
 import shlex
@@ -13,23 +14,23 @@ from scalekd_cache.config.plain_names import PLAIN_NAMES
 from scalekd_cache.errors import UserError, closest_names, unknown_name
 
 MAKE_ONLY = {"PYTHON", "VENV", "JOBS", "ARGS", "SHELL", "OMP_NUM_THREADS", "BENCHES", "GPU_BENCHES"}
-"""Variables of the Makefile itself, for every target."""
+"""Variables used by the Makefile itself, for every target."""
 BENCHMARKS = {
     "bench-codec": ("cache", "features", "ids", "head", "name"),
     "bench-scale": ("check",),
     "study": ("form", "data", "teacher_weights", "teacher", "hours", "results", "plan"),
 }
 SWITCHES = {("bench-scale", "check"), ("study", "plan")}
-"""Options of benchmarks that take no value."""
+"""Benchmark options that take no value."""
 STAGES = {"cache-teacher", "distill"}
 """`make distill` creates a missing cache, so each stage accepts the variables of the other."""
 
 
 def options(target: str, words: Sequence[str]) -> list[str]:
-    """The options of a target.
+    """The options for a target.
 
     Raises:
-        UserError: an unknown variable, with the closest one.
+        UserError: a variable is unknown; the message names the closest one.
     """
     names = set(PLAIN_NAMES.get(target, BENCHMARKS.get(target, ())))
     others = set().union(*(PLAIN_NAMES[stage] for stage in STAGES)) if target in STAGES else set()
@@ -64,8 +65,8 @@ def _dotted(pair: str) -> str:
 def main(words: Sequence[str]) -> int:
     """Print the output that make requests.
 
-    `help`: commands and variables; `place DATA TEACHERS`: the default caches, separated by commas; `target NAME
-    KNOWN...`: the error of an unknown target; `options TARGET NAME=value...`: the options.
+    `help`: the commands and variables; `place DATA TEACHERS`: the default caches, separated by commas; `target NAME
+    KNOWN...`: the error for an unknown target; `options TARGET NAME=value...`: the options.
     """
     if words == ["help"]:
         print("Commands (NAME=value sets --name value; python -m pipelines COMMAND --help lists all options):")

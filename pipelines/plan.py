@@ -18,7 +18,7 @@ from scalekd_cache.config.stage2 import DistillConfig, TrainConfig
 
 @dataclass(frozen=True, kw_only=True, config=STRICT)
 class PlanConfig(CacheTeacherConfig):
-    """Options of `plan`, in addition to all options of stage 1."""
+    """Options for `plan`, in addition to all stage-1 options."""
 
     students: int = 8
     """Number of students to be trained from the cache."""
@@ -40,7 +40,7 @@ class PlanConfig(CacheTeacherConfig):
 
 
 def main(given: Given) -> int:
-    """Print the forecast; exit code 1 when the cache does not fit on the disk."""
+    """Print the forecast; returns exit code 1 if the cache does not fit on the disk."""
     config = cache_teacher_config(PlanConfig, given)
     options = {
         "student.name": config.student or "resnet50",
@@ -54,7 +54,7 @@ def main(given: Given) -> int:
     from scalekd_cache.planning.forecast_result import Forecast, describe, describe_together, together
 
     plans: list[Forecast] = []
-    with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting prints too
+    with contextlib.redirect_stdout(sys.stderr if config.json else sys.stdout):  # codec fitting also prints
         for one in config.per_teacher():
             plans.append(
                 forecast(
@@ -76,7 +76,7 @@ def main(given: Given) -> int:
 
 
 def _recipe_options(name: str) -> dict[str, Any]:
-    """The options of `plan` that a recipe sets."""
+    """The `plan` options that a recipe sets."""
     training = flat(recipe_section(name, "distill"))
     return {**flat(recipe_section(name, "cache")), "epochs": training.get("train.epochs", TrainConfig.epochs)}
 

@@ -57,7 +57,7 @@ class ProveConfig:
 
 
 def main(given: Given) -> int:
-    """Print the result; exit code 1 if cached targets do not match the teacher's outputs."""
+    """Print the result; returns exit code 1 if cached targets do not match the teacher's outputs."""
     config = build(ProveConfig, given)
     places = cache_places(config.cache)
     files = teacher_files(config.teacher_weights, len(places))
@@ -75,7 +75,7 @@ def main(given: Given) -> int:
 
 
 def _compare(config: ProveConfig, place: str, weights: str | None, process: "Process") -> "GradientComparison":
-    """The comparison for one cache."""
+    """Run the comparison for one cache."""
     facts = read_manifest(open_place(place)).facts
     options = {
         "cache": place,

@@ -29,7 +29,7 @@ class RepairConfig:
 
 
 def main(given: Given) -> int:
-    """Print what was damaged, rebuilt and not repaired; exit code 1 if problems remain."""
+    """Print what was damaged, rebuilt and not repaired; returns exit code 1 if problems remain."""
     config = build(RepairConfig, given)
     root = Path(config.cache)
     from pipelines.verify import check_folder, line_of

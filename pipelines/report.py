@@ -65,7 +65,7 @@ def main(given: Given) -> None:
 
 
 def _of_cache(config: ReportConfig) -> tuple[Path, str]:
-    """Default output file of a cache's report, and the page."""
+    """The default output file for a cache report, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.cache import CacheReport, cache_report
     from scalekd_cache.store.reader import Cache
@@ -88,7 +88,7 @@ def _of_cache(config: ReportConfig) -> tuple[Path, str]:
 
 
 def _of_runs(config: ReportConfig) -> tuple[Path, str]:
-    """Default output file of the report of one or more runs, and the page."""
+    """The default output file for a report on one or more runs, and the page."""
     from scalekd_cache.distributed import this_process
     from scalekd_cache.reports.run_data import RunReport
     from scalekd_cache.reports.runs import run_report

@@ -46,7 +46,7 @@ class VerifyConfig:
 
 
 def main(given: Given) -> int:
-    """Print every problem with its location; exit code 1 if there are problems, otherwise 0."""
+    """Print every problem with its location; returns exit code 1 if there are problems, otherwise 0."""
     config = build(VerifyConfig, given)
     from scalekd_cache.store.remote.remote_path import open_place
 
@@ -63,12 +63,12 @@ def main(given: Given) -> int:
 
 
 def check_folder(root: Path) -> None:
-    """`UserError` if the folder does not exist, so that a mistyped path is not reported as a damaged cache."""
+    """Raise `UserError` if the folder does not exist, so that a mistyped path is not reported as a damaged cache."""
     check_cache_path(str(root))
 
 
 def _check(config: VerifyConfig) -> "tuple[CheckResult, TeacherAgreement | None]":
-    """Run the check. Torch is imported only for the deep check."""
+    """Run the check. Torch is imported only for a deep check."""
     if not config.deep:
         from scalekd_cache.store.verify import check_cache
 
@@ -98,14 +98,14 @@ def _check(config: VerifyConfig) -> "tuple[CheckResult, TeacherAgreement | None]
 
 
 def line_of(problem: "Problem") -> str:
-    """A problem in one line: location, problem, sample."""
+    """A one-line description of a problem: location, problem, sample."""
     named = f" (sample {problem.key})" if problem.key and problem.key not in problem.what else ""
     return f"{problem.where}: {problem.what}{named}"
 
 
 def _next(config: VerifyConfig, root: "StoredPath", findings: "CheckResult") -> list[str]:
-    """The commands that mend what was found, as they are typed in this folder. A problem that no command mends says
-    itself what to do."""
+    """The commands that fix the problems found, as typed in this folder. For a problem that no command fixes, the
+    problem's own text says what to do."""
     from scalekd_cache.store.manifest import read_manifest
     from scalekd_cache.store.shared_pixels import shared_pixels_path
     from scalekd_cache.store.verify_unit import Part

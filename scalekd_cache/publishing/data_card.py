@@ -24,7 +24,7 @@ HUB_LICENSES = set(
     """apache-2.0 mit cc0-1.0 cc-by-2.0 cc-by-2.5 cc-by-3.0 cc-by-4.0 cc-by-sa-3.0 cc-by-sa-4.0 cc-by-nc-2.0
     cc-by-nc-3.0 cc-by-nc-4.0 cc-by-nd-4.0 cc-by-nc-nd-3.0 cc-by-nc-nd-4.0 cc-by-nc-sa-2.0 cc-by-nc-sa-3.0
     cc-by-nc-sa-4.0 odbl odc-by pddl cdla-permissive-1.0 cdla-permissive-2.0 cdla-sharing-1.0 bsd-2-clause bsd-3-clause
-    gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail unlicense""".split()  # noqa: SIM905 - one list of many short words
+    gpl-3.0 lgpl-3.0 agpl-3.0 mpl-2.0 openrail unlicense""".split()  # noqa: SIM905 - a single list of many short words
 )
 """License identifiers that the hub accepts in the header. For any other license, the header contains `other`, and the
 card gives the full name."""
