@@ -1,7 +1,7 @@
 """scalekd-cache: run a frozen vision teacher once, cache its outputs, and train any number of students from them.
 
-In: nothing. Out: the names for a custom training loop (docs/guides/students.md), each imported on first use.
-Invariant: importing the package imports neither torch nor other slow modules.
+In: nothing. Out: the names used in a custom training loop (docs/guides/students.md), which are imported on first use.
+Invariant: importing the package does not import torch or other slow modules.
 """
 
 import importlib

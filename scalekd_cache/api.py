@@ -1,7 +1,7 @@
 """Commands as Python functions, with the same names, defaults, checks and errors.
 
-In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts of the cache, or the run's summary.
-Invariant: the command line builds its configurations here too, so commands and functions behave the same.
+In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts about the cache, or the run's summary.
+Invariant: the command line also builds its configurations here, so commands and functions behave the same.
 """
 
 import os
@@ -28,7 +28,7 @@ from scalekd_cache.store.remote.remote_path import open_place
 
 Stage1 = TypeVar("Stage1", bound=CacheTeacherConfig)
 Given = Mapping[str, Any]
-"""Given options by dotted name."""
+"""The given options by dotted name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class CacheInfo:
     """A finished cache."""
 
     path: Path
-    """Its folder."""
+    """The cache's folder."""
     images: int
     """Images per view."""
     views: int
@@ -44,19 +44,19 @@ class CacheInfo:
     teacher: str
     """Name of the teacher."""
     teacher_top1: float | None
-    """Accuracy of the teacher on the validation images, percent (None: not measured)."""
+    """The teacher's accuracy in percent on the validation images (None: not measured)."""
     bytes_per_view: dict[str, float]
-    """Mean bytes on disk: pixels, features, target, index, total."""
+    """Mean bytes on disk for pixels, features, targets and index, and in total."""
     fidelity: dict[str, dict[str, float]]
     """Mean and 1st percentile of the cosine and the mean-removed cosine of the decoded features."""
     fingerprint: str
     """Hash of everything that changes the cached bytes."""
     others: tuple["CacheInfo", ...] = ()
-    """With several teachers: the caches of the other teachers, in order."""
+    """If there are multiple teachers, the caches of the other teachers in order."""
 
     @property
     def place(self) -> str:
-        """The value for `distill(cache=...)`: the folder, or the folders of all teachers, separated by commas."""
+        """The value for `distill(cache=...)`: the folder, or a comma-separated list of all teachers' folders."""
         return ",".join(str(one.path) for one in (self, *self.others))
 
     def to_json(self) -> dict[str, Any]:
@@ -80,24 +80,24 @@ def cache_teacher(
 ) -> CacheInfo:
     """Stage 1: run the teacher once over augmented views and store the targets for students.
 
-    A rerun makes only the missing parts. Under torchrun, every rank calls this function.
+    A rerun creates only the missing parts. Under torchrun, every rank calls this function.
 
     Args:
         data: demo, cifar10, imagenette, or a folder, tars or parquet files (None: demo).
         teacher: a timm model name (None: the recipe's).
-        teachers: several timm model names, separated by commas; one pass over the images makes one cache per teacher.
+        teachers: multiple timm model names, separated by commas. One pass over the images makes one cache per teacher.
         teacher_weights: a .safetensors file (None: timm's pretrained weights); with `teachers`, a comma-separated
             list in the same order.
         cache: folder of the cache (None: `caches/<data>`); with `teachers`, the folder that holds all caches.
         views: views per image (None: the recipe's).
-        size: side length of a view, pixels (None: the recipe's).
+        size: side length of a view in pixels (None: the recipe's).
         codec: feature codec (None: int8).
         student: a student to check before stage 1 starts.
         recipe: name or YAML file of a recipe (None: demo, or traditional for other data).
         options: any other option, by plain or dotted name: `{"views.seed": 1, "store": "zarr"}`.
 
     Returns:
-        The facts of the cache; with several teachers, the facts of the first cache, with the other caches in `others`.
+        The facts about the cache. For multiple teachers, these are about the first cache, and `others` has the rest.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -130,10 +130,10 @@ def distill(
     A rerun resumes; a finished run only returns its summary. Under torchrun, every rank calls this function.
 
     Args:
-        student: a timm model name, or several, separated by commas.
-        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). With several caches of the same
-            views, separated by commas, the student learns from all their teachers.
-        run: folder of the run (None: `runs/<student>`, with `-<targets>` unless cached).
+        student: a timm model name, or multiple names separated by commas.
+        cache: folder or URL of the cache (None: `caches/<data>`, or caches/demo). If there are multiple caches with the
+            same views, separated by commas, the student learns from all their teachers.
+        run: folder of the run (None: `runs/<student>`, followed by `-<targets>` unless the targets are cached).
         epochs: passes over the data (None: the recipe's).
         targets: cached, live (the teacher runs in the training loop) or none (the baseline).
         heads: projectors: cap (as published), lite or linear.
@@ -143,9 +143,9 @@ def distill(
         log: called on rank 0 with (step, values) for every line of metrics.jsonl.
 
     Returns:
-        The contents of the run's summary.json (accuracy in percent, steps, minutes, ...). For several students
-        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`): `runs`, all summaries, and `series`, one
-        row per student with mean and standard deviation over the seeds.
+        The contents of the run's summary.json (accuracy in percent, steps, minutes, ...). For multiple students
+        (`student="resnet18,resnet50"`) or seeds (`{"train.seeds": "0,1,2"}`), `runs` has all summaries, and `series`
+        has one row per student with the mean and standard deviation over the seeds.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -172,13 +172,13 @@ def probe(
     Args:
         backbone: folder of a finished run or of an exported student, or a timm model name.
         data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
-        weights: with a model name: a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
-        size: side of the images, pixels (None: the backbone's).
+        weights: for a model name, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
+        size: side of the images in pixels (None: the backbone's).
         options: any other option, by plain or dotted name: `{"device": "cpu"}`.
 
     Returns:
-        Counts, and `results`: for `backbone`, `random_weights` and `pixels` the `knn` and `linear_probe` accuracy in
-        percent.
+        Counts, and `results` with the `knn` and `linear_probe` accuracy in percent for `backbone`, `random_weights` and
+        `pixels`.
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -202,21 +202,23 @@ def finetune(
     out: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train a backbone and a new classifier on labeled images; write an export for timm.
+    """Train a backbone and a new classifier on labeled images, and write an export for timm.
+
+    Give either `init` or `model`.
 
     Args:
-        init: folder of a finished run or of an exported student to start from; or
-        model: a timm model name.
-        weights: with model: a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
+        init: folder of a finished run or of an exported student to start from.
+        model: a timm model name to start from.
+        weights: for `model`, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
         data: demo, cifar10, imagenette, or a folder, tars or parquet files with labels (None: demo).
-        size: side of the images, pixels (None: the model's).
+        size: side of the images in pixels (None: the model's).
         epochs: passes over the images (None: 30).
-        labels_per_class: train on this many images of each class (None: all).
+        labels_per_class: number of training images per class (None: all).
         out: folder to write (None: `finetuned/<model>`).
         options: any other option, by plain or dotted name: `{"lr": 1e-4, "seed": 1}`.
 
     Returns:
-        Folder, counts, and the accuracy on the validation images in percent (None: there are none).
+        The folder, counts, and the accuracy in percent on the validation images (None if there are none).
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -248,11 +250,11 @@ def publish(
         data_license: license of the images, such as cc-by-4.0.
         teacher_license: license of the teacher's weights, such as apache-2.0.
         without_pixels: leave the pixels out; `pull` recreates them from the images.
-        pixels_from: for a cache that shares pixels, the URL or folder where the cache that stores them is published.
+        pixels_from: for a cache with shared pixels, the URL or folder to which the cache that stores them is published.
         options: any other option: `{"private": True}`.
 
     Returns:
-        Destination, fingerprint, units, bytes, and the commands that use the published cache (`next`).
+        The destination, fingerprint, units, bytes, and the commands that use the published cache (`next`).
 
     Raises:
         UserError: anything that the command would report as an error.
@@ -273,16 +275,16 @@ def pull(
     data: str | os.PathLike[str] | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> CacheInfo:
-    """Pull a published cache into a folder; every file is verified.
+    """Pull a published cache into a folder and verify every file.
 
-    A rerun resumes; it does nothing if the folder already has all requested views.
+    A rerun resumes. It does nothing if the folder already has all requested views.
 
     Args:
         url: hf://datasets/USER/NAME, s3://..., gs://..., https://... or a folder.
         cache: folder to write (None: `caches/` followed by the last part of the URL).
-        views: only the first views, such as `"0-3"` (None: all).
-        without_pixels: do not transfer pixels, but regenerate them from the images in `data`.
-        data: with `without_pixels`: the images that the cache was made from.
+        views: the first views to pull, such as `"0-3"` (None: all).
+        without_pixels: regenerate the pixels from the images in `data` instead of transferring them.
+        data: if `without_pixels` is set, the images that the cache was made from.
         options: any other option, by plain or dotted name: `{"connections": 16}`.
 
     Raises:
@@ -307,7 +309,7 @@ def finetune_config(given: Given) -> FinetuneConfig:
 
 
 def caches_info(config: CacheTeacherConfig, manifests: Sequence[Manifest]) -> CacheInfo:
-    """The facts of the finished caches of a job, from their manifests."""
+    """The facts about a job's finished caches, from their manifests."""
     pairs = zip(config.per_teacher(), manifests, strict=True)
     first, *others = [cache_info(Path(one.cache.path), manifest) for one, manifest in pairs]
     return replace(first, others=tuple(others))
@@ -319,7 +321,7 @@ def pull_config(given: Given) -> PullConfig:
 
 
 def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
-    """The facts of a finished cache."""
+    """The facts about a finished cache."""
     facts = manifest.facts
     return CacheInfo(
         path=root,
@@ -336,7 +338,7 @@ def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
 def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
     """The configuration of stage 1: defaults, recipe, and the given options.
 
-    A cache that shares the pixels of another cache takes views, data set and recipe from it.
+    A cache that shares another cache's pixels takes the views, dataset and recipe from that cache.
 
     Args:
         config_class: `CacheTeacherConfig` or a subclass.
@@ -357,7 +359,7 @@ def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
 
 
 def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
-    """The training options of the student that stage 1 checks before it starts, if any.
+    """The training options for the student that stage 1 checks before it starts, if there is one.
 
     Raises:
         UserError: the recipe's training options are invalid, with or without a student.
@@ -368,7 +370,7 @@ def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
 
 
 def distill_config(given: Given) -> DistillConfig:
-    """The configuration of stage 2: defaults, the recipe of the cache or the given one, and the given options.
+    """The configuration of stage 2: defaults, the given recipe or else the cache's, and the given options.
 
     Raises:
         UserError: the cache does not exist, options are invalid, or the views of the given recipe differ from the
@@ -394,7 +396,7 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
     """The part of the stage-2 configuration that is known without a cache, for checking the given options.
 
     Raises:
-        UserError: invalid options or recipe.
+        UserError: the options or the recipe are invalid.
     """
     recipe = given.get("recipe") or default_recipe(str(given.get("data") or DataConfig.source))
     training = training_options(recipe, recipe, {})
@@ -402,17 +404,17 @@ def distill_config_before_cache(given: Given) -> DistillConfig:
 
 
 def cache_place(given: Given) -> str:
-    """The cache that stage 2 reads: the given cache, or the default cache of the data set."""
+    """The cache that stage 2 reads: the given cache, or the dataset's default cache."""
     return str(given.get("cache") or default_cache(given.get("data") or DataConfig.source))
 
 
 def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> None:
-    """Check that a recipe given by the user has the view options of the cache.
+    """Check that a recipe given by the user has the same view options as the cache.
 
-    The views of a cache may differ from its recipe, through `views.*` options of stage 1.
+    A cache's views may differ from its recipe if `views.*` options were given in stage 1.
 
     Raises:
-        UserError: view options differ; the message names each.
+        UserError: view options differ; the message lists them.
     """
     if given.get("recipe"):
         views = build(CacheTeacherConfig, recipe_section(given["recipe"], "cache")).views
@@ -420,15 +422,15 @@ def check_given_recipe(given: Given, facts: ManifestFacts, where: object) -> Non
 
 
 def default_recipe(source: str) -> str:
-    """The recipe of a data set: demo for the embedded digits, otherwise traditional."""
+    """The default recipe for a dataset: demo for the embedded digits, otherwise traditional."""
     return DEMO if source == DataConfig.source else OTHER
 
 
 def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dict[str, Any]:
-    """The arguments of a function by dotted name.
+    """A function's arguments by dotted name.
 
     Raises:
-        UserError: a name in `options` is neither plain nor dotted, or is also given as an argument.
+        UserError: a name in `options` is neither a plain nor a dotted name, or is also given as an argument.
     """
     names = PLAIN_NAMES[command]
     given = {names[name]: os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -442,14 +444,14 @@ def _given(command: str, options: Mapping[str, Any] | None, **plain: Any) -> dic
 
 
 def _one_micro_batch(training: Mapping[str, Any], given: Given) -> dict[str, Any]:
-    """A given global batch smaller than the recipe's micro-batch becomes one micro-batch."""
+    """If the given global batch is smaller than the recipe's micro-batch, use it as the micro-batch."""
     micro = training.get("train", {}).get("micro_batch_size", TrainConfig.micro_batch_size)
     batch = str(given.get("train.global_batch_size", ""))
     return {"train.micro_batch_size": int(batch)} if batch.isdecimal() and 0 < int(batch) < micro else {}
 
 
 def _of_pixels(section: dict[str, Any], shared: ManifestFacts) -> dict[str, Any]:
-    """A recipe's options, with views and data set replaced by those of the cache that stores the shared pixels."""
+    """A recipe's options, with the views and dataset replaced by those of the cache that stores the shared pixels."""
     data = {name: shared.data[name] for name in DataConfig.__dataclass_fields__ if name in shared.data}
     views = {"num_views": shared.num_views}
     return {**section, "views": shared.view_recipe, "data": data, "cache": {**section.get("cache", {}), **views}}

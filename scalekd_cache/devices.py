@@ -1,8 +1,8 @@
-"""The device of this process: chosen once, described in one line, and the same for PyTorch, DeepSpeed and NCCL.
+"""This process's device: chosen once, described in one line, and the same for PyTorch, DeepSpeed and NCCL.
 
-In: the `device` option and the launcher's environment variables. Out: a `torch.device`, facts about it, errors.
-Invariant: a GPU that exists and cannot be used is an error, never a silent run on the CPU. float32 is float32: TF32 is
-off.
+In: the `device` option and the launcher's environment variables. Out: a `torch.device`, facts about it, and errors.
+Invariant: a GPU that exists but cannot be used raises an error; the run never silently uses the CPU instead. TF32 is
+off, so float32 is computed in full precision.
 """
 
 import os
@@ -17,22 +17,22 @@ from scalekd_cache.errors import UserError, counted
 from scalekd_cache.versions import library_versions
 
 ACCELERATOR = "DS_ACCELERATOR"
-"""DeepSpeed's environment variable; `cpu` in it makes `device=auto` the CPU (the tests set it)."""
+"""DeepSpeed's environment variable. If it is `cpu`, `device=auto` selects the CPU. The tests set it."""
 GPU_FILES = "/dev/nvidia[0-9]*"
 DRIVER_FILE = Path("/proc/driver/nvidia/version")
 HIDDEN = ("", "-1", "NoDevFiles")
 """Values of CUDA_VISIBLE_DEVICES that hide all GPUs."""
 INDEX = "https://download.pytorch.org/whl/cu126"
-"""PyTorch builds for CUDA 12, which run on drivers from 525 on; the default build is for CUDA 13, drivers from 580."""
+"""PyTorch builds for CUDA 12, which need driver 525 or newer. The default build is for CUDA 13 and needs 580."""
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of the `device` option; on a GPU it becomes PyTorch's current device.
+    """The device selected by the `device` option. A GPU becomes PyTorch's current device.
 
-    `cuda` is the GPU of this process's local rank, or its only one if SLURM gave each task its own.
+    `cuda` is the GPU for this process's local rank, or the only visible GPU if SLURM gave each task its own.
 
     Raises:
-        UserError: an unknown name, a device that does not exist, or a GPU that PyTorch cannot use.
+        UserError: the name is unknown, the device does not exist, or PyTorch cannot use the GPU.
     """
     exact_float32()
     kind, _, number = name.partition(":")
@@ -59,33 +59,33 @@ def choose_device(name: str) -> torch.device:
 
 
 def describe_setup(device: torch.device, precision: str, processes: int, workers: int) -> str:
-    """One line for the start of a job: device, precision, number of processes and of loader workers in each."""
+    """One line for the start of a job: device, precision, number of processes and loader workers per process."""
     kind = str(autocast_dtype(precision, device)).removeprefix("torch.")
     each = counted(processes, "process")
     return f"{describe_device(device)}, {kind}, {each}, {counted(workers, 'loader worker')}"
 
 
 def exact_float32() -> None:
-    """Compute float32 matrix products and convolutions in float32; cuDNN would use TF32 with 10 mantissa bits."""
+    """Compute float32 matrix products and convolutions in float32. By default, cuDNN uses TF32 (10 mantissa bits)."""
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The autocast dtype of a precision option; "auto" is bfloat16 on a GPU and float32 on a CPU."""
+    """The autocast dtype for a precision option. "auto" is bfloat16 on a GPU and float32 on a CPU."""
     if precision == "auto":
         precision = "bfloat16" if device.type == "cuda" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[precision]
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """The context of a computation in this dtype; float32 disables autocast. Meta tensors (shapes) use the CPU's."""
+    """A context for computing in this dtype. float32 disables autocast. Meta tensors use the CPU's autocast."""
     kind = "cpu" if device.type == "meta" else device.type
     return torch.autocast(kind, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 def has_own_gpu() -> bool:
-    """Whether srun started this process as a task that sees one GPU; its number is then 0 for any local rank."""
+    """Whether srun started this process as a task that sees one GPU. That GPU is then number 0 for any local rank."""
     local_rank = os.environ.get("LOCAL_RANK")
     return local_rank is not None and os.environ.get("SLURM_LOCALID") == local_rank and torch.cuda.device_count() == 1
 
@@ -122,7 +122,7 @@ def _cuda_works() -> bool:
 
 
 def _opens(file: str) -> bool:
-    """Whether this process may use a device file: containers and SLURM hide GPUs that were not requested."""
+    """Whether this process may use a device file. Containers and SLURM hide GPUs that were not requested."""
     try:
         os.close(os.open(file, os.O_RDWR))
     except OSError:
@@ -131,7 +131,7 @@ def _opens(file: str) -> bool:
 
 
 def driver_version() -> str:
-    """The version of the NVIDIA driver, `unknown` without one."""
+    """The NVIDIA driver's version, or `unknown` without a driver."""
     try:
         words = DRIVER_FILE.read_text(encoding="utf-8", errors="replace").splitlines()[0].split()
     except (OSError, IndexError):
@@ -140,7 +140,7 @@ def driver_version() -> str:
 
 
 def gpu_versions(device: torch.device) -> dict[str, str]:
-    """GPU model, driver, CUDA and cuDNN; empty on a CPU. They can change the last bits of a result."""
+    """GPU model and versions of the driver, CUDA and cuDNN, which can change a result's last bits. Empty on a CPU."""
     if device.type != "cuda":
         return {}
     return {
@@ -152,7 +152,7 @@ def gpu_versions(device: torch.device) -> dict[str, str]:
 
 
 def recorded_versions(device: torch.device) -> dict[str, str]:
-    """Everything that can change cached bytes: libraries, and the GPU with its software. For diagnosis only."""
+    """Everything that can change cached bytes: libraries, the GPU and its software. Used only for diagnosis."""
     return {**library_versions(), **gpu_versions(device)}
 
 
@@ -168,12 +168,13 @@ def describe_device(device: torch.device) -> str:
 
 
 def set_launcher_variables(device: torch.device) -> None:
-    """Complete the launcher's variables for torch and DeepSpeed, which take LOCAL_RANK as the number of the GPU.
+    """Complete the launcher's variables for torch and DeepSpeed, which use LOCAL_RANK as the GPU number.
 
-    Without a launcher, this is rank 0 of 1. DeepSpeed reads LOCAL_RANK in every step, so the variables remain.
+    Without a launcher, this process is rank 0 of 1. The variables stay set because DeepSpeed reads LOCAL_RANK in every
+    step.
 
     Raises:
-        UserError: several processes of this node would use one GPU.
+        UserError: multiple processes on this node would use the same GPU.
     """
     if device.type == "cuda":
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -192,7 +193,7 @@ def set_launcher_variables(device: torch.device) -> None:
 
 @contextmanager
 def deepspeed_device(device: torch.device) -> Iterator[None]:
-    """Context for importing DeepSpeed, which takes its device from `DS_ACCELERATOR`, otherwise from the machine."""
+    """Context for importing DeepSpeed, which takes its device from `DS_ACCELERATOR` or else detects it."""
     before = os.environ.get(ACCELERATOR)
     os.environ[ACCELERATOR] = device.type
     try:
@@ -205,7 +206,7 @@ def deepspeed_device(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def memory_errors(fix: str) -> Iterator[None]:
-    """Context for work on a device: "out of memory" becomes a `UserError` with advice (`fix`)."""
+    """Context for work on a device that turns "out of memory" into a `UserError` with advice (`fix`)."""
     try:
         yield
     except RuntimeError as error:

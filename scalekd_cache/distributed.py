@@ -1,4 +1,4 @@
-"""Rank and world size of this process; coordination between the ranks of stage 1; signal handling.
+"""This process's rank and world size, coordination between stage-1 ranks, and signal handling.
 
 In: the environment variables that a launcher sets (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT).
 Out: `Process`, `Peers`, `SignalHandler`.
@@ -24,23 +24,23 @@ from scalekd_cache.devices import choose_device
 from scalekd_cache.errors import CLEAR_LINE, RunInterrupted
 
 EXIT_RESUMABLE = 75
-"""Exit code: state is saved, rerun the command to resume (EX_TEMPFAIL of sysexits)."""
+"""Exit code after the state was saved; rerunning the command resumes (EX_TEMPFAIL in sysexits)."""
 EXIT_INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 DUPLICATE_SIGINT_S = 3.0
-"""Terminal and launcher both deliver the same Ctrl-C: a second SIGINT within this time is ignored, seconds."""
+"""Time in seconds within which a second SIGINT is ignored: terminal and launcher both deliver the same Ctrl-C."""
 HEARTBEAT_S = 2.0
-"""Interval between two heartbeats of a rank, seconds."""
+"""Interval in seconds between two heartbeats from a rank."""
 POLL_S = 0.8
-"""Longest interval between two polls while waiting for another rank, seconds."""
+"""Longest interval in seconds between two polls while waiting for another rank."""
 
 
 class SignalHandler:
-    """Records SIGTERM, SIGUSR1 and SIGINT instead of ending the process. A context manager for the main thread."""
+    """A context manager for the main thread that records SIGTERM, SIGUSR1 and SIGINT instead of ending the process."""
 
     def __init__(self) -> None:
         self.received = 0
-        """Number of the first signal received, 0 for none."""
+        """Number of the first signal received; 0 if there was none."""
         self._received_at = 0.0
         self._previous: dict[int, Any] = {}
 
@@ -69,17 +69,17 @@ class SignalHandler:
 
 
 def interrupted_by(number: int, step: int, total: int) -> RunInterrupted:
-    """The exception that ends a run after signal `number`, once its checkpoint of `step` is saved."""
+    """The exception that ends a run after signal `number`, once the checkpoint at `step` is saved."""
     name = signal.Signals(number).name
     exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_RESUMABLE
     return RunInterrupted(f"{name}: checkpoint saved at step {step} of {total}; rerun to resume", exit_code)
 
 
 class Process(NamedTuple):
-    """One process of a job: its rank, the world size and its device."""
+    """One process in a job: its rank, the world size and its device."""
 
     rank: int
-    """Rank of this process, 0 to world_size - 1."""
+    """Rank of this process, from 0 to world_size - 1."""
     world_size: int
     """Number of processes in the job."""
     device: torch.device
@@ -92,7 +92,7 @@ class Process(NamedTuple):
 
 
 def this_process(device: str = "auto") -> Process:
-    """This process, from the launcher's environment variables. Without a launcher: rank 0 of 1.
+    """This process, as described by the launcher's environment variables. Without a launcher, it is rank 0 of 1.
 
     Raises:
         UserError: the device does not exist on this node, or cannot be used.
@@ -103,28 +103,28 @@ def this_process(device: str = "auto") -> Process:
 
 
 def rank_in_loop() -> tuple[int, int]:
-    """Rank and world size of a process in a custom training loop: of its process group, else of its launcher."""
+    """Rank and world size in a custom training loop, from the process group if there is one, else from the launcher."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 class Peers:
-    """Coordinates the ranks of a job: shared counters, published values and heartbeats.
+    """Coordinates the ranks in a job through shared counters, published values and heartbeats.
 
-    Uses torchrun's key-value store, or one hosted by rank 0; a single process needs none. There are no barriers: a
-    rank may start late, be slow or be lost. As a context manager it sends heartbeats from a thread.
+    Uses torchrun's key-value store or one hosted by rank 0; a single process needs none. There are no barriers, because
+    a rank may start late, be slow or be lost. As a context manager, it sends heartbeats from a thread.
 
     Args:
         process: this process.
-        heartbeat_timeout_s: a rank without a heartbeat for this long is considered lost, seconds.
+        heartbeat_timeout_s: seconds without a heartbeat after which a rank is considered lost.
     """
 
     def __init__(self, process: Process, heartbeat_timeout_s: float = 60.0) -> None:
         self.process = process
         self.heartbeat_timeout_s = heartbeat_timeout_s
         self._counts: dict[str, int] = {}
-        self._heartbeats: dict[int, tuple[int, float]] = {}  # by rank: its last heartbeat, and when that arrived
+        self._heartbeats: dict[int, tuple[int, float]] = {}  # by rank: its last heartbeat, and when it was received
         self._last_sent_at = 0.0
         self._closed = threading.Event()
         self._hosts_store = False
@@ -159,7 +159,7 @@ class Peers:
         self._closed.set()
         if self._store is None or error is not None:
             return
-        with contextlib.suppress(RuntimeError):  # the store's host is lost; this process has finished anyway
+        with contextlib.suppress(RuntimeError):  # the store's host is lost, but this process has finished anyway
             self._store.set(f"rank {self.process.rank} left", "1")
         for rank in range(1, self.process.world_size) if self._hosts_store else ():
             self.wait(f"rank {rank} left", rank)
@@ -197,7 +197,7 @@ class Peers:
                 self._store.set(self._scope + name, value)
 
     def get(self, name: str) -> str | None:
-        """The value published under `name`; None when there is none or the store cannot be reached."""
+        """The value published under `name`; None if there is none or the store cannot be reached."""
         try:
             there = self._store is not None and self._store.check([self._scope + name])
             return self._store.get(self._scope + name).decode() if there else None
@@ -205,15 +205,15 @@ class Peers:
             return None
 
     def wait(self, name: str, rank: int = 0, on_poll: Callable[[], None] = lambda: None) -> bool:
-        """Wait until `rank` has published a name.
+        """Wait until `rank` has published a value under a name.
 
         Args:
             name: the name.
-            rank: the rank that publishes it.
+            rank: the rank that publishes the value.
             on_poll: called after every poll.
 
         Returns:
-            False when that rank is lost (heartbeat timeout).
+            False if that rank is lost (heartbeat timeout).
 
         Raises:
             RunInterrupted: rank 0 is lost or the store cannot be reached.
@@ -238,7 +238,7 @@ class Peers:
             pause = min(POLL_S, 2 * pause)
 
     def _send_heartbeats(self) -> None:
-        """Send heartbeats until the end, or until the store is lost."""
+        """Send heartbeats until this object disconnects or the store is lost."""
         pause_s = min(HEARTBEAT_S, self.heartbeat_timeout_s / 8)
         with contextlib.suppress(RuntimeError):  # the main thread gets the same error and reports it
             while not self._closed.wait(pause_s):
@@ -246,7 +246,7 @@ class Peers:
                 self._last_sent_at = time.monotonic()
 
     def _exit_when_disconnected(self) -> None:
-        """End this process when no heartbeat could be sent within the timeout.
+        """End this process if no heartbeat could be sent within the timeout.
 
         A call to a node that lost power or network blocks for about 15 minutes, so the main thread cannot do this.
         """
@@ -265,6 +265,6 @@ class Peers:
 
 
 def connection_lost(reason: str) -> RunInterrupted:
-    """The exception that ends a process of stage 1 that lost rank 0 or the store."""
+    """The exception that ends a stage-1 process that has lost its connection to rank 0 or the store."""
     text = f"lost a process or a node: {reason}; finished work is kept, rerun the same command to resume"
     return RunInterrupted(text, EXIT_RESUMABLE)

@@ -1,7 +1,7 @@
 """The exception for errors that a user can fix.
 
-In: the facts of a failure. Out: `UserError`, whose text has up to five parts in a fixed order.
-Invariant: every error that a user can cause (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
+In: the facts about a failure. Out: `UserError`, whose text has up to five parts in a fixed order.
+Invariant: every error that a user can fix (a typo, a damaged file, a full disk) raises it; `assert` is for bugs.
 """
 
 import difflib
@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 CLEAR_LINE = "\r\x1b[K"
-"""Clears the line of the cursor in a terminal."""
+"""Clears the terminal line that the cursor is on."""
 
 
 class RunInterrupted(Exception):  # noqa: N818 - not an error
@@ -17,7 +17,7 @@ class RunInterrupted(Exception):  # noqa: N818 - not an error
 
     Args:
         text: the message for the user.
-        exit_code: the exit code of the process.
+        exit_code: the process's exit code.
     """
 
     def __init__(self, text: str, exit_code: int) -> None:
@@ -31,10 +31,10 @@ class UserError(Exception):
     The commands print it without a traceback and exit with code 2.
 
     Args:
-        what: what is wrong, one line.
+        what: what is wrong, in one line.
         got: what was found.
         expected: what was expected instead.
-        where: file, option or place.
+        where: the file, option or place concerned.
         fix: what to do.
     """
 
@@ -47,13 +47,13 @@ class UserError(Exception):
         where: object = None,
         fix: str | None = None,
     ) -> None:
-        # A DataLoader rebuilds the error of a worker from its printed traceback, which ends with the message.
+        # A DataLoader rebuilds a worker's error from its printed traceback, which ends with the message.
         what = what.rpartition(f"{__name__}.UserError: ")[2].rstrip("\n")
         parts = (("got", got), ("expected", expected), ("where", where), ("what to do", fix))
         super().__init__("\n".join([what, *(f"  {name}: {value}" for name, value in parts if value is not None)]))
 
     def __reduce__(self) -> tuple[type["RestoredError"], tuple[str]]:
-        """For the transfer from a worker process: only the text is kept."""
+        """Keep only the text when the error is transferred from a worker process."""
         return RestoredError, (str(self),)
 
 
@@ -63,7 +63,7 @@ def worker_failure(error: BaseException) -> UserError | None:
     Torch raises that report in the main thread, at an arbitrary line.
     """
     text = str(error)
-    # The pipe to a worker that has exited; an error raised in a worker begins with "Caught".
+    # These come from the pipe to a worker that has exited; an error raised in a worker begins with "Caught".
     closed = type(error) in (EOFError, ConnectionResetError) and not text.startswith("Caught ")
     if not closed and not text.startswith("DataLoader worker (pid") and "Communication with the workers" not in text:
         return None
@@ -75,7 +75,7 @@ def worker_failure(error: BaseException) -> UserError | None:
 
 
 class RestoredError(UserError):
-    """A `UserError` that came from another process; its text is already formatted."""
+    """A `UserError` from another process, whose text is already formatted."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -87,26 +87,26 @@ def join_or(names: Sequence[str]) -> str:
 
 
 def counted(count: int, noun: str, plural: str | None = None) -> str:
-    """A number with its noun: "1 epoch", "1,438 images", "2 classes". `plural`: for nouns of several words."""
+    """A number with its noun: "1 epoch", "1,438 images", "2 classes". `plural` is for nouns of multiple words."""
     return f"{count:,} {noun if count == 1 else plural or noun + ('es' if noun.endswith(('s', 'tch')) else 's')}"
 
 
 def closest_names(name: str, known: Iterable[str], count: int = 3) -> str:
-    """The known names closest to `name`, as "a, b or c"; up to 20 of all names when none is close."""
+    """The known names closest to `name`, as "a, b or c"; up to 20 of all names if none is close."""
     names = sorted(known)
     return join_or(_close(name, names, count) or names[:20])
 
 
 def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: int = 3, listed: int = 20) -> UserError:
-    """The error for an unknown name, in one line, with the closest known names.
+    """The one-line error for an unknown name, with the closest known names.
 
     Args:
-        what: what the name stands for: model, recipe, option.
+        what: what the name stands for, such as a model, a recipe or an option.
         got: the name.
         known: the valid names.
-        where: where it is typed or listed.
+        where: where the name is typed or listed.
         count: maximum number of close names in the message.
-        listed: if none is close, the message lists all names, unless there are more than this.
+        listed: maximum number of names for which the message lists all names if none is close.
     """
     names = list(known)
     helpful = 0 < len(names) <= listed or _close(got, names, 1)
@@ -115,18 +115,18 @@ def unknown_name(what: str, got: str, known: Iterable[str], where: str, count: i
 
 
 def is_text(name: str) -> bool:
-    """Whether a name can be written as UTF-8; names of files can hold any bytes."""
+    """Whether a name can be encoded as UTF-8. File names can contain any bytes."""
     return name.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in name)
 
 
 def require_folder(place: Path, option: str) -> None:
-    """`UserError` if `place`, given by `option`, is a file. A folder that does not exist yet is fine."""
+    """Raise `UserError` if `place`, set by `option`, is a file. The folder does not have to exist yet."""
     if place.exists() and not place.is_dir():
         raise UserError(f"{option} {place} is a file: choose a folder")
 
 
 def _close(name: str, names: Sequence[str], count: int) -> list[str]:
-    """Dotted options that end in this name; else names that start with it, shortest first, then similar names."""
+    """Dotted options that end in this name. If there are none, names that start with it, then similar names."""
     last = name.lstrip("-").replace("-", "_")
     if options := [known for known in names if "." in known and known.lstrip("-").rpartition(".")[2] == last]:
         return options[:count]

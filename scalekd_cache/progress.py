@@ -1,7 +1,7 @@
 """Progress bars, and sizes with a unit.
 
-In: a total and a unit. Out: a tqdm bar with rate and remaining time. It moves in a terminal and in a notebook; a log
-gets one line every 15 seconds. Invariant: only rank 0 prints.
+In: a total and a unit. Out: a tqdm bar with the rate and the remaining time. The bar moves in a terminal or notebook; a
+log gets one line every 15 seconds. Invariant: only rank 0 prints.
 """
 
 import sys
@@ -13,17 +13,17 @@ from tqdm.notebook import tqdm_notebook
 from scalekd_cache.errors import counted
 
 LINE_SECONDS = 15.0
-"""Interval between two lines when the output is a log, seconds."""
+"""Interval in seconds between two lines if the output is a log."""
 
 
 class _Lines:
-    """Writes what tqdm draws as whole lines, without carriage returns, padding, blank and repeated lines."""
+    """Writes tqdm's output as whole lines, without carriage returns, padding, blank lines or repeated lines."""
 
     def __init__(self, file: IO[str]) -> None:
         self._file, self._count = file, ""
 
     def write(self, text: str) -> None:
-        """Write one line, unless its count is that of the line before."""
+        """Write one line, unless it has the same count as the previous line."""
         line = text.strip()
         count = line.partition(",")[0]
         if line and count != self._count:
@@ -36,13 +36,13 @@ class _Lines:
 
 
 class _Bar(tqdm):  # type: ignore[type-arg]
-    """A bar with its unit in singular and plural, and no rate before the first step."""
+    """A bar that uses singular and plural units and shows no rate before the first step."""
 
     @property
     def format_dict(self) -> dict[str, Any]:
-        """The values for the format of a line."""
+        """The values used to format a line."""
         values = dict(super().format_dict)
-        if values.get("initial") is None:  # a bar of another rank
+        if values.get("initial") is None:  # a bar on a different rank
             return values
         done, elapsed = values["n"] - values["initial"], values["elapsed"]
         rate = values["rate"] or (done / elapsed if done and elapsed else 0)
@@ -52,7 +52,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int = 0) -> "tqdm[Any]":
-    """A progress bar that counts to `total` in `unit`s: on standard error, or in the notebook."""
+    """A progress bar that counts to `total` in `unit`s. It is shown on standard error or in the notebook."""
     moving = sys.stderr.isatty() or issubclass(tqdm, tqdm_notebook)
     line = "{desc}: {n_fmt}/{total_fmt} {units}, {elapsed} done, {remaining} left{speed}{postfix}"
     return _Bar(
@@ -66,13 +66,13 @@ def progress(title: str, total: int, unit: str, *, rank: int = 0, initial: int =
         maxinterval=10.0 if moving else LINE_SECONDS,
         miniters=None if moving else 1,
         bar_format=None if moving else line,
-        position=None if moving else 0,  # a log has no cursor to move below a bar that an interrupted run left open
+        position=None if moving else 0,  # a log has no cursor to move below the open bar of an interrupted run
         leave=True,
     )
 
 
 def size_text(size: float) -> str:
-    """Bytes in the largest decimal unit that gives at least 1: "1.50 MB"."""
+    """A number of bytes in the largest decimal unit that gives at least 1, such as "1.50 MB"."""
     for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("KB", 1e3)):
         if size >= scale:
             return f"{size / scale:.2f} {unit}"

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 
 def library_versions() -> dict[str, str]:
-    """Versions of the libraries that can change cached bytes. Recorded for diagnosis only, never compared."""
+    """Versions of the libraries that can change cached bytes. They are recorded for diagnosis and never compared."""
     names = ("scalekd-cache", "torch", "torchvision", "timm", "pillow", "numpy", "webdataset", "zarr", "numcodecs")
     return {name: importlib.metadata.version(name) for name in names if _installed(name)}
 
@@ -24,12 +24,12 @@ def _installed(name: str) -> bool:
 
 
 def import_optional(module: str, need: str, extra: str) -> ModuleType:
-    """Import a module of an optional package.
+    """Import a module from an optional package.
 
     Args:
         module: the module's name.
-        need: the feature and what it needs, for the message: "parquet files need pyarrow".
-        extra: the extra of scalekd-cache that installs it.
+        need: the feature and what it needs, for the message, such as "parquet files need pyarrow".
+        extra: the scalekd-cache extra that installs the package.
 
     Raises:
         UserError: the package is not installed, or its import fails in any way.
@@ -50,7 +50,7 @@ def import_optional(module: str, need: str, extra: str) -> ModuleType:
 
 
 def _installed_as(package: str) -> str:
-    """A package with its version, if that is known."""
+    """A package name with the installed version, if known."""
     try:
         return f"{package} {importlib.metadata.version(package)}"
     except importlib.metadata.PackageNotFoundError:

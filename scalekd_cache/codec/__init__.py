@@ -1,7 +1,7 @@
 """Codecs convert teacher feature maps and logits to bytes and back, one file per codec; this file is the registry.
 
 In: a codec's name, or the JSON config from a manifest. Out: the codec (`base.py` defines the contract).
-Invariant: importing this package does not import torch; a codec's module is imported on demand.
+Invariant: importing this package does not import torch, because codec modules are imported on demand.
 numcodecs is not used because a feature codec needs token norms, an error bound, dither and GPU decoding.
 The lossless stage is zstd.
 """
@@ -41,7 +41,8 @@ def make_codec(name: str, shape: Shape) -> "FeatureCodec":
     """The codec called `name` for maps of `shape` (C, H, W).
 
     Raises:
-        UserError: unknown codec (suggests the closest names), or a shape that is not three positive integers.
+        UserError: the codec is unknown (the error suggests the closest names), or the shape is not three positive
+            integers.
     """
     if name not in CODECS:
         raise unknown_name("feature codec", name, [*CODECS, *FITTED], "--codec, cache.codec, or codec.id in a manifest")
@@ -52,10 +53,10 @@ def make_codec(name: str, shape: Shape) -> "FeatureCodec":
 
 
 def codec_from_config(config: Mapping[str, Any], folder: "StoredPath | None" = None) -> "FeatureCodec":
-    """The codec of a cache, from the config in its manifest; `folder` is the cache, for the state of a fitted codec.
+    """Build a cache's codec from its manifest config. `folder` is the cache, which stores a fitted codec's state.
 
     Raises:
-        UserError: an unknown id, or parameters that this version cannot read.
+        UserError: the id is unknown, or this version cannot read the parameters.
     """
     name, shape = config.get("id"), config.get("shape")
     if not isinstance(name, str) or not isinstance(shape, (list, tuple)):

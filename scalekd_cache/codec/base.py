@@ -1,7 +1,7 @@
-"""The contract of a feature codec, and the token norms stored with lossy features.
+"""The contract for feature codecs, and the token norms stored with lossy features.
 
 In: teacher maps (B, C, H, W) float32 after the final norm. Out: fixed-size rows, uint8 (B, bytes_per_view), on the same
-device, and back. `pack` turns rows into stored records and `unpack` inverts it, both on the CPU.
+device. Decoding inverts this. `pack` turns rows into stored records and `unpack` inverts it, both on the CPU.
 Invariant: `decode(encode(x))` differs from x by at most `error_bound(x)` in every value. For every codec, decoded norms
 equal the norms of x to float16 precision, so a loss that divides by them is linear in the decoded map.
 """
@@ -25,12 +25,12 @@ FLOAT16_MAX = 65504.0
 
 
 class EncodedRows(NamedTuple):
-    """Rows that are encoded without waiting for the device."""
+    """Rows that were encoded without waiting for the device."""
 
     codes: Tensor
     """(B, bytes_per_view) uint8."""
     final: Tensor
-    """(B,) bool: whether `codes` holds the row. Where false, `encode` must be called: it computes the row, or raises an
+    """(B,) bool: whether `codes` holds the finished row. If not, call `encode`, which computes the row or raises an
     error."""
 
 
@@ -44,7 +44,7 @@ class FeatureMap(NamedTuple):
 
 
 def feature_norms(features: Tensor) -> Tensor:
-    """L2 norms over channels at every position: (B, C, H, W) -> (B, 2, H, W) float32, raw and mean-removed."""
+    """L2 norms over channels at each position, raw and mean-removed: (B, C, H, W) -> (B, 2, H, W) float32."""
     features = features.float()
     centered = features - features.mean(dim=(2, 3), keepdim=True)
     return torch.stack((features.square().sum(1).sqrt(), centered.square().sum(1).sqrt()), dim=1)
@@ -73,7 +73,7 @@ class FeatureCodec(ABC):
 
     @abstractmethod
     def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
-        """As `encode`, without reading a value on the host: a GPU continues with the work behind it."""
+        """Like `encode`, but without reading any values on the host, so that the GPU can continue with its queue."""
 
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
         """Encode maps (B, C, H, W) float32, on any device, to rows uint8 (B, bytes_per_view) on the same device.
@@ -81,34 +81,34 @@ class FeatureCodec(ABC):
         `seeds` (B,) int64 select the dither of a `dithered` codec; other codecs ignore them.
 
         Raises:
-            UserError: rows with NaN, infinity, or magnitudes that the codec cannot represent.
+            UserError: rows contain NaN, infinity or magnitudes that the codec cannot represent.
         """
         rows = self.encode_rows(features, seeds)
         return rows.codes if bool(rows.final.all()) else self.encode_hard_rows(features, seeds)
 
     def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
-        """Rows of a batch that `encode_rows` could not finish; by default there are only rows that cannot be stored."""
+        """Encode a batch with rows that `encode_rows` could not finish. By default, such rows cannot be stored."""
         self.require_storable(features)
         raise AssertionError(f"codec {self.id}: every storable row is final")
 
     @abstractmethod
     def decode(self, codes: Tensor) -> FeatureMap:
-        """Decode rows uint8 (B, bytes_per_view) to maps and norms, float32, on the device of `codes`."""
+        """Decode uint8 rows (B, bytes_per_view) to float32 maps and norms on the device of `codes`."""
 
     @abstractmethod
     def error_bound(self, features: Tensor) -> Tensor:
-        """Upper bound of |decoded - original|: (B, C, H, W) float32, one bound per value."""
+        """Upper bound on |decoded - original|: (B, C, H, W) float32, one bound per value."""
 
     def get_config(self) -> dict[str, Any]:
-        """JSON config that rebuilds this codec; stored in the manifest and part of the fingerprint."""
+        """JSON config that rebuilds this codec. It is stored in the manifest and is part of the fingerprint."""
         return {"id": self.id, "version": self.version, "shape": list(self.shape)}
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """Convert rows (B, bytes_per_view) uint8 to stored records; by default the rows themselves."""
+        """Convert rows (B, bytes_per_view) uint8 to stored records. By default, a record is the row itself."""
         return [row.tobytes() for row in rows]
 
     def unpack(self, records: Sequence[bytes | memoryview]) -> NDArray[np.uint8]:
-        """Convert records to rows (B, bytes_per_view) uint8, a new array. UserError if another codec wrote them."""
+        """Convert records to new uint8 rows (B, bytes_per_view). UserError if a different codec wrote them."""
         wrong = [len(record) for record in records if len(record) != self.bytes_per_view]
         if wrong:
             raise damaged_record(
@@ -121,7 +121,7 @@ class FeatureCodec(ABC):
         return FLOAT16_MAX
 
     def norms_and_storable(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Norms of the maps, (B, 2, H, W) float32, and which of them can be stored, (B,) bool."""
+        """Norms of the maps, (B, 2, H, W) float32, and whether each map can be stored, (B,) bool."""
         assert features.dtype == torch.float32, features.dtype
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         norms = feature_norms(features)
@@ -129,7 +129,7 @@ class FeatureCodec(ABC):
         return norms, worst <= self.largest()
 
     def require_storable(self, features: Tensor) -> None:
-        """`UserError` for rows that cannot be stored."""
+        """Raise `UserError` if any rows cannot be stored."""
         bad = ~self.norms_and_storable(features)[1]
         if bool(bad.any()):
             rows = bad.nonzero().flatten().tolist()
@@ -191,14 +191,14 @@ class RowCodec(FeatureCodec):
 def channel_means(values: Tensor) -> Tensor:
     """Stored mean of each channel over positions: (B, T, C) float32 -> (B, 1, C) float16.
 
-    In a plain ViT the means dominate a map, but no loss uses them. So a codec stores them separately and spends its
-    bits on the differences.
+    In a plain ViT, the means dominate a map, but no loss uses them. A codec therefore stores them separately and spends
+    its bits on the differences.
     """
     return values.mean(1, keepdim=True).to(torch.float16)
 
 
 def damaged_record(got: object, expected: object) -> UserError:
-    """The error for a record that this codec did not write."""
+    """Build the error for a record that this codec did not write."""
     return UserError(
         "the features of a record are damaged",
         got=got,
@@ -214,5 +214,5 @@ def as_bytes(values: Tensor) -> Tensor:
 
 
 def contiguous_copy(codes: Tensor) -> Tensor:
-    """A contiguous copy at offset 0; it can be viewed as a wider dtype even if `codes` is unaligned."""
+    """A contiguous copy at offset 0, which can be viewed as a wider dtype even if `codes` is unaligned."""
     return codes.clone(memory_format=torch.contiguous_format)

@@ -1,12 +1,12 @@
-"""The lossless stage of the transform codec: symbols grouped by variance, one zstd block per class.
+"""The lossless stage of the transform codec. Symbols are grouped into classes by variance; each class is a zstd block.
 
 In: fixed-size rows (a head, a plane of packed symbols, a list of escapes). Out: variable-length records, and back.
-Invariant: `unpack(pack(rows))` equals `rows`. A record that declares the wrong size is an error before allocation.
+Invariant: `unpack(pack(rows))` equals `rows`. A record that declares the wrong size raises an error before allocation.
 
 A zstd block has one Huffman table, so the encoder ends a block at the end of each class. A Huffman code takes at least
-one bit per byte, so classes of low entropy pack two or four symbols into a byte; classes of large values take two bytes
+one bit per byte, so low-entropy classes pack two or four symbols into a byte. Classes with large values take two bytes
 per symbol. The few symbols outside the range of their class are escapes: the plane holds a zero, and the list holds
-position and value. Any zstd decoder reads the frame in one call per record.
+their position and value. Any zstd decoder reads the frame in one call per record.
 """
 
 import functools
@@ -24,9 +24,9 @@ from scalekd_cache.errors import counted
 
 LEVEL = 1
 LARGEST = {16: 32767, 8: 127, 4: 7, 2: 1}
-"""Largest magnitude of a symbol, by bits per symbol."""
+"""Largest magnitude of a symbol for each number of bits per symbol."""
 ESCAPE_BYTES = 6
-"""Bytes per escape: position int32, value int16."""
+"""Bytes per escape: an int32 position and an int16 value."""
 
 
 class Segment(NamedTuple):
@@ -49,9 +49,9 @@ def escape_count(count: int) -> int:
 
 
 def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Pack (B, n) int64 symbols into (B, plane + list) uint8: the plane, then positions, then values of escapes."""
+    """Pack (B, n) int64 symbols into (B, plane + list) uint8: the plane, then the escapes' positions and values."""
     beyond = symbols.abs() > _limits(tuple(segments), symbols.device)
-    # A stable sort moves the escapes to the front, in order of position.
+    # A stable sort moves the escapes to the front in order of position.
     places = beyond.byte().sort(dim=1, descending=True, stable=True).indices[:, : escape_count(symbols.shape[1])]
     values = (symbols * beyond).gather(1, places)
     places = places.masked_fill(values == 0, 0)
@@ -60,7 +60,7 @@ def pack_symbols(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Pack (B, n) int64 symbols, each in the range of its class, into (B, plane) uint8."""
+    """Pack (B, n) int64 symbols into (B, plane) uint8. Each symbol must be in the range of its class."""
     parts, start = [], 0
     for segment in segments:
         part, bits = symbols[:, start : start + segment.count], segment.bits
@@ -76,7 +76,7 @@ def pack_plane(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
 
 
 def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor) -> None:
-    """Inverse of `pack_symbols`; writes into `symbols`, (B, n) of a dtype that holds 16-bit integers."""
+    """Invert `pack_symbols` and write into `symbols` (B, n), whose dtype must hold 16-bit integers."""
     start, low = 0, 0
     for segment in segments:
         part, into = planes[:, low : low + segment.bytes], symbols[:, start : start + segment.count]
@@ -100,7 +100,7 @@ def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor)
     values = contiguous_copy(planes[:, split:]).view(torch.int16)
     if (
         planes.device.type == "cpu"
-    ):  # most of the list is empty; a GPU processes all of it, because the check would synchronize
+    ):  # most of the list is empty; a GPU processes all of it, because this check would synchronize
         taken = values.any(0).nonzero()
         used = int(taken[-1]) + 1 if len(taken) else 0
         places, values = places[:, :used], values[:, :used]
@@ -108,21 +108,21 @@ def unpack_symbols(planes: Tensor, segments: Sequence[Segment], symbols: Tensor)
 
 
 def fits(symbols: Tensor, segments: Sequence[Segment]) -> Tensor:
-    """Whether the symbols (B, n) float64 of each row can be stored: (B,) bool."""
+    """(B,) bool: whether each row of float64 symbols (B, n) can be stored."""
     beyond = (symbols.abs() > _limits(tuple(segments), symbols.device)).sum(1)
     return (beyond <= escape_count(symbols.shape[1])) & (symbols.abs().amax(1) <= LARGEST[16])
 
 
 @functools.lru_cache(maxsize=16)
 def _limits(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    """Largest magnitude of each symbol in the plane, (n,) int64. Cached: a copy to the GPU per batch would wait."""
+    """Largest magnitude of each symbol in the plane, (n,) int64. Cached to avoid waiting for a GPU copy per batch."""
     counts = torch.tensor([segment.count for segment in segments])
     largest = torch.tensor([LARGEST[segment.bits] for segment in segments])
     return largest.repeat_interleave(counts).to(device)
 
 
 class BlockPacker:
-    """Converts rows to records and back: `head` bytes unchanged, then a zstd frame with one block per class."""
+    """Converts rows to records and back. A record is `head` plain bytes and a zstd frame with one block per class."""
 
     def __init__(self, segments: Sequence[Segment], head: int) -> None:
         self.head = head
@@ -162,5 +162,5 @@ class BlockPacker:
 
 
 def _parts(segment: Segment) -> list[int]:
-    """Block sizes of a class; low and high bytes of 16-bit symbols get separate blocks."""
+    """Block sizes for a class. The low and high bytes of 16-bit symbols get separate blocks."""
     return [segment.count] * 2 if segment.bits == 16 else [segment.bytes]

@@ -1,7 +1,7 @@
-"""Similarity of decoded and original features.
+"""Similarity between decoded and original features.
 
 In: original and decoded maps (B, C, H, W). Out: two cosines per view (`store/fidelity_summary.py` summarizes them).
-Invariant: computed in float64, so that a cosine near 1 is accurate.
+Invariant: cosines are computed in float64, so that values near 1 are accurate.
 """
 
 from typing import TYPE_CHECKING, NamedTuple
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Fidelity(NamedTuple):
-    """Cosine similarities of each view in a batch."""
+    """Cosine similarities for each view in a batch."""
 
     cosine: "Tensor"
     """(B,) float32: cosine between original and decoded tokens, averaged over positions."""
@@ -20,7 +20,7 @@ class Fidelity(NamedTuple):
 
 
 def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:
-    """Cosines between two maps (B, C, H, W); a token that is zero in both counts as equal."""
+    """Cosines between two maps (B, C, H, W). A token that is zero in both maps has a cosine of 1."""
     assert original.shape == decoded.shape, (original.shape, decoded.shape)
     original, decoded = original.double(), decoded.double()
     centered = [maps - maps.mean(dim=(2, 3), keepdim=True) for maps in (original, decoded)]
@@ -28,7 +28,7 @@ def fidelity(original: "Tensor", decoded: "Tensor") -> Fidelity:
 
 
 def _token_cosine(a: "Tensor", b: "Tensor") -> "Tensor":
-    """Mean token cosine of two maps (B, C, H, W): (B,) float32."""
+    """Mean token cosine between two maps (B, C, H, W): (B,) float32."""
     norms = (a.square().sum(1) * b.square().sum(1)).sqrt()
     cosine = (a * b).sum(1) / norms.clamp_min(1e-300)
     both_zero = (a.abs().amax(1) == 0) & (b.abs().amax(1) == 0)

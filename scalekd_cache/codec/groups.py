@@ -1,7 +1,7 @@
-"""Features as 8-bit or 4-bit codes of differences from the channel mean, with one float16 scale per 128 channels.
+"""Stores features as 8-bit or 4-bit differences from the channel mean, with one float16 scale per 128 channels.
 
-In and out: see `base.py`. A row holds means float16 (C), scales float16 (H*W, ceil(C/128)), codes (H*W, C) and norms
-float16 (2, H*W). Invariant: a scale is the group's largest magnitude divided by the largest code, rounded *up* to
+In and out: see `base.py`. A row holds float16 means (C), float16 scales (H*W, ceil(C/128)), codes (H*W, C) and
+float16 norms (2, H*W). Invariant: a scale is the group's largest magnitude divided by the largest code, rounded *up* to
 float16, so codes never clip.
 """
 
@@ -18,7 +18,7 @@ GROUP = 128
 
 
 def round_up_to_float16(values: Tensor) -> Tensor:
-    """Round non-negative float32 up to float16 (at most the largest finite float16)."""
+    """Round non-negative float32 values up to float16. They must not exceed the largest finite float16."""
     nearest = values.to(torch.float16)
     # Bit patterns of non-negative floats are ordered as integers, so adding 1 gives the next float16.
     bits = nearest.view(torch.int16) + (nearest.float() < values).to(torch.int16)
@@ -26,7 +26,7 @@ def round_up_to_float16(values: Tensor) -> Tensor:
 
 
 class GroupScaledCodec(RowCodec):
-    """Base class. A subclass sets the largest code and converts values in units of the scale to bytes and back."""
+    """Base class. A subclass sets the largest code and converts values, in units of the scale, to bytes and back."""
 
     largest_code: ClassVar[float]
 
@@ -45,7 +45,7 @@ class GroupScaledCodec(RowCodec):
 
     @property
     def groups(self) -> int:
-        """Scales per position; the last one covers fewer than 128 channels if C is not a multiple of 128."""
+        """Number of scales per position. The last one covers fewer than 128 channels unless 128 divides C."""
         return -(-self.channels // GROUP)
 
     @property
@@ -53,7 +53,7 @@ class GroupScaledCodec(RowCodec):
         return 2 * self.channels + 2 * self.tokens * self.groups + self.code_bytes
 
     def _scales(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, T, C) -> values in groups (B, T, G, 128), zero-padded, and float16 scales (B, T, G)."""
+        """(B, T, C) -> zero-padded values in groups (B, T, G, 128), and float16 scales (B, T, G)."""
         padding = self.groups * GROUP - self.channels
         grouped = torch.nn.functional.pad(values, (0, padding)).view(*values.shape[:2], self.groups, GROUP)
         return grouped, round_up_to_float16(grouped.abs().amax(dim=3) / self.largest_code)
@@ -82,7 +82,7 @@ class GroupScaledCodec(RowCodec):
         return values.add_(means[:, None])
 
     def scale_of_values(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale of each value (B, C, H, W) and the float16 mean of each channel (B, C, 1, 1), both as float32."""
+        """The scale for each value (B, C, H, W) and the float16 mean of each channel (B, C, 1, 1), both as float32."""
         values = features.permute(0, 2, 3, 1).reshape(len(features), self.tokens, self.channels)
         means = channel_means(values).float()
         _, scales = self._scales(values - means)

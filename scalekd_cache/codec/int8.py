@@ -1,4 +1,4 @@
-"""Features as integers with group scales: int8, the default codec, and int4, for comparison.
+"""Stores features as integers with group scales: int8 is the default codec, and int4 is for comparison.
 
 In and out: see `groups.py`. Invariant: every value is within half a scale of the original.
 """
@@ -11,13 +11,13 @@ from scalekd_cache.codec.groups import GroupScaledCodec
 
 class _IntegerCodec(GroupScaledCodec):
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a (float16) scale, plus float32 rounding of difference, product and sum."""
+        """Half a float16 scale, plus float32 rounding of the difference, product and sum."""
         scales, means = self.scale_of_values(features)
         return scales / 2 + (features.abs() + means.abs()) * 2.0**-22
 
 
 class Int8Codec(_IntegerCodec):
-    """Codes from -127 to 127, one byte each. Swin-L at 224 px: 3,072 + 1,176 + 75,264 + 196 = 79,708 bytes."""
+    """One-byte codes from -127 to 127. A Swin-L row at 224 px is 3,072 + 1,176 + 75,264 + 196 = 79,708 bytes long."""
 
     id = "int8"
     largest_code = 127.0
@@ -34,7 +34,7 @@ class Int8Codec(_IntegerCodec):
 
 
 class Int4Codec(_IntegerCodec):
-    """Codes from -7 to 7 stored as 1 to 15, two per byte, the first in the low half. Odd counts are padded with 8."""
+    """Codes from -7 to 7, stored as 1 to 15. Each byte holds two, the first in the low half; 8 pads odd counts."""
 
     id = "int4"
     largest_code = 7.0

@@ -1,13 +1,13 @@
-"""Codecs for teacher logits, one record per view.
+"""Codecs for teacher logits, with one record per view.
 
 In: logits (B, K) float32. Out: one record per row; decoding gives float32 (K,). `DenseLogits` stores all classes;
-`top_k.py` and `recomputed.py` store less. `logit_codec_from_config` builds the codec of a manifest.
+`top_k.py` and `recomputed.py` store less. `logit_codec_from_config` builds the codec described in a manifest.
 Invariant: KL(softmax(original) || softmax(decoded)) <= 1e-4 for every record, and the largest logit is exact. With a
-limit of 0 every record is exact (mode 2); caches of float32 features use this.
-A record: mode uint8, largest logit float32, then
+limit of 0, every record is exact (mode 2); caches with float32 features use this limit.
+A record holds a uint8 mode and the largest logit in float32, then
   mode 0: step float32, K codes uint8; logit = largest - step x code
   mode 1: K float16 distances;         logit = largest - distance
-  mode 2: K float32 logits (the largest is stored twice), if the other modes are not accurate enough.
+  mode 2: K float32 logits (the largest is stored twice). It is used if the other modes are not accurate enough.
 For a teacher without a classifier, K is 0 and records are empty.
 """
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 KL_LIMIT = 1e-4
 INT8, FLOAT16, FLOAT32 = 0, 1, 2
 TOO_COARSE = 255
-"""First byte of a row that mode 0 cannot hold."""
+"""First byte of a row for which mode 0 is too coarse."""
 FLOAT16_MAX = 65504.0
 
 
@@ -50,7 +50,7 @@ def _log_softmax(logits: NDArray[Any]) -> NDArray[np.float64]:
 
 
 class DenseLogits:
-    """Logits of `num_classes` classes: usually 9 + K bytes per record, 5 + 2 K if 8 bits are too coarse."""
+    """Logits for `num_classes` classes. A record usually takes 9 + K bytes, or 5 + 2 K if 8 bits are too coarse."""
 
     id = "logits-int8"
     partial = False
@@ -76,14 +76,14 @@ class DenseLogits:
         return cls(config.get("num_classes", -1), exact=config.get("kl_limit") == 0)
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
+        """Encode float32 logits (B, K) on any device to one record per row. UserError for NaN or infinity."""
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """The device's part of `encode`, without reading a value on the host: (B, K) -> uint8 (B, n), which `pack`
-        takes.
+        """The part of `encode` that runs on the device and reads no values on the host: (B, K) -> uint8 (B, n).
 
-        A row is a record of mode 0, then the logits, float32. If mode 0 is too coarse, the first byte tells so.
+        The output is the input to `pack`. A row is a mode 0 record followed by the float32 logits. If mode 0 is too
+        coarse, the first byte is `TOO_COARSE`.
         """
         import torch
 
@@ -106,7 +106,7 @@ class DenseLogits:
         return torch.cat((mode, largest.view(torch.uint8), step.view(torch.uint8), codes, raw), dim=1)
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """(B, n) uint8 of `encode_rows` -> one record per row. UserError for NaN or infinity; it names the rows."""
+        """uint8 (B, n) from `encode_rows` -> one record per row. UserError naming the rows with NaN or infinity."""
         if self.num_classes == 0:
             return [b""] * len(rows)
         start = 0 if self.kl_limit == 0 else self.record_bytes
@@ -127,7 +127,7 @@ class DenseLogits:
         return records
 
     def _pack_floats(self, values: NDArray[np.float32]) -> list[bytes]:
-        """Records of mode 1, or of mode 2 where that is too coarse: (n, K) float32, finite."""
+        """Mode 1 records for finite float32 logits (n, K), or mode 2 records if mode 1 is too coarse."""
         if len(values) == 0:
             return []
         largest = values.max(1)
@@ -141,7 +141,7 @@ class DenseLogits:
         ]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """Decode a record to (K,) float32. UserError for a mode, length or infinity that this codec does not write."""
+        """Decode a record to (K,) float32. UserError for modes, lengths or values that this codec does not write."""
         if self.num_classes == 0 and not record:
             return np.zeros(0, np.float32)
         sizes = {INT8: 9 + self.num_classes, FLOAT16: 5 + 2 * self.num_classes, FLOAT32: 5 + 4 * self.num_classes}
@@ -169,7 +169,7 @@ class DenseLogits:
 
 
 def _require_finite(stored: float) -> None:
-    """UserError for NaN or infinity, also as a sum of stored values; `_subtract` would clip infinity."""
+    """Raise UserError if a stored value, or a sum of stored values, is NaN or Inf. `_subtract` would clip it."""
     if not math.isfinite(stored):
         raise UserError(
             "the logits of a record are damaged",
@@ -201,7 +201,7 @@ LOGIT_CODECS: dict[str, type[LogitCodec]] = {kind.id: kind for kind in (DenseLog
 
 
 def logit_codec_from_config(config: Mapping[str, Any]) -> LogitCodec:
-    """The codec that wrote a cache, from its manifest; UserError if this version cannot read it."""
+    """Build the codec that wrote a cache from its manifest. UserError if this version cannot read it."""
     kind = LOGIT_CODECS.get(config.get("id", ""))
     codec = kind.from_config(config) if kind is not None else None
     if codec is None or codec.get_config() != config:

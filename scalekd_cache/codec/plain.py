@@ -1,7 +1,8 @@
-"""Features as floating-point numbers: float32, float16, bfloat16.
+"""Stores features as floating-point numbers: float32, float16 or bfloat16.
 
-In and out: see `base.py`. A row holds means float16 (C) if stored, values (H*W, C) or their differences from the means,
-and norms float16 (2, H*W). Invariant: float32 is exact; float16 and bfloat16 round once, to nearest even.
+In and out: see `base.py`. A float32 row holds only the values (H*W, C). The other rows hold float16 means (C), the
+values' differences from the means (H*W, C) and float16 norms (2, H*W). Invariant: float32 is exact; float16 and
+bfloat16 round once, to nearest even.
 """
 
 from typing import ClassVar
@@ -21,11 +22,11 @@ class _PlainCodec(RowCodec):
     half_step: float
     """Half the spacing of adjacent floats, relative to the value."""
     half_subnormal: float
-    """Half of the smallest subnormal: the error bound near zero."""
+    """Half the smallest subnormal, which is the error bound near zero."""
 
     @property
     def mean_bytes(self) -> int:
-        """Bytes of means per row."""
+        """Bytes per row for the means."""
         return 2 * self.channels if self.stores_means else 0
 
     @property
@@ -48,7 +49,7 @@ class _PlainCodec(RowCodec):
         return values.add_(means[:, None])
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a step of the rounded value; with means, plus float32 rounding of difference and sum."""
+        """Half a step of the rounded value. With means, float32 rounding of the difference and sum is added."""
         if not self.stores_means:
             return features.abs() * self.half_step + self.half_subnormal
         means = channel_means(features.flatten(2).transpose(1, 2)).float().transpose(1, 2)[..., None]
@@ -57,7 +58,7 @@ class _PlainCodec(RowCodec):
 
 
 class Float32Codec(_PlainCodec):
-    """Exact; norms are computed from the values instead of being stored."""
+    """Exact. Norms are computed from the values instead of being stored."""
 
     id = "float32"
     stores_norms = False
@@ -70,7 +71,7 @@ class Float32Codec(_PlainCodec):
 
 
 class Float16Codec(_PlainCodec):
-    """11 significant bits, values and norms up to 65,504."""
+    """11 significant bits; values and norms are at most 65,504."""
 
     id = "float16"
     version = 2
@@ -81,7 +82,7 @@ class Float16Codec(_PlainCodec):
 
 
 class BFloat16Codec(_PlainCodec):
-    """8 significant bits; norms and means are float16, so at most 65,504."""
+    """8 significant bits. Norms and means are float16, so they are at most 65,504."""
 
     id = "bfloat16"
     version = 2

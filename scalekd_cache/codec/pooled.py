@@ -1,8 +1,8 @@
-"""The codec of pooled embeddings, the second target of a cache without labels (`second` in a record and a manifest).
+"""The codec for pooled embeddings, the second target in an unlabeled cache (`second` in a record and a manifest).
 
-In: the id of the codec of the cache's maps and the width P of the embedding; or `second_codec` of a manifest.
-Out: a feature codec of maps (P, 1, 1).
-Invariant: pooled embeddings are stored at least as exactly as maps; a codec that must be fitted is never used for them.
+In: the id of the codec for the cache's maps and the embedding width P; or `second_codec` from a manifest.
+Out: a feature codec for maps (P, 1, 1).
+Invariant: pooled embeddings are stored at least as accurately as maps. They never use a codec that must be fitted.
 """
 
 from collections.abc import Mapping
@@ -13,20 +13,20 @@ from scalekd_cache.codec.base import FeatureCodec
 
 
 def pooled_codec(maps: str, width: int) -> FeatureCodec | None:
-    """The codec of pooled embeddings of `width` values, as (width, 1, 1) maps; None for width 0.
+    """The codec for pooled embeddings with `width` values, as (width, 1, 1) maps; None if the width is 0.
 
     Args:
-        maps: id of the codec of the cache's maps. Floating-point codecs store the embeddings too; next to all others it
-            is int8, which stores a float16 mean and an 8-bit difference of each value here.
+        maps: id of the codec for the cache's maps. If it is a floating-point codec, it also stores the embeddings.
+            Otherwise int8 does, with a float16 mean and an 8-bit difference for each value.
         width: number of values.
     """
     return make_codec(maps if maps in FLOATS else "int8", (width, 1, 1)) if width else None
 
 
 def second_codec_from_config(config: Mapping[str, Any]) -> FeatureCodec | None:
-    """The codec of pooled embeddings, from `second_codec` of a manifest; None for an empty one.
+    """The codec for pooled embeddings, from `second_codec` in a manifest; None if that is empty.
 
     Raises:
-        UserError: as `codec_from_config`.
+        UserError: for the same reasons as `codec_from_config`.
     """
     return codec_from_config(config) if config else None

@@ -1,9 +1,9 @@
 """Recomputed logits: the cache stores the teacher's classifier once, and readers apply it to the decoded features.
 
-In: a teacher's classifier on the mean of its last map. Out: empty records; `classifier.safetensors` in the cache.
-Invariant: classifier(mean of F) reproduces the teacher's logits to 1e-4 of the largest one, in float32. This holds for
-Swin and SwinV2. It does not hold for teachers that apply their norm after pooling or use a class token; these are
-rejected.
+In: a teacher's classifier, applied to the mean of the last map. Out: empty records, and `classifier.safetensors` in the
+cache. Invariant: in float32, classifier(mean of F) reproduces the teacher's logits to within 1e-4 of the largest one.
+This holds for Swin and SwinV2. Teachers that apply their norm after pooling or use a class token are rejected, because
+it does not hold for them.
 """
 
 import hashlib
@@ -25,12 +25,12 @@ FILE = "classifier.safetensors"
 MAX_BYTES = 1 << 30
 RESTORE = "restore the file from the original cache"
 TOLERANCES = {"torch.float32": 1e-4, "torch.bfloat16": 2**-7}
-"""Largest difference between recomputed logits and the teacher's, relative to the largest logit, by the teacher's
-precision: bfloat16 logits have 8 significant bits."""
+"""Largest allowed difference between recomputed logits and the teacher's, relative to the largest logit. It depends on
+the teacher's precision, because bfloat16 logits have only 8 significant bits."""
 
 
 class RecomputedLogits:
-    """Codec with empty records; `sha256` is the hash of the classifier's file."""
+    """Codec with empty records. `sha256` is the hash of the classifier file."""
 
     id = "logits-recomputed"
     partial = False
@@ -63,7 +63,7 @@ class RecomputedLogits:
         return [b""] * len(rows)
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """(0,) float32; readers compute logits with `load_classifier`."""
+        """Return an empty float32 array; readers compute logits with `load_classifier`."""
         if record:
             raise UserError(
                 "the logits of a record are damaged",
@@ -75,13 +75,13 @@ class RecomputedLogits:
 
 
 def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "torch.dtype") -> bytes:
-    """File content of a teacher's classifier; checks that it reproduces the teacher's logits.
+    """Content of the classifier file. Checks that the classifier reproduces the teacher's logits.
 
     Args:
         model: the timm model.
         features: (B, C, H, W) float32 from the teacher.
         logits: (B, K) float32 from the teacher.
-        dtype: the teacher's autocast dtype, in which it computed both.
+        dtype: the teacher's autocast dtype, used to compute both.
 
     Raises:
         UserError: this teacher's logits are not a linear function of the mean of its last map.
@@ -109,10 +109,10 @@ def classifier_bytes(model: Any, features: "Tensor", logits: "Tensor", dtype: "t
 
 
 def load_classifier(config: Mapping[str, Any], folder: "StoredPath") -> "nn.Linear":
-    """Load the classifier of a cache, frozen, float32 on the CPU.
+    """Load a cache's frozen classifier in float32 on the CPU.
 
     Raises:
-        UserError: the file is missing, or its sha256 differs from the manifest.
+        UserError: the file is missing or unreadable, or its sha256 differs from the manifest's.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load

@@ -1,9 +1,9 @@
 """Top-k logits: log-probabilities of the k most probable classes.
 
-In: logits (B, K) float32. Out: one record per row with k class numbers (uint32) and k log-probabilities (float32),
-little-endian, most probable first. Invariant: stored values are exact to float32, so the probability of all other
-classes is 1 - sum(exp). The loss compares it with the student's probability of the same classes and never renormalizes
-over the stored classes.
+In: logits (B, K) float32. Out: one record per row with k class numbers (uint32) and k log-probabilities (float32).
+Both are little-endian, and the most probable class comes first. Invariant: stored values are exact to float32, so all
+other classes together have the probability 1 - sum(exp). The loss compares this with the student's probability for the
+same classes and never renormalizes over the stored classes.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ DEFAULT_K = 10
 
 
 class TopKLogits:
-    """Log-probabilities of the `k` most probable of `num_classes` classes, 8 k bytes per record."""
+    """Log-probabilities of the `k` most probable of `num_classes` classes. A record takes 8 k bytes."""
 
     id = "logits-top-k"
     partial = True
@@ -49,12 +49,14 @@ class TopKLogits:
         return cls(config.get("num_classes", -1), config.get("k", -1))
 
     def encode(self, logits: "Tensor") -> list[bytes]:
-        """Encode logits (B, K) float32, on any device, one record per row. UserError for NaN or infinity."""
+        """Encode float32 logits (B, K) on any device to one record per row. UserError for NaN or infinity."""
         return self.pack(self.encode_rows(logits).cpu().numpy())
 
     def encode_rows(self, logits: "Tensor") -> "Tensor":
-        """The device's part of `encode`, without reading a value on the host: uint8 (B, 8 k + 1); 1 last: all
-        finite."""
+        """The part of `encode` that runs on the device and reads no values on the host: uint8 (B, 8 k + 1).
+
+        The last byte is 1 if all logits of the row are finite.
+        """
         import torch
 
         top = logits.detach().double().log_softmax(1).topk(self.k, dim=1)
@@ -64,17 +66,17 @@ class TopKLogits:
         )
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
-        """uint8 (B, 8 k + 1) of `encode_rows` -> a record per row. UserError for NaN or infinity; it names the rows."""
+        """uint8 (B, 8 k + 1) from `encode_rows` -> one record per row. UserError naming rows with NaN or infinity."""
         bad = np.flatnonzero(rows[:, -1] == 0).tolist()
         if bad:
             raise UserError("cannot store the teacher's logits", got=f"NaN or infinity in rows {bad[:16]}")
         return [row[:-1].tobytes() for row in rows]
 
     def decode(self, record: bytes | memoryview) -> NDArray[np.float32]:
-        """Decode a record to (K,) float32 log-probabilities, -inf for classes that are not stored.
+        """Decode a record to (K,) float32 log-probabilities. Classes that are not stored get -inf.
 
         Raises:
-            UserError: wrong length, unknown or repeated classes, or probabilities that sum to more than 1.
+            UserError: the length is wrong, classes are unknown or repeated, or the probabilities sum to more than 1.
         """
         if len(record) != self.record_bytes:
             raise _damaged(counted(len(record), "byte"), f"{self.record_bytes} bytes")

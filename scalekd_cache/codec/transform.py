@@ -1,9 +1,9 @@
 """The transform codec: decorrelate, quantize all coefficients with one step size, and entropy-code the symbols.
 
-In and out: see `base.py`; `transform_fit.fit` fits the codec to a teacher. A row holds a seed uint32, the number of
-step doublings uint8, three zero bytes, norms float16 (2, H*W), then the symbols of `blocks.py`.
-Invariant: the error of a token is white noise with `noise` times the energy of the mean-removed token. With dither its
-mean over seeds is zero, so gradients are unbiased.
+In and out: see `base.py`; `transform_fit.fit` fits the codec to a teacher. A row holds a uint32 seed, the uint8
+number of step doublings, three zero bytes, float16 norms (2, H*W) and then the symbols (`blocks.py`).
+Invariant: a token's error is white noise with `noise` times the energy of the mean-removed token. With dither, its mean
+over seeds is zero, so gradients are unbiased.
 
 Each token is divided by its stored mean-removed norm (the same norm the loss divides by) and the fitted mean is
 subtracted. A 2-D DCT transforms the grid, and its frequencies are grouped into bands of similar energy. The channels of
@@ -12,10 +12,10 @@ each band are then coded in one of two modes:
   reverse water-filling: components below the step size cost almost nothing. A reader multiplies by a C x C matrix.
 - *predicted*: a few integer factors below 128 describe what the channels have in common. An int8 matrix predicts all
   channels from them, and the dithered quantizer codes the residual. The mean of the decoded values equals the original
-  for any prediction. This takes more bytes for the same error, but a CPU decodes wide maps much faster.
+  for any prediction. This mode takes more bytes for the same error, but a CPU decodes wide maps much faster.
 
-Encoding uses integers stored in float64, where every sum is exact, so symbols do not depend on device, batch size or
-number of threads.
+Encoding uses integers stored in float64, where every sum is exact. Symbols therefore do not depend on the device, the
+batch size or the number of threads.
 """
 
 import itertools
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 HEAD = 8
 """Bytes of a row before the norms."""
 FINE, BASIS, COARSE = 2.0**18, 2.0**20, 2.0**10
-"""Fixed-point steps per unit: for normalized values, for the DCT, and for values and matrix in the factor analysis."""
+"""Fixed-point steps per unit for normalized values, for the DCT, and for the factor analysis (values and matrix)."""
 GUARD = 2.0**-6
 """Lower limit of a token's divisor, its mean-removed norm, as a fraction of its raw norm."""
 MAX_DOUBLINGS = 40
@@ -54,7 +54,7 @@ DEAD_ZONE = 0.45
 
 
 class TransformCodec(FeatureCodec):
-    """Transform codec (see the module docstring). Rows are decoded on the device; records (`pack`) are stored."""
+    """Transform codec (see the module docstring). Rows are decoded on the device; records from `pack` are stored."""
 
     id = "transform"
     dithered = True
@@ -101,7 +101,7 @@ class TransformCodec(FeatureCodec):
         }
 
     def get_config(self) -> dict[str, Any]:
-        """JSON config; the fitted state is a separate file, referenced by its sha256."""
+        """JSON config. The fitted state is a separate file that the config references by its sha256."""
         own = {
             "channels": "predicted" if self.factors else "rotated",
             "noise": self.noise,
@@ -116,14 +116,14 @@ class TransformCodec(FeatureCodec):
         return self.mean_bytes
 
     def encode_rows(self, features: Tensor, seeds: Tensor | None = None) -> EncodedRows:
-        """As `FeatureCodec.encode_rows`; `seeds` (B,) int64 below 2^32 choose the dither of each row (needed here).
+        """Like `FeatureCodec.encode_rows`, but `seeds` is required: (B,) int64 below 2^32, which select the dither.
 
-        A row whose symbols fit only after its step was doubled is left to `encode`.
+        Rows whose symbols fit only with a doubled step are left to `encode`.
         """
         return self._encode(features, seeds, double_steps=False)
 
     def encode_hard_rows(self, features: Tensor, seeds: Tensor | None) -> Tensor:
-        """Double the steps of a row until its symbols fit; the host checks whether they do."""
+        """Double a row's step until its symbols fit. The host checks whether they do."""
         self.require_storable(features)
         return self._encode(features, seeds, double_steps=True).codes
 
@@ -148,8 +148,8 @@ class TransformCodec(FeatureCodec):
     def analyze(self, features: Tensor, scales: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (B, C, H, W) float32 and token scales (B, T) -> factors (B, T * R) and values to dither (B, T * C).
 
-        In quantizer steps, float64, exact on a fixed-point grid. Components and factors are in `order`, residuals by
-        band.
+        The results are float64 in quantizer steps and exact on a fixed-point grid. Components and factors follow
+        `order`; residuals are sorted by band.
         """
         table, batch = _on(self._encoding, features.device), len(features)
         grid = self.spectrum(features, scales)[:, table["frequencies"]]
@@ -166,24 +166,24 @@ class TransformCodec(FeatureCodec):
         return torch.cat(factors, dim=1).reshape(batch, self.factors)[:, table["order"]], residuals.flatten(1)
 
     def spectrum(self, features: Tensor, scales: Tensor) -> Tensor:
-        """The DCT of normalized tokens minus the fitted mean, (B, T, C) float64; [:, 0] is the DC coefficient."""
+        """DCT of the normalized tokens minus the fitted mean: (B, T, C) float64 with the DC coefficient at [:, 0]."""
         table, batch = _on(self._encoding, features.device), len(features)
         tokens = features.permute(0, 2, 3, 1).reshape(batch, self.tokens, self.channels).double()
         unit = torch.where(scales > 0, scales, 1.0).double()[..., None]
         values = fixed_point(tokens / unit, FINE) - table["mean"]
-        values = torch.where(scales[..., None] > 0, values, 0.0)  # a token of norm 0 decodes to 0
+        values = torch.where(scales[..., None] > 0, values, 0.0)  # a token with norm 0 decodes to 0
         grid = values.reshape(batch, self.height, self.width * self.channels)
         grid = fixed_point(torch.matmul(table["rows"], grid), FINE).view(batch * self.height, self.width, self.channels)
         return fixed_point(torch.matmul(table["columns"], grid), FINE).view(batch, self.tokens, self.channels)
 
     def _quantize(self, factors: Tensor, values: Tensor, noise: Tensor, doublings: Tensor) -> tuple[Tensor, Tensor]:
-        """Float64, doublings of the steps (B,) -> symbols (B, T * R + T * C), whether they fit (B,)."""
+        """Float64 values and step doublings (B,) -> symbols (B, T * R + T * C), and whether they fit (B,)."""
         rounded = torch.round(values / (2.0**doublings)[:, None] + noise)
         symbols = torch.cat((factors, rounded), dim=1)
         return symbols, fits(symbols, self.segments)
 
     def decode(self, codes: Tensor) -> FeatureMap:
-        """Decode rows uint8 (B, bytes_per_view) to maps and norms, float32, on the device of `codes`."""
+        """Decode uint8 rows (B, bytes_per_view) to float32 maps and norms on the device of `codes`."""
         assert codes.dtype == torch.uint8, codes.dtype
         assert codes.shape[1:] == (self.bytes_per_view,), (codes.shape, self.bytes_per_view)
         table, batch, split = _on(self._decoding, codes.device), len(codes), HEAD + 4 * self.tokens
@@ -193,7 +193,7 @@ class TransformCodec(FeatureCodec):
         scales = token_scales(norms)[..., None] * self.step
         values = torch.empty(batch, self.tokens, self.channels, device=codes.device)
         part = CPU_VIEWS if codes.device.type == "cpu" else max(1, batch)
-        # New memory costs one page fault per 4 KB, so three buffers are reused.
+        # Three buffers are reused, because new memory costs one page fault per 4 KB.
         symbols = values.new_empty(min(part, batch), self.factors + self.tokens * self.channels)
         spare = torch.empty_like(values[:part])
         with autocast(codes.device, torch.float32):
@@ -214,7 +214,7 @@ class TransformCodec(FeatureCodec):
     def _channels(
         self, factors: Tensor, grid: Tensor, table: Mapping[str, Tensor], into: Tensor, other: Tensor
     ) -> None:
-        """Reconstruct the DCT of tokens by band, into `into`, from factors and dithered values (B, T, C) in steps."""
+        """Write to `into`, band by band, the DCT of tokens from factors and dithered values (B, T, C) in steps."""
         batch = len(into)
         if not self.factors:
             torch.index_select(grid.view(batch, -1), 1, table["inverse"], out=other.view(batch, -1))
@@ -229,7 +229,7 @@ class TransformCodec(FeatureCodec):
             torch.addcmul(difference, predicted, table["units"][band], out=into[:, start:stop])
 
     def _positions(self, table: Mapping[str, Tensor], scales: Tensor, bands: Tensor, into: Tensor) -> None:
-        """Inverse DCT of `bands` (B, T, C), which is overwritten; writes tokens multiplied by `scales` into `into`."""
+        """Write the inverse DCT of `bands` (B, T, C), multiplied by `scales`, to `into`; `bands` is overwritten."""
         batch, height, width = len(into), self.height, self.width
         bands[:, 0] += table["dc"]
         torch.index_select(bands, 1, table["natural"], out=into)
@@ -238,10 +238,10 @@ class TransformCodec(FeatureCodec):
         torch.bmm(columns, bands.view(batch * height, width, -1), out=into.view(batch * height, width, -1))
 
     def error_bound(self, features: Tensor) -> Tensor:
-        """Half a step in every coefficient, propagated through the synthesis; tokens with float16 norm 0 decode to 0.
+        """A half-step error in every coefficient, propagated through the synthesis.
 
-        This is the worst case over all coefficients at once. The expected error (`expected_error`) is over 100 times
-        smaller.
+        Tokens whose float16 norm is 0 decode to 0. The bound is the worst case over all coefficients at once; the
+        expected error (`expected_error`) is over 100 times smaller.
         """
         scales = token_scales(feature_norms(features).to(torch.float16).float())
         codes = self.encode(features, torch.zeros(len(features), dtype=torch.int64))
@@ -257,7 +257,7 @@ class TransformCodec(FeatureCodec):
         return bound.view(features.shape).float()
 
     def expected_error(self, codes: Tensor) -> Tensor:
-        """Expected error energy of a token divided by its squared divisor, per row: (B,) float32."""
+        """Expected error energy of a token divided by its squared divisor: (B,) float32, one value per row."""
         return self.noise * 4.0 ** codes[:, 4].float()
 
     def pack(self, rows: NDArray[np.uint8]) -> list[bytes]:
@@ -273,13 +273,13 @@ def _seeds(rows: Tensor) -> Tensor:
 
 
 def token_scales(norms: Tensor) -> Tensor:
-    """Divisor of each token (B, T), from stored norms (B, 2, ...) float32."""
+    """Divisor of each token (B, T), computed from stored float32 norms (B, 2, ...)."""
     norms = norms.flatten(2)
     return torch.maximum(norms[:, 1], norms[:, 0] * GUARD)
 
 
 def dct_matrix(size: int) -> Tensor:
-    """The orthonormal DCT-II, (size, size) float64: rows are frequencies."""
+    """The orthonormal DCT-II matrix, (size, size) float64, whose rows are frequencies."""
     frequency, place = torch.arange(size).double()[:, None], torch.arange(size).double() + 0.5
     matrix = torch.cos(math.pi * place * frequency / size) * math.sqrt(2 / size)
     matrix[0] /= math.sqrt(2)
@@ -287,15 +287,15 @@ def dct_matrix(size: int) -> Tensor:
 
 
 def fixed_point(values: Tensor, fine: float) -> Tensor:
-    """Round float64 to the nearest multiples of 1 / fine."""
+    """Round float64 values to the nearest multiple of 1 / fine."""
     return torch.round(values * fine) / fine
 
 
 def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
-    """Exact product on every device: (n, R) float32 integers times (R, C) int8, all at most 127, into (n, C) float32.
+    """Multiply (n, R) float32 integers by (R, C) int8 and write to (n, C) float32; exact if magnitudes are at most 127.
 
-    CPUs multiply int8 four times as fast as float32. On other devices sums below 2^24 are exact in float32, and in
-    TF32 because the factors have 8 bits.
+    CPUs multiply int8 four times as fast as float32. On other devices, sums below 2^24 are exact in float32. They are
+    also exact in TF32, because the factors have 8 bits.
     """
     if factors.device.type == "cpu":
         into.copy_(torch._int_mm(factors.to(torch.int8), loadings))
@@ -304,7 +304,7 @@ def integer_matmul(factors: Tensor, loadings: Tensor, into: Tensor) -> None:
 
 
 def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath | None") -> TransformCodec:
-    """The codec of a config, with its state from `folder`/codec.safetensors; raises like `read_state`."""
+    """Build the codec from a config, with its state from `folder`/codec.safetensors. Raises like `read_state`."""
     sha256 = config.get("state_sha256")
     state = read_state(folder, sha256)
     noise = config.get("noise")
@@ -319,7 +319,7 @@ def load_transform(config: Mapping[str, Any], shape: Shape, folder: "StoredPath 
 
 
 def _on(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Copies of the tensors on `device`, cached per device."""
+    """Move the tensors to `device` in place, so that later calls need no copy."""
     for name, value in tensors.items():
         if value.device != device:
             tensors[name] = value.to(device)

@@ -1,8 +1,9 @@
 """Fits the transform codec to a teacher.
 
-In: a few hundred maps (N, C, H, W) of the cache's first views. Out: a `TransformCodec`.
-Invariant: encoded bytes depend only on the stored state, not on how it was fitted. Two fits may differ in the last bit
-(for example with another LAPACK), so all readers and writers of a cache share one state file, identified by its sha256.
+In: a few hundred maps (N, C, H, W) from the cache's first views. Out: a `TransformCodec`.
+Invariant: encoded bytes depend only on the stored state, not on how it was fitted. Two fits may differ in the last bit,
+for example with a different LAPACK. All readers and writers of a cache therefore share one state file, identified by
+its sha256.
 """
 
 import hashlib
@@ -28,25 +29,26 @@ from scalekd_cache.codec.variance_classes import variance_classes
 from scalekd_cache.errors import UserError, counted
 
 PRESETS = {"transform": 0.0018, "transform-economy": 0.06, "transform-rotated": 0.0018}
-"""Noise of each preset; the mean-removed cosine is 1 / sqrt(1 + noise)."""
+"""Noise for each preset. The mean-removed cosine is 1 / sqrt(1 + noise)."""
 ALWAYS_ROTATED = "transform-rotated"
-"""The preset that rotates any number of channels: fewer bytes, meant for readers with a GPU."""
+"""The preset that rotates any number of channels. It takes fewer bytes and is meant for readers with a GPU."""
 ROTATED = 512
-"""Maximum channels that other presets rotate. On one core a 1536 x 1536 matrix takes 3 ms per view, factors 0.15."""
+"""Maximum number of channels that other presets rotate. On one core, a view takes 3 ms with a 1536 x 1536 matrix and
+0.15 ms with factors."""
 BATCH = 64
 FACTORS = 64
-"""Factors per frequency; more take longer and save few bytes (docs/LOG.md)."""
+"""Factors per frequency. More factors take longer and save few bytes (docs/LOG.md)."""
 FACTOR_STEP = 3.0
 ROUNDS = 6
 SWEEPS = 3
 LOW_PART = 6
-"""The sixth of the frequencies with the most energy forms the low band."""
+"""One sixth of the frequencies, those with the most energy, form the low band."""
 ORDER_VIEWS = 128
-"""Views used for order and classes; the bases are fitted to all views."""
+"""Number of views used to choose the order and the classes. The bases are fitted to all views."""
 
 
 def preset_name(config: Mapping[str, Any]) -> str:
-    """Preset and noise of a codec config, as text in the form of stage-1 options."""
+    """A codec config's preset and noise as text, written like stage-1 options."""
     always = config["shape"][0] > ROTATED and config["channels"] == "rotated"
     names = {noise: name for name, noise in PRESETS.items() if (name == ALWAYS_ROTATED) == always}
     own = ALWAYS_ROTATED if always else "transform"
@@ -54,31 +56,31 @@ def preset_name(config: Mapping[str, Any]) -> str:
 
 
 class Moments(NamedTuple):
-    """Statistics of the maps that a fit needs; independent of the noise."""
+    """Statistics of the maps that a fit needs. They do not depend on the noise."""
 
     start: TransformState
-    """Mean, frequencies, bands; for rotated channels also the bases."""
+    """Mean, frequencies and bands. For rotated channels, also the bases."""
     seconds: list[Tensor]
-    """Second moments of the channels (C, C) float64 of each band, for predicted channels."""
+    """For predicted channels, the second moments of the channels in each band, (C, C) float64."""
 
 
 def fit(features: Tensor, noise: float, *, rotated: bool | None = None) -> TransformCodec:
     """Fit a codec to maps.
 
     Args:
-        features: (N, C, H, W) float32, on the CPU; at least 2 views, 500 are enough.
-        noise: error energy of a token divided by the energy of the mean-removed token; the mean-removed cosine is then
+        features: (N, C, H, W) float32, on the CPU. At least 2 views are required; 500 are enough.
+        noise: error energy of a token divided by the energy of the mean-removed token. The mean-removed cosine is then
             1 / sqrt(1 + noise).
-        rotated: whether channels are rotated or predicted (see `transform`); None: rotated up to 512 channels.
+        rotated: whether channels are rotated or predicted (see `transform`). None: rotated if there are at most 512.
 
     Raises:
-        UserError: too few views, or values that cannot be stored.
+        UserError: there are too few views, or values cannot be stored.
     """
     return codec_for_noise(fit_moments(features, rotated=rotated), features, noise)
 
 
 def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
-    """Compute the statistics that do not depend on the noise; raises like `fit`."""
+    """Compute the statistics that do not depend on the noise. Raises like `fit`."""
     if len(features) < 2 or not bool(features.isfinite().all()):
         raise UserError(
             "cannot calibrate the codec on these features",
@@ -107,7 +109,7 @@ def fit_moments(features: Tensor, *, rotated: bool | None = None) -> Moments:
 
 
 def codec_for_noise(moments: Moments, features: Tensor, noise: float) -> TransformCodec:
-    """The codec with this noise, for the maps of `moments`."""
+    """Build the codec with this noise from `moments`. `features` are the maps that `moments` describes."""
     shape = (int(features.shape[1]), int(features.shape[2]), int(features.shape[3]))
     state = _sized(_predicting(moments, noise) if moments.seconds else moments.start, shape)
     codec = _codec(shape, _ordered(_codec(shape, state, noise), features), noise)
@@ -149,7 +151,7 @@ def _sized(state: TransformState, shape: Shape) -> TransformState:
 
 
 def _predicting(moments: Moments, noise: float) -> TransformState:
-    """The state with the factors of each band."""
+    """The state with factors for each band."""
     channels = len(moments.start.mean)
     step, count = (12 * noise / channels) ** 0.5, min(FACTORS, channels // 24 * 8)
     parts = [_factors(second, count, step) for second in moments.seconds]
@@ -159,13 +161,13 @@ def _predicting(moments: Moments, noise: float) -> TransformState:
 
 
 def _moments(values: Tensor) -> Tensor:
-    """Second moments (C, C) float64 of the channels of (N, t, C)."""
+    """Second moments (C, C) float64 of the channels in (N, t, C)."""
     flat = values.flatten(0, 1)
     return (flat.T @ flat).double() / max(1, len(flat))
 
 
 def _basis(second: Tensor) -> Tensor:
-    """Principal components (rows) of second moments (C, C), by decreasing variance; largest entry of each positive."""
+    """Principal components (rows) of second moments (C, C) by decreasing variance. Each largest entry is positive."""
     vectors = torch.linalg.eigh(second).eigenvectors.flip(1)
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return fixed_point(vectors * signs, BASIS).T
@@ -174,7 +176,8 @@ def _basis(second: Tensor) -> Tensor:
 def _factors(second: Tensor, count: int, step: float) -> tuple[Tensor, Tensor, Tensor]:
     """Factor analysis of second moments M (C, C): returns analysis (R, C), loadings (R, C) and units (C).
 
-    Fits M = V V' + diag(own) by alternating: scale M to unit specific variance, then take its largest components.
+    Fits M = V V' + diag(own) by alternating two steps: scale M to unit specific variance, and take its largest
+    components.
     A factor's step is FACTOR_STEP times its posterior standard deviation given the channels.
     """
     model = second + torch.eye(len(second), dtype=torch.float64) * step**2 / 12
@@ -225,7 +228,7 @@ def _mean(features: Tensor) -> Tensor:
 
 
 def _ordered(codec: TransformCodec, features: Tensor) -> TransformState:
-    """The state with components, or band residuals and factors, sorted by variance and split into classes."""
+    """The state with its components, or residuals and factors, sorted by variance and split into classes."""
     few = features[:: -(-len(features) // ORDER_VIEWS)]
     state, count = codec.state, codec.tokens * codec.channels
     found = [codec.analyze(batch, _scales(batch)) for batch in torch.split(few, BATCH)]

@@ -39,47 +39,49 @@ MAX_TOKENS = 1024
 """Larger grids would overflow the exact sums."""
 MAX_FACTORS = 512
 MAX_ANALYSIS = 2.0**22
-"""Upper limit for row sums of `analysis`; keeps factors exact: 2^22 x 2^11 (values) x 2^20 (both grids) = 2^53."""
+"""Upper limit for row sums of `analysis`. It keeps factors exact: 2^22 x 2^11 (values) x 2^20 (both grids) = 2^53."""
 
 
 class TransformState(NamedTuple):
-    """Fitted state for one teacher; stored in the cache as a safetensors file.
+    """Fitted state for one teacher, stored in the cache as a safetensors file.
 
-    G bands, P components, R factors. Rotated channels: P = C, R = 0. Predicted channels: P = 0.
+    G is the number of bands, P of components and R of factors. For rotated channels, P = C and R = 0. For predicted
+    channels, P = 0.
     """
 
     mean: Tensor
-    """(C,) float64: mean normalized token, a multiple of 1 / FINE."""
+    """(C,) float64: mean normalized token, in multiples of 1 / FINE."""
     frequencies: Tensor
-    """(T,) int64: frequencies (row-major in the DCT grid) in the order of records: 0 first, then band by band."""
+    """(T,) int64: frequencies (row-major in the DCT grid) in record order: 0 first, then band by band."""
     bands: Tensor
     """(G,) int64: number of frequencies in each band."""
     basis: Tensor
-    """(G, P, C) float64: rows are components, multiples of 1 / BASIS."""
+    """(G, P, C) float64: rows are components, in multiples of 1 / BASIS."""
     analysis: Tensor
-    """(G, R, C) float64, multiples of 1 / COARSE: computes the factors (writers only)."""
+    """(G, R, C) float64, in multiples of 1 / COARSE: the matrix with which writers compute the factors."""
     loadings: Tensor
-    """(G, R, C) int64, -127 to 127: contribution of each factor to each channel, in `units`."""
+    """(G, R, C) int64 from -127 to 127: each factor's contribution to each channel, in `units`."""
     units: Tensor
-    """(G, C) float64: unit of `loadings` in quantizer steps, powers of two."""
+    """(G, C) float64: units of `loadings` in quantizer steps. They are powers of two."""
     order: Tensor
     """(T * (P + R),) int64: components or factors by decreasing variance: index in `frequencies` * (P + R) + number."""
     segments: Tensor
-    """(S, 2) int64: symbols, and bits per symbol, of each class: components in `order`, or factors, then residuals."""
+    """(S, 2) int64: the number of symbols and bits per symbol for each class. Classes cover the components in `order`,
+    or the factors and then the residuals."""
 
 
 def state_bytes(state: TransformState) -> bytes:
-    """Content of codec.safetensors; equal states give equal bytes."""
+    """Content of codec.safetensors. Equal states give equal bytes."""
     tensors = {name: value.to(STORED[name]).contiguous() for name, value in zip(state._fields, state, strict=True)}
     data: bytes = save(tensors)
     return data
 
 
 def read_state(folder: "StoredPath | None", sha256: object) -> TransformState:
-    """The state in `folder`/codec.safetensors.
+    """Read the state from `folder`/codec.safetensors.
 
     Raises:
-        UserError: no folder or file, wrong sha256, or damaged content.
+        UserError: the folder or file is missing, the sha256 is wrong, or the content is damaged.
     """
     if folder is None:
         raise UserError("the codec state is missing", got="no folder", expected=FILE, where="codec config")

@@ -1,7 +1,7 @@
 """Groups symbols sorted by variance into the classes of `blocks.py`.
 
-In: symbols of some views. Out: classes. Invariant: adjacent classes are merged if a separate Huffman table costs more
-than it saves, under the Huffman coding cost of the lossless stage.
+In: symbols from a sample of views. Out: classes. Invariant: adjacent classes are merged if a separate Huffman table
+costs more than it saves. Costs are those of the lossless stage's Huffman code.
 """
 
 import heapq
@@ -21,7 +21,7 @@ ESCAPE_BITS = 40
 
 
 def variance_classes(symbols: Tensor) -> list[Segment]:
-    """Classes for sorted symbols (N, n) int64; adjacent classes are merged while that lowers the cost."""
+    """Choose classes for sorted int64 symbols (N, n). Adjacent classes are merged while that lowers the cost."""
     edges = [symbols.shape[1] * number // BINS for number in range(BINS + 1)]
     bins = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
     costs = {span: _cheapest(symbols[:, slice(*span)]) for span in bins}
@@ -39,12 +39,12 @@ def variance_classes(symbols: Tensor) -> list[Segment]:
 
 
 def _cheapest(symbols: Tensor) -> tuple[float, int]:
-    """Lowest cost of a class in bits per view, and the bits per symbol that reach it."""
+    """The lowest cost of a class in bits per view, and the bits per symbol that give it."""
     return min((_bits(symbols, bits), bits) for bits in LARGEST)
 
 
 def _bits(symbols: Tensor, bits: int) -> float:
-    """Cost in bits per view: Huffman-coded bytes of the plane, plus escapes."""
+    """Cost in bits per view: the plane's Huffman-coded bytes plus the escapes."""
     segment, beyond = Segment(symbols.shape[1], bits), symbols.abs() > LARGEST[bits]
     escapes = ESCAPE_BITS * float(beyond.double().sum()) / len(symbols)
     plane = pack_plane(symbols.masked_fill(beyond, 0), [segment])
@@ -54,7 +54,7 @@ def _bits(symbols: Tensor, bits: int) -> float:
 
 
 def huffman_bits(symbols: Tensor) -> float:
-    """Mean code length in bits of a Huffman code for these bytes: the sum of the inner nodes' weights."""
+    """Mean length in bits of a Huffman code for these bytes. It is the sum of the inner nodes' weights per byte."""
     heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
     heapq.heapify(heap)
     total = 0

@@ -1,7 +1,7 @@
-"""A backbone to use on other data: an exported or imported student, the student of a run, or a timm model.
+"""A backbone for use on other data: an exported or imported student, a run's student, or a timm model.
 
-In: a folder or a timm name, and a file of weights. Out: a `Backbone`: the timm model with its image size and
-normalization. Invariant: weights come from safetensors files or from timm's own downloads; no pickle is opened.
+In: a folder or a timm name, and a weights file. Out: a `Backbone`, which is the timm model with its image size and
+normalization. Invariant: weights come from safetensors files or from timm's own downloads, and no pickle is opened.
 """
 
 import os
@@ -20,21 +20,21 @@ from scalekd_cache.models.timm_models import DEMO_TEACHER, check_name, create_ti
 from scalekd_cache.models.weights import find_weights, load_converted, stored_shapes
 
 RUN_OPTIONS = "config.yaml"
-"""The file that every run folder has."""
+"""A file that every run folder contains."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Backbone:
-    """A timm model, with the size and normalization of its images."""
+    """A timm model with its image size and normalization."""
 
     model: nn.Module
-    """In eval mode, on the CPU."""
+    """The model in eval mode on the CPU."""
     name: str
-    """timm's name of the model, or demo_swin."""
+    """timm's name for the model, or demo_swin."""
     model_args: dict[str, Any]
-    """Arguments of `timm.create_model`."""
+    """Arguments to `timm.create_model`."""
     image_size: int
-    """Side of its images, pixels."""
+    """Side of its images in pixels."""
     mean: tuple[float, float, float]
     """Channel means of its normalization, on a scale of 0 to 1."""
     std: tuple[float, float, float]
@@ -52,14 +52,16 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
     """Open a backbone.
 
     Args:
-        place: folder of a finished run, or of an exported or imported student; or a timm model name.
-        weights: with a name: a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
-        size: side of the images, pixels (None: the backbone's own).
-        pretrained: with a name and without a file: download timm's weights; otherwise they are random.
-        option: the option that gave `place`, for errors.
+        place: folder of a finished run or of an exported or imported student; or a timm model name.
+        weights: for a model name, a .safetensors file (None: the file in teachers/, or timm's pretrained weights).
+        size: side of the images in pixels (None: the backbone's own).
+        pretrained: for a model name without a weights file, whether to download timm's weights instead of using random
+            ones.
+        option: the option that set `place`, for error messages.
 
     Raises:
-        UserError: no such folder or name, damaged files, weights that do not fit, or an unsupported image size.
+        UserError: the folder or name does not exist, files are damaged, the weights do not fit, or the image size is
+            not supported.
     """
     folder = find_export(Path(place))
     if folder is None:
@@ -80,7 +82,7 @@ def open_backbone(place: str, weights: str | None, *, size: int | None, pretrain
 
 
 def find_exported_folder(place: Path) -> Path | None:
-    """An exported or imported student without a run: the folder itself, or its student/; None for anything else."""
+    """The folder of an exported or imported student without a run: `place` or its student/; None for anything else."""
     if (place / RUN_OPTIONS).exists():
         return None
     found = (folder for folder in (place, place / "student") if (folder / DESCRIPTION).exists())
@@ -88,13 +90,13 @@ def find_exported_folder(place: Path) -> Path | None:
 
 
 def find_export(place: Path) -> Path | None:
-    """The exported student in a folder: the folder itself, its student/ (imported), or a run's export/.
+    """The exported student in a folder: the folder itself, its student/ if it was imported, or a run's export/.
 
     Returns:
         None if there is no such folder.
 
     Raises:
-        UserError: the folder has no exported student.
+        UserError: the folder does not contain an exported student.
     """
     if not place.is_dir():
         return None
@@ -111,7 +113,7 @@ def find_export(place: Path) -> Path | None:
 
 
 def _named(name: str, weights: str | None, size: int | None, pretrained: bool, option: str) -> Backbone:
-    """A timm model by name."""
+    """Open a timm model by name."""
     if os.sep in name.rstrip("/") and not name.startswith(("hf", "http")):
         raise UserError(f"there is no folder {name}", where=option, expected="a folder, or a timm model name")
     found = find_weights(TeacherConfig(name=name, weights=weights, pretrained=pretrained))

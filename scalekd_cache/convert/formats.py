@@ -1,7 +1,7 @@
-"""Export formats other than timm's folder: one file each, reloaded and compared before it is kept.
+"""Export formats other than timm's folder. Each gives one file, which is reloaded and compared before it is kept.
 
 In: a student in eval mode on the CPU. Out: a file. Invariant: the file is written atomically, and the model loaded from
-it gives the student's logits within the format's tolerance.
+it reproduces the student's logits within the format's tolerance.
 """
 
 import os
@@ -29,14 +29,14 @@ SUFFIXES = {
     "torchvision": "-torchvision.safetensors",
     "mmpretrain": "-mmpretrain.safetensors",
 }
-"""File name suffix of each format."""
+"""Each format's file name suffix."""
 FORMATS = ("timm", *SUFFIXES)
 RELATIVE_TOLERANCE = {"safetensors": 1e-6, "torch-export": 1e-5, "torchvision": 1e-4, "onnx": 1e-3}
-"""Maximum difference of a logit relative to the largest logit, by format."""
+"""Maximum difference in a logit, relative to the largest logit, for each format."""
 
 
 def check_format(name: str) -> str:
-    """The name itself; `UserError` for an unknown format (with the nearest names) or missing packages."""
+    """Return the name. Raise `UserError` if the format is unknown (naming similar ones) or packages are missing."""
     if name not in FORMATS:
         raise unknown_name("form of export", name, FORMATS, "--format")
     if name == "onnx":
@@ -46,17 +46,17 @@ def check_format(name: str) -> str:
 
 
 def export_file(student: Student, form: str, file: Path, *, image_size: int, facts: Mapping[str, str]) -> float | None:
-    """Write a student in one of the formats of `SUFFIXES`, reload it and compare the logits.
+    """Write a student in one of the formats in `SUFFIXES`, reload it and compare the logits.
 
     Args:
-        student: in eval mode, on the CPU.
+        student: the student, in eval mode on the CPU.
         form: name of the format.
         file: file to write.
-        image_size: side of its images, pixels.
-        facts: metadata, written if the format supports it.
+        image_size: side of the student's images in pixels.
+        facts: metadata to write if the format supports it.
 
     Returns:
-        The largest difference of a logit; None if the codebase is not installed and only names were checked.
+        The largest difference in a logit; None if the codebase is not installed and only names were checked.
 
     Raises:
         UserError: a required package is missing, the architecture is not supported, or the logits differ.
@@ -74,7 +74,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
             folder.mkdir()
             load = _write(student, form, temporary, images, facts)
             difference = None if load is None else _difference(model, load, images, form, file)
-            temporary.chmod(0o644)  # safetensors creates files that only their owner can read
+            temporary.chmod(0o644)  # safetensors creates files that only the owner can read
             fsync_path(temporary)
             os.replace(temporary, file)
             fsync_path(file.parent)
@@ -85,7 +85,7 @@ def export_file(student: Student, form: str, file: Path, *, image_size: int, fac
 
 @torch.no_grad()
 def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: Tensor, form: str, file: Path) -> float:
-    """The largest difference over two batch sizes: the exported batch dimension must be dynamic."""
+    """The largest difference over two batch sizes, because the exported batch dimension must be dynamic."""
     largest = 0.0
     for batch in (images, torch.cat([images, images.flip(3), images[:1]])):
         expected, got = model(batch), predict(batch)
@@ -106,7 +106,7 @@ def _difference(model: nn.Module, predict: Callable[[Tensor], Tensor], images: T
 def _write(
     student: Student, form: str, file: Path, images: Tensor, facts: Mapping[str, str]
 ) -> Callable[[Tensor], Tensor] | None:
-    """Write the file; return a predict function of the reloaded model, None if it cannot be loaded here."""
+    """Write the file and return the reloaded model's predict function, or None if it cannot be loaded here."""
     model: nn.Module = student.model
     metadata = {**facts, "format": "pt"}
     if form == "onnx":

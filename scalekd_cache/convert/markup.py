@@ -1,8 +1,8 @@
-"""Names from files as text of a Markdown card: the model card of a student, the data card of a published cache.
+"""Escapes names from files for Markdown cards: a student's model card and a published cache's data card.
 
-In: any text. Out: one line that Markdown shows as this text.
-Invariant: no name becomes markup, a link or HTML; of a path only the last part is shown, because a published card
-should not contain local folders.
+In: any text. Out: one line that Markdown displays as this text.
+Invariant: no name becomes markup, a link or HTML. Only the last part of a path is shown, because a published card
+should not reveal local folders.
 """
 
 import re
@@ -17,16 +17,16 @@ def last_part(place: str) -> str:
 
 
 def escaped(value: str) -> str:
-    """Text escaped for Markdown: no link, image, emphasis or HTML."""
+    """Escape text for Markdown, so that it contains no link, image, emphasis or HTML."""
     return MARKUP.sub(r"\\\g<0>", one_line(value))
 
 
 def table_cell(value: str) -> str:
-    """Text as code in a table cell."""
+    """Format text as code in a table cell."""
     plain = one_line(value).replace("`", "'").replace("|", "/")
     return f"`{plain}`"
 
 
 def one_line(value: str) -> str:
-    """One line of printable characters."""
+    """Reduce text to one line of printable characters."""
     return " ".join("".join(char if char.isprintable() else " " for char in value).split())

@@ -1,8 +1,8 @@
-"""A student's state dict under the names of torchvision or mmpretrain, for example for detection or segmentation.
+"""Converts a student's state dict to torchvision's or mmpretrain's names, for example for detection or segmentation.
 
-In: a timm model, and the side of its images. Out: the same tensors under the names of torchvision's or mmpretrain's
-module. Invariant: renaming and reordering only. A tensor without a rule is an error, and so is a variant that the
-codebase does not have: the result loads strictly and gives the same logits.
+In: a timm model, and the side of its images. Out: the same tensors under torchvision's or mmpretrain's names.
+Invariant: tensors are only renamed and reordered. A tensor without a rule is an error, and so is a variant that the
+codebase does not have. The result therefore loads strictly and gives the same logits.
 """
 
 import math
@@ -43,9 +43,9 @@ class Codebase(NamedTuple):
 
     rules: tuple[Rule, ...]
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
-    """From timm's layout, by timm's name."""
+    """Converts a tensor from timm's layout, given timm's name."""
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
-    """Buffers that the codebase stores and timm computes."""
+    """Returns the buffers that the codebase stores but timm computes."""
 
 
 def timm_to_unfold(name: str, value: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def timm_to_unfold(name: str, value: Tensor) -> Tensor:
 
 
 def swin_indices(name: str, flat: bool) -> Callable[[nn.Module], dict[str, Tensor]]:
-    """The positions of each block's relative biases; `name` is formatted with stage and block."""
+    """The positions of each block's relative biases. `name` is a template for the stage and block numbers."""
 
     def compute(model: nn.Module) -> dict[str, Tensor]:
         found = {}
@@ -83,7 +83,7 @@ TORCHVISION: dict[type[nn.Module], Codebase] = {
                 for stage in range(4)
                 for ours, theirs in (("(norm1|norm2|attn)", r"\2"), (r"mlp\.fc1", "mlp.0"), (r"mlp\.fc2", "mlp.3"))
             ),
-            # torchvision merges patches between stages, timm at the beginning of the next one.
+            # torchvision merges patches between stages; timm does so at the beginning of the next stage.
             *((rf"layers\.{stage}\.downsample\.", f"features.{2 * stage}.") for stage in (1, 2, 3)),
             (r"norm\.", "norm."),
             (r"head\.fc\.", "head."),
@@ -108,7 +108,7 @@ TORCHVISION: dict[type[nn.Module], Codebase] = {
 
 
 def linear_pointwise(name: str, value: Tensor) -> Tensor:
-    """ConvNeXt's 1x1 convolutions as the linear layers that mmpretrain has by default."""
+    """Convert ConvNeXt's 1x1 convolutions to the linear layers that mmpretrain uses by default."""
     return value.flatten(1) if ".mlp.fc" in name and name.endswith("weight") else value
 
 
@@ -138,7 +138,7 @@ def _plain_swin(net: Any) -> Any:
     blocks = [layer.blocks[0] for layer in net.layers]
     windows, maps = [tuple(block.window_size) for block in blocks], [tuple(block.input_resolution) for block in blocks]
     whole = all(side % window[0] == 0 for grid, window in zip(maps, windows, strict=True) for side in grid)
-    if len(set(windows)) > 1 or not whole:  # timm shrinks windows to small maps, mmpretrain pads maps and masks
+    if len(set(windows)) > 1 or not whole:  # timm shrinks windows to fit small maps; mmpretrain pads and masks the maps
         raise RuntimeError(f"windows {windows} on maps {maps}; mmpretrain has one window size, which must divide them")
     return SwinTransformer(
         img_size=net.patch_embed.img_size,
@@ -199,7 +199,7 @@ class Twin(NamedTuple):
 
     pairs: Callable[[Any], tuple[Pair, ...]]
     plain: Callable[[Any], Any]
-    """timm's module of the same sizes in the variant that mmpretrain has."""
+    """Builds timm's module of the same size, in the variant that mmpretrain has."""
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
     computed: Callable[[nn.Module], dict[str, Tensor]] = lambda model: {}
 
@@ -226,10 +226,10 @@ CODEBASES = ("torchvision", "mmpretrain")
 
 
 def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str, Tensor]:
-    """The state dict of a timm model under the names of a codebase.
+    """A timm model's state dict under a codebase's names.
 
     Raises:
-        UserError: the codebase does not have this architecture or this variant of it.
+        UserError: the codebase does not have this architecture or variant.
     """
     if codebase == "mmpretrain":
         twin = MMPRETRAIN.get(type(model))
@@ -249,7 +249,7 @@ def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str
         else:
             state[theirs] = naming.relayout(name, value).contiguous()
     if codebase == "mmpretrain" and isinstance(model, VisionTransformer) and "backbone.cls_token" not in state:
-        # Without a class token its maps go through global average pooling and the plain head.
+        # Without a class token, its maps go through global average pooling and the plain head.
         state = {name.replace("head.layers.head.", "head.fc."): value for name, value in state.items()}
     if unknown or (codebase == "torchvision" and isinstance(model, VisionTransformer) and "class_token" not in state):
         raise _unfit(f"{type(model).__name__} with {', '.join(unknown[:4]) or 'no class token'}", codebase)
@@ -260,7 +260,7 @@ def transfer_state(model: nn.Module, codebase: str, image_size: int) -> dict[str
 def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
     """Raise `UserError` unless the plain variant of the architecture loads all tensors and gives the same logits.
 
-    Names are not enough: an anti-aliased ResNet has the same tensors as a plain one but computes something else.
+    Comparing names is not enough: an anti-aliased ResNet has the same tensors as a plain one but a different output.
     """
     kind = type(model).__name__
     try:
@@ -270,7 +270,7 @@ def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
         lines = [line.strip() for line in str(error).splitlines()]
         raise _unfit(f"another variant of {kind}: {lines[1] if len(lines) > 1 else lines[0]}", "mmpretrain") from error
     images = torch.randn(1, 3, image_size, image_size, generator=torch.Generator().manual_seed(0))
-    for strength in (1, 50):  # ReLU6 differs from ReLU for large activations only
+    for strength in (1, 50):  # ReLU6 differs from ReLU only for large activations
         expected, got = model(strength * images), plain(strength * images)
         if not float((got - expected).abs().max()) <= 1e-3 * float(expected.abs().max()):
             raise _unfit(f"{kind} with different operations (pooling, activation, norms)", "mmpretrain")
@@ -280,7 +280,7 @@ def torchvision_twin(model: nn.Module, image_size: int) -> nn.Module:
     """torchvision's module of the same shape, with random weights.
 
     Raises:
-        UserError: there is none.
+        UserError: torchvision has no such module.
     """
     import torchvision.models
 

@@ -1,10 +1,11 @@
-"""Tables of parameter names: upstream's distiller checkpoints (mmpretrain) to timm and `ScaleKDHeads`.
+"""Tables that map parameter names in upstream's distiller checkpoints (mmpretrain) to timm and `ScaleKDHeads`.
 
 In: a state dict with upstream's names (`student.*` and `distill_losses.*` without those prefixes). Out: `Mapped`: the
-tensors under our names and in our layout, the unused tensors, and the unknown names.
-Invariant: renaming and reordering only, no value changes; an unknown name is reported, never dropped silently.
+tensors with our names and layout, the unused tensors, and the unknown names.
+Invariant: tensors are only renamed and reordered; values do not change. Unknown names are reported, never silently
+dropped.
 
-The students are mmpretrain's modules as upstream's repository has them; docs/METHOD.md shows the tables, and
+The students are mmpretrain's modules from upstream's repository. docs/METHOD.md shows the tables, and
 `names_torchvision_mmpretrain.py` uses them in the other direction.
 """
 
@@ -18,19 +19,19 @@ from torch import Tensor
 from scalekd_cache.models.student import CONVNEXT_FORM, MOBILENET_FORM, POOLED_VIT
 
 Rule = tuple[str, str]
-"""A regular expression for the prefix of a name, and its replacement."""
+"""A regular expression for a name's prefix, and the replacement."""
 Pair = tuple[str, str]
-"""Prefixes of names, mmpretrain's and timm's: one table for both directions. `{}` is one part of a name (no dot)
-and appears equally often, in the same order, on both sides."""
+"""mmpretrain's and timm's name prefixes, in one table for both directions. `{}` stands for one part of a name, without
+a dot. It appears equally often and in the same order on both sides."""
 
 
 def import_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
-    """From mmpretrain's names to timm's."""
+    """Rules from mmpretrain's names to timm's."""
     return tuple(_rule(theirs, ours) for theirs, ours in pairs)
 
 
 def export_rules(pairs: Iterable[Pair]) -> tuple[Rule, ...]:
-    """From timm's names to mmpretrain's."""
+    """Rules from timm's names to mmpretrain's."""
     return tuple(_rule(ours, theirs) for theirs, ours in pairs)
 
 
@@ -45,9 +46,9 @@ class Mapped(NamedTuple):
 
     tensors: dict[str, Tensor]
     sources: dict[str, str]
-    """Our name -> upstream's, for messages."""
+    """Maps our names to upstream's, for messages."""
     dead: list[str]
-    """Upstream's names of tensors that its forward pass does not use, or that can be computed."""
+    """Upstream's names for tensors that its forward pass does not use or that can be computed."""
     unknown: list[str]
 
 
@@ -59,16 +60,17 @@ class Family(NamedTuple):
     """A tensor name that only this family has."""
     rules: tuple[Rule, ...]
     args: dict[str, Any] = {}
-    """timm arguments under which the model computes what upstream's does."""
+    """timm arguments that make the model compute the same function as upstream's."""
     dead: str = r"(?!)"
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
-    """From upstream's layout to timm's, by timm's name."""
+    """Converts a tensor from upstream's layout to timm's, given timm's name."""
 
 
 def unfold_to_timm(name: str, value: Tensor) -> Tensor:
     """Reorder the inputs of Swin's patch merging, (.., 4 C) -> same.
 
-    Upstream merges by `Unfold`, which orders them (channel, row, column); timm orders them (column, row, channel).
+    Upstream merges patches with `Unfold`, which orders inputs by (channel, row, column). timm's order is (column, row,
+    channel).
     """
     if ".downsample." not in name:
         return value
@@ -77,12 +79,12 @@ def unfold_to_timm(name: str, value: Tensor) -> Tensor:
 
 
 def drop_class_position(name: str, value: Tensor) -> Tensor:
-    """Drop the class token's position: upstream adds it and removes the token before the first block."""
+    """Drop the class token's position, because upstream removes that token before the first block."""
     return value[:, 1:].contiguous() if name == "pos_embed" else value
 
 
 def _mobilenet_pairs() -> Iterator[Pair]:
-    """Upstream cuts its 13 separable blocks into four sequences, timm into five."""
+    """Upstream splits its 13 separable blocks into four sequences; timm splits them into five."""
     yield "backbone.s1.0.0.", "conv_stem."
     yield "backbone.s1.0.1.", "bn1."
     theirs = [(1, 1), (1, 2), (1, 3)] + [(s, i) for s in (2, 3) for i in range(4)] + [(4, 0), (4, 1)]
@@ -101,7 +103,7 @@ RESNET_DEEP_STEM: tuple[Pair, ...] = (
     ("backbone.stem.2.bn.", "bn1."),
 )
 RESNET_POOLED: tuple[Pair, ...] = (
-    # The first stage keeps its size: upstream has no pooling before its 1x1 convolution, timm an identity.
+    # The first stage keeps its size: before its 1x1 convolution, upstream has no pooling and timm has an identity.
     ("backbone.layer1.0.downsample.0.", "layer1.0.downsample.1."),
     ("backbone.layer1.0.downsample.1.", "layer1.0.downsample.2."),
 )
@@ -122,7 +124,7 @@ CONVNEXT: tuple[Pair, ...] = (
     ("backbone.stages.{}.{}.norm.", "stages.{}.blocks.{}.norm."),
     ("backbone.stages.{}.{}.pointwise_conv{}.", "stages.{}.blocks.{}.mlp.fc{}."),
     ("backbone.norm3.", "norm_pre."),
-    ("backbone.norm3.", "head.norm."),  # normalized after the pooling
+    ("backbone.norm3.", "head.norm."),  # normalized after pooling
     ("head.fc.", "head.fc."),
 )
 MIXER: tuple[Pair, ...] = (
@@ -143,7 +145,7 @@ VIT: tuple[Pair, ...] = (
     ("backbone.layers.{}.ffn.layers.1.", "blocks.{}.mlp.fc2."),
     ("backbone.ln1.", "norm."),
     ("head.layers.head.", "head."),
-    ("head.fc.", "head."),  # of maps, without a class token
+    ("head.fc.", "head."),  # the head for pooled maps without a class token
 )
 SWIN: tuple[Pair, ...] = (
     ("backbone.patch_embed.projection.", "patch_embed.proj."),
@@ -152,7 +154,7 @@ SWIN: tuple[Pair, ...] = (
     ("backbone.stages.{}.blocks.{}.attn.w_msa.", "layers.{}.blocks.{}.attn."),
     ("backbone.stages.{}.blocks.{}.ffn.layers.0.0.", "layers.{}.blocks.{}.mlp.fc1."),
     ("backbone.stages.{}.blocks.{}.ffn.layers.1.", "layers.{}.blocks.{}.mlp.fc2."),
-    # Upstream merges patches at the end of a stage, timm at the beginning of the next one.
+    # Upstream merges patches at the end of a stage; timm does so at the beginning of the next stage.
     *((f"backbone.stages.{i}.downsample.", f"layers.{i + 1}.downsample.") for i in range(3)),
     ("backbone.norm3.", "norm."),
     ("head.fc.", "head.fc."),
@@ -198,11 +200,11 @@ HEAD_RULES: tuple[Rule, ...] = tuple(
     )
 )
 DEAD_S4_QUERY = r"loss_fmd_s4\.projector_[01]\.query\.weight"
-"""Not used by upstream's projector if a query is passed in."""
+"""Upstream's projector does not use these tensors if a query is passed in."""
 
 
 def family_of(state: Mapping[str, Tensor]) -> Family | None:
-    """The family of a student's state dict; None if it is not supported."""
+    """The family that a student's state dict belongs to; None if it is not supported."""
     return next((family for family in FAMILIES if family.mark in state), None)
 
 
@@ -221,7 +223,7 @@ def map_names(
     dead: str = r"(?!)",
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value,
 ) -> Mapped:
-    """Rename a state dict; a second source of the same name is reported as unknown."""
+    """Rename the tensors in a state dict. A second source for the same name is reported as unknown."""
     mapped = Mapped({}, {}, [], [])
     for name, value in state.items():
         if re.fullmatch(dead, name):
@@ -236,10 +238,10 @@ def map_names(
 
 
 def student_tensors(family: Family, state: Mapping[str, Tensor]) -> Mapped:
-    """A student (`backbone.*`, `head.*`) under timm's names."""
+    """The student's tensors (`backbone.*`, `head.*`) under timm's names."""
     return map_names(state, family.rules, family.dead, family.relayout)
 
 
 def head_tensors(state: Mapping[str, Tensor], *, s4_query: str) -> Mapped:
-    """Projectors (`loss_fmd_s3.*`, `loss_fmd_s4.*`) under the names of `ScaleKDHeads`."""
+    """The projectors' tensors (`loss_fmd_s3.*`, `loss_fmd_s4.*`) under the names in `ScaleKDHeads`."""
     return map_names(state, HEAD_RULES, DEAD_S4_QUERY if s4_query == "s3" else r"(?!)")

@@ -1,7 +1,7 @@
-"""A trained student as a folder that plain timm loads.
+"""Exports a trained student as a folder that plain timm can load.
 
 In: a student and its consolidated state. Out: a folder with model.safetensors and config.json.
-Invariant: the folder is complete or absent, and `timm.create_model("local-dir:DIR", pretrained=True)` gives the
+Invariant: the folder is complete or absent, and `timm.create_model("local-dir:DIR", pretrained=True)` reproduces the
 student's logits.
 """
 
@@ -30,10 +30,10 @@ from scalekd_cache.views.view import EVAL_CROP
 
 WEIGHTS, DESCRIPTION, CARD = "model.safetensors", "config.json", "README.md"
 FILES = (WEIGHTS, DESCRIPTION, CARD)
-"""All files of an export."""
+"""All files in an export."""
 ImageSide = Annotated[int, Field(ge=8, le=4096)]
 LOGIT_TOLERANCE = 1e-5
-"""Maximum difference of a reloaded logit, relative to the largest logit."""
+"""Maximum difference in a logit after reloading, relative to the largest logit."""
 
 
 class TimmModel(Protocol):
@@ -45,7 +45,7 @@ class TimmModel(Protocol):
 
     @property
     def model_args(self) -> dict[str, Any]:
-        """Arguments of `timm.create_model`."""
+        """Arguments to `timm.create_model`."""
 
 
 class InputStatistics(Protocol):
@@ -61,22 +61,22 @@ class InputStatistics(Protocol):
 
 
 def eval_transform(config: InputStatistics, image_size: int) -> dict[str, Any]:
-    """The transform of validation images (`views.view.eval_view`, then normalization), in timm's terms."""
+    """The transform for validation images (`views.view.eval_view`, then normalization) in timm's format."""
     return {
         "input_size": (3, image_size, image_size),
         "interpolation": "bicubic",
         "mean": config.mean,
         "std": config.std,
         "crop_pct": EVAL_CROP,
-        "crop_mode": "center",  # some models' own default is another one
+        "crop_mode": "center",  # some models have a different default
     }
 
 
 def check_export_place(folder: Path) -> None:
-    """Check that the folder, which an export replaces, holds nothing but an export.
+    """Check that a folder that an export would replace contains only an export.
 
     Raises:
-        UserError: it is a file, or a folder with other files.
+        UserError: the path is a file, or a folder with other files.
     """
     check_outside_caches(folder, "--out")
     if not os.path.lexists(folder):
@@ -95,7 +95,7 @@ def check_export_place(folder: Path) -> None:
 
 
 def check_not_in_run(folder: Path, run: Path | None = None) -> None:
-    """`UserError` if an export in this folder would replace the export of a run, other than that of `run`."""
+    """Raise `UserError` if an export to this folder would replace the export of a run other than `run`."""
     parent = folder.absolute().parent
     if (parent / "config.yaml").exists() and (run is None or parent.resolve() != run.resolve()):
         what = "--out is inside the folder of a run, whose own export it would replace"
@@ -111,22 +111,22 @@ def export_student(
     class_names: Sequence[str],
     card: str | None = None,
 ) -> float:
-    """Write the student for timm, reload it and compare; one rename creates the complete folder.
+    """Write the student for timm, reload it and compare its logits. A single rename creates the complete folder.
 
     Args:
         student: the student.
-        config: its normalization.
-        folder: folder to write; an existing export is replaced.
-        image_size: side of its images, pixels.
-        class_names: names of its classes, in the order of the logits.
-        card: text of the model card (None: without one).
+        config: the student's normalization.
+        folder: folder to write. An existing export is replaced.
+        image_size: side of the student's images in pixels.
+        class_names: names of the classes, in the order of the logits.
+        card: text of the model card (None: no model card is written).
 
     Returns:
-        The largest difference between the logits of the student and of the reloaded model.
+        The largest difference between the student's logits and those of the reloaded model.
 
     Raises:
-        UserError: the reloaded model's logits differ, the folder contains other files, or the disk is full. An
-            existing export is then unchanged.
+        UserError: the reloaded model's logits differ, the folder contains other files, or the disk is full. In these
+            cases, an existing export does not change.
     """
     check_export_place(folder)
     folder = folder.resolve()
@@ -169,7 +169,7 @@ def _write(
     class_names: Sequence[str],
     card: str | None,
 ) -> None:
-    """All files of an export, fsynced."""
+    """Write and fsync all files in an export."""
     save_for_hf(
         _Separate(student.model.eval()),
         str(folder),
@@ -178,7 +178,7 @@ def _write(
         safe_serialization=True,
         data_config=eval_transform(config, image_size),
     )
-    (folder / WEIGHTS).chmod(0o644)  # safetensors creates files that only their owner can read
+    (folder / WEIGHTS).chmod(0o644)  # safetensors creates files that only the owner can read
     if card is not None:
         (folder / CARD).write_text(card, encoding="utf-8")
     for file in folder.iterdir():
@@ -217,7 +217,7 @@ class ImageConfig:
 
 @dataclass(frozen=True)
 class ExportDescription:
-    """The fields of an export's config.json that are read; timm writes more."""
+    """The fields read from an export's config.json; timm writes more."""
 
     architecture: str
     num_classes: Annotated[int, Field(ge=0, le=10_000_000)]
@@ -226,7 +226,7 @@ class ExportDescription:
     label_names: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Refuse values that contradict each other."""
+        """Reject values that contradict each other."""
         counts = {self.num_classes, self.model_args.get("num_classes", self.num_classes)}
         counts |= {len(self.label_names)} if self.label_names else set()
         if len(counts) > 1:
@@ -236,7 +236,7 @@ class ExportDescription:
 
 
 def read_description(folder: Path) -> ExportDescription:
-    """The description of an exported student, checked; `UserError` when it is missing or damaged."""
+    """Read and check an exported student's description. Raise `UserError` if it is missing or damaged."""
     file, what = folder / DESCRIPTION, "the description of an exported student"
     fields, _ = read_json(file, what)
     images = fields.get("pretrained_cfg")
@@ -247,13 +247,13 @@ def read_description(folder: Path) -> ExportDescription:
 
 
 def load_export(folder: Path, image_size: int) -> nn.Module:
-    """The model of an exported student, in eval mode; equal to `timm.create_model("local-dir:...", pretrained=True)`.
+    """Load an exported student in eval mode, like `timm.create_model("local-dir:...", pretrained=True)`.
 
-    timm itself would load a pickle from the folder where model.safetensors is missing.
+    Unlike this function, timm would load a pickle from the folder if model.safetensors were missing.
 
     Args:
         folder: the export.
-        image_size: side of the model's images, pixels; one forward pass checks it.
+        image_size: side of the model's images in pixels, which one forward pass checks.
 
     Raises:
         UserError: a file is missing or damaged, or the files do not match; `scalekd export` rewrites them.
@@ -265,7 +265,7 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
         _check_depth(description.model_args, len(shapes), folder / DESCRIPTION)
         name = check_name(description.architecture, str(folder / DESCRIPTION))
         args = {"num_classes": description.num_classes, **description.model_args}
-        with torch.device("meta"):  # nothing is allocated before the sizes are known to be those of the file
+        with torch.device("meta"):  # nothing is allocated before the sizes are known to match the file
             check_fit(_build(name, args, folder / DESCRIPTION), str(file), shapes)
         model = _build(name, args, folder / DESCRIPTION)
         load_weights(model, str(file), shapes)
@@ -278,18 +278,18 @@ def load_export(folder: Path, image_size: int) -> nn.Module:
 
 
 def _build(name: str, args: dict[str, Any], where: Path) -> nn.Module:
-    """The model of a description, whose arguments are not trusted."""
+    """Build the model from a description, whose arguments are not trusted."""
     try:
         return create_timm_model(name, args)[0]
     except UserError:
         raise
-    except Exception as error:  # timm's constructors raise errors of many kinds
+    except Exception as error:  # timm's constructors raise many kinds of errors
         raise UserError(f"timm cannot build {name} with these arguments", got=error, where=where) from error
 
 
 @torch.no_grad()
 def check_image_size(model: nn.Module, image_size: int, where: str | Path) -> None:
-    """Run the model on one image of this size; `UserError` when it does not accept it."""
+    """Run the model on one image of this size. Raise `UserError` if the model does not accept it."""
     try:
         model(torch.zeros(1, 3, image_size, image_size))
     except (AssertionError, RuntimeError, ValueError) as error:

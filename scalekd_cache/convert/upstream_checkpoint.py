@@ -1,8 +1,8 @@
-"""Imports checkpoints of upstream's distiller under timm's names and the names of `ScaleKDHeads`.
+"""Imports checkpoints from upstream's distiller under the names used by timm and `ScaleKDHeads`.
 
-In: a .pth file as mmengine writes it. Out: a student folder for plain timm, and the projectors as heads.safetensors.
-Invariant: every tensor of the models comes from the file and fits; every tensor of the file is used, or is known to
-be unused by upstream and listed.
+In: a .pth file written by mmengine. Out: a student folder for plain timm, and the projectors as heads.safetensors.
+Invariant: every tensor in the models comes from the file and fits. Every tensor in the file is used, or it is listed as
+a tensor that upstream does not use.
 """
 
 from collections import Counter
@@ -30,14 +30,14 @@ OUTPUTS = {"student", "heads.safetensors"}
 
 @dataclass(kw_only=True)
 class Problems:
-    """Problems that prevent an import, collected over the parts of a checkpoint."""
+    """Problems that prevent an import, collected over all parts of a checkpoint."""
 
     missing: list[str] = field(default_factory=list)
     surplus: list[str] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
 
     def check(self, where: Path, title: str) -> None:
-        """Raise `UserError` naming them, if there are any."""
+        """Raise `UserError` naming the problems, if there are any."""
         groups = (("missing", self.missing), ("unexpected", self.surplus), ("mismatched", self.wrong))
         lines = [f"{len(names)} {what}: {shown_names(names)}" for what, names in groups if names]
         if lines:
@@ -60,7 +60,7 @@ class ImportReport:
     student_tensors: int
     num_classes: int
     logit_difference: float
-    """Largest difference between logits of the student and of the exported model."""
+    """Largest difference between the student's logits and those of the exported model."""
     heads: Path | None
     head_tensors: int
     s4_query: str | None
@@ -68,7 +68,7 @@ class ImportReport:
 
 
 def fit_tensors(mapped: Mapped, wanted: Mapping[str, Tensor], problems: Problems) -> dict[str, Tensor]:
-    """The tensors named in `wanted`; 1x1 convolutions and linear layers are reshaped into each other."""
+    """The tensors named in `wanted`. 1x1 convolutions and linear layers are reshaped into each other as needed."""
     problems.surplus += mapped.unknown + [mapped.sources[name] for name in mapped.tensors if name not in wanted]
     problems.missing += [name for name in wanted if name not in mapped.tensors]
     fitted = {}
@@ -94,7 +94,7 @@ def _without_ones(shape: torch.Size) -> tuple[int, ...]:
 
 
 def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problems) -> ScaleKDHeads | None:
-    """Projectors with the shapes of a state dict, on the meta device; None if tensors that define them are missing."""
+    """Projectors on the meta device, with a state dict's shapes; None if tensors that define them are missing."""
     first = {f"s{tap}": f"loss_fmd_s{tap}.projector_0." for tap in (3, 4)}
     shape_sources = [first["s3"] + "query.weight", first["s4"] + "pos_attention.proj.weight"]
     shape_sources += [prefix + "pos_embed" for prefix in first.values()]
@@ -107,7 +107,7 @@ def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problem
     positions, width = state[shape_sources[0]].shape
     s4_positions = (
         len(state[shape_sources[4]]) if s4_query == "learned" else 2
-    )  # a query that is handed in has no parameter
+    )  # a query that is passed in has no parameter
     shapes = [(x.shape[1], *x.shape[2:]) for x in (state[shape_sources[2]], state[shape_sources[3]])]
     config = ScaleKDConfig(s4_query="learned" if s4_query == "learned" else "s3", heads_s3=1, heads_s4=1)
     layer_norm = first["s3"] + "proj_student.1.running_mean" not in state
@@ -119,7 +119,7 @@ def expected_heads(state: Mapping[str, Tensor], s4_query: str, problems: Problem
 def import_heads(
     state: Mapping[str, Tensor], s4_query: str, problems: Problems, left_out: list[str]
 ) -> dict[str, Tensor]:
-    """All four projectors under the names of `ScaleKDHeads`; `state` is upstream's `distill_losses`, unprefixed."""
+    """All four projectors under the names in `ScaleKDHeads`; `state` is upstream's `distill_losses` without prefix."""
     mapped = head_tensors(state, s4_query=s4_query)
     mapped = mapped._replace(
         sources={ours: HEADS + theirs for ours, theirs in mapped.sources.items()},
@@ -141,7 +141,7 @@ def import_student(
     left_out: list[str],
     prefix: str,
 ) -> dict[str, Tensor]:
-    """A timm state dict from `backbone.*` and `head.*`; `wanted` is the state dict of the model it goes into."""
+    """A timm state dict from `backbone.*` and `head.*`; `wanted` is the state dict of the model that will load it."""
     mapped = student_tensors(family, state)
     mapped = mapped._replace(
         sources={ours: prefix + theirs for ours, theirs in mapped.sources.items()},
@@ -160,19 +160,19 @@ def import_checkpoint(
     image_size: int | None = None,
     s4_query: str = "s3",
 ) -> ImportReport:
-    """Write `out`/student, a folder for timm, and `out`/heads.safetensors, if the checkpoint has projectors.
+    """Write `out`/student, a folder for timm. If the checkpoint has projectors, also write `out`/heads.safetensors.
 
     Args:
         path: The checkpoint file.
-        out: A new or empty folder, or one of an earlier import.
-        student_name: timm name or short name of the student (None: the matching student of the paper).
+        out: A new or empty folder, or a folder from an earlier import.
+        student_name: timm name or short name of the student (None: the paper's student that matches).
         num_classes: Width of the classifier (None: the checkpoint's).
-        image_size: Side of the images, pixels (None: timm's for this name).
-        s4_query: s3 if S4's query came from S3, as in upstream's distiller whenever it has S3's projectors (the stored
-            query is unused then and not imported); learned to import it.
+        image_size: Side of the images in pixels (None: timm's default for this name).
+        s4_query: "s3" if S4's query came from S3, as it does in upstream's distiller if there are projectors for S3.
+            The stored query is then unused and not imported. "learned" imports it.
 
     Raises:
-        UserError: tensors are missing, extra or of another shape; nothing is written then.
+        UserError: tensors are missing or extra, or have a different shape. In this case, nothing is written.
     """
     if out.exists() and not (out.is_dir() and {entry.name for entry in out.iterdir()} <= OUTPUTS):
         raise UserError(
@@ -211,7 +211,7 @@ def import_checkpoint(
 
 
 def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
-    """The family of the student; `UserError` with a typical tensor of each known family."""
+    """The student's family. If it is unknown, raise `UserError` with a typical tensor from each known family."""
     family = family_of(state)
     if family is None:
         raise UserError(
@@ -224,7 +224,7 @@ def _family(state: Mapping[str, Tensor], prefix: str, path: Path) -> Family:
 
 
 def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path | None:
-    """Write heads.safetensors, replacing that of an earlier import; None if the checkpoint has no projectors."""
+    """Write or replace heads.safetensors and return its path; None if the checkpoint has no projectors."""
     file = out / "heads.safetensors"
     file.unlink(missing_ok=True)
     if not heads:
@@ -236,7 +236,7 @@ def _write_heads(out: Path, heads: Mapping[str, Tensor], s4_query: str) -> Path 
 
 
 def guess_student(family: Family, state: Mapping[str, Tensor], num_classes: int, path: Path) -> str:
-    """The paper's student with these tensors, found by comparing names and shapes on the meta device."""
+    """Find the paper's student that has these tensors by comparing names and shapes on the meta device."""
     for short in PAPER_STUDENTS:
         name, args = SHORT_NAMES.get(short, (short, {}))
         if not args.items() >= family.args.items():
@@ -263,6 +263,6 @@ def _classes(state: Mapping[str, Tensor], prefix: str, path: Path) -> int:
 
 
 def summary(names: list[str]) -> list[str]:
-    """Names by their first part with their number ("teacher.* (329)"); a single name is given in full."""
+    """Group names by their first part and count them ("teacher.* (329)"). A single name is given in full."""
     groups = Counter(name.partition(".")[0] + "." if name.startswith(LEFT_OUT) else name for name in names)
     return [f"{group}* ({count})" if group.endswith(".") else group for group, count in groups.items()]

@@ -1,8 +1,8 @@
-"""Reads a checkpoint of upstream's distiller, under upstream's names.
+"""Reads a checkpoint from upstream's distiller under upstream's names.
 
-In: a .pth file as mmengine writes it. Out: its tensors, split into student, projectors and unused parts.
-Invariant: the file is opened with `weights_only`. Objects of unknown classes become inert placeholders; a file that
-would call a function is an error.
+In: a .pth file written by mmengine. Out: its tensors, split into student, projectors and unused parts.
+Invariant: the file is opened with `weights_only`. Objects of unknown classes become inert placeholders. A file that
+would call a function raises an error.
 """
 
 import pickle
@@ -23,7 +23,7 @@ LEFT_OUT = ("teacher.", "linear.", "data_preprocessor.")
 """Unused parts of a checkpoint; `linear` is a layer that upstream's forward pass never calls."""
 NAMES_SHOWN = 8
 MOST_CLASSES = 64
-"""Maximum number of unknown classes in one file; mmengine's checkpoints have about ten."""
+"""Maximum number of unknown classes in one file. mmengine's checkpoints have about ten."""
 INERT_CALLS = frozenset(
     ["builtins.getattr", "numpy.dtype", "copyreg._reconstructor"]
     + [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
@@ -32,17 +32,16 @@ INERT_CALLS = frozenset(
 
 
 def shown_names(names: list[str]) -> str:
-    """The first names of a list, and the number of the others."""
+    """The first names in a list, and how many others there are."""
     more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
     return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def read_checkpoint(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by upstream's names.
+    """A checkpoint's tensors under upstream's names.
 
-    Accepts {"state_dict": ...} or a plain state dict, with or without the `module.` prefix of a parallel wrapper. If
-    the run had a moving average, mmengine stores it in "state_dict" and the plain weights in "ema_state_dict": the
-    average is used.
+    Accepts {"state_dict": ...} or a plain state dict, with or without a parallel wrapper's `module.` prefix. If the run
+    had a moving average, it is used: mmengine stores it in "state_dict" and the plain weights in "ema_state_dict".
 
     Raises:
         UserError: the file is missing or damaged, or calls functions when it is read.
@@ -71,7 +70,7 @@ class _Refusing(type):
 
 
 class _Inert(metaclass=_Refusing):
-    """Placeholder for an object of an unknown class: accepts any state and stores nothing."""
+    """Placeholder for an object of an unknown class. It accepts any state and stores nothing."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> "_Inert":
         return object.__new__(cls)
@@ -86,7 +85,7 @@ def _inert(path: str) -> Callable[..., Any]:
 
 
 def _load_inert(path: Path) -> Any:
-    """Open a file with `weights_only`; objects of other classes, such as mmengine's logs, become `_Inert`."""
+    """Open a file with `weights_only`. Objects of other classes, such as mmengine's logs, become `_Inert`."""
     own = f"{__name__}._Inert"
     stand_ins: dict[str, tuple[Callable[..., Any], str]] = {own: (_Inert, own)}
     while True:
@@ -131,7 +130,7 @@ class Parts(NamedTuple):
     student: dict[str, Tensor]
     """`backbone.*` and `head.*`, without the prefix."""
     prefix: str
-    """The removed prefix: "student.", or nothing."""
+    """The removed prefix, "student." or an empty string."""
     heads: dict[str, Tensor]
     """`loss_fmd_s3.*` and `loss_fmd_s4.*`, without `distill_losses.`."""
     left_out: list[str]
@@ -139,9 +138,9 @@ class Parts(NamedTuple):
 
 
 def split_parts(state: Mapping[str, Tensor], path: Path) -> Parts:
-    """Split the tensors of a checkpoint by part.
+    """Split a checkpoint's tensors into parts.
 
-    A file with `backbone.*` but without `student.` is a plain student, as upstream's transfer script writes it.
+    A file with `backbone.*` but without `student.` is a plain student written by upstream's transfer script.
     """
     prefix = STUDENT if any(name.startswith(STUDENT) for name in state) else ""
     student: dict[str, Tensor] = {}

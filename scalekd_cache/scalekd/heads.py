@@ -1,10 +1,10 @@
-"""The trainable heads of ScaleKD: the projectors of both maps, and the forward pass through them and the tail.
+"""ScaleKD's trainable heads: the projectors for both maps, and the forward pass through them and the tail.
 
-In: the student's two last maps S3 and S4 and the teacher's frozen tail, passed as a callable.
-Out: up to four maps (B, C, H, W), one per tap and view, for the losses of `losses.py`; with linear heads one map and
-one vector (B, C); without labels a vector (B, P) next to the maps.
-Invariant: the tail is not a submodule, so it is in no state dict, optimizer or ZeRO partition; every parameter is
-used only in the forward pass of its own module; a learned query is projected once per batch.
+In: the student's last two maps, S3 and S4, and the teacher's frozen tail, passed as a callable.
+Out: up to four maps (B, C, H, W), one per tap and view, for the losses in `losses.py`. Linear heads give one map and
+one vector (B, C). Without labels, there is also a vector (B, P).
+Invariant: the tail is not a submodule, so it is not part of any state dict, optimizer or ZeRO partition. Every
+parameter is used only in the forward pass of its own module, and a learned query is projected once per batch.
 """
 
 from collections.abc import Callable
@@ -44,22 +44,21 @@ def choose_heads(option: str, given: int | None, dim: int, width_per_head: int) 
 
 
 class ScaleKDHeads(nn.Module):
-    """The projectors of both taps and both views (dual-view feature mimicking, DFM).
+    """The projectors for both taps and both views (dual-view feature mimicking, DFM).
 
-    Projectors that no loss of `config` uses are not built, so every parameter gets a gradient. Lite projectors serve
-    both views of a tap: one map and one pass through the tail, used by both losses. Linear heads use S4 only, and no
-    tail. Without labels, all kinds have a linear map from the student's pooled
-    embedding to the teacher's.
+    Projectors that no loss in `config` uses are not built, so every parameter gets a gradient. A lite projector serves
+    both views of a tap: both losses use the same map and the same pass through the tail. Linear heads use only S4 and
+    no tail. Without labels, all kinds of heads have a linear map from the student's pooled embedding to the teacher's.
 
     Args:
-        config: loss weights, head counts, attention scale, source of S4's query.
-        tap_shapes: (C, h, w) of S3 and of S4.
-        tail_in_shape: (C3, H3, W3), input of the teacher's tail.
+        config: loss weights, head counts, attention scale and source of S4's query.
+        tap_shapes: (C, h, w) for S3 and S4.
+        tail_in_shape: (C3, H3, W3) of the input to the teacher's tail.
         tail_out_shape: (C, H, W) of the teacher's last map.
-        layer_norm: the student has no batch norm; used by `config.cap_norm` = auto.
-        pooled: width of the pooled target of a cache without labels; 0 with labels: only linear heads have an output
-            for it, of C channels.
-        embedding: width of the student's pooled embedding; 0: it is the mean of S4.
+        layer_norm: whether the student has no batch norm; used if `config.cap_norm` is auto.
+        pooled: width of the pooled target in an unlabeled cache. It is 0 with labels; only linear heads then have a
+            pooled output, which has C channels.
+        embedding: width of the student's pooled embedding; 0 if that is the mean of S4.
 
     Raises:
         UserError: head counts do not divide the teacher's widths, or a map has one position.
@@ -135,14 +134,14 @@ class ScaleKDHeads(nn.Module):
     def forward(
         self, s3: Tensor, s4: Tensor, tail: Callable[[Tensor], Tensor], embedding: Tensor | None = None
     ) -> HeadOutputs:
-        """S3 (F, C3', h3, w3) and S4 (F, C4', h4, w4) of the student -> maps (F, C, H, W) on the teacher's last grid.
+        """The student's S3 (F, C3', h3, w3) and S4 (F, C4', h4, w4) -> maps (F, C, H, W) on the teacher's last grid.
 
-        `embedding` (B, E) is the student's pooled embedding of the samples that have a pooled target (None: the mean of
-        `s4`).
+        `embedding` (B, E) is the student's pooled embedding for the samples that have a pooled target (None: the mean
+        of `s4`).
 
         Teacher parameter perception (TPP): S3's projection passes through the frozen `tail`, (B, C3, H3, W3) ->
-        (B, C, H, W), and the gradient flows back through it. With s4_query = s3 that map is also S4's query; it is
-        not detached, so S4's losses train S3's projector too.
+        (B, C, H, W), and the gradient flows back through it. If s4_query is s3, the resulting map is also S4's query.
+        It is not detached, so S4's losses also train S3's projector.
         """
         if "linear" in self.s4:
             map_s4, pooled = self.s4["linear"](s4, embedding)

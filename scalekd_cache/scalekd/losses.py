@@ -1,9 +1,9 @@
-"""The losses of ScaleKD as pure functions, and the tuples passed between student, heads and trainer.
+"""ScaleKD's losses as pure functions, and the tuples passed between student, heads and trainer.
 
-In: projected student maps, the teacher's targets (decoded map, stored token norms, logits), student logits, labels.
-Out: seven weighted scalar terms; their sum is the training loss.
-Invariant: all losses are computed in float32 or float64, even under autocast. Every gradient with respect to a
-student map is linear in the decoded target map: targets are divided by stored norms, not by their own.
+In: projected student maps, the teacher's targets (decoded map, stored token norms, logits), student logits and labels.
+Out: seven weighted scalar terms, whose sum is the training loss.
+Invariant: all losses are computed in float32 or float64, even under autocast. Every gradient with respect to a student
+map is linear in the decoded target map, because targets are divided by stored norms instead of their own norms.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from scalekd_cache.errors import UserError
 
 
 class TermWeights(NamedTuple):
-    """Weights of the feature terms. `pooled` counts where the heads have a pooled output."""
+    """Weights of the feature terms. `pooled` is used if the heads have a pooled output."""
 
     s3_spatial: float
     s3_frequency: float
@@ -29,9 +29,9 @@ class TermWeights(NamedTuple):
 
 
 def term_weights(config: ScaleKDConfig) -> TermWeights:
-    """Weights of the feature terms; 0 for terms that are switched off.
+    """Weights of the feature terms. Disabled terms have weight 0.
 
-    Linear heads have two terms: the map at S4, and its mean, which has the weight of the whole map.
+    Linear heads have two terms: the map at S4, and its mean, which has the same weight as the whole map.
     """
     s3, s4, frequency = float(config.s3), float(config.s4), float(config.frequency)
     spatial = config.spatial_weight * s4
@@ -48,33 +48,33 @@ def term_weights(config: ScaleKDConfig) -> TermWeights:
 
 
 NORM_EPS = 1e-12
-"""Lower bound of the norm a token is divided by, as in `F.normalize`."""
+"""Lower bound on the norm that a token is divided by, as in `F.normalize`."""
 REFERENCE_POSITIONS = 49
-"""Positions of the 7x7 grid for which upstream's loss weights were chosen."""
+"""Number of positions in the 7x7 grid that upstream's loss weights were chosen for."""
 
 
 class Targets(NamedTuple):
-    """The teacher's targets of a batch, decoded from the cache or computed live."""
+    """The teacher's targets for a batch, decoded from the cache or computed live."""
 
     features: Tensor
-    """(F, C, H, W) float32: last-stage maps after the final norm, not normalized, of the first F <= B samples."""
+    """(F, C, H, W) float32: last-stage maps after the final norm for the first F <= B samples, not normalized."""
     norms: Tensor
-    """(F, 2, H, W) float32: exact L2 norm of every token, [:, 0] raw, [:, 1] with each channel's mean removed."""
+    """(F, 2, H, W) float32: each token's exact L2 norm, raw in [:, 0] and with channel means removed in [:, 1]."""
     logits: Tensor
-    """(B, K) float32; K = 0 for a teacher without a classifier. Logits; or, if `partial`, log-probabilities of some
-    classes and -inf for the others, of which only the total probability is known (`partial_logit_loss`)."""
+    """(B, K) float32 logits; K = 0 for a teacher without a classifier. If `partial`, they are log-probabilities of some
+    classes and -inf for the others, whose total probability is all that is known (`partial_logit_loss`)."""
     partial: bool = False
-    """Whether `logits` holds log-probabilities of some classes only."""
+    """Whether `logits` holds log-probabilities for only some classes."""
     pooled: Tensor | None = None
-    """(B, P) float32: the pooled embedding of all samples; None where it is the mean of `features` over positions."""
+    """(B, P) float32: the pooled embedding of all samples; None if it is the mean of `features` over positions."""
 
     def with_features(self, samples: int | None) -> "Targets":
-        """The targets with features of the first `samples` samples only (None: of all)."""
+        """The targets with features for only the first `samples` samples (None: for all)."""
         return self if samples is None else self._replace(features=self.features[:samples], norms=self.norms[:samples])
 
 
 class HeadOutputs(NamedTuple):
-    """The projected student maps, each (F, C, H, W) on the teacher's last grid; None where no loss uses it."""
+    """The projected student maps, each (F, C, H, W) on the teacher's last grid. Maps that no loss uses are None."""
 
     s3_spatial: Tensor | None
     s3_frequency: Tensor | None
@@ -85,7 +85,7 @@ class HeadOutputs(NamedTuple):
 
 
 class LossTerms(NamedTuple):
-    """Weighted scalar float32 terms; a term that is switched off is a constant 0."""
+    """Weighted scalar float32 terms. A disabled term is a constant 0."""
 
     label: Tensor
     logit: Tensor
@@ -97,12 +97,12 @@ class LossTerms(NamedTuple):
 
     @property
     def total(self) -> Tensor:
-        """Their sum, the training loss."""
+        """The sum of all terms, which is the training loss."""
         return torch.stack(tuple(self)).sum()
 
 
 def wide(x: Tensor) -> Tensor:
-    """The tensor in float32; float64 stays float64 (gradient checks)."""
+    """The tensor in float32. A float64 tensor stays float64 for gradient checks."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -120,7 +120,7 @@ def remove_spatial_mean(x: Tensor) -> Tensor:
 
 
 def check_grid(height: int, width: int) -> None:
-    """Raise `UserError` for a teacher map of one position: its mean-removed map is zero."""
+    """Raise `UserError` for a teacher map with a single position, because its mean-removed map is zero."""
     if height * width < 2:
         raise UserError(
             "the teacher's last feature map is 1x1: the feature losses need a spatial grid",
@@ -133,8 +133,8 @@ def check_grid(height: int, width: int) -> None:
 def feature_loss(prediction: Tensor, target: Tensor, norms: Tensor, weight: float, grid_scaling: bool) -> Tensor:
     """weight * sum((P / ||P|| - F / n)^2) / B, with norms over channels; P, F (B, C, H, W), n (B, H, W) -> scalar.
 
-    n is the norm of the exact F: dividing a noisy decoded F by its own norm would shrink the gradient; dividing by n
-    keeps it linear in F. A token with n = 0 has no direction: its target is 0, not amplified decoding noise.
+    n is the norm of the exact F. Dividing a noisy decoded F by its own norm would shrink the gradient, while dividing
+    by n keeps it linear in F. A token with n = 0 has no direction; its target is 0 instead of amplified decoding noise.
     """
     assert prediction.shape == target.shape, (prediction.shape, target.shape)
     batch, _, height, width = target.shape
@@ -149,10 +149,10 @@ def feature_loss(prediction: Tensor, target: Tensor, norms: Tensor, weight: floa
 def spatial_loss(
     prediction: Tensor, features: Tensor, norms: Tensor, *, weight: float = 1.0, grid_scaling: bool = True
 ) -> Tensor:
-    """The spatial view of dual-view feature mimicking (DFM): direct comparison of normalized tokens.
+    """The spatial view in dual-view feature mimicking (DFM), which compares normalized tokens directly.
 
-    prediction, features (B, C, H, W); norms (B, 2, H, W), of which [:, 0] is used; any float dtype -> scalar float32
-    (float64 for float64 inputs). Raises UserError for a 1x1 map. Source: ScaleKD, `get_spat_loss`.
+    prediction, features (B, C, H, W) and norms (B, 2, H, W), any float dtype -> scalar float32 (float64 for float64
+    inputs). Only norms[:, 0] is used. Raises UserError for a 1x1 map. Source: ScaleKD, `get_spat_loss`.
     """
     check_grid(*features.shape[2:])
     with full_precision(prediction):
@@ -162,9 +162,9 @@ def spatial_loss(
 def frequency_loss(
     prediction: Tensor, features: Tensor, norms: Tensor, *, weight: float = 1.0, grid_scaling: bool = True
 ) -> Tensor:
-    """The frequency view of DFM: as `spatial_loss`, on maps whose direct component (the spatial mean) is removed.
+    """The frequency view in DFM: like `spatial_loss`, but the maps' direct component (the spatial mean) is removed.
 
-    Same shapes, dtypes and errors; norms[:, 1] is used. Source: ScaleKD, `get_freq_loss`.
+    Shapes, dtypes and errors are the same, but norms[:, 1] is used. Source: ScaleKD, `get_freq_loss`.
     """
     check_grid(*features.shape[2:])
     with full_precision(prediction):
@@ -173,10 +173,10 @@ def frequency_loss(
 
 
 def pooled_loss(prediction: Tensor, target: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight * sum((P / ||P|| - T / ||T||)^2) / B, with P and T (B, C) -> scalar: 2 - 2 cosine, averaged over samples.
+    """weight * sum((P / ||P|| - T / ||T||)^2) / B, with P and T (B, C) -> scalar.
 
-    The target is divided by its own norm. The mean of a map averages out most of its codec's noise; a stored embedding
-    has almost none.
+    This is 2 - 2 cosine, averaged over samples. The target is divided by its own norm. Taking the mean of a map
+    averages out most of the codec noise, and a stored embedding has almost none.
     """
     assert prediction.shape == target.shape, (prediction.shape, target.shape)
     with full_precision(prediction):
@@ -185,7 +185,7 @@ def pooled_loss(prediction: Tensor, target: Tensor, *, weight: float = 1.0) -> T
 
 
 def pooled_target(targets: Targets) -> Tensor:
-    """(B, P) or (F, C): the pooled embedding, or the mean of the map over positions where that is the embedding."""
+    """(B, P) or (F, C): the pooled embedding, or the map's mean over positions if that is the pooled embedding."""
     return wide(targets.features).mean((2, 3)) if targets.pooled is None else targets.pooled
 
 
@@ -209,11 +209,11 @@ def logit_loss(
 
 
 def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, weight: float = 1.0) -> Tensor:
-    """weight * cross entropy with teacher probabilities of some classes, and the total probability of the others.
+    """weight * cross entropy with the teacher's probabilities for some classes and its total for all others.
 
     student_logits (B, K); log_probabilities (B, K), -inf where unknown -> scalar float32. The unknown classes count as
-    one event: the teacher's total probability on them is compared with the student's. Nothing is renormalized.
-    Temperature 1 only: at other temperatures the total of the unknown classes is not known.
+    one event, for which the teacher's total probability is compared with the student's. Nothing is renormalized. The
+    temperature must be 1, because the total of the unknown classes is not known at other temperatures.
     """
     with full_precision(student_logits):
         known = log_probabilities > float("-inf")
@@ -227,10 +227,10 @@ def partial_logit_loss(student_logits: Tensor, log_probabilities: Tensor, *, wei
 def label_loss(
     student_logits: Tensor, labels: Tensor, *, kind: str = "ce", smoothing: float = 0.0, weight: float = 1.0
 ) -> Tensor:
-    """The loss against labels: (B, K) logits, (B,) int64 labels -> scalar float32.
+    """The loss against labels: logits (B, K), int64 labels (B,) -> scalar float32.
 
-    ce: cross entropy with label smoothing, averaged over samples. bce: one binary cross entropy per class, summed over
-    classes and averaged over samples (a mean over classes would be K times smaller).
+    ce is cross entropy with label smoothing, averaged over samples. bce is one binary cross entropy per class, summed
+    over classes and averaged over samples (a mean over classes would be K times smaller).
     """
     assert kind in ("ce", "bce"), kind
     with full_precision(student_logits):
@@ -242,7 +242,7 @@ def label_loss(
 
 
 class FeatureTerms(NamedTuple):
-    """The weighted feature terms of one teacher, scalar float32; a term that is switched off is a constant 0."""
+    """The weighted scalar float32 feature terms for one teacher. A disabled term is a constant 0."""
 
     s3_spatial: Tensor
     s3_frequency: Tensor
@@ -259,11 +259,11 @@ def distillation_losses(
     maps: HeadOutputs | None,
     targets: Targets | None,
 ) -> LossTerms:
-    """All terms of a batch: student_logits (B, K), labels (B,) int64; maps and targets are None without distillation.
-    Logits and labels are not read where neither a label term nor a logit term is computed.
+    """All terms for a batch, from student_logits (B, K) and int64 labels (B,).
 
-    Maps and the targets' features are those of the first F <= B samples. The feature terms are divided by F, so their
-    expected value does not depend on it. `losses_of_teachers` is the same for several teachers.
+    Logits and labels are not read if neither a label term nor a logit term is computed. Maps and targets are None
+    without distillation. Otherwise, they have features for the first F <= B samples. The feature terms are divided by
+    F, so their expected value does not depend on F. `losses_of_teachers` does the same for multiple teachers.
     """
     assert maps is None or targets is not None, "projected maps without targets"
     given = [] if targets is None else [(maps, targets)]
@@ -277,17 +277,17 @@ def losses_of_teachers(
     labels: Tensor,
     teachers: Sequence[tuple[HeadOutputs | None, Targets]],
 ) -> tuple[LossTerms, list[FeatureTerms]]:
-    """All terms of a batch with projected maps and targets of each teacher, and each teacher's own feature terms.
+    """All terms for a batch, from each teacher's projected maps and targets, and each teacher's own feature terms.
 
-    The label term has weight 1 - logit_weight next to a logit term, and 1 without one (no targets, or no teacher with a
-    classifier). Without a label term (`train.label_loss` = none) the logit term has weight 1, unless logit_weight is
-    0. Terms of weight 0 are not computed.
+    The label term has weight 1 - logit_weight next to a logit term. Its weight is 1 if there is no logit term, because
+    there are no targets or no teacher has a classifier. Without a label term (`train.label_loss` = none), the logit
+    term has weight 1 unless logit_weight is 0. Terms with weight 0 are not computed.
 
-    Teachers have the weights w_t of `teacher_shares`, with sum 1. The logit term is the weighted mean over the teachers
-    with logits; at equal temperature that is one cross entropy with their mean probabilities. A feature term is the
-    weighted sum of the teachers' terms. With `balance` = scale, w_t is multiplied by M / L_t, where L_t is the
-    teacher's feature loss and M the weighted mean of all L_t, without gradient: the sum of the feature terms keeps its
-    value M, and its gradient is M times the weighted sum of the gradients of log L_t.
+    Teachers have the weights w_t from `teacher_shares`, which sum to 1. The logit term is the weighted mean over the
+    teachers with logits. At equal temperatures, it is one cross entropy with their mean probabilities. A feature term
+    is the weighted sum of the teachers' terms. With `balance` = scale, w_t is multiplied by M / L_t, where L_t is the
+    teacher's feature loss and M is the weighted mean of all L_t. No gradient flows through this factor. The sum of the
+    feature terms is still M, and its gradient is M times the weighted sum of the gradients of log L_t.
     """
     zero = torch.zeros((), dtype=wide(student_logits).dtype, device=student_logits.device)
     label, logit = _label_and_logit(config, train, student_logits, labels, [one for _, one in teachers], zero)
@@ -312,7 +312,7 @@ def _label_and_logit(
     targets: Sequence[Targets],
     zero: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The label term and the logit term, as `losses_of_teachers` says."""
+    """The label term and the logit term; see `losses_of_teachers`."""
     weighted = zip(config.weights_of(len(targets)), targets, strict=True)
     teachers = [(share, one) for share, one in weighted if one.logits.shape[1] > 0]
     total = config.logit_weight if teachers else 0.0
@@ -334,7 +334,7 @@ def _label_and_logit(
 
 
 def feature_terms(config: ScaleKDConfig, maps: HeadOutputs, targets: Targets, zero: Tensor) -> FeatureTerms:
-    """The feature terms of one teacher; `zero` stands for those of weight 0, which are not computed."""
+    """The feature terms for one teacher. Terms with weight 0 are not computed; `zero` takes their place."""
     features, norms, weights = targets.features, targets.norms, term_weights(config)
 
     def mimic(view: Callable[..., Tensor], projected: Tensor | None, weight: float) -> Tensor:

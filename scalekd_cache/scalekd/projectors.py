@@ -1,9 +1,9 @@
 """The cross attention projectors (CAP) from a student's map to the teacher's grid: as published, and a cheap variant.
 
-In: a student's map and a query, learned or passed in. Out: a map (B, C, H, W) on the teacher's grid.
-Invariant: `CAP` computes what upstream's `AttentionProjector` does (tests/scalekd/test_parity.py) and has its
-parameters; every parameter is used only in the forward pass of its own module; a learned query is projected once
-per batch.
+In: a student's map, and a query that is learned or passed in. Out: a map (B, C, H, W) on the teacher's grid.
+Invariant: `CAP` computes the same function as upstream's `AttentionProjector` (tests/scalekd/test_parity.py) and has
+the same parameters. Every parameter is used only in the forward pass of its own module, and a learned query is
+projected once per batch.
 """
 
 import torch
@@ -19,7 +19,7 @@ LITE_NARROWING = 4
 
 
 class ChannelLayerNorm(nn.LayerNorm):
-    """Layer normalization over the channels of a map, (B, C, H, W) -> same; epsilon 1e-5, as upstream's projectors."""
+    """Layer normalization over a map's channels: (B, C, H, W) -> same. Epsilon is 1e-5, as in upstream's projectors."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize each position separately."""
@@ -29,8 +29,8 @@ class ChannelLayerNorm(nn.LayerNorm):
 class Conv3x3(nn.Conv2d):
     """A 3x3 convolution that keeps the map's size, with `nn.Conv2d`'s parameters.
 
-    On a CPU, small maps are computed as one matrix product: the library's kernels take twice as long on 2048 channels
-    at 2x2 (docs/LOG.md). Results are equal to within rounding.
+    On a CPU, small maps are computed as one matrix product, because the library's kernels take twice as long for 2048
+    channels at 2x2 (docs/LOG.md). Results are equal up to rounding.
     """
 
     def __init__(self, channels: int) -> None:
@@ -61,9 +61,9 @@ class CrossAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, tokens: Tensor, query: Tensor) -> Tensor:
-        """proj(softmax(scale * q k^T) v); a query shared by all samples is projected once and copied to each.
+        """proj(softmax(scale * q k^T) v). A query shared by all samples is projected once and copied to each sample.
 
-        Copied, not expanded: cuDNN's attention has been wrong for inputs with a stride of 0.
+        It is copied instead of expanded because cuDNN's attention has been wrong for inputs with a stride of 0.
         """
 
         def split(x: Tensor) -> Tensor:  # (b, n, dim) -> (b, heads, n, dim // heads)
@@ -79,7 +79,7 @@ class CrossAttention(nn.Module):
 
 
 def query_tokens(learned: Tensor | None, given: Tensor | None, shape: Shape) -> Tensor:
-    """The query: learned (H W, C) -> (1, H W, C), or given (B, C, H, W) -> (B, H W, C)."""
+    """The query as tokens: learned (H W, C) -> (1, H W, C), or given (B, C, H, W) -> (B, H W, C)."""
     assert (given is None) == (learned is not None), "exactly one query: learned or passed in"
     if learned is not None:
         return learned.unsqueeze(0)
@@ -96,19 +96,19 @@ def as_map(tokens: Tensor, shape: Shape) -> Tensor:
 class CAP(nn.Module):
     """Cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W) on the teacher's grid.
 
-    kv = ReLU(norm(conv3x3(x))) + pos, q = ReLU(linear(query)), y = LN(attention(q, kv)), out = y + FFN(y); no residual
-    from the query. Source: ScaleKD, `AttentionProjector`; docs/METHOD.md maps the parameter names.
+    kv = ReLU(norm(conv3x3(x))) + pos, q = ReLU(linear(query)), y = LN(attention(q, kv)), out = y + FFN(y). There is no
+    residual connection from the query. Source: ScaleKD, `AttentionProjector`; docs/METHOD.md maps the parameter names.
 
     Args:
         in_channels: channels of the student's map.
-        in_grid: (h, w) of the student's map, on which the position embedding lives.
+        in_grid: (h, w) of the student's map, which is also the grid of the position embedding.
         query_grid: (H, W) of the query and of the output.
         dim: channels of the output.
         query_dim: channels of the query (None: dim).
         num_heads: attention heads, a divisor of dim.
         attention_scale: factor on head_dim^-0.5.
-        learned_query: learn a query, one vector per position; otherwise forward takes one.
-        layer_norm: channel layer norm instead of batch norm (students without batch norm).
+        learned_query: whether to learn a query with one vector per position. Otherwise, the caller passes a query.
+        layer_norm: channel layer norm instead of batch norm, for students without batch norm.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class CAP(nn.Module):
             nn.ReLU(),
         )
         self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, *self.in_shape), std=0.02))
-        # A 1x1 convolution, written on tokens: same numbers, no change of layout.
+        # Equivalent to a 1x1 convolution, but on tokens, so that the layout does not change.
         self.proj_pos = nn.Sequential(nn.Linear(query_dim, query_dim), nn.ReLU())
         self.pos_attention = CrossAttention(in_channels, query_dim, dim, num_heads, attention_scale)
         self.norm = nn.LayerNorm(dim)
@@ -155,11 +155,11 @@ class CAP(nn.Module):
 class LiteCAP(nn.Module):
     """A cheap cross attention projector: a student map (B, in_channels, h, w) -> (B, dim, H, W).
 
-    CAP at a quarter of the width: the student's map is reduced to dim / 4 channels for convolution and attention, the
-    FFN is dim / 2 wide. Same order of operations and attention scale as CAP; not in the paper. One projector serves
-    both views.
+    This is CAP at a quarter of the width: the student's map is reduced to dim / 4 channels for convolution and
+    attention, and the FFN is dim / 2 wide. The order of operations and the attention scale are the same as in CAP. One
+    projector serves both views. The paper does not have this variant.
 
-    Args: those of `CAP`; num_heads divides dim // 4 (`lite_width`).
+    Args: the same as for `CAP`, but num_heads must divide dim // 4 (`lite_width`).
     """
 
     def __init__(
@@ -210,8 +210,8 @@ def lite_width(dim: int) -> int:
 class LinearHead(nn.Module):
     """The cheapest head: linear maps from S4 to the teacher's map and from its mean to the mean of the teacher's map.
 
-    The map is resized to the teacher's grid after the projection, which gives the same values as before it and costs
-    less. Not in the paper.
+    The map is resized to the teacher's grid after the projection. Resizing it before would give the same values but
+    cost more. The paper does not have this head.
 
     Args:
         in_channels: channels of S4.
@@ -227,7 +227,7 @@ class LinearHead(nn.Module):
         self.pooled = nn.Linear(embedding or in_channels, pooled or out[0])
 
     def forward(self, x: Tensor, embedding: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (F, C', h, w) -> (F, C, H, W), and `embedding` (B, E) -> (B, P); None: the mean of x."""
+        """x (F, C', h, w) -> (F, C, H, W), and `embedding` (B, E) -> (B, P). None means the mean of x."""
         y: Tensor = self.map(x)
         if y.shape[2:] != self.grid:
             y = F.interpolate(y, self.grid, mode="bilinear", antialias=True)
@@ -235,7 +235,7 @@ class LinearHead(nn.Module):
 
 
 class LinearProjector(nn.Module):
-    """Projector of `linear-tpp`: a student map (B, C', h, w), pooled to the grid of `out`, then a 1x1 convolution.
+    """Projector for `linear-tpp`: pools a student map (B, C', h, w) to the grid of `out` and applies a 1x1 convolution.
 
     Args:
         in_channels: channels of the student's map.
