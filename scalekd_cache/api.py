@@ -1,4 +1,4 @@
-"""Commands as Python functions, with the same names, defaults, checks and errors.
+"""The commands as Python functions with the same names, defaults, checks and errors.
 
 In: plain names (`epochs=2`) and dotted options (`{"optim.lr": 0.1}`). Out: facts about the cache, or the run's summary.
 Invariant: the command line also builds its configurations here, so commands and functions behave the same.
@@ -48,7 +48,7 @@ class CacheInfo:
     bytes_per_view: dict[str, float]
     """Mean bytes on disk for pixels, features, targets and index, and in total."""
     fidelity: dict[str, dict[str, float]]
-    """Mean and 1st percentile of the cosine and the mean-removed cosine of the decoded features."""
+    """Mean and 1st percentile of the decoded features' cosine and mean-removed cosine."""
     fingerprint: str
     """Hash of everything that changes the cached bytes."""
     others: tuple["CacheInfo", ...] = ()
@@ -136,7 +136,7 @@ def distill(
         run: folder of the run (None: `runs/<student>`, followed by `-<targets>` unless the targets are cached).
         epochs: passes over the data (None: the recipe's).
         targets: cached, live (the teacher runs in the training loop) or none (the baseline).
-        heads: projectors: cap (as published), lite or linear.
+        heads: type of the projectors: cap (as published), lite or linear.
         data: validation images (None: as recorded in the cache).
         recipe: name or YAML file of a recipe (None: the cache's).
         options: any other option, by plain or dotted name: `{"optim.lr": 0.1, "zero": 1}`.
@@ -167,7 +167,7 @@ def probe(
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """k-NN and linear-probe accuracy of a backbone on labeled images, compared with random weights and with raw pixels.
+    """Measure a backbone's k-NN and linear-probe accuracy on labeled images against random weights and raw pixels.
 
     Args:
         backbone: folder of a finished run or of an exported student, or a timm model name.
@@ -249,7 +249,7 @@ def publish(
         to: `hf://datasets/USER/NAME`, `s3://bucket/folder`, `gs://bucket/folder`, or a folder.
         data_license: license of the images, such as cc-by-4.0.
         teacher_license: license of the teacher's weights, such as apache-2.0.
-        without_pixels: leave the pixels out; `pull` recreates them from the images.
+        without_pixels: leave out the pixels, which `pull` can recreate from the images.
         pixels_from: for a cache with shared pixels, the URL or folder to which the cache that stores them is published.
         options: any other option: `{"private": True}`.
 
@@ -336,7 +336,7 @@ def cache_info(root: Path, manifest: Manifest) -> CacheInfo:
 
 
 def cache_teacher_config(config_class: type[Stage1], given: Given) -> Stage1:
-    """The configuration of stage 1: defaults, recipe, and the given options.
+    """The configuration of stage 1: defaults, the recipe and the given options.
 
     A cache that shares another cache's pixels takes the views, dataset and recipe from that cache.
 
@@ -362,7 +362,7 @@ def checked_student(config: CacheTeacherConfig) -> DistillConfig | None:
     """The training options for the student that stage 1 checks before it starts, if there is one.
 
     Raises:
-        UserError: the recipe's training options are invalid, with or without a student.
+        UserError: the recipe's training options are invalid. This is checked even if there is no student.
     """
     student = {"student.name": config.student} if config.student else {}
     training = build(DistillConfig, recipe_section(config.recipe, "distill"), student)
@@ -393,7 +393,7 @@ def distill_config(given: Given) -> DistillConfig:
 
 
 def distill_config_before_cache(given: Given) -> DistillConfig:
-    """The part of the stage-2 configuration that is known without a cache, for checking the given options.
+    """The part of the stage-2 configuration that is known without a cache. It is used to check the given options.
 
     Raises:
         UserError: the options or the recipe are invalid.

@@ -211,7 +211,7 @@ def memory_errors(fix: str) -> Iterator[None]:
         yield
     except RuntimeError as error:
         on_gpu = isinstance(error, torch.OutOfMemoryError)
-        if not on_gpu and "DefaultCPUAllocator" not in str(error):  # PyTorch has no class for it
+        if not on_gpu and "DefaultCPUAllocator" not in str(error):  # PyTorch has no exception class for it
             raise
         where = "GPU" if on_gpu else "machine"
         raise UserError(f"the {where} is out of memory", got=str(error).splitlines()[0][:300], fix=fix) from error

@@ -64,7 +64,7 @@ class SignalHandler:
             if os.environ.get("RANK", "0") == "0":
                 again = " (a second Ctrl-C, 3 s later, stops at once)" if number == signal.SIGINT else ""
                 text = f"{signal.Signals(number).name}: saving a checkpoint after this step{again}\n"
-                # Not `print`: the signal may have interrupted one.
+                # `print` is not safe here, because the signal may have interrupted a `print`.
                 os.write(2, f"{CLEAR_LINE if os.isatty(2) else ''}{text}".encode())
 
 
@@ -86,7 +86,7 @@ class Process(NamedTuple):
     """Device that this process computes on."""
 
     def print_rank0(self, text: str) -> None:
-        """Print on rank 0 only."""
+        """Print only on rank 0."""
         if self.rank == 0:
             print(text, flush=True)
 
@@ -141,7 +141,7 @@ class Peers:
                 wait_for_workers=False,
                 multi_tenant=True,
             )
-            # After a restart by torchrun, counters start from 0 again.
+            # Counters restart from 0 after torchrun restarts the job.
             attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
             self._store = distributed.PrefixStore(f"scalekd_cache/{attempt}", store)
 

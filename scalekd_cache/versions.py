@@ -1,6 +1,6 @@
 """Library versions, and imports of optional packages.
 
-In: a module's name. Out: the module, or an error that names its package and how to install it.
+In: a module's name. Out: the module, or an error that names its package and says how to install it.
 Invariant: a missing or broken optional package affects only the feature that needs it.
 """
 

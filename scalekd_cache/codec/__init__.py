@@ -1,4 +1,4 @@
-"""Codecs convert teacher feature maps and logits to bytes and back, one file per codec; this file is the registry.
+"""Codecs convert teacher feature maps and logits to bytes and back. Each has its own file; this one is the registry.
 
 In: a codec's name, or the JSON config from a manifest. Out: the codec (`base.py` defines the contract).
 Invariant: importing this package does not import torch, because codec modules are imported on demand.
@@ -28,7 +28,7 @@ CODECS: dict[str, tuple[str, str]] = {
 }
 FLOATS = ("float16", "bfloat16", "float32")
 FITTED = ("transform", "transform-economy", "transform-rotated")
-"""Presets of the transform codec, which must be fitted to a teacher (`transform_fit.fit`)."""
+"""Presets for the transform codec, which must be fitted to a teacher (`transform_fit.fit`)."""
 
 
 def check_codec_name(name: str) -> None:

@@ -76,9 +76,9 @@ class FeatureCodec(ABC):
         """Like `encode`, but without reading any values on the host, so that the GPU can continue with its queue."""
 
     def encode(self, features: Tensor, seeds: Tensor | None = None) -> Tensor:
-        """Encode maps (B, C, H, W) float32, on any device, to rows uint8 (B, bytes_per_view) on the same device.
+        """Encode float32 maps (B, C, H, W) on any device to uint8 rows (B, bytes_per_view) on the same device.
 
-        `seeds` (B,) int64 select the dither of a `dithered` codec; other codecs ignore them.
+        `seeds` (B,) int64 select the dither for a `dithered` codec; other codecs ignore them.
 
         Raises:
             UserError: rows contain NaN, infinity or magnitudes that the codec cannot represent.
@@ -125,7 +125,7 @@ class FeatureCodec(ABC):
         assert features.dtype == torch.float32, features.dtype
         assert features.shape[1:] == self.shape, (features.shape, self.shape)
         norms = feature_norms(features)
-        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # keeps NaN
+        worst = features.abs().amax(dim=(1, 2, 3)).maximum(norms.amax(dim=(1, 2, 3)))  # NaN propagates
         return norms, worst <= self.largest()
 
     def require_storable(self, features: Tensor) -> None:

@@ -14,7 +14,7 @@ class Fidelity(NamedTuple):
     """Cosine similarities for each view in a batch."""
 
     cosine: "Tensor"
-    """(B,) float32: cosine between original and decoded tokens, averaged over positions."""
+    """(B,) float32: cosine between original and decoded tokens, as the mean over positions."""
     cosine_mean_removed: "Tensor"
     """(B,) float32: the same after removing each channel's spatial mean from both maps, as the loss does."""
 

@@ -1,4 +1,4 @@
-"""Features as 8-bit floats (E4M3) with group scales, for comparison with int8 at the same size.
+"""Stores features as 8-bit floats (E4M3) with group scales. It is for comparison with int8 at the same size.
 
 In and out: see `groups.py`. Invariant: the relative error of a difference is at most 1/16. Near zero, the error is at
 most 2^-10 of the scale.
@@ -11,7 +11,7 @@ from scalekd_cache.codec.groups import GroupScaledCodec
 
 
 class Fp8Codec(GroupScaledCodec):
-    """`torch.float8_e4m3fn`: 4 significant bits, maximum 448, subnormal step 2^-9. Group maxima map to 448."""
+    """`torch.float8_e4m3fn`: 4 significant bits and a subnormal step of 2^-9. Group maxima map to 448, its maximum."""
 
     id = "fp8"
     largest_code = 448.0

@@ -1,15 +1,16 @@
-"""The transform codec: decorrelate, quantize all coefficients with one step size, and entropy-code the symbols.
+"""The transform codec decorrelates maps, quantizes all coefficients with one step size and entropy-codes the symbols.
 
 In and out: see `base.py`; `transform_fit.fit` fits the codec to a teacher. A row holds a uint32 seed, the uint8
 number of step doublings, three zero bytes, float16 norms (2, H*W) and then the symbols (`blocks.py`).
 Invariant: a token's error is white noise with `noise` times the energy of the mean-removed token. With dither, its mean
 over seeds is zero, so gradients are unbiased.
 
-Each token is divided by its stored mean-removed norm (the same norm the loss divides by) and the fitted mean is
+Each token is divided by its stored mean-removed norm (the norm that the loss divides by), and the fitted mean is
 subtracted. A 2-D DCT transforms the grid, and its frequencies are grouped into bands of similar energy. The channels of
 each band are then coded in one of two modes:
-- *rotated*: a Karhunen-Loeve transform, then one dithered uniform quantizer for all coefficients. This approximates
-  reverse water-filling: components below the step size cost almost nothing. A reader multiplies by a C x C matrix.
+- *rotated*: a Karhunen-Loeve transform is followed by one dithered uniform quantizer for all coefficients. This
+  approximates reverse water-filling: components below the step size cost almost nothing. A reader multiplies by a C x C
+  matrix.
 - *predicted*: a few integer factors below 128 describe what the channels have in common. An int8 matrix predicts all
   channels from them, and the dithered quantizer codes the residual. The mean of the decoded values equals the original
   for any prediction. This mode takes more bytes for the same error, but a CPU decodes wide maps much faster.
@@ -40,11 +41,11 @@ if TYPE_CHECKING:
     from scalekd_cache.store.path import StoredPath
 
 HEAD = 8
-"""Bytes of a row before the norms."""
+"""Number of bytes in a row before the norms."""
 FINE, BASIS, COARSE = 2.0**18, 2.0**20, 2.0**10
 """Fixed-point steps per unit for normalized values, for the DCT, and for the factor analysis (values and matrix)."""
 GUARD = 2.0**-6
-"""Lower limit of a token's divisor, its mean-removed norm, as a fraction of its raw norm."""
+"""Lower limit for a token's divisor (its mean-removed norm), as a fraction of the token's raw norm."""
 MAX_DOUBLINGS = 40
 LARGEST_FACTOR = 127
 CPU_VIEWS = 8
@@ -204,7 +205,7 @@ class TransformCodec(FeatureCodec):
                 grid = joined[:, self.factors :].view(into.shape)
                 if (
                     codes.device.type != "cpu" or rows[:, 4].any()
-                ):  # rare; a GPU skips the check, which would synchronize
+                ):  # rarely true on a CPU; a GPU skips this check, which would synchronize
                     grid.mul_(2.0 ** rows[:, 4, None, None].float())
                 self._channels(joined[:, : self.factors], grid, table, other, into)
                 self._positions(table, scale, other, into)
@@ -249,7 +250,7 @@ class TransformCodec(FeatureCodec):
         rows, columns = (self._encoding[name].abs().sum(0) for name in ("rows", "columns"))
         spatial = torch.outer(rows, columns).flatten()
         channel = self._encoding["basis"].abs().sum(1).amax(0) if not self.factors else torch.ones(self.channels)
-        energy = features.double().square().sum((1, 2, 3)).sqrt()  # float32 sums and rounded matrices: 2^-12 of the map
+        energy = features.double().square().sum((1, 2, 3)).sqrt()  # rounding adds at most 2^-12 of the map
         bound = torch.einsum("b,bt,t,c->bct", steps / 2, scales.double(), spatial, channel.double())
         bound = bound * (1 + 2.0**-12) + energy[:, None, None] * 2.0**-12
         lost = features.abs().double().flatten(2)

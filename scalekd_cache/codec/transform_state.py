@@ -34,7 +34,7 @@ STORED = {
     "order": torch.int32,
     "segments": torch.int32,
 }
-"""Names of the tensors in the file, in the order of `TransformState`."""
+"""Names and dtypes of the tensors in the file, in the same order as in `TransformState`."""
 MAX_TOKENS = 1024
 """Larger grids would overflow the exact sums."""
 MAX_FACTORS = 512

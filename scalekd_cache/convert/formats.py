@@ -138,7 +138,7 @@ def _torchvision(model: nn.Module, file: Path, image_size: int) -> nn.Module:
 
 
 def _write_program(model: nn.Module, file: Path, images: Tensor) -> Callable[[Tensor], Tensor]:
-    """torch.export's program, which needs no Python code of this package."""
+    """Write torch.export's program, which needs no Python code from this package."""
     batch = torch.export.Dim("batch", min=1, max=4096)
     with torch.no_grad():
         program = torch.export.export(model, (images,), dynamic_shapes=({0: batch},))

@@ -39,7 +39,7 @@ from scalekd_cache.models.student import MOBILENET_FORM, POOLED_VIT
 
 
 class Codebase(NamedTuple):
-    """How one codebase names one architecture."""
+    """How a codebase names the tensors of an architecture."""
 
     rules: tuple[Rule, ...]
     relayout: Callable[[str, Tensor], Tensor] = lambda name, value: value
@@ -49,8 +49,8 @@ class Codebase(NamedTuple):
 
 
 def timm_to_unfold(name: str, value: Tensor) -> Tensor:
-    """Reorder the inputs of Swin's patch merging, (.., 4 C), from timm's (column, row, channel) to the order of
-    mmpretrain's `Unfold` (channel, row, column): the inverse of `names_upstream.unfold_to_timm`."""
+    """Reorder the inputs to Swin's patch merging, (.., 4 C), from timm's order (column, row, channel) to that of
+    mmpretrain's `Unfold` (channel, row, column). This is the inverse of `names_upstream.unfold_to_timm`."""
     if ".downsample." not in name:
         return value
     split = value.reshape(*value.shape[:-1], 2, 2, -1)
@@ -130,7 +130,7 @@ def _plain_resnet(net: Any) -> Any:
 
 
 def _pools_down(net: Any) -> bool:
-    """Whether a strided shortcut is an average pooling and a 1x1 convolution."""
+    """Whether a strided shortcut consists of average pooling and a 1x1 convolution."""
     return len(net.layer2[0].downsample or ()) == 3
 
 
@@ -277,7 +277,7 @@ def _check_form(model: nn.Module, twin: Twin, image_size: int) -> None:
 
 
 def torchvision_twin(model: nn.Module, image_size: int) -> nn.Module:
-    """torchvision's module of the same shape, with random weights.
+    """Build torchvision's module of the same shape with random weights.
 
     Raises:
         UserError: torchvision has no such module.

@@ -67,7 +67,7 @@ class Family(NamedTuple):
 
 
 def unfold_to_timm(name: str, value: Tensor) -> Tensor:
-    """Reorder the inputs of Swin's patch merging, (.., 4 C) -> same.
+    """Reorder the inputs to Swin's patch merging, (.., 4 C) -> same.
 
     Upstream merges patches with `Unfold`, which orders inputs by (channel, row, column). timm's order is (column, row,
     channel).

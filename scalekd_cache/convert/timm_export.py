@@ -49,7 +49,7 @@ class TimmModel(Protocol):
 
 
 class InputStatistics(Protocol):
-    """A model's normalization, such as that of `StudentConfig`."""
+    """A model's normalization, as in `StudentConfig`."""
 
     @property
     def mean(self) -> tuple[float, float, float]:

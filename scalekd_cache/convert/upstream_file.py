@@ -28,7 +28,7 @@ INERT_CALLS = frozenset(
     ["builtins.getattr", "numpy.dtype", "copyreg._reconstructor"]
     + [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
 )
-"""Functions that pickles call to build data (arrays, scalars, methods by name). None of them runs here."""
+"""Functions that pickles call to build data, such as arrays and scalars. None of them runs here."""
 
 
 def shown_names(names: list[str]) -> str:
@@ -63,7 +63,7 @@ def read_checkpoint(path: Path) -> dict[str, Tensor]:
 
 
 class _Refusing(type):
-    """Metaclass of classes that cannot be called; pickle's `NEWOBJ` creates objects without a call."""
+    """Metaclass for classes that cannot be called. pickle's `NEWOBJ` can still create objects without a call."""
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         raise pickle.UnpicklingError(f"Trying to call {cls.__name__}")
@@ -80,7 +80,7 @@ class _Inert(metaclass=_Refusing):
 
 
 def _inert(path: str) -> Callable[..., Any]:
-    """Replacement for the class or function `path`: a class without behavior, or a function that returns its object."""
+    """A replacement for the class or function `path`: an inert class, or a function that returns an inert object."""
     return (lambda *args: _Inert.__new__(_Inert)) if path in INERT_CALLS else _Refusing(path, (_Inert,), {})
 
 

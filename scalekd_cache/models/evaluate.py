@@ -1,6 +1,6 @@
-"""Accuracy of a classifier (teacher or student) on the validation images.
+"""Evaluates a classifier (teacher or student) on the validation images.
 
-In: a function from uint8 pixels to logits, a validation source, this rank's share. Out: a `Tally`.
+In: a function from uint8 pixels to logits, a validation source and this rank's share. Out: a `Tally`.
 Invariant: every readable validation image counts exactly once, regardless of the number of ranks. Images
 that cannot be decoded are counted as unreadable.
 """
@@ -28,7 +28,7 @@ def percent(value: float | None) -> str:
 
 
 def teacher_accuracy(teacher: Mapping[str, Any], *, labeled: bool = True) -> str:
-    """A teacher's accuracy as text, from its entry in the manifest."""
+    """A teacher's accuracy as text, taken from its manifest entry."""
     if not teacher["spec"]["has_classifier"]:
         return "features only (no classifier)"
     if not labeled:
@@ -42,7 +42,7 @@ class Tally(NamedTuple):
     top1: int
     """Images whose label has the largest logit."""
     top5: int | None
-    """Images whose label has one of the five largest logits; None for five or fewer classes, which all rank there."""
+    """Images whose label has one of the five largest logits; None if there are at most five classes."""
     images: int
     """Images that were evaluated."""
     unreadable: int
@@ -133,7 +133,7 @@ def center_views(
         batch_size: maximum number of images at a time.
         workers: number of processes that decode images.
     """
-    if workers:  # a whole batch per worker if two fit into shared memory, else a part of one
+    if workers:  # one whole batch per worker if two fit into shared memory, otherwise part of a batch
         batch_size = max(1, min(batch_size, bytes_per_worker(workers) // (2 * 3 * size**2)))
     yield from load_items(
         _Batches(ValidationImages(source, size)),
@@ -188,7 +188,7 @@ def evaluate(
         batch_size: maximum number of images per call to `predict`.
         workers: number of processes that decode images.
         title: title of the progress bar.
-        on_batch: called with the logits (B, K) and labels (B,) of every batch.
+        on_batch: called with the logits (B, K) and labels (B,) for every batch.
         stop: called after every batch; if it returns true, evaluation stops and returns the tally so far.
     """
     share = range(rank, len(source.samples), world_size)

@@ -37,7 +37,7 @@ def hub_answers() -> bool:
         except (OSError, ValueError):
             answers.put(False)
 
-    threading.Thread(target=ask, daemon=True).start()  # a name lookup has no timeout of its own
+    threading.Thread(target=ask, daemon=True).start()  # name lookup has no timeout
     try:
         return answers.get(timeout=TIMEOUT_S)
     except queue.Empty:

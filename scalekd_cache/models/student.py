@@ -141,7 +141,7 @@ class Student(nn.Module):
     Args:
         model: The timm model.
         name: Its timm name, kept as `model_name`.
-        args: The arguments that built it, kept as `model_args`.
+        args: The arguments that built the model, kept as `model_args`.
         image_size: Side of the images in pixels, kept as `image_size`.
         grad_checkpointing: Recompute blocks in the backward pass (`activation_checkpointing.py`).
     """
@@ -281,8 +281,8 @@ def build_student(
     """Build a student with random weights.
 
     Args:
-        config: Name, image size, drop path rate, activation checkpointing.
-        num_classes: Width of its classifier.
+        config: Name, image size, drop path rate and activation checkpointing.
+        num_classes: Width of the student's classifier.
         image_size: Side of the views in pixels. This is also the student's image size unless `config` sets a different
             one. Models that are built for one image size receive it as an argument.
         args: Additional arguments to the timm model; they override those of the short name.

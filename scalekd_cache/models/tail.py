@@ -1,4 +1,4 @@
-"""The tail: the frozen end of a teacher, from its stage-3 map to the features after the final norm.
+"""The tail: the frozen end of a teacher, which maps the stage-3 map to the features after the final norm.
 
 In: a timm model from a known family. Out: a `Tail`, (B, C3, H3, W3) -> (B, C, H, W).
 Invariant: given the teacher's own stage-3 map (and prefix tokens), a tail computes the teacher's features. Its
@@ -115,7 +115,7 @@ FAMILIES = (
     Family("vitdet", (VisionTransformerSAM,), _vitdet),  # SAM
     Family("tiny_vit", (TinyVit,), lambda model: TailParts([model.stages[-1]], model.head.norm, "nchw")),
     Family(
-        "vit",  # DeiT, DINOv2, CLIP, SigLIP and NaFlex too
+        "vit",  # also DeiT, DINOv2, CLIP, SigLIP and NaFlex
         (VisionTransformer, NaFlexVit),
         lambda model: TailParts(_last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens),
     ),
@@ -127,7 +127,7 @@ FAMILIES = (
         ),
     ),
     Family(
-        "eva",  # DINOv3 too
+        "eva",  # also DINOv3
         (Eva,),
         lambda model: TailParts(
             _last_quarter(model), _final_norm(model), "tokens", model.num_prefix_tokens, model.rope

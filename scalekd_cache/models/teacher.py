@@ -37,7 +37,7 @@ from scalekd_cache.store.manifest import Manifest
 
 
 class TeacherOutput(NamedTuple):
-    """Features and logits of a batch."""
+    """A batch's features, logits and pooled embeddings."""
 
     features: Tensor
     """(B, C, H, W) float32, after the final norm."""
@@ -203,7 +203,7 @@ def load_teacher(
     """Build the teacher and load its weights.
 
     Args:
-        config: Name, weights, classes, precision.
+        config: Name, weights, number of classes and precision.
         image_size: Side of the views in pixels.
         num_classes: Number of classes in the dataset, used for random weights if the configuration does not set it. 0
             means that the dataset has no labels; the teacher then also returns its pooled embedding.

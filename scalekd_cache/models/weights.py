@@ -1,7 +1,7 @@
 """Weights files: finds a teacher's file, reads its header, compares it with a model and loads it strictly.
 
 In: teacher options, or a .safetensors path and a timm model. Out: the file's path, or the loaded model.
-Invariant: no pickle is opened; loading is all or nothing, and NaN or Inf is an error. Only a teacher's file may be
+Invariant: no pickle is opened, loading is all or nothing, and NaN or Inf is an error. Only a teacher's file may be
 converted (`load_converted`).
 """
 

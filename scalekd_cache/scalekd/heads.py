@@ -61,7 +61,7 @@ class ScaleKDHeads(nn.Module):
         embedding: width of the student's pooled embedding; 0 if that is the mean of S4.
 
     Raises:
-        UserError: head counts do not divide the teacher's widths, or a map has one position.
+        UserError: head counts do not divide the teacher's widths, or a map has only one position.
     """
 
     def __init__(

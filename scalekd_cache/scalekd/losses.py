@@ -81,7 +81,7 @@ class HeadOutputs(NamedTuple):
     s4_spatial: Tensor | None
     s4_frequency: Tensor | None
     pooled: Tensor | None = None
-    """(F, C) or (B, P): the projected pooled embedding of the samples that have a pooled target."""
+    """(F, C) or (B, P): the projected pooled embeddings for the samples that have a pooled target."""
 
 
 class LossTerms(NamedTuple):
@@ -192,9 +192,9 @@ def pooled_target(targets: Targets) -> Tensor:
 def logit_loss(
     student_logits: Tensor, teacher_logits: Tensor, *, temperature: float = 1.0, weight: float = 1.0
 ) -> Tensor:
-    """weight * T^2 * cross entropy of softmax(student / T) under softmax(teacher / T), averaged over samples.
+    """weight * T^2 * cross entropy between softmax(teacher / T) and softmax(student / T), averaged over samples.
 
-    Both (B, K) -> scalar float32. Raises UserError if the numbers of classes differ. Source: ScaleKD, `KDLoss`.
+    Logits, both (B, K) -> scalar float32. Raises UserError if the numbers of classes differ. Source: ScaleKD, `KDLoss`.
     """
     if student_logits.shape != teacher_logits.shape:
         raise UserError(

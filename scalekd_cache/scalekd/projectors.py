@@ -208,7 +208,7 @@ def lite_width(dim: int) -> int:
 
 
 class LinearHead(nn.Module):
-    """The cheapest head: linear maps from S4 to the teacher's map and from its mean to the mean of the teacher's map.
+    """The cheapest head: linear maps from S4 to the teacher's map, and from S4's mean to the teacher's mean.
 
     The map is resized to the teacher's grid after the projection. Resizing it before would give the same values but
     cost more. The paper does not have this head.
