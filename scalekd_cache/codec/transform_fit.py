@@ -167,7 +167,7 @@ def _moments(values: Tensor) -> Tensor:
 
 
 def _basis(second: Tensor) -> Tensor:
-    """Principal components (rows) of second moments (C, C) by decreasing variance. Each largest entry is positive."""
+    """Principal components (rows) of second moments (C, C) by decreasing variance, with positive largest entries."""
     vectors = torch.linalg.eigh(second).eigenvectors.flip(1)
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True)).sign()
     return fixed_point(vectors * signs, BASIS).T

@@ -54,7 +54,7 @@ def _bits(symbols: Tensor, bits: int) -> float:
 
 
 def huffman_bits(symbols: Tensor) -> float:
-    """Mean length in bits of a Huffman code for these bytes. It is the sum of the inner nodes' weights per byte."""
+    """Mean length in bits of a Huffman code for these bytes. It is the total weight of the inner nodes per byte."""
     heap = [count for count in torch.bincount(symbols.flatten().long()).tolist() if count]
     heapq.heapify(heap)
     total = 0

@@ -18,9 +18,9 @@ from scalekd_cache.errors import UserError
 
 
 class FirstPass:
-    """Freezes a model's BatchNorm statistics during training, except in a `with` block on a call to this object.
+    """Freezes a model's BatchNorm statistics during training, except inside `with first_pass():`.
 
-    A module cannot distinguish a recomputation from the first pass, so the caller runs the first pass in that block.
+    A module cannot distinguish a recomputation from the first pass, so callers run the first pass inside that block.
 
     Raises:
         UserError: a module other than BatchNorm has running statistics.

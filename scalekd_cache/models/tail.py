@@ -6,8 +6,8 @@ parameters never change, and it stays in eval mode.
 
 The final norm. Some token models (BEiT, EVA, ViT with average pooling) normalize after pooling: `norm` is the identity
 and `fc_norm` is a LayerNorm. For these models, `fc_norm` is applied to every token. For TinyViT, Hiera and SAM 2's
-Hiera, `head.norm` is applied at every position. For ConvNeXt, either `head.norm` or `norm_pre` is. For SAM's ViT, the
-final norm is the neck, which ends with a norm. The logits are always the model's own.
+Hiera, `head.norm` is applied at every position. For ConvNeXt, it is either `head.norm` or `norm_pre`. For SAM's
+ViT, it is the neck, which ends with a norm. The logits are always the model's own.
 """
 
 import copy
@@ -175,7 +175,7 @@ def family_of(model: nn.Module, name: str) -> Family:
 
 
 def unroll(x: Tensor, times: int) -> Tensor:
-    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll moves the position in a 2x2 patch first."""
+    """Convert (B, C, H, W) to Hiera's tokens (B, H W, C). Each unroll puts the positions in a 2x2 patch first."""
     batch, channels, height, width = x.shape
     for _ in range(times):
         height, width = height // 2, width // 2
