@@ -45,8 +45,8 @@ BACKENDS = {"webdataset": "scalekd_cache.store.formats.webdataset", "zarr": "sca
 
 Payload = bytes | memoryview
 """Bytes of a record. A reader returns read-only memoryviews into one buffer per call; the buffer stays alive as long as
-any of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both; pickle and DataLoader's collation need
-`bytes`.
+any of its memoryviews. `np.frombuffer`, `b"".join` and `io.BytesIO` accept both types; pickle and DataLoader's
+collation need `bytes`.
 """
 
 
@@ -123,8 +123,7 @@ class ShardSummary(NamedTuple):
     files: dict[str, Written]
     """The files, keyed by name relative to the unit's folder."""
     payload: dict[str, int]
-    """Record bytes by kind: pixels, features and target (label, view, digest, logits); all other bytes count as
-    index."""
+    """Record bytes by kind: pixels, features and target (label, view, digest, logits); the rest is index."""
 
 
 class ShardWriter(ABC):
@@ -165,7 +164,7 @@ class ShardReader(ABC):
 
     @abstractmethod
     def read(self, rows: NDArray[np.int64]) -> list[Record]:
-        """The records in these rows, in this order, with every checksum verified. A UserError names the shard and the
+        """The records in these rows, in this order, with verified checksums. A UserError names the shard and the
         key."""
 
     @abstractmethod
@@ -356,8 +355,7 @@ def pixels_suffix(pixels: Payload) -> str:
 
 @functools.cache
 def keep_freed_memory() -> None:
-    """Make malloc keep a batch's freed memory for the next batch, because new pages cost four times as much as the
-    read.
+    """Make malloc keep a batch's freed memory for the next batch: new pages cost four times as much as the read.
 
     glibc keeps up to twice the largest block that was ever freed (at most 64 MiB; 128 KiB before the first one; see
     mallopt(3), M_MMAP_THRESHOLD). The block allocated here is never touched.

@@ -101,8 +101,7 @@ class NewFile:
             self._start_writeback()
 
     def finish(self, *, sync: bool = True) -> Written:
-        """Write the rest, fsync and close. Without `sync`, writeback is only started, and the caller fsyncs the
-        path."""
+        """Write the rest, fsync and close. Without `sync`, only start writeback; the caller then fsyncs the path."""
         if self._buffer:
             self._flush()
         if sync:
@@ -225,8 +224,7 @@ def hash_file(path: StoredPath) -> FileHash:
 
 
 def read_back(folder: Path, files: Mapping[str, Written]) -> dict[str, FileHash]:
-    """Read every file from disk after its fsync and check that its length and crc32c match what was written; also hash
-    it.
+    """Read every file from disk after its fsync, check its length and crc32c against what was written, and hash it.
 
     Raises:
         UserError: a file differs; the error names it.
@@ -289,8 +287,7 @@ def free_bytes(path: Path) -> int:
 
 
 def check_writable(folder: Path, option: str, needed_bytes: int = 0) -> None:
-    """Check, before long work, that files can be written in a folder or its nearest existing parent. It leaves no
-    files.
+    """Check, before long work, that a folder or its nearest existing parent is writable; leaves no files.
 
     Args:
         folder: the folder, which need not exist yet.

@@ -1,5 +1,5 @@
-"""manifest.json: the description of a finished cache. One process builds it, after all units are committed, from their
-sidecars.
+"""manifest.json: the description of a finished cache. One process builds it from the sidecars of all units, after they
+are committed.
 
 In: the facts from the plan, and every unit.json. Out: a checked `Manifest`.
 Invariant: in each group, the number of samples is the sum over its units; all groups hold the same images; and
@@ -435,8 +435,8 @@ def _divides_groups(every: object, facts: ManifestFacts) -> bool:
 
 
 def without_arguments(spec: object) -> object:
-    """A teacher's specification without `model_args`; before use and in `scalekd verify`, these are compared with the
-    tail's file."""
+    """A teacher's specification without `model_args`, which are compared with the tail's file before use and in
+    `scalekd verify`."""
     return {name: value for name, value in spec.items() if name != "model_args"} if isinstance(spec, dict) else spec
 
 

@@ -157,8 +157,8 @@ class UnitWriter:
         self._skipped[key] = reason
 
     def commit(self, fidelity: Mapping[str, Any]) -> bool:
-        """Finish, fsync, read back and publish. Returns False if a different writer has already committed this unit,
-        which is kept.
+        """Finish, fsync, read back and publish. If a different writer has already committed this unit, keep it, return
+        False.
 
         Raises:
             UserError: the disk is full, or a file differs when read back. Nothing is published then.

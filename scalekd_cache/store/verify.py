@@ -99,8 +99,8 @@ def check_cache(
     Args:
         place: the cache's folder or URL; for a URL, every file is downloaded again.
         deep: also read every file and record.
-        make_checker: creates the function that checks the contents of records (`audit/records.py`), once the expected
-        contents are known.
+        make_checker: creates the function that checks the contents of records (`audit/records.py`), once the
+            expected contents are known.
         progress: called with (units done, total units).
     """
     root = open_uncached(place)
@@ -146,8 +146,7 @@ def _other_images(root: Path, expected: Expected, bad: Sequence[tuple[int, int]]
 
 
 def _other_keys(root: Path, infos: Sequence[UnitInfo]) -> Iterator[Problem]:
-    """Keys that occur twice in their view group or not at all in the first group; `infos` must be sorted by (group,
-    range)."""
+    """Keys that occur twice in their view group, or that are not in the first group; `infos` must be sorted."""
     images: set[str] = set()
     found: set[str] = set()
     group = 0

@@ -1,7 +1,7 @@
 """Verifies one work unit and reports every problem.
 
 In: the folder of a unit and its expected contents. Out: problems, which name the file and, if known, the sample.
-Invariant: the deep check reads every byte and every record of the unit, and it raises no error for damage of any kind.
+Invariant: the deep check reads every byte and every record of the unit, and no kind of damage makes it raise an error.
 """
 
 import contextlib
@@ -145,8 +145,7 @@ def unit_problems(
 
 
 def file_problem(path: StoredPath) -> str | None:
-    """Why a file cannot be opened, or how a .safetensors file's length differs from its header; None if there is no
-    problem.
+    """Why a file cannot be opened, or how a .safetensors file's length differs from its header; None if it is intact.
 
     Only that header is read, and no file is downloaded.
     """

@@ -1,5 +1,4 @@
-"""RandAugment's fifteen operations (timm's "increasing" set): converts magnitudes to arguments and applies the
-operations.
+"""RandAugment's fifteen operations (timm's "increasing" set): converts magnitudes to arguments, applies operations.
 
 In: an operation's name with a magnitude (0 to 10) and a sign, or with a resolved argument, and a PIL image.
 Out: the argument (a plain number that a view record stores) and the changed image.
@@ -58,8 +57,8 @@ def _affine(
 
 
 def _posterize(image: Image.Image, argument: float, resample: Image.Resampling) -> Image.Image:
-    """Keep the highest `argument` bits; 0 (magnitude 10) gives black; Pillow's own function has rejected 0 since
-    version 13."""
+    """Keep the highest `argument` bits; 0 (magnitude 10) gives black, although Pillow's own function has rejected 0
+    since version 13."""
     mask = 256 - 2 ** (8 - int(argument))
     return image.point([value & mask for value in range(256)] * 3)
 
@@ -117,8 +116,7 @@ OPERATION_NAMES = tuple(OPERATIONS)
 
 
 def resolve_argument(name: str, magnitude: float, negative: bool) -> float:
-    """The argument of operation `name` at `magnitude` (clipped to 0 to 10), negated if `negative` and the operation has
-    a sign.
+    """The argument of operation `name` at `magnitude` (clipped to 0 to 10), negated if `negative` and it has a sign.
 
     It is rounded to six decimals, so that records are short and do not depend on the last bit of a platform's
     logarithm.

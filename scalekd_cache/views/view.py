@@ -199,7 +199,7 @@ def _sample_erase(config: ViewConfig, uniform: Sequence[float]) -> Box | None:
 
 
 def apply_view(view: View, image: Pixels, config: ViewConfig) -> Pixels:
-    """The view of an (H, W, 3) uint8 image: crop, resize, flip, RandAugment, erase; (size, size, 3) uint8.
+    """Crop, resize, flip, RandAugment and erase an (H, W, 3) uint8 image. Returns (size, size, 3) uint8.
 
     The crop is cut out before it is resized (as torchvision's resized_crop does), so no pixel outside the crop has an
     effect. Erased pixels are normal noise per pixel and channel (`NOISE_MEAN`, `NOISE_STD`), rounded and clipped.
@@ -271,7 +271,8 @@ def eval_resize(size: int, crop_share: float = EVAL_CROP) -> int:
 
 def eval_view(image: Pixels, size: int, crop_share: float = EVAL_CROP) -> Pixels:
     """The validation view of an (H, W, 3) uint8 image: the shorter side is resized to floor(size / crop_share) with the
-    bicubic filter, and the central size x size pixels are cropped; (size, size, 3) uint8. Smaller images are enlarged.
+    bicubic filter, and the central size x size pixels are cropped. Returns (size, size, 3) uint8. Smaller images are
+    enlarged.
 
     The pixels equal those from timm's evaluation transform. If an image is longer than `LONG` times its shorter side,
     only its central part is resized, so that it costs no more than any other image; its pixels may differ from timm's

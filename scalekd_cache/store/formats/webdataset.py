@@ -243,8 +243,8 @@ def add_member(pieces: list[Any], end: int, name: str, *data: Any) -> int:
 def crc_seed(key: str, places: bytes) -> int:
     """The start of a record's checksum: its key and the first 36 bytes of its index row.
 
-    The record's bytes in the tar come next in the checksum. The row is included because the reader splits these bytes
-    by it.
+    The checksum then covers the record's bytes in the tar. The row is included because the reader splits these bytes by
+    it.
     """
     return CRC(CRC(0, key.encode()), places)
 

@@ -4,8 +4,7 @@ In: a URL and, for an upload, a file. Out: a file, a length, a listing.
 Invariant: only the schemes listed here are opened, and no shell command is run; size and time are limited; a redirect
 may lead only to the same host or to a host that the user allowed; an error names the URL, the status and the number of
 attempts. Messages contain no passwords. fsspec and its implementations are imported when a URL is opened, and an
-instance never crosses
-a fork (its event loop would hang).
+instance never crosses a fork (its event loop would hang).
 """
 
 import functools
