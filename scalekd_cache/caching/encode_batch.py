@@ -32,7 +32,7 @@ class Encoded(NamedTuple):
     """An encoded batch of views."""
 
     codes: Tensor
-    """(F, bytes_per_view) uint8: rows of the feature codec for the F <= B views whose features are stored."""
+    """(F, bytes_per_view) uint8: rows from the feature codec for the F <= B views with stored features."""
     final: Tensor
     """(F,) bool: `EncodedRows.final`."""
     finite: Tensor

@@ -224,7 +224,8 @@ def fill_unit(
     """Run one unit through teachers and codecs into writers. Records are written in a background thread.
 
     Args:
-        stages: the inputs that units are made from; several stages differ only in teacher, codecs and cache.
+        stages: the inputs that units are made from; if there is more than one, they differ only in teacher, codecs and
+            cache.
         unit: the unit.
         sampled: the unit's images with their views.
         left_out: keys of samples that are always skipped, with the reasons.
